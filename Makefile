@@ -1,0 +1,50 @@
+# One environment in .venv, made once; every target works in a fresh clone that has python3 (with venv) and make.
+#   PYTHON  the interpreter that .venv is made with
+#   TORCH   what pip installs for torch where there is no NVIDIA driver. On Linux the plain wheel brings CUDA along:
+#           TORCH="torch --index-url URL" with the URL of PyTorch's CPU wheels saves 2 GB.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+
+GPU := $(shell nvidia-smi -L 2>/dev/null)
+ifeq ($(GPU),)
+TORCH ?= torch==2.13.0
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint bench wheel
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP)
+
+demo: $(STAMP) ## the whole job on the embedded model: pictures, figures, report in svdq-demo/
+	$(BIN)/svdq demo -o svdq-demo
+
+test: $(STAMP) ## the tests
+	$(BIN)/python -m pytest -q
+
+lint: $(STAMP) ## ruff, pyright, and the floors of the architecture
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+bench: $(STAMP) ## kernel, layer and pipeline speed (NVIDIA GPU)
+	$(BIN)/python -m svdq_cli bench
+
+wheel: $(STAMP) ## sdist, and the wheel built from it, in dist/
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+
+# Made again when pyproject.toml changes. pip keeps the torch that is there as long as it is new enough.
+$(STAMP): pyproject.toml
+	@echo "installing svdq into $(VENV) (a few minutes, once)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(if $(TORCH),$(PIP) $(TORCH))
+	@$(PIP) --editable '.[dev]'
+	@touch $@

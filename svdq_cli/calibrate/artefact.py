@@ -1,0 +1,367 @@
+"""The calibration artefact: a folder of safetensors and `manifest.json`, made once and used by many conversions.
+
+Per input `<name>/abs_max` (K,) float32, `<name>/second_moment` (K,) float32 and `<name>/rows` (M, K) bfloat16, several
+inputs a file. The manifest's digest stands for everything that a conversion reads; neither the time of day, the svdq
+version nor the split into files enters it.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from svdq_cli.calibrate.settings import DrawSettings
+from svdq_cli.errors import InputError, OutOfResourcesError, SvdqError, UsageError
+from svdq_cli.records import ActivationStats
+
+MANIFEST = "manifest.json"
+KIND = "svdq-calibration"
+MAX_FILE_BYTES = 512 * 2**20
+_TENSORS = {"abs_max": torch.float32, "second_moment": torch.float32, "rows": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationFacts:
+    """Where statistics come from: the model, the prompts and how the pictures were drawn."""
+
+    svdq_version: str
+    model_class: str
+    family: str
+    source_sha256: str | None
+    settings: DrawSettings
+    prompts_sha256: str
+    prompts_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class InputEntry:
+    """One input in the manifest. `sha256` is over the shapes and values of its tensors."""
+
+    name: str
+    k: int
+    rows: int
+    tokens_seen: int
+    file: str
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationManifest:
+    facts: CalibrationFacts
+    inputs: tuple[InputEntry, ...]
+    file_bytes: Mapping[str, int]  # file name -> size
+    digest: str
+    schema: ClassVar[int] = 1
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.file_bytes.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """An opened artefact. Tensors are read when `stats` asks for them."""
+
+    path: Path
+    manifest: CalibrationManifest
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(entry.name for entry in self.manifest.inputs)
+
+    @property
+    def digest(self) -> str:
+        return self.manifest.digest
+
+    def stats(self, name: str) -> ActivationStats:
+        """Reads one input. Raises InputError if the artefact lacks it or its data are damaged."""
+        entry = next((entry for entry in self.manifest.inputs if entry.name == name), None)
+        if entry is None:
+            raise InputError(
+                f"{self.path}: no statistics for {name!r}",
+                hint="this calibration was made for another model or family; run svdq calibrate on this one",
+                where=name,
+            )
+        file = self.path / entry.file
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                found = {part: tensors.get_tensor(f"{name}/{part}") for part in _TENSORS}
+        except (SafetensorError, OSError) as error:
+            raise _damaged(file, f"can't be read ({error})") from error
+        stats = ActivationStats(name=name, tokens_seen=entry.tokens_seen, **found)
+        if _stats_sha256(stats) != entry.sha256:
+            raise _damaged(file, f"the statistics of {name} do not match their digest in {MANIFEST}")
+        return stats
+
+
+# ---------------------------------------------------------------------------------------------------- write
+
+
+def save_calibration(
+    path: Path, stats: Mapping[str, ActivationStats], facts: CalibrationFacts, *, overwrite: bool = False
+) -> CalibrationManifest:
+    """Writes the folder whole, or leaves nothing under `path`.
+
+    Raises UsageError if `path` exists (unless `overwrite` and it is a calibration), OutOfResourcesError on a full disk.
+    """
+    _check_target(path, overwrite=overwrite)
+    partial = path.with_name(path.name + ".partial")
+    with _whole_or_nothing(path, partial):
+        if partial.exists():
+            shutil.rmtree(partial)  # of a run that was killed
+        partial.mkdir(parents=True)
+        entries: list[InputEntry] = []
+        file_bytes: dict[str, int] = {}
+        for index, group in enumerate(_groups(stats)):
+            file = f"stats-{index + 1:05d}.safetensors"
+            tensors = {f"{s.name}/{part}": _stored(s, part) for s in group for part in _TENSORS}
+            save_file(tensors, partial / file)
+            _sync(partial / file)
+            file_bytes[file] = (partial / file).stat().st_size
+            entries += [_entry(s, file) for s in group]
+        manifest = CalibrationManifest(
+            facts=facts, inputs=tuple(entries), file_bytes=file_bytes, digest=_digest(facts, entries)
+        )
+        text = json.dumps(_manifest_json(manifest), indent=1, ensure_ascii=False)
+        (partial / MANIFEST).write_text(text + "\n", encoding="utf-8")
+        _sync(partial / MANIFEST)
+        _put_in_place(partial, path)
+    return manifest
+
+
+def _check_target(path: Path, *, overwrite: bool) -> None:
+    if not path.exists():
+        return
+    if not overwrite:
+        raise UsageError(
+            f"{path}: exists already", hint="choose another path, or pass --overwrite", where=str(path)
+        )
+    if not (_looks_like_calibration(path) or (path.is_dir() and not any(path.iterdir()))):
+        raise UsageError(
+            f"{path}: is not a calibration, so it is not overwritten",
+            hint="choose another path, or remove it yourself",
+            where=str(path),
+        )
+
+
+def _looks_like_calibration(path: Path) -> bool:
+    try:
+        return json.loads((path / MANIFEST).read_text(encoding="utf-8")).get("kind") == KIND
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+@contextmanager
+def _whole_or_nothing(path: Path, partial: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        # safetensors reports a full disk as text: "I/O error: No space left on device (os error 28)"
+        full = f"os error {errno.ENOSPC}" in str(error) or getattr(error, "errno", None) == errno.ENOSPC
+        if full:
+            raise OutOfResourcesError(
+                f"{path}: the disk is full", hint="free space, or choose another disk", where=str(path)
+            ) from error
+        if isinstance(error, (OSError, SafetensorError)) and not isinstance(error, SvdqError):
+            raise UsageError(
+                f"{path}: can't be written ({error})",
+                hint="choose a path that you may write to",
+                where=str(path),
+            ) from error
+        raise
+
+
+def _put_in_place(partial: Path, path: Path) -> None:
+    if not path.exists():
+        partial.rename(path)
+        return
+    replaced = path.with_name(path.name + ".replaced")
+    path.rename(replaced)  # a folder that is not empty can't be renamed over
+    try:
+        partial.rename(path)
+    except BaseException:
+        replaced.rename(path)
+        raise
+    shutil.rmtree(replaced)
+
+
+def _groups(stats: Mapping[str, ActivationStats]) -> Iterator[list[ActivationStats]]:
+    """The inputs in their order, in groups of at most MAX_FILE_BYTES (a single larger input stands alone)."""
+    group: list[ActivationStats] = []
+    size = 0
+    for item in stats.values():
+        needed = sum(getattr(item, part).nbytes for part in _TENSORS)
+        if group and size + needed > MAX_FILE_BYTES:
+            yield group
+            group, size = [], 0
+        group.append(item)
+        size += needed
+    if group:
+        yield group
+
+
+def _stored(stats: ActivationStats, part: str) -> Tensor:
+    tensor: Tensor = getattr(stats, part)
+    if tensor.dtype != _TENSORS[part]:
+        raise TypeError(f"{stats.name}/{part} is {tensor.dtype}, not {_TENSORS[part]}")
+    return tensor.cpu().contiguous()
+
+
+def _sync(file: Path) -> None:
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def _entry(stats: ActivationStats, file: str) -> InputEntry:
+    rows, k = stats.rows.shape
+    return InputEntry(
+        name=stats.name,
+        k=k,
+        rows=rows,
+        tokens_seen=stats.tokens_seen,
+        file=file,
+        sha256=_stats_sha256(stats),
+    )
+
+
+def _stats_sha256(stats: ActivationStats) -> str:
+    digest = hashlib.sha256()
+    for part in _TENSORS:
+        tensor = _stored(stats, part)
+        digest.update(f"{part}{list(tensor.shape)}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _digest(facts: CalibrationFacts, entries: list[InputEntry]) -> str:
+    """sha256 over what a conversion depends on."""
+    plain = _facts_json(facts)
+    del plain["svdq_version"]
+    del plain["settings"]["batch_size"]  # an option; what it changes, if anything, shows in the tensors
+    inputs = [[entry.name, entry.k, entry.rows, entry.tokens_seen, entry.sha256] for entry in entries]
+    text = json.dumps([CalibrationManifest.schema, plain, inputs], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def statistics_digest(stats: Mapping[str, ActivationStats], facts: CalibrationFacts) -> str:
+    """The digest that an artefact of these statistics has, without writing one."""
+    return _digest(facts, [_entry(item, "") for item in stats.values()])
+
+
+def _facts_json(facts: CalibrationFacts) -> dict[str, Any]:
+    return {
+        "svdq_version": facts.svdq_version,
+        "model": {
+            "class": facts.model_class,
+            "family": facts.family,
+            "source_sha256": facts.source_sha256,
+        },
+        "settings": asdict(facts.settings),
+        "prompts": {"count": facts.prompts_count, "sha256": facts.prompts_sha256},
+    }
+
+
+def _manifest_json(manifest: CalibrationManifest) -> dict[str, Any]:
+    return {
+        "schema": manifest.schema,
+        "kind": KIND,
+        "digest": manifest.digest,
+        **_facts_json(manifest.facts),
+        "files": dict(manifest.file_bytes),
+        "inputs": [asdict(entry) for entry in manifest.inputs],
+    }
+
+
+# ---------------------------------------------------------------------------------------------------- read
+
+
+def open_calibration(path: Path) -> Calibration:
+    """Reads the manifest and checks that every file is there in full. Tensors stay on disk.
+
+    Raises InputError for a folder that is missing, foreign, of another schema, or damaged.
+    """
+    manifest_path = path / MANIFEST
+    try:
+        plain = json.loads(manifest_path.read_text(encoding="utf-8"))
+    except OSError:
+        raise InputError(
+            f"{path}: not a calibration (it has no readable {MANIFEST})",
+            hint="make one with svdq calibrate SOURCE -o CALIB",
+            where=str(path),
+        ) from None
+    except ValueError as error:
+        raise _damaged(manifest_path, f"not valid JSON ({error})") from None
+    if not isinstance(plain, dict) or plain.get("kind") != KIND:
+        raise InputError(
+            f"{path}: not a calibration ({MANIFEST} is of another kind)",
+            hint="make one with svdq calibrate SOURCE -o CALIB",
+            where=str(manifest_path),
+        )
+    if plain.get("schema") != CalibrationManifest.schema:
+        raise InputError(
+            f"{path}: calibration schema {plain.get('schema')}, this svdq reads schema {CalibrationManifest.schema}",
+            hint="run svdq calibrate again with this version, or convert with the version that made it",
+            where=str(manifest_path),
+        )
+    try:
+        manifest = _manifest_of(plain)
+    except (KeyError, TypeError, AttributeError, UsageError) as error:
+        raise _damaged(manifest_path, f"a key is missing or wrong ({error})") from None
+    if _digest(manifest.facts, list(manifest.inputs)) != manifest.digest:
+        raise _damaged(manifest_path, "it does not match its digest")
+    _check_files(path, manifest)
+    return Calibration(path=path, manifest=manifest)
+
+
+def _manifest_of(plain: dict[str, Any]) -> CalibrationManifest:
+    model, prompts = plain["model"], plain["prompts"]
+    return CalibrationManifest(
+        facts=CalibrationFacts(
+            svdq_version=plain["svdq_version"],
+            model_class=model["class"],
+            family=model["family"],
+            source_sha256=model["source_sha256"],
+            settings=DrawSettings(**plain["settings"]),
+            prompts_sha256=prompts["sha256"],
+            prompts_count=prompts["count"],
+        ),
+        inputs=tuple(InputEntry(**entry) for entry in plain["inputs"]),
+        file_bytes=dict(plain["files"].items()),
+        digest=plain["digest"],
+    )
+
+
+def _check_files(path: Path, manifest: CalibrationManifest) -> None:
+    for name in {*manifest.file_bytes, *(entry.file for entry in manifest.inputs)}:
+        if not re.fullmatch(r"[\w-]+\.safetensors", name) or name not in manifest.file_bytes:
+            raise _damaged(path / MANIFEST, f"it names a file that is not its own: {name}")
+    for name, expected in manifest.file_bytes.items():
+        file = path / name
+        if not file.is_file():
+            raise _damaged(file, "missing")
+        found = file.stat().st_size
+        if found != expected:
+            raise _damaged(file, f"{found} bytes instead of {expected}")
+
+
+def _damaged(file: Path, what: str) -> InputError:
+    return InputError(
+        f"{file}: damaged calibration: {what}",
+        hint="copy the folder again, or run svdq calibrate again",
+        where=str(file),
+    )

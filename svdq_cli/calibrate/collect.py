@@ -1,0 +1,244 @@
+"""Activation statistics of shared inputs, taken by hooks while the pipeline draws its calibration pictures.
+
+Rows are sampled by turn, not by chance. A *turn* is one picture in one call of a layer: with one pass a step, a picture
+of 20 steps has 20 turns; a conditional and an unconditional pass make 40. Every picture gets an equal share of the
+rows, spread evenly over its turns; within a turn the rows are evenly strided tokens. Where shares do not divide, the
+golden ratio shifts where they fall, so that neither a timestep nor a token position is preferred. Inputs with equal
+numbers of turns and tokens keep the same rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from svdq_cli.calibrate.pipelines import Batch, denoise, drawn_batches, split_batches
+from svdq_cli.calibrate.settings import DrawSettings
+from svdq_cli.errors import InputError, UsageError
+from svdq_cli.records import ActivationStats, Observer, SharedInput, ignore_events
+
+if TYPE_CHECKING:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+_GOLDEN = (math.sqrt(5) - 1) / 2  # its multiples mod 1 fill [0, 1) as evenly as any sequence can
+_SILVER = math.sqrt(2) - 1  # another irrational, so that seeds shift the golden sequence
+
+OnInput = Callable[[str, Tensor], None]  # name of the shared input, activation (..., K)
+
+
+def collect_stats(
+    pipe: DiffusionPipeline,
+    model: nn.Module,
+    inputs: Sequence[SharedInput],
+    prompts: Sequence[str],
+    *,
+    draw: DrawSettings,
+    rows: int,
+    observe: Observer = ignore_events,
+) -> dict[str, ActivationStats]:
+    """Statistics of every input over whole denoising trajectories, in the order of `inputs`.
+
+    `model` is the pipeline's denoiser. At most `rows` rows an input; fewer where an input has fewer tokens. The same
+    arguments give the same bits. Raises InputError for a layer that the model lacks, that the pipeline never runs, or
+    whose input is NaN or infinite.
+    """
+    if not prompts:
+        raise UsageError("no prompt to calibrate with", hint="give at least one prompt")
+    if rows < 1:
+        raise UsageError(f"rows is {rows}", hint="keep 1 row or more")
+    layers = {item.name: _first_layer(model, item) for item in inputs}
+    turns = _turns_per_picture(pipe, layers, prompts, draw)
+    tallies = {name: _Tally(name) for name in turns}
+    spread = _Spread(rows=rows, pictures=len(prompts), seed=draw.seed)
+    drawn: Batch | None = None
+
+    def begin(batch: Batch) -> None:
+        nonlocal drawn
+        drawn = batch
+
+    def record(name: str, activation: Tensor) -> None:
+        assert drawn is not None
+        _add(tallies[name], activation, batch=drawn, spread=spread, turns=turns[name])
+
+    batches = drawn_batches(
+        pipe,
+        prompts,
+        settings=draw,
+        output_type="latent",
+        stage="calibrate",
+        observe=observe,
+        on_batch=begin,
+        on_step=lambda step: _refuse_non_finite(tallies, layers),
+    )
+    with _hooked(layers, record):
+        for _ in batches:
+            _refuse_non_finite(tallies, layers)
+    return {item.name: _finished(tallies[item.name]) for item in inputs}
+
+
+@dataclass(slots=True)
+class _Tally:
+    """What has been seen of one input so far. Tensors live on the model's device, sampled rows on the CPU."""
+
+    name: str
+    abs_max: Tensor | None = None  # (K,) float32
+    squares: Tensor | None = None  # (K,) float64, sum of x squared
+    tokens: int = 0
+    turns: dict[int, int] = field(default_factory=dict)  # picture -> turns taken
+    rows: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # (picture, turn) -> (M, K) bfloat16
+
+
+@dataclass(frozen=True, slots=True)
+class _Spread:
+    """How sampled rows are spread over pictures, turns and tokens."""
+
+    rows: int
+    pictures: int
+    seed: int
+
+    def share(self, *, picture: int, turn: int, turns: int) -> int:
+        """Rows that this turn may keep. All turns of all pictures together keep `rows`."""
+        if turn >= turns:
+            return 0
+        of_picture = self.rows * (picture + 1) // self.pictures - self.rows * picture // self.pictures
+        shift = _fraction(picture * _GOLDEN + self.seed * _SILVER)
+        return math.floor((turn + 1) * of_picture / turns + shift) - math.floor(
+            turn * of_picture / turns + shift
+        )
+
+    def tokens(self, *, picture: int, turn: int, turns: int, count: int) -> list[int]:
+        """Which of a turn's `count` tokens are kept, ascending and evenly strided."""
+        share = self.share(picture=picture, turn=turn, turns=turns)
+        if share >= count:
+            return list(range(count))
+        shift = _fraction((picture * turns + turn + 1) * _GOLDEN + self.seed * _SILVER)
+        return [min(int((i + shift) * count / share), count - 1) for i in range(share)]
+
+
+def _fraction(value: float) -> float:
+    return value - math.floor(value)
+
+
+def _add(tally: _Tally, activation: Tensor, *, batch: Batch, spread: _Spread, turns: int) -> None:
+    entries = _by_entry(activation)  # (entries, tokens, K)
+    flat = entries.flatten(0, 1)
+    peak = flat.abs().amax(dim=0).float()
+    squares = flat.float().square().sum(dim=0, dtype=torch.float64)
+    tally.abs_max = peak if tally.abs_max is None else torch.maximum(tally.abs_max, peak)
+    tally.squares = squares if tally.squares is None else tally.squares + squares
+    tally.tokens += flat.shape[0]
+    for index, entry in enumerate(entries):
+        # pipelines that guide in one call stack the passes: [unconditional pictures, conditional pictures]
+        picture = batch.first + index % len(batch.prompts)
+        turn = tally.turns.get(picture, 0)
+        tally.turns[picture] = turn + 1
+        chosen = spread.tokens(picture=picture, turn=turn, turns=turns, count=entry.shape[0])
+        if chosen:
+            tally.rows[picture, turn] = entry[chosen].to("cpu", torch.bfloat16)
+
+
+def _by_entry(activation: Tensor) -> Tensor:
+    """(batch entries, tokens, K). A modulation layer's (batch, K) has one token an entry."""
+    width = activation.shape[-1]
+    if activation.ndim == 1:
+        return activation.reshape(1, 1, width)
+    return activation.reshape(activation.shape[0], -1, width)
+
+
+def _finished(tally: _Tally) -> ActivationStats:
+    assert tally.abs_max is not None  # the probe saw this input called
+    assert tally.squares is not None
+    width = tally.abs_max.shape[0]
+    kept = [tally.rows[key] for key in sorted(tally.rows)]  # by picture and turn, however they were batched
+    return ActivationStats(
+        name=tally.name,
+        abs_max=tally.abs_max.cpu(),
+        second_moment=(tally.squares / tally.tokens).float().cpu(),
+        rows=torch.cat(kept) if kept else torch.empty(0, width, dtype=torch.bfloat16),
+        tokens_seen=tally.tokens,
+    )
+
+
+def _turns_per_picture(
+    pipe: DiffusionPipeline, layers: Mapping[str, nn.Module], prompts: Sequence[str], settings: DrawSettings
+) -> dict[str, int]:
+    """How often each input will be called for one picture, known from one denoising step of the first picture.
+
+    In the order of the calls, so that the first bad activation is found where it arises. Costs one step, and finds
+    a layer that the pipeline never runs before the long work begins.
+    """
+    seen: dict[str, int] = {}
+    steps_done = 0
+
+    def count(name: str, activation: Tensor) -> None:
+        seen[name] = seen.get(name, 0) + _by_entry(activation).shape[0]
+
+    def stop(step: int) -> None:
+        nonlocal steps_done
+        steps_done = step
+        # diffusers' own way to end a trajectory early; a pipeline that ignores it runs on and is counted in full
+        pipe._interrupt = True  # pyright: ignore[reportAttributeAccessIssue]
+
+    with _hooked(layers, count):
+        (first, *_) = split_batches(prompts[:1], settings=settings)
+        denoise(pipe, first, settings=settings, output_type="latent", on_step=stop)
+    for name in layers:
+        if name not in seen:
+            raise InputError(
+                f"layer {name}: the pipeline never ran it",
+                hint="keep it at 16 bit (keep: true in the recipe's layers), or correct its name in the family",
+                where=name,
+            )
+    steps = int(getattr(pipe, "num_timesteps", settings.steps))
+    # without step callbacks the whole trajectory was counted
+    return {name: calls * steps // steps_done if steps_done else calls for name, calls in seen.items()}
+
+
+def _first_layer(model: nn.Module, item: SharedInput) -> nn.Module:
+    try:
+        return model.get_submodule(item.layers[0])
+    except AttributeError:
+        raise InputError(
+            f"layer {item.layers[0]}: {type(model).__name__} has no such layer",
+            hint="the plan was made for another model; make it again from this one",
+            where=item.layers[0],
+        ) from None
+
+
+@contextmanager
+def _hooked(layers: Mapping[str, nn.Module], on_input: OnInput) -> Iterator[None]:
+    """Calls `on_input` with what each layer is about to read. The hooks are gone afterwards, whatever happens."""
+    handles = []
+    try:
+        for name, layer in layers.items():
+
+            def before(
+                module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name
+            ) -> None:
+                on_input(name, (args[0] if args else next(iter(kwargs.values()))).detach())
+
+            handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _refuse_non_finite(tallies: Mapping[str, _Tally], layers: Mapping[str, nn.Module]) -> None:
+    for name, tally in tallies.items():
+        # NaN and infinity survive a maximum, so this sees every activation so far
+        if tally.abs_max is None or bool(torch.isfinite(tally.abs_max).all()):
+            continue
+        dtype = next((parameter.dtype for parameter in layers[name].parameters()), None)
+        raise InputError(
+            f"layer {name}: its input holds NaN or infinity (the model runs in {str(dtype).split('.')[-1]})",
+            hint="run the model in bfloat16 or float32 (model.dtype in the recipe); if it already does, "
+            "a weight before this layer is damaged",
+            where=name,
+        )

@@ -1,0 +1,318 @@
+"""The border with diffusers: loading a 16-bit pipeline, and drawing with it the same way everywhere."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from svdq_cli.calibrate.settings import DrawSettings
+from svdq_cli.errors import InputError, OutOfResourcesError, UsageError
+from svdq_cli.records import Event, Observer, ignore_events
+
+if TYPE_CHECKING:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+    from PIL.Image import Image
+
+OnStep = Callable[[int], None]  # called with the number of denoising steps done, 1 and up
+
+_LIBRARIES = ("diffusers", "transformers")  # anything else in model_index.json would run code from the folder
+
+
+def load_source_pipeline(
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+    components: Mapping[str, object] | None = None,
+) -> DiffusionPipeline:
+    """A pipeline folder on a device, in eval mode, with its progress bars off.
+
+    `components` are used as they are instead of being read from the folder. Reads safetensors only, never the
+    network, and runs no code from the folder.
+    Raises InputError where a component is missing, damaged or unknown; OutOfResourcesError if the device is too small.
+    """
+    _check_index(folder)
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+    try:
+        with _quiet_loading():
+            pipe = DiffusionPipeline.from_pretrained(
+                str(folder),
+                torch_dtype=dtype,  # deprecated, but diffusers before `dtype` would ignore that and load float32
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                **(components or {}),
+            )
+        pipe.to(device)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise OutOfResourcesError(
+            f"{folder}: the pipeline does not fit on {device}",
+            hint="close other programs, or use --device cpu",
+            where=str(folder),
+        ) from error
+    except Exception as error:
+        # from_pretrained raises whatever its parts raise: OSError, ValueError, KeyError, SafetensorError, ...
+        raise InputError(
+            f"{folder}: diffusers can't load this pipeline: {_first_line(error)}",
+            hint="download the folder again, and check that this diffusers version knows the model",
+            where=str(folder),
+        ) from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw(
+    pipe: DiffusionPipeline,
+    prompts: Sequence[str],
+    *,
+    settings: DrawSettings,
+    seeds: Sequence[int] | None = None,
+    stage: str = "draw",
+    observe: Observer = ignore_events,
+    on_step: OnStep | None = None,
+) -> list[Image]:
+    """One picture per prompt. A picture depends on its prompt and seed, not on the batch it was drawn in.
+
+    `seeds` default to `settings.seed + i`. Events count pictures times steps.
+    """
+    batches = drawn_batches(
+        pipe,
+        prompts,
+        settings=settings,
+        seeds=seeds,
+        output_type="pil",
+        stage=stage,
+        observe=observe,
+        on_step=on_step,
+    )
+    pictures: list[Image] = [picture for batch in batches for picture in batch]
+    for picture in pictures:
+        if picture.size != (settings.width, settings.height):
+            raise UsageError(
+                f"asked for {settings.width}x{settings.height} pixels, {type(pipe).__name__} draws "
+                f"{picture.width}x{picture.height}",
+                hint=f"use width {picture.width} and height {picture.height}",
+            )
+    return pictures
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Pictures that are drawn together. `first` is the index of the first one among all pictures."""
+
+    first: int
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+
+
+def drawn_batches(
+    pipe: DiffusionPipeline,
+    prompts: Sequence[str],
+    *,
+    settings: DrawSettings,
+    output_type: str,
+    stage: str,
+    observe: Observer,
+    seeds: Sequence[int] | None = None,
+    on_batch: Callable[[Batch], None] | None = None,
+    on_step: OnStep | None = None,
+) -> Iterator[list[Any]]:
+    """Draws batch after batch, with events. `on_batch` is called before each."""
+    steps = settings.steps
+    with _steps_observed(stage, len(prompts) * steps, observe) as advance:
+        for batch in split_batches(prompts, settings=settings, seeds=seeds):
+            before, size = batch.first * steps, len(batch.prompts)
+
+            def step_done(step: int, before: int = before, size: int = size) -> None:
+                if on_step is not None:
+                    on_step(step)
+                # schedulers of second order take more than `steps` steps
+                advance(before + size * min(step, steps))
+
+            if on_batch is not None:
+                on_batch(batch)
+            yield denoise(pipe, batch, settings=settings, output_type=output_type, on_step=step_done)
+            advance(before + size * steps)
+
+
+def split_batches(
+    prompts: Sequence[str], *, settings: DrawSettings, seeds: Sequence[int] | None = None
+) -> tuple[Batch, ...]:
+    if isinstance(prompts, str):
+        raise TypeError("prompts is one string, not a sequence of strings")
+    chosen = tuple(seeds) if seeds is not None else tuple(settings.seed + i for i in range(len(prompts)))
+    if len(chosen) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts but {len(chosen)} seeds")
+    size = settings.batch_size
+    return tuple(
+        Batch(first, tuple(prompts[first : first + size]), chosen[first : first + size])
+        for first in range(0, len(prompts), size)
+    )
+
+
+def denoise(
+    pipe: DiffusionPipeline,
+    batch: Batch,
+    *,
+    settings: DrawSettings,
+    output_type: str,
+    on_step: OnStep | None = None,
+) -> list[Any]:
+    """Draws one batch. `output_type` "latent" stops before the autoencoder.
+
+    Passes only what the pipeline's __call__ takes. A pipeline without step callbacks never calls `on_step`.
+    """
+    call = cast(Callable[..., Any], pipe)
+    accepted = inspect.signature(type(pipe).__call__).parameters
+    arguments = {
+        "prompt": list(batch.prompts),
+        "num_inference_steps": settings.steps,
+        "height": settings.height,
+        "width": settings.width,
+        # on the CPU: a CUDA generator draws other numbers on another GPU model
+        "generator": [torch.Generator("cpu").manual_seed(seed) for seed in batch.seeds],
+        "output_type": output_type,
+        "callback_on_step_end": _step_callback(on_step),
+        **_optional_arguments(settings, len(batch.prompts)),
+    }
+    if settings.true_cfg > 1 and "true_cfg_scale" not in accepted:
+        raise UsageError(
+            f"{type(pipe).__name__} has no true classifier-free guidance",
+            hint="leave true_cfg at 1 and set guidance instead",
+        )
+    try:
+        out = call(**{name: value for name, value in arguments.items() if name in accepted})
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise OutOfResourcesError(
+            f"out of memory drawing {len(batch.prompts)} pictures of {settings.width}x{settings.height} at a time",
+            hint="lower the batch size or the picture size, or use --device cpu",
+        ) from error
+    return list(out.images)
+
+
+def _optional_arguments(settings: DrawSettings, pictures: int) -> dict[str, Any]:
+    arguments: dict[str, Any] = {}
+    if settings.guidance is not None:
+        arguments["guidance_scale"] = settings.guidance
+    if settings.max_sequence_length is not None:
+        arguments["max_sequence_length"] = settings.max_sequence_length
+    if settings.true_cfg > 1:
+        arguments["true_cfg_scale"] = settings.true_cfg
+        arguments["negative_prompt"] = [""] * pictures
+    return arguments
+
+
+def _step_callback(on_step: OnStep | None) -> Callable[..., dict[str, Any]] | None:
+    if on_step is None:
+        return None
+
+    def at_step_end(
+        pipe: DiffusionPipeline, step: int, timestep: Any, tensors: dict[str, Any]
+    ) -> dict[str, Any]:
+        on_step(step + 1)
+        return tensors
+
+    return at_step_end
+
+
+@contextmanager
+def _steps_observed(stage: str, total: int, observe: Observer) -> Iterator[Callable[[int], None]]:
+    """Events of one stage that counts pictures times steps. Yields `advance(done)`; repeating a count is silent."""
+    started = time.monotonic()
+    last = 0
+
+    def advance(done: int) -> None:
+        nonlocal last
+        if done > last:
+            last = done
+            observe(Event("advance", stage, done, total, seconds=time.monotonic() - started))
+
+    observe(Event("start", stage, 0, total))
+    yield advance
+    observe(Event("end", stage, total, total, seconds=time.monotonic() - started))
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Turns the loading bars of diffusers and transformers off, and back on if they were on; no deprecation notes."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    was_on = [log for log in (diffusers_logging, transformers_logging) if log.is_progress_bar_enabled()]
+    for log in was_on:
+        log.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        for log in was_on:
+            log.enable_progress_bar()
+
+
+def _check_index(folder: Path) -> None:
+    """Refuses early, and with a better message than diffusers', what can't be a pipeline folder."""
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise InputError(
+            f"{folder}: not a diffusers pipeline folder (it has no model_index.json)",
+            hint="give the folder that save_pretrained wrote or that was downloaded whole",
+            where=str(folder),
+        )
+    try:
+        parts = json.loads(index.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(
+            f"{index}: not valid JSON ({error})", hint="download the folder again", where=str(index)
+        ) from None
+    if not isinstance(parts, dict):
+        raise InputError(f"{index}: not a JSON object", hint="download the folder again", where=str(index))
+    _check_class(index, parts.get("_class_name"))
+    for name, value in parts.items():
+        # a component is [library, class]; [null, null] is one that the pipeline does without
+        if not name.startswith("_") and isinstance(value, list) and len(value) == 2 and value[0] is not None:
+            _check_component(folder, name, str(value[0]))
+
+
+def _check_class(index: Path, name: object) -> None:
+    import diffusers
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+    found = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if not (inspect.isclass(found) and issubclass(found, DiffusionPipeline)):
+        raise InputError(
+            f"{index}: _class_name {name!r} is not a pipeline of diffusers {diffusers.__version__}",
+            hint="upgrade diffusers; svdq runs no pipeline code from the folder itself",
+            where=str(index),
+        )
+
+
+def _check_component(folder: Path, name: str, library: str) -> None:
+    import diffusers.pipelines
+
+    if library not in _LIBRARIES and not hasattr(diffusers.pipelines, library):
+        raise InputError(
+            f"{folder}: component {name!r} comes from {library!r}; svdq runs no code from the folder",
+            hint=f"use a pipeline whose parts come from {' and '.join(_LIBRARIES)}",
+            where=str(folder / name),
+        )
+    if not (folder / name).is_dir():
+        raise InputError(
+            f"{folder}: component {name!r} is missing",
+            hint=f"download the folder again; {name}/ should stand beside model_index.json",
+            where=str(folder / name),
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

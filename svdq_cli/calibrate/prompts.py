@@ -1,0 +1,178 @@
+"""Where calibration prompts come from: a text file, or a column of a data set."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from svdq_cli.errors import EnvironmentLacksError, InputError, UsageError
+from svdq_cli.records import Event, Observer, ignore_events
+
+_READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+def read_prompts(path: Path) -> tuple[str, ...]:
+    """One prompt a line, UTF-8. Blank lines and lines that start with '#' are skipped.
+
+    Raises InputError for a file that is missing, not UTF-8, or holds no prompt.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise InputError(
+            f"{path}: no such prompt file",
+            hint="give a text file with one prompt a line; calib_prompts/ holds ready ones",
+            where=str(path),
+        ) from None
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path}: not UTF-8 text (byte {error.start})",
+            hint="save the file as UTF-8",
+            where=str(path),
+        ) from None
+    except OSError as error:
+        raise InputError(
+            f"{path}: can't be read ({error.strerror})",
+            hint="give a readable text file with one prompt a line",
+            where=str(path),
+        ) from None
+    lines = (line.strip() for line in text.splitlines())
+    prompts = tuple(line for line in lines if line and not line.startswith("#"))
+    if not prompts:
+        raise InputError(
+            f"{path}: holds no prompt",
+            hint="write one prompt a line; blank lines and lines that start with '#' do not count",
+            where=str(path),
+        )
+    return prompts
+
+
+def dataset_prompts(
+    name_or_path: str,
+    *,
+    config: str | None = None,
+    split: str | None = None,
+    column: str = "prompt",
+    limit: int | None = None,
+) -> tuple[str, ...]:
+    """The first `limit` prompts of one column of a data set.
+
+    It is a hub name, or a local JSON, JSONL, CSV or Parquet file, or a folder of such files. Rows are streamed, so
+    that a large data set is not downloaded for a few prompts, and nothing is cached.
+    Without `split`, "train" is read, or the only split there is. Empty cells are skipped.
+    Raises InputError for a data set that can't be read and for a missing column.
+    """
+    if limit is not None and limit < 1:
+        raise UsageError(f"limit is {limit}", hint="ask for 1 prompt or more")
+    library = _datasets_library()
+    try:
+        rows = _open_rows(library, name_or_path, config=config, split=split)
+        prompts = tuple(itertools.islice(_cells(rows, name_or_path, column), limit))
+    except (library.exceptions.DatasetsError, OSError, ValueError, KeyError, RuntimeError) as error:
+        raise InputError(
+            f"data set {name_or_path}: can't be read: {_first_line(error)}",
+            hint="check the name, config and split, or give a local JSON, JSONL, CSV or Parquet file",
+            where=name_or_path,
+        ) from error
+    if not prompts:
+        raise InputError(
+            f"data set {name_or_path}: column {column!r} holds no prompt",
+            hint="name another column, config or split",
+            where=name_or_path,
+        )
+    return prompts
+
+
+def choose_prompts(
+    texts: Sequence[str], *, samples: int, seed: int, observe: Observer = ignore_events
+) -> tuple[str, ...]:
+    """`samples` of the texts in a seeded order. If there are fewer: all, in their own order, and a warning event."""
+    if samples < 1:
+        raise UsageError(f"samples is {samples}", hint="calibrate with 1 prompt or more")
+    if len(texts) < samples:
+        observe(Event("warning", "calibrate", detail=f"{samples} prompts asked for, only {len(texts)} given"))
+    if len(texts) <= samples:
+        return tuple(texts)
+    # Sorting by digest is a shuffle that no Python version changes
+    order = sorted(range(len(texts)), key=lambda i: hashlib.sha256(f"{seed}:{i}".encode()).digest())
+    return tuple(texts[i] for i in order[:samples])
+
+
+def prompts_digest(prompts: Iterable[str]) -> str:
+    """sha256 over the prompts in their order."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        data = prompt.encode()
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.hexdigest()
+
+
+def _datasets_library() -> Any:
+    try:
+        import datasets
+        import datasets.exceptions
+    except ImportError as error:
+        raise EnvironmentLacksError(
+            "prompts from a data set need the `datasets` library",
+            hint="pip install datasets, or give a text file with one prompt a line",
+        ) from error
+    return datasets
+
+
+def _open_rows(library: Any, name_or_path: str, *, config: str | None, split: str | None) -> Iterable[Any]:
+    path = Path(name_or_path).expanduser()
+    reader = _READERS.get(path.suffix.lower())
+    if path.is_file() and reader is None:
+        raise InputError(
+            f"{path}: not a data set file that svdq reads",
+            hint="give JSON, JSONL, CSV or Parquet, or name a text file directly as `prompts`",
+            where=name_or_path,
+        )
+    if reader is not None and not path.exists():
+        raise InputError(
+            f"{path}: no such data set file", hint="check the path of the data set", where=name_or_path
+        )
+    if path.is_file():
+        return library.load_dataset(reader, data_files=str(path), split="train", streaming=True)
+    source = str(path) if path.is_dir() else name_or_path
+    found = library.load_dataset(source, config, split=split, streaming=True)
+    return found if split is not None else _only_split(found, name_or_path)
+
+
+def _only_split(splits: Mapping[str, Iterable[Any]], name_or_path: str) -> Iterable[Any]:
+    names = list(splits)
+    if "train" in names or len(names) == 1:
+        return splits["train" if "train" in names else names[0]]
+    raise InputError(
+        f"data set {name_or_path}: which split?",
+        hint=f"set split to one of {', '.join(names)}",
+        where=name_or_path,
+    )
+
+
+def _cells(rows: Iterable[Any], name_or_path: str, column: str) -> Iterable[str]:
+    for row in rows:
+        if column not in row:
+            raise InputError(
+                f"data set {name_or_path}: no column {column!r}",
+                hint=f"set column to one of {', '.join(row)}",
+                where=name_or_path,
+            )
+        cell = row[column]
+        if cell is None:
+            continue
+        if not isinstance(cell, str):
+            raise InputError(
+                f"data set {name_or_path}: column {column!r} holds {type(cell).__name__}, not text",
+                hint=f"set column to one that holds text; there are {', '.join(row)}",
+                where=name_or_path,
+            )
+        if cell.strip():
+            yield cell.strip()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,81 @@
+"""Is a checkpoint what it claims to be? Structure first, then numbers, then the weights it stands for."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from svdq_cli.checkpoint import TORCH_DTYPES, Checkpoint, specs_of_headers
+from svdq_cli.errors import InputError
+from svdq_cli.formats.contract import differences
+from svdq_cli.records import CheckProblem, Event, Observer, ignore_events
+from svdq_cli.solve.rebuild import relative_weight_error
+from svdq_cli.source import Source, read_tensor
+
+# Rounding to 4 bits costs 0.05 to 0.25 in smoothed coordinates; a wrong layout or smoothing factor costs 1 or more.
+MAX_WEIGHT_ERROR = 0.5
+
+
+def find_problems(checkpoint: Checkpoint) -> list[CheckProblem]:
+    """Missing, foreign, misshapen and non-finite tensors; every layer must decode."""
+    problems = _structure_problems(checkpoint)
+    if problems:
+        return problems
+    for plan in checkpoint.layers:
+        try:
+            checkpoint.solution(plan)
+        except InputError as error:
+            problems.append(CheckProblem(plan.name, error.message))
+    for name in checkpoint.kept_shapes():
+        tensor = read_tensor(checkpoint.source, name)
+        if not bool(torch.isfinite(tensor).all()):
+            problems.append(CheckProblem(name, "holds NaN or infinite values"))
+    return problems
+
+
+def layer_errors(
+    checkpoint: Checkpoint, source: Source, observe: Observer = ignore_events
+) -> tuple[dict[str, float], list[CheckProblem]]:
+    """Relative weight error per layer against the 16-bit source, and the layers whose error no rounding explains."""
+    errors: dict[str, float] = {}
+    problems: list[CheckProblem] = []
+    started = time.monotonic()
+    total = len(checkpoint.layers)
+    observe(Event("start", "check", 0, total))
+    for plan in checkpoint.layers:
+        weight = read_tensor(source, f"{plan.name}.weight")
+        if tuple(weight.shape) != (plan.linear.out_features, plan.linear.in_features):
+            problems.append(CheckProblem(plan.name, f"the source's weight has shape {list(weight.shape)}"))
+            continue
+        error = relative_weight_error(checkpoint.solution(plan), weight)
+        errors[plan.name] = round(error, 5)
+        if not error <= MAX_WEIGHT_ERROR:
+            problems.append(
+                CheckProblem(
+                    plan.name, f"rebuilds a weight that is {error:.2f} away from the source's (relative)"
+                )
+            )
+        observe(Event("advance", "check", len(errors), total, plan.name, time.monotonic() - started))
+    observe(Event("end", "check", total, total, seconds=time.monotonic() - started))
+    return errors, problems
+
+
+def _structure_problems(checkpoint: Checkpoint) -> list[CheckProblem]:
+    found = specs_of_headers(checkpoint.source)
+    foreign = [n for n, entry in checkpoint.source.tensors.items() if entry.dtype not in TORCH_DTYPES]
+    problems = [CheckProblem(n, f"has dtype {checkpoint.source.tensors[n].dtype}") for n in foreign]
+    packed = checkpoint.packed_specs()
+    kept = checkpoint.kept_shapes()
+    for name in sorted(found.keys() - packed.keys() - kept.keys()):
+        problems.append(CheckProblem(name, "is a tensor that does not belong to this checkpoint"))
+    for name, shape in kept.items():
+        if name not in found:
+            problems.append(CheckProblem(name, "is missing"))
+        elif found[name].shape != shape:
+            problems.append(
+                CheckProblem(name, f"has shape {list(found[name].shape)} instead of {list(shape)}")
+            )
+    present = {name: spec for name, spec in found.items() if name in packed}
+    problems += [CheckProblem(clause.split(" ")[0], clause) for clause in differences(packed, present)]
+    return problems

@@ -1,0 +1,40 @@
+"""Options that mean the same in every command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else there.")]
+EventsFile = Annotated[
+    Path | None, typer.Option("--events", metavar="FILE.jsonl", help="Progress as JSON lines into this file.")
+]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress on stderr.")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="More detail: every layer.")]
+Device = Annotated[
+    str, typer.Option(metavar="cpu|cuda|cuda:N", help="Where to compute. auto: the GPU where there is one.")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of calibration, search and pictures.")]
+Precision = Annotated[str | None, typer.Option(metavar="int4|nvfp4", help="4-bit number format.")]
+Rank = Annotated[str | None, typer.Option(metavar="N", help="Rank of the 16-bit branch, a multiple of 16.")]
+Effort = Annotated[
+    str | None, typer.Option(metavar="datafree|fast", help="How hard to search (fast: the paper's search).")
+]
+Formats = Annotated[
+    list[str] | None, typer.Option("--format", metavar="nunchaku-lite", help="Output format.")
+]
+Family = Annotated[str | None, typer.Option(help="Model family, where svdq can't tell.")]
+Prompts = Annotated[str | None, typer.Option(metavar="FILE", help="Prompts, one a line.")]
+Samples = Annotated[int | None, typer.Option(help="How many of the prompts to draw.")]
+Steps = Annotated[int | None, typer.Option(help="Denoising steps for each picture.")]
+Width = Annotated[int | None, typer.Option(help="Picture width in pixels.")]
+Height = Annotated[int | None, typer.Option(help="Picture height in pixels.")]
+BatchSize = Annotated[int | None, typer.Option(help="Pictures drawn at once.")]
+FailIf = Annotated[
+    list[str] | None,
+    typer.Option("--fail-if", metavar='"psnr_db<20"', help="Exit with 6 if this holds. Repeatable."),
+]
+Out = Annotated[Path, typer.Option("-o", "--output", help="Where to write.")]

@@ -1,0 +1,313 @@
+"""Reports as JSON for scripts or as tables for people."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from svdq_cli.errors import CheckFailedError, GateMissedError
+from svdq_cli.records import (
+    CalibrateReport,
+    CheckReport,
+    ConvertReport,
+    EvalReport,
+    GenerateReport,
+    InspectReport,
+    LayerSqnr,
+    PlanReport,
+    Summary,
+    json_text,
+)
+
+if TYPE_CHECKING:
+    from svdq_cli.diagnosis import DoctorReport
+    from svdq_cli.showcase import DemoReport
+
+WORST_LAYERS = 5
+
+
+def show(report: object, *, json: bool, verbose: bool = False) -> None:
+    """The report on stdout."""
+    if json:
+        print(json_text(report))
+        return
+    console = Console(highlight=False, soft_wrap=True)
+    match report:
+        case ConvertReport():
+            _convert(console, report, verbose)
+        case PlanReport():
+            _plan(console, report)
+        case InspectReport():
+            _inspect(console, report, verbose)
+        case CalibrateReport():
+            console.print(
+                f"{report.path}: {report.inputs} layer inputs from {report.prompts} prompts x {report.steps} steps, "
+                f"{_bytes(report.bytes)}, {report.seconds:.1f} s"
+            )
+            console.print(f"next: svdq convert SOURCE --calib {report.path} -o OUT")
+        case CheckReport():
+            _check(console, report, verbose)
+        case EvalReport():
+            _evaluate(console, report, verbose)
+        case GenerateReport():
+            console.print(f"{report.path}: {report.width} x {report.height}, {report.seconds:.1f} s")
+            console.print(f"backend: {report.backend}")
+        case _:
+            _other(console, report)
+
+
+def exit_on_missed_gates(missed: tuple[str, ...], *, json: bool) -> None:
+    """Exit code 6 where a gate was missed. The report, already on stdout, says which."""
+    if missed:
+        error = GateMissedError(f"gates missed: {'; '.join(missed)}", hint="the outputs are kept and marked")
+        _fail(error, json)
+
+
+def exit_on_problems(report: CheckReport, *, json: bool) -> None:
+    """Exit code 7 where a check found problems."""
+    if report.problems:
+        first = report.problems[0]
+        message = f"{len(report.problems)} problems, the first: {first.layer}: {first.what}"
+        _fail(CheckFailedError(message, hint="do not use this checkpoint; convert again"), json)
+
+
+def _fail(error: GateMissedError | CheckFailedError, json: bool) -> None:
+    """With --json the report itself is the one object on stdout, so only the exit code is left to say."""
+    import typer
+
+    if json:
+        raise typer.Exit(error.code)
+    raise error
+
+
+# ------------------------------------------------------------------------------------------------- one per report
+
+
+def _convert(console: Console, report: ConvertReport, verbose: bool) -> None:
+    output = report.outputs[0]
+    table = _facts()
+    table.add_row("written", output.path)
+    table.add_row("format", f"{output.format}, {report.precision}, rank {report.rank.requested}")
+    counts = report.layers
+    table.add_row("layers", f"{counts.w4a4} W4A4, {counts.w4a16} W4A16, {counts.kept} kept at 16 bit")
+    table.add_row("size", _size(report.bytes.input, report.bytes.output, report.bytes.ratio))
+    kind = "weights" if report.data_free else "outputs on the calibration rows"
+    sqnr = report.layer_sqnr_db
+    table.add_row("layer SQNR", f"mean {sqnr.mean:.1f} dB, worst {sqnr.min:.1f} dB ({kind})")
+    seconds = report.seconds
+    table.add_row(
+        "time",
+        f"{seconds.total:.1f} s (calibrate {seconds.calibrate:.1f}, solve {seconds.solve:.1f}, "
+        f"pack {seconds.pack:.1f}, check {seconds.check:.1f})",
+    )
+    table.add_row("memory", f"{_bytes(report.peak.ram_bytes)} RAM" + _vram(report.peak.vram_bytes))
+    console.print(table)
+    _layers(console, sqnr, everything=verbose)
+    console.print(f"next: svdq eval {output.path} --against {report.recipe['model']['source']}")  # type: ignore[index]
+
+
+def _plan(console: Console, report: PlanReport) -> None:
+    table = _facts()
+    table.add_row(
+        "model", f"{report.model.family} ({report.model.model_class}), {_count(report.model.parameters)}"
+    )
+    counts = report.layers
+    table.add_row("layers", f"{counts.w4a4} W4A4, {counts.w4a16} W4A16, {counts.kept} kept at 16 bit")
+    table.add_row("size", _size(report.bytes.input, report.bytes.output, report.bytes.ratio))
+    table.add_row("disk", _bytes(report.disk_bytes))
+    table.add_row("time, memory", "not predicted by this version")
+    console.print(table)
+    for warning in report.warnings:
+        console.print(f"warning: {warning}")
+
+
+def _inspect(console: Console, report: InspectReport, verbose: bool) -> None:
+    facts = _facts()
+    facts.add_row("kind", report.kind)
+    facts.add_row("model", f"{report.family} ({report.model_class}), {_count(report.parameters)}")
+    facts.add_row("format", f"{report.format}, {report.precision}, rank {report.rank}")
+    planned = " planned" if report.kind == "source" else ""
+    facts.add_row(f"size{planned}", _size(report.bytes.input, report.bytes.output, report.bytes.ratio))
+    if report.provenance:
+        for key in ("svdq_version", "source_sha256", "calibration_sha256", "fingerprint"):
+            facts.add_row(key, str(report.provenance.get(key)))
+    console.print(facts)
+    table = Table(box=None, pad_edge=False)
+    for title in ("role", "rank", "in", "out", "layers" if not verbose else "layer"):
+        table.add_column(title, justify="right" if title in ("rank", "in", "out") else "left")
+    if verbose:
+        for layer in report.layers:
+            table.add_row(
+                layer.role,
+                str(layer.rank or ""),
+                str(layer.in_features),
+                str(layer.out_features),
+                Text(layer.name),
+            )
+    else:
+        groups: dict[tuple[str, int | None, int, int, str], int] = {}
+        for layer in report.layers:
+            pattern = ".".join(
+                "*" if part.isdigit() and index == 1 else part
+                for index, part in enumerate(layer.name.split("."))
+            )
+            key = (layer.role, layer.rank, layer.in_features, layer.out_features, pattern)
+            groups[key] = groups.get(key, 0) + 1
+        for (role, rank, width, height, pattern), count in groups.items():
+            table.add_row(role, str(rank or ""), str(width), str(height), Text(f"{count} x {pattern}"))
+    console.print(table)
+
+
+def _check(console: Console, report: CheckReport, verbose: bool) -> None:
+    if report.problems:
+        for problem in report.problems[: None if verbose else 10]:
+            console.print(Text(f"{problem.layer}: {problem.what}"))
+        return
+    console.print(f"ok: {report.layers} layers, format {report.format}")
+    if report.layer_error:
+        worst = sorted(report.layer_error.items(), key=lambda item: -item[1])
+        for name, error in worst if verbose else worst[:WORST_LAYERS]:
+            console.print(Text(f"  {error:7.4f}  {name}"))
+        console.print("(relative error of the rebuilt weight, worst first)")
+    else:
+        console.print("structure and finite values; --against SOURCE also compares the weights")
+
+
+def _evaluate(console: Console, report: EvalReport, verbose: bool) -> None:
+    table = Table(box=None, pad_edge=False)
+    for title in ("against the 16-bit pictures", "PSNR", "worst", "SSIM"):
+        table.add_column(title, justify="left" if title.startswith("against") else "right")
+    table.add_row("converted", _db(report.psnr_db), f"{report.psnr_db.min:.1f} dB", f"{report.ssim.mean:.3f}")
+    for name, scores in report.baselines.items():
+        label = "naive 4-bit (rtn)" if name == "rtn" else name
+        table.add_row(label, _db(scores.psnr_db), f"{scores.psnr_db.min:.1f} dB", f"{scores.ssim.mean:.3f}")
+    console.print(table)
+    floor = report.noise_floor_psnr_db
+    repeats = "exactly (100 dB)" if floor is not None and floor >= 100 else f"to {floor:.1f} dB"
+    console.print(
+        f"{report.images} pictures; the 16-bit model repeats itself {repeats}; {report.seconds:.1f} s"
+    )
+    sqnr = report.layer_sqnr_db
+    console.print(f"layer SQNR on these prompts: mean {sqnr.mean:.1f} dB, worst {sqnr.min:.1f} dB")
+    _layers(console, sqnr, everything=verbose)
+
+
+def _other(console: Console, report: object) -> None:
+    name = type(report).__name__
+    if name == "DemoReport":
+        _demo(console, report)  # type: ignore[arg-type]
+    elif name == "DoctorReport":
+        _doctor(console, report)  # type: ignore[arg-type]
+    elif name == "InitReport":
+        console.print(f"{report.path}: a recipe for family {report.family}")  # type: ignore[attr-defined]
+        console.print(f"next: svdq convert {report.path}")  # type: ignore[attr-defined]
+    elif name == "ExportReport":
+        console.print(f"{report.path}: the embedded model as a diffusers pipeline ({_bytes(report.bytes)})")  # type: ignore[attr-defined]
+        console.print(
+            f"next: svdq calibrate {report.path} -o CALIB --prompts calib_prompts/demo_calibration.txt"  # type: ignore[attr-defined]
+        )
+    else:
+        console.print(json_text(report))
+
+
+def _demo(console: Console, report: DemoReport) -> None:
+    source = None
+    for row in report.rows:
+        if row.source != source:
+            source = row.source
+            note = (
+                ", a stress variant: same pictures, strong activation outliers"
+                if "outliers" in source
+                else ""
+            )
+            console.print(f"\n[bold]{source}[/]{note}")
+            table = Table(box=None, pad_edge=False)
+            for title in ("model", "PSNR", "SSIM", "layer SQNR", "transformer", "smaller", "seconds"):
+                table.add_column(title, justify="left" if title == "model" else "right")
+            of_source = [other for other in report.rows if other.source == source]
+            for other in of_source:
+                table.add_row(
+                    other.model,
+                    _db(other.psnr_db) if other.psnr_db else "",
+                    f"{other.ssim.mean:.3f}" if other.ssim else "",
+                    f"{other.layer_sqnr_db:.1f} dB" if other.layer_sqnr_db is not None else "",
+                    _bytes(other.bytes),
+                    f"{of_source[0].bytes / other.bytes:.2f}x",
+                    f"{other.seconds:.1f}" if other.seconds is not None else "",
+                )
+            console.print(table)
+    console.print(
+        f"\nPSNR and SSIM against the 16-bit pictures of {report.prompts} held-out prompts, equal seeds."
+    )
+    for grid in report.grids:
+        console.print(f"pictures: {grid}")
+    example = report.checkpoints[0]
+    console.print(f"done in {report.seconds:.0f} s")
+    console.print(
+        f'next: svdq generate {example} --prompt "a large red star above a small blue circle on white" -o star.png'
+    )
+
+
+def _doctor(console: Console, report: DoctorReport) -> None:
+    facts = _facts()
+    facts.add_row("svdq", report.svdq_version)
+    facts.add_row("python", report.python)
+    for name, version in report.packages.items():
+        facts.add_row(name, version or "not installed")
+    facts.add_row(
+        "device", f"{report.device['name']}" + (f", sm_{report.device['sm']}" if report.device["sm"] else "")
+    )
+    console.print(facts)
+    table = Table(box=None, pad_edge=False)
+    for title in ("op", "precision", "backend", "status", "detail"):
+        table.add_column(title)
+    for test in report.tests:
+        table.add_row(test.op, test.precision, test.backend, test.status, Text(test.detail))
+    console.print(table)
+
+
+# ------------------------------------------------------------------------------------------------- small pieces
+
+
+def _layers(console: Console, sqnr: LayerSqnr, *, everything: bool) -> None:
+    ranked = sorted(sqnr.per_layer.items(), key=lambda item: item[1])
+    console.print("all layers, worst first:" if everything else "worst layers:")
+    for name, value in ranked if everything else ranked[:WORST_LAYERS]:
+        console.print(Text(f"  {value:6.1f} dB  {name}"))
+
+
+def _facts() -> Table:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column()
+    return table
+
+
+def _db(summary: Summary) -> str:
+    return f"{summary.mean:.1f} dB"
+
+
+def _size(before: int, after: int, ratio: float) -> str:
+    return f"{_bytes(before)} -> {_bytes(after)} ({ratio:.2f}x smaller)"
+
+
+def _bytes(count: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count} B"
+
+
+def _count(parameters: int) -> str:
+    return (
+        f"{parameters / 1e9:.2f} B parameters"
+        if parameters >= 1e9
+        else f"{parameters / 1e6:.2f} M parameters"
+    )
+
+
+def _vram(count: int | None) -> str:
+    return f", {_bytes(count)} VRAM" if count is not None else ""

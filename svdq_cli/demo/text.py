@@ -1,0 +1,113 @@
+"""The demo model's tokenizers and text encoders: a small vocabulary of words, and single characters for the rest."""
+
+from __future__ import annotations
+
+import string
+from functools import cache
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
+
+from svdq_cli.demo.world import BACKGROUNDS, OBJECT_COLORS, PLACES, RELATIONS, SHAPES, SIZES
+
+WIDTH = 128  # of both encoders
+CLIP_LENGTH = 77  # FluxPipeline pads the CLIP prompt to model_max_length
+
+
+@cache
+def words() -> tuple[str, ...]:
+    """Every word a caption can hold, in a fixed order."""
+    phrases = [*SIZES, *OBJECT_COLORS, *SHAPES, *PLACES, *RELATIONS, *BACKGROUNDS, "a an on background to the"]
+    return tuple(dict.fromkeys(" ".join(phrases).split()))
+
+
+def new_t5_tokenizer() -> T5TokenizerFast:
+    """Unigram: a whole word beats its characters; a character outside printable ASCII becomes <unk>."""
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    vocabulary += [(f"▁{word}", -2.0) for word in words()]
+    # "▁a" is a word already; every other character costs more than any whole word
+    vocabulary += [(mark, -20.0) for mark in ["▁", *string.ascii_letters, *string.digits, *string.punctuation]]
+    return T5TokenizerFast(vocab=vocabulary, extra_ids=0, model_max_length=512)
+
+
+def new_clip_tokenizer() -> CLIPTokenizer:
+    """Byte-level BPE whose merges build exactly the words of the captions; other text falls to its bytes."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
+    )
+    tokenizer.train_from_iterator([" ".join(words())] * 4, trainer)
+    merges = [tuple(pair) for pair in _merges(tokenizer)]
+    tokens = [*alphabet, *(f"{mark}</w>" for mark in alphabet), *("".join(pair) for pair in merges)]
+    # CLIPTextModel pools at the end-of-text token; the highest id keeps old argmax pooling right too
+    tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=CLIP_LENGTH)
+
+
+def _merges(tokenizer: Tokenizer) -> list[list[str]]:
+    import json
+
+    merges = json.loads(tokenizer.to_str())["model"]["merges"]
+    return [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+
+
+def new_t5_encoder(tokenizer: T5TokenizerFast) -> T5EncoderModel:
+    """Untrained two-layer T5 encoder."""
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=WIDTH,
+        d_kv=32,
+        num_heads=4,
+        num_layers=2,
+        d_ff=256,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.0,
+        is_encoder_decoder=False,
+        use_cache=False,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    model = T5EncoderModel(config)
+    with torch.no_grad():
+        model.shared.weight.mul_(0.5)  # T5 starts embeddings at deviation 1, slow to move at our learning rate
+    return model
+
+
+def new_clip_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """Untrained two-layer CLIP text encoder."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=WIDTH,
+            intermediate_size=256,
+            projection_dim=WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=CLIP_LENGTH,
+            hidden_act="quick_gelu",
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def token_ids(tokenizer: CLIPTokenizer | T5TokenizerFast, texts: list[str], *, length: int) -> Tensor:
+    """(len(texts), length) ids, padded as FluxPipeline pads them. Raises ValueError where a text does not fit."""
+    longest = max(len(ids) for ids in tokenizer(texts).input_ids)
+    if longest > length:
+        raise ValueError(f"a caption takes {longest} tokens, more than {length}")
+    batch = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    return batch.input_ids

@@ -1,0 +1,81 @@
+"""Everything svdq refuses to do, as exceptions that speak to the person at the keyboard.
+
+An `SvdqError` carries what the command line needs: an exit code, a stable `kind` for scripts, the message (what and
+where), and a hint (what to do). Anything else that escapes is a bug and keeps its traceback (exit code 1).
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class SvdqError(Exception):
+    """Base of all refusals. `kind` is a stable slug for scripts, `where` a file, layer or key."""
+
+    code: ClassVar[int] = 1
+    default_kind: ClassVar[str] = "bug"
+
+    def __init__(
+        self, message: str, *, hint: str | None = None, where: str | None = None, kind: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.where = where
+        self.kind = kind or self.default_kind
+
+
+class UsageError(SvdqError):
+    """Bad command line: an option, a path that must not exist, a combination that makes no sense."""
+
+    code = 2
+    default_kind = "usage"
+
+
+class RecipeError(SvdqError):
+    """Bad recipe: unknown key, wrong type, a pattern that matches nothing."""
+
+    code = 2
+    default_kind = "recipe"
+
+
+class InputError(SvdqError):
+    """The input is missing, damaged, not supported, or already quantized."""
+
+    code = 3
+    default_kind = "input"
+
+
+class EnvironmentLacksError(SvdqError):
+    """This machine can't do it: no GPU, a missing library."""
+
+    code = 4
+    default_kind = "environment"
+
+
+class OutOfResourcesError(SvdqError):
+    """Out of memory or disk, after backing off."""
+
+    code = 5
+    default_kind = "out-of-resources"
+
+
+class GateMissedError(SvdqError):
+    """A quality or size gate (`--fail-if`, `gates:`) was missed. The outputs are kept."""
+
+    code = 6
+    default_kind = "gate-missed"
+
+
+class CheckFailedError(SvdqError):
+    """The self-check of an output failed. Nothing stands under the final name."""
+
+    code = 7
+    default_kind = "check-failed"
+
+
+class InterruptedRunError(SvdqError):
+    """The run was told to stop (SIGTERM) and did so cleanly."""
+
+    code = 75
+    default_kind = "interrupted"

@@ -1,0 +1,57 @@
+"""How much of a layer's output survives its conversion."""
+
+from __future__ import annotations
+
+import math
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from svdq_cli.errors import CheckFailedError
+from svdq_cli.records import LayerSolution, W4A4Solution, W4A16Solution
+from svdq_cli.runtime.linear import w4a4_exact, w4a16_exact
+
+# Bounds of a ratio that JSON can't hold when signal or noise is zero; float32 outputs can't reach them
+# otherwise.
+SQNR_CAP_DB = 150.0
+
+
+def layer_sqnr_db(
+    weight: Tensor, bias: Tensor | None, solution: LayerSolution, rows: Tensor, *, chunk: int = 1024
+) -> float:
+    """Signal to quantization noise, 10 log10(sum y^2 / sum (y - y')^2), y the exact layer's output on `rows`.
+
+    `weight` (N, K), `bias` (N,) or None, `rows` (M, K) raw activations: any float dtype, one device with the
+    solution. `chunk` rows at a time, sums in float64. The bias counts as signal. Bounded by +-SQNR_CAP_DB.
+    Raises CheckFailedError, naming the layer, where an output is not finite.
+    """
+    signal = noise = 0.0
+    weight32, bias32 = weight.float(), None if bias is None else bias.float()
+    for part in rows.split(chunk):
+        exact = F.linear(part.float(), weight32, bias32)
+        signal += exact.double().square().sum().item()
+        noise += (exact - converted_output(part, solution)).double().square().sum().item()
+    if not math.isfinite(signal) or not math.isfinite(noise):
+        name = solution.plan.name
+        whose = "converted" if math.isfinite(signal) else "16-bit"
+        raise CheckFailedError(
+            f"the {whose} layer {name} gives numbers that are not finite", where=name, kind="not-finite"
+        )
+    return _ratio_db(signal, noise)
+
+
+def converted_output(rows: Tensor, solution: LayerSolution) -> Tensor:
+    """The converted layer's contract value on `rows` (M, K): (M, N) float32."""
+    match solution:
+        case W4A4Solution():
+            return w4a4_exact(rows, solution)
+        case W4A16Solution():
+            return w4a16_exact(rows, solution)
+
+
+def _ratio_db(signal: float, noise: float) -> float:
+    if noise == 0:
+        return SQNR_CAP_DB
+    if signal == 0:
+        return -SQNR_CAP_DB
+    return max(-SQNR_CAP_DB, min(SQNR_CAP_DB, 10 * math.log10(signal / noise)))

@@ -1,0 +1,22 @@
+"""Output formats: one module each, all in `FORMATS`."""
+
+from __future__ import annotations
+
+import difflib
+
+from svdq_cli.errors import UsageError
+from svdq_cli.formats.contract import Format
+from svdq_cli.formats.nunchaku_lite import FORMAT as NUNCHAKU_LITE
+
+FORMATS: tuple[Format, ...] = (NUNCHAKU_LITE,)
+
+
+def format_named(name: str) -> Format:
+    """The format of that name. UsageError with the valid names."""
+    for candidate in FORMATS:
+        if candidate.name == name:
+            return candidate
+    names = [known.name for known in FORMATS]
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean '{near[0]}'?" if near else f"valid names: {', '.join(names)}"
+    raise UsageError(f"unknown format '{name}'; there is {', '.join(names)}", hint=hint)

@@ -1,0 +1,98 @@
+"""From what a user types as SOURCE to a folder on disk: a path, the embedded demo model, or a hub id."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from svdq_cli import __version__
+from svdq_cli.errors import EnvironmentLacksError, InputError
+from svdq_cli.recipe import find_source
+from svdq_cli.resources import demo_model_folder
+from svdq_cli.source import Source, read_json
+
+DEMO_SOURCES = ("demo", "demo:outliers")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# What a conversion reads and copies; single-file duplicates of the weights at a repository's top stay on the hub.
+_HUB_FILES = ("model_index.json", "LICENSE*", "*/*.json", "*/*.safetensors", "*/*.txt", "*/*.model")
+
+
+def locate_source(text: str, *, beside: Path | None = None, revision: str | None = None) -> Path:
+    """The folder or file a SOURCE means. A hub id is downloaded (or taken from the hub's cache).
+
+    Raises InputError (kind `not-found`) when it is nowhere.
+    """
+    if text == "demo":
+        return _demo_model()
+    if text == "demo:outliers":
+        return _outlier_variant()
+    found = Path(find_source(text, beside)).expanduser()
+    if found.exists():
+        return found
+    if _HUB_ID.fullmatch(text):
+        return _from_hub(text, revision)
+    raise InputError(
+        f"{text}: no such file or folder",
+        hint="give a diffusers pipeline folder, a hub id such as owner/name, or demo",
+        where=text,
+        kind="not-found",
+    )
+
+
+def default_resolution(source: Source) -> int:
+    """The side in pixels that a pipeline draws by nature: its autoencoder's `sample_size`; 1024 where none is known."""
+    config = source.pipeline / "vae" / "config.json" if source.pipeline else None
+    size = read_json(config).get("sample_size") if config and config.is_file() else None
+    return size if isinstance(size, int) and size > 0 else 1024
+
+
+def _demo_model() -> Path:
+    folder = demo_model_folder()
+    if not (folder / "model_index.json").is_file():
+        raise InputError(
+            f"{folder}: the embedded demo model is missing from this installation",
+            hint="reinstall svdq from its wheel or a complete clone",
+            where=str(folder),
+            kind="not-found",
+        )
+    return folder
+
+
+def _outlier_variant() -> Path:
+    """The stress variant of the demo model, made once per version in the user's cache."""
+    from svdq_cli.demo.outliers import export_demo
+
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "svdq"
+    folder = cache / f"demo-outliers-{__version__}"
+    if not (folder / "model_index.json").is_file():
+        cache.mkdir(parents=True, exist_ok=True)
+        partial = cache / f".demo-outliers-{os.getpid()}"
+        export_demo(partial, outliers=True)
+        try:
+            partial.rename(folder)
+        except OSError:  # another process was first; its copy is the same
+            import shutil
+
+            shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _from_hub(name: str, revision: str | None) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise EnvironmentLacksError(
+            f"{name} looks like a hub id, and huggingface_hub is not installed",
+            hint="pip install huggingface_hub, or give a local folder",
+        ) from error
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(_HUB_FILES)))
+    except Exception as error:  # the hub's client raises many kinds: offline, gated, missing, rate limits
+        raise InputError(
+            f"{name}: neither a local path nor to be had from the hub ({type(error).__name__}: "
+            f"{str(error).splitlines()[0] if str(error) else 'no reason given'})",
+            hint="check the name; for a gated model accept its licence and run `hf auth login`; offline, give a folder",
+            where=name,
+            kind="not-found",
+        ) from error

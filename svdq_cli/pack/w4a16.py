@@ -1,0 +1,75 @@
+"""4-bit weights with 16-bit activations, as the AWQ matrix-vector kernels of Nunchaku read them.
+
+Four neighboring rows share a line of memory, and each 16-bit word holds four codes of one row that lie 8
+columns apart. Scales, zero points and bias stay in their natural order.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from svdq_cli.pack.tiles import Layout, join_nibbles, require_shape, split_nibbles
+
+
+def pack_w4a16_codes(codes: Tensor) -> Tensor:
+    """(N, K) integers 0..15 -> (N/4, K/2) int32. N % 4 == 0, K % 64 == 0. ValueError for other codes."""
+    require_shape("codes", codes, (4, 64))
+    least, most = (int(bound) for bound in codes.aminmax())
+    if least < 0 or most > 15:
+        raise ValueError(f"W4A16 codes must lie in 0..15, but lie in {least}..{most}")
+    rows, columns = codes.shape
+    lines = join_nibbles(_layout(rows, columns).apply(codes)).reshape(rows // 4, columns * 2)
+    return lines.view(torch.int32)
+
+
+def unpack_w4a16_codes(qweight: Tensor) -> Tensor:
+    """(N/4, K/2) int32 -> (N, K) uint8 0..15. The inverse of `pack_w4a16_codes`."""
+    require_shape("qweight", qweight, (1, 32))
+    _require_int32(qweight)
+    rows, columns = qweight.shape[0] * 4, qweight.shape[1] * 2
+    nibbles = split_nibbles(qweight.contiguous().view(torch.uint8))
+    return _layout(rows, columns).undo(nibbles).reshape(rows, columns)
+
+
+def pack_w4a16_scales(scales: Tensor) -> Tensor:
+    """Scales or zero points, (N, G) -> (G, N), in natural order. G = K/64."""
+    require_shape("scales", scales, (1, 1))
+    return scales.T.contiguous()
+
+
+def unpack_w4a16_scales(stored: Tensor) -> Tensor:
+    """(G, N) -> (N, G). The inverse of `pack_w4a16_scales`."""
+    require_shape("stored scales", stored, (1, 1))
+    return stored.T.contiguous()
+
+
+def interleave_adanorm(rows: Tensor, *, parts: int) -> Tensor:
+    """(N, ...) -> (N, ...): row `parts * c + j` becomes row c of part j (shift, scale, gate, ...).
+
+    Only runtimes that read all parts of a channel at once want this order. N % parts == 0.
+    """
+    _require_parts(rows, parts)
+    return rows.unflatten(0, (parts, -1)).transpose(0, 1).flatten(0, 1)
+
+
+def deinterleave_adanorm(rows: Tensor, *, parts: int) -> Tensor:
+    """(N, ...) -> (N, ...). The inverse of `interleave_adanorm`."""
+    _require_parts(rows, parts)
+    return rows.unflatten(0, (-1, parts)).transpose(0, 1).flatten(0, 1)
+
+
+def _require_int32(qweight: Tensor) -> None:
+    """ValueError unless `qweight` is int32."""
+    if qweight.dtype != torch.int32:
+        raise ValueError(f"qweight of a W4A16 layer must be int32, but is {qweight.dtype}")
+
+
+def _require_parts(rows: Tensor, parts: int) -> None:
+    if parts < 1 or rows.shape[0] % parts:
+        raise ValueError(f"{rows.shape[0]} rows do not divide into {parts} parts")
+
+
+def _layout(rows: int, columns: int) -> Layout:
+    # n = 4 line + row; k = 64 block + 32 half + 8 nibble + word
+    return Layout(split=(rows // 4, 4, columns // 64, 2, 4, 8), order=(0, 2, 1, 3, 5, 4))

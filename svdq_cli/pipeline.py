@@ -1,0 +1,424 @@
+"""The pipeline in verbs: plan, calibrate, convert, check, inspect.
+
+Each takes a recipe or a path and returns a report record. Nothing here prints; progress goes to `observe`. The verbs
+that draw pictures to judge or to keep (evaluate, generate) are in `drawing.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from svdq_cli import __version__
+from svdq_cli.calibrate.artefact import (
+    Calibration,
+    CalibrationFacts,
+    open_calibration,
+    save_calibration,
+    statistics_digest,
+)
+from svdq_cli.calibrate.prompts import prompts_digest
+from svdq_cli.checking import find_problems, layer_errors
+from svdq_cli.checkpoint import (
+    REPORT_FILE,
+    open_checkpoint,
+    refuse_existing,
+    require_disk,
+    whole_folder,
+    write_pipeline,
+)
+from svdq_cli.errors import CheckFailedError, InputError, UsageError
+from svdq_cli.loading import compute_dtype
+from svdq_cli.machine import peak_memory, resolve_device
+from svdq_cli.preparing import (
+    DEFAULT_OPTIONS,
+    Prepared,
+    RunOptions,
+    chosen_prompts,
+    draw_settings,
+    inspect_layer,
+    is_data_free,
+    layer_counts,
+    layer_sqnr,
+    model_facts,
+    other_components_bytes,
+    predicted_sizes,
+    prepare,
+    rank_facts,
+    sizes_of,
+    warnings_of,
+)
+from svdq_cli.recipe import Recipe, embedded, figure_of, resolved
+from svdq_cli.records import (
+    ActivationStats,
+    CalibrateReport,
+    CheckReport,
+    ConvertReport,
+    ConvertSeconds,
+    Event,
+    InspectReport,
+    LayerPlan,
+    LayerReport,
+    LayerSolution,
+    Observer,
+    OutputFile,
+    PlanReport,
+    ignore_events,
+    json_text,
+    to_json,
+)
+from svdq_cli.solve.linear import SourceWeight, solve_input
+from svdq_cli.source import Source, file_sha256, read_tensor, source_digest
+
+# ------------------------------------------------------------------------------------------------- plan, inspect
+
+
+def predict(
+    recipe: Recipe, *, calibration: Path | None = None, options: RunOptions = DEFAULT_OPTIONS
+) -> PlanReport:
+    """What a conversion would write, from names and shapes alone."""
+    prepared = prepare(recipe, beside=options.beside)
+    sizes = predicted_sizes(prepared)
+    others = other_components_bytes(prepared.source)
+    return PlanReport(
+        model=model_facts(prepared, None),
+        precision=recipe.quantization.precision,
+        effort=recipe.quantization.effort,
+        rank=rank_facts(prepared),
+        layers=layer_counts(prepared.plan),
+        bytes=sizes,
+        disk_bytes=sizes.output + others,
+        seconds=None,
+        ram_bytes=None,
+        vram_bytes=None,
+        recipe=resolved(recipe),
+        warnings=warnings_of(prepared, data_free=is_data_free(recipe, calibration)),
+    )
+
+
+def inspect_source(recipe: Recipe, *, options: RunOptions = DEFAULT_OPTIONS) -> InspectReport:
+    """What becomes of each layer of a 16-bit model."""
+    prepared = prepare(recipe, beside=options.beside)
+    planned = {layer.name: layer for layer in prepared.plan.layers}
+    return InspectReport(
+        kind="source",
+        family=prepared.plan.family,
+        model_class=prepared.plan.model_class,
+        format=prepared.format.name,
+        precision=recipe.quantization.precision,
+        rank=int(recipe.quantization.rank),
+        parameters=prepared.plan.parameters,
+        layers=tuple(
+            inspect_layer(linear, planned.get(linear.name)) for linear in prepared.inventory.linears
+        ),
+        bytes=predicted_sizes(prepared),
+        provenance=None,
+    )
+
+
+def inspect_checkpoint(path: Path) -> InspectReport:
+    """What a converted checkpoint holds, from its headers."""
+    checkpoint = open_checkpoint(path)
+    planned = {layer.name: layer for layer in checkpoint.layers}
+    linears = [plan.linear for plan in checkpoint.layers] + list(checkpoint.kept)
+    return InspectReport(
+        kind="checkpoint",
+        family=checkpoint.family,
+        model_class=checkpoint.model_class,
+        format=checkpoint.format.name,
+        precision=checkpoint.precision.name if checkpoint.precision else None,
+        rank=checkpoint.rank,
+        parameters=checkpoint.parameters,
+        layers=tuple(inspect_layer(linear, planned.get(linear.name)) for linear in linears),
+        bytes=sizes_of(checkpoint.state, checkpoint.source.bytes),
+        provenance=checkpoint.provenance,
+    )
+
+
+# ------------------------------------------------------------------------------------------------- calibrate
+
+
+def calibrate(
+    recipe: Recipe, out: Path, *, options: RunOptions = DEFAULT_OPTIONS, observe: Observer = ignore_events
+) -> CalibrateReport:
+    """Draw the calibration prompts with the 16-bit model and keep what its layers saw."""
+    started = time.monotonic()
+    refuse_existing(out, overwrite=options.overwrite)
+    prepared = prepare(recipe, beside=options.beside)
+    stats, facts = _draw_statistics(prepared, options, observe, source_sha256=source_digest(prepared.source))
+    manifest = save_calibration(out, stats, facts, overwrite=options.overwrite)
+    return CalibrateReport(
+        path=str(out),
+        inputs=len(stats),
+        prompts=facts.prompts_count,
+        steps=facts.settings.steps,
+        tokens_seen=sum(item.tokens_seen for item in stats.values()),
+        bytes=manifest.bytes,
+        digest=manifest.digest,
+        seconds=time.monotonic() - started,
+    )
+
+
+def _draw_statistics(
+    prepared: Prepared, options: RunOptions, observe: Observer, *, source_sha256: str
+) -> tuple[dict[str, ActivationStats], CalibrationFacts]:
+    from svdq_cli.calibrate.collect import collect_stats
+    from svdq_cli.calibrate.pipelines import load_source_pipeline
+
+    wanted = prepared.recipe.calibration
+    if wanted is None:
+        raise UsageError("the recipe names no calibration prompts", hint="give --prompts FILE")
+    if prepared.source.pipeline is None:
+        raise InputError(
+            f"{prepared.source.path}: calibration draws pictures, and this is one component, not a pipeline",
+            hint="give the whole pipeline folder (with model_index.json), or use --effort datafree",
+            where=str(prepared.source.path),
+        )
+    prompts = chosen_prompts(prepared.recipe, options, observe)
+    settings = draw_settings(prepared.recipe, prepared.source)
+    device = resolve_device(options.device)
+    pipe = load_source_pipeline(prepared.source.pipeline, dtype=compute_dtype(device), device=device)
+    model = getattr(pipe, prepared.source.component)
+    stats = collect_stats(
+        pipe, model, prepared.plan.inputs, prompts, draw=settings, rows=wanted.rows, observe=observe
+    )
+    facts = CalibrationFacts(
+        svdq_version=__version__,
+        model_class=prepared.plan.model_class,
+        family=prepared.plan.family,
+        source_sha256=source_sha256,
+        settings=settings,
+        prompts_sha256=prompts_digest(prompts),
+        prompts_count=len(prompts),
+    )
+    return stats, facts
+
+
+# ------------------------------------------------------------------------------------------------- convert
+
+
+def convert(
+    recipe: Recipe,
+    out: Path,
+    *,
+    calibration: Path | None = None,
+    options: RunOptions = DEFAULT_OPTIONS,
+    observe: Observer = ignore_events,
+) -> ConvertReport:
+    """Search, quantize, pack, check. The output appears under `out` only when it is whole and has passed its check."""
+    started = time.monotonic()
+    refuse_existing(out, overwrite=options.overwrite)
+    prepared = prepare(recipe, beside=options.beside)
+    if not prepared.source.tensors:
+        raise InputError(
+            f"{prepared.source.path}: there are no weights here, only a config",
+            hint="give the folder that holds the weights",
+            where=str(prepared.source.path),
+        )
+    sizes = predicted_sizes(prepared)
+    require_disk(out, sizes.output + other_components_bytes(prepared.source))
+    digest = source_digest(prepared.source)
+    data_free = is_data_free(recipe, calibration)
+    warnings = warnings_of(prepared, data_free=data_free)
+    for warning in warnings:
+        observe(Event("warning", "convert", detail=warning))
+
+    clock = _Clock()
+    statistics = _statistics(prepared, calibration, options, observe, digest) if not data_free else None
+    calibrate_seconds = clock.lap()
+    solutions, reports = _solve(prepared, statistics, resolve_device(options.device), observe)
+    solve_seconds = clock.lap()
+
+    provenance = {
+        "svdq_version": __version__,
+        "recipe": embedded(recipe),
+        "source_sha256": digest,
+        "calibration_sha256": statistics.digest if statistics else None,
+    }
+    fingerprint = hashlib.sha256(json.dumps(provenance, sort_keys=True).encode()).hexdigest()
+    with whole_folder(out, overwrite=options.overwrite) as partial:
+        observe(Event("start", "pack", 0, 1))
+        weights = write_pipeline(
+            partial,
+            source=prepared.source,
+            plan=prepared.plan,
+            solutions=solutions,
+            kept=lambda name: _finite(read_tensor(prepared.source, name), name, prepared.source),
+            fmt=prepared.format,
+            dtype=prepared.settings.dtype,
+            provenance={**provenance, "fingerprint": fingerprint},
+        )
+        pack_seconds = clock.lap()
+        observe(Event("end", "pack", 1, 1, seconds=pack_seconds))
+        _require_sound(partial, prepared.source, observe)
+        check_seconds = clock.lap()
+        report = ConvertReport(
+            status="ok",
+            outputs=(
+                OutputFile(prepared.format.name, str(out), weights.stat().st_size, file_sha256(weights)),
+            ),
+            model=model_facts(prepared, digest),
+            precision=recipe.quantization.precision,
+            effort="datafree" if data_free else recipe.quantization.effort,
+            data_free=data_free,
+            rank=rank_facts(prepared),
+            layers=layer_counts(prepared.plan),
+            layer_sqnr_db=layer_sqnr(reports),
+            bytes=sizes_of(prepared.inventory.state, weights.stat().st_size),
+            seconds=ConvertSeconds(
+                calibrate_seconds, solve_seconds, pack_seconds, check_seconds, time.monotonic() - started
+            ),
+            peak=peak_memory(),
+            fingerprint=fingerprint,
+            svdq_version=__version__,
+            recipe=resolved(recipe),
+            warnings=warnings,
+        )
+        report = _gated(report, recipe)
+        (partial / REPORT_FILE).write_text(json_text(report) + "\n", encoding="utf-8")
+    return report
+
+
+@dataclass(frozen=True, slots=True)
+class _Statistics:
+    """Calibration statistics, drawn just now or opened from an artefact."""
+
+    digest: str
+    of: Mapping[str, ActivationStats] | Calibration
+
+    def __call__(self, name: str) -> ActivationStats:
+        return self.of.stats(name) if isinstance(self.of, Calibration) else self.of[name]
+
+
+def _statistics(
+    prepared: Prepared, calibration: Path | None, options: RunOptions, observe: Observer, digest: str
+) -> _Statistics:
+    if calibration is None:
+        stats, facts = _draw_statistics(prepared, options, observe, source_sha256=digest)
+        return _Statistics(statistics_digest(stats, facts), stats)
+    opened = open_calibration(calibration)
+    made_for = opened.manifest.facts
+    if made_for.source_sha256 != digest:
+        raise InputError(
+            f"{calibration}: this calibration was made with other weights ({made_for.model_class}, "
+            f"sha256 {str(made_for.source_sha256)[:12]}), not with {prepared.source.path} ({digest[:12]})",
+            hint="run svdq calibrate on this model",
+            where=str(calibration),
+        )
+    return _Statistics(opened.digest, opened)
+
+
+def _solve(
+    prepared: Prepared, statistics: _Statistics | None, device: torch.device, observe: Observer
+) -> tuple[dict[str, LayerSolution], list[LayerReport]]:
+    """Every layer, in the plan's order of inputs. Solutions come back on the CPU."""
+    plans = {layer.name: layer for layer in prepared.plan.layers}
+    solutions: dict[str, LayerSolution] = {}
+    reports: list[LayerReport] = []
+    total = len(plans)
+    observe(Event("start", "solve", 0, total))
+    started = time.monotonic()
+    for shared in prepared.plan.inputs:
+        weights = {name: _source_weight(prepared.source, plans[name], device) for name in shared.layers}
+        stats = statistics(shared.name) if statistics else None
+        solved = solve_input(shared, plans, weights, stats, prepared.settings)
+        for solution in (*solved.w4a4, *solved.w4a16):
+            solutions[solution.plan.name] = _on_cpu(solution)
+        reports += solved.reports
+        detail = f"{shared.name}  {solved.reports[0].sqnr_db:.1f} dB"
+        observe(Event("advance", "solve", len(solutions), total, detail, time.monotonic() - started))
+    observe(Event("end", "solve", total, total, seconds=time.monotonic() - started))
+    return solutions, reports
+
+
+def _source_weight(source: Source, plan: LayerPlan, device: torch.device) -> SourceWeight:
+    weight = _finite(read_tensor(source, f"{plan.name}.weight"), f"{plan.name}.weight", source)
+    bias = None
+    if plan.linear.bias:
+        bias = (
+            _finite(read_tensor(source, f"{plan.name}.bias"), f"{plan.name}.bias", source).to(device).float()
+        )
+    return SourceWeight(weight.to(device).float(), bias)
+
+
+def _finite(tensor: torch.Tensor, name: str, source: Source) -> torch.Tensor:
+    if not bool(torch.isfinite(tensor).all()):
+        file = source.tensors[name].file
+        raise InputError(
+            f"{file}: {name} holds NaN or infinite values",
+            hint="the checkpoint is damaged or its training diverged; download it again or use another",
+            where=name,
+            kind="not-finite",
+        )
+    return tensor
+
+
+def _on_cpu(solution: LayerSolution) -> LayerSolution:
+    moved = {
+        name: value.cpu()
+        for name in solution.__dataclass_fields__
+        if isinstance(value := getattr(solution, name), torch.Tensor)
+    }
+    return replace(solution, **moved)
+
+
+def _gated(report: ConvertReport, recipe: Recipe) -> ConvertReport:
+    """Mark the report with the gates it misses; gates on figures that only `svdq eval` has are left to it."""
+    plain = to_json(report)
+    figures = {gate: figure_of(gate, plain) for gate in recipe.gates}
+    missed = tuple(
+        f"{gate} (is {v:.4g})" for gate, v in figures.items() if v is not None and not gate.holds(v)
+    )
+    later = tuple(f"gate {gate} is judged by svdq eval, not here" for gate, v in figures.items() if v is None)
+    status = "gate-missed" if missed else report.status
+    return replace(report, status=status, gates_missed=missed, warnings=(*report.warnings, *later))
+
+
+# ------------------------------------------------------------------------------------------------- check
+
+
+def check(path: Path, *, against: Source | None = None, observe: Observer = ignore_events) -> CheckReport:
+    """Structure, finite values and, with the source at hand, how well each layer rebuilds its weight."""
+    checkpoint = open_checkpoint(path)
+    problems = find_problems(checkpoint)
+    errors: dict[str, float] | None = None
+    if against is not None and not problems:
+        errors, wrong = layer_errors(checkpoint, against, observe)
+        problems = [*problems, *wrong]
+    return CheckReport(
+        status="failed" if problems else "ok",
+        format=checkpoint.format.name,
+        layers=len(checkpoint.layers),
+        problems=tuple(problems),
+        layer_error=errors,
+    )
+
+
+def _require_sound(partial: Path, source: Source, observe: Observer) -> None:
+    report = check(partial, against=source, observe=observe)
+    if report.problems:
+        first = report.problems[0]
+        raise CheckFailedError(
+            f"the self-check of the written checkpoint failed: {first.layer}: {first.what}"
+            + (f" (and {len(report.problems) - 1} more problems)" if len(report.problems) > 1 else ""),
+            hint="nothing was left under the final name; please report this with the recipe",
+            where=first.layer,
+        )
+
+
+class _Clock:
+    """Seconds between laps."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def lap(self) -> float:
+        now = time.monotonic()
+        seconds, self._last = now - self._last, now
+        return seconds

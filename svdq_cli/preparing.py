@@ -1,0 +1,206 @@
+"""A recipe meets its model: everything that is known before a weight is read, and the facts reports share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from svdq_cli.calibrate.prompts import choose_prompts, dataset_prompts, read_prompts
+from svdq_cli.calibrate.settings import DrawSettings
+from svdq_cli.checkpoint import predicted_bytes
+from svdq_cli.errors import UsageError
+from svdq_cli.families import family_named
+from svdq_cli.formats import format_named
+from svdq_cli.formats.contract import Format
+from svdq_cli.locate import default_resolution, locate_source
+from svdq_cli.plan import Inventory, LayerOverride, plan_model, take_inventory
+from svdq_cli.recipe import DatasetPrompts, KeepOverride, Recipe, find_prompts
+from svdq_cli.records import (
+    ByteFacts,
+    InspectLayer,
+    LayerCounts,
+    LayerPlan,
+    LayerReport,
+    LayerSqnr,
+    Linear,
+    ModelFacts,
+    ModelPlan,
+    Observer,
+    RankFacts,
+    SolveSettings,
+    W4A4Plan,
+)
+from svdq_cli.source import Source, open_source
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """How a run is made. Never changes the bytes that come out."""
+
+    device: str = "auto"
+    overwrite: bool = False
+    beside: Path | None = None  # the recipe's folder, for relative paths in it
+
+
+DEFAULT_OPTIONS = RunOptions()
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A recipe that met its model: everything that is known before a weight is read."""
+
+    recipe: Recipe
+    source: Source
+    inventory: Inventory
+    plan: ModelPlan
+    format: Format
+    settings: SolveSettings
+
+
+def prepare(recipe: Recipe, *, beside: Path | None = None) -> Prepared:
+    """Find the model, resolve the family's rules, choose the format. Reads headers only."""
+    quantization = recipe.quantization
+    if quantization.effort in ("balanced", "best"):
+        raise UsageError(
+            f"effort {quantization.effort!r} is not in this version",
+            hint="use fast (the paper's search) or datafree",
+            where="quantization.effort",
+        )
+    if quantization.rank == "auto":
+        raise UsageError(
+            "rank auto is not in this version",
+            hint="give a multiple of 16, for example 32",
+            where="quantization.rank",
+        )
+    if len(recipe.outputs) > 1:
+        raise UsageError(
+            "several outputs at once are not in this version", hint="run svdq convert once for each"
+        )
+    fmt = format_named(recipe.outputs[0].format if recipe.outputs else "nunchaku-lite")
+    source = source_of(recipe, RunOptions(beside=beside))
+    plan = plan_model(
+        source,
+        precision=quantization.number_format,
+        rank=quantization.rank,
+        family=recipe.model.family,
+        overrides=tuple(
+            LayerOverride(o.match, keep=True)
+            if isinstance(o, KeepOverride)
+            else LayerOverride(o.match, rank=o.rank)
+            for o in recipe.layers
+        ),
+        supports=fmt.objection,
+    )
+    dtype = torch.float16 if recipe.model.dtype == "float16" else torch.bfloat16
+    fmt.metadata(plan, dtype)  # refuses now what the format could not say at the end
+    settings = SolveSettings(quantization.effort, quantization.chosen_smoothing, quantization.seed, dtype)
+    return Prepared(recipe, source, take_inventory(source, family_named(plan.family)), plan, fmt, settings)
+
+
+def source_of(recipe: Recipe, options: RunOptions) -> Source:
+    """The 16-bit model that a recipe names."""
+    return open_source(
+        locate_source(recipe.model.source, beside=options.beside, revision=recipe.model.revision)
+    )
+
+
+def chosen_prompts(recipe: Recipe, options: RunOptions, observe: Observer) -> tuple[str, ...]:
+    wanted = recipe.calibration
+    assert wanted is not None
+    match wanted.prompts:
+        case DatasetPrompts(dataset=name, config=config, split=split, column=column):
+            texts = dataset_prompts(name, config=config, split=split, column=column, limit=None)
+        case path:
+            texts = read_prompts(find_prompts(path, options.beside))
+    return choose_prompts(texts, samples=wanted.samples, seed=wanted.seed, observe=observe)
+
+
+def draw_settings(recipe: Recipe, source: Source) -> DrawSettings:
+    """How the recipe's calibration draws; the picture size is the model's own where the recipe is silent."""
+    wanted = recipe.calibration
+    assert wanted is not None
+    side = default_resolution(source)
+    return DrawSettings(
+        steps=wanted.steps,
+        guidance=wanted.guidance,
+        height=wanted.height or side,
+        width=wanted.width or side,
+        seed=wanted.seed,
+        max_sequence_length=wanted.max_sequence_length,
+        batch_size=wanted.batch_size,
+        true_cfg=wanted.true_cfg or 1.0,
+    )
+
+
+# ------------------------------------------------------------------------------------------------- facts for reports
+
+
+def is_data_free(recipe: Recipe, calibration: Path | None) -> bool:
+    return recipe.quantization.effort == "datafree" or (recipe.calibration is None and calibration is None)
+
+
+def warnings_of(prepared: Prepared, *, data_free: bool) -> tuple[str, ...]:
+    found: list[str] = []
+    if data_free:
+        found.append(
+            "data-free: no calibration, so activations are not smoothed and quality is lower; "
+            "name prompts with --prompts or a recipe, or give --calib"
+        )
+    stacks = {layer.name for layer in prepared.plan.layers}
+    unfit = [linear for linear in prepared.plan.kept if _in_block(linear.name) and linear.name not in stacks]
+    if unfit:
+        found.append(f"{len(unfit)} block layers stay at 16 bit, the first is {unfit[0].name}")
+    return tuple(found)
+
+
+def _in_block(name: str) -> bool:
+    return any(part.isdigit() for part in name.split("."))
+
+
+def predicted_sizes(prepared: Prepared) -> ByteFacts:
+    state = prepared.inventory.state
+    return sizes_of(state, predicted_bytes(prepared.plan, state, prepared.format, prepared.settings.dtype))
+
+
+def sizes_of(state: Mapping[str, tuple[int, ...]], output: int) -> ByteFacts:
+    """`input` counts every tensor at 16 bit, whatever the source stores, so that the ratio means what it says."""
+    count = 2 * sum(torch.Size(shape).numel() for shape in state.values())
+    return ByteFacts(count, output, count / output)
+
+
+def other_components_bytes(source: Source) -> int:
+    """What is copied beside the quantized component."""
+    if source.pipeline is None:
+        return 0
+    return sum(
+        file.stat().st_size
+        for file in source.pipeline.rglob("*")
+        if file.is_file() and file.relative_to(source.pipeline).parts[0] != source.component
+    )
+
+
+def layer_counts(plan: ModelPlan) -> LayerCounts:
+    return LayerCounts(len(plan.w4a4), len(plan.w4a16), len(plan.kept))
+
+
+def rank_facts(prepared: Prepared) -> RankFacts:
+    ranks = [layer.rank for layer in prepared.plan.w4a4] or [0]
+    return RankFacts(prepared.recipe.quantization.rank, min(ranks), sum(ranks) / len(ranks), max(ranks))
+
+
+def model_facts(prepared: Prepared, digest: str | None) -> ModelFacts:
+    return ModelFacts(prepared.plan.family, prepared.plan.model_class, prepared.plan.parameters, digest)
+
+
+def layer_sqnr(reports: list[LayerReport]) -> LayerSqnr:
+    per_layer = {report.name: round(report.sqnr_db, 3) for report in reports}
+    return LayerSqnr(sum(per_layer.values()) / len(per_layer), min(per_layer.values()), per_layer)
+
+
+def inspect_layer(linear: Linear, plan: LayerPlan | None) -> InspectLayer:
+    role = "kept" if plan is None else "w4a4" if isinstance(plan, W4A4Plan) else "w4a16"
+    rank = plan.rank if isinstance(plan, W4A4Plan) else None
+    return InspectLayer(linear.name, linear.in_features, linear.out_features, role, rank)

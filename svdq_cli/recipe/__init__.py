@@ -1,0 +1,57 @@
+"""The recipe: what comes out of a conversion, as one checked YAML file (`version: 1`).
+
+This is the room's door; everything else in it is private to the room.
+"""
+
+from svdq_cli.recipe.gates import Gate, figure_of, parse_fail_if, parse_gate
+from svdq_cli.recipe.model import (
+    DEFAULT_EFFORT,
+    DEFAULT_RANK,
+    Calibration,
+    DatasetPrompts,
+    KeepOverride,
+    LayerOverride,
+    Model,
+    Output,
+    OutputFormat,
+    Quantization,
+    RankOverride,
+    Recipe,
+    default_recipe,
+    embedded,
+    json_schema,
+    resolved,
+    with_overrides,
+)
+from svdq_cli.recipe.places import find_prompts, find_source
+from svdq_cli.recipe.reading import load_recipe, parse_recipe
+from svdq_cli.recipe.template import recipe_template
+
+__all__ = [
+    "DEFAULT_EFFORT",
+    "DEFAULT_RANK",
+    "Calibration",
+    "DatasetPrompts",
+    "Gate",
+    "KeepOverride",
+    "LayerOverride",
+    "Model",
+    "Output",
+    "OutputFormat",
+    "Quantization",
+    "RankOverride",
+    "Recipe",
+    "default_recipe",
+    "embedded",
+    "figure_of",
+    "find_prompts",
+    "find_source",
+    "json_schema",
+    "load_recipe",
+    "parse_fail_if",
+    "parse_gate",
+    "parse_recipe",
+    "recipe_template",
+    "resolved",
+    "with_overrides",
+]

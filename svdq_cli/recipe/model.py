@@ -1,0 +1,409 @@
+"""The recipe's sections as frozen records: names, types, bounds and defaults. The docstrings under the fields are the
+comments of `svdq init` and the descriptions of the JSON Schema."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Literal, cast
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    Tag,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from svdq_cli.errors import UsageError
+from svdq_cli.recipe.gates import CONDITION_PATTERN, METRICS, Gate, parse_gate
+from svdq_cli.recipe.problems import problems_of
+from svdq_cli.records import Effort, Int4, NvFp4, Precision, Smoothing
+
+DEFAULT_EFFORT: Effort = "fast"  # the paper's search; becomes "balanced" when the better search lands
+DEFAULT_RANK = 32
+SMOOTHING_OF_EFFORT: dict[Effort, Smoothing] = {
+    "datafree": "none",
+    "fast": "grid",
+    "balanced": "grid",
+    "best": "grid",
+}
+
+OutputFormat = Literal["nunchaku-lite", "nunchaku", "comfy", "vllm-omni"]
+Text = Annotated[str, Field(min_length=1)]
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0)]
+Pixels = Annotated[int, Field(ge=8, multiple_of=8)]
+
+
+class Section(BaseModel):
+    """A mapping of the recipe: only known keys, exact types, never changed after reading."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _knows_every_key(cls, value: object) -> object:
+        """Unknown keys, with the names that would have been right."""
+        if isinstance(value, dict):
+            given = cast("dict[str, object]", value)
+            unknown = [key for key in given if key not in cls.model_fields]
+            if unknown:
+                known = [key for key in cls.model_fields if key not in given]
+                raise PydanticCustomError("unknown_keys", "unknown key", {"keys": unknown, "known": known})
+        return cast(object, value)
+
+
+def _multiple_of_16_or_auto(value: object) -> object:
+    if value == "auto" or (
+        isinstance(value, int) and not isinstance(value, bool) and value > 0 and value % 16 == 0
+    ):
+        return value
+    hint = "the 4-bit runtimes take ranks 16, 32, 48, 64, ..."
+    raise PydanticCustomError(
+        "rank", "must be a multiple of 16, or auto, not {value}", {"value": repr(value), "hint": hint}
+    )
+
+
+def _no_loras(value: object) -> object:
+    if value:
+        hint = "leave `loras: []`: this version converts the model without adapters"
+        raise PydanticCustomError("loras", "adapters are not supported yet", {"hint": hint})
+    return value
+
+
+FixedRank = Annotated[int, Field(ge=16, multiple_of=16)]
+Rank = Annotated[FixedRank | Literal["auto"], BeforeValidator(_multiple_of_16_or_auto)]
+
+
+class Model(Section):
+    """What is converted."""
+
+    source: Text
+    """A diffusers pipeline folder, a .safetensors checkpoint, a hub id, demo or demo:outliers."""
+    family: Text = "auto"
+    """The model family; auto reads it off the model's own config."""
+    dtype: Literal["bfloat16", "float16"] = "bfloat16"
+    """The 16-bit type of everything that is not quantized."""
+    revision: Text | None = None
+    """The revision of a hub id: a branch, tag or commit."""
+    loras: Annotated[tuple[str, ...], BeforeValidator(_no_loras), Field(strict=False, max_length=0)] = ()
+    """Adapters to fold in first: not supported yet, so the list is empty."""
+
+
+class DatasetPrompts(Section):
+    """Prompts out of a data set, read through `datasets`."""
+
+    dataset: Text
+    """A hub name, or the path of a local JSON, CSV or Parquet file."""
+    config: Text | None = None
+    """The configuration, for data sets that have several."""
+    split: Text | None = None
+    """The split to read; train, or the only one there is, when absent."""
+    column: Text = "prompt"
+    """The column that holds the prompt."""
+
+
+def _prompts_kind(value: object) -> str:
+    return "dataset prompts" if isinstance(value, (dict, DatasetPrompts)) else "prompt file"
+
+
+Prompts = Annotated[
+    Annotated[Text, Tag("prompt file")] | Annotated[DatasetPrompts, Tag("dataset prompts")],
+    Discriminator(_prompts_kind),
+]
+
+
+class Calibration(Section):
+    """The prompts that are drawn with the 16-bit model to see its activations."""
+
+    prompts: Prompts
+    """A text file with one prompt a line, or {dataset, config, split, column}."""
+    samples: Count = 64
+    """How many prompts are drawn."""
+    steps: Count = 20
+    """Denoising steps for each; all timesteps are seen."""
+    guidance: Annotated[float, Field(ge=0)] = 3.5
+    """Guidance scale."""
+    true_cfg: Annotated[float, Field(ge=0)] | None = None
+    """Scale of classifier-free guidance with a second, negative pass, for models that are run with it."""
+    height: Pixels | None = None
+    """Picture height in pixels; the model's own when absent."""
+    width: Pixels | None = None
+    """Picture width in pixels; the model's own when absent."""
+    seed: Seed = 0
+    """Seed of the first picture's noise; the next picture has the next seed."""
+    max_sequence_length: Count | None = None
+    """Text tokens a prompt is padded to, where the pipeline has a choice."""
+    batch_size: Count = 1
+    """Prompts drawn at once: speed for memory."""
+    rows: Count = 4096
+    """Activation rows kept of every layer input, for the search."""
+
+
+class Quantization(Section):
+    """What the weights become, and how hard that is searched for."""
+
+    precision: Literal["int4", "nvfp4"] = "int4"
+    """int4 (any tensor-core GPU) or nvfp4 (Blackwell)."""
+    effort: Effort = DEFAULT_EFFORT
+    """datafree (no calibration), fast, balanced or best."""
+    smoothing: Smoothing | None = None
+    """none, closed-form or grid; chosen by the effort when absent."""
+    rank: Rank = DEFAULT_RANK
+    """Rank of the 16-bit branch: a multiple of 16, or auto (searched per layer)."""
+    seed: Seed = 0
+    """Seed of the randomized search."""
+
+    @model_validator(mode="after")
+    def _smoothing_needs_data(self) -> Quantization:
+        if self.effort == "datafree" and self.smoothing not in (None, "none"):
+            raise PydanticCustomError(
+                "at_key",
+                "{smoothing} smoothing needs calibration, which effort datafree goes without",
+                {
+                    "key": "smoothing",
+                    "smoothing": self.smoothing,
+                    "hint": "drop the key, or choose effort fast",
+                },
+            )
+        return self
+
+    @property
+    def chosen_smoothing(self) -> Smoothing:
+        """The recipe's word, else the effort's."""
+        return self.smoothing or SMOOTHING_OF_EFFORT[self.effort]
+
+    @property
+    def number_format(self) -> Precision:
+        """The precision as the record that everything downstream matches on."""
+        match self.precision:
+            case "int4":
+                return Int4()
+            case "nvfp4":
+                return NvFp4()
+
+
+class RankOverride(Section):
+    """Layers that get their own rank."""
+
+    match: Text
+    """Glob over layer names, for example transformer_blocks.*.ff.net.2."""
+    rank: FixedRank
+
+
+class KeepOverride(Section):
+    """Layers that stay at 16 bit."""
+
+    match: Text
+    """Glob over layer names."""
+    keep: Literal[True]
+
+
+def _override_kind(value: object) -> str:
+    keys = cast("dict[str, object]", value) if isinstance(value, dict) else {}
+    return "keep override" if isinstance(value, KeepOverride) or "keep" in keys else "rank override"
+
+
+def _rank_or_keep(value: object) -> object:
+    if isinstance(value, dict):
+        given = cast("dict[str, object]", value)
+        unknown = [key for key in given if key not in ("match", "rank", "keep")]
+        if unknown:
+            known = {"keys": unknown, "known": ["match", "rank", "keep"]}
+            raise PydanticCustomError("unknown_keys", "unknown key", known)
+        chosen = {"rank", "keep"} & given.keys()
+        if len(chosen) != 1:
+            said = "says both rank and keep" if chosen else "says neither rank nor keep"
+            hint = "write {match: ..., rank: 64} or {match: ..., keep: true}"
+            raise PydanticCustomError("override", "the entry {said}", {"said": said, "hint": hint})
+    return cast(object, value)
+
+
+LayerOverride = Annotated[
+    Annotated[RankOverride, Tag("rank override")] | Annotated[KeepOverride, Tag("keep override")],
+    Discriminator(_override_kind),
+]
+
+
+class Output(Section):
+    """One file or folder to write."""
+
+    format: OutputFormat = "nunchaku-lite"
+    """nunchaku-lite (a diffusers pipeline folder), nunchaku, comfy or vllm-omni (single files)."""
+    path: Text
+    """Where, relative to the current directory."""
+
+
+def _gates(value: object) -> tuple[Gate, ...]:
+    """`{metric: condition}` as gates; gates as they are."""
+    if isinstance(value, tuple):
+        return cast("tuple[Gate, ...]", value)
+    if not isinstance(value, dict):
+        raise PydanticCustomError("dict_type", "must be a section")
+    return tuple(_gate(metric, condition) for metric, condition in cast("dict[str, object]", value).items())
+
+
+def _gate(metric: str, condition: object) -> Gate:
+    try:
+        return parse_gate(metric, str(condition))
+    except UsageError as error:
+        context = {"key": metric, "what": error.message, "hint": error.hint or ""}
+        raise PydanticCustomError("at_key", "{what}", context) from error
+
+
+def _gates_as_written(gates: tuple[Gate, ...]) -> dict[str, str]:
+    return {gate.metric: gate.condition for gate in gates}
+
+
+Gates = Annotated[
+    tuple[Gate, ...],
+    PlainValidator(_gates),
+    PlainSerializer(_gates_as_written),
+    WithJsonSchema(
+        {
+            "type": "object",
+            "properties": {metric: {"type": "string", "pattern": CONDITION_PATTERN} for metric in METRICS},
+            "additionalProperties": False,
+        }
+    ),
+]
+
+
+class Recipe(Section):
+    """A conversion: a model, how it is calibrated and quantized, and what is written."""
+
+    version: Literal[1]
+    """The version of this file's grammar."""
+    model: Model
+    """What is converted."""
+    calibration: Calibration | None = None
+    """The prompts that are drawn with the 16-bit model to see its activations. Without: data-free, less exact."""
+    quantization: Quantization = Quantization()
+    """What the weights become, and how hard that is searched for."""
+    layers: Annotated[
+        tuple[Annotated[LayerOverride, BeforeValidator(_rank_or_keep)], ...], Field(strict=False)
+    ] = ()
+    """Exceptions by layer name, the last match wins: {match: GLOB, rank: 64} or {match: GLOB, keep: true}."""
+    outputs: Annotated[tuple[Output, ...], Field(strict=False)] = ()
+    """What is written: {format, path}."""
+    gates: Gates = ()
+    """Conditions on the figures; a missed one ends with exit code 6. For example {psnr_db: ">= 20"}."""
+
+    @model_validator(mode="after")
+    def _outputs_are_apart(self) -> Recipe:
+        paths = [output.path for output in self.outputs]
+        for index, path in enumerate(paths):
+            if path in paths[:index]:
+                context = {"key": "outputs", "path": path, "hint": "give every output its own path"}
+                raise PydanticCustomError("at_key", "two outputs have the path {path}", context)
+        return self
+
+
+def default_recipe(
+    source: str,
+    *,
+    family: str = "auto",
+    calibration: Calibration | None = None,
+    quantization: Quantization | None = None,
+    outputs: Sequence[Output] = (),
+) -> Recipe:
+    """The recipe of a bare model; without `calibration` it is converted data-free."""
+    return Recipe(
+        version=1,
+        model=Model(source=source, family=family),
+        calibration=calibration,
+        quantization=quantization or Quantization(),
+        outputs=tuple(outputs),
+    )
+
+
+def with_overrides(
+    recipe: Recipe,
+    *,
+    precision: str | None = None,
+    effort: str | None = None,
+    smoothing: str | None = None,
+    rank: int | str | None = None,
+    family: str | None = None,
+    dtype: str | None = None,
+    seed: int | None = None,
+    prompts: str | None = None,
+    samples: int | None = None,
+    steps: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    batch_size: int | None = None,
+    outputs: Sequence[Output] | None = None,
+) -> Recipe:
+    """The recipe with options put over it (None: not given). `seed` is that of calibration and of the search.
+
+    `prompts` gives a recipe without calibration one. Effort `datafree` also drops the recipe's own smoothing. Raises
+    UsageError naming the option.
+    """
+    drawing = {"samples": samples, "steps": steps, "height": height, "width": width, "batch_size": batch_size}
+    if (
+        recipe.calibration is None
+        and prompts is None
+        and any(value is not None for value in drawing.values())
+    ):
+        given = ", ".join(
+            "--" + name.replace("_", "-") for name, value in drawing.items() if value is not None
+        )
+        raise UsageError(f"{given}: there is no calibration to draw for", hint="add --prompts FILE")
+    calibration = _put_over(recipe.calibration, prompts=prompts, seed=seed, **drawing)
+    plain = recipe.model_dump() | {
+        "model": _put_over(recipe.model, family=family, dtype=dtype),
+        "calibration": calibration if recipe.calibration or prompts is not None else None,
+        "quantization": _put_over(
+            recipe.quantization, effort=effort, rank=rank, precision=precision, seed=seed
+        )
+        | ({"smoothing": smoothing} if smoothing is not None or effort == "datafree" else {}),
+        "outputs": [output.model_dump() for output in (recipe.outputs if outputs is None else outputs)],
+    }
+    try:
+        return Recipe.model_validate(plain)
+    except ValidationError as error:
+        raise _option_error(error) from error
+
+
+def _put_over(section: Section | None, **options: object) -> dict[str, object]:
+    """A section's values with the options that were given over them."""
+    given = {name: value for name, value in options.items() if value is not None}
+    return (section.model_dump() if section else {}) | given
+
+
+def _option_error(error: ValidationError) -> UsageError:
+    problem = problems_of(error)[0]
+    names: Iterable[str] = (
+        part for part in reversed(problem.location) if isinstance(part, str) and part.isidentifier()
+    )
+    option = "--" + next(iter(names), "?").replace("_", "-")
+    return UsageError(f"{option}: {problem.message}", hint=problem.hint, where=option)
+
+
+def resolved(recipe: Recipe) -> dict[str, object]:
+    """The recipe as plain JSON with every default filled in; it parses back."""
+    plain = recipe.model_dump(mode="json")
+    plain["quantization"]["smoothing"] = recipe.quantization.chosen_smoothing
+    return plain
+
+
+def embedded(recipe: Recipe) -> dict[str, object]:
+    """What a checkpoint says about its making: `resolved` without `outputs` and `gates`, which do not shape its bytes,
+    so that the same conversion written elsewhere is the same file."""
+    return {key: value for key, value in resolved(recipe).items() if key not in ("outputs", "gates")}
+
+
+def json_schema() -> dict[str, object]:
+    """The JSON Schema of a recipe, for editors (committed as configs/recipe.schema.json)."""
+    dialect = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+    return {**dialect, **Recipe.model_json_schema(), "title": "svdq recipe, version 1"}

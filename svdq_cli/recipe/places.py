@@ -1,0 +1,43 @@
+"""Where the files that a recipe names are looked for.
+
+Inputs (the source, the prompts): as given from the current directory, then from the recipe's own folder; prompts last
+among the lists that ship with svdq. Outputs always go where `-o` would put them: relative to the current directory.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from svdq_cli.errors import InputError
+from svdq_cli.resources import data_root
+
+
+def find_prompts(path: str | Path, beside: Path | None) -> Path:
+    """The prompt file. `beside` is the recipe's folder (None: no recipe). `calib_prompts/NAME` is also looked up among
+    the lists that ship with svdq. Raises InputError (kind "not-found") naming every place looked at."""
+    places = _input_places(Path(path), beside)
+    if Path(path).parts[:1] == ("calib_prompts",):
+        places.append(data_root("calib_prompts").joinpath(*Path(path).parts[1:]))
+    for place in places:
+        if place.is_file():
+            return place
+    looked = ", ".join(str(place) for place in dict.fromkeys(places))
+    raise InputError(
+        f"no prompt file {str(path)!r} (looked at: {looked})",
+        hint="give a text file with one prompt a line, or calib_prompts/general.txt, which ships with svdq",
+        where=str(path),
+        kind="not-found",
+    )
+
+
+def find_source(source: str, beside: Path | None) -> str:
+    """The source with a relative path made good; a hub id, `demo`, or a path that is nowhere comes back unchanged."""
+    for place in _input_places(Path(source), beside):
+        if place.exists():
+            return str(place)
+    return source
+
+
+def _input_places(path: Path, beside: Path | None) -> list[Path]:
+    path = path.expanduser()
+    return [path] if path.is_absolute() or beside is None else [path, beside / path]

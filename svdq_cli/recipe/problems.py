@@ -1,0 +1,110 @@
+"""What pydantic finds wrong with a recipe, in words for the person who wrote it."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+    from pydantic_core import ErrorDetails
+
+Location = tuple[str | int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing wrong: where (keys and list positions), what, and what to do about it."""
+
+    location: Location
+    message: str
+    hint: str | None = None
+
+
+def problems_of(error: ValidationError) -> list[Problem]:
+    """Everything pydantic found, one problem per wrong key."""
+    return [problem for details in error.errors() for problem in _problems(details)]
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The hint of a misspelt name: the nearest valid one, else all of them."""
+    names = list(known)
+    close = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
+
+
+def _problems(details: ErrorDetails) -> list[Problem]:
+    location, context = details["loc"], details.get("ctx", {})
+    match details["type"]:
+        case "unknown_keys":  # raised by model.Section
+            known = cast("list[str]", context["known"])
+            keys = cast("list[str]", context["keys"])
+            return [Problem((*location, key), f"unknown key {key!r}", nearest(key, known)) for key in keys]
+        case "missing":
+            return [_missing(location)]
+        case "at_key":  # raised by a validator that looks at a whole section
+            return [Problem((*location, str(context["key"])), details["msg"], context.get("hint"))]
+        case "literal_error":
+            valid = re.findall(r"'([^']*)'", str(context["expected"])) or [str(context["expected"]).lower()]
+            return [Problem(location, *_not_one_of(details["input"], valid))]
+        case _:
+            return [Problem(location, _wrong_value(details), context.get("hint"))]
+
+
+def _missing(location: Location) -> Problem:
+    if location == ("version",):
+        return Problem(location, "the recipe does not say its 'version'", "add the line: version: 1")
+    return Problem(location, f"{str(location[-1])!r} is missing")
+
+
+def _not_one_of(value: object, valid: list[str]) -> tuple[str, str]:
+    hint = nearest(value, valid) if isinstance(value, str) else f"known: {', '.join(valid)}"
+    return f"must be {' or '.join(valid)}, not {_shown(value)}", hint
+
+
+_TYPES = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "string_type": "text",
+    "bool_type": "true or false",
+    "tuple_type": "a list",
+    "dict_type": "a section of keys and values",
+    "model_type": "a section of keys and values",
+    "model_attributes_type": "a section of keys and values",
+}
+
+
+def _wrong_value(details: ErrorDetails) -> str:
+    context, value = details.get("ctx", {}), _shown(details["input"])
+    match details["type"]:
+        case "greater_than_equal":
+            return f"must be {context['ge']} or more, not {value}"
+        case "multiple_of":
+            return f"must be a multiple of {context['multiple_of']}, not {value}"
+        case "string_too_short":
+            return "must not be empty"
+        case kind if kind in _TYPES:
+            return f"must be {_TYPES[kind]}, not {value}"
+        case _:
+            return details["msg"]
+
+
+def _shown(value: object) -> str:
+    """A value as its writer knows it, in YAML's words."""
+    match value:
+        case None:
+            return "nothing"
+        case bool():
+            return str(value).lower()
+        case dict():
+            return "a section"
+        case list() | tuple():
+            return "a list"
+        case _:
+            text = repr(value)
+            return text if len(text) <= 60 else text[:57] + "..."

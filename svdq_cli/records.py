@@ -1,0 +1,451 @@
+"""The pipeline in nouns: every record that flows from a recipe to a checkpoint and its reports.
+
+Letters used everywhere, here and in the kernels: M tokens, K in features, N out features, R rank, G group size.
+Records that hold tensors compare by identity.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor, dtype
+
+# ---------------------------------------------------------------------------------------------------- precision
+
+
+@dataclass(frozen=True, slots=True)
+class Int4:
+    """Signed 4-bit integers in [-7, 7], one 16-bit scale per (row, 64 inputs)."""
+
+    name: ClassVar[Literal["int4"]] = "int4"
+    group: ClassVar[int] = 64
+
+
+@dataclass(frozen=True, slots=True)
+class NvFp4:
+    """E2M1 floats, one e4m3 micro scale per (row, 16 inputs) and one 16-bit outer scale per tensor."""
+
+    name: ClassVar[Literal["nvfp4"]] = "nvfp4"
+    group: ClassVar[int] = 16
+
+
+Precision = Int4 | NvFp4
+Effort = Literal["datafree", "fast", "balanced", "best"]
+Smoothing = Literal["none", "closed-form", "grid"]
+
+# ---------------------------------------------------------------------------------------------------- the plan
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """A linear layer of the source model, by its full module path."""
+
+    name: str
+    in_features: int
+    out_features: int
+    bias: bool
+
+
+@dataclass(frozen=True, slots=True)
+class W4A4Plan:
+    """A linear that becomes 4-bit weights and activations plus a 16-bit low-rank branch."""
+
+    linear: Linear
+    precision: Precision
+    rank: int
+
+    @property
+    def name(self) -> str:
+        return self.linear.name
+
+
+@dataclass(frozen=True, slots=True)
+class W4A16Plan:
+    """A linear whose weights become 4 bits (group 64, unsigned codes with a zero point); activations stay 16-bit."""
+
+    linear: Linear
+    group: ClassVar[int] = 64
+
+    @property
+    def name(self) -> str:
+        return self.linear.name
+
+
+LayerPlan = W4A4Plan | W4A16Plan
+
+
+@dataclass(frozen=True, slots=True)
+class SharedInput:
+    """Layers that read the same activation: they are calibrated once and share one smoothing factor.
+
+    `branches` partitions `layers`; the layers of one part also share one low-rank down projection (a fused
+    q, k, v of some runtimes), so that a fused and a split checkpoint hold the same numbers.
+    """
+
+    name: str
+    layers: tuple[str, ...]
+    branches: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelPlan:
+    """What becomes of every linear of one model. Every linear is in exactly one of `layers` and `kept`."""
+
+    family: str
+    model_class: str
+    component: str  # the pipeline's folder that holds the model: "transformer" or "unet"
+    parameters: int
+    layers: tuple[LayerPlan, ...]
+    kept: tuple[Linear, ...]
+    inputs: tuple[SharedInput, ...]  # cover all of `layers`
+
+    @property
+    def w4a4(self) -> tuple[W4A4Plan, ...]:
+        return tuple(layer for layer in self.layers if isinstance(layer, W4A4Plan))
+
+    @property
+    def w4a16(self) -> tuple[W4A16Plan, ...]:
+        return tuple(layer for layer in self.layers if isinstance(layer, W4A16Plan))
+
+    def layer(self, name: str) -> LayerPlan:
+        return next(layer for layer in self.layers if layer.name == name)
+
+
+# ---------------------------------------------------------------------------------------------------- calibration
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ActivationStats:
+    """What calibration keeps of one shared input, over all prompts, seeds and timesteps."""
+
+    name: str
+    abs_max: Tensor  # (K,) float32, per channel
+    second_moment: Tensor  # (K,) float32, mean of x squared per channel
+    rows: Tensor  # (M, K) bfloat16, a sample spread evenly over prompts, timesteps and tokens
+    tokens_seen: int
+
+
+# ---------------------------------------------------------------------------------------------------- solutions
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class W4A4Solution:
+    """One linear as low rank plus 4 bits: y = qa(x / smooth) . (codes * scales * outer)^T + (x down^T) up^T + bias.
+
+    All floating tensors are in the dtype in which they are stored, so that decode(encode(s)) is s, bit for bit.
+    """
+
+    plan: W4A4Plan
+    smooth: Tensor  # (K,)     16-bit; the activation is divided by this
+    down: Tensor  # (R, K)     16-bit; applied to the raw activation
+    up: Tensor  # (N, R)       16-bit
+    codes: Tensor  # (N, K)    int8: int4 in [-7, 7], nvfp4 e2m1 nibbles 0..15
+    scales: Tensor  # (N, K/G) int4: 16-bit, nvfp4: float8_e4m3fn
+    outer: Tensor | None  # nvfp4: (1,) or (N,) 16-bit; int4: None
+    bias: Tensor | None  # (N,) 16-bit
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class W4A16Solution:
+    """One linear with 4-bit weights only: W = codes * scales + zeros (per row and 64 inputs)."""
+
+    plan: W4A16Plan
+    codes: Tensor  # (N, K)     uint8 0..15
+    scales: Tensor  # (N, K/64) 16-bit
+    zeros: Tensor  # (N, K/64)  16-bit, additive, already scaled
+    bias: Tensor | None  # (N,) 16-bit
+
+
+LayerSolution = W4A4Solution | W4A16Solution
+
+
+@dataclass(frozen=True, slots=True)
+class SolveSettings:
+    """How the search is made. Part of the fingerprint: it changes the bytes."""
+
+    effort: Effort
+    smoothing: Smoothing
+    seed: int
+    dtype: dtype  # the 16-bit dtype of everything that is stored unquantized
+
+
+@dataclass(frozen=True, slots=True)
+class LayerReport:
+    """How well a solved layer reproduces the 16-bit layer's output on the calibration rows (or, without any, on its
+    weight)."""
+
+    name: str
+    sqnr_db: float
+    rank: int | None
+    smoothing: str | None  # "grid a=0.50 b=0.25", None for W4A16
+
+
+# ---------------------------------------------------------------------------------------------------- progress
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One step of progress. `done`/`total` count the stage's units (prompts, layers, pictures)."""
+
+    kind: Literal["start", "advance", "end", "warning"]
+    stage: str
+    done: int = 0
+    total: int = 0
+    detail: str = ""
+    seconds: float | None = None
+
+
+Observer = Callable[[Event], None]
+
+
+def ignore_events(event: Event) -> None:
+    """The observer of callers that do not care."""
+
+
+# ---------------------------------------------------------------------------------------------------- reports
+# Field names are the JSON keys of the command-line contract (schema 1); `to_json` is the only encoder.
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """Mean, standard deviation and extreme of one figure over pictures."""
+
+    mean: float
+    std: float
+    min: float
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFile:
+    format: str
+    path: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    family: str
+    model_class: str = field(metadata={"json": "class"})
+    parameters: int
+    source_sha256: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class RankFacts:
+    requested: int | str
+    min: int
+    mean: float
+    max: int
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCounts:
+    w4a4: int
+    w4a16: int
+    kept: int
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSqnr:
+    mean: float
+    min: float
+    per_layer: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class ByteFacts:
+    """Bytes of the quantized model component: input and output weights, and their ratio."""
+
+    input: int
+    output: int
+    ratio: float
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertSeconds:
+    calibrate: float
+    solve: float
+    pack: float
+    check: float
+    total: float
+
+
+@dataclass(frozen=True, slots=True)
+class PeakFacts:
+    ram_bytes: int
+    vram_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertReport:
+    status: str
+    outputs: tuple[OutputFile, ...]
+    model: ModelFacts
+    precision: str
+    effort: str
+    data_free: bool
+    rank: RankFacts
+    layers: LayerCounts
+    layer_sqnr_db: LayerSqnr
+    bytes: ByteFacts
+    seconds: ConvertSeconds
+    peak: PeakFacts
+    fingerprint: str
+    svdq_version: str
+    recipe: Mapping[str, object]
+    warnings: tuple[str, ...]
+    gates_missed: tuple[str, ...] = ()
+    command: str = "convert"
+    schema: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class PlanReport:
+    """What `--plan` predicts. `None` where nothing honest can be said yet."""
+
+    model: ModelFacts
+    precision: str
+    effort: str
+    rank: RankFacts
+    layers: LayerCounts
+    bytes: ByteFacts
+    disk_bytes: int
+    seconds: float | None
+    ram_bytes: int | None
+    vram_bytes: int | None
+    recipe: Mapping[str, object]
+    warnings: tuple[str, ...]
+    command: str = "convert"
+    status: str = "planned"
+    schema: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class BaselineFacts:
+    psnr_db: Summary
+    ssim: Summary
+
+
+@dataclass(frozen=True, slots=True)
+class EvalReport:
+    images: int
+    psnr_db: Summary
+    ssim: Summary
+    lpips: Summary | None
+    clip: Summary | None
+    baselines: Mapping[str, BaselineFacts]
+    layer_sqnr_db: LayerSqnr
+    noise_floor_psnr_db: float | None
+    seconds: float
+    gates_missed: tuple[str, ...] = ()
+    command: str = "eval"
+    status: str = "ok"
+    schema: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class CheckProblem:
+    layer: str
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
+class CheckReport:
+    """`layer_error`: relative Frobenius error of the reconstructed weight per layer; None without a source."""
+
+    status: str
+    format: str
+    layers: int
+    problems: tuple[CheckProblem, ...]
+    layer_error: Mapping[str, float] | None
+    command: str = "check"
+    schema: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class InspectLayer:
+    name: str
+    in_features: int = field(metadata={"json": "in"})
+    out_features: int = field(metadata={"json": "out"})
+    role: Literal["w4a4", "w4a16", "kept"]
+    rank: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class InspectReport:
+    kind: Literal["source", "checkpoint"]
+    family: str
+    model_class: str = field(metadata={"json": "class"})
+    format: str | None
+    precision: str | None
+    rank: int | None
+    parameters: int
+    layers: tuple[InspectLayer, ...]
+    bytes: ByteFacts
+    provenance: Mapping[str, object] | None
+    command: str = "inspect"
+    status: str = "ok"
+    schema: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrateReport:
+    path: str
+    inputs: int
+    prompts: int
+    steps: int
+    tokens_seen: int
+    bytes: int
+    digest: str
+    seconds: float
+    command: str = "calibrate"
+    status: str = "ok"
+    schema: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateReport:
+    path: str
+    backend: str
+    seconds: float
+    width: int
+    height: int
+    command: str = "generate"
+    status: str = "ok"
+    schema: int = 1
+
+
+Report = (
+    ConvertReport | PlanReport | EvalReport | CheckReport | InspectReport | CalibrateReport | GenerateReport
+)
+
+
+def to_json(report: object) -> dict[str, object]:
+    """A report record as the JSON object of the contract (`schema` and `command` first)."""
+    plain = _plain(report)
+    assert isinstance(plain, dict)
+    first = {key: plain.pop(key) for key in ("schema", "command", "status") if key in plain}
+    return {**first, **plain}
+
+
+def json_text(report: object) -> str:
+    return json.dumps(to_json(report), indent=1, ensure_ascii=False)
+
+
+def _plain(value: object) -> object:
+    if hasattr(value, "__dataclass_fields__"):
+        fields = value.__dataclass_fields__  # type: ignore[attr-defined]
+        return {f.metadata.get("json", name): _plain(getattr(value, name)) for name, f in fields.items()}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    return value

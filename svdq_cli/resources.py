@@ -1,0 +1,23 @@
+"""Where the data that ships with svdq lies: in a wheel (`svdq_cli/_data/`), or in a checkout beside the package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+_PACKAGE = Path(__file__).resolve().parent
+
+DataFolder = Literal["configs", "calib_prompts", "kernels"]
+
+
+def data_root(name: DataFolder) -> Path:
+    """The folder of that name. Raises FileNotFoundError when the installation is incomplete."""
+    for candidate in (_PACKAGE / "_data" / name, _PACKAGE.parent / name):
+        if candidate.is_dir():
+            return candidate
+    raise FileNotFoundError(f"svdq's data folder {name!r} is missing from this installation")
+
+
+def demo_model_folder() -> Path:
+    """The embedded pipeline, an ordinary diffusers folder."""
+    return _PACKAGE / "demo" / "model"

@@ -1,0 +1,1 @@
+"""Modules that compute what the 4-bit runtimes compute, in plain torch."""

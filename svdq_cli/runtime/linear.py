@@ -1,0 +1,220 @@
+"""A converted linear in plain torch: the arithmetic of the 4-bit runtimes, as functions and as modules.
+
+One float32 GEMM computes the 4-bit product; no loop over groups is needed. Why: a dequantized operand is a
+4-bit code times a scale. With bfloat16 scales that is at most 3 + 8 significant bits (int4) or 2 + 4 (nvfp4,
+whose outer scale multiplies the sum), so operands and their pairwise products (22 bits) are exact in float32.
+With float16 scales the operands (14 bits) are exact and int4 products are rounded in their last bits. What is
+left is the order in which float32 sums.
+
+Every layer has two values:
+* `*_exact`, float32, rounded nowhere but at the inputs: the contract value, on which errors are measured.
+* `*_forward`, rounded to 16 bit where every runtime rounds (the branch's hidden vector, the result): what the
+  modules return.
+The CUDA kernels also keep their running int4 sum in 16 bit. That is noise, not contract, and not imitated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from svdq_cli.records import LayerSolution, W4A4Solution, W4A16Solution
+from svdq_cli.solve.quantizers import QuantizedWeight, dequantize_weight, fake_quantize_activation
+
+# A float32 copy of the weight is kept per layer up to this size (1024 x 1024). Larger layers dequantize at
+# every call, so that a large model does not grow to 8 times its file in memory.
+CACHE_BYTES = 4 * 2**20
+
+# ------------------------------------------------------------------------------------------ W4A4
+
+
+def w4a4_weight(solution: W4A4Solution) -> Tensor:
+    """codes * scales, (N, K) float32, exact. Without nvfp4's outer scale, which multiplies the product."""
+    precision = solution.plan.precision
+    one = torch.ones(1, device=solution.codes.device)
+    return dequantize_weight(QuantizedWeight(solution.codes, solution.scales, one), precision)
+
+
+@torch.no_grad()
+def w4a4_exact(x: Tensor, solution: W4A4Solution) -> Tensor:
+    """The layer's contract value: no 16-bit rounding but that of x. `x` (..., K) -> (..., N) float32."""
+    rows = _sixteen_bit_rows(x, solution.up.dtype)
+    y = _four_bit_product(rows, solution, w4a4_weight(solution))
+    hidden = _matmul(rows.float(), solution.down)
+    return _shaped_as(x, _with_bias(y + _matmul(hidden, solution.up), solution.bias))
+
+
+@torch.no_grad()
+def w4a4_forward(x: Tensor, solution: W4A4Solution, *, weight: Tensor | None = None) -> Tensor:
+    """As the runtimes run it: rounded to the checkpoint's dtype. `x` (..., K) -> (..., N) in x's dtype.
+
+    `weight`: w4a4_weight(solution), where the caller keeps it.
+    """
+    dtype = solution.up.dtype
+    rows = _sixteen_bit_rows(x, dtype)
+    y = _four_bit_product(rows, solution, w4a4_weight(solution) if weight is None else weight)
+    if solution.up.shape[1] > 0:
+        hidden = _matmul(rows.float(), solution.down).to(dtype)
+        y = y + _matmul(hidden.float(), solution.up)
+    return _shaped_as(x, _with_bias(y, solution.bias)).to(dtype).to(x.dtype)
+
+
+def _four_bit_product(rows: Tensor, solution: W4A4Solution, weight: Tensor) -> Tensor:
+    """qa(rows / smooth) . weight^T * outer, (M, N) float32. int4 keeps its scales in the dtype of `rows`."""
+    activation = fake_quantize_activation(rows / solution.smooth, solution.plan.precision)
+    y = _matmul(activation, weight)
+    return y if solution.outer is None else y * solution.outer.float()
+
+
+# ------------------------------------------------------------------------------------------ W4A16
+
+
+def w4a16_weight(solution: W4A16Solution) -> Tensor:
+    """codes * scales + zeros, (N, K) float32."""
+    groups = solution.codes.float().unflatten(-1, (-1, solution.plan.group))
+    scales, zeros = solution.scales.float().unsqueeze(-1), solution.zeros.float().unsqueeze(-1)
+    return (groups * scales + zeros).flatten(-2)
+
+
+def w4a16_rounded_weight(solution: W4A16Solution) -> Tensor:
+    """What the kernel multiplies with: it makes each weight by one 16-bit fma, one rounding of the sum."""
+    return w4a16_weight(solution).to(solution.scales.dtype).float()
+
+
+@torch.no_grad()
+def w4a16_exact(x: Tensor, solution: W4A16Solution) -> Tensor:
+    """The layer's contract value: no 16-bit rounding but that of x. `x` (..., K) -> (..., N) float32."""
+    rows = _sixteen_bit_rows(x, solution.scales.dtype).float()
+    return _shaped_as(x, _with_bias(_matmul(rows, w4a16_weight(solution)), solution.bias))
+
+
+@torch.no_grad()
+def w4a16_forward(x: Tensor, solution: W4A16Solution, *, weight: Tensor | None = None) -> Tensor:
+    """As the runtimes run it: rounded to the checkpoint's dtype. `x` (..., K) -> (..., N) in x's dtype.
+
+    `weight`: w4a16_rounded_weight(solution), where the caller keeps it.
+    """
+    dtype = solution.scales.dtype
+    rows = _sixteen_bit_rows(x, dtype).float()
+    weight = w4a16_rounded_weight(solution) if weight is None else weight
+    return _shaped_as(x, _with_bias(_matmul(rows, weight), solution.bias)).to(dtype).to(x.dtype)
+
+
+# ------------------------------------------------------------------------------------------ modules
+
+
+class QuantizedLinear(nn.Module):
+    """What both converted linears share: nn.Linear's features, buffers that keep their dtype, a weight cache.
+
+    `.to(dtype)`, `.half()` and the like change nothing: a checkpoint's numbers are stored in the dtypes that
+    its runtime reads, and rounding them once more would make another model. `.to(device)` moves them.
+    """
+
+    def __init__(self, codes: Tensor, *, cache_bytes: int) -> None:
+        super().__init__()
+        self.out_features, self.in_features = codes.shape
+        self._cacheable = 4 * codes.numel() <= cache_bytes
+        self._cached_weight: Tensor | None = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
+        self._cached_weight = None
+        return super()._apply(lambda t: t.to(fn(t.new_empty(0)).device), recurse)
+
+    def _weight(self, dequantize: Callable[[], Tensor]) -> Tensor:
+        if self._cached_weight is not None:
+            return self._cached_weight
+        weight = dequantize()
+        if self._cacheable:
+            self._cached_weight = weight
+        return weight
+
+
+class W4A4Linear(QuantizedLinear):
+    """A W4A4Solution in the place of an nn.Linear. Computes `w4a4_forward`."""
+
+    smooth: Tensor
+    down: Tensor
+    up: Tensor
+    codes: Tensor
+    scales: Tensor
+    outer: Tensor | None
+    bias: Tensor | None
+
+    def __init__(self, solution: W4A4Solution, *, cache_bytes: int = CACHE_BYTES) -> None:
+        super().__init__(solution.codes, cache_bytes=cache_bytes)
+        self.plan = solution.plan
+        for name in ("smooth", "down", "up", "codes", "scales", "outer", "bias"):
+            self.register_buffer(name, getattr(solution, name))
+
+    @property
+    def solution(self) -> W4A4Solution:
+        return W4A4Solution(
+            self.plan, self.smooth, self.down, self.up, self.codes, self.scales, self.outer, self.bias
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        solution = self.solution
+        return w4a4_forward(x, solution, weight=self._weight(lambda: w4a4_weight(solution)))
+
+    def extra_repr(self) -> str:
+        precision, rank = self.plan.precision.name, self.up.shape[1]
+        return f"in_features={self.in_features}, out_features={self.out_features}, {precision}, rank={rank}"
+
+
+class W4A16Linear(QuantizedLinear):
+    """A W4A16Solution in the place of an nn.Linear. Computes `w4a16_forward`."""
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor
+    bias: Tensor | None
+
+    def __init__(self, solution: W4A16Solution, *, cache_bytes: int = CACHE_BYTES) -> None:
+        super().__init__(solution.codes, cache_bytes=cache_bytes)
+        self.plan = solution.plan
+        for name in ("codes", "scales", "zeros", "bias"):
+            self.register_buffer(name, getattr(solution, name))
+
+    @property
+    def solution(self) -> W4A16Solution:
+        return W4A16Solution(self.plan, self.codes, self.scales, self.zeros, self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        solution = self.solution
+        return w4a16_forward(x, solution, weight=self._weight(lambda: w4a16_rounded_weight(solution)))
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, w4a16"
+
+
+def quantized_linear(solution: LayerSolution, *, cache_bytes: int = CACHE_BYTES) -> W4A4Linear | W4A16Linear:
+    """The module that runs a solution."""
+    match solution:
+        case W4A4Solution():
+            return W4A4Linear(solution, cache_bytes=cache_bytes)
+        case W4A16Solution():
+            return W4A16Linear(solution, cache_bytes=cache_bytes)
+
+
+# ------------------------------------------------------------------------------------------ shared steps
+
+
+def _sixteen_bit_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.reshape(-1, x.shape[-1]).to(dtype)
+
+
+def _matmul(rows: Tensor, weight: Tensor) -> Tensor:
+    """rows . weight^T in float32, also where the caller runs under autocast."""
+    with torch.autocast(rows.device.type, enabled=False):
+        return F.linear(rows, weight.float())
+
+
+def _with_bias(y: Tensor, bias: Tensor | None) -> Tensor:
+    return y if bias is None else y + bias.float()
+
+
+def _shaped_as(x: Tensor, y: Tensor) -> Tensor:
+    return y.reshape(*x.shape[:-1], y.shape[-1])

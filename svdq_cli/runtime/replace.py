@@ -1,0 +1,53 @@
+"""Put converted linears in the place of a model's own."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+
+from torch import nn
+
+from svdq_cli.errors import InputError
+
+
+def replace_linears(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """Set `model`'s submodules by dotted path ("blocks.0.ff.net.2"). All are checked before the first is set.
+
+    Raises InputError, naming the layer, for a path the model does not have and for another shape.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name, layer in layers.items():
+        _check(name, layer, modules)
+    for name, layer in layers.items():
+        parent, _, leaf = name.rpartition(".")
+        setattr(modules[parent], leaf, layer)
+
+
+def _check(name: str, layer: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    if not name or name not in modules:
+        nearest = difflib.get_close_matches(name, modules, n=1)
+        raise InputError(
+            f"the model has no layer {name!r}",
+            hint=f"the nearest name is {nearest[0]!r}; is this checkpoint of another model?"
+            if nearest
+            else "is this checkpoint of another model?",
+            where=name,
+            kind="unknown-layer",
+        )
+    has, wants = _features(modules[name]), _features(layer)
+    if has is None:
+        found = type(modules[name]).__name__
+        raise InputError(f"{name} is a {found}, not a linear layer", where=name, kind="not-a-linear")
+    if has != wants:
+        raise InputError(
+            f"{name} maps {has[0]} to {has[1]} features, the checkpoint's layer maps "
+            + (f"{wants[0]} to {wants[1]}" if wants else "an unknown number"),
+            hint="the checkpoint belongs to another size of this model",
+            where=name,
+            kind="shape-mismatch",
+        )
+
+
+def _features(module: nn.Module) -> tuple[int, int] | None:
+    found = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    return found if isinstance(found[0], int) and isinstance(found[1], int) else None  # type: ignore[return-value]

@@ -1,0 +1,254 @@
+"""One shared input, solved: the smoothing search with the low-rank branch in the loop, then the final layers.
+
+    y = x W^T + b  ~  qa(x / s) . dequant(Q)^T + (x D^T) U^T + b
+
+All layers of a shared input are scored together; the layers of one branch share D (SVDQuant, arXiv 2411.05007,
+sections 4.2 and 4.3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from svdq_cli.errors import UsageError
+from svdq_cli.records import (
+    ActivationStats,
+    LayerReport,
+    Precision,
+    SharedInput,
+    SolveSettings,
+    W4A4Plan,
+    W4A4Solution,
+    W4A16Plan,
+    W4A16Solution,
+)
+from svdq_cli.solve.low_rank import split_low_rank
+from svdq_cli.solve.modulation import dequantize_w4a16, solve_w4a16
+from svdq_cli.solve.quantizers import (
+    QuantizedWeight,
+    dequantize_weight,
+    fake_quantize_activation,
+    quantize_weight,
+)
+from svdq_cli.solve.smoothing import CLOSED_FORM, GRID, smooth_factor
+
+SEARCH_ROWS = 512  # rows that score a grid point; the ranking is stable long before the report's figure is
+SEARCH_POWER_ITERATIONS = 1  # a rougher SVD ranks the same
+_TINY = 1e-30
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SourceWeight:
+    """One linear of the 16-bit model, in float32 on the device that solves."""
+
+    weight: Tensor  # (N, K)
+    bias: Tensor | None  # (N,)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SolvedInput:
+    """All layers of one shared input."""
+
+    w4a4: tuple[W4A4Solution, ...]
+    w4a16: tuple[W4A16Solution, ...]
+    reports: tuple[LayerReport, ...]
+
+
+def solve_input(
+    shared: SharedInput,
+    plans: Mapping[str, W4A4Plan | W4A16Plan],
+    weights: Mapping[str, SourceWeight],
+    stats: ActivationStats | None,
+    settings: SolveSettings,
+) -> SolvedInput:
+    """Solve every layer that reads one activation. `stats` None means data-free: no smoothing, weight errors only."""
+    w4a4_plans = [plan for name in shared.layers if isinstance(plan := plans[name], W4A4Plan)]
+    w4a16_plans = [plan for name in shared.layers if isinstance(plan := plans[name], W4A16Plan)]
+    rows = None if stats is None else stats.rows.to(_device(weights)).float()
+    w4a4: list[W4A4Solution] = []
+    reports: list[LayerReport] = []
+    if w4a4_plans:
+        smooth, label = _choose_smoothing(shared, w4a4_plans, weights, stats, rows, settings)
+        for plan, solution in zip(
+            w4a4_plans, _solve_w4a4(shared, w4a4_plans, weights, smooth, settings), strict=True
+        ):
+            w4a4.append(solution)
+            reports.append(
+                LayerReport(plan.name, _sqnr_w4a4(solution, weights[plan.name], rows), plan.rank, label)
+            )
+    w4a16 = [
+        solve_w4a16(p, weights[p.name].weight, weights[p.name].bias, dtype=settings.dtype)
+        for p in w4a16_plans
+    ]
+    for solution in w4a16:
+        name = solution.plan.name
+        reports.append(
+            LayerReport(name, _sqnr_weights(dequantize_w4a16(solution), weights[name], rows), None, None)
+        )
+    return SolvedInput(tuple(w4a4), tuple(w4a16), tuple(reports))
+
+
+def w4a4_output(x: Tensor, solution: W4A4Solution) -> Tensor:
+    """What the solution's 4-bit layer computes for `x` (M, K) float32, without the final rounding and the bias."""
+    return _output(
+        x,
+        solution.smooth.float(),
+        _dequantized(solution),
+        solution.down.float(),
+        solution.up.float(),
+        solution.plan,
+    )
+
+
+def sqnr_db(exact: Tensor, approximate: Tensor) -> float:
+    """Signal to quantization noise, 10 log10(sum y^2 / sum (y - y')^2), in dB; 150 for no error at all."""
+    signal = exact.double().square().sum()
+    noise = (exact.double() - approximate.double()).square().sum()
+    return float(10 * torch.log10((signal + _TINY) / (noise + _TINY)).clamp(max=150.0))
+
+
+def _choose_smoothing(
+    shared: SharedInput,
+    plans: list[W4A4Plan],
+    weights: Mapping[str, SourceWeight],
+    stats: ActivationStats | None,
+    rows: Tensor | None,
+    settings: SolveSettings,
+) -> tuple[Tensor, str]:
+    """The smoothing factor (K,) float32, exact in 16 bits, and how it was found."""
+    precision = plans[0].precision
+    width = plans[0].linear.in_features
+    ones = torch.ones(width, device=_device(weights))
+    if stats is None or rows is None:
+        return ones, "none (data-free)"
+    x_peak = stats.abs_max.to(ones.device).float()
+    w_peak = torch.stack([weights[plan.name].weight.abs().amax(0) for plan in plans]).amax(0)
+
+    def factor(exponents: tuple[float, float]) -> Tensor:
+        return smooth_factor(x_peak, w_peak, exponents, precision, dtype=settings.dtype)
+
+    match settings.smoothing:
+        case "none":
+            return factor((0.0, 0.0)), "none"
+        case "closed-form":
+            return factor(CLOSED_FORM), "closed-form"
+        case "grid":
+            sample = _evenly(rows, SEARCH_ROWS)
+            errors = [
+                _search_error(shared, plans, weights, factor(point), sample, settings) for point in GRID
+            ]
+            best = min(range(len(GRID)), key=errors.__getitem__)
+            a, b = GRID[best]
+            return factor(GRID[best]), f"grid a={a:.2f} b={b:.2f}"
+
+
+def _search_error(
+    shared: SharedInput,
+    plans: list[W4A4Plan],
+    weights: Mapping[str, SourceWeight],
+    smooth: Tensor,
+    rows: Tensor,
+    settings: SolveSettings,
+) -> float:
+    """Relative output error of all layers of the input together, each weighing the same."""
+    total = 0.0
+    solutions = _solve_w4a4(
+        shared, plans, weights, smooth, settings, power_iterations=SEARCH_POWER_ITERATIONS
+    )
+    for plan, solution in zip(plans, solutions, strict=True):
+        exact = rows @ weights[plan.name].weight.T
+        error = (w4a4_output(rows, solution) - exact).square().sum() / (exact.square().sum() + _TINY)
+        total += float(error)
+    return total
+
+
+def _solve_w4a4(
+    shared: SharedInput,
+    plans: list[W4A4Plan],
+    weights: Mapping[str, SourceWeight],
+    smooth: Tensor,
+    settings: SolveSettings,
+    power_iterations: int | None = None,
+) -> list[W4A4Solution]:
+    """Branch, residual and codes for a given smoothing factor, in the order of `plans`."""
+    by_name = {plan.name: plan for plan in plans}
+    solved: dict[str, W4A4Solution] = {}
+    for part in shared.branches:
+        members = [by_name[name] for name in part if name in by_name]
+        if not members:
+            continue
+        rank = members[0].rank
+        if any(plan.rank != rank for plan in members):
+            raise UsageError(
+                f"{', '.join(plan.name for plan in members)} share one down projection and need one rank",
+                hint="give them the same rank in the recipe's layers",
+            )
+        stacked = torch.cat([weights[plan.name].weight for plan in members]) * smooth
+        extra = {} if power_iterations is None else {"power_iterations": power_iterations}
+        up, down = split_low_rank(stacked, rank=rank, seed=settings.seed, **extra)
+        down = (down / smooth).to(settings.dtype)  # the branch reads the raw activation
+        for plan, rows in zip(members, up.split([p.linear.out_features for p in members]), strict=True):
+            solved[plan.name] = _finish(
+                plan, weights[plan.name], smooth, down, rows.to(settings.dtype), settings
+            )
+    return [solved[plan.name] for plan in plans]
+
+
+def _finish(
+    plan: W4A4Plan, source: SourceWeight, smooth: Tensor, down: Tensor, up: Tensor, settings: SolveSettings
+) -> W4A4Solution:
+    """Quantize what the *stored* branch leaves over, so that its rounding to 16 bits is corrected by the codes."""
+    residual = (source.weight - up.float() @ down.float()) * smooth
+    quantized = quantize_weight(residual, plan.precision, dtype=settings.dtype)
+    return W4A4Solution(
+        plan=plan,
+        smooth=smooth.to(settings.dtype),
+        down=down,
+        up=up,
+        codes=quantized.codes,
+        scales=quantized.scales,
+        outer=quantized.outer,
+        bias=None if source.bias is None else source.bias.to(settings.dtype),
+    )
+
+
+def _dequantized(solution: W4A4Solution) -> Tensor:
+    return dequantize_weight(
+        QuantizedWeight(solution.codes, solution.scales, solution.outer), solution.plan.precision
+    )
+
+
+def _output(x: Tensor, smooth: Tensor, residual: Tensor, down: Tensor, up: Tensor, plan: W4A4Plan) -> Tensor:
+    precision: Precision = plan.precision
+    quantized = fake_quantize_activation(x / smooth, precision)
+    return quantized @ residual.T + (x @ down.T) @ up.T
+
+
+def _sqnr_w4a4(solution: W4A4Solution, source: SourceWeight, rows: Tensor | None) -> float:
+    if rows is None:
+        rebuilt = (
+            _dequantized(solution) / solution.smooth.float() + solution.up.float() @ solution.down.float()
+        )
+        return sqnr_db(source.weight, rebuilt)
+    return sqnr_db(rows @ source.weight.T, w4a4_output(rows, solution))
+
+
+def _sqnr_weights(rebuilt: Tensor, source: SourceWeight, rows: Tensor | None) -> float:
+    if rows is None:
+        return sqnr_db(source.weight, rebuilt)
+    return sqnr_db(rows @ source.weight.T, rows @ rebuilt.T)
+
+
+def _evenly(rows: Tensor, count: int) -> Tensor:
+    """At most `count` rows, evenly spaced."""
+    if rows.shape[0] <= count:
+        return rows
+    return rows[torch.linspace(0, rows.shape[0] - 1, count, device=rows.device).round().long()]
+
+
+def _device(weights: Mapping[str, SourceWeight]) -> torch.device:
+    return next(iter(weights.values())).weight.device
