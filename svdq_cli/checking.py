@@ -10,11 +10,13 @@ from svdq_cli.checkpoint import TORCH_DTYPES, Checkpoint, specs_of_headers
 from svdq_cli.errors import InputError
 from svdq_cli.formats.contract import differences
 from svdq_cli.records import CheckProblem, Event, Observer, ignore_events
-from svdq_cli.solve.rebuild import relative_weight_error
+from svdq_cli.solve.rebuild import bias_error, weight_error
 from svdq_cli.source import Source, read_tensor
 
-# Rounding to 4 bits costs 0.05 to 0.25 in smoothed coordinates; a wrong layout or smoothing factor costs 1 or more.
-MAX_WEIGHT_ERROR = 0.5
+# Rounding costs 0.29 steps RMS (uniform error of one step), GPTQ up to twice that; what is wrong costs several steps.
+MAX_STEPS = 1.0
+MAX_COLUMN_STEPS = 2.0
+MAX_BIAS_ERROR = 0.05  # biases are only rounded to 16 bits; a permuted one is off by more than 1
 
 
 def find_problems(checkpoint: Checkpoint) -> list[CheckProblem]:
@@ -48,14 +50,20 @@ def layer_errors(
         if tuple(weight.shape) != (plan.linear.out_features, plan.linear.in_features):
             problems.append(CheckProblem(plan.name, f"the source's weight has shape {list(weight.shape)}"))
             continue
-        error = relative_weight_error(checkpoint.solution(plan), weight)
-        errors[plan.name] = round(error, 5)
-        if not error <= MAX_WEIGHT_ERROR:
+        solution = checkpoint.solution(plan)
+        error = weight_error(solution, weight)
+        errors[plan.name] = round(error.relative, 5)
+        if not (error.steps <= MAX_STEPS and error.worst_column_steps <= MAX_COLUMN_STEPS):
             problems.append(
                 CheckProblem(
-                    plan.name, f"rebuilds a weight that is {error:.2f} away from the source's (relative)"
+                    plan.name,
+                    f"rebuilds another weight than the source's: off by {error.steps:.1f} quantization steps, "
+                    f"{error.worst_column_steps:.1f} in the worst channel, where rounding costs 0.3",
                 )
             )
+        bias = read_tensor(source, f"{plan.name}.bias") if plan.linear.bias else None
+        if not (wrong := bias_error(solution, bias)) <= MAX_BIAS_ERROR:
+            problems.append(CheckProblem(plan.name, f"its bias is not the source's (relative error {wrong:.2f})"))
         observe(Event("advance", "check", len(errors), total, plan.name, time.monotonic() - started))
     observe(Event("end", "check", total, total, seconds=time.monotonic() - started))
     return errors, problems

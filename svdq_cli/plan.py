@@ -177,7 +177,8 @@ def _resolve_rules(
     silent = [n for n in names if n not in spoken and not any(fnmatchcase(n, p) for p in family.keep)]
     if silent:
         raise InputError(
-            f"{where}: no rule of family {family.name!r} speaks of {len(silent)} linear layers: {', '.join(silent[:3])}",
+            f"{where}: no rule of family {family.name!r} speaks of {len(silent)} linear layers: "
+            f"{', '.join(silent[:3])}",
             hint="the model is a variant of the family that this version does not know",
             where=silent[0],
             kind="unknown-family",

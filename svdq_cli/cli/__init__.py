@@ -66,7 +66,7 @@ def _refuse(error: object, arguments: list[str]) -> int:
 
 
 def _usage_errors() -> Any:
-    """Click's own base error. Typer ships a copy of Click in newer versions, so it is found through a name of typer's."""
+    """Click's base error. Newer versions of Typer ship a copy of Click, so it is found through a name of Typer's."""
     import typer
 
     return next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")

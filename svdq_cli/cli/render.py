@@ -150,15 +150,18 @@ def _inspect(console: Console, report: InspectReport, verbose: bool) -> None:
     else:
         groups: dict[tuple[str, int | None, int, int, str], int] = {}
         for layer in report.layers:
-            pattern = ".".join(
-                "*" if part.isdigit() and index == 1 else part
-                for index, part in enumerate(layer.name.split("."))
-            )
+            pattern = _any_block(layer.name)
             key = (layer.role, layer.rank, layer.in_features, layer.out_features, pattern)
             groups[key] = groups.get(key, 0) + 1
         for (role, rank, width, height, pattern), count in groups.items():
             table.add_row(role, str(rank or ""), str(width), str(height), Text(f"{count} x {pattern}"))
     console.print(table)
+
+
+def _any_block(name: str) -> str:
+    """transformer_blocks.7.attn.to_out.0 -> transformer_blocks.*.attn.to_out.0"""
+    stack, *rest = name.split(".")
+    return ".".join([stack, *("*" if part.isdigit() and index == 0 else part for index, part in enumerate(rest))])
 
 
 def _check(console: Console, report: CheckReport, verbose: bool) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
 
@@ -70,7 +69,9 @@ def _draw_batch(pictures: np.ndarray, rng: np.random.Generator, *, crops: bool) 
     side = pictures.shape[1] // 2
     corners = rng.integers(side + 1, size=(12, 2))
     chosen = rng.integers(len(pictures), size=12)
-    return np.stack([pictures[i, y : y + side, x : x + side] for i, (y, x) in zip(chosen, corners, strict=True)])
+    return np.stack(
+        [pictures[i, y : y + side, x : x + side] for i, (y, x) in zip(chosen, corners, strict=True)]
+    )
 
 
 def reconstruction_loss(drawn: Tensor, wanted: Tensor) -> Tensor:
@@ -99,29 +100,32 @@ def train_autoencoder(
     saved = clock.spent
     clock.start()
     while (share := share_done(clock, budget)) < 1.0:
-        wanted = to_signal(_draw_batch(pictures, rng, crops=share < CROP_SHARE), device)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(share, clock.step, peak=peak, warmup=50)
-        latents = model.encode(wanted).latent_dist
-        drawn = model.decode(latents.sample()).sample
-        # DiagonalGaussianDistribution.kl() sums over (C, H, W) of a picture
-        kl = latents.kl().mean() / latents.mean[0].numel()
-        loss = reconstruction_loss(drawn, wanted) + KL_WEIGHT * kl
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        wanted = to_signal(_draw_batch(pictures, rng, crops=share < CROP_SHARE), device)
+        loss = _step(model, optimizer, wanted)
         clock.step += 1
-        if clock.step % 25 == 0:
-            psnr = -10 * torch.log10((drawn.detach() - wanted).square().mean() / 4)
-            print(f"vae step {clock.step} {clock.seconds:.0f} s loss {loss.item():.4f} kl {kl.item():.2f} "
-                  f"PSNR {psnr.item():.1f} dB", flush=True)
+        if clock.step % 100 == 0:
+            print(f"autoencoder step {clock.step} {clock.seconds:.0f} s loss {loss:.4f}", flush=True)
         if clock.seconds - saved > 120:
             saved = clock.seconds
             _save(model, folder, clock)
     _standardize(model, pictures[:512], device)
     _save(model, folder, clock)
     return model.eval()
+
+
+def _step(model: AutoencoderKL, optimizer: torch.optim.Optimizer, wanted: Tensor) -> float:
+    latents = model.encode(wanted).latent_dist
+    drawn = model.decode(latents.sample()).sample
+    # DiagonalGaussianDistribution.kl() sums over (C, H, W) of a picture
+    kl = latents.kl().mean() / latents.mean[0].numel()
+    loss = reconstruction_loss(drawn, wanted) + KL_WEIGHT * kl
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    return loss.item()
 
 
 def _save(model: AutoencoderKL, folder: Path, clock: Clock) -> None:
@@ -160,5 +164,5 @@ def reconstruct(model: AutoencoderKL, pictures: np.ndarray, *, device: torch.dev
 
 def psnr(first: np.ndarray, second: np.ndarray) -> float:
     """Peak signal-to-noise ratio in dB of two uint8 picture arrays."""
-    error = torch.from_numpy(first).float().sub(torch.from_numpy(second).float()).square().mean()
-    return (10 * torch.log10(255.0**2 / F.relu(error).clamp_min(1e-12))).item()
+    error = np.square(first.astype(np.float32) - second.astype(np.float32)).mean()
+    return float(10 * np.log10(255.0**2 / max(float(error), 1e-12)))

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from diffusers import FluxPipeline, FluxTransformer2DModel
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
@@ -39,9 +38,9 @@ CAPTION_DROPOUT = 0.06
 class Recipe:
     """How the denoiser is trained."""
 
-    batch: int = 32
-    peak: float = 2e-3  # learning rate of AdamW
-    muon_peak: float = 0.0  # learning rate of Muon on the block matrices; 0 leaves them to AdamW
+    batch: int = 64
+    peak: float = 1e-3  # learning rate of AdamW
+    muon_peak: float = 2e-3  # learning rate of Muon on the block matrices; 0 leaves them to AdamW
     warmup: int = 200  # steps
     noise_mean: float = 0.5  # of the logit-normal time; above 0 favors noise, where the caption decides
     noise_deviation: float = 1.2
@@ -178,7 +177,10 @@ def train_denoiser(
         clock.step += 1
         _move_average(average, model, decay=min(recipe.average, (1 + clock.step) / (10 + clock.step)))
         if clock.step % 50 == 0:
-            print(f"denoiser step {clock.step} {clock.seconds:.0f} s loss {sum(losses) / len(losses):.4f}", flush=True)
+            print(
+                f"denoiser step {clock.step} {clock.seconds:.0f} s loss {sum(losses) / len(losses):.4f}",
+                flush=True,
+            )
             losses.clear()
         if clock.seconds - saved > 180:
             saved = clock.seconds
@@ -265,20 +267,13 @@ def _resume(model: Denoiser, average: dict[str, Tensor], folder: Path) -> Clock:
     model.load_state_dict({name: weights[f"model.{name}"] for name in average})
     for name in average:
         average[name] = weights[f"average.{name}"]
-    return Clock(**json.loads(_metadata(path)["progress"]))
-
-
-def _metadata(path: Path) -> dict[str, str]:
-    from safetensors import safe_open
-
     with safe_open(path, framework="pt") as file:
-        return file.metadata()
+        return Clock(**json.loads(file.metadata()["progress"]))
 
 
-@contextmanager
-def averaged(folder: Path) -> Iterator[Denoiser]:
+def averaged(folder: Path) -> Denoiser:
     """The averaged weights of a checkpoint, to look at while training goes on."""
     model = Denoiser()
     weights = load_file(folder / "denoiser.safetensors")
     model.load_state_dict({name: weights[f"average.{name}"] for name in model.state_dict()})
-    yield model.eval()
+    return model.eval()

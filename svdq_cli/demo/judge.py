@@ -21,10 +21,15 @@ from svdq_cli.demo.world import (
     outline,
 )
 
-GAINS = (1.05, 0.99, 0.93, 0.84)  # brightness of the background's ends and of an object's rim, see world.render
+GAINS = (
+    1.05,
+    0.99,
+    0.93,
+    0.84,
+)  # brightness of the background's ends and of an object's rim, see world.render
 LEAST_AREA = 40  # pixels of 96x96 after erosion; a small star keeps about 100
 LEAST_OVERLAP = 0.75  # intersection over union with the template of the right shape
-SIZE_LIMIT = (RADIUS["small"] + RADIUS["large"])  # pixels; objects below this extent are small
+SIZE_LIMIT = RADIUS["small"] + RADIUS["large"]  # pixels; objects below this extent are small
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +67,9 @@ class Judgement:
 def judge(image: Image.Image, scene: Scene) -> Judgement:
     """Measure `image` (any square size; brought to 96x96) against `scene`."""
     background, objects = look(image)
-    matched = [next((found for found in objects if found.color == thing.color), None) for thing in scene.things]
+    matched = [
+        next((found for found in objects if found.color == thing.color), None) for thing in scene.things
+    ]
     there = [found for found in matched if found is not None]
     complete = len(there) == len(scene.things)
     pairs = list(zip(scene.things, there, strict=True)) if complete else []
@@ -70,7 +77,8 @@ def judge(image: Image.Image, scene: Scene) -> Judgement:
         count=len(objects) == len(scene.things),
         colors=complete,
         shapes=complete and all(_has_shape(found, thing) for thing, found in pairs),
-        sizes=complete and all(("small", "large")[found.extent >= SIZE_LIMIT] == thing.size for thing, found in pairs),
+        sizes=complete
+        and all(("small", "large")[found.extent >= SIZE_LIMIT] == thing.size for thing, found in pairs),
         layout=complete and _layout_of([found.center for found in there]) == scene.layout,
         background=background == scene.background,
     )
@@ -81,7 +89,9 @@ def look(image: Image.Image) -> tuple[str, list[Found]]:
     if image.size != (PICTURE, PICTURE):
         image = image.resize((PICTURE, PICTURE), Image.Resampling.BOX)
     labels = _nearest_color(np.asarray(image.convert("RGB"), dtype=np.float32))
-    frame = np.concatenate([labels[:2].ravel(), labels[-2:].ravel(), labels[:, :2].ravel(), labels[:, -2:].ravel()])
+    frame = np.concatenate(
+        [labels[:2].ravel(), labels[-2:].ravel(), labels[:, :2].ravel(), labels[:, -2:].ravel()]
+    )
     background = int(np.bincount(frame, minlength=len(PALETTE)).argmax())
     names = tuple(PALETTE)
     areas = [
@@ -96,7 +106,9 @@ def look(image: Image.Image) -> tuple[str, list[Found]]:
 
 def _nearest_color(pixels: np.ndarray) -> np.ndarray:
     """(H, W, 3) to (H, W) indices into PALETTE, any of the GAINS of a color counting as that color."""
-    variants = np.array([[np.multiply(rgb, gain) for gain in GAINS] for rgb in PALETTE.values()], dtype=np.float32)
+    variants = np.array(
+        [[np.multiply(rgb, gain) for gain in GAINS] for rgb in PALETTE.values()], dtype=np.float32
+    )
     flat = np.minimum(variants, 255).reshape(-1, 3)
     distance = ((pixels[:, :, None, :] - flat) ** 2).sum(axis=-1)
     return distance.argmin(axis=-1) // len(GAINS)
@@ -168,4 +180,6 @@ def _layout_of(centers: list[tuple[float, float]]) -> str:
         return min(PLACES, key=lambda name: (PLACES[name][0] - x) ** 2 + (PLACES[name][1] - y) ** 2)
     (x0, y0), (x1, y1) = centers
     offset = np.array([x1 - x0, y1 - y0])
-    return max(RELATIONS, key=lambda name: float(offset @ np.subtract(RELATIONS[name][1], RELATIONS[name][0])))
+    return max(
+        RELATIONS, key=lambda name: float(offset @ np.subtract(RELATIONS[name][1], RELATIONS[name][0]))
+    )

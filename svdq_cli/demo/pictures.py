@@ -25,7 +25,10 @@ class TrainingSet:
 
 def training_set(folder: Path, *, count: int, seed: int) -> TrainingSet:
     """Draw `count` training pictures into `folder`, or read them back if they are there."""
-    pictures_file, captions_file = folder / f"pictures-{count}-{seed}.npy", folder / f"captions-{count}-{seed}.json"
+    pictures_file, captions_file = (
+        folder / f"pictures-{count}-{seed}.npy",
+        folder / f"captions-{count}-{seed}.json",
+    )
     if not captions_file.exists():
         folder.mkdir(parents=True, exist_ok=True)
         seeds = [seed * 1_000_003 + start for start in range(0, count, CHUNK)]

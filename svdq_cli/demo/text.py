@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import string
 from functools import cache
 
@@ -26,7 +27,15 @@ CLIP_LENGTH = 77  # FluxPipeline pads the CLIP prompt to model_max_length
 @cache
 def words() -> tuple[str, ...]:
     """Every word a caption can hold, in a fixed order."""
-    phrases = [*SIZES, *OBJECT_COLORS, *SHAPES, *PLACES, *RELATIONS, *BACKGROUNDS, "a an on background to the"]
+    phrases = [
+        *SIZES,
+        *OBJECT_COLORS,
+        *SHAPES,
+        *PLACES,
+        *RELATIONS,
+        *BACKGROUNDS,
+        "a an on background to the",
+    ]
     return tuple(dict.fromkeys(" ".join(phrases).split()))
 
 
@@ -35,13 +44,15 @@ def new_t5_tokenizer() -> T5TokenizerFast:
     vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
     vocabulary += [(f"▁{word}", -2.0) for word in words()]
     # "▁a" is a word already; every other character costs more than any whole word
-    vocabulary += [(mark, -20.0) for mark in ["▁", *string.ascii_letters, *string.digits, *string.punctuation]]
+    vocabulary += [
+        (mark, -20.0) for mark in ["▁", *string.ascii_letters, *string.digits, *string.punctuation]
+    ]
     return T5TokenizerFast(vocab=vocabulary, extra_ids=0, model_max_length=512)
 
 
 def new_clip_tokenizer() -> CLIPTokenizer:
     """Byte-level BPE whose merges build exactly the words of the captions; other text falls to its bytes."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    alphabet, lasts = _byte_marks()
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     trainer = trainers.BpeTrainer(
@@ -49,16 +60,27 @@ def new_clip_tokenizer() -> CLIPTokenizer:
     )
     tokenizer.train_from_iterator([" ".join(words())] * 4, trainer)
     merges = [tuple(pair) for pair in _merges(tokenizer)]
-    tokens = [*alphabet, *(f"{mark}</w>" for mark in alphabet), *("".join(pair) for pair in merges)]
+    tokens = [*alphabet, *(f"{mark}</w>" for mark in lasts), *("".join(pair) for pair in merges)]
     # CLIPTextModel pools at the end-of-text token; the highest id keeps old argmax pooling right too
     tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=CLIP_LENGTH)
 
 
-def _merges(tokenizer: Tokenizer) -> list[list[str]]:
-    import json
+def _byte_marks() -> tuple[list[str], list[str]]:
+    """The letters that stand for bytes of UTF-8 text, and those of them that can end a word.
 
+    Left out, because every row of the embedding costs 256 bytes: bytes that UTF-8 never uses, white space and
+    control characters, and as the end of a word the first bytes of longer characters.
+    """
+    unused = {chr(byte) for byte in (0xC0, 0xC1, *range(0xF5, 0x100))}
+    # ByteLevel writes bytes 0 to 32 as U+0100 to U+0120 and byte 127 as U+0121
+    unused |= {chr(0x100 + byte) for byte in range(0x22)}
+    marks = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - unused)
+    return marks, [mark for mark in marks if not 0xC2 <= ord(mark) <= 0xF4]
+
+
+def _merges(tokenizer: Tokenizer) -> list[list[str]]:
     merges = json.loads(tokenizer.to_str())["model"]["merges"]
     return [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
 
@@ -81,7 +103,9 @@ def new_t5_encoder(tokenizer: T5TokenizerFast) -> T5EncoderModel:
     )
     model = T5EncoderModel(config)
     with torch.no_grad():
-        model.shared.weight.mul_(0.5)  # T5 starts embeddings at deviation 1, slow to move at our learning rate
+        model.shared.weight.mul_(
+            0.5
+        )  # T5 starts embeddings at deviation 1, slow to move at our learning rate
     return model
 
 

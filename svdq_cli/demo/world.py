@@ -15,6 +15,8 @@ from pathlib import Path
 
 from PIL import Image, ImageChops, ImageDraw
 
+from svdq_cli.errors import InputError
+
 PICTURE = 96  # pixels a side
 SHAPES = ("circle", "square", "triangle", "star")
 SIZES = ("small", "large")
@@ -33,24 +35,24 @@ PALETTE: dict[str, tuple[int, int, int]] = {
 OBJECT_COLORS = ("red", "green", "blue", "yellow", "orange", "purple", "white", "black")
 BACKGROUNDS = tuple(PALETTE)
 RADIUS = {"small": 12.0, "large": 19.0}  # pixels at 96x96
-PLACES: dict[str, tuple[float, float]] = {  # caption words -> center of the object (x, y), as a share of a side
+PLACES: dict[
+    str, tuple[float, float]
+] = {  # caption words -> center of the object (x, y), as a share of a side
     "in the center": (0.5, 0.5),
     "at the top left": (0.27, 0.27),
     "at the top right": (0.73, 0.27),
     "at the bottom left": (0.27, 0.73),
     "at the bottom right": (0.73, 0.73),
 }
-RELATIONS: dict[str, tuple[tuple[float, float], tuple[float, float]]] = {  # centers of first and second object
+RELATIONS: dict[
+    str, tuple[tuple[float, float], tuple[float, float]]
+] = {  # centers of first and second object
     "left of": ((0.26, 0.5), (0.74, 0.5)),
     "right of": ((0.74, 0.5), (0.26, 0.5)),
     "above": ((0.5, 0.26), (0.5, 0.74)),
     "below": ((0.5, 0.74), (0.5, 0.26)),
 }
 OPPOSITE = {"right of": "left of", "below": "above"}
-
-
-class CaptionError(ValueError):
-    """The text is not a caption of this world."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,15 +97,17 @@ def caption_of(scene: Scene, *, long: bool = False) -> str:
     layout = f"to the {scene.layout}" if long and scene.layout in ("left of", "right of") else scene.layout
     middle = f"{phrases[0]} {layout}" + (f" {phrases[1]}" if len(phrases) == 2 else "")
     article = "an" if scene.background == "orange" else "a"
-    return f"{middle} on {article} {scene.background} background" if long else f"{middle} on {scene.background}"
+    return (
+        f"{middle} on {article} {scene.background} background" if long else f"{middle} on {scene.background}"
+    )
 
 
 def parse_caption(text: str) -> Scene:
-    """The scene a caption describes, for both wordings. Raises CaptionError."""
+    """The scene a caption describes, for both wordings. Raises InputError."""
     body, found, background = text.strip().rpartition(" on ")
     background = background.removeprefix("an ").removeprefix("a ").removesuffix(" background")
     if not found or background not in BACKGROUNDS:
-        raise CaptionError(f"no known background in {text!r}; it ends like 'on white'")
+        raise InputError(f"no known background in {text!r}", hint="a caption ends like 'on white'")
     for place in PLACES:
         if body.endswith(" " + place):
             return Scene((_parse_thing(body.removesuffix(" " + place), text),), place, background)
@@ -111,14 +115,16 @@ def parse_caption(text: str) -> Scene:
         first, found, second = body.replace(" to the ", " ").partition(f" {relation} ")
         if found:
             return Scene((_parse_thing(first, text), _parse_thing(second, text)), relation, background)
-    raise CaptionError(f"no known place or relation in {text!r}; one of {', '.join([*PLACES, *RELATIONS])}")
+    raise InputError(
+        f"no known place or relation in {text!r}", hint=f"one of {', '.join([*PLACES, *RELATIONS])}"
+    )
 
 
 def _parse_thing(phrase: str, text: str) -> Thing:
-    words = phrase.split()
-    if len(words) == 4 and words[0] == "a" and words[1] in SIZES and words[2] in OBJECT_COLORS and words[3] in SHAPES:
-        return Thing(words[1], words[2], words[3])
-    raise CaptionError(f"no known object in {phrase!r} of {text!r}; one reads like 'a small red circle'")
+    match phrase.split():
+        case ["a", size, color, shape] if size in SIZES and color in OBJECT_COLORS and shape in SHAPES:
+            return Thing(size, color, shape)
+    raise InputError(f"no known object in {phrase!r} of {text!r}", hint="one reads like 'a small red circle'")
 
 
 def is_held_out(caption: str) -> bool:
@@ -155,9 +161,8 @@ def outline(shape: str, *, center: tuple[float, float], radius: float) -> list[t
         case "triangle":
             unit = [(0.0, -1.05), (1.08, 0.85), (-1.08, 0.85)]
         case "star":
-            reach = [1.16 if point % 2 == 0 else 0.5 for point in range(10)]
-            turns = [math.tau * point / 10 - math.pi / 2 for point in range(10)]
-            unit = [(r * math.cos(turn), r * math.sin(turn) + 0.06) for r, turn in zip(reach, turns, strict=True)]
+            polar = [(1.16 if point % 2 == 0 else 0.5, math.tau * (point / 10 - 0.25)) for point in range(10)]
+            unit = [(r * math.cos(turn), r * math.sin(turn) + 0.06) for r, turn in polar]
         case _:
             raise ValueError(f"unknown shape {shape!r}; one of {', '.join(SHAPES)}")
     return [(x + radius * dx, y + radius * dy) for dx, dy in unit]
@@ -169,7 +174,7 @@ def render(scene: Scene, size: int = PICTURE, *, rng: random.Random | None = Non
     side = size * oversample
     picture = _shaded(PALETTE[scene.background], side, top=1.05, bottom=0.93).copy()
     for thing, (x, y) in zip(scene.things, scene.centers, strict=True):
-        dx, dy, stretch = (rng.uniform(-1, 1), rng.uniform(-1, 1), rng.uniform(-1, 1)) if rng else (0.0, 0.0, 0.0)
+        dx, dy, stretch = (rng.uniform(-1, 1) if rng else 0.0 for _ in range(3))
         center = (side * (x + dx * 1.5 / PICTURE), side * (y + dy * 1.5 / PICTURE))
         radius = side * RADIUS[thing.size] / PICTURE * (1 + 0.04 * stretch)
         _draw_thing(picture, thing, center=center, radius=radius, rim=side * 1.3 / PICTURE)

@@ -1,7 +1,6 @@
 """What svdq knows of a model family, as data: names and patterns, never code.
 
-Layer names in a `BlockRule` are relative to one block; `*` does not occur in them. `fnmatch` patterns in `keep` are full
-module paths.
+Layer names in a `BlockRule` are relative to one block and exact. `keep` holds `fnmatch` patterns of full module paths.
 """
 
 from __future__ import annotations

@@ -111,7 +111,7 @@ def _value(
         return entries
     if node.tag == "tag:yaml.org,2002:timestamp":  # a date has no place in a recipe: it is a name
         return node.value
-    if node.style is None and _SCIENTIFIC.fullmatch(node.value):
+    if getattr(node, "style", None) is None and _SCIENTIFIC.fullmatch(node.value):
         return float(node.value)
     try:
         return loader.construct_object(node)  # type: ignore[no-untyped-call]

@@ -207,8 +207,8 @@ def _finish(
     return W4A4Solution(
         plan=plan,
         smooth=smooth.to(settings.dtype),
-        down=down,
-        up=up,
+        down=down.contiguous(),
+        up=up.contiguous(),
         codes=quantized.codes,
         scales=quantized.scales,
         outer=quantized.outer,

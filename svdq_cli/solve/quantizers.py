@@ -115,8 +115,9 @@ def _int4_weight(weight: Tensor, dtype: torch.dtype) -> QuantizedWeight:
 def _nvfp4_weight(weight: Tensor, dtype: torch.dtype) -> QuantizedWeight:
     groups = _grouped(weight, NvFp4.group)
     wanted = groups.abs().amax(-1) / 6
-    outer = (wanted.max() / E4M3_MAX).to(dtype)
-    outer = torch.where(outer == 0, torch.ones_like(outer), outer)
+    # At least the smallest normal number: below it float16 would lose bits, or the whole layer to an outer scale of 0.
+    outer = (wanted.max() / E4M3_MAX).clamp(min=torch.finfo(dtype).smallest_normal).to(dtype)
+    outer = torch.where(wanted.max() == 0, torch.ones_like(outer), outer)
     micro = (wanted / outer.float()).clamp(E4M3_TINY, E4M3_MAX).to(torch.float8_e4m3fn)
     values = groups / (micro.float() * outer.float()).unsqueeze(-1)
     return QuantizedWeight(encode_e2m1(values).reshape(weight.shape), micro, outer.reshape(1))
@@ -127,5 +128,6 @@ def _grouped(x: Tensor, group: int) -> Tensor:
 
 
 def _reciprocal(scale: Tensor) -> Tensor:
-    """1/scale, and 0 for an all-zero group, so that its codes are 0."""
-    return torch.where(scale > 0, 1 / scale, torch.zeros_like(scale))
+    """1/scale, and 0 for a group that is zero or so small that 1/scale overflows, so that its codes are 0."""
+    inverse = 1 / scale
+    return torch.where(torch.isinf(inverse), torch.zeros_like(scale), inverse)

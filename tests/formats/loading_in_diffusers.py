@@ -1,6 +1,6 @@
-"""A process of its own: what diffusers' real nunchaku_lite loader makes of our tensors, as one JSON object on stdout.
+"""A process of its own: what diffusers' real nunchaku_lite loader makes of our tensors, as JSON by precision on stdout.
 
-    python -m tests.formats.loading_in_diffusers PRECISION FOLDER
+    python -m tests.formats.loading_in_diffusers FOLDER
 
 Its own process, because the package called `kernels`, once it is seen, stays seen.
 """
@@ -44,19 +44,26 @@ ROWS = (
 )  # below and above the 16 rows where diffusers changes the W4A16 kernel, and off the tile of 256
 
 
-def main(precision_name: str, folder: Path) -> dict[str, Any]:
+def main(folder: Path) -> dict[str, dict[str, Any]]:
     torch.set_num_threads(1)
-    solutions = write_checkpoint(folder, NvFp4() if precision_name == "nvfp4" else Int4())
+    written: dict[str, dict[str, LayerSolution]] = {}
+    for precision in (Int4(), NvFp4()):
+        (folder / precision.name).mkdir()
+        written[precision.name] = write_checkpoint(folder / precision.name, precision)
     standin_kernels.install()
-    strict = strict_load(folder)
+    return {name: load_and_run(folder / name, solutions) for name, solutions in written.items()}
 
+
+def load_and_run(folder: Path, solutions: dict[str, LayerSolution]) -> dict[str, Any]:
     from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
-    from diffusers.quantizers.nunchaku import NunchakuLiteQuantizer
+    from diffusers.quantizers.nunchaku.nunchaku_quantizer import NunchakuLiteQuantizer
 
+    strict = strict_load(folder)
     NunchakuLiteQuantizer.validate_environment = lambda *_, **__: None  # it wants a CUDA device
-    model, info = FluxTransformer2DModel.from_pretrained(
+    loaded: Any = FluxTransformer2DModel.from_pretrained(
         folder, torch_dtype=torch.bfloat16, output_loading_info=True
     )
+    model, info = loaded
     kinds = {name: type(model.get_submodule(name)).__name__ for name in solutions}
     picture, in_model = run_model(model, solutions)
     return {
@@ -78,7 +85,8 @@ def write_checkpoint(folder: Path, precision: Precision) -> dict[str, LayerSolut
 
     lite = format_named("nunchaku-lite")
     torch.manual_seed(0)
-    source = tiny_flux_transformer().to(torch.bfloat16)
+    source: Any = tiny_flux_transformer()
+    source.to(dtype=torch.bfloat16)
     plan = plan_blocks(source, precision)
     solutions = {
         layer.name: random_solution(layer, seed=seed, outer_per_row=seed % 2 == 1)
@@ -123,7 +131,8 @@ def strict_load(folder: Path) -> str:
 
     config = json.loads((folder / "config.json").read_text())
     quantization = config.pop("quantization_config")
-    model: Any = FluxTransformer2DModel.from_config(config).to(torch.bfloat16)
+    model: Any = FluxTransformer2DModel.from_config(config)
+    model.to(dtype=torch.bfloat16)
     replaced = replace_with_nunchaku_linear(model, quantization, torch.bfloat16)
     tensors = load_file(folder / "diffusion_pytorch_model.safetensors")
     try:
@@ -217,4 +226,4 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(sys.argv[1], Path(sys.argv[2]))))
+    print(json.dumps(main(Path(sys.argv[1]))))

@@ -1,7 +1,7 @@
 """The four operations that diffusers takes from its `kernels` package, in torch, for a CPU.
 
-They read the packed tensors that the real kernels read, by the unpackers of the room `pack`, and hand activations on in a
-plain layout of their own: what lies between `quantize` and `gemm` is nobody else's business.
+They read the packed tensors that the real kernels read, by the unpackers of the room `pack`, and hand activations on
+in a plain layout of their own: what lies between `quantize` and `gemm` is nobody else's business.
 """
 
 from __future__ import annotations

@@ -21,11 +21,10 @@ pytestmark = pytest.mark.skipif(
 TOLERANCE = 3 * 2**-9
 
 
-@pytest.fixture(scope="module", params=["int4", "nvfp4"])
-def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp(f"lite-{request.param}")
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     run = subprocess.run(
-        [sys.executable, "-m", "tests.formats.loading_in_diffusers", request.param, str(folder)],
+        [sys.executable, "-m", "tests.formats.loading_in_diffusers", str(tmp_path_factory.mktemp("lite"))],
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
@@ -33,6 +32,11 @@ def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     )
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout.splitlines()[-1])
+
+
+@pytest.fixture(params=["int4", "nvfp4"])
+def loaded(request: pytest.FixtureRequest, both: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return both[request.param]
 
 
 def test_keys_shapes_and_dtypes_pass_the_strict_checks(loaded: dict[str, Any]) -> None:

@@ -317,7 +317,7 @@ def test_layer_plans_are_rebuilt_from_metadata_and_tensor_headers() -> None:
 )
 def test_unclear_metadata_is_refused_by_key(change: dict[str, object], message: str) -> None:
     config = LITE.metadata(model_plan(w4a4_plan("a", precision=Int4())), torch.bfloat16)
-    section = dict(config["svdq_w4a4"])  # type: ignore[call-overload]
+    section = json.loads(json.dumps(config["svdq_w4a4"]))
     for key, value in change.items():
         (section if key in section else config)[key] = value
     if "svdq_w4a4" not in change:

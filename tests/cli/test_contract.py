@@ -1,0 +1,282 @@
+"""The command line keeps its contract: commands, JSON keys, exit codes, and nothing on stdout but the result."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from svdq_cli.cli import run
+
+PROMPTS = "a red circle\na blue square\na green star\n"
+CONVERT_KEYS = (
+    "schema command status outputs model precision effort data_free rank layers layer_sqnr_db bytes seconds peak "
+    "fingerprint svdq_version recipe warnings"
+).split()
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text(PROMPTS)
+    return path
+
+
+@pytest.fixture(scope="module")
+def converted(tiny_flux: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("converted") / "int4"
+    words = f"convert {tiny_flux} -o {out} --prompts {prompts} --samples 2 --steps 1 --height 32 --width 32 --rank 16 -q"
+    assert run(words.split()) == 0
+    return out
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
+    return json.loads(capsys.readouterr().out)
+
+
+def refused(capsys: pytest.CaptureFixture[str], words: str, code: int) -> dict[str, str]:
+    """Run with --json; the failure object must carry the exit code."""
+    assert run([*words.split(), "--json"]) == code
+    captured = capsys.readouterr()
+    report = json.loads(captured.out)
+    assert report["status"] == "error"
+    assert report["error"]["code"] == code
+    assert report["error"]["message"] in captured.err
+    assert "Traceback" not in captured.err
+    return report["error"]
+
+
+def test_help_is_fast_and_imports_nothing_heavy():
+    code = (
+        "import sys; from svdq_cli.cli import run; run(['--help']); "
+        "print([m for m in ('torch', 'diffusers', 'transformers', 'pydantic', 'numpy') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.endswith("[]\n")
+    for command in ("demo", "init", "inspect", "calibrate", "convert", "check", "eval", "generate", "doctor"):
+        assert f"  {command} " in out
+
+
+@pytest.mark.parametrize("command", ["convert", "eval", "calibrate"])
+def test_every_option_of_a_command_is_explained(command: str, capsys: pytest.CaptureFixture[str]):
+    assert run([command, "--help"]) == 0
+    text = capsys.readouterr().out
+    for option in ("--json", "--events", "--device", "--seed", "--overwrite", "--quiet"):
+        assert option in text
+
+
+def test_convert_prints_one_json_object_with_every_key(
+    tiny_flux: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    events = tmp_path / "events.jsonl"
+    words = f"convert {tiny_flux} -o {tmp_path / 'out'} --effort datafree --rank 16 --json --events {events}"
+    assert run(words.split()) == 0
+    report = said(capsys)
+    assert [key for key in CONVERT_KEYS if key not in report] == []
+    assert report["outputs"][0].keys() == {"format", "path", "bytes", "sha256"}
+    assert report["model"].keys() == {"family", "class", "parameters", "source_sha256"}
+    assert report["data_free"] is True
+    assert json.loads((tmp_path / "out/svdq_report.json").read_text()) == report
+    kinds = {(event["kind"], event["stage"]) for event in map(json.loads, events.read_text().splitlines())}
+    assert {("start", "solve"), ("advance", "solve"), ("end", "solve"), ("end", "pack"), ("end", "check")} <= kinds
+
+
+def test_plan_predicts_and_writes_nothing(tiny_flux: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert run(f"convert {tiny_flux} -o {tmp_path / 'out'} --plan --json".split()) == 0
+    report = said(capsys)
+    assert report["status"] == "planned"
+    assert report["layers"] == {"w4a4": 17, "w4a16": 3, "kept": 8}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_calibrate_then_convert_from_it(
+    tiny_flux: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    calib = tmp_path / "calib"
+    words = f"calibrate {tiny_flux} -o {calib} --prompts {prompts} --samples 2 --steps 1 --height 32 --width 32 --json -q"
+    assert run(words.split()) == 0
+    assert said(capsys)["inputs"] == 11
+    for precision in ("int4", "nvfp4"):
+        out = tmp_path / precision
+        words = f"convert {tiny_flux} -o {out} --calib {calib} --precision {precision} --rank 16 --json -q"
+        assert run(words.split()) == 0
+        report = said(capsys)
+        assert report["precision"] == precision
+        assert report["data_free"] is False
+
+
+def test_inspect_shows_a_source_and_a_checkpoint(
+    tiny_flux: Path, converted: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert run(["inspect", str(tiny_flux), "--json"]) == 0
+    source = said(capsys)
+    assert source["kind"] == "source"
+    assert source["provenance"] is None
+    assert source["layers"][0].keys() == {"name", "in", "out", "role", "rank"}
+    assert run(["inspect", str(converted), "--json"]) == 0
+    made = said(capsys)
+    assert (made["kind"], made["format"], made["precision"], made["rank"]) == ("checkpoint", "nunchaku-lite", "int4", 16)
+    assert made["provenance"]["recipe"]["quantization"]["rank"] == 16
+
+
+def test_check_and_eval_and_their_gates(
+    tiny_flux: Path, converted: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert run(["check", str(converted), "--against", str(tiny_flux), "--json"]) == 0
+    assert len(said(capsys)["layer_error"]) == 20
+    words = f"eval {converted} --against {tiny_flux} --prompts {prompts} --samples 1 --json -q"
+    assert run(words.split()) == 0
+    report = said(capsys)
+    assert report["lpips"] is None
+    assert set(report["baselines"]) == {"rtn"}
+    assert run([*words.split(), "--fail-if", "psnr_db<99"]) == 6
+    assert said(capsys)["status"] == "gate-missed"
+
+
+def test_a_missed_gate_keeps_and_marks_the_output(
+    tiny_flux: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    out = tmp_path / "out"
+    words = f"convert {tiny_flux} -o {out} --effort datafree --rank 16 --json -q --fail-if size_ratio<50"
+    assert run(words.split()) == 6
+    assert said(capsys)["status"] == "gate-missed"
+    assert json.loads((out / "svdq_report.json").read_text())["gates_missed"]
+
+
+def test_init_writes_a_recipe_that_converts(
+    tiny_flux: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    recipe = tmp_path / "recipe.yaml"
+    assert run(["init", str(tiny_flux), "-o", str(recipe), "--rank", "16", "--precision", "nvfp4"]) == 0
+    assert "height: 32" in recipe.read_text() or "height:" in recipe.read_text()
+    capsys.readouterr()
+    assert run(["convert", str(recipe), "--plan", "--json"]) == 0
+    assert said(capsys)["precision"] == "nvfp4"
+
+
+def test_doctor_tests_the_reference_backend(capsys: pytest.CaptureFixture[str]):
+    code = run(["doctor", "--json"])
+    report = said(capsys)
+    results = {(test["op"], test["precision"]): test["status"] for test in report["tests"]}
+    assert results[("w4a4 linear", "int4")] == results[("w4a4 linear", "nvfp4")] == "ok"
+    assert code == (0 if report["status"] == "ok" else 4)
+
+
+# ------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "kind"),
+    [
+        ("convert", 2, "usage"),
+        ("conver SOURCE", 2, "usage"),
+        ("convert SOURCE -o OUT --rank 17", 2, "usage"),
+        ("convert SOURCE -o OUT --rank auto", 2, "usage"),
+        ("convert SOURCE -o OUT --precision int3", 2, "usage"),
+        ("convert SOURCE -o OUT --effort best", 2, "usage"),
+        ("convert SOURCE -o OUT --format ggml", 2, "usage"),
+        ("convert SOURCE -o OUT --family sdxxl", 2, "unknown-family"),
+        ("convert SOURCE -o OUT --fail-if psnr<3", 2, "usage"),
+        ("convert SOURCE -o OUT --samples 3", 2, "usage"),
+        ("convert SOURCE", 2, "usage"),
+        ("convert SOURCE -o OUT --device tpu", 2, "usage"),
+        ("convert nowhere/at/all -o OUT", 3, "not-found"),
+        ("convert SOURCE -o OUT --prompts missing.txt", 3, "not-found"),
+        ("convert SOURCE -o OUT --calib missing", 3, "input"),
+        ("convert SOURCE -o OUT --device cuda:99", 4, "environment"),
+        ("check SOURCE", 3, "input"),
+        ("generate SOURCE --prompt x -o OUT.png", 3, "input"),
+    ],
+)
+def test_refusals_have_their_exit_code_and_a_cure(
+    tiny_flux: Path, tmp_path: Path, words: str, code: int, kind: str, capsys: pytest.CaptureFixture[str]
+):
+    filled = words.replace("SOURCE", str(tiny_flux)).replace("OUT", str(tmp_path / "out"))
+    error = refused(capsys, filled, code)
+    assert error["kind"] == kind
+    assert error["hint"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_recipe_key_is_named_with_its_line(
+    tiny_flux: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"version: 1\nmodel: {{source: {tiny_flux}}}\nquantization:\n  smoth: grid\n")
+    error = refused(capsys, f"convert {recipe} -o {tmp_path / 'out'}", 2)
+    assert f"{recipe}:4" in error["message"]
+    assert "smoothing" in error["hint"]
+
+
+def test_an_unknown_family_a_truncated_file_and_a_quantized_model_are_input_errors(
+    tiny_flux_copy: Path, converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    out = tmp_path / "out"
+    error = refused(capsys, f"convert {converted} -o {out}", 3)
+    assert error["kind"] == "already-quantized"
+    config = tiny_flux_copy / "transformer/config.json"
+    known = config.read_text()
+    config.write_text(json.dumps({"_class_name": "MysteryModel"}))
+    assert refused(capsys, f"convert {tiny_flux_copy} -o {out}", 3)["kind"] == "unknown-family"
+    config.write_text(known)
+    weights = tiny_flux_copy / "transformer/diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    assert refused(capsys, f"convert {tiny_flux_copy} -o {out}", 3)["kind"] == "damaged-file"
+    assert not out.exists()
+
+
+def test_a_full_disk_is_exit_code_5(
+    tiny_flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    class Usage:
+        free = 10
+
+    monkeypatch.setattr("svdq_cli.checkpoint.shutil.disk_usage", lambda path: Usage)
+    error = refused(capsys, f"convert {tiny_flux} -o {tmp_path / 'out'} --effort datafree -q", 5)
+    assert error["kind"] == "disk-full"
+
+
+def test_a_failed_check_is_exit_code_7(
+    tiny_flux: Path, converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    copy = tmp_path / "copy"
+    shutil.copytree(converted, copy)
+    weights = copy / "transformer/diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    name = "transformer_blocks.0.ff.net.2.smooth_factor"
+    save_file({**tensors, name: (1 / tensors[name].float()).to(tensors[name].dtype)}, weights)
+    assert run(["check", str(copy), "--against", str(tiny_flux), "--json", "-q"]) == 7
+    report = said(capsys)
+    assert report["status"] == "failed"
+    assert report["problems"][0]["layer"] == "transformer_blocks.0.ff.net.2"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_ends_a_run_cleanly(tiny_flux: Path, prompts: Path, tmp_path: Path, number: int, code: int):
+    words = f"convert {tiny_flux} -o {tmp_path / 'out'} --prompts {prompts} --steps 5000 --height 32 --width 32 --json"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    events = tmp_path / "events.jsonl"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "svdq_cli", *words.split(), "--events", str(events)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment,
+    )
+    deadline = time.monotonic() + 300  # importing torch and diffusers takes long on a busy machine
+    while time.monotonic() < deadline and not (events.is_file() and "advance" in events.read_text()):
+        time.sleep(0.2)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == code, stderr.decode()
+    assert b"Traceback" not in stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["events.jsonl"]

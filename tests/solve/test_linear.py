@@ -1,0 +1,185 @@
+"""What the search promises: outliers are moved and taken in, the same input gives the same bytes, nothing breaks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from svdq_cli.errors import UsageError
+from svdq_cli.records import (
+    ActivationStats,
+    Int4,
+    Linear,
+    NvFp4,
+    Precision,
+    SharedInput,
+    Smoothing,
+    SolveSettings,
+    W4A4Plan,
+    W4A16Plan,
+)
+from svdq_cli.solve.linear import SolvedInput, SourceWeight, solve_input, sqnr_db, w4a4_output
+from svdq_cli.solve.low_rank import split_low_rank
+from svdq_cli.solve.modulation import dequantize_w4a16, solve_w4a16
+from svdq_cli.solve.rebuild import weight_error
+
+K, N, ROWS = 256, 128, 400
+NAMES = ("q", "k", "v", "mlp")
+SHARED = SharedInput("q", NAMES, (("q", "k", "v"), ("mlp",)))
+
+
+def weights(seed: int = 0) -> dict[str, SourceWeight]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: SourceWeight(torch.randn(N, K, generator=generator) / 16, torch.randn(N, generator=generator))
+        for name in NAMES
+    }
+
+
+def rows_with_outliers(strength: float = 30.0, seed: int = 1) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(ROWS, K, generator=generator)
+    rows[:, ::41] *= strength
+    return rows.bfloat16()
+
+
+def stats_of(rows: torch.Tensor) -> ActivationStats:
+    x = rows.float()
+    return ActivationStats("q", x.abs().amax(0), x.square().mean(0), rows.bfloat16(), len(rows))
+
+
+def plans(precision: Precision, rank: int = 16) -> dict[str, W4A4Plan | W4A16Plan]:
+    return {name: W4A4Plan(Linear(name, K, N, bias=True), precision, rank) for name in NAMES}
+
+
+def solved(
+    precision: Precision, smoothing: Smoothing = "grid", *, rows: torch.Tensor | None = None, rank: int = 16
+) -> SolvedInput:
+    settings = SolveSettings("fast", smoothing, 0, torch.bfloat16)
+    stats = stats_of(rows_with_outliers() if rows is None else rows)
+    return solve_input(SHARED, plans(precision, rank), weights(), stats, settings)
+
+
+def mean_db(result: SolvedInput) -> float:
+    return sum(report.sqnr_db for report in result.reports) / len(result.reports)
+
+
+@pytest.mark.parametrize("precision", [Int4(), NvFp4()], ids=lambda p: p.name)
+def test_the_grid_beats_closed_form_which_beats_no_smoothing_on_outliers(precision: Precision):
+    none, closed, grid = (mean_db(solved(precision, way)) for way in ("none", "closed-form", "grid"))
+    assert none + 3 < closed <= grid + 0.01
+
+
+@pytest.mark.parametrize("precision", [Int4(), NvFp4()], ids=lambda p: p.name)
+def test_the_reported_sqnr_is_that_of_the_stored_solution(precision: Precision):
+    result = solved(precision)
+    x = rows_with_outliers().float()
+    for solution, report in zip(result.w4a4, result.reports, strict=True):
+        exact = x @ weights()[solution.plan.name].weight.T
+        assert sqnr_db(exact, w4a4_output(x, solution)) == pytest.approx(report.sqnr_db, abs=1e-9)
+
+
+def test_a_larger_rank_is_better():
+    assert mean_db(solved(Int4(), rank=64)) > mean_db(solved(Int4(), rank=16)) + 0.2
+
+
+def test_layers_of_one_branch_share_the_down_projection_and_all_share_the_smoothing():
+    by_name = {solution.plan.name: solution for solution in solved(Int4()).w4a4}
+    assert torch.equal(by_name["q"].down, by_name["v"].down)
+    assert not torch.equal(by_name["q"].down, by_name["mlp"].down)
+    assert all(torch.equal(by_name["q"].smooth, solution.smooth) for solution in by_name.values())
+
+
+def test_two_ranks_in_one_branch_are_refused():
+    mixed = plans(Int4())
+    mixed["k"] = replace(mixed["k"], rank=32)
+    with pytest.raises(UsageError, match="share one down projection"):
+        solve_input(
+            SHARED,
+            mixed,
+            weights(),
+            stats_of(rows_with_outliers()),
+            SolveSettings("fast", "none", 0, torch.bfloat16),
+        )
+
+
+@pytest.mark.parametrize("precision", [Int4(), NvFp4()], ids=lambda p: p.name)
+def test_the_same_input_gives_the_same_bytes(precision: Precision):
+    for first, second in zip(solved(precision).w4a4, solved(precision).w4a4, strict=True):
+        for name in ("smooth", "down", "up", "codes", "scales"):
+            assert torch.equal(
+                getattr(first, name).view(torch.uint8), getattr(second, name).view(torch.uint8)
+            ), name
+
+
+@pytest.mark.parametrize("precision", [Int4(), NvFp4()], ids=lambda p: p.name)
+@pytest.mark.parametrize("kind", ["all zero", "dead channels", "one exploding channel", "a single row"])
+def test_odd_activations_give_finite_layers(precision: Precision, kind: str):
+    rows = rows_with_outliers()
+    match kind:
+        case "all zero":
+            rows = torch.zeros_like(rows)
+        case "dead channels":
+            rows[:, 10:20] = 0
+        case "one exploding channel":
+            rows[:, 5] *= 1e4
+        case _:
+            rows = rows[:1]
+    for solution in solved(precision, rows=rows).w4a4:
+        for name in ("smooth", "down", "up", "scales"):
+            assert torch.isfinite(getattr(solution, name).float()).all(), name
+        assert (solution.smooth > 0).all()
+        assert torch.isfinite(w4a4_output(rows_with_outliers().float(), solution)).all()
+
+
+@pytest.mark.parametrize("precision", [Int4(), NvFp4()], ids=lambda p: p.name)
+def test_a_zero_weight_solves_to_zero(precision: Precision):
+    zero = {name: SourceWeight(torch.zeros(N, K), None) for name in NAMES}
+    result = solve_input(
+        SHARED,
+        plans(precision),
+        zero,
+        stats_of(rows_with_outliers()),
+        SolveSettings("fast", "grid", 0, torch.bfloat16),
+    )
+    assert all(not w4a4_output(rows_with_outliers().float(), solution).any() for solution in result.w4a4)
+
+
+def test_the_low_rank_split_finds_a_low_rank_matrix():
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(300, 8, generator=generator) @ torch.randn(8, 200, generator=generator)
+    up, down = split_low_rank(weight, rank=16, seed=0)
+    # float32 arithmetic on numbers of size 3: relative error of a few 1e-6
+    assert float((up @ down - weight).norm() / weight.norm()) < 1e-5
+
+
+def test_the_randomized_split_is_as_good_as_the_full_svd():
+    weight = torch.randn(512, 384, generator=torch.Generator().manual_seed(4))
+    up, down = split_low_rank(weight, rank=32, seed=0)
+    best = torch.linalg.svdvals(weight)[32:].square().sum().sqrt()
+    # Gaussian noise has the flattest spectrum there is, the hardest case: within 1 % of the optimum
+    assert float((weight - up @ down).norm()) < 1.01 * float(best)
+
+
+def test_w4a16_uses_the_better_grid_of_the_two_for_every_group():
+    plan = W4A16Plan(Linear("m", 128, 64, bias=False))
+    generator = torch.Generator().manual_seed(5)
+    weight = torch.randn(64, 128, generator=generator)
+    weight[:, 64:] += 3  # a group far from zero: the symmetric grid would waste half its codes
+    error = weight_error(solve_w4a16(plan, weight, None, dtype=torch.bfloat16), weight).relative
+    symmetric = torch.round(weight / (weight.reshape(64, 2, 64).abs().amax(-1) / 7).repeat_interleave(64, 1))
+    symmetric *= (weight.reshape(64, 2, 64).abs().amax(-1) / 7).repeat_interleave(64, 1)
+    assert error < 0.8 * float((symmetric - weight).norm() / weight.norm())
+    assert dequantize_w4a16(solve_w4a16(plan, torch.zeros(64, 128), None, dtype=torch.bfloat16)).abs().max() == 0
+
+
+def test_an_inverted_smoothing_factor_shows_in_the_weight_error():
+    (solution, *_) = solved(Int4()).w4a4
+    weight = weights()["q"].weight
+    right = weight_error(solution, weight)
+    assert 0.2 < right.steps < 0.35  # a uniform error of one step has an RMS of 0.289 steps
+    assert right.worst_column_steps < 0.4
+    upside_down = replace(solution, smooth=(1 / solution.smooth.float()).to(torch.bfloat16))
+    assert weight_error(upside_down, weight).worst_column_steps > 2

@@ -1,0 +1,113 @@
+"""Sources are indexed from headers, and whatever is wrong with one is said before any weight is read."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from svdq_cli.errors import InputError
+from svdq_cli.source import open_source, read_header, read_tensor, source_digest
+
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+
+
+def test_a_pipeline_folder_is_indexed_without_reading_weights(tiny_flux: Path):
+    source = open_source(tiny_flux)
+    assert source.component == "transformer"
+    assert source.pipeline == tiny_flux
+    entry = source.tensors["proj_out.weight"]
+    assert entry.dtype == "BF16"
+    assert torch.equal(read_tensor(source, "proj_out.weight"), load_file(tiny_flux / WEIGHTS)["proj_out.weight"])
+
+
+def test_shards_are_read_through_their_index(tiny_flux_copy: Path):
+    weights = tiny_flux_copy / WEIGHTS
+    tensors = load_file(weights)
+    names = sorted(tensors)
+    halves = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, part in halves.items():
+        save_file({name: tensors[name] for name in part}, weights.parent / file)
+    index = {"weight_map": {name: file for file, part in halves.items() for name in part}}
+    (weights.parent / f"{weights.name}.index.json").write_text(json.dumps(index))
+    weights.unlink()
+    source = open_source(tiny_flux_copy)
+    assert sorted(source.tensors) == names
+    assert len(source.files) == 2
+    (weights.parent / "b.safetensors").unlink()
+    with pytest.raises(InputError, match=r"b\.safetensors: this shard is missing"):
+        open_source(tiny_flux_copy)
+
+
+def test_a_truncated_file_is_named(tiny_flux_copy: Path):
+    weights = tiny_flux_copy / WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(InputError, match="truncated") as caught:
+        open_source(tiny_flux_copy)
+    assert caught.value.kind == "damaged-file"
+    assert caught.value.where == str(weights)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"not json",
+        b"[1, 2]",
+        b'{"w": {"shape": [2], "dtype": "F32"}}',
+        b'{"w": {"shape": [2], "dtype": "F32", "data_offsets": [0, 4000]}}',
+        b'{"w": {"shape": [9], "dtype": "F32", "data_offsets": [0, 8]}}',
+        b'{"w": {"shape": [-2], "dtype": "F32", "data_offsets": [8, 0]}}',
+    ],
+    ids=["not-json", "a-list", "no-offsets", "out-of-range", "size-disagrees", "negative"],
+)
+def test_a_header_that_lies_is_refused(tmp_path: Path, header: bytes):
+    file = tmp_path / "liar.safetensors"
+    file.write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+    with pytest.raises(InputError, match="damaged"):
+        read_header(file)
+
+
+def test_a_header_length_beyond_the_file_is_refused(tmp_path: Path):
+    file = tmp_path / "pickle.safetensors"
+    file.write_bytes(b"\x80\x04\x95" + bytes(100))
+    with pytest.raises(InputError, match="not safetensors"):
+        read_header(file)
+
+
+def test_pickled_weights_are_refused_in_words(tiny_flux_copy: Path):
+    weights = tiny_flux_copy / WEIGHTS
+    weights.rename(weights.with_suffix(".bin"))
+    with pytest.raises(InputError, match="pickles"):
+        open_source(tiny_flux_copy)
+
+
+def test_a_quantized_model_is_refused_by_name(tiny_flux_copy: Path):
+    config = tiny_flux_copy / "transformer/config.json"
+    content = json.loads(config.read_text())
+    config.write_text(json.dumps({**content, "quantization_config": {"quant_method": "bitsandbytes"}}))
+    with pytest.raises(InputError, match="already quantized \\(bitsandbytes\\)") as caught:
+        open_source(tiny_flux_copy)
+    assert caught.value.kind == "already-quantized"
+
+
+def test_eight_bit_weights_are_refused_by_dtype(tiny_flux_copy: Path):
+    weights = tiny_flux_copy / WEIGHTS
+    tensors = load_file(weights)
+    tensors["proj_out.weight"] = tensors["proj_out.weight"].to(torch.float8_e4m3fn)
+    save_file(tensors, weights)
+    with pytest.raises(InputError, match="F8_E4M3"):
+        open_source(tiny_flux_copy)
+
+
+def test_the_digest_follows_the_weights(tiny_flux: Path, tiny_flux_copy: Path):
+    before = source_digest(open_source(tiny_flux_copy))
+    assert before == source_digest(open_source(tiny_flux))
+    weights = tiny_flux_copy / WEIGHTS
+    tensors = load_file(weights)
+    tensors["proj_out.bias"] = tensors["proj_out.bias"] + 1
+    save_file(tensors, weights)
+    assert source_digest(open_source(tiny_flux_copy)) != before
