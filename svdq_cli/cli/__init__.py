@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from types import FrameType
@@ -17,6 +18,9 @@ def main() -> NoReturn:
 
 def run(arguments: list[str]) -> int:
     """Run one command and return its exit code; nothing escapes but bugs."""
+    # Advice that these libraries print at import (missing torchvision, tensor cores) is not about the user's model.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     import typer
 
     from svdq_cli.cli.app import app
