@@ -63,7 +63,9 @@ def layer_errors(
             )
         bias = read_tensor(source, f"{plan.name}.bias") if plan.linear.bias else None
         if not (wrong := bias_error(solution, bias)) <= MAX_BIAS_ERROR:
-            problems.append(CheckProblem(plan.name, f"its bias is not the source's (relative error {wrong:.2f})"))
+            problems.append(
+                CheckProblem(plan.name, f"its bias is not the source's (relative error {wrong:.2f})")
+            )
         observe(Event("advance", "check", len(errors), total, plan.name, time.monotonic() - started))
     observe(Event("end", "check", total, total, seconds=time.monotonic() - started))
     return errors, problems

@@ -16,7 +16,8 @@ from svdq_cli.evaluate.layers import layer_sqnr_db
 from svdq_cli.formats import FORMATS
 from svdq_cli.locate import locate_source
 from svdq_cli.records import Int4, Linear, NvFp4, Precision, SharedInput, SolveSettings, W4A4Plan, W4A16Plan
-from svdq_cli.solve.linear import SourceWeight, solve_input
+from svdq_cli.solve.forward import SourceWeight
+from svdq_cli.solve.linear import solve_input
 from svdq_cli.source import open_source
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "datasets", "pydantic", "cupy")

@@ -73,7 +73,8 @@ from svdq_cli.records import (
     json_text,
     to_json,
 )
-from svdq_cli.solve.linear import SourceWeight, solve_input
+from svdq_cli.solve.forward import SourceWeight
+from svdq_cli.solve.linear import solve_input
 from svdq_cli.source import Source, file_sha256, read_tensor, source_digest
 
 # ------------------------------------------------------------------------------------------------- plan, inspect

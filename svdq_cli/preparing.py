@@ -63,10 +63,10 @@ class Prepared:
 def prepare(recipe: Recipe, *, beside: Path | None = None) -> Prepared:
     """Find the model, resolve the family's rules, choose the format. Reads headers only."""
     quantization = recipe.quantization
-    if quantization.effort in ("balanced", "best"):
+    if quantization.effort == "best":
         raise UsageError(
             f"effort {quantization.effort!r} is not in this version",
-            hint="use fast (the paper's search) or datafree",
+            hint="use balanced, fast (the paper's search) or datafree",
             where="quantization.effort",
         )
     if quantization.rank == "auto":

@@ -183,6 +183,7 @@ class LayerReport:
     sqnr_db: float
     rank: int | None
     smoothing: str | None  # "grid a=0.50 b=0.25", None for W4A16
+    steps_db: Mapping[str, float]  # SQNR on held-out rows after each step that was tried; empty where none is
 
 
 # ---------------------------------------------------------------------------------------------------- progress

@@ -40,7 +40,9 @@ def recipe_for(source: Path, prompts: Path | None = None, precision: str = "int4
         calibration = Calibration(
             prompts=str(prompts), samples=3, steps=2, height=32, width=32, max_sequence_length=16, rows=256
         )
-    quantization = Quantization.model_validate({"precision": precision, "rank": 16, "smoothing": "closed-form"})
+    quantization = Quantization.model_validate(
+        {"precision": precision, "rank": 16, "smoothing": "closed-form"}
+    )
     if calibration is None:
         quantization = Quantization.model_validate({"precision": precision, "rank": 16, "effort": "datafree"})
     return default_recipe(str(source), calibration=calibration, quantization=quantization)
@@ -54,7 +56,9 @@ def artefact(tiny_flux: Path, prompts: Path, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.fixture(scope="module")
-def converted(tiny_flux: Path, prompts: Path, artefact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def converted(
+    tiny_flux: Path, prompts: Path, artefact: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     path = tmp_path_factory.mktemp("converted") / "int4"
     convert(recipe_for(tiny_flux, prompts), path, calibration=artefact, options=CPU)
     return path
@@ -66,7 +70,12 @@ def leftovers(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("precision", ["int4", "nvfp4"])
 def test_one_calibration_serves_both_precisions_without_running_the_model(
-    tiny_flux: Path, prompts: Path, artefact: Path, tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch
+    tiny_flux: Path,
+    prompts: Path,
+    artefact: Path,
+    tmp_path: Path,
+    precision: str,
+    monkeypatch: pytest.MonkeyPatch,
 ):
     def never(*args: object, **kwargs: object) -> None:
         raise AssertionError("the model was run")
@@ -83,7 +92,9 @@ def test_one_calibration_serves_both_precisions_without_running_the_model(
     assert report.bytes.ratio > 1.5
 
 
-def test_converting_twice_gives_the_same_bytes(tiny_flux: Path, prompts: Path, converted: Path, tmp_path: Path):
+def test_converting_twice_gives_the_same_bytes(
+    tiny_flux: Path, prompts: Path, converted: Path, tmp_path: Path
+):
     report = convert(recipe_for(tiny_flux, prompts), tmp_path / "again", options=CPU)  # calibrates by itself
     assert (tmp_path / "again" / WEIGHTS).read_bytes() == (converted / WEIGHTS).read_bytes()
     assert (tmp_path / "again/transformer/config.json").read_bytes() == (
@@ -112,7 +123,9 @@ def test_the_output_is_a_complete_pipeline_that_draws(tiny_flux: Path, converted
     assert isinstance(transformer.transformer_blocks[0].attn.to_q, W4A4Linear)
     assert isinstance(transformer.transformer_blocks[0].norm1.linear, W4A16Linear)
     assert pipe.svdq_backend.name == "reference"
-    settings = draw_settings(evaluation_recipe(open_checkpoint(converted), str(converted)), open_source(tiny_flux))
+    settings = draw_settings(
+        evaluation_recipe(open_checkpoint(converted), str(converted)), open_source(tiny_flux)
+    )
     (picture,) = draw(pipe, ["a red circle"], settings=settings)
     assert picture.size == (32, 32)
 
@@ -131,7 +144,14 @@ def test_evaluation_scores_the_checkpoint_and_the_naive_baseline(
     assert report.noise_floor_psnr_db is not None
     assert report.noise_floor_psnr_db > report.psnr_db.mean
     assert len(report.layer_sqnr_db.per_layer) == 20
-    assert leftovers(tmp_path / "report") == ["16bit", "converted", "grid.png", "naive", "prompts.txt", "report.json"]
+    assert leftovers(tmp_path / "report") == [
+        "16bit",
+        "converted",
+        "grid.png",
+        "naive",
+        "prompts.txt",
+        "report.json",
+    ]
 
 
 def test_generate_writes_one_picture(converted: Path, tmp_path: Path):
@@ -181,12 +201,14 @@ def test_a_nan_in_a_kept_tensor_is_found_too(tiny_flux_copy: Path, tmp_path: Pat
     weights["x_embedder.bias"][0] = float("inf")
     save_file(weights, tiny_flux_copy / WEIGHTS)
     (tmp_path / "outputs").mkdir()
-    with pytest.raises(InputError, match="x_embedder.bias"):
+    with pytest.raises(InputError, match=r"x_embedder\.bias"):
         convert(recipe_for(tiny_flux_copy), tmp_path / "outputs/out", options=CPU)
     assert leftovers(tmp_path / "outputs") == []
 
 
-def test_a_calibration_of_other_weights_is_refused(tiny_flux_copy: Path, artefact: Path, prompts: Path, tmp_path: Path):
+def test_a_calibration_of_other_weights_is_refused(
+    tiny_flux_copy: Path, artefact: Path, prompts: Path, tmp_path: Path
+):
     weights = load_file(tiny_flux_copy / WEIGHTS)
     weights["proj_out.bias"] += 1
     save_file(weights, tiny_flux_copy / WEIGHTS)
@@ -207,17 +229,21 @@ def test_an_output_that_exists_is_kept_unless_overwritten(tiny_flux: Path, tmp_p
     assert leftovers(tmp_path) == ["out"]
 
 
-def test_too_small_a_disk_is_refused_before_the_work(tiny_flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_too_small_a_disk_is_refused_before_the_work(
+    tiny_flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     class Usage:
         free = 1000
 
     monkeypatch.setattr(checkpoint_module.shutil, "disk_usage", lambda path: Usage)
-    with pytest.raises(OutOfResourcesError, match="the disk has 0.0 MB left"):
+    with pytest.raises(OutOfResourcesError, match=r"the disk has 0\.0 MB left"):
         convert(recipe_for(tiny_flux), tmp_path / "out", options=CPU)
     assert leftovers(tmp_path) == []
 
 
-def test_a_disk_that_fills_while_writing_leaves_nothing(tiny_flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_disk_that_fills_while_writing_leaves_nothing(
+    tiny_flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 

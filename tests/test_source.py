@@ -22,7 +22,9 @@ def test_a_pipeline_folder_is_indexed_without_reading_weights(tiny_flux: Path):
     assert source.pipeline == tiny_flux
     entry = source.tensors["proj_out.weight"]
     assert entry.dtype == "BF16"
-    assert torch.equal(read_tensor(source, "proj_out.weight"), load_file(tiny_flux / WEIGHTS)["proj_out.weight"])
+    assert torch.equal(
+        read_tensor(source, "proj_out.weight"), load_file(tiny_flux / WEIGHTS)["proj_out.weight"]
+    )
 
 
 def test_shards_are_read_through_their_index(tiny_flux_copy: Path):

@@ -21,7 +21,8 @@ Seed = Annotated[int | None, typer.Option(help="Seed of calibration, search and 
 Precision = Annotated[str | None, typer.Option(metavar="int4|nvfp4", help="4-bit number format.")]
 Rank = Annotated[str | None, typer.Option(metavar="N", help="Rank of the 16-bit branch, a multiple of 16.")]
 Effort = Annotated[
-    str | None, typer.Option(metavar="datafree|fast", help="How hard to search (fast: the paper's search).")
+    str | None,
+    typer.Option(metavar="datafree|fast|balanced", help="How hard to search (fast: the paper's search)."),
 ]
 Formats = Annotated[
     list[str] | None, typer.Option("--format", metavar="nunchaku-lite", help="Output format.")

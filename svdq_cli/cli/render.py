@@ -23,6 +23,7 @@ from svdq_cli.records import (
 )
 
 if TYPE_CHECKING:
+    from svdq_cli.bench.report import BenchReport
     from svdq_cli.diagnosis import DoctorReport
     from svdq_cli.showcase import DemoReport
 
@@ -161,7 +162,9 @@ def _inspect(console: Console, report: InspectReport, verbose: bool) -> None:
 def _any_block(name: str) -> str:
     """transformer_blocks.7.attn.to_out.0 -> transformer_blocks.*.attn.to_out.0"""
     stack, *rest = name.split(".")
-    return ".".join([stack, *("*" if part.isdigit() and index == 0 else part for index, part in enumerate(rest))])
+    return ".".join(
+        [stack, *("*" if part.isdigit() and index == 0 else part for index, part in enumerate(rest))]
+    )
 
 
 def _check(console: Console, report: CheckReport, verbose: bool) -> None:
@@ -204,6 +207,8 @@ def _other(console: Console, report: object) -> None:
         _demo(console, report)  # type: ignore[arg-type]
     elif name == "DoctorReport":
         _doctor(console, report)  # type: ignore[arg-type]
+    elif name == "BenchReport":
+        _bench(console, report)  # type: ignore[arg-type]
     elif name == "InitReport":
         console.print(f"{report.path}: a recipe for family {report.family}")  # type: ignore[attr-defined]
         console.print(f"next: svdq convert {report.path}")  # type: ignore[attr-defined]
@@ -270,6 +275,44 @@ def _doctor(console: Console, report: DoctorReport) -> None:
     for test in report.tests:
         table.add_row(test.op, test.precision, test.backend, test.status, Text(test.detail))
     console.print(table)
+
+
+def _bench(console: Console, report: BenchReport) -> None:
+    facts = _facts()
+    device = report.device
+    facts.add_row("device", device.name + (f", sm_{device.sm}" if device.sm else ""))
+    for name in ("driver", "cuda", "torch", "threads", "backend"):
+        if getattr(device, name) is not None:
+            facts.add_row(name, str(getattr(device, name)))
+    facts.add_row("baseline", report.rows[0].baseline)
+    console.print(facts)
+    table = Table(box=None, pad_edge=False, collapse_padding=True)
+    for title in ("op", "precision", "M", "K", "N", "R", "us", "spread", "TFLOP/s", "ratio", "error"):
+        table.add_column(title, justify="left" if title in ("op", "precision") else "right", no_wrap=True)
+    shape = None
+    for row in report.rows:
+        if shape not in (None, (row.m, row.k, row.n)):
+            table.add_row()
+        shape = (row.m, row.k, row.n)
+        table.add_row(
+            row.op.removesuffix(" linear"),
+            row.precision,
+            *(str(size) for size in shape),
+            "" if row.rank is None else str(row.rank),
+            f"{row.us.median:.{1 if row.us.median < 1000 else 0}f}",
+            f"{(row.us.p90 - row.us.p10) / row.us.median:.0%}",
+            f"{row.tflops:.2g}" if row.tflops < 10 else f"{row.tflops:.0f}",
+            f"{row.ratio:.2f}",
+            f"{row.relative_error:.1e}",
+        )
+    console.print(table)
+    console.print()
+    exact = {f"{row.op} {row.precision}, R {row.rank}": row.exactness for row in report.rows}
+    for label, exactness in exact.items():
+        console.print(f"{label.removesuffix(', R None')}: {exactness}")
+    console.print()
+    for note in report.notes:
+        console.print(note)
 
 
 # ------------------------------------------------------------------------------------------------- small pieces

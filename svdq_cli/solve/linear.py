@@ -8,6 +8,7 @@ sections 4.2 and 4.3).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -18,7 +19,6 @@ from svdq_cli.errors import UsageError
 from svdq_cli.records import (
     ActivationStats,
     LayerReport,
-    Precision,
     SharedInput,
     SolveSettings,
     W4A4Plan,
@@ -26,27 +26,21 @@ from svdq_cli.records import (
     W4A16Plan,
     W4A16Solution,
 )
+from svdq_cli.solve.balanced import Task, improve
+from svdq_cli.solve.forward import (
+    SourceWeight,
+    dequantized_weight,
+    relative_errors,
+    sqnr_db,
+    w4a4_output,
+)
 from svdq_cli.solve.low_rank import split_low_rank
 from svdq_cli.solve.modulation import dequantize_w4a16, solve_w4a16
-from svdq_cli.solve.quantizers import (
-    QuantizedWeight,
-    dequantize_weight,
-    fake_quantize_activation,
-    quantize_weight,
-)
-from svdq_cli.solve.smoothing import CLOSED_FORM, GRID, smooth_factor
+from svdq_cli.solve.quantizers import quantize_weight
+from svdq_cli.solve.smoothing import CLOSED_FORM, GRID, placed, smooth_factor
 
 SEARCH_ROWS = 512  # rows that score a grid point; the ranking is stable long before the report's figure is
 SEARCH_POWER_ITERATIONS = 1  # a rougher SVD ranks the same
-_TINY = 1e-30
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class SourceWeight:
-    """One linear of the 16-bit model, in float32 on the device that solves."""
-
-    weight: Tensor  # (N, K)
-    bias: Tensor | None  # (N,)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -73,13 +67,15 @@ def solve_input(
     reports: list[LayerReport] = []
     if w4a4_plans:
         smooth, label = _choose_smoothing(shared, w4a4_plans, weights, stats, rows, settings)
-        for plan, solution in zip(
-            w4a4_plans, _solve_w4a4(shared, w4a4_plans, weights, smooth, settings), strict=True
-        ):
+        solutions = _solve_w4a4(shared, w4a4_plans, weights, smooth, settings)
+        trail: Mapping[str, Mapping[str, float]] = {}
+        if settings.effort == "balanced" and stats is not None and rows is not None:
+            solutions, trail = _improve(shared, w4a4_plans, weights, stats, rows, settings, solutions)
+        for name, solution in solutions.items():
             w4a4.append(solution)
-            reports.append(
-                LayerReport(plan.name, _sqnr_w4a4(solution, weights[plan.name], rows), plan.rank, label)
-            )
+            sqnr = _sqnr_w4a4(solution, weights[name], rows)
+            steps = {step: round(_decibels(error), 3) for step, error in trail.get(name, {}).items()}
+            reports.append(LayerReport(name, sqnr, solution.plan.rank, label, steps))
     w4a16 = [
         solve_w4a16(p, weights[p.name].weight, weights[p.name].bias, dtype=settings.dtype)
         for p in w4a16_plans
@@ -87,28 +83,9 @@ def solve_input(
     for solution in w4a16:
         name = solution.plan.name
         reports.append(
-            LayerReport(name, _sqnr_weights(dequantize_w4a16(solution), weights[name], rows), None, None)
+            LayerReport(name, _sqnr_weights(dequantize_w4a16(solution), weights[name], rows), None, None, {})
         )
     return SolvedInput(tuple(w4a4), tuple(w4a16), tuple(reports))
-
-
-def w4a4_output(x: Tensor, solution: W4A4Solution) -> Tensor:
-    """What the solution's 4-bit layer computes for `x` (M, K) float32, without the final rounding and the bias."""
-    return _output(
-        x,
-        solution.smooth.float(),
-        _dequantized(solution),
-        solution.down.float(),
-        solution.up.float(),
-        solution.plan,
-    )
-
-
-def sqnr_db(exact: Tensor, approximate: Tensor) -> float:
-    """Signal to quantization noise, 10 log10(sum y^2 / sum (y - y')^2), in dB; 150 for no error at all."""
-    signal = exact.double().square().sum()
-    noise = (exact.double() - approximate.double()).square().sum()
-    return float(10 * torch.log10((signal + _TINY) / (noise + _TINY)).clamp(max=150.0))
 
 
 def _choose_smoothing(
@@ -146,6 +123,31 @@ def _choose_smoothing(
             return factor(GRID[best]), f"grid a={a:.2f} b={b:.2f}"
 
 
+def _improve(
+    shared: SharedInput,
+    plans: list[W4A4Plan],
+    weights: Mapping[str, SourceWeight],
+    stats: ActivationStats,
+    rows: Tensor,
+    settings: SolveSettings,
+    start: dict[str, W4A4Solution],
+) -> tuple[dict[str, W4A4Solution], dict[str, dict[str, float]]]:
+    by_name = {plan.name: plan for plan in plans}
+    branches = (tuple(by_name[name] for name in part if name in by_name) for part in shared.branches)
+    task = Task(tuple(part for part in branches if part), weights, rows, settings.dtype, settings.seed)
+    x_peak = stats.abs_max.to(rows.device).float()
+    return improve(
+        task,
+        start,
+        place=lambda s: placed(s, x_peak, task.precision, dtype=settings.dtype),
+        nearest=lambda s: _solve_w4a4(shared, plans, weights, s, settings),
+    )
+
+
+def _decibels(error: float) -> float:
+    return -10 * math.log10(max(error, 1e-15))
+
+
 def _search_error(
     shared: SharedInput,
     plans: list[W4A4Plan],
@@ -155,15 +157,10 @@ def _search_error(
     settings: SolveSettings,
 ) -> float:
     """Relative output error of all layers of the input together, each weighing the same."""
-    total = 0.0
     solutions = _solve_w4a4(
         shared, plans, weights, smooth, settings, power_iterations=SEARCH_POWER_ITERATIONS
     )
-    for plan, solution in zip(plans, solutions, strict=True):
-        exact = rows @ weights[plan.name].weight.T
-        error = (w4a4_output(rows, solution) - exact).square().sum() / (exact.square().sum() + _TINY)
-        total += float(error)
-    return total
+    return sum(relative_errors(rows, solutions, weights).values())
 
 
 def _solve_w4a4(
@@ -173,7 +170,7 @@ def _solve_w4a4(
     smooth: Tensor,
     settings: SolveSettings,
     power_iterations: int | None = None,
-) -> list[W4A4Solution]:
+) -> dict[str, W4A4Solution]:
     """Branch, residual and codes for a given smoothing factor, in the order of `plans`."""
     by_name = {plan.name: plan for plan in plans}
     solved: dict[str, W4A4Solution] = {}
@@ -195,7 +192,7 @@ def _solve_w4a4(
             solved[plan.name] = _finish(
                 plan, weights[plan.name], smooth, down, rows.to(settings.dtype), settings
             )
-    return [solved[plan.name] for plan in plans]
+    return {plan.name: solved[plan.name] for plan in plans}
 
 
 def _finish(
@@ -216,22 +213,11 @@ def _finish(
     )
 
 
-def _dequantized(solution: W4A4Solution) -> Tensor:
-    return dequantize_weight(
-        QuantizedWeight(solution.codes, solution.scales, solution.outer), solution.plan.precision
-    )
-
-
-def _output(x: Tensor, smooth: Tensor, residual: Tensor, down: Tensor, up: Tensor, plan: W4A4Plan) -> Tensor:
-    precision: Precision = plan.precision
-    quantized = fake_quantize_activation(x / smooth, precision)
-    return quantized @ residual.T + (x @ down.T) @ up.T
-
-
 def _sqnr_w4a4(solution: W4A4Solution, source: SourceWeight, rows: Tensor | None) -> float:
     if rows is None:
         rebuilt = (
-            _dequantized(solution) / solution.smooth.float() + solution.up.float() @ solution.down.float()
+            dequantized_weight(solution) / solution.smooth.float()
+            + solution.up.float() @ solution.down.float()
         )
         return sqnr_db(source.weight, rebuilt)
     return sqnr_db(rows @ source.weight.T, w4a4_output(rows, solution))

@@ -45,15 +45,16 @@ def smooth_factor(
     log_s = a * x_peak.clamp(min=1e-30).log2() - b * w_peak.clamp(min=1e-30).log2()
     center = log_s[alive].mean()
     log_s = torch.where(alive, log_s, center) - center
-    s = log_s.exp2().clamp(*SMOOTH_RANGE)
-    return _placed(s, x_peak, precision).to(dtype).float()
+    return placed(log_s.exp2(), x_peak, precision, dtype=dtype)
 
 
-def _placed(s: Tensor, x_peak: Tensor, precision: Precision) -> Tensor:
-    """The overall size of s is free for int4; for nvfp4 it places the activations in e4m3's range."""
-    if not isinstance(precision, NvFp4):
-        return s
+def placed(s: Tensor, x_peak: Tensor, precision: Precision, *, dtype: torch.dtype) -> Tensor:
+    """s as it is stored: bounded, exact in `dtype`, and for nvfp4 of a size that places activations in e4m3's range.
+
+    (The overall size of s is free for int4.)
+    """
+    s = s.clamp(*SMOOTH_RANGE)
     peak = (x_peak / s).max()
-    if not bool(torch.isfinite(peak)) or peak <= 0:
-        return s
-    return s * torch.exp2(torch.ceil(torch.log2(peak / _NVFP4_PEAK)))
+    if isinstance(precision, NvFp4) and bool(torch.isfinite(peak)) and peak > 0:
+        s = s * torch.exp2(torch.ceil(torch.log2(peak / _NVFP4_PEAK)))
+    return s.to(dtype).float()

@@ -20,7 +20,8 @@ from svdq_cli.records import (
     W4A4Plan,
     W4A16Plan,
 )
-from svdq_cli.solve.linear import SolvedInput, SourceWeight, solve_input, sqnr_db, w4a4_output
+from svdq_cli.solve.forward import SourceWeight, sqnr_db, w4a4_output
+from svdq_cli.solve.linear import SolvedInput, solve_input
 from svdq_cli.solve.low_rank import split_low_rank
 from svdq_cli.solve.modulation import dequantize_w4a16, solve_w4a16
 from svdq_cli.solve.rebuild import weight_error
@@ -172,7 +173,9 @@ def test_w4a16_uses_the_better_grid_of_the_two_for_every_group():
     symmetric = torch.round(weight / (weight.reshape(64, 2, 64).abs().amax(-1) / 7).repeat_interleave(64, 1))
     symmetric *= (weight.reshape(64, 2, 64).abs().amax(-1) / 7).repeat_interleave(64, 1)
     assert error < 0.8 * float((symmetric - weight).norm() / weight.norm())
-    assert dequantize_w4a16(solve_w4a16(plan, torch.zeros(64, 128), None, dtype=torch.bfloat16)).abs().max() == 0
+    assert (
+        dequantize_w4a16(solve_w4a16(plan, torch.zeros(64, 128), None, dtype=torch.bfloat16)).abs().max() == 0
+    )
 
 
 def test_an_inverted_smoothing_factor_shows_in_the_weight_error():
