@@ -1,0 +1,70 @@
+"""What a benchmark ran on."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+
+from svdq_cli.bench.report import BenchDevice
+
+NVIDIA_SMI_SECONDS = 10
+
+
+def device_facts(device: torch.device) -> BenchDevice:
+    """Name and versions. `None` for what this device does not have."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return BenchDevice(
+            name=torch.cuda.get_device_name(device),
+            sm=f"{major}{minor}",
+            backend="reference",
+            driver=_driver(),
+            cuda=torch.version.cuda,
+            torch=str(torch.__version__),
+            threads=None,
+        )
+    return BenchDevice(
+        name=_cpu_name(),
+        sm=None,
+        backend="reference",
+        driver=None,
+        cuda=None,
+        torch=str(torch.__version__),
+        threads=torch.get_num_threads(),
+    )
+
+
+def load_average() -> float | None:
+    """Processes that wanted a core in the last minute; None where the system does not tell."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
+def _cpu_name() -> str:
+    """The model where the system tells it (Linux), else the architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        key, _, value = line.partition(":")
+        if key.strip() == "model name":
+            return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def _driver() -> str | None:
+    """The NVIDIA driver's version; torch knows only the CUDA version it was built for."""
+    found = shutil.which("nvidia-smi")
+    if found is None:
+        return None
+    words = [found, "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(words, capture_output=True, text=True, timeout=NVIDIA_SMI_SECONDS, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.splitlines()[0].strip() if answer.stdout.strip() else None

@@ -1,0 +1,57 @@
+"""What a benchmark found. Field names are the JSON keys of the command-line contract."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Microseconds:
+    """Median and spread of one call's duration."""
+
+    median: float
+    p10: float
+    p90: float
+
+
+@dataclass(frozen=True, slots=True)
+class BenchRow:
+    """One operation on one shape: x (M, K) times a weight (N, K), with a branch of rank R."""
+
+    layer: str  # the shape's name, or the first of the checkpoint's layers that have this shape
+    op: str  # "linear", "w4a4 linear", "w4a16 linear"
+    mode: str  # what computes it: "torch", "reference"
+    precision: str
+    m: int
+    k: int
+    n: int
+    rank: int | None  # None where the operation has no branch; 0 where it is left out
+    us: Microseconds
+    tflops: float  # 2 M K N over the median: the branch is overhead, not work
+    baseline: str
+    ratio: float  # the baseline's median over this one: above 1 is faster
+    relative_error: float  # Frobenius norm, against the operation's own definition in float64
+    exactness: str
+
+
+@dataclass(frozen=True, slots=True)
+class BenchDevice:
+    """What was measured on, and with what."""
+
+    name: str
+    sm: str | None
+    backend: str
+    driver: str | None
+    cuda: str | None
+    torch: str
+    threads: int | None  # of torch on a CPU
+
+
+@dataclass(frozen=True, slots=True)
+class BenchReport:
+    device: BenchDevice
+    rows: tuple[BenchRow, ...]
+    notes: tuple[str, ...]
+    command: str = "bench"
+    status: str = "ok"
+    schema: int = 1

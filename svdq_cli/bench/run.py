@@ -1,0 +1,319 @@
+"""A benchmark: shapes of a named set with random weights, or the layers of a checkpoint, beside torch's own linear."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from svdq_cli.bench.device import device_facts, load_average
+from svdq_cli.bench.operations import NAMES, Operation, reference_linear, torch_linear, without_branch
+from svdq_cli.bench.report import BenchReport, BenchRow
+from svdq_cli.bench.shapes import MODULATION_ROWS, LinearShape, ShapeSet
+from svdq_cli.bench.timing import Call, cache_bytes, copies_beyond_cache, measure
+from svdq_cli.errors import InputError, UsageError
+from svdq_cli.records import (
+    Event,
+    Int4,
+    LayerPlan,
+    LayerSolution,
+    Linear,
+    NvFp4,
+    Observer,
+    Precision,
+    SharedInput,
+    SolveSettings,
+    W4A4Plan,
+    W4A4Solution,
+    W4A16Plan,
+    ignore_events,
+)
+from svdq_cli.solve.linear import SourceWeight, solve_input
+
+PRECISIONS: dict[str, Precision] = {precision.name: precision for precision in (Int4(), NvFp4())}
+RANK = 16
+RANK_STEP = 16  # what every format packs
+SECONDS_PER_ROW = 0.2
+CHECKPOINT_ROWS = {"cpu": 68 * 8, "cuda": 4096}  # M of a checkpoint's W4A4 layers: as in the sets of shapes
+BUSY = 0.5  # load average a core from which other work is worth a note
+ERROR_ROWS = 128  # rows of a result do not depend on each other: a sample tells its error
+# torch's own linear; ratios refer to the first: on a GPU the 16-bit model's arithmetic, on a CPU float32, as many CPUs
+# compute bfloat16 more slowly.
+BASELINES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16, torch.float32)}
+
+
+@dataclass(frozen=True, slots=True)
+class BenchSettings:
+    """How to measure. Raises UsageError for what can't be measured."""
+
+    device: torch.device
+    m: int | None = None  # rows of the W4A4 layers; None: as the shapes or the device say
+    seconds_per_row: float = SECONDS_PER_ROW
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.m is not None and self.m < 1:
+            raise UsageError(f"--m {self.m}: a layer needs at least one row", hint="give a positive number")
+        if not (math.isfinite(self.seconds_per_row) and self.seconds_per_row > 0):
+            raise UsageError(
+                f"--seconds {self.seconds_per_row:g}: not a time to measure for",
+                hint="give a positive number of seconds for each row, such as 0.2",
+            )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Case:
+    """One layer to measure in several ways. The solutions are made when its turn comes."""
+
+    linear: Linear
+    m: int
+    solve: Callable[[], Iterable[LayerSolution]]
+
+
+def precisions_named(name: str | None) -> tuple[Precision, ...]:
+    """The precision of that name; both without one."""
+    if name is None:
+        return tuple(PRECISIONS.values())
+    if name not in PRECISIONS:
+        raise UsageError(f"unknown precision {name!r}", hint=f"use {' or '.join(PRECISIONS)}")
+    return (PRECISIONS[name],)
+
+
+def refuse_given(**given: object) -> None:
+    """Raises UsageError for an option that a checkpoint has already decided."""
+    for name, value in given.items():
+        if value is not None:
+            raise UsageError(
+                f"--{name} and a checkpoint: the checkpoint's own layers are measured",
+                hint=f"leave out --{name}, or the checkpoint",
+            )
+
+
+def bench_shapes(
+    shapes: ShapeSet,
+    *,
+    precisions: Sequence[Precision],
+    rank: int = RANK,
+    settings: BenchSettings,
+    observe: Observer = ignore_events,
+) -> BenchReport:
+    """Random layers of the set's shapes, solved data-free. Raises UsageError for a rank that they can't have."""
+    _require_rank(rank, shapes)
+    cases: dict[tuple[int, int, int, str], Case] = {}
+    for shape in shapes.shapes:
+        m = settings.m if settings.m is not None and shape.role == "w4a4" else shape.m
+        linear = Linear(shape.name, shape.k, shape.n, bias=False)
+        plans = _plans(linear, shape, precisions, rank)
+        cases.setdefault(
+            (m, shape.k, shape.n, shape.role),
+            Case(linear, m, lambda plans=plans: _solve_random(plans, settings)),
+        )
+    return _report(tuple(cases.values()), settings, observe)
+
+
+def bench_layers(
+    layers: Sequence[LayerPlan],
+    solution_of: Callable[[LayerPlan], LayerSolution],
+    *,
+    settings: BenchSettings,
+    observe: Observer = ignore_events,
+) -> BenchReport:
+    """A checkpoint's layers, one for each distinct shape, rank and kind, with the numbers stored for it."""
+    distinct: dict[tuple[object, ...], LayerPlan] = {}
+    for plan in layers:
+        linear = plan.linear
+        kind = (plan.precision, plan.rank) if isinstance(plan, W4A4Plan) else ()
+        distinct.setdefault((linear.in_features, linear.out_features, kind), plan)
+    rows = settings.m or CHECKPOINT_ROWS[settings.device.type]
+    cases = [
+        Case(
+            plan.linear,
+            rows if isinstance(plan, W4A4Plan) else MODULATION_ROWS,
+            lambda plan=plan: (solution_of(plan),),
+        )
+        for plan in distinct.values()
+    ]
+    return _report(cases, settings, observe)
+
+
+# ------------------------------------------------------------------------------------------ measuring
+
+
+def _report(cases: Sequence[Case], settings: BenchSettings, observe: Observer) -> BenchReport:
+    started = time.monotonic()
+    busy = load_average() if settings.device.type == "cpu" else None
+    observe(Event("start", "bench", 0, len(cases)))
+    rows: list[BenchRow] = []
+    baselines: dict[tuple[int, int, int], float] = {}  # shape -> median of what its ratios refer to
+    for done, case in enumerate(cases, start=1):
+        linear = case.linear
+        shape = (case.m, linear.in_features, linear.out_features)
+        x = _draw(settings.seed, case.m, linear.in_features).to(settings.device)
+        if shape not in baselines:
+            for operation in _baselines(case, settings):
+                row = _row(case, operation, x, settings, baselines.get(shape))
+                baselines.setdefault(shape, row.us.median)
+                rows.append(row)
+        for operation in _operations(case, settings):
+            rows.append(_row(case, operation, x, settings, baselines[shape]))
+        observe(Event("advance", "bench", done, len(cases), linear.name, time.monotonic() - started))
+    observe(Event("end", "bench", len(cases), len(cases), seconds=time.monotonic() - started))
+    return BenchReport(device_facts(settings.device), tuple(rows), _notes(settings.device, busy))
+
+
+def _baselines(case: Case, settings: BenchSettings) -> Iterator[Operation]:
+    """torch's linear with a random weight of this shape."""
+    linear = case.linear
+    weight = _random_weight(settings, linear)
+    bias = _draw(settings.seed + 2, 1, linear.out_features)[0].to(settings.device) if linear.bias else None
+    for dtype in BASELINES[settings.device.type]:
+        yield torch_linear(weight, bias, dtype)
+
+
+def _operations(case: Case, settings: BenchSettings) -> Iterator[Operation]:
+    for found in case.solve():
+        solution = _on(found, settings.device)
+        yield reference_linear(solution)
+        if isinstance(solution, W4A4Solution) and solution.up.shape[1] > 0:
+            yield reference_linear(without_branch(solution))
+
+
+@torch.no_grad()
+def _row(
+    case: Case, operation: Operation, x: Tensor, settings: BenchSettings, baseline_us: float | None
+) -> BenchRow:
+    """`baseline_us` None: this row is the baseline."""
+    x = x.to(operation.dtype)
+    error = _relative_error(case.linear.name, operation, x)  # also fills the module's weight cache
+    us = measure(
+        _turns(operation, x, settings.device), seconds=settings.seconds_per_row, device=settings.device
+    )
+    linear = case.linear
+    return BenchRow(
+        layer=linear.name,
+        op=operation.op,
+        mode=operation.mode,
+        precision=operation.precision,
+        m=case.m,
+        k=linear.in_features,
+        n=linear.out_features,
+        rank=operation.rank,
+        us=us,
+        tflops=2 * case.m * linear.in_features * linear.out_features / us.median / 1e6,
+        baseline=f"torch linear {NAMES[BASELINES[settings.device.type][0]]}",
+        ratio=1.0 if baseline_us is None else baseline_us / us.median,
+        relative_error=error,
+        exactness=operation.exactness,
+    )
+
+
+def _turns(operation: Operation, x: Tensor, device: torch.device) -> list[Call]:
+    """The call on as many copies of input and layer as it takes to leave the cache.
+
+    A layer that is larger than the cache drives itself out of it and is not copied.
+    """
+    layer = operation.module
+    layer_bytes = sum(tensor.nbytes for tensor in (*layer.parameters(), *layer.buffers()))
+    count = copies_beyond_cache(layer_bytes + x.nbytes, device)
+    shared = layer_bytes >= cache_bytes(device)
+
+    def call(layer: Callable[[Tensor], Tensor], x: Tensor) -> Call:
+        return lambda: layer(x)
+
+    return [call(layer if shared else copy.deepcopy(layer), x.clone()) for _ in range(count)]
+
+
+def _relative_error(layer: str, operation: Operation, x: Tensor) -> float:
+    """|y - y64| / |y64| on a sample of rows. Raises InputError where the layer's numbers are not finite."""
+    count = x.shape[0]
+    sample = torch.linspace(0, count - 1, min(count, ERROR_ROWS), device=x.device).round().long()
+    wanted = operation.define(x[sample])
+    error = float((operation.module(x)[sample].double() - wanted).norm() / wanted.norm())
+    if not math.isfinite(error):
+        raise InputError(
+            f"{layer}: {operation.label} gives a value that is not finite, or nothing but zeros",
+            hint="svdq check says what is wrong with a checkpoint",
+            where=layer,
+        )
+    return error
+
+
+# ------------------------------------------------------------------------------------------ layers to measure
+
+
+def _plans(
+    linear: Linear, shape: LinearShape, precisions: Sequence[Precision], rank: int
+) -> tuple[LayerPlan, ...]:
+    match shape.role:
+        case "w4a4":
+            return tuple(W4A4Plan(linear, precision, rank) for precision in precisions)
+        case "w4a16":
+            return (W4A16Plan(linear),)
+
+
+def _solve_random(plans: Sequence[LayerPlan], settings: BenchSettings) -> Iterator[LayerSolution]:
+    solve = SolveSettings("datafree", "none", settings.seed, torch.bfloat16)
+    for plan in plans:
+        weight = _random_weight(settings, plan.linear)
+        shared = SharedInput(plan.name, (plan.name,), ((plan.name,),))
+        solved = solve_input(shared, {plan.name: plan}, {plan.name: SourceWeight(weight, None)}, None, solve)
+        yield from (*solved.w4a4, *solved.w4a16)
+
+
+def _random_weight(settings: BenchSettings, linear: Linear) -> Tensor:
+    """(N, K) float32, so scaled that a result is as large as its input."""
+    drawn = _draw(settings.seed + 1, linear.out_features, linear.in_features)
+    return (drawn / linear.in_features**0.5).to(settings.device)
+
+
+def _draw(seed: int, rows: int, columns: int) -> Tensor:
+    """Standard normal, float32, drawn on the CPU so that every device gets the same numbers."""
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+def _on(solution: LayerSolution, device: torch.device) -> LayerSolution:
+    moved = {
+        field.name: value.to(device)
+        for field in fields(solution)
+        if isinstance(value := getattr(solution, field.name), Tensor)
+    }
+    return replace(solution, **moved)
+
+
+def _require_rank(rank: int, shapes: ShapeSet) -> None:
+    most = min(min(shape.k, shape.n) for shape in shapes.shapes if shape.role == "w4a4")
+    if rank % RANK_STEP or not 0 <= rank <= most:
+        raise UsageError(
+            f"--rank {rank}: not a rank that these layers can have",
+            hint=f"give a multiple of {RANK_STEP} from 0 to {most}",
+        )
+
+
+def _notes(device: torch.device, busy: float | None) -> tuple[str, ...]:
+    where = {
+        "cpu": "These are figures of the reference backend (plain torch) on a CPU. They say nothing about speed on a "
+        "GPU.",
+        "cuda": "These are figures of the reference backend: plain torch, which unpacks to float32. They are not the "
+        "speed of fused 4-bit kernels, which this version does not ship.",
+    }
+    notes = [
+        where[device.type],
+        "us: the median. spread: from the 10th to the 90th percentile, in shares of it. TFLOP/s counts 2 M K N.",
+        "ratio: the baseline's median over the row's, so above 1 is faster.",
+        "error: against the same operation in float64, so it measures arithmetic. What 4 bits cost in quality is for "
+        "svdq eval to say.",
+    ]
+    cores = os.cpu_count() or 1
+    if busy is not None and busy > BUSY * cores:
+        notes.insert(
+            1,
+            f"The load average was {busy:.1f} on {cores} cores when this started: beside other work, times are longer "
+            "and less even than they would be alone.",
+        )
+    return tuple(notes)

@@ -1,0 +1,104 @@
+"""How long a call takes: warm-up, operands that are not in the cache, one sample for each call."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from itertools import cycle
+
+import torch
+from torch import Tensor
+
+from svdq_cli.bench.report import Microseconds
+
+Call = Callable[[], object]
+
+CPU_CACHE_BYTES = (
+    64 * 2**20
+)  # torch does not tell; more than one core's share of the last level almost everywhere
+LEAST_COPIES, MOST_COPIES = 3, 256
+LEAST_SAMPLES = {"cpu": 5, "cuda": 50}
+MOST_SAMPLES = 10_000
+
+
+def cache_bytes(device: torch.device) -> int:
+    """The last-level cache that operands must not be found in."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    return CPU_CACHE_BYTES
+
+
+def copies_beyond_cache(bytes_per_call: int, device: torch.device) -> int:
+    """How many sets of operands to go round, so that none is still in the cache when its turn comes again."""
+    wanted = 1 + -(-cache_bytes(device) // max(1, bytes_per_call))
+    return min(max(wanted, LEAST_COPIES), MOST_COPIES)
+
+
+def measure(calls: Sequence[Call], *, seconds: float, device: torch.device) -> Microseconds:
+    """Median, 10th and 90th percentile of one call. `calls` do the same on operands of their own and take turns.
+
+    Samples are taken for about `seconds`, and at least LEAST_SAMPLES of them. On a GPU the time is what passes on
+    the device between two events around the call, gaps between its kernels included.
+    """
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            return _spread(_on_cuda(calls, seconds, device))
+    return _spread(_on_cpu(calls, seconds))
+
+
+def _on_cpu(calls: Sequence[Call], seconds: float) -> list[float]:
+    turns = cycle(calls)
+    _warm_up(turns.__next__, seconds / 4, wait=lambda: None)
+    samples: list[float] = []
+    started = time.perf_counter()
+    while _wants_more(len(samples), time.perf_counter() - started, seconds, LEAST_SAMPLES["cpu"]):
+        call = next(turns)
+        before = time.perf_counter_ns()
+        call()
+        samples.append((time.perf_counter_ns() - before) / 1e3)
+    return samples
+
+
+def _on_cuda(calls: Sequence[Call], seconds: float, device: torch.device) -> list[float]:
+    """All calls are queued before the first is waited for: a wait between them would empty the queue."""
+    turns = cycle(calls)
+    each = _warm_up(turns.__next__, seconds / 4, wait=lambda: torch.cuda.synchronize(device))
+    count = min(max(round(seconds / each), LEAST_SAMPLES["cuda"]), MOST_SAMPLES)
+    events = [
+        (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)
+    ]
+    for before, after in events:
+        call = next(turns)
+        before.record()
+        call()
+        after.record()
+    torch.cuda.synchronize(device)
+    return [before.elapsed_time(after) * 1e3 for before, after in events]
+
+
+def _warm_up(next_call: Callable[[], Call], seconds: float, *, wait: Call) -> float:
+    """Call for about `seconds`, at least twice. Returns the seconds of the fastest call."""
+    fastest = float("inf")
+    started = time.perf_counter()
+    done = 0
+    while done < 2 or time.perf_counter() - started < seconds:
+        call = next_call()
+        before = time.perf_counter()
+        call()
+        wait()
+        fastest = min(fastest, time.perf_counter() - before)
+        done += 1
+    return fastest
+
+
+def _wants_more(samples: int, elapsed: float, seconds: float, least: int) -> bool:
+    return samples < least or (elapsed < seconds and samples < MOST_SAMPLES)
+
+
+def _spread(samples: list[float]) -> Microseconds:
+    p10, median, p90 = _quantiles(torch.tensor(samples, dtype=torch.float64))
+    return Microseconds(median, p10, p90)
+
+
+def _quantiles(samples: Tensor) -> list[float]:
+    return samples.quantile(torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)).tolist()

@@ -1,0 +1,107 @@
+"""The steps beyond the paper: each pays on rows it did not see, and none can make a layer worse than `fast`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from svdq_cli.records import Int4, NvFp4, Precision, SolveSettings
+from svdq_cli.solve.forward import sqnr_db, w4a4_output
+from svdq_cli.solve.linear import SolvedInput, solve_input
+from svdq_cli.solve.quantizers import dequantize_weight, quantize_weight
+from svdq_cli.solve.refit import refit_branch
+from svdq_cli.solve.rounding import gptq_weight
+from tests.solve.test_linear import SHARED, plans, stats_of, weights
+
+BOTH = pytest.mark.parametrize("precision", [Int4(), NvFp4()], ids=lambda p: p.name)
+
+
+def correlated_rows(count: int, seed: int) -> torch.Tensor:
+    """(count, 256) with a decaying spectrum and a few strong channels, as real activations have."""
+    mixing = torch.randn(256, 256, generator=torch.Generator().manual_seed(9)) / 16
+    rows = torch.randn(count, 256, generator=torch.Generator().manual_seed(seed))
+    rows = (rows * torch.linspace(3, 0.1, 256)) @ mixing
+    rows[:, ::41] *= 20
+    return rows
+
+
+def solved(precision: Precision, effort: str, rows: torch.Tensor) -> SolvedInput:
+    settings = SolveSettings(effort, "grid", 0, torch.bfloat16)  # type: ignore[arg-type]
+    return solve_input(SHARED, plans(precision), weights(), stats_of(rows), settings)
+
+
+def fresh_db(result: SolvedInput) -> float:
+    """Mean SQNR on rows that no step has seen."""
+    x = correlated_rows(300, seed=77)
+    figures = [sqnr_db(x @ weights()[s.plan.name].weight.T, w4a4_output(x, s)) for s in result.w4a4]
+    return sum(figures) / len(figures)
+
+
+@BOTH
+def test_balanced_beats_the_papers_search_on_fresh_rows(precision: Precision):
+    rows = correlated_rows(1000, seed=5)
+    fast, balanced = solved(precision, "fast", rows), solved(precision, "balanced", rows)
+    # on the trained layers this was developed with the gain is 2 dB; this small world gives at least half of that
+    assert fresh_db(balanced) > fresh_db(fast) + 1.0
+    for report in balanced.reports:
+        assert list(report.steps_db) == ["grid", "learned", "gptq", "refit"]
+
+
+@BOTH
+def test_balanced_with_too_few_rows_is_fast(precision: Precision):
+    rows = correlated_rows(40, seed=5)
+    for one, other in zip(
+        solved(precision, "fast", rows).w4a4, solved(precision, "balanced", rows).w4a4, strict=True
+    ):
+        assert torch.equal(one.codes, other.codes)
+
+
+@BOTH
+@pytest.mark.parametrize("kind", ["zeros", "one exploding channel", "identical rows"])
+def test_odd_activations_leave_balanced_finite(precision: Precision, kind: str):
+    rows = correlated_rows(200, seed=6)
+    match kind:
+        case "zeros":
+            rows = torch.zeros_like(rows)
+        case "one exploding channel":
+            rows[:, 3] *= 1e4
+        case _:
+            rows = rows[:1].expand(200, -1).clone()
+    for solution in solved(precision, "balanced", rows).w4a4:
+        for tensor in (solution.smooth, solution.down, solution.up, solution.scales):
+            assert torch.isfinite(tensor.float()).all()
+
+
+@BOTH
+def test_gptq_loses_less_output_than_nearest(precision: Precision):
+    rows = correlated_rows(2000, seed=1)
+    weight = weights()["q"].weight
+    hessian = rows.T @ rows / len(rows)
+    nearest = dequantize_weight(quantize_weight(weight, precision, dtype=torch.bfloat16), precision)
+    rounded = gptq_weight(weight, hessian, precision, dtype=torch.bfloat16, parts=(weight.shape[0],))
+    fresh = correlated_rows(500, seed=2)
+    noise = [
+        float((fresh @ (q - weight).T).square().sum())
+        for q in (dequantize_weight(rounded, precision), nearest)
+    ]
+    assert noise[0] < 0.6 * noise[1]
+
+
+@BOTH
+def test_gptq_without_activations_rounds_to_nearest(precision: Precision):
+    weight = weights()["q"].weight
+    found = gptq_weight(weight, torch.zeros(256, 256), precision, dtype=torch.bfloat16, parts=(64, 64))
+    for part, rows in zip((0, 1), weight.split(64), strict=True):
+        expected = quantize_weight(rows, precision, dtype=torch.bfloat16)
+        assert torch.equal(found.codes.split(64)[part], expected.codes)
+
+
+def test_the_refit_finds_a_missing_low_rank_term():
+    x = correlated_rows(2000, seed=3)
+    generator = torch.Generator().manual_seed(4)
+    missing_term = torch.randn(128, 8, generator=generator) @ torch.randn(8, 256, generator=generator) / 16
+    found = refit_branch(x, x @ missing_term.T, torch.zeros(128, 256), rank=8, ridge=1e-4, seed=0)
+    assert found is not None
+    up, down = found
+    left = (x @ (missing_term - up @ down).T).norm() / (x @ missing_term.T).norm()
+    assert float(left) < 0.05  # the ridge keeps it from being exact
