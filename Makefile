@@ -23,7 +23,7 @@ help: ## this list
 setup: $(STAMP)
 
 demo: $(STAMP) ## the whole job on the embedded model: pictures, figures, report in svdq-demo/
-	$(BIN)/svdq demo -o svdq-demo
+	$(BIN)/svdq demo -o svdq-demo --overwrite
 
 test: $(STAMP) ## the tests
 	$(BIN)/python -m pytest -q
@@ -34,7 +34,7 @@ lint: $(STAMP) ## ruff, pyright, and the floors of the architecture
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
-bench: $(STAMP) ## kernel, layer and pipeline speed (NVIDIA GPU)
+bench: $(STAMP) ## speed of converted layers on this machine
 	$(BIN)/python -m svdq_cli bench
 
 wheel: $(STAMP) ## sdist, and the wheel built from it, in dist/

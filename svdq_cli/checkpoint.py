@@ -10,14 +10,15 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor
 
 from svdq_cli.errors import InputError, OutOfResourcesError, UsageError
@@ -107,13 +108,14 @@ def open_checkpoint(path: Path) -> Checkpoint:
         )
     pipeline = path if (path / "model_index.json").is_file() else None
     source = index_component(folder, pipeline=pipeline, component=folder.name if pipeline else "transformer")
-    config = source.config.get("quantization_config")
-    if not isinstance(config, Mapping):
+    section = source.config.get("quantization_config")
+    if not isinstance(section, dict):
         raise InputError(
             f"{path}: this model is not quantized",
             hint="give a folder that svdq convert wrote; svdq convert makes one from this model",
             where=str(path),
         )
+    config = cast("dict[str, object]", section)
     fmt = next((fmt for fmt in FORMATS if fmt.sniff(folder)), None)
     if fmt is None:
         raise InputError(
@@ -195,7 +197,7 @@ def require_disk(path: Path, needed: int) -> None:
 
 
 @contextmanager
-def whole_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
+def whole_folder(path: Path, *, overwrite: bool) -> Generator[Path, None, None]:
     """A folder that appears at `path` complete or not at all: yields a partial folder beside it, renamed at the end.
 
     Whatever happens inside, nothing is left under the final name but a whole output (or the old one).
@@ -220,7 +222,7 @@ def whole_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
 
 
 @contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
+def disk_errors(path: Path) -> Generator[None, None, None]:
     """Turn the system's disk errors into svdq's, naming the output and the cure."""
     try:
         yield
@@ -299,16 +301,25 @@ def _component_folder(path: Path) -> Path | None:
 
 
 def _read_provenance(source: Source) -> Mapping[str, object] | None:
+    """What svdq wrote of a checkpoint's making into its metadata; None for a checkpoint that others made."""
     for file in source.files:
-        with safe_open(file, framework="pt") as opened:
+        with cast("_OpenTensors", safe_open(file, framework="pt")) as opened:
             text = (opened.metadata() or {}).get(_METADATA_KEY)
         if text:
             try:
-                value = json.loads(text)
+                value: object = json.loads(text)
             except json.JSONDecodeError:
                 return None
-            return value if isinstance(value, dict) else None
+            return cast("dict[str, object]", value) if isinstance(value, dict) else None
     return None
+
+
+class _OpenTensors(Protocol):
+    """What is used here of safetensors' file object, which comes without types."""
+
+    def __enter__(self) -> _OpenTensors: ...
+    def __exit__(self, *error: object) -> None: ...
+    def metadata(self) -> dict[str, str] | None: ...
 
 
 def _count(shape: tuple[int, ...]) -> int:

@@ -109,7 +109,7 @@ def _inventory(class_name: str, config: str, where: str) -> Inventory:
             where=where,
         ) from error
     linears = tuple(
-        Linear(name, module.in_features, module.out_features, module.bias is not None)
+        Linear(name, module.in_features, module.out_features, getattr(module, "bias", None) is not None)
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear)
     )

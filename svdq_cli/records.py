@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import Field, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
 if TYPE_CHECKING:
     from torch import Tensor, dtype
@@ -429,8 +429,7 @@ Report = (
 
 def to_json(report: object) -> dict[str, object]:
     """A report record as the JSON object of the contract (`schema` and `command` first)."""
-    plain = _plain(report)
-    assert isinstance(plain, dict)
+    plain = _fields(report)
     first = {key: plain.pop(key) for key in ("schema", "command", "status") if key in plain}
     return {**first, **plain}
 
@@ -439,14 +438,18 @@ def json_text(report: object) -> str:
     return json.dumps(to_json(report), indent=1, ensure_ascii=False)
 
 
+def _fields(record: object) -> dict[str, object]:
+    known = cast("dict[str, Field[object]]", getattr(record, "__dataclass_fields__", {}))
+    return {
+        str(about.metadata.get("json", name)): _plain(getattr(record, name)) for name, about in known.items()
+    }
+
+
 def _plain(value: object) -> object:
     if hasattr(value, "__dataclass_fields__"):
-        fields = value.__dataclass_fields__  # type: ignore[attr-defined]
-        return {f.metadata.get("json", name): _plain(getattr(value, name)) for name, f in fields.items()}
+        return _fields(value)
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): _plain(item) for key, item in cast("Mapping[object, object]", value).items()}
     if isinstance(value, (tuple, list)):
-        return [_plain(item) for item in value]
-    if isinstance(value, Path):
-        return str(value)
-    return value
+        return [_plain(item) for item in cast("tuple[object, ...]", value)]
+    return str(value) if isinstance(value, Path) else value

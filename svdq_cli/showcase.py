@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 import time
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from svdq_cli.bench.report import BenchReport
+from svdq_cli.bench.run import BenchSettings, bench_layers
 from svdq_cli.calibrate.pipelines import draw
-from svdq_cli.checkpoint import open_checkpoint, whole_folder
+from svdq_cli.checkpoint import disk_errors, open_checkpoint, refuse_existing, whole_folder
 from svdq_cli.drawing import demo_calibration, evaluate_pictures, evaluation_recipe
+from svdq_cli.errors import UsageError
 from svdq_cli.evaluate.grid import picture_grid
 from svdq_cli.evaluate.images import compare
 from svdq_cli.loading import load_pipeline
@@ -23,6 +29,7 @@ from svdq_cli.source import open_source
 DEMO_RANK = 16
 EVAL_PROMPTS = 32
 GRID_ROWS = 6
+BENCH_SECONDS = 0.05  # a row: enough to show the order of magnitude
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +54,7 @@ class DemoReport:
     checkpoints: tuple[str, ...]
     prompts: int
     rows: tuple[DemoRow, ...]
+    bench: BenchReport
     seconds: float
     command: str = "demo"
     status: str = "ok"
@@ -65,17 +73,53 @@ def demo(
     rows: list[DemoRow] = []
     grids: list[str] = []
     checkpoints: list[str] = []
-    with whole_folder(out, overwrite=options.overwrite) as partial:
+    with _own_folder(out, overwrite=options.overwrite):
         for source in sources:
-            name = source.replace(":", "-")
-            rows += _one_source(source, partial / name, options, observe)
-            grids.append(str(out / name / "grid.png"))
-            checkpoints += [str(out / name / precision) for precision in ("int4", "nvfp4")]
+            folder = out / source.replace(":", "-")
+            rows += _one_source(source, folder, options, observe)
+            grids.append(str(folder / "grid.png"))
+            checkpoints += [str(folder / precision) for precision in ("int4", "nvfp4")]
+        speed = _bench(Path(checkpoints[0]), options, observe)
         report = DemoReport(
-            str(out), tuple(grids), tuple(checkpoints), EVAL_PROMPTS, tuple(rows), time.monotonic() - started
+            str(out),
+            tuple(grids),
+            tuple(checkpoints),
+            EVAL_PROMPTS,
+            tuple(rows),
+            speed,
+            time.monotonic() - started,
         )
-        (partial / "report.json").write_text(json_text(report) + "\n", encoding="utf-8")
+        (out / "report.json").write_text(json_text(report) + "\n", encoding="utf-8")
     return report
+
+
+@contextmanager
+def _own_folder(out: Path, *, overwrite: bool) -> Generator[None, None, None]:
+    """The demo's folder, removed again if the demo does not get to its end. Each conversion in it is whole or absent."""
+    refuse_existing(out, overwrite=overwrite)
+    if out.exists() and not (out / "report.json").is_file():
+        raise UsageError(
+            f"{out}: not a folder that svdq demo wrote, so it is not replaced",
+            hint="choose another name with -o",
+            where=str(out),
+            kind="output-exists",
+        )
+    with disk_errors(out):
+        if out.exists():
+            shutil.rmtree(out)
+        out.mkdir(parents=True)
+        try:
+            yield
+        except BaseException:
+            shutil.rmtree(out, ignore_errors=True)
+            raise
+
+
+def _bench(checkpoint: Path, options: RunOptions, observe: Observer) -> BenchReport:
+    """The checkpoint's layers on the backend that is here, against torch's own linear."""
+    opened = open_checkpoint(checkpoint)
+    settings = BenchSettings(resolve_device(options.device), seconds_per_row=BENCH_SECONDS)
+    return bench_layers(opened.layers, opened.solution, settings=settings, observe=observe)
 
 
 def _one_source(source: str, folder: Path, options: RunOptions, observe: Observer) -> list[DemoRow]:

@@ -119,12 +119,12 @@ def source_digest(source: Source) -> str:
 
 
 def file_sha256(path: Path) -> str:
+    """sha256 of a file's content (hashlib.file_digest needs Python 3.11)."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else _sha256(file)
-        )
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def read_json(path: Path) -> Mapping[str, object]:
@@ -264,10 +264,3 @@ def _damaged(path: Path, why: str) -> InputError:
     return InputError(
         f"{path}: damaged: {why}", hint="download the file again", where=str(path), kind="damaged-file"
     )
-
-
-def _sha256(file: object) -> str:
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):  # type: ignore[attr-defined]
-        digest.update(block)
-    return digest.hexdigest()

@@ -250,6 +250,13 @@ def _demo(console: Console, report: DemoReport) -> None:
     console.print(
         f"\nPSNR and SSIM against the 16-bit pictures of {report.prompts} held-out prompts, equal seeds."
     )
+    w4a4 = [row for row in report.bench.rows if row.op == "w4a4 linear" and row.rank]
+    if w4a4:
+        slowest, fastest = min(row.ratio for row in w4a4), max(row.ratio for row in w4a4)
+        console.print(
+            f"Layer speed on {report.bench.device.name} ({report.bench.device.backend} backend): "
+            f"{slowest:.2f} to {fastest:.2f} times that of {w4a4[0].baseline}; svdq bench shows more."
+        )
     for grid in report.grids:
         console.print(f"pictures: {grid}")
     example = report.checkpoints[0]

@@ -100,10 +100,7 @@ def teach_reading(
         total = loss + sight
         if keep:
             with torch.no_grad():
-                old_states = torch.func.functional_call(model.text_encoder_2, before[0], (t5_ids,))[0]
-                old_pooled = torch.func.functional_call(
-                    model.text_encoder, before[1], (clip_ids,)
-                ).pooler_output
+                old_states, old_pooled = old_t5(t5_ids)[0], old_clip(clip_ids).pooler_output
             drift = F.mse_loss(states, old_states) + F.mse_loss(pooled, old_pooled)
             total = total + KEEP * drift
         optimizer.zero_grad(set_to_none=True)

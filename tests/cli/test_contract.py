@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -48,7 +49,7 @@ def converted(tiny_flux: Path, prompts: Path, tmp_path_factory: pytest.TempPathF
     return out
 
 
-def said(capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
+def said(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     return json.loads(capsys.readouterr().out)
 
 
