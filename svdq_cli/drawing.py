@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 SQNR_ROWS = 1024  # held-out rows per layer input
+SQNR_PROMPTS = 8  # of the judged prompts; rows come from all their timesteps
 GRID_ROWS = 8  # prompts shown in the picture grid
 NOISE_PICTURES = 2  # redrawn with the 16-bit model to see its own run-to-run noise
 
@@ -132,7 +133,7 @@ def evaluate_pictures(
     model: nn.Module = getattr(pipe, source.component)
     reference = draw(pipe, prompts, settings=settings, stage="draw 16-bit", observe=observe)
     floor = _noise_floor(pipe, prompts, settings, reference)
-    sqnr = _held_out_sqnr(pipe, model, checkpoint, source, prompts, settings, observe)
+    sqnr = _held_out_sqnr(pipe, model, checkpoint, source, prompts[:SQNR_PROMPTS], settings, observe)
     _make_naive(model, checkpoint, source)
     naive = draw(pipe, prompts, settings=settings, stage="draw naive 4-bit", observe=observe)
     del pipe, model

@@ -27,7 +27,7 @@ from svdq_cli.records import Observer, Summary, ignore_events, json_text
 from svdq_cli.source import open_source
 
 DEMO_RANK = 16
-EVAL_PROMPTS = 32
+EVAL_PROMPTS = 16
 GRID_ROWS = 6
 BENCH_SECONDS = 0.05  # a row: enough to show the order of magnitude
 
@@ -95,7 +95,7 @@ def demo(
 
 @contextmanager
 def _own_folder(out: Path, *, overwrite: bool) -> Generator[None, None, None]:
-    """The demo's folder, removed again if the demo does not get to its end. Each conversion in it is whole or absent."""
+    """The demo's folder, removed again if the demo does not get to its end. What is in it is whole or absent."""
     refuse_existing(out, overwrite=overwrite)
     if out.exists() and not (out / "report.json").is_file():
         raise UsageError(

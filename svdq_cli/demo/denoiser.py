@@ -17,17 +17,18 @@ from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokeniz
 
 from svdq_cli.demo.autoencoder import LATENT_CHANNELS
 from svdq_cli.demo.muon import Muon
+from svdq_cli.demo.reading import teach_reading
 from svdq_cli.demo.schedule import Budget, Clock, learning_rate, share_done
 from svdq_cli.demo.text import (
-    CLIP_LENGTH,
     WIDTH,
+    Captions,
     new_clip_encoder,
     new_clip_tokenizer,
     new_t5_encoder,
     new_t5_tokenizer,
-    token_ids,
+    tokenize,
 )
-from svdq_cli.demo.world import Scene, caption_of
+from svdq_cli.demo.world import Scene
 
 HIDDEN = 256  # every linear of a block has K and N in multiples of 128
 SIDE = 6  # packed latents a side: 96 pixels / 8 (autoencoder) / 2 (packing)
@@ -38,11 +39,13 @@ CAPTION_DROPOUT = 0.06
 class Recipe:
     """How the denoiser is trained."""
 
+    reading_steps: int = 500  # of the text encoders, before anything is drawn
     batch: int = 64
     peak: float = 1e-3  # learning rate of AdamW
+    text_peak: float = 3e-4  # of the text encoders, which can read already
     muon_peak: float = 2e-3  # learning rate of Muon on the block matrices; 0 leaves them to AdamW
-    warmup: int = 200  # steps
-    noise_mean: float = 0.5  # of the logit-normal time; above 0 favors noise, where the caption decides
+    warmup: int = 100  # steps
+    noise_mean: float = 0.8  # of the logit-normal time; above 0 favors noise, where the caption decides
     noise_deviation: float = 1.2
     average: float = 0.999  # decay of the exponential moving average of the weights
 
@@ -109,33 +112,6 @@ def pack(latents: Tensor) -> Tensor:
     return FluxPipeline._pack_latents(latents, *latents.shape)
 
 
-@dataclass(frozen=True, slots=True)
-class Captions:
-    """Token ids of every training picture in both wordings, and of the empty prompt as the last row."""
-
-    clip: Tensor  # (2 * count + 1, longest)
-    t5: Tensor  # (2 * count + 1, longest)
-    t5_pad: int
-
-    def batch(self, rows: Tensor, *, length: int) -> tuple[Tensor, Tensor]:
-        """CLIP ids (B, longest) and T5 ids (B, length).
-
-        CLIP is causal and pools at the first end of text, so the padding after it changes nothing and is left out.
-        """
-        t5 = F.pad(self.t5[rows], (0, max(0, length - self.t5.shape[1])), value=self.t5_pad)
-        return self.clip[rows], t5
-
-
-def tokenize(model: Denoiser, scenes: tuple[Scene, ...]) -> Captions:
-    """Token ids of the captions of `scenes`: wording 0 of picture i in row 2 i, wording 1 in row 2 i + 1."""
-    texts = [caption_of(scene, long=long) for scene in scenes for long in (False, True)] + [""]
-    clip = token_ids(model.tokenizer, texts, length=CLIP_LENGTH)
-    t5 = token_ids(model.tokenizer_2, texts, length=32)
-    clip_longest = int((clip != model.tokenizer.eos_token_id).sum(dim=1).max()) + 1
-    t5_longest = int((t5 != model.tokenizer_2.pad_token_id).sum(dim=1).max())
-    return Captions(clip[:, :clip_longest], t5[:, :t5_longest], model.tokenizer_2.pad_token_id)
-
-
 def padded_length(rng: random.Random, batch: int) -> tuple[int, int]:
     """T5 length and batch size of one step: mostly short, a few percent long with as many tokens in all."""
     draw = rng.random()
@@ -160,11 +136,12 @@ def train_denoiser(
     `folder` holds a checkpoint every three minutes; an interrupted run goes on from it.
     """
     torch.manual_seed(seed)
-    model = Denoiser()
-    average = {name: value.clone() for name, value in model.state_dict().items()}
-    clock = _resume(model, average, folder)
-    model, average = model.to(device), {name: value.to(device) for name, value in average.items()}
-    captions, packed = tokenize(model, scenes), pack(latents)
+    model = Denoiser().to(device)
+    captions, packed = tokenize(model.tokenizer, model.tokenizer_2, scenes), pack(latents)
+    clock, average = _resume(model, folder)
+    if not average:
+        teach_reading(model.text_encoder, model.text_encoder_2, captions, scenes, steps=recipe.reading_steps)
+        average = {name: value.clone() for name, value in model.state_dict().items()}
     torch.manual_seed(seed + clock.step)
     rng = random.Random(seed + clock.step)
     optimizers = _optimizers(model, recipe)
@@ -227,10 +204,12 @@ def _step(
 def _optimizers(model: Denoiser, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """AdamW for all, or Muon for the matrices of the transformer blocks and AdamW for the rest."""
     blocks, rest = [], []
-    for name, value in model.named_parameters():
+    text = [*model.text_encoder.parameters(), *model.text_encoder_2.parameters()]
+    for name, value in model.transformer.named_parameters():
         is_block_matrix = value.ndim == 2 and "transformer_blocks" in name and "norm" not in name
         (blocks if recipe.muon_peak and is_block_matrix else rest).append(value)
-    adam = torch.optim.AdamW(rest, lr=recipe.peak, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    groups = [{"params": rest, "lr": recipe.peak}, {"params": text, "lr": recipe.text_peak}]
+    adam = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     optimizers: list[torch.optim.Optimizer] = [adam]
     if blocks:
         optimizers.append(Muon(blocks, lr=recipe.muon_peak))
@@ -259,16 +238,17 @@ def _save(model: Denoiser, average: dict[str, Tensor], folder: Path, clock: Cloc
     partial.replace(folder / "denoiser.safetensors")
 
 
-def _resume(model: Denoiser, average: dict[str, Tensor], folder: Path) -> Clock:
+def _resume(model: Denoiser, folder: Path) -> tuple[Clock, dict[str, Tensor]]:
+    """Load a checkpoint of `folder` into `model`. Returns its progress and averaged weights, empty without one."""
     path = folder / "denoiser.safetensors"
     if not path.exists():
-        return Clock()
-    weights = load_file(path)
-    model.load_state_dict({name: weights[f"model.{name}"] for name in average})
-    for name in average:
-        average[name] = weights[f"average.{name}"]
+        return Clock(), {}
+    names, device = list(model.state_dict()), next(model.parameters()).device
+    weights = load_file(path, device=str(device))
+    model.load_state_dict({name: weights[f"model.{name}"] for name in names})
     with safe_open(path, framework="pt") as file:
-        return Clock(**json.loads(file.metadata()["progress"]))
+        clock = Clock(**json.loads(file.metadata()["progress"]))
+    return clock, {name: weights[f"average.{name}"] for name in names}
 
 
 def averaged(folder: Path) -> Denoiser:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import string
+from dataclasses import dataclass
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import (
@@ -18,7 +20,16 @@ from transformers import (
     T5TokenizerFast,
 )
 
-from svdq_cli.demo.world import BACKGROUNDS, OBJECT_COLORS, PLACES, RELATIONS, SHAPES, SIZES
+from svdq_cli.demo.world import (
+    BACKGROUNDS,
+    OBJECT_COLORS,
+    PLACES,
+    RELATIONS,
+    SHAPES,
+    SIZES,
+    Scene,
+    caption_of,
+)
 
 WIDTH = 128  # of both encoders
 CLIP_LENGTH = 77  # FluxPipeline pads the CLIP prompt to model_max_length
@@ -135,3 +146,32 @@ def token_ids(tokenizer: CLIPTokenizer | T5TokenizerFast, texts: list[str], *, l
         raise ValueError(f"a caption takes {longest} tokens, more than {length}")
     batch = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     return batch.input_ids
+
+
+@dataclass(frozen=True, slots=True)
+class Captions:
+    """Token ids of every training picture in both wordings, and of the empty prompt as the last row."""
+
+    clip: Tensor  # (2 * count + 1, longest)
+    t5: Tensor  # (2 * count + 1, longest)
+    t5_pad: int
+
+    def batch(self, rows: Tensor, *, length: int) -> tuple[Tensor, Tensor]:
+        """CLIP ids (B, longest) and T5 ids (B, length).
+
+        CLIP is causal and pools at the first end of text, so the padding after it changes nothing and is left out.
+        """
+        t5 = F.pad(self.t5[rows], (0, max(0, length - self.t5.shape[1])), value=self.t5_pad)
+        return self.clip[rows], t5
+
+
+def tokenize(
+    clip_tokenizer: CLIPTokenizer, t5_tokenizer: T5TokenizerFast, scenes: tuple[Scene, ...]
+) -> Captions:
+    """Token ids of the captions of `scenes`: wording 0 of picture i in row 2 i, wording 1 in row 2 i + 1."""
+    texts = [caption_of(scene, long=long) for scene in scenes for long in (False, True)] + [""]
+    clip = token_ids(clip_tokenizer, texts, length=CLIP_LENGTH)
+    t5 = token_ids(t5_tokenizer, texts, length=32)
+    clip_longest = int((clip != clip_tokenizer.eos_token_id).sum(dim=1).max()) + 1
+    t5_longest = int((t5 != t5_tokenizer.pad_token_id).sum(dim=1).max())
+    return Captions(clip[:, :clip_longest], t5[:, :t5_longest], int(t5_tokenizer.pad_token_id))

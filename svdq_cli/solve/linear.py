@@ -19,6 +19,7 @@ from svdq_cli.errors import UsageError
 from svdq_cli.records import (
     ActivationStats,
     LayerReport,
+    Precision,
     SharedInput,
     SolveSettings,
     W4A4Plan,
@@ -30,13 +31,12 @@ from svdq_cli.solve.balanced import Task, improve
 from svdq_cli.solve.forward import (
     SourceWeight,
     dequantized_weight,
-    relative_errors,
     sqnr_db,
     w4a4_output,
 )
 from svdq_cli.solve.low_rank import split_low_rank
 from svdq_cli.solve.modulation import dequantize_w4a16, solve_w4a16
-from svdq_cli.solve.quantizers import quantize_weight
+from svdq_cli.solve.quantizers import fake_quantize_activation, fake_quantize_weight, quantize_weight
 from svdq_cli.solve.smoothing import CLOSED_FORM, GRID, placed, smooth_factor
 
 SEARCH_ROWS = 512  # rows that score a grid point; the ranking is stable long before the report's figure is
@@ -115,9 +115,8 @@ def _choose_smoothing(
             return factor(CLOSED_FORM), "closed-form"
         case "grid":
             sample = _evenly(rows, SEARCH_ROWS)
-            errors = [
-                _search_error(shared, plans, weights, factor(point), sample, settings) for point in GRID
-            ]
+            stacks = _stacks(shared, plans, weights, sample)
+            errors = [_search_error(stacks, factor(point), sample, precision, settings) for point in GRID]
             best = min(range(len(GRID)), key=errors.__getitem__)
             a, b = GRID[best]
             return factor(GRID[best]), f"grid a={a:.2f} b={b:.2f}"
@@ -149,18 +148,50 @@ def _decibels(error: float) -> float:
 
 
 def _search_error(
-    shared: SharedInput,
-    plans: list[W4A4Plan],
-    weights: Mapping[str, SourceWeight],
-    smooth: Tensor,
-    rows: Tensor,
-    settings: SolveSettings,
+    branches: list[_Stack], smooth: Tensor, rows: Tensor, precision: Precision, settings: SolveSettings
 ) -> float:
-    """Relative output error of all layers of the input together, each weighing the same."""
-    solutions = _solve_w4a4(
-        shared, plans, weights, smooth, settings, power_iterations=SEARCH_POWER_ITERATIONS
-    )
-    return sum(relative_errors(rows, solutions, weights).values())
+    """Relative output error of all layers of the input together, each weighing the same, for rounding to nearest."""
+    drawn = fake_quantize_activation(rows / smooth, precision)
+    total = 0.0
+    for stack in branches:
+        smoothed = stack.weight * smooth
+        up, down = split_low_rank(
+            smoothed, rank=stack.rank, seed=settings.seed, power_iterations=SEARCH_POWER_ITERATIONS
+        )
+        left_over = smoothed - up @ down
+        parts = [
+            fake_quantize_weight(part, precision, dtype=settings.dtype)
+            for part in left_over.split(stack.counts)
+        ]
+        lost = drawn @ torch.cat(parts).T - (rows / smooth) @ left_over.T
+        for noise, signal in zip(lost.split(stack.counts, dim=1), stack.signals, strict=True):
+            total += float(noise.square().sum()) / signal
+    return total
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Stack:
+    """The layers of one branch under one another, and the size of each one's exact output on the search rows."""
+
+    weight: Tensor  # (sum of N, K)
+    counts: list[int]
+    signals: list[float]
+    rank: int
+
+
+def _stacks(
+    shared: SharedInput, plans: list[W4A4Plan], weights: Mapping[str, SourceWeight], rows: Tensor
+) -> list[_Stack]:
+    by_name = {plan.name: plan for plan in plans}
+    found: list[_Stack] = []
+    for part in shared.branches:
+        members = [by_name[name] for name in part if name in by_name]
+        if not members:
+            continue
+        each = [weights[plan.name].weight for plan in members]
+        signals = [max(float((rows @ weight.T).square().sum()), 1e-30) for weight in each]
+        found.append(_Stack(torch.cat(each), [len(weight) for weight in each], signals, members[0].rank))
+    return found
 
 
 def _solve_w4a4(
@@ -169,7 +200,6 @@ def _solve_w4a4(
     weights: Mapping[str, SourceWeight],
     smooth: Tensor,
     settings: SolveSettings,
-    power_iterations: int | None = None,
 ) -> dict[str, W4A4Solution]:
     """Branch, residual and codes for a given smoothing factor, in the order of `plans`."""
     by_name = {plan.name: plan for plan in plans}
@@ -185,8 +215,7 @@ def _solve_w4a4(
                 hint="give them the same rank in the recipe's layers",
             )
         stacked = torch.cat([weights[plan.name].weight for plan in members]) * smooth
-        extra = {} if power_iterations is None else {"power_iterations": power_iterations}
-        up, down = split_low_rank(stacked, rank=rank, seed=settings.seed, **extra)
+        up, down = split_low_rank(stacked, rank=rank, seed=settings.seed)
         down = (down / smooth).to(settings.dtype)  # the branch reads the raw activation
         for plan, rows in zip(members, up.split([p.linear.out_features for p in members]), strict=True):
             solved[plan.name] = _finish(

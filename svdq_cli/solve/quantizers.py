@@ -54,6 +54,25 @@ def dequantize_weight(quantized: QuantizedWeight, precision: Precision) -> Tenso
     return (_grouped(values, precision.group) * scales.unsqueeze(-1)).reshape(values.shape)
 
 
+def fake_quantize_weight(weight: Tensor, precision: Precision, *, dtype: torch.dtype) -> Tensor:
+    """Quantize and dequantize, (N, K) float32, for scoring: as `quantize_weight` but for ties of e2m1, which round to
+    even here (a few weights in a million differ)."""
+    groups = _grouped(weight, precision.group)
+    peak = groups.abs().amax(-1, keepdim=True)
+    match precision:
+        case Int4():
+            scale = (peak / 7).to(dtype).float().clamp(min=1e-30)
+            rounded = torch.round(groups / scale).clamp_(-7, 7)
+        case NvFp4():
+            outer = (
+                (peak.max() / (6 * E4M3_MAX)).clamp(min=torch.finfo(dtype).smallest_normal).to(dtype).float()
+            )
+            micro = (peak / 6 / outer).clamp(E4M3_TINY, E4M3_MAX).to(torch.float8_e4m3fn).float()
+            scale = micro * outer
+            rounded = round_e2m1_to_even(groups / scale)
+    return (rounded * scale).reshape(weight.shape)
+
+
 def quantize_activation(x: Tensor, precision: Precision, *, unsigned: bool = False) -> tuple[Tensor, Tensor]:
     """Dynamic per-token group quantization as the kernels do it.
 
@@ -100,8 +119,8 @@ def round_e2m1_to_even(values: Tensor) -> Tensor:
     """E2M1 values by round-to-nearest-even, saturating: what the GPU's conversion does to activations."""
     magnitude = values.abs()
     # The step between neighbors is 0.5 below 2, 1 below 4, then 2; dividing by it makes torch.round the exact rule.
-    step = torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0))
-    return torch.copysign((torch.round(magnitude / step) * step).clamp(max=6.0), values)
+    step = 0.5 * (1.0 + (magnitude >= 2) + 2.0 * (magnitude >= 4))
+    return torch.copysign((torch.round(magnitude / step) * step).clamp_(max=6.0), values)
 
 
 def _int4_weight(weight: Tensor, dtype: torch.dtype) -> QuantizedWeight:
