@@ -3,6 +3,9 @@
 python -m svdq_cli.demo.accuracy [--model DIR] [-n 200] [--steps 16] [--sheet sheet.png]
 """
 
+# diffusers' and torch's modules are untyped where this file touches them
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
+# pyright: reportOptionalSubscript=false, reportOptionalMemberAccess=false, reportGeneralTypeIssues=false
 from __future__ import annotations
 
 import argparse

@@ -1,5 +1,8 @@
 """The demo model's FLUX.1 transformer and text encoders, trained together by flow matching."""
 
+# diffusers' and torch's modules are untyped where this file touches them
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
+# pyright: reportOptionalSubscript=false, reportOptionalMemberAccess=false, reportGeneralTypeIssues=false
 from __future__ import annotations
 
 import json

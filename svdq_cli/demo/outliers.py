@@ -4,6 +4,9 @@ Trained at this size the demo model has few of the outlier channels that make la
 quantize. A channel scaled up before a linear and down inside it leaves every picture as it was and puts them there.
 """
 
+# diffusers' and torch's modules are untyped where this file touches them
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
+# pyright: reportOptionalSubscript=false, reportOptionalMemberAccess=false, reportGeneralTypeIssues=false
 from __future__ import annotations
 
 import shutil

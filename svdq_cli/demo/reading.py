@@ -5,6 +5,9 @@ words in 300 steps, but in 1500 not which of two objects is the left one: first 
 of", is an exclusive or. Read apart from pictures it takes 400 cheap steps.
 """
 
+# diffusers' and torch's modules are untyped where this file touches them
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
+# pyright: reportOptionalSubscript=false, reportOptionalMemberAccess=false, reportGeneralTypeIssues=false
 from __future__ import annotations
 
 import torch

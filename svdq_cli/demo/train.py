@@ -1,4 +1,4 @@
-"""Train the embedded demo model from nothing: pictures, autoencoder, denoiser, export.
+"""Train the embedded demo model from nothing: pictures, autoencoder, text encoders, denoiser, export.
 
     python -m svdq_cli.demo.train --out DIR [--work DIR] [--minutes 77] [--vae-minutes 15] [--device cpu]
 
@@ -6,6 +6,9 @@ With --steps and --vae-steps in place of minutes a run is reproducible on one ma
 steps follows the machine. The work folder holds checkpoints: the same command goes on where it was stopped.
 """
 
+# diffusers' and torch's modules are untyped where this file touches them
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
+# pyright: reportOptionalSubscript=false, reportOptionalMemberAccess=false, reportGeneralTypeIssues=false
 from __future__ import annotations
 
 import argparse
@@ -13,14 +16,22 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
+from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from svdq_cli.demo.autoencoder import encode_pictures, psnr, reconstruct, train_autoencoder
+from svdq_cli.demo.autoencoder import (
+    encode_pictures,
+    psnr,
+    reconstruct,
+    sharpen_decoder,
+    train_autoencoder,
+)
 from svdq_cli.demo.denoiser import Recipe, train_denoiser
 from svdq_cli.demo.export import export_pipeline
-from svdq_cli.demo.pictures import training_set
+from svdq_cli.demo.pictures import TrainingSet, training_set
 from svdq_cli.demo.schedule import Budget, Seconds, Steps
 
 
@@ -30,6 +41,7 @@ def train(
     work: Path,
     pictures: int,
     vae_budget: Budget,
+    decoder_budget: Budget,
     budget: Budget,
     recipe: Recipe,
     seed: int,
@@ -38,9 +50,10 @@ def train(
     """Run every stage that `work` does not hold yet and write the pipeline to `out`."""
     data = training_set(work, count=pictures, seed=seed)
     vae = train_autoencoder(data.pictures, work / "vae", budget=vae_budget, seed=seed, device=device)
+    latents = _latents(work / "latents.safetensors", vae, data.pictures, device)
+    vae = _sharpened(work / "vae-sharp", vae, data, latents, budget=decoder_budget, seed=seed, device=device)
     crispness = psnr(reconstruct(vae, data.pictures[:256], device=device), data.pictures[:256])
     print(f"autoencoder {crispness:.1f} dB on 256 pictures", flush=True)
-    latents = _latents(work / "latents.safetensors", vae, data.pictures, device)
     model = train_denoiser(
         latents, data.scenes, work / "denoiser", budget=budget, recipe=recipe, seed=seed, device=device
     )
@@ -48,7 +61,25 @@ def train(
     print(json.dumps({"out": str(out), "seed": seed, "pictures": pictures, **asdict(recipe)}))
 
 
-def _latents(path: Path, vae: torch.nn.Module, pictures: object, device: torch.device) -> Tensor:
+def _sharpened(
+    folder: Path,
+    vae: AutoencoderKL,
+    data: TrainingSet,
+    latents: Tensor,
+    *,
+    budget: Budget,
+    seed: int,
+    device: torch.device,
+) -> AutoencoderKL:
+    if not folder.exists():
+        stars = [any((t.size, t.shape) == ("small", "star") for t in scene.things) for scene in data.scenes]
+        small_stars = np.flatnonzero(stars)
+        sharpen_decoder(vae, data.pictures, latents, small_stars, budget=budget, seed=seed, device=device)
+        vae.save_pretrained(folder)
+    return AutoencoderKL.from_pretrained(folder).to(device).eval()
+
+
+def _latents(path: Path, vae: AutoencoderKL, pictures: np.ndarray, device: torch.device) -> Tensor:
     if not path.exists():
         save_file({"latents": encode_pictures(vae, pictures, device=device).contiguous()}, path)
     return load_file(path)["latents"]
@@ -67,6 +98,7 @@ def main() -> None:
     length.add_argument("--steps", type=int, help="of the denoiser, in place of minutes (cuda: 20000)")
     parser.add_argument("--vae-minutes", type=float, default=15.0)
     parser.add_argument("--vae-steps", type=int, help="of the autoencoder, in place of minutes")
+    parser.add_argument("--reading-steps", type=int, default=500, help="of the text encoders alone")
     arguments = parser.parse_args()
     steps = arguments.steps or (20_000 if arguments.device == "cuda" else None)
     vae_steps = arguments.vae_steps or (6_000 if arguments.device == "cuda" else None)
@@ -75,8 +107,9 @@ def main() -> None:
         work=arguments.work,
         pictures=arguments.pictures,
         vae_budget=Steps(vae_steps) if vae_steps else Seconds(60 * arguments.vae_minutes),
+        decoder_budget=Steps(max(1, vae_steps // 2)) if vae_steps else Seconds(24 * arguments.vae_minutes),
         budget=Steps(steps) if steps else Seconds(60 * arguments.minutes),
-        recipe=Recipe(batch=arguments.batch),
+        recipe=Recipe(batch=arguments.batch, reading_steps=arguments.reading_steps),
         seed=arguments.seed,
         device=torch.device(arguments.device),
     )

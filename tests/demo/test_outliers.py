@@ -1,5 +1,6 @@
 """The stress variant computes the same function and is harder to round to 4 bits."""
 
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportCallIssue=false
 import copy
 
 import pytest

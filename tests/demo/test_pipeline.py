@@ -1,5 +1,6 @@
 """The embedded folder is a plain FluxPipeline that draws its captions."""
 
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportCallIssue=false
 import pytest
 import torch
 from diffusers import FluxPipeline
