@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import string
+from collections import Counter
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import pre_tokenizers
 from torch import Tensor
 from transformers import (
     CLIPTextConfig,
@@ -64,14 +65,8 @@ def new_t5_tokenizer() -> T5TokenizerFast:
 def new_clip_tokenizer() -> CLIPTokenizer:
     """Byte-level BPE whose merges build exactly the words of the captions; other text falls to its bytes."""
     alphabet, lasts = _byte_marks()
-    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    trainer = trainers.BpeTrainer(
-        vocab_size=2000, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
-    )
-    tokenizer.train_from_iterator([" ".join(words())] * 4, trainer)
-    merges = [tuple(pair) for pair in _merges(tokenizer)]
-    tokens = [*alphabet, *(f"{mark}</w>" for mark in lasts), *("".join(pair) for pair in merges)]
+    merges = merges_of(words())
+    tokens = [*alphabet, *(f"{mark}</w>" for mark in lasts), *(first + second for first, second in merges)]
     # CLIPTextModel pools at the end-of-text token; the highest id keeps old argmax pooling right too
     tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
     vocabulary = {token: index for index, token in enumerate(tokens)}
@@ -91,9 +86,30 @@ def _byte_marks() -> tuple[list[str], list[str]]:
     return marks, [mark for mark in marks if not 0xC2 <= ord(mark) <= 0xF4]
 
 
-def _merges(tokenizer: Tokenizer) -> list[list[str]]:
-    merges = json.loads(tokenizer.to_str())["model"]["merges"]
-    return [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+def merges_of(texts: tuple[str, ...]) -> list[tuple[str, str]]:
+    """The merges of byte-pair encoding (Sennrich et al. 2016, algorithm 1) until every word is one token.
+
+    Ties go to the pair that sorts first: the trainer of `tokenizers` breaks them by memory order, so its ids
+    differ from run to run.
+    """
+    parts = [[*word[:-1], f"{word[-1]}</w>"] for word in texts]
+    merges: list[tuple[str, str]] = []
+    while counts := Counter(pair for word in parts for pair in pairwise(word)):
+        best = min(counts, key=lambda pair: (-counts[pair], pair))
+        merges.append(best)
+        parts = [_merged(word, best) for word in parts]
+    return merges
+
+
+def _merged(word: list[str], pair: tuple[str, str]) -> list[str]:
+    """`word` with every occurrence of `pair` joined, left to right."""
+    joined: list[str] = []
+    for part in word:
+        if joined and (joined[-1], part) == pair:
+            joined[-1] += part
+        else:
+            joined.append(part)
+    return joined
 
 
 def new_t5_encoder(tokenizer: T5TokenizerFast) -> T5EncoderModel:
