@@ -1,5 +1,7 @@
 """The demo model's tokenizers and text encoders: a small vocabulary of words, and single characters for the rest."""
 
+# diffusers' and transformers' classes are loosely typed where this file touches them
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false
 from __future__ import annotations
 
 import string
