@@ -280,7 +280,24 @@ def write_pipeline(
             tensors[name] = kept(name).to(dtype).contiguous()
     metadata = {"format": "pt", _METADATA_KEY: json.dumps(provenance, sort_keys=True)}
     save_file(tensors, component / WEIGHT_FILE, metadata=metadata)
+    _sort_metadata(component / WEIGHT_FILE)
     return component / WEIGHT_FILE
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the header's metadata in order: safetensors writes a hash map, whose order changes from run to run."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = cast("dict[str, object]", json.loads(file.read(length)))
+        kept = cast("dict[str, str]", header.pop("__metadata__", {}))
+        ordered = {"__metadata__": dict(sorted(kept.items())), **header}
+        text = json.dumps(ordered, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) > length:
+            raise ValueError(
+                f"{path}: the header grew from {length} to {len(text)} bytes when it was put in order"
+            )
+        file.seek(8)
+        file.write(text.ljust(length))  # the format allows trailing spaces
 
 
 def _copy_pipeline(source: Path, target: Path, *, skip: str) -> None:
