@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -88,7 +89,12 @@ def _latents(path: Path, vae: AutoencoderKL, pictures: np.ndarray, device: torch
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the embedded demo model.")
     parser.add_argument("--out", type=Path, required=True, help="folder of the finished pipeline")
-    parser.add_argument("--work", type=Path, default=Path("/tmp/svdq-demo"), help="checkpoints and pictures")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=Path(tempfile.gettempdir()) / "svdq-demo",
+        help="checkpoints and pictures",
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--pictures", type=int, default=24_000)
