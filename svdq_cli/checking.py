@@ -46,7 +46,7 @@ def layer_errors(
     total = len(checkpoint.layers)
     observe(Event("start", "check", 0, total))
     for plan in checkpoint.layers:
-        weight = read_tensor(source, f"{plan.name}.weight")
+        weight = read_tensor(source, f"{plan.name}.weight").flatten(1)  # a 1x1 convolution is (N, K, 1, 1)
         if tuple(weight.shape) != (plan.linear.out_features, plan.linear.in_features):
             problems.append(CheckProblem(plan.name, f"the source's weight has shape {list(weight.shape)}"))
             continue

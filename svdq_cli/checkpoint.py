@@ -22,12 +22,13 @@ from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariable
 from torch import Tensor
 
 from svdq_cli.errors import InputError, OutOfResourcesError, UsageError
-from svdq_cli.families import family_of_config
+from svdq_cli.families import find_family
 from svdq_cli.formats import FORMATS
 from svdq_cli.formats.contract import Format, TensorSpec
 from svdq_cli.plan import take_inventory
 from svdq_cli.records import LayerPlan, LayerSolution, Linear, ModelPlan, Precision
 from svdq_cli.source import COMPONENTS, Source, index_component, read_json, read_tensor
+from svdq_cli.structure import STRUCTURAL
 
 WEIGHT_FILE = "diffusion_pytorch_model.safetensors"
 REPORT_FILE = "svdq_report.json"
@@ -123,7 +124,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
             hint=f"svdq reads {', '.join(fmt.name for fmt in FORMATS)}",
             where=str(folder),
         )
-    family = family_of_config(source.config, where=str(folder / "config.json"))
+    family = find_family(source.config)
     inventory = take_inventory(source, family)
     facts = fmt.parse_metadata(config)
     layers = fmt.layer_plans(facts, specs_of_headers(source))
@@ -136,7 +137,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         dtype=facts.dtype,
         layers=layers,
         kept=tuple(linear for linear in inventory.linears if linear.name not in quantized),
-        family=family.name,
+        family=family.name if family else STRUCTURAL,
         model_class=inventory.model_class,
         parameters=inventory.parameters,
         state=inventory.state,

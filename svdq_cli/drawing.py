@@ -243,7 +243,7 @@ def _held_out_sqnr(
     plans = {plan.name: plan for plan in checkpoint.layers}
     for shared in inputs:
         for name in shared.layers:
-            weight = read_tensor(source, f"{name}.weight")
+            weight = read_tensor(source, f"{name}.weight").flatten(1)
             bias = read_tensor(source, f"{name}.bias") if plans[name].linear.bias else None
             solution = checkpoint.solution(plans[name])
             per_layer[name] = round(layer_sqnr_db(weight, bias, solution, stats[shared.name].rows), 3)
@@ -267,7 +267,7 @@ def _make_naive(model: nn.Module, checkpoint: Checkpoint, source: Source) -> Non
     device = next(model.parameters()).device
     layers: dict[str, nn.Module] = {}
     for plan in checkpoint.layers:
-        weight = read_tensor(source, f"{plan.name}.weight")
+        weight = read_tensor(source, f"{plan.name}.weight").flatten(1)
         bias = read_tensor(source, f"{plan.name}.bias") if plan.linear.bias else None
         if isinstance(plan, W4A4Plan):
             solution = naive_solution(plan, weight, bias, checkpoint.dtype)

@@ -12,6 +12,7 @@ from torch import nn
 from svdq_cli.calibrate.pipelines import load_source_pipeline
 from svdq_cli.checkpoint import Checkpoint, open_checkpoint
 from svdq_cli.errors import EnvironmentLacksError, InputError
+from svdq_cli.inventory import model_class
 from svdq_cli.runtime.linear import quantized_linear
 from svdq_cli.runtime.replace import replace_linears
 from svdq_cli.source import read_tensor
@@ -80,10 +81,9 @@ def load_pipeline(
 def load_model(checkpoint: Checkpoint, *, dtype: torch.dtype) -> nn.Module:
     """The quantized component on the CPU, its 4-bit layers in the runtime's modules."""
     from accelerate import init_empty_weights
-    from diffusers import models
 
     with init_empty_weights(include_buffers=False):
-        model: nn.Module = getattr(models, checkpoint.model_class).from_config(
+        model: nn.Module = model_class(checkpoint.model_class, where=str(checkpoint.source.path)).from_config(
             {key: value for key, value in checkpoint.source.config.items() if key != "quantization_config"}
         )
     quantized = {plan.name: quantized_linear(checkpoint.solution(plan)) for plan in checkpoint.layers}

@@ -345,7 +345,7 @@ def _source_weight(source: Source, plan: LayerPlan, device: torch.device) -> Sou
         bias = (
             _finite(read_tensor(source, f"{plan.name}.bias"), f"{plan.name}.bias", source).to(device).float()
         )
-    return SourceWeight(weight.to(device).float(), bias)
+    return SourceWeight(weight.to(device).float().flatten(1), bias)  # a 1x1 convolution is (N, K, 1, 1)
 
 
 def _finite(tensor: torch.Tensor, name: str, source: Source) -> torch.Tensor:

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from functools import lru_cache
+from typing import Literal
 
 from svdq_cli.errors import InputError, RecipeError
-from svdq_cli.families import Family, family_named, family_of_config
+from svdq_cli.families import Family, family_named, find_family
+from svdq_cli.inventory import Inventory, empty_model, take_inventory
 from svdq_cli.records import LayerPlan, Linear, ModelPlan, Precision, SharedInput, W4A4Plan, W4A16Plan
 from svdq_cli.source import Source
+from svdq_cli.structure import STRUCTURAL, Roles, shared_input, structural_roles
+
+__all__ = [
+    "Group",
+    "Include",
+    "Inventory",
+    "LayerOverride",
+    "LayerRule",
+    "Skip",
+    "plan_model",
+    "take_inventory",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,13 +37,29 @@ class LayerOverride:
 
 
 @dataclass(frozen=True, slots=True)
-class Inventory:
-    """Every linear of a model class at a given config, in module order, and its parameter count."""
+class Skip:
+    """Modules that match `match` (a full-path pattern) are left out of the plan with all the layers in them."""
 
-    model_class: str
-    linears: tuple[Linear, ...]
-    state: Mapping[str, tuple[int, ...]]  # every tensor of the state dict: name -> shape
-    parameters: int
+    match: str
+
+
+@dataclass(frozen=True, slots=True)
+class Include:
+    """Layers that match `match` are quantized, whatever the family or the structure says of them."""
+
+    match: str
+    role: Literal["w4a4", "w4a16"]
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """In every module that matches `match`, `layers` (relative names) read the same activation."""
+
+    match: str
+    layers: tuple[str, ...]
+
+
+LayerRule = LayerOverride | Skip | Include | Group
 
 
 def plan_model(
@@ -40,81 +68,73 @@ def plan_model(
     precision: Precision,
     rank: int,
     family: str = "auto",
-    overrides: tuple[LayerOverride, ...] = (),
+    overrides: tuple[LayerRule, ...] = (),
     supports: Callable[[LayerPlan], str | None],
 ) -> ModelPlan:
-    """The plan of one model.
+    """The plan of one model. A model without a family file, or `family` "structural", gets a structural plan.
 
     `supports` is the output format's say: None, or why it can't hold a layer; such a layer is kept at 16 bit.
     Raises InputError when names and rules disagree, RecipeError for an override that matches nothing.
     """
     where = str(source.path)
-    known = family_of_config(source.config, where=where) if family == "auto" else family_named(family)
+    known = _family_of(source, family)
     inventory = take_inventory(source, known)
     _check_weights(source, inventory)
-    w4a4, w4a16, inputs = _resolve_rules(known, inventory, where)
-    _check_overrides(overrides, [*w4a4, *w4a16])
+    roles = _resolve_rules(known, inventory, where) if known else _structural_roles(source, inventory)
+    roles = _with_rules(roles, inventory, overrides)
+    exceptions = tuple(rule for rule in overrides if isinstance(rule, LayerOverride))
 
     layers: list[LayerPlan] = []
     kept: list[Linear] = []
+    objections: list[str] = []
     for linear in inventory.linears:
-        override = _override_for(linear.name, overrides)
+        override = _override_for(linear.name, exceptions)
         wanted: LayerPlan | None = None
-        if linear.name in w4a4:
+        if linear.name in roles.w4a4:
             wanted = W4A4Plan(linear, precision, override.rank if override and override.rank else rank)
-        elif linear.name in w4a16:
+        elif linear.name in roles.w4a16:
             wanted = W4A16Plan(linear)
-        if wanted is None or (override and override.keep) or supports(wanted) is not None:
+        objection = supports(wanted) if wanted else None
+        if objection:
+            objections.append(f"{linear.name}: {objection}")
+        if wanted is None or (override and override.keep) or objection is not None:
             kept.append(linear)
         else:
             layers.append(wanted)
     if not layers:
         raise InputError(
-            f"{where}: nothing to quantize: no layer of this model fits the output format",
-            hint="4-bit layers need input and output sizes that are multiples of 128",
+            f"{where}: nothing to quantize: no layer of this model fits the output format"
+            + (f" ({objections[0]})" if objections else ""),
+            hint="choose another output format, or name layers with include rules in the recipe",
             where=where,
         )
     planned = {layer.name for layer in layers}
     return ModelPlan(
-        family=known.name,
+        family=known.name if known else STRUCTURAL,
         model_class=inventory.model_class,
         component=source.component,
         parameters=inventory.parameters,
         layers=tuple(layers),
         kept=tuple(kept),
-        inputs=tuple(shared for group in inputs if (shared := _only(group, planned)) is not None),
+        inputs=tuple(shared for group in roles.inputs if (shared := _only(group, planned)) is not None),
     )
 
 
-def take_inventory(source: Source, family: Family) -> Inventory:
-    """The linears of the source's model class, from an instance without memory (torch's meta device)."""
-    class_name = str(source.config.get("_class_name", family.classes[0]))
-    config = {k: v for k, v in source.config.items() if not k.startswith("_") and k != "quantization_config"}
-    return _inventory(class_name, json.dumps(config, sort_keys=True), str(source.path))
+def _family_of(source: Source, wanted: str) -> Family | None:
+    """None stands for a structural plan."""
+    match wanted:
+        case "auto":
+            return find_family(source.config)
+        case "structural":
+            return None
+        case name:
+            return family_named(name)
 
 
-@lru_cache(maxsize=8)
-def _inventory(class_name: str, config: str, where: str) -> Inventory:
-    import torch
-    from diffusers import models
+def _structural_roles(source: Source, inventory: Inventory) -> Roles:
+    from svdq_cli.watching import watch
 
-    model_type = getattr(models, class_name)
-    try:
-        with torch.device("meta"):
-            model = model_type.from_config(json.loads(config))
-    except (TypeError, ValueError) as error:
-        raise InputError(
-            f"{where}: diffusers can't build {class_name} from this config: {error}",
-            hint="compare config.json with the original model's",
-            where=where,
-        ) from error
-    linears = tuple(
-        Linear(name, module.in_features, module.out_features, getattr(module, "bias", None) is not None)
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear)
-    )
-    state = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    return Inventory(class_name, linears, state, sum(p.numel() for p in model.parameters()))
+    return structural_roles(inventory, watch(empty_model(source, None)))
 
 
 def _check_weights(source: Source, inventory: Inventory) -> None:
@@ -143,57 +163,155 @@ def _check_weights(source: Source, inventory: Inventory) -> None:
             )
 
 
-def _resolve_rules(
-    family: Family, inventory: Inventory, where: str
-) -> tuple[frozenset[str], frozenset[str], tuple[SharedInput, ...]]:
+# ------------------------------------------------------------------------------------------------- a family's rules
+
+
+def _resolve_rules(family: Family, inventory: Inventory, where: str) -> Roles:
     """Rules against names: every rule must match, every linear must be spoken of."""
     names = [linear.name for linear in inventory.linears]
     present = set(names)
     inputs: list[SharedInput] = []
-    w4a4: set[str] = set()
-    modulation: list[str] = []
+    modulation: list[tuple[str, ...]] = [(name,) for name in family.w4a16]
     unmatched: list[str] = []
     for block in family.blocks:
-        for prefix in _block_prefixes(names, block.stack):
+        prefixes = _block_prefixes(names, block.stack)
+        if not prefixes:
+            unmatched.append(f"{block.stack}.0")
+        for prefix in prefixes:
             for rule in block.w4a4:
                 full = tuple(f"{prefix}.{layer}" for layer in rule.layers)
-                unmatched += [name for name in full if name not in present]
+                if rule.optional and present.isdisjoint(full):
+                    continue
                 branches = tuple(tuple(f"{prefix}.{layer}" for layer in part) for part in rule.branches)
                 inputs.append(SharedInput(full[0], full, branches))
-                w4a4.update(full)
-            for layer in block.w4a16:
-                modulation.append(f"{prefix}.{layer}")
-                if modulation[-1] not in present:
-                    unmatched.append(modulation[-1])
+        modulation += [tuple(f"{prefix}.{layer}" for prefix in prefixes) for layer in block.w4a16 if prefixes]
+    w4a4 = {name for shared in inputs for name in shared.layers}
+    w4a16 = {name for group in modulation for name in group}
+    unmatched += sorted((w4a4 | w4a16) - present)
     if unmatched:
         raise InputError(
             f"{where}: the rules of family {family.name!r} name {len(unmatched)} layers that this model lacks: "
             f"{', '.join(unmatched[:3])}",
-            hint="the model is a variant of the family that this version does not know",
+            hint="an unknown variant of the family; --family structural plans it by its structure",
             where=unmatched[0],
             kind="unknown-family",
         )
-    spoken = w4a4 | set(modulation)
+    spoken = w4a4 | w4a16
     silent = [n for n in names if n not in spoken and not any(fnmatchcase(n, p) for p in family.keep)]
     if silent:
         raise InputError(
             f"{where}: no rule of family {family.name!r} speaks of {len(silent)} linear layers: "
             f"{', '.join(silent[:3])}",
-            hint="the model is a variant of the family that this version does not know",
+            hint="an unknown variant of the family; --family structural plans it by its structure",
             where=silent[0],
             kind="unknown-family",
         )
-    if modulation:
-        inputs.append(SharedInput(modulation[0], tuple(modulation), tuple((name,) for name in modulation)))
-    return frozenset(w4a4), frozenset(modulation), tuple(inputs)
+    return Roles(frozenset(w4a4), frozenset(w4a16), (*inputs, *(shared_input(list(g)) for g in modulation)))
 
 
 def _block_prefixes(names: list[str], stack: str) -> list[str]:
-    """The paths of a stack's blocks, in order: transformer_blocks.0, transformer_blocks.1, ..."""
-    start = stack + "."
-    return list(
-        dict.fromkeys(start + name[len(start) :].split(".")[0] for name in names if name.startswith(start))
-    )
+    """The paths of a stack's blocks, in order: transformer_blocks.0, transformer_blocks.1, ... `*` in `stack` stands
+    for one part of a path."""
+    wanted = stack.split(".")
+    found: dict[str, None] = {}
+    for name in names:
+        parts = name.split(".")
+        if len(parts) > len(wanted) and all(w in ("*", p) for w, p in zip(wanted, parts, strict=False)):
+            found[".".join(parts[: len(wanted) + 1])] = None
+    return list(found)
+
+
+# ------------------------------------------------------------------------------------------------- a recipe's rules
+
+
+def _with_rules(roles: Roles, inventory: Inventory, rules: tuple[LayerRule, ...]) -> Roles:
+    """The family's (or the structure's) roles with the recipe's rules over them, in the order they are written."""
+    for rule in rules:
+        match rule:
+            case Include():
+                roles = _included(roles, _matched(rule.match, inventory, "no linear layer"), rule.role)
+            case Skip():
+                roles = _without(roles, _matched_modules(rule.match, inventory))
+            case Group():
+                roles = _grouped(roles, rule, inventory)
+            case LayerOverride():
+                _check_override(rule, [*roles.w4a4, *roles.w4a16], inventory)
+    return roles
+
+
+def _included(roles: Roles, names: list[str], role: Literal["w4a4", "w4a16"]) -> Roles:
+    new = [name for name in names if name not in (roles.w4a4 if role == "w4a4" else roles.w4a16)]
+    base = _without(roles, new)
+    inputs = (*base.inputs, *(shared_input([name]) for name in new))
+    if role == "w4a4":
+        return Roles(base.w4a4.union(new), base.w4a16, inputs)
+    return Roles(base.w4a4, base.w4a16.union(new), inputs)
+
+
+def _without(roles: Roles, names: list[str]) -> Roles:
+    gone = set(names)
+    inputs = tuple(left for shared in roles.inputs if (left := _only(shared, set(shared.layers) - gone)))
+    return Roles(roles.w4a4 - gone, roles.w4a16 - gone, inputs)
+
+
+def _grouped(roles: Roles, rule: Group, inventory: Inventory) -> Roles:
+    """The group's layers out of their inputs and into one of their own, in every module that matches."""
+    sizes = {linear.name: linear.in_features for linear in inventory.linears}
+    modules = [
+        m for m in _modules(inventory) if fnmatchcase(m, rule.match) and m.count(".") == rule.match.count(".")
+    ]
+    named = [[f"{module}.{layer}" for layer in rule.layers] for module in modules]
+    groups = [names for names in named if all(name in sizes for name in names)]
+    if not groups:
+        raise RecipeError(
+            f"layers: no module {rule.match!r} holds all of {', '.join(rule.layers)}",
+            hint="match names the module, group the layers in it: {match: blocks.*.attn, group: [to_q, to_k, to_v]}",
+            where=rule.match,
+        )
+    for names in groups:
+        if len({sizes[name] for name in names}) > 1 or not set(names) <= roles.w4a4:
+            raise RecipeError(
+                f"layers: {', '.join(names)} can't share an input: "
+                + (
+                    "not all of them are W4A4" if not set(names) <= roles.w4a4 else "their input sizes differ"
+                ),
+                hint="group only W4A4 layers that read the same activation; include them first where they are kept",
+                where=rule.match,
+            )
+        rest = tuple(left for s in roles.inputs if (left := _only(s, set(s.layers) - set(names))))
+        roles = Roles(roles.w4a4, roles.w4a16, (*rest, shared_input(names)))
+    return roles
+
+
+def _modules(inventory: Inventory) -> list[str]:
+    """Every module that holds a linear layer, at any depth."""
+    found: dict[str, None] = {}
+    for linear in inventory.linears:
+        parts = linear.name.split(".")
+        found |= {".".join(parts[:depth]): None for depth in range(1, len(parts))}
+    return list(found)
+
+
+def _matched(pattern: str, inventory: Inventory, what: str) -> list[str]:
+    names = [linear.name for linear in inventory.linears]
+    found = [name for name in names if fnmatchcase(name, pattern)]
+    if not found:
+        raise _matches_nothing(pattern, names, what)
+    return found
+
+
+def _matched_modules(pattern: str, inventory: Inventory) -> list[str]:
+    """Every linear in a module that matches, or that matches itself."""
+    modules = {m for m in _modules(inventory) if fnmatchcase(m, pattern)}
+    names = [linear.name for linear in inventory.linears]
+    found = [
+        name
+        for name in names
+        if fnmatchcase(name, pattern) or any(name.startswith(f"{module}.") for module in modules)
+    ]
+    if not found:
+        raise _matches_nothing(pattern, [*_modules(inventory), *names], "no module")
+    return found
 
 
 def _override_for(name: str, overrides: tuple[LayerOverride, ...]) -> LayerOverride | None:
@@ -201,15 +319,22 @@ def _override_for(name: str, overrides: tuple[LayerOverride, ...]) -> LayerOverr
     return next((o for o in reversed(overrides) if fnmatchcase(name, o.match)), None)
 
 
-def _check_overrides(overrides: tuple[LayerOverride, ...], names: list[str]) -> None:
-    for override in overrides:
-        if not any(fnmatchcase(name, override.match) for name in names):
-            near = get_close_matches(override.match, names, n=1, cutoff=0.3)
-            raise RecipeError(
-                f"layers: the pattern {override.match!r} matches no quantized layer",
-                hint=f"the nearest layer is {near[0]}" if near else "svdq inspect lists the layers",
-                where=override.match,
-            )
+def _check_override(override: LayerOverride, quantized: list[str], inventory: Inventory) -> None:
+    """A rank must meet a quantized layer; `keep` may also say of a layer that it stays as it is."""
+    names = [linear.name for linear in inventory.linears] if override.keep else quantized
+    if not any(fnmatchcase(name, override.match) for name in names):
+        raise _matches_nothing(
+            override.match, names, "no linear layer" if override.keep else "no quantized layer"
+        )
+
+
+def _matches_nothing(pattern: str, names: list[str], what: str) -> RecipeError:
+    near = get_close_matches(pattern, names, n=1, cutoff=0.3)
+    return RecipeError(
+        f"layers: the pattern {pattern!r} matches {what}",
+        hint=f"the nearest name is {near[0]}" if near else "svdq inspect lists the layers",
+        where=pattern,
+    )
 
 
 def _only(shared: SharedInput, planned: set[str]) -> SharedInput | None:

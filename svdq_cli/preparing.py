@@ -12,7 +12,7 @@ from svdq_cli.calibrate.prompts import choose_prompts, dataset_prompts, read_pro
 from svdq_cli.calibrate.settings import DrawSettings
 from svdq_cli.checkpoint import predicted_bytes
 from svdq_cli.errors import UsageError
-from svdq_cli.families import family_named
+from svdq_cli.families import find_family
 from svdq_cli.formats import format_named
 from svdq_cli.formats.contract import Format
 from svdq_cli.locate import default_resolution, locate_source
@@ -97,7 +97,7 @@ def prepare(recipe: Recipe, *, beside: Path | None = None) -> Prepared:
     dtype = torch.float16 if recipe.model.dtype == "float16" else torch.bfloat16
     fmt.metadata(plan, dtype)  # refuses now what the format could not say at the end
     settings = SolveSettings(quantization.effort, quantization.chosen_smoothing, quantization.seed, dtype)
-    return Prepared(recipe, source, take_inventory(source, family_named(plan.family)), plan, fmt, settings)
+    return Prepared(recipe, source, take_inventory(source, find_family(source.config)), plan, fmt, settings)
 
 
 def source_of(recipe: Recipe, options: RunOptions) -> Source:

@@ -43,12 +43,16 @@ Smoothing = Literal["none", "closed-form", "grid"]
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """A linear layer of the source model, by its full module path."""
+    """A linear layer of the source model, by its full module path.
+
+    A 1x1 convolution is one too, over channels: `in_features` are its input channels, its weight is (N, K, 1, 1).
+    """
 
     name: str
     in_features: int
     out_features: int
     bias: bool
+    kind: Literal["linear", "conv1x1"] = "linear"
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from svdq_cli.calibrate.pipelines import Batch, denoise, drawn_batches, split_batches
 from svdq_cli.calibrate.settings import DrawSettings
 from svdq_cli.errors import InputError, UsageError
+from svdq_cli.pointwise import channels_last
 from svdq_cli.records import ActivationStats, Observer, SharedInput, ignore_events
 
 if TYPE_CHECKING:
@@ -221,7 +222,8 @@ def _hooked(layers: Mapping[str, nn.Module], on_input: OnInput) -> Iterator[None
             def before(
                 module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name
             ) -> None:
-                on_input(name, (args[0] if args else next(iter(kwargs.values()))).detach())
+                x = (args[0] if args else next(iter(kwargs.values()))).detach()
+                on_input(name, channels_last(x) if isinstance(module, nn.Conv2d) else x)
 
             handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
         yield

@@ -8,10 +8,17 @@ from difflib import get_close_matches
 from svdq_cli.errors import InputError, UsageError
 from svdq_cli.families.family import BlockRule, Family, InputRule
 from svdq_cli.families.flux import FLUX
+from svdq_cli.families.flux2 import FLUX2
+from svdq_cli.families.pixart import PIXART
+from svdq_cli.families.qwen_image import QWEN_IMAGE
+from svdq_cli.families.sana import SANA
+from svdq_cli.families.sd3 import SD3
+from svdq_cli.families.stable_diffusion import SD15, SDXL
+from svdq_cli.families.z_image import Z_IMAGE
 
-FAMILIES: tuple[Family, ...] = (FLUX,)
+FAMILIES: tuple[Family, ...] = (FLUX, FLUX2, SDXL, SD15, SD3, PIXART, SANA, QWEN_IMAGE, Z_IMAGE)
 
-__all__ = ["FAMILIES", "BlockRule", "Family", "InputRule", "family_named", "family_of_config"]
+__all__ = ["FAMILIES", "BlockRule", "Family", "InputRule", "family_named", "family_of_config", "find_family"]
 
 
 def family_named(name: str) -> Family:
@@ -28,18 +35,17 @@ def family_named(name: str) -> Family:
     )
 
 
-def family_of_config(config: Mapping[str, object], *, where: str) -> Family:
-    """The family of a diffusers model config, by `_class_name` or, where that is missing, by its keys.
+def find_family(config: Mapping[str, object]) -> Family | None:
+    """The family of a diffusers model config, by `_class_name` or, where that is missing, by its keys."""
+    return next((family for family in FAMILIES if family.matches(config)), None)
 
-    Raises InputError (kind `unknown-family`) naming the class and the families that are known.
-    """
+
+def family_of_config(config: Mapping[str, object], *, where: str) -> Family:
+    """`find_family`, or InputError (kind `unknown-family`) naming the class and the families that are known."""
+    if family := find_family(config):
+        return family
     class_name = config.get("_class_name")
-    for family in FAMILIES:
-        if class_name in family.classes:
-            return family
-        if class_name is None and family.config_signature <= config.keys():
-            return family
-    known = ", ".join(f"{family.name} ({', '.join(family.classes)})" for family in FAMILIES)
+    known = ", ".join(f"{family.name} ({family.classes[0]})" for family in FAMILIES)
     raise InputError(
         f"{where}: no model family for {class_name or 'a config without _class_name'}",
         hint=f"this version knows {known}",

@@ -1,47 +1,64 @@
 """What svdq knows of a model family, as data: names and patterns, never code.
 
 Layer names in a `BlockRule` are relative to one block and exact. `keep` holds `fnmatch` patterns of full module paths.
+A 1x1 convolution is a linear layer over channels, and is named like one.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
 class InputRule:
-    """Layers of one block that read the same activation. `branches`: which of them share a down projection."""
+    """Layers of one block that read the same activation. `branches`: which of them share a down projection.
+
+    `optional`: some blocks or variants of the family lack all of these layers (never only some of them).
+    """
 
     layers: tuple[str, ...]
     branches: tuple[tuple[str, ...], ...]
+    optional: bool = False
 
 
-def alone(name: str) -> InputRule:
+def alone(name: str, *, optional: bool = False) -> InputRule:
     """A layer that shares its input with no other."""
-    return InputRule((name,), ((name,),))
+    return InputRule((name,), ((name,),), optional)
 
 
-def together(*names: str) -> InputRule:
+def together(*names: str, optional: bool = False) -> InputRule:
     """Layers with one input that runtimes may fuse into one matrix: one smoothing factor, one down projection."""
-    return InputRule(names, (names,))
+    return InputRule(names, (names,), optional)
 
 
 @dataclass(frozen=True, slots=True)
 class BlockRule:
-    """One stack of repeated blocks: `stack` is the ModuleList's path."""
+    """One stack of repeated blocks: `stack` is the path of its ModuleList, in which `*` stands for one path part."""
 
     stack: str
     w4a4: tuple[InputRule, ...]
-    w4a16: tuple[str, ...]  # modulation linears, all fed by the same conditioning vector
+    w4a16: tuple[
+        str, ...
+    ] = ()  # modulation linears; one name reads the same conditioning vector in every block
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """One model family. Every linear must be named by a block rule or matched by `keep`."""
+    """One model family. Every linear must be named by a rule or matched by `keep`."""
 
     name: str
-    classes: tuple[str, ...]  # diffusers class names (`_class_name` in config.json)
+    classes: tuple[str, ...]  # diffusers class names (`_class_name` in config.json), the present one first
     config_signature: frozenset[str]  # config keys that give the class away where `_class_name` is missing
     component: str  # the pipeline's folder that holds the model
     blocks: tuple[BlockRule, ...]
     keep: tuple[str, ...]
+    w4a16: tuple[str, ...] = ()  # modulation linears outside the stacks, by full path
+    config_values: Mapping[str, object] = field(default_factory=dict[str, object])
+    """Config values that tell the family from others of its class; a key that is missing counts as None."""
+
+    def matches(self, config: Mapping[str, object]) -> bool:
+        """Whether a diffusers config is of this family."""
+        class_name = config.get("_class_name")
+        of_class = class_name in self.classes if class_name else self.config_signature <= config.keys()
+        return of_class and all(config.get(key) == value for key, value in self.config_values.items())

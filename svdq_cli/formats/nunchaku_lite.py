@@ -76,6 +76,8 @@ MAX_RANK = 1024  # the kernels take at most 64 low-rank scales, one per 16 ranks
 def objection(layer: LayerPlan) -> str | None:
     """Why the kernels behind this format can't run `layer`, or None."""
     rows, columns = layer.linear.out_features, layer.linear.in_features
+    if layer.linear.kind == "conv1x1":
+        return "it is a 1x1 convolution, and diffusers replaces linear layers only"
     match layer:
         case W4A4Plan(rank=rank):
             if rank <= 0 or rank % 16 or rank > MAX_RANK:

@@ -5,9 +5,21 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 
-from torch import nn
+from torch import Tensor, nn
 
 from svdq_cli.errors import InputError
+from svdq_cli.pointwise import channels_first, channels_last, is_pointwise
+
+
+class PointwiseConvolution(nn.Module):
+    """A converted linear in the place of a 1x1 convolution: (B, C, H, W) in and out."""
+
+    def __init__(self, linear: nn.Module) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        return channels_first(self.linear(channels_last(x)))
 
 
 def replace_linears(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
@@ -20,7 +32,8 @@ def replace_linears(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
         _check(name, layer, modules)
     for name, layer in layers.items():
         parent, _, leaf = name.rpartition(".")
-        setattr(modules[parent], leaf, layer)
+        pointwise = is_pointwise(modules[name])
+        setattr(modules[parent], leaf, PointwiseConvolution(layer) if pointwise else layer)
 
 
 def _check(name: str, layer: nn.Module, modules: Mapping[str, nn.Module]) -> None:
@@ -49,5 +62,7 @@ def _check(name: str, layer: nn.Module, modules: Mapping[str, nn.Module]) -> Non
 
 
 def _features(module: nn.Module) -> tuple[int, int] | None:
+    if isinstance(module, nn.Conv2d) and is_pointwise(module):
+        return module.in_channels, module.out_channels
     found = getattr(module, "in_features", None), getattr(module, "out_features", None)
     return found if isinstance(found[0], int) and isinstance(found[1], int) else None  # type: ignore[return-value]

@@ -133,7 +133,7 @@ def test_calibrate_then_convert_from_it(
     calib = tmp_path / "calib"
     words = f"calibrate {tiny_flux} -o {calib} --prompts {prompts} --samples 2 --steps 1 --json {SMALL}"
     assert run(words.split()) == 0
-    assert said(capsys)["inputs"] == 11
+    assert said(capsys)["inputs"] == 13
     for precision in ("int4", "nvfp4"):
         out = tmp_path / precision
         words = f"convert {tiny_flux} -o {out} --calib {calib} --precision {precision} --rank 16 --json -q"

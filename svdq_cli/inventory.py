@@ -1,0 +1,147 @@
+"""What a model class consists of, from an instance without memory: its linear layers, its tensors, its block stacks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, cast
+
+from svdq_cli.errors import InputError
+from svdq_cli.families import Family
+from svdq_cli.records import Linear
+from svdq_cli.source import Source
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True, slots=True)
+class Inventory:
+    """Every linear of a model class at a given config, in module order, and its parameter count."""
+
+    model_class: str
+    linears: tuple[Linear, ...]
+    state: Mapping[str, tuple[int, ...]]  # every tensor of the state dict: name -> shape
+    parameters: int
+    stacks: tuple[str, ...]  # paths of the outermost lists of alike blocks
+
+
+def take_inventory(source: Source, family: Family | None) -> Inventory:
+    """The inventory of the source's model class. `family` names the class where the config does not.
+
+    Raises InputError (kind `unknown-family`) for a class that nobody here defines.
+    """
+    class_name, config = model_config(source, family)
+    return _inventory(class_name, config, str(source.path))
+
+
+def empty_model(source: Source, family: Family | None) -> nn.Module:
+    """An instance of the source's model class on torch's meta device: shapes without memory."""
+    class_name, config = model_config(source, family)
+    return _empty(class_name, config, str(source.path))
+
+
+def model_config(source: Source, family: Family | None) -> tuple[str, str]:
+    """The class name and the arguments (JSON) that build the source's model."""
+    class_name = source.config.get("_class_name") or (family.classes[0] if family else None)
+    if class_name is None:
+        raise InputError(
+            f"{source.path}: the config names no model class",
+            hint="add _class_name to config.json, or name the family with --family",
+            where=str(source.path),
+            kind="unknown-family",
+        )
+    config = {k: v for k, v in source.config.items() if not k.startswith("_") and k != "quantization_config"}
+    return str(class_name), json.dumps(config, sort_keys=True)
+
+
+def model_class(name: str, *, where: str) -> Any:
+    """The model class of that name: one of diffusers', or a ModelMixin that the running program has defined.
+
+    Raises InputError (kind `unknown-family`); never runs code that lies beside the weights.
+    """
+    from diffusers import models
+    from diffusers.models.modeling_utils import ModelMixin
+
+    found = getattr(models, name, None) or _subclasses(ModelMixin).get(name)
+    if found is None:
+        import diffusers
+
+        raise InputError(
+            f"{where}: diffusers {diffusers.__version__} has no model class {name!r}",
+            hint="upgrade diffusers, or import the module that defines the class before you call svdq; "
+            "svdq runs no code from a model's folder",
+            where=where,
+            kind="unknown-family",
+        )
+    return found
+
+
+def _subclasses(base: type) -> dict[str, type]:
+    found: dict[str, type] = {}
+    for child in base.__subclasses__():
+        found |= {child.__name__: child, **_subclasses(child)}
+    return found
+
+
+def _empty(class_name: str, config: str, where: str) -> nn.Module:
+    import torch
+
+    model_type = model_class(class_name, where=where)
+    try:
+        with torch.device("meta"):
+            return cast("nn.Module", model_type.from_config(json.loads(config)))
+    except (TypeError, ValueError, KeyError) as error:
+        raise InputError(
+            f"{where}: diffusers can't build {class_name} from this config: {error}",
+            hint="compare config.json with the original model's",
+            where=where,
+        ) from error
+
+
+@lru_cache(maxsize=8)
+def _inventory(class_name: str, config: str, where: str) -> Inventory:
+    model = _empty(class_name, config, where)
+    return Inventory(
+        model_class=type(model).__name__,  # a legacy name becomes the class that diffusers makes of it
+        linears=tuple(linear for name, module in model.named_modules() if (linear := _linear(name, module))),
+        state={name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
+        parameters=sum(p.numel() for p in model.parameters()),
+        stacks=_stacks(model),
+    )
+
+
+def _linear(name: str, module: nn.Module) -> Linear | None:
+    from torch import nn
+
+    from svdq_cli.pointwise import is_pointwise
+
+    bias = getattr(module, "bias", None) is not None
+    if isinstance(module, nn.Linear):
+        return Linear(name, module.in_features, module.out_features, bias)
+    if isinstance(module, nn.Conv2d) and is_pointwise(module):
+        return Linear(name, module.in_channels, module.out_channels, bias, kind="conv1x1")
+    return None
+
+
+def _stacks(model: nn.Module) -> tuple[str, ...]:
+    """Lists whose members are of one class and hold two linear layers or more, none inside another."""
+    from torch import nn
+
+    found: list[str] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or any(name.startswith(f"{outer}.") for outer in found):
+            continue
+        members = list(module)
+        alike = len({type(member) for member in members}) == 1
+        if alike and all(_linears_in(member) >= 2 for member in members):
+            found.append(name)
+    return tuple(found)
+
+
+def _linears_in(module: nn.Module) -> int:
+    from torch import nn
+
+    return sum(isinstance(part, nn.Linear) for part in module.modules())
