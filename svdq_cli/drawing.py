@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from svdq_cli.calibrate.collect import collect_stats
-from svdq_cli.calibrate.pipelines import draw, load_source_pipeline
+from svdq_cli.calibrate.pipelines import draw
 from svdq_cli.calibrate.settings import DrawSettings
 from svdq_cli.checkpoint import Checkpoint, open_checkpoint, refuse_existing
 from svdq_cli.errors import InputError, UsageError
 from svdq_cli.evaluate.grid import picture_grid
 from svdq_cli.evaluate.images import compare
 from svdq_cli.evaluate.layers import layer_sqnr_db
-from svdq_cli.loading import Backend, compute_dtype, load_pipeline
-from svdq_cli.locate import DEMO_SOURCES, locate_source
+from svdq_cli.loading import Backend, load_16bit_pipeline, load_pipeline
+from svdq_cli.locate import DEMO_SOURCES
 from svdq_cli.machine import resolve_device
 from svdq_cli.plan import plan_model
-from svdq_cli.preparing import DEFAULT_OPTIONS, RunOptions, chosen_prompts, draw_settings
+from svdq_cli.preparing import DEFAULT_OPTIONS, RunOptions, chosen_prompts, draw_settings, source_of
 from svdq_cli.recipe import Calibration, Recipe, default_recipe, figure_of
 from svdq_cli.records import (
     BaselineFacts,
@@ -41,7 +41,7 @@ from svdq_cli.runtime.linear import quantized_linear
 from svdq_cli.runtime.naive import naive_solution
 from svdq_cli.runtime.replace import replace_linears
 from svdq_cli.solve.modulation import solve_w4a16
-from svdq_cli.source import Source, open_source, read_tensor
+from svdq_cli.source import Source, read_tensor
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -112,11 +112,11 @@ def evaluate_pictures(
     """`evaluate`, with the pictures themselves."""
     started = time.monotonic()
     checkpoint = open_checkpoint(path)
-    source = open_source(locate_source(recipe.model.source, beside=options.beside))
+    source = source_of(recipe, options)
     if source.pipeline is None:
         raise InputError(
             f"{source.path}: evaluation draws pictures, and this is not a whole pipeline",
-            hint="give the pipeline folder that the checkpoint was made from",
+            hint="give the pipeline folder that the checkpoint was made from, or --base for the parts that are missing",
             where=str(source.path),
         )
     if source.config.get("_class_name") != checkpoint.source.config.get("_class_name"):
@@ -129,7 +129,7 @@ def evaluate_pictures(
     settings = draw_settings(recipe, source)
     device = resolve_device(options.device)
 
-    pipe = load_source_pipeline(source.pipeline, dtype=compute_dtype(device), device=device)
+    pipe = load_16bit_pipeline(source, class_name=checkpoint.model_class, device=device)
     model: nn.Module = getattr(pipe, source.component)
     reference = draw(pipe, prompts, settings=settings, stage="draw 16-bit", observe=observe)
     floor = _noise_floor(pipe, prompts, settings, reference)

@@ -15,7 +15,7 @@ from svdq_cli.errors import EnvironmentLacksError, InputError
 from svdq_cli.inventory import model_class
 from svdq_cli.runtime.linear import quantized_linear
 from svdq_cli.runtime.replace import replace_linears
-from svdq_cli.source import read_tensor
+from svdq_cli.source import Source, read_tensor
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -78,14 +78,38 @@ def load_pipeline(
     return pipe
 
 
-def load_model(checkpoint: Checkpoint, *, dtype: torch.dtype) -> nn.Module:
-    """The quantized component on the CPU, its 4-bit layers in the runtime's modules."""
+def load_16bit_pipeline(source: Source, *, class_name: str, device: torch.device) -> DiffusionPipeline:
+    """The pipeline of a 16-bit source that has one (`source.pipeline`), on a device.
+
+    Where diffusers can't read the model itself (a single file, merged adapters), it is built from the source's tensors.
+    """
+    assert source.pipeline is not None
+    dtype = compute_dtype(device)
+    built = {} if source.is_saved_pipeline else {source.component: _built(source, class_name, dtype)}
+    return load_source_pipeline(source.pipeline, dtype=dtype, device=device, components=built)
+
+
+def _built(source: Source, class_name: str, dtype: torch.dtype) -> nn.Module:
+    """The 16-bit component on the CPU. The plan has checked that no tensor is missing."""
+    model = _unfilled(source, class_name)
+    state = {name: read_tensor(source, name).to(dtype) for name in source.tensors}
+    model.load_state_dict(state, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def _unfilled(source: Source, class_name: str) -> nn.Module:
+    """The component with its buffers but without memory for its parameters."""
     from accelerate import init_empty_weights
 
     with init_empty_weights(include_buffers=False):
-        model: nn.Module = model_class(checkpoint.model_class, where=str(checkpoint.source.path)).from_config(
-            {key: value for key, value in checkpoint.source.config.items() if key != "quantization_config"}
+        return model_class(class_name, where=str(source.path)).from_config(
+            {key: value for key, value in source.config.items() if key != "quantization_config"}
         )
+
+
+def load_model(checkpoint: Checkpoint, *, dtype: torch.dtype) -> nn.Module:
+    """The quantized component on the CPU, its 4-bit layers in the runtime's modules."""
+    model = _unfilled(checkpoint.source, checkpoint.model_class)
     quantized = {plan.name: quantized_linear(checkpoint.solution(plan)) for plan in checkpoint.layers}
     replace_linears(model, quantized)
     kept = {name: read_tensor(checkpoint.source, name).to(dtype) for name in checkpoint.kept_shapes()}

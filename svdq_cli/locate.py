@@ -10,7 +10,7 @@ from svdq_cli import __version__
 from svdq_cli.errors import EnvironmentLacksError, InputError
 from svdq_cli.recipe import find_source
 from svdq_cli.resources import demo_model_folder
-from svdq_cli.source import Source, read_json
+from svdq_cli.source import COMPONENTS, Source, read_json
 
 DEMO_SOURCES = ("demo", "demo:outliers")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -34,10 +34,24 @@ def locate_source(text: str, *, beside: Path | None = None, revision: str | None
         return _from_hub(text, revision)
     raise InputError(
         f"{text}: no such file or folder",
-        hint="give a diffusers pipeline folder, a hub id such as owner/name, or demo",
+        hint="give a diffusers pipeline folder, a .safetensors or .gguf file, a hub id such as owner/name, or demo",
         where=text,
         kind="not-found",
     )
+
+
+def locate_base(text: str, *, beside: Path | None = None) -> Path:
+    """The folder of a base pipeline. Of a hub id all but the diffusion model's weights is fetched."""
+    found = Path(find_source(text, beside)).expanduser()
+    if found.exists() or text in DEMO_SOURCES or not _HUB_ID.fullmatch(text):
+        return locate_source(text, beside=beside)
+    return _from_hub(text, None, leave=tuple(f"{component}/*.safetensors" for component in COMPONENTS))
+
+
+def portable_name(text: str, digest: str, *, beside: Path | None = None) -> str:
+    """What a SOURCE is called outside this machine: a hub id or demo by its name, a file or folder by its content."""
+    local = text not in DEMO_SOURCES and Path(find_source(text, beside)).expanduser().exists()
+    return f"sha256:{digest}" if local else text
 
 
 def default_resolution(source: Source) -> int:
@@ -78,7 +92,8 @@ def _outlier_variant() -> Path:
     return folder
 
 
-def _from_hub(name: str, revision: str | None) -> Path:
+def _from_hub(name: str, revision: str | None, *, leave: tuple[str, ...] = ()) -> Path:
+    """Download a pipeline, or find it in the hub's cache. `leave` are patterns of files that are not wanted."""
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
@@ -87,7 +102,11 @@ def _from_hub(name: str, revision: str | None) -> Path:
             hint="pip install huggingface_hub, or give a local folder",
         ) from error
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(_HUB_FILES)))
+        folder = Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=list(_HUB_FILES), ignore_patterns=list(leave)
+            )
+        )
     except Exception as error:  # the hub's client raises many kinds: offline, gated, missing, rate limits
         raise InputError(
             f"{name}: neither a local path nor to be had from the hub ({type(error).__name__}: "
@@ -96,3 +115,11 @@ def _from_hub(name: str, revision: str | None) -> Path:
             where=name,
             kind="not-found",
         ) from error
+    if not (folder / "model_index.json").is_file() and not (folder / "config.json").is_file():
+        raise InputError(
+            f"{name}: this repository holds no diffusers pipeline",
+            hint="download its .safetensors or .gguf file and give that, with --base for the other parts",
+            where=name,
+            kind="not-found",
+        )
+    return folder

@@ -34,7 +34,8 @@ from svdq_cli.checkpoint import (
     write_pipeline,
 )
 from svdq_cli.errors import CheckFailedError, InputError, UsageError
-from svdq_cli.loading import compute_dtype
+from svdq_cli.loading import load_16bit_pipeline
+from svdq_cli.locate import portable_name
 from svdq_cli.machine import peak_memory, resolve_device
 from svdq_cli.preparing import (
     DEFAULT_OPTIONS,
@@ -170,7 +171,6 @@ def _draw_statistics(
     prepared: Prepared, options: RunOptions, observe: Observer, *, source_sha256: str
 ) -> tuple[dict[str, ActivationStats], CalibrationFacts]:
     from svdq_cli.calibrate.collect import collect_stats
-    from svdq_cli.calibrate.pipelines import load_source_pipeline
 
     wanted = prepared.recipe.calibration
     if wanted is None:
@@ -178,13 +178,13 @@ def _draw_statistics(
     if prepared.source.pipeline is None:
         raise InputError(
             f"{prepared.source.path}: calibration draws pictures, and this is one component, not a pipeline",
-            hint="give the whole pipeline folder (with model_index.json), or use --effort datafree",
+            hint="give the pipeline that it belongs to (--base FOLDER_OR_HUB_ID), or use --effort datafree",
             where=str(prepared.source.path),
         )
     prompts = chosen_prompts(prepared.recipe, options, observe)
     settings = draw_settings(prepared.recipe, prepared.source)
     device = resolve_device(options.device)
-    pipe = load_source_pipeline(prepared.source.pipeline, dtype=compute_dtype(device), device=device)
+    pipe = load_16bit_pipeline(prepared.source, class_name=prepared.plan.model_class, device=device)
     model = getattr(pipe, prepared.source.component)
     stats = collect_stats(
         pipe, model, prepared.plan.inputs, prompts, draw=settings, rows=wanted.rows, observe=observe
@@ -238,7 +238,7 @@ def convert(
 
     provenance = {
         "svdq_version": __version__,
-        "recipe": embedded(recipe),
+        "recipe": embedded(recipe, source=portable_name(recipe.model.source, digest, beside=options.beside)),
         "source_sha256": digest,
         "calibration_sha256": statistics.digest if statistics else None,
     }
@@ -350,9 +350,10 @@ def _source_weight(source: Source, plan: LayerPlan, device: torch.device) -> Sou
 
 def _finite(tensor: torch.Tensor, name: str, source: Source) -> torch.Tensor:
     if not bool(torch.isfinite(tensor).all()):
-        file = source.tensors[name].file
+        entry = source.tensors[name]
+        stored = f" (stored as {entry.origin})" if entry.origin != name else ""
         raise InputError(
-            f"{file}: {name} holds NaN or infinite values",
+            f"{entry.file}: {name}{stored} holds NaN or infinite values",
             hint="the checkpoint is damaged or its training diverged; download it again or use another",
             where=name,
             kind="not-finite",

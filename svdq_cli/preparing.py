@@ -15,7 +15,7 @@ from svdq_cli.errors import UsageError
 from svdq_cli.families import find_family
 from svdq_cli.formats import format_named
 from svdq_cli.formats.contract import Format
-from svdq_cli.locate import default_resolution, locate_source
+from svdq_cli.locate import default_resolution, locate_base, locate_source
 from svdq_cli.plan import Inventory, LayerOverride, plan_model, take_inventory
 from svdq_cli.recipe import DatasetPrompts, KeepOverride, Recipe, find_prompts
 from svdq_cli.records import (
@@ -102,9 +102,10 @@ def prepare(recipe: Recipe, *, beside: Path | None = None) -> Prepared:
 
 def source_of(recipe: Recipe, options: RunOptions) -> Source:
     """The 16-bit model that a recipe names."""
-    return open_source(
-        locate_source(recipe.model.source, beside=options.beside, revision=recipe.model.revision)
-    )
+    wanted = recipe.model
+    base = locate_base(wanted.base, beside=options.beside) if wanted.base else None
+    path = locate_source(wanted.source, beside=options.beside, revision=wanted.revision)
+    return open_source(path, base=base)
 
 
 def chosen_prompts(recipe: Recipe, options: RunOptions, observe: Observer) -> tuple[str, ...]:
@@ -143,7 +144,7 @@ def is_data_free(recipe: Recipe, calibration: Path | None) -> bool:
 
 
 def warnings_of(prepared: Prepared, *, data_free: bool) -> tuple[str, ...]:
-    found: list[str] = []
+    found = list(prepared.source.warnings)
     if data_free:
         found.append(
             "data-free: no calibration, so activations are not smoothed and quality is lower; "
@@ -172,7 +173,7 @@ def sizes_of(state: Mapping[str, tuple[int, ...]], output: int) -> ByteFacts:
 
 
 def other_components_bytes(source: Source) -> int:
-    """What is copied beside the quantized component."""
+    """What is copied beside the quantized component: the pipeline's other components, or the base pipeline's."""
     if source.pipeline is None:
         return 0
     return sum(

@@ -11,7 +11,7 @@ from svdq_cli.checkpoint import disk_errors, refuse_existing
 from svdq_cli.drawing import demo_calibration
 from svdq_cli.errors import UsageError
 from svdq_cli.formats import format_named
-from svdq_cli.locate import DEMO_SOURCES, locate_source
+from svdq_cli.locate import DEMO_SOURCES
 from svdq_cli.recipe import (
     Calibration,
     Output,
@@ -22,7 +22,6 @@ from svdq_cli.recipe import (
     recipe_template,
     with_overrides,
 )
-from svdq_cli.source import open_source
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,12 +86,11 @@ def output_of(recipe: Recipe) -> Path:
 
 def write_recipe(source: str, out: Path, *, overwrite: bool, **options: object) -> InitReport:
     """`svdq init`: a complete commented recipe for a model that is really there."""
-    from svdq_cli.preparing import draw_settings, prepare
+    from svdq_cli.preparing import RunOptions, draw_settings, prepare, source_of
 
     refuse_existing(out, overwrite=overwrite)
     recipe = override(with_default_calibration(default_recipe(source)), options)
-    opened = open_source(locate_source(source))
-    settings = draw_settings(recipe, opened)
+    settings = draw_settings(recipe, source_of(recipe, RunOptions()))
     assert recipe.calibration is not None
     recipe = recipe.model_copy(
         update={

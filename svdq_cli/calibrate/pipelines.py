@@ -6,7 +6,7 @@ import inspect
 import json
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +40,7 @@ def load_source_pipeline(
     network, and runs no code from the folder.
     Raises InputError where a component is missing, damaged or unknown; OutOfResourcesError if the device is too small.
     """
-    _check_index(folder)
+    _check_index(folder, given=(components or {}).keys())
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
     try:
@@ -260,8 +260,9 @@ def _quiet_loading() -> Iterator[None]:
             log.enable_progress_bar()
 
 
-def _check_index(folder: Path) -> None:
-    """Refuses early, and with a better message than diffusers', what can't be a pipeline folder."""
+def _check_index(folder: Path, *, given: Collection[str]) -> None:
+    """Refuses early, and with a better message than diffusers', what can't be a pipeline folder. Components that are
+    `given` need not be there."""
     index = folder / "model_index.json"
     if not index.is_file():
         raise InputError(
@@ -280,7 +281,9 @@ def _check_index(folder: Path) -> None:
     _check_class(index, parts.get("_class_name"))
     for name, value in parts.items():
         # a component is [library, class]; [null, null] is one that the pipeline does without
-        if not name.startswith("_") and isinstance(value, list) and len(value) == 2 and value[0] is not None:
+        if name.startswith("_") or name in given:
+            continue
+        if isinstance(value, list) and len(value) == 2 and value[0] is not None:
             _check_component(folder, name, str(value[0]))
 
 

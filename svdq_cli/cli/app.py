@@ -25,7 +25,10 @@ app = typer.Typer(
 )
 
 Source = Annotated[
-    str, typer.Argument(metavar="SOURCE", help="Recipe (.yaml), pipeline folder, hub id, or demo.")
+    str,
+    typer.Argument(
+        metavar="SOURCE", help="Recipe (.yaml), pipeline folder, .safetensors or .gguf file, hub id, or demo."
+    ),
 ]
 Checkpoint = Annotated[Path, typer.Argument(metavar="CKPT", help="A folder that svdq convert wrote.")]
 
@@ -83,6 +86,7 @@ def init(
     rank: opt.Rank = None,
     effort: opt.Effort = None,
     family: opt.Family = None,
+    base: opt.Base = None,
     overwrite: opt.Overwrite = False,
     json: opt.Json = False,
 ) -> None:
@@ -91,7 +95,14 @@ def init(
     from svdq_cli.starting import write_recipe
 
     report = write_recipe(
-        source, out, overwrite=overwrite, precision=precision, rank=_rank(rank), effort=effort, family=family
+        source,
+        out,
+        overwrite=overwrite,
+        precision=precision,
+        rank=_rank(rank),
+        effort=effort,
+        family=family,
+        base=base,
     )
     render.show(report, json=json)
 
@@ -105,6 +116,7 @@ def inspect(
     rank: opt.Rank = None,
     formats: opt.Formats = None,
     family: opt.Family = None,
+    base: opt.Base = None,
     json: opt.Json = False,
     verbose: opt.Verbose = False,
 ) -> None:
@@ -121,6 +133,7 @@ def inspect(
             precision=precision,
             rank=_rank(rank),
             family=family,
+            base=base,
             formats=formats,
             options=_options("cpu", False),
         )
@@ -140,6 +153,7 @@ def calibrate(
     batch_size: opt.BatchSize = None,
     seed: opt.Seed = None,
     family: opt.Family = None,
+    base: opt.Base = None,
     device: opt.Device = "auto",
     overwrite: opt.Overwrite = False,
     json: opt.Json = False,
@@ -153,7 +167,7 @@ def calibrate(
     from svdq_cli.pipeline import calibrate as run_calibrate
     from svdq_cli.starting import with_default_calibration
 
-    recipe, run = _recipe(source, options=_options(device, overwrite), family=family)
+    recipe, run = _recipe(source, options=_options(device, overwrite), family=family, base=base)
     recipe = _override(
         with_default_calibration(recipe),
         prompts=prompts,
@@ -190,6 +204,7 @@ def convert(
     batch_size: opt.BatchSize = None,
     seed: opt.Seed = None,
     family: opt.Family = None,
+    base: opt.Base = None,
     plan: Annotated[bool, typer.Option("--plan", help="Predict layers, bytes and disk; do nothing.")] = False,
     fail_if: opt.FailIf = None,
     device: opt.Device = "auto",
@@ -213,6 +228,7 @@ def convert(
         rank=_rank(rank),
         effort=effort,
         family=family,
+        base=base,
         prompts=prompts,
         samples=samples,
         steps=steps,
@@ -239,6 +255,7 @@ def check(
     against: Annotated[
         str | None, typer.Option(metavar="SOURCE", help="The 16-bit model it was made from.")
     ] = None,
+    base: opt.Base = None,
     json: opt.Json = False,
     events: opt.EventsFile = None,
     quiet: opt.Quiet = False,
@@ -250,7 +267,7 @@ def check(
     from svdq_cli.pipeline import check as run_check
     from svdq_cli.preparing import source_of
 
-    recipe_and_options = _recipe(against, options=_options("cpu", False)) if against else None
+    recipe_and_options = _recipe(against, options=_options("cpu", False), base=base) if against else None
     with progress(quiet=quiet, verbose=verbose, events=events) as observe:
         source = source_of(*recipe_and_options) if recipe_and_options else None
         report = run_check(checkpoint, against=source, observe=observe)
@@ -265,6 +282,7 @@ def evaluate(
     report: Annotated[
         Path | None, typer.Option("--report", metavar="DIR", help="Keep pictures, grid and figures there.")
     ] = None,
+    base: opt.Base = None,
     prompts: opt.Prompts = None,
     samples: opt.Samples = None,
     steps: opt.Steps = None,
@@ -289,8 +307,9 @@ def evaluate(
     from svdq_cli.starting import recipe_of
 
     named, beside = recipe_of(against)
+    model = _override(named, base=base).model
     recipe = _override(
-        evaluation_recipe(open_checkpoint(checkpoint), named.model.source),
+        evaluation_recipe(open_checkpoint(checkpoint), model.source).model_copy(update={"model": model}),
         prompts=prompts,
         samples=samples,
         steps=steps,

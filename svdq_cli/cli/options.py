@@ -28,6 +28,10 @@ Formats = Annotated[
     list[str] | None, typer.Option("--format", metavar="nunchaku-lite", help="Output format.")
 ]
 Family = Annotated[str | None, typer.Option(help="Model family, where svdq can't tell.")]
+Base = Annotated[
+    str | None,
+    typer.Option(metavar="FOLDER|HUB_ID", help="Pipeline with the parts that a single file lacks."),
+]
 Prompts = Annotated[str | None, typer.Option(metavar="FILE", help="Prompts, one a line.")]
 Samples = Annotated[int | None, typer.Option(help="How many of the prompts to draw.")]
 Steps = Annotated[int | None, typer.Option(help="Denoising steps for each picture.")]

@@ -88,7 +88,9 @@ class Model(Section):
     """What is converted."""
 
     source: Text
-    """A diffusers pipeline folder, a .safetensors checkpoint, a hub id, demo or demo:outliers."""
+    """A diffusers pipeline folder, a .safetensors or .gguf checkpoint, a hub id, demo or demo:outliers."""
+    base: Text | None = None
+    """The pipeline (folder or hub id) with the parts that a single-file source lacks."""
     family: Text = "auto"
     """The model family; auto reads it off the model's own config."""
     dtype: Literal["bfloat16", "float16"] = "bfloat16"
@@ -334,6 +336,7 @@ def with_overrides(
     smoothing: str | None = None,
     rank: int | str | None = None,
     family: str | None = None,
+    base: str | None = None,
     dtype: str | None = None,
     seed: int | None = None,
     prompts: str | None = None,
@@ -361,7 +364,7 @@ def with_overrides(
         raise UsageError(f"{given}: there is no calibration to draw for", hint="add --prompts FILE")
     calibration = _put_over(recipe.calibration, prompts=prompts, seed=seed, **drawing)
     plain = recipe.model_dump() | {
-        "model": _put_over(recipe.model, family=family, dtype=dtype),
+        "model": _put_over(recipe.model, family=family, base=base, dtype=dtype),
         "calibration": calibration if recipe.calibration or prompts is not None else None,
         "quantization": _put_over(
             recipe.quantization, effort=effort, rank=rank, precision=precision, seed=seed
@@ -397,10 +400,12 @@ def resolved(recipe: Recipe) -> dict[str, object]:
     return plain
 
 
-def embedded(recipe: Recipe) -> dict[str, object]:
-    """What a checkpoint says about its making: `resolved` without `outputs` and `gates`, which do not shape its bytes,
-    so that the same conversion written elsewhere is the same file."""
-    return {key: value for key, value in resolved(recipe).items() if key not in ("outputs", "gates")}
+def embedded(recipe: Recipe, *, source: str) -> dict[str, object]:
+    """What a checkpoint says about its making: `resolved` without `outputs`, `gates` and the base pipeline, which do
+    not shape its bytes, and with `source` for the model's name, which leaves out the folders of this machine. So the
+    same conversion of the same weights is the same file, wherever and in whatever kind of file they lay."""
+    kept = {key: value for key, value in resolved(recipe).items() if key not in ("outputs", "gates")}
+    return {**kept, "model": {**recipe.model.model_dump(mode="json"), "source": source, "base": None}}
 
 
 def json_schema() -> dict[str, object]:

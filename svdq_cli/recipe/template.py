@@ -10,6 +10,7 @@ import yaml
 from svdq_cli.recipe.model import Recipe, Section
 
 _UNSET = {  # what a key that may be absent would look like
+    "base": "black-forest-labs/FLUX.1-dev",
     "revision": "main",
     "true_cfg": 4.0,
     "height": 1024,

@@ -78,7 +78,11 @@ def test_a_resolved_recipe_is_json_with_every_default_and_parses_back(recipe: Re
 
 
 def test_what_is_embedded_does_not_say_where_it_was_written():
-    assert resolved(FULL).keys() - embedded(FULL).keys() == {"outputs", "gates"}
+    plain = embedded(FULL, source="sha256:0123")
+    assert resolved(FULL).keys() - plain.keys() == {"outputs", "gates"}
+    assert parse_recipe(json.dumps(plain), "embedded").model == FULL.model.model_copy(
+        update={"source": "sha256:0123", "base": None}
+    )
 
 
 def test_the_committed_schema_is_current():

@@ -1,0 +1,84 @@
+"""The 16-bit model on disk: found, indexed from its headers, read one tensor at a time.
+
+A source is a diffusers pipeline folder (`model_index.json`), the folder of one component (`config.json` beside its
+weights), a single file under any of the names in use, or a bare `config.json` (enough for `svdq inspect`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import MappingProxyType
+
+from svdq_cli.errors import InputError
+from svdq_cli.source.folders import (
+    index_component,
+    open_component,
+    open_pipeline,
+    quantized_component,
+    weight_files,
+)
+from svdq_cli.source.headers import file_sha256, pickled, read_header, read_json
+from svdq_cli.source.model import COMPONENTS, Source, described_config, read_tensor, source_digest
+from svdq_cli.source.single_file import open_single_file
+from svdq_cli.source.tensors import TensorEntry
+
+__all__ = [
+    "COMPONENTS",
+    "Source",
+    "TensorEntry",
+    "described_config",
+    "file_sha256",
+    "index_component",
+    "open_source",
+    "read_header",
+    "read_json",
+    "read_tensor",
+    "source_digest",
+    "weight_files",
+]
+
+_PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+
+
+def open_source(path: Path, *, base: Path | None = None) -> Source:
+    """Index a source without reading weights.
+
+    `base` is a pipeline folder for the parts that the source lacks: the other components, and a single file's config.
+    Raises InputError naming the file and the cure.
+    """
+    if base is not None and not (base / "model_index.json").is_file():
+        raise InputError(
+            f"{base}: not a pipeline folder (it has no model_index.json)",
+            hint="--base is a whole diffusers pipeline: a folder or a hub id",
+            where=str(base),
+        )
+    if path.is_dir():
+        return _open_folder(path, base)
+    if path.suffix == ".json" and path.is_file():
+        return Source(path, None, "transformer", read_json(path), MappingProxyType({}))
+    if path.suffix.lower() in _PICKLE_SUFFIXES and path.is_file():
+        raise pickled(path)
+    if path.is_file():
+        return open_single_file(path, base=base)
+    raise InputError(f"{path}: no such file or folder", where=str(path), kind="not-found")
+
+
+def _open_folder(path: Path, base: Path | None) -> Source:
+    if (path / "model_index.json").is_file():
+        if base is not None:
+            raise InputError(
+                f"{path} is a whole pipeline, which needs no base",
+                hint="leave --base out",
+                where=str(base),
+                kind="needless-base",
+            )
+        return open_pipeline(path)
+    if (path / "config.json").is_file():
+        given = quantized_component(base) if base else "transformer"
+        component = path.name if path.name in COMPONENTS else given
+        return open_component(path, pipeline=base, component=component)
+    raise InputError(
+        f"{path}: neither model_index.json nor config.json is in this folder",
+        hint="give a diffusers pipeline folder (the one with model_index.json)",
+        where=str(path),
+    )

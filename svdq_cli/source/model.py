@@ -1,0 +1,75 @@
+"""`Source`: a 16-bit model on disk, indexed but not read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+from torch import Tensor, uint8
+
+from svdq_cli.errors import InputError
+from svdq_cli.source.tensors import TensorEntry, entry_bytes
+
+COMPONENTS = ("transformer", "unet")
+NO_TENSORS: Mapping[str, TensorEntry] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A 16-bit model under diffusers' names.
+
+    `pipeline` is the folder that holds the other components: the model's own, or the base pipeline of a single file;
+    None where there is none. `tensors` is empty for a bare config. `is_saved_pipeline`: diffusers reads the component
+    from `pipeline` as it is; otherwise (single file, adapters) it is built from `tensors`.
+    """
+
+    path: Path
+    pipeline: Path | None
+    component: str  # "transformer" or "unet"
+    config: Mapping[str, object]
+    tensors: Mapping[str, TensorEntry]
+    is_saved_pipeline: bool = False
+    kind: str = "diffusers folder"  # how the weights were stored, for people
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return tuple(sorted({entry.file for entry in self.tensors.values()}))
+
+    @property
+    def bytes(self) -> int:
+        return sum(entry_bytes(entry) for entry in self.tensors.values())
+
+
+def read_tensor(source: Source, name: str) -> Tensor:
+    """One tensor. Raises InputError if its file is damaged or the name is missing."""
+    entry = source.tensors.get(name)
+    if entry is None:
+        raise InputError(
+            f"{source.path}: the weights have no tensor {name!r}",
+            hint="the checkpoint is incomplete or of another model class; download it again",
+            where=name,
+        )
+    return entry.read()
+
+
+def source_digest(source: Source) -> str:
+    """sha256 of the model as it is read: its config, and every tensor under its diffusers name.
+
+    The same weights have the same digest in whatever file they lie, under whatever names.
+    """
+    digest = hashlib.sha256(json.dumps(described_config(source.config), sort_keys=True).encode())
+    for name, entry in sorted(source.tensors.items()):
+        tensor = entry.read()
+        digest.update(f"{name} {entry.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def described_config(config: Mapping[str, object]) -> dict[str, object]:
+    """What a config says of the model: without diffusers' private notes (version, where it came from)."""
+    return {key: value for key, value in config.items() if not key.startswith("_") or key == "_class_name"}

@@ -1,0 +1,100 @@
+"""Models that are quantized already are refused by the name of their scheme, not by what goes wrong later."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from svdq_cli.errors import InputError
+from svdq_cli.source.tensors import StoredTensor
+
+_HINT = "convert from the 16-bit model that it was made from"
+_SVDQUANT_HINT = f"{_HINT}; svdq export re-packs a finished checkpoint for another runtime"
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """A quantization scheme, told by keys: every pattern must be found in some key."""
+
+    name: str
+    patterns: tuple[str, ...]
+    hint: str = _HINT
+
+
+# The first that matches is named. Key suffixes are those that each project's own writer uses.
+SCHEMES = (
+    Scheme(
+        "SVDQuant (comfy-kitchen)", (r"\.proj_down$", r"\.smooth_factor$", r"\.comfy_quant$"), _SVDQUANT_HINT
+    ),
+    Scheme("SVDQuant (nunchaku)", (r"\.qweight$", r"\.wscales$"), _SVDQUANT_HINT),
+    Scheme("GPTQ", (r"\.qweight$", r"\.qzeros$", r"\.g_idx$")),
+    Scheme("AWQ", (r"\.qweight$", r"\.qzeros$")),
+    Scheme("bitsandbytes NF4", (r"\.quant_state\.bitsandbytes__nf4$",)),
+    Scheme("bitsandbytes FP4", (r"\.quant_state\.bitsandbytes__fp4$",)),
+    Scheme("bitsandbytes 4-bit", (r"\.weight\.absmax$", r"\.weight\.quant_map$")),
+    Scheme("bitsandbytes INT8", (r"\.SCB$",)),
+    Scheme("quanto", (r"\.weight\._data$", r"\.weight\._scale$")),
+    Scheme("compressed-tensors", (r"\.weight_packed$",)),
+    Scheme("NVFP4", (r"\.weight_scale_2$",)),
+    Scheme("block-scaled FP8", (r"\.weight_scale_inv$",)),
+    Scheme("HQQ", (r"\.W_q$",)),
+    Scheme("torchao", (r"[._:](weight_)?q?data$", r"[._:](weight_)?scale$")),
+)
+_METHOD_NAMES = {
+    "nunchaku_lite": "SVDQuant (nunchaku-lite)",
+    "bitsandbytes": "bitsandbytes",
+    "gptq": "GPTQ",
+    "awq": "AWQ",
+}
+_FLOAT8_FORMATS = (
+    "float8_e4m3fn",
+    "float8_e5m2",
+)  # of ComfyUI's per-layer `comfy_quant`: svdq reads these two
+
+
+def refuse_quantized(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
+    """Raises InputError (kind `already-quantized`) naming the scheme, the file and the cure."""
+    for scheme in SCHEMES:
+        found = [_first_match(pattern, tensors) for pattern in scheme.patterns]
+        if all(found):
+            raise already_quantized(path, scheme.name, where=str(found[0]), hint=scheme.hint)
+    for name, entry in tensors.items():
+        if name.endswith(".comfy_quant") and (scheme_name := _comfy_format(entry)) not in _FLOAT8_FORMATS:
+            raise already_quantized(path, f"ComfyUI {scheme_name}", where=name)
+
+
+def refuse_quantized_config(folder: Path, config: Mapping[str, object]) -> None:
+    """The same, by the `quantization_config` that diffusers writes into a config."""
+    found = config.get("quantization_config")
+    if found is None:
+        return
+    method = found.get("quant_method") if isinstance(found, Mapping) else None
+    name = _METHOD_NAMES.get(str(method), str(method or "unknown method"))
+    hint = _SVDQUANT_HINT if "SVDQuant" in name else _HINT
+    raise already_quantized(folder, name, where=str(folder), hint=hint)
+
+
+def already_quantized(path: Path, scheme: str, *, where: str, hint: str = _HINT) -> InputError:
+    return InputError(
+        f"{path}: this model is already quantized ({scheme})",
+        hint=hint,
+        where=where,
+        kind="already-quantized",
+    )
+
+
+def _first_match(pattern: str, names: Mapping[str, StoredTensor]) -> str | None:
+    search = re.compile(pattern).search
+    return next((name for name in names if search(name)), None)
+
+
+def _comfy_format(entry: StoredTensor) -> str:
+    """What a layer's `comfy_quant` says: JSON text as bytes."""
+    try:
+        said = json.loads(entry.read().numpy().tobytes())
+    except (ValueError, UnicodeDecodeError):
+        return "quantization of an unreadable kind"
+    return str(said.get("format")) if isinstance(said, dict) else "quantization of an unreadable kind"

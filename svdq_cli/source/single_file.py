@@ -1,0 +1,192 @@
+"""One file with a whole model: original, ComfyUI or diffusers names, 16 or 8 bits, alone or with text encoders beside.
+
+The file is read by its header: which part of it is the diffusion model, what its tensors are called in diffusers, and
+what config they belong to. The weights stay on disk.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from svdq_cli.errors import InputError
+from svdq_cli.source.configs import KnownClass, class_of_names, known_class, published_config
+from svdq_cli.source.float8 import float8_upconverted
+from svdq_cli.source.folders import quantized_component
+from svdq_cli.source.headers import read_header, read_json
+from svdq_cli.source.model import Source
+from svdq_cli.source.names import Naming, convert_names
+from svdq_cli.source.original_names import NAMINGS
+from svdq_cli.source.quantized import refuse_quantized
+from svdq_cli.source.tensors import StoredTensor, TensorEntry
+
+# What the diffusion model is called in a file: ComfyUI and LDM checkpoints, ComfyUI adapters' parents, saved pipelines
+_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "unet.", "")
+_DIFFUSERS_NAMES = "diffusers names"
+_BASE_HINT = "name a diffusers pipeline of the same model: --base FOLDER_OR_HUB_ID (recipe: model.base)"
+
+
+@dataclass(frozen=True, slots=True)
+class _ModelPart:
+    """The diffusion model inside a file, under its own names without their prefix."""
+
+    prefix: str
+    tensors: Mapping[str, TensorEntry]
+    naming: Naming | None  # None: diffusers names
+    known: KnownClass
+
+
+def open_single_file(path: Path, *, base: Path | None = None) -> Source:
+    """Index a single `.safetensors` file. `base`: a pipeline folder with the parts that the file lacks.
+
+    Raises InputError: damaged, already quantized, not a known model, or not the base's model.
+    """
+    header = read_header(path)
+    refuse_quantized(path, header)
+    stored, warnings = float8_upconverted(path, _model_tensors(header))
+    left_out = Counter(name.split(".")[0] for name in header if name not in _model_tensors(header))
+    return source_of_tensors(path, stored, base=base, left_out=left_out, warnings=warnings)
+
+
+def source_of_tensors(
+    path: Path,
+    stored: Mapping[str, TensorEntry],
+    *,
+    base: Path | None,
+    left_out: Mapping[str, int],
+    warnings: tuple[str, ...],
+    kind: str = "single file",
+) -> Source:
+    """A source from tensors under whatever names their file has. `left_out` counts what else lies in the file."""
+    part = _model_part(path, stored)
+    tensors = _diffusers_tensors(path, part)
+    component = part.known.component
+    names = part.naming.name if part.naming else _DIFFUSERS_NAMES
+    return Source(
+        path=path,
+        pipeline=base,
+        component=component,
+        config=_config(path, part.known, tensors, base),
+        tensors=tensors,
+        kind=f"{kind}, {names}",
+        warnings=(*warnings, *_left_out_warning(path, left_out, base)),
+    )
+
+
+def _model_tensors(header: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """The tensors below the first prefix that the file uses; all of them where it uses none."""
+    for prefix in _PREFIXES:
+        if found := {name: entry for name, entry in header.items() if name.startswith(prefix)}:
+            return found
+    return {}
+
+
+def _model_part(path: Path, stored: Mapping[str, TensorEntry]) -> _ModelPart:
+    prefix = next((p for p in _PREFIXES if any(name.startswith(p) for name in stored)), "")
+    tensors = {name.removeprefix(prefix): entry for name, entry in stored.items()}
+    for naming in NAMINGS:
+        if naming.signature <= tensors.keys():
+            return _ModelPart(prefix, tensors, naming, known_class(naming.model_class))
+    known = class_of_names(tensors)
+    if known is not None:
+        return _ModelPart(prefix, tensors, None, known)
+    first = ", ".join(sorted(stored)[:3]) or "no tensors"
+    raise InputError(
+        f"{path}: not a diffusion model that svdq knows as a single file; it holds {first}",
+        hint="give the model as a diffusers pipeline folder; an adapter (LoRA) goes with its model: --lora FILE:WEIGHT",
+        where=str(path),
+        kind="unknown-family",
+    )
+
+
+def _diffusers_tensors(path: Path, part: _ModelPart) -> Mapping[str, TensorEntry]:
+    if part.naming is None:
+        return part.tensors
+    try:
+        converted, unknown = convert_names(part.naming, part.tensors)
+    except ValueError as error:
+        raise InputError(
+            f"{path}: {error}: not the shape of a {part.known.model_class}",
+            hint="the file is damaged or of another model",
+            where=str(path),
+        ) from error
+    if unknown:
+        raise InputError(
+            f"{path}: {len(unknown)} tensors have no place in {part.known.model_class}: {', '.join(unknown[:5])}"
+            + (", ..." if len(unknown) > 5 else ""),
+            hint="the file holds a variant of the model, or an adapter was saved into it",
+            where=next(iter(unknown)),
+            kind="unknown-family",
+        )
+    return converted
+
+
+def _config(
+    path: Path, known: KnownClass, tensors: Mapping[str, TensorEntry], base: Path | None
+) -> Mapping[str, object]:
+    """The base's config where there is one, else the published model's that has these shapes."""
+    given = _base_config(path, known, base) if base else None
+    if given is None:
+        config = published_config(known, tensors)
+        if config is None:
+            raise InputError(
+                f"{path}: a {known.model_class}, but the shapes are not those of a published model, so its config "
+                "can't be told from them",
+                hint=_BASE_HINT,
+                where=str(path),
+                kind="needs-base",
+            )
+        return config
+    config = dict(given)
+    for name, value in known.facts(tensors).items():
+        if name in known.counted:
+            config[name] = value
+        elif name in config and config[name] != value and not _same_channels(name, config, value):
+            raise InputError(
+                f"{path}: {name} is {value} here and {config[name]} in the base {base}",
+                hint=f"the base is another variant; {_BASE_HINT}",
+                where=name,
+                kind="wrong-base",
+            )
+    return config
+
+
+def _same_channels(name: str, config: Mapping[str, object], value: object) -> bool:
+    """`out_channels` may be written as None, meaning as many as come in."""
+    return name == "out_channels" and value is None and config[name] == config.get("in_channels")
+
+
+def _base_config(path: Path, known: KnownClass, base: Path) -> Mapping[str, object] | None:
+    component = quantized_component(base)
+    if component != known.component:
+        raise _wrong_base(path, known, base, f"a pipeline with a {component}")
+    file = base / component / "config.json"
+    if not file.is_file():
+        return None
+    config = read_json(file)
+    found = config.get("_class_name", known.model_class)
+    if found != known.model_class and not (
+        known.model_class.startswith("PixArt")
+        and found == "Transformer2DModel"  # the official config's class
+    ):
+        raise _wrong_base(path, known, base, f"a {found}")
+    return {key: value for key, value in config.items() if key != "quantization_config"}
+
+
+def _wrong_base(path: Path, known: KnownClass, base: Path, found: str) -> InputError:
+    return InputError(
+        f"{path} is a {known.model_class}, the base {base} is {found}",
+        hint=_BASE_HINT,
+        where=str(base),
+        kind="wrong-base",
+    )
+
+
+def _left_out_warning(path: Path, left_out: Mapping[str, int], base: Path | None) -> tuple[str, ...]:
+    if not left_out:
+        return ()
+    parts = ", ".join(f"{name} ({count} tensors)" for name, count in sorted(left_out.items()))
+    where = f"the output takes these from {base}" if base else "the output has only the diffusion model"
+    return (f"{path}: also holds {parts}; {where}",)

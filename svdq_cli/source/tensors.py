@@ -1,0 +1,162 @@
+"""The tensors of a source: what each looks like once read, where it lies, and how it gets from there to here.
+
+Every kind of entry says its shape and dtype without touching the weights, and `read()` brings one tensor into memory.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from svdq_cli.errors import InputError
+
+DTYPE_BYTES = {
+    **dict.fromkeys(("F64", "I64", "U64"), 8),
+    **dict.fromkeys(("F32", "I32", "U32"), 4),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
+    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1),
+}
+SIXTEEN_BIT_OR_MORE = ("F16", "BF16", "F32")
+
+
+class TensorEntry(Protocol):
+    """One tensor of a source, not yet read. `origin` is its key in `file`, for messages."""
+
+    @property
+    def file(self) -> Path: ...
+    @property
+    def origin(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> str:
+        """safetensors' name of the dtype that `read` returns: BF16, F16, F32, ..."""
+        ...
+
+    def read(self) -> Tensor:
+        """Raises InputError when the file is damaged."""
+        ...
+
+    def read_rows(self, start: int, stop: int) -> Tensor:
+        """`read()[start:stop]`, without reading the rest where the file allows that."""
+        ...
+
+
+def entry_bytes(entry: TensorEntry) -> int:
+    """The size of a tensor once it is read."""
+    return math.prod(entry.shape) * DTYPE_BYTES.get(entry.dtype, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor as it lies in a safetensors file."""
+
+    file: Path
+    origin: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    def read(self) -> Tensor:
+        try:
+            with safe_open(self.file, framework="pt") as file:
+                return file.get_tensor(self.origin)
+        except (SafetensorError, OSError) as error:
+            raise self._unreadable(error) from error
+
+    def read_rows(self, start: int, stop: int) -> Tensor:
+        try:
+            with safe_open(self.file, framework="pt") as file:
+                return file.get_slice(self.origin)[start:stop]
+        except (SafetensorError, OSError) as error:
+            raise self._unreadable(error) from error
+
+    def _unreadable(self, error: Exception) -> InputError:
+        return InputError(
+            f"{self.file}: can't read {self.origin}: {error}",
+            hint="download the file again",
+            where=str(self.file),
+            kind="damaged-file",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Float8Tensor:
+    """An 8-bit float, up-converted to bfloat16 (which holds every float8 value exactly), times its scale if it has one.
+
+    The scale is one number, or one per output row.
+    """
+
+    stored: StoredTensor
+    scale: StoredTensor | None
+
+    @property
+    def file(self) -> Path:
+        return self.stored.file
+
+    @property
+    def origin(self) -> str:
+        return self.stored.origin
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stored.shape
+
+    @property
+    def dtype(self) -> str:
+        return "BF16"
+
+    def read(self) -> Tensor:
+        return self.read_rows(0, self.shape[0]) if self.shape else self.stored.read().bfloat16()
+
+    def read_rows(self, start: int, stop: int) -> Tensor:
+        codes = self.stored.read_rows(start, stop)
+        if self.scale is None:
+            return codes.to(torch.bfloat16)
+        scale = self.scale.read().float()
+        if scale.numel() > 1:
+            scale = scale.reshape(-1, *[1] * (codes.ndim - 1))[start:stop]
+        return (codes.float() * scale).to(torch.bfloat16)
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows `start` to `stop` of an entry's first dimension."""
+
+    entry: TensorEntry
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class RowsTensor:
+    """Row ranges of stored tensors, one after the other: a part of a fused matrix, or one with its halves swapped."""
+
+    parts: tuple[Rows, ...]
+
+    @property
+    def file(self) -> Path:
+        return self.parts[0].entry.file
+
+    @property
+    def origin(self) -> str:
+        return self.parts[0].entry.origin
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (sum(part.stop - part.start for part in self.parts), *self.parts[0].entry.shape[1:])
+
+    @property
+    def dtype(self) -> str:
+        return self.parts[0].entry.dtype
+
+    def read(self) -> Tensor:
+        return torch.cat([part.entry.read_rows(part.start, part.stop) for part in self.parts])
+
+    def read_rows(self, start: int, stop: int) -> Tensor:
+        return self.read()[start:stop]
