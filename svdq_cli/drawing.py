@@ -126,7 +126,7 @@ def evaluate_pictures(
             hint="give the model that the checkpoint was made from",
         )
     prompts = chosen_prompts(recipe, options, observe)
-    settings = draw_settings(recipe, source)
+    settings = draw_settings(recipe, source, beside=options.beside)
     device = resolve_device(options.device)
 
     pipe = load_16bit_pipeline(source, class_name=checkpoint.model_class, device=device)

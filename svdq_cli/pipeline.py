@@ -182,7 +182,7 @@ def _draw_statistics(
             where=str(prepared.source.path),
         )
     prompts = chosen_prompts(prepared.recipe, options, observe)
-    settings = draw_settings(prepared.recipe, prepared.source)
+    settings = draw_settings(prepared.recipe, prepared.source, beside=options.beside)
     device = resolve_device(options.device)
     pipe = load_16bit_pipeline(prepared.source, class_name=prepared.plan.model_class, device=device)
     model = getattr(pipe, prepared.source.component)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from svdq_cli.calibrate.prompts import choose_prompts, dataset_prompts, read_prompts
-from svdq_cli.calibrate.settings import DrawSettings
+from svdq_cli.calibrate.settings import DrawSettings, PictureFile, picture_files
 from svdq_cli.checkpoint import predicted_bytes
 from svdq_cli.errors import UsageError
 from svdq_cli.families import find_family
@@ -17,7 +17,7 @@ from svdq_cli.formats import format_named
 from svdq_cli.formats.contract import Format
 from svdq_cli.locate import default_resolution, locate_base, locate_source
 from svdq_cli.plan import Inventory, LayerOverride, plan_model, take_inventory
-from svdq_cli.recipe import DatasetPrompts, KeepOverride, Recipe, find_prompts
+from svdq_cli.recipe import DatasetPrompts, KeepOverride, Recipe, find_prompts, find_source
 from svdq_cli.records import (
     ByteFacts,
     InspectLayer,
@@ -119,7 +119,7 @@ def chosen_prompts(recipe: Recipe, options: RunOptions, observe: Observer) -> tu
     return choose_prompts(texts, samples=wanted.samples, seed=wanted.seed, observe=observe)
 
 
-def draw_settings(recipe: Recipe, source: Source) -> DrawSettings:
+def draw_settings(recipe: Recipe, source: Source, *, beside: Path | None = None) -> DrawSettings:
     """How the recipe's calibration draws; the picture size is the model's own where the recipe is silent."""
     wanted = recipe.calibration
     assert wanted is not None
@@ -133,7 +133,14 @@ def draw_settings(recipe: Recipe, source: Source) -> DrawSettings:
         max_sequence_length=wanted.max_sequence_length,
         batch_size=wanted.batch_size,
         true_cfg=wanted.true_cfg or 1.0,
+        image=_pictures(wanted.image, beside),
+        mask=_pictures(wanted.mask, beside),
+        frames=wanted.frames,
     )
+
+
+def _pictures(path: str | None, beside: Path | None) -> tuple[PictureFile, ...]:
+    return picture_files(Path(find_source(path, beside)).expanduser()) if path else ()
 
 
 # ------------------------------------------------------------------------------------------------- facts for reports

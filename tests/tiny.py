@@ -119,11 +119,11 @@ def tiny_clip(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     )
 
 
-def tiny_t5(tokenizer: T5Tokenizer) -> T5EncoderModel:
+def tiny_t5(tokenizer: T5Tokenizer, *, width: int = TEXT_WIDTH) -> T5EncoderModel:
     return T5EncoderModel(
         T5Config(
             vocab_size=len(tokenizer),
-            d_model=TEXT_WIDTH,
+            d_model=width,
             d_kv=32,
             num_heads=2,
             num_layers=1,

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from svdq_cli.calibrate.settings import DrawSettings
+from svdq_cli.calibrate.settings import DrawSettings, settings_json, settings_of_json
 from svdq_cli.errors import InputError, OutOfResourcesError, SvdqError, UsageError
 from svdq_cli.records import ActivationStats
 
@@ -253,6 +253,8 @@ def _digest(facts: CalibrationFacts, entries: list[InputEntry]) -> str:
     plain = _facts_json(facts)
     del plain["svdq_version"]
     del plain["settings"]["batch_size"]  # an option; what it changes, if anything, shows in the tensors
+    for file in (*plain["settings"].get("image", ()), *plain["settings"].get("mask", ())):
+        del file["path"]  # its content counts
     inputs = [[entry.name, entry.k, entry.rows, entry.tokens_seen, entry.sha256] for entry in entries]
     text = json.dumps([CalibrationManifest.schema, plain, inputs], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
@@ -271,7 +273,7 @@ def _facts_json(facts: CalibrationFacts) -> dict[str, Any]:
             "family": facts.family,
             "source_sha256": facts.source_sha256,
         },
-        "settings": asdict(facts.settings),
+        "settings": settings_json(facts.settings),
         "prompts": {"count": facts.prompts_count, "sha256": facts.prompts_sha256},
     }
 
@@ -336,7 +338,7 @@ def _manifest_of(plain: dict[str, Any]) -> CalibrationManifest:
             model_class=model["class"],
             family=model["family"],
             source_sha256=model["source_sha256"],
-            settings=DrawSettings(**plain["settings"]),
+            settings=settings_of_json(plain["settings"]),
             prompts_sha256=prompts["sha256"],
             prompts_count=prompts["count"],
         ),

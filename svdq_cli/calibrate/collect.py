@@ -53,8 +53,10 @@ def collect_stats(
         raise UsageError("no prompt to calibrate with", hint="give at least one prompt")
     if rows < 1:
         raise UsageError(f"rows is {rows}", hint="keep 1 row or more")
-    layers = {item.name: _first_layer(model, item) for item in inputs}
-    turns = _turns_per_picture(pipe, layers, prompts, draw)
+    layers = {item.name: _layer(model, item.layers[0]) for item in inputs}
+    sharing = _Sharing.of(model, inputs)
+    with _hooked(sharing.layers, sharing.compare):
+        turns = _turns_per_picture(pipe, layers, prompts, draw)
     tallies = {name: _Tally(name) for name in turns}
     spread = _Spread(rows=rows, pictures=len(prompts), seed=draw.seed)
     drawn: Batch | None = None
@@ -81,6 +83,37 @@ def collect_stats(
         for _ in batches:
             _refuse_non_finite(tallies, layers)
     return {item.name: _finished(tallies[item.name]) for item in inputs}
+
+
+@dataclass(slots=True)
+class _Sharing:
+    """Checks that layers said to share an input really read the same numbers, call for call."""
+
+    layers: dict[str, nn.Module]  # of the inputs that several layers read, by layer name
+    input_of: dict[str, SharedInput]
+    calls: dict[str, int] = field(default_factory=dict)  # layer -> how often it was called
+    first: dict[tuple[str, int], tuple[str, Tensor]] = field(
+        default_factory=dict
+    )  # (input, call) -> who read what
+
+    @classmethod
+    def of(cls, model: nn.Module, inputs: Sequence[SharedInput]) -> _Sharing:
+        input_of = {name: item for item in inputs if len(item.layers) > 1 for name in item.layers}
+        return cls({name: _layer(model, name) for name in input_of}, input_of)
+
+    def compare(self, name: str, activation: Tensor) -> None:
+        """Raises InputError, naming both layers, where they read different activations."""
+        call = self.calls[name] = self.calls.get(name, 0) + 1
+        item = self.input_of[name]
+        other, seen = self.first.setdefault((item.name, call), (name, activation))
+        if seen is not activation and not (seen.shape == activation.shape and torch.equal(seen, activation)):
+            raise InputError(
+                f"layers {other} and {name} are planned to share an input, but read different activations",
+                hint="take them apart in the recipe's layers: {match: MODULE, group: [LAYER]} is an input of its own",
+                where=name,
+            )
+        if all(self.calls.get(layer, 0) >= call for layer in item.layers):
+            del self.first[item.name, call]
 
 
 @dataclass(slots=True)
@@ -201,14 +234,14 @@ def _turns_per_picture(
     return {name: calls * steps // steps_done if steps_done else calls for name, calls in seen.items()}
 
 
-def _first_layer(model: nn.Module, item: SharedInput) -> nn.Module:
+def _layer(model: nn.Module, name: str) -> nn.Module:
     try:
-        return model.get_submodule(item.layers[0])
+        return model.get_submodule(name)
     except AttributeError:
         raise InputError(
-            f"layer {item.layers[0]}: {type(model).__name__} has no such layer",
+            f"layer {name}: {type(model).__name__} has no such layer",
             hint="the plan was made for another model; make it again from this one",
-            where=item.layers[0],
+            where=name,
         ) from None
 
 

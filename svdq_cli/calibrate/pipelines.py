@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from svdq_cli.calibrate.arguments import missing_inputs, optional_arguments
 from svdq_cli.calibrate.settings import DrawSettings
 from svdq_cli.errors import InputError, OutOfResourcesError, UsageError
 from svdq_cli.records import Event, Observer, ignore_events
@@ -97,6 +98,11 @@ def draw(
     )
     pictures: list[Image] = [picture for batch in batches for picture in batch]
     for picture in pictures:
+        if isinstance(picture, list):
+            raise UsageError(
+                f"{type(pipe).__name__} draws videos; svdq judges and saves single pictures",
+                hint="run the checkpoint from Python: svdq_cli.load_pipeline(CKPT)",
+            )
         if picture.size != (settings.width, settings.height):
             raise UsageError(
                 f"asked for {settings.width}x{settings.height} pixels, {type(pipe).__name__} draws "
@@ -183,13 +189,13 @@ def denoise(
         "generator": [torch.Generator("cpu").manual_seed(seed) for seed in batch.seeds],
         "output_type": output_type,
         "callback_on_step_end": _step_callback(on_step),
-        **_optional_arguments(settings, len(batch.prompts)),
+        **optional_arguments(
+            settings,
+            accepted=accepted,
+            pipeline=type(pipe).__name__,
+            pictures=range(batch.first, batch.first + len(batch.prompts)),
+        ),
     }
-    if settings.true_cfg > 1 and "true_cfg_scale" not in accepted:
-        raise UsageError(
-            f"{type(pipe).__name__} has no true classifier-free guidance",
-            hint="leave true_cfg at 1 and set guidance instead",
-        )
     try:
         out = call(**{name: value for name, value in arguments.items() if name in accepted})
     except (torch.OutOfMemoryError, MemoryError) as error:
@@ -197,19 +203,14 @@ def denoise(
             f"out of memory drawing {len(batch.prompts)} pictures of {settings.width}x{settings.height} at a time",
             hint="lower the batch size or the picture size, or use --device cpu",
         ) from error
-    return list(out.images)
-
-
-def _optional_arguments(settings: DrawSettings, pictures: int) -> dict[str, Any]:
-    arguments: dict[str, Any] = {}
-    if settings.guidance is not None:
-        arguments["guidance_scale"] = settings.guidance
-    if settings.max_sequence_length is not None:
-        arguments["max_sequence_length"] = settings.max_sequence_length
-    if settings.true_cfg > 1:
-        arguments["true_cfg_scale"] = settings.true_cfg
-        arguments["negative_prompt"] = [""] * pictures
-    return arguments
+    except (TypeError, ValueError, AttributeError) as error:
+        if not (missing := missing_inputs(settings, accepted)):
+            raise
+        raise UsageError(
+            f"{type(pipe).__name__} could not draw without {' and '.join(missing)}: {_first_line(error)}",
+            hint=f"name {' and '.join(missing)} under calibration in the recipe",
+        ) from error
+    return list(out.images if hasattr(out, "images") else out.frames)
 
 
 def _step_callback(on_step: OnStep | None) -> Callable[..., dict[str, Any]] | None:

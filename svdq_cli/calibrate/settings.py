@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
-from svdq_cli.errors import UsageError
+from svdq_cli.errors import InputError, UsageError
+
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_INPUTS = ("image", "mask", "frames")  # what a pipeline may read besides text
+
+
+@dataclass(frozen=True, slots=True)
+class PictureFile:
+    """A picture that the pipeline reads. Its content, not its place, stands for it in digests."""
+
+    path: str
+    sha256: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,6 +27,8 @@ class DrawSettings:
     """`None` leaves a setting to the pipeline. Picture i is seeded with `seed + i`, whatever its batch.
 
     `true_cfg` above 1 draws with a second, unconditional pass (an empty negative prompt) where the pipeline has one.
+    Pipelines that edit read `image` and `mask`: prompt i takes picture i of each, and they start over where there are
+    fewer than prompts. Pipelines that draw videos make `frames` pictures a prompt.
     """
 
     steps: int
@@ -22,6 +39,9 @@ class DrawSettings:
     max_sequence_length: int | None = None  # text tokens
     batch_size: int = 1
     true_cfg: float = 1.0
+    image: tuple[PictureFile, ...] = ()
+    mask: tuple[PictureFile, ...] = ()
+    frames: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "height", "width", "batch_size"):
@@ -29,3 +49,33 @@ class DrawSettings:
                 raise UsageError(f"{name} is {getattr(self, name)}", hint=f"give {name} a value of 1 or more")
         if self.seed < 0:
             raise UsageError(f"seed is {self.seed}", hint="give a seed of 0 or more")
+
+
+def picture_files(path: Path) -> tuple[PictureFile, ...]:
+    """One picture, or all pictures of a folder by name. Raises InputError where there is none."""
+    files = sorted(file for file in path.iterdir() if _is_picture(file)) if path.is_dir() else [path]
+    if not files or not all(_is_picture(file) for file in files):
+        raise InputError(
+            f"{path}: no picture here" if path.exists() else f"{path}: no such file or folder",
+            hint=f"give a picture ({', '.join(PICTURE_SUFFIXES)}) or a folder of pictures",
+            where=str(path),
+            kind="input" if path.exists() else "not-found",
+        )
+    return tuple(PictureFile(str(file), hashlib.sha256(file.read_bytes()).hexdigest()) for file in files)
+
+
+def settings_json(settings: DrawSettings) -> dict[str, Any]:
+    """As plain JSON; inputs that the pipeline does without are left out."""
+    return {key: value for key, value in asdict(settings).items() if value or key not in _INPUTS}
+
+
+def settings_of_json(plain: Mapping[str, Any]) -> DrawSettings:
+    """The inverse of `settings_json`. TypeError or KeyError for anything else."""
+    pictures = {
+        key: tuple(PictureFile(**item) for item in plain[key]) for key in ("image", "mask") if key in plain
+    }
+    return DrawSettings(**{**plain, **pictures})
+
+
+def _is_picture(file: Path) -> bool:
+    return file.is_file() and file.suffix.lower() in PICTURE_SUFFIXES

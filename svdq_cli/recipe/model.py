@@ -145,6 +145,12 @@ class Calibration(Section):
     """Seed of the first picture's noise; the next picture has the next seed."""
     max_sequence_length: Count | None = None
     """Text tokens a prompt is padded to, where the pipeline has a choice."""
+    image: Text | None = None
+    """A picture, or a folder of pictures, for pipelines that edit; prompt i reads picture i."""
+    mask: Text | None = None
+    """The same for the mask of pipelines that fill in."""
+    frames: Count | None = None
+    """Frames a video, for pipelines that draw videos; the pipeline's own when absent."""
     batch_size: Count = 1
     """Prompts drawn at once: speed for memory."""
     rows: Count = 4096

@@ -16,6 +16,9 @@ _UNSET = {  # what a key that may be absent would look like
     "height": 1024,
     "width": 1024,
     "max_sequence_length": 512,
+    "image": "pictures/",
+    "mask": "masks/",
+    "frames": 17,
     "smoothing": "grid",
 }
 _EXAMPLES = {

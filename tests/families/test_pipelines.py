@@ -1,0 +1,133 @@
+"""Every family on a tiny pipeline of its own: planned, calibrated, converted, checked, loaded, and it draws."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from svdq_cli.calibrate.artefact import open_calibration
+from svdq_cli.calibrate.pipelines import draw, load_source_pipeline
+from svdq_cli.checkpoint import open_checkpoint
+from svdq_cli.drawing import evaluation_recipe
+from svdq_cli.loading import load_pipeline
+from svdq_cli.pipeline import calibrate, check, convert
+from svdq_cli.preparing import RunOptions, draw_settings, prepare
+from svdq_cli.recipe import Calibration, Quantization, Recipe, default_recipe
+from svdq_cli.runtime.linear import W4A4Linear
+from svdq_cli.source import open_source
+from tests.tiny_families import tiny_pipeline
+
+CPU = RunOptions(device="cpu")
+# W4A4, W4A16 and kept layers of the tiny model in nunchaku-lite
+COUNTS = {
+    "sdxl": (32, 0, 33),
+    "sd15": (32, 0, 31),
+    "pixart": (8, 0, 8),
+    "sana": (6, 0, 11),
+    "sd3": (25, 4, 7),
+    "qwen-image": (12, 2, 6),
+    "z-image": (21, 0, 8),
+    "flux2": (14, 3, 6),
+}
+
+
+@pytest.fixture(scope="module", params=COUNTS)
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def folder(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_pipeline(family, tmp_path_factory.mktemp("tiny") / family)
+
+
+@pytest.fixture(scope="module")
+def artefact(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One calibration serves both precisions. It also compares what layers with a shared input read."""
+    path = tmp_path_factory.mktemp("calibration") / "calib"
+    calibrate(recipe_for(folder), path, options=CPU)
+    return path
+
+
+def recipe_for(folder: Path, precision: str = "int4") -> Recipe:
+    prompts = folder.parent / "prompts.txt"
+    prompts.write_text("a red circle\na blue square\n")
+    return default_recipe(
+        str(folder),
+        calibration=Calibration(
+            prompts=str(prompts), samples=2, steps=2, height=32, width=32, max_sequence_length=16, rows=128
+        ),
+        quantization=Quantization.model_validate(
+            {"precision": precision, "rank": 16, "smoothing": "closed-form"}
+        ),
+    )
+
+
+def test_every_linear_has_the_role_that_the_family_gives_it(family: str, folder: Path):
+    prepared = prepare(recipe_for(folder))
+    assert prepared.plan.family == family
+    plan = prepared.plan
+    assert (len(plan.w4a4), len(plan.w4a16), len(plan.kept)) == COUNTS[family]
+
+
+def test_layers_planned_to_share_an_input_read_the_same_tensor(family: str, folder: Path):
+    """Seen by hooks of this test's own, in one denoising step; every quantized layer is run."""
+    prepared = prepare(recipe_for(folder))
+    pipe = load_source_pipeline(folder, dtype=torch.float32)
+    model = getattr(pipe, prepared.plan.component)
+    read: dict[str, list[torch.Tensor]] = {}
+    for layer in prepared.plan.layers:
+
+        def note(module: torch.nn.Module, args: tuple[torch.Tensor, ...], name: str = layer.name) -> None:
+            read.setdefault(name, []).append(args[0].clone())
+
+        model.get_submodule(layer.name).register_forward_pre_hook(note)
+    settings = draw_settings(prepared.recipe, prepared.source)
+    draw(pipe, ["a red circle"], settings=settings)
+    assert set(read) == {layer.name for layer in prepared.plan.layers}
+    for shared in prepared.plan.inputs:
+        first = read[shared.layers[0]]
+        for name in shared.layers[1:]:
+            assert len(read[name]) == len(first)
+            assert all(torch.equal(a, b) for a, b in zip(first, read[name], strict=True)), (shared.name, name)
+    separate = [read[shared.layers[0]][0] for shared in prepared.plan.inputs if shared.layers[0] in read]
+    w4a4 = {layer.name for layer in prepared.plan.w4a4}
+    lone = [x for shared, x in zip(prepared.plan.inputs, separate, strict=True) if shared.layers[0] in w4a4]
+    assert not any(a.shape == b.shape and torch.equal(a, b) for i, a in enumerate(lone) for b in lone[:i]), (
+        "two inputs of W4A4 layers are one: the family could share them"
+    )
+
+
+@pytest.mark.parametrize("precision", ["int4", "nvfp4"])
+def test_calibrated_conversion_is_sound_and_draws(
+    family: str, folder: Path, artefact: Path, tmp_path: Path, precision: str
+):
+    out = tmp_path / "out"
+    report = convert(recipe_for(folder, precision), out, calibration=artefact, options=CPU)
+    assert report.status == "ok"
+    assert report.layer_sqnr_db.min > 10  # a layer whose layout or smoothing is wrong is below 3 dB
+    assert check(out, against=open_source(folder)).status == "ok"
+    pipe = load_pipeline(out, device="cpu")
+    checkpoint = open_checkpoint(out)
+    assert checkpoint.family == family
+    model = getattr(pipe, checkpoint.source.component)
+    assert isinstance(model.get_submodule(report_first(out)), W4A4Linear)
+    settings = draw_settings(evaluation_recipe(checkpoint, str(out)), checkpoint.source)
+    (picture,) = draw(pipe, ["a red circle"], settings=settings)
+    assert picture.size == (32, 32)
+    assert len(picture.getcolors(maxcolors=32 * 32) or ()) > 1  # not one flat color
+
+
+def report_first(path: Path) -> str:
+    return open_checkpoint(path).layers[0].name
+
+
+def test_statistics_are_kept_of_every_input(folder: Path, artefact: Path):
+    calibration = open_calibration(artefact)
+    plan = prepare(recipe_for(folder)).plan
+    assert calibration.names == tuple(shared.name for shared in plan.inputs)
+    widths = {layer.name: layer.linear.in_features for layer in plan.layers}
+    for name in calibration.names:
+        assert calibration.stats(name).abs_max.shape == (widths[name],)

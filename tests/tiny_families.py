@@ -1,0 +1,390 @@
+"""A tiny random pipeline of every model family: the library's own classes, small widths, random weights.
+
+Widths are the smallest that 4-bit layers take (128), one block a stack where a family allows it. Text comes from byte-
+level tokenizers without merges, so that no vocabulary is downloaded.
+"""
+
+# The annotations of diffusers and transformers are narrower than what their classes take.
+# pyright: reportArgumentType=false, reportCallIssue=false
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import diffusers
+import torch
+from tokenizers import pre_tokenizers
+from torch import nn
+from transformers import (
+    CLIPTextModelWithProjection,
+    Gemma2Config,
+    Gemma2Model,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    UMT5Config,
+    UMT5EncoderModel,
+)
+
+from tests.tiny import LATENT_CHANNELS, TEXT_WIDTH, clip_tokenizer, t5_tokenizer, tiny_clip, tiny_t5, tiny_vae
+
+WIDTH = 128  # hidden size of the denoisers
+_CHAT = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+
+
+def tiny_pipeline(family: str, folder: Path, *, seed: int = 0) -> Path:
+    """Writes the tiny pipeline of that name (a key of `PIPELINES`) and returns its folder."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipe = PIPELINES[family]()
+        for name in ("transformer", "unet"):
+            if (model := getattr(pipe, name, None)) is not None:
+                _keep_variance(model)
+    pipe.to(dtype=torch.bfloat16)
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def _keep_variance(model: nn.Module) -> None:
+    """torch's default keeps a third of the variance, so that deep activations would fade."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+
+
+# ------------------------------------------------------------------------------------------------- pipelines
+
+
+def tiny_sdxl() -> diffusers.StableDiffusionXLPipeline:
+    tokenizer, tokenizer_2 = clip_tokenizer(), clip_tokenizer()
+    encoder_2 = CLIPTextModelWithProjection(tiny_clip(tokenizer_2).config)
+    return diffusers.StableDiffusionXLPipeline(
+        vae=tiny_vae(),
+        text_encoder=tiny_clip(tokenizer),
+        text_encoder_2=encoder_2,
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer_2,
+        unet=_unet(
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=6 * 8 + TEXT_WIDTH,
+            cross_attention_dim=2 * TEXT_WIDTH,
+            use_linear_projection=True,
+        ),
+        scheduler=diffusers.EulerDiscreteScheduler(),
+    )
+
+
+def tiny_sd15() -> diffusers.StableDiffusionPipeline:
+    tokenizer = clip_tokenizer()
+    return diffusers.StableDiffusionPipeline(
+        vae=tiny_vae(),
+        text_encoder=tiny_clip(tokenizer),
+        tokenizer=tokenizer,
+        unet=_unet(cross_attention_dim=TEXT_WIDTH),
+        scheduler=diffusers.DDIMScheduler(clip_sample=False, steps_offset=1),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def _unet(**config: object) -> diffusers.UNet2DConditionModel:
+    """One plain and one attention level, so that stacks stand in down, middle and up blocks."""
+    return diffusers.UNet2DConditionModel(
+        sample_size=16,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(32, WIDTH),
+        layers_per_block=1,
+        attention_head_dim=(1, 2),
+        norm_num_groups=8,
+        **config,
+    )
+
+
+def tiny_pixart() -> diffusers.PixArtSigmaPipeline:
+    tokenizer = t5_tokenizer()
+    return diffusers.PixArtSigmaPipeline(
+        tokenizer=tokenizer,
+        text_encoder=tiny_t5(tokenizer),
+        vae=tiny_vae(),
+        transformer=diffusers.PixArtTransformer2DModel(
+            num_attention_heads=2,
+            attention_head_dim=WIDTH // 2,
+            in_channels=LATENT_CHANNELS,
+            out_channels=2 * LATENT_CHANNELS,
+            num_layers=1,
+            cross_attention_dim=WIDTH,
+            caption_channels=TEXT_WIDTH,
+            sample_size=16,
+        ),
+        scheduler=diffusers.DPMSolverMultistepScheduler(),
+    )
+
+
+def tiny_sana() -> diffusers.SanaPipeline:
+    tokenizer = byte_tokenizer()
+    return diffusers.SanaPipeline(
+        tokenizer=tokenizer,
+        text_encoder=Gemma2Model(
+            Gemma2Config(
+                vocab_size=len(tokenizer),
+                hidden_size=TEXT_WIDTH,
+                intermediate_size=64,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                num_key_value_heads=2,
+                head_dim=16,
+                pad_token_id=tokenizer.pad_token_id,
+                bos_token_id=None,
+                eos_token_id=None,
+            )
+        ),
+        vae=diffusers.AutoencoderDC(
+            latent_channels=LATENT_CHANNELS,
+            attention_head_dim=2,
+            encoder_block_types=("ResBlock", "ResBlock"),
+            decoder_block_types=("ResBlock", "ResBlock"),
+            encoder_block_out_channels=(8, 8),
+            decoder_block_out_channels=(8, 8),
+            encoder_layers_per_block=(1, 1),
+            decoder_layers_per_block=(1, 1),
+            encoder_qkv_multiscales=((), ()),
+            decoder_qkv_multiscales=((), ()),
+            downsample_block_type="conv",
+            upsample_block_type="interpolate",
+            decoder_norm_types="rms_norm",
+        ),
+        transformer=diffusers.SanaTransformer2DModel(
+            in_channels=LATENT_CHANNELS,
+            out_channels=LATENT_CHANNELS,
+            num_attention_heads=4,
+            attention_head_dim=WIDTH // 4,
+            num_layers=1,
+            num_cross_attention_heads=2,
+            cross_attention_head_dim=WIDTH // 2,
+            cross_attention_dim=WIDTH,
+            caption_channels=TEXT_WIDTH,
+            mlp_ratio=2,
+            sample_size=16,
+        ),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+    )
+
+
+def tiny_sd3() -> diffusers.StableDiffusion3Pipeline:
+    """Two blocks: the first with dual attention, the last without an end of the text stream."""
+    tokenizer, tokenizer_2, tokenizer_3 = clip_tokenizer(), clip_tokenizer(), t5_tokenizer()
+    config = tiny_clip(tokenizer).config
+    return diffusers.StableDiffusion3Pipeline(
+        transformer=diffusers.SD3Transformer2DModel(
+            sample_size=16,
+            in_channels=LATENT_CHANNELS,
+            out_channels=LATENT_CHANNELS,
+            num_layers=2,
+            attention_head_dim=WIDTH // 2,
+            num_attention_heads=2,
+            joint_attention_dim=2 * TEXT_WIDTH,
+            caption_projection_dim=WIDTH,
+            pooled_projection_dim=2 * TEXT_WIDTH,
+            pos_embed_max_size=16,
+            dual_attention_layers=(0,),
+            qk_norm="rms_norm",
+        ),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        vae=tiny_vae(),
+        text_encoder=CLIPTextModelWithProjection(config),
+        tokenizer=tokenizer,
+        text_encoder_2=CLIPTextModelWithProjection(config),
+        tokenizer_2=tokenizer_2,
+        text_encoder_3=tiny_t5(tokenizer_3, width=2 * TEXT_WIDTH),
+        tokenizer_3=tokenizer_3,
+    )
+
+
+def tiny_qwen_image() -> diffusers.QwenImagePipeline:
+    tokenizer = byte_tokenizer()
+    return diffusers.QwenImagePipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        vae=diffusers.AutoencoderKLQwenImage(
+            base_dim=8,
+            z_dim=LATENT_CHANNELS,
+            dim_mult=[1, 1],
+            num_res_blocks=1,
+            temperal_downsample=[False],
+            latents_mean=[0.0] * LATENT_CHANNELS,
+            latents_std=[1.0] * LATENT_CHANNELS,
+        ),
+        text_encoder=Qwen2_5_VLForConditionalGeneration(
+            Qwen2_5_VLConfig(
+                text_config={
+                    "vocab_size": len(tokenizer),
+                    "hidden_size": TEXT_WIDTH,
+                    "intermediate_size": 64,
+                    "num_hidden_layers": 1,
+                    "num_attention_heads": 2,
+                    "num_key_value_heads": 2,
+                    "rope_scaling": {"type": "mrope", "mrope_section": [8, 12, 12]},
+                },
+                vision_config={
+                    "depth": 1,
+                    "hidden_size": 32,
+                    "intermediate_size": 32,
+                    "num_heads": 2,
+                    "out_hidden_size": TEXT_WIDTH,
+                    "fullatt_block_indexes": [0],
+                },
+            )
+        ),
+        tokenizer=tokenizer,
+        transformer=diffusers.QwenImageTransformer2DModel(
+            in_channels=4 * LATENT_CHANNELS,
+            out_channels=LATENT_CHANNELS,
+            num_layers=1,
+            attention_head_dim=64,
+            num_attention_heads=WIDTH // 64,
+            joint_attention_dim=TEXT_WIDTH,
+            axes_dims_rope=(16, 24, 24),
+        ),
+    )
+
+
+def tiny_z_image() -> diffusers.ZImagePipeline:
+    tokenizer = byte_tokenizer()
+    return diffusers.ZImagePipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        vae=tiny_vae(),
+        text_encoder=_qwen3(tokenizer, layers=1),
+        tokenizer=tokenizer,
+        transformer=diffusers.ZImageTransformer2DModel(
+            in_channels=LATENT_CHANNELS,
+            dim=WIDTH * 3,  # the feed-forward network has 8/3 of it, which must be a multiple of 128
+            n_layers=1,
+            n_refiner_layers=1,
+            n_heads=6,
+            n_kv_heads=6,
+            cap_feat_dim=TEXT_WIDTH,
+            axes_dims=[16, 24, 24],
+            axes_lens=[256, 64, 64],
+        ),
+    )
+
+
+def tiny_flux2() -> diffusers.Flux2KleinPipeline:
+    tokenizer = byte_tokenizer()
+    encoder = _qwen3(
+        tokenizer, layers=27, width=32
+    )  # the pipeline reads the states after layers 9, 18 and 27
+    return diffusers.Flux2KleinPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        vae=diffusers.AutoencoderKLFlux2(
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            block_out_channels=(16, 16),
+            layers_per_block=1,
+            latent_channels=LATENT_CHANNELS,
+            norm_num_groups=8,
+            sample_size=32,
+            mid_block_add_attention=False,
+        ),
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        transformer=diffusers.Flux2Transformer2DModel(
+            in_channels=4 * LATENT_CHANNELS,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=64,
+            num_attention_heads=WIDTH // 64,
+            joint_attention_dim=3 * 32,
+            timestep_guidance_channels=32,
+            axes_dims_rope=(16, 16, 16, 16),
+            guidance_embeds=False,
+        ),
+    )
+
+
+def tiny_wan() -> diffusers.WanPipeline:
+    """A video pipeline of a family that svdq has no file for."""
+    tokenizer = t5_tokenizer()
+    return diffusers.WanPipeline(
+        tokenizer=tokenizer,
+        text_encoder=UMT5EncoderModel(
+            UMT5Config(
+                vocab_size=len(tokenizer),
+                d_model=TEXT_WIDTH,
+                d_kv=32,
+                num_heads=2,
+                num_layers=1,
+                d_ff=64,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        ),
+        vae=diffusers.AutoencoderKLWan(
+            base_dim=8,
+            z_dim=LATENT_CHANNELS,
+            dim_mult=[1, 1],
+            num_res_blocks=1,
+            temperal_downsample=[True],
+            latents_mean=[0.0] * LATENT_CHANNELS,
+            latents_std=[1.0] * LATENT_CHANNELS,
+            scale_factor_temporal=2,
+            scale_factor_spatial=2,
+        ),
+        transformer=diffusers.WanTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=WIDTH // 2,
+            in_channels=LATENT_CHANNELS,
+            out_channels=LATENT_CHANNELS,
+            text_dim=TEXT_WIDTH,
+            freq_dim=32,
+            ffn_dim=2 * WIDTH,
+            num_layers=2,
+        ),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+    )
+
+
+PIPELINES: dict[str, Callable[[], diffusers.DiffusionPipeline]] = {
+    "sdxl": tiny_sdxl,
+    "sd15": tiny_sd15,
+    "pixart": tiny_pixart,
+    "sana": tiny_sana,
+    "sd3": tiny_sd3,
+    "qwen-image": tiny_qwen_image,
+    "z-image": tiny_z_image,
+    "flux2": tiny_flux2,
+    "wan": tiny_wan,
+}
+
+
+# ------------------------------------------------------------------------------------------------- their parts
+
+
+def byte_tokenizer() -> Qwen2Tokenizer:
+    """Bytes only, no merges; a chat template that is nothing but the message."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate(alphabet)}
+    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=[], model_max_length=512)
+    tokenizer.chat_template = _CHAT
+    return tokenizer
+
+
+def _qwen3(tokenizer: Qwen2Tokenizer, *, layers: int, width: int = TEXT_WIDTH) -> Qwen3ForCausalLM:
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=32,
+            num_hidden_layers=layers,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            head_dim=16,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
