@@ -29,7 +29,7 @@ def find_problems(checkpoint: Checkpoint) -> list[CheckProblem]:
             checkpoint.solution(plan)
         except InputError as error:
             problems.append(CheckProblem(plan.name, error.message))
-    for name in checkpoint.kept_shapes():
+    for name in checkpoint.kept_specs():
         tensor = read_tensor(checkpoint.source, name)
         if not bool(torch.isfinite(tensor).all()):
             problems.append(CheckProblem(name, "holds NaN or infinite values"))
@@ -76,7 +76,7 @@ def _structure_problems(checkpoint: Checkpoint) -> list[CheckProblem]:
     foreign = [n for n, entry in checkpoint.source.tensors.items() if entry.dtype not in TORCH_DTYPES]
     problems = [CheckProblem(n, f"has dtype {checkpoint.source.tensors[n].dtype}") for n in foreign]
     packed = checkpoint.packed_specs()
-    kept = checkpoint.kept_shapes()
+    kept = checkpoint.kept_specs()
     for name in sorted(found.keys() - packed.keys() - kept.keys()):
         problems.append(CheckProblem(name, "is a tensor that does not belong to this checkpoint"))
     for name, shape in kept.items():

@@ -13,7 +13,7 @@ from torch import nn
 from svdq_cli.calibrate.collect import collect_stats
 from svdq_cli.calibrate.pipelines import draw
 from svdq_cli.calibrate.settings import DrawSettings
-from svdq_cli.checkpoint import Checkpoint, open_checkpoint, refuse_existing
+from svdq_cli.checkpoint import Checkpoint, open_checkpoint
 from svdq_cli.errors import InputError, UsageError
 from svdq_cli.evaluate.grid import picture_grid
 from svdq_cli.evaluate.images import compare
@@ -42,6 +42,7 @@ from svdq_cli.runtime.naive import naive_solution
 from svdq_cli.runtime.replace import replace_linears
 from svdq_cli.solve.modulation import solve_w4a16
 from svdq_cli.source import Source, read_tensor
+from svdq_cli.writing import refuse_existing
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

@@ -112,7 +112,7 @@ def load_model(checkpoint: Checkpoint, *, dtype: torch.dtype) -> nn.Module:
     model = _unfilled(checkpoint.source, checkpoint.model_class)
     quantized = {plan.name: quantized_linear(checkpoint.solution(plan)) for plan in checkpoint.layers}
     replace_linears(model, quantized)
-    kept = {name: read_tensor(checkpoint.source, name).to(dtype) for name in checkpoint.kept_shapes()}
+    kept = {name: checkpoint.kept_tensor(name).to(dtype) for name in checkpoint.kept_names()}
     model.load_state_dict(kept, strict=False, assign=True)
     if empty := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
         raise InputError(

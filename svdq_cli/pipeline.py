@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,14 +26,7 @@ from svdq_cli.calibrate.artefact import (
 )
 from svdq_cli.calibrate.prompts import prompts_digest
 from svdq_cli.checking import find_problems, layer_errors
-from svdq_cli.checkpoint import (
-    REPORT_FILE,
-    open_checkpoint,
-    refuse_existing,
-    require_disk,
-    whole_folder,
-    write_pipeline,
-)
+from svdq_cli.checkpoint import open_checkpoint
 from svdq_cli.errors import CheckFailedError, InputError, UsageError
 from svdq_cli.loading import load_16bit_pipeline
 from svdq_cli.locate import portable_name
@@ -42,13 +36,13 @@ from svdq_cli.preparing import (
     Prepared,
     RunOptions,
     chosen_prompts,
+    disk_bytes,
     draw_settings,
     inspect_layer,
     is_data_free,
     layer_counts,
     layer_sqnr,
     model_facts,
-    other_components_bytes,
     predicted_sizes,
     prepare,
     rank_facts,
@@ -77,6 +71,14 @@ from svdq_cli.records import (
 from svdq_cli.solve.forward import SourceWeight
 from svdq_cli.solve.linear import solve_input
 from svdq_cli.source import Source, file_sha256, read_tensor, source_digest
+from svdq_cli.writing import (
+    Contents,
+    refuse_existing,
+    report_path,
+    require_disk,
+    whole_output,
+    write_target,
+)
 
 # ------------------------------------------------------------------------------------------------- plan, inspect
 
@@ -87,7 +89,6 @@ def predict(
     """What a conversion would write, from names and shapes alone."""
     prepared = prepare(recipe, beside=options.beside)
     sizes = predicted_sizes(prepared)
-    others = other_components_bytes(prepared.source)
     return PlanReport(
         model=model_facts(prepared, None),
         precision=recipe.quantization.precision,
@@ -95,7 +96,7 @@ def predict(
         rank=rank_facts(prepared),
         layers=layer_counts(prepared.plan),
         bytes=sizes,
-        disk_bytes=sizes.output + others,
+        disk_bytes=disk_bytes(prepared),
         seconds=None,
         ram_bytes=None,
         vram_bytes=None,
@@ -112,7 +113,7 @@ def inspect_source(recipe: Recipe, *, options: RunOptions = DEFAULT_OPTIONS) -> 
         kind="source",
         family=prepared.plan.family,
         model_class=prepared.plan.model_class,
-        format=prepared.format.name,
+        format=prepared.targets[0].format.name,
         precision=recipe.quantization.precision,
         rank=int(recipe.quantization.rank),
         parameters=prepared.plan.parameters,
@@ -206,15 +207,20 @@ def _draw_statistics(
 
 def convert(
     recipe: Recipe,
-    out: Path,
+    out: Path | tuple[Path, ...],
     *,
     calibration: Path | None = None,
     options: RunOptions = DEFAULT_OPTIONS,
     observe: Observer = ignore_events,
 ) -> ConvertReport:
-    """Search, quantize, pack, check. The output appears under `out` only when it is whole and has passed its check."""
+    """Search, quantize, pack, check. `out`: one path for each of the recipe's outputs.
+
+    All outputs are packed from one search. None appears under its name before all are whole and checked.
+    """
     started = time.monotonic()
-    refuse_existing(out, overwrite=options.overwrite)
+    paths = (out,) if isinstance(out, Path) else out
+    for path in paths:
+        refuse_existing(path, overwrite=options.overwrite)
     prepared = prepare(recipe, beside=options.beside)
     if not prepared.source.tensors:
         raise InputError(
@@ -222,8 +228,7 @@ def convert(
             hint="give the folder that holds the weights",
             where=str(prepared.source.path),
         )
-    sizes = predicted_sizes(prepared)
-    require_disk(out, sizes.output + other_components_bytes(prepared.source))
+    require_disk(paths[0], disk_bytes(prepared))
     digest = source_digest(prepared.source)
     data_free = is_data_free(recipe, calibration)
     warnings = warnings_of(prepared, data_free=data_free)
@@ -243,26 +248,24 @@ def convert(
         "calibration_sha256": statistics.digest if statistics else None,
     }
     fingerprint = hashlib.sha256(json.dumps(provenance, sort_keys=True).encode()).hexdigest()
-    with whole_folder(out, overwrite=options.overwrite) as partial:
-        observe(Event("start", "pack", 0, 1))
-        weights = write_pipeline(
-            partial,
-            source=prepared.source,
-            plan=prepared.plan,
-            solutions=solutions,
-            kept=lambda name: _finite(read_tensor(prepared.source, name), name, prepared.source),
-            fmt=prepared.format,
-            dtype=prepared.settings.dtype,
-            provenance={**provenance, "fingerprint": fingerprint},
-        )
+    contents = Contents(
+        config=prepared.source.config,
+        solutions=solutions,
+        kept=lambda name: _finite(read_tensor(prepared.source, name), name, prepared.source),
+        provenance={**provenance, "fingerprint": fingerprint},
+    )
+    with ExitStack() as stack:
+        partials = [stack.enter_context(whole_output(p, overwrite=options.overwrite)) for p in paths]
+        weights = _pack(prepared, partials, contents, observe)
         pack_seconds = clock.lap()
-        observe(Event("end", "pack", 1, 1, seconds=pack_seconds))
-        _require_sound(partial, prepared.source, observe)
+        for partial in partials:
+            _require_sound(partial, prepared.source, observe)
         check_seconds = clock.lap()
         report = ConvertReport(
             status="ok",
-            outputs=(
-                OutputFile(prepared.format.name, str(out), weights.stat().st_size, file_sha256(weights)),
+            outputs=tuple(
+                OutputFile(target.format.name, str(path), file.stat().st_size, file_sha256(file))
+                for target, path, file in zip(prepared.targets, paths, weights, strict=True)
             ),
             model=model_facts(prepared, digest),
             precision=recipe.quantization.precision,
@@ -271,7 +274,7 @@ def convert(
             rank=rank_facts(prepared),
             layers=layer_counts(prepared.plan),
             layer_sqnr_db=layer_sqnr(reports),
-            bytes=sizes_of(prepared.inventory.state, weights.stat().st_size),
+            bytes=sizes_of(prepared.inventory.state, weights[0].stat().st_size),
             seconds=ConvertSeconds(
                 calibrate_seconds, solve_seconds, pack_seconds, check_seconds, time.monotonic() - started
             ),
@@ -282,8 +285,35 @@ def convert(
             warnings=warnings,
         )
         report = _gated(report, recipe)
-        (partial / REPORT_FILE).write_text(json_text(report) + "\n", encoding="utf-8")
+        for target, partial in zip(prepared.targets, partials, strict=True):
+            if not target.format.single_file:
+                _write_report(report_path(partial, target.format), report)
+    for target, path in zip(prepared.targets, paths, strict=True):
+        if target.format.single_file:
+            _write_report(report_path(path, target.format), report)
     return report
+
+
+def _pack(
+    prepared: Prepared, partials: Sequence[Path], contents: Contents, observe: Observer
+) -> tuple[Path, ...]:
+    """Every output under its partial name. Returns the weight files."""
+    total = len(partials)
+    observe(Event("start", "pack", 0, total))
+    started = time.monotonic()
+    weights: list[Path] = []
+    for target, partial in zip(prepared.targets, partials, strict=True):
+        source = prepared.source
+        weights.append(
+            write_target(partial, target, contents, pipeline=source.pipeline, component=source.component)
+        )
+        observe(Event("advance", "pack", len(weights), total, target.format.name, time.monotonic() - started))
+    observe(Event("end", "pack", total, total, seconds=time.monotonic() - started))
+    return tuple(weights)
+
+
+def _write_report(path: Path, report: ConvertReport) -> None:
+    path.write_text(json_text(report) + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Set
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Literal
@@ -23,6 +23,7 @@ __all__ = [
     "LayerRule",
     "Skip",
     "plan_model",
+    "restricted",
     "take_inventory",
 ]
 
@@ -344,3 +345,14 @@ def _only(shared: SharedInput, planned: set[str]) -> SharedInput | None:
         return None
     branches = (tuple(name for name in part if name in planned) for part in shared.branches)
     return SharedInput(layers[0], layers, tuple(part for part in branches if part))
+
+
+def restricted(plan: ModelPlan, names: Set[str]) -> ModelPlan:
+    """The plan in which only the layers in `names` are quantized; the others are kept."""
+    layers = tuple(layer for layer in plan.layers if layer.name in names)
+    if len(layers) == len(plan.layers):
+        return plan
+    dropped = tuple(layer.linear for layer in plan.layers if layer.name not in names)
+    planned = {layer.name for layer in layers}
+    inputs = tuple(shared for group in plan.inputs if (shared := _only(group, planned)) is not None)
+    return replace(plan, layers=layers, kept=(*plan.kept, *dropped), inputs=inputs)

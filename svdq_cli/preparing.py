@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,13 +10,12 @@ import torch
 
 from svdq_cli.calibrate.prompts import choose_prompts, dataset_prompts, read_prompts
 from svdq_cli.calibrate.settings import DrawSettings, PictureFile, picture_files
-from svdq_cli.checkpoint import predicted_bytes
 from svdq_cli.errors import UsageError
 from svdq_cli.families import find_family
 from svdq_cli.formats import format_named
 from svdq_cli.formats.contract import Format
 from svdq_cli.locate import default_resolution, locate_base, locate_source
-from svdq_cli.plan import Inventory, LayerOverride, plan_model, take_inventory
+from svdq_cli.plan import Inventory, LayerOverride, plan_model, restricted, take_inventory
 from svdq_cli.recipe import DatasetPrompts, KeepOverride, Recipe, find_prompts, find_source
 from svdq_cli.records import (
     ByteFacts,
@@ -34,6 +33,7 @@ from svdq_cli.records import (
     W4A4Plan,
 )
 from svdq_cli.source import Source, open_source
+from svdq_cli.writing import Target, target_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +55,8 @@ class Prepared:
     recipe: Recipe
     source: Source
     inventory: Inventory
-    plan: ModelPlan
-    format: Format
+    plan: ModelPlan  # everything that any of the outputs quantizes
+    targets: tuple[Target, ...]  # one for each output, at least one
     settings: SolveSettings
 
 
@@ -75,11 +75,7 @@ def prepare(recipe: Recipe, *, beside: Path | None = None) -> Prepared:
             hint="give a multiple of 16, for example 32",
             where="quantization.rank",
         )
-    if len(recipe.outputs) > 1:
-        raise UsageError(
-            "several outputs at once are not in this version", hint="run svdq convert once for each"
-        )
-    fmt = format_named(recipe.outputs[0].format if recipe.outputs else "nunchaku-lite")
+    formats = [format_named(output.format) for output in recipe.outputs] or [format_named("nunchaku-lite")]
     source = source_of(recipe, RunOptions(beside=beside))
     plan = plan_model(
         source,
@@ -92,12 +88,21 @@ def prepare(recipe: Recipe, *, beside: Path | None = None) -> Prepared:
             else LayerOverride(o.match, rank=o.rank)
             for o in recipe.layers
         ),
-        supports=fmt.objection,
+        supports=lambda layer: _objection(formats, layer),
     )
     dtype = torch.float16 if recipe.model.dtype == "float16" else torch.bfloat16
-    fmt.metadata(plan, dtype)  # refuses now what the format could not say at the end
     settings = SolveSettings(quantization.effort, quantization.chosen_smoothing, quantization.seed, dtype)
-    return Prepared(recipe, source, take_inventory(source, find_family(source.config)), plan, fmt, settings)
+    inventory = take_inventory(source, find_family(source.config))
+    targets = tuple(target_of(fmt, plan, inventory.state, dtype) for fmt in formats)
+    plan = restricted(plan, {layer.name for target in targets for layer in target.plan.layers})
+    return Prepared(recipe, source, inventory, plan, targets, settings)
+
+
+def _objection(formats: Sequence[Format], layer: LayerPlan) -> str | None:
+    """Why none of the formats can hold a layer, or None. A format that can't mix holds all of its modules or refuses
+    the model, by name and not by leaving a layer out."""
+    objections = [fmt.objection(layer) if fmt.mixes else None for fmt in formats]
+    return None if None in objections else objections[0]
 
 
 def source_of(recipe: Recipe, options: RunOptions) -> Source:
@@ -169,8 +174,17 @@ def _in_block(name: str) -> bool:
 
 
 def predicted_sizes(prepared: Prepared) -> ByteFacts:
+    """Of the first output."""
     state = prepared.inventory.state
-    return sizes_of(state, predicted_bytes(prepared.plan, state, prepared.format, prepared.settings.dtype))
+    return sizes_of(state, prepared.targets[0].bytes(state))
+
+
+def disk_bytes(prepared: Prepared) -> int:
+    """What all outputs take together, the other components of a pipeline's copy included."""
+    state = prepared.inventory.state
+    folders = [target for target in prepared.targets if not target.format.single_file]
+    packed = sum(target.bytes(state) for target in prepared.targets)
+    return packed + len(folders) * other_components_bytes(prepared.source)
 
 
 def sizes_of(state: Mapping[str, tuple[int, ...]], output: int) -> ByteFacts:

@@ -12,7 +12,7 @@ from pathlib import Path
 from svdq_cli.bench.report import BenchReport
 from svdq_cli.bench.run import BenchSettings, bench_layers
 from svdq_cli.calibrate.pipelines import draw
-from svdq_cli.checkpoint import disk_errors, open_checkpoint, refuse_existing, whole_folder
+from svdq_cli.checkpoint import open_checkpoint
 from svdq_cli.drawing import demo_calibration, evaluate_pictures, evaluation_recipe
 from svdq_cli.errors import UsageError
 from svdq_cli.evaluate.grid import picture_grid
@@ -25,6 +25,7 @@ from svdq_cli.preparing import DEFAULT_OPTIONS, RunOptions, draw_settings
 from svdq_cli.recipe import Output, default_recipe, with_overrides
 from svdq_cli.records import Observer, Summary, ignore_events, json_text
 from svdq_cli.source import open_source
+from svdq_cli.writing import disk_errors, refuse_existing, whole_folder
 
 DEMO_RANK = 16
 EVAL_PROMPTS = 16

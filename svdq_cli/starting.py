@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from svdq_cli.checkpoint import disk_errors, refuse_existing
 from svdq_cli.drawing import demo_calibration
 from svdq_cli.errors import UsageError
 from svdq_cli.formats import format_named
@@ -22,6 +21,9 @@ from svdq_cli.recipe import (
     recipe_template,
     with_overrides,
 )
+from svdq_cli.writing import disk_errors, refuse_existing
+
+UNNAMED = "\0"  # the path of an output that has none yet; no file is called that
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,32 +58,42 @@ def override(recipe: Recipe, given: Mapping[str, object]) -> Recipe:
     out = cast("Path | None", options.pop("out", None))
     formats = cast("list[str] | None", options.pop("formats", None)) or []
     conditions = cast("list[str] | None", options.pop("fail_if", None)) or []
-    if len(formats) > 1:
-        raise UsageError(
-            "several formats at once are not in this version", hint="run svdq convert once for each"
-        )
     if options.get("prompts") is not None and recipe.calibration is None:
         recipe = with_default_calibration(recipe)
     if out is not None or formats:
-        for name in formats:
-            format_named(name)  # refuses an unknown one by name
-        named = recipe.outputs[0] if recipe.outputs else None
-        if out is None and named is None:
-            output = Output(format=formats[0], path="unnamed")  # type: ignore[arg-type]  # pydantic checks it
-        else:
-            fmt = formats[0] if formats else named.format if named else "nunchaku-lite"
-            output = Output(format=fmt, path=str(out or (named.path if named else "")))  # type: ignore[arg-type]
-        options["outputs"] = [output]
+        options["outputs"] = _outputs(recipe, out, formats)
     recipe = with_overrides(recipe, **options)  # type: ignore[arg-type]
     gates = (*recipe.gates, *(parse_fail_if(condition) for condition in conditions))
     return recipe.model_copy(update={"gates": gates})
 
 
-def output_of(recipe: Recipe) -> Path:
+def _outputs(recipe: Recipe, out: Path | None, formats: list[str]) -> list[Output]:
+    """What -o and --format make of the recipe's outputs. Several formats are named after one -o."""
+    for name in formats:
+        format_named(name)  # refuses an unknown one by name
+    if len(set(formats)) < len(formats):
+        raise UsageError("--format names one format twice", hint="name each format once")
+    if len(recipe.outputs) > 1 and (out is not None or len(formats) != len(recipe.outputs)):
+        raise UsageError(
+            f"the recipe names {len(recipe.outputs)} outputs, and -o or --format would replace them",
+            hint="leave the options out, or change outputs in the recipe",
+        )
+    named = recipe.outputs[0] if recipe.outputs else None
+    path = str(out) if out is not None else named.path if named else UNNAMED
+    formats = formats or [named.format if named else "nunchaku-lite"]
+    if len(formats) == 1:
+        return [Output(format=formats[0], path=path)]  # type: ignore[arg-type]  # pydantic checks it
+    paths = {
+        name: f"{path}.{name}.safetensors" if format_named(name).single_file else path for name in formats
+    }
+    return [Output(format=name, path=paths[name]) for name in formats]  # type: ignore[arg-type]
+
+
+def outputs_of(recipe: Recipe) -> tuple[Path, ...]:
     """Where the conversion goes. Raises UsageError when neither recipe nor command says."""
-    if not recipe.outputs or recipe.outputs[0].path == "unnamed":
+    if not recipe.outputs or any(output.path.startswith(UNNAMED) for output in recipe.outputs):
         raise UsageError("no output is named", hint="give -o OUT, or outputs in the recipe")
-    return Path(recipe.outputs[0].path).expanduser()
+    return tuple(Path(output.path).expanduser() for output in recipe.outputs)
 
 
 def write_recipe(source: str, out: Path, *, overwrite: bool, **options: object) -> InitReport:

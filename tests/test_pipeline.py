@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from svdq_cli import checkpoint as checkpoint_module
+from svdq_cli import writing as writing_module
 from svdq_cli.calibrate.artefact import open_calibration
 from svdq_cli.calibrate.pipelines import draw
 from svdq_cli.checkpoint import open_checkpoint
@@ -235,7 +235,7 @@ def test_too_small_a_disk_is_refused_before_the_work(
     class Usage:
         free = 1000
 
-    monkeypatch.setattr(checkpoint_module.shutil, "disk_usage", lambda path: Usage)
+    monkeypatch.setattr(writing_module.shutil, "disk_usage", lambda path: Usage)
     with pytest.raises(OutOfResourcesError, match=r"the disk has 0\.0 MB left"):
         convert(recipe_for(tiny_flux), tmp_path / "out", options=CPU)
     assert leftovers(tmp_path) == []
@@ -247,7 +247,7 @@ def test_a_disk_that_fills_while_writing_leaves_nothing(
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint_module, "save_file", full)
+    monkeypatch.setattr(writing_module, "save_file", full)
     with pytest.raises(OutOfResourcesError, match="the disk is full"):
         convert(recipe_for(tiny_flux), tmp_path / "out", options=CPU)
     assert leftovers(tmp_path) == []
@@ -260,7 +260,7 @@ def test_a_checkpoint_that_fails_its_check_never_gets_its_name(
         name = "transformer_blocks.0.attn.to_q.qweight"
         save_file({**tensors, name: tensors[name].flip(0)}, path, metadata=metadata)
 
-    monkeypatch.setattr(checkpoint_module, "save_file", scrambled)
+    monkeypatch.setattr(writing_module, "save_file", scrambled)
     with pytest.raises(CheckFailedError, match=r"transformer_blocks\.0\.attn\.to_q"):
         convert(recipe_for(tiny_flux), tmp_path / "out", options=CPU)
     assert leftovers(tmp_path) == []

@@ -30,7 +30,7 @@ Source = Annotated[
         metavar="SOURCE", help="Recipe (.yaml), pipeline folder, .safetensors or .gguf file, hub id, or demo."
     ),
 ]
-Checkpoint = Annotated[Path, typer.Argument(metavar="CKPT", help="A folder that svdq convert wrote.")]
+Checkpoint = Annotated[Path, typer.Argument(metavar="CKPT", help="A folder or file that svdq convert wrote.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -219,7 +219,7 @@ def convert(
     from svdq_cli.cli.progress import progress
     from svdq_cli.pipeline import convert as run_convert
     from svdq_cli.pipeline import predict
-    from svdq_cli.starting import output_of
+    from svdq_cli.starting import outputs_of
 
     recipe, run = _recipe(
         source,
@@ -244,7 +244,7 @@ def convert(
         render.show(predict(recipe, options=run, calibration=calib), json=json, verbose=verbose)
         return
     with progress(quiet=quiet, verbose=verbose, events=events) as observe:
-        report = run_convert(recipe, output_of(recipe), calibration=calib, options=run, observe=observe)
+        report = run_convert(recipe, outputs_of(recipe), calibration=calib, options=run, observe=observe)
     render.show(report, json=json, verbose=verbose)
     render.exit_on_missed_gates(report.gates_missed, json=json)
 

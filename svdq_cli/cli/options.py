@@ -25,7 +25,10 @@ Effort = Annotated[
     typer.Option(metavar="datafree|fast|balanced", help="How hard to search (fast: the paper's search)."),
 ]
 Formats = Annotated[
-    list[str] | None, typer.Option("--format", metavar="nunchaku-lite", help="Output format.")
+    list[str] | None,
+    typer.Option(
+        "--format", metavar="nunchaku-lite|nunchaku|comfy|vllm-omni", help="Output format. Repeatable."
+    ),
 ]
 Family = Annotated[str | None, typer.Option(help="Model family, where svdq can't tell.")]
 Base = Annotated[

@@ -6,9 +6,10 @@ import difflib
 
 from svdq_cli.errors import UsageError
 from svdq_cli.formats.contract import Format
+from svdq_cli.formats.nunchaku import FORMAT as NUNCHAKU
 from svdq_cli.formats.nunchaku_lite import FORMAT as NUNCHAKU_LITE
 
-FORMATS: tuple[Format, ...] = (NUNCHAKU_LITE,)
+FORMATS: tuple[Format, ...] = (NUNCHAKU_LITE, NUNCHAKU)
 
 
 def format_named(name: str) -> Format:

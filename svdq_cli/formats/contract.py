@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from svdq_cli.errors import InputError
+from svdq_cli.errors import InputError, UsageError
+from svdq_cli.families.layouts.layout import ModelLayout
 from svdq_cli.records import (
     Int4,
     LayerPlan,
@@ -24,6 +27,10 @@ from svdq_cli.records import (
 )
 
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
+
+# What int4 runtimes add to a plain GELU's output, whose least value is -0.17, to quantize it without a sign. Exact in
+# bfloat16; fixed in Nunchaku's fused kernel and in comfy-kitchen's op.
+GELU_SHIFT = 0.171875
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,31 +53,76 @@ class PackedFacts:
     w4a16: tuple[str, ...]
     precision: Precision | None  # None without W4A4 layers, and so is the rank
     rank: int | None
-    dtype: torch.dtype  # of everything that is stored in 16 bits
+    dtype: torch.dtype | None  # of everything that is stored in 16 bits; None where only the tensors say it
+
+
+@dataclass(frozen=True, slots=True)
+class Traits:
+    """What a runtime wants of one stored module beyond the sizes in its plan."""
+
+    row_scales: bool = False  # nvfp4: an outer scale per row instead of one per tensor
+    unsigned: bool = False  # int4: the runtime adds GELU_SHIFT to the activation and quantizes it to 0..15
+    engine_names: bool = False  # the C++ engine's spelling of tensor names
+
+
+PLAIN = Traits()
+
+
+class Objection(Protocol):
+    def __call__(self, layer: LayerPlan) -> str | None: ...
+
+
+class TensorSpecs(Protocol):
+    def __call__(
+        self, layer: LayerPlan, dtype: torch.dtype, traits: Traits = PLAIN
+    ) -> dict[str, TensorSpec]: ...
+
+
+class Encode(Protocol):
+    def __call__(self, solution: LayerSolution, traits: Traits = PLAIN) -> dict[str, Tensor]: ...
+
+
+class Decode(Protocol):
+    def __call__(
+        self, layer: LayerPlan, tensors: Mapping[str, Tensor], traits: Traits = PLAIN
+    ) -> LayerSolution: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """One file layout that some runtime loads. Tensors are named by the suffix of their key, such as "qweight"."""
+    """One file layout that some runtime loads: the bits of one stored module, and what the file says about itself.
+
+    A stored module is a source layer, or several stacked by the family's layout (`formats.modules`). Tensors are named
+    by the suffix of their key, such as "qweight".
+    """
 
     name: str
+    single_file: bool  # one .safetensors, whose header holds the metadata; else a component folder
+    own_names: bool  # modules are those of diffusers, so that no family needs a layout
+    mixes: bool  # a layer that the format or the plan leaves at 16 bits has a place among quantized ones
+    precisions: tuple[Precision, ...]
+    unsigned_after_gelu: bool  # int4 modules fed by a plain GELU read unsigned activations
 
-    # Why the format can't hold this layer ("out_features 200 is not a multiple of 128"), or None.
-    objection: Callable[[LayerPlan], str | None]
+    # Why the format can't hold this module ("out_features 200 is not a multiple of 128"), or None.
+    objection: Objection
 
-    # The exact key set of a layer with shapes and dtypes; the argument is the dtype of what stays 16-bit.
-    tensor_specs: Callable[[LayerPlan, torch.dtype], dict[str, TensorSpec]]
+    # The exact key set of a module with shapes and dtypes; `dtype` is that of what stays 16-bit.
+    tensor_specs: TensorSpecs
 
     # decode(s.plan, encode(s)) is s, bit for bit. encode raises ValueError for a solution that contradicts
     # its plan, decode InputError for tensors that do.
-    encode: Callable[[LayerSolution], dict[str, Tensor]]
-    decode: Callable[[LayerPlan, Mapping[str, Tensor]], LayerSolution]
+    encode: Encode
+    decode: Decode
 
-    # The JSON object that tells the runtime what is quantized. UsageError where the plan does not fit.
+    # What tells the runtime what is quantized: the `quantization_config` object, or the header's metadata.
+    # UsageError where the plan does not fit. The plan is that of the file: its layers are stored modules.
     metadata: Callable[[ModelPlan, torch.dtype], dict[str, object]]
 
+    # What the runtime builds the model from, by the layout and the diffusers config.
+    model_metadata: Callable[[ModelLayout | None, Mapping[str, object]], dict[str, object]]
+
     # The inverse in two steps, neither of which reads a weight: layer_plans takes the specs of all tensors by
-    # full name. Both raise InputError.
+    # full name and returns the stored modules. Both raise InputError.
     parse_metadata: Callable[[Mapping[str, object]], PackedFacts]
     layer_plans: Callable[[PackedFacts, Mapping[str, TensorSpec]], tuple[LayerPlan, ...]]
 
@@ -96,6 +148,65 @@ def require_specs(layer: str, expected: Mapping[str, TensorSpec], found: Mapping
             where=layer,
             hint="the file is damaged, incomplete, or in the layout of another format",
         )
+
+
+def require_sound_tensors(
+    layer: LayerPlan, specs: Mapping[str, TensorSpec], tensors: Mapping[str, Tensor]
+) -> None:
+    """InputError unless the stored tensors of a module are exactly those, with finite numbers in them."""
+    require_specs(layer.name, specs, specs_of(tensors))
+    if wrong := unsound_numbers(tensors):
+        raise InputError(f"{layer.name}: {'; '.join(wrong)}", where=layer.name)
+
+
+def require_16_bit(format_name: str, dtype: torch.dtype) -> None:
+    """UsageError for a dtype that the 4-bit kernels do not compute in."""
+    if dtype not in SIXTEEN_BIT:
+        raise UsageError(f"{format_name} stores bfloat16 or float16, not {dtype_name(dtype)}")
+
+
+def require_one_value(
+    format_name: str, what: str, layers: Sequence[W4A4Plan], value_of: Callable[[W4A4Plan], Hashable]
+) -> None:
+    """UsageError that names the layers whose value is not the common one, for formats that store one per file."""
+    by_value: dict[Hashable, list[str]] = defaultdict(list)
+    for layer in layers:
+        by_value[value_of(layer)].append(layer.name)
+    if len(by_value) < 2:
+        return
+    common, *others = sorted(by_value, key=lambda value: len(by_value[value]), reverse=True)
+    named = "; ".join(f"{what} {value}: {_some(by_value[value])}" for value in others)
+    raise UsageError(
+        f"{format_name} stores one {what} per file; {len(by_value[common])} layers have {what} {common}, "
+        f"but {named}",
+        hint=f"give all W4A4 layers the same {what}",
+        where=by_value[others[0]][0],
+    )
+
+
+def outer_of_both(layer: str, tensor_scale: Tensor, row_scales: Tensor) -> Tensor:
+    """One outer scale, (1,) or (N,), where a runtime multiplies by both. InputError if 16 bits can't hold it."""
+    if bool((row_scales == 1).all()):
+        return tensor_scale.clone()
+    product = row_scales.double() * tensor_scale.double()
+    outer = product.to(row_scales.dtype)
+    if not torch.equal(outer.double(), product):
+        raise InputError(
+            f"{layer}: wtscale and wcscales are both in use, and {outer.dtype} can't hold their product",
+            where=layer,
+            hint="quantize the layer again with one kind of outer scale",
+        )
+    return outer
+
+
+def no_model_metadata(layout: ModelLayout | None, config: Mapping[str, object]) -> dict[str, object]:
+    """For runtimes that read nothing about the model but its own config."""
+    return {}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """ "bfloat16" for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
 
 
 def require_sound(solution: LayerSolution) -> None:
@@ -135,6 +246,11 @@ def _unsound_numbers(tensors: Mapping[str, Tensor]) -> Iterator[str]:
             yield f"{name} holds {bad} values that are not finite"
         if name.startswith("smooth") and (zeros := int((values == 0).sum())):
             yield f"{name} holds {zeros} zeros, and the activation is divided by it"
+
+
+def _some(names: Sequence[str], *, shown: int = 8) -> str:
+    rest = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + rest
 
 
 def _tensors_of(solution: LayerSolution) -> dict[str, Tensor]:

@@ -19,42 +19,31 @@ there compares shapes, but not the set of keys, so every check that matters is m
 from __future__ import annotations
 
 import json
-from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from svdq_cli.errors import InputError, UsageError
+from svdq_cli.formats import tiled
 from svdq_cli.formats.contract import (
+    PLAIN,
     SIXTEEN_BIT,
     Format,
     PackedFacts,
     TensorSpec,
-    require_sound,
-    require_specs,
-    scale_dtype,
-    specs_of,
-    unsound_numbers,
+    Traits,
+    dtype_name,
+    no_model_metadata,
+    outer_of_both,
+    require_16_bit,
+    require_one_value,
+    require_sound_tensors,
 )
 from svdq_cli.formats.json_keys import bad_key, json_object, module_paths, optional_section, whole_number
-from svdq_cli.pack.codes import pack_codes, unpack_codes
-from svdq_cli.pack.low_rank import pack_down, pack_up, unpack_down, unpack_up
-from svdq_cli.pack.scales import (
-    pack_micro_scales,
-    pack_scales,
-    pack_vector,
-    unpack_micro_scales,
-    unpack_scales,
-    unpack_vector,
-)
-from svdq_cli.pack.w4a16 import (
-    pack_w4a16_codes,
-    pack_w4a16_scales,
-    unpack_w4a16_codes,
-    unpack_w4a16_scales,
-)
+from svdq_cli.pack.scales import pack_vector, unpack_vector
 from svdq_cli.records import (
     Int4,
     LayerPlan,
@@ -66,89 +55,51 @@ from svdq_cli.records import (
     W4A4Plan,
     W4A4Solution,
     W4A16Plan,
-    W4A16Solution,
 )
 
 METHOD = "nunchaku_lite"
-MAX_RANK = 1024  # the kernels take at most 64 low-rank scales, one per 16 ranks
 
 
 def objection(layer: LayerPlan) -> str | None:
-    """Why the kernels behind this format can't run `layer`, or None."""
-    rows, columns = layer.linear.out_features, layer.linear.in_features
+    """Why diffusers or the kernels behind this format can't run `layer`, or None."""
     if layer.linear.kind == "conv1x1":
         return "it is a 1x1 convolution, and diffusers replaces linear layers only"
-    match layer:
-        case W4A4Plan(rank=rank):
-            if rank <= 0 or rank % 16 or rank > MAX_RANK:
-                return f"rank {rank} is not a multiple of 16 from 16 to {MAX_RANK}"
-            row_tile, column_tile = 128, 128
-        case W4A16Plan():
-            row_tile, column_tile = 8, 64
-    if rows % row_tile:
-        return f"out_features {rows} is not a multiple of {row_tile}"
-    if columns % column_tile:
-        return f"in_features {columns} is not a multiple of {column_tile}"
-    return None
+    return tiled.objection(layer)
 
 
-def tensor_specs(layer: LayerPlan, dtype: torch.dtype) -> dict[str, TensorSpec]:
+def tensor_specs(layer: LayerPlan, dtype: torch.dtype, traits: Traits = PLAIN) -> dict[str, TensorSpec]:
     """Exactly the tensors of one layer, by suffix."""
-    linear = layer.linear
-    rows, columns = linear.out_features, linear.in_features
-    match layer:
-        case W4A4Plan(precision=precision, rank=rank):
-            specs = {
-                "qweight": TensorSpec((rows, columns // 2), torch.int8),
-                "wscales": TensorSpec((columns // precision.group, rows), scale_dtype(layer, dtype)),
-                "smooth_factor": TensorSpec((columns,), dtype),
-                "proj_down": TensorSpec((columns, rank), dtype),
-                "proj_up": TensorSpec((rows, rank), dtype),
-            }
-            if isinstance(precision, NvFp4):
-                specs |= {"wcscales": TensorSpec((rows,), dtype), "wtscale": TensorSpec((1,), dtype)}
-        case W4A16Plan(group=group):
-            specs = {
-                "qweight": TensorSpec((rows // 4, columns // 2), torch.int32),
-                "wscales": TensorSpec((columns // group, rows), dtype),
-                "wzeros": TensorSpec((columns // group, rows), dtype),
-            }
-    if linear.bias:
-        specs["bias"] = TensorSpec((rows,), dtype)
+    specs = tiled.tensor_specs(layer, dtype)
+    if isinstance(layer, W4A4Plan) and isinstance(layer.precision, NvFp4):
+        rows = layer.linear.out_features
+        specs |= {"wcscales": TensorSpec((rows,), dtype), "wtscale": TensorSpec((1,), dtype)}
     return specs
 
 
-def encode(solution: LayerSolution) -> dict[str, Tensor]:
+def encode(solution: LayerSolution, traits: Traits = PLAIN) -> dict[str, Tensor]:
     """One solved layer as its stored tensors. ValueError where it does not fit or contradicts its plan."""
-    if reason := objection(solution.plan):
-        raise ValueError(f"{solution.plan.name}: {reason}")
-    require_sound(solution)
-    match solution:
-        case W4A4Solution():
-            return _encode_w4a4(solution)
-        case W4A16Solution():
-            return _encode_w4a16(solution)
+    tensors = tiled.encode(solution)
+    if isinstance(solution, W4A4Solution) and solution.outer is not None:
+        tensors |= _encode_outer(solution, solution.outer)
+    return tensors
 
 
-def decode(layer: LayerPlan, tensors: Mapping[str, Tensor]) -> LayerSolution:
+def decode(layer: LayerPlan, tensors: Mapping[str, Tensor], traits: Traits = PLAIN) -> LayerSolution:
     """The inverse of `encode`. InputError, with the layer and the tensor, for anything but the exact tensors.
 
     An nvfp4 outer scale of (N,) that is one everywhere comes back as (1,): the same numbers.
     """
-    require_specs(layer.name, tensor_specs(layer, _sixteen_bit_dtype(tensors)), specs_of(tensors))
-    if wrong := unsound_numbers(tensors):
-        raise InputError(f"{layer.name}: {'; '.join(wrong)}", where=layer.name)
-    match layer:
-        case W4A4Plan():
-            return _decode_w4a4(layer, tensors)
-        case W4A16Plan():
-            return _decode_w4a16(layer, tensors)
+    require_sound_tensors(layer, tensor_specs(layer, tiled.sixteen_bit_dtype(tensors)), tensors)
+    outer = None
+    if isinstance(layer, W4A4Plan) and isinstance(layer.precision, NvFp4):
+        outer = _decode_outer(layer, tensors)
+    return tiled.decode(layer, tensors, outer)
 
 
 def metadata(plan: ModelPlan, dtype: torch.dtype) -> dict[str, object]:
     """The `quantization_config` object of config.json. UsageError where the format can't hold the plan."""
     _require_storable(plan, dtype)
-    config: dict[str, object] = {"quant_method": METHOD, "compute_dtype": _dtype_name(dtype)}
+    config: dict[str, object] = {"quant_method": METHOD, "compute_dtype": dtype_name(dtype)}
     if plan.w4a4:
         precision = plan.w4a4[0].precision
         config["svdq_w4a4"] = {
@@ -211,11 +162,17 @@ def sniff(path: Path) -> bool:
 
 FORMAT = Format(
     name="nunchaku-lite",
+    single_file=False,
+    own_names=True,
+    mixes=True,
+    precisions=(Int4(), NvFp4()),
+    unsigned_after_gelu=False,
     objection=objection,
     tensor_specs=tensor_specs,
     encode=encode,
     decode=decode,
     metadata=metadata,
+    model_metadata=no_model_metadata,
     parse_metadata=parse_metadata,
     layer_plans=layer_plans,
     sniff=sniff,
@@ -225,93 +182,15 @@ FORMAT = Format(
 # ---------------------------------------------------------------------------------------------------- tensors
 
 
-def _encode_w4a4(solution: W4A4Solution) -> dict[str, Tensor]:
-    precision = solution.plan.precision
-    tensors = {
-        "qweight": pack_codes(solution.codes, precision),
-        "smooth_factor": pack_vector(solution.smooth),
-        "proj_down": pack_down(solution.down),
-        "proj_up": pack_up(solution.up),
-    }
-    match precision:
-        case Int4():
-            tensors["wscales"] = pack_scales(solution.scales)
-        case NvFp4():
-            tensors["wscales"] = pack_micro_scales(solution.scales)
-            tensors |= _encode_outer(solution)
-    if solution.bias is not None:
-        tensors["bias"] = pack_vector(solution.bias)
-    return tensors
-
-
-def _encode_outer(solution: W4A4Solution) -> dict[str, Tensor]:
+def _encode_outer(solution: W4A4Solution, outer: Tensor) -> dict[str, Tensor]:
     """The runtime multiplies by both outer scales; the one that the solution does not use is one."""
-    outer = solution.outer
-    if outer is None:
-        raise ValueError(f"{solution.plan.name}: nvfp4 needs an outer scale")
     if outer.numel() == 1:
         return {"wtscale": outer.clone(), "wcscales": outer.new_ones(solution.plan.linear.out_features)}
     return {"wtscale": outer.new_ones(1), "wcscales": pack_vector(outer)}
 
 
-def _encode_w4a16(solution: W4A16Solution) -> dict[str, Tensor]:
-    tensors = {
-        "qweight": pack_w4a16_codes(solution.codes),
-        "wscales": pack_w4a16_scales(solution.scales),
-        "wzeros": pack_w4a16_scales(solution.zeros),
-    }
-    if solution.bias is not None:
-        tensors["bias"] = solution.bias.clone()
-    return tensors
-
-
-def _decode_w4a4(layer: W4A4Plan, tensors: Mapping[str, Tensor]) -> W4A4Solution:
-    match layer.precision:
-        case Int4():
-            scales, outer = unpack_scales(tensors["wscales"]), None
-        case NvFp4():
-            scales, outer = unpack_micro_scales(tensors["wscales"]), _decode_outer(layer, tensors)
-    return W4A4Solution(
-        plan=layer,
-        smooth=unpack_vector(tensors["smooth_factor"]),
-        down=unpack_down(tensors["proj_down"]),
-        up=unpack_up(tensors["proj_up"]),
-        codes=unpack_codes(tensors["qweight"], layer.precision),
-        scales=scales,
-        outer=outer,
-        bias=unpack_vector(tensors["bias"]) if "bias" in tensors else None,
-    )
-
-
 def _decode_outer(layer: W4A4Plan, tensors: Mapping[str, Tensor]) -> Tensor:
-    tensor_scale, row_scales = tensors["wtscale"], unpack_vector(tensors["wcscales"])
-    if bool((row_scales == 1).all()):
-        return tensor_scale.clone()
-    product = row_scales.double() * tensor_scale.double()
-    outer = product.to(row_scales.dtype)
-    if not torch.equal(outer.double(), product):
-        raise InputError(
-            f"{layer.name}: wtscale and wcscales are both in use, and {outer.dtype} can't hold their product",
-            where=layer.name,
-            hint="quantize the layer again with one kind of outer scale",
-        )
-    return outer
-
-
-def _decode_w4a16(layer: W4A16Plan, tensors: Mapping[str, Tensor]) -> W4A16Solution:
-    return W4A16Solution(
-        plan=layer,
-        codes=unpack_w4a16_codes(tensors["qweight"]),
-        scales=unpack_w4a16_scales(tensors["wscales"]),
-        zeros=unpack_w4a16_scales(tensors["wzeros"]),
-        bias=tensors["bias"].clone() if "bias" in tensors else None,
-    )
-
-
-def _sixteen_bit_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
-    """The 16-bit dtype that most of a layer's tensors have, so that an error names the one that differs."""
-    seen = Counter(tensor.dtype for tensor in tensors.values() if tensor.dtype in SIXTEEN_BIT)
-    return seen.most_common(1)[0][0] if seen else torch.bfloat16
+    return outer_of_both(layer.name, tensors["wtscale"], unpack_vector(tensors["wcscales"]))
 
 
 def _matrix_shape(specs: Mapping[str, TensorSpec], layer: str) -> tuple[int, int]:
@@ -327,8 +206,7 @@ def _matrix_shape(specs: Mapping[str, TensorSpec], layer: str) -> tuple[int, int
 
 
 def _require_storable(plan: ModelPlan, dtype: torch.dtype) -> None:
-    if dtype not in SIXTEEN_BIT:
-        raise UsageError(f"nunchaku-lite stores bfloat16 or float16, not {_dtype_name(dtype)}")
+    require_16_bit("nunchaku-lite", dtype)
     if not plan.layers:
         raise UsageError("nunchaku-lite needs at least one quantized layer, and the plan keeps all of them")
     for layer in plan.layers:
@@ -338,31 +216,8 @@ def _require_storable(plan: ModelPlan, dtype: torch.dtype) -> None:
                 where=layer.name,
                 hint="keep the layer in 16 bits",
             )
-    _require_one_value("precision", plan.w4a4, lambda layer: layer.precision.name)
-    _require_one_value("rank", plan.w4a4, lambda layer: layer.rank)
-
-
-def _require_one_value(
-    what: str, layers: Sequence[W4A4Plan], value_of: Callable[[W4A4Plan], Hashable]
-) -> None:
-    by_value: dict[Hashable, list[str]] = defaultdict(list)
-    for layer in layers:
-        by_value[value_of(layer)].append(layer.name)
-    if len(by_value) < 2:
-        return
-    common, *others = sorted(by_value, key=lambda value: len(by_value[value]), reverse=True)
-    named = "; ".join(f"{what} {value}: {_some(by_value[value])}" for value in others)
-    raise UsageError(
-        f"nunchaku-lite stores one {what} per file; {len(by_value[common])} layers have {what} {common}, "
-        f"but {named}",
-        hint=f"give all W4A4 layers the same {what}",
-        where=by_value[others[0]][0],
-    )
-
-
-def _some(names: Sequence[str], *, shown: int = 8) -> str:
-    rest = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + rest
+    require_one_value("nunchaku-lite", "precision", plan.w4a4, lambda layer: layer.precision.name)
+    require_one_value("nunchaku-lite", "rank", plan.w4a4, lambda layer: layer.rank)
 
 
 def _precision(section: Mapping[str, object]) -> Precision:
@@ -378,13 +233,9 @@ def _precision(section: Mapping[str, object]) -> Precision:
 
 def _named_dtype(name: object) -> torch.dtype:
     for dtype in SIXTEEN_BIT:
-        if name == _dtype_name(dtype):
+        if name == dtype_name(dtype):
             return dtype
     raise bad_key("compute_dtype", f"is {name!r} instead of 'bfloat16' or 'float16'")
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _names_this_method(config: Path) -> bool:

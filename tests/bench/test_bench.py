@@ -267,7 +267,7 @@ def test_the_table_fits_80_columns_and_ends_with_the_notes(
         ("--m 0", 2, "--m 0", "positive"),
         ("--seconds 0", 2, "--seconds 0", "positive"),
         ("--seconds nan", 2, "--seconds nan", "positive"),
-        ("no-such-folder", 3, "no such folder", "svdq convert"),
+        ("no-such-folder", 3, "no such file or folder", "svdq convert"),
         ("no-such-folder --rank 16", 2, "--rank and a checkpoint", "leave out --rank"),
         ("no-such-folder --shapes demo", 2, "--shapes and a checkpoint", "leave out --shapes"),
         ("--device cuda:99", 4, "cuda:99", "svdq doctor"),

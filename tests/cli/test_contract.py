@@ -270,7 +270,7 @@ def test_a_full_disk_is_exit_code_5(
     class Usage:
         free = 10
 
-    monkeypatch.setattr("svdq_cli.checkpoint.shutil.disk_usage", lambda path: Usage)
+    monkeypatch.setattr("svdq_cli.writing.shutil.disk_usage", lambda path: Usage)
     error = refused(capsys, f"convert {tiny_flux} -o {tmp_path / 'out'} --effort datafree -q", 5)
     assert error["kind"] == "disk-full"
 

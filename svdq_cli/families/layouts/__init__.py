@@ -1,0 +1,23 @@
+"""Where a family's layers lie in a format's file. One module per family; a new layout is added to `LAYOUTS`."""
+
+from __future__ import annotations
+
+from svdq_cli.errors import UsageError
+from svdq_cli.families.layouts import flux
+from svdq_cli.families.layouts.layout import ModelLayout
+
+LAYOUTS: tuple[ModelLayout, ...] = (flux.NUNCHAKU, flux.COMFY)
+
+
+def layout_of(family: str, format_name: str) -> ModelLayout:
+    """The layout of a family in a format. Raises UsageError that names what the format can hold."""
+    for layout in LAYOUTS:
+        if (layout.family, layout.format) == (family, format_name):
+            return layout
+    known = [layout.family for layout in LAYOUTS if layout.format == format_name]
+    raise UsageError(
+        f"the format {format_name} has no layout for the model family {family!r}",
+        hint=f"{format_name} holds {', '.join(known) or 'no family yet'}; nunchaku-lite holds every family",
+        where=family,
+        kind="unsupported-format",
+    )

@@ -1,0 +1,453 @@
+"""Numbers between the layers of a model and the modules of a file, exact in both directions.
+
+`join_layers` stacks the solutions of the layers that a module holds; `take_layer` gives one of them back, bit for bit.
+Only biases can lose bits on the way: a runtime that shifts the activation, or multiplies by x where the model
+multiplies by 1 + x, wants the difference in the bias, and the sum is rounded to 16 bits. The file's header therefore
+carries those biases as they were (`moved_biases`). Without them (a file of another tool) the difference is taken out
+again, which is exact to one rounding.
+
+What the shift adds is undone with the weights that are really stored:
+(x + c) / s . Q^T + branch(x) + b'  with  b' = b - c . sum_k Q[n, k] / s[k],  so that the module is the same function as
+the unshifted one. (Folding the float weight instead, b - c . sum_k (W - U D)[n, k], leaves c times the sum of a row's
+rounding errors in the output.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from svdq_cli.errors import InputError, UsageError
+from svdq_cli.families.layouts.layout import Interleaved
+from svdq_cli.formats.contract import GELU_SHIFT
+from svdq_cli.formats.modules import TILE, KeptTensor, StoredModule, row_sources
+from svdq_cli.pack.padding import pad
+from svdq_cli.records import LayerPlan, LayerSolution, W4A4Plan, W4A4Solution, W4A16Plan, W4A16Solution
+
+_Solution = TypeVar("_Solution", W4A4Solution, W4A16Solution)
+
+
+# ---------------------------------------------------------------------------------------------------- to the file
+
+
+def join_layers(module: StoredModule, solutions: Mapping[str, LayerSolution]) -> LayerSolution:
+    """What the module holds. UsageError where its layers were not solved as this format needs them."""
+    plan = module.plan
+    match plan:
+        case W4A4Plan():
+            parts = [_w4a4(solutions[layer.name]) for layer in module.layers]
+            if module.pads:
+                parts = [_padded(part) for part in parts]
+            joined = _stack(module, plan, parts)
+            stored = replace(joined, bias=_stored_bias(module, parts, _shift_offset(module, joined)))
+        case W4A16Plan():
+            parts = [_w4a16(solutions[layer.name]) for layer in module.layers]
+            (only,) = parts
+            stored = W4A16Solution(
+                plan, only.codes, only.scales, only.zeros, _stored_bias(module, parts, _one_offset(module))
+            )
+    return _reordered(stored, _indices(module))
+
+
+def moved_biases(module: StoredModule, solutions: Mapping[str, LayerSolution]) -> dict[str, Tensor]:
+    """The part of each layer's bias that the module holds moved by an offset, as it was, by layer."""
+    rows = _moved_rows(module)
+    if rows is None:
+        return {}
+    (layer,) = module.layers
+    bias = solutions[layer.name].bias
+    return {} if bias is None else {layer.name: bias[rows].clone()}
+
+
+def kept_tensor(tensor: KeptTensor, parts: list[Tensor]) -> Tensor:
+    """The stored tensor of the model's."""
+    joined = parts[0] if len(parts) == 1 else torch.cat(parts)
+    sources = row_sources(tensor.order, len(joined))
+    return joined if sources is None else joined[torch.tensor(sources)]
+
+
+def source_tensor(tensor: KeptTensor, stored: Tensor, shapes: list[tuple[int, ...]], index: int) -> Tensor:
+    """The model's tensor at `index` of a stored one; `shapes` are those of all. The inverse of `kept_tensor`."""
+    sources = row_sources(tensor.order, len(stored))
+    if sources is not None:
+        stored = stored[_inverse(torch.tensor(sources))]
+    start = sum(shape[0] for shape in shapes[:index])
+    return stored[start : start + shapes[index][0]] if len(shapes) > 1 else stored
+
+
+# ---------------------------------------------------------------------------------------------------- from the file
+
+
+def take_layer(
+    layer: LayerPlan,
+    parts: list[tuple[StoredModule, LayerSolution]],
+    moved: Tensor | None,
+) -> LayerSolution:
+    """A layer's solution from the modules that hold it, in the order of its columns.
+
+    `moved`: what the header says of its bias. InputError where the stored numbers are none of this layer's.
+    """
+    found = [_part(layer, module, stored, moved) for module, stored in parts]
+    match layer:
+        case W4A4Plan():
+            return _columns_joined(layer, [_w4a4(part) for part in found])
+        case W4A16Plan():
+            return found[0]
+
+
+def _part(
+    layer: LayerPlan, module: StoredModule, stored: LayerSolution, moved: Tensor | None
+) -> LayerSolution:
+    indices = _indices(module)
+    stored = _reordered(stored, None if indices is None else _inverse(indices))
+    start = sum(module.rows_of(other) for other in module.layers[: module.layers.index(layer)])
+    rows = slice(start, start + layer.linear.out_features)
+    match stored:
+        case W4A4Solution():
+            bias = _source_bias(layer, module, stored, rows, _shift_offset(module, stored), moved)
+            return _cut(layer, module, stored, rows, bias)
+        case W4A16Solution():
+            if not isinstance(layer, W4A16Plan):
+                raise InputError(f"{layer.name}: stored as W4A16, planned as W4A4", where=layer.name)
+            bias = _source_bias(layer, module, stored, rows, _one_offset(module), moved)
+            return W4A16Solution(layer, stored.codes, stored.scales, stored.zeros, bias)
+
+
+def _columns_joined(layer: W4A4Plan, parts: list[W4A4Solution]) -> W4A4Solution:
+    """One layer from the parts of its columns. Parts share `up`, or have branches of their own."""
+    if len(parts) == 1:
+        return parts[0]
+    ups, downs = [part.up for part in parts], [part.down for part in parts]
+    if layer.rank == sum(len(down) for down in downs):
+        up, down = torch.cat(ups, dim=1), _block_diagonal(downs)
+    elif all(_same(up, ups[0]) for up in ups[1:]):
+        up, down = ups[0], torch.cat(downs, dim=1)
+    else:
+        raise InputError(
+            f"{layer.name}: its two stored parts have different low-rank branches", where=layer.name
+        )
+    outers = [part.outer for part in parts]
+    if not all(_same(outer, outers[0]) for outer in outers[1:]):
+        raise InputError(f"{layer.name}: its two stored parts have different outer scales", where=layer.name)
+    return W4A4Solution(
+        plan=layer,
+        smooth=torch.cat([part.smooth for part in parts]),
+        down=down,
+        up=up,
+        codes=torch.cat([part.codes for part in parts], dim=1),
+        scales=_cat([part.scales for part in parts], dim=1),
+        outer=outers[0],
+        bias=parts[-1].bias,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- stacking
+
+
+def _stack(module: StoredModule, plan: W4A4Plan, parts: list[W4A4Solution]) -> W4A4Solution:
+    """The rows of all layers under one another, without the bias."""
+    first = parts[0]
+    for part in parts[1:]:
+        if not _same(part.smooth, first.smooth):
+            raise _not_together(module, first, part, "smoothing factors")
+    columns = slice(None) if module.columns is None else slice(*module.columns)
+    groups = (
+        slice(None)
+        if module.columns is None
+        else slice(*(edge // plan.precision.group for edge in module.columns))
+    )
+    down, up = _joined_branches(module, {part.plan.name: part for part in parts})
+    return W4A4Solution(
+        plan=plan,
+        smooth=first.smooth[columns],
+        down=down[:, columns],
+        up=up,
+        codes=torch.cat([part.codes for part in parts])[:, columns],
+        scales=_cat([part.scales for part in parts])[:, groups],
+        outer=_stacked_outer(module, parts),
+        bias=None,
+    )
+
+
+def _joined_branches(module: StoredModule, parts: Mapping[str, W4A4Solution]) -> tuple[Tensor, Tensor]:
+    """(R, K) and (N, R). Branches with down projections of their own lie side by side in R, block by block in N."""
+    downs: list[Tensor] = []
+    ups: list[Tensor] = []
+    for branch in module.branches:
+        members = [parts[layer.name] for layer in branch]
+        for other in members[1:]:
+            if not _same(other.down, members[0].down):
+                raise _not_together(module, members[0], other, "low-rank down projections")
+        downs.append(members[0].down)
+        ups.append(torch.cat([part.up for part in members]))
+    up = ups[0] if len(ups) == 1 else _block_diagonal(ups)
+    return torch.cat(downs), up
+
+
+def _stacked_outer(module: StoredModule, parts: list[W4A4Solution]) -> Tensor | None:
+    outers = [part.outer for part in parts]
+    if outers[0] is None:
+        return None
+    if module.traits.row_scales:
+        pairs = zip(parts, outers, strict=True)
+        return torch.cat([outer.expand(len(part.codes)) for part, outer in pairs if outer is not None])
+    if outers[0].numel() > 1:
+        raise UsageError(
+            f"{module.name}: this format stores one outer scale for the module, and {parts[0].plan.name} has one "
+            "per row",
+            where=parts[0].plan.name,
+        )
+    return outers[0]
+
+
+def _cut(
+    layer: LayerPlan, module: StoredModule, stored: W4A4Solution, rows: slice, bias: Tensor | None
+) -> W4A4Solution:
+    """One layer's rows of a module in stacked order, and its share of the ranks."""
+    if not isinstance(layer, W4A4Plan):
+        raise InputError(f"{layer.name}: stored as W4A4, planned as W4A16", where=layer.name)
+    width = layer.linear.in_features if module.columns is None else module.columns[1] - module.columns[0]
+    outer = stored.outer
+    if outer is not None and outer.numel() > 1:
+        outer = outer[rows]
+        outer = outer[:1].clone() if bool((outer == outer[0]).all()) else outer
+    ranks = _rank_slice(layer, module)
+    strangers = stored.up[rows].clone()
+    strangers[:, ranks] = 0
+    if bool((strangers != 0).any()):
+        raise InputError(f"{module.name}: proj_up mixes the branches of its layers", where=module.name)
+    return W4A4Solution(
+        plan=layer,
+        smooth=stored.smooth[:width],
+        down=stored.down[ranks, :width].contiguous(),
+        up=stored.up[rows, ranks].contiguous(),
+        codes=stored.codes[rows, :width].contiguous(),
+        scales=stored.scales[rows, : width // layer.precision.group].contiguous(),
+        outer=outer,
+        bias=bias,
+    )
+
+
+def _rank_slice(layer: W4A4Plan, module: StoredModule) -> slice:
+    if len(module.branches) == 1:
+        return slice(None)
+    start = 0
+    for branch in module.branches:
+        rank = branch[0].rank if isinstance(branch[0], W4A4Plan) else 0
+        if layer in branch:
+            return slice(start, start + rank)
+        start += rank
+    raise ValueError(f"{layer.name} is not in {module.name}")
+
+
+def _padded(solution: W4A4Solution) -> W4A4Solution:
+    """Grown to whole tiles: zeros, but ones where the runtime divides by it or multiplies with it."""
+    precision = solution.plan.precision
+    outer, bias = solution.outer, solution.bias
+    return W4A4Solution(
+        plan=solution.plan,
+        smooth=pad(solution.smooth, multiples=(TILE,), fill=1),
+        down=pad(solution.down, multiples=(1, TILE), fill=0),
+        up=pad(solution.up, multiples=(TILE, 1), fill=0),
+        codes=pad(solution.codes, multiples=(TILE, TILE), fill=0),
+        scales=pad(solution.scales, multiples=(TILE, TILE // precision.group), fill=1),
+        outer=outer if outer is None or outer.numel() == 1 else pad(outer, multiples=(TILE,), fill=1),
+        bias=None if bias is None else pad(bias, multiples=(TILE,), fill=0),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- biases
+
+
+def _shift_offset(module: StoredModule, joined: W4A4Solution) -> Tensor | None:
+    """-c . sum_k Q[n, k] / s[k], (N,) float64 in stacked order; None where the activation is not shifted."""
+    if not module.traits.unsigned:
+        return None
+    groups = joined.scales.shape[1]
+    inverse = (1 / joined.smooth.double()).reshape(groups, -1)
+    by_group = [
+        joined.codes[:, g * len(inverse[g]) : (g + 1) * len(inverse[g])].double() @ inverse[g]
+        for g in range(groups)
+    ]
+    return -GELU_SHIFT * (torch.stack(by_group, dim=1) * joined.scales.double()).sum(1)
+
+
+def _one_offset(module: StoredModule) -> Tensor | None:
+    """One in the rows of the blocks that the model uses as 1 + x, (N,) float64 in stacked order."""
+    rows = _moved_rows(module)
+    if rows is None:
+        return None
+    offset = torch.zeros(module.plan.linear.out_features, dtype=torch.float64)
+    offset[rows] = 1
+    return offset
+
+
+def _moved_rows(module: StoredModule) -> Tensor | None:
+    """The rows, in stacked order, whose bias is moved; None for none."""
+    rows = torch.arange(module.plan.linear.out_features)
+    if module.traits.unsigned:
+        return rows if module.carries_bias else None
+    if module.one_plus and isinstance(module.order, Interleaved):
+        return rows.reshape(module.order.parts, -1)[list(module.one_plus)].flatten()
+    return None
+
+
+def _stored_bias(module: StoredModule, parts: list[_Solution], offset: Tensor | None) -> Tensor | None:
+    """The biases under one another, moved by the offset: added in float64, rounded once."""
+    if not module.plan.linear.bias:
+        return None
+    dtype = parts[0].scales.dtype if isinstance(parts[0], W4A16Solution) else parts[0].smooth.dtype
+    biases = [
+        part.bias
+        if module.carries_bias and part.bias is not None
+        else torch.zeros(len(part.codes), dtype=dtype)
+        for part in parts
+    ]
+    joined = torch.cat(biases)
+    return joined if offset is None else (joined.double() + offset).to(dtype)
+
+
+def _source_bias(
+    layer: LayerPlan,
+    module: StoredModule,
+    stored: LayerSolution,
+    rows: slice,
+    offset: Tensor | None,
+    moved: Tensor | None,
+) -> Tensor | None:
+    """The layer's own bias out of the stored one. InputError where the file contradicts itself."""
+    wanted = layer.linear.bias and module.carries_bias
+    bias = stored.bias
+    if bias is None:
+        if wanted:
+            raise InputError(f"{module.name}: the bias of {layer.name} is missing", where=module.name)
+        return None
+    found = bias[rows]
+    if not wanted:
+        _require_only_offset(module, found, None if offset is None else offset[rows])
+        return None
+    if offset is None:
+        return found.clone()
+    moved_rows = _moved_rows(module)
+    plain = (found.double() - offset[rows]).to(found.dtype)
+    if moved is None or moved_rows is None:
+        return plain
+    if moved.shape != moved_rows.shape or moved.dtype != found.dtype:
+        raise InputError(f"{layer.name}: the header's record of its bias has another size", where=layer.name)
+    plain[moved_rows] = moved
+    if not _same((plain.double() + offset[rows]).to(found.dtype), found):
+        raise InputError(
+            f"{module.name}: bias is not the one that the header records, moved by the runtime's shift",
+            where=module.name,
+            hint="the biases of two modules may have been swapped, or the file was changed",
+        )
+    return plain
+
+
+def _require_only_offset(module: StoredModule, bias: Tensor, offset: Tensor | None) -> None:
+    """A bias that no layer has is zero, or what the runtime's shift makes of zero."""
+    expected = torch.zeros_like(bias) if offset is None else offset.to(bias.dtype)
+    if not bool((bias == expected).all()):
+        raise InputError(
+            f"{module.name}: bias is not zero, though the model's layer has none here", where=module.name
+        )
+
+
+# ---------------------------------------------------------------------------------------------------- tensors
+
+
+def _reordered(solution: LayerSolution, indices: Tensor | None) -> LayerSolution:
+    """The rows in another order."""
+    if indices is None:
+        return solution
+
+    def moved(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else _take(tensor, indices)
+
+    match solution:
+        case W4A4Solution(outer=outer):
+            return replace(
+                solution,
+                up=_take(solution.up, indices),
+                codes=_take(solution.codes, indices),
+                scales=_take(solution.scales, indices),
+                outer=outer if outer is None or outer.numel() == 1 else _take(outer, indices),
+                bias=moved(solution.bias),
+            )
+        case W4A16Solution():
+            return replace(
+                solution,
+                codes=_take(solution.codes, indices),
+                scales=_take(solution.scales, indices),
+                zeros=_take(solution.zeros, indices),
+                bias=moved(solution.bias),
+            )
+
+
+def _indices(module: StoredModule) -> Tensor | None:
+    """Which stacked row each stored row is."""
+    sources = row_sources(module.order, module.plan.linear.out_features)
+    return None if sources is None else torch.tensor(sources)
+
+
+def _inverse(indices: Tensor) -> Tensor:
+    return torch.argsort(indices)
+
+
+def _take(tensor: Tensor, indices: Tensor) -> Tensor:
+    """`tensor[indices]`, also for float8, which torch can't index on a CPU."""
+    if tensor.dtype == torch.float8_e4m3fn:
+        return tensor.view(torch.uint8)[indices].view(tensor.dtype)
+    return tensor[indices]
+
+
+def _cat(tensors: list[Tensor], *, dim: int = 0) -> Tensor:
+    """`torch.cat`, also for float8."""
+    if tensors[0].dtype == torch.float8_e4m3fn:
+        return torch.cat([tensor.view(torch.uint8) for tensor in tensors], dim).view(tensors[0].dtype)
+    return torch.cat(tensors, dim)
+
+
+def _block_diagonal(blocks: list[Tensor]) -> Tensor:
+    """The blocks along the diagonal, zeros elsewhere."""
+    rows, columns = sum(block.shape[0] for block in blocks), sum(block.shape[1] for block in blocks)
+    joined = blocks[0].new_zeros(rows, columns)
+    row = column = 0
+    for block in blocks:
+        joined[row : row + block.shape[0], column : column + block.shape[1]] = block
+        row, column = row + block.shape[0], column + block.shape[1]
+    return joined
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    """The same bits."""
+    if a is None or b is None:
+        return a is b
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+def _not_together(module: StoredModule, a: W4A4Solution, b: W4A4Solution, what: str) -> UsageError:
+    return UsageError(
+        f"{module.name} stores {a.plan.name} and {b.plan.name} as one matrix, and their {what} differ",
+        hint="quantize the model again: svdq solves layers with one input together",
+        where=b.plan.name,
+        kind="not-exact",
+    )
+
+
+def _w4a4(solution: LayerSolution) -> W4A4Solution:
+    if not isinstance(solution, W4A4Solution):
+        raise ValueError(f"{solution.plan.name} is no W4A4 layer")
+    return solution
+
+
+def _w4a16(solution: LayerSolution) -> W4A16Solution:
+    if not isinstance(solution, W4A16Solution):
+        raise ValueError(f"{solution.plan.name} is no W4A16 layer")
+    return solution

@@ -1,0 +1,383 @@
+"""Which modules a file holds, and which layers of the model each of them holds: a family's layout met a plan.
+
+A stored module is one layer under its own name, several stacked by rows (a fused q, k, v), or some columns of one. All
+of it is known before a number is: `assembly` moves the numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from svdq_cli.errors import InputError, UsageError
+from svdq_cli.families.layouts import layout_of
+from svdq_cli.families.layouts.layout import (
+    STACKED,
+    BlockLayout,
+    HalvesSwapped,
+    Interleaved,
+    KeptRule,
+    KeysAndValuesByHead,
+    ModelLayout,
+    ModuleRule,
+    RowOrder,
+)
+from svdq_cli.formats.contract import PLAIN, Format, Traits
+from svdq_cli.records import Int4, LayerPlan, Linear, W4A4Plan, W4A16Plan
+
+TILE = 128  # rows and columns of the padded matrices that the engine reads
+
+
+@dataclass(frozen=True, slots=True)
+class StoredModule:
+    """One quantized module of a file and the layers whose numbers it holds."""
+
+    plan: LayerPlan  # under its stored name: its sizes, precision and rank in the file
+    branches: tuple[tuple[LayerPlan, ...], ...]  # by shared down projection, in the order of their rows
+    order: RowOrder = STACKED
+    columns: tuple[int, int] | None = None  # of the layer's columns; None for all
+    carries_bias: bool = True  # False for all but the last part of a layer that is cut by columns
+    one_plus: tuple[int, ...] = ()  # blocks of `Interleaved` whose bias is stored one larger
+    pads: bool = False
+    traits: Traits = PLAIN
+
+    @property
+    def name(self) -> str:
+        return self.plan.name
+
+    @property
+    def layers(self) -> tuple[LayerPlan, ...]:
+        return tuple(layer for branch in self.branches for layer in branch)
+
+    def rows_of(self, layer: LayerPlan) -> int:
+        """How many rows the layer has in this module, padding included."""
+        rows = layer.linear.out_features
+        return _padded(rows) if self.pads else rows
+
+
+@dataclass(frozen=True, slots=True)
+class KeptTensor:
+    """A stored 16-bit tensor: the model's tensors under one another, their rows in `order`."""
+
+    sources: tuple[str, ...]
+    order: RowOrder = STACKED
+
+
+@dataclass(frozen=True, slots=True)
+class FileLayout:
+    """Everything a file holds."""
+
+    modules: tuple[StoredModule, ...]
+    kept: Mapping[str, KeptTensor]  # by stored name
+
+    @property
+    def layers(self) -> tuple[LayerPlan, ...]:
+        """The layers of the model that the file holds in 4 bits, each once."""
+        return tuple({layer.name: layer for module in self.modules for layer in module.layers}.values())
+
+    def parts_of(self, layer: str) -> tuple[StoredModule, ...]:
+        """The modules that hold a layer, in the order of its columns."""
+        return tuple(m for m in self.modules if any(plan.name == layer for plan in m.layers))
+
+
+def known_layout(fmt: Format, family: str) -> ModelLayout | None:
+    """The family's layout in a format, None where the format keeps diffusers' modules. UsageError without one."""
+    return None if fmt.own_names else layout_of(family, fmt.name)
+
+
+def lay_out(
+    fmt: Format,
+    layout: ModelLayout | None,
+    layers: tuple[LayerPlan, ...],
+    state: Mapping[str, tuple[int, ...]],
+) -> FileLayout:
+    """The file of a plan. `state`: the model's tensors, name to shape.
+
+    Raises UsageError for what the format has no place for; a format that mixes keeps such layers at 16 bits instead.
+    """
+    planned = {layer.name: layer for layer in layers}
+    if layout is None:
+        own = tuple(StoredModule(layer, ((layer,),)) for layer in layers if fmt.objection(layer) is None)
+        names = {module.name for module in own}
+        return FileLayout(own, {n: KeptTensor((n,)) for n in state if _module_of(n) not in names})
+    modules: list[StoredModule] = []
+    kept: dict[str, KeptTensor] = {}
+    for block, stored_prefix, prefix in _blocks(layout, state):
+        for rule in block.modules:
+            module = _module(fmt, layout, rule, stored_prefix, prefix, planned, state)
+            if module is not None:
+                modules.append(module)
+            else:
+                kept |= _kept_module(rule, stored_prefix, prefix, state)
+        kept |= _kept_rules(block.kept, f"{stored_prefix}.", f"{prefix}.", state)
+    kept |= _kept_rules(layout.kept, "", "", state)
+    quantized = {layer.name for module in modules for layer in module.layers}
+    spoken = {name for tensor in kept.values() for name in tensor.sources}
+    rest = [name for name in state if name not in spoken and _module_of(name) not in quantized]
+    if rest and layout.names_all:
+        raise UsageError(
+            f"{fmt.name} has no name for {len(rest)} tensors of this model, the first is {rest[0]}",
+            hint="the model is a variant that this format's runtime does not know; nunchaku-lite holds it",
+            where=rest[0],
+        )
+    kept |= {name: KeptTensor((name,)) for name in rest}
+    return FileLayout(tuple(modules), {n: t for n, t in kept.items() if _at_16_bits(t, quantized)})
+
+
+def layers_in_file(
+    layout: ModelLayout | None,
+    stored: tuple[LayerPlan, ...],
+    linears: Mapping[str, Linear],
+    state: Mapping[str, tuple[int, ...]],
+    ranks: Mapping[str, int],
+) -> tuple[LayerPlan, ...]:
+    """The model's layers behind the stored modules of a file, in the order of `linears`: the inverse of `lay_out`.
+
+    `ranks`: those of single layers, where the file says them. InputError for a module that no rule speaks of.
+    """
+    if layout is None:
+        return stored
+    modules = {plan.name: plan for plan in stored}
+    found: dict[str, LayerPlan] = {}
+    for block, stored_prefix, prefix in _blocks(layout, state):
+        for rule in block.modules:
+            plan = modules.pop(f"{stored_prefix}.{rule.stored}", None)
+            if plan is None:
+                continue
+            for layer in rule.layers:
+                name = f"{prefix}.{layer}"
+                if name not in linears:
+                    raise InputError(f"{plan.name}: the model has no layer {name}", where=plan.name)
+                found[name] = _source_plan(linears[name], plan, rule, ranks, found.get(name))
+    if modules:
+        name = next(iter(modules))
+        raise InputError(
+            f"{name}: no module of this model is stored under that name",
+            hint="the file belongs to another model, or its config does",
+            where=name,
+        )
+    return tuple(found[name] for name in linears if name in found)
+
+
+def _source_plan(
+    linear: Linear, stored: LayerPlan, rule: ModuleRule, ranks: Mapping[str, int], other: LayerPlan | None
+) -> LayerPlan:
+    """The plan of one layer in a stored module; `other` is what an earlier part of its columns said."""
+    if isinstance(stored, W4A16Plan):
+        return W4A16Plan(linear)
+    # Parts that others solved apart have branches of their own; together they are one of all their ranks.
+    rank = stored.rank // len(rule.branches) + (other.rank if isinstance(other, W4A4Plan) else 0)
+    return W4A4Plan(linear, stored.precision, ranks.get(linear.name, rank))
+
+
+# ---------------------------------------------------------------------------------------------------- rules
+
+
+def _blocks(
+    layout: ModelLayout, state: Mapping[str, tuple[int, ...]]
+) -> Iterator[tuple[BlockLayout, str, str]]:
+    """Every block with its prefix in the file and in the model."""
+    for block in layout.blocks:
+        start = tuple(block.stack.split("."))
+        for prefix in dict.fromkeys(_block_prefix(name, start) for name in state):
+            if prefix is not None:
+                yield block, _stored_prefix(block, prefix), prefix
+
+
+def _block_prefix(name: str, stack: tuple[str, ...]) -> str | None:
+    """ "transformer_blocks.3" for a tensor of that block, where `stack` is its list; "*" stands for any one name."""
+    parts = name.split(".")
+    depth = len(stack)
+    if len(parts) <= depth or not parts[depth].isdigit():
+        return None
+    if any(wanted not in ("*", part) for wanted, part in zip(stack, parts, strict=False)):
+        return None
+    return ".".join(parts[: depth + 1])
+
+
+def _stored_prefix(block: BlockLayout, prefix: str) -> str:
+    return prefix if block.stored == block.stack else f"{block.stored}.{prefix.rsplit('.', 1)[1]}"
+
+
+def _module(
+    fmt: Format,
+    layout: ModelLayout,
+    rule: ModuleRule,
+    stored_prefix: str,
+    prefix: str,
+    planned: Mapping[str, LayerPlan],
+    state: Mapping[str, tuple[int, ...]],
+) -> StoredModule | None:
+    """The stored module of a rule in one block; None where it stays at 16 bits."""
+    names = tuple(tuple(f"{prefix}.{layer}" for layer in branch) for branch in rule.branches)
+    flat = [name for branch in names for name in branch]
+    if not any(f"{name}.weight" in state for name in flat):
+        return None
+    stored = f"{stored_prefix}.{rule.stored}"
+    missing = [name for name in flat if name not in planned]
+    if missing:
+        if not fmt.mixes:
+            raise UsageError(
+                f"{fmt.name} stores {stored} in 4 bits, and {missing[0]} stays at 16",
+                hint="quantize it, or choose a format that mixes, such as nunchaku-lite",
+                where=missing[0],
+            )
+        return None
+    branches = tuple(tuple(planned[name] for name in branch) for branch in names)
+    columns, last = _columns(rule, prefix, state)
+    module = _sized(fmt, layout, rule, stored, branches, columns, last)
+    if reason := fmt.objection(module.plan):
+        if fmt.mixes:
+            return None
+        raise UsageError(
+            f"{fmt.name} can't hold {stored} ({', '.join(flat)}): {reason}",
+            hint="choose a format that mixes 4-bit and 16-bit layers, such as nunchaku-lite",
+            where=flat[0],
+        )
+    return module
+
+
+def _columns(
+    rule: ModuleRule, prefix: str, state: Mapping[str, tuple[int, ...]]
+) -> tuple[tuple[int, int] | None, bool]:
+    """The columns a rule takes, and whether they are the layer's last."""
+    if rule.columns is None:
+        return None, True
+    widths = [state[f"{prefix}.{layer}.weight"][0] for layer in rule.columns.fed_by]
+    start = sum(widths[: rule.columns.index])
+    return (start, start + widths[rule.columns.index]), rule.columns.index == len(widths) - 1
+
+
+def _sized(
+    fmt: Format,
+    layout: ModelLayout,
+    rule: ModuleRule,
+    stored: str,
+    branches: tuple[tuple[LayerPlan, ...], ...],
+    columns: tuple[int, int] | None,
+    last: bool,
+) -> StoredModule:
+    """The module with its plan: stacked rows, joined ranks, padded sizes, and whether it has a bias."""
+    layers = tuple(layer for branch in branches for layer in branch)
+    first = layers[0]
+    unsigned = (
+        isinstance(first, W4A4Plan)
+        and isinstance(first.precision, Int4)
+        and rule.after_gelu
+        and fmt.unsigned_after_gelu
+    )
+    quantized_activation = isinstance(first, W4A4Plan)
+    traits = Traits(
+        row_scales=layout.row_scales or len(layers) > 1,
+        unsigned=unsigned,
+        engine_names=layout.dialect == "engine",
+    )
+    pads = layout.pads and quantized_activation
+    rows = [_padded(p.linear.out_features) if pads else p.linear.out_features for p in layers]
+    width = first.linear.in_features if columns is None else columns[1] - columns[0]
+    own_bias = last and any(layer.linear.bias for layer in layers)
+    bias = own_bias or unsigned or bool(rule.one_plus) or (layout.always_bias and quantized_activation)
+    linear = Linear(stored, _padded(width) if pads else width, sum(rows), bias)
+    one_plus = rule.one_plus if isinstance(first, W4A16Plan) else ()
+    return StoredModule(
+        plan=_stored_plan(linear, branches),
+        branches=branches,
+        order=rule.order,
+        columns=columns,
+        carries_bias=last,
+        one_plus=one_plus,
+        pads=pads,
+        traits=traits,
+    )
+
+
+def _stored_plan(linear: Linear, branches: tuple[tuple[LayerPlan, ...], ...]) -> LayerPlan:
+    """Branches with down projections of their own are stored as one of all their ranks."""
+    ranks: list[int] = []
+    first = branches[0][0]
+    if isinstance(first, W4A16Plan):
+        return replace(first, linear=linear)
+    for branch in branches:
+        for layer in branch:
+            if not isinstance(layer, W4A4Plan) or layer.precision != first.precision:
+                raise UsageError(
+                    f"{layer.name} and {first.name} are one module in this format and need one precision",
+                    where=layer.name,
+                )
+            if isinstance(branch[0], W4A4Plan) and layer.rank != branch[0].rank:
+                raise UsageError(
+                    f"{layer.name} and {branch[0].name} share one down projection and need one rank",
+                    where=layer.name,
+                )
+        ranks.append(branch[0].rank if isinstance(branch[0], W4A4Plan) else 0)
+    return W4A4Plan(linear, first.precision, sum(ranks))
+
+
+def _kept_module(
+    rule: ModuleRule, stored_prefix: str, prefix: str, state: Mapping[str, tuple[int, ...]]
+) -> dict[str, KeptTensor]:
+    """A module that stays at 16 bits, weights and biases stacked as its codes would be."""
+    found: dict[str, KeptTensor] = {}
+    for kind in ("weight", "bias"):
+        sources = tuple(f"{prefix}.{layer}.{kind}" for layer in rule.layers)
+        present = [name for name in sources if name in state]
+        if present and len(present) < len(sources):
+            raise UsageError(f"{present[0]}: only some of the layers of {rule.stored} have a {kind}")
+        if present:
+            found[f"{stored_prefix}.{rule.stored}.{kind}"] = KeptTensor(sources, rule.order)
+    return found
+
+
+def _kept_rules(
+    rules: tuple[KeptRule, ...], stored_prefix: str, prefix: str, state: Mapping[str, tuple[int, ...]]
+) -> dict[str, KeptTensor]:
+    """Renamed tensors. A model without them (no guidance, no bias) has no use for the rule."""
+    found: dict[str, KeptTensor] = {}
+    for rule in rules:
+        sources = tuple(prefix + name for name in rule.sources)
+        if all(name in state for name in sources):
+            found[stored_prefix + rule.stored] = KeptTensor(sources, rule.order)
+    return found
+
+
+def _at_16_bits(tensor: KeptTensor, quantized: set[str]) -> bool:
+    return not any(_module_of(name) in quantized for name in tensor.sources)
+
+
+def _module_of(tensor: str) -> str:
+    return tensor.removesuffix(".weight").removesuffix(".bias")
+
+
+def _padded(size: int) -> int:
+    return -(-size // TILE) * TILE
+
+
+# ---------------------------------------------------------------------------------------------------- row orders
+
+
+def row_sources(order: RowOrder, rows: int) -> list[int] | None:
+    """Which stacked row each stored row is; None where none moves. ValueError where the rows do not divide."""
+    match order:
+        case Interleaved(parts=parts) if parts > 1:
+            size = _divided(rows, parts)
+            return [part * size + row for row in range(size) for part in range(parts)]
+        case HalvesSwapped():
+            half = _divided(rows, 2)
+            return [*range(half, rows), *range(half)]
+        case KeysAndValuesByHead(width=width):
+            size = _divided(rows, 3)
+            heads = range(0, size, width) if size % width == 0 else None
+            if heads is None:
+                raise ValueError(f"{size} keys do not divide into heads of {width}")
+            pairs = (
+                start + offset + row for offset in heads for start in (size, 2 * size) for row in range(width)
+            )
+            return [*range(size), *pairs]
+        case _:
+            return None
+
+
+def _divided(rows: int, parts: int) -> int:
+    if rows % parts:
+        raise ValueError(f"{rows} rows do not divide into {parts} parts")
+    return rows // parts

@@ -1,0 +1,293 @@
+"""Checkpoints are written whole or not at all: a folder for diffusers, or one file for the runtimes that read one."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import cast
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
+from torch import Tensor
+
+from svdq_cli.checkpoint import PROVENANCE
+from svdq_cli.errors import OutOfResourcesError, UsageError
+from svdq_cli.families.layouts.layout import ModelLayout
+from svdq_cli.formats.assembly import join_layers, kept_tensor, moved_biases
+from svdq_cli.formats.contract import Format
+from svdq_cli.formats.headers import BIASES, CONFIG, FORMAT, RANKS, as_text, biases_text
+from svdq_cli.formats.modules import FileLayout, known_layout, lay_out
+from svdq_cli.plan import restricted
+from svdq_cli.records import LayerSolution, ModelPlan
+from svdq_cli.source import read_json
+
+WEIGHT_FILE = "diffusion_pytorch_model.safetensors"
+REPORT_FILE = "svdq_report.json"
+# Other frameworks' and pickled copies of weights that a hub folder may hold beside its safetensors.
+_NOT_COPIED = shutil.ignore_patterns(
+    "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.msgpack", "*.h5", "*.onnx*"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One file to write: its format, and what becomes of the model in it."""
+
+    format: Format
+    layout: ModelLayout | None
+    file: FileLayout
+    plan: ModelPlan  # of the model's layers, as far as this file holds them in 4 bits
+    dtype: torch.dtype  # of everything that is stored in 16 bits
+
+    @property
+    def stored_plan(self) -> ModelPlan:
+        """The plan as the format sees it: its stored modules."""
+        return replace(self.plan, layers=tuple(module.plan for module in self.file.modules))
+
+    def metadata(self) -> dict[str, object]:
+        """What tells the runtime what is quantized. UsageError where the format can't say it."""
+        return self.format.metadata(self.stored_plan, self.dtype)
+
+    def bytes(self, state: Mapping[str, tuple[int, ...]]) -> int:
+        """The tensors' bytes, before any of them exists. `state`: the model's tensors, name to shape."""
+        packed = sum(
+            spec.bytes
+            for module in self.file.modules
+            for spec in self.format.tensor_specs(module.plan, self.dtype, module.traits).values()
+        )
+        kept = sum(
+            torch.Size(state[name]).numel() for tensor in self.file.kept.values() for name in tensor.sources
+        )
+        return packed + kept * self.dtype.itemsize
+
+
+def target_of(
+    fmt: Format, plan: ModelPlan, state: Mapping[str, tuple[int, ...]], dtype: torch.dtype
+) -> Target:
+    """What becomes of a plan in a format. UsageError where the format can't hold or say it.
+
+    `state`: the model's tensors, name to shape. Layers without a 4-bit module in the file stay at 16 bits.
+    """
+    for layer in plan.w4a4:
+        if layer.precision not in fmt.precisions:
+            raise UsageError(
+                f"{fmt.name} stores {' or '.join(p.name for p in fmt.precisions)}, not {layer.precision.name}",
+                hint=f"use --precision {fmt.precisions[0].name}, or another format",
+                where="quantization.precision",
+            )
+    layout = known_layout(fmt, plan.family)
+    file = lay_out(fmt, layout, plan.layers, state)
+    held = {layer.name for layer in file.layers}
+    target = Target(fmt, layout, file, restricted(plan, held), dtype)
+    target.metadata()  # refuses now what the format could not say at the end
+    return target
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """The numbers of a checkpoint, by the model's own names, and what is said of their making."""
+
+    config: Mapping[str, object]  # the model's, without any quantization
+    solutions: Mapping[str, LayerSolution]
+    kept: Callable[[str], Tensor]  # reads a tensor that is stored at 16 bit
+    provenance: Mapping[str, object] | None
+
+
+def report_path(output: Path, fmt: Format) -> Path:
+    """Where the report of an output lies: in a folder, or beside a file."""
+    return output.with_name(f"{output.name}.report.json") if fmt.single_file else output / REPORT_FILE
+
+
+def write_target(
+    path: Path, target: Target, contents: Contents, *, pipeline: Path | None, component: str
+) -> Path:
+    """Write one output to `path`: the pipeline's folder with its component quantized (or that component's alone,
+    without a pipeline), or a single file. Returns the weight file's path. The bytes depend on the arguments alone.
+    """
+    if target.format.single_file:
+        return _write_file(path, target, contents)
+    path.mkdir(parents=True, exist_ok=True)
+    folder = path / component if pipeline else path
+    if pipeline:
+        _copy_pipeline(pipeline, path, skip=component)
+    return _write_component(folder, target, contents)
+
+
+def _write_component(folder: Path, target: Target, contents: Contents) -> Path:
+    folder.mkdir(exist_ok=True)
+    config = {**_with_class(target, contents), "quantization_config": target.metadata()}
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    _save(folder / WEIGHT_FILE, target, contents, {})
+    return folder / WEIGHT_FILE
+
+
+def _write_file(path: Path, target: Target, contents: Contents) -> Path:
+    fmt = target.format
+    config = _with_class(target, contents)
+    biases: dict[str, Tensor] = {}
+    for module in target.file.modules:
+        biases |= moved_biases(module, contents.solutions)
+    own = {
+        CONFIG: config,
+        FORMAT: fmt.name,
+        RANKS: {layer.name: layer.rank for layer in target.plan.w4a4},
+        BIASES: biases_text(biases),
+    }
+    metadata = {**fmt.model_metadata(target.layout, config), **target.metadata(), **own}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _save(path, target, contents, as_text(metadata))
+    return path
+
+
+def _with_class(target: Target, contents: Contents) -> dict[str, object]:
+    config = {key: value for key, value in contents.config.items() if key != "quantization_config"}
+    config.setdefault("_class_name", target.plan.model_class)
+    return config
+
+
+def _save(path: Path, target: Target, contents: Contents, metadata: Mapping[str, str]) -> None:
+    tensors: dict[str, Tensor] = {}
+    for module in target.file.modules:
+        stored = target.format.encode(join_layers(module, contents.solutions), module.traits)
+        tensors |= {f"{module.name}.{suffix}": tensor.contiguous() for suffix, tensor in stored.items()}
+    for name, kept in target.file.kept.items():
+        parts = [contents.kept(source).to(target.dtype) for source in kept.sources]
+        tensors[name] = kept_tensor(kept, parts).contiguous()
+    said = {"format": "pt", **metadata}
+    if contents.provenance is not None:
+        said[PROVENANCE] = json.dumps(contents.provenance, sort_keys=True)
+    save_file(tensors, path, metadata=said)
+    _sort_metadata(path)
+
+
+# ---------------------------------------------------------------------------------------------------- whole or nothing
+
+
+def refuse_existing(path: Path, *, overwrite: bool) -> None:
+    """Raises UsageError when the output is there already, before any work is done."""
+    if path.exists() and not overwrite:
+        raise UsageError(
+            f"{path}: the output exists already",
+            hint="choose another name with -o, or give --overwrite to replace it",
+            where=str(path),
+            kind="output-exists",
+        )
+
+
+def require_disk(path: Path, needed: int) -> None:
+    """Raises OutOfResourcesError when the disk can't hold `needed` more bytes."""
+    parent = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise OutOfResourcesError(
+            f"{path}: needs {needed / 1e6:.1f} MB, the disk has {free / 1e6:.1f} MB left",
+            hint="free some space, or write to another disk with -o",
+            where=str(path),
+            kind="disk-full",
+        )
+
+
+@contextmanager
+def whole_output(path: Path, *, overwrite: bool) -> Generator[Path, None, None]:
+    """A file or folder that appears at `path` complete or not at all.
+
+    Yields a partial path beside it, where nothing is yet; what stands there at the end is renamed. Whatever happens
+    inside, nothing is left under the final name but a whole output (or the old one).
+    """
+    refuse_existing(path, overwrite=overwrite)
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    _remove(partial)
+    try:
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield partial
+            _sync(partial)
+            if path.exists():
+                old = path.with_name(f".{path.name}.old-{os.getpid()}")
+                path.rename(old)
+                partial.rename(path)
+                _remove(old)
+            else:
+                partial.rename(path)
+    finally:
+        _remove(partial)
+
+
+@contextmanager
+def whole_folder(path: Path, *, overwrite: bool) -> Generator[Path, None, None]:
+    """`whole_output` for a folder, which is there already when it is yielded."""
+    with whole_output(path, overwrite=overwrite) as partial:
+        partial.mkdir()
+        yield partial
+
+
+@contextmanager
+def disk_errors(path: Path) -> Generator[None, None, None]:
+    """Turn the system's disk errors into svdq's, naming the output and the cure."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        number = getattr(error, "errno", None)
+        if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+            raise OutOfResourcesError(
+                f"{path}: the disk is full",
+                hint="free some space, or write to another disk with -o; nothing was left under the final name",
+                where=str(path),
+                kind="disk-full",
+            ) from error
+        if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+            raise UsageError(
+                f"{path}: can't write there: {error.strerror}",  # type: ignore[union-attr]
+                hint="choose a folder you may write to with -o",
+                where=str(path),
+            ) from error
+        raise
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the header's metadata in order: safetensors writes a hash map, whose order changes from run to run."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = cast("dict[str, object]", json.loads(file.read(length)))
+        kept = cast("dict[str, str]", header.pop("__metadata__", {}))
+        ordered = {"__metadata__": dict(sorted(kept.items())), **header}
+        text = json.dumps(ordered, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) > length:
+            raise ValueError(
+                f"{path}: the header grew from {length} to {len(text)} bytes when it was put in order"
+            )
+        file.seek(8)
+        file.write(text.ljust(length))  # the format allows trailing spaces
+
+
+def _copy_pipeline(source: Path, target: Path, *, skip: str) -> None:
+    """Copy the other components. The source's README stays behind: it describes another model."""
+    index = read_json(source / "model_index.json")
+    shutil.copyfile(source / "model_index.json", target / "model_index.json")
+    for name in index:
+        if name != skip and not name.startswith("_") and (source / name).is_dir():
+            shutil.copytree(source / name, target / name, ignore=_NOT_COPIED, copy_function=shutil.copyfile)
+    for text in source.glob("LICENSE*"):
+        shutil.copyfile(text, target / text.name)
+
+
+def _sync(path: Path) -> None:
+    """Force every file to the disk before the rename makes it visible."""
+    for file in [path, *path.rglob("*")]:
+        if file.is_file():
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
