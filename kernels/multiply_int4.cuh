@@ -1,0 +1,126 @@
+// The 4-bit product of one step, int4: exact integer sums over a group of 64, then one float32 fma per group.
+#pragma once
+#include "gemm_tile.cuh"
+
+// Which instruction multiplies the codes (-D CODE_MMA). All give the same integers.
+#define MMA_S4_K32 0 // sm_75
+#define MMA_S4_K64 1 // sm_80, 86, 89
+#define MMA_S8_K32 2 // sm_80 and newer; the one for Hopper and Blackwell, which have no 4-bit integer unit
+
+// Sums start here: 1.5 * 2^23, whose last bit is 1. An int32 sum on top of these bits is the float 1.5 * 2^23 + sum, so
+// that one subtraction converts it (int-to-float conversions run at an eighth of that rate on sm_75 and sm_80).
+constexpr int SUM_START = 0x4b400000;
+constexpr float SUM_START_VALUE = 12582912.0f;
+// The largest sum, 64 * 15 * 8 codes (times 256 where both sides stand in the upper half of a byte), is below 2^22.
+constexpr float SUM_UNIT = CODE_MMA == MMA_S8_K32 ? 1.0f / 256.0f : 1.0f;
+
+#if CODE_MMA == MMA_S8_K32
+// Codes as the upper halves of bytes: 16 times their value, signed or not. The even and the odd codes of a word make
+// two words; k is permuted, equally on both sides.
+struct RowCodes {
+    u32 words[2][4]; // [half of the group]
+};
+struct ColumnCodes {
+    u32 words[2][2];
+};
+
+__device__ __forceinline__ u32 even_codes(u32 codes) { return (codes << 4) & 0xf0f0f0f0u; }
+__device__ __forceinline__ u32 odd_codes(u32 codes) { return codes & 0xf0f0f0f0u; }
+
+__device__ __forceinline__ RowCodes row_codes(const uint4& c)
+{
+    return {{{even_codes(c.x), even_codes(c.y), odd_codes(c.x), odd_codes(c.y)},
+             {even_codes(c.z), even_codes(c.w), odd_codes(c.z), odd_codes(c.w)}}};
+}
+
+__device__ __forceinline__ ColumnCodes column_codes(u32 first, u32 second)
+{
+    return {{{even_codes(first), odd_codes(first)}, {even_codes(second), odd_codes(second)}}};
+}
+
+__device__ __forceinline__ void multiply_codes(int (&sum)[4], const RowCodes& a, const ColumnCodes& b)
+{
+    const int start[4] = {SUM_START, SUM_START, SUM_START, SUM_START};
+    mma_s8_k32<CODES_UNSIGNED>(sum, a.words[0], b.words[0], start);
+    mma_s8_k32<CODES_UNSIGNED>(sum, a.words[1], b.words[1], sum);
+}
+
+#else
+struct RowCodes {
+    u32 words[4];
+};
+struct ColumnCodes {
+    u32 words[2];
+};
+
+__device__ __forceinline__ RowCodes row_codes(const uint4& c) { return {{c.x, c.y, c.z, c.w}}; }
+__device__ __forceinline__ ColumnCodes column_codes(u32 first, u32 second) { return {{first, second}}; }
+
+__device__ __forceinline__ void multiply_codes(int (&sum)[4], const RowCodes& a, const ColumnCodes& b)
+{
+#if CODE_MMA == MMA_S4_K64
+    const int start[4] = {SUM_START, SUM_START, SUM_START, SUM_START};
+    mma_s4_k64<CODES_UNSIGNED>(sum, a.words, b.words, start);
+#else
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        sum[2 * r] = sum[2 * r + 1] = SUM_START;
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+            mma_s4_k32<CODES_UNSIGNED>(sum[2 * r], sum[2 * r + 1], a.words[2 * half + r], b.words[half]);
+    }
+#endif
+}
+#endif
+
+// Scales of a lane's rows g + 8 i, times the unit of the sums.
+__device__ __forceinline__ void load_row_scales(float (&scales)[4], const Scale* block, int lane)
+{
+    const uint2 four = *reinterpret_cast<const uint2*>(block + 4 * (lane / 4));
+    scales[0] = low_float(four.x) * SUM_UNIT, scales[1] = high_float(four.x) * SUM_UNIT;
+    scales[2] = low_float(four.y) * SUM_UNIT, scales[3] = high_float(four.y) * SUM_UNIT;
+}
+
+// Scales of a lane's columns of C: 8 n + 2 t, + 1 at [n], as a pair of 16-bit floats.
+__device__ __forceinline__ void load_column_scales(u32 (&scales)[8], const Scale* block, int lane)
+{
+    const uint4* at = reinterpret_cast<const uint4*>(block + 16 * (lane % 4));
+#pragma unroll
+    for (int n = 0; n < 8; ++n)
+        scales[n] = word(at[n / 4], n % 4);
+}
+
+// acc = fma(sum over the group, row scale * column scale, acc). Products of bfloat16 scales are exact in float32.
+__device__ __forceinline__ void multiply_group(WarpTile& acc, const Operands& at, int lane)
+{
+    RowCodes rows[2];
+    float row_scales[4];
+    u32 column_scales[8];
+#pragma unroll
+    for (int m = 0; m < 2; ++m)
+        rows[m] = row_codes(at.rows[m * LANES + lane]);
+    load_row_scales(row_scales, at.row_scales, lane);
+    load_column_scales(column_scales, at.column_scales, lane);
+#pragma unroll
+    for (int pair = 0; pair < 4; ++pair) {
+        const uint4 codes = at.columns[pair * LANES + lane];
+#pragma unroll
+        for (int n = 2 * pair; n < 2 * pair + 2; ++n) {
+            const ColumnCodes columns = n % 2 ? column_codes(codes.z, codes.w) : column_codes(codes.x, codes.y);
+            const float scales[2] = {low_float(column_scales[n]), high_float(column_scales[n])};
+#pragma unroll
+            for (int m = 0; m < 2; ++m) {
+                int sum[4];
+                multiply_codes(sum, rows[m], columns);
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const float exact = __int_as_float(sum[i]) - SUM_START_VALUE;
+                    acc[m][n][i] = fmaf(exact, row_scales[2 * m + i / 2] * scales[i % 2], acc[m][n][i]);
+                }
+            }
+        }
+    }
+}
+
+// int4 has no outer scale.
+__device__ __forceinline__ void finish_product(WarpTile&, const float*, int) {}

@@ -1,0 +1,37 @@
+// The 4-bit product of one step, nvfp4, with the block-scaled mma of sm_120a: codes and scales go in as they are.
+// Compiles; never run on hardware.
+#pragma once
+#include "gemm_tile.cuh"
+
+#if !HAS_MXF4
+#error "multiply_mxf4 needs a target with mxf4nvf4 mma: compile for sm_120a"
+#endif
+
+__device__ __forceinline__ void multiply_group(WarpTile& acc, const Operands& at, int lane)
+{
+    const uint4 row_scales = *reinterpret_cast<const uint4*>(at.row_scales + 4 * (lane / 4));
+    const uint4* column_scales = reinterpret_cast<const uint4*>(at.column_scales + 8 * (lane / 4));
+    const bool lower = lane % 2; // lane t = 0 gives the scales of row g, lane t = 1 those of row g + 8
+    u32 a[2][4];
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+        const uint4 codes = at.rows[m * LANES + lane];
+        a[m][0] = codes.x, a[m][1] = codes.y, a[m][2] = codes.z, a[m][3] = codes.w;
+    }
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+        const uint4 codes = at.columns[n / 2 * LANES + lane];
+        const u32 b[2] = {word(codes, n % 2 * 2), word(codes, n % 2 * 2 + 1)};
+#pragma unroll
+        for (int m = 0; m < 2; ++m) {
+            const u32 upper_scales = word(row_scales, 2 * m), lower_scales = word(row_scales, 2 * m + 1);
+            mma_mxf4(acc[m][n], a[m], b, lower ? lower_scales : upper_scales, word(column_scales[n / 4], n % 4));
+        }
+    }
+}
+
+// The outer scale of every column, `outer` at the warp's first one.
+__device__ __forceinline__ void finish_product(WarpTile& acc, const float* outer, int lane)
+{
+    scale_columns(acc, outer, 1.0f, lane);
+}

@@ -1,0 +1,133 @@
+"""A kernel of `kernels/` as machine code, from a cache in the user's folder or compiled now."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from svdq_cli.gpu import nvrtc
+from svdq_cli.resources import data_root
+
+_OPTIONS = ("--std=c++17", "--ptxas-options=-v")
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One kernel with its compile-time constants: the file `kernels/<kernel>.cu`, whose entry has the same name."""
+
+    kernel: str
+    defines: tuple[tuple[str, int], ...]
+
+    @property
+    def label(self) -> str:
+        return " ".join((self.kernel, *(f"{name}={value}" for name, value in self.defines)))
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What the assembler reports of one kernel."""
+
+    registers: int
+    spill_bytes: int
+    stack_bytes: int
+    shared_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cubin:
+    path: Path
+    usage: Usage
+
+
+def compile_variant(variant: Variant, target: str, *, cache: Path | None = None) -> Cubin:
+    """The machine code of `variant` for `target` ("sm_90a"), compiled unless the cache has it.
+
+    `cache` defaults to `cache_folder()`. Raises EnvironmentLacksError without NVRTC, nvrtc.CompileError for a source
+    that does not compile.
+    """
+    options = (
+        f"--gpu-architecture={target}",
+        *_OPTIONS,
+        *(f"-D{name}={value}" for name, value in variant.defines),
+    )
+    source, headers = read_source(variant.kernel), read_headers()
+    key = _key(source, headers, options)
+    path = (cache or cache_folder()) / f"{variant.kernel}-{target}-{key}.cubin"
+    facts = path.with_suffix(".json")
+    if not (path.is_file() and facts.is_file()):
+        compiled = nvrtc.compile_source(source, name=f"{variant.kernel}.cu", headers=headers, options=options)
+        usage = _usage(compiled.log)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write(path, compiled.cubin)
+        _write(facts, json.dumps(asdict(usage)).encode())
+    return Cubin(path, Usage(**json.loads(facts.read_text(encoding="utf-8"))))
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels are kept: $SVDQ_CACHE, or the platform's place for caches."""
+    if chosen := os.environ.get("SVDQ_CACHE"):
+        return Path(chosen) / "kernels"
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "svdq" / "kernels"
+
+
+@functools.cache
+def read_source(kernel: str) -> str:
+    return (data_root("kernels") / f"{kernel}.cu").read_text(encoding="utf-8")
+
+
+@functools.cache
+def read_headers() -> Mapping[str, str]:
+    """The shared parts, by the name they are included by."""
+    return {
+        path.name: path.read_text(encoding="utf-8") for path in sorted(data_root("kernels").glob("*.cuh"))
+    }
+
+
+def _key(source: str, headers: Mapping[str, str], options: tuple[str, ...]) -> str:
+    digest = hashlib.sha256()
+    for text in (
+        source,
+        *(part for pair in headers.items() for part in pair),
+        *options,
+        str(nvrtc.version()),
+    ):
+        digest.update(text.encode())
+        digest.update(b"\0")
+    return digest.hexdigest()[:24]
+
+
+def _usage(log: str) -> Usage:
+    """From the assembler's log: "0 bytes stack frame, 0 bytes spill stores, ...", "Used 40 registers, ..."."""
+
+    def number(pattern: str, *, missing: int | None = None) -> int:
+        found = re.findall(pattern, log)
+        if not found and missing is None:
+            raise RuntimeError(f"the assembler's log does not say {pattern!r}:\n{log}")
+        return sum(map(int, found)) if found else int(missing or 0)
+
+    return Usage(
+        registers=number(r"Used (\d+) registers"),
+        spill_bytes=number(r"(\d+) bytes spill (?:stores|loads)"),
+        stack_bytes=number(r"(\d+) bytes stack frame"),
+        shared_bytes=number(r"(\d+) bytes smem", missing=0),
+    )
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Whole or not at all: two processes may compile the same kernel."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.write_bytes(content)
+    os.replace(partial, path)

@@ -1,0 +1,117 @@
+"""NVIDIA's run-time compiler, by ctypes: CUDA C++ in, machine code out. Needs no driver, no GPU, no toolkit.
+
+Not through CuPy: it asks the driver for the architecture, and a plain sm_90 has no wgmma.
+Reference: NVRTC documentation, "User Interface".
+"""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import functools
+import importlib.util
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from svdq_cli.errors import EnvironmentLacksError
+
+LEAST_VERSION = (12, 8)  # the first that knows sm_120a
+
+
+class CompileError(Exception):
+    """NVRTC refused a source. The message is its log."""
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    cubin: bytes
+    log: str
+
+
+def compile_source(source: str, *, name: str, headers: Mapping[str, str], options: Sequence[str]) -> Compiled:
+    """Machine code of one file. `headers` by the name they are included by. Raises CompileError with NVRTC's log, and
+    EnvironmentLacksError without NVRTC."""
+    library = _library()
+    program = ctypes.c_void_p()
+    names = _strings(headers.keys())
+    _check(
+        library.nvrtcCreateProgram(
+            ctypes.byref(program),
+            source.encode(),
+            name.encode(),
+            len(names),
+            _strings(headers.values()),
+            names,
+        )
+    )
+    try:
+        status = library.nvrtcCompileProgram(program, len(options), _strings(options))
+        log = _fetch(library.nvrtcGetProgramLogSize, library.nvrtcGetProgramLog, program)
+        if status != 0:
+            raise CompileError(f"{name} with {' '.join(options)}:\n{_text(log)}")
+        return Compiled(_fetch(library.nvrtcGetCUBINSize, library.nvrtcGetCUBIN, program), _text(log))
+    finally:
+        library.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def version() -> tuple[int, int]:
+    """NVRTC's version. Raises EnvironmentLacksError where there is none."""
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    _check(_library().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)))
+    return major.value, minor.value
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    hint = 'install svdq with CUDA\'s libraries: pip install "svdq[cuda13]", or "svdq[cuda12]" for a CUDA 12 driver'
+    for path in _candidates():
+        try:
+            library = ctypes.CDLL(path)
+        except OSError:
+            continue
+        major, minor = ctypes.c_int(), ctypes.c_int()
+        library.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
+        if (major.value, minor.value) >= LEAST_VERSION:
+            return library
+        hint = f"{path} is version {major.value}.{minor.value}; upgrade nvidia-cuda-nvrtc"
+    wanted = ".".join(map(str, LEAST_VERSION))
+    raise EnvironmentLacksError(
+        f"NVRTC {wanted} or newer, the compiler of the CUDA kernels, is not here", hint=hint, kind="no-nvrtc"
+    )
+
+
+def _candidates() -> Iterator[str]:
+    """The wheels' libraries, newest CUDA first, then what the system finds."""
+    pattern = "bin/**/nvrtc64_*.dll" if sys.platform == "win32" else "lib/libnvrtc.so.*"
+    spec = importlib.util.find_spec("nvidia")
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        found = (path for path in Path(folder).glob(f"*/{pattern}") if "alt" not in path.name)
+        yield from (str(path) for path in sorted(found, key=lambda path: path.name, reverse=True))
+    if system := ctypes.util.find_library("nvrtc"):
+        yield system
+
+
+def _strings(texts: Iterable[str]) -> ctypes.Array[ctypes.c_char_p]:
+    encoded = [text.encode() for text in texts]
+    return (ctypes.c_char_p * len(encoded))(*encoded)
+
+
+def _fetch(size_of: Callable[..., int], fetch: Callable[..., int], program: ctypes.c_void_p) -> bytes:
+    size = ctypes.c_size_t()
+    _check(size_of(program, ctypes.byref(size)))
+    buffer = ctypes.create_string_buffer(size.value)
+    _check(fetch(program, buffer))
+    return buffer.raw
+
+
+def _text(raw: bytes) -> str:
+    return raw.rstrip(b"\0").decode(errors="replace").strip()
+
+
+def _check(status: int) -> None:
+    if status != 0:
+        describe = _library().nvrtcGetErrorString
+        describe.restype = ctypes.c_char_p
+        raise RuntimeError(f"NVRTC: {describe(status).decode()}")

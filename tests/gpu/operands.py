@@ -1,0 +1,119 @@
+"""Random packed layers and inputs for kernel tests, and what counts as agreement with a twin."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from svdq_cli.pack.kernel_tiles import (
+    pack_column_micro_scales,
+    pack_column_scales,
+    pack_down_fragments,
+    pack_up_fragments,
+    pack_w4a16_weight,
+    pack_weight_codes,
+)
+from svdq_cli.pack.padding import pad
+from svdq_cli.records import Int4, NvFp4, Precision
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """x (M, K) times a weight (N, K) with a branch of rank R."""
+
+    m: int
+    k: int
+    n: int
+    rank: int
+
+
+# One row, tiles that are not full, one row more than a tile, several blocks; ranks from none to 128.
+SHAPES = tuple(
+    Shape(m, (64, 128, 192, 320)[(i + j) % 4], (128, 136, 256)[(i + 2 * j) % 3 if m < 100 else 0], rank)
+    for i, m in enumerate((1, 7, 32, 33, 127, 129))
+    for j, rank in enumerate(range(0, 129, 16))
+)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Operands:
+    """One W4A4 layer as `w4a4_gemm` reads it, and what `quantize_down` needs."""
+
+    inverse_smooth: Tensor
+    down: Tensor
+    weight: Tensor
+    weight_scales: Tensor
+    up: Tensor
+    outer: Tensor | None
+    bias: Tensor | None
+
+    @property
+    def gemm(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        return self.weight, self.weight_scales, self.up, self.outer, self.bias
+
+
+def random_operands(shape: Shape, precision: Precision, dtype: torch.dtype, *, seed: int) -> Operands:
+    """Scales and factors of order one, so that product, branch and bias all show in the result."""
+    draw = torch.Generator().manual_seed(seed)
+    k, n, rank = shape.k, shape.n, shape.rank
+    up = torch.randn(n, rank, generator=draw).to(dtype)
+    outer = None
+    match precision:
+        case Int4():
+            codes = torch.randint(-8, 8, (n, k), generator=draw, dtype=torch.int8)
+            scales = pack_column_scales(_padded(torch.rand(n, k // 64, generator=draw).to(dtype) / 16))
+        case NvFp4():
+            codes = torch.randint(0, 16, (n, k), generator=draw, dtype=torch.int8)
+            micro = (torch.rand(n, k // 16, generator=draw) * 448).to(torch.float8_e4m3fn).view(torch.uint8)
+            scales = pack_column_micro_scales(_padded(micro).view(torch.float8_e4m3fn))
+            outer = _padded(torch.rand(n, generator=draw) / 1000)
+    return Operands(
+        inverse_smooth=1 / (torch.rand(k, generator=draw) + 0.5).to(dtype).float(),
+        down=pack_down_fragments((torch.randn(rank, k, generator=draw) / k**0.5).to(dtype)),
+        weight=pack_weight_codes(_padded(codes)),
+        weight_scales=scales,
+        up=pack_up_fragments(_padded(up)),
+        outer=outer,
+        bias=_padded(torch.randn(n, generator=draw).to(dtype)) if seed % 3 else None,
+    )
+
+
+def random_rows(shape: Shape, dtype: torch.dtype, *, seed: int) -> Tensor:
+    """(M, K), a few channels much larger than the others and some groups zero."""
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape.m, shape.k, generator=draw)
+    x[:, :: shape.k // 2] *= 30
+    x[shape.m // 2, :64] = 0
+    return x.to(dtype)
+
+
+def random_w4a16(shape: Shape, dtype: torch.dtype, *, seed: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Packed weight, scales and bias."""
+    draw = torch.Generator().manual_seed(seed)
+    n, k = shape.n, shape.k
+    codes = torch.randint(0, 16, (n, k), generator=draw, dtype=torch.uint8)
+    pairs = torch.stack((torch.rand(n, k // 64, generator=draw), torch.randn(n, k // 64, generator=draw)), -1)
+    scales = _padded((pairs / 8).to(dtype)).transpose(0, 1).contiguous()
+    bias = _padded(torch.randn(n, generator=draw).to(dtype)) if seed % 3 else None
+    return pack_w4a16_weight(_padded(codes)), scales, bias
+
+
+def assert_agrees(
+    found: Tensor, twin: Tensor, *, exact: bool = False, differing: float = 0.01, slack: float = 1e-5
+) -> None:
+    """The same 16-bit numbers; unless `exact`, a few may lie one rounding apart: a tensor core has its own order of
+    adding, so a float32 sum can fall on the other side of a rounding boundary. `slack`, of the largest number, is for
+    sums that cancel."""
+    if exact:
+        assert torch.equal(found, twin)
+        return
+    ulp = torch.finfo(twin.dtype).eps
+    largest = float(twin.float().abs().max())
+    torch.testing.assert_close(found, twin, rtol=ulp, atol=slack * max(largest, 1e-30))
+    assert (found != twin).float().mean() <= differing
+
+
+def _padded(rows: Tensor) -> Tensor:
+    return pad(rows, multiples=(128,) + (1,) * (rows.ndim - 1), fill=0)

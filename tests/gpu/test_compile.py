@@ -1,0 +1,180 @@
+"""Every kernel compiles for every card it claims, without a card: no spills, registers bounded, and the right
+instruction inside."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from svdq_cli.errors import EnvironmentLacksError
+from svdq_cli.gpu import nvrtc, variants
+from svdq_cli.gpu.architectures import ARCHITECTURES, Architecture, CodeMma, architecture, architecture_of
+from svdq_cli.gpu.compile import Cubin, Variant, compile_variant, read_headers, read_source
+from svdq_cli.records import Int4, NvFp4
+from svdq_cli.resources import data_root
+
+
+def _nvrtc_is_here() -> bool:
+    try:
+        nvrtc.version()
+    except EnvironmentLacksError:
+        return False
+    return True
+
+
+needs_nvrtc = pytest.mark.skipif(not _nvrtc_is_here(), reason='needs NVRTC: pip install "svdq[cuda13]"')
+
+REGISTER_FILE = 65536  # 32-bit registers of a multiprocessor, all architectures here
+SHARED_BYTES = 48 * 1024  # without opting in
+# A block of each kernel must find this many of its kind on a multiprocessor, where registers decide.
+LEAST_BLOCKS = {
+    "quantize_down": 1,
+    "reduce_hidden": 4,
+    "w4a4_gemm": 1,
+    "w4a4_gelu_quantize": 1,
+    "w4a16_linear": 2,
+}
+
+
+def representative(kind: Architecture) -> Iterator[Variant]:
+    """Each kernel in its common variants; in its largest ones too, but where the code is that of sm_80."""
+    dtype = torch.bfloat16 if kind.bfloat16 else torch.float16
+    codes = {"code_mma": kind.code_mma, "block_m": variants.BLOCK_M}
+    floats = {**codes, "block_scaled": kind.block_scaled}
+    yield variants.quantize_down(dtype, Int4(), rank=32)
+    yield variants.reduce_hidden(dtype)
+    yield variants.w4a16_linear(dtype)
+    yield variants.w4a4_gemm(dtype, Int4(), **codes)
+    yield variants.w4a4_gemm(dtype, NvFp4(), **floats)
+    yield variants.w4a4_gelu_quantize(dtype, Int4(), next_unsigned=True, **codes)
+    if kind.target in ("sm_86", "sm_89"):
+        return
+    yield variants.quantize_down(dtype, Int4(), rank=64, unsigned=True)
+    yield variants.quantize_down(dtype, NvFp4(), rank=64)
+    yield variants.w4a4_gelu_quantize(dtype, NvFp4(), **floats)
+    if kind.bfloat16:
+        yield variants.w4a4_gemm(torch.float16, Int4(), **{**codes, "block_m": variants.SMALL_BLOCK_M})
+    if kind.code_mma == CodeMma.S4_K64:
+        yield variants.w4a4_gemm(dtype, Int4(), **{**codes, "code_mma": CodeMma.S8_K32})
+    if kind.block_scaled:
+        yield variants.w4a4_gemm(dtype, NvFp4(), **codes)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, Variant], Cubin]:
+    """Into an empty cache, two at a time."""
+    cache = tmp_path_factory.mktemp("cubins")
+    jobs = [(kind.target, variant) for kind in ARCHITECTURES for variant in representative(kind)]
+    with ThreadPoolExecutor(2) as pool:
+        found = pool.map(lambda job: compile_variant(job[1], job[0], cache=cache), jobs)
+        return dict(zip(jobs, found, strict=True))
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("kind", ARCHITECTURES, ids=lambda kind: kind.target)
+def test_every_kernel_compiles_without_spills_and_fits_its_blocks(
+    kind: Architecture, compiled: dict[tuple[str, Variant], Cubin]
+):
+    mine = {variant: cubin for (target, variant), cubin in compiled.items() if target == kind.target}
+    assert {variant.kernel for variant in mine} == {path.stem for path in data_root("kernels").glob("*.cu")}
+    for variant, cubin in mine.items():
+        usage = cubin.usage
+        assert (usage.spill_bytes, usage.stack_bytes) == (0, 0), variant.label
+        assert usage.shared_bytes <= SHARED_BYTES, variant.label
+        blocks = REGISTER_FILE // (usage.registers * threads_of(variant))
+        assert blocks >= LEAST_BLOCKS[variant.kernel], f"{variant.label}: {usage.registers} registers"
+
+
+def threads_of(variant: Variant) -> int:
+    constants = dict(variant.defines)
+    if "WARPS" in constants:
+        return 32 * constants["WARPS"]
+    return variants.gemm_threads(constants["BLOCK_M"])
+
+
+@needs_nvrtc
+def test_two_blocks_of_the_int4_gemm_share_a_hopper_multiprocessor(compiled):
+    variant = variants.w4a4_gemm(torch.bfloat16, Int4(), block_m=128, code_mma=CodeMma.S8_K32)
+    assert compiled["sm_90a", variant].usage.registers <= 128
+
+
+@needs_nvrtc
+def test_a_compiled_kernel_comes_from_the_cache_until_its_constants_change(tmp_path: Path):
+    first = compile_variant(variants.reduce_hidden(torch.float16), "sm_80", cache=tmp_path)
+    written = first.path.stat().st_mtime_ns
+    assert compile_variant(variants.reduce_hidden(torch.float16), "sm_80", cache=tmp_path) == first
+    assert first.path.stat().st_mtime_ns == written
+    others = {
+        compile_variant(variants.reduce_hidden(torch.bfloat16), "sm_80", cache=tmp_path).path,
+        compile_variant(variants.reduce_hidden(torch.float16), "sm_86", cache=tmp_path).path,
+    }
+    assert len(others | {first.path}) == 3
+    assert first.path.read_bytes()[:4] == b"\x7fELF"
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".cubin"] * 3 + [".json"] * 3
+
+
+@needs_nvrtc
+def test_what_does_not_compile_shows_the_compilers_words():
+    with pytest.raises(nvrtc.CompileError, match="undefined_name"):
+        nvrtc.compile_source(
+            "int x = undefined_name;", name="x.cu", headers={}, options=["--gpu-architecture=sm_80"]
+        )
+
+
+@needs_nvrtc
+def test_the_block_scaled_product_is_refused_where_the_instruction_is_not():
+    variant = variants.w4a4_gemm(
+        torch.bfloat16, NvFp4(), block_m=128, code_mma=CodeMma.S8_K32, block_scaled=True
+    )
+    with pytest.raises(nvrtc.CompileError, match="compile for sm_120a"):
+        compile_variant(variant, "sm_90a", cache=Path("unused"))
+
+
+@pytest.mark.parametrize(
+    ("capability", "target"),
+    [
+        ((7, 5), "sm_75"),
+        ((8, 0), "sm_80"),
+        ((8, 7), "sm_86"),
+        ((8, 9), "sm_89"),
+        ((9, 0), "sm_90a"),
+        ((12, 0), "sm_120a"),
+    ],
+)
+def test_a_card_gets_the_newest_code_that_runs_on_it(capability: tuple[int, int], target: str):
+    assert architecture_of(*capability) == architecture(target)
+
+
+@pytest.mark.parametrize("capability", [(7, 0), (10, 0), (12, 1)])
+def test_a_card_that_no_code_runs_on_is_refused(capability: tuple[int, int]):
+    with pytest.raises(EnvironmentLacksError, match=r"compute capability \d+\.\d"):
+        architecture_of(*capability)
+
+
+def test_sources_need_no_headers_but_their_own():
+    """NVRTC wheels bring no CUDA headers."""
+    own = set(read_headers())
+    kernels = [path.stem for path in data_root("kernels").glob("*.cu")]
+    for text in (*map(read_source, kernels), *read_headers().values()):
+        included = {line.split('"')[1] for line in text.splitlines() if line.startswith("#include")}
+        assert included <= own
+
+
+def test_inline_ptx_stands_in_one_file():
+    for name, text in read_headers().items():
+        assert ("asm" in text) == (name == "ptx.cuh")
+    assert not any("asm(" in read_source(path.stem) for path in data_root("kernels").glob("*.cu"))
+
+
+@pytest.mark.parametrize("rank", range(0, 513, 16))
+def test_rank_chunks_cover_every_rank(rank: int):
+    chunk = variants.rank_chunk(rank)
+    assert chunk % 16 == 0
+    assert chunk <= variants.MOST_RANK_CHUNK
+    if rank:
+        chunks = -(-rank // chunk)
+        assert chunk * (chunks - 1) < rank <= chunk * chunks
