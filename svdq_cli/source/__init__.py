@@ -17,7 +17,8 @@ from svdq_cli.source.folders import (
     quantized_component,
     weight_files,
 )
-from svdq_cli.source.headers import file_sha256, pickled, read_header, read_json
+from svdq_cli.source.gguf_file import open_gguf
+from svdq_cli.source.headers import file_sha256, is_gguf, pickled, read_header, read_json
 from svdq_cli.source.model import COMPONENTS, Source, described_config, read_tensor, source_digest
 from svdq_cli.source.single_file import open_single_file
 from svdq_cli.source.tensors import TensorEntry
@@ -59,7 +60,7 @@ def open_source(path: Path, *, base: Path | None = None) -> Source:
     if path.suffix.lower() in _PICKLE_SUFFIXES and path.is_file():
         raise pickled(path)
     if path.is_file():
-        return open_single_file(path, base=base)
+        return open_gguf(path, base=base) if is_gguf(path) else open_single_file(path, base=base)
     raise InputError(f"{path}: no such file or folder", where=str(path), kind="not-found")
 
 

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from svdq_cli.errors import InputError
 from svdq_cli.source.configs import KnownClass, class_of_names, known_class, published_config
@@ -45,8 +46,9 @@ def open_single_file(path: Path, *, base: Path | None = None) -> Source:
     """
     header = read_header(path)
     refuse_quantized(path, header)
-    stored, warnings = float8_upconverted(path, _model_tensors(header))
-    left_out = Counter(name.split(".")[0] for name in header if name not in _model_tensors(header))
+    model = _model_tensors(header)
+    stored, warnings = float8_upconverted(path, model)
+    left_out = Counter(name.split(".")[0] for name in header if name not in model)
     return source_of_tensors(path, stored, base=base, left_out=left_out, warnings=warnings)
 
 
@@ -55,8 +57,8 @@ def source_of_tensors(
     stored: Mapping[str, TensorEntry],
     *,
     base: Path | None,
-    left_out: Mapping[str, int],
     warnings: tuple[str, ...],
+    left_out: Mapping[str, int] = MappingProxyType({}),
     kind: str = "single file",
 ) -> Source:
     """A source from tensors under whatever names their file has. `left_out` counts what else lies in the file."""

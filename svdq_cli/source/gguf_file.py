@@ -1,0 +1,135 @@
+"""GGUF files: read through the `gguf` package, each tensor dequantized when it is asked for."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from svdq_cli.errors import EnvironmentLacksError, InputError
+from svdq_cli.source.headers import damaged
+from svdq_cli.source.model import Source
+from svdq_cli.source.single_file import source_of_tensors
+from svdq_cli.source.tensors import TensorEntry
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
+
+_PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_ORIGINAL_SHAPE = "comfy.gguf.orig_shape."  # of tensors that were reshaped to fit a quantization block
+
+
+@dataclass(frozen=True, slots=True)
+class GgufTensor:
+    """A tensor of a GGUF file, dequantized to float32 (which holds every GGUF value); 16-bit ones stay as they are."""
+
+    file: Path
+    origin: str
+    shape: tuple[int, ...]
+    kind: str  # F16, Q8_0, Q4_K, ...
+
+    @property
+    def dtype(self) -> str:
+        return self.kind if self.kind in _PLAIN else "F32"
+
+    def read(self) -> Tensor:
+        return self._values().reshape(self.shape)
+
+    def read_rows(self, start: int, stop: int) -> Tensor:
+        """Dequantizes only these rows where the file keeps them apart."""
+        stored = _stored(self.file, self.origin)
+        if len(stored.data) != self.shape[0]:
+            return self.read()[start:stop]
+        return self._values(start, stop).reshape(-1, *self.shape[1:])
+
+    def _values(self, start: int = 0, stop: int | None = None) -> Tensor:
+        import numpy
+        from gguf.quants import dequantize
+
+        stored = _stored(self.file, self.origin)
+        data = numpy.array(stored.data[start:stop])  # a copy: the file stays mapped read-only
+        if self.kind in _PLAIN:
+            return torch.from_numpy(data.view(numpy.uint8)).view(_PLAIN[self.kind])
+        return torch.from_numpy(dequantize(data, stored.tensor_type))
+
+
+def open_gguf(path: Path, *, base: Path | None = None) -> Source:
+    """Index a GGUF file. Raises InputError: damaged, of a kind that can't be dequantized, or not a known model;
+    EnvironmentLacksError where the `gguf` package is missing."""
+    reader = _reader(path)
+    for stored in reader.tensors:
+        _require_readable(path, stored)
+    tensors: dict[str, TensorEntry] = {
+        stored.name: GgufTensor(path, stored.name, _shape(reader, stored), stored.tensor_type.name)
+        for stored in reader.tensors
+    }
+    kinds = Counter(entry.kind for entry in tensors.values() if isinstance(entry, GgufTensor))
+    quantized = {kind: count for kind, count in kinds.items() if kind not in _PLAIN}
+    return source_of_tensors(path, tensors, base=base, warnings=_warning(path, quantized), kind="GGUF")
+
+
+@lru_cache(maxsize=2)
+def _reader(path: Path) -> GGUFReader:
+    try:
+        from gguf import GGUFReader
+    except ImportError as error:
+        raise EnvironmentLacksError(
+            f"{path} is a GGUF file, and the gguf package is not installed",
+            hint='pip install gguf, or pip install "svdq[gguf]"',
+            where=str(path),
+        ) from error
+    try:
+        return GGUFReader(path)
+    except (
+        ValueError,
+        IndexError,
+        KeyError,
+        OverflowError,
+    ) as error:  # what the package raises at a short file
+        raise damaged(path, f"not a readable GGUF file ({error})") from error
+
+
+@lru_cache(maxsize=1 << 14)
+def _stored(path: Path, name: str) -> Any:
+    return next(tensor for tensor in _reader(path).tensors if tensor.name == name)
+
+
+def _shape(reader: GGUFReader, stored: Any) -> tuple[int, ...]:
+    """torch's order of sizes: GGUF has the innermost first."""
+    sizes = tuple(int(size) for size in reversed(stored.shape))
+    field = reader.fields.get(_ORIGINAL_SHAPE + stored.name)
+    if field is None:
+        return sizes
+    original = tuple(int(field.parts[index][0]) for index in field.data)
+    return original if math.prod(original) == math.prod(sizes) else sizes
+
+
+def _require_readable(path: Path, stored: Any) -> None:
+    from gguf.quants import dequantize
+
+    if stored.tensor_type.name in _PLAIN:
+        return
+    try:
+        dequantize(stored.data[:1], stored.tensor_type)
+    except NotImplementedError as error:
+        raise InputError(
+            f"{path}: {stored.name} is stored as {stored.tensor_type.name}, which the gguf package can't dequantize",
+            hint="use a Q4_0 to Q8_0, K-quant, F16 or BF16 file, or the 16-bit model",
+            where=stored.name,
+        ) from error
+
+
+def _warning(path: Path, quantized: dict[str, int]) -> tuple[str, ...]:
+    if not quantized:
+        return ()
+    kinds = ", ".join(f"{count} of {kind}" for kind, count in sorted(quantized.items()))
+    return (
+        f"{path}: quantized tensors ({kinds}) were dequantized; what they have lost stays lost, "
+        "so prefer the 16-bit model where there is one",
+    )

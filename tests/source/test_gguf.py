@@ -1,0 +1,132 @@
+"""A GGUF file is the model it was made from, within the error of its own quantization."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from gguf import GGMLQuantizationType, GGUFWriter
+from gguf.quants import dequantize, quantize
+from torch import Tensor
+
+from svdq_cli.errors import EnvironmentLacksError, InputError
+from svdq_cli.pipeline import check, convert
+from svdq_cli.recipe import default_recipe, with_overrides
+from svdq_cli.source import open_source, read_tensor, source_digest
+from svdq_cli.source.original_names import FLUX1
+from tests.source.originals import original_state
+from tests.source.test_single_file import weights_of
+
+Kind = GGMLQuantizationType
+
+
+def gguf_file(state: dict[str, Tensor], out: Path, kind: Kind) -> Path:
+    """Matrices as `kind`, vectors and what does not divide into its blocks as float32, as the field's converters do."""
+    writer = GGUFWriter(str(out), "flux")
+    for name, tensor in state.items():
+        values = tensor.float().numpy()
+        chosen = kind if tensor.ndim > 1 and tensor.shape[1] % 32 == 0 else Kind.F32
+        if chosen in (Kind.F32, Kind.F16):
+            writer.add_tensor(name, values.astype(numpy.float16 if chosen == Kind.F16 else numpy.float32))
+        else:
+            writer.add_tensor(name, quantize(values, chosen), raw_dtype=chosen)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return out
+
+
+@pytest.fixture(scope="module")
+def bfl_state(tiny_flux: Path) -> dict[str, Tensor]:
+    return original_state(FLUX1, weights_of(tiny_flux))
+
+
+# Largest rounding error in quantization steps of the group's largest value: half a step of 127, 15 or 31.
+@pytest.mark.parametrize(
+    ("kind", "group", "steps"), [(Kind.Q8_0, 32, 127), (Kind.Q4_0, 32, 8), (Kind.Q5_0, 32, 16)]
+)
+def test_a_quantized_file_is_the_model_within_its_own_error(
+    tiny_flux: Path, tmp_path: Path, bfl_state: dict[str, Tensor], kind: Kind, group: int, steps: int
+):
+    source = open_source(gguf_file(bfl_state, tmp_path / "m.gguf", kind), base=tiny_flux)
+    assert kind.name in source.warnings[0]
+    original = weights_of(tiny_flux)
+    for name in ("transformer_blocks.0.attn.to_k.weight", "single_transformer_blocks.0.proj_mlp.weight"):
+        found, expected = read_tensor(source, name), original[name].float()
+        largest = expected.reshape(-1, group).abs().amax(dim=1)
+        error = (found - expected).reshape(-1, group).abs().amax(dim=1)
+        # half a step, one for the 4- and 5-bit kinds whose positive end is one step short; scales are float16
+        allowed = largest / steps * (0.5 if kind == Kind.Q8_0 else 1.0) + largest * 2**-10
+        assert bool((error <= allowed).all())
+        assert float(error.max()) > 0
+    assert torch.equal(read_tensor(source, "proj_out.bias"), original["proj_out.bias"].float())
+
+
+def test_unquantized_gguf_is_the_same_model(tiny_flux: Path, tmp_path: Path, bfl_state: dict[str, Tensor]):
+    source = open_source(gguf_file(bfl_state, tmp_path / "m.gguf", Kind.BF16), base=tiny_flux)
+    assert source.warnings == ()
+    original = weights_of(tiny_flux)
+    assert all(torch.equal(read_tensor(source, n).float(), t.float()) for n, t in original.items())
+    entry = source.tensors["norm_out.linear.weight"]
+    assert torch.equal(entry.read_rows(3, 9), original["norm_out.linear.weight"][3:9])
+
+
+def test_float16_is_read_as_it_is(tiny_flux: Path, tmp_path: Path, bfl_state: dict[str, Tensor]):
+    source = open_source(gguf_file(bfl_state, tmp_path / "m.gguf", Kind.F16), base=tiny_flux)
+    assert read_tensor(source, "proj_out.weight").dtype == torch.float16
+
+
+def test_k_quants_are_read_in_torch_s_order_of_sizes(
+    tiny_flux: Path, tmp_path: Path, bfl_state: dict[str, Tensor]
+):
+    name = "double_blocks.0.img_mlp.2.weight"
+    n, k = bfl_state[name].shape
+    blocks = numpy.random.default_rng(0).integers(0, 256, (n, k // 256, 144), dtype=numpy.uint8)
+    blocks[..., :4] = numpy.full((n, k // 256, 2), 0.01, dtype=numpy.float16).view(numpy.uint8)  # d, dmin
+    packed = blocks.reshape(n, -1)
+    writer = GGUFWriter(str(tmp_path / "m.gguf"), "flux")
+    for key, tensor in bfl_state.items():
+        if key == name:
+            writer.add_tensor(key, packed, raw_dtype=Kind.Q4_K)
+        else:
+            writer.add_tensor(key, tensor.float().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    entry = open_source(tmp_path / "m.gguf", base=tiny_flux).tensors["transformer_blocks.0.ff.net.2.weight"]
+    expected = torch.from_numpy(dequantize(packed, Kind.Q4_K))
+    assert entry.shape == (n, k)
+    assert torch.equal(entry.read(), expected)
+    assert torch.equal(entry.read_rows(5, 8), expected[5:8])
+
+
+def test_a_gguf_file_converts_and_checks(tiny_flux: Path, tmp_path: Path, bfl_state: dict[str, Tensor]):
+    file = gguf_file(bfl_state, tmp_path / "m.gguf", Kind.Q8_0)
+    recipe = with_overrides(default_recipe(str(file)), effort="datafree", rank=16, base=str(tiny_flux))
+    report = convert(recipe, tmp_path / "out")
+    assert any("Q8_0" in warning for warning in report.warnings)
+    # against the 16-bit model, not only against the file that it was made from
+    assert check(tmp_path / "out", against=open_source(tiny_flux)).status == "ok"
+    assert report.model.source_sha256 == source_digest(open_source(file, base=tiny_flux))
+
+
+def test_a_truncated_gguf_file_is_named(tiny_flux: Path, tmp_path: Path, bfl_state: dict[str, Tensor]):
+    file = gguf_file(bfl_state, tmp_path / "m.gguf", Kind.Q8_0)
+    file.write_bytes(file.read_bytes()[:-5000])
+    with pytest.raises(InputError, match=r"m\.gguf: damaged") as caught:
+        open_source(file, base=tiny_flux)
+    assert caught.value.kind == "damaged-file"
+
+
+def test_without_the_package_the_cure_is_named(
+    tmp_path: Path, bfl_state: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+):
+    file = gguf_file(bfl_state, tmp_path / "other.gguf", Kind.Q8_0)
+    monkeypatch.setitem(__import__("sys").modules, "gguf", None)
+    with pytest.raises(EnvironmentLacksError) as caught:
+        open_source(file)
+    assert "pip install gguf" in str(caught.value.hint)
