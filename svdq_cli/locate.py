@@ -48,6 +48,11 @@ def locate_base(text: str, *, beside: Path | None = None) -> Path:
     return _from_hub(text, None, leave=tuple(f"{component}/*.safetensors" for component in COMPONENTS))
 
 
+def locate_file(text: str, *, beside: Path | None = None) -> Path:
+    """A file that a recipe names, from the current directory or the recipe's folder; it may be missing."""
+    return Path(find_source(text, beside)).expanduser()
+
+
 def portable_name(text: str, digest: str, *, beside: Path | None = None) -> str:
     """What a SOURCE is called outside this machine: a hub id or demo by its name, a file or folder by its content."""
     local = text not in DEMO_SOURCES and Path(find_source(text, beside)).expanduser().exists()

@@ -14,7 +14,7 @@ from svdq_cli.errors import UsageError
 from svdq_cli.families import find_family
 from svdq_cli.formats import format_named
 from svdq_cli.formats.contract import Format
-from svdq_cli.locate import default_resolution, locate_base, locate_source
+from svdq_cli.locate import default_resolution, locate_base, locate_file, locate_source
 from svdq_cli.plan import Inventory, LayerOverride, plan_model, restricted, take_inventory
 from svdq_cli.recipe import DatasetPrompts, KeepOverride, Recipe, find_prompts, find_source
 from svdq_cli.records import (
@@ -32,7 +32,7 @@ from svdq_cli.records import (
     SolveSettings,
     W4A4Plan,
 )
-from svdq_cli.source import Source, open_source
+from svdq_cli.source import Source, merge_loras, open_source
 from svdq_cli.writing import Target, target_of
 
 
@@ -110,7 +110,8 @@ def source_of(recipe: Recipe, options: RunOptions) -> Source:
     wanted = recipe.model
     base = locate_base(wanted.base, beside=options.beside) if wanted.base else None
     path = locate_source(wanted.source, beside=options.beside, revision=wanted.revision)
-    return open_source(path, base=base)
+    adapters = [(locate_file(lora.path, beside=options.beside), lora.weight) for lora in wanted.loras]
+    return merge_loras(open_source(path, base=base), adapters)
 
 
 def chosen_prompts(recipe: Recipe, options: RunOptions, observe: Observer) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from svdq_cli.formats import format_named
 from svdq_cli.locate import DEMO_SOURCES
 from svdq_cli.recipe import (
     Calibration,
+    Lora,
     Output,
     Recipe,
     default_recipe,
@@ -58,6 +59,8 @@ def override(recipe: Recipe, given: Mapping[str, object]) -> Recipe:
     out = cast("Path | None", options.pop("out", None))
     formats = cast("list[str] | None", options.pop("formats", None)) or []
     conditions = cast("list[str] | None", options.pop("fail_if", None)) or []
+    if loras := cast("list[str] | None", options.pop("loras", None)):
+        options["loras"] = (*recipe.model.loras, *(parse_lora(text) for text in loras))
     if options.get("prompts") is not None and recipe.calibration is None:
         recipe = with_default_calibration(recipe)
     if out is not None or formats:
@@ -87,6 +90,21 @@ def _outputs(recipe: Recipe, out: Path | None, formats: list[str]) -> list[Outpu
         name: f"{path}.{name}.safetensors" if format_named(name).single_file else path for name in formats
     }
     return [Output(format=name, path=paths[name]) for name in formats]  # type: ignore[arg-type]
+
+
+def parse_lora(text: str) -> Lora:
+    """`--lora PATH` or `--lora PATH:WEIGHT`. Raises UsageError for a weight that is no number."""
+    path, colon, weight = text.rpartition(":")
+    if not colon or "/" in weight or "\\" in weight:  # the colon of a drive, or of a folder's name
+        return Lora(path=text)
+    try:
+        return Lora(path=path, weight=float(weight))
+    except ValueError as error:  # pydantic's errors are ValueErrors too
+        raise UsageError(
+            f"--lora {text}: {weight!r} is not a weight",
+            hint="write --lora FILE or --lora FILE:0.8",
+            where="--lora",
+        ) from error
 
 
 def outputs_of(recipe: Recipe) -> tuple[Path, ...]:

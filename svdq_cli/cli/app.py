@@ -87,6 +87,7 @@ def init(
     effort: opt.Effort = None,
     family: opt.Family = None,
     base: opt.Base = None,
+    loras: opt.Loras = None,
     overwrite: opt.Overwrite = False,
     json: opt.Json = False,
 ) -> None:
@@ -103,6 +104,7 @@ def init(
         effort=effort,
         family=family,
         base=base,
+        loras=loras,
     )
     render.show(report, json=json)
 
@@ -117,6 +119,7 @@ def inspect(
     formats: opt.Formats = None,
     family: opt.Family = None,
     base: opt.Base = None,
+    loras: opt.Loras = None,
     json: opt.Json = False,
     verbose: opt.Verbose = False,
 ) -> None:
@@ -134,6 +137,7 @@ def inspect(
             rank=_rank(rank),
             family=family,
             base=base,
+            loras=loras,
             formats=formats,
             options=_options("cpu", False),
         )
@@ -154,6 +158,7 @@ def calibrate(
     seed: opt.Seed = None,
     family: opt.Family = None,
     base: opt.Base = None,
+    loras: opt.Loras = None,
     device: opt.Device = "auto",
     overwrite: opt.Overwrite = False,
     json: opt.Json = False,
@@ -167,7 +172,7 @@ def calibrate(
     from svdq_cli.pipeline import calibrate as run_calibrate
     from svdq_cli.starting import with_default_calibration
 
-    recipe, run = _recipe(source, options=_options(device, overwrite), family=family, base=base)
+    recipe, run = _recipe(source, options=_options(device, overwrite), family=family, base=base, loras=loras)
     recipe = _override(
         with_default_calibration(recipe),
         prompts=prompts,
@@ -205,6 +210,7 @@ def convert(
     seed: opt.Seed = None,
     family: opt.Family = None,
     base: opt.Base = None,
+    loras: opt.Loras = None,
     plan: Annotated[bool, typer.Option("--plan", help="Predict layers, bytes and disk; do nothing.")] = False,
     fail_if: opt.FailIf = None,
     device: opt.Device = "auto",
@@ -229,6 +235,7 @@ def convert(
         effort=effort,
         family=family,
         base=base,
+        loras=loras,
         prompts=prompts,
         samples=samples,
         steps=steps,
@@ -256,6 +263,7 @@ def check(
         str | None, typer.Option(metavar="SOURCE", help="The 16-bit model it was made from.")
     ] = None,
     base: opt.Base = None,
+    loras: opt.Loras = None,
     json: opt.Json = False,
     events: opt.EventsFile = None,
     quiet: opt.Quiet = False,
@@ -267,7 +275,9 @@ def check(
     from svdq_cli.pipeline import check as run_check
     from svdq_cli.preparing import source_of
 
-    recipe_and_options = _recipe(against, options=_options("cpu", False), base=base) if against else None
+    recipe_and_options = (
+        _recipe(against, options=_options("cpu", False), base=base, loras=loras) if against else None
+    )
     with progress(quiet=quiet, verbose=verbose, events=events) as observe:
         source = source_of(*recipe_and_options) if recipe_and_options else None
         report = run_check(checkpoint, against=source, observe=observe)
@@ -283,6 +293,7 @@ def evaluate(
         Path | None, typer.Option("--report", metavar="DIR", help="Keep pictures, grid and figures there.")
     ] = None,
     base: opt.Base = None,
+    loras: opt.Loras = None,
     prompts: opt.Prompts = None,
     samples: opt.Samples = None,
     steps: opt.Steps = None,
@@ -307,7 +318,7 @@ def evaluate(
     from svdq_cli.starting import recipe_of
 
     named, beside = recipe_of(against)
-    model = _override(named, base=base).model
+    model = _override(named, base=base, loras=loras).model
     recipe = _override(
         evaluation_recipe(open_checkpoint(checkpoint), model.source).model_copy(update={"model": model}),
         prompts=prompts,

@@ -35,6 +35,10 @@ Base = Annotated[
     str | None,
     typer.Option(metavar="FOLDER|HUB_ID", help="Pipeline with the parts that a single file lacks."),
 ]
+Loras = Annotated[
+    list[str] | None,
+    typer.Option("--lora", metavar="FILE[:WEIGHT]", help="LoRA to merge into the model first. Repeatable."),
+]
 Prompts = Annotated[str | None, typer.Option(metavar="FILE", help="Prompts, one a line.")]
 Samples = Annotated[int | None, typer.Option(help="How many of the prompts to draw.")]
 Steps = Annotated[int | None, typer.Option(help="Denoising steps for each picture.")]

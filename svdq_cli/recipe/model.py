@@ -4,6 +4,7 @@ comments of `svdq init` and the descriptions of the JSON Schema."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import PurePath
 from typing import Annotated, Literal, cast
 
 from pydantic import (
@@ -73,15 +74,17 @@ def _multiple_of_16_or_auto(value: object) -> object:
     )
 
 
-def _no_loras(value: object) -> object:
-    if value:
-        hint = "leave `loras: []`: this version converts the model without adapters"
-        raise PydanticCustomError("loras", "adapters are not supported yet", {"hint": hint})
-    return value
-
-
 FixedRank = Annotated[int, Field(ge=16, multiple_of=16)]
 Rank = Annotated[FixedRank | Literal["auto"], BeforeValidator(_multiple_of_16_or_auto)]
+
+
+class Lora(Section):
+    """An adapter that is merged into the model before it is quantized."""
+
+    path: Text
+    """A LoRA's .safetensors file, or the folder that peft saved it in."""
+    weight: float = 1.0
+    """How strong it is: 1 is as it was trained."""
 
 
 class Model(Section):
@@ -97,8 +100,8 @@ class Model(Section):
     """The 16-bit type of everything that is not quantized."""
     revision: Text | None = None
     """The revision of a hub id: a branch, tag or commit."""
-    loras: Annotated[tuple[str, ...], BeforeValidator(_no_loras), Field(strict=False, max_length=0)] = ()
-    """Adapters to fold in first: not supported yet, so the list is empty."""
+    loras: Annotated[tuple[Lora, ...], Field(strict=False)] = ()
+    """LoRAs that are merged first, in this order: {path, weight}."""
 
 
 class DatasetPrompts(Section):
@@ -343,6 +346,7 @@ def with_overrides(
     rank: int | str | None = None,
     family: str | None = None,
     base: str | None = None,
+    loras: Sequence[Lora] | None = None,
     dtype: str | None = None,
     seed: int | None = None,
     prompts: str | None = None,
@@ -369,8 +373,9 @@ def with_overrides(
         )
         raise UsageError(f"{given}: there is no calibration to draw for", hint="add --prompts FILE")
     calibration = _put_over(recipe.calibration, prompts=prompts, seed=seed, **drawing)
+    adapters = None if loras is None else [lora.model_dump() for lora in loras]
     plain = recipe.model_dump() | {
-        "model": _put_over(recipe.model, family=family, base=base, dtype=dtype),
+        "model": _put_over(recipe.model, family=family, base=base, loras=adapters, dtype=dtype),
         "calibration": calibration if recipe.calibration or prompts is not None else None,
         "quantization": _put_over(
             recipe.quantization, effort=effort, rank=rank, precision=precision, seed=seed
@@ -408,10 +413,12 @@ def resolved(recipe: Recipe) -> dict[str, object]:
 
 def embedded(recipe: Recipe, *, source: str) -> dict[str, object]:
     """What a checkpoint says about its making: `resolved` without `outputs`, `gates` and the base pipeline, which do
-    not shape its bytes, and with `source` for the model's name, which leaves out the folders of this machine. So the
-    same conversion of the same weights is the same file, wherever and in whatever kind of file they lay."""
+    not shape its bytes, with `source` for the model's name and without the folders that LoRAs lay in. So the same
+    conversion of the same weights is the same file, wherever and in whatever kind of file they lay."""
     kept = {key: value for key, value in resolved(recipe).items() if key not in ("outputs", "gates")}
-    return {**kept, "model": {**recipe.model.model_dump(mode="json"), "source": source, "base": None}}
+    loras = [{"path": PurePath(lora.path).name, "weight": lora.weight} for lora in recipe.model.loras]
+    model = {**recipe.model.model_dump(mode="json"), "source": source, "base": None, "loras": loras}
+    return {**kept, "model": model}
 
 
 def json_schema() -> dict[str, object]:

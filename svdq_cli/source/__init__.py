@@ -19,6 +19,7 @@ from svdq_cli.source.folders import (
 )
 from svdq_cli.source.gguf_file import open_gguf
 from svdq_cli.source.headers import file_sha256, is_gguf, pickled, read_header, read_json
+from svdq_cli.source.merging import merge_loras
 from svdq_cli.source.model import COMPONENTS, Source, described_config, read_tensor, source_digest
 from svdq_cli.source.single_file import open_single_file
 from svdq_cli.source.tensors import TensorEntry
@@ -30,6 +31,7 @@ __all__ = [
     "described_config",
     "file_sha256",
     "index_component",
+    "merge_loras",
     "open_source",
     "read_header",
     "read_json",

@@ -112,7 +112,8 @@ def test_a_misspelt_name_is_answered_with_the_nearest_valid_one(old: str, new: s
         (", rank: 64", "", "r.yaml:6: layers[0]: the entry says neither rank nor keep"),
         ("source: black-forest-labs/FLUX.1-dev, ", "", "r.yaml:2: 'source' is missing in model"),
         ("calib_prompts/general.txt", "[a]", "calibration.prompts: must be text, not a list"),
-        ("loras: []", "loras: [a]", "model.loras: adapters are not supported yet"),
+        ("loras: []", "loras: [a]", "r.yaml:2: model.loras[0]: must be a section"),
+        ("loras: []", "loras: [{path: a, wieght: 1}]", "unknown key 'wieght' in model.loras[0]"),
         (
             "effort: balanced",
             "effort: datafree, smoothing: grid",
