@@ -74,8 +74,11 @@ class Checkpoint:
         found: dict[str, tuple[int, ...]] = {}
         for name, tensor in self.file.kept.items():
             shapes = [self.state[source] for source in tensor.sources]
-            joined = len(shapes) > 1
-            found[name] = (sum(shape[0] for shape in shapes), *shapes[0][1:]) if joined else shapes[0]
+            rest = shapes[0][1:]
+            if tensor.channels_last:
+                rest = (*rest[1:], rest[0])
+            joined = (sum(shape[0] for shape in shapes),) if shapes[0] else ()
+            found[name] = (*joined, *rest)
         return found
 
     def kept_names(self) -> tuple[str, ...]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import difflib
 
 from svdq_cli.errors import UsageError
+from svdq_cli.formats.comfy import FORMAT as COMFY
 from svdq_cli.formats.contract import Format
 from svdq_cli.formats.nunchaku import FORMAT as NUNCHAKU
 from svdq_cli.formats.nunchaku_lite import FORMAT as NUNCHAKU_LITE
+from svdq_cli.formats.vllm_omni import FORMAT as VLLM_OMNI
 
-FORMATS: tuple[Format, ...] = (NUNCHAKU_LITE, NUNCHAKU)
+FORMATS: tuple[Format, ...] = (NUNCHAKU_LITE, NUNCHAKU, COMFY, VLLM_OMNI)
 
 
 def format_named(name: str) -> Format:

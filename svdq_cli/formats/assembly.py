@@ -67,11 +67,14 @@ def kept_tensor(tensor: KeptTensor, parts: list[Tensor]) -> Tensor:
     """The stored tensor of the model's."""
     joined = parts[0] if len(parts) == 1 else torch.cat(parts)
     sources = row_sources(tensor.order, len(joined))
-    return joined if sources is None else joined[torch.tensor(sources)]
+    ordered = joined if sources is None else joined[torch.tensor(sources)]
+    return ordered.movedim(1, -1) if tensor.channels_last else ordered
 
 
 def source_tensor(tensor: KeptTensor, stored: Tensor, shapes: list[tuple[int, ...]], index: int) -> Tensor:
     """The model's tensor at `index` of a stored one; `shapes` are those of all. The inverse of `kept_tensor`."""
+    if tensor.channels_last:
+        stored = stored.movedim(-1, 1)
     sources = row_sources(tensor.order, len(stored))
     if sources is not None:
         stored = stored[_inverse(torch.tensor(sources))]
@@ -390,8 +393,12 @@ def _reordered(solution: LayerSolution, indices: Tensor | None) -> LayerSolution
 
 def _indices(module: StoredModule) -> Tensor | None:
     """Which stacked row each stored row is."""
-    sources = row_sources(module.order, module.plan.linear.out_features)
-    return None if sources is None else torch.tensor(sources)
+    rows = module.plan.linear.out_features
+    # what pads the layer as a whole is no part of its interleaved blocks, and stays behind them
+    true_rows = sum(layer.linear.out_features for layer in module.layers)
+    ordered = true_rows if isinstance(module.order, Interleaved) else rows
+    sources = row_sources(module.order, ordered)
+    return None if sources is None else torch.tensor([*sources, *range(ordered, rows)])
 
 
 def _inverse(indices: Tensor) -> Tensor:

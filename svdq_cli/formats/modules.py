@@ -61,6 +61,7 @@ class KeptTensor:
 
     sources: tuple[str, ...]
     order: RowOrder = STACKED
+    channels_last: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -336,7 +337,7 @@ def _kept_rules(
     for rule in rules:
         sources = tuple(prefix + name for name in rule.sources)
         if all(name in state for name in sources):
-            found[stored_prefix + rule.stored] = KeptTensor(sources, rule.order)
+            found[stored_prefix + rule.stored] = KeptTensor(sources, rule.order, rule.channels_last)
     return found
 
 

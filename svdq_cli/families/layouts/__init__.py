@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from svdq_cli.errors import UsageError
-from svdq_cli.families.layouts import flux
+from svdq_cli.families.layouts import flux, qwen_image, sana, sdxl, z_image
 from svdq_cli.families.layouts.layout import ModelLayout
 
-LAYOUTS: tuple[ModelLayout, ...] = (flux.NUNCHAKU, flux.COMFY)
+LAYOUTS: tuple[ModelLayout, ...] = (
+    flux.NUNCHAKU,
+    flux.COMFY,
+    qwen_image.NUNCHAKU,
+    qwen_image.COMFY,
+    z_image.NUNCHAKU,
+    z_image.VLLM_OMNI,
+    sdxl.NUNCHAKU,
+    sana.NUNCHAKU,
+)
 
 
 def layout_of(family: str, format_name: str) -> ModelLayout:

@@ -103,6 +103,7 @@ class KeptRule:
     stored: str
     sources: tuple[str, ...]
     order: RowOrder = STACKED
+    channels_last: bool = False  # a convolution's (N, C, H, W) is stored as (N, H, W, C)
 
 
 def kept(stored: str, source: str, *, order: RowOrder = STACKED) -> KeptRule:
