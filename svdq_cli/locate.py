@@ -13,13 +13,14 @@ from svdq_cli.resources import demo_model_folder
 from svdq_cli.source import COMPONENTS, Source, read_json
 
 DEMO_SOURCES = ("demo", "demo:outliers")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_ID = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
 # What a conversion reads and copies; single-file duplicates of the weights at a repository's top stay on the hub.
 _HUB_FILES = ("model_index.json", "LICENSE*", "*/*.json", "*/*.safetensors", "*/*.txt", "*/*.model")
 
 
 def locate_source(text: str, *, beside: Path | None = None, revision: str | None = None) -> Path:
-    """The folder or file a SOURCE means. A hub id is downloaded (or taken from the hub's cache).
+    """The folder or file a SOURCE means. A hub id (`owner/name`, `owner/name@revision`) is downloaded, or taken from
+    the hub's cache.
 
     Raises InputError (kind `not-found`) when it is nowhere.
     """
@@ -30,8 +31,8 @@ def locate_source(text: str, *, beside: Path | None = None, revision: str | None
     found = Path(find_source(text, beside)).expanduser()
     if found.exists():
         return found
-    if _HUB_ID.fullmatch(text):
-        return _from_hub(text, revision)
+    if hub := _HUB_ID.fullmatch(text):
+        return _from_hub(hub["name"], hub["revision"] or revision)
     raise InputError(
         f"{text}: no such file or folder",
         hint="give a diffusers pipeline folder, a .safetensors or .gguf file, a hub id such as owner/name, or demo",
@@ -43,9 +44,11 @@ def locate_source(text: str, *, beside: Path | None = None, revision: str | None
 def locate_base(text: str, *, beside: Path | None = None) -> Path:
     """The folder of a base pipeline. Of a hub id all but the diffusion model's weights is fetched."""
     found = Path(find_source(text, beside)).expanduser()
-    if found.exists() or text in DEMO_SOURCES or not _HUB_ID.fullmatch(text):
+    hub = _HUB_ID.fullmatch(text)
+    if found.exists() or hub is None:
         return locate_source(text, beside=beside)
-    return _from_hub(text, None, leave=tuple(f"{component}/*.safetensors" for component in COMPONENTS))
+    leave = tuple(f"{component}/*.safetensors" for component in COMPONENTS)
+    return _from_hub(hub["name"], hub["revision"], leave=leave)
 
 
 def locate_file(text: str, *, beside: Path | None = None) -> Path:
@@ -113,10 +116,11 @@ def _from_hub(name: str, revision: str | None, *, leave: tuple[str, ...] = ()) -
             )
         )
     except Exception as error:  # the hub's client raises many kinds: offline, gated, missing, rate limits
+        wanted = f"{name}@{revision}" if revision else name
         raise InputError(
-            f"{name}: neither a local path nor to be had from the hub ({type(error).__name__}: "
+            f"{wanted}: neither a local path nor to be had from the hub ({type(error).__name__}: "
             f"{str(error).splitlines()[0] if str(error) else 'no reason given'})",
-            hint="check the name; for a gated model accept its licence and run `hf auth login`; offline, give a folder",
+            hint=_hub_cure(name, error),
             where=name,
             kind="not-found",
         ) from error
@@ -128,3 +132,17 @@ def _from_hub(name: str, revision: str | None, *, leave: tuple[str, ...] = ()) -
             kind="not-found",
         )
     return folder
+
+
+def _hub_cure(name: str, error: Exception) -> str:
+    """What to do about the hub client's error. Its kinds are told by name: they have moved between its versions."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if "GatedRepoError" in kinds:
+        return f"accept the licence at https://huggingface.co/{name} and run `hf auth login`"
+    if "RevisionNotFoundError" in kinds:
+        return "check the revision: a branch, a tag or a commit of that repository"
+    if "RepositoryNotFoundError" in kinds:
+        return "check the name; for a private repository run `hf auth login`"
+    if kinds & {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectionError", "ConnectError"}:
+        return f"run `hf download {name} --local-dir DIR` where there is a connection, and give DIR"
+    return "check the name and the connection, or give a local folder"

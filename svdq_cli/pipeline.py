@@ -122,6 +122,8 @@ def inspect_source(recipe: Recipe, *, options: RunOptions = DEFAULT_OPTIONS) -> 
         ),
         bytes=predicted_sizes(prepared),
         provenance=None,
+        read_as=prepared.source.kind,
+        warnings=prepared.source.warnings,
     )
 
 

@@ -158,6 +158,11 @@ def is_data_free(recipe: Recipe, calibration: Path | None) -> bool:
 
 def warnings_of(prepared: Prepared, *, data_free: bool) -> tuple[str, ...]:
     found = list(prepared.source.warnings)
+    if prepared.source.pipeline is None and not all(t.format.single_file for t in prepared.targets):
+        found.append(
+            f"{prepared.source.path} is no whole pipeline, and so the output is only its {prepared.source.component}; "
+            "name the pipeline it belongs to with --base"
+        )
     if data_free:
         found.append(
             "data-free: no calibration, so activations are not smoothed and quality is lower; "
@@ -215,7 +220,8 @@ def rank_facts(prepared: Prepared) -> RankFacts:
 
 
 def model_facts(prepared: Prepared, digest: str | None) -> ModelFacts:
-    return ModelFacts(prepared.plan.family, prepared.plan.model_class, prepared.plan.parameters, digest)
+    plan, source = prepared.plan, prepared.source
+    return ModelFacts(plan.family, plan.model_class, plan.parameters, digest, source.kind)
 
 
 def layer_sqnr(reports: list[LayerReport]) -> LayerSqnr:

@@ -239,6 +239,7 @@ class ModelFacts:
     model_class: str = field(metadata={"json": "class"})
     parameters: int
     source_sha256: str | None
+    read_as: str  # "diffusers folder", "single file, original (BFL) names", ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -394,6 +395,8 @@ class InspectReport:
     layers: tuple[InspectLayer, ...]
     bytes: ByteFacts
     provenance: Mapping[str, object] | None
+    read_as: str | None = None  # of a source: how its weights are stored
+    warnings: tuple[str, ...] = ()
     command: str = "inspect"
     status: str = "ok"
     schema: int = 1

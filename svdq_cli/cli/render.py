@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from rich.console import Console
 from rich.table import Table
@@ -107,7 +107,17 @@ def _convert(console: Console, report: ConvertReport, verbose: bool) -> None:
     table.add_row("memory", f"{_bytes(report.peak.ram_bytes)} RAM" + _vram(report.peak.vram_bytes))
     console.print(table)
     _layers(console, sqnr, everything=verbose)
-    console.print(f"next: svdq eval {output.path} --against {report.recipe['model']['source']}")  # type: ignore[index]
+    console.print(f"next: svdq eval {output.path} --against {_as_typed(report.recipe['model'])}")
+
+
+def _as_typed(model: object) -> str:
+    """A recipe's model as SOURCE and options, the way it would be typed."""
+    said = cast("dict[str, object]", model)
+    loras = cast("list[dict[str, object]]", said["loras"])
+    base = [f"--base {said['base']}"] if said["base"] else []
+    return " ".join(
+        [str(said["source"]), *base, *(f"--lora {lora['path']}:{lora['weight']}" for lora in loras)]
+    )
 
 
 def _plan(console: Console, report: PlanReport) -> None:
@@ -127,7 +137,7 @@ def _plan(console: Console, report: PlanReport) -> None:
 
 def _inspect(console: Console, report: InspectReport, verbose: bool) -> None:
     facts = _facts()
-    facts.add_row("kind", report.kind)
+    facts.add_row("kind", f"{report.kind} ({report.read_as})" if report.read_as else report.kind)
     facts.add_row("model", f"{report.family} ({report.model_class}), {_count(report.parameters)}")
     facts.add_row("format", f"{report.format}, {report.precision}, rank {report.rank}")
     planned = " planned" if report.kind == "source" else ""

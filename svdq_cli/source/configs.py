@@ -21,8 +21,8 @@ class KnownClass:
     """One diffusers model class: the keys that give it away, and what its shapes say about its config.
 
     `facts` reads config values off the shapes. `rest` adds the values that shapes don't show, for models with those
-    facts; it returns None where they are not those of a published model. `counted` are the facts that a base pipeline's
-    config may disagree with: a pruned model has fewer blocks, and all other parts stay as they are.
+    facts; it returns None where they are not those of a published model. Of a base pipeline's config, the `compared`
+    facts must be the same (they tell variants apart); the `counted` ones need not: a pruned model has fewer blocks.
     """
 
     model_class: str
@@ -31,6 +31,8 @@ class KnownClass:
     facts: Callable[[Shapes], Facts]
     rest: Callable[[Facts], Facts | None]
     counted: frozenset[str] = frozenset()
+    compared: frozenset[str] = frozenset({"in_channels"})
+    legacy_name: str | None = None  # what older configs call the class
 
 
 def class_of_names(names: Mapping[str, object]) -> KnownClass | None:
@@ -302,6 +304,7 @@ KNOWN_CLASSES: tuple[KnownClass, ...] = (
         _flux1_facts,
         _flux1_rest,
         frozenset({"num_layers", "num_single_layers"}),
+        frozenset({"in_channels", "guidance_embeds", "joint_attention_dim", "pooled_projection_dim"}),
     ),
     KnownClass(
         "Flux2Transformer2DModel",
@@ -344,6 +347,7 @@ KNOWN_CLASSES: tuple[KnownClass, ...] = (
         _z_image_facts,
         _z_image_rest,
         frozenset({"n_layers"}),
+        compared=frozenset(),  # in_channels times the patch's pixels is what a tensor shows
     ),
     KnownClass(
         "PixArtTransformer2DModel",
@@ -354,6 +358,7 @@ KNOWN_CLASSES: tuple[KnownClass, ...] = (
         _pixart_facts,
         _pixart_rest,
         frozenset({"num_layers"}),
+        legacy_name="Transformer2DModel",
     ),
     KnownClass(
         "UNet2DConditionModel",
@@ -361,5 +366,6 @@ KNOWN_CLASSES: tuple[KnownClass, ...] = (
         frozenset({"conv_in.weight", "mid_block.resnets.0.conv1.weight", "time_embedding.linear_1.weight"}),
         _unet_facts,
         _unet_rest,
+        compared=frozenset({"in_channels", "cross_attention_dim"}),
     ),
 )

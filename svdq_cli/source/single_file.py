@@ -33,10 +33,9 @@ _BASE_HINT = "name a diffusers pipeline of the same model: --base FOLDER_OR_HUB_
 class _ModelPart:
     """The diffusion model inside a file, under its own names without their prefix."""
 
-    prefix: str
     tensors: Mapping[str, TensorEntry]
     naming: Naming | None  # None: diffusers names
-    known: KnownClass
+    known: KnownClass | None  # None: the base says what class it is
 
 
 def open_single_file(path: Path, *, base: Path | None = None) -> Source:
@@ -62,15 +61,19 @@ def source_of_tensors(
     kind: str = "single file",
 ) -> Source:
     """A source from tensors under whatever names their file has. `left_out` counts what else lies in the file."""
-    part = _model_part(path, stored)
+    part = _model_part(path, stored, base)
     tensors = _diffusers_tensors(path, part)
-    component = part.known.component
+    if part.known is None:
+        assert base is not None
+        component, config = quantized_component(base), _component_config(base) or {}
+    else:
+        component, config = part.known.component, _config(path, part.known, tensors, base)
     names = part.naming.name if part.naming else _DIFFUSERS_NAMES
     return Source(
         path=path,
         pipeline=base,
         component=component,
-        config=_config(path, part.known, tensors, base),
+        config=config,
         tensors=tensors,
         kind=f"{kind}, {names}",
         warnings=(*warnings, *_left_out_warning(path, left_out, base)),
@@ -85,19 +88,21 @@ def _model_tensors(header: Mapping[str, StoredTensor]) -> dict[str, StoredTensor
     return {}
 
 
-def _model_part(path: Path, stored: Mapping[str, TensorEntry]) -> _ModelPart:
+def _model_part(path: Path, stored: Mapping[str, TensorEntry], base: Path | None) -> _ModelPart:
     prefix = next((p for p in _PREFIXES if any(name.startswith(p) for name in stored)), "")
     tensors = {name.removeprefix(prefix): entry for name, entry in stored.items()}
     for naming in NAMINGS:
         if naming.signature <= tensors.keys():
-            return _ModelPart(prefix, tensors, naming, known_class(naming.model_class))
+            return _ModelPart(tensors, naming, known_class(naming.model_class))
     known = class_of_names(tensors)
-    if known is not None:
-        return _ModelPart(prefix, tensors, None, known)
+    # A base has the config of any class; whether these are its tensors is seen when the plan is made
+    if known is not None or (base is not None and _component_config(base) is not None):
+        return _ModelPart(tensors, None, known)
     first = ", ".join(sorted(stored)[:3]) or "no tensors"
     raise InputError(
         f"{path}: not a diffusion model that svdq knows as a single file; it holds {first}",
-        hint="give the model as a diffusers pipeline folder; an adapter (LoRA) goes with its model: --lora FILE:WEIGHT",
+        hint="a model in diffusers' names needs its pipeline (--base FOLDER_OR_HUB_ID), others a diffusers folder; "
+        "an adapter goes with its model (--lora FILE:WEIGHT)",
         where=str(path),
         kind="unknown-family",
     )
@@ -106,17 +111,18 @@ def _model_part(path: Path, stored: Mapping[str, TensorEntry]) -> _ModelPart:
 def _diffusers_tensors(path: Path, part: _ModelPart) -> Mapping[str, TensorEntry]:
     if part.naming is None:
         return part.tensors
+    model_class = part.naming.model_class
     try:
         converted, unknown = convert_names(part.naming, part.tensors)
     except ValueError as error:
         raise InputError(
-            f"{path}: {error}: not the shape of a {part.known.model_class}",
+            f"{path}: {error}: not the shape of a {model_class}",
             hint="the file is damaged or of another model",
             where=str(path),
         ) from error
     if unknown:
         raise InputError(
-            f"{path}: {len(unknown)} tensors have no place in {part.known.model_class}: {', '.join(unknown[:5])}"
+            f"{path}: {len(unknown)} tensors have no place in {model_class}: {', '.join(unknown[:5])}"
             + (", ..." if len(unknown) > 5 else ""),
             hint="the file holds a variant of the model, or an adapter was saved into it",
             where=next(iter(unknown)),
@@ -134,47 +140,42 @@ def _config(
         config = published_config(known, tensors)
         if config is None:
             raise InputError(
-                f"{path}: a {known.model_class}, but the shapes are not those of a published model, so its config "
-                "can't be told from them",
+                f"{path}: a {known.model_class}, whose config can't be told from its names and shapes alone",
                 hint=_BASE_HINT,
                 where=str(path),
                 kind="needs-base",
             )
         return config
-    config = dict(given)
-    for name, value in known.facts(tensors).items():
-        if name in known.counted:
-            config[name] = value
-        elif name in config and config[name] != value and not _same_channels(name, config, value):
+    facts = known.facts(tensors)
+    for name in sorted(known.compared & given.keys()):
+        if given[name] != facts[name]:
             raise InputError(
-                f"{path}: {name} is {value} here and {config[name]} in the base {base}",
+                f"{path}: {name} is {facts[name]} here and {given[name]} in the base {base}",
                 hint=f"the base is another variant; {_BASE_HINT}",
                 where=name,
                 kind="wrong-base",
             )
-    return config
-
-
-def _same_channels(name: str, config: Mapping[str, object], value: object) -> bool:
-    """`out_channels` may be written as None, meaning as many as come in."""
-    return name == "out_channels" and value is None and config[name] == config.get("in_channels")
+    return {**given, **{name: facts[name] for name in known.counted}}
 
 
 def _base_config(path: Path, known: KnownClass, base: Path) -> Mapping[str, object] | None:
+    """The base's config of the component, which must be of the same class; None where the base lacks it."""
     component = quantized_component(base)
     if component != known.component:
         raise _wrong_base(path, known, base, f"a pipeline with a {component}")
-    file = base / component / "config.json"
+    config = _component_config(base)
+    found = config.get("_class_name", known.model_class) if config else known.model_class
+    if found not in (known.model_class, known.legacy_name):
+        raise _wrong_base(path, known, base, f"a {found}")
+    return config
+
+
+def _component_config(base: Path) -> Mapping[str, object] | None:
+    """The base's config of the component that svdq quantizes, as it was before any quantization."""
+    file = base / quantized_component(base) / "config.json"
     if not file.is_file():
         return None
-    config = read_json(file)
-    found = config.get("_class_name", known.model_class)
-    if found != known.model_class and not (
-        known.model_class.startswith("PixArt")
-        and found == "Transformer2DModel"  # the official config's class
-    ):
-        raise _wrong_base(path, known, base, f"a {found}")
-    return {key: value for key, value in config.items() if key != "quantization_config"}
+    return {key: value for key, value in read_json(file).items() if key != "quantization_config"}
 
 
 def _wrong_base(path: Path, known: KnownClass, base: Path, found: str) -> InputError:

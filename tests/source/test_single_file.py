@@ -177,7 +177,7 @@ def test_what_else_lies_in_the_file_is_said(tiny_flux: Path, tmp_path: Path):
 
 
 def test_without_a_base_an_unpublished_shape_says_what_is_missing(tiny_flux: Path, tmp_path: Path):
-    with pytest.raises(InputError, match="can't be told") as caught:
+    with pytest.raises(InputError, match="can't be told from its names and shapes") as caught:
         open_source(bfl_file(tiny_flux, tmp_path / "model.safetensors"))
     assert caught.value.kind == "needs-base"
     assert "--base" in str(caught.value.hint)
