@@ -91,6 +91,7 @@ def predict(
     sizes = predicted_sizes(prepared)
     return PlanReport(
         model=model_facts(prepared, None),
+        read_as=prepared.source.kind,
         precision=recipe.quantization.precision,
         effort=recipe.quantization.effort,
         rank=rank_facts(prepared),
@@ -270,6 +271,7 @@ def convert(
                 for target, path, file in zip(prepared.targets, paths, weights, strict=True)
             ),
             model=model_facts(prepared, digest),
+            read_as=prepared.source.kind,
             precision=recipe.quantization.precision,
             effort="datafree" if data_free else recipe.quantization.effort,
             data_free=data_free,

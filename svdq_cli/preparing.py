@@ -220,8 +220,8 @@ def rank_facts(prepared: Prepared) -> RankFacts:
 
 
 def model_facts(prepared: Prepared, digest: str | None) -> ModelFacts:
-    plan, source = prepared.plan, prepared.source
-    return ModelFacts(plan.family, plan.model_class, plan.parameters, digest, source.kind)
+    plan = prepared.plan
+    return ModelFacts(plan.family, plan.model_class, plan.parameters, digest)
 
 
 def layer_sqnr(reports: list[LayerReport]) -> LayerSqnr:

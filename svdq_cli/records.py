@@ -239,7 +239,6 @@ class ModelFacts:
     model_class: str = field(metadata={"json": "class"})
     parameters: int
     source_sha256: str | None
-    read_as: str  # "diffusers folder", "single file, original (BFL) names", ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,6 +292,7 @@ class ConvertReport:
     status: str
     outputs: tuple[OutputFile, ...]
     model: ModelFacts
+    read_as: str  # how the source was stored: "diffusers folder", "single file, original (BFL) names", ...
     precision: str
     effort: str
     data_free: bool
@@ -316,6 +316,7 @@ class PlanReport:
     """What `--plan` predicts. `None` where nothing honest can be said yet."""
 
     model: ModelFacts
+    read_as: str  # how the source was stored: "diffusers folder", "single file, original (BFL) names", ...
     precision: str
     effort: str
     rank: RankFacts

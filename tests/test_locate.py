@@ -69,7 +69,7 @@ def test_the_recipe_s_revision_is_used(hub_cache: Path):
 def test_a_hub_id_converts_like_its_folder_and_keeps_its_name(hub_cache: Path, tmp_path: Path):
     recipe = with_overrides(default_recipe("someone/tiny-flux@v1"), effort="datafree", rank=16)
     report = convert(recipe, tmp_path / "out")
-    assert report.model.read_as == "diffusers folder"
+    assert report.read_as == "diffusers folder"
     header = (tmp_path / "out" / WEIGHTS).read_bytes()[:20000]
     assert b"someone/tiny-flux@v1" in header
     assert str(tmp_path).encode() not in header

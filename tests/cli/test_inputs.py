@@ -67,7 +67,7 @@ def test_a_single_file_with_a_lora_is_inspected_converted_checked_and_judged(
     out = tmp_path / "out"
     assert run(f"convert {bfl} {model} -o {out} {DATA_FREE}".split()) == 0
     report = said(capsys)
-    assert report["model"]["read_as"] == inspected["read_as"]
+    assert report["read_as"] == inspected["read_as"]
     assert report["recipe"]["model"]["loras"] == [{"path": str(lora), "weight": 0.1}]
     assert run(f"check {out} --against {bfl} {model} -q --json".split()) == 0
     assert said(capsys)["status"] == "ok"
