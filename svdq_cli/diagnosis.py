@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
@@ -12,10 +12,15 @@ from typing import Literal
 import torch
 
 from svdq_cli import __version__
+from svdq_cli.errors import EnvironmentLacksError
 from svdq_cli.evaluate.layers import layer_sqnr_db
 from svdq_cli.formats import FORMATS
+from svdq_cli.gpu.architectures import Architecture, architecture
+from svdq_cli.gpu.compile import compile_variant
+from svdq_cli.gpu.launch import CudaDevice, cuda_device
 from svdq_cli.locate import locate_source
 from svdq_cli.records import Int4, Linear, NvFp4, Precision, SharedInput, SolveSettings, W4A4Plan, W4A16Plan
+from svdq_cli.runtime.selftest import KernelCase, kernel_cases
 from svdq_cli.solve.forward import SourceWeight
 from svdq_cli.solve.linear import solve_input
 from svdq_cli.source import open_source
@@ -23,6 +28,8 @@ from svdq_cli.source import open_source
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "datasets", "pydantic", "cupy")
 # Random Gaussian layers reach about 18 dB (int4) and 20 dB (nvfp4) at rank 16; half of that means broken arithmetic.
 LEAST_SQNR_DB = 10.0
+# What kernels are compiled for where there is no GPU to run them on
+TARGET_WITHOUT_GPU = architecture("sm_90a")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +38,7 @@ class SelfTest:
 
     op: str
     precision: str
+    mode: str
     backend: str
     status: Literal["ok", "failed", "unavailable"]
     detail: str
@@ -51,7 +59,8 @@ class DoctorReport:
 
 def diagnose() -> DoctorReport:
     """Never raises for what is merely missing: that is a line of the report."""
-    tests = (_test_embedded_model(), *(_test_layer(p) for p in (Int4(), NvFp4(), None)), _kernels())
+    layers = (_test_layer(precision) for precision in (Int4(), NvFp4(), None))
+    tests = (_test_embedded_model(), *layers, *_test_kernels())
     return DoctorReport(
         svdq_version=__version__,
         python=platform.python_version(),
@@ -67,8 +76,8 @@ def _test_embedded_model() -> SelfTest:
     try:
         count = len(open_source(locate_source("demo")).tensors)
     except Exception as error:
-        return SelfTest("embedded model", "-", "-", "failed", str(error), time.monotonic() - started)
-    return SelfTest("embedded model", "-", "-", "ok", f"{count} tensors", time.monotonic() - started)
+        return SelfTest("embedded model", "-", "-", "-", "failed", str(error), time.monotonic() - started)
+    return SelfTest("embedded model", "-", "-", "-", "ok", f"{count} tensors", time.monotonic() - started)
 
 
 def _test_layer(precision: Precision | None) -> SelfTest:
@@ -78,11 +87,10 @@ def _test_layer(precision: Precision | None) -> SelfTest:
     try:
         sqnr = _round_trip_sqnr(precision)
     except Exception as error:
-        return SelfTest(
-            op, name, "reference", "failed", f"{type(error).__name__}: {error}", time.monotonic() - started
-        )
+        said = f"{type(error).__name__}: {error}"
+        return SelfTest(op, name, "-", "reference", "failed", said, time.monotonic() - started)
     status = "ok" if sqnr > LEAST_SQNR_DB else "failed"
-    return SelfTest(op, name, "reference", status, f"{sqnr:.1f} dB", time.monotonic() - started)
+    return SelfTest(op, name, "-", "reference", status, f"{sqnr:.1f} dB", time.monotonic() - started)
 
 
 def _round_trip_sqnr(precision: Precision | None) -> float:
@@ -99,9 +107,56 @@ def _round_trip_sqnr(precision: Precision | None) -> float:
     return layer_sqnr_db(weight, None, fmt.decode(plan, fmt.encode(solution)), rows)
 
 
-def _kernels() -> SelfTest:
-    detail = "this version ships no CUDA kernels; the reference backend runs everywhere"
-    return SelfTest("fused kernels", "-", "cuda", "unavailable", detail, 0.0)
+def _test_kernels() -> Iterator[SelfTest]:
+    """Every kernel against its twin on the GPU that is here; without one, whether it compiles."""
+    try:
+        gpu = cuda_device(torch.device("cuda"))
+    except EnvironmentLacksError as lack:
+        for case in kernel_cases(torch.bfloat16):
+            yield _compile_only(case, lack.message)
+        return
+    for case in kernel_cases(_dtype_of(gpu.architecture)):
+        yield _run_kernel(case, gpu)
+
+
+def _run_kernel(case: KernelCase, gpu: CudaDevice) -> SelfTest:
+    started = time.monotonic()
+    target = gpu.architecture.target
+    try:
+        found = case.disagreement(gpu, torch.device("cuda", gpu.index))
+        status = "ok" if found <= case.most else "failed"
+        said = f"{target}, differs from its definition by {found:.1e}"
+    except Exception as error:
+        status, said = "failed", f"{target}: {type(error).__name__}: {error}"
+    return SelfTest(case.op, case.precision, case.mode, "kernels", status, said, time.monotonic() - started)
+
+
+def _compile_only(case: KernelCase, lack: str) -> SelfTest:
+    started = time.monotonic()
+    target = TARGET_WITHOUT_GPU.target
+    try:
+        usage = compile_variant(case.variant(TARGET_WITHOUT_GPU), target).usage
+        status, said = (
+            "unavailable",
+            f"{lack}; compiles for {target}: {usage.registers} registers, {usage.spill_bytes} bytes spilled",
+        )
+    except EnvironmentLacksError as error:
+        status, said = "unavailable", f"{lack}; {error.message}"
+    except Exception as error:
+        status, said = "failed", f"{target}: {type(error).__name__}: {error}"
+    return SelfTest(case.op, case.precision, case.mode, "kernels", status, said, time.monotonic() - started)
+
+
+def _dtype_of(kind: Architecture) -> torch.dtype:
+    return torch.bfloat16 if kind.bfloat16 else torch.float16
+
+
+def _backend_here() -> str:
+    try:
+        cuda_device(torch.device("cuda"))
+    except EnvironmentLacksError:
+        return "reference"
+    return "kernels"
 
 
 def _device() -> dict[str, object]:
@@ -109,14 +164,14 @@ def _device() -> dict[str, object]:
         return {
             "name": platform.processor() or platform.machine(),
             "sm": None,
-            "backend": "reference",
+            "backend": _backend_here(),
             "cuda": None,
         }
     major, minor = torch.cuda.get_device_capability()
     return {
         "name": torch.cuda.get_device_name(),
         "sm": f"{major}{minor}",
-        "backend": "reference",
+        "backend": _backend_here(),
         "cuda": torch.version.cuda,
     }
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -11,10 +12,13 @@ from torch import nn
 
 from svdq_cli.calibrate.pipelines import load_source_pipeline
 from svdq_cli.checkpoint import Checkpoint, open_checkpoint
-from svdq_cli.errors import EnvironmentLacksError, InputError
+from svdq_cli.errors import EnvironmentLacksError, InputError, UsageError
+from svdq_cli.gpu.launch import cuda_device, require_dtype
 from svdq_cli.inventory import model_class
+from svdq_cli.runtime.fused import fused_linear
 from svdq_cli.runtime.linear import quantized_linear
-from svdq_cli.runtime.replace import replace_linears
+from svdq_cli.runtime.operands import objection
+from svdq_cli.runtime.replace import fuse_feed_forwards, replace_linears
 from svdq_cli.source import Source, read_tensor
 
 if TYPE_CHECKING:
@@ -25,18 +29,30 @@ if TYPE_CHECKING:
 class Backend:
     """What computes the 4-bit layers of a loaded pipeline, and why this one."""
 
-    name: Literal["reference"]
+    name: Literal["kernels", "reference"]
     reason: str
 
 
-def choose_backend(wanted: str, device: torch.device) -> Backend:
-    """Raises EnvironmentLacksError for a backend that this version or machine does not have."""
-    if wanted not in ("auto", "reference"):
-        raise EnvironmentLacksError(
-            f"backend {wanted!r} is not in this version",
-            hint="use --backend reference: plain torch, the arithmetic of the 4-bit runtimes, not their speed",
-        )
-    return Backend("reference", f"plain torch on {device}: this version ships no CUDA kernels")
+BACKENDS = ("auto", "kernels", "reference")
+
+
+def choose_backend(wanted: str, device: torch.device, dtype: torch.dtype) -> Backend:
+    """`auto` takes the CUDA kernels where they run, and says why where they don't. `dtype` is the checkpoint's.
+
+    Raises EnvironmentLacksError for `kernels` on a machine that can't run them, UsageError for an unknown name.
+    """
+    if wanted not in BACKENDS:
+        raise UsageError(f"unknown backend {wanted!r}", hint=f"use {', '.join(BACKENDS)}")
+    if wanted == "reference":
+        return Backend("reference", f"plain torch on {device}, as asked")
+    try:
+        gpu = cuda_device(device)
+        require_dtype(gpu, dtype)
+    except EnvironmentLacksError as lack:
+        if wanted == "kernels":
+            raise
+        return Backend("reference", f"plain torch on {device}: {lack.message}")
+    return Backend("kernels", f"CUDA kernels for {gpu.architecture.target}")
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
@@ -58,8 +74,8 @@ def load_pipeline(
     backend stands in `pipe.svdq_backend`. Raises InputError for a damaged or foreign folder.
     """
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    backend_facts = choose_backend(backend, chosen)
     checkpoint = open_checkpoint(Path(path))
+    backend_facts = choose_backend(backend, chosen, checkpoint.dtype)
     if checkpoint.source.pipeline is None:
         raise InputError(
             f"{path}: only one component is here, not a pipeline",
@@ -67,14 +83,14 @@ def load_pipeline(
             where=str(path),
         )
     dtype = dtype or compute_dtype(chosen)
-    model = load_model(checkpoint, dtype=dtype)
+    model, refused = load_model(checkpoint, dtype=dtype, backend=backend_facts)
     pipe = load_source_pipeline(
         checkpoint.source.pipeline,
         dtype=dtype,
         device=chosen,
         components={checkpoint.source.component: model},
     )
-    pipe.svdq_backend = backend_facts  # type: ignore[attr-defined]
+    pipe.svdq_backend = _with_refused(backend_facts, refused)  # type: ignore[attr-defined]
     return pipe
 
 
@@ -107,11 +123,25 @@ def _unfilled(source: Source, class_name: str) -> nn.Module:
         )
 
 
-def load_model(checkpoint: Checkpoint, *, dtype: torch.dtype) -> nn.Module:
-    """The quantized component on the CPU, its 4-bit layers in the runtime's modules."""
+def load_model(
+    checkpoint: Checkpoint, *, dtype: torch.dtype, backend: Backend
+) -> tuple[nn.Module, Mapping[str, str]]:
+    """The quantized component on the CPU, its 4-bit layers in the backend's modules.
+
+    Also returns the layers that the kernels can't run, by name and with the reason; these run in plain torch.
+    """
     model = _unfilled(checkpoint.source, checkpoint.model_class)
-    quantized = {plan.name: quantized_linear(checkpoint.solution(plan)) for plan in checkpoint.layers}
+    quantized: dict[str, nn.Module] = {}
+    refused: dict[str, str] = {}
+    for plan in checkpoint.layers:
+        solution = checkpoint.solution(plan)
+        if backend.name == "kernels" and (reason := objection(solution)):
+            refused[plan.name] = reason
+        on_kernels = backend.name == "kernels" and plan.name not in refused
+        quantized[plan.name] = fused_linear(solution) if on_kernels else quantized_linear(solution)
     replace_linears(model, quantized)
+    if backend.name == "kernels":
+        fuse_feed_forwards(model)
     kept = {name: checkpoint.kept_tensor(name).to(dtype) for name in checkpoint.kept_names()}
     model.load_state_dict(kept, strict=False, assign=True)
     if empty := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
@@ -120,4 +150,12 @@ def load_model(checkpoint: Checkpoint, *, dtype: torch.dtype) -> nn.Module:
             hint="the download is incomplete; svdq check lists what is missing",
             where=empty[0],
         )
-    return model.eval().requires_grad_(False)
+    return model.eval().requires_grad_(False), refused
+
+
+def _with_refused(backend: Backend, refused: Mapping[str, str]) -> Backend:
+    if not refused:
+        return backend
+    name, reason = next(iter(refused.items()))
+    others = f" and {len(refused) - 1} more layers" if len(refused) > 1 else ""
+    return replace(backend, reason=f"{backend.reason}; in plain torch {name} ({reason}){others}")

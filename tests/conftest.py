@@ -13,6 +13,7 @@ import pytest
 # Read by the libraries when they are imported, hence before any of them
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["SVDQ_CACHE"] = os.path.join(tempfile.gettempdir(), f"svdq-tests-cache-{os.getuid()}")
 os.environ["HF_HOME"] = os.path.join(tempfile.gettempdir(), f"svdq-tests-hf-{os.getuid()}")
 
 # `tests.tiny` is found whether pytest is started as a module or as a command

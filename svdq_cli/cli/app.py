@@ -352,7 +352,7 @@ def generate(
     height: opt.Height = None,
     seed: opt.Seed = None,
     backend: Annotated[
-        str, typer.Option(metavar="auto|reference", help="What computes the 4-bit layers.")
+        str, typer.Option(metavar="auto|kernels|reference", help="What computes the 4-bit layers.")
     ] = "auto",
     device: opt.Device = "auto",
     overwrite: opt.Overwrite = False,

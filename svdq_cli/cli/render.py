@@ -287,10 +287,10 @@ def _doctor(console: Console, report: DoctorReport) -> None:
     )
     console.print(facts)
     table = Table(box=None, pad_edge=False)
-    for title in ("op", "precision", "backend", "status", "detail"):
+    for title in ("op", "precision", "mode", "backend", "status", "detail"):
         table.add_column(title)
     for test in report.tests:
-        table.add_row(test.op, test.precision, test.backend, test.status, Text(test.detail))
+        table.add_row(test.op, test.precision, test.mode, test.backend, test.status, Text(test.detail))
     console.print(table)
 
 

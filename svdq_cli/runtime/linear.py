@@ -106,12 +106,17 @@ def w4a16_forward(x: Tensor, solution: W4A16Solution, *, weight: Tensor | None =
 # ------------------------------------------------------------------------------------------ modules
 
 
-class QuantizedLinear(nn.Module):
-    """What both converted linears share: nn.Linear's features, buffers that keep their dtype, a weight cache.
+def keep_dtypes(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """What a converted module makes of a conversion of its buffers: only the device of it.
 
-    `.to(dtype)`, `.half()` and the like change nothing: a checkpoint's numbers are stored in the dtypes that
-    its runtime reads, and rounding them once more would make another model. `.to(device)` moves them.
+    `.to(dtype)`, `.half()` and the like change nothing: a checkpoint's numbers are stored in the dtypes that its
+    runtime reads, and rounding them once more would make another model. `.to(device)` moves them.
     """
+    return lambda tensor: tensor.to(fn(tensor.new_empty(0)).device)
+
+
+class QuantizedLinear(nn.Module):
+    """What both converted linears share: nn.Linear's features, buffers that keep their dtype, a weight cache."""
 
     def __init__(self, codes: Tensor, *, cache_bytes: int) -> None:
         super().__init__()
@@ -121,7 +126,7 @@ class QuantizedLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         self._cached_weight = None
-        return super()._apply(lambda t: t.to(fn(t.new_empty(0)).device), recurse)
+        return super()._apply(keep_dtypes(fn), recurse)
 
     def _weight(self, dequantize: Callable[[], Tensor]) -> Tensor:
         if self._cached_weight is not None:

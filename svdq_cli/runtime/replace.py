@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from svdq_cli.errors import InputError
 from svdq_cli.pointwise import channels_first, channels_last, is_pointwise
+from svdq_cli.runtime.fused import FusedFeedForward, FusedW4A4Linear
 
 
 class PointwiseConvolution(nn.Module):
@@ -34,6 +35,30 @@ def replace_linears(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
         parent, _, leaf = name.rpartition(".")
         pointwise = is_pointwise(modules[name])
         setattr(modules[parent], leaf, PointwiseConvolution(layer) if pointwise else layer)
+
+
+def fuse_feed_forwards(model: nn.Module) -> int:
+    """Put one fused module in the place of every linear - GELU - linear whose linears run on the kernels.
+
+    Known by its parts, as diffusers' FeedForward has them: `net` = a GELU by tanh with its `proj`, a dropout (which
+    does nothing when a model draws), and a linear. Returns how many were found.
+    """
+    found = {name: fused for name, module in model.named_modules() if (fused := _fused_feed_forward(module))}
+    for name, fused in found.items():
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, fused)
+    return len(found)
+
+
+def _fused_feed_forward(module: nn.Module) -> FusedFeedForward | None:
+    net = getattr(module, "net", None)
+    if not isinstance(net, nn.ModuleList) or len(net) != 3 or getattr(net[0], "approximate", None) != "tanh":
+        return None
+    first, second = getattr(net[0], "proj", None), net[2]
+    if not (isinstance(first, FusedW4A4Linear) and isinstance(second, FusedW4A4Linear)):
+        return None
+    fits = first.plan.precision == second.plan.precision and first.out_features == second.in_features
+    return FusedFeedForward(first, second) if fits else None
 
 
 def _check(name: str, layer: nn.Module, modules: Mapping[str, nn.Module]) -> None:

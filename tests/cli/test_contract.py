@@ -201,6 +201,23 @@ def test_doctor_tests_the_reference_backend(capsys: pytest.CaptureFixture[str]):
     assert code == (0 if report["status"] == "ok" else 4)
 
 
+def test_doctor_lists_every_kernel_in_every_precision_and_mode(capsys: pytest.CaptureFixture[str]):
+    run(["doctor", "--json"])
+    tests = [test for test in said(capsys)["tests"] if test["backend"] == "kernels"]
+    listed = {(test["op"], test["precision"], test["mode"]) for test in tests}
+    assert listed == {
+        *(("quantize_down", "int4", mode) for mode in ("signed", "unsigned")),
+        *(("w4a4_gemm", "int4", mode) for mode in ("signed", "unsigned")),
+        *(("w4a4_gelu_quantize", "int4", mode) for mode in ("to signed", "to unsigned")),
+        *(("quantize_down", "nvfp4", "signed"), ("w4a4_gemm", "nvfp4", "signed")),
+        *(("w4a4_gelu_quantize", "nvfp4", "to signed"), ("w4a16_linear", "int4", "-")),
+    }
+    for test in tests:
+        assert test["status"] in ("ok", "unavailable")
+        if test["status"] == "unavailable":  # no GPU
+            assert "torch sees no NVIDIA GPU; " in test["detail"]
+
+
 # ------------------------------------------------------------------------------------------------- refusals
 
 

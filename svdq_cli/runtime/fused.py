@@ -1,0 +1,146 @@
+"""Converted linears on the CUDA kernels. On a CPU the same modules run the kernels' twins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from svdq_cli.records import LayerSolution, W4A4Plan, W4A4Solution, W4A16Plan, W4A16Solution
+from svdq_cli.runtime import operators  # noqa: F401  defines torch.ops.svdq
+from svdq_cli.runtime.linear import keep_dtypes
+from svdq_cli.runtime.operands import (
+    W4A4Operands,
+    W4A16Operands,
+    pack_w4a4,
+    pack_w4a16,
+    tensors_of,
+    unpack_w4a4,
+    unpack_w4a16,
+)
+
+Quantized = tuple[Tensor, Tensor, Tensor]  # packed codes, scales, hidden
+
+
+class FusedLinear(nn.Module):
+    """What both kinds share: nn.Linear's features, and buffers that keep their dtype (`keep_dtypes`)."""
+
+    def __init__(self, plan: W4A4Plan | W4A16Plan, operands: W4A4Operands | W4A16Operands) -> None:
+        super().__init__()
+        self.in_features, self.out_features = plan.linear.in_features, plan.linear.out_features
+        for name, tensor in tensors_of(operands).items():
+            self.register_buffer(name, tensor)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedLinear:
+        return super()._apply(keep_dtypes(fn), recurse)
+
+
+class FusedW4A4Linear(FusedLinear):
+    """A W4A4 layer in two kernels: `quantize_down`, then `w4a4_gemm`."""
+
+    inverse_smooth: Tensor
+    down: Tensor
+    weight: Tensor
+    weight_scales: Tensor
+    up: Tensor
+    outer: Tensor | None
+    bias: Tensor | None
+
+    def __init__(self, solution: W4A4Solution) -> None:
+        super().__init__(solution.plan, pack_w4a4(solution))
+        self.plan = solution.plan
+
+    @property
+    def operands(self) -> W4A4Operands:
+        return W4A4Operands(
+            *(self.inverse_smooth, self.down, self.weight, self.weight_scales, self.up, self.outer, self.bias)
+        )
+
+    @property
+    def solution(self) -> W4A4Solution:
+        return unpack_w4a4(self.operands, self.plan)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, self.in_features)
+        y = self.multiply(self.quantize(rows), rows.shape[0])
+        return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
+
+    def quantize(self, rows: Tensor) -> Quantized:
+        """`rows` (M, K) in any float dtype."""
+        return torch.ops.svdq.quantize_down(
+            rows.to(self.up.dtype).contiguous(),
+            self.inverse_smooth,
+            self.down,
+            precision=self.plan.precision.name,
+        )
+
+    def multiply(self, quantized: Quantized, m: int) -> Tensor:
+        """(M, N) in the checkpoint's dtype."""
+        return torch.ops.svdq.w4a4_gemm(
+            *(*quantized, *self.operands.product),
+            m=m,
+            n=self.out_features,
+            precision=self.plan.precision.name,
+        )
+
+    def multiply_gelu_quantize(self, quantized: Quantized, m: int, after: FusedW4A4Linear) -> Quantized:
+        """This layer's product, GELU by tanh, and the input of the layer `after`."""
+        return torch.ops.svdq.w4a4_gelu_quantize(
+            *(*quantized, *self.operands.product),
+            *(after.inverse_smooth, after.down),
+            m=m,
+            precision=self.plan.precision.name,
+        )
+
+    def extra_repr(self) -> str:
+        precision = self.plan.precision.name
+        return f"in_features={self.in_features}, out_features={self.out_features}, {precision}, rank={self.plan.rank}"
+
+
+class FusedW4A16Linear(FusedLinear):
+    """A W4A16 layer in one kernel."""
+
+    weight: Tensor
+    scales: Tensor
+    bias: Tensor | None
+
+    def __init__(self, solution: W4A16Solution) -> None:
+        super().__init__(solution.plan, pack_w4a16(solution))
+        self.plan = solution.plan
+
+    @property
+    def solution(self) -> W4A16Solution:
+        return unpack_w4a16(W4A16Operands(self.weight, self.scales, self.bias), self.plan)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, self.in_features).to(self.scales.dtype).contiguous()
+        y = torch.ops.svdq.w4a16_linear(rows, self.weight, self.scales, self.bias, n=self.out_features)
+        return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, w4a16"
+
+
+class FusedFeedForward(nn.Module):
+    """Linear, GELU by tanh, linear: the activation between the two is never written."""
+
+    def __init__(self, first: FusedW4A4Linear, second: FusedW4A4Linear) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, self.first.in_features)
+        m = rows.shape[0]
+        between = self.first.multiply_gelu_quantize(self.first.quantize(rows), m, self.second)
+        y = self.second.multiply(between, m)
+        return y.to(x.dtype).reshape(*x.shape[:-1], self.second.out_features)
+
+
+def fused_linear(solution: LayerSolution) -> FusedW4A4Linear | FusedW4A16Linear:
+    """The module that runs a solution on the kernels. ValueError where `runtime.operands.objection` has one."""
+    match solution:
+        case W4A4Solution():
+            return FusedW4A4Linear(solution)
+        case W4A16Solution():
+            return FusedW4A16Linear(solution)

@@ -1,0 +1,164 @@
+"""A solution's tensors as the kernels read them: packed once when a model is loaded, unpacked to the same numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from svdq_cli.gpu.variants import BLOCK_N
+from svdq_cli.pack.kernel_tiles import (
+    STEP,
+    pack_column_micro_scales,
+    pack_column_scales,
+    pack_down_fragments,
+    pack_up_fragments,
+    pack_w4a16_weight,
+    pack_weight_codes,
+    unpack_column_micro_scales,
+    unpack_column_scales,
+    unpack_down_fragments,
+    unpack_up_fragments,
+    unpack_w4a16_weight,
+    unpack_weight_codes,
+)
+from svdq_cli.pack.padding import crop, pad
+from svdq_cli.records import (
+    Int4,
+    LayerSolution,
+    NvFp4,
+    W4A4Plan,
+    W4A4Solution,
+    W4A16Plan,
+    W4A16Solution,
+)
+
+RANK_TILE = 16
+ROW_TILE = 8  # of N: a row of the result is stored 8 numbers at a time
+# Smoothing factors are applied as float32 reciprocals: outside this range one would overflow or lose bits.
+SMOOTH_RANGE = (2.0**-100, 2.0**100)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class W4A4Operands:
+    """A W4A4 layer. Shapes: `pack.kernel_tiles`, with N padded to whole blocks and R to 16."""
+
+    inverse_smooth: Tensor  # (K,) float32
+    down: Tensor
+    weight: Tensor
+    weight_scales: Tensor
+    up: Tensor
+    outer: Tensor | None  # (NP,) float32, nvfp4 only
+    bias: Tensor | None  # (NP,) 16-bit
+
+    @property
+    def product(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """What the GEMM reads, in the order of its parameters."""
+        return self.weight, self.weight_scales, self.up, self.outer, self.bias
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class W4A16Operands:
+    """A W4A16 layer."""
+
+    weight: Tensor
+    scales: Tensor  # (K/64, NP, 2) 16-bit: scale and zero
+    bias: Tensor | None
+
+
+def objection(solution: LayerSolution) -> str | None:
+    """Why the kernels can't run a layer, or None."""
+    n, k = solution.codes.shape
+    if k % STEP:
+        return f"in_features {k} is not a multiple of {STEP}"
+    if n % ROW_TILE:
+        return f"out_features {n} is not a multiple of {ROW_TILE}"
+    if isinstance(solution, W4A4Solution):
+        low, high = SMOOTH_RANGE
+        smooth = solution.smooth.float()
+        if not bool(((smooth >= low) & (smooth <= high)).all()):
+            return f"a smoothing factor is outside {low:.0e} .. {high:.0e}"
+    return None
+
+
+def pack_w4a4(solution: W4A4Solution) -> W4A4Operands:
+    """ValueError where `objection` has one."""
+    if reason := objection(solution):
+        raise ValueError(f"{solution.plan.name}: {reason}")
+    match solution.plan.precision:
+        case Int4():
+            scales, outer = pack_column_scales(_padded(solution.scales)), None
+        case NvFp4():
+            bits = _padded(solution.scales.view(torch.uint8)).view(solution.scales.dtype)
+            assert solution.outer is not None
+            every = solution.outer.float().expand(solution.codes.shape[0])
+            scales, outer = pack_column_micro_scales(bits), _padded(every)
+    return W4A4Operands(
+        inverse_smooth=1 / solution.smooth.float(),
+        down=pack_down_fragments(pad(solution.down, multiples=(RANK_TILE, 1), fill=0)),
+        weight=pack_weight_codes(_padded(solution.codes)),
+        weight_scales=scales,
+        up=pack_up_fragments(pad(solution.up, multiples=(BLOCK_N, RANK_TILE), fill=0)),
+        outer=outer,
+        bias=None if solution.bias is None else _padded(solution.bias),
+    )
+
+
+def unpack_w4a4(operands: W4A4Operands, plan: W4A4Plan) -> W4A4Solution:
+    """The inverse of `pack_w4a4`; an outer scale that is the same for all rows comes back as (1,)."""
+    n, dtype = plan.linear.out_features, operands.up.dtype
+    codes = unpack_weight_codes(operands.weight)[:n].view(torch.int8)
+    match plan.precision:
+        case Int4():
+            codes = (codes << 4) >> 4  # the arithmetic shift brings the sign back
+            scales, outer = unpack_column_scales(operands.weight_scales)[:n], None
+        case NvFp4():
+            scales = unpack_column_micro_scales(operands.weight_scales)[:n]
+            assert operands.outer is not None
+            outer = operands.outer[:n].to(dtype)
+            outer = outer[:1] if bool((outer == outer[0]).all()) else outer
+    return W4A4Solution(
+        plan=plan,
+        smooth=(1 / operands.inverse_smooth).to(dtype),
+        down=unpack_down_fragments(operands.down)[: plan.rank],
+        up=crop(unpack_up_fragments(operands.up), shape=(n, plan.rank)).contiguous(),
+        codes=codes.contiguous(),
+        scales=scales.contiguous(),
+        outer=outer,
+        bias=None if operands.bias is None else operands.bias[:n],
+    )
+
+
+def pack_w4a16(solution: W4A16Solution) -> W4A16Operands:
+    """ValueError where `objection` has one."""
+    if reason := objection(solution):
+        raise ValueError(f"{solution.plan.name}: {reason}")
+    pairs = torch.stack((solution.scales, solution.zeros), -1)
+    return W4A16Operands(
+        weight=pack_w4a16_weight(_padded(solution.codes)),
+        scales=_padded(pairs).transpose(0, 1).contiguous(),
+        bias=None if solution.bias is None else _padded(solution.bias),
+    )
+
+
+def unpack_w4a16(operands: W4A16Operands, plan: W4A16Plan) -> W4A16Solution:
+    """The inverse of `pack_w4a16`."""
+    n = plan.linear.out_features
+    pairs = operands.scales[:, :n].transpose(0, 1)
+    return W4A16Solution(
+        plan=plan,
+        codes=unpack_w4a16_weight(operands.weight)[:n].contiguous(),
+        scales=pairs[..., 0].contiguous(),
+        zeros=pairs[..., 1].contiguous(),
+        bias=None if operands.bias is None else operands.bias[:n],
+    )
+
+
+def tensors_of(operands: W4A4Operands | W4A16Operands) -> dict[str, Tensor | None]:
+    """By field name, in the order of the operators' parameters."""
+    return {field.name: getattr(operands, field.name) for field in fields(operands)}
+
+
+def _padded(rows: Tensor) -> Tensor:
+    return pad(rows, multiples=(BLOCK_N,) + (1,) * (rows.ndim - 1), fill=0)

@@ -1,0 +1,136 @@
+"""The kernels on the GPU that is here, against their twins. Skipped without one, unless SVDQ_REQUIRE_GPU=1."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from svdq_cli.errors import EnvironmentLacksError
+from svdq_cli.gpu import operations
+from svdq_cli.gpu.launch import CudaDevice, cuda_device
+from svdq_cli.records import Int4, NvFp4, Precision
+from svdq_cli.runtime import operators, twins  # noqa: F401  operators defines torch.ops.svdq
+from svdq_cli.runtime.selftest import KernelCase, kernel_cases
+from tests.gpu.operands import SHAPES, Shape, assert_agrees, random_operands, random_rows, random_w4a16
+
+GPU = torch.device("cuda", 0)
+LARGE = (Shape(4608, 3072, 3072, 32), Shape(512, 12288, 3072, 32), Shape(4096, 3072, 9216, 128))
+LAUNCHES = int(os.environ.get("SVDQ_LAUNCHES", "1000"))
+PRECISIONS = [pytest.param(Int4(), id="int4"), pytest.param(NvFp4(), id="nvfp4")]
+
+
+def _lack() -> str | None:
+    try:
+        cuda_device(GPU)
+    except EnvironmentLacksError as lack:
+        return lack.message
+    return None
+
+
+if os.environ.get("SVDQ_REQUIRE_GPU") != "1":
+    pytestmark = pytest.mark.skipif(bool(_lack()), reason=f"needs a GPU: {_lack()}")
+
+
+@pytest.fixture(scope="module")
+def gpu() -> CudaDevice:
+    return cuda_device(GPU)
+
+
+@pytest.fixture(scope="module")
+def dtype(gpu: CudaDevice) -> torch.dtype:
+    return torch.bfloat16 if gpu.architecture.bfloat16 else torch.float16
+
+
+def moved(operands):
+    """A record of tensors, on the GPU."""
+    tensors = {name: value for name in operands.__slots__ if (value := getattr(operands, name)) is not None}
+    return replace(operands, **{name: tensor.to(GPU) for name, tensor in tensors.items()})
+
+
+@pytest.mark.parametrize(
+    "case", kernel_cases(torch.bfloat16), ids=lambda case: f"{case.op}-{case.precision}-{case.mode}"
+)
+def test_self_test(case: KernelCase, gpu: CudaDevice):
+    assert case.disagreement(gpu, GPU) <= case.most
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("shape", (*SHAPES, *LARGE), ids=str)
+def test_a_w4a4_layer_is_its_twins(shape: Shape, precision: Precision, gpu: CudaDevice, dtype: torch.dtype):
+    layer = moved(random_operands(shape, precision, dtype, seed=shape.m))
+    x = random_rows(shape, dtype, seed=shape.m).to(GPU)
+    wanted = twins.quantize_down(x, layer.inverse_smooth, layer.down, precision=precision)
+    found = operations.quantize_down(gpu, x, layer.inverse_smooth, layer.down, precision=precision)
+    assert torch.equal(found[0], wanted[0])
+    assert torch.equal(found[1], wanted[1])
+    if shape.rank:
+        assert_agrees(found[2], wanted[2], slack=1e-4)
+    how = {"m": shape.m, "n": shape.n, "precision": precision}
+    y = operations.w4a4_gemm(gpu, *wanted, *layer.gemm, **how)
+    twin = twins.w4a4_gemm(*wanted, *layer.gemm, **how)
+    assert_agrees(y, twin, exact=shape.rank == 0 and isinstance(precision, Int4), slack=1e-4)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_w4a16_layer_is_its_twin(shape: Shape, gpu: CudaDevice, dtype: torch.dtype):
+    weight, scales, bias = random_w4a16(shape, dtype, seed=shape.m)
+    x = random_rows(shape, dtype, seed=shape.m).to(GPU)
+    tensors = (x, weight.to(GPU), scales.to(GPU), None if bias is None else bias.to(GPU))
+    found = operations.w4a16_linear(gpu, *tensors, n=shape.n)
+    assert_agrees(found, twins.w4a16_linear(*tensors, n=shape.n), slack=1e-4)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_many_launches_give_the_same_bits(precision: Precision, gpu: CudaDevice, dtype: torch.dtype):
+    shape = Shape(1100, 3072, 1536, 32)
+    layer = moved(random_operands(shape, precision, dtype, seed=1))
+    x = random_rows(shape, dtype, seed=1).to(GPU)
+
+    def layer_once() -> Tensor:
+        quantized = operations.quantize_down(gpu, x, layer.inverse_smooth, layer.down, precision=precision)
+        return operations.w4a4_gemm(gpu, *quantized, *layer.gemm, m=shape.m, n=shape.n, precision=precision)
+
+    first = layer_once()
+    different = torch.zeros((), dtype=torch.long, device=GPU)
+    for _ in range(LAUNCHES):
+        different += (layer_once() != first).any()
+    assert int(different) == 0
+
+
+def test_a_layer_runs_in_a_cuda_graph(gpu: CudaDevice, dtype: torch.dtype):
+    shape = Shape(129, 320, 256, 32)
+    layer = moved(random_operands(shape, Int4(), dtype, seed=1))
+    x = random_rows(shape, dtype, seed=1).to(GPU)
+
+    def layer_once() -> Tensor:
+        quantized = torch.ops.svdq.quantize_down(x, layer.inverse_smooth, layer.down, precision="int4")
+        return torch.ops.svdq.w4a4_gemm(*quantized, *layer.gemm, m=shape.m, n=shape.n, precision="int4")
+
+    wanted = layer_once()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = layer_once()
+    y.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(y, wanted)
+
+
+def test_kernels_run_on_torchs_current_stream(gpu: CudaDevice, dtype: torch.dtype):
+    """A kernel on another stream would not wait for the sleep, and read zeros."""
+    shape = Shape(129, 320, 256, 32)
+    weight, scales, bias = (None if t is None else t.to(GPU) for t in random_w4a16(shape, dtype, seed=1))
+    source = random_rows(shape, dtype, seed=1).to(GPU)
+    wanted = operations.w4a16_linear(gpu, source, weight, scales, bias, n=shape.n)  # type: ignore[arg-type]
+    x = torch.zeros_like(source)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(50_000_000)
+        x.copy_(source)
+        found = operations.w4a16_linear(gpu, x, weight, scales, bias, n=shape.n)  # type: ignore[arg-type]
+    torch.cuda.synchronize()
+    assert torch.equal(found, wanted)

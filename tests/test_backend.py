@@ -1,0 +1,103 @@
+"""Which backend runs a checkpoint, and that both compute the same model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from svdq_cli.checkpoint import Checkpoint, open_checkpoint
+from svdq_cli.errors import EnvironmentLacksError, UsageError
+from svdq_cli.loading import Backend, choose_backend, load_model, load_pipeline
+from svdq_cli.pipeline import convert
+from svdq_cli.preparing import RunOptions
+from svdq_cli.recipe import default_recipe
+from svdq_cli.runtime.fused import FusedFeedForward, FusedW4A4Linear, FusedW4A16Linear
+from svdq_cli.runtime.linear import W4A4Linear
+from tests.tiny import LATENT_CHANNELS, TEXT_WIDTH
+
+CPU = torch.device("cpu")
+TWINS = Backend("kernels", "the kernels' twins on a CPU")
+
+
+def flux_inputs() -> dict[str, torch.Tensor]:
+    """One picture of 3 x 3 tokens with 5 tokens of text."""
+    draw = torch.Generator().manual_seed(0)
+    places = torch.stack(
+        torch.meshgrid(torch.zeros(1), torch.arange(3.0), torch.arange(3.0), indexing="ij"), -1
+    )
+    return {
+        "hidden_states": torch.randn(1, 9, 4 * LATENT_CHANNELS, generator=draw),
+        "encoder_hidden_states": torch.randn(1, 5, TEXT_WIDTH, generator=draw),
+        "pooled_projections": torch.randn(1, TEXT_WIDTH, generator=draw),
+        "timestep": torch.tensor([0.5]),
+        "img_ids": places.reshape(9, 3),
+        "txt_ids": torch.zeros(5, 3),
+    }
+
+
+@pytest.fixture(scope="module")
+def converted(tiny_flux: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("converted") / "int4"
+    convert(default_recipe(str(tiny_flux)), path, options=RunOptions(device="cpu"))
+    return path
+
+
+@pytest.fixture(scope="module")
+def checkpoint(converted: Path) -> Checkpoint:
+    return open_checkpoint(converted)
+
+
+def test_auto_takes_plain_torch_on_a_cpu_and_says_why():
+    found = choose_backend("auto", CPU, torch.bfloat16)
+    assert found.name == "reference"
+    assert found.reason == "plain torch on cpu: the kernels need an NVIDIA GPU, not cpu"
+
+
+def test_the_reference_backend_is_taken_when_asked_for():
+    assert choose_backend("reference", CPU, torch.bfloat16) == Backend(
+        "reference", "plain torch on cpu, as asked"
+    )
+
+
+def test_kernels_without_a_gpu_are_refused():
+    with pytest.raises(EnvironmentLacksError, match="need an NVIDIA GPU, not cpu"):
+        choose_backend("kernels", CPU, torch.bfloat16)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_kernels_on_a_gpu_that_is_not_there_are_refused():
+    with pytest.raises(EnvironmentLacksError, match="torch sees no NVIDIA GPU"):
+        choose_backend("kernels", torch.device("cuda"), torch.bfloat16)
+
+
+def test_an_unknown_backend_is_refused_with_the_names(converted: Path):
+    with pytest.raises(UsageError, match="'triton'") as refusal:
+        load_pipeline(converted, device="cpu", backend="triton")
+    assert refusal.value.hint == "use auto, kernels, reference"
+
+
+def test_the_model_on_the_kernels_computes_what_it_computes_in_plain_torch(checkpoint: Checkpoint):
+    reference, none = load_model(checkpoint, dtype=torch.float32, backend=Backend("reference", ""))
+    fused, refused = load_model(checkpoint, dtype=torch.float32, backend=TWINS)
+    assert (none, refused) == ({}, {})
+    block = fused.get_submodule("transformer_blocks.0")
+    assert isinstance(block.get_submodule("attn.to_q"), FusedW4A4Linear)
+    assert isinstance(block.get_submodule("norm1.linear"), FusedW4A16Linear)
+    assert isinstance(block.get_submodule("ff"), FusedFeedForward)
+    inputs = flux_inputs()
+    with torch.no_grad():
+        wanted, found = reference(**inputs).sample, fused(**inputs).sample
+    # Hidden vectors now and then round to the neighboring bfloat16, and codes of the next layer with them
+    assert (found - wanted).norm() <= 0.01 * wanted.norm()
+
+
+def test_layers_that_the_kernels_cannot_run_stay_in_plain_torch_and_are_named(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("svdq_cli.runtime.operands.ROW_TILE", 96)
+    model, refused = load_model(checkpoint, dtype=torch.float32, backend=TWINS)
+    name, reason = next(iter(refused.items()))
+    assert reason.endswith("is not a multiple of 96")
+    assert isinstance(model.get_submodule(name), W4A4Linear)
