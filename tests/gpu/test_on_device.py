@@ -59,7 +59,7 @@ def test_self_test(case: KernelCase, gpu: CudaDevice):
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("shape", (*SHAPES, *LARGE), ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, *LARGE], ids=str)
 def test_a_w4a4_layer_is_its_twins(shape: Shape, precision: Precision, gpu: CudaDevice, dtype: torch.dtype):
     layer = moved(random_operands(shape, precision, dtype, seed=shape.m))
     x = random_rows(shape, dtype, seed=shape.m).to(GPU)
