@@ -110,6 +110,7 @@ def inspect_source(recipe: Recipe, *, options: RunOptions = DEFAULT_OPTIONS) -> 
     """What becomes of each layer of a 16-bit model."""
     prepared = prepare(recipe, beside=options.beside)
     planned = {layer.name: layer for layer in prepared.plan.layers}
+    input_of = {name: shared.name for shared in prepared.plan.inputs for name in shared.layers}
     return InspectReport(
         kind="source",
         family=prepared.plan.family,
@@ -119,7 +120,7 @@ def inspect_source(recipe: Recipe, *, options: RunOptions = DEFAULT_OPTIONS) -> 
         rank=int(recipe.quantization.rank),
         parameters=prepared.plan.parameters,
         layers=tuple(
-            inspect_layer(linear, planned.get(linear.name)) for linear in prepared.inventory.linears
+            inspect_layer(linear, planned.get(linear.name), input_of) for linear in prepared.inventory.linears
         ),
         bytes=predicted_sizes(prepared),
         provenance=None,

@@ -263,25 +263,29 @@ def _grouped(roles: Roles, rule: Group, inventory: Inventory) -> Roles:
     ]
     named = [[f"{module}.{layer}" for layer in rule.layers] for module in modules]
     groups = [names for names in named if all(name in sizes for name in names)]
+    quantized = [names for names in groups if not roles.w4a4.isdisjoint(names)]  # other blocks may be skipped
     if not groups:
         raise RecipeError(
             f"layers: no module {rule.match!r} holds all of {', '.join(rule.layers)}",
             hint="match names the module, group the layers in it: {match: blocks.*.attn, group: [to_q, to_k, to_v]}",
             where=rule.match,
         )
-    for names in groups:
-        if len({sizes[name] for name in names}) > 1 or not set(names) <= roles.w4a4:
-            raise RecipeError(
-                f"layers: {', '.join(names)} can't share an input: "
-                + (
-                    "not all of them are W4A4" if not set(names) <= roles.w4a4 else "their input sizes differ"
-                ),
-                hint="group only W4A4 layers that read the same activation; include them first where they are kept",
-                where=rule.match,
-            )
+    for names in quantized or groups:
+        if not set(names) <= roles.w4a4:
+            raise _no_group(names, rule, "not all of them are W4A4")
+        if len({sizes[name] for name in names}) > 1:
+            raise _no_group(names, rule, "their input sizes differ")
         rest = tuple(left for s in roles.inputs if (left := _only(s, set(s.layers) - set(names))))
         roles = Roles(roles.w4a4, roles.w4a16, (*rest, shared_input(names)))
     return roles
+
+
+def _no_group(names: list[str], rule: Group, why: str) -> RecipeError:
+    return RecipeError(
+        f"layers: {', '.join(names)} can't share an input: {why}",
+        hint="group only W4A4 layers that read the same activation; include them first where they are kept",
+        where=rule.match,
+    )
 
 
 def _modules(inventory: Inventory) -> list[str]:

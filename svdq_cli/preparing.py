@@ -15,8 +15,8 @@ from svdq_cli.families import find_family
 from svdq_cli.formats import format_named
 from svdq_cli.formats.contract import Format
 from svdq_cli.locate import default_resolution, locate_base, locate_file, locate_source
-from svdq_cli.plan import Inventory, LayerOverride, plan_model, restricted, take_inventory
-from svdq_cli.recipe import DatasetPrompts, KeepOverride, Recipe, find_prompts, find_source
+from svdq_cli.plan import Inventory, plan_model, restricted, take_inventory
+from svdq_cli.recipe import DatasetPrompts, Recipe, find_prompts, find_source
 from svdq_cli.records import (
     ByteFacts,
     InspectLayer,
@@ -32,6 +32,7 @@ from svdq_cli.records import (
     SolveSettings,
     W4A4Plan,
 )
+from svdq_cli.rules import plan_rules
 from svdq_cli.source import Source, merge_loras, open_source
 from svdq_cli.writing import Target, target_of
 
@@ -82,12 +83,7 @@ def prepare(recipe: Recipe, *, beside: Path | None = None) -> Prepared:
         precision=quantization.number_format,
         rank=quantization.rank,
         family=recipe.model.family,
-        overrides=tuple(
-            LayerOverride(o.match, keep=True)
-            if isinstance(o, KeepOverride)
-            else LayerOverride(o.match, rank=o.rank)
-            for o in recipe.layers
-        ),
+        overrides=plan_rules(recipe.layers),
         supports=lambda layer: _objection(formats, layer),
     )
     dtype = torch.float16 if recipe.model.dtype == "float16" else torch.bfloat16
@@ -229,7 +225,11 @@ def layer_sqnr(reports: list[LayerReport]) -> LayerSqnr:
     return LayerSqnr(sum(per_layer.values()) / len(per_layer), min(per_layer.values()), per_layer)
 
 
-def inspect_layer(linear: Linear, plan: LayerPlan | None) -> InspectLayer:
+def inspect_layer(
+    linear: Linear, plan: LayerPlan | None, input_of: Mapping[str, str] | None = None
+) -> InspectLayer:
+    """`input_of`: the name of the shared input of every quantized layer, where a plan knows it."""
     role = "kept" if plan is None else "w4a4" if isinstance(plan, W4A4Plan) else "w4a16"
     rank = plan.rank if isinstance(plan, W4A4Plan) else None
-    return InspectLayer(linear.name, linear.in_features, linear.out_features, role, rank)
+    shared = (input_of or {}).get(linear.name)
+    return InspectLayer(linear.name, linear.in_features, linear.out_features, role, rank, shared)

@@ -382,6 +382,7 @@ class InspectLayer:
     out_features: int = field(metadata={"json": "out"})
     role: Literal["w4a4", "w4a16", "kept"]
     rank: int | None
+    input: str | None = None  # the layer whose input it shares (itself, where it is alone); None where kept
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from typing import cast
 from svdq_cli.drawing import demo_calibration
 from svdq_cli.errors import UsageError
 from svdq_cli.formats import format_named
+from svdq_cli.inventory import Inventory
 from svdq_cli.locate import DEMO_SOURCES
 from svdq_cli.recipe import (
     Calibration,
@@ -22,6 +23,9 @@ from svdq_cli.recipe import (
     recipe_template,
     with_overrides,
 )
+from svdq_cli.records import ModelPlan
+from svdq_cli.rules import recipe_rules
+from svdq_cli.structure import STRUCTURAL
 from svdq_cli.writing import disk_errors, refuse_existing
 
 UNNAMED = "\0"  # the path of an output that has none yet; no file is called that
@@ -131,12 +135,20 @@ def write_recipe(source: str, out: Path, *, overwrite: bool, **options: object) 
         }
     )
     prepared = prepare(recipe)
+    if prepared.plan.family == STRUCTURAL:
+        recipe = _with_structure(recipe, prepared.plan, prepared.inventory)
     with disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         partial = out.with_name(f".{out.name}.partial")
         partial.write_text(recipe_template(recipe), encoding="utf-8")
         partial.replace(out)
     return InitReport(str(out), prepared.plan.family)
+
+
+def _with_structure(recipe: Recipe, plan: ModelPlan, inventory: Inventory) -> Recipe:
+    """The recipe with the structural plan spelled out, to be edited."""
+    model = recipe.model.model_copy(update={"family": STRUCTURAL})
+    return recipe.model_copy(update={"model": model, "layers": recipe_rules(plan, inventory)})
 
 
 def _slug(source: str) -> str:

@@ -164,8 +164,15 @@ def _inspect(console: Console, report: InspectReport, verbose: bool) -> None:
             pattern = _any_block(layer.name)
             key = (layer.role, layer.rank, layer.in_features, layer.out_features, pattern)
             groups[key] = groups.get(key, 0) + 1
+        shared = {_any_block(layer.name): _any_block(layer.input) for layer in report.layers if layer.input}
         for (role, rank, width, height, pattern), count in groups.items():
-            table.add_row(role, str(rank or ""), str(width), str(height), Text(f"{count} x {pattern}"))
+            same = shared.get(pattern, pattern)
+            reads = (
+                ""
+                if same == pattern or role == "w4a16"
+                else f"  (reads what {same.rsplit('.', 1)[-1]} reads)"
+            )
+            table.add_row(role, str(rank or ""), str(width), str(height), Text(f"{count} x {pattern}{reads}"))
     console.print(table)
 
 

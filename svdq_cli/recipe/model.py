@@ -219,28 +219,65 @@ class KeepOverride(Section):
     keep: Literal[True]
 
 
+class SkipOverride(Section):
+    """Modules that stay at 16 bit with all their layers."""
+
+    match: Text
+    """Glob over module names, for example transformer_blocks.0."""
+    skip: Literal[True]
+
+
+class IncludeOverride(Section):
+    """Layers that are quantized although the family, or the model's structure, says otherwise."""
+
+    match: Text
+    """Glob over layer names."""
+    include: Literal["w4a4", "w4a16"]
+    """w4a4 (weights and activations in 4 bits) or w4a16 (weights only, for modulation layers)."""
+
+
+class GroupOverride(Section):
+    """W4A4 layers that read the same activation: they share statistics and a smoothing factor."""
+
+    match: Text
+    """Glob over the modules that hold the layers, for example transformer_blocks.*.attn; a part of a path a star."""
+    group: Annotated[tuple[Text, ...], Field(strict=False, min_length=1)]
+    """Names of the layers within the module."""
+
+
+_OVERRIDE_KINDS = ("rank", "keep", "skip", "include", "group")  # the key that tells them apart
+
+
 def _override_kind(value: object) -> str:
-    keys = cast("dict[str, object]", value) if isinstance(value, dict) else {}
-    return "keep override" if isinstance(value, KeepOverride) or "keep" in keys else "rank override"
+    keys = cast("dict[str, object]", value) if isinstance(value, dict) else type(cast("Section", value)).model_fields
+    return next((kind for kind in _OVERRIDE_KINDS if kind in keys), "rank")
 
 
-def _rank_or_keep(value: object) -> object:
+def _one_kind(value: object) -> object:
     if isinstance(value, dict):
         given = cast("dict[str, object]", value)
-        unknown = [key for key in given if key not in ("match", "rank", "keep")]
+        unknown = [key for key in given if key not in ("match", *_OVERRIDE_KINDS)]
         if unknown:
-            known = {"keys": unknown, "known": ["match", "rank", "keep"]}
+            known = {"keys": unknown, "known": ["match", *_OVERRIDE_KINDS]}
             raise PydanticCustomError("unknown_keys", "unknown key", known)
-        chosen = {"rank", "keep"} & given.keys()
+        chosen = [kind for kind in _OVERRIDE_KINDS if kind in given]
         if len(chosen) != 1:
-            said = "says both rank and keep" if chosen else "says neither rank nor keep"
-            hint = "write {match: ..., rank: 64} or {match: ..., keep: true}"
+            said = (
+                f"says {' and '.join(chosen)} at once"
+                if chosen
+                else "does not say what becomes of the layers"
+            )
+            hint = "write {match: ..., rank: 64}, or keep: true, skip: true, include: w4a4, group: [...]"
             raise PydanticCustomError("override", "the entry {said}", {"said": said, "hint": hint})
     return cast(object, value)
 
 
 LayerOverride = Annotated[
-    Annotated[RankOverride, Tag("rank override")] | Annotated[KeepOverride, Tag("keep override")],
+    Annotated[RankOverride, Tag("rank")]
+    | Annotated[KeepOverride, Tag("keep")]
+    | Annotated[SkipOverride, Tag("skip")]
+    | Annotated[IncludeOverride, Tag("include")]
+    | Annotated[GroupOverride, Tag("group")],
     Discriminator(_override_kind),
 ]
 
@@ -301,9 +338,9 @@ class Recipe(Section):
     quantization: Quantization = Quantization()
     """What the weights become, and how hard that is searched for."""
     layers: Annotated[
-        tuple[Annotated[LayerOverride, BeforeValidator(_rank_or_keep)], ...], Field(strict=False)
+        tuple[Annotated[LayerOverride, BeforeValidator(_one_kind)], ...], Field(strict=False)
     ] = ()
-    """Exceptions by layer name, the last match wins: {match: GLOB, rank: 64} or {match: GLOB, keep: true}."""
+    """Layer rules, later ones win: {match: GLOB} with rank: 64, keep: true, skip: true, include: w4a4, group: [...]."""
     outputs: Annotated[tuple[Output, ...], Field(strict=False)] = ()
     """What is written: {format, path}."""
     gates: Gates = ()
