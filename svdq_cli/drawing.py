@@ -42,6 +42,7 @@ from svdq_cli.runtime.naive import naive_solution
 from svdq_cli.runtime.replace import replace_linears
 from svdq_cli.solve.modulation import solve_w4a16
 from svdq_cli.source import Source, read_tensor
+from svdq_cli.structure import shared_input
 from svdq_cli.writing import refuse_existing
 
 if TYPE_CHECKING:
@@ -252,6 +253,7 @@ def _held_out_sqnr(
 
 
 def _shared_inputs(checkpoint: Checkpoint, source: Source) -> tuple[SharedInput, ...]:
+    """What the converted layers read, as the family says; layers that a recipe's rules added are taken alone."""
     converted = {plan.name for plan in checkpoint.layers}
     plan = plan_model(
         source,
@@ -260,7 +262,9 @@ def _shared_inputs(checkpoint: Checkpoint, source: Source) -> tuple[SharedInput,
         family=checkpoint.family,
         supports=lambda layer: None if layer.name in converted else "kept in this checkpoint",
     )
-    return plan.inputs
+    covered = {name for shared in plan.inputs for name in shared.layers}
+    added = (shared_input([layer.name]) for layer in checkpoint.layers if layer.name not in covered)
+    return (*plan.inputs, *added)
 
 
 def _make_naive(model: nn.Module, checkpoint: Checkpoint, source: Source) -> None:

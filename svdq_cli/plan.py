@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Set
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from svdq_cli.errors import InputError, RecipeError
 from svdq_cli.families import Family, family_named, find_family
 from svdq_cli.inventory import Inventory, empty_model, take_inventory
 from svdq_cli.records import LayerPlan, Linear, ModelPlan, Precision, SharedInput, W4A4Plan, W4A16Plan
 from svdq_cli.source import Source
-from svdq_cli.structure import STRUCTURAL, Roles, shared_input, structural_roles
+from svdq_cli.structure import STRUCTURAL, Reading, Roles, shared_input, structural_roles
+
+if TYPE_CHECKING:
+    from torch import nn
 
 __all__ = [
     "Group",
@@ -61,6 +64,14 @@ class Group:
 
 
 LayerRule = LayerOverride | Skip | Include | Group
+Observation = Callable[["nn.Module"], Mapping[str, Reading] | None]
+
+
+def watch(model: nn.Module) -> Mapping[str, Reading] | None:
+    """One forward pass of an empty model with arguments made up from its signature (`watching`)."""
+    from svdq_cli.watching import watch as watch_model
+
+    return watch_model(model)
 
 
 def plan_model(
@@ -71,17 +82,22 @@ def plan_model(
     family: str = "auto",
     overrides: tuple[LayerRule, ...] = (),
     supports: Callable[[LayerPlan], str | None],
+    observe: Observation = watch,
 ) -> ModelPlan:
     """The plan of one model. A model without a family file, or `family` "structural", gets a structural plan.
 
     `supports` is the output format's say: None, or why it can't hold a layer; such a layer is kept at 16 bit.
+    `observe` runs an empty model to see what its layers read; only a structural plan asks.
     Raises InputError when names and rules disagree, RecipeError for an override that matches nothing.
     """
     where = str(source.path)
     known = _family_of(source, family)
     inventory = take_inventory(source, known)
     _check_weights(source, inventory)
-    roles = _resolve_rules(known, inventory, where) if known else _structural_roles(source, inventory)
+    if known:
+        roles = _resolve_rules(known, inventory, where)
+    else:
+        roles = structural_roles(inventory, observe(empty_model(source, None)))
     roles = _with_rules(roles, inventory, overrides)
     exceptions = tuple(rule for rule in overrides if isinstance(rule, LayerOverride))
 
@@ -130,12 +146,6 @@ def _family_of(source: Source, wanted: str) -> Family | None:
             return None
         case name:
             return family_named(name)
-
-
-def _structural_roles(source: Source, inventory: Inventory) -> Roles:
-    from svdq_cli.watching import watch
-
-    return structural_roles(inventory, watch(empty_model(source, None)))
 
 
 def _check_weights(source: Source, inventory: Inventory) -> None:

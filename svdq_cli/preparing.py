@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from svdq_cli.calibrate.prompts import choose_prompts, dataset_prompts, read_prompts
 from svdq_cli.calibrate.settings import DrawSettings, PictureFile, picture_files
@@ -15,8 +16,8 @@ from svdq_cli.families import find_family
 from svdq_cli.formats import format_named
 from svdq_cli.formats.contract import Format
 from svdq_cli.locate import default_resolution, locate_base, locate_file, locate_source
-from svdq_cli.plan import Inventory, plan_model, restricted, take_inventory
-from svdq_cli.recipe import DatasetPrompts, Recipe, find_prompts, find_source
+from svdq_cli.plan import Inventory, Observation, plan_model, restricted, take_inventory, watch
+from svdq_cli.recipe import Calibration, DatasetPrompts, Recipe, find_prompts, find_source
 from svdq_cli.records import (
     ByteFacts,
     InspectLayer,
@@ -34,6 +35,7 @@ from svdq_cli.records import (
 )
 from svdq_cli.rules import plan_rules
 from svdq_cli.source import Source, merge_loras, open_source
+from svdq_cli.structure import STRUCTURAL, Reading
 from svdq_cli.writing import Target, target_of
 
 
@@ -85,6 +87,7 @@ def prepare(recipe: Recipe, *, beside: Path | None = None) -> Prepared:
         family=recipe.model.family,
         overrides=plan_rules(recipe.layers),
         supports=lambda layer: _objection(formats, layer),
+        observe=observation(recipe, source, beside=beside),
     )
     dtype = torch.float16 if recipe.model.dtype == "float16" else torch.bfloat16
     settings = SolveSettings(quantization.effort, quantization.chosen_smoothing, quantization.seed, dtype)
@@ -99,6 +102,23 @@ def _objection(formats: Sequence[Format], layer: LayerPlan) -> str | None:
     the model, by name and not by leaving a layer out."""
     objections = [fmt.objection(layer) if fmt.mixes else None for fmt in formats]
     return None if None in objections else objections[0]
+
+
+def observation(recipe: Recipe, source: Source, *, beside: Path | None = None) -> Observation:
+    """How a structural plan sees what layers read: arguments made up from the signature or, where those do not do, the
+    pipeline's own."""
+
+    def observe(model: nn.Module) -> Mapping[str, Reading] | None:
+        from svdq_cli.calibrate.capture import watch_in_pipeline
+
+        if (readings := watch(model)) or source.pipeline is None:
+            return readings
+        calibration = recipe.calibration or Calibration(prompts="unused")
+        drawn = recipe.model_copy(update={"calibration": calibration})
+        settings = draw_settings(drawn, source, beside=beside)
+        return watch_in_pipeline(source.pipeline, source.component, model, settings)
+
+    return observe
 
 
 def source_of(recipe: Recipe, options: RunOptions) -> Source:
@@ -164,11 +184,22 @@ def warnings_of(prepared: Prepared, *, data_free: bool) -> tuple[str, ...]:
             "data-free: no calibration, so activations are not smoothed and quality is lower; "
             "name prompts with --prompts or a recipe, or give --calib"
         )
+    if prepared.plan.family == STRUCTURAL:
+        found.append(_structural_warning(prepared.plan))
     stacks = {layer.name for layer in prepared.plan.layers}
     unfit = [linear for linear in prepared.plan.kept if _in_block(linear.name) and linear.name not in stacks]
     if unfit:
         found.append(f"{len(unfit)} block layers stay at 16 bit, the first is {unfit[0].name}")
     return tuple(found)
+
+
+def _structural_warning(plan: ModelPlan) -> str:
+    seen = any(len(shared.layers) > 1 for shared in plan.inputs)
+    return (
+        f"svdq has no family file for {plan.model_class}: it is planned by its structure"
+        + ("" if seen else ", and no forward pass showed which layers share an input or are modulation")
+        + "; svdq init writes the plan as rules to check and edit"
+    )
 
 
 def _in_block(name: str) -> bool:

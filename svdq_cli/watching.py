@@ -45,7 +45,9 @@ def watch(model: nn.Module) -> dict[str, Reading] | None:
     return None
 
 
-def watch_call(model: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Reading]:
+def watch_call(
+    model: nn.Module, arguments: Mapping[str, Any], positional: tuple[Any, ...] = ()
+) -> dict[str, Reading]:
     """The readings of one call. Raises whatever the model raises."""
     seen: list[Tensor] = []  # kept alive, so that an identity is never given twice
     readings: dict[str, Reading] = {}
@@ -64,7 +66,7 @@ def watch_call(model: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Read
             handles.append(module.register_forward_pre_hook(before))
     try:
         with torch.no_grad(), torch.device("meta"):
-            model(**arguments)
+            model(*positional, **arguments)
     finally:
         for handle in handles:
             handle.remove()
@@ -79,7 +81,7 @@ def _candidates(model: nn.Module, config: Mapping[str, Any]) -> Iterator[dict[st
     }
     for name, parameter in parameters.items():
         if parameter.default is inspect.Parameter.empty and "mask" in name:
-            fixed[name] = _meta(1, _TEXT_TOKENS)
+            fixed[name] = _meta(1, _TEXT_TOKENS).bool()
     if "return_dict" in parameters:
         fixed["return_dict"] = False
     latents = next((name for name in parameters if _LATENTS.match(name)), None)
@@ -94,7 +96,7 @@ def _candidates(model: nn.Module, config: Mapping[str, Any]) -> Iterator[dict[st
         yield arguments
 
 
-def _conditioning(name: str, config: Mapping[str, Any]) -> Tensor | None:
+def _conditioning(name: str, config: Mapping[str, Any]) -> Tensor | int | None:
     """What a conditioning argument of that name takes, where the name says it."""
     if _TIME.match(name):
         return _meta(1)
@@ -103,6 +105,14 @@ def _conditioning(name: str, config: Mapping[str, Any]) -> Tensor | None:
     if name in ("pooled_projections", "pooled_prompt_embeds"):
         width = config.get("pooled_projection_dim")
         return _meta(1, width) if isinstance(width, int) else None
+    if name == "class_labels":
+        return _meta(1).long()
+    if name in ("num_frames", "height", "width"):
+        return {"num_frames": 1, "height": _IMAGE_TOKENS // 8, "width": 8}[
+            name
+        ]  # as many tokens as are given
+    if name in ("original_size", "target_size", "crop_coords"):
+        return _meta(1, 2)
     if name in ("img_ids", "txt_ids"):
         axes = config.get("axes_dims_rope")
         tokens = _IMAGE_TOKENS if name == "img_ids" else _TEXT_TOKENS
@@ -121,6 +131,7 @@ def _latent_shapes(config: Mapping[str, Any]) -> list[tuple[int, ...]]:
             (1, _IMAGE_TOKENS, width),
             (1, width, _SIDE, _SIDE),
             (1, width, 4, _SIDE, _SIDE),
+            (1, 4, width, _SIDE, _SIDE),
         )
     ]
 

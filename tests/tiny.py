@@ -64,11 +64,17 @@ def tiny_flux_pipeline(
 
 
 def tiny_flux_transformer(
-    *, double: int = 1, single: int = 1, hidden: int = 128, guidance_embeds: bool = False
+    *,
+    double: int = 1,
+    single: int = 1,
+    hidden: int = 128,
+    guidance_embeds: bool = False,
+    in_channels: int = 4 * LATENT_CHANNELS,
 ) -> FluxTransformer2DModel:
     """float32, freshly drawn from torch's global generator."""
     model = FluxTransformer2DModel(
-        in_channels=4 * LATENT_CHANNELS,
+        in_channels=in_channels,
+        out_channels=4 * LATENT_CHANNELS,
         num_layers=double,
         num_single_layers=single,
         attention_head_dim=HEAD,

@@ -29,7 +29,16 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-from tests.tiny import LATENT_CHANNELS, TEXT_WIDTH, clip_tokenizer, t5_tokenizer, tiny_clip, tiny_t5, tiny_vae
+from tests.tiny import (
+    LATENT_CHANNELS,
+    TEXT_WIDTH,
+    clip_tokenizer,
+    t5_tokenizer,
+    tiny_clip,
+    tiny_flux_transformer,
+    tiny_t5,
+    tiny_vae,
+)
 
 WIDTH = 128  # hidden size of the denoisers
 _CHAT = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
@@ -309,6 +318,32 @@ def tiny_flux2() -> diffusers.Flux2KleinPipeline:
     )
 
 
+def tiny_flux_kontext() -> diffusers.FluxKontextPipeline:
+    return diffusers.FluxKontextPipeline(
+        transformer=tiny_flux_transformer(guidance_embeds=True), **_flux_parts()
+    )
+
+
+def tiny_flux_fill() -> diffusers.FluxFillPipeline:
+    """Its denoiser also reads the latents of the masked picture and the mask, one channel a pixel of a latent."""
+    mask = 4 * 2**2  # the 2x2 packing of the 2x2 pixels of a latent
+    channels = 4 * LATENT_CHANNELS + 4 * LATENT_CHANNELS + mask
+    transformer = tiny_flux_transformer(guidance_embeds=True, in_channels=channels)
+    return diffusers.FluxFillPipeline(transformer=transformer, **_flux_parts())
+
+
+def _flux_parts() -> dict[str, object]:
+    tokenizer, tokenizer_2 = clip_tokenizer(), t5_tokenizer()
+    return {
+        "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(),
+        "vae": tiny_vae(),
+        "text_encoder": tiny_clip(tokenizer),
+        "tokenizer": tokenizer,
+        "text_encoder_2": tiny_t5(tokenizer_2),
+        "tokenizer_2": tokenizer_2,
+    }
+
+
 def tiny_wan() -> diffusers.WanPipeline:
     """A video pipeline of a family that svdq has no file for."""
     tokenizer = t5_tokenizer()
@@ -359,6 +394,8 @@ PIPELINES: dict[str, Callable[[], diffusers.DiffusionPipeline]] = {
     "qwen-image": tiny_qwen_image,
     "z-image": tiny_z_image,
     "flux2": tiny_flux2,
+    "flux-kontext": tiny_flux_kontext,
+    "flux-fill": tiny_flux_fill,
     "wan": tiny_wan,
 }
 

@@ -32,10 +32,10 @@ def load_source_pipeline(
     folder: Path,
     *,
     dtype: torch.dtype,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = "cpu",
     components: Mapping[str, object] | None = None,
 ) -> DiffusionPipeline:
-    """A pipeline folder on a device, in eval mode, with its progress bars off.
+    """A pipeline folder on a device (None: every part where it is), in eval mode, with its progress bars off.
 
     `components` are used as they are instead of being read from the folder. Reads safetensors only, never the
     network, and runs no code from the folder.
@@ -54,7 +54,8 @@ def load_source_pipeline(
                 trust_remote_code=False,
                 **(components or {}),
             )
-        pipe.to(device)
+        if device is not None:
+            pipe.to(device)
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise OutOfResourcesError(
             f"{folder}: the pipeline does not fit on {device}",

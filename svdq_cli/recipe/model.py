@@ -249,7 +249,11 @@ _OVERRIDE_KINDS = ("rank", "keep", "skip", "include", "group")  # the key that t
 
 
 def _override_kind(value: object) -> str:
-    keys = cast("dict[str, object]", value) if isinstance(value, dict) else type(cast("Section", value)).model_fields
+    keys = (
+        cast("dict[str, object]", value)
+        if isinstance(value, dict)
+        else type(cast("Section", value)).model_fields
+    )
     return next((kind for kind in _OVERRIDE_KINDS if kind in keys), "rank")
 
 
