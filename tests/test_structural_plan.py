@@ -76,7 +76,7 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("odd") / "transformer"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        OddTransformer2DModel().to(dtype=torch.bfloat16).save_pretrained(folder)
+        OddTransformer2DModel().bfloat16().save_pretrained(folder)
     return folder
 
 
