@@ -14,7 +14,7 @@ from svdq_cli.checkpoint import open_checkpoint
 from svdq_cli.cli import run
 from svdq_cli.errors import InputError, RecipeError
 from svdq_cli.formats import format_named
-from svdq_cli.loading import load_model
+from svdq_cli.loading import Backend, load_model
 from svdq_cli.pipeline import check, convert
 from svdq_cli.plan import Group, Include, LayerOverride, LayerRule, Skip, plan_model
 from svdq_cli.preparing import RunOptions, prepare
@@ -137,7 +137,9 @@ def test_it_converts_and_checks_with_no_code_of_its_own(odd: Path, tmp_path: Pat
     torch.manual_seed(1)
     arguments = (torch.randn(1, 9, 16), torch.randn(1, 5, TEXT), torch.tensor([0.5]))
     wanted = OddTransformer2DModel.from_pretrained(odd, torch_dtype=torch.float32)(*arguments)[0]
-    got = load_model(open_checkpoint(tmp_path / "out"), dtype=torch.float32)(*arguments)[0]
+    checkpoint = open_checkpoint(tmp_path / "out")
+    converted, _ = load_model(checkpoint, dtype=torch.float32, backend=Backend("reference", "a test's"))
+    got = converted(*arguments)[0]
     assert (got - wanted).norm() < 0.5 * wanted.norm()
 
 
