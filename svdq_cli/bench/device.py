@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 
 from svdq_cli.bench.report import BenchDevice
+from svdq_cli.errors import EnvironmentLacksError
+from svdq_cli.gpu.launch import cuda_device
 
 NVIDIA_SMI_SECONDS = 10
 
@@ -22,7 +24,7 @@ def device_facts(device: torch.device) -> BenchDevice:
         return BenchDevice(
             name=torch.cuda.get_device_name(device),
             sm=f"{major}{minor}",
-            backend="reference",
+            backend="reference" if lack_of_kernels(device) else "kernels",
             driver=_driver(),
             cuda=torch.version.cuda,
             torch=str(torch.__version__),
@@ -37,6 +39,15 @@ def device_facts(device: torch.device) -> BenchDevice:
         torch=str(torch.__version__),
         threads=torch.get_num_threads(),
     )
+
+
+def lack_of_kernels(device: torch.device) -> str | None:
+    """Why the CUDA kernels can't run on a device, or None."""
+    try:
+        cuda_device(device)
+    except EnvironmentLacksError as lack:
+        return lack.message
+    return None
 
 
 def load_average() -> float | None:

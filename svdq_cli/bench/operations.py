@@ -1,9 +1,10 @@
-"""What is measured: torch's linear and the reference backend's, each with its own definition in float64."""
+"""What is measured on every device: torch's linear and the reference backend's, with definitions in float64."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,14 @@ from svdq_cli.runtime.linear import quantized_linear, w4a4_weight
 from svdq_cli.solve.quantizers import quantize_activation
 
 NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
+
+
+def just_x(x: Tensor) -> tuple[Tensor, ...]:
+    return (x,)
+
+
+def just_result(result: Tensor) -> Tensor:
+    return result
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,6 +37,11 @@ class Operation:
     module: nn.Module
     define: Callable[[Tensor], Tensor]  # x (M, K) -> (M, N) float64, unrounded
     exactness: str
+    prepare: Callable[[Tensor], tuple[Tensor, ...]] = (
+        just_x  # x -> the module's inputs, outside the measured time
+    )
+    rows_of: Callable[[Any], Tensor] = just_result  # the module's result -> (M, N)
+    least_bytes: int | None = None  # to read and write, where these decide the time
 
     @property
     def label(self) -> str:

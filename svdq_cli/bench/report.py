@@ -19,8 +19,8 @@ class BenchRow:
     """One operation on one shape: x (M, K) times a weight (N, K), with a branch of rank R."""
 
     layer: str  # the shape's name, or the first of the checkpoint's layers that have this shape
-    op: str  # "linear", "w4a4 linear", "w4a16 linear"
-    mode: str  # what computes it: "torch", "reference"
+    op: str  # "linear", "w4a4 linear", "w4a16 linear", "gemm", "w4a4 gemm", "quantize and down"
+    mode: str  # what computes it: "torch", "bitsandbytes", "reference", "kernels", "kernels + torch branch"
     precision: str
     m: int
     k: int
@@ -30,6 +30,7 @@ class BenchRow:
     tflops: float  # 2 M K N over the median: the branch is overhead, not work
     baseline: str
     ratio: float  # the baseline's median over this one: above 1 is faster
+    floor_us: float | None  # its least bytes over the measured speed of copying, where these decide the time
     relative_error: float  # Frobenius norm, against the operation's own definition in float64
     exactness: str
 
@@ -48,10 +49,25 @@ class BenchDevice:
 
 
 @dataclass(frozen=True, slots=True)
+class StepRow:
+    """One denoising step of a whole transformer with random weights."""
+
+    model: str
+    precision: str
+    mode: str  # "eager", "CUDA graph", "torch.compile"
+    rank: int | None
+    us: Microseconds
+    ratio: float  # the 16-bit model's eager median over this one
+    peak_bytes: int | None  # of tensors, weights included; None on a CPU
+    memory_ratio: float | None  # the 16-bit model's peak over this one
+
+
+@dataclass(frozen=True, slots=True)
 class BenchReport:
     device: BenchDevice
     rows: tuple[BenchRow, ...]
     notes: tuple[str, ...]
+    steps: tuple[StepRow, ...] = ()
     command: str = "bench"
     status: str = "ok"
     schema: int = 1

@@ -6,18 +6,22 @@ import copy
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
-from svdq_cli.bench.device import device_facts, load_average
+from svdq_cli.bench.baselines import gpu_baselines
+from svdq_cli.bench.device import device_facts, lack_of_kernels, load_average
+from svdq_cli.bench.kernel_operations import kernel_operations
 from svdq_cli.bench.operations import NAMES, Operation, reference_linear, torch_linear, without_branch
 from svdq_cli.bench.report import BenchReport, BenchRow
 from svdq_cli.bench.shapes import MODULATION_ROWS, LinearShape, ShapeSet
-from svdq_cli.bench.timing import Call, cache_bytes, copies_beyond_cache, measure
-from svdq_cli.errors import InputError, UsageError
+from svdq_cli.bench.step import StepSettings, step_rows
+from svdq_cli.bench.timing import Call, bytes_per_microsecond, cache_bytes, copies_beyond_cache, measure
+from svdq_cli.bench.transformer import FLUX1_DEV_STEP
+from svdq_cli.errors import EnvironmentLacksError, InputError, UsageError
 from svdq_cli.records import (
     Event,
     Int4,
@@ -45,7 +49,7 @@ BUSY = 0.5  # load average a core from which other work is worth a note
 ERROR_ROWS = 128  # rows of a result do not depend on each other: a sample tells its error
 # torch's own linear; ratios refer to the first: on a GPU the 16-bit model's arithmetic, on a CPU float32, as many CPUs
 # compute bfloat16 more slowly.
-BASELINES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16, torch.float32)}
+BASELINES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +60,11 @@ class BenchSettings:
     m: int | None = None  # rows of the W4A4 layers; None: as the shapes or the device say
     seconds_per_row: float = SECONDS_PER_ROW
     seed: int = 0
+
+    @property
+    def bytes_per_us(self) -> float:
+        """The device's speed of copying, read and written bytes counted."""
+        return bytes_per_microsecond(self.device)
 
     def __post_init__(self) -> None:
         if self.m is not None and self.m < 1:
@@ -142,6 +151,18 @@ def bench_layers(
     return _report(cases, settings, observe)
 
 
+def with_steps(
+    report: BenchReport, precisions: Sequence[Precision], *, settings: BenchSettings
+) -> BenchReport:
+    """`report` with a whole step of a FLUX.1-shaped transformer. Raises EnvironmentLacksError without the kernels."""
+    if lack := lack_of_kernels(settings.device):
+        raise EnvironmentLacksError(
+            f"a whole step needs the CUDA kernels: {lack}", hint="leave out --step, or see svdq doctor"
+        )
+    steps = step_rows(StepSettings(FLUX1_DEV_STEP, settings.device), tuple(precisions))
+    return replace(report, steps=tuple(steps))
+
+
 # ------------------------------------------------------------------------------------------ measuring
 
 
@@ -150,6 +171,7 @@ def _report(cases: Sequence[Case], settings: BenchSettings, observe: Observer) -
     busy = load_average() if settings.device.type == "cpu" else None
     observe(Event("start", "bench", 0, len(cases)))
     rows: list[BenchRow] = []
+    lacking: dict[str, str] = {}  # baselines that fail here, and why
     baselines: dict[tuple[int, int, int], float] = {}  # shape -> median of what its ratios refer to
     for done, case in enumerate(cases, start=1):
         linear = case.linear
@@ -160,11 +182,12 @@ def _report(cases: Sequence[Case], settings: BenchSettings, observe: Observer) -
                 row = _row(case, operation, x, settings, baselines.get(shape))
                 baselines.setdefault(shape, row.us.median)
                 rows.append(row)
+            rows.extend(_other_rows(case, x, settings, baselines[shape], lacking))
         for operation in _operations(case, settings):
             rows.append(_row(case, operation, x, settings, baselines[shape]))
         observe(Event("advance", "bench", done, len(cases), linear.name, time.monotonic() - started))
     observe(Event("end", "bench", len(cases), len(cases), seconds=time.monotonic() - started))
-    return BenchReport(device_facts(settings.device), tuple(rows), _notes(settings.device, busy))
+    return BenchReport(device_facts(settings.device), tuple(rows), _notes(settings, busy, lacking))
 
 
 def _baselines(case: Case, settings: BenchSettings) -> Iterator[Operation]:
@@ -176,9 +199,28 @@ def _baselines(case: Case, settings: BenchSettings) -> Iterator[Operation]:
         yield torch_linear(weight, bias, dtype)
 
 
+def _other_rows(
+    case: Case, x: Tensor, settings: BenchSettings, baseline_us: float, lacking: dict[str, str]
+) -> Iterator[BenchRow]:
+    """What others offer on a GPU. One that fails here is no fault of ours: `lacking` keeps its reason for the notes."""
+    if settings.device.type != "cuda":
+        return
+    weight = _random_weight(settings, case.linear)
+    for name, make in gpu_baselines(case.m):
+        try:
+            yield _row(case, make(weight), x, settings, baseline_us)
+        except (RuntimeError, NotImplementedError, ImportError) as error:
+            lacking[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+
+
 def _operations(case: Case, settings: BenchSettings) -> Iterator[Operation]:
+    """On the kernels where they run, else on the reference backend."""
+    on_kernels = lack_of_kernels(settings.device) is None
     for found in case.solve():
         solution = _on(found, settings.device)
+        if on_kernels:
+            yield from kernel_operations(solution, case.m)
+            continue
         yield reference_linear(solution)
         if isinstance(solution, W4A4Solution) and solution.up.shape[1] > 0:
             yield reference_linear(without_branch(solution))
@@ -208,6 +250,7 @@ def _row(
         tflops=2 * case.m * linear.in_features * linear.out_features / us.median / 1e6,
         baseline=f"torch linear {NAMES[BASELINES[settings.device.type][0]]}",
         ratio=1.0 if baseline_us is None else baseline_us / us.median,
+        floor_us=None if operation.least_bytes is None else operation.least_bytes / settings.bytes_per_us,
         relative_error=error,
         exactness=operation.exactness,
     )
@@ -218,15 +261,18 @@ def _turns(operation: Operation, x: Tensor, device: torch.device) -> list[Call]:
 
     A layer that is larger than the cache drives itself out of it and is not copied.
     """
-    layer = operation.module
+    layer, inputs = operation.module, operation.prepare(x)
     layer_bytes = sum(tensor.nbytes for tensor in (*layer.parameters(), *layer.buffers()))
-    count = copies_beyond_cache(layer_bytes + x.nbytes, device)
+    count = copies_beyond_cache(layer_bytes + sum(tensor.nbytes for tensor in inputs), device)
     shared = layer_bytes >= cache_bytes(device)
 
-    def call(layer: Callable[[Tensor], Tensor], x: Tensor) -> Call:
-        return lambda: layer(x)
+    def call(layer: Callable[..., object], inputs: Sequence[Tensor]) -> Call:
+        return lambda: layer(*inputs)
 
-    return [call(layer if shared else copy.deepcopy(layer), x.clone()) for _ in range(count)]
+    return [
+        call(layer if shared else copy.deepcopy(layer), [tensor.clone() for tensor in inputs])
+        for _ in range(count)
+    ]
 
 
 def _relative_error(layer: str, operation: Operation, x: Tensor) -> float:
@@ -234,7 +280,8 @@ def _relative_error(layer: str, operation: Operation, x: Tensor) -> float:
     count = x.shape[0]
     sample = torch.linspace(0, count - 1, min(count, ERROR_ROWS), device=x.device).round().long()
     wanted = operation.define(x[sample])
-    error = float((operation.module(x)[sample].double() - wanted).norm() / wanted.norm())
+    found = operation.rows_of(operation.module(*operation.prepare(x)))
+    error = float((found[sample].double() - wanted).norm() / wanted.norm())
     if not math.isfinite(error):
         raise InputError(
             f"{layer}: {operation.label} gives a value that is not finite, or nothing but zeros",
@@ -295,20 +342,18 @@ def _require_rank(rank: int, shapes: ShapeSet) -> None:
         )
 
 
-def _notes(device: torch.device, busy: float | None) -> tuple[str, ...]:
-    where = {
-        "cpu": "These are figures of the reference backend (plain torch) on a CPU. They say nothing about speed on a "
-        "GPU.",
-        "cuda": "These are figures of the reference backend: plain torch, which unpacks to float32. They are not the "
-        "speed of fused 4-bit kernels, which this version does not ship.",
-    }
+def _notes(settings: BenchSettings, busy: float | None, lacking: Mapping[str, str]) -> tuple[str, ...]:
     notes = [
-        where[device.type],
+        _where(settings.device),
         "us: the median. spread: from the 10th to the 90th percentile, in shares of it. TFLOP/s counts 2 M K N.",
         "ratio: the baseline's median over the row's, so above 1 is faster.",
         "error: against the same operation in float64, so it measures arithmetic. What 4 bits cost in quality is for "
         "svdq eval to say.",
     ]
+    if settings.device.type == "cuda":
+        speed = settings.bytes_per_us / 1e6
+        notes += [f"floor: the least bytes over the measured speed of copying, {speed:.2f} TB/s."]
+        notes += [f"not measured: {name}: {reason}" for name, reason in lacking.items()]
     cores = os.cpu_count() or 1
     if busy is not None and busy > BUSY * cores:
         notes.insert(
@@ -317,3 +362,16 @@ def _notes(device: torch.device, busy: float | None) -> tuple[str, ...]:
             "and less even than they would be alone.",
         )
     return tuple(notes)
+
+
+def _where(device: torch.device) -> str:
+    if device.type == "cpu":
+        return (
+            "Figures of the reference backend (plain torch) on a CPU. They say nothing about speed on a GPU."
+        )
+    if lack := lack_of_kernels(device):
+        return f"These are figures of the reference backend, plain torch that unpacks to float32: {lack}."
+    return (
+        "linear: the whole layer. gemm: on an input that is quantized already. kernels + torch branch: the same "
+        "without the low-rank branch, which torch adds."
+    )

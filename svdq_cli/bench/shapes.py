@@ -65,7 +65,30 @@ FLUX1_DEV = ShapeSet(
     ),
 )
 
-SHAPE_SETS = {shapes.name: shapes for shapes in (DEMO, FLUX1_DEV)}
+SDXL = ShapeSet(
+    "sdxl",
+    "SDXL at 1024 x 1024, two pictures at once for guidance: 4096 tokens each at 640 channels, 1024 at 1280",
+    (
+        LinearShape("attention 640", 2 * 4096, 640, 640),
+        LinearShape("feed-forward up 640", 2 * 4096, 640, 5120),
+        LinearShape("feed-forward down 640", 2 * 4096, 2560, 640),
+        LinearShape("attention 1280", 2 * 1024, 1280, 1280),
+        LinearShape("feed-forward up 1280", 2 * 1024, 1280, 10240),
+        LinearShape("feed-forward down 1280", 2 * 1024, 5120, 1280),
+    ),
+)
+
+PIXART_SIGMA = ShapeSet(
+    "pixart-sigma",
+    "PixArt-Sigma at 1024 x 1024, two pictures at once for guidance: 4096 tokens each",
+    (
+        LinearShape("attention", 2 * 4096, 1152, 1152),
+        LinearShape("feed-forward up", 2 * 4096, 1152, 4608),
+        LinearShape("feed-forward down", 2 * 4096, 4608, 1152),
+    ),
+)
+
+SHAPE_SETS = {shapes.name: shapes for shapes in (DEMO, FLUX1_DEV, SDXL, PIXART_SIGMA)}
 
 
 def shape_set(name: str) -> ShapeSet:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from itertools import cycle
@@ -19,6 +20,8 @@ CPU_CACHE_BYTES = (
 LEAST_COPIES, MOST_COPIES = 3, 256
 LEAST_SAMPLES = {"cpu": 5, "cuda": 50}
 MOST_SAMPLES = 10_000
+COPY_BYTES = {"cpu": 256 * 2**20, "cuda": 2**30}
+COPY_SECONDS = 0.2
 
 
 def cache_bytes(device: torch.device) -> int:
@@ -44,6 +47,15 @@ def measure(calls: Sequence[Call], *, seconds: float, device: torch.device) -> M
         with torch.cuda.device(device):
             return _spread(_on_cuda(calls, seconds, device))
     return _spread(_on_cpu(calls, seconds))
+
+
+@functools.cache
+def bytes_per_microsecond(device: torch.device) -> float:
+    """Speed of copying a tensor that no cache holds, read and written bytes counted."""
+    source = torch.empty(COPY_BYTES[device.type], dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    us = measure([lambda: target.copy_(source)], seconds=COPY_SECONDS, device=device)
+    return 2 * source.nbytes / us.median
 
 
 def _on_cpu(calls: Sequence[Call], seconds: float) -> list[float]:

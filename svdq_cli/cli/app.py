@@ -397,7 +397,8 @@ def bench(
     shapes: Annotated[
         str | None,
         typer.Option(
-            metavar="demo|flux1-dev", help="Which shapes (else: flux1-dev on a GPU, demo on a CPU)."
+            metavar="demo|flux1-dev|sdxl|pixart-sigma",
+            help="Which shapes (else: flux1-dev on a GPU, demo on a CPU).",
         ),
     ] = None,
     precision: Annotated[
@@ -409,6 +410,10 @@ def bench(
     rows: Annotated[
         int | None, typer.Option("--m", metavar="N", help="Tokens at once in W4A4 layers.")
     ] = None,
+    step: Annotated[
+        bool, typer.Option(help="Also a whole step of a FLUX.1-shaped transformer (GPU only).")
+    ] = False,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the rows as bars.")] = None,
     seconds: Annotated[float, typer.Option(help="How long to measure each row.")] = 0.2,
     seed: Annotated[int, typer.Option(help="Seed of random layers and inputs.")] = 0,
     device: opt.Device = "auto",
@@ -418,6 +423,7 @@ def bench(
     verbose: opt.Verbose = False,
 ) -> None:
     """Measure speed and arithmetic error of linear layers, beside torch's own in the same run."""
+    from svdq_cli.bench.plot import draw_plot
     from svdq_cli.bench.run import (
         RANK,
         BenchSettings,
@@ -425,6 +431,7 @@ def bench(
         bench_shapes,
         precisions_named,
         refuse_given,
+        with_steps,
     )
     from svdq_cli.bench.shapes import default_shapes, shape_set
     from svdq_cli.checkpoint import open_checkpoint
@@ -446,6 +453,10 @@ def bench(
                 settings=settings,
                 observe=observe,
             )
+        if step:
+            report = with_steps(report, precisions_named(precision), settings=settings)
+    if plot is not None:
+        draw_plot(report, plot)
     render.show(report, json=json, verbose=verbose)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
 from rich.console import Console
@@ -23,7 +24,7 @@ from svdq_cli.records import (
 )
 
 if TYPE_CHECKING:
-    from svdq_cli.bench.report import BenchReport
+    from svdq_cli.bench.report import BenchReport, StepRow
     from svdq_cli.diagnosis import DoctorReport
     from svdq_cli.showcase import DemoReport
 
@@ -319,7 +320,7 @@ def _bench(console: Console, report: BenchReport) -> None:
             table.add_row()
         shape = (row.m, row.k, row.n)
         table.add_row(
-            row.op.removesuffix(" linear"),
+            row.op.removesuffix(" linear") + (" unfused" if "+" in row.mode else ""),
             row.precision,
             *(str(size) for size in shape),
             "" if row.rank is None else str(row.rank),
@@ -335,8 +336,28 @@ def _bench(console: Console, report: BenchReport) -> None:
     for label, exactness in exact.items():
         console.print(f"{label.removesuffix(', R None')}: {exactness}")
     console.print()
+    if report.steps:
+        _steps(console, report.steps)
     for note in report.notes:
         console.print(note)
+
+
+def _steps(console: Console, steps: Sequence[StepRow]) -> None:
+    console.print(f"one step of {steps[0].model}, random weights:")
+    table = Table(box=None, pad_edge=False)
+    for title in ("precision", "mode", "ms", "ratio", "peak GiB", "of bfloat16"):
+        table.add_column(title, justify="left" if title in ("precision", "mode") else "right")
+    for row in steps:
+        table.add_row(
+            row.precision,
+            row.mode,
+            f"{row.us.median / 1000:.2f}",
+            f"{row.ratio:.2f}",
+            "" if row.peak_bytes is None else f"{row.peak_bytes / 2**30:.2f}",
+            "" if row.memory_ratio is None else f"1/{row.memory_ratio:.2f}",
+        )
+    console.print(table)
+    console.print()
 
 
 # ------------------------------------------------------------------------------------------------- small pieces

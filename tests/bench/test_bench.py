@@ -39,7 +39,7 @@ SMALL = ShapeSet(
 )
 ROW_KEYS = {
     *("op", "mode", "precision", "m", "k", "n", "rank", "us"),
-    *("tflops", "baseline", "ratio", "relative_error", "exactness"),
+    *("tflops", "baseline", "ratio", "floor_us", "relative_error", "exactness"),
 }
 
 # One rounding to bfloat16 is at most 2^-8 of the value, float32 sums of 256 terms are a thousand times finer.

@@ -1,0 +1,58 @@
+"""A benchmark as a picture: one bar a row, its length the speed beside the baseline's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from svdq_cli.bench.report import BenchReport, BenchRow
+
+LINE, LABEL, BAR, MARGIN = 18, 470, 420, 12  # pixels
+INK, BASELINE, OURS, OTHERS = "#202020", "#b0b0b0", "#2a7f62", "#7a93c9"
+
+
+def draw_plot(report: BenchReport, path: Path) -> None:
+    """Writes a picture (its type by `path`'s suffix). The dashed line is the baseline, 1.0."""
+    rows = list(_lines(report))
+    longest = max(1.0, *(row.ratio for row in report.rows))
+    height = 2 * MARGIN + LINE * (len(rows) + 2)
+    picture = Image.new("RGB", (LABEL + BAR + 100 + 2 * MARGIN, height), "white")
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=12)
+    draw.text((MARGIN, MARGIN), f"{report.device.name}: speed beside {report.rows[0].baseline}", INK, font)
+    left = MARGIN + LABEL
+    for index, row in enumerate(rows, start=2):
+        y = MARGIN + LINE * index
+        if isinstance(row, str):
+            draw.text((MARGIN, y), row, INK, font)
+            continue
+        draw.text((MARGIN + 16, y), _label(row), INK, font)
+        end = left + BAR * row.ratio / longest
+        draw.rectangle((left, y + 2, end, y + LINE - 4), fill=_color(row))
+        draw.text((end + 6, y), f"{row.ratio:.2f}   {row.us.median:.0f} us", INK, font)
+    at = left + BAR / longest
+    for y in range(MARGIN + 2 * LINE, height - MARGIN, 8):
+        draw.line((at, y, at, y + 4), fill=INK)
+    picture.save(path)
+
+
+def _lines(report: BenchReport) -> Iterator[str | BenchRow]:
+    """A heading for every shape, then its rows."""
+    shape: tuple[int, int, int] | None = None
+    for row in report.rows:
+        if (row.m, row.k, row.n) != shape:
+            shape = (row.m, row.k, row.n)
+            yield f"{row.layer}: M {row.m}, K {row.k}, N {row.n}"
+        yield row
+
+
+def _label(row: BenchRow) -> str:
+    rank = "" if row.rank is None else f", rank {row.rank}"
+    return f"{row.op}, {row.mode}, {row.precision}{rank}"
+
+
+def _color(row: BenchRow) -> str:
+    if row.mode in ("kernels", "reference"):
+        return OURS
+    return BASELINE if f"{row.mode} {row.op} {row.precision}" == row.baseline else OTHERS

@@ -1,0 +1,173 @@
+"""One denoising step of a FLUX.1-shaped transformer: time and peak memory in 16 bit and converted, in the same run."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from svdq_cli.bench.report import StepRow
+from svdq_cli.bench.timing import measure
+from svdq_cli.bench.transformer import FluxShapedTransformer, Role, TransformerShape
+from svdq_cli.records import Int4, Linear, NvFp4, Precision, W4A4Plan, W4A4Solution, W4A16Plan, W4A16Solution
+from svdq_cli.runtime.fused import FusedFeedForward, FusedW4A4Linear, fused_linear
+
+DTYPE = torch.bfloat16
+
+
+@dataclass(frozen=True, slots=True)
+class StepSettings:
+    """What to run a step on, and for how long to measure each way."""
+
+    shape: TransformerShape
+    device: torch.device
+    rank: int = 32
+    seconds: float = 1.0
+    compiled: bool = False  # also the 16-bit model under torch.compile, which takes minutes to build
+
+
+def step_rows(settings: StepSettings, precisions: tuple[Precision, ...]) -> Iterator[StepRow]:
+    """The 16-bit model first: ratios refer to its eager step. One model is in memory at a time."""
+    baseline: StepRow | None = None
+    for precision in (None, *precisions):
+        model = _model(settings, precision)
+        name = "bfloat16" if precision is None else precision.name
+        for row in _rows(model, name, settings, baseline):
+            baseline = baseline or row
+            yield row
+        del model
+        _forget()
+
+
+@torch.no_grad()
+def _rows(model: nn.Module, name: str, settings: StepSettings, baseline: StepRow | None) -> Iterator[StepRow]:
+    inputs = _inputs(settings)
+    for mode, call in _ways(model, inputs, settings, compiled=settings.compiled and baseline is None):
+        peak = _peak_bytes(call, settings.device)
+        us = measure([call], seconds=settings.seconds, device=settings.device)
+        yield StepRow(
+            model=settings.shape.name,
+            precision=name,
+            mode=mode,
+            rank=None if name == "bfloat16" else settings.rank,
+            us=us,
+            ratio=baseline.us.median / us.median if baseline else 1.0,
+            peak_bytes=peak,
+            memory_ratio=baseline.peak_bytes / peak if baseline and baseline.peak_bytes and peak else None,
+        )
+
+
+def _ways(
+    model: nn.Module, inputs: tuple[Tensor, ...], settings: StepSettings, *, compiled: bool
+) -> Iterator[tuple[str, Callable[[], object]]]:
+    yield "eager", lambda: model(*inputs)
+    if settings.device.type != "cuda":
+        return
+    yield "CUDA graph", _captured(model, inputs)
+    if compiled:
+        faster = torch.compile(model)
+        faster(*inputs)
+        yield "torch.compile", lambda: faster(*inputs)
+
+
+def _captured(model: nn.Module, inputs: tuple[Tensor, ...]) -> Callable[[], object]:
+    """The eager step has run before, so nothing is compiled or loaded here."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        model(*inputs)
+    return graph.replay
+
+
+def _peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
+    """Of tensors, weights included, in one step; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    call()
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device)
+
+
+def _forget() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _inputs(settings: StepSettings) -> tuple[Tensor, ...]:
+    shape, device = settings.shape, settings.device
+    draw = torch.Generator(device).manual_seed(0)
+
+    def rows(count: int) -> Tensor:
+        return torch.randn(count, shape.width, generator=draw, device=device, dtype=DTYPE)
+
+    tokens = shape.image_tokens + shape.text_tokens
+    angles = torch.rand(tokens, shape.width // shape.heads // 2, generator=draw, device=device)
+    return rows(shape.image_tokens), rows(shape.text_tokens), rows(1), angles
+
+
+# ------------------------------------------------------------------------------------------ random models
+
+
+def _model(settings: StepSettings, precision: Precision | None) -> nn.Module:
+    """`precision` None: 16 bit."""
+    device = settings.device
+
+    def linear(k: int, n: int, role: Role) -> nn.Module:
+        if precision is None:
+            return _sixteen_bit(k, n, device)
+        return fused_linear(
+            random_w4a4(k, n, settings.rank, precision, device)
+            if role == "w4a4"
+            else random_w4a16(k, n, device)
+        )
+
+    def feed_forward(width: int, inner: int) -> nn.Module:
+        first, second = linear(width, inner, "w4a4"), linear(inner, width, "w4a4")
+        if isinstance(first, FusedW4A4Linear) and isinstance(second, FusedW4A4Linear):
+            return FusedFeedForward(first, second)
+        return nn.Sequential(first, nn.GELU(approximate="tanh"), second)
+
+    return FluxShapedTransformer(settings.shape, linear, feed_forward).eval().requires_grad_(False)
+
+
+def _sixteen_bit(k: int, n: int, device: torch.device) -> nn.Linear:
+    layer = nn.Linear(k, n, device=device, dtype=DTYPE)
+    nn.init.normal_(layer.weight, std=k**-0.5)
+    return layer
+
+
+def random_w4a4(k: int, n: int, rank: int, precision: Precision, device: torch.device) -> W4A4Solution:
+    """Any codes, and scales that keep a result as large as its input. Nothing is solved."""
+    plan = W4A4Plan(Linear("random", k, n, bias=True), precision, rank)
+    size = k**-0.5
+    match precision:
+        case Int4():
+            codes = torch.randint(-7, 8, (n, k), device=device, dtype=torch.int8)
+            scales, outer = torch.full((n, k // 64), size / 4, device=device, dtype=DTYPE), None
+        case NvFp4():
+            codes = torch.randint(0, 16, (n, k), device=device, dtype=torch.int8)
+            scales = torch.ones(n, k // 16, device=device).to(torch.float8_e4m3fn)
+            outer = torch.full((1,), size / 3, device=device, dtype=DTYPE)
+    return W4A4Solution(
+        plan=plan,
+        smooth=torch.ones(k, device=device, dtype=DTYPE),
+        down=torch.randn(rank, k, device=device, dtype=DTYPE) * size,
+        up=torch.randn(n, rank, device=device, dtype=DTYPE) / 16,
+        codes=codes,
+        scales=scales,
+        outer=outer,
+        bias=torch.zeros(n, device=device, dtype=DTYPE),
+    )
+
+
+def random_w4a16(k: int, n: int, device: torch.device) -> W4A16Solution:
+    """As `random_w4a4`."""
+    scales = torch.full((n, k // 64), k**-0.5 / 4, device=device, dtype=DTYPE)
+    codes = torch.randint(0, 15, (n, k), device=device, dtype=torch.uint8)
+    bias = torch.zeros(n, device=device, dtype=DTYPE)
+    return W4A16Solution(W4A16Plan(Linear("random", k, n, bias=True)), codes, scales, -7 * scales, bias)

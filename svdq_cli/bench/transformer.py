@@ -1,0 +1,122 @@
+"""A transformer with the blocks of FLUX.1 and random weights: what a whole step costs, without a checkpoint.
+
+The linear layers are those of the published model: q, k and v are one layer, in single blocks with the MLP's first one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Role = Literal["w4a4", "w4a16"]
+MakeLinear = Callable[[int, int, Role], nn.Module]  # in features, out features, role
+MakeFeedForward = Callable[[int, int], nn.Module]  # width, inner width: linear, GELU by tanh, linear
+
+
+@dataclass(frozen=True, slots=True)
+class TransformerShape:
+    """Sizes of the transformer and of one step's input, one picture."""
+
+    name: str
+    width: int
+    heads: int
+    inner: int  # of the MLP
+    double: int
+    single: int
+    image_tokens: int
+    text_tokens: int
+
+
+FLUX1_DEV_STEP = TransformerShape("flux1-dev at 1024 x 1024", 3072, 24, 12288, 19, 38, 4096, 512)
+
+
+class FluxShapedTransformer(nn.Module):
+    """All blocks; no embedders and no output layer (0.6 % of the parameters)."""
+
+    def __init__(self, shape: TransformerShape, linear: MakeLinear, feed_forward: MakeFeedForward) -> None:
+        super().__init__()
+        self.double_blocks = nn.ModuleList(
+            DoubleBlock(shape, linear, feed_forward) for _ in range(shape.double)
+        )
+        self.single_blocks = nn.ModuleList(SingleBlock(shape, linear) for _ in range(shape.single))
+
+    def forward(self, image: Tensor, text: Tensor, condition: Tensor, angles: Tensor) -> Tensor:
+        """(M, width), (T, width), (1, width), rotary angles (T + M, head / 2) -> (M, width)."""
+        for block in self.double_blocks:
+            image, text = block(image, text, condition, angles)
+        both = torch.cat((text, image))
+        for block in self.single_blocks:
+            both = block(both, condition, angles)
+        return both[text.shape[0] :]
+
+
+class Stream(nn.Module):
+    """One side of a double block: its own layers for the picture's or the prompt's tokens."""
+
+    def __init__(self, shape: TransformerShape, linear: MakeLinear, feed_forward: MakeFeedForward) -> None:
+        super().__init__()
+        width = shape.width
+        self.modulation = linear(width, 6 * width, "w4a16")
+        self.qkv = linear(width, 3 * width, "w4a4")
+        self.out = linear(width, width, "w4a4")
+        self.feed_forward = feed_forward(width, shape.inner)
+
+
+class DoubleBlock(nn.Module):
+    def __init__(self, shape: TransformerShape, linear: MakeLinear, feed_forward: MakeFeedForward) -> None:
+        super().__init__()
+        self.heads = shape.heads
+        self.text = Stream(shape, linear, feed_forward)
+        self.image = Stream(shape, linear, feed_forward)
+
+    def forward(
+        self, image: Tensor, text: Tensor, condition: Tensor, angles: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        streams = ((self.text, text), (self.image, image))
+        parts = [stream.modulation(F.silu(condition)).chunk(6, dim=-1) for stream, _ in streams]
+        qkv = [stream.qkv(modulated(x, *part[:2])) for (stream, x), part in zip(streams, parts, strict=True)]
+        mixed = attention(torch.cat(qkv), angles, self.heads)
+        found: list[Tensor] = []
+        shares = mixed.split([text.shape[0], image.shape[0]])
+        for (stream, x), share, part in zip(streams, shares, parts, strict=True):
+            x = x + part[2] * stream.out(share)
+            found.append(x + part[5] * stream.feed_forward(modulated(x, *part[3:5])))
+        return found[1], found[0]
+
+
+class SingleBlock(nn.Module):
+    def __init__(self, shape: TransformerShape, linear: MakeLinear) -> None:
+        super().__init__()
+        self.heads, self.sizes = shape.heads, [3 * shape.width, shape.inner]
+        self.modulation = linear(shape.width, 3 * shape.width, "w4a16")
+        self.first = linear(shape.width, 3 * shape.width + shape.inner, "w4a4")
+        self.second = linear(shape.width + shape.inner, shape.width, "w4a4")
+
+    def forward(self, x: Tensor, condition: Tensor, angles: Tensor) -> Tensor:
+        scale, offset, gate = self.modulation(F.silu(condition)).chunk(3, dim=-1)
+        qkv, inner = self.first(modulated(x, scale, offset)).split(self.sizes, dim=-1)
+        mixed = attention(qkv, angles, self.heads)
+        return x + gate * self.second(torch.cat((mixed, F.gelu(inner, approximate="tanh")), -1))
+
+
+def modulated(x: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:]) * (1 + scale) + offset
+
+
+def attention(qkv: Tensor, angles: Tensor, heads: int) -> Tensor:
+    """(M, 3 width) -> (M, width), with RMS norms and rotary embedding of q and k."""
+    q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(1, 2, 0, 3)
+    q, k = (rotated(F.rms_norm(part, part.shape[-1:]), angles) for part in (q, k))
+    return F.scaled_dot_product_attention(q[None], k[None], v[None])[0].transpose(0, 1).flatten(-2)
+
+
+def rotated(x: Tensor, angles: Tensor) -> Tensor:
+    """x (heads, M, head) by angles (M, head / 2)."""
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).to(x.dtype)

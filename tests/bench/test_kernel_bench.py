@@ -1,0 +1,147 @@
+"""What a GPU's benchmark measures, run on a CPU: the kernels' twins, the baselines that a CPU has, a small step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from svdq_cli.bench.baselines import gpu_baselines, int8_mm, scaled_mm_fp8
+from svdq_cli.bench.kernel_operations import kernel_operations
+from svdq_cli.bench.operations import Operation
+from svdq_cli.bench.plot import draw_plot
+from svdq_cli.bench.run import BenchSettings, bench_shapes, precisions_named, with_steps
+from svdq_cli.bench.shapes import SHAPE_SETS, LinearShape, ShapeSet
+from svdq_cli.bench.step import StepSettings, random_w4a4, random_w4a16, step_rows
+from svdq_cli.bench.timing import bytes_per_microsecond
+from svdq_cli.bench.transformer import FLUX1_DEV_STEP, TransformerShape
+from svdq_cli.errors import EnvironmentLacksError
+from svdq_cli.records import Int4, NvFp4, Precision
+
+CPU = torch.device("cpu")
+PRECISIONS = [pytest.param(Int4(), id="int4"), pytest.param(NvFp4(), id="nvfp4")]
+SMALL_STEP = TransformerShape("small", 128, 2, 256, double=1, single=2, image_tokens=9, text_tokens=5)
+M, K, N = 9, 128, 192
+
+
+def error_of(operation: Operation) -> float:
+    x = torch.randn(M, K, generator=torch.Generator().manual_seed(0)).to(operation.dtype)
+    wanted = operation.define(x)
+    found = operation.rows_of(operation.module(*operation.prepare(x)))
+    assert found.shape == wanted.shape
+    return float((found.double() - wanted).norm() / wanted.norm())
+
+
+# ------------------------------------------------------------------------------------------ operations
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_layer_is_measured_whole_and_in_parts(precision: Precision):
+    torch.manual_seed(0)
+    found = list(kernel_operations(random_w4a4(K, N, 32, precision, CPU), M))
+    assert [(operation.op, operation.mode, operation.rank) for operation in found] == [
+        ("w4a4 linear", "kernels", 32),
+        ("w4a4 linear", "kernels", 0),
+        ("w4a4 gemm", "kernels", 32),
+        ("w4a4 gemm", "kernels", 0),
+        ("w4a4 gemm", "kernels + torch branch", 32),
+        ("quantize and down", "kernels", 32),
+    ]
+    for operation in found:
+        # The unfused branch is rounded three times, everything else once or twice
+        assert error_of(operation) < (4e-3 if "+" in operation.mode else 2.5e-3), operation.label
+
+
+def test_the_first_kernels_least_bytes_are_its_operands():
+    operation = list(kernel_operations(random_w4a4(K, N, 32, Int4(), CPU), M))[-1]
+    x, codes, scales, hidden, down = 2 * M * K, M * K // 2, 2 * M * K // 64, 2 * M * 32, 2 * 32 * K
+    assert operation.least_bytes == x + codes + scales + hidden + down
+
+
+def test_a_modulation_layer_is_measured():
+    (operation,) = kernel_operations(random_w4a16(K, N, CPU), M)
+    assert operation.op == "w4a16 linear"
+    assert error_of(operation) < 5e-3
+
+
+def test_integer_and_fp8_baselines_are_what_they_say():
+    weight = torch.randn(N, K, generator=torch.Generator().manual_seed(1)) / K**0.5
+    x = torch.randn(32, K, generator=torch.Generator().manual_seed(0)).bfloat16()
+    exact = int8_mm(weight)
+    assert torch.equal(exact.module(*exact.prepare(x)).double(), exact.define(x))
+    rows, scales = scaled_mm_fp8(weight).prepare(x)
+    assert rows.dtype == torch.float8_e4m3fn
+    torch.testing.assert_close(rows.float() * scales, x.float(), rtol=2**-4, atol=2**-9)
+
+
+def test_small_inputs_are_not_given_to_int_mm():
+    assert "torch._int_mm" not in dict(gpu_baselines(1))
+    assert "torch._int_mm" in dict(gpu_baselines(17))
+
+
+# ------------------------------------------------------------------------------------------ a step
+
+
+def test_a_step_is_measured_in_16_bit_and_converted():
+    torch.manual_seed(0)
+    settings = StepSettings(SMALL_STEP, CPU, rank=16, seconds=1e-3)
+    rows = list(step_rows(settings, (Int4(), NvFp4())))
+    assert [(row.precision, row.mode, row.rank) for row in rows] == [
+        ("bfloat16", "eager", None),
+        ("int4", "eager", 16),
+        ("nvfp4", "eager", 16),
+    ]
+    assert rows[0].ratio == 1.0
+    for row in rows:
+        assert row.ratio == rows[0].us.median / row.us.median
+        assert row.peak_bytes is None
+
+
+def test_flux_dev_has_the_linears_of_the_published_model():
+    """Width 3072, MLP 12288, 19 + 38 blocks: 11.9 billion parameters, almost all in these."""
+    shape = FLUX1_DEV_STEP
+    stream = 6 * shape.width**2 + 4 * shape.width**2 + 2 * shape.width * shape.inner
+    single = (
+        3 * shape.width**2
+        + shape.width * (3 * shape.width + shape.inner)
+        + (shape.width + shape.inner) * shape.width
+    )
+    parameters = 2 * shape.double * stream + shape.single * single
+    assert 11.7e9 < parameters < 11.9e9
+
+
+def test_a_step_without_a_gpu_is_refused():
+    settings = BenchSettings(CPU, seconds_per_row=1e-3)
+    shapes = ShapeSet("one", "one layer", (LinearShape("layer", 2, 128, 128),))
+    report = bench_shapes(shapes, precisions=precisions_named("int4"), settings=settings)
+    with pytest.raises(EnvironmentLacksError, match="needs the CUDA kernels: the kernels need an NVIDIA GPU"):
+        with_steps(report, (Int4(),), settings=settings)
+
+
+# ------------------------------------------------------------------------------------------ report
+
+
+def test_a_plot_has_a_bar_for_every_row(tmp_path: Path):
+    shapes = ShapeSet("two", "two layers", (LinearShape("a", 2, 128, 128), LinearShape("b", 3, 128, 128)))
+    report = bench_shapes(
+        shapes, precisions=precisions_named("int4"), settings=BenchSettings(CPU, seconds_per_row=1e-3)
+    )
+    draw_plot(report, tmp_path / "plot.png")
+    picture = Image.open(tmp_path / "plot.png").convert("RGB")
+    column = [picture.getpixel((486, y)) for y in range(picture.height)]  # just right of where bars begin
+    bars = sum(
+        pixel != (255, 255, 255) and column[y - 1] == (255, 255, 255) for y, pixel in enumerate(column) if y
+    )
+    assert bars == len(report.rows)
+
+
+def test_shape_sets_of_the_papers_models_are_there():
+    assert {"flux1-dev", "sdxl", "pixart-sigma"} <= set(SHAPE_SETS)
+
+
+def test_the_speed_of_copying_is_measured_once():
+    speed = bytes_per_microsecond(CPU)
+    assert 100 < speed < 10_000_000  # between 0.1 GB/s and 10 TB/s
+    assert bytes_per_microsecond(CPU) == speed
