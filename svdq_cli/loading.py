@@ -102,7 +102,28 @@ def load_16bit_pipeline(source: Source, *, class_name: str, device: torch.device
     assert source.pipeline is not None
     dtype = compute_dtype(device)
     built = {} if source.is_saved_pipeline else {source.component: _built(source, class_name, dtype)}
-    return load_source_pipeline(source.pipeline, dtype=dtype, device=device, components=built)
+    pipe = load_source_pipeline(source.pipeline, dtype=dtype, device=device, components=built)
+    for name, entries in source.companions.items():
+        _replace_weights(getattr(pipe, name), {key: entry.read() for key, entry in entries.items()}, name)
+    return pipe
+
+
+def _replace_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], component: str) -> None:
+    """Other weights into a loaded component. transformers 5.6 dropped CLIPTextModel's outer name, which files keep."""
+    own = model.state_dict().keys()
+    state = {
+        next(
+            (k for k in (name, name.removeprefix("text_model."), f"text_model.{name}") if k in own), name
+        ): tensor
+        for name, tensor in weights.items()
+    }
+    missing = model.load_state_dict(state, strict=False).unexpected_keys
+    if missing:
+        raise InputError(
+            f"{component}: this version of transformers or diffusers has no place for {missing[0]}",
+            hint="upgrade diffusers and transformers, or leave the other components out of the file",
+            where=missing[0],
+        )
 
 
 def _built(source: Source, class_name: str, dtype: torch.dtype) -> nn.Module:

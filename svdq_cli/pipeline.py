@@ -70,10 +70,11 @@ from svdq_cli.records import (
 )
 from svdq_cli.solve.forward import SourceWeight
 from svdq_cli.solve.linear import solve_input
-from svdq_cli.source import Source, file_sha256, read_tensor, source_digest
+from svdq_cli.source import Source, TensorEntry, file_sha256, read_tensor, source_digest
 from svdq_cli.writing import (
     Contents,
     refuse_existing,
+    replace_weights,
     report_path,
     require_disk,
     whole_output,
@@ -255,7 +256,7 @@ def convert(
     contents = Contents(
         config=prepared.source.config,
         solutions=solutions,
-        kept=lambda name: _finite(read_tensor(prepared.source, name), name, prepared.source),
+        kept=lambda name: _read_finite(prepared.source, name),
         provenance={**provenance, "fingerprint": fingerprint},
     )
     with ExitStack() as stack:
@@ -312,6 +313,10 @@ def _pack(
         weights.append(
             write_target(partial, target, contents, pipeline=source.pipeline, component=source.component)
         )
+        if not target.format.single_file:
+            for name, entries in source.companions.items():
+                own = {key: _finite(entry.read(), key, entry) for key, entry in entries.items()}
+                replace_weights(partial / name, own)
         observe(Event("advance", "pack", len(weights), total, target.format.name, time.monotonic() - started))
     observe(Event("end", "pack", total, total, seconds=time.monotonic() - started))
     return tuple(weights)
@@ -374,18 +379,17 @@ def _solve(
 
 
 def _source_weight(source: Source, plan: LayerPlan, device: torch.device) -> SourceWeight:
-    weight = _finite(read_tensor(source, f"{plan.name}.weight"), f"{plan.name}.weight", source)
-    bias = None
-    if plan.linear.bias:
-        bias = (
-            _finite(read_tensor(source, f"{plan.name}.bias"), f"{plan.name}.bias", source).to(device).float()
-        )
+    weight = _read_finite(source, f"{plan.name}.weight")
+    bias = _read_finite(source, f"{plan.name}.bias").to(device).float() if plan.linear.bias else None
     return SourceWeight(weight.to(device).float().flatten(1), bias)  # a 1x1 convolution is (N, K, 1, 1)
 
 
-def _finite(tensor: torch.Tensor, name: str, source: Source) -> torch.Tensor:
+def _read_finite(source: Source, name: str) -> torch.Tensor:
+    return _finite(read_tensor(source, name), name, source.tensors[name])
+
+
+def _finite(tensor: torch.Tensor, name: str, entry: TensorEntry) -> torch.Tensor:
     if not bool(torch.isfinite(tensor).all()):
-        entry = source.tensors[name]
         stored = f" (stored as {entry.origin})" if entry.origin != name else ""
         raise InputError(
             f"{entry.file}: {name}{stored} holds NaN or infinite values",

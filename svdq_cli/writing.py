@@ -26,7 +26,7 @@ from svdq_cli.formats.headers import BIASES, CONFIG, FORMAT, RANKS, as_text, bia
 from svdq_cli.formats.modules import FileLayout, known_layout, lay_out
 from svdq_cli.plan import restricted
 from svdq_cli.records import LayerSolution, ModelPlan
-from svdq_cli.source import read_json
+from svdq_cli.source import read_json, weight_files
 
 WEIGHT_FILE = "diffusion_pytorch_model.safetensors"
 REPORT_FILE = "svdq_report.json"
@@ -118,6 +118,15 @@ def write_target(
     if pipeline:
         _copy_pipeline(pipeline, path, skip=component)
     return _write_component(folder, target, contents)
+
+
+def replace_weights(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Put other weights of the same names into a component's folder, as one file."""
+    old = weight_files(folder)
+    name = "model.safetensors" if old[0].name.startswith("model") else WEIGHT_FILE
+    for file in (*old, *folder.glob("*.safetensors.index.json")):
+        file.unlink()
+    save_file(dict(tensors), folder / name, metadata={"format": "pt"})
 
 
 def _write_component(folder: Path, target: Target, contents: Contents) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
@@ -24,7 +24,8 @@ class Source:
 
     `pipeline` is the folder that holds the other components: the model's own, or the base pipeline of a single file;
     None where there is none. `tensors` is empty for a bare config. `is_saved_pipeline`: diffusers reads the component
-    from `pipeline` as it is; otherwise (single file, adapters) it is built from `tensors`.
+    from `pipeline` as it is; otherwise (single file, adapters) it is built from `tensors`. `companions` are other
+    components (text encoders, autoencoder) whose tensors take the place of those in `pipeline`.
     """
 
     path: Path
@@ -33,6 +34,7 @@ class Source:
     config: Mapping[str, object]
     tensors: Mapping[str, TensorEntry]
     is_saved_pipeline: bool = False
+    companions: Mapping[str, Mapping[str, TensorEntry]] = field(default_factory=dict)
     kind: str = "diffusers folder"  # how the weights were stored, for people
     warnings: tuple[str, ...] = ()
 

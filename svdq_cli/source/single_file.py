@@ -8,20 +8,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
 from svdq_cli.errors import InputError
+from svdq_cli.source.companions import companions_in
 from svdq_cli.source.configs import KnownClass, class_of_names, known_class, published_config
-from svdq_cli.source.float8 import float8_upconverted
+from svdq_cli.source.float8 import FLOAT8, float8_upconverted
 from svdq_cli.source.folders import quantized_component
 from svdq_cli.source.headers import read_header, read_json
 from svdq_cli.source.model import Source
 from svdq_cli.source.names import Naming, convert_names
 from svdq_cli.source.original_names import NAMINGS
 from svdq_cli.source.quantized import refuse_quantized
-from svdq_cli.source.tensors import StoredTensor, TensorEntry
+from svdq_cli.source.tensors import SIXTEEN_BIT_OR_MORE, StoredTensor, TensorEntry
 
 # What the diffusion model is called in a file: ComfyUI and LDM checkpoints, ComfyUI adapters' parents, saved pipelines
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "unet.", "")
@@ -44,11 +45,26 @@ def open_single_file(path: Path, *, base: Path | None = None) -> Source:
     Raises InputError: damaged, already quantized, not a known model, or not the base's model.
     """
     header = read_header(path)
-    refuse_quantized(path, header)
     model = _model_tensors(header)
+    refuse_quantized(path, model)
     stored, warnings = float8_upconverted(path, model)
-    left_out = Counter(name.split(".")[0] for name in header if name not in model)
-    return source_of_tensors(path, stored, base=base, left_out=left_out, warnings=warnings)
+    rest = {name: entry for name, entry in header.items() if name not in model}
+    companions, prefixes = _companions(path, rest, base)
+    left_out = Counter(name.split(".")[0] for name in rest if not name.startswith(prefixes))
+    source = source_of_tensors(path, stored, base=base, left_out=left_out, warnings=warnings)
+    own = f", with its own {', '.join(sorted(companions))}" if companions else ""
+    return replace(source, companions=companions, kind=source.kind + own)
+
+
+def _companions(
+    path: Path, rest: Mapping[str, StoredTensor], base: Path | None
+) -> tuple[Mapping[str, Mapping[str, TensorEntry]], tuple[str, ...]]:
+    """The text encoders and the autoencoder that the file holds, as far as the base has such components."""
+    if base is None:
+        return {}, ()
+    readable = {name: entry for name, entry in rest.items() if entry.dtype in (*SIXTEEN_BIT_OR_MORE, *FLOAT8)}
+    tensors, _ = float8_upconverted(path, readable)
+    return companions_in(tensors, base)
 
 
 def source_of_tensors(

@@ -54,7 +54,9 @@ def real_keys(name: str) -> dict[str, tuple[int, ...]]:
 
 def original_state(naming: Naming, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A diffusers state dict under its original names, fused as the original is."""
-    layers = list(dict.fromkeys(_layer(name) for name in state))
+    layers = list(
+        dict.fromkeys([*(_layer(name) for name in state), *state])
+    )  # rules name layers or bare tensors
     suffix_of = {new: old for old, new in naming.suffixes.items()}
     original: dict[str, Tensor] = {}
     for layer, parts in original_layers(naming, layers).items():

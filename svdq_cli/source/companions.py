@@ -1,0 +1,206 @@
+"""Text encoders and autoencoder that lie in a whole checkpoint beside the diffusion model.
+
+A fine-tune has often trained them too, so they take the place of the base pipeline's. The base says which components
+there are and what their tensors are called; a part of the file is used only where it has every one of them, in its
+shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+
+from svdq_cli.source.folders import weight_files
+from svdq_cli.source.headers import read_header, read_json
+from svdq_cli.source.names import (
+    Naming,
+    Rule,
+    block_numbers,
+    convert_names,
+    expanded,
+    fused,
+    numbered,
+    renamed,
+)
+from svdq_cli.source.tensors import TensorEntry
+
+
+@dataclass(frozen=True, slots=True)
+class TurnedTensor:
+    """A stored tensor in another shape: a projection kept as its transpose, or a 1x1 convolution that is a linear."""
+
+    entry: TensorEntry
+    shape: tuple[int, ...]
+    transposed: bool
+
+    @property
+    def file(self) -> Path:
+        return self.entry.file
+
+    @property
+    def origin(self) -> str:
+        return self.entry.origin
+
+    @property
+    def dtype(self) -> str:
+        return self.entry.dtype
+
+    def read(self) -> Tensor:
+        tensor = self.entry.read()
+        return (tensor.T if self.transposed else tensor.reshape(self.shape)).contiguous()
+
+    def read_rows(self, start: int, stop: int) -> Tensor:
+        return self.read()[start:stop]
+
+
+# ------------------------------------------------------------------------------------------------- names
+
+
+_OPEN_CLIP = (
+    renamed("positional_embedding", "text_model.embeddings.position_embedding.weight"),
+    renamed("token_embedding", "text_model.embeddings.token_embedding"),
+    renamed("ln_final", "text_model.final_layer_norm"),
+    renamed("text_projection", "text_projection.weight"),
+    *(
+        fused(
+            f"transformer.resblocks.{{}}.attn.in_proj_{suffix}",
+            *(f"text_model.encoder.layers.{{}}.self_attn.{x}_proj.{suffix}" for x in "qkv"),
+        )
+        for suffix in ("weight", "bias")
+    ),
+    *(
+        renamed(f"transformer.resblocks.{{}}.{old}", f"text_model.encoder.layers.{{}}.{new}")
+        for old, new in (
+            ("attn.out_proj", "self_attn.out_proj"),
+            ("ln_1", "layer_norm1"),
+            ("ln_2", "layer_norm2"),
+            ("mlp.c_fc", "mlp.fc1"),
+            ("mlp.c_proj", "mlp.fc2"),
+        )
+    ),
+)
+_VAE_RESNET = ("norm1", "conv1", "norm2", "conv2")
+_VAE_ATTENTION = (
+    ("norm", "group_norm"),
+    ("q", "to_q"),
+    ("k", "to_k"),
+    ("v", "to_v"),
+    ("proj_out", "to_out.0"),
+)
+
+
+def _vae_resnet(original: str, target: str) -> tuple[Rule, ...]:
+    same = tuple(renamed(f"{original}.{name}", f"{target}.{name}") for name in _VAE_RESNET)
+    return (*same, renamed(f"{original}.nin_shortcut", f"{target}.conv_shortcut"))
+
+
+def _vae_rules(keys: Sequence[str]) -> tuple[Rule, ...]:
+    """LDM counts the decoder's stages from the picture inwards, diffusers from the latents outwards."""
+    rules = [renamed(name, name) for name in ("quant_conv", "post_quant_conv")]
+    for half in ("encoder", "decoder"):
+        rules += [renamed(f"{half}.{name}", f"{half}.{name}") for name in ("conv_in", "conv_out")]
+        rules.append(renamed(f"{half}.norm_out", f"{half}.conv_norm_out"))
+        for number in (1, 2):
+            rules += _vae_resnet(f"{half}.mid.block_{number}", f"{half}.mid_block.resnets.{number - 1}")
+        attention = f"{half}.mid_block.attentions.0"
+        rules += [renamed(f"{half}.mid.attn_1.{old}", f"{attention}.{new}") for old, new in _VAE_ATTENTION]
+    for stage in block_numbers(keys, "encoder.down.{}", "encoder.down_blocks.{}"):
+        rules += _vae_stage(keys, f"encoder.down.{stage}", f"encoder.down_blocks.{stage}", "downsample")
+    stages = block_numbers(keys, "decoder.up.{}", "decoder.up_blocks.{}")
+    for stage in stages:
+        target = f"decoder.up_blocks.{stages[-1] - stage}"
+        rules += _vae_stage(keys, f"decoder.up.{stage}", target, "upsample")
+    return tuple(rules)
+
+
+def _vae_stage(keys: Sequence[str], original: str, target: str, sampler: str) -> list[Rule]:
+    rules = [renamed(f"{original}.{sampler}.conv", f"{target}.{sampler}rs.0.conv")]
+    for number in block_numbers(keys, f"{original}.block.{{}}", f"{target}.resnets.{{}}"):
+        for rule in _vae_resnet(f"{original}.block.{{}}", f"{target}.resnets.{{}}"):
+            rules.append(numbered(rule, number))
+    return rules
+
+
+def _unchanged(*names: str) -> Callable[[Sequence[str]], tuple[Rule, ...]]:
+    """Checkpoints hold these text encoders under their transformers names."""
+    return lambda keys: tuple(renamed(name, name) for name in names)
+
+
+OPEN_CLIP = Naming("OpenCLIP", "CLIPTextModelWithProjection", frozenset(), partial(expanded, _OPEN_CLIP), {})
+LDM_VAE = Naming("LDM autoencoder", "AutoencoderKL", frozenset(), _vae_rules, {})
+CLIP = Naming("CLIP", "CLIPTextModel", frozenset(), _unchanged("text_model.*"), {})
+T5 = Naming("T5", "T5EncoderModel", frozenset(), _unchanged("shared", "encoder.*"), {})
+
+# Where whole checkpoints hold the parts of a pipeline: prefix in the file, component, names below the prefix
+_PLACES: tuple[tuple[str, str, Naming], ...] = (
+    ("first_stage_model.", "vae", LDM_VAE),
+    ("vae.", "vae", LDM_VAE),
+    ("cond_stage_model.transformer.", "text_encoder", CLIP),
+    ("conditioner.embedders.0.transformer.", "text_encoder", CLIP),
+    ("conditioner.embedders.1.model.", "text_encoder_2", OPEN_CLIP),
+    ("text_encoders.clip_l.transformer.", "text_encoder", CLIP),
+    ("text_encoders.t5xxl.transformer.", "text_encoder_2", T5),  # FLUX.1
+    ("text_encoders.t5xxl.transformer.", "text_encoder_3", T5),  # SD3
+)
+
+
+def companions_in(
+    rest: Mapping[str, TensorEntry], base: Path
+) -> tuple[Mapping[str, Mapping[str, TensorEntry]], tuple[str, ...]]:
+    """The base's components that `rest` (what lies beside the diffusion model) holds, each with its tensors under the
+    base's names; and the prefixes that they have in the file."""
+    found: dict[str, Mapping[str, TensorEntry]] = {}
+    prefixes: list[str] = []
+    present = read_json(base / "model_index.json")
+    for prefix, component, naming in _PLACES:
+        keys = [name for name in rest if name.startswith(prefix)]
+        if not keys or component in found or component not in present:
+            continue
+        stored = {name.removeprefix(prefix): rest[name] for name in keys}
+        tensors = _as_base(naming, stored, _base_shapes(base / component))
+        if tensors is not None:
+            found[component] = tensors
+            prefixes.append(prefix)
+    return found, tuple(prefixes)
+
+
+def _base_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in weight_files(folder) if folder.is_dir() else ():
+        shapes |= {name: entry.shape for name, entry in read_header(file).items()}
+    return shapes
+
+
+def _as_base(
+    naming: Naming, stored: Mapping[str, TensorEntry], wanted: Mapping[str, tuple[int, ...]]
+) -> Mapping[str, TensorEntry] | None:
+    """The stored tensors under the base's names; None where the base has one that they lack, or in another shape."""
+    try:
+        converted, _ = convert_names(
+            naming, stored
+        )  # what is left over (position ids, logit scales) is no weight
+    except ValueError:
+        return None
+    wrapped = any(name.startswith("text_model.") for name in wanted)
+    if not wrapped:  # transformers 5.6 and later save CLIPTextModel without its wrapper's name
+        converted = {name.removeprefix("text_model."): entry for name, entry in converted.items()}
+    tensors = {
+        name: _shaped(converted[name], shape, transposed=name == "text_projection.weight")
+        for name, shape in wanted.items()
+        if name in converted
+    }
+    fits = wanted and all(name in tensors and tensors[name].shape == shape for name, shape in wanted.items())
+    return tensors if fits else None
+
+
+def _shaped(entry: TensorEntry, shape: tuple[int, ...], *, transposed: bool) -> TensorEntry:
+    """OpenCLIP stores its projection transposed; LDM's autoencoder has 1x1 convolutions for diffusers' linears."""
+    if transposed and len(entry.shape) == 2:
+        return TurnedTensor(entry, (entry.shape[1], entry.shape[0]), transposed=True)
+    if len(entry.shape) == 4 and entry.shape[2:] == (1, 1) and entry.shape[:2] == shape:
+        return TurnedTensor(entry, shape, transposed=False)
+    return entry
