@@ -111,18 +111,17 @@ def load_16bit_pipeline(source: Source, *, class_name: str, device: torch.device
 def _replace_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], component: str) -> None:
     """Other weights into a loaded component. transformers 5.6 dropped CLIPTextModel's outer name, which files keep."""
     own = model.state_dict().keys()
-    state = {
-        next(
-            (k for k in (name, name.removeprefix("text_model."), f"text_model.{name}") if k in own), name
-        ): tensor
-        for name, tensor in weights.items()
-    }
-    missing = model.load_state_dict(state, strict=False).unexpected_keys
-    if missing:
+
+    def loaded_name(name: str) -> str:
+        spellings = (name, name.removeprefix("text_model."), f"text_model.{name}")
+        return next((spelling for spelling in spellings if spelling in own), name)
+
+    state = {loaded_name(name): tensor for name, tensor in weights.items()}
+    if homeless := model.load_state_dict(state, strict=False).unexpected_keys:
         raise InputError(
-            f"{component}: this version of transformers or diffusers has no place for {missing[0]}",
+            f"{component}: this version of transformers or diffusers has no place for {homeless[0]}",
             hint="upgrade diffusers and transformers, or leave the other components out of the file",
-            where=missing[0],
+            where=homeless[0],
         )
 
 
