@@ -166,9 +166,9 @@ def _on(tensor: Tensor | None, device: torch.device) -> Tensor | None:
 def _quantized_disagreement(
     ours: tuple[Tensor, Tensor, Tensor], theirs: tuple[Tensor, Tensor, Tensor]
 ) -> float:
-    """The worst of three: shares of codes and scales that differ, relative error of the hidden vectors."""
-    codes, scales = (float((a != b).float().mean()) for a, b in zip(ours[:2], theirs[:2], strict=True))
-    return max(codes, scales, _relative(ours[2], theirs[2]))
+    """The worst of three: shares of codes and scales that differ, relative error of the hidden vectors. NaN if one is."""
+    shares = [float((a != b).float().mean()) for a, b in zip(ours[:2], theirs[:2], strict=True)]
+    return float(torch.tensor([*shares, _relative(ours[2], theirs[2])]).max())
 
 
 def _relative(ours: Tensor, theirs: Tensor) -> float:
