@@ -166,7 +166,7 @@ def _on(tensor: Tensor | None, device: torch.device) -> Tensor | None:
 def _quantized_disagreement(
     ours: tuple[Tensor, Tensor, Tensor], theirs: tuple[Tensor, Tensor, Tensor]
 ) -> float:
-    """The worst of three: shares of codes and scales that differ, relative error of the hidden vectors. NaN if one is."""
+    """The worst of: shares of codes and of scales that differ, relative error of the hidden vectors. NaN if one is."""
     shares = [float((a != b).float().mean()) for a, b in zip(ours[:2], theirs[:2], strict=True)]
     return float(torch.tensor([*shares, _relative(ours[2], theirs[2])]).max())
 
