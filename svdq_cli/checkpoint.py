@@ -99,6 +99,13 @@ class Checkpoint:
         parts = [(module, self._module(module)) for module in self.file.parts_of(plan.name)]
         return take_layer(plan, parts, self.biases.get(plan.name))
 
+    def unsigned_from(self, plan: LayerPlan) -> int | None:
+        """The first of a layer's channels that the runtime quantizes without a sign; None where there is none."""
+        starts = [
+            m.columns[0] if m.columns else 0 for m in self.file.parts_of(plan.name) if m.traits.unsigned
+        ]
+        return min(starts, default=None)
+
     def _module(self, module: StoredModule) -> LayerSolution:
         """A stored module, decoded; the last one is kept, because several layers may lie in it."""
         if module.name not in self._decoded:

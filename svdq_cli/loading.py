@@ -158,7 +158,11 @@ def load_model(
         if backend.name == "kernels" and (reason := objection(solution)):
             refused[plan.name] = reason
         on_kernels = backend.name == "kernels" and plan.name not in refused
-        quantized[plan.name] = fused_linear(solution) if on_kernels else quantized_linear(solution)
+        # svdq's own kernels quantize every activation with a sign; the reference does as the file's runtime does
+        unsigned_from = checkpoint.unsigned_from(plan)
+        quantized[plan.name] = (
+            fused_linear(solution) if on_kernels else quantized_linear(solution, unsigned_from=unsigned_from)
+        )
     replace_linears(model, quantized)
     if backend.name == "kernels":
         fuse_feed_forwards(model)

@@ -36,7 +36,7 @@ from svdq_cli.records import (
 from svdq_cli.rules import plan_rules
 from svdq_cli.source import Source, merge_loras, open_source
 from svdq_cli.structure import STRUCTURAL, Reading
-from svdq_cli.writing import Target, target_of
+from svdq_cli.writing import Target, require_precision, target_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +79,8 @@ def prepare(recipe: Recipe, *, beside: Path | None = None) -> Prepared:
             where="quantization.rank",
         )
     formats = [format_named(output.format) for output in recipe.outputs] or [format_named("nunchaku-lite")]
+    for fmt in formats:
+        require_precision(fmt, quantization.number_format)
     source = source_of(recipe, RunOptions(beside=beside))
     plan = plan_model(
         source,

@@ -35,6 +35,11 @@ class NvFp4:
 
 
 Precision = Int4 | NvFp4
+
+# What int4 runtimes add to a plain GELU's output, whose least value is -0.17, to quantize it without a sign. Exact in
+# bfloat16; fixed in Nunchaku's fused kernel and in comfy-kitchen's op.
+GELU_SHIFT = 0.171875
+
 Effort = Literal["datafree", "fast", "balanced", "best"]
 Smoothing = Literal["none", "closed-form", "grid"]
 

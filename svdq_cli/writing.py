@@ -25,7 +25,7 @@ from svdq_cli.formats.contract import Format
 from svdq_cli.formats.headers import BIASES, CONFIG, FORMAT, RANKS, as_text, biases_text
 from svdq_cli.formats.modules import FileLayout, known_layout, lay_out
 from svdq_cli.plan import restricted
-from svdq_cli.records import LayerSolution, ModelPlan
+from svdq_cli.records import LayerSolution, ModelPlan, Precision
 from svdq_cli.source import read_json, weight_files
 
 WEIGHT_FILE = "diffusion_pytorch_model.safetensors"
@@ -68,6 +68,16 @@ class Target:
         return packed + kept * self.dtype.itemsize
 
 
+def require_precision(fmt: Format, precision: Precision) -> None:
+    """UsageError where the format has no such layers."""
+    if precision not in fmt.precisions:
+        raise UsageError(
+            f"{fmt.name} stores {' or '.join(p.name for p in fmt.precisions)}, not {precision.name}",
+            hint=f"use --precision {fmt.precisions[0].name}, or another format",
+            where="quantization.precision",
+        )
+
+
 def target_of(
     fmt: Format, plan: ModelPlan, state: Mapping[str, tuple[int, ...]], dtype: torch.dtype
 ) -> Target:
@@ -76,12 +86,7 @@ def target_of(
     `state`: the model's tensors, name to shape. Layers without a 4-bit module in the file stay at 16 bits.
     """
     for layer in plan.w4a4:
-        if layer.precision not in fmt.precisions:
-            raise UsageError(
-                f"{fmt.name} stores {' or '.join(p.name for p in fmt.precisions)}, not {layer.precision.name}",
-                hint=f"use --precision {fmt.precisions[0].name}, or another format",
-                where="quantization.precision",
-            )
+        require_precision(fmt, layer.precision)
     layout = known_layout(fmt, plan.family)
     file = lay_out(fmt, layout, plan.layers, state)
     held = {layer.name for layer in file.layers}

@@ -23,10 +23,17 @@ from torch import Tensor
 
 from svdq_cli.errors import InputError, UsageError
 from svdq_cli.families.layouts.layout import Interleaved
-from svdq_cli.formats.contract import GELU_SHIFT
 from svdq_cli.formats.modules import TILE, KeptTensor, StoredModule, row_sources
 from svdq_cli.pack.padding import pad
-from svdq_cli.records import LayerPlan, LayerSolution, W4A4Plan, W4A4Solution, W4A16Plan, W4A16Solution
+from svdq_cli.records import (
+    GELU_SHIFT,
+    LayerPlan,
+    LayerSolution,
+    W4A4Plan,
+    W4A4Solution,
+    W4A16Plan,
+    W4A16Solution,
+)
 
 _Solution = TypeVar("_Solution", W4A4Solution, W4A16Solution)
 

@@ -28,10 +28,6 @@ from svdq_cli.records import (
 
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 
-# What int4 runtimes add to a plain GELU's output, whose least value is -0.17, to quantize it without a sign. Exact in
-# bfloat16; fixed in Nunchaku's fused kernel and in comfy-kitchen's op.
-GELU_SHIFT = 0.171875
-
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:

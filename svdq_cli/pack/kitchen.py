@@ -42,7 +42,8 @@ def pack_kitchen_rows(matrix: Tensor) -> Tensor:
 def unpack_kitchen_rows(stored: Tensor) -> Tensor:
     """(N/128, G or R, 128) -> (N, G or R). The inverse of `pack_kitchen_rows`."""
     require_shape("stored matrix", stored, (1, 1, ROWS))
-    return stored.transpose(1, 2).reshape(-1, stored.shape[1]).contiguous()
+    rows = stored.transpose(1, 2).reshape(-1, stored.shape[1])
+    return rows.clone(memory_format=torch.contiguous_format)  # also where one column leaves strides undefined
 
 
 def _layout(rows: int, columns: int) -> Layout:

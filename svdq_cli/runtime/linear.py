@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from svdq_cli.records import LayerSolution, W4A4Solution, W4A16Solution
+from svdq_cli.records import GELU_SHIFT, LayerSolution, W4A4Solution, W4A16Solution
 from svdq_cli.solve.quantizers import QuantizedWeight, dequantize_weight, fake_quantize_activation
 
 # A float32 copy of the weight is kept per layer up to this size (1024 x 1024). Larger layers dequantize at
@@ -39,34 +39,52 @@ def w4a4_weight(solution: W4A4Solution) -> Tensor:
 
 
 @torch.no_grad()
-def w4a4_exact(x: Tensor, solution: W4A4Solution) -> Tensor:
+def w4a4_exact(x: Tensor, solution: W4A4Solution, *, unsigned_from: int | None = None) -> Tensor:
     """The layer's contract value: no 16-bit rounding but that of x. `x` (..., K) -> (..., N) float32."""
     rows = _sixteen_bit_rows(x, solution.up.dtype)
-    y = _four_bit_product(rows, solution, w4a4_weight(solution))
+    y = _four_bit_product(rows, solution, w4a4_weight(solution), unsigned_from)
     hidden = _matmul(rows.float(), solution.down)
     return _shaped_as(x, _with_bias(y + _matmul(hidden, solution.up), solution.bias))
 
 
 @torch.no_grad()
-def w4a4_forward(x: Tensor, solution: W4A4Solution, *, weight: Tensor | None = None) -> Tensor:
+def w4a4_forward(
+    x: Tensor, solution: W4A4Solution, *, weight: Tensor | None = None, unsigned_from: int | None = None
+) -> Tensor:
     """As the runtimes run it: rounded to the checkpoint's dtype. `x` (..., K) -> (..., N) in x's dtype.
 
-    `weight`: w4a4_weight(solution), where the caller keeps it.
+    `weight`: w4a4_weight(solution), where the caller keeps it. `unsigned_from`: the first of the channels, if any, that
+    a plain GELU feeds and the checkpoint's runtime therefore quantizes without a sign.
     """
     dtype = solution.up.dtype
     rows = _sixteen_bit_rows(x, dtype)
-    y = _four_bit_product(rows, solution, w4a4_weight(solution) if weight is None else weight)
+    weight = w4a4_weight(solution) if weight is None else weight
+    y = _four_bit_product(rows, solution, weight, unsigned_from)
     if solution.up.shape[1] > 0:
         hidden = _matmul(rows.float(), solution.down).to(dtype)
         y = y + _matmul(hidden.float(), solution.up)
     return _shaped_as(x, _with_bias(y, solution.bias)).to(dtype).to(x.dtype)
 
 
-def _four_bit_product(rows: Tensor, solution: W4A4Solution, weight: Tensor) -> Tensor:
+def _four_bit_product(
+    rows: Tensor, solution: W4A4Solution, weight: Tensor, unsigned_from: int | None
+) -> Tensor:
     """qa(rows / smooth) . weight^T * outer, (M, N) float32. int4 keeps its scales in the dtype of `rows`."""
-    activation = fake_quantize_activation(rows / solution.smooth, solution.plan.precision)
-    y = _matmul(activation, weight)
-    return y if solution.outer is None else y * solution.outer.float()
+    precision = solution.plan.precision
+    if unsigned_from is None:
+        y = _matmul(fake_quantize_activation(rows / solution.smooth, precision), weight)
+        return y if solution.outer is None else y * solution.outer.float()
+    start = unsigned_from
+    shifted = fake_quantize_activation(
+        (rows[:, start:] + GELU_SHIFT) / solution.smooth[start:], precision, unsigned=True
+    )
+    # what the shift adds to the product; the file holds it in the bias, rounded to 16 bits once
+    added = (weight[:, start:] / solution.smooth[start:].float()).sum(1) * GELU_SHIFT
+    y = _matmul(shifted, weight[:, start:]) - added
+    if start == 0:
+        return y
+    signed = fake_quantize_activation(rows[:, :start] / solution.smooth[:start], precision)
+    return y + _matmul(signed, weight[:, :start])
 
 
 # ------------------------------------------------------------------------------------------ W4A16
@@ -148,9 +166,12 @@ class W4A4Linear(QuantizedLinear):
     outer: Tensor | None
     bias: Tensor | None
 
-    def __init__(self, solution: W4A4Solution, *, cache_bytes: int = CACHE_BYTES) -> None:
+    def __init__(
+        self, solution: W4A4Solution, *, cache_bytes: int = CACHE_BYTES, unsigned_from: int | None = None
+    ) -> None:
         super().__init__(solution.codes, cache_bytes=cache_bytes)
         self.plan = solution.plan
+        self.unsigned_from = unsigned_from
         for name in ("smooth", "down", "up", "codes", "scales", "outer", "bias"):
             self.register_buffer(name, getattr(solution, name))
 
@@ -162,7 +183,8 @@ class W4A4Linear(QuantizedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         solution = self.solution
-        return w4a4_forward(x, solution, weight=self._weight(lambda: w4a4_weight(solution)))
+        weight = self._weight(lambda: w4a4_weight(solution))
+        return w4a4_forward(x, solution, weight=weight, unsigned_from=self.unsigned_from)
 
     def extra_repr(self) -> str:
         precision, rank = self.plan.precision.name, self.up.shape[1]
@@ -195,11 +217,13 @@ class W4A16Linear(QuantizedLinear):
         return f"in_features={self.in_features}, out_features={self.out_features}, w4a16"
 
 
-def quantized_linear(solution: LayerSolution, *, cache_bytes: int = CACHE_BYTES) -> W4A4Linear | W4A16Linear:
-    """The module that runs a solution."""
+def quantized_linear(
+    solution: LayerSolution, *, cache_bytes: int = CACHE_BYTES, unsigned_from: int | None = None
+) -> W4A4Linear | W4A16Linear:
+    """The module that runs a solution. `unsigned_from`: see `w4a4_forward`."""
     match solution:
         case W4A4Solution():
-            return W4A4Linear(solution, cache_bytes=cache_bytes)
+            return W4A4Linear(solution, cache_bytes=cache_bytes, unsigned_from=unsigned_from)
         case W4A16Solution():
             return W4A16Linear(solution, cache_bytes=cache_bytes)
 

@@ -20,7 +20,9 @@ def converted_flux(tiny_flux: Path, tmp_path_factory: pytest.TempPathFactory) ->
     def of(precision: str) -> Path:
         if precision not in made:
             folder = tmp_path_factory.mktemp(precision)
-            paths = {"nunchaku-lite": folder / "lite", "nunchaku": folder / "nunchaku.safetensors"}
+            names = ("nunchaku", "comfy") if precision == "int4" else ("nunchaku",)
+            paths = {"nunchaku-lite": folder / "lite"}
+            paths |= {name: folder / f"{name}.safetensors" for name in names}
             recipe = default_recipe(
                 str(tiny_flux),
                 quantization=Quantization.model_validate(

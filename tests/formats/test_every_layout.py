@@ -17,6 +17,7 @@ from svdq_cli.formats.modules import row_sources
 from svdq_cli.pipeline import check, convert
 from svdq_cli.preparing import RunOptions
 from svdq_cli.recipe import Output, Quantization, default_recipe
+from svdq_cli.records import W4A4Plan, W4A4Solution
 from svdq_cli.source import Source, open_source, read_tensor
 from tests.formats.solutions import differing_fields, same_bits
 
@@ -133,6 +134,8 @@ def test_z_image_stacks_hidden_before_gate_for_nunchaku_and_after_it_for_vllm_om
     layers = {layer.name: layer for layer in omni.layers}
     gate, hidden = (omni.solution(layers[f"layers.0.feed_forward.{name}"]) for name in ("w1", "w3"))
     rows = gate.plan.linear.out_features
+    assert isinstance(gate, W4A4Solution)
+    assert isinstance(hidden, W4A4Solution)
     up = stored(omni, "layers.0.feed_forward.w13.proj_up")
     assert same_bits(up[:rows], gate.up)
     assert same_bits(up[rows:], hidden.up)
@@ -169,7 +172,9 @@ def test_comfy_joins_the_branches_of_a_single_blocks_first_matrix(converted):
     checkpoint = open_checkpoint(converted("flux", "int4")["comfy"])
     module = next(m for m in checkpoint.file.modules if m.name == "single_blocks.0.linear1")
     assert module.plan.linear.out_features == 3 * 128 + 512
-    assert module.plan.rank == 32
+    plan = module.plan
+    assert isinstance(plan, W4A4Plan)
+    assert plan.rank == 32
     assert stored(checkpoint, "single_blocks.0.linear1.proj_down").shape == (128, 32)
 
 

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 
 from svdq_cli.errors import InputError, UsageError
 from svdq_cli.formats import format_named
-from svdq_cli.formats.contract import GELU_SHIFT, Traits
+from svdq_cli.formats.contract import Traits
 from svdq_cli.formats.modules import known_layout, lay_out
-from svdq_cli.records import Int4, Linear, NvFp4, Precision, W4A4Plan, W4A4Solution
+from svdq_cli.records import GELU_SHIFT, Int4, Linear, NvFp4, Precision, W4A4Plan, W4A4Solution
 from svdq_cli.writing import target_of
 from tests.formats.solutions import random_solution, same_bits, w4a4_plan
 from tests.full_size import FLUX_DEV, full_size_plan
