@@ -231,6 +231,11 @@ def specs_of_headers(source: Source) -> dict[str, TensorSpec]:
     }
 
 
+def layer_of(tensor: str) -> str:
+    """The module a plain tensor belongs to: "proj_out.weight" -> "proj_out"."""
+    return tensor.removesuffix(".weight").removesuffix(".bias")
+
+
 def _file_layout(
     fmt: Format,
     layout: ModelLayout | None,

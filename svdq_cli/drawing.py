@@ -139,7 +139,8 @@ def evaluate_pictures(
     _make_naive(model, checkpoint, source)
     naive = draw(pipe, prompts, settings=settings, stage="draw naive 4-bit", observe=observe)
     del pipe, model
-    quantized = load_pipeline(path, device=device)
+    base = checkpoint.source.pipeline or source.pipeline  # a single file has no other components of its own
+    quantized = load_pipeline(path, device=device, base=base)
     converted = draw(quantized, prompts, settings=settings, stage="draw converted", observe=observe)
 
     scores, baseline = compare(reference, converted), compare(reference, naive)
@@ -190,18 +191,20 @@ def generate(
     backend: str = "auto",
     width: int | None = None,
     height: int | None = None,
+    base: Path | None = None,
     options: RunOptions = DEFAULT_OPTIONS,
     observe: Observer = ignore_events,
 ) -> GenerateReport:
-    """One picture from a checkpoint, drawn as `recipe` says."""
+    """One picture from a checkpoint, drawn as `recipe` says. `base`: see `load_pipeline`."""
     refuse_existing(out, overwrite=options.overwrite)
     if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise UsageError(
             f"{out}: unknown picture type", hint="name the output .png, .jpg or .webp", where=str(out)
         )
     started = time.monotonic()
-    pipe = load_pipeline(path, device=resolve_device(options.device), backend=backend)
-    settings = draw_settings(recipe, open_checkpoint(path).source)
+    pipe = load_pipeline(path, device=resolve_device(options.device), backend=backend, base=base)
+    source = open_checkpoint(path).source
+    settings = draw_settings(recipe, replace(source, pipeline=base or source.pipeline))
     settings = replace(
         settings, width=width or settings.width, height=height or settings.height, batch_size=1
     )

@@ -19,7 +19,7 @@ from svdq_cli.runtime.fused import fused_linear
 from svdq_cli.runtime.linear import quantized_linear
 from svdq_cli.runtime.operands import objection
 from svdq_cli.runtime.replace import fuse_feed_forwards, replace_linears
-from svdq_cli.source import Source, read_tensor
+from svdq_cli.source import Source, quantized_component, read_tensor
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -67,29 +67,28 @@ def load_pipeline(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     backend: str = "auto",
+    base: str | Path | None = None,
 ) -> DiffusionPipeline:
     """A diffusers pipeline that computes what the 4-bit runtimes compute.
 
-    `path` is a folder that `svdq convert` wrote. `device` defaults to the GPU where there is one. The choice of
-    backend stands in `pipe.svdq_backend`. Raises InputError for a damaged or foreign folder.
+    `path` is a folder or a single file that `svdq convert` wrote; a single file needs the other components of its
+    pipeline from `base`, a diffusers pipeline folder. `device` defaults to the GPU where there is one. The choice of
+    backend stands in `pipe.svdq_backend`. Raises InputError for a damaged or foreign checkpoint.
     """
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     checkpoint = open_checkpoint(Path(path))
     backend_facts = choose_backend(backend, chosen, checkpoint.dtype)
-    if checkpoint.source.pipeline is None:
+    pipeline = Path(base) if base is not None else checkpoint.source.pipeline
+    if pipeline is None:
         raise InputError(
             f"{path}: only one component is here, not a pipeline",
-            hint="convert a whole pipeline folder, or pass this component to your own pipeline",
+            hint="name the pipeline that the other components come from (base=FOLDER, --base FOLDER)",
             where=str(path),
         )
     dtype = dtype or compute_dtype(chosen)
+    component = quantized_component(pipeline)
     model, refused = load_model(checkpoint, dtype=dtype, backend=backend_facts)
-    pipe = load_source_pipeline(
-        checkpoint.source.pipeline,
-        dtype=dtype,
-        device=chosen,
-        components={checkpoint.source.component: model},
-    )
+    pipe = load_source_pipeline(pipeline, dtype=dtype, device=chosen, components={component: model})
     pipe.svdq_backend = _with_refused(backend_facts, refused)  # type: ignore[attr-defined]
     return pipe
 

@@ -436,8 +436,27 @@ class GenerateReport:
     schema: int = 1
 
 
+@dataclass(frozen=True, slots=True)
+class RepackReport:
+    source_format: str
+    outputs: tuple[OutputFile, ...]
+    layers: int
+    warnings: tuple[str, ...]
+    seconds: float
+    command: str = "export"
+    status: str = "ok"
+    schema: int = 1
+
+
 Report = (
-    ConvertReport | PlanReport | EvalReport | CheckReport | InspectReport | CalibrateReport | GenerateReport
+    ConvertReport
+    | RepackReport
+    | PlanReport
+    | EvalReport
+    | CheckReport
+    | InspectReport
+    | CalibrateReport
+    | GenerateReport
 )
 
 

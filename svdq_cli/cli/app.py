@@ -257,6 +257,32 @@ def convert(
 
 
 @app.command()
+def export(
+    checkpoint: Checkpoint,
+    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="The format to pack for.")],
+    out: opt.Out,
+    base: opt.Base = None,
+    overwrite: opt.Overwrite = False,
+    json: opt.Json = False,
+    events: opt.EventsFile = None,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+) -> None:
+    """Pack a checkpoint for another runtime without quantizing again: exactly, or not at all."""
+    from svdq_cli.cli import render
+    from svdq_cli.cli.progress import progress
+    from svdq_cli.exporting import export as run_export
+    from svdq_cli.locate import locate_base
+
+    pipeline = locate_base(base) if base else None
+    with progress(quiet=quiet, verbose=verbose, events=events) as observe:
+        report = run_export(
+            checkpoint, to, out, base=pipeline, options=_options("cpu", overwrite), observe=observe
+        )
+    render.show(report, json=json)
+
+
+@app.command()
 def check(
     checkpoint: Checkpoint,
     against: Annotated[
@@ -351,6 +377,7 @@ def generate(
     width: opt.Width = None,
     height: opt.Height = None,
     seed: opt.Seed = None,
+    base: opt.Base = None,
     backend: Annotated[
         str, typer.Option(metavar="auto|kernels|reference", help="What computes the 4-bit layers.")
     ] = "auto",
@@ -367,6 +394,7 @@ def generate(
     from svdq_cli.cli.progress import progress
     from svdq_cli.drawing import evaluation_recipe
     from svdq_cli.drawing import generate as run_generate
+    from svdq_cli.locate import locate_base
 
     recipe = _override(
         evaluation_recipe(open_checkpoint(checkpoint), str(checkpoint)),
@@ -382,6 +410,7 @@ def generate(
             out,
             recipe=recipe,
             backend=backend,
+            base=locate_base(base) if base else None,
             options=_options(device, overwrite),
             observe=observe,
         )

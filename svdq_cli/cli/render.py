@@ -19,6 +19,7 @@ from svdq_cli.records import (
     InspectReport,
     LayerSqnr,
     PlanReport,
+    RepackReport,
     Summary,
     json_text,
 )
@@ -50,6 +51,14 @@ def show(report: object, *, json: bool, verbose: bool = False) -> None:
                 f"{_bytes(report.bytes)}, {report.seconds:.1f} s"
             )
             console.print(f"next: svdq convert SOURCE --calib {report.path} -o OUT")
+        case RepackReport():
+            (output,) = report.outputs
+            console.print(
+                f"{output.path}: {output.format}, {report.layers} layers with the bits that they had in "
+                f"{report.source_format}, {_bytes(output.bytes)}"
+            )
+            for warning in report.warnings:
+                console.print(f"note: {warning}")
         case CheckReport():
             _check(console, report, verbose)
         case EvalReport():

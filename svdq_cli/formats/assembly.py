@@ -70,6 +70,13 @@ def moved_biases(module: StoredModule, solutions: Mapping[str, LayerSolution]) -
     return {} if bias is None else {layer.name: bias[rows].clone()}
 
 
+def moved_layers(module: StoredModule) -> tuple[LayerPlan, ...]:
+    """The layers whose bias the module holds moved by an offset."""
+    if _moved_rows(module) is None:
+        return ()
+    return tuple(layer for layer in module.layers if layer.linear.bias)
+
+
 def kept_tensor(tensor: KeptTensor, parts: list[Tensor]) -> Tensor:
     """The stored tensor of the model's."""
     joined = parts[0] if len(parts) == 1 else torch.cat(parts)
