@@ -27,6 +27,7 @@ from svdq_cli.calibrate.artefact import (
 from svdq_cli.calibrate.prompts import prompts_digest
 from svdq_cli.checking import find_problems, layer_errors
 from svdq_cli.checkpoint import open_checkpoint
+from svdq_cli.encoders import quantize_encoder
 from svdq_cli.errors import CheckFailedError, InputError, UsageError
 from svdq_cli.loading import load_16bit_pipeline
 from svdq_cli.locate import portable_name
@@ -313,6 +314,9 @@ def _pack(
         weights.append(
             write_target(partial, target, contents, pipeline=source.pipeline, component=source.component)
         )
+        if not target.format.single_file:
+            for name in prepared.recipe.components:
+                quantize_encoder(partial / name, dtype=prepared.settings.dtype)
         if not target.format.single_file:
             for name, entries in source.companions.items():
                 own = {key: _finite(entry.read(), key, entry) for key, entry in entries.items()}

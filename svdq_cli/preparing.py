@@ -11,6 +11,7 @@ from torch import nn
 
 from svdq_cli.calibrate.prompts import choose_prompts, dataset_prompts, read_prompts
 from svdq_cli.calibrate.settings import DrawSettings, PictureFile, picture_files
+from svdq_cli.encoders import require_encoders
 from svdq_cli.errors import UsageError
 from svdq_cli.families import find_family
 from svdq_cli.formats import format_named
@@ -82,6 +83,13 @@ def prepare(recipe: Recipe, *, beside: Path | None = None) -> Prepared:
     for fmt in formats:
         require_precision(fmt, quantization.number_format)
     source = source_of(recipe, RunOptions(beside=beside))
+    if recipe.components and all(fmt.single_file for fmt in formats):
+        raise UsageError(
+            f"components: {', '.join(recipe.components)} would be lost: single files hold no text encoder",
+            hint="drop components, or add an output in format nunchaku-lite",
+            where="components",
+        )
+    require_encoders(source.pipeline, recipe.components)
     plan = plan_model(
         source,
         precision=quantization.number_format,

@@ -345,6 +345,8 @@ class Recipe(Section):
         tuple[Annotated[LayerOverride, BeforeValidator(_one_kind)], ...], Field(strict=False)
     ] = ()
     """Layer rules, later ones win: {match: GLOB} with rank: 64, keep: true, skip: true, include: w4a4, group: [...]."""
+    components: dict[Text, Literal["w4a16"]] = {}
+    """Text encoders to quantize in a pipeline folder: {text_encoder_2: w4a16}; T5 only."""
     outputs: Annotated[tuple[Output, ...], Field(strict=False)] = ()
     """What is written: {format, path}."""
     gates: Gates = ()
