@@ -159,7 +159,7 @@ def calibrate(
     """Draw the calibration prompts with the 16-bit model and keep what its layers saw."""
     started = time.monotonic()
     refuse_existing(out, overwrite=options.overwrite)
-    prepared = prepare(recipe, beside=options.beside)
+    prepared = prepare(recipe, beside=options.beside, every_layer=True)
     stats, facts = _draw_statistics(prepared, options, observe, source_sha256=source_digest(prepared.source))
     manifest = save_calibration(out, stats, facts, overwrite=options.overwrite)
     return CalibrateReport(

@@ -353,12 +353,12 @@ def _matches_nothing(pattern: str, names: list[str], what: str) -> RecipeError:
 
 
 def _only(shared: SharedInput, planned: set[str]) -> SharedInput | None:
-    """A shared input without the layers that are kept after all."""
+    """A shared input without the layers that are kept after all. Its name stays, by which calibrations know it."""
     layers = tuple(name for name in shared.layers if name in planned)
     if not layers:
         return None
     branches = (tuple(name for name in part if name in planned) for part in shared.branches)
-    return SharedInput(layers[0], layers, tuple(part for part in branches if part))
+    return SharedInput(shared.name, layers, tuple(part for part in branches if part))
 
 
 def restricted(plan: ModelPlan, names: Set[str]) -> ModelPlan:

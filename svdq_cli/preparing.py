@@ -64,8 +64,11 @@ class Prepared:
     settings: SolveSettings
 
 
-def prepare(recipe: Recipe, *, beside: Path | None = None) -> Prepared:
-    """Find the model, resolve the family's rules, choose the format. Reads headers only."""
+def prepare(recipe: Recipe, *, beside: Path | None = None, every_layer: bool = False) -> Prepared:
+    """Find the model, resolve the family's rules, choose the format. Reads headers only.
+
+    `every_layer`: plan what any format could hold, for a calibration that serves them all.
+    """
     quantization = recipe.quantization
     if quantization.effort == "best":
         raise UsageError(
@@ -96,14 +99,15 @@ def prepare(recipe: Recipe, *, beside: Path | None = None) -> Prepared:
         rank=quantization.rank,
         family=recipe.model.family,
         overrides=plan_rules(recipe.layers),
-        supports=lambda layer: _objection(formats, layer),
+        supports=lambda layer: None if every_layer else _objection(formats, layer),
         observe=observation(recipe, source, beside=beside),
     )
     dtype = torch.float16 if recipe.model.dtype == "float16" else torch.bfloat16
     settings = SolveSettings(quantization.effort, quantization.chosen_smoothing, quantization.seed, dtype)
     inventory = take_inventory(source, find_family(source.config))
     targets = tuple(target_of(fmt, plan, inventory.state, dtype) for fmt in formats)
-    plan = restricted(plan, {layer.name for target in targets for layer in target.plan.layers})
+    if not every_layer:
+        plan = restricted(plan, {layer.name for target in targets for layer in target.plan.layers})
     return Prepared(recipe, source, inventory, plan, targets, settings)
 
 
