@@ -100,7 +100,7 @@ def _round_trip_sqnr(precision: Precision | None) -> float:
     linear = Linear("layer", 256, 256, bias=False)
     plan = W4A4Plan(linear, precision, 16) if precision else W4A16Plan(linear)
     shared = SharedInput("layer", ("layer",), (("layer",),))
-    settings = SolveSettings("datafree", "none", 0, torch.bfloat16)
+    settings = SolveSettings("none", 0, torch.bfloat16)
     solved = solve_input(shared, {"layer": plan}, {"layer": SourceWeight(weight, None)}, None, settings)
     (solution,) = (*solved.w4a4, *solved.w4a16)
     fmt = FORMATS[0]

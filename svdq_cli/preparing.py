@@ -103,7 +103,9 @@ def prepare(recipe: Recipe, *, beside: Path | None = None, every_layer: bool = F
         observe=observation(recipe, source, beside=beside),
     )
     dtype = torch.float16 if recipe.model.dtype == "float16" else torch.bfloat16
-    settings = SolveSettings(quantization.effort, quantization.chosen_smoothing, quantization.seed, dtype)
+    settings = SolveSettings(
+        quantization.chosen_smoothing, quantization.seed, dtype, quantization.chosen_search
+    )
     inventory = take_inventory(source, find_family(source.config))
     targets = tuple(target_of(fmt, plan, inventory.state, dtype) for fmt in formats)
     if not every_layer:

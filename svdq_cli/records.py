@@ -42,6 +42,7 @@ GELU_SHIFT = 0.171875
 
 Effort = Literal["datafree", "fast", "balanced", "best"]
 Smoothing = Literal["none", "closed-form", "grid"]
+SearchStep = Literal["learned", "denoise", "gptq", "refit"]  # beyond the paper, in the order in which they are taken
 
 # ---------------------------------------------------------------------------------------------------- the plan
 
@@ -177,10 +178,10 @@ LayerSolution = W4A4Solution | W4A16Solution
 class SolveSettings:
     """How the search is made. Part of the fingerprint: it changes the bytes."""
 
-    effort: Effort
     smoothing: Smoothing
     seed: int
     dtype: dtype  # the 16-bit dtype of everything that is stored unquantized
+    steps: tuple[SearchStep, ...] = ()  # taken after the smoothing search, where there are calibration rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +193,8 @@ class LayerReport:
     sqnr_db: float
     rank: int | None
     smoothing: str | None  # "grid a=0.50 b=0.25", None for W4A16
-    steps_db: Mapping[str, float]  # SQNR on held-out rows after each step that was tried; empty where none is
+    steps_db: Mapping[str, float]  # SQNR on held-out rows at the start and after each step that was tried
+    steps_seconds: Mapping[str, float]  # time of each step, for all layers of the shared input
 
 
 # ---------------------------------------------------------------------------------------------------- progress

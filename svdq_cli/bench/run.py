@@ -305,7 +305,7 @@ def _plans(
 
 
 def _solve_random(plans: Sequence[LayerPlan], settings: BenchSettings) -> Iterator[LayerSolution]:
-    solve = SolveSettings("datafree", "none", settings.seed, torch.bfloat16)
+    solve = SolveSettings("none", settings.seed, torch.bfloat16)
     for plan in plans:
         weight = _random_weight(settings, plan.linear)
         shared = SharedInput(plan.name, (plan.name,), ((plan.name,),))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import PurePath
-from typing import Annotated, Literal, cast
+from typing import Annotated, Literal, cast, get_args
 
 from pydantic import (
     BaseModel,
@@ -25,15 +25,22 @@ from pydantic_core import PydanticCustomError
 from svdq_cli.errors import UsageError
 from svdq_cli.recipe.gates import CONDITION_PATTERN, METRICS, Gate, parse_gate
 from svdq_cli.recipe.problems import problems_of
-from svdq_cli.records import Effort, Int4, NvFp4, Precision, Smoothing
+from svdq_cli.records import Effort, Int4, NvFp4, Precision, SearchStep, Smoothing
 
-DEFAULT_EFFORT: Effort = "fast"  # the paper's search; becomes "balanced" when the better search lands
+DEFAULT_EFFORT: Effort = "balanced"
 DEFAULT_RANK = 32
 SMOOTHING_OF_EFFORT: dict[Effort, Smoothing] = {
     "datafree": "none",
     "fast": "grid",
     "balanced": "grid",
     "best": "grid",
+}
+ALL_STEPS: tuple[SearchStep, ...] = get_args(SearchStep)
+STEPS_OF_EFFORT: dict[Effort, tuple[SearchStep, ...]] = {
+    "datafree": (),
+    "fast": (),  # the paper's search
+    "balanced": ALL_STEPS,
+    "best": ALL_STEPS,
 }
 
 OutputFormat = Literal["nunchaku-lite", "nunchaku", "comfy", "vllm-omni"]
@@ -169,6 +176,8 @@ class Quantization(Section):
     """datafree (no calibration), fast, balanced or best."""
     smoothing: Smoothing | None = None
     """none, closed-form or grid; chosen by the effort when absent."""
+    search: Annotated[tuple[SearchStep, ...] | None, Field(strict=False)] = None
+    """Steps after smoothing, of learned, denoise, gptq and refit; chosen by the effort when absent."""
     rank: Rank = DEFAULT_RANK
     """Rank of the 16-bit branch: a multiple of 16, or auto (searched per layer)."""
     seed: Seed = 0
@@ -192,6 +201,12 @@ class Quantization(Section):
     def chosen_smoothing(self) -> Smoothing:
         """The recipe's word, else the effort's."""
         return self.smoothing or SMOOTHING_OF_EFFORT[self.effort]
+
+    @property
+    def chosen_search(self) -> tuple[SearchStep, ...]:
+        """The recipe's word, else the effort's, in the order in which steps are taken."""
+        wanted = STEPS_OF_EFFORT[self.effort] if self.search is None else self.search
+        return tuple(step for step in ALL_STEPS if step in wanted)
 
     @property
     def number_format(self) -> Precision:
@@ -451,6 +466,7 @@ def resolved(recipe: Recipe) -> dict[str, object]:
     """The recipe as plain JSON with every default filled in; it parses back."""
     plain = recipe.model_dump(mode="json")
     plain["quantization"]["smoothing"] = recipe.quantization.chosen_smoothing
+    plain["quantization"]["search"] = list(recipe.quantization.chosen_search)
     return plain
 
 

@@ -20,6 +20,7 @@ _UNSET = {  # what a key that may be absent would look like
     "mask": "masks/",
     "frames": 17,
     "smoothing": "grid",
+    "search": ["learned", "denoise", "gptq", "refit"],
 }
 _EXAMPLES = {
     "layers": ('- {match: "transformer_blocks.*.ff.net.2", rank: 64}', "- {match: proj_out, keep: true}"),

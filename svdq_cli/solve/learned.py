@@ -15,8 +15,8 @@ from torch import Tensor
 from svdq_cli.records import Int4, NvFp4, Precision
 from svdq_cli.solve.quantizers import E4M3_MAX, E4M3_TINY, round_e2m1_to_even
 
-STEPS = 200
-LEARNING_RATE = 0.02
+STEPS = 100
+LEARNING_RATE = 0.04
 ROWS_PER_STEP = 256
 OUTPUTS_PER_STEP = (
     1024  # rows of W; the loss is a mean over outputs, so a sample of them has the same gradient in mean

@@ -27,7 +27,7 @@ from svdq_cli.records import (
     W4A16Plan,
     W4A16Solution,
 )
-from svdq_cli.solve.balanced import Task, improve
+from svdq_cli.solve.improve import Task, Trail, improve
 from svdq_cli.solve.forward import (
     SourceWeight,
     dequantized_weight,
@@ -68,14 +68,14 @@ def solve_input(
     if w4a4_plans:
         smooth, label = _choose_smoothing(shared, w4a4_plans, weights, stats, rows, settings)
         solutions = _solve_w4a4(shared, w4a4_plans, weights, smooth, settings)
-        trail: Mapping[str, Mapping[str, float]] = {}
-        if settings.effort == "balanced" and stats is not None and rows is not None:
+        trail = Trail()
+        if settings.steps and stats is not None and rows is not None:
             solutions, trail = _improve(shared, w4a4_plans, weights, stats, rows, settings, solutions)
         for name, solution in solutions.items():
             w4a4.append(solution)
             sqnr = _sqnr_w4a4(solution, weights[name], rows)
-            steps = {step: round(_decibels(error), 3) for step, error in trail.get(name, {}).items()}
-            reports.append(LayerReport(name, sqnr, solution.plan.rank, label, steps))
+            gains = {step: round(_decibels(error), 3) for step, error in trail.errors.get(name, {}).items()}
+            reports.append(LayerReport(name, sqnr, solution.plan.rank, label, gains, trail.seconds))
     w4a16 = [
         solve_w4a16(p, weights[p.name].weight, weights[p.name].bias, dtype=settings.dtype)
         for p in w4a16_plans
@@ -83,7 +83,7 @@ def solve_input(
     for solution in w4a16:
         name = solution.plan.name
         reports.append(
-            LayerReport(name, _sqnr_weights(dequantize_w4a16(solution), weights[name], rows), None, None, {})
+            LayerReport(name, _sqnr_weights(dequantize_w4a16(solution), weights[name], rows), None, None, {}, {})
         )
     return SolvedInput(tuple(w4a4), tuple(w4a16), tuple(reports))
 
@@ -130,7 +130,7 @@ def _improve(
     rows: Tensor,
     settings: SolveSettings,
     start: dict[str, W4A4Solution],
-) -> tuple[dict[str, W4A4Solution], dict[str, dict[str, float]]]:
+) -> tuple[dict[str, W4A4Solution], Trail]:
     by_name = {plan.name: plan for plan in plans}
     branches = (tuple(by_name[name] for name in part if name in by_name) for part in shared.branches)
     task = Task(tuple(part for part in branches if part), weights, rows, settings.dtype, settings.seed)
@@ -138,6 +138,7 @@ def _improve(
     return improve(
         task,
         start,
+        steps=settings.steps,
         place=lambda s: placed(s, x_peak, task.precision, dtype=settings.dtype),
         nearest=lambda s: _solve_w4a4(shared, plans, weights, s, settings),
     )

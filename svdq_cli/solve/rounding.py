@@ -37,7 +37,7 @@ def gptq_weight(
     outer = _outer_scales(weight, precision, dtype, parts)
     inverse = _inverse_cholesky(hessian)
     if inverse is None:
-        return _nearest(weight, precision, dtype, parts)
+        return nearest_weight(weight, precision, dtype=dtype, parts=parts)
     work = weight.clone()
     rows, columns = weight.shape
     codes = torch.zeros(rows, columns, dtype=torch.int8, device=weight.device)
@@ -136,9 +136,10 @@ def _outer_scales(
     )
 
 
-def _nearest(
-    weight: Tensor, precision: Precision, dtype: torch.dtype, parts: tuple[int, ...]
+def nearest_weight(
+    weight: Tensor, precision: Precision, *, dtype: torch.dtype, parts: tuple[int, ...]
 ) -> QuantizedWeight:
+    """Rounding to nearest, in the same form as `gptq_weight`."""
     each = [quantize_weight(part, precision, dtype=dtype) for part in weight.split(parts)]
     outer = None
     if isinstance(precision, NvFp4):

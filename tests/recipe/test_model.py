@@ -74,6 +74,7 @@ def test_a_resolved_recipe_is_json_with_every_default_and_parses_back(recipe: Re
     assert plain["quantization"] == {
         **recipe.quantization.model_dump(),
         "smoothing": recipe.quantization.chosen_smoothing,
+        "search": list(recipe.quantization.chosen_search),
     }
 
 
@@ -89,6 +90,12 @@ def test_the_committed_schema_is_current():
     """After a change, write `json_schema()` there again: JSON with indent 2 and a final newline."""
     committed = (data_root("configs") / "recipe.schema.json").read_text(encoding="utf-8")
     assert committed == json.dumps(json_schema(), indent=2, ensure_ascii=False) + "\n"
+
+
+def test_the_search_steps_are_the_effort_s_unless_the_recipe_says_others():
+    assert Quantization(effort="fast").chosen_search == ()
+    assert Quantization(effort="balanced").chosen_search == ("learned", "denoise", "gptq", "refit")
+    assert Quantization(effort="fast", search=("refit", "gptq")).chosen_search == ("gptq", "refit")
 
 
 def test_the_smoothing_is_the_effort_s_unless_the_recipe_says_one():

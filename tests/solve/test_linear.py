@@ -58,7 +58,7 @@ def plans(precision: Precision, rank: int = 16) -> dict[str, W4A4Plan | W4A16Pla
 def solved(
     precision: Precision, smoothing: Smoothing = "grid", *, rows: torch.Tensor | None = None, rank: int = 16
 ) -> SolvedInput:
-    settings = SolveSettings("fast", smoothing, 0, torch.bfloat16)
+    settings = SolveSettings(smoothing, 0, torch.bfloat16)
     stats = stats_of(rows_with_outliers() if rows is None else rows)
     return solve_input(SHARED, plans(precision, rank), weights(), stats, settings)
 
@@ -102,7 +102,7 @@ def test_two_ranks_in_one_branch_are_refused():
             mixed,
             weights(),
             stats_of(rows_with_outliers()),
-            SolveSettings("fast", "none", 0, torch.bfloat16),
+            SolveSettings("none", 0, torch.bfloat16),
         )
 
 
@@ -143,7 +143,7 @@ def test_a_zero_weight_solves_to_zero(precision: Precision):
         plans(precision),
         zero,
         stats_of(rows_with_outliers()),
-        SolveSettings("fast", "grid", 0, torch.bfloat16),
+        SolveSettings("grid", 0, torch.bfloat16),
     )
     assert all(not w4a4_output(rows_with_outliers().float(), solution).any() for solution in result.w4a4)
 
