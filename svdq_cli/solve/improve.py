@@ -24,7 +24,7 @@ from svdq_cli.solve.rounding import gptq_weight, nearest_weight
 
 HELD_OUT = 8  # one row in eight judges: the last ones, which come from pictures that the others do not
 LEAST_ROWS = 64  # with fewer there is nothing to learn from and nothing to judge on
-DENOISE_RIDGES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003)  # from careful to bold, as long as it pays
+DENOISE_RIDGES = (1.0, 0.3, 0.1, 0.03)  # from careful to bold, as long as it pays
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -77,8 +77,14 @@ def solve_input(
             gains = {step: round(_decibels(error), 3) for step, error in trail.errors.get(name, {}).items()}
             reports.append(LayerReport(name, sqnr, solution.plan.rank, label, gains, trail.seconds))
     w4a16 = [
-        solve_w4a16(p, weights[p.name].weight, weights[p.name].bias, dtype=settings.dtype)
-        for p in w4a16_plans
+        solve_w4a16(
+            plan,
+            weights[plan.name].weight,
+            weights[plan.name].bias,
+            dtype=settings.dtype,
+            rows=rows if "gptq" in settings.steps else None,
+        )
+        for plan in w4a16_plans
     ]
     for solution in w4a16:
         name = solution.plan.name

@@ -6,43 +6,35 @@ import torch
 from torch import Tensor
 
 from svdq_cli.records import W4A16Plan, W4A16Solution
+from svdq_cli.solve.rounding import AffineGrid, gptq, nearest
+
+# Modulations see few distinct activations (one a timestep), so more is kept in hand for those they did not see.
+DAMPING = 0.1
 
 
-def solve_w4a16(plan: W4A16Plan, weight: Tensor, bias: Tensor | None, *, dtype: torch.dtype) -> W4A16Solution:
-    """Round to nearest, per (row, 64 inputs). `weight` (N, K) float32.
+def solve_w4a16(
+    plan: W4A16Plan,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    dtype: torch.dtype,
+    rows: Tensor | None = None,
+) -> W4A16Solution:
+    """`weight` (N, K) float32, on the better of two grids per (row, 64 inputs); see AffineGrid.
 
-    Each group takes the better of two grids: symmetric around zero with 15 levels (scale = absmax / 7, the usual
-    export), or all 16 levels from its minimum to its maximum. The file form is the same.
+    With activation `rows` (M, K) it is rounded by GPTQ for what they are, without to nearest.
     """
-    groups = weight.reshape(weight.shape[0], -1, plan.group)
-    low, high = groups.amin(-1), groups.amax(-1)
-    candidates = []
-    for scale, zero in (
-        (groups.abs().amax(-1) / 7, None),
-        ((high - low) / 15, low),
-    ):
-        scale = scale.to(dtype)
-        scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-        zero = (-7 * scale if zero is None else zero).to(dtype)
-        codes = torch.round((groups - zero.float().unsqueeze(-1)) / scale.float().unsqueeze(-1)).clamp(0, 15)
-        candidates.append((scale, zero, codes, (_values(codes, scale, zero) - groups).square().sum(-1)))
-    (scale_a, zero_a, codes_a, error_a), (scale_b, zero_b, codes_b, error_b) = candidates
-    second = error_b < error_a
+    grid = AffineGrid(dtype, plan.group)
+    found = None if rows is None else gptq(weight, rows.T @ rows / len(rows), grid, damping=DAMPING)
+    found = found or nearest(weight, grid)
+    scales, zeros = found.parameters
     return W4A16Solution(
-        plan=plan,
-        codes=torch.where(second.unsqueeze(-1), codes_b, codes_a).reshape(weight.shape).to(torch.uint8),
-        scales=torch.where(second, scale_b, scale_a),
-        zeros=torch.where(second, zero_b, zero_a),
-        bias=None if bias is None else bias.to(dtype),
+        plan=plan, codes=found.codes, scales=scales, zeros=zeros, bias=None if bias is None else bias.to(dtype)
     )
 
 
 def dequantize_w4a16(solution: W4A16Solution) -> Tensor:
     """(N, K) float32: codes * scales + zeros, rounded to 16 bits as the kernels' fused multiply-add does."""
     codes = solution.codes.reshape(solution.codes.shape[0], -1, solution.plan.group).float()
-    return _values(codes, solution.scales, solution.zeros).reshape(solution.codes.shape)
-
-
-def _values(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    exact = codes * scale.float().unsqueeze(-1) + zero.float().unsqueeze(-1)
-    return exact.to(scale.dtype).float()
+    exact = codes * solution.scales.float().unsqueeze(-1) + solution.zeros.float().unsqueeze(-1)
+    return exact.to(solution.scales.dtype).float().reshape(solution.codes.shape)

@@ -1,10 +1,15 @@
-"""Rounding the residual to 4 bits so that the layer's output suffers least: GPTQ with a search of every group's scale.
+"""Rounding a weight to 4 bits so that the layer's output suffers least: GPTQ with a search of every group's scale.
 
-GPTQ: Frantar et al., arXiv 2210.17323. The Hessian is that of the smoothed and *quantized* activations, which is what
-the runtime multiplies with. Columns keep their order, because the file format ties groups to positions.
+GPTQ: Frantar et al., arXiv 2210.17323. The Hessian is that of what the runtime multiplies with: smoothed and *quantized*
+activations for W4A4, the activations as they are for W4A16. Columns keep their order, because the file formats tie groups
+to positions.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,58 +24,82 @@ from svdq_cli.solve.quantizers import (
     quantize_weight,
 )
 
-# Candidates for a group's scale, as factors of absmax / 7 (int4) or absmax / 6 (nvfp4). Below 1 the largest weights are
+# Candidates for a group's scale, as factors of the one that just reaches its extreme. Below 1 the largest weights are
 # clipped and the others gain resolution.
 SCALE_FACTORS = (1.0, 0.70, 0.75, 0.80, 0.85, 0.90, 0.95, 1.03)
 DAMPING = 0.01  # share of the mean diagonal added to the Hessian, as in GPTQ
-BLOCK = 64  # columns between two updates of the rest of the matrix; a multiple of both group sizes
+BLOCK = 64  # columns between two updates of the rest of the matrix; a multiple of every group size
+
+Parameters = tuple[Tensor, ...]  # what is stored for one group, (N,) each, in its stored dtype
 
 
-def gptq_weight(
-    weight: Tensor, hessian: Tensor, precision: Precision, *, dtype: torch.dtype, parts: tuple[int, ...]
-) -> QuantizedWeight:
-    """Codes and scales of `weight` (N, K) float32 for inputs with second moments `hessian` (K, K).
+class Grid(Protocol):
+    """The values that a group of weights can take."""
 
-    `parts`: the rows of each layer stacked in `weight`; nvfp4 has one outer scale for each, returned as (N,).
-    Falls back to rounding to nearest where the Hessian says nothing (no activation at all).
+    @property
+    def group(self) -> int: ...
+
+    def candidates(self, values: Tensor) -> Iterator[Parameters]:
+        """Parameters worth trying for groups `values` (N, G), the safest first."""
+        ...
+
+    def round(self, values: Tensor, parameters: Parameters) -> tuple[Tensor, Tensor]:
+        """(codes uint8 or int8, what they stand for float32) for `values` (N, ...)."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rounded:
+    codes: Tensor  # (N, K)
+    parameters: Parameters  # (N, K/G) each
+
+
+def gptq(weight: Tensor, hessian: Tensor, grid: Grid, *, damping: float = DAMPING) -> Rounded | None:
+    """`weight` (N, K) float32 on `grid` for inputs with second moments `hessian` (K, K).
+
+    None where the Hessian says nothing (no activation at all, or one that is not finite).
     """
-    outer = _outer_scales(weight, precision, dtype, parts)
-    inverse = _inverse_cholesky(hessian)
+    inverse = _inverse_cholesky(hessian, damping)
     if inverse is None:
-        return nearest_weight(weight, precision, dtype=dtype, parts=parts)
+        return None
     work = weight.clone()
-    rows, columns = weight.shape
-    codes = torch.zeros(rows, columns, dtype=torch.int8, device=weight.device)
-    scales = torch.zeros(
-        rows, columns // precision.group, dtype=_scale_dtype(precision, dtype), device=weight.device
-    )
-    for start in range(0, columns, BLOCK):
+    codes: list[Tensor] = []
+    chosen: list[Parameters] = []
+    for start in range(0, weight.shape[1], BLOCK):
         end = start + BLOCK
         block, factor = work[:, start:end].clone(), inverse[start:end, start:end]
         errors = torch.zeros_like(block)
-        for offset in range(0, BLOCK, precision.group):
-            inside = slice(offset, offset + precision.group)
-            scale = _search_scale(block[:, inside], factor.diagonal()[inside], precision, outer, dtype)
-            scales[:, (start + offset) // precision.group] = scale
-            step = scale.float() if outer is None else scale.float() * outer
-            for column in range(offset, offset + precision.group):
-                code, value = _round(block[:, column], step, precision)
-                codes[:, start + column] = code
+        for offset in range(0, BLOCK, grid.group):
+            inside = slice(offset, offset + grid.group)
+            parameters = _best(block[:, inside], factor.diagonal()[inside], grid)
+            chosen.append(parameters)
+            for column in range(offset, offset + grid.group):
+                code, value = grid.round(block[:, column], parameters)
+                codes.append(code)
                 error = (block[:, column] - value) / factor[column, column]
                 block[:, column + 1 :] -= error.unsqueeze(1) * factor[column, column + 1 :]
                 errors[:, column] = error
         work[:, end:] -= errors @ inverse[start:end, end:]
-    return QuantizedWeight(codes, scales, None if outer is None else outer.to(dtype))
+    return Rounded(torch.stack(codes, 1), tuple(_stack(each) for each in zip(*chosen, strict=True)))
 
 
-def _inverse_cholesky(hessian: Tensor) -> Tensor | None:
+def nearest(weight: Tensor, grid: Grid) -> Rounded:
+    """Every value rounded on its own; each group's parameters are the candidates' best."""
+    rows, columns = weight.shape
+    groups = weight.reshape(-1, grid.group)  # every group is a row of its own
+    parameters = _best(groups, torch.ones_like(groups[0]), grid)
+    codes, _ = grid.round(groups, tuple(parameter.unsqueeze(1) for parameter in parameters))
+    return Rounded(codes.reshape(rows, columns), tuple(each.reshape(rows, -1) for each in parameters))
+
+
+def _inverse_cholesky(hessian: Tensor, damping: float) -> Tensor | None:
     """Upper Cholesky factor of the inverse of the damped Hessian; None where there is nothing to invert."""
     diagonal = hessian.diagonal()
     mean = diagonal.mean()
     if not bool(torch.isfinite(hessian).all()) or mean <= 0:
         return None
-    damped = hessian.double().clone()
-    damped.diagonal().add_(float(DAMPING * mean))
+    damped = hessian.double()
+    damped.diagonal().add_(float(damping * mean))
     # float64: with fewer rows than channels the matrix is singular but for its damping, and float32 fails on it
     lower, failed = torch.linalg.cholesky_ex(damped)
     if int(failed):
@@ -79,61 +108,127 @@ def _inverse_cholesky(hessian: Tensor) -> Tensor | None:
     return None if int(failed) else upper.to(hessian.dtype)
 
 
-def _search_scale(
-    group: Tensor, factor: Tensor, precision: Precision, outer: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    """The best stored scale (N,) for one group (N, G), by rounding error weighted with 1 / factor^2."""
-    peak = group.abs().amax(1)
+def _best(values: Tensor, factor: Tensor, grid: Grid) -> Parameters:
+    """Of the candidates for one group (N, G), each row's best by rounding error weighted with 1 / factor^2."""
     importance = (1 / factor.square()).unsqueeze(0)
-    best_scale, best_error = None, None
-    for share in SCALE_FACTORS:
-        scale = _stored_scale(peak * share, precision, outer, dtype)
-        step = (scale.float() if outer is None else scale.float() * outer).unsqueeze(1)
-        error = ((_round(group, step, precision)[1] - group).square() * importance).sum(1)
-        if best_scale is None or best_error is None:
-            best_scale, best_error = scale, error
+    best: Parameters | None = None
+    least = torch.empty(0)
+    for parameters in grid.candidates(values):
+        columns = tuple(parameter.unsqueeze(1) for parameter in parameters)
+        error = ((grid.round(values, columns)[1] - values).square() * importance).sum(1)
+        if best is None:
+            best, least = parameters, error
         else:
-            better = error < best_error
-            # float8 has no torch.where on every device; its bytes do
-            bytes_of = best_scale.view(torch.uint8 if scale.element_size() == 1 else torch.int16)
-            chosen = torch.where(better, scale.view(bytes_of.dtype), bytes_of)
-            best_scale = chosen.view(scale.dtype)
-            best_error = torch.where(better, error, best_error)
-    assert best_scale is not None
-    return best_scale
+            better = error < least
+            best = tuple(_where(better, new, old) for new, old in zip(parameters, best, strict=True))
+            least = torch.where(better, error, least)
+    assert best is not None
+    return best
 
 
-def _stored_scale(peak: Tensor, precision: Precision, outer: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _where(condition: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    """torch.where that also takes float8, through its bytes."""
+    if one.element_size() > 1:
+        return torch.where(condition, one, other)
+    return torch.where(condition, one.view(torch.uint8), other.view(torch.uint8)).view(one.dtype)
+
+
+def _stack(columns: tuple[Tensor, ...]) -> Tensor:
+    """torch.stack along dim 1 that also takes float8."""
+    if columns[0].element_size() > 1:
+        return torch.stack(columns, 1)
+    return torch.stack([column.view(torch.uint8) for column in columns], 1).view(columns[0].dtype)
+
+
+# ---------------------------------------------------------------------------------------------------- the grids
+
+
+@dataclass(frozen=True, slots=True)
+class Int4Grid:
+    """codes * scale, codes -7 to 7."""
+
+    dtype: torch.dtype
+    group: int = Int4.group
+
+    def candidates(self, values: Tensor) -> Iterator[Parameters]:
+        peak = values.abs().amax(1)
+        for share in SCALE_FACTORS:
+            scale = (peak * share / 7).to(self.dtype)
+            yield (torch.where(scale == 0, torch.ones_like(scale), scale),)
+
+    def round(self, values: Tensor, parameters: Parameters) -> tuple[Tensor, Tensor]:
+        scale = parameters[0].float()
+        codes = torch.round(values / scale).clamp(-7, 7)
+        return codes.to(torch.int8), codes * scale
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NvFp4Grid:
+    """e2m1 * e4m3 micro scale * outer scale."""
+
+    outer: Tensor  # (N,) float32
+    group: int = NvFp4.group
+
+    def candidates(self, values: Tensor) -> Iterator[Parameters]:
+        peak = values.abs().amax(1)
+        for share in SCALE_FACTORS:
+            yield ((peak * share / 6 / self.outer).clamp(E4M3_TINY, E4M3_MAX).to(torch.float8_e4m3fn),)
+
+    def round(self, values: Tensor, parameters: Parameters) -> tuple[Tensor, Tensor]:
+        scale = parameters[0].float()
+        step = scale * (self.outer if scale.ndim == 1 else self.outer.unsqueeze(1))
+        codes = encode_e2m1(values / step)
+        return codes, decode_e2m1(codes) * step
+
+
+@dataclass(frozen=True, slots=True)
+class AffineGrid:
+    """W4A16: codes * scale + zero, codes 0 to 15, both numbers 16-bit and the sum rounded to 16 bits by the kernels.
+
+    Tries the symmetric grid of 15 levels that exporters usually write, and all 16 levels from minimum to maximum, each
+    with its range shrunk by SCALE_FACTORS.
+    """
+
+    dtype: torch.dtype
+    group: int = 64
+
+    def candidates(self, values: Tensor) -> Iterator[Parameters]:
+        low, high, peak = values.amin(1), values.amax(1), values.abs().amax(1)
+        for share in SCALE_FACTORS:
+            yield self._parameters(peak * share / 7, None)
+            middle, half = (high + low) / 2, (high - low) / 2 * share
+            yield self._parameters(half * 2 / 15, middle - half)
+
+    def _parameters(self, scale: Tensor, zero: Tensor | None) -> Parameters:
+        scale = scale.to(self.dtype)
+        scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+        return scale, (-7 * scale if zero is None else zero).to(self.dtype)
+
+    def round(self, values: Tensor, parameters: Parameters) -> tuple[Tensor, Tensor]:
+        scale, zero = (parameter.float() for parameter in parameters)
+        codes = torch.round((values - zero) / scale).clamp(0, 15)
+        return codes.to(torch.uint8), (codes * scale + zero).to(self.dtype).float()
+
+
+# ---------------------------------------------------------------------------------------------------- W4A4 weights
+
+
+def gptq_weight(
+    weight: Tensor, hessian: Tensor, precision: Precision, *, dtype: torch.dtype, parts: tuple[int, ...]
+) -> QuantizedWeight:
+    """Codes and scales of a W4A4 residual `weight` (N, K) float32.
+
+    `parts`: the rows of each layer stacked in `weight`; nvfp4 has one outer scale for each, returned as (N,).
+    Rounds to nearest where the Hessian says nothing.
+    """
+    nearest = nearest_weight(weight, precision, dtype=dtype, parts=parts)
     match precision:
         case Int4():
-            scale = (peak / 7).to(dtype)
-            return torch.where(scale == 0, torch.ones_like(scale), scale)
+            found = gptq(weight, hessian, Int4Grid(dtype))
         case NvFp4():
-            assert outer is not None
-            return (peak / 6 / outer).clamp(E4M3_TINY, E4M3_MAX).to(torch.float8_e4m3fn)
-
-
-def _round(values: Tensor, step: Tensor, precision: Precision) -> tuple[Tensor, Tensor]:
-    """(codes int8, the values they stand for)."""
-    match precision:
-        case Int4():
-            codes = torch.round(values / step).clamp(-7, 7)
-            return codes.to(torch.int8), codes * step
-        case NvFp4():
-            codes = encode_e2m1(values / step)
-            return codes, decode_e2m1(codes) * step
-
-
-def _outer_scales(
-    weight: Tensor, precision: Precision, dtype: torch.dtype, parts: tuple[int, ...]
-) -> Tensor | None:
-    """nvfp4's outer scale of every row (N,) float32, exact in `dtype`."""
-    if isinstance(precision, Int4):
-        return None
-    found = [quantize_weight(part, precision, dtype=dtype).outer for part in weight.split(parts)]
-    return torch.cat(
-        [outer.float().expand(count) for outer, count in zip(found, parts, strict=True) if outer is not None]
-    )
+            assert nearest.outer is not None
+            found = gptq(weight, hessian, NvFp4Grid(nearest.outer.float()))
+    return nearest if found is None else QuantizedWeight(found.codes, found.parameters[0], nearest.outer)
 
 
 def nearest_weight(
@@ -147,7 +242,3 @@ def nearest_weight(
             [q.outer.expand(n) for q, n in zip(each, parts, strict=True) if q.outer is not None]
         )
     return QuantizedWeight(torch.cat([q.codes for q in each]), torch.cat([q.scales for q in each]), outer)
-
-
-def _scale_dtype(precision: Precision, dtype: torch.dtype) -> torch.dtype:
-    return torch.float8_e4m3fn if isinstance(precision, NvFp4) else dtype
