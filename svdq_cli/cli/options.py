@@ -22,7 +22,9 @@ Precision = Annotated[str | None, typer.Option(metavar="int4|nvfp4", help="4-bit
 Rank = Annotated[str | None, typer.Option(metavar="N", help="Rank of the 16-bit branch, a multiple of 16.")]
 Effort = Annotated[
     str | None,
-    typer.Option(metavar="datafree|fast|balanced|best", help="How hard to search (fast: the paper's search)."),
+    typer.Option(
+        metavar="datafree|fast|balanced|best", help="How hard to search (fast: the paper's search)."
+    ),
 ]
 Formats = Annotated[
     list[str] | None,

@@ -1,9 +1,9 @@
 """The best weight for a noisy input: what the 4-bit part should be, before it is rounded.
 
-Ours. The runtime multiplies with the quantized activation xq. The weight that reproduces x R^T best from xq is not R but
-Wiener's R E[x xq^T] E[xq xq^T]^-1: directions in which activations are weaker than the quantizer's noise are turned down.
-Estimated from plain moments of xq this over-fits (one free number per pair of channels), so the quantizer is modelled as
-a gain and independent noise per channel (Bussgang's decomposition):
+Ours. The runtime multiplies with the quantized activation xq. The weight that reproduces x R^T best from xq is not R
+but Wiener's R E[x xq^T] E[xq xq^T]^-1: directions in which activations are weaker than the quantizer's noise are turned
+down. Estimated from plain moments of xq this over-fits (one free number per pair of channels), so the quantizer is
+modelled as a gain and independent noise per channel (Bussgang's decomposition):
 
     xq_k = g_k x_k + n_k     g = E[x xq] / E[x^2]     v = E[n^2] = E[xq^2] - g^2 E[x^2]
 

@@ -61,7 +61,9 @@ Solutions = dict[str, W4A4Solution]
 class Trail:
     """What the steps brought, in the order in which they were tried."""
 
-    errors: dict[str, dict[str, float]] = field(default_factory=dict)  # layer -> step -> held-out noise over signal
+    errors: dict[str, dict[str, float]] = field(
+        default_factory=dict
+    )  # layer -> step -> held-out noise over signal
     seconds: dict[str, float] = field(default_factory=dict)  # step -> for all layers of the input
 
 

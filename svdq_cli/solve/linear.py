@@ -27,13 +27,13 @@ from svdq_cli.records import (
     W4A16Plan,
     W4A16Solution,
 )
-from svdq_cli.solve.improve import Task, Trail, improve
 from svdq_cli.solve.forward import (
     SourceWeight,
     dequantized_weight,
     sqnr_db,
     w4a4_output,
 )
+from svdq_cli.solve.improve import Task, Trail, improve
 from svdq_cli.solve.low_rank import split_low_rank
 from svdq_cli.solve.modulation import dequantize_w4a16, solve_w4a16
 from svdq_cli.solve.quantizers import fake_quantize_activation, fake_quantize_weight, quantize_weight
@@ -89,7 +89,9 @@ def solve_input(
     for solution in w4a16:
         name = solution.plan.name
         reports.append(
-            LayerReport(name, _sqnr_weights(dequantize_w4a16(solution), weights[name], rows), None, None, {}, {})
+            LayerReport(
+                name, _sqnr_weights(dequantize_w4a16(solution), weights[name], rows), None, None, {}, {}
+            )
         )
     return SolvedInput(tuple(w4a4), tuple(w4a16), tuple(reports))
 

@@ -29,7 +29,11 @@ def solve_w4a16(
     found = found or nearest(weight, grid)
     scales, zeros = found.parameters
     return W4A16Solution(
-        plan=plan, codes=found.codes, scales=scales, zeros=zeros, bias=None if bias is None else bias.to(dtype)
+        plan=plan,
+        codes=found.codes,
+        scales=scales,
+        zeros=zeros,
+        bias=None if bias is None else bias.to(dtype),
     )
 
 

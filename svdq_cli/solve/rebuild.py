@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from svdq_cli.records import LayerSolution, W4A4Solution, W4A16Solution
@@ -13,16 +14,17 @@ from svdq_cli.solve.quantizers import QuantizedWeight, dequantize_weight
 
 @dataclass(frozen=True, slots=True)
 class WeightError:
-    """Distance of a rebuilt weight from the original.
+    """How far a rebuilt weight is from the original.
 
     W4A4 layers are compared in smoothed coordinates (columns multiplied by the smoothing factor), where rounding is
-    uniform: rounding to nearest costs 0.29 steps RMS in every column, GPTQ about twice that in the worst. A smoothing
-    factor used upside down, a wrong permutation or a foreign weight cost several steps.
+    uniform. The search moves a weight on purpose (GPTQ, the denoised target), so a distance alone tells little; but it
+    never turns one away from the original, as a wrong permutation, a smoothing factor used upside down or a foreign
+    weight do.
     """
 
     relative: float  # Frobenius norm of the error over that of the weight
-    steps: float  # RMS over the layer, in quantization steps (group scales)
-    worst_column_steps: float  # RMS of the worst input channel
+    agreement: float  # cosine between the 4-bit part and what it stands for: the weight less its low-rank branch
+    strayed_rows: float  # share of output rows whose own cosine is that of unrelated numbers
 
 
 def weight_error(solution: LayerSolution, weight: Tensor) -> WeightError:
@@ -31,20 +33,24 @@ def weight_error(solution: LayerSolution, weight: Tensor) -> WeightError:
         case W4A4Solution():
             smooth = solution.smooth.float()
             quantized = QuantizedWeight(solution.codes, solution.scales, solution.outer)
-            branch = (solution.up.float() @ solution.down.float()) * smooth
-            rebuilt = dequantize_weight(quantized, solution.plan.precision) + branch
             exact = weight.float() * smooth
-            step = solution.scales.float() if solution.outer is None else _outer_scales(solution)
+            stands_for = exact - (solution.up.float() @ solution.down.float()) * smooth
+            four_bit = dequantize_weight(quantized, solution.plan.precision)
         case W4A16Solution():
-            rebuilt, exact = dequantize_w4a16(solution), weight.float()
-            step = solution.scales.float()
-    error = rebuilt - exact
-    in_steps = (error.reshape(*step.shape, -1) / step.unsqueeze(-1)).reshape(error.shape)
+            four_bit, exact = dequantize_w4a16(solution), weight.float()
+            stands_for = exact
+    unrelated = 3 / four_bit.shape[1] ** 0.5  # three standard deviations of the cosine of random vectors
+    by_row = F.cosine_similarity(four_bit, stands_for, dim=1, eps=1e-30)
+    empty = (four_bit == 0).all(1) | (stands_for == 0).all(1)
     return WeightError(
-        relative=float(error.norm() / exact.norm().clamp(min=1e-30)),
-        steps=float(in_steps.square().mean().sqrt()),
-        worst_column_steps=float(in_steps.square().mean(0).max().sqrt()),
+        relative=float((four_bit - stands_for).norm() / exact.norm().clamp(min=1e-30)),
+        agreement=1.0 if bool(empty.all()) else _cosine(four_bit, stands_for),
+        strayed_rows=float(((by_row < unrelated) & ~empty).float().mean()),
     )
+
+
+def _cosine(one: Tensor, other: Tensor) -> float:
+    return float((one.double() * other.double()).sum() / (one.double().norm() * other.double().norm()))
 
 
 def bias_error(solution: LayerSolution, bias: Tensor | None) -> float:
@@ -52,8 +58,3 @@ def bias_error(solution: LayerSolution, bias: Tensor | None) -> float:
     if solution.bias is None or bias is None:
         return 0.0 if solution.bias is None and bias is None else 1.0
     return float((solution.bias.float() - bias.float()).norm() / bias.float().norm().clamp(min=1e-30))
-
-
-def _outer_scales(solution: W4A4Solution) -> Tensor:
-    assert solution.outer is not None
-    return solution.scales.float() * solution.outer.float().reshape(-1, 1)

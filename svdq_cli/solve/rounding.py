@@ -1,8 +1,8 @@
 """Rounding a weight to 4 bits so that the layer's output suffers least: GPTQ with a search of every group's scale.
 
-GPTQ: Frantar et al., arXiv 2210.17323. The Hessian is that of what the runtime multiplies with: smoothed and *quantized*
-activations for W4A4, the activations as they are for W4A16. Columns keep their order, because the file formats tie groups
-to positions.
+GPTQ: Frantar et al., arXiv 2210.17323. The Hessian is that of what the runtime multiplies with: smoothed and
+*quantized* activations for W4A4, the activations as they are for W4A16. Columns keep their order, because the file
+formats tie groups to positions.
 """
 
 from __future__ import annotations
