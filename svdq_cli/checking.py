@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 
 import torch
 
@@ -10,13 +11,16 @@ from svdq_cli.checkpoint import TORCH_DTYPES, Checkpoint, specs_of_headers
 from svdq_cli.errors import InputError
 from svdq_cli.formats.contract import differences
 from svdq_cli.records import CheckProblem, Event, Observer, ignore_events
-from svdq_cli.solve.rebuild import bias_error, weight_error
+from svdq_cli.solve.rebuild import WeightError, bias_error, weight_error
 from svdq_cli.source import Source, read_tensor
 
-# Rounding and the search leave a cosine of 0.8 and more, where calibration had few rows of 0.4; numbers in a wrong order
-# have one of 0.
+# Rounding and the search leave a cosine of 0.97 and more; with very few calibration rows it may fall to 0.4. Numbers
+# in a wrong order have one of 0.
 LEAST_AGREEMENT = 0.25
 MAX_STRAYED_ROWS = 0.05
+# A conversion notes every layer's weight error. Only the order of a sum or a source in another 16-bit dtype may move
+# it afterwards.
+RECORD_TOLERANCE = 0.02
 MAX_BIAS_ERROR = 0.05  # biases are only rounded to 16 bits; a permuted one is off by more than 1
 
 
@@ -43,6 +47,7 @@ def layer_errors(
     """Relative weight error per layer against the 16-bit source, and the layers whose error no rounding explains."""
     errors: dict[str, float] = {}
     problems: list[CheckProblem] = []
+    recorded = (checkpoint.provenance or {}).get("weight_error")
     started = time.monotonic()
     total = len(checkpoint.layers)
     observe(Event("start", "check", 0, total))
@@ -54,14 +59,8 @@ def layer_errors(
         solution = checkpoint.solution(plan)
         error = weight_error(solution, weight)
         errors[plan.name] = round(error.relative, 5)
-        if not (error.agreement >= LEAST_AGREEMENT and error.strayed_rows <= MAX_STRAYED_ROWS):
-            problems.append(
-                CheckProblem(
-                    plan.name,
-                    f"rebuilds another weight than the source's: the 4-bit part agrees with it to "
-                    f"{error.agreement:.2f} (1 is perfect), {error.strayed_rows:.0%} of its rows not at all",
-                )
-            )
+        if what := _disagreement(error, recorded.get(plan.name) if isinstance(recorded, Mapping) else None):
+            problems.append(CheckProblem(plan.name, f"rebuilds another weight than the source's: {what}"))
         bias = read_tensor(source, f"{plan.name}.bias") if plan.linear.bias else None
         if not (wrong := bias_error(solution, bias)) <= MAX_BIAS_ERROR:
             problems.append(
@@ -70,6 +69,18 @@ def layer_errors(
         observe(Event("advance", "check", len(errors), total, plan.name, time.monotonic() - started))
     observe(Event("end", "check", total, total, seconds=time.monotonic() - started))
     return errors, problems
+
+
+def _disagreement(error: WeightError, recorded: float | None) -> str | None:
+    """Why a weight can't have been made from the source's, or None."""
+    if not (error.agreement >= LEAST_AGREEMENT and error.strayed_rows <= MAX_STRAYED_ROWS):
+        return (
+            f"the 4-bit part agrees with it to {error.agreement:.2f} (1 is perfect), "
+            f"{error.strayed_rows:.0%} of its rows not at all"
+        )
+    if recorded is not None and not abs(error.relative - recorded) <= RECORD_TOLERANCE * recorded + 1e-4:
+        return f"its error is {error.relative:.4f}, and the conversion noted {recorded:.4f}"
+    return None
 
 
 def _structure_problems(checkpoint: Checkpoint) -> list[CheckProblem]:

@@ -9,16 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-
-import torch
 
 from svdq_cli import __version__
 from svdq_cli.calibrate.artefact import (
-    Calibration,
     CalibrationFacts,
     open_calibration,
     save_calibration,
@@ -59,9 +56,6 @@ from svdq_cli.records import (
     ConvertSeconds,
     Event,
     InspectReport,
-    LayerPlan,
-    LayerReport,
-    LayerSolution,
     Observer,
     OutputFile,
     PlanReport,
@@ -69,9 +63,8 @@ from svdq_cli.records import (
     json_text,
     to_json,
 )
-from svdq_cli.solve.forward import SourceWeight
-from svdq_cli.solve.linear import solve_input
-from svdq_cli.source import Source, TensorEntry, file_sha256, read_tensor, source_digest
+from svdq_cli.solving import Statistics, finite_tensor, require_finite, solve_model
+from svdq_cli.source import Source, file_sha256, source_digest
 from svdq_cli.writing import (
     Contents,
     refuse_existing,
@@ -244,7 +237,7 @@ def convert(
     clock = _Clock()
     statistics = _statistics(prepared, calibration, options, observe, digest) if not data_free else None
     calibrate_seconds = clock.lap()
-    solutions, reports = _solve(prepared, statistics, resolve_device(options.device), observe)
+    solutions, reports = solve_model(prepared, statistics, resolve_device(options.device), observe)
     solve_seconds = clock.lap()
 
     provenance = {
@@ -257,8 +250,12 @@ def convert(
     contents = Contents(
         config=prepared.source.config,
         solutions=solutions,
-        kept=lambda name: _read_finite(prepared.source, name),
-        provenance={**provenance, "fingerprint": fingerprint},
+        kept=lambda name: finite_tensor(prepared.source, name),
+        provenance={
+            **provenance,
+            "fingerprint": fingerprint,
+            "weight_error": {report.name: round(report.weight_error, 5) for report in reports},
+        },
     )
     with ExitStack() as stack:
         partials = [stack.enter_context(whole_output(p, overwrite=options.overwrite)) for p in paths]
@@ -319,7 +316,7 @@ def _pack(
                 quantize_encoder(partial / name, dtype=prepared.settings.dtype)
         if not target.format.single_file:
             for name, entries in source.companions.items():
-                own = {key: _finite(entry.read(), key, entry) for key, entry in entries.items()}
+                own = {key: require_finite(entry.read(), key, entry) for key, entry in entries.items()}
                 replace_weights(partial / name, own)
         observe(Event("advance", "pack", len(weights), total, target.format.name, time.monotonic() - started))
     observe(Event("end", "pack", total, total, seconds=time.monotonic() - started))
@@ -330,23 +327,12 @@ def _write_report(path: Path, report: ConvertReport) -> None:
     path.write_text(json_text(report) + "\n", encoding="utf-8")
 
 
-@dataclass(frozen=True, slots=True)
-class _Statistics:
-    """Calibration statistics, drawn just now or opened from an artefact."""
-
-    digest: str
-    of: Mapping[str, ActivationStats] | Calibration
-
-    def __call__(self, name: str) -> ActivationStats:
-        return self.of.stats(name) if isinstance(self.of, Calibration) else self.of[name]
-
-
 def _statistics(
     prepared: Prepared, calibration: Path | None, options: RunOptions, observe: Observer, digest: str
-) -> _Statistics:
+) -> Statistics:
     if calibration is None:
         stats, facts = _draw_statistics(prepared, options, observe, source_sha256=digest)
-        return _Statistics(statistics_digest(stats, facts), stats)
+        return Statistics(statistics_digest(stats, facts), stats)
     opened = open_calibration(calibration)
     made_for = opened.manifest.facts
     if made_for.source_sha256 != digest:
@@ -356,61 +342,7 @@ def _statistics(
             hint="run svdq calibrate on this model",
             where=str(calibration),
         )
-    return _Statistics(opened.digest, opened)
-
-
-def _solve(
-    prepared: Prepared, statistics: _Statistics | None, device: torch.device, observe: Observer
-) -> tuple[dict[str, LayerSolution], list[LayerReport]]:
-    """Every layer, in the plan's order of inputs. Solutions come back on the CPU."""
-    plans = {layer.name: layer for layer in prepared.plan.layers}
-    solutions: dict[str, LayerSolution] = {}
-    reports: list[LayerReport] = []
-    total = len(plans)
-    observe(Event("start", "solve", 0, total))
-    started = time.monotonic()
-    for shared in prepared.plan.inputs:
-        weights = {name: _source_weight(prepared.source, plans[name], device) for name in shared.layers}
-        stats = statistics(shared.name) if statistics else None
-        solved = solve_input(shared, plans, weights, stats, prepared.settings)
-        for solution in (*solved.w4a4, *solved.w4a16):
-            solutions[solution.plan.name] = _on_cpu(solution)
-        reports += solved.reports
-        detail = f"{shared.name}  {solved.reports[0].sqnr_db:.1f} dB"
-        observe(Event("advance", "solve", len(solutions), total, detail, time.monotonic() - started))
-    observe(Event("end", "solve", total, total, seconds=time.monotonic() - started))
-    return solutions, reports
-
-
-def _source_weight(source: Source, plan: LayerPlan, device: torch.device) -> SourceWeight:
-    weight = _read_finite(source, f"{plan.name}.weight")
-    bias = _read_finite(source, f"{plan.name}.bias").to(device).float() if plan.linear.bias else None
-    return SourceWeight(weight.to(device).float().flatten(1), bias)  # a 1x1 convolution is (N, K, 1, 1)
-
-
-def _read_finite(source: Source, name: str) -> torch.Tensor:
-    return _finite(read_tensor(source, name), name, source.tensors[name])
-
-
-def _finite(tensor: torch.Tensor, name: str, entry: TensorEntry) -> torch.Tensor:
-    if not bool(torch.isfinite(tensor).all()):
-        stored = f" (stored as {entry.origin})" if entry.origin != name else ""
-        raise InputError(
-            f"{entry.file}: {name}{stored} holds NaN or infinite values",
-            hint="the checkpoint is damaged or its training diverged; download it again or use another",
-            where=name,
-            kind="not-finite",
-        )
-    return tensor
-
-
-def _on_cpu(solution: LayerSolution) -> LayerSolution:
-    moved = {
-        name: value.cpu()
-        for name in solution.__dataclass_fields__
-        if isinstance(value := getattr(solution, name), torch.Tensor)
-    }
-    return replace(solution, **moved)
+    return Statistics(opened.digest, opened)
 
 
 def _gated(report: ConvertReport, recipe: Recipe) -> ConvertReport:

@@ -194,6 +194,9 @@ class LayerReport:
     name: str
     sqnr_db: float
     rank: int | None
+    weight_error: (
+        float  # Frobenius norm of the rebuilt weight's error over the weight's, in smoothed coordinates
+    )
     smoothing: str | None  # "grid a=0.50 b=0.25", None for W4A16
     steps_db: Mapping[str, float]  # SQNR on held-out rows at the start and after each step that was tried
     steps_seconds: Mapping[str, float]  # time of each step, for all layers of the shared input

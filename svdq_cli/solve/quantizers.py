@@ -110,7 +110,9 @@ def decode_e2m1(codes: Tensor) -> Tensor:
 def encode_e2m1(values: Tensor) -> Tensor:
     """Nearest E2M1 nibble; ties go to the smaller magnitude and zero is always code 0 (as checkpoints store it)."""
     midpoints = torch.tensor(_E2M1_MIDPOINTS, dtype=values.dtype, device=values.device)
-    magnitude = torch.bucketize(values.abs(), midpoints)  # right=False: a value on a midpoint stays below it
+    magnitude = torch.bucketize(
+        values.abs().contiguous(), midpoints
+    )  # right=False: a value on a midpoint stays below it
     negative = (values < 0) & (magnitude > 0)
     return (magnitude + 8 * negative).to(torch.int8)
 

@@ -23,7 +23,9 @@ class WeightError:
     """
 
     relative: float  # Frobenius norm of the error over that of the weight
-    agreement: float  # cosine between the 4-bit part and what it stands for: the weight less its low-rank branch
+    agreement: (
+        float  # cosine between the 4-bit part and what it stands for: the weight less its low-rank branch
+    )
     strayed_rows: float  # share of output rows whose own cosine is that of unrelated numbers
 
 

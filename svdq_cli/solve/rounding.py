@@ -62,24 +62,23 @@ def gptq(weight: Tensor, hessian: Tensor, grid: Grid, *, damping: float = DAMPIN
     inverse = _inverse_cholesky(hessian, damping)
     if inverse is None:
         return None
-    work = weight.clone()
+    work = weight.T.contiguous()  # (K, N): one column of the weight after the other, each in one piece
     codes: list[Tensor] = []
     chosen: list[Parameters] = []
-    for start in range(0, weight.shape[1], BLOCK):
+    for start in range(0, len(work), BLOCK):
         end = start + BLOCK
-        block, factor = work[:, start:end].clone(), inverse[start:end, start:end]
+        block, factor = work[start:end], inverse[start:end, start:end]
         errors = torch.zeros_like(block)
         for offset in range(0, BLOCK, grid.group):
             inside = slice(offset, offset + grid.group)
-            parameters = _best(block[:, inside], factor.diagonal()[inside], grid)
+            parameters = _best(block[inside].T, factor.diagonal()[inside], grid)
             chosen.append(parameters)
             for column in range(offset, offset + grid.group):
-                code, value = grid.round(block[:, column], parameters)
+                code, value = grid.round(block[column], parameters)
                 codes.append(code)
-                error = (block[:, column] - value) / factor[column, column]
-                block[:, column + 1 :] -= error.unsqueeze(1) * factor[column, column + 1 :]
-                errors[:, column] = error
-        work[:, end:] -= errors @ inverse[start:end, end:]
+                errors[column] = (block[column] - value) / factor[column, column]
+                block[column + 1 :].addr_(factor[column, column + 1 :], errors[column], alpha=-1)
+        work[end:].addmm_(inverse[start:end, end:].T, errors, alpha=-1)
     return Rounded(torch.stack(codes, 1), tuple(_stack(each) for each in zip(*chosen, strict=True)))
 
 

@@ -182,7 +182,16 @@ def test_an_inverted_smoothing_factor_shows_in_the_weight_error():
     (solution, *_) = solved(Int4()).w4a4
     weight = weights()["q"].weight
     right = weight_error(solution, weight)
-    assert 0.2 < right.steps < 0.35  # a uniform error of one step has an RMS of 0.289 steps
-    assert right.worst_column_steps < 0.4
+    assert right.relative < 0.15
+    assert right.agreement > 0.98
+    assert right.strayed_rows == 0
     upside_down = replace(solution, smooth=(1 / solution.smooth.float()).to(torch.bfloat16))
-    assert weight_error(upside_down, weight).worst_column_steps > 2
+    assert weight_error(upside_down, weight).relative > 3 * right.relative
+
+
+def test_codes_in_another_order_agree_with_nothing():
+    (solution, *_) = solved(Int4()).w4a4
+    shuffled = replace(solution, codes=solution.codes[:, torch.randperm(solution.codes.shape[1])])
+    error = weight_error(shuffled, weights()["q"].weight)
+    assert error.agreement < 0.1
+    assert error.strayed_rows > 0.9
