@@ -18,6 +18,9 @@ from svdq_cli.source import Source, read_tensor
 # in a wrong order have one of 0.
 LEAST_AGREEMENT = 0.25
 MAX_STRAYED_ROWS = 0.05
+MAX_SMOOTH_SLOPE = (
+    0.5  # 0.18 at most where it was measured; a permuted factor gives -0.65 to -1, an inverted one -2
+)
 # A conversion notes every layer's weight error. Only the order of a sum or a source in another 16-bit dtype may move
 # it afterwards.
 RECORD_TOLERANCE = 0.02
@@ -78,6 +81,8 @@ def _disagreement(error: WeightError, recorded: float | None) -> str | None:
             f"the 4-bit part agrees with it to {error.agreement:.2f} (1 is perfect), "
             f"{error.strayed_rows:.0%} of its rows not at all"
         )
+    if not abs(error.smooth_slope) <= MAX_SMOOTH_SLOPE:
+        return "its channels are scaled by another smoothing factor than the stored one (inverted, or in a wrong order)"
     if recorded is not None and not abs(error.relative - recorded) <= RECORD_TOLERANCE * recorded + 1e-4:
         return f"its error is {error.relative:.4f}, and the conversion noted {recorded:.4f}"
     return None

@@ -27,6 +27,9 @@ class WeightError:
         float  # cosine between the 4-bit part and what it stands for: the weight less its low-rank branch
     )
     strayed_rows: float  # share of output rows whose own cosine is that of unrelated numbers
+    smooth_slope: (
+        float  # how the columns' gains follow the smoothing factor: 0 as they should, -2 where it is inverted
+    )
 
 
 def weight_error(solution: LayerSolution, weight: Tensor) -> WeightError:
@@ -38,9 +41,10 @@ def weight_error(solution: LayerSolution, weight: Tensor) -> WeightError:
             exact = weight.float() * smooth
             stands_for = exact - (solution.up.float() @ solution.down.float()) * smooth
             four_bit = dequantize_weight(quantized, solution.plan.precision)
+            slope = _smooth_slope(four_bit, stands_for, smooth)
         case W4A16Solution():
             four_bit, exact = dequantize_w4a16(solution), weight.float()
-            stands_for = exact
+            stands_for, slope = exact, 0.0
     unrelated = 3 / four_bit.shape[1] ** 0.5  # three standard deviations of the cosine of random vectors
     by_row = F.cosine_similarity(four_bit, stands_for, dim=1, eps=1e-30)
     empty = (four_bit == 0).all(1) | (stands_for == 0).all(1)
@@ -48,7 +52,22 @@ def weight_error(solution: LayerSolution, weight: Tensor) -> WeightError:
         relative=float((four_bit - stands_for).norm() / exact.norm().clamp(min=1e-30)),
         agreement=1.0 if bool(empty.all()) else _cosine(four_bit, stands_for),
         strayed_rows=float(((by_row < unrelated) & ~empty).float().mean()),
+        smooth_slope=slope,
     )
+
+
+def _smooth_slope(four_bit: Tensor, stands_for: Tensor, smooth: Tensor) -> float:
+    """Slope of log gain against log smooth over input channels; the gain of a column is its regression on what it
+    stands for. A file whose smoothing factor is s' where its codes were made with s has gains s / s'."""
+    gain = (four_bit * stands_for).sum(0) / stands_for.square().sum(0).clamp(min=1e-30)
+    known = gain > 0.01  # dead and fully denoised channels say nothing
+    if int(known.sum()) < 2:
+        return 0.0
+    x, y = smooth[known].double().log(), gain[known].double().log()
+    x = x - x.mean()
+    spread = float(x.square().mean())
+    # a spread below 3 % is that of a factor which is 1 but for rounding, and can be turned around without harm
+    return 0.0 if spread < 1e-3 else float((x * y).mean()) / spread
 
 
 def _cosine(one: Tensor, other: Tensor) -> float:
