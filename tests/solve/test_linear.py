@@ -185,9 +185,9 @@ def test_an_inverted_smoothing_factor_shows_in_the_weight_error():
     assert right.relative < 0.15
     assert right.agreement > 0.98
     assert right.strayed_rows == 0
-    assert abs(right.smooth_slope) < 0.1
+    assert abs(right.smooth_slope) < 0.3
     upside_down = replace(solution, smooth=(1 / solution.smooth.float()).to(torch.bfloat16))
-    assert weight_error(upside_down, weight).smooth_slope == pytest.approx(-2, abs=0.1)
+    assert weight_error(upside_down, weight).smooth_slope == pytest.approx(-2, abs=0.3)
 
 
 def test_codes_in_another_order_agree_with_nothing():
