@@ -1,4 +1,4 @@
-// The instructions that C++ has no name for, one function each. Nothing else in this folder holds inline PTX.
+// The instructions that C++ has no name for, one function each. Only this file and wgmma.cuh hold inline PTX.
 //
 // Lane coordinates of a tensor-core fragment, here and everywhere in this folder: g = lane / 4, t = lane % 4
 // (PTX ISA, "Matrix fragments for mma"). The tests replace this file by one that does the same on a CPU.

@@ -20,10 +20,14 @@ _OPTIONS = ("--std=c++17", "--ptxas-options=-v")
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One kernel with its compile-time constants: the file `kernels/<kernel>.cu`, whose entry has the same name."""
+    """One kernel with its compile-time constants: the file `kernels/<kernel>.cu`, whose entry has the file's name."""
 
-    kernel: str
+    kernel: str  # may name a folder: "probes/mma_rate"
     defines: tuple[tuple[str, int], ...]
+
+    @property
+    def entry(self) -> str:
+        return self.kernel.rpartition("/")[2]
 
     @property
     def label(self) -> str:
@@ -59,10 +63,10 @@ def compile_variant(variant: Variant, target: str, *, cache: Path | None = None)
     )
     source, headers = read_source(variant.kernel), read_headers()
     key = _key(source, headers, options)
-    path = (cache or cache_folder()) / f"{variant.kernel}-{target}-{key}.cubin"
+    path = (cache or cache_folder()) / f"{variant.entry}-{target}-{key}.cubin"
     facts = path.with_suffix(".json")
     if not (path.is_file() and facts.is_file()):
-        compiled = nvrtc.compile_source(source, name=f"{variant.kernel}.cu", headers=headers, options=options)
+        compiled = nvrtc.compile_source(source, name=f"{variant.entry}.cu", headers=headers, options=options)
         usage = _usage(compiled.log)
         path.parent.mkdir(parents=True, exist_ok=True)
         _write(path, compiled.cubin)

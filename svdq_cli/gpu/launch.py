@@ -41,7 +41,7 @@ class CudaDevice:
         cupy = _cupy()
         cubin = compile_variant(variant, self.architecture.target)
         with cupy.cuda.Device(self.index):
-            self._kernels[variant] = cupy.RawModule(path=str(cubin.path)).get_function(variant.kernel)
+            self._kernels[variant] = cupy.RawModule(path=str(cubin.path)).get_function(variant.entry)
         return self._kernels[variant]
 
     def _current_stream(self) -> Any:

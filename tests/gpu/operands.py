@@ -28,6 +28,10 @@ class Shape:
     n: int
     rank: int
 
+    @property
+    def label(self) -> str:
+        return f"m{self.m}-k{self.k}-n{self.n}-r{self.rank}"
+
 
 # One row, tiles that are not full, one row more than a tile, several blocks; ranks from none to 128.
 SHAPES = tuple(

@@ -59,7 +59,7 @@ def test_self_test(case: KernelCase, gpu: CudaDevice):
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("shape", [*SHAPES, *LARGE], ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, *LARGE], ids=lambda shape: shape.label)
 def test_a_w4a4_layer_is_its_twins(shape: Shape, precision: Precision, gpu: CudaDevice, dtype: torch.dtype):
     layer = moved(random_operands(shape, precision, dtype, seed=shape.m))
     x = random_rows(shape, dtype, seed=shape.m).to(GPU)
@@ -75,7 +75,7 @@ def test_a_w4a4_layer_is_its_twins(shape: Shape, precision: Precision, gpu: Cuda
     assert_agrees(y, twin, exact=shape.rank == 0 and isinstance(precision, Int4), slack=1e-4)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.label)
 def test_a_w4a16_layer_is_its_twin(shape: Shape, gpu: CudaDevice, dtype: torch.dtype):
     weight, scales, bias = random_w4a16(shape, dtype, seed=shape.m)
     x = random_rows(shape, dtype, seed=shape.m).to(GPU)

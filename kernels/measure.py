@@ -1,0 +1,191 @@
+"""Everything that needs a GPU, in the order of kernels/README.md: `python kernels/measure.py STAGE... --out FOLDER`.
+
+Needs torch, CuPy, NVRTC and pytest, and nothing of diffusers. Every stage writes its own JSON as soon as it is done, so
+a run that is cut short keeps what it has. Run from a checkout: the tests are part of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+from svdq_cli.bench import probes  # noqa: E402
+from svdq_cli.bench.device import device_facts  # noqa: E402
+from svdq_cli.bench.plot import draw_plot  # noqa: E402
+from svdq_cli.bench.run import BenchSettings, bench_shapes, precisions_named  # noqa: E402
+from svdq_cli.bench.shapes import FLUX1_DEV, PIXART_SIGMA, SDXL, ShapeSet  # noqa: E402
+from svdq_cli.bench.step import StepSettings, random_w4a4, step_rows  # noqa: E402
+from svdq_cli.bench.transformer import FLUX1_DEV_STEP  # noqa: E402
+from svdq_cli.errors import EnvironmentLacksError  # noqa: E402
+from svdq_cli.gpu.launch import cuda_device  # noqa: E402
+from svdq_cli.records import Int4, to_json  # noqa: E402
+from svdq_cli.runtime.fused import fused_linear  # noqa: E402
+from svdq_cli.runtime.selftest import kernel_cases  # noqa: E402
+
+GPU = torch.device("cuda", 0)
+RANK = 32
+TESTS = ("tests/gpu/test_on_device.py", "-q", "-x", "-p", "no:cacheprovider")
+
+
+def self_test(out: Path) -> Iterator[dict[str, object]]:
+    """One second: every kernel against its twin. Nothing else is worth running where this fails."""
+    gpu = cuda_device(GPU)
+    for case in kernel_cases(torch.bfloat16):
+        found = case.disagreement(gpu, GPU)
+        yield {
+            **{"op": case.op, "precision": case.precision, "mode": case.mode},
+            **{"disagreement": found, "ok": found <= case.most},
+        }
+
+
+def correctness(out: Path) -> Iterator[dict[str, object]]:
+    """All shapes, 1,000 launches, CUDA graphs, streams."""
+    yield _run([sys.executable, "-m", "pytest", *TESTS])
+
+
+def sanitizer(out: Path) -> Iterator[dict[str, object]]:
+    """compute-sanitizer over the self-tests and a few awkward shapes."""
+    chosen = "test_self_test or (twin and (m129 or m7) and (r32 or r80))"
+    for tool in ("memcheck", "racecheck"):
+        words = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
+        yield {"tool": tool, **_run([*words, sys.executable, "-m", "pytest", *TESTS, "-k", chosen])}
+
+
+def overhead(out: Path) -> Iterator[dict[str, object]]:
+    """Microseconds of the CPU for one call of a kernel, and of a whole layer, with the GPU far behind."""
+    layer = fused_linear(random_w4a4(3072, 3072, RANK, Int4(), GPU))
+    x = torch.randn(64, 3072, device=GPU, dtype=torch.bfloat16)
+    quantized = layer.quantize(x)
+    calls: dict[str, Callable[[], object]] = {
+        "quantize_down": lambda: layer.quantize(x),
+        "w4a4_gemm": lambda: layer.multiply(quantized, 64),
+        "layer": lambda: layer(x),
+        "torch bfloat16 linear": _bf16_call(x),
+    }
+    for name, call in calls.items():
+        yield {"call": name, "us": _host_us(call)}
+
+
+def _bf16_call(x: torch.Tensor) -> Callable[[], object]:
+    weight = torch.randn(3072, 3072, device=GPU, dtype=torch.bfloat16)
+    return lambda: torch.nn.functional.linear(x, weight)
+
+
+def _host_us(call: Callable[[], object], count: int = 200) -> float:
+    for _ in range(20):
+        call()
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    for _ in range(count):
+        call()
+    us = (time.perf_counter() - started) / count * 1e6
+    torch.cuda.synchronize()
+    return us
+
+
+def speed(out: Path) -> Iterator[dict[str, object]]:
+    """FLUX.1-dev's shapes, all baselines."""
+    yield _bench(FLUX1_DEV, out)
+
+
+def more_shapes(out: Path) -> Iterator[dict[str, object]]:
+    """SDXL's and PixArt-Sigma's shapes."""
+    for shapes in (SDXL, PIXART_SIGMA):
+        yield _bench(shapes, out)
+
+
+def _bench(shapes: ShapeSet, out: Path) -> dict[str, object]:
+    report = bench_shapes(shapes, precisions=precisions_named(None), rank=RANK, settings=BenchSettings(GPU))
+    draw_plot(report, out / f"{shapes.name}.png")
+    for row in report.rows:
+        rank = "" if row.rank is None else f" R {row.rank}"
+        print(
+            f"  {row.layer:22} {row.op:18} {row.mode:22} {row.precision:10}{rank:6} {row.us.median:9.1f} us "
+            f"{row.tflops:7.1f} T  x{row.ratio:.2f}  error {row.relative_error:.1e}"
+            + (f"  floor {row.floor_us:.1f} us" if row.floor_us else ""),
+            flush=True,
+        )
+    print("\n".join(f"  {note}" for note in report.notes))
+    return to_json(report)
+
+
+def step(out: Path) -> Iterator[dict[str, object]]:
+    """A whole step of a FLUX.1-dev-shaped transformer: bfloat16, int4, nvfp4."""
+    for row in step_rows(StepSettings(FLUX1_DEV_STEP, GPU, RANK), precisions_named(None)):
+        yield to_json(row)
+
+
+def probe(out: Path) -> Iterator[dict[str, object]]:
+    """What the Hopper kernels' design rests on: exactness of e4m3 sums, rates, the cost of rescaling."""
+    gpu = cuda_device(GPU)
+    yield from probes.exactness(gpu)
+    yield from probes.rates(gpu)
+
+
+STAGES = {
+    stage.__name__: stage
+    for stage in (self_test, correctness, probe, speed, overhead, step, sanitizer, more_shapes)
+}
+
+
+def _run(words: list[str]) -> dict[str, object]:
+    environment = {**os.environ, "SVDQ_REQUIRE_GPU": "1"}
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    tail = (done.stdout + done.stderr)[-3000:]
+    print(tail, flush=True)
+    return {"command": " ".join(words), "exit_code": done.returncode, "tail": tail}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("stages", nargs="+", choices=(*STAGES, "all"))
+    parser.add_argument("--out", type=Path, required=True)
+    asked = parser.parse_args()
+    try:
+        cuda_device(GPU)
+    except EnvironmentLacksError as lack:
+        print(f"{lack.message}. {lack.hint or ''}", file=sys.stderr)
+        return lack.code
+    asked.out.mkdir(parents=True, exist_ok=True)
+    failed = False
+    for name in STAGES if "all" in asked.stages else asked.stages:
+        started = time.monotonic()
+        print(f"== {name}: {(STAGES[name].__doc__ or '').strip()}", flush=True)
+        results: list[dict[str, object]] = []
+        problem = None
+        try:
+            for result in STAGES[name](asked.out):
+                results.append(result)
+                if "rows" not in result:
+                    print(f"  {json.dumps(result)[:400]}", flush=True)
+        except Exception:  # the next stage may still have something to say
+            problem = traceback.format_exc()
+            print(problem, flush=True)
+            failed = True
+        seconds = time.monotonic() - started
+        found = {
+            **{"stage": name, "seconds": seconds, "device": to_json(device_facts(GPU))},
+            **{"results": results, "problem": problem},
+        }
+        (asked.out / f"{name}.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+        print(f"== {name}: {seconds:.0f} s", flush=True)
+        if name == "self_test" and (problem or not all(result["ok"] for result in results)):
+            print("the self-test failed: stopping here", flush=True)
+            return 1
+    return int(failed)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

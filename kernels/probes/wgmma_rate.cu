@@ -1,0 +1,71 @@
+// Probe: how fast does Hopper multiply, and what does rescaling every group cost? Two warpgroups, each 64 x 128 by
+// `repeats` groups of 64 columns (8-bit operands; 32 of bfloat16) on the same operands in shared memory.
+//
+//   operands  (384, 8) uint4: 128 rows of a, 256 of b, any numbers     result  (grid, 256) float32, so that nothing is
+//   dropped
+//   -D OPERAND: 0 e4m3, 1 int8, 2 bfloat16
+//   -D PROMOTE: 0 sums stay in the instruction; 1 each group is added by one fma with a row's scale (W4A8);
+//               2 by a product of a row's and a column's scale (exact W4A4)
+//
+// Compute capability 9.0 (sm_90a). Multiply-adds: grid * 2 * 64 * 128 * 64 * repeats (half of it for bfloat16).
+#include "wgmma.cuh"
+
+constexpr int A_BYTES = 64 * 64, B_BYTES = 128 * 64; // per warpgroup, and shared by both
+
+#if OPERAND == 1
+typedef int Sum;
+#else
+typedef float Sum;
+#endif
+
+__device__ __forceinline__ void multiply(Sum (&d)[64], u64 a, u64 b, int scale_d)
+{
+#if OPERAND == 0
+    wgmma_e4m3(d, a, b, scale_d);
+#elif OPERAND == 1
+    wgmma_s8(d, a, b, scale_d);
+#else
+    wgmma_bf16(d, a, b, scale_d);
+#endif
+}
+
+extern "C" __global__ void __launch_bounds__(256) wgmma_rate(const uint4* operands, float* result, int repeats)
+{
+    __shared__ alignas(128) uint4 memory[(2 * A_BYTES + B_BYTES) / 16];
+    for (int i = threadIdx.x; i < int(sizeof(memory) / 16); i += blockDim.x)
+        memory[i] = operands[i];
+    fence_stores_before_wgmma();
+    __syncthreads();
+
+    const int group = threadIdx.x / 128;
+    const u64 a = matrix_descriptor(memory + group * (A_BYTES / 16), 1024, 128);
+    const u64 b = matrix_descriptor(memory + 2 * (A_BYTES / 16), 2048, 128);
+    const float row_scales[2] = {1.0f + threadIdx.x, 2.0f + threadIdx.x};
+    float column_scales[32];
+#pragma unroll
+    for (int i = 0; i < 32; ++i)
+        column_scales[i] = __uint_as_float(memory[i].x & 0x3fffffffu);
+
+    Sum sums[64] = {};
+    float acc[64] = {};
+    for (int repeat = 0; repeat < repeats; ++repeat) {
+        wgmma_fence();
+        // Second half of the group: two core matrices further along k, 2 * 1024 and 2 * 2048 bytes
+        multiply(sums, a, b, PROMOTE == 0);
+        multiply(sums, a + 128, b + 256, 1);
+        wgmma_commit();
+        wgmma_wait<0>();
+#if PROMOTE
+#pragma unroll
+        for (int i = 0; i < 64; ++i) {
+            const float scale = PROMOTE == 1 ? row_scales[i / 2 % 2] : row_scales[i / 2 % 2] * column_scales[i / 4 * 2 + i % 2];
+            acc[i] = fmaf(float(sums[i]), scale, acc[i]);
+        }
+#endif
+    }
+    float total = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 64; ++i)
+        total += PROMOTE ? acc[i] : float(sums[i]);
+    result[blockIdx.x * blockDim.x + threadIdx.x] = total;
+}

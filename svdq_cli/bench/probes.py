@@ -1,0 +1,143 @@
+"""Measurements that the Hopper kernels' design rests on; kernels/NOTES.md says what each decides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from svdq_cli.bench.timing import measure
+from svdq_cli.gpu.compile import Variant
+from svdq_cli.gpu.launch import CudaDevice
+
+K32 = 32
+ROWS, COLUMNS = 64, 128  # of one wgmma
+SECONDS = 0.1
+REPEATS = 2000
+WGMMA_TYPES = {"e4m3": 0, "int8": 1, "bfloat16": 2}
+PROMOTIONS = {"none": 0, "row scale": 1, "row and column scale": 2}
+
+# ------------------------------------------------------------------------------------------ exactness
+
+
+def exactness(gpu: CudaDevice) -> Iterator[dict[str, object]]:
+    """Sums of int4 codes held in e4m3, for both readings of the descriptor's offsets: the right one is exact."""
+    for coding in ("normal", "subnormal"):
+        for pattern in ("random", "all largest", "alternating", "random unsigned", "all largest unsigned"):
+            for columns in (64, 3072):
+                yield _exactness(gpu, coding, pattern, columns)
+
+
+def _exactness(gpu: CudaDevice, coding: str, pattern: str, columns: int) -> dict[str, object]:
+    rows = codes_like(pattern, ROWS, columns, seed=0)
+    others = codes_like(pattern.removesuffix(" unsigned"), COLUMNS, columns, seed=1)
+    unit = 1.0 if coding == "normal" else 2.0**-9
+    wanted = rows.double() @ others.double().T
+    errors: dict[str, float] = {}
+    for reading in ("leading along k", "leading along rows"):
+        found = _multiply(gpu, e4m3_codes(rows, coding), e4m3_codes(others, coding), reading).cpu()
+        errors[reading] = float((found.double() / unit**2 - wanted).abs().max())
+    return {
+        **{"probe": "e4m3 sums", "coding": coding, "codes": pattern, "k": columns},
+        **{"largest_sum": float(wanted.abs().max()), "largest_error": errors},
+    }
+
+
+def codes_like(pattern: str, rows: int, columns: int, *, seed: int) -> Tensor:
+    """Integer codes, signed in [-8, 7] or unsigned in [0, 15]."""
+    draw = torch.Generator().manual_seed(seed)
+    match pattern:
+        case "random":
+            return torch.randint(-8, 8, (rows, columns), generator=draw)
+        case "random unsigned":
+            return torch.randint(0, 16, (rows, columns), generator=draw)
+        case "all largest":
+            return torch.full((rows, columns), -8)
+        case "all largest unsigned":
+            return torch.full((rows, columns), 15)
+        case "alternating":
+            return torch.tensor([7, -8]).repeat(rows, columns // 2)
+    raise ValueError(f"unknown pattern {pattern!r}")
+
+
+def e4m3_codes(codes: Tensor, coding: str) -> Tensor:
+    """Codes as e4m3 bytes: as these numbers (exact up to 16), or as sign and magnitude: the number times 2^-9."""
+    if coding == "normal":
+        return codes.float().to(torch.float8_e4m3fn).view(torch.uint8)
+    return (codes.abs() + 128 * (codes < 0)).to(torch.uint8)
+
+
+def core_matrices(matrix: Tensor) -> Tensor:
+    """(rows, K) bytes -> (K/32, 2, rows/8, 8, 16): 8 rows by 16 bytes are contiguous."""
+    rows, columns = matrix.shape
+    return matrix.reshape(rows // 8, 8, columns // K32, 2, 16).permute(2, 3, 0, 1, 4).contiguous()
+
+
+def _multiply(gpu: CudaDevice, rows: Tensor, others: Tensor, reading: str) -> Tensor:
+    device = torch.device("cuda", gpu.index)
+    result = torch.zeros(ROWS, COLUMNS, device=device)
+    offsets = [(16 * ROWS, 128), (16 * COLUMNS, 128)]
+    if reading == "leading along rows":
+        offsets = [(stride, leading) for leading, stride in offsets]
+    gpu.launch(
+        Variant("probes/wgmma_exact", ()),
+        (1, 1, 1),
+        128,
+        *(core_matrices(rows).to(device), core_matrices(others).to(device), result, rows.shape[1] // K32),
+        *offsets[0],
+        *offsets[1],
+    )
+    return result
+
+
+# ------------------------------------------------------------------------------------------ rates
+
+
+def rates(gpu: CudaDevice) -> Iterator[dict[str, object]]:
+    """Tera-operations a second of each instruction on numbers like int4 codes and on random bytes, rescaled or not."""
+    for operand, promotion, data in _combinations():
+        operands = _operands(operand, data, torch.device("cuda", gpu.index))
+        variant = Variant(
+            "probes/wgmma_rate", (("OPERAND", WGMMA_TYPES[operand]), ("PROMOTE", PROMOTIONS[promotion]))
+        )
+        columns = 32 if operand == "bfloat16" else 64
+        work = 2 * 2 * ROWS * COLUMNS * columns
+        found = _rate(gpu, variant, work, blocks_each=1, before=(operands,))
+        yield {"probe": f"wgmma {operand}", "rescaling": promotion, "numbers": data, **found}
+    for promotion in ("none", "row and column scale"):
+        variant = Variant("probes/mma_rate", (("PROMOTE", PROMOTIONS[promotion]),))
+        found = _rate(gpu, variant, 2 * 8 * 32 * 64 * 64, blocks_each=2, before=())
+        yield {"probe": "mma.sync int8", "rescaling": promotion, "numbers": "random", **found}
+
+
+def _combinations() -> Iterator[tuple[str, str, str]]:
+    for operand in WGMMA_TYPES:
+        for promotion in PROMOTIONS if operand != "bfloat16" else ("none",):
+            yield operand, promotion, "codes"
+        yield operand, "none", "random"
+
+
+def _operands(operand: str, data: str, device: torch.device) -> Tensor:
+    """What fills the probe's shared memory: 16 KiB."""
+    draw = torch.Generator().manual_seed(0)
+    if data == "random":
+        return torch.randint(0, 120, (16384,), generator=draw, dtype=torch.uint8).to(device)
+    codes = torch.randint(-8, 8, (16384,), generator=draw)
+    if operand == "e4m3":
+        return e4m3_codes(codes, "normal").to(device)
+    if operand == "int8":
+        return codes.to(torch.int8).to(device)
+    return codes[:8192].bfloat16().to(device)
+
+
+def _rate(
+    gpu: CudaDevice, variant: Variant, work: int, *, blocks_each: int, before: tuple[Tensor, ...]
+) -> dict[str, float]:
+    """`work`: operations of one block in one repeat."""
+    device = torch.device("cuda", gpu.index)
+    blocks = gpu.multiprocessors * blocks_each
+    result = torch.zeros(blocks, 256, device=device)
+    call: Callable[[], None] = lambda: gpu.launch(variant, (blocks, 1, 1), 256, *before, result, REPEATS)  # noqa: E731
+    us = measure([call], seconds=SECONDS, device=device)
+    return {"us": us.median, "tera_ops": work * blocks * REPEATS / us.median / 1e6}
