@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from svdq_cli.checking import find_problems
@@ -16,6 +15,7 @@ from svdq_cli.errors import CheckFailedError, InputError, UsageError
 from svdq_cli.formats import format_named
 from svdq_cli.formats.assembly import moved_layers
 from svdq_cli.formats.contract import Format
+from svdq_cli.formats.moves import same_bits
 from svdq_cli.preparing import DEFAULT_OPTIONS, RunOptions
 from svdq_cli.records import (
     Event,
@@ -180,7 +180,7 @@ def _require_same(before: Checkpoint, after: Checkpoint) -> None:
         wrong += [
             f"{layer.name}: {name} changed"
             for name in fields
-            if not _same_bits(getattr(a, name), getattr(b, name))
+            if not same_bits(getattr(a, name), getattr(b, name))
         ]
     if wrong:
         raise CheckFailedError(
@@ -188,16 +188,6 @@ def _require_same(before: Checkpoint, after: Checkpoint) -> None:
             hint="nothing was left under the final name; please report this",
             where=wrong[0].split(":")[0],
         )
-
-
-def _same_bits(a: Tensor | None, b: Tensor | None) -> bool:
-    if a is None or b is None:
-        return a is b
-    return (
-        a.shape == b.shape
-        and a.dtype == b.dtype
-        and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
-    )
 
 
 def _warnings(checkpoint: Checkpoint, target: Target, pipeline: Path | None) -> tuple[str, ...]:

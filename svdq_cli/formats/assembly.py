@@ -24,6 +24,7 @@ from torch import Tensor
 from svdq_cli.errors import InputError, UsageError
 from svdq_cli.families.layouts.layout import Interleaved
 from svdq_cli.formats.modules import TILE, KeptTensor, StoredModule, row_sources
+from svdq_cli.formats.moves import block_diagonal, join, same_bits, take_rows
 from svdq_cli.pack.padding import pad
 from svdq_cli.records import (
     GELU_SHIFT,
@@ -140,15 +141,15 @@ def _columns_joined(layer: W4A4Plan, parts: list[W4A4Solution]) -> W4A4Solution:
         return parts[0]
     ups, downs = [part.up for part in parts], [part.down for part in parts]
     if layer.rank == sum(len(down) for down in downs):
-        up, down = torch.cat(ups, dim=1), _block_diagonal(downs)
-    elif all(_same(up, ups[0]) for up in ups[1:]):
+        up, down = torch.cat(ups, dim=1), block_diagonal(downs)
+    elif all(same_bits(up, ups[0]) for up in ups[1:]):
         up, down = ups[0], torch.cat(downs, dim=1)
     else:
         raise InputError(
             f"{layer.name}: its two stored parts have different low-rank branches", where=layer.name
         )
     outers = [part.outer for part in parts]
-    if not all(_same(outer, outers[0]) for outer in outers[1:]):
+    if not all(same_bits(outer, outers[0]) for outer in outers[1:]):
         raise InputError(f"{layer.name}: its two stored parts have different outer scales", where=layer.name)
     return W4A4Solution(
         plan=layer,
@@ -156,7 +157,7 @@ def _columns_joined(layer: W4A4Plan, parts: list[W4A4Solution]) -> W4A4Solution:
         down=down,
         up=up,
         codes=torch.cat([part.codes for part in parts], dim=1),
-        scales=_cat([part.scales for part in parts], dim=1),
+        scales=join([part.scales for part in parts], dim=1),
         outer=outers[0],
         bias=parts[-1].bias,
     )
@@ -169,7 +170,7 @@ def _stack(module: StoredModule, plan: W4A4Plan, parts: list[W4A4Solution]) -> W
     """The rows of all layers under one another, without the bias."""
     first = parts[0]
     for part in parts[1:]:
-        if not _same(part.smooth, first.smooth):
+        if not same_bits(part.smooth, first.smooth):
             raise _not_together(module, first, part, "smoothing factors")
     columns = slice(None) if module.columns is None else slice(*module.columns)
     groups = (
@@ -184,7 +185,7 @@ def _stack(module: StoredModule, plan: W4A4Plan, parts: list[W4A4Solution]) -> W
         down=down[:, columns],
         up=up,
         codes=torch.cat([part.codes for part in parts])[:, columns],
-        scales=_cat([part.scales for part in parts])[:, groups],
+        scales=join([part.scales for part in parts])[:, groups],
         outer=_stacked_outer(module, parts),
         bias=None,
     )
@@ -197,11 +198,11 @@ def _joined_branches(module: StoredModule, parts: Mapping[str, W4A4Solution]) ->
     for branch in module.branches:
         members = [parts[layer.name] for layer in branch]
         for other in members[1:]:
-            if not _same(other.down, members[0].down):
+            if not same_bits(other.down, members[0].down):
                 raise _not_together(module, members[0], other, "low-rank down projections")
         downs.append(members[0].down)
         ups.append(torch.cat([part.up for part in members]))
-    up = ups[0] if len(ups) == 1 else _block_diagonal(ups)
+    up = ups[0] if len(ups) == 1 else block_diagonal(ups)
     return torch.cat(downs), up
 
 
@@ -356,7 +357,7 @@ def _source_bias(
     if moved.shape != moved_rows.shape or moved.dtype != found.dtype:
         raise InputError(f"{layer.name}: the header's record of its bias has another size", where=layer.name)
     plain[moved_rows] = moved
-    if not _same((plain.double() + offset[rows]).to(found.dtype), found):
+    if not same_bits((plain.double() + offset[rows]).to(found.dtype), found):
         raise InputError(
             f"{module.name}: bias is not the one that the header records, moved by the runtime's shift",
             where=module.name,
@@ -383,24 +384,24 @@ def _reordered(solution: LayerSolution, indices: Tensor | None) -> LayerSolution
         return solution
 
     def moved(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else _take(tensor, indices)
+        return None if tensor is None else take_rows(tensor, indices)
 
     match solution:
         case W4A4Solution(outer=outer):
             return replace(
                 solution,
-                up=_take(solution.up, indices),
-                codes=_take(solution.codes, indices),
-                scales=_take(solution.scales, indices),
-                outer=outer if outer is None or outer.numel() == 1 else _take(outer, indices),
+                up=take_rows(solution.up, indices),
+                codes=take_rows(solution.codes, indices),
+                scales=take_rows(solution.scales, indices),
+                outer=outer if outer is None or outer.numel() == 1 else take_rows(outer, indices),
                 bias=moved(solution.bias),
             )
         case W4A16Solution():
             return replace(
                 solution,
-                codes=_take(solution.codes, indices),
-                scales=_take(solution.scales, indices),
-                zeros=_take(solution.zeros, indices),
+                codes=take_rows(solution.codes, indices),
+                scales=take_rows(solution.scales, indices),
+                zeros=take_rows(solution.zeros, indices),
                 bias=moved(solution.bias),
             )
 
@@ -417,40 +418,6 @@ def _indices(module: StoredModule) -> Tensor | None:
 
 def _inverse(indices: Tensor) -> Tensor:
     return torch.argsort(indices)
-
-
-def _take(tensor: Tensor, indices: Tensor) -> Tensor:
-    """`tensor[indices]`, also for float8, which torch can't index on a CPU."""
-    if tensor.dtype == torch.float8_e4m3fn:
-        return tensor.view(torch.uint8)[indices].view(tensor.dtype)
-    return tensor[indices]
-
-
-def _cat(tensors: list[Tensor], *, dim: int = 0) -> Tensor:
-    """`torch.cat`, also for float8."""
-    if tensors[0].dtype == torch.float8_e4m3fn:
-        return torch.cat([tensor.view(torch.uint8) for tensor in tensors], dim).view(tensors[0].dtype)
-    return torch.cat(tensors, dim)
-
-
-def _block_diagonal(blocks: list[Tensor]) -> Tensor:
-    """The blocks along the diagonal, zeros elsewhere."""
-    rows, columns = sum(block.shape[0] for block in blocks), sum(block.shape[1] for block in blocks)
-    joined = blocks[0].new_zeros(rows, columns)
-    row = column = 0
-    for block in blocks:
-        joined[row : row + block.shape[0], column : column + block.shape[1]] = block
-        row, column = row + block.shape[0], column + block.shape[1]
-    return joined
-
-
-def _same(a: Tensor | None, b: Tensor | None) -> bool:
-    """The same bits."""
-    if a is None or b is None:
-        return a is b
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
 def _not_together(module: StoredModule, a: W4A4Solution, b: W4A4Solution, what: str) -> UsageError:
