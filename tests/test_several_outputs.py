@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from svdq_cli import pipeline, writing
+from svdq_cli import solving, writing
 from svdq_cli.calibrate.artefact import open_calibration
 from svdq_cli.cli import run
 from svdq_cli.errors import CheckFailedError, UsageError
@@ -56,13 +56,13 @@ def test_the_command_line_names_several_formats_after_one_output(
 
 def test_the_layers_are_solved_once(tiny_flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     calls: list[str] = []
-    solve = pipeline.solve_input
+    solve = solving.solve_input
 
     def counted(shared, *args, **kwargs):
         calls.append(shared.name)
         return solve(shared, *args, **kwargs)
 
-    monkeypatch.setattr(pipeline, "solve_input", counted)
+    monkeypatch.setattr(solving, "solve_input", counted)
     paths = (tmp_path / "a.safetensors", tmp_path / "b.safetensors")
     convert(recipe_for(tiny_flux, ("nunchaku", paths[0]), ("comfy", paths[1])), paths, options=CPU)
     assert len(calls) == len(set(calls))
