@@ -16,6 +16,7 @@ from pathlib import Path
 from torch import Tensor, cat, isfinite
 
 from svdq_cli.errors import InputError
+from svdq_cli.source.configs import class_of_names
 from svdq_cli.source.headers import read_json, read_whole_header
 from svdq_cli.source.model import Source
 from svdq_cli.source.names import Part, RowRange, original_layers
@@ -210,7 +211,8 @@ def _places(source: Source) -> Mapping[str, tuple[Part, ...]]:
     """Every name that an adapter may call a layer of the model by, and the layers (or rows of layers) it means."""
     layers = [name.removesuffix(".weight") for name in source.tensors if name.endswith(".weight")]
     dotted: dict[str, tuple[Part, ...]] = {layer: (Part(layer, _WHOLE),) for layer in layers}
-    naming = next((n for n in NAMINGS if n.model_class == source.config.get("_class_name")), None)
+    known = class_of_names(source.tensors)
+    naming = next((n for n in NAMINGS if known is not None and n.model_class == known.model_class), None)
     if naming is not None:
         for original, parts in original_layers(naming, layers).items():
             dotted.setdefault(original, parts)

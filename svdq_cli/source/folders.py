@@ -85,6 +85,13 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
             return _shards(folder, index)
         if (folder / f"{stem}.safetensors").is_file():
             return (folder / f"{stem}.safetensors",)
+    if variants := sorted(file for stem in _WEIGHT_NAMES for file in folder.glob(f"{stem}.*.safetensors")):
+        raise InputError(
+            f"{folder}: the weights are there as a variant only ({variants[0].name})",
+            hint="load the pipeline in diffusers with that variant and save it, or rename the files of every component",
+            where=str(variants[0]),
+            kind="variant-only",
+        )
     if pickles := sorted(file for pattern in _PICKLES for file in folder.glob(pattern)):
         raise pickled(pickles[0])
     return ()

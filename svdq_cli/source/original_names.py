@@ -152,32 +152,67 @@ Z_IMAGE = Naming(
     unused=frozenset({"norm_final.weight"}),
 )
 
+# PixArt's block, which SANA took over but for its MLP
+_PIXART_BLOCK = (
+    renamed("blocks.{}.scale_shift_table", "transformer_blocks.{}.scale_shift_table"),
+    fused("blocks.{}.attn.qkv", *(f"transformer_blocks.{{}}.attn1.to_{x}" for x in "qkv")),
+    renamed("blocks.{}.attn.proj", "transformer_blocks.{}.attn1.to_out.0"),
+    renamed("blocks.{}.cross_attn.q_linear", "transformer_blocks.{}.attn2.to_q"),
+    fused("blocks.{}.cross_attn.kv_linear", *(f"transformer_blocks.{{}}.attn2.to_{x}" for x in "kv")),
+    renamed("blocks.{}.cross_attn.proj", "transformer_blocks.{}.attn2.to_out.0"),
+    renamed("y_embedder.y_proj.fc1", "caption_projection.linear_1"),
+    renamed("y_embedder.y_proj.fc2", "caption_projection.linear_2"),
+    renamed("final_layer.linear", "proj_out"),
+    renamed("final_layer.scale_shift_table", "scale_shift_table"),
+)
+_PIXART_UNUSED = frozenset(
+    {"pos_embed", "y_embedder.y_embedding"}
+)  # computed, and the empty prompt's embedding
+
+
+def _pixart_embedder(original: str, target: str) -> tuple[Rule, ...]:
+    return (
+        renamed(f"{original}.mlp.0", f"{target}.linear_1"),
+        renamed(f"{original}.mlp.2", f"{target}.linear_2"),
+    )
+
+
+PIXART = Naming(
+    name="original (PixArt) names",
+    model_class="PixArtTransformer2DModel",
+    signature=frozenset(
+        {"blocks.0.cross_attn.kv_linear.weight", "blocks.0.mlp.fc1.weight", "t_block.1.weight"}
+    ),
+    rules=_table(
+        *_PIXART_BLOCK,
+        renamed("x_embedder.proj", "pos_embed.proj"),
+        *_pixart_embedder("t_embedder", "adaln_single.emb.timestep_embedder"),
+        *_pixart_embedder("csize_embedder", "adaln_single.emb.resolution_embedder"),
+        *_pixart_embedder("ar_embedder", "adaln_single.emb.aspect_ratio_embedder"),
+        renamed("t_block.1", "adaln_single.linear"),
+        renamed("blocks.{}.mlp.fc1", "transformer_blocks.{}.ff.net.0.proj"),
+        renamed("blocks.{}.mlp.fc2", "transformer_blocks.{}.ff.net.2"),
+    ),
+    suffixes={},
+    unused=_PIXART_UNUSED,
+)
+
 SANA = Naming(
     name="original (SANA) names",
     model_class="SanaTransformer2DModel",
     signature=frozenset({"blocks.0.cross_attn.q_linear.weight", "blocks.0.mlp.inverted_conv.conv.weight"}),
     rules=_table(
+        *_PIXART_BLOCK,
         renamed("x_embedder.proj", "patch_embed.proj"),
-        renamed("t_embedder.mlp.0", "time_embed.emb.timestep_embedder.linear_1"),
-        renamed("t_embedder.mlp.2", "time_embed.emb.timestep_embedder.linear_2"),
+        *_pixart_embedder("t_embedder", "time_embed.emb.timestep_embedder"),
         renamed("t_block.1", "time_embed.linear"),
-        renamed("y_embedder.y_proj.fc1", "caption_projection.linear_1"),
-        renamed("y_embedder.y_proj.fc2", "caption_projection.linear_2"),
         renamed("attention_y_norm", "caption_norm"),
-        renamed("blocks.{}.scale_shift_table", "transformer_blocks.{}.scale_shift_table"),
-        fused("blocks.{}.attn.qkv", *(f"transformer_blocks.{{}}.attn1.to_{x}" for x in "qkv")),
-        renamed("blocks.{}.attn.proj", "transformer_blocks.{}.attn1.to_out.0"),
-        renamed("blocks.{}.cross_attn.q_linear", "transformer_blocks.{}.attn2.to_q"),
-        fused("blocks.{}.cross_attn.kv_linear", *(f"transformer_blocks.{{}}.attn2.to_{x}" for x in "kv")),
-        renamed("blocks.{}.cross_attn.proj", "transformer_blocks.{}.attn2.to_out.0"),
         renamed("blocks.{}.mlp.inverted_conv.conv", "transformer_blocks.{}.ff.conv_inverted"),
         renamed("blocks.{}.mlp.depth_conv.conv", "transformer_blocks.{}.ff.conv_depth"),
         renamed("blocks.{}.mlp.point_conv.conv", "transformer_blocks.{}.ff.conv_point"),
-        renamed("final_layer.linear", "proj_out"),
-        renamed("final_layer.scale_shift_table", "scale_shift_table"),
     ),
     suffixes={},
-    unused=frozenset({"pos_embed", "y_embedder.y_embedding"}),
+    unused=_PIXART_UNUSED,
 )
 
 _SD3_STREAMS = (
@@ -337,4 +372,4 @@ LDM_UNET = Naming(
     suffixes={},
 )
 
-NAMINGS: tuple[Naming, ...] = (FLUX1, FLUX2, Z_IMAGE, SANA, SD3, LDM_UNET)
+NAMINGS: tuple[Naming, ...] = (FLUX1, FLUX2, Z_IMAGE, PIXART, SANA, SD3, LDM_UNET)

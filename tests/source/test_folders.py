@@ -87,6 +87,14 @@ def test_pickled_weights_are_refused_in_words(tiny_flux_copy: Path):
         open_source(tiny_flux_copy)
 
 
+def test_a_folder_with_a_variant_only_says_what_to_do(tiny_flux_copy: Path):
+    weights = tiny_flux_copy / WEIGHTS
+    weights.rename(weights.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    with pytest.raises(InputError, match="as a variant only") as caught:
+        open_source(tiny_flux_copy)
+    assert caught.value.kind == "variant-only"
+
+
 def test_a_quantized_model_is_refused_by_name(tiny_flux_copy: Path):
     config = tiny_flux_copy / "transformer/config.json"
     content = json.loads(config.read_text())

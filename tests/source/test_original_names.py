@@ -13,7 +13,7 @@ from torch import Tensor
 
 from svdq_cli.source.configs import known_class
 from svdq_cli.source.names import Naming, convert_names
-from svdq_cli.source.original_names import FLUX1, FLUX2, LDM_UNET, NAMINGS, SANA, SD3, Z_IMAGE
+from svdq_cli.source.original_names import FLUX1, FLUX2, LDM_UNET, NAMINGS, PIXART, SANA, SD3, Z_IMAGE
 from tests.source.originals import MemoryTensor, original_state, real_keys, row_numbers
 
 Convert = Callable[..., Mapping[str, Tensor]]
@@ -93,6 +93,20 @@ def test_sd15_unet_rules_are_those_of_diffusers():
     whole = {f"model.diffusion_model.{name}": tensor for name, tensor in original.items()}
     assert_same(ours(LDM_UNET, original), state)
     assert_same(state, theirs.convert_ldm_unet_checkpoint(whole, {"layers_per_block": 2}))
+
+
+def test_pixart_is_told_from_sana_and_loses_nothing():
+    """diffusers' package has no converter for PixArt (its script is not installed), so the class alone is the judge."""
+    with torch.device("meta"):
+        model = models.PixArtTransformer2DModel(num_layers=2, use_additional_conditions=True)
+    state = row_numbers({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
+    original = original_state(PIXART, state)
+    assert frozenset(original) >= PIXART.signature
+    assert not frozenset(original) >= SANA.signature
+    qkv = original["blocks.1.attn.qkv.weight"]
+    assert torch.equal(qkv[:1152], state["transformer_blocks.1.attn1.to_q.weight"])
+    assert torch.equal(qkv[2304:], state["transformer_blocks.1.attn1.to_v.weight"])
+    assert_same(ours(PIXART, original), state)
 
 
 def test_every_naming_belongs_to_a_class_whose_config_can_be_told():
