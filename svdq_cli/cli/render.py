@@ -184,6 +184,8 @@ def _inspect(console: Console, report: InspectReport, verbose: bool) -> None:
             )
             table.add_row(role, str(rank or ""), str(width), str(height), Text(f"{count} x {pattern}{reads}"))
     console.print(table)
+    for warning in report.warnings:
+        console.print(f"warning: {warning}")
 
 
 def _any_block(name: str) -> str:
