@@ -217,7 +217,8 @@ def tiny_sd3() -> diffusers.StableDiffusion3Pipeline:
     )
 
 
-def tiny_qwen_image() -> diffusers.QwenImagePipeline:
+def tiny_qwen_image(*, zero_cond_t: bool = False) -> diffusers.QwenImagePipeline:
+    """`zero_cond_t`: as in Qwen-Image-Edit 2511, whose image stream has a second conditioning vector."""
     tokenizer = byte_tokenizer()
     return diffusers.QwenImagePipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
@@ -260,6 +261,7 @@ def tiny_qwen_image() -> diffusers.QwenImagePipeline:
             num_attention_heads=WIDTH // 64,
             joint_attention_dim=TEXT_WIDTH,
             axes_dims_rope=(16, 24, 24),
+            zero_cond_t=zero_cond_t,
         ),
     )
 
@@ -392,6 +394,7 @@ PIPELINES: dict[str, Callable[[], diffusers.DiffusionPipeline]] = {
     "sana": tiny_sana,
     "sd3": tiny_sd3,
     "qwen-image": tiny_qwen_image,
+    "qwen-image-edit": lambda: tiny_qwen_image(zero_cond_t=True),
     "z-image": tiny_z_image,
     "flux2": tiny_flux2,
     "flux-kontext": tiny_flux_kontext,

@@ -131,3 +131,32 @@ def test_statistics_are_kept_of_every_input(folder: Path, artefact: Path):
     widths = {layer.name: layer.linear.in_features for layer in plan.layers}
     for name in calibration.names:
         assert calibration.stats(name).abs_max.shape == (widths[name],)
+
+
+def test_pixart_under_its_official_class_name(tmp_path: Path):
+    """The official pipeline and config say Transformer2DModel; diffusers builds PixArtTransformer2DModel of it."""
+    folder = tiny_pipeline("pixart", tmp_path / "pixart")
+    for file in (folder / "model_index.json", folder / "transformer/config.json"):
+        text = file.read_text()
+        assert "PixArtTransformer2DModel" in text
+        file.write_text(text.replace("PixArtTransformer2DModel", "Transformer2DModel"))
+    report = convert(recipe_for(folder), tmp_path / "out", options=CPU)
+    assert report.model.family == "pixart"
+    assert report.model.model_class == "PixArtTransformer2DModel"
+    assert check(tmp_path / "out", against=open_source(folder)).status == "ok"
+    pipe = load_pipeline(tmp_path / "out", device="cpu")
+    assert type(pipe.transformer).__name__ == "PixArtTransformer2DModel"
+    settings = draw_settings(recipe_for(folder), open_source(folder))
+    (picture,) = draw(pipe, ["a red circle"], settings=settings)
+    assert picture.size == (32, 32)
+
+
+def test_qwen_image_s_newer_edit_model_has_two_kinds_of_modulation(tmp_path: Path):
+    """Its image stream is modulated by two vectors, its text stream by one: they are separate inputs."""
+    folder = tiny_pipeline("qwen-image-edit", tmp_path / "qwen-image-edit")
+    calibrate(recipe_for(folder), tmp_path / "calib", options=CPU)
+    calibration = open_calibration(tmp_path / "calib")
+    image, text = (calibration.stats(f"transformer_blocks.0.{name}_mod.1") for name in ("img", "txt"))
+    assert image.tokens_seen == 2 * text.tokens_seen
+    report = convert(recipe_for(folder), tmp_path / "out", calibration=tmp_path / "calib", options=CPU)
+    assert report.status == "ok"
