@@ -31,23 +31,22 @@ class CudaDevice:
     def launch(
         self, variant: Variant, grid: tuple[int, int, int], threads: int, *arguments: Argument
     ) -> None:
-        with torch.cuda.device(self.index):
-            kernel = self._kernels.get(variant) or self.load(variant)
-            with self._current_stream():
-                kernel(grid, (threads, 1, 1), tuple(map(_c_value, arguments)))
+        kernel = self._kernels.get(variant) or self.load(variant)
+        # CuPy keeps kernels for each device, and asks its own runtime which one is current
+        with _cupy().cuda.Device(self.index), self._current_stream():
+            kernel(grid, (threads, 1, 1), tuple(map(_c_value, arguments)))
 
     def load(self, variant: Variant) -> Any:
         """The kernel as CuPy's RawKernel, compiled unless a cache has it."""
-        cupy = _cupy()
         cubin = compile_variant(variant, self.architecture.target)
-        with cupy.cuda.Device(self.index):
-            self._kernels[variant] = cupy.RawModule(path=str(cubin.path)).get_function(variant.entry)
+        self._kernels[variant] = _cupy().RawModule(path=str(cubin.path)).get_function(variant.entry)
         return self._kernels[variant]
 
     def _current_stream(self) -> Any:
         pointer = torch.cuda.current_stream(self.index).cuda_stream
         if pointer not in self._streams:
-            self._streams[pointer] = _cupy_stream(pointer)
+            with _cupy().cuda.Device(self.index):
+                self._streams[pointer] = _cupy_stream(pointer)
         return self._streams[pointer]
 
 

@@ -55,6 +55,9 @@ def quantize_down(
     (m, k), rank = x.shape, 8 * down.shape[1]
     mp = padded_rows(m)
     codes, scales, hidden = new_quantized(x, mp, k, rank, precision)
+    if m == 0:
+        return codes, scales, hidden
+    x = _aligned(x)
     chunk = variants.rank_chunk(rank)
     chunks = -(-rank // chunk) if rank else 1
     splits = _splits(launcher, mp // variants.QUANTIZE_ROWS * chunks, k) if rank else 1
@@ -101,6 +104,8 @@ def w4a4_gemm(
     """kernels/w4a4_gemm.cu. Returns y (M, N) in the dtype of `up`."""
     k, rank, mp, np = STEP * codes.shape[0], 16 * up.shape[0], 16 * codes.shape[1], 16 * weight.shape[1]
     y = up.new_empty(m, n)
+    if m == 0:
+        return y
     block_m = variants.block_rows(m)
     kind = launcher.architecture
     launcher.launch(
@@ -142,6 +147,8 @@ def w4a4_gelu_quantize(
     k, rank, mp, np = STEP * codes.shape[0], 16 * up.shape[0], 16 * codes.shape[1], 16 * weight.shape[1]
     n, next_rank = next_inverse_smooth.shape[0], 8 * next_down.shape[1]
     next_codes, next_scales, next_hidden = new_quantized(up, mp, n, next_rank, precision)
+    if m == 0:
+        return next_codes, next_scales, next_hidden
     partial = up.new_empty(np // variants.BLOCK_N, mp, next_rank, dtype=torch.float32)
     block_m = variants.block_rows(m)
     kind = launcher.architecture
@@ -173,11 +180,13 @@ def w4a16_linear(
     m, k = x.shape
     np = 16 * weight.shape[1]
     y = x.new_empty(m, n)
+    if m == 0:
+        return y
     launcher.launch(
         variants.w4a16_linear(x.dtype),
         (np // variants.W4A16_COLUMNS, -(-m // 16), 1),
         variants.W4A16_WARPS * variants.LANES,
-        *(x, weight, scales, bias, y, m, n, np, k),
+        *(_aligned(x), weight, scales, bias, y, m, n, np, k),
     )
     return y
 
@@ -192,6 +201,11 @@ def new_quantized(
         like.new_empty(k // STEP, mp, dtype=scale_dtype),
         like.new_empty(rank // 16, mp // 16, 32, 8),
     )
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """Kernels read the input 16 bytes at a time; a view may begin anywhere."""
+    return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 def _splits(launcher: Launcher, blocks: int, k: int) -> int:

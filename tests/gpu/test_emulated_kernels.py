@@ -161,6 +161,22 @@ def test_multiplying_by_the_reciprocal_rounds_as_dividing_does():
     assert torch.equal(quotient.half(), product.half())
 
 
+def test_an_input_that_begins_at_an_odd_place_and_an_empty_one():
+    shape = Shape(7, 128, 128, 32)
+    layer = random_operands(shape, Int4(), BF16, seed=1)
+    device = EmulatedDevice()
+    whole = torch.empty(7 * 128 + 3, dtype=BF16)
+    whole[3:] = random_rows(shape, BF16, seed=1).flatten()
+    x = whole[3:].view(7, 128)
+    assert x.data_ptr() % 16
+    found = operations.quantize_down(device, x, layer.inverse_smooth, layer.down, precision=Int4())
+    wanted = operations.quantize_down(device, x.clone(), layer.inverse_smooth, layer.down, precision=Int4())
+    assert torch.equal(found[0], wanted[0])
+    nothing = operations.quantize_down(device, x[:0], layer.inverse_smooth, layer.down, precision=Int4())
+    y = operations.w4a4_gemm(device, *nothing, *layer.gemm, m=0, n=128, precision=Int4())
+    assert y.shape == (0, 128)
+
+
 # ------------------------------------------------------------------------------------------ reduce_hidden
 
 
