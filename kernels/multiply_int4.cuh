@@ -7,11 +7,12 @@
 #define MMA_S4_K64 1 // sm_80, 86, 89
 #define MMA_S8_K32 2 // sm_80 and newer; the one for Hopper and Blackwell, which have no 4-bit integer unit
 
-// Sums start here: 1.5 * 2^23, whose last bit is 1. An int32 sum on top of these bits is the float 1.5 * 2^23 + sum, so
-// that one subtraction converts it (int-to-float conversions run at an eighth of that rate on sm_75 and sm_80).
+// Sums start at the bits of 1.5 * 2^23, a float whose last bit is worth 1: an int32 sum on top of them is the float
+// 1.5 * 2^23 + sum. So sum * scale is one fma, exact: (start + sum) * scale - start * scale has at most 13 + 11 significant
+// bits, as has start * scale. The largest sum, 64 * 15 * 8 codes (times 256 where both sides stand in the upper half of a
+// byte), is below 2^22.
 constexpr int SUM_START = 0x4b400000;
 constexpr float SUM_START_VALUE = 12582912.0f;
-// The largest sum, 64 * 15 * 8 codes (times 256 where both sides stand in the upper half of a byte), is below 2^22.
 constexpr float SUM_UNIT = CODE_MMA == MMA_S8_K32 ? 1.0f / 256.0f : 1.0f;
 
 #if CODE_MMA == MMA_S8_K32
@@ -90,7 +91,7 @@ __device__ __forceinline__ void load_column_scales(u32 (&scales)[8], const Scale
         scales[n] = word(at[n / 4], n % 4);
 }
 
-// acc = fma(sum over the group, row scale * column scale, acc). Products of bfloat16 scales are exact in float32.
+// acc = fma(sum over the group * column scale, row scale, acc): one rounding, as sum * column scale is exact.
 __device__ __forceinline__ void multiply_group(WarpTile& acc, const Operands& at, int lane)
 {
     RowCodes rows[2];
@@ -108,14 +109,15 @@ __device__ __forceinline__ void multiply_group(WarpTile& acc, const Operands& at
         for (int n = 2 * pair; n < 2 * pair + 2; ++n) {
             const ColumnCodes columns = n % 2 ? column_codes(codes.z, codes.w) : column_codes(codes.x, codes.y);
             const float scales[2] = {low_float(column_scales[n]), high_float(column_scales[n])};
+            const float starts[2] = {-SUM_START_VALUE * scales[0], -SUM_START_VALUE * scales[1]};
 #pragma unroll
             for (int m = 0; m < 2; ++m) {
                 int sum[4];
                 multiply_codes(sum, rows[m], columns);
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
-                    const float exact = __int_as_float(sum[i]) - SUM_START_VALUE;
-                    acc[m][n][i] = fmaf(exact, row_scales[2 * m + i / 2] * scales[i % 2], acc[m][n][i]);
+                    const float exact = fmaf(__int_as_float(sum[i]), scales[i % 2], starts[i % 2]);
+                    acc[m][n][i] = fmaf(exact, row_scales[2 * m + i / 2], acc[m][n][i]);
                 }
             }
         }

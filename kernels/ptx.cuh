@@ -26,6 +26,19 @@ __device__ __forceinline__ float shuffle_xor(float value, int mask)
     return __shfl_xor_sync(0xffffffffu, value, mask);
 }
 
+// max(a, |b|), a NaN if either is: max.NaN.f32. sm_75 lacks it; there the bits are compared as integers, among which a NaN
+// is larger than any number. `a` is not negative.
+__device__ __forceinline__ float max_magnitude(float a, float b)
+{
+#if HAS_SM80
+    float larger;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(fabsf(b)));
+    return larger;
+#else
+    return __uint_as_float(max(__float_as_uint(a), __float_as_uint(fabsf(b))));
+#endif
+}
+
 // ------------------------------------------------------------------------------------------ 16-bit floats
 
 // bfloat16; sm_80 and newer.

@@ -68,7 +68,7 @@ __device__ __forceinline__ void add_octets(float (&hidden)[2][2][4], const Rows1
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     w4a4_gelu_quantize(const uint4* codes, const uint4* scales, const uint4* hidden, const uint4* weight,
                        const uint4* weight_scales, const uint4* up, const float* outer, const u16* bias,
                        const float* next_inverse_smooth, const uint4* next_down, uint4* next_codes, Scale* next_scales,

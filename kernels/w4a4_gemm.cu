@@ -10,8 +10,8 @@
 // Grid: (MP / BLOCK_M, NP / BLOCK_N): neighbors in time share a weight tile, which stays in the L2 cache.
 // Exactness: int4 sums are exact integers, each group is added by one float32 fma, groups in order. nvfp4 products are
 // exact, their sums float32. The result is rounded once. Deterministic.
-// -D: ELEMENT_BF16, PRECISION_NVFP4, BLOCK_SCALED (sm_120a), CODES_UNSIGNED, CODE_MMA (multiply_int4.cuh),
-//  BLOCK_M, BLOCK_N, STAGES.
+// -D: ELEMENT_BF16, PRECISION_NVFP4, BLOCK_SCALED (sm_120a), CODES_UNSIGNED, CODE_MMA (multiply_int4.cuh), BLOCK_M,
+// BLOCK_N, STAGES, MIN_BLOCKS (that share a multiprocessor).
 // Compute capability: 8.0 with bfloat16, 7.5 with float16. Twin: svdq_cli/runtime/twins.py, w4a4_gemm.
 #include "product.cuh"
 #include "gemm_pipeline.cuh"
@@ -28,7 +28,7 @@ __device__ __forceinline__ void store_rows(uint4* y, const Rows16& rows, int row
         }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     w4a4_gemm(const uint4* codes, const uint4* scales, const uint4* hidden, const uint4* weight,
               const uint4* weight_scales, const uint4* up, const float* outer, const u16* bias, uint4* y, int m, int mp,
               int n, int np, int k, int rank)

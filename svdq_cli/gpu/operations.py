@@ -107,16 +107,8 @@ def w4a4_gemm(
     if m == 0:
         return y
     block_m = variants.block_rows(m)
-    kind = launcher.architecture
     launcher.launch(
-        variants.w4a4_gemm(
-            up.dtype,
-            precision,
-            block_m=block_m,
-            code_mma=kind.code_mma,
-            unsigned=unsigned,
-            block_scaled=kind.block_scaled,
-        ),
+        variants.w4a4_gemm(up.dtype, precision, launcher.architecture, block_m=block_m, unsigned=unsigned),
         (mp // block_m, np // variants.BLOCK_N, 1),
         variants.gemm_threads(block_m),
         *(codes, scales, hidden, weight, weight_scales, up, outer, bias, y, m, mp, n, np, k, rank),
@@ -151,16 +143,14 @@ def w4a4_gelu_quantize(
         return next_codes, next_scales, next_hidden
     partial = up.new_empty(np // variants.BLOCK_N, mp, next_rank, dtype=torch.float32)
     block_m = variants.block_rows(m)
-    kind = launcher.architecture
     launcher.launch(
         variants.w4a4_gelu_quantize(
             up.dtype,
             precision,
+            launcher.architecture,
             block_m=block_m,
-            code_mma=kind.code_mma,
             unsigned=unsigned,
             next_unsigned=next_unsigned,
-            block_scaled=kind.block_scaled,
         ),
         (mp // block_m, np // variants.BLOCK_N, 1),
         variants.gemm_threads(block_m),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from svdq_cli.gpu.architectures import CodeMma
+from svdq_cli.gpu.architectures import Architecture, CodeMma
 from svdq_cli.gpu.compile import Variant
 from svdq_cli.records import NvFp4, Precision
 
@@ -15,6 +15,13 @@ W4A16_WARPS, W4A16_COLUMNS = 8, 32
 BLOCK_N = 128
 BLOCK_M, SMALL_BLOCK_M = 128, 32  # the small one where a large block would be mostly padding
 STAGES = 4
+# Two blocks of 256 threads share a multiprocessor when a thread has 128 registers. These products fit into so few
+# without spills, by kernel, instruction and target; nvfp4 products don't.
+_AMPERE = tuple((CodeMma.S4_K64, target) for target in ("sm_80", "sm_86", "sm_89"))
+TWO_BLOCKS = {
+    "w4a4_gemm": ((CodeMma.S4_K32, "sm_75"), *_AMPERE, (CodeMma.S8_K32, "sm_90a")),
+    "w4a4_gelu_quantize": (*_AMPERE, (CodeMma.S8_K32, "sm_90a")),
+}
 
 
 def block_rows(m: int) -> int:
@@ -51,53 +58,39 @@ def reduce_hidden(dtype: torch.dtype) -> Variant:
 
 
 def w4a4_gemm(
-    dtype: torch.dtype,
-    precision: Precision,
-    *,
-    block_m: int,
-    code_mma: CodeMma,
-    unsigned: bool = False,
-    block_scaled: bool = False,
+    dtype: torch.dtype, precision: Precision, kind: Architecture, *, block_m: int, unsigned: bool = False
 ) -> Variant:
-    return _variant(
-        "w4a4_gemm",
-        dtype,
-        **_product(precision, code_mma, unsigned, block_scaled),
-        BLOCK_M=block_m,
-        BLOCK_N=BLOCK_N,
-        STAGES=STAGES,
-    )
+    """`unsigned`: the activation's int4 codes are 0..15."""
+    return _variant("w4a4_gemm", dtype, **_gemm("w4a4_gemm", precision, kind, block_m, unsigned))
 
 
 def w4a4_gelu_quantize(
     dtype: torch.dtype,
     precision: Precision,
+    kind: Architecture,
     *,
     block_m: int,
-    code_mma: CodeMma,
     unsigned: bool = False,
     next_unsigned: bool = False,
-    block_scaled: bool = False,
 ) -> Variant:
-    return _variant(
-        "w4a4_gelu_quantize",
-        dtype,
-        **_product(precision, code_mma, unsigned, block_scaled),
-        QUANTIZED_UNSIGNED=next_unsigned,
-        BLOCK_M=block_m,
-        BLOCK_N=BLOCK_N,
-        STAGES=STAGES,
-    )
+    kernel = "w4a4_gelu_quantize"
+    constants = _gemm(kernel, precision, kind, block_m, unsigned)
+    return _variant(kernel, dtype, **constants, QUANTIZED_UNSIGNED=next_unsigned)
 
 
 def w4a16_linear(dtype: torch.dtype) -> Variant:
     return _variant("w4a16_linear", dtype, COLUMNS=W4A16_COLUMNS, WARPS=W4A16_WARPS)
 
 
-def _product(precision: Precision, code_mma: CodeMma, unsigned: bool, block_scaled: bool) -> dict[str, int]:
+def _gemm(
+    kernel: str, precision: Precision, kind: Architecture, block_m: int, unsigned: bool
+) -> dict[str, int]:
+    tile = {"BLOCK_M": block_m, "BLOCK_N": BLOCK_N, "STAGES": STAGES}
     if isinstance(precision, NvFp4):
-        return {"PRECISION_NVFP4": 1, "BLOCK_SCALED": int(block_scaled)}
-    return {"PRECISION_NVFP4": 0, "CODES_UNSIGNED": int(unsigned), "CODE_MMA": int(code_mma)}
+        return {**tile, "PRECISION_NVFP4": 1, "BLOCK_SCALED": kind.block_scaled, "MIN_BLOCKS": 1}
+    together = block_m == BLOCK_M and (kind.code_mma, kind.target) in TWO_BLOCKS[kernel]
+    codes = {"CODES_UNSIGNED": unsigned, "CODE_MMA": kind.code_mma}
+    return {**tile, "PRECISION_NVFP4": 0, **codes, "MIN_BLOCKS": 2 if together else 1}
 
 
 def _variant(kernel: str, dtype: torch.dtype, **defines: int) -> Variant:

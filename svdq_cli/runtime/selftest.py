@@ -71,13 +71,7 @@ def _gemm_case(precision: Precision, dtype: torch.dtype, unsigned: bool) -> Kern
         return _relative(ours, twins.w4a4_gemm(*quantized, *layer.product, **how))
 
     def variant(kind: Architecture) -> Variant:
-        return variants.w4a4_gemm(
-            *(dtype, precision),
-            block_m=variants.block_rows(M),
-            code_mma=kind.code_mma,
-            unsigned=unsigned,
-            block_scaled=kind.block_scaled,
-        )
+        return variants.w4a4_gemm(dtype, precision, kind, block_m=variants.block_rows(M), unsigned=unsigned)
 
     return KernelCase("w4a4_gemm", precision.name, _mode(unsigned), variant, disagreement, MOST_ERROR)
 
@@ -93,11 +87,7 @@ def _fused_case(precision: Precision, dtype: torch.dtype, unsigned: bool) -> Ker
 
     def variant(kind: Architecture) -> Variant:
         return variants.w4a4_gelu_quantize(
-            *(dtype, precision),
-            block_m=variants.block_rows(M),
-            code_mma=kind.code_mma,
-            next_unsigned=unsigned,
-            block_scaled=kind.block_scaled,
+            dtype, precision, kind, block_m=variants.block_rows(M), next_unsigned=unsigned
         )
 
     mode = f"to {_mode(unsigned)}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -43,25 +44,25 @@ LEAST_BLOCKS = {
 def representative(kind: Architecture) -> Iterator[Variant]:
     """Each kernel in its common variants; in its largest ones too, but where the code is that of sm_80."""
     dtype = torch.bfloat16 if kind.bfloat16 else torch.float16
-    codes = {"code_mma": kind.code_mma, "block_m": variants.BLOCK_M}
-    floats = {**codes, "block_scaled": kind.block_scaled}
+    large, small = variants.BLOCK_M, variants.SMALL_BLOCK_M
     yield variants.quantize_down(dtype, Int4(), rank=32)
     yield variants.reduce_hidden(dtype)
     yield variants.w4a16_linear(dtype)
-    yield variants.w4a4_gemm(dtype, Int4(), **codes)
-    yield variants.w4a4_gemm(dtype, NvFp4(), **floats)
-    yield variants.w4a4_gelu_quantize(dtype, Int4(), next_unsigned=True, **codes)
+    yield variants.w4a4_gemm(dtype, Int4(), kind, block_m=large)
+    yield variants.w4a4_gemm(dtype, NvFp4(), kind, block_m=large)
+    yield variants.w4a4_gelu_quantize(dtype, Int4(), kind, block_m=large, next_unsigned=True)
     if kind.target in ("sm_86", "sm_89"):
         return
     yield variants.quantize_down(dtype, Int4(), rank=64, unsigned=True)
     yield variants.quantize_down(dtype, NvFp4(), rank=64)
-    yield variants.w4a4_gelu_quantize(dtype, NvFp4(), **floats)
+    yield variants.w4a4_gelu_quantize(dtype, NvFp4(), kind, block_m=large)
+    yield variants.w4a4_gemm(torch.float16, Int4(), kind, block_m=large, unsigned=True)
     if kind.bfloat16:
-        yield variants.w4a4_gemm(torch.float16, Int4(), **{**codes, "block_m": variants.SMALL_BLOCK_M})
+        yield variants.w4a4_gemm(torch.float16, Int4(), kind, block_m=small)
     if kind.code_mma == CodeMma.S4_K64:
-        yield variants.w4a4_gemm(dtype, Int4(), **{**codes, "code_mma": CodeMma.S8_K32})
+        yield variants.w4a4_gemm(dtype, Int4(), replace(kind, code_mma=CodeMma.S8_K32), block_m=large)
     if kind.block_scaled:
-        yield variants.w4a4_gemm(dtype, NvFp4(), **codes)
+        yield variants.w4a4_gemm(dtype, NvFp4(), replace(kind, block_scaled=False), block_m=large)
 
 
 @pytest.fixture(scope="module")
@@ -97,9 +98,16 @@ def threads_of(variant: Variant) -> int:
 
 
 @needs_nvrtc
-def test_two_blocks_of_the_int4_gemm_share_a_hopper_multiprocessor(compiled):
-    variant = variants.w4a4_gemm(torch.bfloat16, Int4(), block_m=128, code_mma=CodeMma.S8_K32)
-    assert compiled["sm_90a", variant].usage.registers <= 128
+@pytest.mark.parametrize("kind", ARCHITECTURES, ids=lambda kind: kind.target)
+def test_two_blocks_of_an_int4_gemm_share_a_multiprocessor_where_that_is_asked_for(
+    kind: Architecture, compiled: dict[tuple[str, Variant], Cubin]
+):
+    asked = 0
+    for (target, variant), cubin in compiled.items():
+        if target == kind.target and dict(variant.defines).get("MIN_BLOCKS") == 2:
+            assert cubin.usage.registers <= 128, variant.label
+            asked += 1
+    assert bool(asked) == (kind.target != "sm_120a")
 
 
 @needs_nvrtc
@@ -127,9 +135,7 @@ def test_what_does_not_compile_shows_the_compilers_words():
 
 @needs_nvrtc
 def test_the_block_scaled_product_is_refused_where_the_instruction_is_not():
-    variant = variants.w4a4_gemm(
-        torch.bfloat16, NvFp4(), block_m=128, code_mma=CodeMma.S8_K32, block_scaled=True
-    )
+    variant = variants.w4a4_gemm(torch.bfloat16, NvFp4(), architecture("sm_120a"), block_m=128)
     with pytest.raises(nvrtc.CompileError, match="compile for sm_120a"):
         compile_variant(variant, "sm_90a", cache=Path("unused"))
 

@@ -83,19 +83,15 @@ def _variants() -> Iterator[Variant]:
         yield variants.w4a16_linear(dtype)
     for name, (precision, unsigned, dtype, target) in PRODUCTS.items():
         kind = architecture(target)
-        how = {"code_mma": kind.code_mma, "unsigned": unsigned, "block_scaled": kind.block_scaled}
         if isinstance(precision, Int4) and target in INTEGER_TARGETS:
-            how16 = {"block_m": variants.block_rows(1), "code_mma": kind.code_mma}
-            yield from (variants.w4a4_gemm(FP16, precision, unsigned=u, **how16) for u in (False, True))
-        for m in (1, 129):
-            yield variants.w4a4_gemm(dtype, precision, block_m=variants.block_rows(m), **how)
+            small = variants.block_rows(1)
+            for u in (False, True):
+                yield variants.w4a4_gemm(FP16, precision, kind, block_m=small, unsigned=u)
+        for block_m in map(variants.block_rows, (1, 129)):
+            how = {"block_m": block_m, "unsigned": unsigned}
+            yield variants.w4a4_gemm(dtype, precision, kind, **how)
             if name in FUSED:
-                yield variants.w4a4_gelu_quantize(
-                    *(dtype, precision),
-                    block_m=variants.block_rows(m),
-                    next_unsigned=FUSED[name],
-                    **how,
-                )
+                yield variants.w4a4_gelu_quantize(dtype, precision, kind, next_unsigned=FUSED[name], **how)
 
 
 # ------------------------------------------------------------------------------------------ quantize_down

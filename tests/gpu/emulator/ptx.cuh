@@ -67,6 +67,13 @@ inline T shuffle_xor(T value, int mask)
     return meeting[lane_index() ^ mask];
 }
 
+inline float max_magnitude(float a, float b)
+{
+    if (std::isnan(a) || std::isnan(b))
+        return NAN;
+    return a < std::fabs(b) ? std::fabs(b) : a;
+}
+
 // ------------------------------------------------------------------------------------------ 16-bit floats
 
 inline double half_to_double(u16 bits)
