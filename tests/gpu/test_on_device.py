@@ -52,7 +52,7 @@ def moved(operands):
 
 
 @pytest.mark.parametrize(
-    "case", kernel_cases(torch.bfloat16), ids=lambda case: f"{case.op}-{case.precision}-{case.mode}"
+    "case", list(kernel_cases(torch.bfloat16)), ids=lambda case: f"{case.op}-{case.precision}-{case.mode}"
 )
 def test_self_test(case: KernelCase, gpu: CudaDevice):
     assert case.disagreement(gpu, GPU) <= case.most
