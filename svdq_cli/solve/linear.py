@@ -9,7 +9,7 @@ sections 4.2 and 4.3).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,7 +67,7 @@ def solve_input(
     w4a4: list[W4A4Solution] = []
     reports: list[LayerReport] = []
     if w4a4_plans:
-        smooth, label = _choose_smoothing(shared, w4a4_plans, weights, stats, rows, settings)
+        smooth, label = choose_smoothing(shared, w4a4_plans, weights, stats, rows, settings)
         solutions = _solve_w4a4(shared, w4a4_plans, weights, smooth, settings)
         trail = Trail()
         if settings.steps and stats is not None and rows is not None:
@@ -96,9 +96,9 @@ def solve_input(
     return SolvedInput(tuple(w4a4), tuple(w4a16), tuple(reports))
 
 
-def _choose_smoothing(
+def choose_smoothing(
     shared: SharedInput,
-    plans: list[W4A4Plan],
+    plans: Sequence[W4A4Plan],
     weights: Mapping[str, SourceWeight],
     stats: ActivationStats | None,
     rows: Tensor | None,
@@ -122,8 +122,8 @@ def _choose_smoothing(
         case "closed-form":
             return factor(CLOSED_FORM), "closed-form"
         case "grid":
-            sample = _evenly(rows, SEARCH_ROWS)
-            stacks = _stacks(shared, plans, weights, sample)
+            sample = evenly(rows, SEARCH_ROWS)
+            stacks = stacks_of(shared, plans, weights, sample)
             errors = [_search_error(stacks, factor(point), sample, precision, settings) for point in GRID]
             best = min(range(len(GRID)), key=errors.__getitem__)
             a, b = GRID[best]
@@ -157,7 +157,7 @@ def _decibels(error: float) -> float:
 
 
 def _search_error(
-    branches: list[_Stack], smooth: Tensor, rows: Tensor, precision: Precision, settings: SolveSettings
+    branches: list[Stack], smooth: Tensor, rows: Tensor, precision: Precision, settings: SolveSettings
 ) -> float:
     """Relative output error of all layers of the input together, each weighing the same, for rounding to nearest."""
     drawn = fake_quantize_activation(rows / smooth, precision)
@@ -179,27 +179,31 @@ def _search_error(
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Stack:
+class Stack:
     """The layers of one branch under one another, and the size of each one's exact output on the search rows."""
 
+    layers: tuple[str, ...]
     weight: Tensor  # (sum of N, K)
     counts: list[int]
     signals: list[float]
     rank: int
 
 
-def _stacks(
-    shared: SharedInput, plans: list[W4A4Plan], weights: Mapping[str, SourceWeight], rows: Tensor
-) -> list[_Stack]:
+def stacks_of(
+    shared: SharedInput, plans: Sequence[W4A4Plan], weights: Mapping[str, SourceWeight], rows: Tensor
+) -> list[Stack]:
     by_name = {plan.name: plan for plan in plans}
-    found: list[_Stack] = []
+    found: list[Stack] = []
     for part in shared.branches:
         members = [by_name[name] for name in part if name in by_name]
         if not members:
             continue
         each = [weights[plan.name].weight for plan in members]
         signals = [max(float((rows @ weight.T).square().sum()), 1e-30) for weight in each]
-        found.append(_Stack(torch.cat(each), [len(weight) for weight in each], signals, members[0].rank))
+        names = tuple(plan.name for plan in members)
+        found.append(
+            Stack(names, torch.cat(each), [len(weight) for weight in each], signals, members[0].rank)
+        )
     return found
 
 
@@ -267,7 +271,7 @@ def _sqnr_weights(rebuilt: Tensor, source: SourceWeight, rows: Tensor | None) ->
     return sqnr_db(rows @ source.weight.T, rows @ rebuilt.T)
 
 
-def _evenly(rows: Tensor, count: int) -> Tensor:
+def evenly(rows: Tensor, count: int) -> Tensor:
     """At most `count` rows, evenly spaced."""
     if rows.shape[0] <= count:
         return rows

@@ -1,0 +1,139 @@
+"""Converted linears whose 16-bit numbers can be tuned by gradient; the 4-bit codes stay as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from svdq_cli.pointwise import channels_first, channels_last
+from svdq_cli.records import Int4, SharedInput, W4A4Solution
+from svdq_cli.solve.quantizers import QuantizedWeight, dequantize_weight, fake_quantize_activation
+from svdq_cli.solve.smoothing import SMOOTH_RANGE
+
+
+class Tunable(nn.Module):
+    """One linear in float32. `log_smooth` and `down` may be shared with other layers of its input.
+
+    Codes are fixed, so a change of the smoothing factor also changes the weight that they stand for.
+    """
+
+    def __init__(self, solution: W4A4Solution, log_smooth: nn.Parameter, down: nn.Parameter) -> None:
+        super().__init__()
+        self.solution = solution
+        self.log_smooth, self.down = log_smooth, down
+        self.up = nn.Parameter(solution.up.float())
+        self.bias = None if solution.bias is None else nn.Parameter(solution.bias.float())
+        # e4m3 micro scales are too coarse to be nudged
+        tuned = isinstance(solution.plan.precision, Int4)
+        self.scales = nn.Parameter(solution.scales.float()) if tuned else None
+        if tuned:
+            one = torch.ones_like(solution.scales)
+            unscaled = QuantizedWeight(solution.codes, one, solution.outer)
+        else:
+            unscaled = QuantizedWeight(solution.codes, solution.scales, solution.outer)
+        self.weight = dequantize_weight(unscaled, solution.plan.precision)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim == 4:  # the place of a 1x1 convolution
+            return channels_first(self(channels_last(x)))
+        rows = x.reshape(-1, x.shape[-1]).float()
+        smoothed = rows / self.log_smooth.exp()
+        weight = self.weight
+        if self.scales is not None:
+            weight = (
+                weight.unflatten(1, (-1, self.solution.plan.precision.group)) * self.scales.unsqueeze(2)
+            ).flatten(1)
+        y = self._quantized(smoothed) @ weight.T + rows @ self.down.T @ self.up.T
+        if self.bias is not None:
+            y = y + self.bias
+        return y.reshape(*x.shape[:-1], -1).to(x.dtype)
+
+    def _quantized(self, smoothed: Tensor) -> Tensor:
+        """Rounding passes the gradient straight through; the scale, a group's peak over 7 or 6, has its own (LSQ,
+        arXiv 1902.08153)."""
+        precision = self.solution.plan.precision
+        groups = smoothed.unflatten(1, (-1, precision.group))
+        peak = groups.abs().amax(-1, keepdim=True).clamp(min=1e-12)
+        with torch.no_grad():
+            drawn = fake_quantize_activation(smoothed, precision).unflatten(1, (-1, precision.group))
+            share = (drawn - groups) / peak
+        return (groups + share * peak).flatten(1)
+
+    def rounded(self, smooth: Tensor, down: Tensor) -> W4A4Solution:
+        """What would be stored, with the input's common `smooth` and `down` in their stored dtype."""
+        old = self.solution
+        return replace(
+            old,
+            smooth=smooth,
+            down=down,
+            up=self.up.detach().to(old.up.dtype),
+            bias=None if self.bias is None else self.bias.detach().to(old.up.dtype),
+            scales=old.scales
+            if self.scales is None
+            else _positive(self.scales.detach()).to(old.scales.dtype),
+        )
+
+
+def _positive(scales: Tensor) -> Tensor:
+    """A scale that crossed zero would turn its group around."""
+    return torch.where(scales.abs() < 1e-30, torch.ones_like(scales), scales)
+
+
+class TunableBlock:
+    """The tunable linears of one block, with the parameters that layers of one input share."""
+
+    def __init__(self, inputs: Iterable[SharedInput], solutions: Mapping[str, W4A4Solution]) -> None:
+        self.layers: dict[str, Tunable] = {}
+        self._groups: list[tuple[nn.Parameter, list[tuple[nn.Parameter, list[str]]]]] = []
+        for shared in inputs:
+            members = [name for name in shared.layers if name in solutions]
+            if not members:
+                continue
+            log_smooth = nn.Parameter(solutions[members[0]].smooth.float().log())
+            branches: list[tuple[nn.Parameter, list[str]]] = []
+            for part in shared.branches:
+                names = [name for name in part if name in solutions]
+                if not names:
+                    continue
+                down = nn.Parameter(solutions[names[0]].down.float())
+                branches.append((down, names))
+                for name in names:
+                    self.layers[name] = Tunable(solutions[name], log_smooth, down)
+            self._groups.append((log_smooth, branches))
+
+    def parameters(self) -> list[nn.Parameter]:
+        found = {id(p): p for layer in self.layers.values() for p in layer.parameters()}
+        return list(found.values())
+
+    def rounded(self) -> dict[str, W4A4Solution]:
+        """All layers as they would be stored."""
+        stored: dict[str, W4A4Solution] = {}
+        for log_smooth, branches in self._groups:
+            for down, names in branches:
+                dtype = self.layers[names[0]].solution.up.dtype
+                smooth = log_smooth.detach().exp().clamp(*SMOOTH_RANGE).to(dtype)
+                for name in names:
+                    stored[name] = self.layers[name].rounded(smooth, down.detach().to(dtype))
+        return stored
+
+
+def frozen(solution: W4A4Solution) -> Tunable:
+    """The layer as it is stored, for running."""
+    layer = Tunable(
+        solution, nn.Parameter(solution.smooth.float().log()), nn.Parameter(solution.down.float())
+    )
+    return layer.requires_grad_(False)
+
+
+def block_error(outputs: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> Tensor:
+    """Noise over signal, summed over a block's output tensors."""
+    total = outputs[0].new_zeros((), dtype=torch.float32)
+    for found, exact in zip(outputs, wanted, strict=True):
+        total = total + F.mse_loss(found.float(), exact.float()) / exact.float().square().mean().clamp(
+            min=1e-30
+        )
+    return total

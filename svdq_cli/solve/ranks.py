@@ -1,0 +1,43 @@
+"""What a rank buys: the output error of every branch of one shared input at several ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from svdq_cli.records import ActivationStats, SharedInput, SolveSettings, W4A4Plan
+from svdq_cli.solve.forward import SourceWeight
+from svdq_cli.solve.linear import SEARCH_ROWS, choose_smoothing, evenly, stacks_of
+from svdq_cli.solve.low_rank import split_low_rank
+from svdq_cli.solve.quantizers import fake_quantize_activation, fake_quantize_weight
+
+
+def rank_errors(
+    shared: SharedInput,
+    plans: Sequence[W4A4Plan],
+    weights: Mapping[str, SourceWeight],
+    stats: ActivationStats,
+    settings: SolveSettings,
+    ranks: Sequence[int],
+) -> list[tuple[tuple[str, ...], dict[int, float]]]:
+    """For each branch of the input: its layers, and noise over signal summed over them at each of `ranks`.
+
+    With the smoothing of the paper's search at the planned rank and rounding to nearest, which rank the ranks as the
+    whole search does. One SVD serves all ranks.
+    """
+    precision = plans[0].precision
+    rows = evenly(stats.rows.to(weights[plans[0].name].weight.device).float(), SEARCH_ROWS)
+    smooth, _ = choose_smoothing(shared, plans, weights, stats, rows, settings)
+    drawn = fake_quantize_activation(rows / smooth, precision)
+    found: list[tuple[tuple[str, ...], dict[int, float]]] = []
+    for stack in stacks_of(shared, plans, weights, rows):
+        smoothed = stack.weight * smooth
+        up, down = split_low_rank(smoothed, rank=max(ranks), seed=settings.seed)
+        errors: dict[int, float] = {}
+        for rank in ranks:
+            left = smoothed - up[:, :rank] @ down[:rank]
+            rounded = fake_quantize_weight(left, precision, dtype=settings.dtype)
+            lost = drawn @ rounded.T - (rows / smooth) @ left.T
+            parts = zip(lost.split(stack.counts, dim=1), stack.signals, strict=True)
+            errors[rank] = sum(float(noise.square().sum()) / signal for noise, signal in parts)
+        found.append((stack.layers, errors))
+    return found
