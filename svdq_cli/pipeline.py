@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from svdq_cli import __version__
+from svdq_cli.allocation import allocated
 from svdq_cli.calibrate.artefact import (
     CalibrationFacts,
     open_calibration,
@@ -231,13 +232,15 @@ def convert(
     digest = source_digest(prepared.source)
     data_free = is_data_free(recipe, calibration)
     warnings = warnings_of(prepared, data_free=data_free)
-    for warning in warnings:
-        observe(Event("warning", "convert", detail=warning))
+    _warned(warnings, observe)
 
     clock = _Clock()
     statistics = _statistics(prepared, calibration, options, observe, digest) if not data_free else None
     calibrate_seconds = clock.lap()
-    solutions, reports = solve_model(prepared, statistics, resolve_device(options.device), observe)
+    device = resolve_device(options.device)
+    prepared, more = allocated(prepared, statistics, device, observe)
+    warnings += _warned(more, observe)
+    solutions, reports = solve_model(prepared, statistics, device, observe)
     solve_seconds = clock.lap()
 
     provenance = {
@@ -296,6 +299,12 @@ def convert(
         if target.format.single_file:
             _write_report(report_path(path, target.format), report)
     return report
+
+
+def _warned(warnings: tuple[str, ...], observe: Observer) -> tuple[str, ...]:
+    for warning in warnings:
+        observe(Event("warning", "convert", detail=warning))
+    return warnings
 
 
 def _pack(

@@ -18,7 +18,7 @@ from svdq_cli.formats import format_named
 from svdq_cli.formats.contract import Format
 from svdq_cli.locate import default_resolution, locate_base, locate_file, locate_source
 from svdq_cli.plan import Inventory, Observation, plan_model, restricted, take_inventory, watch
-from svdq_cli.recipe import Calibration, DatasetPrompts, Recipe, find_prompts, find_source
+from svdq_cli.recipe import DEFAULT_RANK, Calibration, DatasetPrompts, Recipe, find_prompts, find_source
 from svdq_cli.records import (
     ByteFacts,
     InspectLayer,
@@ -70,18 +70,6 @@ def prepare(recipe: Recipe, *, beside: Path | None = None, every_layer: bool = F
     `every_layer`: plan what any format could hold, for a calibration that serves them all.
     """
     quantization = recipe.quantization
-    if quantization.effort == "best":
-        raise UsageError(
-            f"effort {quantization.effort!r} is not in this version",
-            hint="use balanced, fast (the paper's search) or datafree",
-            where="quantization.effort",
-        )
-    if quantization.rank == "auto":
-        raise UsageError(
-            "rank auto is not in this version",
-            hint="give a multiple of 16, for example 32",
-            where="quantization.rank",
-        )
     formats = [format_named(output.format) for output in recipe.outputs] or [format_named("nunchaku-lite")]
     for fmt in formats:
         require_precision(fmt, quantization.number_format)
@@ -96,7 +84,7 @@ def prepare(recipe: Recipe, *, beside: Path | None = None, every_layer: bool = F
     plan = plan_model(
         source,
         precision=quantization.number_format,
-        rank=quantization.rank,
+        rank=DEFAULT_RANK if quantization.rank == "auto" else quantization.rank,  # until it is searched
         family=recipe.model.family,
         overrides=plan_rules(recipe.layers),
         supports=lambda layer: None if every_layer else _objection(formats, layer),

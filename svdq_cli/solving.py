@@ -39,7 +39,7 @@ def solve_model(
     observe(Event("start", "solve", 0, total))
     started = time.monotonic()
     for shared in prepared.plan.inputs:
-        weights = {name: _source_weight(prepared.source, plans[name], device) for name in shared.layers}
+        weights = {name: source_weight(prepared.source, plans[name], device) for name in shared.layers}
         stats = statistics(shared.name) if statistics else None
         solved = solve_input(shared, plans, weights, stats, prepared.settings)
         for solution in (*solved.w4a4, *solved.w4a16):
@@ -51,7 +51,8 @@ def solve_model(
     return solutions, reports
 
 
-def _source_weight(source: Source, plan: LayerPlan, device: torch.device) -> SourceWeight:
+def source_weight(source: Source, plan: LayerPlan, device: torch.device) -> SourceWeight:
+    """One linear of the source in float32 on `device`."""
     weight = finite_tensor(source, f"{plan.name}.weight")
     bias = finite_tensor(source, f"{plan.name}.bias").to(device).float() if plan.linear.bias else None
     return SourceWeight(weight.to(device).float().flatten(1), bias)  # a 1x1 convolution is (N, K, 1, 1)

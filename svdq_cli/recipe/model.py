@@ -3,6 +3,7 @@ comments of `svdq init` and the descriptions of the JSON Schema."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import PurePath
 from typing import Annotated, Literal, cast, get_args
@@ -47,6 +48,8 @@ OutputFormat = Literal["nunchaku-lite", "nunchaku", "comfy", "vllm-omni"]
 Text = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0)]
+SIZE_PATTERN = r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?\s*$"
+SizeBudget = Annotated[str, Field(pattern=SIZE_PATTERN)] | Annotated[int, Field(ge=1)]
 Pixels = Annotated[int, Field(ge=8, multiple_of=8)]
 
 
@@ -180,6 +183,8 @@ class Quantization(Section):
     """Steps after smoothing, of learned, denoise, gptq and refit; chosen by the effort when absent."""
     rank: Rank = DEFAULT_RANK
     """Rank of the 16-bit branch: a multiple of 16, or auto (searched per layer)."""
+    size_budget: SizeBudget | None = None
+    """Bytes the weights may take, such as 6.5GB: the layers that lose the most quality per byte stay at 16 bit."""
     seed: Seed = 0
     """Seed of the randomized search."""
 
@@ -207,6 +212,17 @@ class Quantization(Section):
         """The recipe's word, else the effort's, in the order in which steps are taken."""
         wanted = STEPS_OF_EFFORT[self.effort] if self.search is None else self.search
         return tuple(step for step in ALL_STEPS if step in wanted)
+
+    @property
+    def size_bytes(self) -> int | None:
+        """`size_budget` in bytes: GB are 10^9, GiB 2^30."""
+        if self.size_budget is None or isinstance(self.size_budget, int):
+            return self.size_budget
+        found = re.match(SIZE_PATTERN, self.size_budget)
+        assert found is not None  # the field's pattern
+        number, unit = found.groups()
+        base = 1024 if unit and unit.endswith("i") else 1000
+        return int(float(number) * base ** ("KMGT".index(unit[0]) + 1 if unit else 0))
 
     @property
     def number_format(self) -> Precision:

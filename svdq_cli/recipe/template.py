@@ -20,6 +20,7 @@ _UNSET = {  # what a key that may be absent would look like
     "mask": "masks/",
     "frames": 17,
     "smoothing": "grid",
+    "size_budget": "6.5GB",
     "search": ["learned", "denoise", "gptq", "refit"],
 }
 _EXAMPLES = {

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from svdq_cli.reconstruct.tunable import TunableBlock, block_error, frozen
 from svdq_cli.records import (
     Event,
     LayerSolution,
@@ -20,9 +21,7 @@ from svdq_cli.records import (
     W4A4Solution,
     ignore_events,
 )
-from svdq_cli.reconstruct.tunable import TunableBlock, block_error, frozen
 from svdq_cli.runtime.linear import quantized_linear
-from svdq_cli.runtime.replace import replace_linears
 
 STEPS = 240
 JUDGE_EVERY = 40  # steps between two looks at the held-out calls

@@ -1,0 +1,165 @@
+"""Ranks and 16-bit layers within a byte budget: `rank: auto` and `size_budget`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from svdq_cli.errors import UsageError
+from svdq_cli.plan import restricted
+from svdq_cli.preparing import Prepared, predicted_sizes
+from svdq_cli.recipe import DEFAULT_RANK
+from svdq_cli.records import Event, ModelPlan, Observer, W4A4Plan
+from svdq_cli.solve.allocate import Candidate, Choice, allocate, uniform
+from svdq_cli.solve.ranks import rank_errors
+from svdq_cli.solving import Statistics, source_weight
+from svdq_cli.writing import target_of
+
+RANKS = tuple(range(16, 129, 16))
+
+
+def allocated(
+    prepared: Prepared, statistics: Statistics | None, device: torch.device, observe: Observer
+) -> tuple[Prepared, tuple[str, ...]]:
+    """The same model with ranks and 16-bit layers chosen by measured output error per byte, and what to warn of.
+
+    The budget is the recipe's `size_budget` (bytes of the quantized component's weights) or, for `rank: auto` alone,
+    the bytes of rank 32 everywhere. Raises UsageError where it can't be met, or where there is no calibration.
+    """
+    wanted = prepared.recipe.quantization
+    if wanted.rank != "auto" and wanted.size_bytes is None:
+        return prepared, ()
+    if statistics is None:
+        raise UsageError(
+            "rank auto and size_budget measure layers on calibration rows, and there is no calibration",
+            hint="name prompts with --prompts or a recipe, give --calib, or give a fixed rank",
+            where="quantization.rank",
+        )
+    ranks = RANKS if wanted.rank == "auto" else (wanted.rank,)
+    candidates = _candidates(prepared, statistics, ranks, device, observe)
+    budget = _budget(prepared, candidates)
+    chosen = allocate(candidates, budget)
+    try:
+        return _with_choices(prepared, candidates, chosen), ()
+    except UsageError as refusal:
+        if len({choice.rank for choice in chosen} - {None}) < 2:
+            raise
+        one, choices = _best_uniform(prepared, candidates, ranks, budget)
+        best, reached = (sum(choice.error for choice in found) for found in (chosen, choices))
+        warning = (
+            f"rank {one} for all layers: {refusal.message}. Ranks of their own would leave "
+            f"{1 - best / max(reached, 1e-30):.0%} less layer error at the same bytes"
+        )
+        return _with_choices(prepared, candidates, choices), (warning,)
+
+
+def _candidates(
+    prepared: Prepared,
+    statistics: Statistics,
+    ranks: Sequence[int],
+    device: torch.device,
+    observe: Observer,
+) -> list[Candidate]:
+    plans = {plan.name: plan for plan in prepared.plan.w4a4}
+    inputs = [shared for shared in prepared.plan.inputs if shared.layers[0] in plans]
+    found: list[Candidate] = []
+    started = time.monotonic()
+    observe(Event("start", "allocate", 0, len(inputs)))
+    for done, shared in enumerate(inputs, 1):
+        members = [plans[name] for name in shared.layers if name in plans]
+        weights = {plan.name: source_weight(prepared.source, plan, device) for plan in members}
+        most = max(16, min(min(w.weight.shape) for w in weights.values()) // 32 * 16)
+        usable = [rank for rank in ranks if rank <= most] or [min(ranks)]
+        stats = statistics(shared.name)
+        for names, errors in rank_errors(shared, members, weights, stats, prepared.settings, usable):
+            choices = [
+                Choice(rank, _stored_bytes(prepared, names, rank), error) for rank, error in errors.items()
+            ]
+            if prepared.recipe.quantization.size_bytes is not None and all(
+                target.format.mixes for target in prepared.targets
+            ):
+                choices.append(Choice(None, _stored_bytes(prepared, names, None), 0.0))
+            found.append(Candidate(names, tuple(choices)))
+        observe(Event("advance", "allocate", done, len(inputs), shared.name, time.monotonic() - started))
+    observe(Event("end", "allocate", len(inputs), len(inputs), seconds=time.monotonic() - started))
+    return found
+
+
+def _stored_bytes(prepared: Prepared, names: Sequence[str], rank: int | None) -> int:
+    """Bytes of a branch's layers in the first output's format at `rank`, or at 16 bit."""
+    target = prepared.targets[0]
+    total = 0
+    for name in names:
+        plan = prepared.plan.layer(name)
+        if rank is None or not isinstance(plan, W4A4Plan):
+            total += 2 * plan.linear.out_features * (plan.linear.in_features + plan.linear.bias)
+        else:
+            specs = target.format.tensor_specs(replace(plan, rank=rank), target.dtype)
+            total += sum(spec.bytes for spec in specs.values())
+    return total
+
+
+def _budget(prepared: Prepared, candidates: Sequence[Candidate]) -> int:
+    """Bytes that the candidates may take together."""
+    wanted = prepared.recipe.quantization.size_bytes
+    planned = sum(
+        _stored_bytes(prepared, candidate.layers, _planned_rank(prepared.plan, candidate))
+        for candidate in candidates
+    )
+    if wanted is None:
+        return planned
+    others = predicted_sizes(prepared).output - planned
+    least = others + sum(min(choice.bytes for choice in candidate.choices) for candidate in candidates)
+    if wanted < least:
+        raise UsageError(
+            f"size_budget {wanted / 1e9:.3f} GB is too small: the smallest this model gets is {least / 1e9:.3f} GB",
+            hint="raise size_budget, or lower the rank",
+            where="quantization.size_budget",
+        )
+    return wanted - others
+
+
+def _planned_rank(plan: ModelPlan, candidate: Candidate) -> int:
+    layer = plan.layer(candidate.layers[0])
+    return layer.rank if isinstance(layer, W4A4Plan) else DEFAULT_RANK
+
+
+def _best_uniform(
+    prepared: Prepared, candidates: Sequence[Candidate], ranks: Sequence[int], budget: int
+) -> tuple[int, list[Choice]]:
+    """The rank for all that leaves the least error within the budget."""
+    found: list[tuple[float, int, list[Choice]]] = []
+    for rank in ranks:
+        same = uniform(candidates, rank, otherwise=True)
+        if any(not candidate.choices for candidate in same):
+            continue
+        choices = allocate(same, budget)
+        if sum(choice.bytes for choice in choices) <= budget:
+            found.append((sum(choice.error for choice in choices), rank, choices))
+    if not found:
+        raise UsageError(
+            "no single rank fits size_budget", hint="raise size_budget", where="quantization.size_budget"
+        )
+    _, rank, choices = min(found, key=lambda each: each[0])
+    return rank, choices
+
+
+def _with_choices(prepared: Prepared, candidates: Sequence[Candidate], chosen: Sequence[Choice]) -> Prepared:
+    """The plan with the choices made. UsageError where an output can't say them."""
+    ranks = {
+        name: choice.rank
+        for candidate, choice in zip(candidates, chosen, strict=True)
+        for name in candidate.layers
+    }
+    layers = tuple(
+        replace(layer, rank=rank) if isinstance(layer, W4A4Plan) and (rank := ranks[layer.name]) else layer
+        for layer in prepared.plan.layers
+    )
+    quantized = {layer.name for layer in layers if ranks.get(layer.name, 1) is not None}
+    plan = restricted(replace(prepared.plan, layers=layers), quantized)
+    state, dtype = prepared.inventory.state, prepared.settings.dtype
+    targets = tuple(target_of(target.format, plan, state, dtype) for target in prepared.targets)
+    return replace(prepared, plan=plan, targets=targets)

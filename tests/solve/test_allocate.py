@@ -1,0 +1,62 @@
+"""Bytes go where they buy most."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from svdq_cli.records import Int4, SolveSettings
+from svdq_cli.solve.allocate import Candidate, Choice, allocate, uniform
+from svdq_cli.solve.ranks import rank_errors
+from tests.solve.test_linear import SHARED, plans, stats_of, weights
+
+
+def candidate(name: str, *choices: tuple[int | None, int, float]) -> Candidate:
+    return Candidate((name,), tuple(Choice(*choice) for choice in choices))
+
+
+STEEP = candidate("steep", (16, 10, 1.0), (32, 20, 0.2), (None, 100, 0.0))
+FLAT = candidate("flat", (16, 10, 0.5), (32, 20, 0.45), (None, 100, 0.0))
+LATE = candidate("late", (16, 10, 1.0), (32, 20, 0.99), (48, 30, 0.1))
+
+
+def error_of(choices: list[Choice]) -> float:
+    return sum(choice.error for choice in choices)
+
+
+@pytest.mark.parametrize("budget", [30, 40, 50, 60, 90, 130, 300])
+def test_greed_is_near_the_best_there_is(budget: int):
+    candidates = [STEEP, FLAT, LATE]
+    found = allocate(candidates, budget)
+    assert sum(choice.bytes for choice in found) <= budget
+    within = [
+        combination
+        for combination in itertools.product(*(c.choices for c in candidates))
+        if sum(choice.bytes for choice in combination) <= budget
+    ]
+    best = min(error_of(list(combination)) for combination in within)
+    assert error_of(found) <= best + 0.3  # one step of the flattest kind may be taken too early
+
+
+def test_a_rank_that_brings_little_does_not_hide_one_that_brings_much():
+    assert [choice.rank for choice in allocate([LATE], 30)] == [48]
+
+
+def test_one_rank_for_all_leaves_only_that_rank_and_16_bit():
+    (only,) = uniform([STEEP], 32, otherwise=True)
+    assert [choice.rank for choice in only.choices] == [32, None]
+    (only,) = uniform([STEEP], 32, otherwise=False)
+    assert [choice.rank for choice in only.choices] == [32]
+
+
+def test_more_rank_leaves_less_error():
+    settings = SolveSettings("grid", 0, torch.bfloat16)
+    rows = torch.randn(300, 256, generator=torch.Generator().manual_seed(0))
+    found = rank_errors(
+        SHARED, list(plans(Int4()).values()), weights(), stats_of(rows), settings, (16, 48, 96)
+    )
+    assert [names for names, _ in found] == [("q", "k", "v"), ("mlp",)]
+    for _, errors in found:
+        assert errors[16] > errors[48] > errors[96] > 0
