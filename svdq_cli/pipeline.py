@@ -45,12 +45,15 @@ from svdq_cli.preparing import (
     predicted_sizes,
     prepare,
     rank_facts,
+    search_facts,
     sizes_of,
     warnings_of,
 )
 from svdq_cli.recipe import Recipe, embedded, figure_of, resolved
+from svdq_cli.reconstructing import reconstructed
 from svdq_cli.records import (
     ActivationStats,
+    BlockSearch,
     CalibrateReport,
     CheckReport,
     ConvertReport,
@@ -241,6 +244,11 @@ def convert(
     prepared, more = allocated(prepared, statistics, device, observe)
     warnings += _warned(more, observe)
     solutions, reports = solve_model(prepared, statistics, device, observe)
+    blocks: dict[str, BlockSearch] = {}
+    if recipe.quantization.effort == "best" and statistics is not None:
+        solutions, reports, blocks = reconstructed(
+            prepared, statistics, solutions, reports, options=options, device=device, observe=observe
+        )
     solve_seconds = clock.lap()
 
     provenance = {
@@ -281,6 +289,7 @@ def convert(
             rank=rank_facts(prepared),
             layers=layer_counts(prepared.plan),
             layer_sqnr_db=layer_sqnr(reports),
+            search=search_facts(reports, blocks),
             bytes=sizes_of(prepared.inventory.state, weights[0].stat().st_size),
             seconds=ConvertSeconds(
                 calibrate_seconds, solve_seconds, pack_seconds, check_seconds, time.monotonic() - started

@@ -20,17 +20,20 @@ from svdq_cli.locate import default_resolution, locate_base, locate_file, locate
 from svdq_cli.plan import Inventory, Observation, plan_model, restricted, take_inventory, watch
 from svdq_cli.recipe import DEFAULT_RANK, Calibration, DatasetPrompts, Recipe, find_prompts, find_source
 from svdq_cli.records import (
+    BlockSearch,
     ByteFacts,
     InspectLayer,
     LayerCounts,
     LayerPlan,
     LayerReport,
+    LayerSearch,
     LayerSqnr,
     Linear,
     ModelFacts,
     ModelPlan,
     Observer,
     RankFacts,
+    SearchFacts,
     SolveSettings,
     W4A4Plan,
 )
@@ -258,6 +261,14 @@ def model_facts(prepared: Prepared, digest: str | None) -> ModelFacts:
 def layer_sqnr(reports: list[LayerReport]) -> LayerSqnr:
     per_layer = {report.name: round(report.sqnr_db, 3) for report in reports}
     return LayerSqnr(sum(per_layer.values()) / len(per_layer), min(per_layer.values()), per_layer)
+
+
+def search_facts(reports: list[LayerReport], blocks: Mapping[str, BlockSearch]) -> SearchFacts:
+    layers = {
+        report.name: LayerSearch(report.rank, report.smoothing, report.steps_db, report.steps_seconds)
+        for report in reports
+    }
+    return SearchFacts(layers, blocks)
 
 
 def inspect_layer(

@@ -269,6 +269,31 @@ class LayerCounts:
 
 
 @dataclass(frozen=True, slots=True)
+class LayerSearch:
+    """How a layer came to be. `steps_db`: SQNR on held-out rows at the start (the paper's search) and after each step
+    that was tried; a step that lowered it was not taken. Seconds are those of all layers of the shared input."""
+
+    rank: int | None
+    smoothing: str | None
+    steps_db: Mapping[str, float]
+    steps_seconds: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class BlockSearch:
+    """Held-out noise over signal of a block's output before and after reconstruction."""
+
+    before: float
+    after: float
+
+
+@dataclass(frozen=True, slots=True)
+class SearchFacts:
+    layers: Mapping[str, LayerSearch]
+    blocks: Mapping[str, BlockSearch]  # empty but for effort best
+
+
+@dataclass(frozen=True, slots=True)
 class LayerSqnr:
     mean: float
     min: float
@@ -311,6 +336,7 @@ class ConvertReport:
     rank: RankFacts
     layers: LayerCounts
     layer_sqnr_db: LayerSqnr
+    search: SearchFacts
     bytes: ByteFacts
     seconds: ConvertSeconds
     peak: PeakFacts

@@ -43,7 +43,7 @@ def solve_model(
         stats = statistics(shared.name) if statistics else None
         solved = solve_input(shared, plans, weights, stats, prepared.settings)
         for solution in (*solved.w4a4, *solved.w4a16):
-            solutions[solution.plan.name] = _on_cpu(solution)
+            solutions[solution.plan.name] = on_device(solution, torch.device("cpu"))
         reports += solved.reports
         detail = f"{shared.name}  {solved.reports[0].sqnr_db:.1f} dB"
         observe(Event("advance", "solve", len(solutions), total, detail, time.monotonic() - started))
@@ -76,9 +76,10 @@ def require_finite(tensor: torch.Tensor, name: str, entry: TensorEntry) -> torch
     return tensor
 
 
-def _on_cpu(solution: LayerSolution) -> LayerSolution:
+def on_device(solution: LayerSolution, device: torch.device) -> LayerSolution:
+    """The same solution with its tensors on `device`."""
     moved = {
-        name: value.cpu()
+        name: value.to(device)
         for name in solution.__dataclass_fields__
         if isinstance(value := getattr(solution, name), torch.Tensor)
     }

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from svdq_cli.reconstruct.tunable import TunableBlock, block_error, frozen
 from svdq_cli.records import (
+    BlockSearch,
     Event,
     LayerSolution,
     ModelPlan,
@@ -37,15 +38,6 @@ class Call:
     kwargs: dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class BlockReport:
-    """Held-out noise over signal of one block's output, on inputs from the 4-bit blocks before it."""
-
-    name: str
-    before: float
-    after: float
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class _Passage:
     """What one block was given, and what it made of it in the 16-bit model."""
@@ -63,7 +55,7 @@ def reconstruct(
     *,
     seed: int,
     observe: Observer = ignore_events,
-) -> tuple[dict[str, LayerSolution], list[BlockReport]]:
+) -> tuple[dict[str, LayerSolution], dict[str, BlockSearch]]:
     """Tuned solutions and what that brought per block. `model` is the 16-bit model, on the device that tunes; it is
     left with converted linears. `calls`: of the whole model, in the order of pictures.
 
@@ -76,7 +68,7 @@ def reconstruct(
     blocks = _in_order(model, blocks_of(plan), calls[0])
     originals = {layer.name: model.get_submodule(layer.name) for layer in plan.layers}
     converted: set[str] = set()
-    reports: list[BlockReport] = []
+    reports: dict[str, BlockSearch] = {}
     started = time.monotonic()
     observe(Event("start", "reconstruct", 0, len(blocks)))
     for block, inputs in blocks.items():
@@ -85,9 +77,9 @@ def reconstruct(
         given = [_passage(model, block, call, run=False)[0] for call in calls]
         passages = [_Passage(g.args, g.kwargs, w) for g, w in zip(given, wanted, strict=True)]
         names = [name for shared in inputs for name in shared.layers]
-        tuned, report = _tune(model.get_submodule(block), block, inputs, best, passages, model, seed)
+        tuned, report = _tune(model.get_submodule(block), inputs, best, passages, model, seed)
         best.update(tuned)
-        reports.append(report)
+        reports[block] = report
         converted.update(names)
         gain = f"{block}  {report.before:.2e} -> {report.after:.2e}"
         observe(Event("advance", "reconstruct", len(reports), len(blocks), gain, time.monotonic() - started))
@@ -183,13 +175,12 @@ def _passage(
 
 def _tune(
     block: nn.Module,
-    path: str,
     inputs: Sequence[SharedInput],
     solutions: Mapping[str, LayerSolution],
     passages: Sequence[_Passage],
     model: nn.Module,
     seed: int,
-) -> tuple[dict[str, LayerSolution], BlockReport]:
+) -> tuple[dict[str, LayerSolution], BlockSearch]:
     names = [name for shared in inputs for name in shared.layers]
     w4a4 = {name: s for name in names if isinstance(s := solutions[name], W4A4Solution)}
     _put(model, {name: quantized_linear(solutions[name]) for name in names if name not in w4a4})
@@ -225,7 +216,7 @@ def _tune(
             stored = tunable.rounded()
             if (error := judged(stored)) < least:
                 best, least = stored, error
-    return dict(best), BlockReport(path, before, least)
+    return dict(best), BlockSearch(before, least)
 
 
 def _size(parameter: nn.Parameter) -> float:

@@ -56,9 +56,9 @@ def denoised(residual: Tensor, seen: Moments, *, ridge: float) -> Tensor | None:
     signal.diagonal().add_(ridge * variance)
     # float64: the spectrum of activations spans six decades, and the ridge is all that bounds it from below
     signal.mul_(seen.gain).mul_(seen.gain.unsqueeze(1)).diagonal().add_(seen.noise)
-    lower, failed = torch.linalg.cholesky_ex(signal)
+    signal, failed = torch.linalg.cholesky_ex(signal)
     if int(failed):
         return None
     scaled = residual / seen.gain
-    correction = torch.cholesky_solve((scaled * seen.noise).T.double(), lower).T
+    correction = torch.cholesky_solve((scaled * seen.noise).T.double(), signal).T
     return scaled - correction.to(residual.dtype)

@@ -19,6 +19,7 @@ from svdq_cli.errors import UsageError
 from svdq_cli.records import (
     ActivationStats,
     LayerReport,
+    LayerSolution,
     Precision,
     SharedInput,
     SolveSettings,
@@ -74,9 +75,8 @@ def solve_input(
             solutions, trail = _improve(shared, w4a4_plans, weights, stats, rows, settings, solutions)
         for name, solution in solutions.items():
             w4a4.append(solution)
-            sqnr = _sqnr_w4a4(solution, weights[name], rows)
             gains = {step: round(_decibels(error), 3) for step, error in trail.errors.get(name, {}).items()}
-            error = weight_error(solution, weights[name].weight).relative
+            sqnr, error = measured(solution, weights[name], rows)
             reports.append(LayerReport(name, sqnr, solution.plan.rank, error, label, gains, trail.seconds))
     w4a16 = [
         solve_w4a16(
@@ -90,8 +90,7 @@ def solve_input(
     ]
     for solution in w4a16:
         name = solution.plan.name
-        sqnr = _sqnr_weights(dequantize_w4a16(solution), weights[name], rows)
-        error = weight_error(solution, weights[name].weight).relative
+        sqnr, error = measured(solution, weights[name], rows)
         reports.append(LayerReport(name, sqnr, None, error, None, {}, {}))
     return SolvedInput(tuple(w4a4), tuple(w4a16), tuple(reports))
 
@@ -255,20 +254,20 @@ def _finish(
     )
 
 
-def _sqnr_w4a4(solution: W4A4Solution, source: SourceWeight, rows: Tensor | None) -> float:
+def measured(solution: LayerSolution, source: SourceWeight, rows: Tensor | None) -> tuple[float, float]:
+    """(SQNR in dB of the output on `rows`, or of the weight without any; the weight error that checks expect)."""
+    error = weight_error(solution, source.weight).relative
+    match solution:
+        case W4A4Solution() if rows is not None:
+            return sqnr_db(rows @ source.weight.T, w4a4_output(rows, solution)), error
+        case W4A4Solution():
+            branch = solution.up.float() @ solution.down.float()
+            rebuilt = dequantized_weight(solution) / solution.smooth.float() + branch
+        case W4A16Solution():
+            rebuilt = dequantize_w4a16(solution)
     if rows is None:
-        rebuilt = (
-            dequantized_weight(solution) / solution.smooth.float()
-            + solution.up.float() @ solution.down.float()
-        )
-        return sqnr_db(source.weight, rebuilt)
-    return sqnr_db(rows @ source.weight.T, w4a4_output(rows, solution))
-
-
-def _sqnr_weights(rebuilt: Tensor, source: SourceWeight, rows: Tensor | None) -> float:
-    if rows is None:
-        return sqnr_db(source.weight, rebuilt)
-    return sqnr_db(rows @ source.weight.T, rows @ rebuilt.T)
+        return sqnr_db(source.weight, rebuilt), error
+    return sqnr_db(rows @ source.weight.T, rows @ rebuilt.T), error
 
 
 def evenly(rows: Tensor, count: int) -> Tensor:

@@ -97,14 +97,16 @@ def _inverse_cholesky(hessian: Tensor, damping: float) -> Tensor | None:
     mean = diagonal.mean()
     if not bool(torch.isfinite(hessian).all()) or mean <= 0:
         return None
-    damped = hessian.double()
-    damped.diagonal().add_(float(damping * mean))
-    # float64: with fewer rows than channels the matrix is singular but for its damping, and float32 fails on it
-    lower, failed = torch.linalg.cholesky_ex(damped)
+    # float64: with fewer rows than channels the matrix is singular but for its damping, and float32 fails on it.
+    # One name for all stages, so that no more than two of these large matrices are alive at a time.
+    matrix = hessian.double()
+    matrix.diagonal().add_(float(damping * mean))
+    matrix, failed = torch.linalg.cholesky_ex(matrix)
     if int(failed):
         return None
-    upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-    return None if int(failed) else upper.to(hessian.dtype)
+    matrix = torch.cholesky_inverse(matrix)
+    matrix, failed = torch.linalg.cholesky_ex(matrix, upper=True)
+    return None if int(failed) else matrix.to(hessian.dtype)
 
 
 def _best(values: Tensor, factor: Tensor, grid: Grid) -> Parameters:

@@ -1,0 +1,73 @@
+"""The effort `best`: after all layers are solved, every transformer block is tuned against the 16-bit block."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+
+from svdq_cli.calibrate.pipelines import draw
+from svdq_cli.errors import UsageError
+from svdq_cli.loading import load_16bit_pipeline
+from svdq_cli.preparing import Prepared, RunOptions, chosen_prompts, draw_settings
+from svdq_cli.reconstruct import reconstruct, record_calls
+from svdq_cli.records import BlockSearch, LayerReport, LayerSolution, Observer
+from svdq_cli.solve.linear import measured
+from svdq_cli.solving import Statistics, on_device, source_weight
+
+PICTURES = 32  # drawn to record calls of the model; the last quarter judges
+CALLS = 48  # of these pictures, spread over timesteps
+
+
+def reconstructed(
+    prepared: Prepared,
+    statistics: Statistics,
+    solutions: Mapping[str, LayerSolution],
+    reports: list[LayerReport],
+    *,
+    options: RunOptions,
+    device: torch.device,
+    observe: Observer,
+) -> tuple[dict[str, LayerSolution], list[LayerReport], dict[str, BlockSearch]]:
+    """Tuned solutions, their reports, and what tuning brought per block.
+
+    Needs the pipeline and the recipe's prompts: a block is judged in the model, not on an artefact's rows.
+    """
+    recipe, source = prepared.recipe, prepared.source
+    if recipe.calibration is None or source.pipeline is None:
+        raise UsageError(
+            "effort best runs the model's blocks, which needs the whole pipeline and prompts",
+            hint="give a recipe with prompts and the pipeline (--prompts, --base), or use --effort balanced",
+            where="quantization.effort",
+        )
+    prompts = chosen_prompts(recipe, options, observe)[:PICTURES]
+    settings = draw_settings(recipe, source, beside=options.beside)
+    pipe = load_16bit_pipeline(source, class_name=prepared.plan.model_class, device=device)
+    model = getattr(pipe, source.component)
+
+    calls = record_calls(
+        model,
+        lambda: draw(pipe, prompts, settings=settings, stage="record", observe=observe),
+        most=CALLS,
+    )
+    tuned, blocks = reconstruct(
+        model, prepared.plan, solutions, calls, seed=prepared.settings.seed, observe=observe
+    )
+    return tuned, [_again(report, tuned, prepared, statistics, device) for report in reports], blocks
+
+
+def _again(
+    report: LayerReport,
+    solutions: Mapping[str, LayerSolution],
+    prepared: Prepared,
+    statistics: Statistics,
+    device: torch.device,
+) -> LayerReport:
+    """A layer's report with the figures of its tuned solution."""
+    solution = solutions[report.name]
+    shared = next(shared for shared in prepared.plan.inputs if report.name in shared.layers)
+    weight = source_weight(prepared.source, solution.plan, device)
+    rows = statistics(shared.name).rows.to(device).float()
+    sqnr, error = measured(on_device(solution, device), weight, rows)
+    return replace(report, sqnr_db=sqnr, weight_error=error)
