@@ -15,10 +15,10 @@ TORCH ?= torch==2.13.0
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench wheel
+.PHONY: help setup demo test lint bench bench-quality wheel
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP)
 
@@ -36,6 +36,9 @@ lint: $(STAMP) ## ruff, pyright, and the floors of the architecture
 
 bench: $(STAMP) ## speed of converted layers on this machine
 	$(BIN)/python -m svdq_cli bench
+
+bench-quality: $(STAMP) ## what each step of the search is worth, on the embedded model (about ten minutes)
+	$(BIN)/python -m svdq_cli.quality
 
 wheel: $(STAMP) ## sdist, and the wheel built from it, in dist/
 	rm -rf dist

@@ -39,8 +39,8 @@ def allocated(
             where="quantization.rank",
         )
     ranks = RANKS if wanted.rank == "auto" else (wanted.rank,)
-    candidates = _candidates(prepared, statistics, ranks, device, observe)
-    budget = _budget(prepared, candidates)
+    candidates = candidates_of(prepared, statistics, ranks, device, observe)
+    budget = budget_of(prepared, candidates)
     chosen = allocate(candidates, budget)
     try:
         return _with_choices(prepared, candidates, chosen), ()
@@ -56,7 +56,7 @@ def allocated(
         return _with_choices(prepared, candidates, choices), (warning,)
 
 
-def _candidates(
+def candidates_of(
     prepared: Prepared,
     statistics: Statistics,
     ranks: Sequence[int],
@@ -102,7 +102,7 @@ def _stored_bytes(prepared: Prepared, names: Sequence[str], rank: int | None) ->
     return total
 
 
-def _budget(prepared: Prepared, candidates: Sequence[Candidate]) -> int:
+def budget_of(prepared: Prepared, candidates: Sequence[Candidate]) -> int:
     """Bytes that the candidates may take together."""
     wanted = prepared.recipe.quantization.size_bytes
     planned = sum(
@@ -149,6 +149,14 @@ def _best_uniform(
 
 def _with_choices(prepared: Prepared, candidates: Sequence[Candidate], chosen: Sequence[Choice]) -> Prepared:
     """The plan with the choices made. UsageError where an output can't say them."""
+    plan = plan_with(prepared.plan, candidates, chosen)
+    state, dtype = prepared.inventory.state, prepared.settings.dtype
+    targets = tuple(target_of(target.format, plan, state, dtype) for target in prepared.targets)
+    return replace(prepared, plan=plan, targets=targets)
+
+
+def plan_with(plan: ModelPlan, candidates: Sequence[Candidate], chosen: Sequence[Choice]) -> ModelPlan:
+    """`plan` with the choices made, whatever a format can say of them."""
     ranks = {
         name: choice.rank
         for candidate, choice in zip(candidates, chosen, strict=True)
@@ -156,10 +164,8 @@ def _with_choices(prepared: Prepared, candidates: Sequence[Candidate], chosen: S
     }
     layers = tuple(
         replace(layer, rank=rank) if isinstance(layer, W4A4Plan) and (rank := ranks[layer.name]) else layer
-        for layer in prepared.plan.layers
+        for layer in plan.layers
     )
-    quantized = {layer.name for layer in layers if ranks.get(layer.name, 1) is not None}
-    plan = restricted(replace(prepared.plan, layers=layers), quantized)
-    state, dtype = prepared.inventory.state, prepared.settings.dtype
-    targets = tuple(target_of(target.format, plan, state, dtype) for target in prepared.targets)
-    return replace(prepared, plan=plan, targets=targets)
+    return restricted(
+        replace(plan, layers=layers), {layer.name for layer in layers if ranks.get(layer.name, 1) is not None}
+    )

@@ -24,9 +24,9 @@ from svdq_cli.records import (
 )
 from svdq_cli.runtime.linear import quantized_linear
 
-STEPS = 240
+STEPS = 200
 JUDGE_EVERY = 40  # steps between two looks at the held-out calls
-LEARNING_RATE = 2e-3  # a step's size relative to a parameter's RMS
+LEARNING_RATE = 4e-3  # a step's size relative to a parameter's RMS
 HELD_OUT = 4  # one call in four judges: the last ones, which come from other pictures
 
 

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from svdq_cli.records import Int4, SolveSettings
+from svdq_cli.records import Int4, SolveSettings, W4A4Plan
 from svdq_cli.solve.allocate import Candidate, Choice, allocate, uniform
 from svdq_cli.solve.ranks import rank_errors
 from tests.solve.test_linear import SHARED, plans, stats_of, weights
@@ -55,7 +55,12 @@ def test_more_rank_leaves_less_error():
     settings = SolveSettings("grid", 0, torch.bfloat16)
     rows = torch.randn(300, 256, generator=torch.Generator().manual_seed(0))
     found = rank_errors(
-        SHARED, list(plans(Int4()).values()), weights(), stats_of(rows), settings, (16, 48, 96)
+        SHARED,
+        [p for p in plans(Int4()).values() if isinstance(p, W4A4Plan)],
+        weights(),
+        stats_of(rows),
+        settings,
+        (16, 48, 96),
     )
     assert [names for names, _ in found] == [("q", "k", "v"), ("mlp",)]
     for _, errors in found:
