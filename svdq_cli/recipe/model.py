@@ -48,8 +48,29 @@ OutputFormat = Literal["nunchaku-lite", "nunchaku", "comfy", "vllm-omni"]
 Text = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0)]
-SIZE_PATTERN = r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?\s*$"
-SizeBudget = Annotated[str, Field(pattern=SIZE_PATTERN)] | Annotated[int, Field(ge=1)]
+SIZE_PATTERN = r"^\s*(\d+(?:\.\d+)?)\s*([kKMGT]i?)?B?\s*$"
+
+
+def _size(value: object) -> int | str:
+    """A size as it was written."""
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    if isinstance(value, str) and re.match(SIZE_PATTERN, value):
+        return value
+    raise PydanticCustomError(
+        "size",
+        "must be a number of bytes, or one with its unit, not {value}",
+        {"value": repr(value), "hint": "write it like 6500000000, 6.5GB or 6GiB"},
+    )
+
+
+SizeBudget = Annotated[
+    int | str,
+    PlainValidator(_size),
+    WithJsonSchema(
+        {"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "pattern": SIZE_PATTERN}]}
+    ),
+]
 Pixels = Annotated[int, Field(ge=8, multiple_of=8)]
 
 
@@ -222,7 +243,7 @@ class Quantization(Section):
         assert found is not None  # the field's pattern
         number, unit = found.groups()
         base = 1024 if unit and unit.endswith("i") else 1000
-        return int(float(number) * base ** ("KMGT".index(unit[0]) + 1 if unit else 0))
+        return int(float(number) * base ** ("KMGT".index(unit[0].upper()) + 1 if unit else 0))
 
     @property
     def number_format(self) -> Precision:

@@ -1,0 +1,146 @@
+"""Ranks and 16-bit layers by byte budget, and effort `best`, through a whole conversion."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from svdq_cli.checkpoint import open_checkpoint
+from svdq_cli.errors import UsageError
+from svdq_cli.pipeline import calibrate, check, convert
+from svdq_cli.preparing import RunOptions
+from svdq_cli.recipe import Calibration, Output, Quantization, Recipe, default_recipe
+from svdq_cli.reconstruct import run as tuning
+from svdq_cli.records import ConvertReport
+
+CPU = RunOptions(device="cpu")
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text("a red circle\na blue square\na small green star\nnothing at all\n")
+    return path
+
+
+def recipe_for(
+    source: Path, prompts: Path | None, fmt: str = "nunchaku-lite", **quantization: object
+) -> Recipe:
+    calibration = prompts and Calibration(
+        prompts=str(prompts), samples=4, steps=2, height=32, width=32, max_sequence_length=16, rows=256
+    )
+    wanted = {"smoothing": "closed-form", "effort": "fast", **quantization}
+    return default_recipe(
+        str(source),
+        calibration=calibration,
+        quantization=Quantization.model_validate(wanted),
+        outputs=[Output.model_validate({"format": fmt, "path": "unused"})],
+    )
+
+
+@pytest.fixture(scope="module")
+def artefact(tiny_flux: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("calibration") / "calib"
+    calibrate(recipe_for(tiny_flux, prompts), path, options=CPU)
+    return path
+
+
+@pytest.fixture(scope="module")
+def rank_32(tiny_flux: Path, artefact: Path, tmp_path_factory: pytest.TempPathFactory) -> ConvertReport:
+    out = tmp_path_factory.mktemp("rank_32") / "out"
+    return convert(recipe_for(tiny_flux, None, rank=32), out, calibration=artefact, options=CPU)
+
+
+def test_rank_auto_gives_every_layer_its_own_within_the_bytes_of_rank_32(
+    tiny_flux: Path, artefact: Path, tmp_path: Path
+):
+    sizes: dict[object, int] = {}
+    for rank in (32, "auto"):
+        out = tmp_path / f"{rank}.safetensors"
+        report = convert(
+            recipe_for(tiny_flux, None, "comfy", rank=rank), out, calibration=artefact, options=CPU
+        )
+        sizes[rank] = report.bytes.output
+        assert check(out).status == "ok"
+    assert report.rank.requested == "auto"
+    assert 16 <= report.rank.min < report.rank.max <= 128
+    assert sizes["auto"] <= sizes[32] + 4096  # the header names the ranks
+
+
+def test_a_format_with_one_rank_says_what_that_costs(
+    tiny_flux: Path, artefact: Path, rank_32: ConvertReport, tmp_path: Path
+):
+    recipe = recipe_for(tiny_flux, None, rank="auto")
+    report = convert(recipe, tmp_path / "out", calibration=artefact, options=CPU)
+    assert report.rank.min == report.rank.max
+    assert report.bytes.output <= rank_32.bytes.output + 4096  # the header embeds the recipe
+    assert any("for all layers" in warning and "less layer error" in warning for warning in report.warnings)
+
+
+def test_a_size_budget_keeps_the_layers_that_lose_most_at_16_bit(
+    tiny_flux: Path, artefact: Path, rank_32: ConvertReport, tmp_path: Path
+):
+    budget = rank_32.bytes.output + (rank_32.bytes.input - rank_32.bytes.output) // 4
+    recipe = recipe_for(tiny_flux, None, rank=32, size_budget=budget)
+    report = convert(recipe, tmp_path / "out", calibration=artefact, options=CPU)
+    assert rank_32.bytes.output < report.bytes.output <= budget
+    assert report.layers.kept > rank_32.layers.kept
+    assert report.layers.kept + report.layers.w4a4 + report.layers.w4a16 == sum(
+        (rank_32.layers.kept, rank_32.layers.w4a4, rank_32.layers.w4a16)
+    )
+    assert check(tmp_path / "out").status == "ok"
+
+
+def test_a_size_budget_below_the_smallest_size_names_that(tiny_flux: Path, artefact: Path, tmp_path: Path):
+    with pytest.raises(UsageError, match=r"the smallest this model gets is 0\.\d+ GB"):
+        convert(
+            recipe_for(tiny_flux, None, size_budget="10kB"),
+            tmp_path / "out",
+            calibration=artefact,
+            options=CPU,
+        )
+
+
+def test_ranks_are_not_searched_without_activations(tiny_flux: Path, tmp_path: Path):
+    recipe = recipe_for(tiny_flux, None, effort="datafree", smoothing=None, rank="auto")
+    with pytest.raises(UsageError, match="there is no calibration"):
+        convert(recipe, tmp_path / "out", options=CPU)
+
+
+def test_best_tunes_blocks_and_stores_what_it_judged(
+    tiny_flux: Path, prompts: Path, artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(tuning, "STEPS", 10)
+    monkeypatch.setattr(tuning, "JUDGE_EVERY", 5)
+    recipe = recipe_for(tiny_flux, prompts, effort="best", rank=16)
+    report = convert(recipe, tmp_path / "out", calibration=artefact, options=CPU)
+    assert list(report.search.blocks) == ["transformer_blocks.0", "single_transformer_blocks.0"]
+    for block in report.search.blocks.values():
+        assert 0 < block.after <= block.before
+    steps = report.search.layers["transformer_blocks.0.ff.net.2"].steps_db
+    assert list(steps) == ["start", "learned", "denoise", "gptq", "refit"]
+    assert open_checkpoint(tmp_path / "out").rank == 16
+
+
+def test_best_without_prompts_says_what_it_needs(tiny_flux: Path, artefact: Path, tmp_path: Path):
+    with pytest.raises(UsageError, match="needs the whole pipeline and prompts"):
+        convert(
+            recipe_for(tiny_flux, None, effort="best"), tmp_path / "out", calibration=artefact, options=CPU
+        )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [(5, 5), ("6.5GB", 6_500_000_000), ("2 GiB", 2**31), ("100k", 100_000), ("7", 7), (None, None)],
+)
+def test_a_size_is_bytes_or_a_number_with_its_unit(said: object, meant: int | None):
+    assert Quantization.model_validate({"size_budget": said}).size_bytes == meant
+
+
+@pytest.mark.parametrize("said", [0, -1, True, 1.5, "many", "-2GB", "6.5 GB of RAM"])
+def test_what_is_no_size_is_refused(said: object):
+    with pytest.raises(ValidationError, match="must be a number of bytes"):
+        Quantization.model_validate({"size_budget": said})
