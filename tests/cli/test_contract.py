@@ -229,7 +229,6 @@ def test_doctor_lists_every_kernel_in_every_precision_and_mode(capsys: pytest.Ca
         ("convert SOURCE -o OUT --rank 17", 2, "usage"),
         ("convert SOURCE -o OUT --rank auto", 2, "usage"),
         ("convert SOURCE -o OUT --precision int3", 2, "usage"),
-        ("convert SOURCE -o OUT --effort best", 2, "usage"),
         ("convert SOURCE -o OUT --format ggml", 2, "usage"),
         ("convert SOURCE -o OUT --family sdxxl", 2, "unknown-family"),
         ("convert SOURCE -o OUT --fail-if psnr<3", 2, "usage"),

@@ -76,7 +76,7 @@ def test_statistics_and_solution_stand_for_the_convolution(sana: Path):
             {name: plan.layer(name)},
             {name: SourceWeight(weight, bias)},
             stats[name],
-            SolveSettings("fast", "closed-form", 0, torch.bfloat16),
+            SolveSettings("closed-form", 0, torch.bfloat16),
         )
         replace_linears(pipe.transformer, {name: quantized_linear(solved.w4a4[0])})
         after = pipe.transformer.get_submodule(name)
