@@ -10,28 +10,23 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from svdq_cli.calibrate.collect import collect_stats
 from svdq_cli.calibrate.pipelines import draw
 from svdq_cli.calibrate.settings import DrawSettings
 from svdq_cli.checkpoint import Checkpoint, open_checkpoint
 from svdq_cli.errors import InputError, UsageError
 from svdq_cli.evaluate.grid import picture_grid
 from svdq_cli.evaluate.images import compare
-from svdq_cli.evaluate.layers import layer_sqnr_db
+from svdq_cli.judging import JudgedLayers, judge_layers
 from svdq_cli.loading import Backend, load_16bit_pipeline, load_pipeline
 from svdq_cli.locate import DEMO_SOURCES
 from svdq_cli.machine import resolve_device
-from svdq_cli.plan import plan_model
 from svdq_cli.preparing import DEFAULT_OPTIONS, RunOptions, chosen_prompts, draw_settings, source_of
 from svdq_cli.recipe import Calibration, Recipe, default_recipe, figure_of
 from svdq_cli.records import (
     BaselineFacts,
     EvalReport,
     GenerateReport,
-    Int4,
-    LayerSqnr,
     Observer,
-    SharedInput,
     W4A4Plan,
     ignore_events,
     json_text,
@@ -42,14 +37,12 @@ from svdq_cli.runtime.naive import naive_solution
 from svdq_cli.runtime.replace import replace_linears
 from svdq_cli.solve.modulation import solve_w4a16
 from svdq_cli.source import Source, read_tensor
-from svdq_cli.structure import shared_input
 from svdq_cli.writing import refuse_existing
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from PIL.Image import Image
 
-SQNR_ROWS = 1024  # held-out rows per layer input
 SQNR_PROMPTS = 8  # of the judged prompts; rows come from all their timesteps
 GRID_ROWS = 8  # prompts shown in the picture grid
 NOISE_PICTURES = 2  # redrawn with the 16-bit model to see its own run-to-run noise
@@ -63,6 +56,15 @@ class Pictures:
     sixteen_bit: Sequence[Image]
     naive: Sequence[Image]
     converted: Sequence[Image]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Evaluation:
+    """The figures of an evaluation, and what they were taken from."""
+
+    report: EvalReport
+    pictures: Pictures
+    layers: JudgedLayers
 
 
 def evaluation_recipe(checkpoint: Checkpoint, source: str) -> Recipe:
@@ -98,20 +100,25 @@ def evaluate(
 ) -> EvalReport:
     """Pictures of the 16-bit model (the recipe's source), of naive 4-bit and of the checkpoint, at equal seeds.
 
-    With `report_folder`: the pictures, a grid of them and the report are kept there.
+    With `report_folder`: the pictures, a grid of them, the report and its plots are kept there.
     """
-    if report_folder is not None:
-        refuse_existing(report_folder, overwrite=options.overwrite)
-    report, pictures = evaluate_pictures(path, recipe, options=options, observe=observe)
-    if report_folder is not None:
-        keep_report(report_folder, report, pictures)
-    return report
+    if report_folder is None:
+        return evaluate_pictures(path, recipe, options=options, observe=observe).report
+    # Imports matplotlib, which takes a while
+    from svdq_cli.plotting import plot_evaluation, search_of
+
+    refuse_existing(report_folder, overwrite=options.overwrite)
+    search = search_of(path)  # refuses a damaged report now, not after the long work
+    found = evaluate_pictures(path, recipe, options=options, observe=observe)
+    keep_report(report_folder, found.report, found.pictures)
+    plot_evaluation(report_folder, found.layers, search=search)
+    return found.report
 
 
 def evaluate_pictures(
     path: Path, recipe: Recipe, *, options: RunOptions = DEFAULT_OPTIONS, observe: Observer = ignore_events
-) -> tuple[EvalReport, Pictures]:
-    """`evaluate`, with the pictures themselves."""
+) -> Evaluation:
+    """`evaluate`, with the pictures themselves and what was measured of the layers."""
     started = time.monotonic()
     checkpoint = open_checkpoint(path)
     source = source_of(recipe, options)
@@ -135,7 +142,7 @@ def evaluate_pictures(
     model: nn.Module = getattr(pipe, source.component)
     reference = draw(pipe, prompts, settings=settings, stage="draw 16-bit", observe=observe)
     floor = _noise_floor(pipe, prompts, settings, reference)
-    sqnr = _held_out_sqnr(pipe, model, checkpoint, source, prompts[:SQNR_PROMPTS], settings, observe)
+    layers = judge_layers(pipe, model, checkpoint, source, prompts[:SQNR_PROMPTS], settings, observe)
     _make_naive(model, checkpoint, source)
     naive = draw(pipe, prompts, settings=settings, stage="draw naive 4-bit", observe=observe)
     del pipe, model
@@ -151,11 +158,11 @@ def evaluate_pictures(
         lpips=None,
         clip=None,
         baselines={"rtn": BaselineFacts(baseline.psnr, baseline.ssim)},
-        layer_sqnr_db=sqnr,
+        layer_sqnr_db=layers.sqnr,
         noise_floor_psnr_db=floor,
         seconds=time.monotonic() - started,
     )
-    return _gated(report, recipe), Pictures(prompts, reference, naive, converted)
+    return Evaluation(_gated(report, recipe), Pictures(prompts, reference, naive, converted), layers)
 
 
 def keep_report(folder: Path, report: EvalReport, pictures: Pictures) -> None:
@@ -230,44 +237,6 @@ def _noise_floor(
     count = min(NOISE_PICTURES, len(prompts))
     again = draw(pipe, prompts[:count], settings=replace(settings, batch_size=1))
     return compare(list(reference[:count]), again).psnr.mean
-
-
-def _held_out_sqnr(
-    pipe: DiffusionPipeline,
-    model: nn.Module,
-    checkpoint: Checkpoint,
-    source: Source,
-    prompts: Sequence[str],
-    settings: DrawSettings,
-    observe: Observer,
-) -> LayerSqnr:
-    """Every converted layer against its 16-bit twin, on activations of the prompts that are judged."""
-    inputs = _shared_inputs(checkpoint, source)
-    stats = collect_stats(pipe, model, inputs, prompts, draw=settings, rows=SQNR_ROWS, observe=observe)
-    per_layer: dict[str, float] = {}
-    plans = {plan.name: plan for plan in checkpoint.layers}
-    for shared in inputs:
-        for name in shared.layers:
-            weight = read_tensor(source, f"{name}.weight").flatten(1)
-            bias = read_tensor(source, f"{name}.bias") if plans[name].linear.bias else None
-            solution = checkpoint.solution(plans[name])
-            per_layer[name] = round(layer_sqnr_db(weight, bias, solution, stats[shared.name].rows), 3)
-    return LayerSqnr(sum(per_layer.values()) / len(per_layer), min(per_layer.values()), per_layer)
-
-
-def _shared_inputs(checkpoint: Checkpoint, source: Source) -> tuple[SharedInput, ...]:
-    """What the converted layers read, as the family says; layers that a recipe's rules added are taken alone."""
-    converted = {plan.name for plan in checkpoint.layers}
-    plan = plan_model(
-        source,
-        precision=checkpoint.precision or Int4(),
-        rank=checkpoint.rank or 16,
-        family=checkpoint.family,
-        supports=lambda layer: None if layer.name in converted else "kept in this checkpoint",
-    )
-    covered = {name for shared in plan.inputs for name in shared.layers}
-    added = (shared_input([layer.name]) for layer in checkpoint.layers if layer.name not in covered)
-    return (*plan.inputs, *added)
 
 
 def _make_naive(model: nn.Module, checkpoint: Checkpoint, source: Source) -> None:

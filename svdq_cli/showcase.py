@@ -138,7 +138,8 @@ def _one_source(source: str, folder: Path, options: RunOptions, observe: Observe
         for precision in ("int4", "nvfp4")
     }
     judged = with_overrides(evaluation_recipe(open_checkpoint(folder / "int4"), source), samples=EVAL_PROMPTS)
-    report, pictures = evaluate_pictures(folder / "int4", judged, options=options, observe=observe)
+    evaluation = evaluate_pictures(folder / "int4", judged, options=options, observe=observe)
+    report, pictures = evaluation.report, evaluation.pictures
     settings = draw_settings(judged, open_source(locate_source(source)))
     other = draw(
         load_pipeline(folder / "nvfp4", device=resolve_device(options.device)),

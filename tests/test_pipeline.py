@@ -146,11 +146,15 @@ def test_evaluation_scores_the_checkpoint_and_the_naive_baseline(
     assert len(report.layer_sqnr_db.per_layer) == 20
     assert leftovers(tmp_path / "report") == [
         "16bit",
+        "activations.png",
         "converted",
         "grid.png",
+        "layers.png",
         "naive",
         "prompts.txt",
+        "ranks.png",
         "report.json",
+        "singular_values.png",
     ]
 
 

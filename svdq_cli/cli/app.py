@@ -316,7 +316,8 @@ def evaluate(
     checkpoint: Checkpoint,
     against: Annotated[str, typer.Option(metavar="SOURCE", help="The 16-bit model to compare with.")],
     report: Annotated[
-        Path | None, typer.Option("--report", metavar="DIR", help="Keep pictures, grid and figures there.")
+        Path | None,
+        typer.Option("--report", metavar="DIR", help="Keep pictures, grid, figures and plots there."),
     ] = None,
     base: opt.Base = None,
     loras: opt.Loras = None,

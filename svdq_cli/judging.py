@@ -1,0 +1,75 @@
+"""Every converted layer against its 16-bit twin, on activations of held-out prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from svdq_cli.calibrate.collect import collect_stats
+from svdq_cli.calibrate.settings import DrawSettings
+from svdq_cli.checkpoint import Checkpoint
+from svdq_cli.evaluate.layers import layer_sqnr_db
+from svdq_cli.plan import plan_model
+from svdq_cli.records import Int4, LayerSqnr, Observer, SharedInput
+from svdq_cli.source import Source, read_tensor
+from svdq_cli.structure import shared_input
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+ROWS = 1024  # held-out rows per layer input
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class JudgedLayers:
+    """What became of the converted layers, and what they read meanwhile."""
+
+    checkpoint: Checkpoint
+    source: Source  # the 16-bit model
+    sqnr: LayerSqnr
+    inputs: tuple[SharedInput, ...]  # cover all converted layers
+    abs_max: Mapping[str, Tensor]  # by shared input: (K,) float32, per channel
+
+
+def judge_layers(
+    pipe: DiffusionPipeline,
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    source: Source,
+    prompts: Sequence[str],
+    settings: DrawSettings,
+    observe: Observer,
+) -> JudgedLayers:
+    """`model`: the 16-bit denoiser of `pipe`, read from `source`."""
+    inputs = _shared_inputs(checkpoint, source)
+    stats = collect_stats(pipe, model, inputs, prompts, draw=settings, rows=ROWS, observe=observe)
+    per_layer: dict[str, float] = {}
+    plans = {plan.name: plan for plan in checkpoint.layers}
+    for shared in inputs:
+        for name in shared.layers:
+            weight = read_tensor(source, f"{name}.weight").flatten(1)
+            bias = read_tensor(source, f"{name}.bias") if plans[name].linear.bias else None
+            solution = checkpoint.solution(plans[name])
+            per_layer[name] = round(layer_sqnr_db(weight, bias, solution, stats[shared.name].rows), 3)
+    sqnr = LayerSqnr(sum(per_layer.values()) / len(per_layer), min(per_layer.values()), per_layer)
+    return JudgedLayers(
+        checkpoint, source, sqnr, inputs, {name: found.abs_max for name, found in stats.items()}
+    )
+
+
+def _shared_inputs(checkpoint: Checkpoint, source: Source) -> tuple[SharedInput, ...]:
+    """What the converted layers read, as the family says; layers that a recipe's rules added are taken alone."""
+    converted = {plan.name for plan in checkpoint.layers}
+    plan = plan_model(
+        source,
+        precision=checkpoint.precision or Int4(),
+        rank=checkpoint.rank or 16,
+        family=checkpoint.family,
+        supports=lambda layer: None if layer.name in converted else "kept in this checkpoint",
+    )
+    covered = {name for shared in plan.inputs for name in shared.layers}
+    added = (shared_input([layer.name]) for layer in checkpoint.layers if layer.name not in covered)
+    return (*plan.inputs, *added)
