@@ -265,7 +265,14 @@ def layer_sqnr(reports: list[LayerReport]) -> LayerSqnr:
 
 def search_facts(reports: list[LayerReport], blocks: Mapping[str, BlockSearch]) -> SearchFacts:
     layers = {
-        report.name: LayerSearch(report.rank, report.smoothing, report.steps_db, report.steps_seconds)
+        report.name: LayerSearch(
+            report.rank,
+            report.smoothing,
+            report.steps_db,
+            report.steps_seconds,
+            report.steps_taken,
+            report.fallback,
+        )
         for report in reports
     }
     return SearchFacts(layers, blocks)

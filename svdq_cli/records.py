@@ -200,6 +200,8 @@ class LayerReport:
     smoothing: str | None  # "grid a=0.50 b=0.25", None for W4A16
     steps_db: Mapping[str, float]  # SQNR on held-out rows at the start and after each step that was tried
     steps_seconds: Mapping[str, float]  # time of each step, for all layers of the shared input
+    steps_taken: tuple[str, ...] = ()  # those that paid
+    fallback: tuple[str, ...] = ()  # why steps could not be tried
 
 
 # ---------------------------------------------------------------------------------------------------- progress
@@ -271,12 +273,15 @@ class LayerCounts:
 @dataclass(frozen=True, slots=True)
 class LayerSearch:
     """How a layer came to be. `steps_db`: SQNR on held-out rows at the start (the paper's search) and after each step
-    that was tried; a step that lowered it was not taken. Seconds are those of all layers of the shared input."""
+    that was tried; one that did not raise it over all layers of the input was not taken. Seconds are those of all layers
+    of the shared input."""
 
     rank: int | None
     smoothing: str | None
     steps_db: Mapping[str, float]
     steps_seconds: Mapping[str, float]
+    steps_taken: tuple[str, ...]
+    fallback: tuple[str, ...]  # why steps could not be tried
 
 
 @dataclass(frozen=True, slots=True)

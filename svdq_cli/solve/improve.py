@@ -65,6 +65,8 @@ class Trail:
         default_factory=dict
     )  # layer -> step -> held-out noise over signal
     seconds: dict[str, float] = field(default_factory=dict)  # step -> for all layers of the input
+    taken: list[SearchStep] = field(default_factory=list)
+    fallback: list[str] = field(default_factory=list)  # why steps were left out, in words
 
 
 @dataclass(slots=True, eq=False)
@@ -90,6 +92,9 @@ def improve(
     """
     trail = Trail({plan.name: {} for plan in task.plans})
     if task.rows.shape[0] < LEAST_ROWS:
+        trail.fallback.append(
+            f"{task.rows.shape[0]} calibration rows, {LEAST_ROWS} are needed to learn and to judge"
+        )
         return start, trail
     train, judge = task.rows.tensor_split([task.rows.shape[0] * (HELD_OUT - 1) // HELD_OUT])
 
@@ -117,8 +122,11 @@ def improve(
             if errors is not None and sum(found.values()) >= sum(errors.values()):
                 break
             errors, candidate = found, tried
-        if errors is not None and (reached := note(step, errors)) < least:
+        if errors is None:
+            trail.fallback.append(f"{step}: the activations say nothing to go by")
+        elif (reached := note(step, errors)) < least:
             best, least = candidate, reached  # pyright: ignore[reportPossiblyUnbound]
+            trail.taken.append(step)
         trail.seconds[step] = time.monotonic() - began
     return best.solutions, trail
 

@@ -77,7 +77,19 @@ def solve_input(
             w4a4.append(solution)
             gains = {step: round(_decibels(error), 3) for step, error in trail.errors.get(name, {}).items()}
             sqnr, error = measured(solution, weights[name], rows)
-            reports.append(LayerReport(name, sqnr, solution.plan.rank, error, label, gains, trail.seconds))
+            reports.append(
+                LayerReport(
+                    name,
+                    sqnr,
+                    solution.plan.rank,
+                    error,
+                    label,
+                    gains,
+                    trail.seconds,
+                    tuple(trail.taken),
+                    tuple(trail.fallback),
+                )
+            )
     w4a16 = [
         solve_w4a16(
             plan,

@@ -55,6 +55,8 @@ def test_balanced_with_too_few_rows_is_fast(precision: Precision):
         solved(precision, "fast", rows).w4a4, solved(precision, "balanced", rows).w4a4, strict=True
     ):
         assert torch.equal(one.codes, other.codes)
+    (reason,) = solved(precision, "balanced", rows).reports[0].fallback
+    assert reason == "40 calibration rows, 64 are needed to learn and to judge"
 
 
 @BOTH
@@ -68,9 +70,14 @@ def test_odd_activations_leave_balanced_finite(precision: Precision, kind: str):
             rows[:, 3] *= 1e4
         case _:
             rows = rows[:1].expand(200, -1).clone()
-    for solution in solved(precision, "balanced", rows).w4a4:
+    balanced = solved(precision, "balanced", rows)
+    for solution in balanced.w4a4:
         for tensor in (solution.smooth, solution.down, solution.up, solution.scales):
             assert torch.isfinite(tensor.float()).all()
+    noise = sum(10 ** (-r.sqnr_db / 10) for r in balanced.reports)
+    assert noise <= 1.05 * sum(10 ** (-r.sqnr_db / 10) for r in solved(precision, "fast", rows).reports)
+    if kind == "zeros":
+        assert "denoise: the activations say nothing to go by" in balanced.reports[0].fallback
 
 
 @BOTH
