@@ -273,8 +273,8 @@ class LayerCounts:
 @dataclass(frozen=True, slots=True)
 class LayerSearch:
     """How a layer came to be. `steps_db`: SQNR on held-out rows at the start (the paper's search) and after each step
-    that was tried; one that did not raise it over all layers of the input was not taken. Seconds are those of all layers
-    of the shared input."""
+    that was tried; one that did not raise it over all layers of the input was not taken. Seconds are those of all
+    layers of the shared input."""
 
     rank: int | None
     smoothing: str | None
