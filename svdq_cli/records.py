@@ -42,9 +42,7 @@ GELU_SHIFT = 0.171875
 
 Effort = Literal["datafree", "fast", "balanced", "best"]
 Smoothing = Literal["none", "closed-form", "grid"]
-SearchStep = Literal[
-    "learned", "denoise", "gptq", "refit"
-]  # beyond the paper, in the order in which they are taken
+SearchStep = Literal["learned", "gptq", "refit"]  # beyond the paper, in the order in which they are taken
 
 # ---------------------------------------------------------------------------------------------------- the plan
 

@@ -1,30 +1,28 @@
 """Steps beyond the paper's search: better images from the same bytes.
 
-Learned smoothing, a denoised target, GPTQ rounding, a refitted branch. Every step is judged on rows that it did not
-see; a step that does not pay is not taken, so the result is never worse there than the search it starts from.
+Learned smoothing, GPTQ rounding, a refitted branch. Every step is judged on rows that it did not see; a step that does
+not pay is not taken, so the result is never worse there than the search it starts from.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from svdq_cli.records import Precision, SearchStep, W4A4Plan, W4A4Solution
-from svdq_cli.solve.denoise import denoised, moments
 from svdq_cli.solve.forward import SourceWeight, dequantized_weight, relative_errors
 from svdq_cli.solve.learned import learn_smoothing
 from svdq_cli.solve.low_rank import split_low_rank
 from svdq_cli.solve.quantizers import QuantizedWeight, fake_quantize_activation
 from svdq_cli.solve.refit import RIDGE, refit_branch
-from svdq_cli.solve.rounding import gptq_weight, nearest_weight
+from svdq_cli.solve.rounding import gptq_weight
 
 HELD_OUT = 8  # one row in eight judges: the last ones, which come from pictures that the others do not
 LEAST_ROWS = 64  # with fewer there is nothing to learn from and nothing to judge on
-DENOISE_RIDGES = (1.0, 0.3, 0.1, 0.03)  # from careful to bold, as long as it pays
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,14 +67,6 @@ class Trail:
     fallback: list[str] = field(default_factory=list)  # why steps were left out, in words
 
 
-@dataclass(slots=True, eq=False)
-class _State:
-    """The best so far: the solutions and the 4-bit part that they round, (sum of N, K) in smoothed coordinates."""
-
-    solutions: Solutions
-    target: Tensor
-
-
 def improve(
     task: Task,
     start: Solutions,
@@ -106,41 +96,34 @@ def improve(
             trail.errors[name][step] = error
         return sum(errors.values())
 
-    best = _State(start, _residual(task, start))
-    least = note("start", judged(start))
-    attempts: dict[SearchStep, Callable[[], Iterator[_State]]] = {
+    best, least = start, note("start", judged(start))
+    attempts: dict[SearchStep, Callable[[], Solutions | None]] = {
         "learned": lambda: _learned(task, train, best, place, nearest),
-        "denoise": lambda: _denoised(task, train, best),
         "gptq": lambda: _rounded(task, train, best),
         "refit": lambda: _refitted(task, train, best),
     }
     for step in steps:
         began = time.monotonic()
-        errors: dict[str, float] | None = None
-        for tried in attempts[step]():
-            found = judged(tried.solutions)
-            if errors is not None and sum(found.values()) >= sum(errors.values()):
-                break
-            errors, candidate = found, tried
-        if errors is None:
+        tried = attempts[step]()
+        if tried is None:
             trail.fallback.append(f"{step}: the activations say nothing to go by")
-        elif (reached := note(step, errors)) < least:
-            best, least = candidate, reached  # pyright: ignore[reportPossiblyUnbound]
+        elif (reached := note(step, judged(tried))) < least:
+            best, least = tried, reached
             trail.taken.append(step)
         trail.seconds[step] = time.monotonic() - began
-    return best.solutions, trail
+    return best, trail
 
 
-# Each step yields what it would have instead of the best so far: one proposal, or several as long as they get better.
+# Each step returns what it would have instead of the best so far, or None where there is nothing to go by.
 
 
 def _learned(
     task: Task,
     train: Tensor,
-    best: _State,
+    best: Solutions,
     place: Callable[[Tensor], Tensor],
     nearest: Callable[[Tensor], Solutions],
-) -> Iterator[_State]:
+) -> Solutions:
     """Each layer weighs the same: its rows are scaled by the size of its output."""
     shares = torch.cat(
         [
@@ -164,52 +147,40 @@ def _learned(
         return torch.cat(parts) * shares
 
     weight = torch.cat([task.stacked(members) for members in task.branches]) * shares
-    start = _smooth(best.solutions)
-    smooth = place(learn_smoothing(start, weight, train, task.precision, branch=branch, seed=task.seed))
-    solutions = nearest(smooth)
-    yield _State(solutions, _residual(task, solutions))
+    start = _smooth(best)
+    return nearest(
+        place(learn_smoothing(start, weight, train, task.precision, branch=branch, seed=task.seed))
+    )
 
 
-def _denoised(task: Task, train: Tensor, best: _State) -> Iterator[_State]:
-    """The same branches; what they leave over is denoised ever more boldly, and rounded to nearest."""
-    seen = moments(train / _smooth(best.solutions), task.precision)
-    exact = _residual(task, best.solutions)
-    for ridge in DENOISE_RIDGES:
-        target = denoised(exact, seen, ridge=ridge)
-        if target is None:
-            return
-        quantized = nearest_weight(target, task.precision, dtype=task.dtype, parts=task.counts)
-        yield _State(_with_codes(task, best.solutions, quantized), target)
-
-
-def _rounded(task: Task, train: Tensor, best: _State) -> Iterator[_State]:
-    """The same target, rounded by GPTQ. All layers see one input, so one Hessian serves all."""
-    drawn = fake_quantize_activation(train / _smooth(best.solutions), task.precision)
+def _rounded(task: Task, train: Tensor, best: Solutions) -> Solutions | None:
+    """The same branches, what they leave over rounded by GPTQ. All layers see one input, so one Hessian serves all."""
+    drawn = fake_quantize_activation(train / _smooth(best), task.precision)
     hessian = drawn.T @ drawn / len(drawn)
-    quantized = gptq_weight(best.target, hessian, task.precision, dtype=task.dtype, parts=task.counts)
-    yield _State(_with_codes(task, best.solutions, quantized), best.target)
+    left = _residual(task, best)
+    quantized = gptq_weight(left, hessian, task.precision, dtype=task.dtype, parts=task.counts)
+    return None if quantized is None else _with_codes(task, best, quantized)
 
 
-def _refitted(task: Task, train: Tensor, best: _State) -> Iterator[_State]:
+def _refitted(task: Task, train: Tensor, best: Solutions) -> Solutions | None:
     """New branches for the codes there are, fitted in smoothed coordinates, where channels are of one size."""
-    solutions = best.solutions
-    refitted = dict(solutions)
-    smooth = _smooth(solutions)
+    refitted: Solutions = {}
+    smooth = _smooth(best)
     x = train / smooth
     drawn = fake_quantize_activation(x, task.precision)
     for members in task.branches:
-        down = solutions[members[0].name].down.float()
-        ups = torch.cat([solutions[plan.name].up.float() for plan in members])
+        down = best[members[0].name].down.float()
+        ups = torch.cat([best[plan.name].up.float() for plan in members])
         product = (ups @ down) * smooth
-        four_bit = torch.cat([dequantized_weight(solutions[plan.name]) for plan in members])
+        four_bit = torch.cat([dequantized_weight(best[plan.name]) for plan in members])
         missing = train @ task.stacked(members).T - drawn @ four_bit.T - x @ product.T
         found = refit_branch(x, missing, product, rank=members[0].rank, ridge=RIDGE, seed=task.seed)
         if found is None:
             continue
         up, new_down = found[0].to(task.dtype), (found[1] / smooth).to(task.dtype).contiguous()
         for plan, rows in zip(members, up.split([plan.linear.out_features for plan in members]), strict=True):
-            refitted[plan.name] = replace(solutions[plan.name], down=new_down, up=rows.contiguous())
-    yield _State(refitted, best.target)
+            refitted[plan.name] = replace(best[plan.name], down=new_down, up=rows.contiguous())
+    return {**best, **refitted} if refitted else None
 
 
 def _smooth(solutions: Solutions) -> Tensor:

@@ -17,7 +17,7 @@ class WeightError:
     """How far a rebuilt weight is from the original.
 
     W4A4 layers are compared in smoothed coordinates (columns multiplied by the smoothing factor), where rounding is
-    uniform. The search moves a weight on purpose (GPTQ, the denoised target), so a distance alone tells little; but it
+    uniform. The search moves a weight on purpose (GPTQ, block reconstruction), so a distance alone tells little; but it
     never turns one away from the original, as a wrong permutation, a smoothing factor used upside down or a foreign
     weight do.
     """
@@ -60,7 +60,7 @@ def _smooth_slope(four_bit: Tensor, stands_for: Tensor, smooth: Tensor) -> float
     """Slope of log gain against log smooth over input channels; the gain of a column is its regression on what it
     stands for. A file whose smoothing factor is s' where its codes were made with s has gains s / s'."""
     gain = (four_bit * stands_for).sum(0) / stands_for.square().sum(0).clamp(min=1e-30)
-    known = gain > 0.01  # dead and fully denoised channels say nothing
+    known = gain > 0.01  # dead channels say nothing
     if int(known.sum()) < 2:
         return 0.0
     x, y = smooth[known].double().log(), gain[known].double().log()

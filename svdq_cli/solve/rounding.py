@@ -216,30 +216,16 @@ class AffineGrid:
 
 def gptq_weight(
     weight: Tensor, hessian: Tensor, precision: Precision, *, dtype: torch.dtype, parts: tuple[int, ...]
-) -> QuantizedWeight:
-    """Codes and scales of a W4A4 residual `weight` (N, K) float32.
+) -> QuantizedWeight | None:
+    """Codes and scales of a W4A4 residual `weight` (N, K) float32; None where the Hessian says nothing.
 
     `parts`: the rows of each layer stacked in `weight`; nvfp4 has one outer scale for each, returned as (N,).
-    Rounds to nearest where the Hessian says nothing.
     """
-    nearest = nearest_weight(weight, precision, dtype=dtype, parts=parts)
     match precision:
         case Int4():
-            found = gptq(weight, hessian, Int4Grid(dtype))
+            found, outer = gptq(weight, hessian, Int4Grid(dtype)), None
         case NvFp4():
-            assert nearest.outer is not None
-            found = gptq(weight, hessian, NvFp4Grid(nearest.outer.float()))
-    return nearest if found is None else QuantizedWeight(found.codes, found.parameters[0], nearest.outer)
-
-
-def nearest_weight(
-    weight: Tensor, precision: Precision, *, dtype: torch.dtype, parts: tuple[int, ...]
-) -> QuantizedWeight:
-    """Rounding to nearest, in the same form as `gptq_weight`."""
-    each = [quantize_weight(part, precision, dtype=dtype) for part in weight.split(parts)]
-    outer = None
-    if isinstance(precision, NvFp4):
-        outer = torch.cat(
-            [q.outer.expand(n) for q, n in zip(each, parts, strict=True) if q.outer is not None]
-        )
-    return QuantizedWeight(torch.cat([q.codes for q in each]), torch.cat([q.scales for q in each]), outer)
+            each = [quantize_weight(part, precision, dtype=dtype).outer for part in weight.split(parts)]
+            outer = torch.cat([o.expand(n) for o, n in zip(each, parts, strict=True) if o is not None])
+            found = gptq(weight, hessian, NvFp4Grid(outer.float()))
+    return None if found is None else QuantizedWeight(found.codes, found.parameters[0], outer)

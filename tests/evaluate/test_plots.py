@@ -47,7 +47,7 @@ def pixels(path: Path, color: tuple[int, int, int]) -> int:
 
 
 def searched(ranks: dict[str, LayerRank], refit: float, *, taken: bool) -> dict[str, LayerSteps]:
-    sqnr = {"start": 20.0, "learned": 20.5, "denoise": 21.0, "gptq": 22.0, "refit": refit}
+    sqnr = {"start": 20.0, "learned": 20.5, "gptq": 22.0, "refit": refit}
     steps = LayerSteps(sqnr, frozenset(sqnr) - (set() if taken else {"refit"}))
     return {name: steps for name, rank in ranks.items() if isinstance(rank, int)}
 

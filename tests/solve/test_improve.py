@@ -45,7 +45,7 @@ def test_balanced_beats_the_papers_search_on_fresh_rows(precision: Precision):
     # on the trained layers this was developed with the gain is 2 dB; this small world gives at least half of that
     assert fresh_db(balanced) > fresh_db(fast) + 1.0
     for report in balanced.reports:
-        assert list(report.steps_db) == ["start", "learned", "denoise", "gptq", "refit"]
+        assert list(report.steps_db) == ["start", "learned", "gptq", "refit"]
 
 
 @BOTH
@@ -77,7 +77,7 @@ def test_odd_activations_leave_balanced_finite(precision: Precision, kind: str):
     noise = sum(10 ** (-r.sqnr_db / 10) for r in balanced.reports)
     assert noise <= 1.05 * sum(10 ** (-r.sqnr_db / 10) for r in solved(precision, "fast", rows).reports)
     if kind == "zeros":
-        assert "denoise: the activations say nothing to go by" in balanced.reports[0].fallback
+        assert "gptq: the activations say nothing to go by" in balanced.reports[0].fallback
 
 
 @BOTH
@@ -87,6 +87,7 @@ def test_gptq_loses_less_output_than_nearest(precision: Precision):
     hessian = rows.T @ rows / len(rows)
     nearest = dequantize_weight(quantize_weight(weight, precision, dtype=torch.bfloat16), precision)
     rounded = gptq_weight(weight, hessian, precision, dtype=torch.bfloat16, parts=(weight.shape[0],))
+    assert rounded is not None
     fresh = correlated_rows(500, seed=2)
     noise = [
         float((fresh @ (q - weight).T).square().sum())
@@ -96,12 +97,9 @@ def test_gptq_loses_less_output_than_nearest(precision: Precision):
 
 
 @BOTH
-def test_gptq_without_activations_rounds_to_nearest(precision: Precision):
+def test_gptq_has_nothing_to_say_without_activations(precision: Precision):
     weight = weights()["q"].weight
-    found = gptq_weight(weight, torch.zeros(256, 256), precision, dtype=torch.bfloat16, parts=(64, 64))
-    for part, rows in zip((0, 1), weight.split(64), strict=True):
-        expected = quantize_weight(rows, precision, dtype=torch.bfloat16)
-        assert torch.equal(found.codes.split(64)[part], expected.codes)
+    assert gptq_weight(weight, torch.zeros(256, 256), precision, dtype=torch.bfloat16, parts=(64, 64)) is None
 
 
 def test_the_refit_finds_a_missing_low_rank_term():
