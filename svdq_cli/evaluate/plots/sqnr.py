@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -29,7 +30,8 @@ from svdq_cli.evaluate.plots.style import (
     marker_size,
 )
 
-_STYLES = ((SKY, "^"), (ORANGE, "s"), (BLUE, "D"), (VERMILION, "o"), (GREEN, "v"), (PURPLE, "P"))
+_STYLES = {"learned": (SKY, "^"), "gptq": (BLUE, "D"), "refit": (VERMILION, "o")}
+_OTHERS = ((ORANGE, "s"), (GREEN, "v"), (PURPLE, "P"))  # steps of checkpoints from other versions
 _LEAST_GAIN = -1.0  # dB; a step that was not taken may lie far below, and is drawn at the edge
 
 
@@ -161,4 +163,5 @@ def _step_names(steps: Mapping[str, LayerSteps]) -> list[str]:
 
 def _styles(steps: Mapping[str, LayerSteps]) -> dict[str, tuple[str, str]]:
     """(color, marker) of every step, in the order of the steps."""
-    return {step: _STYLES[i % len(_STYLES)] for i, step in enumerate(_step_names(steps))}
+    others = cycle(_OTHERS)
+    return {step: _STYLES[step] if step in _STYLES else next(others) for step in _step_names(steps)}
