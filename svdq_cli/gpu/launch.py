@@ -84,7 +84,7 @@ def device_at(index: int) -> CudaDevice:
 @functools.cache
 def _cupy() -> Any:
     try:
-        import cupy
+        import cupy  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         major = (torch.version.cuda or "13").split(".")[0]
         raise EnvironmentLacksError(

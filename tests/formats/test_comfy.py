@@ -84,8 +84,8 @@ def test_stored_layers_compute_the_golden_outputs(name: str):
 def kitchen_linear(stored: dict[str, Tensor], x: Tensor) -> Tensor:
     """The released op on the tensors of one module of a file, as a loader would hand them over."""
     pytest.importorskip("comfy_kitchen", reason="needs comfy-kitchen (pip install comfy-kitchen)")
-    from comfy_kitchen.tensor.base import QuantizedTensor, register_layout_class
-    from comfy_kitchen.tensor.svdquant_w4a4 import TensorCoreSVDQuantW4A4Layout
+    from comfy_kitchen.tensor.base import QuantizedTensor, register_layout_class  # pyright: ignore[reportMissingImports]
+    from comfy_kitchen.tensor.svdquant_w4a4 import TensorCoreSVDQuantW4A4Layout  # pyright: ignore[reportMissingImports]
 
     register_layout_class("TensorCoreSVDQuantW4A4Layout", TensorCoreSVDQuantW4A4Layout)
     rows, columns = stored["weight"].shape[0] * 128, stored["weight"].shape[1] * 64
