@@ -37,7 +37,7 @@ lint: $(STAMP) ## ruff, pyright, and the floors of the architecture
 bench: $(STAMP) ## speed of converted layers on this machine
 	$(BIN)/python -m svdq_cli bench
 
-bench-quality: $(STAMP) ## what each step of the search is worth, on the embedded model (about ten minutes)
+bench-quality: $(STAMP) ## what each step of the search is worth, on the embedded model (half an hour)
 	$(BIN)/python -m svdq_cli.quality
 
 wheel: $(STAMP) ## sdist, and the wheel built from it, in dist/

@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from fnmatch import fnmatchcase
 
 import torch
 
 from svdq_cli.errors import UsageError
 from svdq_cli.plan import restricted
 from svdq_cli.preparing import Prepared, predicted_sizes
-from svdq_cli.recipe import DEFAULT_RANK
+from svdq_cli.recipe import DEFAULT_RANK, RankOverride
 from svdq_cli.records import Event, ModelPlan, Observer, W4A4Plan
 from svdq_cli.solve.allocate import Candidate, Choice, allocate, uniform
 from svdq_cli.solve.ranks import rank_errors
@@ -38,6 +39,8 @@ def allocated(
             hint="name prompts with --prompts or a recipe, give --calib, or give a fixed rank",
             where="quantization.rank",
         )
+    if wanted.size_bytes is not None:
+        _require_mixing(prepared)
     ranks = RANKS if wanted.rank == "auto" else (wanted.rank,)
     candidates = candidates_of(prepared, statistics, ranks, device, observe)
     budget = budget_of(prepared, candidates)
@@ -71,21 +74,37 @@ def candidates_of(
     for done, shared in enumerate(inputs, 1):
         members = [plans[name] for name in shared.layers if name in plans]
         weights = {plan.name: source_weight(prepared.source, plan, device) for plan in members}
-        most = max(16, min(min(w.weight.shape) for w in weights.values()) // 32 * 16)
-        usable = [rank for rank in ranks if rank <= most] or [min(ranks)]
+        usable = _usable(prepared, members, ranks)
         stats = statistics(shared.name)
         for names, errors in rank_errors(shared, members, weights, stats, prepared.settings, usable):
             choices = [
                 Choice(rank, _stored_bytes(prepared, names, rank), error) for rank, error in errors.items()
             ]
-            if prepared.recipe.quantization.size_bytes is not None and all(
-                target.format.mixes for target in prepared.targets
-            ):
+            if prepared.recipe.quantization.size_bytes is not None:
                 choices.append(Choice(None, _stored_bytes(prepared, names, None), 0.0))
             found.append(Candidate(names, tuple(choices)))
         observe(Event("advance", "allocate", done, len(inputs), shared.name, time.monotonic() - started))
     observe(Event("end", "allocate", len(inputs), len(inputs), seconds=time.monotonic() - started))
     return found
+
+
+def _usable(prepared: Prepared, members: Sequence[W4A4Plan], ranks: Sequence[int]) -> list[int]:
+    """The ranks to choose from: the recipe's own word for these layers, else `ranks` up to half the smallest side."""
+    said = [o for o in prepared.recipe.layers if isinstance(o, RankOverride)]
+    if any(fnmatchcase(plan.name, override.match) for plan in members for override in said):
+        return sorted({plan.rank for plan in members})
+    least = min(min(plan.linear.in_features, plan.linear.out_features) for plan in members)
+    return [rank for rank in ranks if rank <= max(16, least // 32 * 16)] or [min(ranks)]
+
+
+def _require_mixing(prepared: Prepared) -> None:
+    for target in prepared.targets:
+        if not target.format.mixes:
+            raise UsageError(
+                f"size_budget leaves layers at 16 bit, and format {target.format.name!r} has no place for them",
+                hint="drop size_budget, or choose another format",
+                where="quantization.size_budget",
+            )
 
 
 def _stored_bytes(prepared: Prepared, names: Sequence[str], rank: int | None) -> int:

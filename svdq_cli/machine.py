@@ -1,14 +1,15 @@
-"""This machine: which device to use, and the memory a run has taken at its peak."""
+"""This machine: which device to use, moving solutions there, and the memory a run has taken at its peak."""
 
 from __future__ import annotations
 
 import resource
 import sys
+from dataclasses import replace
 
 import torch
 
 from svdq_cli.errors import EnvironmentLacksError, UsageError
-from svdq_cli.records import PeakFacts
+from svdq_cli.records import LayerSolution, PeakFacts
 
 
 def resolve_device(wanted: str) -> torch.device:
@@ -34,3 +35,13 @@ def peak_memory() -> PeakFacts:
     unit = 1 if sys.platform == "darwin" else 1024
     ram = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return PeakFacts(ram, torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None)
+
+
+def on_device(solution: LayerSolution, device: torch.device) -> LayerSolution:
+    """The same solution with its tensors on `device`."""
+    moved = {
+        name: value.to(device)
+        for name in solution.__dataclass_fields__
+        if isinstance(value := getattr(solution, name), torch.Tensor)
+    }
+    return replace(solution, **moved)

@@ -50,7 +50,7 @@ from svdq_cli.preparing import (
     warnings_of,
 )
 from svdq_cli.recipe import Recipe, embedded, figure_of, resolved
-from svdq_cli.reconstructing import reconstructed
+from svdq_cli.reconstructing import reconstructed, require_blocks_run
 from svdq_cli.records import (
     ActivationStats,
     BlockSearch,
@@ -234,6 +234,9 @@ def convert(
     require_disk(paths[0], disk_bytes(prepared))
     digest = source_digest(prepared.source)
     data_free = is_data_free(recipe, calibration)
+    tunes_blocks = recipe.quantization.effort == "best" and not data_free
+    if tunes_blocks:
+        require_blocks_run(prepared)
     warnings = warnings_of(prepared, data_free=data_free)
     _warned(warnings, observe)
 
@@ -245,7 +248,7 @@ def convert(
     warnings += _warned(more, observe)
     solutions, reports = solve_model(prepared, statistics, device, observe)
     blocks: dict[str, BlockSearch] = {}
-    if recipe.quantization.effort == "best" and statistics is not None:
+    if tunes_blocks and statistics is not None:
         solutions, reports, blocks = reconstructed(
             prepared, statistics, solutions, reports, options=options, device=device, observe=observe
         )

@@ -10,14 +10,25 @@ import torch
 from svdq_cli.calibrate.pipelines import draw
 from svdq_cli.errors import UsageError
 from svdq_cli.loading import load_16bit_pipeline
+from svdq_cli.machine import on_device
 from svdq_cli.preparing import Prepared, RunOptions, chosen_prompts, draw_settings
 from svdq_cli.reconstruct import reconstruct, record_calls
 from svdq_cli.records import BlockSearch, LayerReport, LayerSolution, Observer
 from svdq_cli.solve.linear import measured
-from svdq_cli.solving import Statistics, on_device, source_weight
+from svdq_cli.solving import Statistics, source_weight
 
 PICTURES = 32  # drawn to record calls of the model; the last quarter judges
 CALLS = 48  # of these pictures, spread over timesteps
+
+
+def require_blocks_run(prepared: Prepared) -> None:
+    """UsageError where the blocks can't be run later, before hours are spent on the layers."""
+    if prepared.recipe.calibration is None or prepared.source.pipeline is None:
+        raise UsageError(
+            "effort best runs the model's blocks, which needs the whole pipeline and prompts",
+            hint="give a recipe with prompts and the pipeline (--prompts, --base), or use --effort balanced",
+            where="quantization.effort",
+        )
 
 
 def reconstructed(
@@ -32,15 +43,10 @@ def reconstructed(
 ) -> tuple[dict[str, LayerSolution], list[LayerReport], dict[str, BlockSearch]]:
     """Tuned solutions, their reports, and what tuning brought per block.
 
-    Needs the pipeline and the recipe's prompts: a block is judged in the model, not on an artefact's rows.
+    Needs the pipeline and the recipe's prompts (`require_blocks_run`): a block is judged in the model, not on an
+    artefact's rows.
     """
     recipe, source = prepared.recipe, prepared.source
-    if recipe.calibration is None or source.pipeline is None:
-        raise UsageError(
-            "effort best runs the model's blocks, which needs the whole pipeline and prompts",
-            hint="give a recipe with prompts and the pipeline (--prompts, --base), or use --effort balanced",
-            where="quantization.effort",
-        )
     prompts = chosen_prompts(recipe, options, observe)[:PICTURES]
     settings = draw_settings(recipe, source, beside=options.beside)
     pipe = load_16bit_pipeline(source, class_name=prepared.plan.model_class, device=device)

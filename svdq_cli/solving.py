@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from svdq_cli.calibrate.artefact import Calibration
 from svdq_cli.errors import InputError
+from svdq_cli.machine import on_device
 from svdq_cli.preparing import Prepared
 from svdq_cli.records import ActivationStats, Event, LayerPlan, LayerReport, LayerSolution, Observer
 from svdq_cli.solve.forward import SourceWeight
@@ -74,13 +75,3 @@ def require_finite(tensor: torch.Tensor, name: str, entry: TensorEntry) -> torch
             kind="not-finite",
         )
     return tensor
-
-
-def on_device(solution: LayerSolution, device: torch.device) -> LayerSolution:
-    """The same solution with its tensors on `device`."""
-    moved = {
-        name: value.to(device)
-        for name in solution.__dataclass_fields__
-        if isinstance(value := getattr(solution, name), torch.Tensor)
-    }
-    return replace(solution, **moved)

@@ -11,7 +11,7 @@ from svdq_cli.checkpoint import open_checkpoint
 from svdq_cli.errors import UsageError
 from svdq_cli.pipeline import calibrate, check, convert
 from svdq_cli.preparing import RunOptions
-from svdq_cli.recipe import Calibration, Output, Quantization, Recipe, default_recipe
+from svdq_cli.recipe import Calibration, Output, Quantization, RankOverride, Recipe, default_recipe
 from svdq_cli.reconstruct import run as tuning
 from svdq_cli.records import ConvertReport
 
@@ -103,6 +103,27 @@ def test_a_size_budget_below_the_smallest_size_names_that(tiny_flux: Path, artef
         )
 
 
+def test_a_rank_that_the_recipe_gives_a_layer_is_kept_by_the_search(
+    tiny_flux: Path, artefact: Path, tmp_path: Path
+):
+    recipe = recipe_for(tiny_flux, None, "comfy", rank="auto")
+    override = RankOverride(match="transformer_blocks.0.ff.net.2", rank=48)
+    recipe = recipe.model_copy(update={"layers": (override,)})
+    report = convert(recipe, tmp_path / "out.safetensors", calibration=artefact, options=CPU)
+    assert report.search.layers["transformer_blocks.0.ff.net.2"].rank == 48
+    assert report.rank.min < report.rank.max
+
+
+def test_a_format_that_cannot_mix_refuses_a_size_budget(tiny_flux: Path, artefact: Path, tmp_path: Path):
+    with pytest.raises(UsageError, match="'nunchaku' has no place for them"):
+        convert(
+            recipe_for(tiny_flux, None, "nunchaku", rank=32, size_budget="1GB"),
+            tmp_path / "out.safetensors",
+            calibration=artefact,
+            options=CPU,
+        )
+
+
 def test_ranks_are_not_searched_without_activations(tiny_flux: Path, tmp_path: Path):
     recipe = recipe_for(tiny_flux, None, effort="datafree", smoothing=None, rank="auto")
     with pytest.raises(UsageError, match="there is no calibration"):
@@ -124,7 +145,13 @@ def test_best_tunes_blocks_and_stores_what_it_judged(
     assert open_checkpoint(tmp_path / "out").rank == 16
 
 
-def test_best_without_prompts_says_what_it_needs(tiny_flux: Path, artefact: Path, tmp_path: Path):
+def test_best_without_prompts_says_so_before_the_long_work(
+    tiny_flux: Path, artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def never(*args: object) -> None:
+        raise AssertionError("layers were solved")
+
+    monkeypatch.setattr("svdq_cli.pipeline.solve_model", never)
     with pytest.raises(UsageError, match="needs the whole pipeline and prompts"):
         convert(
             recipe_for(tiny_flux, None, effort="best"), tmp_path / "out", calibration=artefact, options=CPU

@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from svdq_cli.bench.step import StepSettings, step_rows
 from svdq_cli.bench.timing import Call, bytes_per_microsecond, cache_bytes, copies_beyond_cache, measure
 from svdq_cli.bench.transformer import FLUX1_DEV_STEP
 from svdq_cli.errors import EnvironmentLacksError, InputError, UsageError
+from svdq_cli.machine import on_device
 from svdq_cli.records import (
     Event,
     Int4,
@@ -217,7 +218,7 @@ def _operations(case: Case, settings: BenchSettings) -> Iterator[Operation]:
     """On the kernels where they run, else on the reference backend."""
     on_kernels = lack_of_kernels(settings.device) is None
     for found in case.solve():
-        solution = _on(found, settings.device)
+        solution = on_device(found, settings.device)
         if on_kernels:
             yield from kernel_operations(solution, case.m)
             continue
@@ -322,15 +323,6 @@ def _random_weight(settings: BenchSettings, linear: Linear) -> Tensor:
 def _draw(seed: int, rows: int, columns: int) -> Tensor:
     """Standard normal, float32, drawn on the CPU so that every device gets the same numbers."""
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
-
-
-def _on(solution: LayerSolution, device: torch.device) -> LayerSolution:
-    moved = {
-        field.name: value.to(device)
-        for field in fields(solution)
-        if isinstance(value := getattr(solution, field.name), Tensor)
-    }
-    return replace(solution, **moved)
 
 
 def _require_rank(rank: int, shapes: ShapeSet) -> None:

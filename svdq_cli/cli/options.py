@@ -52,3 +52,10 @@ FailIf = Annotated[
     typer.Option("--fail-if", metavar='"psnr_db<20"', help="Exit with 6 if this holds. Repeatable."),
 ]
 Out = Annotated[Path, typer.Option("-o", "--output", help="Where to write.")]
+Source = Annotated[
+    str,
+    typer.Argument(
+        metavar="SOURCE", help="Recipe (.yaml), pipeline folder, .safetensors or .gguf file, hub id, or demo."
+    ),
+]
+Checkpoint = Annotated[Path, typer.Argument(metavar="CKPT", help="A folder or file that svdq convert wrote.")]

@@ -199,7 +199,7 @@ class Quantization(Section):
     effort: Effort = DEFAULT_EFFORT
     """datafree (no calibration), fast, balanced or best."""
     smoothing: Smoothing | None = None
-    """none, closed-form or grid; chosen by the effort when absent."""
+    """none, closed-form or grid, from where the search starts; chosen by the effort when absent."""
     search: Annotated[tuple[SearchStep, ...] | None, Field(strict=False)] = None
     """Steps after smoothing, of learned, gptq and refit; chosen by the effort when absent."""
     rank: Rank = DEFAULT_RANK

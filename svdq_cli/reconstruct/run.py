@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from svdq_cli.machine import on_device
 from svdq_cli.reconstruct.tunable import TunableBlock, block_error, frozen
 from svdq_cli.records import (
     BlockSearch,
@@ -64,7 +65,7 @@ def reconstruct(
     """
     device = next(model.parameters()).device
     model.requires_grad_(False)
-    best = {name: _on(solution, device) for name, solution in solutions.items()}
+    best = {name: on_device(solution, device) for name, solution in solutions.items()}
     blocks = _in_order(model, blocks_of(plan), calls[0])
     originals = {layer.name: model.get_submodule(layer.name) for layer in plan.layers}
     converted: set[str] = set()
@@ -72,7 +73,8 @@ def reconstruct(
     started = time.monotonic()
     observe(Event("start", "reconstruct", 0, len(blocks)))
     for block, inputs in blocks.items():
-        wanted = [_passage(model, block, call)[1] for call in _with(model, originals, calls)]
+        _put(model, originals)
+        wanted = [_passage(model, block, call)[1] for call in calls]
         _put(model, {name: _runnable(best[name]) for name in converted})
         given = [_passage(model, block, call, run=False)[0] for call in calls]
         passages = [_Passage(g.args, g.kwargs, w) for g, w in zip(given, wanted, strict=True)]
@@ -84,7 +86,7 @@ def reconstruct(
         gain = f"{block}  {report.before:.2e} -> {report.after:.2e}"
         observe(Event("advance", "reconstruct", len(reports), len(blocks), gain, time.monotonic() - started))
     observe(Event("end", "reconstruct", len(blocks), len(blocks), seconds=time.monotonic() - started))
-    return {name: _on(solution, torch.device("cpu")) for name, solution in best.items()}, reports
+    return {name: on_device(solution, torch.device("cpu")) for name, solution in best.items()}, reports
 
 
 def blocks_of(plan: ModelPlan) -> dict[str, list[SharedInput]]:
@@ -220,7 +222,7 @@ def _tune(
 
 
 def _size(parameter: nn.Parameter) -> float:
-    """A parameter's RMS; a smoothing factor's logarithm moves in absolute terms."""
+    """A parameter's RMS; of a smoothing factor, that of its logarithm."""
     return max(float(parameter.detach().float().square().mean().sqrt()), 1e-4)
 
 
@@ -228,16 +230,10 @@ def _run(block: nn.Module, passage: _Passage) -> tuple[Tensor, ...]:
     return _tensors(block(*passage.args, **passage.kwargs))
 
 
-def _with(model: nn.Module, modules: Mapping[str, nn.Module], calls: Sequence[Call]) -> Sequence[Call]:
-    """The calls, with the 16-bit linears back in their places."""
-    for name, module in modules.items():
-        _set(model, name, module)
-    return calls
-
-
 def _put(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
     for name, layer in layers.items():
-        _set(model, name, layer)
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, layer)
 
 
 @contextmanager
@@ -250,11 +246,6 @@ def _put_for_now(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[
         _put(model, before)
 
 
-def _set(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
-
-
 def _runnable(solution: LayerSolution) -> nn.Module:
     return frozen(solution) if isinstance(solution, W4A4Solution) else quantized_linear(solution)
 
@@ -262,7 +253,7 @@ def _runnable(solution: LayerSolution) -> nn.Module:
 def _tensors(output: object) -> tuple[Tensor, ...]:
     """A block's output tensors, whatever they come in."""
     if isinstance(output, Tensor):
-        return (output.detach() if not output.requires_grad else output,)
+        return (output,)
     if isinstance(output, (tuple, list)):
         return tuple(tensor for part in output for tensor in _tensors(part))
     return ()
@@ -278,14 +269,3 @@ def _detached(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _detached(part) for key, part in value.items()}
     return value
-
-
-def _on(solution: LayerSolution, device: torch.device) -> LayerSolution:
-    from dataclasses import replace
-
-    moved = {
-        name: value.to(device)
-        for name in solution.__dataclass_fields__
-        if isinstance(value := getattr(solution, name), Tensor)
-    }
-    return replace(solution, **moved)

@@ -59,9 +59,8 @@ Solutions = dict[str, W4A4Solution]
 class Trail:
     """What the steps brought, in the order in which they were tried."""
 
-    errors: dict[str, dict[str, float]] = field(
-        default_factory=dict
-    )  # layer -> step -> held-out noise over signal
+    # layer -> step -> held-out noise over signal
+    errors: dict[str, dict[str, float]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)  # step -> for all layers of the input
     taken: list[SearchStep] = field(default_factory=list)
     fallback: list[str] = field(default_factory=list)  # why steps were left out, in words

@@ -23,13 +23,11 @@ class WeightError:
     """
 
     relative: float  # Frobenius norm of the error over that of the weight
-    agreement: (
-        float  # cosine between the 4-bit part and what it stands for: the weight less its low-rank branch
-    )
+    # Cosine between the 4-bit part and what it stands for: the weight less its low-rank branch.
+    agreement: float
     strayed_rows: float  # share of output rows whose own cosine is that of unrelated numbers
-    smooth_slope: (
-        float  # how the columns' gains follow the smoothing factor: 0 as they should, -2 where it is inverted
-    )
+    # How the columns' gains follow the smoothing factor: 0 as they should, -2 where it is inverted.
+    smooth_slope: float
 
 
 def weight_error(solution: LayerSolution, weight: Tensor) -> WeightError:

@@ -74,6 +74,7 @@ def test_odd_activations_leave_balanced_finite(precision: Precision, kind: str):
     for solution in balanced.w4a4:
         for tensor in (solution.smooth, solution.down, solution.up, solution.scales):
             assert torch.isfinite(tensor.float()).all()
+    # steps are judged on the last rows and reported on all, which may differ by a few per cent
     noise = sum(10 ** (-r.sqnr_db / 10) for r in balanced.reports)
     assert noise <= 1.05 * sum(10 ** (-r.sqnr_db / 10) for r in solved(precision, "fast", rows).reports)
     if kind == "zeros":

@@ -1,0 +1,81 @@
+"""`svdq bench`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from svdq_cli.cli import options as opt
+
+
+def bench(
+    checkpoint: Annotated[
+        Path | None,
+        typer.Argument(metavar="CKPT", help="Measure its layers (else: random layers of known shapes)."),
+    ] = None,
+    shapes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="demo|flux1-dev|sdxl|pixart-sigma",
+            help="Which shapes (else: flux1-dev on a GPU, demo on a CPU).",
+        ),
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option(metavar="int4|nvfp4", help="4-bit number format (else: both).")
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(metavar="N", help="Rank of the 16-bit branch, a multiple of 16 (else: 16).")
+    ] = None,
+    rows: Annotated[
+        int | None, typer.Option("--m", metavar="N", help="Tokens at once in W4A4 layers.")
+    ] = None,
+    step: Annotated[
+        bool, typer.Option(help="Also a whole step of a FLUX.1-shaped transformer (GPU only).")
+    ] = False,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the rows as bars.")] = None,
+    seconds: Annotated[float, typer.Option(help="How long to measure each row.")] = 0.2,
+    seed: Annotated[int, typer.Option(help="Seed of random layers and inputs.")] = 0,
+    device: opt.Device = "auto",
+    json: opt.Json = False,
+    events: opt.EventsFile = None,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+) -> None:
+    """Measure speed and arithmetic error of linear layers, beside torch's own in the same run."""
+    from svdq_cli.bench.plot import draw_plot
+    from svdq_cli.bench.run import (
+        RANK,
+        BenchSettings,
+        bench_layers,
+        bench_shapes,
+        precisions_named,
+        refuse_given,
+        with_steps,
+    )
+    from svdq_cli.bench.shapes import default_shapes, shape_set
+    from svdq_cli.checkpoint import open_checkpoint
+    from svdq_cli.cli import render
+    from svdq_cli.cli.progress import progress
+    from svdq_cli.machine import resolve_device
+
+    settings = BenchSettings(resolve_device(device), rows, seconds, seed)
+    with progress(quiet=quiet, verbose=verbose, events=events) as observe:
+        if checkpoint is not None:
+            refuse_given(shapes=shapes, precision=precision, rank=rank)
+            opened = open_checkpoint(checkpoint)
+            report = bench_layers(opened.layers, opened.solution, settings=settings, observe=observe)
+        else:
+            report = bench_shapes(
+                shape_set(shapes) if shapes else default_shapes(settings.device),
+                precisions=precisions_named(precision),
+                rank=RANK if rank is None else rank,
+                settings=settings,
+                observe=observe,
+            )
+        if step:
+            report = with_steps(report, precisions_named(precision), settings=settings)
+    if plot is not None:
+        draw_plot(report, plot)
+    render.show(report, json=json, verbose=verbose)

@@ -1,0 +1,50 @@
+"""`svdq calibrate`."""
+
+from __future__ import annotations
+
+from svdq_cli.cli import options as opt
+from svdq_cli.cli.parsing import override, recipe_for, run_options
+
+
+def calibrate(
+    source: opt.Source,
+    out: opt.Out,
+    prompts: opt.Prompts = None,
+    samples: opt.Samples = None,
+    steps: opt.Steps = None,
+    width: opt.Width = None,
+    height: opt.Height = None,
+    batch_size: opt.BatchSize = None,
+    seed: opt.Seed = None,
+    family: opt.Family = None,
+    base: opt.Base = None,
+    loras: opt.Loras = None,
+    device: opt.Device = "auto",
+    overwrite: opt.Overwrite = False,
+    json: opt.Json = False,
+    events: opt.EventsFile = None,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+) -> None:
+    """Draw prompts with the 16-bit model and keep its activation statistics, for any number of conversions."""
+    from svdq_cli.cli import render
+    from svdq_cli.cli.progress import progress
+    from svdq_cli.pipeline import calibrate as run_calibrate
+    from svdq_cli.starting import with_default_calibration
+
+    recipe, run = recipe_for(
+        source, options=run_options(device, overwrite), family=family, base=base, loras=loras
+    )
+    recipe = override(
+        with_default_calibration(recipe),
+        prompts=prompts,
+        samples=samples,
+        steps=steps,
+        width=width,
+        height=height,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    with progress(quiet=quiet, verbose=verbose, events=events) as observe:
+        report = run_calibrate(recipe, out, options=run, observe=observe)
+    render.show(report, json=json)

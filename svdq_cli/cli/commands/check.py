@@ -1,0 +1,38 @@
+"""`svdq check`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from svdq_cli.cli import options as opt
+from svdq_cli.cli.parsing import recipe_for, run_options
+
+
+def check(
+    checkpoint: opt.Checkpoint,
+    against: Annotated[
+        str | None, typer.Option(metavar="SOURCE", help="The 16-bit model it was made from.")
+    ] = None,
+    base: opt.Base = None,
+    loras: opt.Loras = None,
+    json: opt.Json = False,
+    events: opt.EventsFile = None,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+) -> None:
+    """Check structure, finite values and, against the source, the reconstruction of every layer."""
+    from svdq_cli.cli import render
+    from svdq_cli.cli.progress import progress
+    from svdq_cli.pipeline import check as run_check
+    from svdq_cli.preparing import source_of
+
+    recipe_and_options = (
+        recipe_for(against, options=run_options("cpu", False), base=base, loras=loras) if against else None
+    )
+    with progress(quiet=quiet, verbose=verbose, events=events) as observe:
+        source = source_of(*recipe_and_options) if recipe_and_options else None
+        report = run_check(checkpoint, against=source, observe=observe)
+    render.show(report, json=json, verbose=verbose)
+    render.exit_on_problems(report, json=json)

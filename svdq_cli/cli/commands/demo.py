@@ -1,0 +1,46 @@
+"""`svdq demo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from svdq_cli.cli import options as opt
+from svdq_cli.cli.parsing import run_options
+
+
+def demo(
+    out: opt.Out = Path("svdq-demo"),
+    export: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Only write the embedded model there, as a diffusers folder."),
+    ] = None,
+    outliers: Annotated[
+        bool,
+        typer.Option("--outliers", help="Only the stress variant, whose activations have strong outliers."),
+    ] = False,
+    device: opt.Device = "auto",
+    overwrite: opt.Overwrite = False,
+    json: opt.Json = False,
+    events: opt.EventsFile = None,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+) -> None:
+    """Run the whole job on the embedded model: calibrate, convert, check, evaluate; ends with pictures and a table."""
+    from svdq_cli.cli import render
+    from svdq_cli.cli.progress import progress
+
+    if export is not None:
+        from svdq_cli.showcase import export_model
+
+        render.show(export_model(export, outliers=outliers, overwrite=overwrite), json=json)
+        return
+    from svdq_cli.locate import DEMO_SOURCES
+    from svdq_cli.showcase import demo as run_demo
+
+    sources = ("demo:outliers",) if outliers else DEMO_SOURCES
+    with progress(quiet=quiet, verbose=verbose, events=events) as observe:
+        report = run_demo(out, sources=sources, options=run_options(device, overwrite), observe=observe)
+    render.show(report, json=json)

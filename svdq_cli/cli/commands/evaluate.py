@@ -1,0 +1,68 @@
+"""`svdq eval`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from svdq_cli.cli import options as opt
+from svdq_cli.cli.parsing import override, run_options
+
+
+def evaluate(
+    checkpoint: opt.Checkpoint,
+    against: Annotated[str, typer.Option(metavar="SOURCE", help="The 16-bit model to compare with.")],
+    report: Annotated[
+        Path | None,
+        typer.Option("--report", metavar="DIR", help="Keep pictures, grid, figures and plots there."),
+    ] = None,
+    base: opt.Base = None,
+    loras: opt.Loras = None,
+    prompts: opt.Prompts = None,
+    samples: opt.Samples = None,
+    steps: opt.Steps = None,
+    width: opt.Width = None,
+    height: opt.Height = None,
+    batch_size: opt.BatchSize = None,
+    seed: opt.Seed = None,
+    fail_if: opt.FailIf = None,
+    device: opt.Device = "auto",
+    overwrite: opt.Overwrite = False,
+    json: opt.Json = False,
+    events: opt.EventsFile = None,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+) -> None:
+    """Draw with both models at equal seeds: PSNR, SSIM, per-layer SQNR, and naive 4-bit beside them."""
+    from svdq_cli.checkpoint import open_checkpoint
+    from svdq_cli.cli import render
+    from svdq_cli.cli.progress import progress
+    from svdq_cli.drawing import evaluate as run_evaluate
+    from svdq_cli.drawing import evaluation_recipe
+    from svdq_cli.starting import recipe_of
+
+    named, beside = recipe_of(against)
+    model = override(named, base=base, loras=loras).model
+    recipe = override(
+        evaluation_recipe(open_checkpoint(checkpoint), model.source).model_copy(update={"model": model}),
+        prompts=prompts,
+        samples=samples,
+        steps=steps,
+        width=width,
+        height=height,
+        batch_size=batch_size,
+        seed=seed,
+        fail_if=fail_if,
+    )
+    with progress(quiet=quiet, verbose=verbose, events=events) as observe:
+        result = run_evaluate(
+            checkpoint,
+            recipe,
+            report_folder=report,
+            options=run_options(device, overwrite, beside),
+            observe=observe,
+        )
+    render.show(result, json=json, verbose=verbose)
+    render.exit_on_missed_gates(result.gates_missed, json=json)

@@ -1,0 +1,35 @@
+"""`svdq export`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from svdq_cli.cli import options as opt
+from svdq_cli.cli.parsing import run_options
+
+
+def export(
+    checkpoint: opt.Checkpoint,
+    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="The format to pack for.")],
+    out: opt.Out,
+    base: opt.Base = None,
+    overwrite: opt.Overwrite = False,
+    json: opt.Json = False,
+    events: opt.EventsFile = None,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+) -> None:
+    """Pack a checkpoint for another runtime without quantizing again: exactly, or not at all."""
+    from svdq_cli.cli import render
+    from svdq_cli.cli.progress import progress
+    from svdq_cli.exporting import export as run_export
+    from svdq_cli.locate import locate_base
+
+    pipeline = locate_base(base) if base else None
+    with progress(quiet=quiet, verbose=verbose, events=events) as observe:
+        report = run_export(
+            checkpoint, to, out, base=pipeline, options=run_options("cpu", overwrite), observe=observe
+        )
+    render.show(report, json=json)

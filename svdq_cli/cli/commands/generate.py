@@ -1,0 +1,58 @@
+"""`svdq generate`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from svdq_cli.cli import options as opt
+from svdq_cli.cli.parsing import override, run_options
+
+
+def generate(
+    checkpoint: opt.Checkpoint,
+    prompt: Annotated[str, typer.Option(help="What to draw.")],
+    out: opt.Out,
+    steps: opt.Steps = None,
+    width: opt.Width = None,
+    height: opt.Height = None,
+    seed: opt.Seed = None,
+    base: opt.Base = None,
+    backend: Annotated[
+        str, typer.Option(metavar="auto|kernels|reference", help="What computes the 4-bit layers.")
+    ] = "auto",
+    device: opt.Device = "auto",
+    overwrite: opt.Overwrite = False,
+    json: opt.Json = False,
+    events: opt.EventsFile = None,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+) -> None:
+    """Draw one picture with a converted checkpoint."""
+    from svdq_cli.checkpoint import open_checkpoint
+    from svdq_cli.cli import render
+    from svdq_cli.cli.progress import progress
+    from svdq_cli.drawing import evaluation_recipe
+    from svdq_cli.drawing import generate as run_generate
+    from svdq_cli.locate import locate_base
+
+    recipe = override(
+        evaluation_recipe(open_checkpoint(checkpoint), str(checkpoint)),
+        steps=steps,
+        width=width,
+        height=height,
+        seed=0 if seed is None else seed,
+    )
+    with progress(quiet=quiet, verbose=verbose, events=events) as observe:
+        report = run_generate(
+            checkpoint,
+            prompt,
+            out,
+            recipe=recipe,
+            backend=backend,
+            base=locate_base(base) if base else None,
+            options=run_options(device, overwrite),
+            observe=observe,
+        )
+    render.show(report, json=json)

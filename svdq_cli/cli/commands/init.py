@@ -1,0 +1,36 @@
+"""`svdq init`."""
+
+from __future__ import annotations
+
+from svdq_cli.cli import options as opt
+from svdq_cli.cli.parsing import rank_of
+
+
+def init(
+    source: opt.Source,
+    out: opt.Out,
+    precision: opt.Precision = None,
+    rank: opt.Rank = None,
+    effort: opt.Effort = None,
+    family: opt.Family = None,
+    base: opt.Base = None,
+    loras: opt.Loras = None,
+    overwrite: opt.Overwrite = False,
+    json: opt.Json = False,
+) -> None:
+    """Write a complete, commented recipe for a model."""
+    from svdq_cli.cli import render
+    from svdq_cli.starting import write_recipe
+
+    report = write_recipe(
+        source,
+        out,
+        overwrite=overwrite,
+        precision=precision,
+        rank=rank_of(rank),
+        effort=effort,
+        family=family,
+        base=base,
+        loras=loras,
+    )
+    render.show(report, json=json)

@@ -1,0 +1,46 @@
+"""`svdq inspect`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from svdq_cli.cli import options as opt
+from svdq_cli.cli.parsing import rank_of, recipe_for, run_options
+
+
+def inspect(
+    target: Annotated[
+        str, typer.Argument(metavar="SOURCE|CKPT", help="A 16-bit model or a converted checkpoint.")
+    ],
+    precision: opt.Precision = None,
+    rank: opt.Rank = None,
+    formats: opt.Formats = None,
+    family: opt.Family = None,
+    base: opt.Base = None,
+    loras: opt.Loras = None,
+    json: opt.Json = False,
+    verbose: opt.Verbose = False,
+) -> None:
+    """Show family, layers and sizes; of a checkpoint also format, precision, rank and provenance."""
+    from svdq_cli.checkpoint import looks_like_checkpoint
+    from svdq_cli.cli import render
+    from svdq_cli.pipeline import inspect_checkpoint, inspect_source
+
+    if looks_like_checkpoint(Path(target)):
+        report = inspect_checkpoint(Path(target))
+    else:
+        recipe, run = recipe_for(
+            target,
+            precision=precision,
+            rank=rank_of(rank),
+            family=family,
+            base=base,
+            loras=loras,
+            formats=formats,
+            options=run_options("cpu", False),
+        )
+        report = inspect_source(recipe, options=run)
+    render.show(report, json=json, verbose=verbose)

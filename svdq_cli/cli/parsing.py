@@ -1,0 +1,37 @@
+"""From a command's words to a recipe and run options. Heavy imports are inside."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from svdq_cli.preparing import RunOptions
+    from svdq_cli.recipe import Recipe
+
+
+def run_options(device: str, overwrite: bool, beside: Path | None = None) -> RunOptions:
+    from svdq_cli.preparing import RunOptions
+
+    return RunOptions(device=device, overwrite=overwrite, beside=beside)
+
+
+def recipe_for(source: str, *, options: RunOptions, **given: object) -> tuple[Recipe, RunOptions]:
+    """The recipe a SOURCE means, with the command's options put over it, and where its relative paths start."""
+    from dataclasses import replace
+
+    from svdq_cli.starting import recipe_of
+
+    recipe, beside = recipe_of(source)
+    return override(recipe, **given), replace(options, beside=beside)
+
+
+def override(recipe: Recipe, **given: object) -> Recipe:
+    from svdq_cli.starting import override as over
+
+    return over(recipe, given)
+
+
+def rank_of(text: str | None) -> int | str | None:
+    """`--rank 32` or `--rank auto`; anything else is for the recipe's own check to refuse."""
+    return int(text) if text is not None and text.isdecimal() else text
