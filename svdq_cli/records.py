@@ -7,6 +7,7 @@ Records that hold tensors compare by identity.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field
 from pathlib import Path
@@ -504,7 +505,9 @@ def to_json(report: object) -> dict[str, object]:
 
 
 def json_text(report: object) -> str:
-    return json.dumps(to_json(report), indent=1, ensure_ascii=False)
+    """JSON that every parser reads: a figure that is no finite number is null, a file name that is no UTF-8 escaped."""
+    text = json.dumps(to_json(report), indent=1, ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _fields(record: object) -> dict[str, object]:
@@ -521,4 +524,6 @@ def _plain(value: object) -> object:
         return {str(key): _plain(item) for key, item in cast("Mapping[object, object]", value).items()}
     if isinstance(value, (tuple, list)):
         return [_plain(item) for item in cast("tuple[object, ...]", value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
     return str(value) if isinstance(value, Path) else value

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
+from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from svdq_cli.cli.failures import FailureReport
+    from svdq_cli.errors import SvdqError
 
 
 def main() -> NoReturn:
     """Entry point of `svdq`. Exit codes are those of the command-line contract."""
     signal.signal(signal.SIGTERM, _stop)
+    for stream in (sys.stdout, sys.stderr):  # file names that are no UTF-8 are shown escaped, in JSON too
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     sys.exit(run(sys.argv[1:]))
 
 
@@ -24,13 +30,12 @@ def run(arguments: list[str]) -> int:
     import typer
 
     from svdq_cli.cli.app import app
-    from svdq_cli.errors import SvdqError, UsageError
+    from svdq_cli.cli.failures import refusal_of
+    from svdq_cli.errors import UsageError
 
     try:
         result = app(args=arguments, prog_name="svdq", standalone_mode=False)
         return result if isinstance(result, int) else 0
-    except SvdqError as error:
-        return _refuse(error, arguments)
     except typer.Exit as stop:
         return stop.exit_code
     except _usage_errors() as error:
@@ -40,33 +45,54 @@ def run(arguments: list[str]) -> int:
         return 130
     except BrokenPipeError:
         return 0
-    except MemoryError as error:
-        return _refuse(_out_of_memory(error), arguments)
-    except RuntimeError as error:
-        if "out of memory" in str(error):
-            return _refuse(_out_of_memory(error), arguments)
+    except Exception as error:
+        if (refusal := refusal_of(error)) is not None:
+            return _refuse(refusal, arguments)
+        _report_bug(error, arguments)
         raise
 
 
-def _refuse(error: object, arguments: list[str]) -> int:
+def _refuse(error: SvdqError, arguments: list[str]) -> int:
     """Say what, where and what to do: for people on stderr, for scripts as one JSON object on stdout."""
-    from svdq_cli.errors import SvdqError
+    from svdq_cli.cli.failures import failure_report
+    from svdq_cli.cli.printable import printable
 
-    assert isinstance(error, SvdqError)
-    if "--json" in arguments:
-        facts = {
-            "code": error.code,
-            "kind": error.kind,
-            "message": error.message,
-            "hint": error.hint,
-            "where": error.where,
-        }
-        command = next((word for word in arguments if not word.startswith("-")), None)
-        print(json.dumps({"schema": 1, "command": command, "status": "error", "error": facts}, indent=1))
-    print(f"svdq: {error.message}", file=sys.stderr)
+    _show_failure(failure_report(error, _command(arguments)), arguments)
+    print(f"svdq: {printable(error.message)}", file=sys.stderr)
     if error.hint:
-        print(f"      {error.hint}", file=sys.stderr)
+        print(f"      {printable(error.hint)}", file=sys.stderr)
     return error.code
+
+
+def _report_bug(error: Exception, arguments: list[str]) -> None:
+    """A bug keeps its traceback, and scripts still get their one object."""
+    from svdq_cli.cli.failures import bug_report
+
+    _show_failure(bug_report(error, _command(arguments)), arguments)
+
+
+def _show_failure(report: FailureReport, arguments: list[str]) -> None:
+    """Where the arguments, which may be what is wrong, ask for it: JSON on stdout, and the summary."""
+    from svdq_cli.cli.summary import append_summary
+    from svdq_cli.records import json_text
+
+    if "--json" in arguments:
+        print(json_text(report))
+    append_summary(report, _value_of("--summary", arguments))
+
+
+def _command(arguments: list[str]) -> str | None:
+    return next((word for word in arguments if not word.startswith("-")), None)
+
+
+def _value_of(option: str, arguments: list[str]) -> Path | None:
+    """What follows an option, as `--option VALUE` or `--option=VALUE`."""
+    for word, after in zip(arguments, [*arguments[1:], None], strict=True):
+        if word == option:
+            return Path(after) if after is not None else None
+        if word.startswith(f"{option}="):
+            return Path(word.removeprefix(f"{option}="))
+    return None
 
 
 def _usage_errors() -> Any:
@@ -79,15 +105,6 @@ def _usage_errors() -> Any:
 def _usage_hint(error: object) -> str:
     context = getattr(error, "ctx", None)
     return f"{context.command_path if context else 'svdq'} --help shows the options"
-
-
-def _out_of_memory(error: BaseException) -> Exception:
-    from svdq_cli.errors import OutOfResourcesError
-
-    first = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return OutOfResourcesError(
-        f"out of memory: {first}", hint="close other programs, lower --batch-size, or use --device cpu"
-    )
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

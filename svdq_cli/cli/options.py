@@ -7,7 +7,23 @@ from typing import Annotated
 
 import typer
 
+
+def _appendable(path: Path | None) -> Path | None:
+    from svdq_cli.cli.summary import require_appendable
+
+    return require_appendable(path)
+
+
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else there.")]
+SummaryFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--summary",
+        metavar="FILE.md",
+        help="Append the result to this file, as Markdown.",
+        callback=_appendable,
+    ),
+]
 EventsFile = Annotated[
     Path | None, typer.Option("--events", metavar="FILE.jsonl", help="Progress as JSON lines into this file.")
 ]

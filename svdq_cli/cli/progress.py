@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TextIO
 
+from svdq_cli.cli.printable import printable
 from svdq_cli.errors import UsageError
 from svdq_cli.records import Event, Observer
 
@@ -81,6 +82,7 @@ def _plain_lines(*, verbose: bool) -> Observer:
 @contextmanager
 def _bars() -> Iterator[Observer]:
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -90,6 +92,7 @@ def _bars() -> Iterator[Observer]:
         TimeElapsedColumn,
         TimeRemainingColumn,
     )
+    from rich.text import Text
 
     console = Console(stderr=True)
     columns = (
@@ -105,11 +108,12 @@ def _bars() -> Iterator[Observer]:
 
         def observe(event: Event) -> None:
             if event.kind == "warning":
-                bars.console.print(f"[yellow]warning:[/] {event.detail}", highlight=False)
+                text = Text("warning: ", style="yellow").append(printable(event.detail), style="default")
+                bars.console.print(text)
                 return
             if event.kind == "start" or event.stage not in tasks:
                 tasks[event.stage] = bars.add_task(event.stage, total=event.total or None, detail="")
-            detail = "" if event.kind == "end" else event.detail
+            detail = "" if event.kind == "end" else escape(printable(event.detail))
             bars.update(tasks[event.stage], completed=event.done, total=event.total or None, detail=detail)
 
         yield observe
@@ -122,4 +126,4 @@ def _eta(event: Event) -> str:
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    print(printable(line), file=sys.stderr, flush=True)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NoReturn, cast
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from svdq_cli.cli.failures import FailureReport
+from svdq_cli.cli.printable import printable, printable_record
+from svdq_cli.cli.several import RecipeRun, SeveralReport
 from svdq_cli.errors import CheckFailedError, GateMissedError
 from svdq_cli.records import (
     CalibrateReport,
@@ -37,7 +41,8 @@ def show(report: object, *, json: bool, verbose: bool = False) -> None:
     if json:
         print(json_text(report))
         return
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+    report = printable_record(report)
     match report:
         case ConvertReport():
             _convert(console, report, verbose)
@@ -66,32 +71,35 @@ def show(report: object, *, json: bool, verbose: bool = False) -> None:
         case GenerateReport():
             console.print(f"{report.path}: {report.width} x {report.height}, {report.seconds:.1f} s")
             console.print(f"backend: {report.backend}")
+        case SeveralReport():
+            _several(console, report)
         case _:
             _other(console, report)
 
 
-def exit_on_missed_gates(missed: tuple[str, ...], *, json: bool) -> None:
-    """Exit code 6 where a gate was missed. The report, already on stdout, says which."""
-    if missed:
-        error = GateMissedError(f"gates missed: {'; '.join(missed)}", hint="the outputs are kept and marked")
-        _fail(error, json)
+def exit_with(report: object) -> None:
+    """End with the exit code of what the report, already on stdout, says: a missed gate, problems, the worst recipe."""
+    match report:
+        case ConvertReport(gates_missed=missed) | EvalReport(gates_missed=missed) if missed:
+            _fail(
+                GateMissedError.code, f"gates missed: {'; '.join(missed)}", "the outputs are kept and marked"
+            )
+        case CheckReport(problems=(first, *_) as problems):
+            message = f"{len(problems)} problems, the first: {first.layer}: {first.what}"
+            _fail(CheckFailedError.code, message, "do not use this checkpoint; convert again")
+        case SeveralReport(code=code) if code:
+            failed = sum(run.code != 0 for run in report.runs)
+            _fail(code, f"{failed} of {len(report.runs)} recipes failed", "the table says which, and why")
+        case _:
+            pass
 
 
-def exit_on_problems(report: CheckReport, *, json: bool) -> None:
-    """Exit code 7 where a check found problems."""
-    if report.problems:
-        first = report.problems[0]
-        message = f"{len(report.problems)} problems, the first: {first.layer}: {first.what}"
-        _fail(CheckFailedError(message, hint="do not use this checkpoint; convert again"), json)
-
-
-def _fail(error: GateMissedError | CheckFailedError, json: bool) -> None:
-    """With --json the report itself is the one object on stdout, so only the exit code is left to say."""
+def _fail(code: int, message: str, hint: str) -> NoReturn:
+    """No failure object follows: the report is the one on stdout."""
     import typer
 
-    if json:
-        raise typer.Exit(error.code)
-    raise error
+    print(f"svdq: {printable(message)}\n      {hint}", file=sys.stderr)
+    raise typer.Exit(code)
 
 
 # ------------------------------------------------------------------------------------------------- one per report
@@ -118,6 +126,36 @@ def _convert(console: Console, report: ConvertReport, verbose: bool) -> None:
     console.print(table)
     _layers(console, sqnr, everything=verbose)
     console.print(f"next: svdq eval {output.path} --against {_as_typed(report.recipe['model'])}")
+
+
+def _several(console: Console, report: SeveralReport) -> None:
+    table = Table(box=None, pad_edge=False)
+    for title in ("exit code", "status", "smaller", "layer SQNR", "seconds"):
+        table.add_column(title, justify="left" if title == "status" else "right", no_wrap=True)
+    table.add_column("recipe", overflow="fold")
+    for run in report.runs:
+        table.add_row(str(run.code), *_became(run), run.source)
+    console.print(table)
+    for run in report.runs:
+        match run.report:
+            case FailureReport(error=error):
+                console.print(f"{run.source}: {error.message}" + (f" ({error.hint})" if error.hint else ""))
+            case ConvertReport(gates_missed=missed) if missed:
+                console.print(f"{run.source}: gates missed: {'; '.join(missed)}")
+            case _:
+                pass
+
+
+def _became(run: RecipeRun) -> tuple[str, str, str, str]:
+    """Status, size ratio, mean layer SQNR, seconds of one recipe; what is not there is empty."""
+    match run.report:
+        case FailureReport(error=error):
+            return error.kind, "", "", ""
+        case PlanReport() as plan:
+            return plan.status, f"{plan.bytes.ratio:.2f}x", "", ""
+        case ConvertReport() as made:
+            sqnr, seconds = f"{made.layer_sqnr_db.mean:.1f} dB", f"{made.seconds.total:.1f}"
+            return made.status, f"{made.bytes.ratio:.2f}x", sqnr, seconds
 
 
 def _as_typed(model: object) -> str:
@@ -260,7 +298,7 @@ def _demo(console: Console, report: DemoReport) -> None:
                 if "outliers" in source
                 else ""
             )
-            console.print(f"\n[bold]{source}[/]{note}")
+            console.print(Text(f"\n{source}", style="bold").append(note, style="not bold"))
             table = Table(box=None, pad_edge=False)
             for title in ("model", "PSNR", "SSIM", "layer SQNR", "transformer", "smaller", "seconds"):
                 table.add_column(title, justify="left" if title == "model" else "right")

@@ -39,6 +39,7 @@ def bench(
     seed: Annotated[int, typer.Option(help="Seed of random layers and inputs.")] = 0,
     device: opt.Device = "auto",
     json: opt.Json = False,
+    summary: opt.SummaryFile = None,
     events: opt.EventsFile = None,
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
@@ -58,6 +59,7 @@ def bench(
     from svdq_cli.checkpoint import open_checkpoint
     from svdq_cli.cli import render
     from svdq_cli.cli.progress import progress
+    from svdq_cli.cli.summary import append_summary
     from svdq_cli.machine import resolve_device
 
     settings = BenchSettings(resolve_device(device), rows, seconds, seed)
@@ -78,4 +80,5 @@ def bench(
             report = with_steps(report, precisions_named(precision), settings=settings)
     if plot is not None:
         draw_plot(report, plot)
+    append_summary(report, summary)
     render.show(report, json=json, verbose=verbose)

@@ -18,6 +18,7 @@ def check(
     base: opt.Base = None,
     loras: opt.Loras = None,
     json: opt.Json = False,
+    summary: opt.SummaryFile = None,
     events: opt.EventsFile = None,
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
@@ -25,6 +26,7 @@ def check(
     """Check structure, finite values and, against the source, the reconstruction of every layer."""
     from svdq_cli.cli import render
     from svdq_cli.cli.progress import progress
+    from svdq_cli.cli.summary import append_summary
     from svdq_cli.pipeline import check as run_check
     from svdq_cli.preparing import source_of
 
@@ -34,5 +36,6 @@ def check(
     with progress(quiet=quiet, verbose=verbose, events=events) as observe:
         source = source_of(*recipe_and_options) if recipe_and_options else None
         report = run_check(checkpoint, against=source, observe=observe)
+    append_summary(report, summary)
     render.show(report, json=json, verbose=verbose)
-    render.exit_on_problems(report, json=json)
+    render.exit_with(report)

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from svdq_cli.cli import options as opt
 from svdq_cli.cli.parsing import rank_of, recipe_for, run_options
 
+if TYPE_CHECKING:
+    from svdq_cli.records import ConvertReport, PlanReport
+
 
 def convert(
-    source: opt.Source,
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SOURCE...",
+            help="Recipe (.yaml), pipeline folder, .safetensors or .gguf file, hub id, or demo; or several recipes.",
+        ),
+    ],
     out: Annotated[
         Path | None, typer.Option("-o", "--output", help="Where to write (else: the recipe's).")
     ] = None,
@@ -38,6 +47,7 @@ def convert(
     device: opt.Device = "auto",
     overwrite: opt.Overwrite = False,
     json: opt.Json = False,
+    summary: opt.SummaryFile = None,
     events: opt.EventsFile = None,
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
@@ -45,34 +55,43 @@ def convert(
     """Search, quantize, pack and check: a 16-bit model becomes a 4-bit checkpoint."""
     from svdq_cli.cli import render
     from svdq_cli.cli.progress import progress
+    from svdq_cli.cli.several import convert_each, refuse_given
+    from svdq_cli.cli.summary import append_summary
     from svdq_cli.pipeline import convert as run_convert
     from svdq_cli.pipeline import predict
     from svdq_cli.starting import outputs_of
 
-    recipe, run = recipe_for(
-        source,
-        options=run_options(device, overwrite),
-        precision=precision,
-        rank=rank_of(rank),
-        effort=effort,
-        family=family,
-        base=base,
-        loras=loras,
-        prompts=prompts,
-        samples=samples,
-        steps=steps,
-        width=width,
-        height=height,
-        batch_size=batch_size,
-        seed=seed,
-        out=out,
-        formats=formats,
-        fail_if=fail_if,
-    )
-    if plan:
-        render.show(predict(recipe, options=run, calibration=calib), json=json, verbose=verbose)
-        return
-    with progress(quiet=quiet, verbose=verbose, events=events) as observe:
-        report = run_convert(recipe, outputs_of(recipe), calibration=calib, options=run, observe=observe)
+    given: dict[str, object] = {
+        "precision": precision,
+        "rank": rank_of(rank),
+        "effort": effort,
+        "family": family,
+        "base": base,
+        "loras": loras,
+        "prompts": prompts,
+        "samples": samples,
+        "steps": steps,
+        "width": width,
+        "height": height,
+        "batch_size": batch_size,
+        "seed": seed,
+        "out": out,
+        "formats": formats,
+        "fail_if": fail_if,
+    }
+    with progress(quiet=quiet or plan, verbose=verbose, events=events) as observe:
+
+        def convert_one(source: str) -> ConvertReport | PlanReport:
+            recipe, run = recipe_for(source, options=run_options(device, overwrite), **given)
+            if plan:
+                return predict(recipe, options=run, calibration=calib)
+            return run_convert(recipe, outputs_of(recipe), calibration=calib, options=run, observe=observe)
+
+        if len(sources) > 1:
+            refuse_given(**{"-o": out, "--calib": calib})
+            report = convert_each(sources, convert_one, observe)
+        else:
+            report = convert_one(sources[0])
+    append_summary(report, summary)
     render.show(report, json=json, verbose=verbose)
-    render.exit_on_missed_gates(report.gates_missed, json=json)
+    render.exit_with(report)

@@ -31,6 +31,7 @@ def evaluate(
     device: opt.Device = "auto",
     overwrite: opt.Overwrite = False,
     json: opt.Json = False,
+    summary: opt.SummaryFile = None,
     events: opt.EventsFile = None,
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
@@ -39,6 +40,7 @@ def evaluate(
     from svdq_cli.checkpoint import open_checkpoint
     from svdq_cli.cli import render
     from svdq_cli.cli.progress import progress
+    from svdq_cli.cli.summary import append_summary
     from svdq_cli.drawing import evaluate as run_evaluate
     from svdq_cli.drawing import evaluation_recipe
     from svdq_cli.starting import recipe_of
@@ -64,5 +66,6 @@ def evaluate(
             options=run_options(device, overwrite, beside),
             observe=observe,
         )
+    append_summary(result, summary)
     render.show(result, json=json, verbose=verbose)
-    render.exit_on_missed_gates(result.gates_missed, json=json)
+    render.exit_with(result)

@@ -1,0 +1,84 @@
+"""Several recipes in one command: each is tried, whatever became of those before it."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from svdq_cli.cli.failures import FailureReport, bug_report, failure_report, refusal_of
+from svdq_cli.errors import GateMissedError, InterruptedRunError, UsageError
+from svdq_cli.records import ConvertReport, Event, Observer, PlanReport
+
+# From the best to the worst: outputs that missed a gate are there, a bug says nothing of the outputs.
+_SEVERITY = (0, 6, 2, 3, 4, 5, 7, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class RecipeRun:
+    """What became of one recipe: its exit code, and the object that it alone would have printed."""
+
+    source: str
+    code: int
+    report: ConvertReport | PlanReport | FailureReport
+
+
+@dataclass(frozen=True, slots=True)
+class SeveralReport:
+    """What became of all of them. `code` is the worst of theirs, and the command's."""
+
+    status: str
+    code: int
+    runs: tuple[RecipeRun, ...]
+    command: str = "convert"
+    schema: int = 1
+
+
+def refuse_given(**options: object) -> None:
+    """UsageError for options that mean one conversion, where several recipes are given."""
+    given = ", ".join(name for name, value in options.items() if value is not None)
+    if given:
+        raise UsageError(
+            f"{given}: means one conversion, and several recipes are given",
+            hint="leave it out: every recipe names its own outputs and calibration",
+        )
+
+
+def convert_each(
+    sources: Sequence[str], convert: Callable[[str], ConvertReport | PlanReport], observe: Observer
+) -> SeveralReport:
+    """Run `convert` on every recipe. Ctrl-C and SIGTERM stop them all.
+
+    Raises UsageError for a source that is no recipe, before the first conversion.
+    """
+    for source in sources:
+        if Path(source).suffix.lower() not in (".yaml", ".yml"):
+            raise UsageError(
+                f"{source}: of several sources each must be a recipe (.yaml)",
+                hint="convert a model alone, or write its recipe with svdq init",
+            )
+    runs: list[RecipeRun] = []
+    for source in sources:
+        run = _run(source, convert)
+        runs.append(run)
+        if isinstance(run.report, FailureReport):
+            observe(Event("warning", "convert", detail=f"{source}: {run.report.error.message}"))
+    code = max((run.code for run in runs), key=_SEVERITY.index)
+    return SeveralReport({0: "ok", 6: "gate-missed"}.get(code, "error"), code, tuple(runs))
+
+
+def _run(source: str, convert: Callable[[str], ConvertReport | PlanReport]) -> RecipeRun:
+    try:
+        report = convert(source)
+    except InterruptedRunError:
+        raise
+    except Exception as error:
+        refusal = refusal_of(error)
+        if refusal is not None:
+            return RecipeRun(source, refusal.code, failure_report(refusal, "convert"))
+        traceback.print_exc(file=sys.stderr)
+        return RecipeRun(source, 1, bug_report(error, "convert"))
+    missed = isinstance(report, ConvertReport) and report.gates_missed
+    return RecipeRun(source, GateMissedError.code if missed else 0, report)

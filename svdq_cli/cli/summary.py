@@ -1,0 +1,201 @@
+"""`--summary FILE`: the result of a command as Markdown, appended, as GitHub shows it on a run's page."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import cast
+
+from svdq_cli.cli.printable import printable
+from svdq_cli.errors import UsageError
+from svdq_cli.records import to_json
+
+WORST_LAYERS = 5
+MAX_PROBLEMS = 20
+_FIGURES = {  # keys of reports -> what they are called, in this order
+    "psnr_db": "PSNR (dB)",
+    "ssim": "SSIM",
+    "lpips": "LPIPS",
+    "clip": "CLIP score",
+    "layer_sqnr_db": "layer SQNR (dB)",
+}
+
+
+def append_summary(report: object, path: Path | None) -> None:
+    """Append a report to `path` (None: nowhere), which `require_appendable` has seen. The command's result counts more
+    than its summary: where the disk refuses it now, stderr says so."""
+    if path is None:
+        return
+    text = "\n".join(_lines(to_json(report))) + "\n\n"
+    try:
+        with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text)
+    except OSError as error:
+        print(f"warning: {path}: can't write the summary there: {error.strerror}", file=sys.stderr)
+
+
+def require_appendable(path: Path | None) -> Path | None:
+    """Before the work: UsageError where no summary can be written."""
+    if path is None:
+        return None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()
+    except OSError as error:
+        raise UsageError(
+            f"{path}: can't write the summary there: {error.strerror}",
+            hint="give --summary a file in a folder you may write to",
+            where=str(path),
+        ) from error
+    return path
+
+
+def _lines(report: Mapping[str, object]) -> Iterator[str]:
+    yield f"### svdq {report['command']}: {report.get('status', 'ok')}"
+    yield ""
+    if "error" in report:
+        yield from _failure(_section(report, "error"))
+    elif "runs" in report:
+        yield from _several(cast("Sequence[Mapping[str, object]]", report["runs"]))
+    elif "rows" in report:
+        yield from _bench(report)
+    else:
+        yield from _facts(report)
+    yield from _list("gates missed", report.get("gates_missed"))
+    yield from _list("warnings", report.get("warnings"))
+
+
+def _failure(error: Mapping[str, object]) -> Iterator[str]:
+    yield f"**{_cell(error['kind'])}** (exit code {error['code']}): {_cell(error['message'])}"
+    if error["hint"]:
+        yield ""
+        yield _cell(error["hint"])
+
+
+def _several(runs: Sequence[Mapping[str, object]]) -> Iterator[str]:
+    rows: list[tuple[object, ...]] = []
+    for run in runs:
+        report = _section(run, "report")
+        size, sqnr = report.get("bytes"), report.get("layer_sqnr_db")
+        rows.append(
+            (
+                run["source"],
+                run["code"],
+                report["status"],
+                f"{_number(size['ratio'])}x smaller" if isinstance(size, Mapping) else "",
+                _number(sqnr["mean"]) if isinstance(sqnr, Mapping) else "",
+                _section(report, "error").get("message", ""),
+            )
+        )
+    yield from _table(("recipe", "exit code", "status", "size", "layer SQNR (dB)", "error"), rows)
+
+
+def _bench(report: Mapping[str, object]) -> Iterator[str]:
+    device = _section(report, "device")
+    yield f"{_cell(device['name'])}, {_cell(device['backend'])} backend"
+    yield ""
+    keys = ("op", "precision", "mode", "m", "k", "n", "rank")
+    rows = [
+        (
+            *(row[key] for key in keys),
+            _number(_section(row, "us")["median"]),
+            _number(row["ratio"]),
+            row["baseline"],
+        )
+        for row in cast("Sequence[Mapping[str, object]]", report["rows"])
+    ]
+    titles = ("op", "precision", "mode", "M", "K", "N", "R", "µs", "times the baseline's speed", "baseline")
+    yield from _table(titles, rows)
+
+
+def _facts(report: Mapping[str, object]) -> Iterator[str]:
+    yield from _table(("", ""), list(_fact_rows(report)))
+    yield from _figures(report)
+    problems = cast("Sequence[Mapping[str, object]]", report.get("problems") or ())
+    if problems:
+        yield ""
+        rows = [(problem["layer"], problem["what"]) for problem in problems[:MAX_PROBLEMS]]
+        yield from _table((f"{len(problems)} problems in", "what"), rows)
+
+
+def _fact_rows(report: Mapping[str, object]) -> Iterator[tuple[object, ...]]:
+    model = _section(report, "model")
+    if model:
+        yield "model", f"{model['family']} ({model['class']})"
+    for output in cast("Sequence[Mapping[str, object]]", report.get("outputs") or ()):
+        yield (
+            output["format"],
+            f"{output['path']}, {output['bytes']} bytes, sha256 {str(output['sha256'])[:12]}",
+        )
+    rank = _section(report, "rank")
+    if rank:
+        yield "precision, rank, effort", f"{report['precision']}, {rank['requested']}, {report['effort']}"
+    size = _section(report, "bytes")
+    if size:
+        yield "size", f"{size['input']} -> {size['output']} bytes ({_number(size['ratio'])}x smaller)"
+    layers = report.get("layers")
+    if isinstance(layers, Mapping):
+        yield "layers", ", ".join(f"{count} {role}" for role, count in layers.items())
+    elif layers is not None:
+        yield "layers", layers
+    for key in ("format", "images", "noise_floor_psnr_db", "fingerprint"):
+        if report.get(key) is not None:
+            yield key.replace("_", " "), _number(report[key])
+
+
+def _figures(report: Mapping[str, object]) -> Iterator[str]:
+    """Mean and worst of every figure, the baselines' beside."""
+    models = {"converted": report, **_section(report, "baselines")}
+    names = [key for key in _FIGURES if isinstance(report.get(key), Mapping)]
+    if not names:
+        return
+    yield ""
+    rows: list[tuple[object, ...]] = []
+    for model, figures in models.items():
+        cells: list[object] = [model]
+        for key in names:
+            figure = cast("Mapping[str, object]", figures).get(key)  # type: ignore[union-attr]
+            cells.append(f"{_number(figure['mean'])} (worst {_number(figure['min'])})" if figure else "")  # type: ignore[index]
+        rows.append(tuple(cells))
+    yield from _table(("", *(_FIGURES[key] for key in names)), rows)
+    per_layer = cast("Mapping[str, float]", _section(report, "layer_sqnr_db").get("per_layer") or {})
+    worst = sorted(per_layer.items(), key=lambda item: item[1])[:WORST_LAYERS]
+    if worst:
+        yield ""
+        yield from _table(("worst layers", "SQNR (dB)"), [(name, _number(value)) for name, value in worst])
+
+
+def _list(title: str, items: object) -> Iterator[str]:
+    if items:
+        yield ""
+        yield f"**{title}**"
+        yield ""
+        for item in cast("Sequence[object]", items):
+            yield f"- {_cell(item)}"
+
+
+def _table(titles: Sequence[str], rows: Sequence[Sequence[object]]) -> Iterator[str]:
+    yield "| " + " | ".join(titles) + " |"
+    yield "|" + "---|" * len(titles)
+    for row in rows:
+        yield "| " + " | ".join(_cell(value) for value in row) + " |"
+
+
+def _cell(value: object) -> str:
+    """Text that stays inside its cell, and is no markup."""
+    text = printable(str("" if value is None else value)).replace("\n", " ").replace("\t", " ")
+    for mark, written in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "\\|"), ("`", "'")):
+        text = text.replace(mark, written)
+    for mark in "*_[]":
+        text = text.replace(mark, f"\\{mark}")
+    return text
+
+
+def _number(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _section(report: Mapping[str, object], key: str) -> Mapping[str, object]:
+    found = report.get(key)
+    return cast("Mapping[str, object]", found) if isinstance(found, Mapping) else {}
