@@ -23,8 +23,19 @@ from torch import Tensor
 
 from svdq_cli.errors import InputError, UsageError
 from svdq_cli.families.layouts.layout import Interleaved
+from svdq_cli.formats.branches import (
+    columns_joined,
+    cut_branch,
+    inverse,
+    not_together,
+    rows_of,
+    stacked_branches,
+    stored_rows,
+    width_of,
+)
+from svdq_cli.formats.contract import Branch
 from svdq_cli.formats.modules import TILE, KeptTensor, StoredModule, row_sources
-from svdq_cli.formats.moves import block_diagonal, join, same_bits, take_rows
+from svdq_cli.formats.moves import join, same_bits, take_rows
 from svdq_cli.pack.padding import pad
 from svdq_cli.records import (
     GELU_SHIFT,
@@ -58,7 +69,7 @@ def join_layers(module: StoredModule, solutions: Mapping[str, LayerSolution]) ->
             stored = W4A16Solution(
                 plan, only.codes, only.scales, only.zeros, _stored_bias(module, parts, _one_offset(module))
             )
-    return _reordered(stored, _indices(module))
+    return _reordered(stored, stored_rows(module))
 
 
 def moved_biases(module: StoredModule, solutions: Mapping[str, LayerSolution]) -> dict[str, Tensor]:
@@ -92,7 +103,7 @@ def source_tensor(tensor: KeptTensor, stored: Tensor, shapes: list[tuple[int, ..
         stored = stored.movedim(-1, 1)
     sources = row_sources(tensor.order, len(stored))
     if sources is not None:
-        stored = stored[_inverse(torch.tensor(sources))]
+        stored = stored[inverse(torch.tensor(sources))]
     start = sum(shape[0] for shape in shapes[:index])
     return stored[start : start + shapes[index][0]] if len(shapes) > 1 else stored
 
@@ -120,10 +131,9 @@ def take_layer(
 def _part(
     layer: LayerPlan, module: StoredModule, stored: LayerSolution, moved: Tensor | None
 ) -> LayerSolution:
-    indices = _indices(module)
-    stored = _reordered(stored, None if indices is None else _inverse(indices))
-    start = sum(module.rows_of(other) for other in module.layers[: module.layers.index(layer)])
-    rows = slice(start, start + layer.linear.out_features)
+    indices = stored_rows(module)
+    stored = _reordered(stored, None if indices is None else inverse(indices))
+    rows = rows_of(layer, module)
     match stored:
         case W4A4Solution():
             bias = _source_bias(layer, module, stored, rows, _shift_offset(module, stored), moved)
@@ -139,23 +149,15 @@ def _columns_joined(layer: W4A4Plan, parts: list[W4A4Solution]) -> W4A4Solution:
     """One layer from the parts of its columns. Parts share `up`, or have branches of their own."""
     if len(parts) == 1:
         return parts[0]
-    ups, downs = [part.up for part in parts], [part.down for part in parts]
-    if layer.rank == sum(len(down) for down in downs):
-        up, down = torch.cat(ups, dim=1), block_diagonal(downs)
-    elif all(same_bits(up, ups[0]) for up in ups[1:]):
-        up, down = ups[0], torch.cat(downs, dim=1)
-    else:
-        raise InputError(
-            f"{layer.name}: its two stored parts have different low-rank branches", where=layer.name
-        )
+    branch = columns_joined(layer, [Branch(part.down, part.up) for part in parts])
     outers = [part.outer for part in parts]
     if not all(same_bits(outer, outers[0]) for outer in outers[1:]):
         raise InputError(f"{layer.name}: its two stored parts have different outer scales", where=layer.name)
     return W4A4Solution(
         plan=layer,
         smooth=torch.cat([part.smooth for part in parts]),
-        down=down,
-        up=up,
+        down=branch.down,
+        up=branch.up,
         codes=torch.cat([part.codes for part in parts], dim=1),
         scales=join([part.scales for part in parts], dim=1),
         outer=outers[0],
@@ -171,39 +173,24 @@ def _stack(module: StoredModule, plan: W4A4Plan, parts: list[W4A4Solution]) -> W
     first = parts[0]
     for part in parts[1:]:
         if not same_bits(part.smooth, first.smooth):
-            raise _not_together(module, first, part, "smoothing factors")
+            raise not_together(module, first.plan.name, part.plan.name, "smoothing factors")
     columns = slice(None) if module.columns is None else slice(*module.columns)
     groups = (
         slice(None)
         if module.columns is None
         else slice(*(edge // plan.precision.group for edge in module.columns))
     )
-    down, up = _joined_branches(module, {part.plan.name: part for part in parts})
+    branch = stacked_branches(module, {part.plan.name: part for part in parts})
     return W4A4Solution(
         plan=plan,
         smooth=first.smooth[columns],
-        down=down[:, columns],
-        up=up,
+        down=branch.down[:, columns],
+        up=branch.up,
         codes=torch.cat([part.codes for part in parts])[:, columns],
         scales=join([part.scales for part in parts])[:, groups],
         outer=_stacked_outer(module, parts),
         bias=None,
     )
-
-
-def _joined_branches(module: StoredModule, parts: Mapping[str, W4A4Solution]) -> tuple[Tensor, Tensor]:
-    """(R, K) and (N, R). Branches with down projections of their own lie side by side in R, block by block in N."""
-    downs: list[Tensor] = []
-    ups: list[Tensor] = []
-    for branch in module.branches:
-        members = [parts[layer.name] for layer in branch]
-        for other in members[1:]:
-            if not same_bits(other.down, members[0].down):
-                raise _not_together(module, members[0], other, "low-rank down projections")
-        downs.append(members[0].down)
-        ups.append(torch.cat([part.up for part in members]))
-    up = ups[0] if len(ups) == 1 else block_diagonal(ups)
-    return torch.cat(downs), up
 
 
 def _stacked_outer(module: StoredModule, parts: list[W4A4Solution]) -> Tensor | None:
@@ -228,38 +215,22 @@ def _cut(
     """One layer's rows of a module in stacked order, and its share of the ranks."""
     if not isinstance(layer, W4A4Plan):
         raise InputError(f"{layer.name}: stored as W4A4, planned as W4A16", where=layer.name)
-    width = layer.linear.in_features if module.columns is None else module.columns[1] - module.columns[0]
+    width = width_of(layer, module)
     outer = stored.outer
     if outer is not None and outer.numel() > 1:
         outer = outer[rows]
         outer = outer[:1].clone() if bool((outer == outer[0]).all()) else outer
-    ranks = _rank_slice(layer, module)
-    strangers = stored.up[rows].clone()
-    strangers[:, ranks] = 0
-    if bool((strangers != 0).any()):
-        raise InputError(f"{module.name}: proj_up mixes the branches of its layers", where=module.name)
+    branch = cut_branch(layer, module, stored)
     return W4A4Solution(
         plan=layer,
         smooth=stored.smooth[:width],
-        down=stored.down[ranks, :width].contiguous(),
-        up=stored.up[rows, ranks].contiguous(),
+        down=branch.down,
+        up=branch.up,
         codes=stored.codes[rows, :width].contiguous(),
         scales=stored.scales[rows, : width // layer.precision.group].contiguous(),
         outer=outer,
         bias=bias,
     )
-
-
-def _rank_slice(layer: W4A4Plan, module: StoredModule) -> slice:
-    if len(module.branches) == 1:
-        return slice(None)
-    start = 0
-    for branch in module.branches:
-        rank = branch[0].rank if isinstance(branch[0], W4A4Plan) else 0
-        if layer in branch:
-            return slice(start, start + rank)
-        start += rank
-    raise ValueError(f"{layer.name} is not in {module.name}")
 
 
 def _padded(solution: W4A4Solution) -> W4A4Solution:
@@ -404,29 +375,6 @@ def _reordered(solution: LayerSolution, indices: Tensor | None) -> LayerSolution
                 zeros=take_rows(solution.zeros, indices),
                 bias=moved(solution.bias),
             )
-
-
-def _indices(module: StoredModule) -> Tensor | None:
-    """Which stacked row each stored row is."""
-    rows = module.plan.linear.out_features
-    # what pads the layer as a whole is no part of its interleaved blocks, and stays behind them
-    true_rows = sum(layer.linear.out_features for layer in module.layers)
-    ordered = true_rows if isinstance(module.order, Interleaved) else rows
-    sources = row_sources(module.order, ordered)
-    return None if sources is None else torch.tensor([*sources, *range(ordered, rows)])
-
-
-def _inverse(indices: Tensor) -> Tensor:
-    return torch.argsort(indices)
-
-
-def _not_together(module: StoredModule, a: W4A4Solution, b: W4A4Solution, what: str) -> UsageError:
-    return UsageError(
-        f"{module.name} stores {a.plan.name} and {b.plan.name} as one matrix, and their {what} differ",
-        hint="quantize the model again: svdq solves layers with one input together",
-        where=b.plan.name,
-        kind="not-exact",
-    )
 
 
 def _w4a4(solution: LayerSolution) -> W4A4Solution:

@@ -17,6 +17,7 @@ from svdq_cli.errors import InputError, UsageError
 from svdq_cli.formats import tiled
 from svdq_cli.formats.contract import (
     PLAIN,
+    Branch,
     Format,
     PackedFacts,
     TensorSpec,
@@ -113,8 +114,7 @@ def encode(solution: LayerSolution, traits: Traits = PLAIN) -> dict[str, Tensor]
         "weight": pack_kitchen_codes(solution.codes),
         "weight_scale": pack_kitchen_rows(solution.scales),
         "smooth_factor": solution.smooth.clone(),
-        "proj_down": solution.down.T.contiguous(),
-        "proj_up": pack_kitchen_rows(solution.up),
+        **encode_branch(Branch(solution.down, solution.up)),
         MARKER: text_bytes(_marker(traits)),
     }
     if solution.bias is not None:
@@ -131,16 +131,27 @@ def decode(layer: LayerPlan, tensors: Mapping[str, Tensor], traits: Traits = PLA
     require_sound_tensors(
         layer, {suffix: spec for suffix, spec in specs.items() if suffix != MARKER}, sixteen
     )
+    branch = decode_branch(tensors)
     return W4A4Solution(
         plan=plan,
         smooth=tensors["smooth_factor"].clone(),
-        down=tensors["proj_down"].T.contiguous(),
-        up=unpack_kitchen_rows(tensors["proj_up"]),
+        down=branch.down,
+        up=branch.up,
         codes=unpack_kitchen_codes(tensors["weight"]),
         scales=unpack_kitchen_rows(tensors["weight_scale"]),
         outer=None,
         bias=tensors["bias"].clone() if "bias" in tensors else None,
     )
+
+
+def encode_branch(branch: Branch, traits: Traits = PLAIN) -> dict[str, Tensor]:
+    """The branch of a module as its stored tensors."""
+    return {"proj_down": branch.down.T.contiguous(), "proj_up": pack_kitchen_rows(branch.up)}
+
+
+def decode_branch(tensors: Mapping[str, Tensor], traits: Traits = PLAIN) -> Branch:
+    """The inverse of `encode_branch`; `tensors` may hold others of the module too."""
+    return Branch(tensors["proj_down"].T.contiguous(), unpack_kitchen_rows(tensors["proj_up"]))
 
 
 def metadata(plan: ModelPlan, dtype: torch.dtype) -> dict[str, object]:
@@ -188,10 +199,13 @@ FORMAT = Format(
     mixes=True,
     precisions=(Int4(),),
     unsigned_after_gelu=True,
+    one_rank=False,
     objection=objection,
     tensor_specs=tensor_specs,
     encode=encode,
     decode=decode,
+    encode_branch=encode_branch,
+    decode_branch=decode_branch,
     metadata=metadata,
     model_metadata=no_model_metadata,
     parse_metadata=parse_metadata,

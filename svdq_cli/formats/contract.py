@@ -64,6 +64,18 @@ class Traits:
 PLAIN = Traits()
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Branch:
+    """The low-rank branch of a layer, or of a stored module: (x down^T) up^T."""
+
+    down: Tensor  # (R, K) 16-bit
+    up: Tensor  # (N, R) 16-bit
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+
 class Objection(Protocol):
     def __call__(self, layer: LayerPlan) -> str | None: ...
 
@@ -84,6 +96,14 @@ class Decode(Protocol):
     ) -> LayerSolution: ...
 
 
+class EncodeBranch(Protocol):
+    def __call__(self, branch: Branch, traits: Traits = PLAIN) -> dict[str, Tensor]: ...
+
+
+class DecodeBranch(Protocol):
+    def __call__(self, tensors: Mapping[str, Tensor], traits: Traits = PLAIN) -> Branch: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Format:
     """One file layout that some runtime loads: the bits of one stored module, and what the file says about itself.
@@ -98,6 +118,7 @@ class Format:
     mixes: bool  # a layer that the format or the plan leaves at 16 bits has a place among quantized ones
     precisions: tuple[Precision, ...]
     unsigned_after_gelu: bool  # int4 modules fed by a plain GELU read unsigned activations
+    one_rank: bool  # the file says one rank for all W4A4 modules
 
     # Why the format can't hold this module ("out_features 200 is not a multiple of 128"), or None.
     objection: Objection
@@ -109,6 +130,10 @@ class Format:
     # its plan, decode InputError for tensors that do.
     encode: Encode
     decode: Decode
+
+    # The same for the branch of a W4A4 module alone, in the stored order of its rows: two of the tensors above.
+    encode_branch: EncodeBranch
+    decode_branch: DecodeBranch
 
     # What tells the runtime what is quantized: the `quantization_config` object, or the header's metadata.
     # UsageError where the plan does not fit. The plan is that of the file: its layers are stored modules.

@@ -22,6 +22,7 @@ from svdq_cli.families.layouts.layout import ComfyArgument, ModelLayout
 from svdq_cli.formats import tiled
 from svdq_cli.formats.contract import (
     PLAIN,
+    Branch,
     Format,
     PackedFacts,
     TensorSpec,
@@ -96,6 +97,16 @@ def decode(layer: LayerPlan, tensors: Mapping[str, Tensor], traits: Traits = PLA
         stored = plain[_outer_name(traits)]
         outer = unpack_vector(stored) if traits.row_scales else stored.clone()
     return tiled.decode(layer, plain, outer)
+
+
+def encode_branch(branch: Branch, traits: Traits = PLAIN) -> dict[str, Tensor]:
+    """The branch of a module as its stored tensors."""
+    return _spelled(tiled.encode_branch(branch), ENGINE_NAMES if traits.engine_names else {})
+
+
+def decode_branch(tensors: Mapping[str, Tensor], traits: Traits = PLAIN) -> Branch:
+    """The inverse of `encode_branch`; `tensors` may hold others of the module too."""
+    return tiled.decode_branch(_spelled(tensors, _PYTHON_NAMES if traits.engine_names else {}))
 
 
 def metadata(plan: ModelPlan, dtype: torch.dtype) -> dict[str, object]:
@@ -187,10 +198,13 @@ FORMAT = Format(
     mixes=False,
     precisions=(Int4(), NvFp4()),
     unsigned_after_gelu=True,
+    one_rank=True,
     objection=objection,
     tensor_specs=tensor_specs,
     encode=encode,
     decode=decode,
+    encode_branch=encode_branch,
+    decode_branch=decode_branch,
     metadata=metadata,
     model_metadata=model_metadata,
     parse_metadata=parse_metadata,

@@ -9,7 +9,15 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from svdq_cli.formats.contract import SIXTEEN_BIT, TensorSpec, require_sound, scale_dtype
+from svdq_cli.formats.contract import (
+    PLAIN,
+    SIXTEEN_BIT,
+    Branch,
+    TensorSpec,
+    Traits,
+    require_sound,
+    scale_dtype,
+)
 from svdq_cli.pack.codes import pack_codes, unpack_codes
 from svdq_cli.pack.low_rank import pack_down, pack_up, unpack_down, unpack_up
 from svdq_cli.pack.scales import (
@@ -102,6 +110,16 @@ def decode(layer: LayerPlan, tensors: Mapping[str, Tensor], outer: Tensor | None
             return _decode_w4a16(layer, tensors)
 
 
+def encode_branch(branch: Branch, traits: Traits = PLAIN) -> dict[str, Tensor]:
+    """The branch of a module as its stored tensors."""
+    return {"proj_down": pack_down(branch.down), "proj_up": pack_up(branch.up)}
+
+
+def decode_branch(tensors: Mapping[str, Tensor], traits: Traits = PLAIN) -> Branch:
+    """The inverse of `encode_branch`; `tensors` may hold others of the module too."""
+    return Branch(down=unpack_down(tensors["proj_down"]), up=unpack_up(tensors["proj_up"]))
+
+
 def sixteen_bit_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
     """The 16-bit dtype that most of a module's tensors have, so that an error names the one that differs."""
     seen = Counter(tensor.dtype for tensor in tensors.values() if tensor.dtype in SIXTEEN_BIT)
@@ -113,8 +131,7 @@ def _encode_w4a4(solution: W4A4Solution) -> dict[str, Tensor]:
     tensors = {
         "qweight": pack_codes(solution.codes, precision),
         "smooth_factor": pack_vector(solution.smooth),
-        "proj_down": pack_down(solution.down),
-        "proj_up": pack_up(solution.up),
+        **encode_branch(Branch(solution.down, solution.up)),
     }
     match precision:
         case Int4():
@@ -143,11 +160,12 @@ def _decode_w4a4(layer: W4A4Plan, tensors: Mapping[str, Tensor], outer: Tensor |
             scales = unpack_scales(tensors["wscales"])
         case NvFp4():
             scales = unpack_micro_scales(tensors["wscales"])
+    branch = decode_branch(tensors)
     return W4A4Solution(
         plan=layer,
         smooth=unpack_vector(tensors["smooth_factor"]),
-        down=unpack_down(tensors["proj_down"]),
-        up=unpack_up(tensors["proj_up"]),
+        down=branch.down,
+        up=branch.up,
         codes=unpack_codes(tensors["qweight"], layer.precision),
         scales=scales,
         outer=outer,

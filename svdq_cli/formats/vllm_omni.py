@@ -18,6 +18,7 @@ from svdq_cli.errors import InputError, UsageError
 from svdq_cli.formats import tiled
 from svdq_cli.formats.contract import (
     PLAIN,
+    Branch,
     Format,
     PackedFacts,
     TensorSpec,
@@ -93,8 +94,7 @@ def encode(solution: LayerSolution, traits: Traits = PLAIN) -> dict[str, Tensor]
         "qweight": pack_rows(solution.codes, NvFp4()),
         "wscales": solution.scales.view(torch.uint8).T.contiguous().view(torch.float8_e4m3fn),
         "smooth_factor": solution.smooth.clone(),
-        "proj_down": solution.down.T.contiguous(),
-        "proj_up": solution.up.clone(),
+        **encode_branch(Branch(solution.down, solution.up)),
         "wcscales": outer.new_ones(rows) if whole else outer.clone(),
         "wtscale": outer.clone() if whole else outer.new_ones(1),
     }
@@ -107,16 +107,27 @@ def decode(layer: LayerPlan, tensors: Mapping[str, Tensor], traits: Traits = PLA
     """The inverse of `encode`. InputError, with the module and the tensor, for anything but the exact tensors."""
     plan = _w4a4(layer)
     require_sound_tensors(layer, tensor_specs(layer, tiled.sixteen_bit_dtype(tensors), traits), tensors)
+    branch = decode_branch(tensors)
     return W4A4Solution(
         plan=plan,
         smooth=tensors["smooth_factor"].clone(),
-        down=tensors["proj_down"].T.contiguous(),
-        up=tensors["proj_up"].clone(),
+        down=branch.down,
+        up=branch.up,
         codes=unpack_rows(tensors["qweight"], NvFp4()),
         scales=tensors["wscales"].view(torch.uint8).T.contiguous().view(torch.float8_e4m3fn),
         outer=outer_of_both(layer.name, tensors["wtscale"], tensors["wcscales"]),
         bias=tensors["bias"].clone() if "bias" in tensors else None,
     )
+
+
+def encode_branch(branch: Branch, traits: Traits = PLAIN) -> dict[str, Tensor]:
+    """The branch of a module as its stored tensors."""
+    return {"proj_down": branch.down.T.contiguous(), "proj_up": branch.up.clone()}
+
+
+def decode_branch(tensors: Mapping[str, Tensor], traits: Traits = PLAIN) -> Branch:
+    """The inverse of `encode_branch`; `tensors` may hold others of the module too."""
+    return Branch(tensors["proj_down"].T.contiguous(), tensors["proj_up"].clone())
 
 
 def metadata(plan: ModelPlan, dtype: torch.dtype) -> dict[str, object]:
@@ -187,10 +198,13 @@ FORMAT = Format(
     mixes=True,
     precisions=(NvFp4(),),
     unsigned_after_gelu=False,
+    one_rank=True,
     objection=objection,
     tensor_specs=tensor_specs,
     encode=encode,
     decode=decode,
+    encode_branch=encode_branch,
+    decode_branch=decode_branch,
     metadata=metadata,
     model_metadata=no_model_metadata,
     parse_metadata=parse_metadata,

@@ -1,7 +1,7 @@
-"""LoRA files: whatever trainer wrote them, which layers of a model they change, and by what low-rank matrices.
+"""LoRA files: whatever trainer wrote them, which layers of a model they change, and by what.
 
-Names are resolved against the model itself: under its diffusers names, its original names, or either of them with dots
-replaced by underscores (kohya). A key that finds no place is an error, never skipped.
+A key that finds no place is an error, never skipped. `weight_changes` has what an adapter adds to a weight,
+`adapter_names` how its layers are called.
 """
 
 from __future__ import annotations
@@ -9,76 +9,97 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor, cat, isfinite
 
 from svdq_cli.errors import InputError
-from svdq_cli.source.configs import class_of_names
-from svdq_cli.source.headers import read_json, read_whole_header
-from svdq_cli.source.model import Source
-from svdq_cli.source.names import Part, RowRange, original_layers
-from svdq_cli.source.original_names import NAMINGS
+from svdq_cli.source.adapter_names import (
+    ModelShapes,
+    find_place,
+    is_for_text_encoder,
+    named_by_index,
+    places_of,
+)
+from svdq_cli.source.headers import Header, read_json, read_whole_header
+from svdq_cli.source.names import Part
 from svdq_cli.source.tensors import StoredTensor
+from svdq_cli.source.weight_changes import (
+    DoraUpdate,
+    LowRankUpdate,
+    WeightChange,
+    as_factors,
+    hadamard_update,
+    kronecker_update,
+)
 
-_WHOLE = (RowRange(0, 1, 1),)
-
-# What stands behind a layer's name: peft, diffusers' older attention processors and their `lora_layer`s, kohya
+# What stands behind a layer's name: peft, diffusers' older attention processors and their `lora_layer`s, kohya, LyCORIS
 _ROLES = {
     "down": re.compile(
         r"(?:\.lora_A(?:\.\w+)?|[._]lora\d?\.down|\.lora_linear_layer\.down|\.lora_down)\.weight$"
     ),
     "up": re.compile(r"(?:\.lora_B(?:\.\w+)?|[._]lora\d?\.up|\.lora_linear_layer\.up|\.lora_up)\.weight$"),
+    "bias": re.compile(r"(?:\.lora_B(?:\.\w+)?|\.lora_up)\.bias$"),
     "alpha": re.compile(r"\.(?:lora_)?alpha$"),
+    "magnitude": re.compile(r"\.(?:dora_scale|lora_magnitude_vector(?:\.\w+)??(?:\.weight)?)$"),
+    **{
+        f"{algorithm}_{part}": re.compile(rf"\.{algorithm}_{part}(?:\.default)?$")
+        for algorithm, parts in (
+            ("hada", ("w1_a", "w1_b", "w2_a", "w2_b")),
+            ("lokr", ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b")),
+        )
+        for part in parts
+    },
 }
 
-# Adapters that are no plain LoRA. Each changes weights in a way of its own.
+# Adapters whose changes svdq can't compute. Each changes weights in a way of its own.
 _OTHER_KINDS = {
-    "DoRA": re.compile(r"\.(dora_scale|lora_magnitude_vector(\.\w+)?(\.weight)?)$"),
-    "LoKr": re.compile(r"\.lokr_"),
-    "LoHa": re.compile(r"\.hada_"),
     "OFT": re.compile(r"\.(oft_|boft_)"),
     "GLoRA": re.compile(r"\.(a1|a2|b1|b2)\.weight$"),
     "LoCon with a middle matrix": re.compile(r"\.lora_mid\.weight$"),
+    "LoHa or LoKr with a Tucker core": re.compile(r"\.(hada_t[12]|lokr_t2)$"),
     "whole weight differences": re.compile(r"\.diff(_b)?$"),
-    "LoRA with biases": re.compile(r"\.lora_B(\.\w+)?\.bias$"),
-    "cloneofsimo's index names, which number layers instead of naming them": re.compile(
-        r"^unet:\d+:(up|down)$"
-    ),
 }
-_TEXT_ENCODER = re.compile(
-    r"^(lora_te\d?_|te\d?_|text_encoder(_\d)?[.:]|text_encoders\.|cond_stage_model\.|conditioner\.)"
-)
-_KOHYA = ("lora_unet_", "lora_transformer_", "lycoris_")
-_DOTTED = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.", "unet.")
-# Attention processors of older trainers have names of their own: XLabs' for FLUX, diffusers' for UNets
-_PROCESSORS = (
-    (re.compile(r"(double_blocks\.\d+)\.processor\.(qkv|proj)_lora1"), r"\1.img_attn.\2"),
-    (re.compile(r"(double_blocks\.\d+)\.processor\.(qkv|proj)_lora2"), r"\1.txt_attn.\2"),
-    (re.compile(r"(single_blocks\.\d+)\.processor\.proj$"), r"\1.linear2"),
-    (re.compile(r"\.processor\.to_(q|k|v)"), r".to_\1"),
-    (re.compile(r"\.processor\.to_out"), r".to_out.0"),
-)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class LowRankUpdate:
-    """What is added to a weight: scale * up @ down, computed in float32."""
+class AdaptedLayer:
+    """What one layer of an adapter file does: to which weights, and to which biases."""
 
-    down: Tensor  # (R, K)
-    up: Tensor  # (N, R)
-    scale: float
+    name: str  # in the file, without the ending
+    kind: str
+    rank: int
+    weights: Mapping[str, WeightChange]  # by the model's tensor name
+    biases: Mapping[str, Tensor]  # (N,) float32, at full strength
 
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """A LoRA file that fits a model: its updates by diffusers tensor name, and what it says of other components."""
+    """A LoRA file that fits a model, at full strength; and what it holds for other components."""
 
     path: Path
-    updates: Mapping[str, LowRankUpdate]
-    warnings: tuple[str, ...]
+    layers: tuple[AdaptedLayer, ...]
+    left_out: tuple[str, ...]  # keys for the text encoders
+
+    @property
+    def weights(self) -> Mapping[str, WeightChange]:
+        """What is added to each weight, by the model's tensor name."""
+        return {name: change for layer in self.layers for name, change in layer.weights.items()}
+
+    @property
+    def biases(self) -> Mapping[str, Tensor]:
+        """What is added to each bias, by the model's tensor name."""
+        return {name: added for layer in self.layers for name, added in layer.biases.items()}
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        if not self.left_out:
+            return ()
+        return (
+            f"{self.path}: {len(self.left_out)} tensors are for the text encoders, which stay as they are",
+        )
 
 
 @dataclass(slots=True)
@@ -86,35 +107,43 @@ class _Module:
     """One layer of an adapter file, as its keys come in."""
 
     name: str
-    keys: dict[str, StoredTensor] = field(default_factory=dict)  # by role: down, up, alpha
+    keys: dict[str, StoredTensor] = field(default_factory=dict)  # by role: down, up, alpha, ...
+
+    def read(self, role: str) -> Tensor:
+        return self.keys[role].read()
+
+    def matrix(self, role: str) -> Tensor:
+        """As a matrix: a convolution's (N, C, H, W) is (N, C * H * W)."""
+        return self.read(role).flatten(1)
 
 
-def read_adapter(path: Path, *, weight: float, source: Source) -> Adapter:
-    """A LoRA for `source`, `weight` times as strong as it was trained.
+def read_adapter(path: Path, model: ModelShapes) -> Adapter:
+    """The LoRA in a file, or in a folder of peft's, for `model`.
 
     Raises InputError: damaged, an adapter of another kind, made for another model, or with keys that have no place.
     """
     file, config = _files(path)
     header = read_whole_header(file)
     _refuse_other_kinds(file, header.tensors)
-    model_keys = {key: entry for key, entry in header.tensors.items() if not _TEXT_ENCODER.match(key)}
-    modules = _modules(file, model_keys)
-    places = _places(source)
-    homeless = [module for module in modules if _place(places, module.name) is None]
+    left_out = tuple(key for key in header.tensors if is_for_text_encoder(key))
+    modules = _modules(file, _model_keys(file, header, model))
+    places = places_of(model)
+    homeless = [module for module in modules if find_place(places, module.name) is None]
     if homeless:
-        raise _no_place(file, source, modules, homeless)
+        raise _no_place(file, model, modules, homeless)
     trained = config or _saved_config(header.metadata)
-    updates: dict[str, LowRankUpdate] = {}
+    layers: list[AdaptedLayer] = []
+    taken: set[str] = set()
     for module in modules:
-        parts = _place(places, module.name)
+        parts = find_place(places, module.name)
         assert parts is not None
-        for name, update in _updates(file, module, parts, source, trained):
-            if name in updates:
-                raise _refused(file, f"two of its layers change {name}", "the file is damaged", name)
-            updates[name] = LowRankUpdate(update.down, update.up, update.scale * weight)
-    left = len(header.tensors) - len(model_keys)
-    warnings = (f"{file}: {left} tensors are for the text encoders, which stay as they are",) if left else ()
-    return Adapter(file, updates, warnings)
+        layer = _adapted(file, module, parts, model, trained)
+        if twice := taken & layer.weights.keys():
+            name = min(twice)
+            raise _refused(file, f"two of its layers change {name}", "the file is damaged", name)
+        taken |= layer.weights.keys()
+        layers.append(layer)
+    return Adapter(file, tuple(layers), left_out)
 
 
 # ------------------------------------------------------------------------------------------------- the file
@@ -161,10 +190,27 @@ def _refuse_other_kinds(file: Path, keys: Mapping[str, object]) -> None:
         if found:
             raise _refused(
                 file,
-                f"{kind}: svdq merges plain LoRA only",
+                f"{kind}: svdq reads LoRA, DoRA, LoHa and LoKr",
                 "merge it into the model with the tool that trained it, and convert the result",
                 found,
             )
+
+
+def _model_keys(file: Path, header: Header, model: ModelShapes) -> dict[str, StoredTensor]:
+    """The tensors for the diffusion model; numbered layers under their names."""
+    try:
+        numbered = named_by_index(header.tensors, header.metadata, model)
+    except ValueError as error:
+        raise _refused(
+            file,
+            f"made for another model: {error}",
+            "give a LoRA that was trained on this model's family",
+            str(file),
+            kind="lora-mismatch",
+        ) from error
+    return {
+        numbered.get(key, key): entry for key, entry in header.tensors.items() if not is_for_text_encoder(key)
+    }
 
 
 def _modules(file: Path, keys: Mapping[str, StoredTensor]) -> list[_Module]:
@@ -181,10 +227,10 @@ def _modules(file: Path, keys: Mapping[str, StoredTensor]) -> list[_Module]:
         raise _refused(
             file,
             f"{len(foreign)} keys are no part of a LoRA: {_some(foreign)}",
-            "svdq knows the names of peft, diffusers, kohya, BFL and ComfyUI",
+            "svdq knows the names of peft, diffusers, kohya, LyCORIS, BFL, ComfyUI, XLabs and cloneofsimo",
             foreign[0],
         )
-    halves = [module.name for module in modules.values() if not {"down", "up"} <= module.keys.keys()]
+    halves = [module.name for module in modules.values() if _algorithm(module) is None]
     if halves:
         raise _refused(
             file, f"layers lack a half of their LoRA: {_some(halves)}", "download it again", halves[0]
@@ -204,67 +250,21 @@ def _role(key: str) -> tuple[str | None, str]:
     return None, key
 
 
-# ------------------------------------------------------------------------------------------------- the model's layers
-
-
-def _places(source: Source) -> Mapping[str, tuple[Part, ...]]:
-    """Every name that an adapter may call a layer of the model by, and the layers (or rows of layers) it means."""
-    layers = [name.removesuffix(".weight") for name in source.tensors if name.endswith(".weight")]
-    dotted: dict[str, tuple[Part, ...]] = {layer: (Part(layer, _WHOLE),) for layer in layers}
-    known = class_of_names(source.tensors)
-    naming = next((n for n in NAMINGS if known is not None and n.model_class == known.model_class), None)
-    if naming is not None:
-        for original, parts in original_layers(naming, layers).items():
-            dotted.setdefault(original, parts)
-    dotted |= _single_block_attention(dotted)
-    flat = {name.replace(".", "_"): parts for name, parts in dotted.items()}
-    return {**flat, **dotted}
-
-
-def _single_block_attention(dotted: Mapping[str, tuple[Part, ...]]) -> dict[str, tuple[Part, ...]]:
-    """XLabs adapts q, k, v of FLUX's single blocks without the MLP that is fused with them."""
-    thirds = tuple((RowRange(index, index + 1, 3),) for index in range(3))
-    return {
-        f"{found[1]}.processor.qkv": tuple(
-            Part(part.target, rows) for part, rows in zip(parts[:3], thirds, strict=True)
-        )
-        for original, parts in dotted.items()
-        if (found := re.fullmatch(r"(single_blocks\.\d+)\.linear1", original)) and len(parts) == 4
-    }
-
-
-def _place(places: Mapping[str, tuple[Part, ...]], name: str) -> tuple[Part, ...] | None:
-    return next((places[candidate] for candidate in _candidates(name) if candidate in places), None)
-
-
-def _candidates(name: str) -> Iterator[str]:
-    """The names that a layer may have in the model, from its name in an adapter."""
-    for prefix in _KOHYA:
-        if name.startswith(prefix):
-            yield name.removeprefix(prefix)
-    for prefix in _DOTTED:
-        name = name.removeprefix(prefix)
-    yield name
-    for pattern, replacement in _PROCESSORS:
-        name = pattern.sub(replacement, name)
-    yield name
-
-
-def _no_place(file: Path, source: Source, modules: list[_Module], homeless: list[_Module]) -> InputError:
+def _no_place(file: Path, model: ModelShapes, modules: list[_Module], homeless: list[_Module]) -> InputError:
     names = _some([module.name for module in homeless])
-    model = source.config.get("_class_name", source.path)
     if len(homeless) == len(modules):
         return _refused(
             file,
-            f"made for another model: none of its {len(modules)} layers is in {model}, for example {names}",
+            f"made for another model: none of its {len(modules)} layers is in {model.class_name}, "
+            f"for example {names}",
             "give a LoRA that was trained on this model's family",
             homeless[0].name,
             kind="lora-mismatch",
         )
     return _refused(
         file,
-        f"{len(homeless)} of its {len(modules)} layers are not in {model}: {names}",
-        "the LoRA was trained on a variant of the model; svdq merges all of it or nothing",
+        f"{len(homeless)} of its {len(modules)} layers are not in {model.class_name}: {names}",
+        "the LoRA was trained on a variant of the model; svdq takes all of it or nothing",
         homeless[0].name,
         kind="lora-mismatch",
     )
@@ -273,41 +273,78 @@ def _no_place(file: Path, source: Source, modules: list[_Module], homeless: list
 # ------------------------------------------------------------------------------------------------- the numbers
 
 
-def _updates(
-    file: Path, module: _Module, parts: tuple[Part, ...], source: Source, trained: Mapping[str, object] | None
-) -> Iterator[tuple[str, LowRankUpdate]]:
-    """A module's share of each tensor that it changes. Raises InputError where sizes disagree or a value is NaN."""
-    down = module.keys["down"].read().flatten(1)
-    up = module.keys["up"].read().flatten(1)
-    rank = down.shape[0]
-    if not bool(isfinite(down).all() and isfinite(up).all()):
-        raise _refused(
-            file, f"{module.name} holds NaN or infinite values", "use another LoRA", module.name, "not-finite"
-        )
-    scale = _scale(module, rank, trained)
-    for part in parts:
-        name = f"{part.target}.weight"
-        shape = source.tensors[name].shape
-        try:
-            ranges = [rows.among(up.shape[0]) for rows in part.rows]
-        except ValueError:
-            ranges = []
-        rows = sum(stop - start for start, stop in ranges)
-        if up.shape[1] != rank or rows != shape[0] or down.shape[1] != math.prod(shape[1:]):
-            raise _refused(
-                file,
-                f"{module.name} has matrices {list(up.shape)} and {list(down.shape)}, {name} has shape {list(shape)}",
-                "the LoRA was trained on another variant of the model",
-                module.name,
-                kind="lora-mismatch",
-            )
-        yield name, LowRankUpdate(down, cat([up[start:stop] for start, stop in ranges]), scale)
+def _adapted(
+    file: Path,
+    module: _Module,
+    parts: tuple[Part, ...],
+    model: ModelShapes,
+    trained: Mapping[str, object] | None,
+) -> AdaptedLayer:
+    """What a module does to each tensor that it changes. Raises InputError where sizes disagree or a value is NaN."""
+    _require_numbers(file, module)
+    change = _change(module, trained)
+    bias = module.read("bias").float() * _low_rank(change).scale if "bias" in module.keys else None
+    _require_sizes(file, module, change, bias)
+    weights: dict[str, WeightChange] = {}
+    biases: dict[str, Tensor] = {}
+    for part, ranges in _rows(file, module, parts, change, model):
+        weights[f"{part.target}.weight"] = change.of_rows(ranges)
+        if bias is not None:
+            biases[f"{part.target}.bias"] = cat([bias[start:stop] for start, stop in ranges])
+    return AdaptedLayer(module.name, change.kind, change.rank, weights, biases)
+
+
+def _algorithm(module: _Module) -> Callable[[_Module, Mapping[str, object] | None], LowRankUpdate] | None:
+    """How a module's factors are read; None where some of them are missing."""
+    roles = module.keys.keys()
+    if {"down", "up"} <= roles:
+        return _lora
+    if {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"} <= roles:
+        return _loha
+    if all(f"lokr_{w}" in roles or {f"lokr_{w}_a", f"lokr_{w}_b"} <= roles for w in ("w1", "w2")):
+        return _lokr
+    return None
+
+
+def _change(module: _Module, trained: Mapping[str, object] | None) -> WeightChange:
+    algorithm = _algorithm(module)
+    assert algorithm is not None
+    update = algorithm(module, trained)
+    return DoraUpdate(update, module.read("magnitude").flatten()) if "magnitude" in module.keys else update
+
+
+def _low_rank(change: WeightChange) -> LowRankUpdate:
+    return change.direction if isinstance(change, DoraUpdate) else change
+
+
+def _lora(module: _Module, trained: Mapping[str, object] | None) -> LowRankUpdate:
+    down, up = module.matrix("down"), module.matrix("up")
+    return LowRankUpdate(down, up, _scale(module, down.shape[0], trained))
+
+
+def _loha(module: _Module, trained: Mapping[str, object] | None) -> LowRankUpdate:
+    rank = module.keys["hada_w1_b"].shape[0]
+    first, second = ((module.matrix(f"hada_{w}_a"), module.matrix(f"hada_{w}_b")) for w in ("w1", "w2"))
+    return hadamard_update(first, second, scale=_scale(module, rank, trained))
+
+
+def _lokr(module: _Module, trained: Mapping[str, object] | None) -> LowRankUpdate:
+    """Where neither factor is a product of low rank, LyCORIS ignores alpha."""
+    rank = next((module.keys[key].shape[0] for key in ("lokr_w1_b", "lokr_w2_b") if key in module.keys), None)
+    factors = [
+        (module.matrix(f"lokr_{w}_a"), module.matrix(f"lokr_{w}_b"))
+        if f"lokr_{w}" not in module.keys
+        else as_factors(module.matrix(f"lokr_{w}"))
+        for w in ("w1", "w2")
+    ]
+    scale = 1.0 if rank is None else _scale(module, rank, trained)
+    return kronecker_update(factors[0], factors[1], scale=scale)
 
 
 def _scale(module: _Module, rank: int, trained: Mapping[str, object] | None) -> float:
     """alpha / rank; an adapter that says no alpha is scaled by 1, as its trainers do."""
     if "alpha" in module.keys:
-        return float(module.keys["alpha"].read().float().reshape(())) / rank
+        return float(module.read("alpha").float().reshape(())) / rank
     if trained is None:
         return 1.0
     alpha = _of_module(trained.get("alpha_pattern"), module.name, trained.get("lora_alpha", rank))
@@ -321,6 +358,74 @@ def _of_module(pattern: object, name: str, default: object) -> object:
             if name == key or name.endswith(f".{key}"):
                 return value
     return default
+
+
+# ------------------------------------------------------------------------------------------------- refusals
+
+
+def _require_numbers(file: Path, module: _Module) -> None:
+    for role, entry in module.keys.items():
+        if 0 in entry.shape:
+            raise _refused(
+                file,
+                f"{module.name}: {entry.origin} is empty, of shape {list(entry.shape)}: a LoRA of rank 0",
+                "the file is damaged; download it again",
+                module.name,
+            )
+        if not bool(isfinite(module.read(role)).all()):
+            raise _refused(
+                file,
+                f"{module.name} holds NaN or infinite values",
+                "use another LoRA",
+                module.name,
+                "not-finite",
+            )
+
+
+def _require_sizes(file: Path, module: _Module, change: WeightChange, bias: Tensor | None) -> None:
+    """The vectors of an adapter have a number for each of its rows."""
+    rows = _low_rank(change).up.shape[0]
+    if isinstance(change, DoraUpdate) and change.magnitude.numel() != rows:
+        raise _refused(
+            file,
+            f"{module.name}: DoRA with {change.magnitude.numel()} lengths for {rows} rows; svdq reads lengths of rows, "
+            "not of columns",
+            "merge it into the model with the tool that trained it, and convert the result",
+            module.name,
+        )
+    if bias is not None and bias.shape != (rows,):
+        raise _refused(
+            file,
+            f"{module.name}: its bias has shape {list(bias.shape)} instead of [{rows}]",
+            "the file is damaged; download it again",
+            module.name,
+        )
+
+
+def _rows(
+    file: Path, module: _Module, parts: tuple[Part, ...], change: WeightChange, model: ModelShapes
+) -> Iterator[tuple[Part, list[tuple[int, int]]]]:
+    """The rows of the module that each layer consists of. Raises InputError where the sizes are not the model's."""
+    update = _low_rank(change)
+    for part in parts:
+        name = f"{part.target}.weight"
+        shape = model.shapes[name]
+        try:
+            ranges = [rows.among(update.up.shape[0]) for rows in part.rows]
+        except ValueError:
+            ranges = []
+        rows = sum(stop - start for start, stop in ranges)
+        fits = rows == shape[0] and update.down.shape[1] == math.prod(shape[1:])
+        if update.up.shape[1] != update.rank or not fits:
+            raise _refused(
+                file,
+                f"{module.name} has matrices {list(update.up.shape)} and {list(update.down.shape)}, {name} has shape "
+                f"{list(shape)}",
+                "the LoRA was trained on another variant of the model",
+                module.name,
+                kind="lora-mismatch",
+            )
+        yield part, ranges
 
 
 def _some(names: list[str]) -> str:

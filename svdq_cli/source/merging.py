@@ -6,20 +6,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, zeros
 
 from svdq_cli.errors import InputError
-from svdq_cli.source.adapters import LowRankUpdate, read_adapter
+from svdq_cli.source.adapter_names import ModelShapes
+from svdq_cli.source.adapters import Adapter, read_adapter
 from svdq_cli.source.model import Source
 from svdq_cli.source.tensors import TensorEntry
+from svdq_cli.source.weight_changes import WeightChange
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MergedTensor:
-    """A weight plus low-rank updates, in float32: rounding to 16 bit would lose what a small update adds."""
+    """A tensor plus what adapters add to it, each times its strength, in float32: rounding to 16 bit would lose what a
+    small update adds. Every change is that of the tensor as it was, so that their order says nothing."""
 
     entry: TensorEntry
-    updates: tuple[LowRankUpdate, ...]
+    changes: tuple[tuple[WeightChange | Tensor, float], ...]  # a Tensor: of a bias
 
     @property
     def file(self) -> Path:
@@ -41,11 +44,21 @@ class MergedTensor:
         return self.read_rows(0, self.shape[0])
 
     def read_rows(self, start: int, stop: int) -> Tensor:
-        weight = self.entry.read_rows(start, stop).float()
-        for update in self.updates:
-            difference = update.up[start:stop].float() @ update.down.float()
-            weight = weight + (update.scale * difference).reshape(weight.shape)
-        return weight
+        before = self.entry.read_rows(start, stop).float()
+        added = zeros(before.shape)
+        for change, strength in self.changes:
+            if isinstance(change, Tensor):
+                added += strength * change[start:stop]
+            else:
+                of_rows = change.of_rows([(start, stop)])
+                added += (strength * of_rows.added_to(before.flatten(1))).reshape(before.shape)
+        return before + added
+
+
+def shapes_of(source: Source) -> ModelShapes:
+    """What an adapter for this source must fit."""
+    shapes = {name: entry.shape for name, entry in source.tensors.items()}
+    return ModelShapes(source.path, str(source.config.get("_class_name", source.path)), shapes)
 
 
 def merge_loras(source: Source, loras: Sequence[tuple[Path, float]]) -> Source:
@@ -61,11 +74,29 @@ def merge_loras(source: Source, loras: Sequence[tuple[Path, float]]) -> Source:
     tensors = dict(source.tensors)
     warnings = list(source.warnings)
     for path, weight in loras:
-        adapter = read_adapter(path, weight=weight, source=source)
+        adapter = read_adapter(path, shapes_of(source))
         warnings += adapter.warnings
-        for name, update in adapter.updates.items():
-            entry = tensors[name]
-            before = entry.updates if isinstance(entry, MergedTensor) else ()
-            tensors[name] = MergedTensor(source.tensors[name], (*before, update))
+        for name, change in (*adapter.weights.items(), *adapter.biases.items()):
+            tensors[name] = _merged(adapter, tensors, name, change, weight)
     kind = f"{source.kind}, {len(loras)} LoRA{'s' if len(loras) > 1 else ''} merged"
     return replace(source, tensors=tensors, warnings=tuple(warnings), kind=kind, is_saved_pipeline=False)
+
+
+def _merged(
+    adapter: Adapter,
+    tensors: dict[str, TensorEntry],
+    name: str,
+    change: WeightChange | Tensor,
+    weight: float,
+) -> MergedTensor:
+    entry = tensors.get(name)
+    if entry is None:  # weights are known to be there
+        raise InputError(
+            f"{adapter.path}: it changes {name}, and the model has no bias there",
+            hint="the LoRA was trained on a variant of the model",
+            where=name,
+            kind="lora-mismatch",
+        )
+    if isinstance(entry, MergedTensor):
+        return MergedTensor(entry.entry, (*entry.changes, (change, weight)))
+    return MergedTensor(entry, ((change, weight),))

@@ -284,6 +284,134 @@ def test_unet_loras_reach_attention_and_convolutions(
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+def numbered(adapter: Mapping[str, Halves]) -> dict[str, Tensor]:
+    """cloneofsimo's names: the layer's number in the model, in the order in which its trainer found them."""
+    return {
+        f"unet:{index}:{half}": tensor.clone()
+        for index, halves in enumerate(adapter.values())
+        for half, tensor in zip(("down", "up"), halves, strict=True)
+    }
+
+
+def numbered_layers() -> list[str]:
+    """A UNet's attention and feed-forward layers: down, up, then the middle; the feed-forward before the second
+    attention, as diffusers had it then."""
+    blocks = [f"down_blocks.{b}.attentions.{a}" for b in range(3) for a in range(2)]
+    blocks += [f"up_blocks.{b}.attentions.{a}" for b in range(1, 4) for a in range(3)]
+    blocks += ["mid_block.attentions.0"]
+    attention = ("to_q", "to_k", "to_v", "to_out.0")
+    layers = [f"attn1.{x}" for x in attention] + ["ff.net.0.proj"] + [f"attn2.{x}" for x in attention]
+    return [f"{block}.transformer_blocks.0.{layer}" for block in blocks for layer in layers]
+
+
+def test_numbered_layers_are_found_in_their_trainer_s_order(sd15: Source, tmp_path: Path):
+    names = numbered_layers()
+    adapter = {n: drawn(*sd15.tensors[f"{n}.weight"].shape, i) for i, n in enumerate(names)}
+    extra = {"text_encoder:0:down": torch.zeros(4, 8), "<s1>": torch.zeros(8)}
+    metadata = {"unet": '["CrossAttention", "Attention", "GEGLU"]', "unet:0:rank": "4"}
+    save_file({**numbered(adapter), **extra}, tmp_path / "lora.safetensors", metadata=metadata)
+    merged = merge_loras(sd15, [(tmp_path / "lora.safetensors", 1.0)])
+    assert "2 tensors are for the text encoders" in merged.warnings[0]
+    for layer, (down, up) in adapter.items():
+        torch.testing.assert_close(read_tensor(merged, f"{layer}.weight"), up @ down, rtol=1e-5, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------- other kinds
+
+
+def merged_weight(
+    tiny_flux: Path, file: Path, tensors: dict[str, Tensor], name: str
+) -> tuple[Tensor, Tensor]:
+    """A tensor before and after merging an adapter at weight 0.5, float32."""
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, file)
+    merged = merge_loras(open_source(tiny_flux), [(file, 0.5)])
+    return weights_of(tiny_flux)[name].float(), read_tensor(merged, name)
+
+
+def test_a_bias_of_the_adapter_is_scaled_like_its_matrices(tiny_flux: Path, tmp_path: Path):
+    added = torch.linspace(-1, 1, 128)
+    tensors = {
+        **kohya_diffusers({QKV[0]: drawn(128, 128, 0)}),
+        f"lora_transformer_{QKV[0].replace('.', '_')}.lora_up.bias": added,
+    }
+    before, after = merged_weight(tiny_flux, tmp_path / "l.safetensors", tensors, f"{QKV[0]}.bias")
+    torch.testing.assert_close(after, before + 0.5 * added / RANK)  # alpha 1
+
+
+@pytest.mark.parametrize(
+    "spelling", ["lora_magnitude_vector", "lora_magnitude_vector.default.weight", "dora_scale"]
+)
+def test_dora_sets_the_length_of_every_row(tiny_flux: Path, tmp_path: Path, spelling: str):
+    down, up = drawn(128, 128, 0)
+    length = torch.linspace(0.5, 2, 128)
+    magnitude = length.unsqueeze(1) if spelling == "dora_scale" else length
+    tensors = {**peft({QKV[0]: (down, up)}), f"transformer.{QKV[0]}.{spelling}": magnitude}
+    before, after = merged_weight(tiny_flux, tmp_path / "l.safetensors", tensors, f"{QKV[0]}.weight")
+    turned = before + up @ down
+    trained = torch.nn.functional.normalize(turned, dim=1) * length.unsqueeze(1)
+    torch.testing.assert_close(after, before + 0.5 * (trained - before), rtol=1e-4, atol=1e-5)
+
+
+def test_dora_agrees_with_peft_s_own_merge(tiny_flux: Path, tmp_path: Path):
+    peft_library = pytest.importorskip("peft", reason="needs peft, which this is compared with")
+    weight = weights_of(tiny_flux)[f"{QKV[0]}.weight"].float()
+    layer = torch.nn.Linear(128, 128)
+    layer.weight.data = weight.clone()
+    model = torch.nn.ModuleDict({"to_q": layer})
+    config = peft_library.LoraConfig(
+        r=RANK, lora_alpha=8, use_dora=True, target_modules=["to_q"], init_lora_weights=False
+    )
+    adapted = peft_library.get_peft_model(model, config)
+    adapted.to_q.lora_magnitude_vector["default"].weight.data *= 1.3
+    state = {key: tensor.clone() for key, tensor in peft_library.get_peft_model_state_dict(adapted).items()}
+    expected = adapted.merge_and_unload().to_q.weight.detach()
+    block = QKV[0].removesuffix(".to_q")
+    named = {key.replace("base_model.model.", f"transformer.{block}."): t for key, t in state.items()}
+    named[f"transformer.{block}.to_q.alpha"] = torch.tensor(8.0)
+    save_file(named, tmp_path / "l.safetensors")
+    merged = merge_loras(open_source(tiny_flux), [(tmp_path / "l.safetensors", 1.0)])
+    torch.testing.assert_close(read_tensor(merged, f"{QKV[0]}.weight"), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_dora_with_lengths_of_columns_is_refused(tiny_flux: Path, tmp_path: Path):
+    name = "transformer_blocks.0.ff.net.2"
+    tensors = {**peft({name: drawn(128, 512, 0)}), f"transformer.{name}.dora_scale": torch.ones(1, 512)}
+    error = refused(tiny_flux, tmp_path / "l.safetensors", tensors)
+    assert "512 lengths for 128 rows" in error.message
+
+
+def test_loha_is_the_product_of_two_products(tiny_flux: Path, tmp_path: Path):
+    (b1, a1), (b2, a2) = drawn(128, 128, 0), drawn(128, 128, 1)
+    flat = f"lycoris_{QKV[0].replace('.', '_')}"
+    tensors = {
+        f"{flat}.hada_w1_a": a1,
+        f"{flat}.hada_w1_b": b1,
+        f"{flat}.hada_w2_a": a2,
+        f"{flat}.hada_w2_b": b2,
+        f"{flat}.alpha": torch.tensor(2.0),
+    }
+    before, after = merged_weight(tiny_flux, tmp_path / "l.safetensors", tensors, f"{QKV[0]}.weight")
+    expected = before + 0.5 * (2 / RANK) * (a1 @ b1) * (a2 @ b2)
+    torch.testing.assert_close(after, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("factored", [True, False])
+def test_lokr_is_a_kronecker_product(tiny_flux: Path, tmp_path: Path, factored: bool):
+    generator = torch.Generator().manual_seed(0)
+    w1 = torch.randn(8, 4, generator=generator)
+    w2_a, w2_b = torch.randn(16, RANK, generator=generator), torch.randn(RANK, 32, generator=generator)
+    flat = f"lycoris_{QKV[0].replace('.', '_')}"
+    tensors = {f"{flat}.lokr_w1": w1, f"{flat}.alpha": torch.tensor(2.0)}
+    if factored:
+        tensors |= {f"{flat}.lokr_w2_a": w2_a, f"{flat}.lokr_w2_b": w2_b}
+    else:
+        tensors[f"{flat}.lokr_w2"] = w2_a @ w2_b
+    before, after = merged_weight(tiny_flux, tmp_path / "l.safetensors", tensors, f"{QKV[0]}.weight")
+    scale = 2 / RANK if factored else 1.0  # alpha belongs to a rank
+    expected = before + 0.5 * scale * torch.kron(w1, w2_a @ w2_b)
+    torch.testing.assert_close(after, expected, rtol=1e-4, atol=1e-4)
+
+
 # ------------------------------------------------------------------------------------------------- refusals
 
 
@@ -331,16 +459,29 @@ def test_nan_is_named(tiny_flux: Path, tmp_path: Path):
     assert (error.kind, error.where) == ("not-finite", f"transformer.{QKV[0]}")
 
 
+def test_a_lora_of_rank_0_is_refused(tiny_flux: Path, tmp_path: Path):
+    halves = {**trained(), QKV[0]: (torch.zeros(0, 128), torch.zeros(128, 0))}
+    error = refused(tiny_flux, tmp_path / "l.safetensors", peft(halves))
+    assert "a LoRA of rank 0" in error.message
+
+
+def test_a_truncated_file_is_refused(tiny_flux: Path, tmp_path: Path):
+    file = tmp_path / "l.safetensors"
+    save_file(peft(trained()), file)
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(InputError, match="truncated") as caught:
+        merge_loras(open_source(tiny_flux), [(file, 1.0)])
+    assert caught.value.kind == "damaged-file"
+
+
 @pytest.mark.parametrize(
     ("key", "kind"),
     [
-        ("lora_unet_x.dora_scale", "DoRA"),
-        ("lora_unet_x.lokr_w1", "LoKr"),
-        ("lora_unet_x.hada_w1_a", "LoHa"),
         ("lora_unet_x.lora_mid.weight", "middle matrix"),
+        ("lora_unet_x.oft_blocks", "OFT"),
+        ("lora_unet_x.lokr_t2", "Tucker core"),
         ("diffusion_model.x.diff", "whole weight differences"),
-        ("transformer.x.lora_B.bias", "LoRA with biases"),
-        ("unet:12:down", "index names"),
+        ("unet:12:down", "it numbers 13 layers, and the model has 0"),
         ("something.else", "no part of a LoRA: something.else"),
     ],
 )

@@ -1,0 +1,140 @@
+"""Where an adapter's layers are in a model, under whatever names its trainer gave them.
+
+Names are resolved against the model itself: under its diffusers names, its original names, either of them with dots
+replaced by underscores (kohya), or by the number that a layer has in the model (cloneofsimo).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from svdq_cli.source.configs import class_of_names
+from svdq_cli.source.names import Part, RowRange, original_layers
+from svdq_cli.source.original_names import NAMINGS
+
+_WHOLE = (RowRange(0, 1, 1),)
+_KOHYA = ("lora_unet_", "lora_transformer_", "lycoris_")
+_DOTTED = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.", "unet.")
+# Attention processors of older trainers have names of their own: XLabs' for FLUX, diffusers' for UNets
+_PROCESSORS = (
+    (re.compile(r"(double_blocks\.\d+)\.processor\.(qkv|proj)_lora1"), r"\1.img_attn.\2"),
+    (re.compile(r"(double_blocks\.\d+)\.processor\.(qkv|proj)_lora2"), r"\1.txt_attn.\2"),
+    (re.compile(r"(single_blocks\.\d+)\.processor\.proj$"), r"\1.linear2"),
+    (re.compile(r"\.processor\.to_(q|k|v)"), r".to_\1"),
+    (re.compile(r"\.processor\.to_out"), r".to_out.0"),
+)
+_TEXT_ENCODER = re.compile(
+    r"^(lora_te\d?_|te\d?_|text_encoder(_\d)?[.:]|text_encoders\.|cond_stage_model\.|conditioner\.|<[^>]+>$)"
+)
+_INDEXED = re.compile(r"^unet:(\d+):(up|down)$")
+# The linears of a UNet's transformer block by the class that cloneofsimo's trainer looked for, in the order in which
+# diffusers of that time (0.3 to 0.11) registered them: the feed-forward stood between the two attentions.
+_INDEXED_LAYERS = (
+    ("CrossAttention", ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0")),
+    ("GEGLU", ("ff.net.0.proj",)),
+    ("CrossAttention", ("attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0")),
+)
+_UNET_STACKS = ("down_blocks", "up_blocks", "mid_block")  # as they are registered
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShapes:
+    """The model that an adapter is for: its tensors under diffusers' names, with their shapes."""
+
+    path: Path
+    class_name: str
+    shapes: Mapping[str, tuple[int, ...]]
+
+
+def is_for_text_encoder(key: str) -> bool:
+    """Whether a key is of a text encoder's adapter, or a token's trained embedding."""
+    return _TEXT_ENCODER.match(key) is not None
+
+
+def places_of(model: ModelShapes) -> Mapping[str, tuple[Part, ...]]:
+    """Every name that an adapter may call a layer of the model by, and the layers (or rows of layers) it means."""
+    layers = [name.removesuffix(".weight") for name in model.shapes if name.endswith(".weight")]
+    dotted: dict[str, tuple[Part, ...]] = {layer: (Part(layer, _WHOLE),) for layer in layers}
+    known = class_of_names(model.shapes)
+    naming = next((n for n in NAMINGS if known is not None and n.model_class == known.model_class), None)
+    if naming is not None:
+        for original, parts in original_layers(naming, layers).items():
+            dotted.setdefault(original, parts)
+    dotted |= _single_block_attention(dotted)
+    flat = {name.replace(".", "_"): parts for name, parts in dotted.items()}
+    return {**flat, **dotted}
+
+
+def find_place(places: Mapping[str, tuple[Part, ...]], name: str) -> tuple[Part, ...] | None:
+    """What a layer of an adapter is in the model; None where it has no such layer."""
+    return next((places[candidate] for candidate in _candidates(name) if candidate in places), None)
+
+
+def named_by_index(
+    keys: Mapping[str, object], metadata: Mapping[str, str], model: ModelShapes
+) -> dict[str, str]:
+    """cloneofsimo's numbered keys (`unet:12:down`) -> the same keys with the layers' names.
+
+    Raises ValueError where the model has another number of such layers than the file.
+    """
+    indexed = {key: found for key in keys if (found := _INDEXED.match(key))}
+    if not indexed:
+        return {}
+    layers = _indexed_layers(metadata, model)
+    count = 1 + max(int(found[1]) for found in indexed.values())
+    if count != len(layers):
+        raise ValueError(
+            f"it numbers {count} layers, and the model has {len(layers)} of the kind that it adapts"
+        )
+    return {key: f"{layers[int(found[1])]}.lora_{found[2]}.weight" for key, found in indexed.items()}
+
+
+def _indexed_layers(metadata: Mapping[str, str], model: ModelShapes) -> list[str]:
+    """The layers that cloneofsimo's trainer numbers, in its order."""
+    try:
+        searched = set(json.loads(metadata["unet"]))
+    except (KeyError, TypeError, json.JSONDecodeError):
+        searched = {"CrossAttention", "GEGLU"}  # what the trainer looks for unless it is told otherwise
+    in_block = [layer for parent, layers in _INDEXED_LAYERS if parent in searched for layer in layers]
+    blocks = {name.split(".attn1.")[0] for name in model.shapes if ".attn1." in name}
+    return [
+        f"{block}.{layer}"
+        for block in sorted(blocks, key=_unet_order)
+        for layer in in_block
+        if f"{block}.{layer}.weight" in model.shapes
+    ]
+
+
+def _unet_order(block: str) -> tuple[int, tuple[int, ...]]:
+    stack, *rest = block.split(".")
+    rank = _UNET_STACKS.index(stack) if stack in _UNET_STACKS else len(_UNET_STACKS)
+    return rank, tuple(int(part) for part in rest if part.isdigit())
+
+
+def _single_block_attention(dotted: Mapping[str, tuple[Part, ...]]) -> dict[str, tuple[Part, ...]]:
+    """XLabs adapts q, k, v of FLUX's single blocks without the MLP that is fused with them."""
+    thirds = tuple((RowRange(index, index + 1, 3),) for index in range(3))
+    return {
+        f"{found[1]}.processor.qkv": tuple(
+            Part(part.target, rows) for part, rows in zip(parts[:3], thirds, strict=True)
+        )
+        for original, parts in dotted.items()
+        if (found := re.fullmatch(r"(single_blocks\.\d+)\.linear1", original)) and len(parts) == 4
+    }
+
+
+def _candidates(name: str) -> Iterator[str]:
+    """The names that a layer may have in the model, from its name in an adapter."""
+    for prefix in _KOHYA:
+        if name.startswith(prefix):
+            yield name.removeprefix(prefix)
+    for prefix in _DOTTED:
+        name = name.removeprefix(prefix)
+    yield name
+    for pattern, replacement in _PROCESSORS:
+        name = pattern.sub(replacement, name)
+    yield name
