@@ -305,8 +305,10 @@ def numbered_layers() -> list[str]:
 
 
 def test_numbered_layers_are_found_in_their_trainer_s_order(sd15: Source, tmp_path: Path):
-    names = numbered_layers()
-    adapter = {n: drawn(*sd15.tensors[f"{n}.weight"].shape, i) for i, n in enumerate(names)}
+    adapter: dict[str, Halves] = {}
+    for seed, name in enumerate(numbered_layers()):
+        rows, columns = sd15.tensors[f"{name}.weight"].shape
+        adapter[name] = drawn(rows, columns, seed)
     extra = {"text_encoder:0:down": torch.zeros(4, 8), "<s1>": torch.zeros(8)}
     metadata = {"unet": '["CrossAttention", "Attention", "GEGLU"]', "unet:0:rank": "4"}
     save_file({**numbered(adapter), **extra}, tmp_path / "lora.safetensors", metadata=metadata)
