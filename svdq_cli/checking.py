@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 
-from svdq_cli.checkpoint import TORCH_DTYPES, Checkpoint, specs_of_headers
-from svdq_cli.errors import InputError
+from svdq_cli.checkpoint import TORCH_DTYPES, Checkpoint, open_checkpoint, specs_of_headers
+from svdq_cli.errors import CheckFailedError, InputError
 from svdq_cli.formats.contract import differences
-from svdq_cli.records import CheckProblem, Event, Observer, ignore_events
+from svdq_cli.records import CheckProblem, CheckReport, Event, Observer, ignore_events
 from svdq_cli.solve.rebuild import WeightError, bias_error, weight_error
 from svdq_cli.source import Source, read_tensor
 
@@ -25,6 +26,36 @@ MAX_SMOOTH_SLOPE = (
 # it afterwards.
 RECORD_TOLERANCE = 0.02
 MAX_BIAS_ERROR = 0.05  # biases are only rounded to 16 bits; a permuted one is off by more than 1
+
+
+def check(path: Path, *, against: Source | None = None, observe: Observer = ignore_events) -> CheckReport:
+    """Structure, finite values and, with the source at hand, how well each layer rebuilds its weight."""
+    checkpoint = open_checkpoint(path)
+    problems = find_problems(checkpoint)
+    errors: dict[str, float] | None = None
+    if against is not None and not problems:
+        errors, wrong = layer_errors(checkpoint, against, observe)
+        problems = [*problems, *wrong]
+    return CheckReport(
+        status="failed" if problems else "ok",
+        format=checkpoint.format.name,
+        layers=len(checkpoint.layers),
+        problems=tuple(problems),
+        layer_error=errors,
+    )
+
+
+def require_sound(partial: Path, source: Source, observe: Observer) -> None:
+    """CheckFailedError unless what was just written is a checkpoint of `source`."""
+    report = check(partial, against=source, observe=observe)
+    if report.problems:
+        first = report.problems[0]
+        raise CheckFailedError(
+            f"the self-check of the written checkpoint failed: {first.layer}: {first.what}"
+            + (f" (and {len(report.problems) - 1} more problems)" if len(report.problems) > 1 else ""),
+            hint="nothing was left under the final name; please report this with the recipe",
+            where=first.layer,
+        )
 
 
 def find_problems(checkpoint: Checkpoint) -> list[CheckProblem]:

@@ -23,6 +23,7 @@ class SvdqError(Exception):
         self.hint = hint
         self.where = where
         self.kind = kind or self.default_kind
+        self.resumable = False  # whether the same command with --resume goes on from here
 
 
 class UsageError(SvdqError):
@@ -60,6 +61,21 @@ class OutOfResourcesError(SvdqError):
     default_kind = "out-of-resources"
 
 
+def as_out_of_memory(error: BaseException) -> OutOfResourcesError | None:
+    """What Python or torch raise for want of memory, as the refusal it is; None for anything else."""
+    if not isinstance(error, MemoryError | RuntimeError) or (
+        isinstance(error, RuntimeError)
+        and "out of memory" not in str(error)  # torch's kind, without importing it
+    ):
+        return None
+    first = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return OutOfResourcesError(
+        f"out of memory: {first}",
+        hint="close other programs, lower --batch-size, or use --device cpu",
+        kind="out-of-memory",
+    )
+
+
 class GateMissedError(SvdqError):
     """A quality or size gate (`--fail-if`, `gates:`) was missed. The outputs are kept."""
 
@@ -79,3 +95,15 @@ class InterruptedRunError(SvdqError):
 
     code = 75
     default_kind = "interrupted"
+
+
+class CanceledRunError(InterruptedRunError):
+    """The user stopped the run (Ctrl-C)."""
+
+    code = 130
+    default_kind = "canceled"
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, raised where the signal met the program. As Ctrl-C's own exception, it is not an `Exception`: no
+    library that tries one thing after the other takes it for a failed try."""

@@ -67,7 +67,7 @@ def export(
         )
     fmt = format_named(to)
     target = _target(checkpoint, fmt)
-    require_disk(out, target.bytes(checkpoint.state))
+    require_disk({out: target.bytes(checkpoint.state)})
     pipeline = base or checkpoint.source.pipeline
     component = quantized_component(pipeline) if pipeline else checkpoint.source.component
     contents = Contents(

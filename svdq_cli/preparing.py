@@ -16,6 +16,7 @@ from svdq_cli.errors import UsageError
 from svdq_cli.families import find_family
 from svdq_cli.formats import format_named
 from svdq_cli.formats.contract import Format
+from svdq_cli.journal import solved_bytes
 from svdq_cli.locate import default_resolution, locate_base, locate_file, locate_source
 from svdq_cli.plan import Inventory, Observation, plan_model, restricted, take_inventory, watch
 from svdq_cli.recipe import DEFAULT_RANK, Calibration, DatasetPrompts, Recipe, find_prompts, find_source
@@ -50,6 +51,8 @@ class RunOptions:
     device: str = "auto"
     overwrite: bool = False
     beside: Path | None = None  # the recipe's folder, for relative paths in it
+    work: Path | None = None  # where unfinished work is kept; None: beside the first output
+    resume: bool = False  # go on with the work that is kept there
 
 
 DEFAULT_OPTIONS = RunOptions()
@@ -225,6 +228,11 @@ def disk_bytes(prepared: Prepared) -> int:
     folders = [target for target in prepared.targets if not target.format.single_file]
     packed = sum(target.bytes(state) for target in prepared.targets)
     return packed + len(folders) * other_components_bytes(prepared.source)
+
+
+def work_bytes(plan: ModelPlan, dtype: torch.dtype) -> int:
+    """What the solved layers of a plan take in the work folder."""
+    return sum(solved_bytes(layer, dtype) for layer in plan.layers)
 
 
 def sizes_of(state: Mapping[str, tuple[int, ...]], output: int) -> ByteFacts:

@@ -349,6 +349,7 @@ class ConvertReport:
     recipe: Mapping[str, object]
     warnings: tuple[str, ...]
     gates_missed: tuple[str, ...] = ()
+    layers_taken_over: int = 0  # solved by an earlier run that this one went on from
     command: str = "convert"
     schema: int = 1
 

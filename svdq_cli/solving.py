@@ -1,20 +1,34 @@
-"""All layers of a model, solved one shared input after the other."""
+"""All layers of a model, solved one shared input after the other; each is kept in the work folder as soon as it is."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+from typing import cast
 
 import torch
+from torch import Tensor
 
 from svdq_cli.calibrate.artefact import Calibration
 from svdq_cli.errors import InputError
+from svdq_cli.journal import LAYERS, SolvedLayers, WorkFolder, quoted, report_json, report_of_json
 from svdq_cli.machine import on_device
 from svdq_cli.preparing import Prepared
-from svdq_cli.records import ActivationStats, Event, LayerPlan, LayerReport, LayerSolution, Observer
+from svdq_cli.records import (
+    ActivationStats,
+    Event,
+    LayerPlan,
+    LayerReport,
+    LayerSolution,
+    ModelPlan,
+    Observer,
+    SharedInput,
+)
 from svdq_cli.solve.forward import SourceWeight
-from svdq_cli.solve.linear import solve_input
+from svdq_cli.solve.linear import SolvedInput, solve_input
 from svdq_cli.source import Source, TensorEntry, read_tensor
 
 
@@ -32,31 +46,142 @@ class Statistics:
 def solve_model(
     prepared: Prepared, statistics: Statistics | None, device: torch.device, observe: Observer
 ) -> tuple[dict[str, LayerSolution], list[LayerReport]]:
-    """Every layer, in the plan's order of inputs. Solutions come back on the CPU."""
-    plans = {layer.name: layer for layer in prepared.plan.layers}
+    """Every layer, in the plan's order of inputs. Solutions come back on the CPU, all of them in memory."""
     solutions: dict[str, LayerSolution] = {}
     reports: list[LayerReport] = []
-    total = len(plans)
-    observe(Event("start", "solve", 0, total))
-    started = time.monotonic()
-    for shared in prepared.plan.inputs:
-        weights = {name: source_weight(prepared.source, plans[name], device) for name in shared.layers}
-        stats = statistics(shared.name) if statistics else None
-        solved = solve_input(shared, plans, weights, stats, prepared.settings)
-        for solution in (*solved.w4a4, *solved.w4a16):
-            solutions[solution.plan.name] = on_device(solution, torch.device("cpu"))
+    inputs = prepared.plan.inputs
+    for _, solved in _observed(prepared, _solved(prepared, statistics, inputs, device), 0, observe):
+        solutions |= {solution.plan.name: solution for solution in (*solved.w4a4, *solved.w4a16)}
         reports += solved.reports
-        detail = f"{shared.name}  {solved.reports[0].sqnr_db:.1f} dB"
-        observe(Event("advance", "solve", len(solutions), total, detail, time.monotonic() - started))
-    observe(Event("end", "solve", total, total, seconds=time.monotonic() - started))
     return solutions, reports
+
+
+def solve_into(
+    work: WorkFolder,
+    prepared: Prepared,
+    statistics: Statistics | None,
+    device: torch.device,
+    observe: Observer,
+) -> int:
+    """Every layer that the work folder does not hold yet. Returns how many it held."""
+    left = [shared for shared in prepared.plan.inputs if not _is_finished(work, shared, observe)]
+    held = len(prepared.plan.layers) - sum(len(shared.layers) for shared in left)
+    for shared, solved in _observed(prepared, _solved(prepared, statistics, left, device), held, observe):
+        reports = [report_json(report) for report in solved.reports]
+        work.keep(LAYERS, shared.name, (*solved.w4a4, *solved.w4a16), {"reports": reports})
+    return held
+
+
+def solved_layers(plan: ModelPlan, work: WorkFolder) -> tuple[SolvedLayers, list[LayerReport]]:
+    """Everything that `solve_model` left in the work folder, the reports in the plan's order of inputs."""
+    plans = {layer.name: layer for layer in plan.layers}
+    places = {name: (LAYERS, shared.name, plans[name]) for shared in plan.inputs for name in shared.layers}
+    reports = [report for shared in plan.inputs for report in _kept_reports(work, shared)]
+    return SolvedLayers(work, places), reports
+
+
+def _solved(
+    prepared: Prepared, statistics: Statistics | None, inputs: Sequence[SharedInput], device: torch.device
+) -> Iterator[tuple[SharedInput, SolvedInput]]:
+    """One input after the other, solved on `device` and brought back to the CPU."""
+    plans = {layer.name: layer for layer in prepared.plan.layers}
+
+    def solve(shared: SharedInput, raw: Mapping[str, RawWeight]) -> SolvedInput:
+        weights = {name: each.on(device) for name, each in raw.items()}
+        stats = statistics(shared.name) if statistics else None
+        return _on_cpu(solve_input(shared, plans, weights, stats, prepared.settings))
+
+    for shared, raw in _prefetched(prepared.source, plans, inputs):
+        yield shared, solve(shared, raw)
+
+
+def _on_cpu(solved: SolvedInput) -> SolvedInput:
+    cpu = torch.device("cpu")
+    return replace(
+        solved,
+        w4a4=tuple(on_device(solution, cpu) for solution in solved.w4a4),
+        w4a16=tuple(on_device(solution, cpu) for solution in solved.w4a16),
+    )
+
+
+def _observed(
+    prepared: Prepared, solved: Iterable[tuple[SharedInput, SolvedInput]], held: int, observe: Observer
+) -> Iterator[tuple[SharedInput, SolvedInput]]:
+    """The same, told as progress once the caller is done with each. `held` layers were solved by an earlier run."""
+    done, total = held, len(prepared.plan.layers)
+    observe(Event("start", "solve", done, total))
+    if held:
+        observe(Event("advance", "solve", done, total, f"{held} layers taken over from an earlier run"))
+    started = time.monotonic()
+    for shared, each in solved:
+        yield shared, each
+        done += len(shared.layers)
+        detail = f"{shared.name}  {each.reports[0].sqnr_db:.1f} dB"
+        observe(Event("advance", "solve", done, total, detail, time.monotonic() - started))
+    observe(Event("end", "solve", total, total, seconds=time.monotonic() - started))
+
+
+def _is_finished(work: WorkFolder, shared: SharedInput, observe: Observer) -> bool:
+    """A damaged file is none: what it held is solved again, and that is said."""
+    if quoted(shared.name) not in work.taken_over:
+        return False
+    try:
+        return {report.name for report in _kept_reports(work, shared)} == set(shared.layers)
+    except (InputError, KeyError, ValueError) as error:
+        observe(Event("warning", "solve", detail=f"{shared.name} is solved again: {error}"))
+        return False
+
+
+def _kept_reports(work: WorkFolder, shared: SharedInput) -> list[LayerReport]:
+    said = cast("list[dict[str, object]]", work.about(LAYERS, shared.name)["reports"])
+    return [report_of_json(each) for each in said]
+
+
+# ------------------------------------------------------------------------------------------------- weights
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RawWeight:
+    """One linear as the source stores it."""
+
+    weight: Tensor  # (N, K), or (N, K, 1, 1) of a 1x1 convolution
+    bias: Tensor | None  # (N,)
+
+    def on(self, device: torch.device) -> SourceWeight:
+        """In float32 on `device`."""
+        bias = None if self.bias is None else self.bias.to(device).float()
+        return SourceWeight(self.weight.to(device).float().flatten(1), bias)
+
+
+def raw_weight(source: Source, plan: LayerPlan) -> RawWeight:
+    """Read from the source. InputError where it holds NaN or infinity."""
+    bias = finite_tensor(source, f"{plan.name}.bias") if plan.linear.bias else None
+    return RawWeight(finite_tensor(source, f"{plan.name}.weight"), bias)
 
 
 def source_weight(source: Source, plan: LayerPlan, device: torch.device) -> SourceWeight:
     """One linear of the source in float32 on `device`."""
-    weight = finite_tensor(source, f"{plan.name}.weight")
-    bias = finite_tensor(source, f"{plan.name}.bias").to(device).float() if plan.linear.bias else None
-    return SourceWeight(weight.to(device).float().flatten(1), bias)  # a 1x1 convolution is (N, K, 1, 1)
+    return raw_weight(source, plan).on(device)
+
+
+def _prefetched(
+    source: Source, plans: Mapping[str, LayerPlan], inputs: Sequence[SharedInput]
+) -> Iterator[tuple[SharedInput, Mapping[str, RawWeight]]]:
+    """Every input with its weights; while one is solved, a thread reads the next."""
+
+    def read(shared: SharedInput) -> dict[str, RawWeight]:
+        return {name: raw_weight(source, plans[name]) for name in shared.layers}
+
+    reader = ThreadPoolExecutor(1, thread_name_prefix="read")
+    try:
+        coming = reader.submit(read, inputs[0]) if inputs else None
+        for shared, following in zip_longest(inputs, inputs[1:]):
+            assert coming is not None
+            weights = coming.result()
+            coming = reader.submit(read, following) if following else None
+            yield shared, weights
+    finally:
+        reader.shutdown(wait=True, cancel_futures=True)
 
 
 def finite_tensor(source: Source, name: str) -> torch.Tensor:

@@ -195,17 +195,25 @@ def refuse_existing(path: Path, *, overwrite: bool) -> None:
         )
 
 
-def require_disk(path: Path, needed: int) -> None:
-    """Raises OutOfResourcesError when the disk can't hold `needed` more bytes."""
-    parent = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
-    free = shutil.disk_usage(parent).free
-    if free < needed:
-        raise OutOfResourcesError(
-            f"{path}: needs {needed / 1e6:.1f} MB, the disk has {free / 1e6:.1f} MB left",
-            hint="free some space, or write to another disk with -o",
-            where=str(path),
-            kind="disk-full",
-        )
+def require_disk(needed: Mapping[Path, int]) -> None:
+    """Raises OutOfResourcesError when a disk can't hold all that is to be written to it: path -> bytes."""
+    disks: dict[int, list[Path]] = {}
+    for path in needed:
+        disks.setdefault(_existing(path).stat().st_dev, []).append(path)
+    for paths in disks.values():
+        total, free = sum(needed[path] for path in paths), shutil.disk_usage(_existing(paths[0])).free
+        if free < total:
+            raise OutOfResourcesError(
+                f"{paths[0]}: needs {total / 1e6:.1f} MB, the disk has {free / 1e6:.1f} MB left",
+                hint="free some space, or write to another disk with -o",
+                where=str(paths[0]),
+                kind="disk-full",
+            )
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that is there."""
+    return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
 
 
 @contextmanager
@@ -232,6 +240,14 @@ def whole_output(path: Path, *, overwrite: bool) -> Generator[Path, None, None]:
                 partial.rename(path)
     finally:
         _remove(partial)
+
+
+def remove_leftovers(path: Path) -> None:
+    """What runs that were killed left of this output. Only for who knows that no other process writes it."""
+    if path.parent.is_dir():
+        for other in path.parent.iterdir():
+            if other.name.startswith(f".{path.name}.partial-"):
+                _remove(other)
 
 
 @contextmanager

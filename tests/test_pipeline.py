@@ -245,16 +245,18 @@ def test_too_small_a_disk_is_refused_before_the_work(
     assert leftovers(tmp_path) == []
 
 
-def test_a_disk_that_fills_while_writing_leaves_nothing(
+def test_a_disk_that_fills_while_writing_leaves_only_the_solved_layers(
     tiny_flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(writing_module, "save_file", full)
-    with pytest.raises(OutOfResourcesError, match="the disk is full"):
+    with pytest.raises(OutOfResourcesError, match="the disk is full") as caught:
         convert(recipe_for(tiny_flux), tmp_path / "out", options=CPU)
-    assert leftovers(tmp_path) == []
+    assert leftovers(tmp_path) == [".out.work"]
+    assert caught.value.resumable
+    assert "--resume" in str(caught.value.hint)
 
 
 def test_a_checkpoint_that_fails_its_check_never_gets_its_name(

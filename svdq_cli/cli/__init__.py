@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -31,7 +32,7 @@ def run(arguments: list[str]) -> int:
 
     from svdq_cli.cli.app import app
     from svdq_cli.cli.failures import refusal_of
-    from svdq_cli.errors import UsageError
+    from svdq_cli.errors import CanceledRunError, UsageError
 
     try:
         result = app(args=arguments, prog_name="svdq", standalone_mode=False)
@@ -40,12 +41,11 @@ def run(arguments: list[str]) -> int:
         return stop.exit_code
     except _usage_errors() as error:
         return _refuse(UsageError(error.format_message(), hint=_usage_hint(error)), arguments)
-    except (KeyboardInterrupt, typer.Abort):
-        print("interrupted; nothing was left under a final name", file=sys.stderr)
-        return 130
+    except typer.Abort:  # what Typer's own loop makes of Ctrl-C
+        return _refuse(CanceledRunError("interrupted; nothing was left under a final name"), arguments)
     except BrokenPipeError:
         return 0
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         if (refusal := refusal_of(error)) is not None:
             return _refuse(refusal, arguments)
         _report_bug(error, arguments)
@@ -61,10 +61,17 @@ def _refuse(error: SvdqError, arguments: list[str]) -> int:
     print(f"svdq: {printable(error.message)}", file=sys.stderr)
     if error.hint:
         print(f"      {printable(error.hint)}", file=sys.stderr)
+    if error.resumable:
+        print(f"      to go on: {printable(_resuming(arguments))}", file=sys.stderr)
     return error.code
 
 
-def _report_bug(error: Exception, arguments: list[str]) -> None:
+def _resuming(arguments: list[str]) -> str:
+    """The command that goes on with what this one left."""
+    return shlex.join(["svdq", *arguments, *(["--resume"] if "--resume" not in arguments else [])])
+
+
+def _report_bug(error: BaseException, arguments: list[str]) -> None:
     """A bug keeps its traceback, and scripts still get their one object."""
     from svdq_cli.cli.failures import bug_report
 
@@ -108,8 +115,6 @@ def _usage_hint(error: object) -> str:
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    from svdq_cli.errors import InterruptedRunError
+    from svdq_cli.errors import Terminated
 
-    raise InterruptedRunError(
-        "told to stop (SIGTERM); nothing was left under a final name", hint="run the same command again"
-    )
+    raise Terminated

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from svdq_cli.errors import OutOfResourcesError, SvdqError
+from svdq_cli.errors import (
+    CanceledRunError,
+    InterruptedRunError,
+    SvdqError,
+    Terminated,
+    as_out_of_memory,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +37,7 @@ def failure_report(error: SvdqError, command: str | None) -> FailureReport:
     return FailureReport(facts, command)
 
 
-def bug_report(error: Exception, command: str | None) -> FailureReport:
+def bug_report(error: BaseException, command: str | None) -> FailureReport:
     """For an exception that nobody foresaw. Its traceback goes to stderr."""
     message = f"{type(error).__name__}: {error}"
     return FailureReport(ErrorFacts(1, "bug", message, "please report it with the traceback", None), command)
@@ -42,18 +48,9 @@ def refusal_of(error: BaseException) -> SvdqError | None:
     match error:
         case SvdqError():
             return error
-        case MemoryError():
-            return _out_of_memory(error)
-        case RuntimeError() if "out of memory" in str(error):  # torch's own kind, without importing torch
-            return _out_of_memory(error)
+        case Terminated():
+            return InterruptedRunError("told to stop (SIGTERM); nothing was left under a final name")
+        case KeyboardInterrupt():
+            return CanceledRunError("interrupted; nothing was left under a final name")
         case _:
-            return None
-
-
-def _out_of_memory(error: BaseException) -> OutOfResourcesError:
-    first = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return OutOfResourcesError(
-        f"out of memory: {first}",
-        hint="close other programs, lower --batch-size, or use --device cpu",
-        kind="out-of-memory",
-    )
+            return as_out_of_memory(error)

@@ -32,6 +32,13 @@ Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="More detail: eve
 Device = Annotated[
     str, typer.Option(metavar="cpu|cuda|cuda:N", help="Where to compute. auto: the GPU where there is one.")
 ]
+Work = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Where unfinished work is kept (else: hidden, beside the output)."),
+]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on with unfinished work; start where there is none.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of calibration, search and pictures.")]
 Precision = Annotated[str | None, typer.Option(metavar="int4|nvfp4", help="4-bit number format.")]

@@ -10,10 +10,17 @@ if TYPE_CHECKING:
     from svdq_cli.recipe import Recipe
 
 
-def run_options(device: str, overwrite: bool, beside: Path | None = None) -> RunOptions:
+def run_options(
+    device: str,
+    overwrite: bool,
+    beside: Path | None = None,
+    *,
+    work: Path | None = None,
+    resume: bool = False,
+) -> RunOptions:
     from svdq_cli.preparing import RunOptions
 
-    return RunOptions(device=device, overwrite=overwrite, beside=beside)
+    return RunOptions(device=device, overwrite=overwrite, beside=beside, work=work, resume=resume)
 
 
 def recipe_for(source: str, *, options: RunOptions, **given: object) -> tuple[Recipe, RunOptions]:

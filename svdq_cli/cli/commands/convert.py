@@ -45,6 +45,8 @@ def convert(
     plan: Annotated[bool, typer.Option("--plan", help="Predict layers, bytes and disk; do nothing.")] = False,
     fail_if: opt.FailIf = None,
     device: opt.Device = "auto",
+    work: opt.Work = None,
+    resume: opt.Resume = False,
     overwrite: opt.Overwrite = False,
     json: opt.Json = False,
     summary: opt.SummaryFile = None,
@@ -79,16 +81,17 @@ def convert(
         "formats": formats,
         "fail_if": fail_if,
     }
+    how = run_options(device, overwrite, work=work, resume=resume)
     with progress(quiet=quiet or plan, verbose=verbose, events=events) as observe:
 
         def convert_one(source: str) -> ConvertReport | PlanReport:
-            recipe, run = recipe_for(source, options=run_options(device, overwrite), **given)
+            recipe, run = recipe_for(source, options=how, **given)
             if plan:
                 return predict(recipe, options=run, calibration=calib)
             return run_convert(recipe, outputs_of(recipe), calibration=calib, options=run, observe=observe)
 
         if len(sources) > 1:
-            refuse_given(**{"-o": out, "--calib": calib})
+            refuse_given(**{"-o": out, "--calib": calib, "--work": work})
             report = convert_each(sources, convert_one, observe)
         else:
             report = convert_one(sources[0])

@@ -1,0 +1,381 @@
+"""`svdq convert`: search, quantize, pack, check. What is finished is kept, so that a run that dies is gone on with."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from svdq_cli import __version__
+from svdq_cli.allocation import allocated
+from svdq_cli.calibrate.artefact import MANIFEST, Calibration, open_calibration, save_calibration
+from svdq_cli.calibrate.prompts import prompts_digest
+from svdq_cli.calibrate.settings import settings_json
+from svdq_cli.calibrating import draw_statistics
+from svdq_cli.errors import (
+    CanceledRunError,
+    CheckFailedError,
+    InputError,
+    InterruptedRunError,
+    RecipeError,
+    SvdqError,
+    Terminated,
+    UsageError,
+    as_out_of_memory,
+)
+from svdq_cli.finishing import Outputs, finished_outputs, gated, write_reports_beside
+from svdq_cli.journal import LAYERS, Identity, WorkFolder, open_work
+from svdq_cli.locate import portable_name
+from svdq_cli.machine import peak_memory, resolve_device
+from svdq_cli.preparing import (
+    DEFAULT_OPTIONS,
+    Prepared,
+    RunOptions,
+    chosen_prompts,
+    disk_bytes,
+    draw_settings,
+    is_data_free,
+    layer_counts,
+    layer_sqnr,
+    model_facts,
+    prepare,
+    rank_facts,
+    search_facts,
+    sizes_of,
+    warnings_of,
+    work_bytes,
+)
+from svdq_cli.recipe import Recipe, embedded, resolved
+from svdq_cli.reconstructing import reconstructed, require_blocks_run
+from svdq_cli.records import (
+    BlockSearch,
+    ConvertReport,
+    ConvertSeconds,
+    Event,
+    LayerReport,
+    LayerSolution,
+    Observer,
+    ignore_events,
+)
+from svdq_cli.solving import Statistics, finite_tensor, solve_into, solved_layers
+from svdq_cli.source import source_digest
+from svdq_cli.writing import Contents, refuse_existing, remove_leftovers, require_disk
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A conversion before its first layer: what is known of it, and how it is run."""
+
+    prepared: Prepared
+    paths: tuple[Path, ...]  # one for each output
+    digest: str  # of the source's weights
+    calibration: Calibration | None  # the artefact that was given
+    data_free: bool
+    device: torch.device
+    options: RunOptions
+    observe: Observer
+    warnings: list[str] = field(default_factory=list[str])
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.prepared.recipe
+
+    @property
+    def tunes_blocks(self) -> bool:
+        return self.recipe.quantization.effort == "best" and not self.data_free
+
+    @property
+    def work(self) -> Path:
+        """Beside the first output, hidden, unless the user says where."""
+        return self.options.work or self.paths[0].with_name(f".{self.paths[0].name}.work")
+
+    def warn(self, warnings: tuple[str, ...]) -> None:
+        for warning in warnings:
+            self.warnings.append(warning)
+            self.observe(Event("warning", "convert", detail=warning))
+
+
+@dataclass(frozen=True, slots=True)
+class Solved:
+    """All layers, and how they came to be."""
+
+    prepared: Prepared  # with the ranks that were searched
+    solutions: Mapping[str, LayerSolution]
+    reports: list[LayerReport]
+    blocks: Mapping[str, BlockSearch]
+    statistics: Statistics | None
+    taken_over: int  # layers that an earlier run had solved
+    calibrate_seconds: float
+    solve_seconds: float
+
+
+def convert(
+    recipe: Recipe,
+    out: Path | tuple[Path, ...],
+    *,
+    calibration: Path | None = None,
+    options: RunOptions = DEFAULT_OPTIONS,
+    observe: Observer = ignore_events,
+) -> ConvertReport:
+    """Search, quantize, pack, check. `out`: one path for each of the recipe's outputs.
+
+    All outputs are packed from one search. None appears under its name before all are whole and checked. What is
+    finished is kept in a work folder, from which `options.resume` goes on; it is removed with the last step.
+    """
+    started = time.monotonic()
+    job = begin(recipe, (out,) if isinstance(out, Path) else out, calibration, options, observe)
+    with _work_of(job) as work:
+        solved = _solve(job, work)
+        contents = _contents(job, solved)
+        with finished_outputs(
+            solved.prepared, job.paths, contents, overwrite=options.overwrite, observe=observe
+        ) as outputs:
+            report = gated(_report(job, solved, contents, outputs, started), recipe)
+            outputs.write_reports(report)
+        write_reports_beside(job.prepared.targets, job.paths, report)
+    return report
+
+
+def begin(
+    recipe: Recipe,
+    paths: tuple[Path, ...],
+    calibration: Path | None,
+    options: RunOptions,
+    observe: Observer,
+) -> Job:
+    """Everything that can be refused before the first layer is, is refused here."""
+    for path in paths:
+        refuse_existing(path, overwrite=options.overwrite)
+    prepared = prepare(recipe, beside=options.beside)
+    if not prepared.source.tensors:
+        raise InputError(
+            f"{prepared.source.path}: there are no weights here, only a config",
+            hint="give the folder that holds the weights",
+            where=str(prepared.source.path),
+        )
+    digest = source_digest(prepared.source)
+    data_free = is_data_free(recipe, calibration)
+    job = Job(
+        prepared=prepared,
+        paths=paths,
+        digest=digest,
+        calibration=None if data_free or calibration is None else _made_for(prepared, calibration, digest),
+        data_free=data_free,
+        device=resolve_device(options.device),
+        options=options,
+        observe=observe,
+    )
+    if job.tunes_blocks:
+        require_blocks_run(prepared)
+    require_disk({paths[0]: disk_bytes(prepared), job.work: _work_bytes(job)})
+    job.warn(warnings_of(prepared, data_free=data_free))
+    return job
+
+
+def _work_bytes(job: Job) -> int:
+    """What is still to be written into the work folder."""
+    there = sum(file.stat().st_size for file in job.work.rglob("*") if file.is_file())
+    return max(0, work_bytes(job.prepared.plan, job.prepared.settings.dtype) - there)
+
+
+def _made_for(prepared: Prepared, path: Path, digest: str) -> Calibration:
+    """An artefact. InputError for one of other weights."""
+    opened = open_calibration(path)
+    made_for = opened.manifest.facts
+    if made_for.source_sha256 != digest:
+        raise InputError(
+            f"{path}: this calibration was made with other weights ({made_for.model_class}, "
+            f"sha256 {str(made_for.source_sha256)[:12]}), not with {prepared.source.path} ({digest[:12]})",
+            hint="run svdq calibrate on this model",
+            where=str(path),
+        )
+    return opened
+
+
+# ------------------------------------------------------------------------------------------------- the work folder
+
+
+def identity_of(job: Job) -> Identity:
+    """Everything that a solved layer depends on. Work of one identity can be gone on with, to the same bytes."""
+    recipe = embedded(job.recipe, source="")
+    return {
+        "svdq version": __version__,
+        "torch version": torch.__version__,
+        "device": job.device.type,
+        "model sha256": job.digest,
+        "calibration": _calibration_identity(job),
+        "recipe": {key: value for key, value in recipe.items() if key != "version"},
+        "formats": [target.format.name for target in job.prepared.targets],
+    }
+
+
+def _calibration_identity(job: Job) -> Mapping[str, object] | None:
+    if job.data_free:
+        return None
+    if job.calibration is not None:
+        return {"sha256": job.calibration.digest}
+    prompts = chosen_prompts(job.recipe, job.options, ignore_events)
+    settings = draw_settings(job.recipe, job.prepared.source, beside=job.options.beside)
+    return {"prompts sha256": prompts_digest(prompts), **settings_json(settings)}
+
+
+@contextmanager
+def _work_of(job: Job) -> Iterator[WorkFolder]:
+    """The job's work folder. It goes when the work is done, and when the same command could only fail again; it stays,
+    with a word on how to go on, whatever else ends the run."""
+    options = job.options
+    with open_work(job.work, identity_of(job), resume=options.resume, overwrite=options.overwrite) as work:
+        if options.resume:
+            for path in job.paths:
+                remove_leftovers(path)
+        try:
+            yield work
+        except BaseException as error:
+            stopped = _as_stopped(error)
+            if work.is_empty or _fails_again(error, work):
+                work.remove()
+            else:
+                _say_what_is_kept(stopped, job, work)
+            if stopped is error:
+                raise
+            raise stopped from error
+        work.remove()
+
+
+def _fails_again(error: BaseException, work: WorkFolder) -> bool:
+    """Whether the same command would end the same way, so that there is nothing to go on with. Statistics that were
+    drawn serve other runs too; they are never thrown away."""
+    about_the_work = isinstance(error, SvdqError) and str(error.where).startswith(str(work.path))
+    refused = isinstance(error, (UsageError, RecipeError, InputError, CheckFailedError))
+    return refused and not about_the_work and not work.calibration.exists()
+
+
+def _as_stopped(error: BaseException) -> BaseException:
+    """The interruptions as errors that can carry a message."""
+    match error:
+        case Terminated():
+            return InterruptedRunError("told to stop (SIGTERM); nothing was left under a final name")
+        case KeyboardInterrupt():
+            return CanceledRunError("interrupted; nothing was left under a final name")
+        case _:
+            return as_out_of_memory(error) or error
+
+
+def _say_what_is_kept(error: BaseException, job: Job, work: WorkFolder) -> None:
+    """In the error's hint; for a bug, which has none, as a warning."""
+    solved = len(work.finished(LAYERS))
+    kept = f"{work.path} keeps {solved} of {len(job.prepared.plan.inputs)} solved inputs; --resume goes on from there"
+    if not isinstance(error, SvdqError):
+        job.observe(Event("warning", "convert", detail=kept))
+        return
+    error.resumable = True
+    error.hint = f"{error.hint}; {kept}" if error.hint else kept
+
+
+# ------------------------------------------------------------------------------------------------- the layers
+
+
+def _solve(job: Job, work: WorkFolder) -> Solved:
+    began = time.monotonic()
+    statistics = None if job.data_free else _statistics(job, work)
+    calibrated = time.monotonic()
+    prepared, warnings = allocated(job.prepared, statistics, job.device, job.observe)
+    job.warn(warnings)
+    taken_over = solve_into(work, prepared, statistics, job.device, job.observe)
+    solutions, reports = solved_layers(prepared.plan, work)
+    blocks: dict[str, BlockSearch] = {}
+    if job.tunes_blocks and statistics is not None:
+        solutions, reports, blocks = reconstructed(
+            prepared,
+            statistics,
+            solutions,
+            reports,
+            options=job.options,
+            device=job.device,
+            observe=job.observe,
+        )
+    return Solved(
+        prepared=prepared,
+        solutions=solutions,
+        reports=reports,
+        blocks=blocks,
+        statistics=statistics,
+        taken_over=taken_over,
+        calibrate_seconds=calibrated - began,
+        solve_seconds=time.monotonic() - calibrated,
+    )
+
+
+def _statistics(job: Job, work: WorkFolder) -> Statistics:
+    """Of the artefact that was given, or drawn into the work folder once."""
+    opened = job.calibration
+    if opened is None:
+        if not (work.calibration / MANIFEST).is_file():
+            stats, facts = draw_statistics(job.prepared, job.options, job.observe, source_sha256=job.digest)
+            save_calibration(work.calibration, stats, facts)
+        opened = open_calibration(work.calibration)
+    return Statistics(opened.digest, opened)
+
+
+# ------------------------------------------------------------------------------------------------- what comes out
+
+
+def _contents(job: Job, solved: Solved) -> Contents:
+    """The numbers of the outputs, and what is said of their making."""
+    source = job.prepared.source
+    provenance: dict[str, object] = {
+        "svdq_version": __version__,
+        "recipe": embedded(
+            job.recipe, source=portable_name(job.recipe.model.source, job.digest, beside=job.options.beside)
+        ),
+        "source_sha256": job.digest,
+        "calibration_sha256": solved.statistics.digest if solved.statistics else None,
+    }
+    return Contents(
+        config=source.config,
+        solutions=solved.solutions,
+        kept=lambda name: finite_tensor(source, name),
+        provenance={
+            **provenance,
+            "fingerprint": hashlib.sha256(json.dumps(provenance, sort_keys=True).encode()).hexdigest(),
+            "weight_error": {report.name: round(report.weight_error, 5) for report in solved.reports},
+        },
+    )
+
+
+def _report(job: Job, solved: Solved, contents: Contents, outputs: Outputs, started: float) -> ConvertReport:
+    prepared, recipe = solved.prepared, job.recipe
+    assert contents.provenance is not None
+    return ConvertReport(
+        status="ok",
+        outputs=outputs.files,
+        model=model_facts(prepared, job.digest),
+        read_as=prepared.source.kind,
+        precision=recipe.quantization.precision,
+        effort="datafree" if job.data_free else recipe.quantization.effort,
+        data_free=job.data_free,
+        rank=rank_facts(prepared),
+        layers=layer_counts(prepared.plan),
+        layer_sqnr_db=layer_sqnr(solved.reports),
+        search=search_facts(solved.reports, solved.blocks),
+        bytes=sizes_of(prepared.inventory.state, outputs.files[0].bytes),
+        seconds=ConvertSeconds(
+            calibrate=solved.calibrate_seconds,
+            solve=solved.solve_seconds,
+            pack=outputs.pack_seconds,
+            check=outputs.check_seconds,
+            total=time.monotonic() - started,
+        ),
+        peak=peak_memory(),
+        fingerprint=str(contents.provenance["fingerprint"]),
+        svdq_version=__version__,
+        recipe=resolved(recipe),
+        warnings=tuple(job.warnings),
+        layers_taken_over=solved.taken_over,
+    )

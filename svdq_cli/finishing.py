@@ -1,0 +1,105 @@
+"""The end of a conversion: outputs packed from the solved layers, checked, and given their names, all or none."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from svdq_cli.checking import require_sound
+from svdq_cli.encoders import quantize_encoder
+from svdq_cli.preparing import Prepared
+from svdq_cli.recipe import Recipe, figure_of
+from svdq_cli.records import ConvertReport, Event, Observer, OutputFile, json_text, to_json
+from svdq_cli.solving import require_finite
+from svdq_cli.source import file_sha256
+from svdq_cli.writing import Contents, Target, replace_weights, report_path, whole_output, write_target
+
+
+@dataclass(frozen=True, slots=True)
+class Outputs:
+    """Whole and checked, not yet under their names."""
+
+    files: tuple[OutputFile, ...]
+    pack_seconds: float
+    check_seconds: float
+    _partials: tuple[Path, ...]
+    _targets: tuple[Target, ...]
+
+    def write_reports(self, report: ConvertReport) -> None:
+        """Into the outputs that are folders."""
+        for target, partial in zip(self._targets, self._partials, strict=True):
+            if not target.format.single_file:
+                _write_report(report_path(partial, target.format), report)
+
+
+@contextmanager
+def finished_outputs(
+    prepared: Prepared, paths: Sequence[Path], contents: Contents, *, overwrite: bool, observe: Observer
+) -> Iterator[Outputs]:
+    """Every output, packed and checked; they get their names when the block is left without an error.
+
+    Raises CheckFailedError where what was written is not what it should be.
+    """
+    with ExitStack() as stack:
+        partials = tuple(stack.enter_context(whole_output(path, overwrite=overwrite)) for path in paths)
+        started = time.monotonic()
+        weights = _pack(prepared, partials, contents, observe)
+        packed = time.monotonic()
+        for partial in partials:
+            require_sound(partial, prepared.source, observe)
+        checked = time.monotonic()
+        files = tuple(
+            OutputFile(target.format.name, str(path), file.stat().st_size, file_sha256(file))
+            for target, path, file in zip(prepared.targets, paths, weights, strict=True)
+        )
+        yield Outputs(files, packed - started, checked - packed, partials, prepared.targets)
+
+
+def write_reports_beside(targets: Sequence[Target], paths: Sequence[Path], report: ConvertReport) -> None:
+    """Beside the outputs that are files."""
+    for target, path in zip(targets, paths, strict=True):
+        if target.format.single_file:
+            _write_report(report_path(path, target.format), report)
+
+
+def _write_report(path: Path, report: ConvertReport) -> None:
+    path.write_text(json_text(report) + "\n", encoding="utf-8")
+
+
+def _pack(
+    prepared: Prepared, partials: Sequence[Path], contents: Contents, observe: Observer
+) -> tuple[Path, ...]:
+    """Every output under its partial name. Returns the weight files."""
+    total = len(partials)
+    observe(Event("start", "pack", 0, total))
+    started = time.monotonic()
+    weights: list[Path] = []
+    source = prepared.source
+    for target, partial in zip(prepared.targets, partials, strict=True):
+        weights.append(
+            write_target(partial, target, contents, pipeline=source.pipeline, component=source.component)
+        )
+        if not target.format.single_file:
+            for name in prepared.recipe.components:
+                quantize_encoder(partial / name, dtype=prepared.settings.dtype)
+            for name, entries in source.companions.items():
+                own = {key: require_finite(entry.read(), key, entry) for key, entry in entries.items()}
+                replace_weights(partial / name, own)
+        observe(Event("advance", "pack", len(weights), total, target.format.name, time.monotonic() - started))
+    observe(Event("end", "pack", total, total, seconds=time.monotonic() - started))
+    return tuple(weights)
+
+
+def gated(report: ConvertReport, recipe: Recipe) -> ConvertReport:
+    """The report, marked with the gates it misses; gates on figures that only `svdq eval` has are left to it."""
+    plain = to_json(report)
+    figures = {gate: figure_of(gate, plain) for gate in recipe.gates}
+    missed = tuple(
+        f"{gate} (is {v:.4g})" for gate, v in figures.items() if v is not None and not gate.holds(v)
+    )
+    later = tuple(f"gate {gate} is judged by svdq eval, not here" for gate, v in figures.items() if v is None)
+    status = "gate-missed" if missed else report.status
+    return replace(report, status=status, gates_missed=missed, warnings=(*report.warnings, *later))
