@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import nn
 
 from svdq_cli.calibrate.pipelines import load_source_pipeline
 from svdq_cli.checkpoint import Checkpoint, open_checkpoint
-from svdq_cli.errors import EnvironmentLacksError, InputError, UsageError
+from svdq_cli.errors import EnvironmentLacksError, InputError, OutOfResourcesError, UsageError
 from svdq_cli.gpu.launch import cuda_device, require_dtype
 from svdq_cli.inventory import model_class
+from svdq_cli.offload import Room, fill, weights_bytes
 from svdq_cli.runtime.fused import fused_linear
 from svdq_cli.runtime.linear import quantized_linear
 from svdq_cli.runtime.operands import objection
@@ -94,17 +96,92 @@ def load_pipeline(
 
 
 def load_16bit_pipeline(source: Source, *, class_name: str, device: torch.device) -> DiffusionPipeline:
-    """The pipeline of a 16-bit source that has one (`source.pipeline`), on a device.
+    """The pipeline of a 16-bit source that has one (`source.pipeline`), whole on a device."""
+    pipe = load_without_denoiser(source, class_name=class_name, device=device)
+    fill_denoiser(pipe, source, device=device)
+    return pipe
 
-    Where diffusers can't read the model itself (a single file, merged adapters), it is built from the source's tensors.
-    """
+
+def load_without_denoiser(source: Source, *, class_name: str, device: torch.device) -> DiffusionPipeline:
+    """The same with an empty denoiser, which knows its config and shapes but takes no memory."""
     assert source.pipeline is not None
     dtype = compute_dtype(device)
-    built = {} if source.is_saved_pipeline else {source.component: _built(source, class_name, dtype)}
-    pipe = load_source_pipeline(source.pipeline, dtype=dtype, device=device, components=built)
+    empty = _unfilled(source, class_name)
+    _set_dtype(empty, dtype)
+    pipe = load_source_pipeline(
+        source.pipeline, dtype=dtype, device=None, components={source.component: empty}
+    )
     for name, entries in source.companions.items():
         _replace_weights(getattr(pipe, name), {key: entry.read() for key, entry in entries.items()}, name)
+    for name, part in pipe.components.items():
+        if isinstance(part, nn.Module) and name != source.component:
+            _move(part, device, source.pipeline / name)
     return pipe
+
+
+def fill_denoiser(
+    pipe: DiffusionPipeline, source: Source, *, device: torch.device, room: Room | None = None
+) -> None:
+    """Gives the empty denoiser of `load_without_denoiser` its weights: all on the device or, with less `room` than
+    they need, block by block when they run. Raises OutOfResourcesError if they do not fit."""
+    model: nn.Module = getattr(pipe, source.component)
+    weights = _Weights(source, {name: tensor.dtype for name, tensor in model.state_dict().items()})
+    everything = Room(weights_bytes(model), 0)
+    try:
+        fill(model, weights, device=device, room=room or everything)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise _does_not_fit(source.path, device) from error
+    model.eval().requires_grad_(False)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        # diffusers asks its parts where to compute, and an offloaded one has no answer but its hooks
+        for name, part in pipe.components.items():
+            if isinstance(part, nn.Module) and name != source.component:
+                add_hook_to_module(part, AlignDevicesHook(device, io_same_device=True))
+
+
+class _Weights(Mapping[str, torch.Tensor]):
+    """A source's tensors in the dtypes of a model, each read when it is asked for."""
+
+    def __init__(self, source: Source, dtypes: Mapping[str, torch.dtype]) -> None:
+        self._source, self._dtypes = source, dtypes
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return read_tensor(self._source, name).to(self._dtypes[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._dtypes)
+
+    def __len__(self) -> int:
+        return len(self._dtypes)
+
+
+def _move(part: nn.Module, device: torch.device, where: Path) -> None:
+    try:
+        part.to(device)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise _does_not_fit(where, device) from error
+
+
+def _does_not_fit(where: Path, device: torch.device) -> OutOfResourcesError:
+    return OutOfResourcesError(
+        f"{where}: does not fit on {device}",
+        hint="close other programs, or use --device cpu",
+        where=str(where),
+    )
+
+
+def _set_dtype(model: nn.Module, dtype: torch.dtype) -> None:
+    """Of an empty model's tensors. Some classes keep a few modules in float32, as diffusers' loading does; buffers that
+    no file holds (position tables) stay as the class made them."""
+    exact = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    stored = model.state_dict()
+    for path, module in model.named_modules():
+        wanted = torch.float32 if exact & set(path.split(".")) else dtype
+        for name, parameter in module.named_parameters(recurse=False):
+            module.register_parameter(name, nn.Parameter(parameter.to(wanted), requires_grad=False))
+        for name, buffer in module.named_buffers(recurse=False):
+            if f"{path}.{name}".lstrip(".") in stored and buffer.is_floating_point():
+                module.register_buffer(name, buffer.to(wanted))
 
 
 def _replace_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], component: str) -> None:
@@ -122,14 +199,6 @@ def _replace_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], comp
             hint="upgrade diffusers and transformers, or leave the other components out of the file",
             where=homeless[0],
         )
-
-
-def _built(source: Source, class_name: str, dtype: torch.dtype) -> nn.Module:
-    """The 16-bit component on the CPU. The plan has checked that no tensor is missing."""
-    model = _unfilled(source, class_name)
-    state = {name: read_tensor(source, name).to(dtype) for name in source.tensors}
-    model.load_state_dict(state, assign=True)
-    return model.eval().requires_grad_(False)
 
 
 def _unfilled(source: Source, class_name: str) -> nn.Module:

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from svdq_cli.calibrate.settings import DrawSettings, settings_json, settings_of_json
-from svdq_cli.errors import InputError, OutOfResourcesError, SvdqError, UsageError
+from svdq_cli.errors import InputError, OutOfResourcesError, UsageError
 from svdq_cli.records import ActivationStats
 
 MANIFEST = "manifest.json"
@@ -130,7 +130,7 @@ def save_calibration(
             file = f"stats-{index + 1:05d}.safetensors"
             tensors = {f"{s.name}/{part}": _stored(s, part) for s in group for part in _TENSORS}
             save_file(tensors, partial / file)
-            _sync(partial / file)
+            sync(partial / file)
             file_bytes[file] = (partial / file).stat().st_size
             entries += [_entry(s, file) for s in group]
         manifest = CalibrationManifest(
@@ -138,7 +138,7 @@ def save_calibration(
         )
         text = json.dumps(_manifest_json(manifest), indent=1, ensure_ascii=False)
         (partial / MANIFEST).write_text(text + "\n", encoding="utf-8")
-        _sync(partial / MANIFEST)
+        sync(partial / MANIFEST)
         _put_in_place(partial, path)
     return manifest
 
@@ -168,22 +168,27 @@ def _looks_like_calibration(path: Path) -> bool:
 @contextmanager
 def _whole_or_nothing(path: Path, partial: Path) -> Iterator[None]:
     try:
-        yield
-    except BaseException as error:
+        with disk_errors(path):
+            yield
+    except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turns the system's errors in writing `path` into svdq's."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
         # safetensors reports a full disk as text: "I/O error: No space left on device (os error 28)"
-        full = f"os error {errno.ENOSPC}" in str(error) or getattr(error, "errno", None) == errno.ENOSPC
-        if full:
+        if f"os error {errno.ENOSPC}" in str(error) or getattr(error, "errno", None) == errno.ENOSPC:
             raise OutOfResourcesError(
                 f"{path}: the disk is full", hint="free space, or choose another disk", where=str(path)
             ) from error
-        if isinstance(error, (OSError, SafetensorError)) and not isinstance(error, SvdqError):
-            raise UsageError(
-                f"{path}: can't be written ({error})",
-                hint="choose a path that you may write to",
-                where=str(path),
-            ) from error
-        raise
+        raise UsageError(
+            f"{path}: can't be written ({error})", hint="choose a path that you may write to", where=str(path)
+        ) from error
 
 
 def _put_in_place(partial: Path, path: Path) -> None:
@@ -222,7 +227,7 @@ def _stored(stats: ActivationStats, part: str) -> Tensor:
     return tensor.cpu().contiguous()
 
 
-def _sync(file: Path) -> None:
+def sync(file: Path) -> None:
     with file.open("rb") as stream:
         os.fsync(stream.fileno())
 

@@ -10,7 +10,7 @@ numbers of turns and tokens keep the same rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from svdq_cli.calibrate.encode import EncodedPrompts
 from svdq_cli.calibrate.pipelines import Batch, denoise, drawn_batches, split_batches
 from svdq_cli.calibrate.settings import DrawSettings
 from svdq_cli.errors import InputError, UsageError
@@ -43,7 +44,7 @@ def collect_stats(
     rows: int,
     observe: Observer = ignore_events,
 ) -> dict[str, ActivationStats]:
-    """Statistics of every input over whole denoising trajectories, in the order of `inputs`.
+    """Statistics of every input over whole denoising trajectories, in the order of `inputs`, all in memory.
 
     `model` is the pipeline's denoiser. At most `rows` rows an input; fewer where an input has fewer tokens. The same
     arguments give the same bits. Raises InputError for a layer that the model lacks, that the pipeline never runs, or
@@ -51,38 +52,95 @@ def collect_stats(
     """
     if not prompts:
         raise UsageError("no prompt to calibrate with", hint="give at least one prompt")
-    if rows < 1:
-        raise UsageError(f"rows is {rows}", hint="keep 1 row or more")
+    batches = split_batches(prompts, settings=draw)
+    spread = Spread(rows=rows, pictures=len(prompts), seed=draw.seed)
+    parts: dict[int, Part] = {}
+    collect_parts(pipe, model, inputs, batches, draw=draw, spread=spread, parts=parts, observe=observe)
+    return {item.name: merged(item.name, [part[item.name] for part in parts.values()]) for item in inputs}
+
+
+def collect_parts(
+    pipe: DiffusionPipeline,
+    model: nn.Module,
+    inputs: Sequence[SharedInput],
+    batches: Sequence[Batch],
+    *,
+    draw: DrawSettings,
+    spread: Spread,
+    parts: MutableMapping[int, Part],
+    encoded: EncodedPrompts | None = None,
+    observe: Observer = ignore_events,
+) -> None:
+    """Draws those of `batches` that `parts` lacks, and puts what each adds under the index of its first picture.
+
+    A part depends on its own pictures alone: not on the order, nor on which process drew the others.
+    `encoded`: the prompts' embeddings, where the text encoders are gone. Raises as `collect_stats` does.
+    """
     layers = {item.name: _layer(model, item.layers[0]) for item in inputs}
+    left = [batch for batch in batches if batch.first not in parts]
+    if not left:
+        return
     sharing = _Sharing.of(model, inputs)
     with _hooked(sharing.layers, sharing.compare):
-        turns = _turns_per_picture(pipe, layers, prompts, draw)
-    tallies = {name: _Tally(name) for name in turns}
-    spread = _Spread(rows=rows, pictures=len(prompts), seed=draw.seed)
-    drawn: Batch | None = None
+        turns = _turns_per_picture(pipe, layers, left[0], draw, encoded)
+    tallies: dict[str, _Tally] = {}
+    drawn = left[0]
 
     def begin(batch: Batch) -> None:
         nonlocal drawn
         drawn = batch
+        tallies.update((name, _Tally()) for name in turns)
 
     def record(name: str, activation: Tensor) -> None:
-        assert drawn is not None
         _add(tallies[name], activation, batch=drawn, spread=spread, turns=turns[name])
 
-    batches = drawn_batches(
+    def finish() -> None:
+        _refuse_non_finite(tallies, layers)
+        parts[drawn.first] = {name: _part(tally) for name, tally in tallies.items()}
+
+    pictures = drawn_batches(
         pipe,
-        prompts,
+        left,
         settings=draw,
+        total=sum(len(batch.prompts) for batch in batches),
         output_type="latent",
         stage="calibrate",
         observe=observe,
+        encoded=encoded,
         on_batch=begin,
         on_step=lambda step: _refuse_non_finite(tallies, layers),
     )
     with _hooked(layers, record):
-        for _ in batches:
-            _refuse_non_finite(tallies, layers)
-    return {item.name: _finished(tallies[item.name]) for item in inputs}
+        for _ in pictures:
+            finish()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class InputPart:
+    """What one batch of pictures adds to the statistics of one input. On the CPU."""
+
+    abs_max: Tensor  # (K,) float32
+    squares: Tensor  # (K,) float64, sum of x squared
+    rows: Tensor  # (M, K) bfloat16, by picture and turn
+    tokens: int
+
+
+Part = Mapping[str, InputPart]  # by the name of the shared input
+
+
+def merged(name: str, parts: Sequence[InputPart]) -> ActivationStats:
+    """Statistics of one input from all parts, in the order of their pictures."""
+    tokens = sum(part.tokens for part in parts)
+    squares = parts[0].squares
+    for part in parts[1:]:  # one after the other: a sum whose order is fixed has the same bits everywhere
+        squares = squares + part.squares
+    return ActivationStats(
+        name=name,
+        abs_max=torch.stack([part.abs_max for part in parts]).amax(0),
+        second_moment=(squares / tokens).float(),
+        rows=torch.cat([part.rows for part in parts]),
+        tokens_seen=tokens,
+    )
 
 
 @dataclass(slots=True)
@@ -118,23 +176,27 @@ class _Sharing:
 
 @dataclass(slots=True)
 class _Tally:
-    """What has been seen of one input so far. Tensors live on the model's device, sampled rows on the CPU."""
+    """What has been seen of one input in the batch that is being drawn. Everything stays on the model's device until
+    the batch is done: a copy to the CPU in each call would make the GPU wait."""
 
-    name: str
     abs_max: Tensor | None = None  # (K,) float32
-    squares: Tensor | None = None  # (K,) float64, sum of x squared
+    squares: Tensor | None = None  # (K,) float64
     tokens: int = 0
     turns: dict[int, int] = field(default_factory=dict)  # picture -> turns taken
     rows: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # (picture, turn) -> (M, K) bfloat16
 
 
 @dataclass(frozen=True, slots=True)
-class _Spread:
+class Spread:
     """How sampled rows are spread over pictures, turns and tokens."""
 
-    rows: int
+    rows: int  # of an input, over all pictures
     pictures: int
     seed: int
+
+    def __post_init__(self) -> None:
+        if self.rows < 1:
+            raise UsageError(f"rows is {self.rows}", hint="keep 1 row or more")
 
     def share(self, *, picture: int, turn: int, turns: int) -> int:
         """Rows that this turn may keep. All turns of all pictures together keep `rows`."""
@@ -159,11 +221,12 @@ def _fraction(value: float) -> float:
     return value - math.floor(value)
 
 
-def _add(tally: _Tally, activation: Tensor, *, batch: Batch, spread: _Spread, turns: int) -> None:
+def _add(tally: _Tally, activation: Tensor, *, batch: Batch, spread: Spread, turns: int) -> None:
     entries = _by_entry(activation)  # (entries, tokens, K)
     flat = entries.flatten(0, 1)
-    peak = flat.abs().amax(dim=0).float()
-    squares = flat.float().square().sum(dim=0, dtype=torch.float64)
+    # norms over tokens: one pass over the activation each, without a float32 copy of it
+    peak = torch.linalg.vector_norm(flat, math.inf, dim=0).float()
+    squares = torch.linalg.vector_norm(flat, 2, dim=0, dtype=torch.float32).double().square()
     tally.abs_max = peak if tally.abs_max is None else torch.maximum(tally.abs_max, peak)
     tally.squares = squares if tally.squares is None else tally.squares + squares
     tally.tokens += flat.shape[0]
@@ -174,7 +237,7 @@ def _add(tally: _Tally, activation: Tensor, *, batch: Batch, spread: _Spread, tu
         tally.turns[picture] = turn + 1
         chosen = spread.tokens(picture=picture, turn=turn, turns=turns, count=entry.shape[0])
         if chosen:
-            tally.rows[picture, turn] = entry[chosen].to("cpu", torch.bfloat16)
+            tally.rows[picture, turn] = entry[chosen].to(torch.bfloat16)
 
 
 def _by_entry(activation: Tensor) -> Tensor:
@@ -185,24 +248,23 @@ def _by_entry(activation: Tensor) -> Tensor:
     return activation.reshape(activation.shape[0], -1, width)
 
 
-def _finished(tally: _Tally) -> ActivationStats:
+def _part(tally: _Tally) -> InputPart:
     assert tally.abs_max is not None  # the probe saw this input called
     assert tally.squares is not None
     width = tally.abs_max.shape[0]
     kept = [tally.rows[key] for key in sorted(tally.rows)]  # by picture and turn, however they were batched
-    return ActivationStats(
-        name=tally.name,
-        abs_max=tally.abs_max.cpu(),
-        second_moment=(tally.squares / tally.tokens).float().cpu(),
-        rows=torch.cat(kept) if kept else torch.empty(0, width, dtype=torch.bfloat16),
-        tokens_seen=tally.tokens,
-    )
+    rows = torch.cat(kept) if kept else torch.empty(0, width, dtype=torch.bfloat16)
+    return InputPart(tally.abs_max.cpu(), tally.squares.cpu(), rows.cpu(), tally.tokens)
 
 
 def _turns_per_picture(
-    pipe: DiffusionPipeline, layers: Mapping[str, nn.Module], prompts: Sequence[str], settings: DrawSettings
+    pipe: DiffusionPipeline,
+    layers: Mapping[str, nn.Module],
+    batch: Batch,
+    settings: DrawSettings,
+    encoded: EncodedPrompts | None,
 ) -> dict[str, int]:
-    """How often each input will be called for one picture, known from one denoising step of the first picture.
+    """How often each input will be called for one picture, known from one denoising step of the first batch.
 
     In the order of the calls, so that the first bad activation is found where it arises. Costs one step, and finds
     a layer that the pipeline never runs before the long work begins.
@@ -211,7 +273,7 @@ def _turns_per_picture(
     steps_done = 0
 
     def count(name: str, activation: Tensor) -> None:
-        seen[name] = seen.get(name, 0) + _by_entry(activation).shape[0]
+        seen[name] = seen.get(name, 0) + _by_entry(activation).shape[0] // len(batch.prompts)
 
     def stop(step: int) -> None:
         nonlocal steps_done
@@ -220,8 +282,7 @@ def _turns_per_picture(
         pipe._interrupt = True  # pyright: ignore[reportAttributeAccessIssue]
 
     with _hooked(layers, count):
-        (first, *_) = split_batches(prompts[:1], settings=settings)
-        denoise(pipe, first, settings=settings, output_type="latent", on_step=stop)
+        denoise(pipe, batch, settings=settings, output_type="latent", encoded=encoded, on_step=stop)
     for name in layers:
         if name not in seen:
             raise InputError(
@@ -266,14 +327,18 @@ def _hooked(layers: Mapping[str, nn.Module], on_input: OnInput) -> Iterator[None
 
 
 def _refuse_non_finite(tallies: Mapping[str, _Tally], layers: Mapping[str, nn.Module]) -> None:
-    for name, tally in tallies.items():
-        # NaN and infinity survive a maximum, so this sees every activation so far
-        if tally.abs_max is None or bool(torch.isfinite(tally.abs_max).all()):
-            continue
-        dtype = next((parameter.dtype for parameter in layers[name].parameters()), None)
-        raise InputError(
-            f"layer {name}: its input holds NaN or infinity (the model runs in {str(dtype).split('.')[-1]})",
-            hint="run the model in bfloat16 or float32 (model.dtype in the recipe); if it already does, "
-            "a weight before this layer is damaged",
-            where=name,
-        )
+    # NaN and infinity survive a maximum, so the peaks speak for every activation so far
+    peaks = [tally.abs_max for tally in tallies.values() if tally.abs_max is not None]
+    # one answer for all of them: each question makes the GPU finish what it is doing
+    if not peaks or bool(torch.stack([torch.isfinite(peak).all() for peak in peaks]).all()):
+        return
+    name = next(
+        n for n, t in tallies.items() if t.abs_max is not None and not torch.isfinite(t.abs_max).all()
+    )
+    dtype = next((parameter.dtype for parameter in layers[name].parameters()), None)
+    raise InputError(
+        f"layer {name}: its input holds NaN or infinity (the model runs in {str(dtype).split('.')[-1]})",
+        hint="run the model in bfloat16 or float32 (model.dtype in the recipe); if it already does, "
+        "a weight before this layer is damaged",
+        where=name,
+    )

@@ -7,7 +7,7 @@ import json
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from svdq_cli.calibrate.arguments import missing_inputs, optional_arguments
+from svdq_cli.calibrate.embeddings import EncodedPrompts
 from svdq_cli.calibrate.settings import DrawSettings
 from svdq_cli.errors import InputError, OutOfResourcesError, UsageError
 from svdq_cli.records import Event, Observer, ignore_events
@@ -89,9 +90,9 @@ def draw(
     """
     batches = drawn_batches(
         pipe,
-        prompts,
+        split_batches(prompts, settings=settings, seeds=seeds),
         settings=settings,
-        seeds=seeds,
+        total=len(prompts),
         output_type="pil",
         stage=stage,
         observe=observe,
@@ -124,21 +125,27 @@ class Batch:
 
 def drawn_batches(
     pipe: DiffusionPipeline,
-    prompts: Sequence[str],
+    batches: Sequence[Batch],
     *,
     settings: DrawSettings,
+    total: int,
     output_type: str,
     stage: str,
     observe: Observer,
-    seeds: Sequence[int] | None = None,
+    encoded: EncodedPrompts | None = None,
     on_batch: Callable[[Batch], None] | None = None,
     on_step: OnStep | None = None,
 ) -> Iterator[list[Any]]:
-    """Draws batch after batch, with events. `on_batch` is called before each."""
+    """Draws batch after batch, with events. `on_batch` is called before each.
+
+    `total`: pictures of the whole stage; those that are not in `batches` count as drawn before. `encoded` holds the
+    prompts' embeddings where the pipeline has no text encoders any more.
+    """
     steps = settings.steps
-    with _steps_observed(stage, len(prompts) * steps, observe) as advance:
-        for batch in split_batches(prompts, settings=settings, seeds=seeds):
-            before, size = batch.first * steps, len(batch.prompts)
+    drawn = total - sum(len(batch.prompts) for batch in batches)
+    with _steps_observed(stage, drawn * steps, total * steps, observe) as advance:
+        for batch in batches:
+            before, size = drawn * steps, len(batch.prompts)
 
             def step_done(step: int, before: int = before, size: int = size) -> None:
                 if on_step is not None:
@@ -148,8 +155,11 @@ def drawn_batches(
 
             if on_batch is not None:
                 on_batch(batch)
-            yield denoise(pipe, batch, settings=settings, output_type=output_type, on_step=step_done)
-            advance(before + size * steps)
+            yield denoise(
+                pipe, batch, settings=settings, output_type=output_type, encoded=encoded, on_step=step_done
+            )
+            drawn += size
+            advance(drawn * steps)
 
 
 def split_batches(
@@ -173,9 +183,10 @@ def denoise(
     *,
     settings: DrawSettings,
     output_type: str,
+    encoded: EncodedPrompts | None = None,
     on_step: OnStep | None = None,
 ) -> list[Any]:
-    """Draws one batch. `output_type` "latent" stops before the autoencoder.
+    """Draws one batch. `output_type` "latent" stops before the autoencoder. `encoded` stands for the text encoders.
 
     Passes only what the pipeline's __call__ takes. A pipeline without step callbacks never calls `on_step`.
     """
@@ -198,7 +209,8 @@ def denoise(
         ),
     }
     try:
-        out = call(**{name: value for name, value in arguments.items() if name in accepted})
+        with encoded.replayed(pipe, batch) if encoded else nullcontext():
+            out = call(**{name: value for name, value in arguments.items() if name in accepted})
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise OutOfResourcesError(
             f"out of memory drawing {len(batch.prompts)} pictures of {settings.width}x{settings.height} at a time",
@@ -228,10 +240,10 @@ def _step_callback(on_step: OnStep | None) -> Callable[..., dict[str, Any]] | No
 
 
 @contextmanager
-def _steps_observed(stage: str, total: int, observe: Observer) -> Iterator[Callable[[int], None]]:
+def _steps_observed(stage: str, done: int, total: int, observe: Observer) -> Iterator[Callable[[int], None]]:
     """Events of one stage that counts pictures times steps. Yields `advance(done)`; repeating a count is silent."""
     started = time.monotonic()
-    last = 0
+    last = done
 
     def advance(done: int) -> None:
         nonlocal last
@@ -239,7 +251,7 @@ def _steps_observed(stage: str, total: int, observe: Observer) -> Iterator[Calla
             last = done
             observe(Event("advance", stage, done, total, seconds=time.monotonic() - started))
 
-    observe(Event("start", stage, 0, total))
+    observe(Event("start", stage, done, total))
     yield advance
     observe(Event("end", stage, total, total, seconds=time.monotonic() - started))
 

@@ -27,9 +27,7 @@ def open_pipeline(path: Path) -> Source:
             hint="the download is incomplete; fetch the folder again",
             where=str(folder),
         )
-    source = open_component(folder, pipeline=path, component=component)
-    # diffusers would read 8-bit floats without their scales
-    return replace(source, path=path, is_saved_pipeline=not source.warnings)
+    return replace(open_component(folder, pipeline=path, component=component), path=path)
 
 
 def quantized_component(pipeline: Path) -> str:

@@ -79,7 +79,7 @@ def merge_loras(source: Source, loras: Sequence[tuple[Path, float]]) -> Source:
         for name, change in (*adapter.weights.items(), *adapter.biases.items()):
             tensors[name] = _merged(adapter, tensors, name, change, weight)
     kind = f"{source.kind}, {len(loras)} LoRA{'s' if len(loras) > 1 else ''} merged"
-    return replace(source, tensors=tensors, warnings=tuple(warnings), kind=kind, is_saved_pipeline=False)
+    return replace(source, tensors=tensors, warnings=tuple(warnings), kind=kind)
 
 
 def _merged(

@@ -23,9 +23,8 @@ class Source:
     """A 16-bit model under diffusers' names.
 
     `pipeline` is the folder that holds the other components: the model's own, or the base pipeline of a single file;
-    None where there is none. `tensors` is empty for a bare config. `is_saved_pipeline`: diffusers reads the component
-    from `pipeline` as it is; otherwise (single file, adapters) it is built from `tensors`. `companions` are other
-    components (text encoders, autoencoder) whose tensors take the place of those in `pipeline`.
+    None where there is none. `tensors` is empty for a bare config. `companions` are other components (text encoders,
+    autoencoder) whose tensors take the place of those in `pipeline`.
     """
 
     path: Path
@@ -33,7 +32,6 @@ class Source:
     component: str  # "transformer" or "unet"
     config: Mapping[str, object]
     tensors: Mapping[str, TensorEntry]
-    is_saved_pipeline: bool = False
     companions: Mapping[str, Mapping[str, TensorEntry]] = field(default_factory=dict)
     kind: str = "diffusers folder"  # how the weights were stored, for people
     warnings: tuple[str, ...] = ()

@@ -1,0 +1,61 @@
+"""The text encoders' turn: every prompt is encoded before the denoiser is loaded, then they make room for it."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from svdq_cli.calibrate.embeddings import METHOD, EncodedPrompts
+from svdq_cli.calibrate.pipelines import Batch, denoise
+from svdq_cli.calibrate.settings import DrawSettings
+
+if TYPE_CHECKING:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+_ENCODERS = "text_encoder"  # diffusers numbers the others: text_encoder_2, text_encoder_3
+
+
+class _Called(Exception):
+    """Ends the pipeline's run where it calls its denoiser."""
+
+
+def encode_prompts(
+    pipe: DiffusionPipeline, component: str, batches: Sequence[Batch], *, settings: DrawSettings
+) -> EncodedPrompts | None:
+    """Encodes the batches' prompts and frees the text encoders. The denoiser, `component`, may be an empty model.
+
+    None, and nothing is freed, for a pipeline that does not encode its prompts in one method.
+    """
+    if not hasattr(type(pipe), METHOD):
+        return None
+    encoded = EncodedPrompts()
+    denoiser: nn.Module = getattr(pipe, component)
+
+    def stop(module: nn.Module, args: tuple[Any, ...]) -> None:
+        raise _Called
+
+    handle = denoiser.register_forward_pre_hook(stop)
+    try:
+        for batch in batches:
+            with encoded.recorded(pipe, batch), contextlib.suppress(_Called):
+                denoise(pipe, batch, settings=settings, output_type="latent")
+    finally:
+        handle.remove()
+    if not all(encoded.answers.values()):
+        return None
+    _free_encoders(pipe)
+    return encoded
+
+
+def _free_encoders(pipe: DiffusionPipeline) -> None:
+    for name, part in pipe.components.items():
+        if name.startswith(_ENCODERS) and isinstance(part, nn.Module):
+            setattr(pipe, name, None)
+    gc.collect()  # modules with hooks refer to themselves
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,102 @@
+"""Where a model's weights lie while it runs: on the device as far as they fit, else brought there block by block.
+
+The hooks are accelerate's; which blocks stay is its choice too. Numbers do not depend on where weights come from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Bytes that weights may take: on the device that computes and, behind a GPU, in host memory.
+
+    What fits in neither is read from `weights` each time its block runs.
+    """
+
+    device: int
+    host: int
+
+
+class _Kept(Mapping[str, Tensor]):
+    """`weights`, those of some modules read once and kept in host memory."""
+
+    def __init__(self, weights: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> None:
+        self._weights, self._kept = weights, kept
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._kept[name] if name in self._kept else self._weights[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+
+def fill(model: nn.Module, weights: Mapping[str, Tensor], *, device: torch.device, room: Room) -> None:
+    """Gives an empty model (parameters on the meta device, in their final dtype) its weights.
+
+    `weights`: every tensor of the state dict, each read when it is asked for. Blocks that do not fit in `room` get
+    hooks that bring their weights to `device` when they run. Raises OutOfResourcesError if not one block has room.
+    """
+    places = _places(model, device, room)
+    here = {name for name in weights if _place(name, places) == "device"}
+    parameters = dict(model.named_parameters())
+    here |= {name for name in weights if name not in parameters}  # buffers are small and stay
+    for name in here:
+        model.load_state_dict({name: weights[name].to(device)}, strict=False, assign=True)
+    if len(here) == len(weights):
+        model.to(device)  # buffers that no file holds
+        return
+    kept = {name: weights[name] for name in weights if _place(name, places) == "host" and name not in here}
+    if device.type == "cuda":
+        kept = {name: tensor.pin_memory() for name, tensor in kept.items()}
+    _attach(model, _Kept(weights, kept), places, device)
+
+
+def weights_bytes(model: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
+def _attach(
+    model: nn.Module, weights: Mapping[str, Tensor], places: Mapping[str, str], device: torch.device
+) -> None:
+    from accelerate.hooks import attach_align_device_hook_on_blocks
+
+    attach_align_device_hook_on_blocks(
+        model,
+        execution_device={"": device, **dict.fromkeys(places, device)},
+        offload={module: place != "device" for module, place in places.items()},
+        weights_map=weights,
+    )
+
+
+def _places(model: nn.Module, device: torch.device, room: Room) -> dict[str, str]:
+    """Module path -> "device", "host" or "disk", for modules that cover the model. Blocks are not torn apart."""
+    if weights_bytes(model) <= room.device:
+        return {"": "device"}
+    from accelerate.utils import infer_auto_device_map
+
+    gpu = device.type == "cuda"
+    main = (device.index or 0) if gpu else "cpu"
+    limits: dict[int | str, int | str] = {main: room.device, **({"cpu": room.host} if gpu else {})}
+    blocks = getattr(model, "_no_split_modules", None) or []
+    found = infer_auto_device_map(model, max_memory=limits, no_split_module_classes=blocks)
+    words = {main: "device", "cpu": "host" if gpu else "device", "disk": "disk"}
+    # accelerate's hooks bring modules, not parameters that lie beside them in a module that is torn apart
+    alone = {name for name, _ in model.named_parameters()}
+    return {name: "device" if name in alone else words[place] for name, place in found.items()}
+
+
+def _place(name: str, places: Mapping[str, str]) -> str:
+    """The place of the nearest module above a tensor."""
+    path = name
+    while path not in places and path:
+        path = path.rpartition(".")[0]
+    return places[path]
