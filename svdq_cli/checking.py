@@ -60,7 +60,7 @@ def require_sound(partial: Path, source: Source, observe: Observer) -> None:
 
 def find_problems(checkpoint: Checkpoint) -> list[CheckProblem]:
     """Missing, foreign, misshapen and non-finite tensors; every layer must decode."""
-    problems = _structure_problems(checkpoint)
+    problems = structure_problems(checkpoint)
     if problems:
         return problems
     for plan in checkpoint.layers:
@@ -119,7 +119,8 @@ def _disagreement(error: WeightError, recorded: float | None) -> str | None:
     return None
 
 
-def _structure_problems(checkpoint: Checkpoint) -> list[CheckProblem]:
+def structure_problems(checkpoint: Checkpoint) -> list[CheckProblem]:
+    """Missing, foreign and misshapen tensors, from the headers alone."""
     found = specs_of_headers(checkpoint.source)
     foreign = [n for n, entry in checkpoint.source.tensors.items() if entry.dtype not in TORCH_DTYPES]
     problems = [CheckProblem(n, f"has dtype {checkpoint.source.tensors[n].dtype}") for n in foreign]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
@@ -21,11 +21,19 @@ from svdq_cli.families import find_family
 from svdq_cli.families.layouts.layout import ModelLayout
 from svdq_cli.formats import FORMATS
 from svdq_cli.formats.assembly import source_tensor, take_layer
-from svdq_cli.formats.contract import SIXTEEN_BIT, Format, PackedFacts, TensorSpec
+from svdq_cli.formats.branches import take_branch
+from svdq_cli.formats.contract import SIXTEEN_BIT, Branch, Format, PackedFacts, TensorSpec
 from svdq_cli.formats.headers import CONFIG, biases_of, header_metadata, json_value, ranks_of
-from svdq_cli.formats.modules import FileLayout, StoredModule, known_layout, lay_out, layers_in_file
+from svdq_cli.formats.modules import (
+    FileLayout,
+    StoredModule,
+    kept_shapes,
+    known_layout,
+    lay_out,
+    layers_in_file,
+)
 from svdq_cli.plan import Inventory, take_inventory
-from svdq_cli.records import LayerPlan, LayerSolution, Linear, Precision, W4A4Plan
+from svdq_cli.records import LayerPlan, LayerSolution, Linear, ModelPlan, Precision, W4A4Plan
 from svdq_cli.source import COMPONENTS, Source, index_component, read_header, read_json, read_tensor
 from svdq_cli.structure import STRUCTURAL
 
@@ -61,6 +69,18 @@ class Checkpoint:
     biases: Mapping[str, Tensor]  # by layer: what the file stores moved, as it was
     _decoded: dict[str, LayerSolution] = field(default_factory=dict[str, LayerSolution], compare=False)
 
+    def plan(self) -> ModelPlan:
+        """What became of the model's layers. Which of them share an input, a file does not say."""
+        return ModelPlan(
+            family=self.family,
+            model_class=self.model_class,
+            component=self.source.component,
+            parameters=self.parameters,
+            layers=self.layers,
+            kept=self.kept,
+            inputs=(),
+        )
+
     def packed_specs(self) -> dict[str, TensorSpec]:
         """Every packed tensor this checkpoint must hold, by stored name."""
         return {
@@ -71,15 +91,7 @@ class Checkpoint:
 
     def kept_specs(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor that stays at 16 bit, by stored name."""
-        found: dict[str, tuple[int, ...]] = {}
-        for name, tensor in self.file.kept.items():
-            shapes = [self.state[source] for source in tensor.sources]
-            rest = shapes[0][1:]
-            if tensor.channels_last:
-                rest = (*rest[1:], rest[0])
-            joined = (sum(shape[0] for shape in shapes),) if shapes[0] else ()
-            found[name] = (*joined, *rest)
-        return found
+        return kept_shapes(self.file, self.state)
 
     def kept_names(self) -> tuple[str, ...]:
         """The model's tensors that stay at 16 bit."""
@@ -99,6 +111,15 @@ class Checkpoint:
         parts = [(module, self._module(module)) for module in self.file.parts_of(plan.name)]
         return take_layer(plan, parts, self.biases.get(plan.name))
 
+    def branch(self, plan: W4A4Plan) -> Branch:
+        """One layer's low-rank branch, without reading its codes."""
+        return take_branch(
+            plan, [(module, self._stored_branch(module)) for module in self.file.parts_of(plan.name)]
+        )
+
+    def _stored_branch(self, module: StoredModule) -> Branch:
+        return self.format.decode_branch(_ModuleTensors(self.source, f"{module.name}."), module.traits)
+
     def unsigned_from(self, plan: LayerPlan) -> int | None:
         """The first of a layer's channels that the runtime quantizes without a sign; None where there is none."""
         starts = [
@@ -109,13 +130,30 @@ class Checkpoint:
     def _module(self, module: StoredModule) -> LayerSolution:
         """A stored module, decoded; the last one is kept, because several layers may lie in it."""
         if module.name not in self._decoded:
-            start = len(module.name) + 1
-            names = [name for name in self.source.tensors if name.rpartition(".")[0] == module.name]
-            tensors = {name[start:]: read_tensor(self.source, name) for name in names}
+            tensors = dict(_ModuleTensors(self.source, f"{module.name}."))
             decoded = self.format.decode(module.plan, tensors, module.traits)
             self._decoded.clear()
             self._decoded[module.name] = decoded
         return self._decoded[module.name]
+
+
+@dataclass(frozen=True, slots=True)
+class _ModuleTensors(Mapping[str, Tensor]):
+    """The stored tensors of one module by suffix, each read when it is asked for."""
+
+    source: Source
+    prefix: str
+
+    def __getitem__(self, suffix: str) -> Tensor:
+        return read_tensor(self.source, self.prefix + suffix)
+
+    def __iter__(self) -> Iterator[str]:
+        depth = self.prefix.count(".")
+        names = (name for name in self.source.tensors if name.startswith(self.prefix))
+        return (name.removeprefix(self.prefix) for name in names if name.count(".") == depth)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 def looks_like_checkpoint(path: Path) -> bool:

@@ -20,7 +20,6 @@ from svdq_cli.preparing import DEFAULT_OPTIONS, RunOptions
 from svdq_cli.records import (
     Event,
     LayerSolution,
-    ModelPlan,
     Observer,
     OutputFile,
     RepackReport,
@@ -109,16 +108,7 @@ def _target(checkpoint: Checkpoint, fmt: Format) -> Target:
             where=lossy,
             kind="not-exact",
         )
-    plan = ModelPlan(
-        family=checkpoint.family,
-        model_class=checkpoint.model_class,
-        component=checkpoint.source.component,
-        parameters=checkpoint.parameters,
-        layers=checkpoint.layers,
-        kept=checkpoint.kept,
-        inputs=(),
-    )
-    target = target_of(fmt, plan, checkpoint.state, checkpoint.dtype)
+    target = target_of(fmt, checkpoint.plan(), checkpoint.state, checkpoint.dtype)
     held = {layer.name for layer in target.plan.layers}
     for layer in checkpoint.layers:
         if layer.name not in held and isinstance(layer, W4A4Plan):

@@ -486,9 +486,53 @@ class RepackReport:
     schema: int = 1
 
 
+@dataclass(frozen=True, slots=True)
+class LoraFacts:
+    """A LoRA that was folded."""
+
+    path: str
+    weight: float
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class LoraKey:
+    """What became of one layer of a LoRA file. `applied`: it is in the low-rank branch; `merged`: added to a 16-bit
+    weight. `error`: of what had to be cut to a rank, relative to the change (Frobenius norm)."""
+
+    lora: str
+    key: str
+    layers: tuple[str, ...]  # of the model
+    kind: str | None
+    rank: int | None
+    how: Literal["applied", "merged", "not applicable"]
+    error: float | None
+    why: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class LoraReport:
+    """`layer_error`: what --max-rank cut off each layer's branch, relative to it (Frobenius norm)."""
+
+    source_format: str
+    outputs: tuple[OutputFile, ...]
+    loras: tuple[LoraFacts, ...]
+    keys: tuple[LoraKey, ...]
+    rank: Mapping[str, int]  # "before" and "after": the largest of the file
+    bytes: Mapping[str, int]  # "before" and "after", of the weight file
+    layer_error: Mapping[str, float]
+    warnings: tuple[str, ...]
+    seconds: float
+    peak: PeakFacts
+    command: str = "lora"
+    status: str = "ok"
+    schema: int = 1
+
+
 Report = (
     ConvertReport
     | RepackReport
+    | LoraReport
     | PlanReport
     | EvalReport
     | CheckReport

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -11,7 +11,7 @@ from svdq_cli.drawing import demo_calibration
 from svdq_cli.errors import UsageError
 from svdq_cli.formats import format_named
 from svdq_cli.inventory import Inventory
-from svdq_cli.locate import DEMO_SOURCES
+from svdq_cli.locate import DEMO_SOURCES, locate_file
 from svdq_cli.recipe import (
     Calibration,
     Lora,
@@ -109,6 +109,12 @@ def parse_lora(text: str) -> Lora:
             hint="write --lora FILE or --lora FILE:0.8",
             where="--lora",
         ) from error
+
+
+def lora_files(texts: Sequence[str]) -> list[tuple[Path, float]]:
+    """`--lora` options as files and weights. Files may be missing."""
+    loras = [parse_lora(text) for text in texts]
+    return [(locate_file(lora.path), lora.weight) for lora in loras]
 
 
 def outputs_of(recipe: Recipe) -> tuple[Path, ...]:

@@ -38,6 +38,7 @@ _DTYPES: Mapping[torch.dtype, str] = {
 DTYPE_OF_NAME: Mapping[str, torch.dtype] = {name: dtype for dtype, name in _DTYPES.items()}
 _RANK = {dtype: index for index, dtype in enumerate(_DTYPES)}
 _ALIGNMENT = 8  # of the first tensor, in bytes
+_COPY_BYTES = 1 << 24  # read at once when a tensor is copied
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,22 @@ class TensorWriter:
         self._written.add(name)
         self._file.seek(self._offsets[name])
         self._file.write(bytes_of(tensor).numpy().data)
+
+    def copy(self, name: str, source: Path, begin: int) -> None:
+        """A tensor whose bytes lie in another file, `begin` bytes from its start, as they are."""
+        if name not in self._specs or name in self._written:
+            raise ValueError(f"{name}: not announced, or written twice")
+        self._written.add(name)
+        self._file.seek(self._offsets[name])
+        left = self._specs[name].bytes
+        with source.open("rb", buffering=0) as file:
+            file.seek(begin)
+            while left:
+                block = file.read(min(left, _COPY_BYTES))
+                if not block:
+                    raise ValueError(f"{source}: ends within {name}")
+                self._file.write(block)
+                left -= len(block)
 
     @property
     def missing(self) -> list[str]:

@@ -121,7 +121,7 @@ def write_target(
     path.mkdir(parents=True, exist_ok=True)
     folder = path / component if pipeline else path
     if pipeline:
-        _copy_pipeline(pipeline, path, skip=component)
+        copy_pipeline(pipeline, path, skip=component)
     return _write_component(folder, target, contents)
 
 
@@ -297,7 +297,7 @@ def _sort_metadata(path: Path) -> None:
         file.write(text.ljust(length))  # the format allows trailing spaces
 
 
-def _copy_pipeline(source: Path, target: Path, *, skip: str) -> None:
+def copy_pipeline(source: Path, target: Path, *, skip: str) -> None:
     """Copy the other components. The source's README stays behind: it describes another model."""
     index = read_json(source / "model_index.json")
     shutil.copyfile(source / "model_index.json", target / "model_index.json")

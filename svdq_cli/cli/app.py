@@ -18,6 +18,7 @@ from svdq_cli.cli.commands import (
     generate,
     init,
     inspect,
+    lora,
 )
 
 app = typer.Typer(
@@ -48,6 +49,7 @@ _COMMANDS = {
     "calibrate": calibrate.calibrate,
     "convert": convert.convert,
     "export": export.export,
+    "lora": lora.lora,
     "check": check.check,
     "eval": evaluate.evaluate,
     "generate": generate.generate,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn, cast
 
@@ -22,6 +23,7 @@ from svdq_cli.records import (
     GenerateReport,
     InspectReport,
     LayerSqnr,
+    LoraReport,
     PlanReport,
     RepackReport,
     Summary,
@@ -64,6 +66,8 @@ def show(report: object, *, json: bool, verbose: bool = False) -> None:
             )
             for warning in report.warnings:
                 console.print(f"note: {warning}")
+        case LoraReport():
+            _lora(console, report, verbose)
         case CheckReport():
             _check(console, report, verbose)
         case EvalReport():
@@ -232,6 +236,29 @@ def _any_block(name: str) -> str:
     return ".".join(
         [stack, *("*" if part.isdigit() and index == 0 else part for index, part in enumerate(rest))]
     )
+
+
+def _lora(console: Console, report: LoraReport, verbose: bool) -> None:
+    (output,) = report.outputs
+    table = _facts()
+    table.add_row("written", output.path)
+    table.add_row("LoRAs", ", ".join(f"{lora.path} at {lora.weight:g}" for lora in report.loras))
+    table.add_row("rank", f"{report.rank['before']} -> {report.rank['after']}")
+    table.add_row("size", f"{_bytes(report.bytes['before'])} -> {_bytes(report.bytes['after'])}")
+    table.add_row("time, memory", f"{report.seconds:.1f} s, {_bytes(report.peak.ram_bytes)} RAM")
+    console.print(table)
+    counts = Counter((row.how, row.kind or "", row.why or "") for row in report.keys)
+    for (how, kind, why), count in counts.items():
+        console.print(Text(f"  {count:5} {how}" + (f", {kind}" if kind else "") + (f": {why}" if why else "")))
+    cut = [row for row in report.keys if row.error is not None]
+    for row in report.keys if verbose else sorted(cut, key=lambda row: -(row.error or 0))[:WORST_LAYERS]:
+        error = "" if row.error is None else f", cut to a rank: error {row.error:.3f}"
+        console.print(Text(f"  {row.how}: {row.key}{error}"))
+    worst = sorted(report.layer_error.items(), key=lambda item: -item[1])
+    for name, error in worst if verbose else worst[:WORST_LAYERS]:
+        console.print(Text(f"  {error:7.4f}  {name} (error of its compressed branch)"))
+    for warning in report.warnings:
+        console.print(Text(f"note: {warning}"))
 
 
 def _check(console: Console, report: CheckReport, verbose: bool) -> None:

@@ -81,6 +81,19 @@ class FileLayout:
         return tuple(m for m in self.modules if any(plan.name == layer for plan in m.layers))
 
 
+def kept_shapes(file: FileLayout, state: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor that a file stores at 16 bits, by stored name. `state`: the model's tensors."""
+    found: dict[str, tuple[int, ...]] = {}
+    for name, tensor in file.kept.items():
+        shapes = [state[source] for source in tensor.sources]
+        rest = shapes[0][1:]
+        if tensor.channels_last:
+            rest = (*rest[1:], rest[0])
+        joined = (sum(shape[0] for shape in shapes),) if shapes[0] else ()
+        found[name] = (*joined, *rest)
+    return found
+
+
 def known_layout(fmt: Format, family: str) -> ModelLayout | None:
     """The family's layout in a format, None where the format keeps diffusers' modules. UsageError without one."""
     return None if fmt.own_names else layout_of(family, fmt.name)

@@ -106,7 +106,8 @@ def encode_branch(branch: Branch, traits: Traits = PLAIN) -> dict[str, Tensor]:
 
 def decode_branch(tensors: Mapping[str, Tensor], traits: Traits = PLAIN) -> Branch:
     """The inverse of `encode_branch`; `tensors` may hold others of the module too."""
-    return tiled.decode_branch(_spelled(tensors, _PYTHON_NAMES if traits.engine_names else {}))
+    names = ENGINE_NAMES if traits.engine_names else {}
+    return tiled.decode_branch({name: tensors[names.get(name, name)] for name in ("proj_down", "proj_up")})
 
 
 def metadata(plan: ModelPlan, dtype: torch.dtype) -> dict[str, object]:

@@ -30,6 +30,17 @@ class WeightError:
     smooth_slope: float
 
 
+def rebuilt_weight(solution: LayerSolution) -> Tensor:
+    """The 16-bit weight that a solution stands for, (N, K) float32, in the coordinates of the raw activation."""
+    match solution:
+        case W4A4Solution():
+            quantized = QuantizedWeight(solution.codes, solution.scales, solution.outer)
+            four_bit = dequantize_weight(quantized, solution.plan.precision) / solution.smooth.float()
+            return four_bit + solution.up.float() @ solution.down.float()
+        case W4A16Solution():
+            return dequantize_w4a16(solution)
+
+
 def weight_error(solution: LayerSolution, weight: Tensor) -> WeightError:
     """`weight` (N, K): the 16-bit layer's."""
     match solution:

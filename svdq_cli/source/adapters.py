@@ -29,6 +29,7 @@ from svdq_cli.source.tensors import StoredTensor
 from svdq_cli.source.weight_changes import (
     DoraUpdate,
     LowRankUpdate,
+    Ranges,
     WeightChange,
     as_factors,
     hadamard_update,
@@ -64,6 +65,33 @@ _OTHER_KINDS = {
 }
 
 
+@dataclass(slots=True)
+class _Module:
+    """One layer of an adapter file, as its keys come in."""
+
+    name: str
+    keys: dict[str, StoredTensor] = field(default_factory=dict)  # by role: down, up, alpha, ...
+
+    def read(self, role: str) -> Tensor:
+        return self.keys[role].read()
+
+    def matrix(self, role: str) -> Tensor:
+        """As a matrix: a convolution's (N, C, H, W) is (N, C * H * W)."""
+        return self.read(role).flatten(1)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StoredChange:
+    """What an adapter file adds to one weight. Read when it is asked for: LoHa's and LoKr's factors are large."""
+
+    module: _Module
+    rows: Ranges  # of the adapter's layer
+    trained: Mapping[str, object] | None
+
+    def read(self) -> WeightChange:
+        return _change(self.module, self.trained).of_rows(self.rows)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class AdaptedLayer:
     """What one layer of an adapter file does: to which weights, and to which biases."""
@@ -71,7 +99,7 @@ class AdaptedLayer:
     name: str  # in the file, without the ending
     kind: str
     rank: int
-    weights: Mapping[str, WeightChange]  # by the model's tensor name
+    weights: Mapping[str, StoredChange]  # by the model's tensor name
     biases: Mapping[str, Tensor]  # (N,) float32, at full strength
 
 
@@ -84,7 +112,7 @@ class Adapter:
     left_out: tuple[str, ...]  # keys for the text encoders
 
     @property
-    def weights(self) -> Mapping[str, WeightChange]:
+    def weights(self) -> Mapping[str, StoredChange]:
         """What is added to each weight, by the model's tensor name."""
         return {name: change for layer in self.layers for name, change in layer.weights.items()}
 
@@ -100,21 +128,6 @@ class Adapter:
         return (
             f"{self.path}: {len(self.left_out)} tensors are for the text encoders, which stay as they are",
         )
-
-
-@dataclass(slots=True)
-class _Module:
-    """One layer of an adapter file, as its keys come in."""
-
-    name: str
-    keys: dict[str, StoredTensor] = field(default_factory=dict)  # by role: down, up, alpha, ...
-
-    def read(self, role: str) -> Tensor:
-        return self.keys[role].read()
-
-    def matrix(self, role: str) -> Tensor:
-        """As a matrix: a convolution's (N, C, H, W) is (N, C * H * W)."""
-        return self.read(role).flatten(1)
 
 
 def read_adapter(path: Path, model: ModelShapes) -> Adapter:
@@ -285,10 +298,10 @@ def _adapted(
     change = _change(module, trained)
     bias = module.read("bias").float() * _low_rank(change).scale if "bias" in module.keys else None
     _require_sizes(file, module, change, bias)
-    weights: dict[str, WeightChange] = {}
+    weights: dict[str, StoredChange] = {}
     biases: dict[str, Tensor] = {}
     for part, ranges in _rows(file, module, parts, change, model):
-        weights[f"{part.target}.weight"] = change.of_rows(ranges)
+        weights[f"{part.target}.weight"] = StoredChange(module, ranges, trained)
         if bias is not None:
             biases[f"{part.target}.bias"] = cat([bias[start:stop] for start, stop in ranges])
     return AdaptedLayer(module.name, change.kind, change.rank, weights, biases)

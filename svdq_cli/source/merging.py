@@ -10,10 +10,9 @@ from torch import Tensor, zeros
 
 from svdq_cli.errors import InputError
 from svdq_cli.source.adapter_names import ModelShapes
-from svdq_cli.source.adapters import Adapter, read_adapter
+from svdq_cli.source.adapters import Adapter, StoredChange, read_adapter
 from svdq_cli.source.model import Source
 from svdq_cli.source.tensors import TensorEntry
-from svdq_cli.source.weight_changes import WeightChange
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -22,7 +21,7 @@ class MergedTensor:
     small update adds. Every change is that of the tensor as it was, so that their order says nothing."""
 
     entry: TensorEntry
-    changes: tuple[tuple[WeightChange | Tensor, float], ...]  # a Tensor: of a bias
+    changes: tuple[tuple[StoredChange | Tensor, float], ...]  # a Tensor: of a bias
 
     @property
     def file(self) -> Path:
@@ -50,7 +49,7 @@ class MergedTensor:
             if isinstance(change, Tensor):
                 added += strength * change[start:stop]
             else:
-                of_rows = change.of_rows([(start, stop)])
+                of_rows = change.read().of_rows([(start, stop)])
                 added += (strength * of_rows.added_to(before.flatten(1))).reshape(before.shape)
         return before + added
 
@@ -86,7 +85,7 @@ def _merged(
     adapter: Adapter,
     tensors: dict[str, TensorEntry],
     name: str,
-    change: WeightChange | Tensor,
+    change: StoredChange | Tensor,
     weight: float,
 ) -> MergedTensor:
     entry = tensors.get(name)

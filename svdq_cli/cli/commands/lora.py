@@ -1,0 +1,56 @@
+"""`svdq lora`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from svdq_cli.cli import options as opt
+from svdq_cli.cli.parsing import run_options
+
+
+def lora(
+    checkpoint: opt.Checkpoint,
+    loras: Annotated[
+        list[str],
+        typer.Option("--lora", metavar="FILE[:WEIGHT]", help="LoRA to fold in. Repeatable."),
+    ],
+    out: opt.Out,
+    max_rank: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="Compress each branch to rank N by SVD; the report has every layer's error."
+        ),
+    ] = None,
+    approximate_rank: Annotated[
+        int,
+        typer.Option(metavar="N", help="Rank that DoRA, and LoHa or LoKr of a higher one, are cut to."),
+    ] = 64,
+    skip_w4a16: Annotated[
+        bool,
+        typer.Option("--skip-w4a16", help="Leave modulation layers as they are, whatever a LoRA says of them."),
+    ] = False,
+    overwrite: opt.Overwrite = False,
+    json: opt.Json = False,
+    events: opt.EventsFile = None,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+) -> None:
+    """Fold LoRAs into the low-rank branch of a checkpoint, without quantizing again."""
+    from svdq_cli.cli import render
+    from svdq_cli.cli.progress import progress
+    from svdq_cli.lora.fold import FoldSettings, fold
+    from svdq_cli.starting import lora_files
+
+    settings = FoldSettings(max_rank, approximate_rank, skip_w4a16)
+    with progress(quiet=quiet, verbose=verbose, events=events) as observe:
+        report = fold(
+            checkpoint,
+            lora_files(loras),
+            out,
+            settings=settings,
+            options=run_options("cpu", overwrite),
+            observe=observe,
+        )
+    render.show(report, json=json, verbose=verbose)

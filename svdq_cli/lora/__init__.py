@@ -1,0 +1,1 @@
+"""LoRAs in the low-rank branch of converted layers, without quantizing again."""

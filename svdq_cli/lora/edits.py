@@ -1,0 +1,144 @@
+"""Which LoRA changes what of a checkpoint, before a number is read: branches of W4A4 layers, and 16-bit tensors."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from svdq_cli.checkpoint import Checkpoint, layer_of
+from svdq_cli.errors import InputError, UsageError
+from svdq_cli.records import LoraKey, W4A4Plan, W4A16Plan
+from svdq_cli.source.adapter_names import ModelShapes
+from svdq_cli.source.adapters import AdaptedLayer, Adapter, StoredChange, read_adapter
+
+
+@dataclass(frozen=True, slots=True)
+class GivenLora:
+    """A LoRA and the weight that it was given."""
+
+    adapter: Adapter
+    weight: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Contribution:
+    """What one LoRA does to one tensor, at full strength."""
+
+    lora: GivenLora
+    change: StoredChange
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Edits:
+    """What changes. All names are the model's."""
+
+    branches: Mapping[str, Sequence[Contribution]]  # by W4A4 layer
+    weights: Mapping[str, Sequence[Contribution]]  # by tensor that is, or becomes, a 16-bit one
+    biases: Mapping[str, Tensor]  # by tensor: (N,) float32, strength included
+    dense: frozenset[str]  # W4A16 layers that become 16-bit ones
+    skipped: frozenset[str]  # W4A16 layers that stay as they are
+
+
+def read_loras(checkpoint: Checkpoint, loras: Sequence[tuple[Path, float]]) -> tuple[GivenLora, ...]:
+    """The LoRAs (file, weight) that a checkpoint's model is to take. InputError as `read_adapter` raises it."""
+    if not loras:
+        raise UsageError("no LoRA is named", hint="give --lora FILE or --lora FILE:WEIGHT")
+    model = ModelShapes(checkpoint.source.path, checkpoint.model_class, checkpoint.state)
+    return tuple(GivenLora(read_adapter(path, model), weight) for path, weight in loras)
+
+
+def plan_edits(checkpoint: Checkpoint, loras: Sequence[GivenLora], *, skip_w4a16: bool) -> Edits:
+    """Raises UsageError where the checkpoint's format has no place for what a LoRA changes."""
+    plans = {plan.name: plan for plan in checkpoint.layers}
+    branches: dict[str, list[Contribution]] = defaultdict(list)
+    weights: dict[str, list[Contribution]] = defaultdict(list)
+    biases: dict[str, Tensor] = {}
+    modulations: set[str] = set()
+    for lora in loras:
+        if lora.weight == 0:
+            continue
+        for name, change in lora.adapter.weights.items():
+            layer = name.removesuffix(".weight")
+            if isinstance(plans.get(layer), W4A16Plan):
+                modulations.add(layer)
+            target, key = (branches, layer) if isinstance(plans.get(layer), W4A4Plan) else (weights, name)
+            target[key].append(Contribution(lora, change))
+        for name, added in lora.adapter.biases.items():
+            _require_bias(checkpoint, lora, name)
+            biases[name] = biases.get(name, 0) + lora.weight * added
+    skipped = frozenset(modulations) if skip_w4a16 else frozenset[str]()
+    if modulations - skipped and not checkpoint.format.own_names:
+        raise _no_place_for_modulation(checkpoint, min(modulations))
+    return Edits(
+        branches=dict(branches),
+        weights={name: found for name, found in weights.items() if layer_of(name) not in skipped},
+        biases={name: added for name, added in biases.items() if layer_of(name) not in skipped},
+        dense=frozenset(modulations) - skipped,
+        skipped=skipped,
+    )
+
+
+def table_of(
+    checkpoint: Checkpoint,
+    loras: Sequence[GivenLora],
+    edits: Edits,
+    errors: Mapping[tuple[Path, str], float],
+) -> tuple[LoraKey, ...]:
+    """What became of every layer of every file. `errors`: by file and layer, what had to be cut to a rank."""
+    planned = {plan.name for plan in checkpoint.layers if isinstance(plan, W4A4Plan)}
+    rows: list[LoraKey] = []
+    for lora in loras:
+        file = lora.adapter.path
+        rows += [_row(lora, layer, planned, edits, errors) for layer in lora.adapter.layers]
+        rows += [
+            LoraKey(file.name, key, (), None, None, "not applicable", None, "for the text encoders")
+            for key in lora.adapter.left_out
+        ]
+    return tuple(rows)
+
+
+def _row(
+    lora: GivenLora,
+    layer: AdaptedLayer,
+    planned: set[str],
+    edits: Edits,
+    errors: Mapping[tuple[Path, str], float],
+) -> LoraKey:
+    names = tuple(name.removesuffix(".weight") for name in layer.weights)
+    file = lora.adapter.path
+    why: str | None = None
+    how = "applied" if planned.issuperset(names) else "merged"
+    if lora.weight == 0:
+        how, why = "not applicable", "its weight is 0"
+    elif edits.skipped.intersection(names):
+        how, why = "not applicable", "a W4A16 layer, left as it is (--skip-w4a16)"
+    elif edits.dense.intersection(names):
+        why = "a W4A16 layer, which becomes a 16-bit one"
+    elif not planned.issuperset(names) and planned.intersection(names):
+        why = "in part in 4-bit layers, in part in 16-bit ones"
+    cut = [errors[file, name] for name in names if (file, name) in errors]
+    return LoraKey(file.name, layer.name, names, layer.kind, layer.rank, how, max(cut, default=None), why)
+
+
+def _require_bias(checkpoint: Checkpoint, lora: GivenLora, name: str) -> None:
+    if name not in checkpoint.state:
+        raise InputError(
+            f"{lora.adapter.path}: it changes {name}, and the model has no bias there",
+            hint="the LoRA was trained on a variant of the model",
+            where=name,
+            kind="lora-mismatch",
+        )
+
+
+def _no_place_for_modulation(checkpoint: Checkpoint, layer: str) -> UsageError:
+    return UsageError(
+        f"{layer}: a W4A16 layer, and {checkpoint.format.name} has neither a branch nor 16 bits for it",
+        hint="--skip-w4a16 leaves such layers as they are and lists them; a nunchaku-lite checkpoint takes them at "
+        "16 bits; --format nunchaku writes a LoRA file, in which they have a branch",
+        where=layer,
+        kind="not-exact",
+    )

@@ -1,0 +1,178 @@
+"""`svdq lora`: LoRAs folded into a checkpoint. Nothing is quantized again, and what no LoRA touches is copied."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from svdq_cli.checking import structure_problems
+from svdq_cli.checkpoint import PROVENANCE, Checkpoint, open_checkpoint
+from svdq_cli.errors import InputError
+from svdq_cli.formats.headers import header_metadata
+from svdq_cli.lora.edits import Edits, GivenLora, plan_edits, read_loras, table_of
+from svdq_cli.lora.factoring import APPROXIMATE_RANK
+from svdq_cli.lora.joining import JoinedBranches, join_loras
+from svdq_cli.lora.proof import require_folded
+from svdq_cli.lora.rewriting import header_of, new_target, write_changed
+from svdq_cli.machine import peak_memory
+from svdq_cli.preparing import DEFAULT_OPTIONS, RunOptions
+from svdq_cli.records import (
+    Event,
+    LoraFacts,
+    LoraReport,
+    Observer,
+    OutputFile,
+    W4A4Plan,
+    ignore_events,
+    json_text,
+)
+from svdq_cli.source import file_sha256
+from svdq_cli.writing import (
+    WEIGHT_FILE,
+    Target,
+    copy_pipeline,
+    refuse_existing,
+    report_path,
+    require_disk,
+    whole_output,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class FoldSettings:
+    """`max_rank`: compress branches to it. `approximate_rank`: of changes without exact low-rank factors.
+    `skip_w4a16`: leave W4A16 layers as they are, whatever a LoRA says of them."""
+
+    max_rank: int | None = None
+    approximate_rank: int = APPROXIMATE_RANK
+    skip_w4a16: bool = False
+
+
+DEFAULT_SETTINGS = FoldSettings()
+
+
+def fold(
+    path: Path,
+    loras: Sequence[tuple[Path, float]],
+    out: Path,
+    *,
+    settings: FoldSettings = DEFAULT_SETTINGS,
+    options: RunOptions = DEFAULT_OPTIONS,
+    observe: Observer = ignore_events,
+) -> LoraReport:
+    """Fold LoRAs (file, weight) into a checkpoint of the same format. InputError or UsageError, before anything is
+    written, where a LoRA does not fit the model or the format has no place for it."""
+    started = time.monotonic()
+    refuse_existing(out, overwrite=options.overwrite)
+    checkpoint = open_sound(path)
+    given = read_loras(checkpoint, loras)
+    edits = plan_edits(checkpoint, given, skip_w4a16=settings.skip_w4a16)
+    joined = join_loras(
+        checkpoint, edits, max_rank=settings.max_rank, approximate_rank=settings.approximate_rank
+    )
+    target = new_target(checkpoint, edits, joined)
+    require_disk({out: target.bytes(checkpoint.state)})
+    facts = tuple(
+        LoraFacts(lora.adapter.path.name, lora.weight, file_sha256(lora.adapter.path)) for lora in given
+    )
+    observe(Event("start", "fold", 0, 1))
+    with whole_output(out, overwrite=options.overwrite) as partial:
+        weights = _write(partial, checkpoint, target, edits, joined, facts)
+        require_folded(checkpoint, open_checkpoint(partial), edits, joined)
+        seconds = time.monotonic() - started
+        written = OutputFile(target.format.name, str(out), weights.stat().st_size, file_sha256(weights))
+        report = LoraReport(
+            source_format=checkpoint.format.name,
+            outputs=(written,),
+            loras=facts,
+            keys=table_of(checkpoint, given, edits, joined.cut),
+            rank={"before": _rank(checkpoint.layers), "after": _rank(target.plan.layers)},
+            bytes={
+                "before": sum(file.stat().st_size for file in checkpoint.source.files),
+                "after": written.bytes,
+            },
+            layer_error=dict(sorted(joined.layer_error.items())),
+            warnings=_warnings(given, edits, checkpoint),
+            seconds=seconds,
+            peak=peak_memory(),
+        )
+        if not target.format.single_file:
+            report_path(partial, target.format).write_text(json_text(report) + "\n", encoding="utf-8")
+    if target.format.single_file:
+        report_path(out, target.format).write_text(json_text(report) + "\n", encoding="utf-8")
+    observe(Event("end", "fold", 1, 1, seconds=seconds))
+    return report
+
+
+def open_sound(path: Path) -> Checkpoint:
+    """A checkpoint with every tensor that it should have. InputError otherwise."""
+    checkpoint = open_checkpoint(path)
+    if problems := structure_problems(checkpoint):
+        first = problems[0]
+        raise InputError(
+            f"{path}: {first.layer}: {first.what}",
+            hint="svdq check lists what is wrong; convert the model again",
+            where=first.layer,
+        )
+    return checkpoint
+
+
+def _write(
+    partial: Path,
+    checkpoint: Checkpoint,
+    target: Target,
+    edits: Edits,
+    joined: JoinedBranches,
+    facts: tuple[LoraFacts, ...],
+) -> Path:
+    """The new checkpoint at a partial path. Returns its weight file."""
+    before = header_metadata(checkpoint.source.files[0])
+    made = json.dumps(_provenance(checkpoint, facts), sort_keys=True)
+    if target.format.single_file:
+        metadata = header_of(checkpoint, target, edits, before)
+        write_changed(partial, checkpoint, target, edits, joined, {**metadata, PROVENANCE: made})
+        return partial
+    partial.mkdir()
+    folder, pipeline = partial, checkpoint.source.pipeline
+    if pipeline is not None:
+        copy_pipeline(pipeline, partial, skip=checkpoint.source.component)
+        folder = partial / checkpoint.source.component
+        folder.mkdir()
+    config = {**checkpoint.source.config, "quantization_config": target.metadata()}
+    text = json.dumps(config, indent=2, sort_keys=True)
+    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+    weights = folder / WEIGHT_FILE
+    write_changed(weights, checkpoint, target, edits, joined, {**before, PROVENANCE: made})
+    return weights
+
+
+def _provenance(checkpoint: Checkpoint, facts: tuple[LoraFacts, ...]) -> dict[str, object]:
+    """What is said of the checkpoint's making, and the LoRAs that it has had folded in."""
+    said = dict(checkpoint.provenance or {})
+    earlier = said.get("folded_loras")
+    folded = [{"name": lora.path, "weight": lora.weight, "sha256": lora.sha256} for lora in facts]
+    return {**said, "folded_loras": [*(earlier if isinstance(earlier, list) else []), *folded]}
+
+
+def _rank(layers: Sequence[object]) -> int:
+    return max((layer.rank for layer in layers if isinstance(layer, W4A4Plan)), default=0)
+
+
+def _warnings(given: tuple[GivenLora, ...], edits: Edits, checkpoint: Checkpoint) -> tuple[str, ...]:
+    found = [warning for lora in given for warning in lora.adapter.warnings]
+    if edits.dense:
+        numbers = sum(
+            layer.linear.in_features * layer.linear.out_features
+            for layer in checkpoint.plan().w4a16
+            if layer.name in edits.dense
+        )
+        found.append(
+            f"{len(edits.dense)} W4A16 layers become 16-bit ones, which takes {numbers * 1.5 / 1e6:.1f} MB more; "
+            "--skip-w4a16 leaves them as they are"
+        )
+    if edits.skipped:
+        found.append(f"{len(edits.skipped)} W4A16 layers were left as they are, without their LoRA")
+    return tuple(found)
