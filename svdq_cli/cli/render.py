@@ -249,7 +249,9 @@ def _lora(console: Console, report: LoraReport, verbose: bool) -> None:
     console.print(table)
     counts = Counter((row.how, row.kind or "", row.why or "") for row in report.keys)
     for (how, kind, why), count in counts.items():
-        console.print(Text(f"  {count:5} {how}" + (f", {kind}" if kind else "") + (f": {why}" if why else "")))
+        console.print(
+            Text(f"  {count:5} {how}" + (f", {kind}" if kind else "") + (f": {why}" if why else ""))
+        )
     cut = [row for row in report.keys if row.error is not None]
     for row in report.keys if verbose else sorted(cut, key=lambda row: -(row.error or 0))[:WORST_LAYERS]:
         error = "" if row.error is None else f", cut to a rank: error {row.error:.3f}"

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from svdq_cli.checkpoint import open_checkpoint
+from svdq_cli.cli import run
 from svdq_cli.errors import InputError, SvdqError, UsageError
 from svdq_cli.lora.fold import FoldSettings, fold
 from svdq_cli.pipeline import check
@@ -336,7 +337,7 @@ def test_ranks_that_no_kernel_reads_are_refused_with_the_cure(
     lora = saved(tmp_path / "lora.safetensors", peft(small_lora(FOUR_BIT, rank=128)))
     with pytest.raises(UsageError, match="1024 at most") as caught:
         fold(converted_flux("int4") / "nunchaku.safetensors", [(lora, 0.5)] * 3, tmp_path / "out")
-    assert "--max-rank" in caught.value.hint
+    assert "--max-rank" in str(caught.value.hint)
 
 
 # ------------------------------------------------------------------------------------------------- modulations
@@ -350,7 +351,7 @@ def test_a_modulation_without_a_place_is_refused_or_left_as_it_is_and_listed(
     base = converted_flux("int4") / "nunchaku.safetensors"
     with pytest.raises(UsageError, match="neither a branch nor 16 bits") as caught:
         fold(base, [(lora, 1.0)], tmp_path / "out")
-    assert "--skip-w4a16" in caught.value.hint
+    assert "--skip-w4a16" in str(caught.value.hint)
     report = fold(base, [(lora, 1.0)], tmp_path / "out", settings=FoldSettings(skip_w4a16=True))
     left = [row for row in report.keys if row.how == "not applicable"]
     assert [row.layers for row in left] == [tuple(MODULATION)]
@@ -413,3 +414,19 @@ def test_keys_for_text_encoders_are_listed_as_not_applicable(
     report: LoraReport = fold(converted_flux("int4") / "lite", [(lora, 1.0)], tmp_path / "out")
     assert [row.why for row in report.keys if row.how == "not applicable"] == ["for the text encoders"]
     assert (tmp_path / "out/svdq_report.json").is_file()
+
+
+def test_the_command_reports_a_table_as_json_and_its_exit_codes(
+    converted_flux: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    lora = saved(tmp_path / "lora.safetensors", peft(small_lora({**FOUR_BIT, **MODULATION})))
+    base, out = converted_flux("int4") / "nunchaku.safetensors", tmp_path / "out.safetensors"
+    command = f"lora {base} --lora {lora}:0.8 -o {out} --json -q"
+    assert run(command.split()) == 2
+    assert json.loads(capsys.readouterr().out)["error"]["kind"] == "not-exact"
+    assert run([*command.split(), "--skip-w4a16"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["command"], report["status"], report["loras"][0]["weight"]) == ("lora", "ok", 0.8)
+    assert {row["how"] for row in report["keys"]} == {"applied", "not applicable"}
+    assert json.loads(Path(f"{out}.report.json").read_text()) == report
+    assert run(f"lora {base} --lora {tmp_path}/none.safetensors -o {tmp_path}/b --json -q".split()) == 3

@@ -29,7 +29,9 @@ def lora(
     ] = 64,
     skip_w4a16: Annotated[
         bool,
-        typer.Option("--skip-w4a16", help="Leave modulation layers as they are, whatever a LoRA says of them."),
+        typer.Option(
+            "--skip-w4a16", help="Leave modulation layers as they are, whatever a LoRA says of them."
+        ),
     ] = False,
     overwrite: opt.Overwrite = False,
     json: opt.Json = False,
