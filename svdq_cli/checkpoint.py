@@ -317,7 +317,7 @@ def _read_provenance(source: Source) -> Mapping[str, object] | None:
         if text:
             try:
                 value: object = json.loads(text)
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):
                 return None
             return cast("dict[str, object]", value) if isinstance(value, dict) else None
     return None

@@ -33,6 +33,7 @@ from svdq_cli.finishing import Outputs, finished_outputs, gated, write_reports_b
 from svdq_cli.journal import LAYERS, Identity, WorkFolder, open_work
 from svdq_cli.locate import portable_name
 from svdq_cli.machine import peak_memory, resolve_device
+from svdq_cli.placing import require_places
 from svdq_cli.preparing import (
     DEFAULT_OPTIONS,
     Prepared,
@@ -40,6 +41,7 @@ from svdq_cli.preparing import (
     chosen_prompts,
     disk_bytes,
     draw_settings,
+    inputs_of,
     is_data_free,
     layer_counts,
     layer_sqnr,
@@ -159,6 +161,12 @@ def begin(
             hint="give the folder that holds the weights",
             where=str(prepared.source.path),
         )
+    require_places(
+        paths,
+        folders=[not target.format.single_file for target in prepared.targets],
+        inputs=inputs_of(prepared, calibration),
+        overwrite=options.overwrite,
+    )
     digest = source_digest(prepared.source)
     data_free = is_data_free(recipe, calibration)
     job = Job(

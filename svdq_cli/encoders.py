@@ -26,7 +26,7 @@ from torch import Tensor
 from svdq_cli.errors import InputError
 from svdq_cli.records import Int4
 from svdq_cli.solve.quantizers import quantize_weight
-from svdq_cli.source import read_json
+from svdq_cli.source import pipeline_index, read_json
 
 ARCHITECTURES = ("T5EncoderModel", "UMT5EncoderModel")
 _LINEAR = re.compile(r"\.(SelfAttention\.[qkvo]|DenseReluDense\.w[io](_\d)?)\.weight$")
@@ -37,7 +37,7 @@ _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 def require_encoders(pipeline: Path | None, names: Iterable[str]) -> None:
     """Refuses early what `quantize_encoder` could not do. `pipeline`: the folder that the components come from."""
     for name in names:
-        folder = pipeline / name if pipeline else None
+        folder = pipeline / name if pipeline and name in pipeline_index(pipeline) else None
         if folder is None or not (folder / "config.json").is_file():
             raise InputError(
                 f"components: there is no {name!r}"
@@ -45,12 +45,11 @@ def require_encoders(pipeline: Path | None, names: Iterable[str]) -> None:
                 hint="name a text encoder of the pipeline, such as text_encoder_2",
                 where=name,
             )
-        architectures = cast(
-            "list[str]", read_json(folder / "config.json").get("architectures") or ["unknown"]
-        )
-        if architectures[0] not in ARCHITECTURES:
+        architectures = read_json(folder / "config.json").get("architectures")
+        architecture = architectures[0] if isinstance(architectures, list) and architectures else "unknown"
+        if architecture not in ARCHITECTURES:
             raise InputError(
-                f"components: {name} is a {architectures[0]}; svdq quantizes {' and '.join(ARCHITECTURES)}",
+                f"components: {name} is a {architecture}; svdq quantizes {' and '.join(ARCHITECTURES)}",
                 hint=f"drop {name} from components",
                 where=str(folder),
             )

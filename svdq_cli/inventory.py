@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,6 +16,10 @@ from svdq_cli.source import Source
 
 if TYPE_CHECKING:
     from torch import nn
+
+
+MAX_MODULES = 1000  # of one kind in a model; the deepest of today have about 100 blocks
+_COUNTS_MODULES = re.compile(r"layers|blocks|depth|num_stages")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,15 +95,28 @@ def _empty(class_name: str, config: str, where: str) -> nn.Module:
     import torch
 
     model_type = model_class(class_name, where=where)
+    _refuse_endless(json.loads(config), where)
     try:
         with torch.device("meta"):
             return cast("nn.Module", model_type.from_config(json.loads(config)))
-    except (TypeError, ValueError, KeyError) as error:
+    except Exception as error:  # what diffusers' constructors raise at odd values is of every kind
         raise InputError(
-            f"{where}: diffusers can't build {class_name} from this config: {error}",
+            f"{where}: diffusers can't build {class_name} from this config: {type(error).__name__}: {error}",
             hint="compare config.json with the original model's",
             where=where,
         ) from error
+
+
+def _refuse_endless(config: Mapping[str, object], where: str) -> None:
+    """Building modules takes time even without memory: a config that asks for a billion layers is damaged."""
+    for key, value in config.items():
+        counts = [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, int)]
+        if _COUNTS_MODULES.search(key) and any(count > MAX_MODULES for count in counts):
+            raise InputError(
+                f"{where}: config.json: {key} is {value}, and no model has that many",
+                hint="compare config.json with the original model's",
+                where=where,
+            )
 
 
 @lru_cache(maxsize=8)

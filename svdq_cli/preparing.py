@@ -39,7 +39,7 @@ from svdq_cli.records import (
     W4A4Plan,
 )
 from svdq_cli.rules import plan_rules
-from svdq_cli.source import Source, merge_loras, open_source
+from svdq_cli.source import Source, component_files, merge_loras, open_source
 from svdq_cli.structure import STRUCTURAL, Reading
 from svdq_cli.writing import Target, require_precision, target_of
 
@@ -235,6 +235,12 @@ def work_bytes(plan: ModelPlan, dtype: torch.dtype) -> int:
     return sum(solved_bytes(layer, dtype) for layer in plan.layers)
 
 
+def inputs_of(prepared: Prepared, calibration: Path | None) -> tuple[Path, ...]:
+    """The files and folders that a conversion reads."""
+    source = prepared.source
+    return tuple(path for path in (source.path, source.pipeline, calibration) if path is not None)
+
+
 def sizes_of(state: Mapping[str, tuple[int, ...]], output: int) -> ByteFacts:
     """`input` counts every tensor at 16 bit, whatever the source stores, so that the ratio means what it says."""
     count = 2 * sum(torch.Size(shape).numel() for shape in state.values())
@@ -245,11 +251,7 @@ def other_components_bytes(source: Source) -> int:
     """What is copied beside the quantized component: the pipeline's other components, or the base pipeline's."""
     if source.pipeline is None:
         return 0
-    return sum(
-        file.stat().st_size
-        for file in source.pipeline.rglob("*")
-        if file.is_file() and file.relative_to(source.pipeline).parts[0] != source.component
-    )
+    return sum(file.stat().st_size for file in component_files(source.pipeline, skip=source.component))
 
 
 def layer_counts(plan: ModelPlan) -> LayerCounts:

@@ -19,6 +19,8 @@ from svdq_cli.recipe import (
     Recipe,
     default_recipe,
     load_recipe,
+    lora_of,
+    output_of,
     parse_fail_if,
     recipe_template,
     with_overrides,
@@ -89,26 +91,27 @@ def _outputs(recipe: Recipe, out: Path | None, formats: list[str]) -> list[Outpu
     path = str(out) if out is not None else named.path if named else UNNAMED
     formats = formats or [named.format if named else "nunchaku-lite"]
     if len(formats) == 1:
-        return [Output(format=formats[0], path=path)]  # type: ignore[arg-type]  # pydantic checks it
+        return [output_of(formats[0], path)]
     paths = {
         name: f"{path}.{name}.safetensors" if format_named(name).single_file else path for name in formats
     }
-    return [Output(format=name, path=paths[name]) for name in formats]  # type: ignore[arg-type]
+    return [output_of(name, paths[name]) for name in formats]
 
 
 def parse_lora(text: str) -> Lora:
     """`--lora PATH` or `--lora PATH:WEIGHT`. Raises UsageError for a weight that is no number."""
     path, colon, weight = text.rpartition(":")
     if not colon or "/" in weight or "\\" in weight:  # the colon of a drive, or of a folder's name
-        return Lora(path=text)
+        return lora_of(text)
     try:
-        return Lora(path=path, weight=float(weight))
-    except ValueError as error:  # pydantic's errors are ValueErrors too
+        strength = float(weight)
+    except ValueError as error:
         raise UsageError(
             f"--lora {text}: {weight!r} is not a weight",
             hint="write --lora FILE or --lora FILE:0.8",
             where="--lora",
         ) from error
+    return lora_of(path, strength)
 
 
 def lora_files(texts: Sequence[str]) -> list[tuple[Path, float]]:

@@ -26,7 +26,7 @@ from svdq_cli.formats.headers import BIASES, CONFIG, FORMAT, RANKS, as_text, bia
 from svdq_cli.formats.modules import FileLayout, known_layout, lay_out
 from svdq_cli.plan import restricted
 from svdq_cli.records import LayerSolution, ModelPlan, Precision
-from svdq_cli.source import read_json, weight_files
+from svdq_cli.source import pipeline_index, weight_files
 
 WEIGHT_FILE = "diffusion_pytorch_model.safetensors"
 REPORT_FILE = "svdq_report.json"
@@ -186,7 +186,7 @@ def _save(path: Path, target: Target, contents: Contents, metadata: Mapping[str,
 
 def refuse_existing(path: Path, *, overwrite: bool) -> None:
     """Raises UsageError when the output is there already, before any work is done."""
-    if path.exists() and not overwrite:
+    if os.path.lexists(path) and not overwrite:  # a link to nowhere is something too
         raise UsageError(
             f"{path}: the output exists already",
             hint="choose another name with -o, or give --overwrite to replace it",
@@ -231,7 +231,8 @@ def whole_output(path: Path, *, overwrite: bool) -> Generator[Path, None, None]:
             path.parent.mkdir(parents=True, exist_ok=True)
             yield partial
             _sync(partial)
-            if path.exists():
+            refuse_existing(path, overwrite=overwrite)  # another process may have been faster
+            if os.path.lexists(path):
                 old = path.with_name(f".{path.name}.old-{os.getpid()}")
                 path.rename(old)
                 partial.rename(path)
@@ -299,7 +300,7 @@ def _sort_metadata(path: Path) -> None:
 
 def copy_pipeline(source: Path, target: Path, *, skip: str) -> None:
     """Copy the other components. The source's README stays behind: it describes another model."""
-    index = read_json(source / "model_index.json")
+    index = pipeline_index(source)
     shutil.copyfile(source / "model_index.json", target / "model_index.json")
     for name in index:
         if name != skip and not name.startswith("_") and (source / name).is_dir():
@@ -317,7 +318,7 @@ def _sync(path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)

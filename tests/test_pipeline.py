@@ -222,7 +222,7 @@ def test_a_calibration_of_other_weights_is_refused(
 
 def test_an_output_that_exists_is_kept_unless_overwritten(tiny_flux: Path, tmp_path: Path):
     out = tmp_path / "out"
-    out.mkdir()
+    convert(recipe_for(tiny_flux), out, options=CPU)
     (out / "mine.txt").write_text("keep me")
     with pytest.raises(UsageError, match="exists already") as caught:
         convert(recipe_for(tiny_flux), out, options=CPU)

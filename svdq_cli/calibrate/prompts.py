@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from svdq_cli.errors import EnvironmentLacksError, InputError, UsageError
 from svdq_cli.records import Event, Observer, ignore_events
 
+MAX_PROMPT = 20_000  # characters; text encoders read some 500 tokens, about 2000 characters
 _READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -39,8 +41,7 @@ def read_prompts(path: Path) -> tuple[str, ...]:
             hint="give a readable text file with one prompt a line",
             where=str(path),
         ) from None
-    lines = (line.strip() for line in text.splitlines())
-    prompts = tuple(line for line in lines if line and not line.startswith("#"))
+    prompts = tuple(_prompt_lines(path, text))
     if not prompts:
         raise InputError(
             f"{path}: holds no prompt",
@@ -48,6 +49,28 @@ def read_prompts(path: Path) -> tuple[str, ...]:
             where=str(path),
         )
     return prompts
+
+
+def _prompt_lines(path: Path, text: str) -> Iterator[str]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        prompt = line.strip()
+        if not prompt or prompt.startswith("#"):
+            continue
+        if wrong := _not_a_prompt(prompt):
+            raise InputError(
+                f"{path}:{number}: {wrong}",
+                hint="write one prompt a line, in plain text",
+                where=f"{path}:{number}",
+            )
+        yield prompt
+
+
+def _not_a_prompt(text: str) -> str | None:
+    """Why a line can't be meant as a prompt, or None."""
+    if len(text) > MAX_PROMPT:
+        return f"a prompt of {len(text)} characters (at most {MAX_PROMPT} are read)"
+    control = next((mark for mark in text if unicodedata.category(mark) == "Cc" and mark != "\t"), None)
+    return None if control is None else f"a control character ({control!r})"
 
 
 def dataset_prompts(

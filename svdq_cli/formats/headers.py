@@ -29,7 +29,7 @@ def header_metadata(path: Path) -> dict[str, str]:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             header = json_object(json.loads(file.read(length))) if length <= _HEADER_LIMIT else None
-    except (OSError, ValueError, struct.error):
+    except (OSError, ValueError, RecursionError, struct.error):
         return {}
     found = json_object((header or {}).get("__metadata__")) or {}
     return {key: value for key, value in found.items() if isinstance(value, str)}
@@ -49,7 +49,7 @@ def json_value(metadata: Mapping[str, str], key: str) -> Mapping[str, object] | 
         return None
     try:
         value = json_object(json.loads(metadata[key]))
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     if value is None:
         raise InputError(f"header: {key} is not a JSON object", where=key, hint="the file is damaged")

@@ -24,6 +24,8 @@ from svdq_cli.recipe.model import (
     default_recipe,
     embedded,
     json_schema,
+    lora_of,
+    output_of,
     resolved,
     with_overrides,
 )
@@ -56,6 +58,8 @@ __all__ = [
     "find_source",
     "json_schema",
     "load_recipe",
+    "lora_of",
+    "output_of",
     "parse_fail_if",
     "parse_gate",
     "parse_recipe",

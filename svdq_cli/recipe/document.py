@@ -58,13 +58,14 @@ def read_document(text: str, where: str) -> Document:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         message = ", ".join(part for part in (error.problem, error.context) if part)
-        hint = _SYNTAX_HINT if isinstance(error, (ScannerError, ParserError)) else None
+        hint = _SYNTAX_HINT if isinstance(error, (ScannerError, ParserError)) else _WHOLE_HINT
         raise _error(where, mark.line + 1 if mark else 1, f"not YAML: {message}", hint) from error
     except ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        raise _error(where, line, f"not YAML: {error.reason}", None) from error
+        raise _error(where, line, f"not YAML: {error.reason}", _WHOLE_HINT) from error
 
 
+_WHOLE_HINT = "a recipe is one YAML document of plain text; `svdq init SOURCE -o RECIPE.yaml` writes one"
 _SYNTAX_HINT = 'values that hold any of : # > { [ need quotes, like ">= 20"'
 
 

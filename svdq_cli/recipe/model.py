@@ -9,6 +9,7 @@ from pathlib import PurePath
 from typing import Annotated, Literal, cast, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -45,7 +46,18 @@ STEPS_OF_EFFORT: dict[Effort, tuple[SearchStep, ...]] = {
 }
 
 OutputFormat = Literal["nunchaku-lite", "nunchaku", "comfy", "vllm-omni"]
-Text = Annotated[str, Field(min_length=1)]
+
+
+def _without_nul(value: str) -> str:
+    if "\0" in value:
+        hint = "write it without \\0: no file name and no layer has one"
+        raise PydanticCustomError("nul", "must not hold a NUL character", {"hint": hint})
+    return value
+
+
+Text = Annotated[str, Field(min_length=1), AfterValidator(_without_nul)]
+MAX_PATTERN = 512  # characters; the longest layer name of a known model has 65
+Pattern = Annotated[str, Field(min_length=1, max_length=MAX_PATTERN)]
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0)]
 SIZE_PATTERN = r"^\s*(\d+(?:\.\d+)?)\s*([kKMGT]i?)?B?\s*$"
@@ -258,7 +270,7 @@ class Quantization(Section):
 class RankOverride(Section):
     """Layers that get their own rank."""
 
-    match: Text
+    match: Pattern
     """Glob over layer names, for example transformer_blocks.*.ff.net.2."""
     rank: FixedRank
 
@@ -266,7 +278,7 @@ class RankOverride(Section):
 class KeepOverride(Section):
     """Layers that stay at 16 bit."""
 
-    match: Text
+    match: Pattern
     """Glob over layer names."""
     keep: Literal[True]
 
@@ -274,7 +286,7 @@ class KeepOverride(Section):
 class SkipOverride(Section):
     """Modules that stay at 16 bit with all their layers."""
 
-    match: Text
+    match: Pattern
     """Glob over module names, for example transformer_blocks.0."""
     skip: Literal[True]
 
@@ -282,7 +294,7 @@ class SkipOverride(Section):
 class IncludeOverride(Section):
     """Layers that are quantized although the family, or the model's structure, says otherwise."""
 
-    match: Text
+    match: Pattern
     """Glob over layer names."""
     include: Literal["w4a4", "w4a16"]
     """w4a4 (weights and activations in 4 bits) or w4a16 (weights only, for modulation layers)."""
@@ -291,7 +303,7 @@ class IncludeOverride(Section):
 class GroupOverride(Section):
     """W4A4 layers that read the same activation: they share statistics and a smoothing factor."""
 
-    match: Text
+    match: Pattern
     """Glob over the modules that hold the layers, for example transformer_blocks.*.attn; a part of a path a star."""
     group: Annotated[tuple[Text, ...], Field(strict=False, min_length=1)]
     """Names of the layers within the module."""
@@ -343,7 +355,7 @@ class Output(Section):
 
     format: OutputFormat = "nunchaku-lite"
     """nunchaku-lite (a diffusers pipeline folder), nunchaku, comfy or vllm-omni (single files)."""
-    path: Text
+    path: Annotated[str, Field(min_length=1)]
     """Where, relative to the current directory."""
 
 
@@ -422,10 +434,17 @@ def default_recipe(
     quantization: Quantization | None = None,
     outputs: Sequence[Output] = (),
 ) -> Recipe:
-    """The recipe of a bare model; without `calibration` it is converted data-free."""
+    """The recipe of a bare model; without `calibration` it is converted data-free. UsageError for a source that is no
+    text at all."""
+    try:
+        model = Model(source=source, family=family)
+    except ValidationError as error:
+        problem = problems_of(error)[0]
+        hint = problem.hint or "give a model's folder, file or hub id"
+        raise UsageError(f"SOURCE {problem.message}", hint=hint, where="SOURCE") from error
     return Recipe(
         version=1,
-        model=Model(source=source, family=family),
+        model=model,
         calibration=calibration,
         quantization=quantization or Quantization(),
         outputs=tuple(outputs),
@@ -497,6 +516,25 @@ def _option_error(error: ValidationError) -> UsageError:
     )
     option = "--" + next(iter(names), "?").replace("_", "-")
     return UsageError(f"{option}: {problem.message}", hint=problem.hint, where=option)
+
+
+def output_of(format: str, path: str) -> Output:
+    """An output that the command line names. Raises UsageError."""
+    try:
+        return Output.model_validate({"format": format, "path": path})
+    except ValidationError as error:
+        raise UsageError(
+            f"-o {problems_of(error)[0].message}", hint="name a file or a folder", where="-o"
+        ) from error
+
+
+def lora_of(path: str, weight: float = 1.0) -> Lora:
+    """A LoRA that the command line names. Raises UsageError."""
+    try:
+        return Lora(path=path, weight=weight)
+    except ValidationError as error:
+        hint = "write --lora FILE or --lora FILE:0.8"
+        raise UsageError(f"--lora {problems_of(error)[0].message}", hint=hint, where="--lora") from error
 
 
 def resolved(recipe: Recipe) -> dict[str, object]:

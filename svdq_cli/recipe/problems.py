@@ -37,7 +37,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def _problems(details: ErrorDetails) -> list[Problem]:
-    location, context = details["loc"], details.get("ctx", {})
+    location, context = _without_tag(details["loc"]), details.get("ctx", {})
     match details["type"]:
         case "unknown_keys":  # raised by model.Section
             known = cast("list[str]", context["known"])
@@ -51,7 +51,14 @@ def _problems(details: ErrorDetails) -> list[Problem]:
             valid = re.findall(r"'([^']*)'", str(context["expected"])) or [str(context["expected"]).lower()]
             return [Problem(location, *_not_one_of(details["input"], valid))]
         case _:
-            return [Problem(location, _wrong_value(details), context.get("hint"))]
+            return [
+                Problem(location, _wrong_value(details), context.get("hint") or _HINTS.get(details["type"]))
+            ]
+
+
+def _without_tag(location: Location) -> Location:
+    """pydantic puts the kind of a layer rule between its place and its key: layers[0].rank.match."""
+    return (*location[:2], *location[3:]) if location[:1] == ("layers",) and len(location) > 3 else location
 
 
 def _missing(location: Location) -> Problem:
@@ -65,6 +72,10 @@ def _not_one_of(value: object, valid: list[str]) -> tuple[str, str]:
     return f"must be {' or '.join(valid)}, not {_shown(value)}", hint
 
 
+_HINTS = {
+    "string_too_long": "is this what was meant to stand here?",
+    "string_unicode": "rename the file, or give another",
+}
 _TYPES = {
     "int_type": "a whole number",
     "int_from_float": "a whole number",
@@ -86,8 +97,12 @@ def _wrong_value(details: ErrorDetails) -> str:
             return f"must be {context['ge']} or more, not {value}"
         case "multiple_of":
             return f"must be a multiple of {context['multiple_of']}, not {value}"
+        case "string_too_long":
+            return f"must have at most {context['max_length']} characters, not {len(str(details['input']))}"
         case "string_too_short":
             return "must not be empty"
+        case "string_unicode":
+            return f"must be UTF-8 text, not {details['input']!a}"
         case kind if kind in _TYPES:
             return f"must be {_TYPES[kind]}, not {value}"
         case _:

@@ -26,7 +26,11 @@ def load_recipe(path: str | Path) -> Recipe:
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: not UTF-8 text", hint="is this a recipe?", where=str(path)) from error
     except OSError as error:
-        raise InputError(f"can't read the recipe {str(path)!r}: {error.strerror}", where=str(path)) from error
+        raise InputError(
+            f"can't read the recipe {str(path)!r}: {error.strerror}",
+            hint="give a .yaml file that you may read",
+            where=str(path),
+        ) from error
 
 
 def parse_recipe(text: str, where: str) -> Recipe:

@@ -11,9 +11,11 @@ from types import MappingProxyType
 
 from svdq_cli.errors import InputError
 from svdq_cli.source.folders import (
+    component_files,
     index_component,
     open_component,
     open_pipeline,
+    pipeline_index,
     quantized_component,
     weight_files,
 )
@@ -28,11 +30,13 @@ __all__ = [
     "COMPONENTS",
     "Source",
     "TensorEntry",
+    "component_files",
     "described_config",
     "file_sha256",
     "index_component",
     "merge_loras",
     "open_source",
+    "pipeline_index",
     "read_header",
     "read_json",
     "read_tensor",
@@ -63,7 +67,12 @@ def open_source(path: Path, *, base: Path | None = None) -> Source:
         raise pickled(path)
     if path.is_file():
         return open_gguf(path, base=base) if is_gguf(path) else open_single_file(path, base=base)
-    raise InputError(f"{path}: no such file or folder", where=str(path), kind="not-found")
+    raise InputError(
+        f"{path}: {'neither a file nor a folder' if path.exists() else 'no such file or folder'}",
+        hint="give a diffusers pipeline folder, or a .safetensors or .gguf file",
+        where=str(path),
+        kind="not-found",
+    )
 
 
 def _open_folder(path: Path, base: Path | None) -> Source:

@@ -189,7 +189,7 @@ def _saved_config(metadata: Mapping[str, str]) -> Mapping[str, object] | None:
     """The training config that diffusers saves beside a LoRA, without the component that stands before its keys."""
     try:
         saved = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(saved, dict):
         return None

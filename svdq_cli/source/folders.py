@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import stat
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def open_pipeline(path: Path) -> Source:
 
 def quantized_component(pipeline: Path) -> str:
     """The part of a pipeline that svdq quantizes. Raises InputError where there is none."""
-    index = read_json(pipeline / "model_index.json")
+    index = pipeline_index(pipeline)
     for component in COMPONENTS:
         if component in index:
             return component
@@ -41,6 +42,54 @@ def quantized_component(pipeline: Path) -> str:
         hint="svdq quantizes diffusion transformers and UNets",
         where=str(pipeline),
         kind="unknown-family",
+    )
+
+
+def pipeline_index(pipeline: Path) -> Mapping[str, object]:
+    """`model_index.json`. Raises InputError where a component's name would lead out of the folder."""
+    path = pipeline / "model_index.json"
+    index = read_json(path)
+    for name in index:
+        if name in ("", ".", "..") or any(mark in name for mark in "/\\\0"):
+            raise InputError(
+                f"{path}: the component {name!r} is no folder's name",
+                hint="do not use this model: its index was made to reach other folders",
+                where=str(path),
+                kind="unsafe-path",
+            )
+    return index
+
+
+def component_files(pipeline: Path, *, skip: str) -> Iterator[Path]:
+    """The files of all components but `skip`. Raises InputError for what no copy can be made of."""
+    for name in pipeline_index(pipeline):
+        folder = pipeline / name
+        if name != skip and not name.startswith("_") and folder.is_dir():
+            yield from _plain_files(folder)
+
+
+def _plain_files(folder: Path) -> Iterator[Path]:
+    for path in sorted(folder.iterdir()):
+        try:
+            mode = path.stat().st_mode
+        except OSError as error:
+            raise _not_copyable(path, f"a link that leads nowhere ({error.strerror})") from error
+        if stat.S_ISREG(mode):
+            yield path
+        elif not stat.S_ISDIR(mode):
+            raise _not_copyable(path, "a device or a pipe, not a file")
+        elif path.is_symlink() and folder.resolve().is_relative_to(path.resolve()):
+            raise _not_copyable(path, "a link to a folder that it lies in")
+        else:
+            yield from _plain_files(path)
+
+
+def _not_copyable(path: Path, what: str) -> InputError:
+    return InputError(
+        f"{path}: {what}",
+        hint="restore the file, or download the model again",
+        where=str(path),
+        kind="not-a-file",
     )
 
 

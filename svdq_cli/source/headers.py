@@ -15,6 +15,7 @@ from svdq_cli.errors import InputError
 from svdq_cli.source.tensors import DTYPE_BYTES, StoredTensor
 
 _HEADER_LIMIT = 100_000_000  # bytes; the safetensors specification's own bound
+_JSON_LIMIT = 64 << 20  # bytes of a config or a shard index; the largest tokenizer.json has 20 MiB
 _PICKLE_MAGICS = (b"PK\x03\x04", *(bytes((0x80, protocol)) for protocol in range(2, 6)))  # zipped, or bare
 _GGUF_MAGIC = b"GGUF"
 
@@ -36,24 +37,47 @@ def read_whole_header(path: Path) -> Header:
     """Tensors and metadata of one safetensors file. Raises InputError for anything else, by name."""
     try:
         size = path.stat().st_size
-        with path.open("rb") as file:
-            prefix = file.read(8)
-            if len(prefix) < 8:
-                raise damaged(path, "shorter than a safetensors header")
-            if prefix.startswith(_PICKLE_MAGICS) and file.read(1) != b"{":
-                raise pickled(path)
-            file.seek(8)
-            (length,) = struct.unpack("<Q", prefix)
-            if length > min(_HEADER_LIMIT, size - 8):
-                raise damaged(path, "its header is longer than the file; it is truncated or not safetensors")
-            header = json.loads(file.read(length))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise damaged(path, f"unreadable header ({error})") from error
+        text = _header_text(path, size)
+        header = json.loads(text, object_pairs_hook=_keys_once)
+    except (
+        OSError,
+        ValueError,
+        RecursionError,
+    ) as error:  # ValueError: not UTF-8, not JSON, a number without end
+        raise damaged(path, f"unreadable header ({_first_line(error)})") from error
     if not isinstance(header, dict):
         raise damaged(path, "its header is not a JSON object")
     metadata = header.pop("__metadata__", {})
-    tensors = {name: _entry(path, name, facts, size - 8 - length) for name, facts in header.items()}
-    return Header(tensors, metadata if isinstance(metadata, dict) else {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise damaged(path, "its metadata is not a JSON object of texts")
+    entries = {name: _entry(path, name, facts) for name, facts in header.items()}
+    _require_no_gaps(path, entries, size - 8 - len(text))
+    return Header({name: entry for name, (entry, _) in entries.items()}, metadata)
+
+
+def _header_text(path: Path, size: int) -> bytes:
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        if len(prefix) < 8:
+            raise damaged(path, "shorter than a safetensors header")
+        if prefix.startswith(_PICKLE_MAGICS) and file.read(1) != b"{":
+            raise pickled(path)
+        file.seek(8)
+        (length,) = struct.unpack("<Q", prefix)
+        if length > min(_HEADER_LIMIT, size - 8):
+            raise damaged(path, "its header is longer than the file; it is truncated or not safetensors")
+        return file.read(length)
+
+
+def _keys_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """JSON leaves open which of two equal keys counts, and readers differ: such a file is one thing to a scanner and
+    another to the runtime."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"{twice!r} is there twice")
+    return found
 
 
 def tensor_offsets(path: Path) -> dict[str, int]:
@@ -78,10 +102,12 @@ def is_gguf(path: Path) -> bool:
 def read_json(path: Path) -> Mapping[str, object]:
     """A JSON object from a file. Raises InputError."""
     try:
+        if path.stat().st_size > _JSON_LIMIT:
+            raise ValueError(f"larger than {_JSON_LIMIT >> 20} MiB")
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(
-            f"{path}: not readable JSON: {error}", hint="restore the file", where=str(path)
+            f"{path}: not readable JSON: {_first_line(error)}", hint="restore the file", where=str(path)
         ) from error
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected a JSON object", hint="restore the file", where=str(path))
@@ -113,16 +139,45 @@ def pickled(path: Path) -> InputError:
     )
 
 
-def _entry(path: Path, name: str, facts: object, available: int) -> StoredTensor:
+def _entry(path: Path, name: str, facts: object) -> tuple[StoredTensor, tuple[int, int]]:
+    """A tensor, and where its bytes begin and end."""
     try:
-        if not isinstance(facts, dict):
+        if not isinstance(facts, dict) or not isinstance(facts["dtype"], str):
             raise TypeError
-        entry = StoredTensor(path, name, tuple(int(n) for n in facts["shape"]), str(facts["dtype"]))
-        begin, end = (int(n) for n in facts["data_offsets"])
+        name.encode()  # half of a character is no name
+        shape, offsets = (tuple(_size(n) for n in facts[key]) for key in ("shape", "data_offsets"))
+        begin, end = offsets
     except (KeyError, TypeError, ValueError) as error:
         raise damaged(path, f"the header entry of {name!r} is malformed") from error
-    if not 0 <= begin <= end <= available:
-        raise damaged(path, f"{name!r} reaches beyond the end of the file; it is truncated")
-    if entry.dtype in DTYPE_BYTES and math.prod(entry.shape) * DTYPE_BYTES[entry.dtype] != end - begin:
+    entry = StoredTensor(path, name, shape, facts["dtype"])
+    if entry.dtype in DTYPE_BYTES and math.prod(shape) * DTYPE_BYTES[entry.dtype] != end - begin:
         raise damaged(path, f"the size of {name!r} disagrees with its shape")
-    return entry
+    return entry, (begin, end)
+
+
+def _size(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise TypeError
+    return value
+
+
+def _require_no_gaps(
+    path: Path, entries: Mapping[str, tuple[StoredTensor, tuple[int, int]]], available: int
+) -> None:
+    """Tensors lie one after another and fill the file, as the format demands: none overlaps, nothing hides between."""
+    for name, (_, (_, end)) in entries.items():
+        if end > available:
+            raise damaged(path, f"{name!r} reaches beyond the end of the file; it is truncated")
+    last = 0
+    for name, (_, (begin, end)) in sorted(entries.items(), key=lambda item: item[1][1]):
+        if begin != last or end < begin:
+            raise damaged(
+                path, f"the bytes of {name!r} overlap with another tensor's or leave a gap before them"
+            )
+        last = end
+    if last != available:
+        raise damaged(path, f"{available - last} bytes at its end belong to no tensor")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

@@ -95,6 +95,6 @@ def _comfy_format(entry: StoredTensor) -> str:
     """What a layer's `comfy_quant` says: JSON text as bytes."""
     try:
         said = json.loads(entry.read().numpy().tobytes())
-    except (ValueError, UnicodeDecodeError):
+    except (ValueError, RecursionError):
         return "quantization of an unreadable kind"
     return str(said.get("format")) if isinstance(said, dict) else "quantization of an unreadable kind"
