@@ -1,21 +1,59 @@
-"""`svdq calibrate`: the 16-bit model draws the calibration prompts, and what its layers read is kept."""
+"""`svdq calibrate`: the 16-bit model draws the calibration prompts, and what its layers read is kept.
+
+The text encoders run first and are freed. The denoiser is whole on the device where it fits, else its blocks are
+brought there when they run. What every batch of pictures adds is kept in the work folder, so that a run that is stopped
+goes on with the next batch, and merged when all are there: the bits do not depend on where weights lay or when a run
+stopped.
+"""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from svdq_cli import __version__
-from svdq_cli.calibrate.artefact import CalibrationFacts, save_calibration
+from svdq_cli.calibrate.artefact import CalibrationFacts, CalibrationManifest, save_calibration
+from svdq_cli.calibrate.budget import rows_within, statistics_bytes
+from svdq_cli.calibrate.collect import Spread, collect_parts
+from svdq_cli.calibrate.encode import encode_prompts
+from svdq_cli.calibrate.parts import MergedStats, PartFolder
+from svdq_cli.calibrate.pipelines import Batch, split_batches
 from svdq_cli.calibrate.prompts import prompts_digest
-from svdq_cli.errors import InputError, UsageError
-from svdq_cli.loading import load_16bit_pipeline
-from svdq_cli.machine import resolve_device
+from svdq_cli.calibrate.settings import DrawSettings, settings_json
+from svdq_cli.errors import InputError, OutOfResourcesError, UsageError
+from svdq_cli.journal import Identity, WorkFolder
+from svdq_cli.loading import compute_dtype, fill_denoiser, load_without_denoiser
+from svdq_cli.machine import available_ram, available_vram, resident_ram, resolve_device
+from svdq_cli.offload import Room
 from svdq_cli.preparing import DEFAULT_OPTIONS, Prepared, RunOptions, chosen_prompts, draw_settings, prepare
 from svdq_cli.recipe import Recipe
-from svdq_cli.records import ActivationStats, CalibrateReport, Observer, ignore_events
+from svdq_cli.records import CalibrateReport, Event, ModelPlan, Observer, ignore_events
 from svdq_cli.source import source_digest
-from svdq_cli.writing import refuse_existing
+from svdq_cli.tokens import forward_bytes, image_tokens, text_tokens
+from svdq_cli.working import kept_work, work_beside
+from svdq_cli.writing import refuse_existing, require_disk
+
+SHARES = (1.0, 0.5, 0.0)  # of the room for weights, one after the other where memory runs out after all
+
+
+@dataclass(frozen=True, slots=True)
+class Drawing:
+    """What is drawn for a calibration, and what is kept of it."""
+
+    prepared: Prepared
+    prompts: tuple[str, ...]
+    settings: DrawSettings
+    rows: int  # of every input
+    facts: CalibrationFacts
+
+    @property
+    def bytes(self) -> int:
+        """What the statistics take at most."""
+        return statistics_bytes(input_widths(self.prepared.plan), rows=self.rows)
 
 
 def calibrate(
@@ -25,27 +63,32 @@ def calibrate(
     started = time.monotonic()
     refuse_existing(out, overwrite=options.overwrite)
     prepared = prepare(recipe, beside=options.beside, every_layer=True)
-    stats, facts = draw_statistics(prepared, options, observe, source_sha256=source_digest(prepared.source))
-    manifest = save_calibration(out, stats, facts, overwrite=options.overwrite)
+    drawing = drawing_of(prepared, options, observe, source_sha256=source_digest(prepared.source))
+    folder = work_beside(out, options)
+    require_disk({out: drawing.bytes, folder: drawing.bytes})
+
+    def kept(work: WorkFolder) -> str:
+        return f"{len(PartFolder(work.pictures))} of {len(_batches(drawing))} batches of pictures"
+
+    with kept_work(
+        folder, _identity(drawing, options), options=options, stage="calibrate", kept=kept, observe=observe
+    ) as work:
+        manifest = draw_calibration(out, drawing, work, options=options, observe=observe)
     return CalibrateReport(
         path=str(out),
-        inputs=len(stats),
-        prompts=facts.prompts_count,
-        steps=facts.settings.steps,
-        tokens_seen=sum(item.tokens_seen for item in stats.values()),
+        inputs=len(manifest.inputs),
+        prompts=manifest.facts.prompts_count,
+        steps=manifest.facts.settings.steps,
+        tokens_seen=sum(entry.tokens_seen for entry in manifest.inputs),
         bytes=manifest.bytes,
         digest=manifest.digest,
         seconds=time.monotonic() - started,
     )
 
 
-def draw_statistics(
-    prepared: Prepared, options: RunOptions, observe: Observer, *, source_sha256: str
-) -> tuple[dict[str, ActivationStats], CalibrationFacts]:
-    """Statistics of every planned input, and where they come from. Raises UsageError without prompts, InputError
-    where there is no pipeline to draw with."""
-    from svdq_cli.calibrate.collect import collect_stats
-
+def drawing_of(prepared: Prepared, options: RunOptions, observe: Observer, *, source_sha256: str) -> Drawing:
+    """What the recipe's calibration draws. Raises UsageError without prompts, InputError where there is no pipeline to
+    draw with."""
     wanted = prepared.recipe.calibration
     if wanted is None:
         raise UsageError("the recipe names no calibration prompts", hint="give --prompts FILE")
@@ -57,12 +100,6 @@ def draw_statistics(
         )
     prompts = chosen_prompts(prepared.recipe, options, observe)
     settings = draw_settings(prepared.recipe, prepared.source, beside=options.beside)
-    device = resolve_device(options.device)
-    pipe = load_16bit_pipeline(prepared.source, class_name=prepared.plan.model_class, device=device)
-    model = getattr(pipe, prepared.source.component)
-    stats = collect_stats(
-        pipe, model, prepared.plan.inputs, prompts, draw=settings, rows=wanted.rows, observe=observe
-    )
     facts = CalibrationFacts(
         svdq_version=__version__,
         model_class=prepared.plan.model_class,
@@ -72,4 +109,99 @@ def draw_statistics(
         prompts_sha256=prompts_digest(prompts),
         prompts_count=len(prompts),
     )
-    return stats, facts
+    rows = rows_within(input_widths(prepared.plan), rows=wanted.rows, budget=wanted.size_bytes)
+    return Drawing(prepared, prompts, settings, rows, facts)
+
+
+def draw_calibration(
+    out: Path, drawing: Drawing, work: WorkFolder, *, options: RunOptions, observe: Observer
+) -> CalibrationManifest:
+    """Draws what the work folder lacks, and writes the artefact from all of it."""
+    parts = PartFolder(work.pictures)
+    left = [batch for batch in _batches(drawing) if batch.first not in parts]
+    if left:
+        _draw(drawing, left, parts, options, observe)
+    names = [shared.name for shared in drawing.prepared.plan.inputs]
+    manifest = save_calibration(out, MergedStats(parts, names), drawing.facts, overwrite=options.overwrite)
+    for first in list(parts):
+        del parts[first]
+    return manifest
+
+
+def _draw(
+    drawing: Drawing, left: Sequence[Batch], parts: PartFolder, options: RunOptions, observe: Observer
+) -> None:
+    source, plan, settings = drawing.prepared.source, drawing.prepared.plan, drawing.settings
+    device = resolve_device(options.device)
+    pipe = load_without_denoiser(source, class_name=plan.model_class, device=device)
+    started = time.monotonic()
+    observe(Event("start", "encode", 0, len(left)))
+    encoded = encode_prompts(pipe, source.component, left, settings=settings)
+    observe(Event("end", "encode", len(left), len(left), seconds=time.monotonic() - started))
+    room = _room(drawing, device, options)
+    for share in SHARES:
+        try:
+            within = Room(int(room.device * share), room.host)
+            fill_denoiser(pipe, source, class_name=plan.model_class, device=device, room=within)
+            collect_parts(
+                pipe,
+                getattr(pipe, source.component),
+                plan.inputs,
+                _batches(drawing),
+                draw=settings,
+                spread=Spread(drawing.rows, len(drawing.prompts), settings.seed),
+                parts=parts,
+                encoded=encoded,
+                observe=observe,
+            )
+            return
+        except OutOfResourcesError as error:
+            if share == SHARES[-1] or device.type != "cuda":
+                raise
+            torch.cuda.empty_cache()
+            observe(Event("warning", "calibrate", detail=f"{error.message}; fewer blocks stay on the GPU"))
+
+
+def _room(drawing: Drawing, device: torch.device, options: RunOptions) -> Room:
+    """What the denoiser's weights may take once the rest has its share."""
+    settings, source = drawing.settings, drawing.prepared.source
+    picture = image_tokens(source, height=settings.height, width=settings.width) * (settings.frames or 1)
+    tokens = settings.batch_size * (picture + text_tokens(source, settings.max_sequence_length))
+    working = forward_bytes(
+        drawing.prepared.inventory.linears, tokens=tokens, itemsize=compute_dtype(device).itemsize
+    )
+    ram = available_ram()
+    if options.max_ram is not None:
+        ram = min(ram, options.max_ram - resident_ram())
+    if device.type != "cuda":
+        return Room(max(0, ram - working), 0)
+    vram = available_vram(device)
+    if options.max_vram is not None:
+        vram = min(vram, options.max_vram - torch.cuda.memory_allocated(device))
+    return Room(max(0, vram - working), max(0, ram))
+
+
+def _batches(drawing: Drawing) -> tuple[Batch, ...]:
+    return split_batches(drawing.prompts, settings=drawing.settings)
+
+
+def _identity(drawing: Drawing, options: RunOptions) -> Identity:
+    """Everything that a batch's statistics depend on."""
+    return {
+        "svdq version": __version__,
+        "torch version": torch.__version__,
+        "device": resolve_device(options.device).type,
+        "model sha256": drawing.facts.source_sha256,
+        "calibration": {
+            "prompts sha256": drawing.facts.prompts_sha256,
+            "rows": drawing.rows,
+            **settings_json(drawing.settings),
+        },
+        "inputs": [shared.name for shared in drawing.prepared.plan.inputs],
+    }
+
+
+def input_widths(plan: ModelPlan) -> list[int]:
+    """K of every shared input."""
+    widths = {layer.name: layer.linear.in_features for layer in plan.layers}
+    return [widths[shared.layers[0]] for shared in plan.inputs]

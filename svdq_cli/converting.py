@@ -14,23 +14,13 @@ import torch
 
 from svdq_cli import __version__
 from svdq_cli.allocation import allocated
-from svdq_cli.calibrate.artefact import MANIFEST, Calibration, open_calibration, save_calibration
+from svdq_cli.calibrate.artefact import MANIFEST, Calibration, open_calibration
 from svdq_cli.calibrate.prompts import prompts_digest
 from svdq_cli.calibrate.settings import settings_json
-from svdq_cli.calibrating import draw_statistics
-from svdq_cli.errors import (
-    CanceledRunError,
-    CheckFailedError,
-    InputError,
-    InterruptedRunError,
-    RecipeError,
-    SvdqError,
-    Terminated,
-    UsageError,
-    as_out_of_memory,
-)
+from svdq_cli.calibrating import draw_calibration, drawing_of
+from svdq_cli.errors import InputError
 from svdq_cli.finishing import Outputs, finished_outputs, gated, write_reports_beside
-from svdq_cli.journal import LAYERS, Identity, WorkFolder, open_work
+from svdq_cli.journal import LAYERS, Identity, WorkFolder
 from svdq_cli.locate import portable_name
 from svdq_cli.machine import peak_memory, resolve_device
 from svdq_cli.placing import require_places
@@ -67,6 +57,7 @@ from svdq_cli.records import (
 )
 from svdq_cli.solving import Statistics, finite_tensor, solve_into, solved_layers
 from svdq_cli.source import source_digest
+from svdq_cli.working import kept_work, work_beside
 from svdq_cli.writing import Contents, refuse_existing, remove_leftovers, require_disk
 
 
@@ -95,7 +86,7 @@ class Job:
     @property
     def work(self) -> Path:
         """Beside the first output, hidden, unless the user says where."""
-        return self.options.work or self.paths[0].with_name(f".{self.paths[0].name}.work")
+        return work_beside(self.paths[0], self.options)
 
     def warn(self, warnings: tuple[str, ...]) -> None:
         for warning in warnings:
@@ -235,55 +226,19 @@ def _calibration_identity(job: Job) -> Mapping[str, object] | None:
 
 @contextmanager
 def _work_of(job: Job) -> Iterator[WorkFolder]:
-    """The job's work folder. It goes when the work is done, and when the same command could only fail again; it stays,
-    with a word on how to go on, whatever else ends the run."""
-    options = job.options
-    with open_work(job.work, identity_of(job), resume=options.resume, overwrite=options.overwrite) as work:
-        if options.resume:
+    """The job's work folder, once no leftovers of a killed run are in the way."""
+    inputs = len(job.prepared.plan.inputs)
+
+    def kept(work: WorkFolder) -> str:
+        return f"{len(work.finished(LAYERS))} of {inputs} solved inputs"
+
+    with kept_work(
+        job.work, identity_of(job), options=job.options, stage="convert", kept=kept, observe=job.observe
+    ) as work:
+        if job.options.resume:
             for path in job.paths:
                 remove_leftovers(path)
-        try:
-            yield work
-        except BaseException as error:
-            stopped = _as_stopped(error)
-            if work.is_empty or _fails_again(error, work):
-                work.remove()
-            else:
-                _say_what_is_kept(stopped, job, work)
-            if stopped is error:
-                raise
-            raise stopped from error
-        work.remove()
-
-
-def _fails_again(error: BaseException, work: WorkFolder) -> bool:
-    """Whether the same command would end the same way, so that there is nothing to go on with. Statistics that were
-    drawn serve other runs too; they are never thrown away."""
-    about_the_work = isinstance(error, SvdqError) and str(error.where).startswith(str(work.path))
-    refused = isinstance(error, (UsageError, RecipeError, InputError, CheckFailedError))
-    return refused and not about_the_work and not work.calibration.exists()
-
-
-def _as_stopped(error: BaseException) -> BaseException:
-    """The interruptions as errors that can carry a message."""
-    match error:
-        case Terminated():
-            return InterruptedRunError("told to stop (SIGTERM); nothing was left under a final name")
-        case KeyboardInterrupt():
-            return CanceledRunError("interrupted; nothing was left under a final name")
-        case _:
-            return as_out_of_memory(error) or error
-
-
-def _say_what_is_kept(error: BaseException, job: Job, work: WorkFolder) -> None:
-    """In the error's hint; for a bug, which has none, as a warning."""
-    solved = len(work.finished(LAYERS))
-    kept = f"{work.path} keeps {solved} of {len(job.prepared.plan.inputs)} solved inputs; --resume goes on from there"
-    if not isinstance(error, SvdqError):
-        job.observe(Event("warning", "convert", detail=kept))
-        return
-    error.resumable = True
-    error.hint = f"{error.hint}; {kept}" if error.hint else kept
+        yield work
 
 
 # ------------------------------------------------------------------------------------------------- the layers
@@ -325,8 +280,8 @@ def _statistics(job: Job, work: WorkFolder) -> Statistics:
     opened = job.calibration
     if opened is None:
         if not (work.calibration / MANIFEST).is_file():
-            stats, facts = draw_statistics(job.prepared, job.options, job.observe, source_sha256=job.digest)
-            save_calibration(work.calibration, stats, facts)
+            drawing = drawing_of(job.prepared, job.options, job.observe, source_sha256=job.digest)
+            draw_calibration(work.calibration, drawing, work, options=job.options, observe=job.observe)
         opened = open_calibration(work.calibration)
     return Statistics(opened.digest, opened)
 

@@ -1,6 +1,7 @@
 """The work folder of a conversion: what is finished is kept, so that a run that was killed goes on where it stood.
 
     WORK/journal.json               whose work this is: model, calibration, recipe, versions
+    WORK/pictures/N.safetensors     what each batch of calibration pictures adds to the statistics, until all are drawn
     WORK/calibration/               the statistics, where the run drew them itself: an ordinary calibration artefact
     WORK/choices.json               ranks and 16-bit layers, where they were searched
     WORK/layers/INPUT.safetensors   all layers of one shared input with their reports
@@ -44,7 +45,7 @@ from svdq_cli.source.headers import Header, read_whole_header
 from svdq_cli.tensor_file import TensorSpec, write_tensors
 
 JOURNAL = "journal.json"
-LAYERS, BLOCKS, CALIBRATION = "layers", "blocks", "calibration"
+LAYERS, BLOCKS, CALIBRATION, PICTURES = "layers", "blocks", "calibration", "pictures"
 _LOCK = "lock"
 _ABOUT = "svdq"  # key of the safetensors metadata
 
@@ -63,6 +64,11 @@ class WorkFolder:
     def calibration(self) -> Path:
         """Where statistics lie, or will, that the run draws itself."""
         return self.path / CALIBRATION
+
+    @property
+    def pictures(self) -> Path:
+        """Where the parts of statistics lie while they are drawn."""
+        return self.path / PICTURES
 
     def has(self, folder: str, name: str) -> bool:
         """Whether a part (of LAYERS or BLOCKS) is finished."""
@@ -121,7 +127,7 @@ class WorkFolder:
 
     def remove(self) -> None:
         """Everything svdq put there, and the folder if that was all."""
-        for name in (LAYERS, BLOCKS, CALIBRATION, f"{CALIBRATION}.partial"):
+        for name in (LAYERS, BLOCKS, PICTURES, CALIBRATION, f"{CALIBRATION}.partial"):
             shutil.rmtree(self.path / name, ignore_errors=True)
         for file in [*self.path.glob("*.json"), *self.path.glob(".*.partial"), self.path / _LOCK]:
             file.unlink(missing_ok=True)

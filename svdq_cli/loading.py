@@ -98,7 +98,7 @@ def load_pipeline(
 def load_16bit_pipeline(source: Source, *, class_name: str, device: torch.device) -> DiffusionPipeline:
     """The pipeline of a 16-bit source that has one (`source.pipeline`), whole on a device."""
     pipe = load_without_denoiser(source, class_name=class_name, device=device)
-    fill_denoiser(pipe, source, device=device)
+    fill_denoiser(pipe, source, class_name=class_name, device=device)
     return pipe
 
 
@@ -106,37 +106,50 @@ def load_without_denoiser(source: Source, *, class_name: str, device: torch.devi
     """The same with an empty denoiser, which knows its config and shapes but takes no memory."""
     assert source.pipeline is not None
     dtype = compute_dtype(device)
-    empty = _unfilled(source, class_name)
-    _set_dtype(empty, dtype)
+    empty = _empty_denoiser(source, class_name, dtype)
     pipe = load_source_pipeline(
         source.pipeline, dtype=dtype, device=None, components={source.component: empty}
     )
     for name, entries in source.companions.items():
         _replace_weights(getattr(pipe, name), {key: entry.read() for key, entry in entries.items()}, name)
-    for name, part in pipe.components.items():
-        if isinstance(part, nn.Module) and name != source.component:
-            _move(part, device, source.pipeline / name)
+    for name, part in _other_parts(pipe, source):
+        _move(part, device, source.pipeline / name)
     return pipe
 
 
 def fill_denoiser(
-    pipe: DiffusionPipeline, source: Source, *, device: torch.device, room: Room | None = None
+    pipe: DiffusionPipeline,
+    source: Source,
+    *,
+    class_name: str,
+    device: torch.device,
+    room: Room | None = None,
 ) -> None:
-    """Gives the empty denoiser of `load_without_denoiser` its weights: all on the device or, with less `room` than
-    they need, block by block when they run. Raises OutOfResourcesError if they do not fit."""
-    model: nn.Module = getattr(pipe, source.component)
+    """Puts the denoiser with its weights into a pipeline of `load_without_denoiser`: all of it on the device or, with
+    less `room` than that takes, block by block when they run. Raises OutOfResourcesError if it does not fit."""
+    model = _empty_denoiser(source, class_name, compute_dtype(device))
+    setattr(pipe, source.component, model)  # the one before it makes room
     weights = _Weights(source, {name: tensor.dtype for name, tensor in model.state_dict().items()})
     everything = Room(weights_bytes(model), 0)
     try:
         fill(model, weights, device=device, room=room or everything)
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise _does_not_fit(source.path, device) from error
-    model.eval().requires_grad_(False)
     if any(parameter.is_meta for parameter in model.parameters()):
         # diffusers asks its parts where to compute, and an offloaded one has no answer but its hooks
-        for name, part in pipe.components.items():
-            if isinstance(part, nn.Module) and name != source.component:
-                add_hook_to_module(part, AlignDevicesHook(device, io_same_device=True))
+        for _, part in _other_parts(pipe, source):
+            add_hook_to_module(part, AlignDevicesHook(device, io_same_device=True))
+
+
+def _other_parts(pipe: DiffusionPipeline, source: Source) -> list[tuple[str, nn.Module]]:
+    parts = pipe.components.items()
+    return [(name, part) for name, part in parts if isinstance(part, nn.Module) and name != source.component]
+
+
+def _empty_denoiser(source: Source, class_name: str, dtype: torch.dtype) -> nn.Module:
+    model = _unfilled(source, class_name)
+    _set_dtype(model, dtype)
+    return model.eval().requires_grad_(False)
 
 
 class _Weights(Mapping[str, torch.Tensor]):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import resource
 import sys
 from dataclasses import replace
+from pathlib import Path
 
+import psutil
 import torch
 
 from svdq_cli.errors import EnvironmentLacksError, UsageError
@@ -45,3 +47,32 @@ def on_device(solution: LayerSolution, device: torch.device) -> LayerSolution:
         if isinstance(value := getattr(solution, name), torch.Tensor)
     }
     return replace(solution, **moved)
+
+
+def available_ram() -> int:
+    """Bytes that this process may still take: what the machine has free, or what a container leaves of its limit."""
+    return min([psutil.virtual_memory().available, *_cgroup_room()])
+
+
+def resident_ram() -> int:
+    """Bytes that this process holds."""
+    return psutil.Process().memory_info().rss
+
+
+def available_vram(device: torch.device) -> int:
+    """Bytes that this process may still take on a GPU, its own allocator's free blocks included."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def _cgroup_room() -> list[int]:
+    """cgroup v2's limit less its use, where there is one. Cached files count as used and as free at once; they are
+    given back first."""
+    folder = Path("/sys/fs/cgroup")
+    try:
+        limit = (folder / "memory.max").read_text().strip()
+        used = int((folder / "memory.current").read_text())
+        facts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        return [] if limit == "max" else [max(0, int(limit) - used + int(facts.get("inactive_file", 0)))]
+    except (OSError, ValueError):
+        return []

@@ -53,6 +53,8 @@ class RunOptions:
     beside: Path | None = None  # the recipe's folder, for relative paths in it
     work: Path | None = None  # where unfinished work is kept; None: beside the first output
     resume: bool = False  # go on with the work that is kept there
+    max_ram: int | None = None  # bytes this process may take; None: what the machine has free
+    max_vram: int | None = None  # the same of the GPU's memory
 
 
 DEFAULT_OPTIONS = RunOptions()

@@ -265,11 +265,6 @@ def _digest(facts: CalibrationFacts, entries: list[InputEntry]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def statistics_digest(stats: Mapping[str, ActivationStats], facts: CalibrationFacts) -> str:
-    """The digest that an artefact of these statistics has, without writing one."""
-    return _digest(facts, [_entry(item, "") for item in stats.values()])
-
-
 def _facts_json(facts: CalibrationFacts) -> dict[str, Any]:
     return {
         "svdq_version": facts.svdq_version,

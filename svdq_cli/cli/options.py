@@ -39,6 +39,12 @@ Work = Annotated[
 Resume = Annotated[
     bool, typer.Option("--resume", help="Go on with unfinished work; start where there is none.")
 ]
+MaxRam = Annotated[
+    str | None, typer.Option("--max-ram", metavar="SIZE", help="Memory this process may take, as 16GiB.")
+]
+MaxVram = Annotated[
+    str | None, typer.Option("--max-vram", metavar="SIZE", help="GPU memory it may take, as 22GiB.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of calibration, search and pictures.")]
 Precision = Annotated[str | None, typer.Option(metavar="int4|nvfp4", help="4-bit number format.")]

@@ -17,10 +17,30 @@ def run_options(
     *,
     work: Path | None = None,
     resume: bool = False,
+    max_ram: str | None = None,
+    max_vram: str | None = None,
 ) -> RunOptions:
     from svdq_cli.preparing import RunOptions
 
-    return RunOptions(device=device, overwrite=overwrite, beside=beside, work=work, resume=resume)
+    return RunOptions(
+        device=device,
+        overwrite=overwrite,
+        beside=beside,
+        work=work,
+        resume=resume,
+        max_ram=_size("--max-ram", max_ram),
+        max_vram=_size("--max-vram", max_vram),
+    )
+
+
+def _size(option: str, text: str | None) -> int | None:
+    from svdq_cli.errors import UsageError
+    from svdq_cli.recipe import SIZE_HINT, bytes_of_size
+
+    size = None if text is None else bytes_of_size(text)
+    if text is not None and size is None:
+        raise UsageError(f"{option} {text}: not a size", hint=SIZE_HINT, where=option)
+    return size
 
 
 def recipe_for(source: str, *, options: RunOptions, **given: object) -> tuple[Recipe, RunOptions]:

@@ -31,11 +31,13 @@ from svdq_cli.recipe.model import (
 )
 from svdq_cli.recipe.places import find_prompts, find_source
 from svdq_cli.recipe.reading import load_recipe, parse_recipe
+from svdq_cli.recipe.sizes import SIZE_HINT, bytes_of_size
 from svdq_cli.recipe.template import recipe_template
 
 __all__ = [
     "DEFAULT_EFFORT",
     "DEFAULT_RANK",
+    "SIZE_HINT",
     "Calibration",
     "DatasetPrompts",
     "Gate",
@@ -51,6 +53,7 @@ __all__ = [
     "RankOverride",
     "Recipe",
     "SkipOverride",
+    "bytes_of_size",
     "default_recipe",
     "embedded",
     "figure_of",

@@ -3,7 +3,6 @@ comments of `svdq init` and the descriptions of the JSON Schema."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import PurePath
 from typing import Annotated, Literal, cast, get_args
@@ -27,6 +26,7 @@ from pydantic_core import PydanticCustomError
 from svdq_cli.errors import UsageError
 from svdq_cli.recipe.gates import CONDITION_PATTERN, METRICS, Gate, parse_gate
 from svdq_cli.recipe.problems import problems_of
+from svdq_cli.recipe.sizes import SIZE_HINT, SIZE_PATTERN, bytes_of_size
 from svdq_cli.records import Effort, Int4, NvFp4, Precision, SearchStep, Smoothing
 
 DEFAULT_EFFORT: Effort = "balanced"
@@ -60,19 +60,16 @@ MAX_PATTERN = 512  # characters; the longest layer name of a known model has 65
 Pattern = Annotated[str, Field(min_length=1, max_length=MAX_PATTERN)]
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0)]
-SIZE_PATTERN = r"^\s*(\d+(?:\.\d+)?)\s*([kKMGT]i?)?B?\s*$"
 
 
 def _size(value: object) -> int | str:
     """A size as it was written."""
-    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-        return value
-    if isinstance(value, str) and re.match(SIZE_PATTERN, value):
+    if isinstance(value, int | str) and not isinstance(value, bool) and bytes_of_size(value):
         return value
     raise PydanticCustomError(
         "size",
         "must be a number of bytes, or one with its unit, not {value}",
-        {"value": repr(value), "hint": "write it like 6500000000, 6.5GB or 6GiB"},
+        {"value": repr(value), "hint": SIZE_HINT},
     )
 
 
@@ -201,6 +198,15 @@ class Calibration(Section):
     """Prompts drawn at once: speed for memory."""
     rows: Count = 4096
     """Activation rows kept of every layer input, for the search."""
+    size_budget: SizeBudget = "20GB"
+    """Bytes that the statistics may take: fewer rows are kept where all of them would take more."""
+
+    @property
+    def size_bytes(self) -> int:
+        """`size_budget` in bytes."""
+        size = bytes_of_size(self.size_budget)
+        assert size is not None  # the field's own check
+        return size
 
 
 class Quantization(Section):
@@ -248,14 +254,8 @@ class Quantization(Section):
 
     @property
     def size_bytes(self) -> int | None:
-        """`size_budget` in bytes: GB are 10^9, GiB 2^30."""
-        if self.size_budget is None or isinstance(self.size_budget, int):
-            return self.size_budget
-        found = re.match(SIZE_PATTERN, self.size_budget)
-        assert found is not None  # the field's pattern
-        number, unit = found.groups()
-        base = 1024 if unit and unit.endswith("i") else 1000
-        return int(float(number) * base ** ("KMGT".index(unit[0].upper()) + 1 if unit else 0))
+        """`size_budget` in bytes."""
+        return None if self.size_budget is None else bytes_of_size(self.size_budget)
 
     @property
     def number_format(self) -> Precision:

@@ -20,6 +20,10 @@ def calibrate(
     base: opt.Base = None,
     loras: opt.Loras = None,
     device: opt.Device = "auto",
+    work: opt.Work = None,
+    resume: opt.Resume = False,
+    max_ram: opt.MaxRam = None,
+    max_vram: opt.MaxVram = None,
     overwrite: opt.Overwrite = False,
     json: opt.Json = False,
     events: opt.EventsFile = None,
@@ -32,9 +36,8 @@ def calibrate(
     from svdq_cli.pipeline import calibrate as run_calibrate
     from svdq_cli.starting import with_default_calibration
 
-    recipe, run = recipe_for(
-        source, options=run_options(device, overwrite), family=family, base=base, loras=loras
-    )
+    how = run_options(device, overwrite, work=work, resume=resume, max_ram=max_ram, max_vram=max_vram)
+    recipe, run = recipe_for(source, options=how, family=family, base=base, loras=loras)
     recipe = override(
         with_default_calibration(recipe),
         prompts=prompts,

@@ -47,6 +47,8 @@ def convert(
     device: opt.Device = "auto",
     work: opt.Work = None,
     resume: opt.Resume = False,
+    max_ram: opt.MaxRam = None,
+    max_vram: opt.MaxVram = None,
     overwrite: opt.Overwrite = False,
     json: opt.Json = False,
     summary: opt.SummaryFile = None,
@@ -81,7 +83,7 @@ def convert(
         "formats": formats,
         "fail_if": fail_if,
     }
-    how = run_options(device, overwrite, work=work, resume=resume)
+    how = run_options(device, overwrite, work=work, resume=resume, max_ram=max_ram, max_vram=max_vram)
     with progress(quiet=quiet or plan, verbose=verbose, events=events) as observe:
 
         def convert_one(source: str) -> ConvertReport | PlanReport:

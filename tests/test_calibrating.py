@@ -1,0 +1,121 @@
+"""Calibration of whole pipelines: stopped and gone on with, offloaded, within a byte budget."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from svdq_cli.calibrate import open_calibration
+from svdq_cli.calibrate.budget import rows_within, statistics_bytes
+from svdq_cli.calibrating import calibrate, input_widths
+from svdq_cli.errors import CanceledRunError, UsageError
+from svdq_cli.formats import format_named
+from svdq_cli.preparing import RunOptions
+from svdq_cli.recipe import Calibration, Recipe, default_recipe
+from svdq_cli.records import Event, Int4
+from tests.full_size import FLUX_DEV, full_size_plan
+
+CPU = RunOptions(device="cpu")
+PROMPTS = "a red circle\ntwo cats\na small blue square\n"
+
+
+@pytest.fixture
+def recipe(tiny_flux: Path, tmp_path: Path) -> Recipe:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text(PROMPTS)
+    wanted = Calibration(prompts=str(prompts), steps=2, height=16, width=16, samples=3, rows=64)
+    return default_recipe(str(tiny_flux), calibration=wanted)
+
+
+def _bytes(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+def test_a_calibration_that_is_gone_on_with_has_the_bytes_of_one_that_was_not_stopped(
+    recipe: Recipe, tmp_path: Path
+):
+    calibrate(recipe, tmp_path / "whole", options=CPU)
+    out = tmp_path / "stopped"
+
+    def stop_in_the_second_picture(event: Event) -> None:
+        if event.stage == "calibrate" and event.done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(CanceledRunError) as caught:
+        calibrate(recipe, out, options=CPU, observe=stop_in_the_second_picture)
+    assert "1 of 3 batches of pictures; --resume" in str(caught.value.hint)
+    assert not out.exists()
+    with pytest.raises(UsageError, match="begun already"):
+        calibrate(recipe, out, options=CPU)
+    events: list[Event] = []
+    calibrate(recipe, out, options=RunOptions(device="cpu", resume=True), observe=events.append)
+    assert min(event.done for event in events if event.stage == "calibrate") == 2
+    assert _bytes(out) == _bytes(tmp_path / "whole")
+    assert not (tmp_path / ".stopped.work").exists()
+
+
+def test_other_settings_are_not_gone_on_with(recipe: Recipe, tmp_path: Path):
+    def stop(event: Event) -> None:
+        if event.stage == "calibrate" and event.done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(CanceledRunError):
+        calibrate(recipe, tmp_path / "out", options=CPU, observe=stop)
+    assert recipe.calibration is not None
+    other = recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update={"steps": 3})})
+    with pytest.raises(UsageError, match="steps: 2 -> 3"):
+        calibrate(other, tmp_path / "out", options=RunOptions(device="cpu", resume=True))
+
+
+def test_a_model_larger_than_memory_gives_the_same_bytes(recipe: Recipe, tmp_path: Path):
+    whole = calibrate(recipe, tmp_path / "whole", options=CPU)
+    # 1 byte: no weight may stay, every layer's is read from the file when it runs
+    offloaded = calibrate(recipe, tmp_path / "offloaded", options=RunOptions(device="cpu", max_ram=1))
+    assert offloaded.digest == whole.digest
+    assert _bytes(tmp_path / "offloaded") == _bytes(tmp_path / "whole")
+
+
+def test_sigterm_ends_with_75_and_says_how_to_go_on(recipe: Recipe, tiny_flux: Path, tmp_path: Path):
+    assert recipe.calibration is not None
+    out = tmp_path / "calib"
+    command = [sys.executable, "-m", "svdq_cli", "calibrate", str(tiny_flux), "-o", str(out)]
+    command += ["--prompts", str(recipe.calibration.prompts), "--samples", "3", "--steps", "30"]
+    command += ["--width", "16", "--height", "16", "--device", "cpu", "--events", str(tmp_path / "events")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    parts = tmp_path / ".calib.work" / "pictures"
+    while process.poll() is None and not (parts / "000000.safetensors").exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 75, said
+    assert "batches of pictures" in said
+    assert "--resume" in said
+    assert not out.exists()
+
+
+def test_a_flux_dev_calibration_takes_at_most_20_gb(tmp_path: Path):
+    plan, _ = full_size_plan(tmp_path, FLUX_DEV, format_named("nunchaku-lite"), Int4())
+    wanted = Calibration(prompts="general.txt")
+    widths = input_widths(plan)
+    rows = rows_within(widths, rows=wanted.rows, budget=wanted.size_bytes)
+    assert rows == wanted.rows, "all rows fit"
+    assert statistics_bytes(widths, rows=rows) <= 20e9
+    many = rows_within(widths, rows=100_000, budget=wanted.size_bytes)
+    assert 19.9e9 < statistics_bytes(widths, rows=many) <= 20e9
+
+
+def test_the_artefact_takes_what_its_plan_said(recipe: Recipe, tmp_path: Path):
+    assert recipe.calibration is not None
+    small = recipe.calibration.model_copy(update={"size_budget": 20_000, "rows": 256})
+    with pytest.raises(UsageError, match="size_budget"):
+        calibrate(recipe.model_copy(update={"calibration": small}), tmp_path / "none", options=CPU)
+    report = calibrate(recipe, tmp_path / "calib", options=CPU)
+    stored = open_calibration(tmp_path / "calib").manifest
+    widths = [entry.k for entry in stored.inputs]
+    # headers and inputs with fewer tokens than rows are the difference
+    assert report.bytes == pytest.approx(statistics_bytes(widths, rows=64), rel=0.25)
