@@ -65,6 +65,19 @@ __device__ __forceinline__ Rows16 load_rows(const uint4* x, int first_row, int g
     return rows;
 }
 
+// Rows of y (M, N), N a multiple of 8, from `row` and `column` on; what lies outside is left out.
+__device__ __forceinline__ void store_rows(uint4* y, const Rows16& rows, int row, int column, int m, int n, int lane)
+{
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int i = row + 8 * r + lane / 4, j = column + 32 * half + 8 * (lane % 4);
+            if (i < m && j < n)
+                y[(size_t(i) * n + j) / 8] = rows.part[half][r];
+        }
+}
+
 // hidden (16 x 8 ranks) += rows . down^T for one group of 64 columns. `down` is this lane's two halves.
 __device__ __forceinline__ void add_down(float (&hidden)[4], const Rows16& rows, const uint4 (&down)[2])
 {

@@ -187,13 +187,18 @@ __device__ __forceinline__ void mma_mxf4(float (&c)[4], const u32 (&a)[4], const
 
 // ------------------------------------------------------------------------------------------ copies to shared memory
 
+// The address that instructions on shared memory take.
+__device__ __forceinline__ u32 shared_address(const void* shared)
+{
+    return static_cast<u32>(__cvta_generic_to_shared(shared));
+}
+
 // cp.async: 16 bytes of global memory to shared memory behind this thread's back; sm_75 copies them at once. `.cg`
 // passes by L1: nothing is read twice by one multiprocessor.
 __device__ __forceinline__ void copy_async_16(void* shared, const void* global)
 {
 #if HAS_SM80
-    const u32 address = static_cast<u32>(__cvta_generic_to_shared(shared));
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(global) : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
 #else
     *static_cast<uint4*>(shared) = *static_cast<const uint4*>(global);
 #endif

@@ -16,18 +16,6 @@
 #include "product.cuh"
 #include "gemm_pipeline.cuh"
 
-__device__ __forceinline__ void store_rows(uint4* y, const Rows16& rows, int row, int column, int m, int n, int lane)
-{
-#pragma unroll
-    for (int r = 0; r < 2; ++r)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int i = row + 8 * r + lane / 4, j = column + 32 * half + 8 * (lane % 4);
-            if (i < m && j < n)
-                y[(size_t(i) * n + j) / 8] = rows.part[half][r];
-        }
-}
-
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     w4a4_gemm(const uint4* codes, const uint4* scales, const uint4* hidden, const uint4* weight,
               const uint4* weight_scales, const uint4* up, const float* outer, const u16* bias, uint4* y, int m, int mp,

@@ -15,7 +15,9 @@ from pathlib import Path
 from svdq_cli.gpu import nvrtc
 from svdq_cli.resources import data_root
 
-_OPTIONS = ("--std=c++17", "--ptxas-options=-v")
+# No contraction of a * b + c into one rounding: where a kernel wants that, it says fmaf, and its twin does the same. A code
+# that lies halfway between two others would otherwise be another than the definition's.
+_OPTIONS = ("--std=c++17", "--fmad=false", "--ptxas-options=-v")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,11 @@ class Variant:
         return self.kernel.rpartition("/")[2]
 
     @property
+    def dynamic_shared(self) -> int:
+        """Bytes of shared memory that a launch must ask for."""
+        return dict(self.defines).get("DYNAMIC_SHARED", 0)
+
+    @property
     def label(self) -> str:
         return " ".join((self.kernel, *(f"{name}={value}" for name, value in self.defines)))
 
@@ -41,7 +48,8 @@ class Usage:
     registers: int
     spill_bytes: int
     stack_bytes: int
-    shared_bytes: int
+    shared_bytes: int  # static
+    serialized: bool  # wgmma products wait for each other, which the assembler warns of
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +75,7 @@ def compile_variant(variant: Variant, target: str, *, cache: Path | None = None)
     facts = path.with_suffix(".json")
     if not (path.is_file() and facts.is_file()):
         compiled = nvrtc.compile_source(source, name=f"{variant.entry}.cu", headers=headers, options=options)
-        usage = _usage(compiled.log)
+        usage = usage_of(compiled.log)
         path.parent.mkdir(parents=True, exist_ok=True)
         _write(path, compiled.cubin)
         _write(facts, json.dumps(asdict(usage)).encode())
@@ -113,7 +121,7 @@ def _key(source: str, headers: Mapping[str, str], options: tuple[str, ...]) -> s
     return digest.hexdigest()[:24]
 
 
-def _usage(log: str) -> Usage:
+def usage_of(log: str) -> Usage:
     """From the assembler's log: "0 bytes stack frame, 0 bytes spill stores, ...", "Used 40 registers, ..."."""
 
     def number(pattern: str, *, missing: int | None = None) -> int:
@@ -127,6 +135,7 @@ def _usage(log: str) -> Usage:
         spill_bytes=number(r"(\d+) bytes spill (?:stores|loads)"),
         stack_bytes=number(r"(\d+) bytes stack frame"),
         shared_bytes=number(r"(\d+) bytes smem", missing=0),
+        serialized="instructions are serialized" in log,
     )
 
 

@@ -34,13 +34,16 @@ class CudaDevice:
         kernel = self._kernels.get(variant) or self.load(variant)
         # CuPy keeps kernels for each device, and asks its own runtime which one is current
         with _cupy().cuda.Device(self.index), self._current_stream():
-            kernel(grid, (threads, 1, 1), tuple(map(_c_value, arguments)))
+            kernel(grid, (threads, 1, 1), tuple(map(_c_value, arguments)), shared_mem=variant.dynamic_shared)
 
     def load(self, variant: Variant) -> Any:
         """The kernel as CuPy's RawKernel, compiled unless a cache has it."""
         cubin = compile_variant(variant, self.architecture.target)
-        self._kernels[variant] = _cupy().RawModule(path=str(cubin.path)).get_function(variant.entry)
-        return self._kernels[variant]
+        kernel = _cupy().RawModule(path=str(cubin.path)).get_function(variant.entry)
+        if variant.dynamic_shared:
+            kernel.max_dynamic_shared_size_bytes = variant.dynamic_shared
+        self._kernels[variant] = kernel
+        return kernel
 
     def _current_stream(self) -> Any:
         pointer = torch.cuda.current_stream(self.index).cuda_stream

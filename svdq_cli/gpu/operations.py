@@ -57,10 +57,10 @@ def quantize_down(
     codes, scales, hidden = new_quantized(x, mp, k, rank, precision)
     if m == 0:
         return codes, scales, hidden
-    x = _aligned(x)
+    x = aligned(x)
     chunk = variants.rank_chunk(rank)
     chunks = -(-rank // chunk) if rank else 1
-    splits = _splits(launcher, mp // variants.QUANTIZE_ROWS * chunks, k) if rank else 1
+    splits = splits_of(launcher, mp // variants.QUANTIZE_ROWS * chunks, k) if rank else 1
     partial = x.new_empty(splits, mp, rank, dtype=torch.float32) if splits > 1 else None
     launcher.launch(
         variants.quantize_down(x.dtype, precision, rank=rank, unsigned=unsigned),
@@ -176,7 +176,7 @@ def w4a16_linear(
         variants.w4a16_linear(x.dtype),
         (np // variants.W4A16_COLUMNS, -(-m // 16), 1),
         variants.W4A16_WARPS * variants.LANES,
-        *(_aligned(x), weight, scales, bias, y, m, n, np, k),
+        *(aligned(x), weight, scales, bias, y, m, n, np, k),
     )
     return y
 
@@ -193,12 +193,12 @@ def new_quantized(
     )
 
 
-def _aligned(x: Tensor) -> Tensor:
+def aligned(x: Tensor) -> Tensor:
     """Kernels read the input 16 bytes at a time; a view may begin anywhere."""
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
-def _splits(launcher: Launcher, blocks: int, k: int) -> int:
+def splits_of(launcher: Launcher, blocks: int, k: int) -> int:
     """Into how many parts K is cut, so that every multiprocessor has a block to run."""
     useful = k // STEP // (LEAST_STEPS_A_WARP * variants.QUANTIZE_WARPS)
     return max(1, min(launcher.multiprocessors // blocks, useful, MOST_SPLITS))

@@ -150,7 +150,7 @@ def four_bit_product(
         case Int4():
             rows = row_codes.float() if unsigned else _signed(row_codes)
             columns = _signed(column_codes)
-            return _grouped_product(
+            return grouped_product(
                 rows, unpack_row_scales(scales).float(), columns, unpack_column_scales(weight_scales).float()
             )
         case NvFp4():
@@ -178,7 +178,7 @@ def nibbles_of(values: Tensor) -> Tensor:
     return (magnitude + 8 * torch.signbit(values)).to(torch.uint8)
 
 
-def _grouped_product(rows: Tensor, row_scales: Tensor, columns: Tensor, column_scales: Tensor) -> Tensor:
+def grouped_product(rows: Tensor, row_scales: Tensor, columns: Tensor, column_scales: Tensor) -> Tensor:
     """Group sums are exact integers; each is added by one fma, groups in order. (M, K), (M, G), (N, K), (N, G)."""
     total = rows.new_zeros(rows.shape[0], columns.shape[0])
     for group in range(row_scales.shape[1]):

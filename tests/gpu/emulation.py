@@ -89,7 +89,8 @@ def build(variant: Variant) -> Path:
     if not library.exists():
         # The emulator's folder comes first, so that its ptx.cuh is included instead of the kernels'
         words = [COMPILER, "-std=c++17", "-O1", "-shared", "-fPIC", "-ffp-contract=off", "-U_FORTIFY_SOURCE"]
-        words += ["-Wno-unknown-pragmas", "-iquote", str(EMULATOR), "-I", str(EMULATOR)]
+        words += ["-Wno-unknown-pragmas", "-iquote", str(EMULATOR), "-iquote", str(staged_sources())]
+        words += ["-I", str(EMULATOR)]
         words += [f"-D{name}={value}" for name, value in variant.defines]
         words += [f"-DKERNEL={variant.kernel}", f'-DSOURCE="{staged_sources() / variant.kernel}.cu"']
         partial = library.with_suffix(f".{os.getpid()}.partial")
@@ -100,9 +101,9 @@ def build(variant: Variant) -> Path:
 
 @functools.cache
 def staged_sources() -> Path:
-    """The kernels without their ptx.cuh: an include looks beside the including file first."""
+    """The kernels without what the emulator replaces: an include looks beside the including file first."""
     folder = Path(tempfile.mkdtemp(prefix="svdq-kernel-sources-"))
     for path in data_root("kernels").glob("*.cu*"):
-        if path.name != "ptx.cuh":
+        if not (EMULATOR / path.name).exists():
             shutil.copy(path, folder)
     return folder

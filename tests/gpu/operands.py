@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from svdq_cli.gpu.hopper_modes import HopperMode
 from svdq_cli.pack.kernel_tiles import (
     pack_column_micro_scales,
     pack_column_scales,
@@ -16,7 +17,8 @@ from svdq_cli.pack.kernel_tiles import (
     pack_weight_codes,
 )
 from svdq_cli.pack.padding import pad
-from svdq_cli.records import Int4, NvFp4, Precision
+from svdq_cli.records import Int4, Linear, NvFp4, Precision, W4A4Plan, W4A4Solution
+from svdq_cli.runtime.hopper_operands import HopperOperands, pack_hopper
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,3 +123,23 @@ def assert_agrees(
 
 def _padded(rows: Tensor) -> Tensor:
     return pad(rows, multiples=(128,) + (1,) * (rows.ndim - 1), fill=0)
+
+
+def random_hopper_operands(
+    shape: Shape, mode: HopperMode, dtype: torch.dtype, *, seed: int
+) -> HopperOperands:
+    """As `random_operands`, for Hopper's own kernels. The rank must be a multiple of 32."""
+    draw = torch.Generator().manual_seed(seed)
+    k, n, rank = shape.k, shape.n, shape.rank
+    codes = torch.randint(-7, 8, (n, k), generator=draw, dtype=torch.int8)
+    solution = W4A4Solution(
+        plan=W4A4Plan(Linear("layer", k, n, bias=True), Int4(), rank),
+        smooth=(torch.rand(k, generator=draw) + 0.5).to(dtype),
+        down=(torch.randn(rank, k, generator=draw) / k**0.5).to(dtype),
+        up=torch.randn(n, rank, generator=draw).to(dtype),
+        codes=codes,
+        scales=torch.rand(n, k // 64, generator=draw).to(dtype) / 16,
+        outer=None,
+        bias=torch.randn(n, generator=draw).to(dtype) if seed % 3 else None,
+    )
+    return pack_hopper(solution, mode)

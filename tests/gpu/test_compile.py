@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from svdq_cli.errors import EnvironmentLacksError
-from svdq_cli.gpu import nvrtc, variants
+from svdq_cli.gpu import hopper, nvrtc, variants
 from svdq_cli.gpu.architectures import ARCHITECTURES, Architecture, CodeMma, architecture, architecture_of
-from svdq_cli.gpu.compile import Cubin, Variant, compile_variant, read_headers, read_source
+from svdq_cli.gpu.compile import Cubin, Variant, compile_variant, read_headers, read_source, usage_of
+from svdq_cli.gpu.hopper_modes import HopperMode
 from svdq_cli.records import Int4, NvFp4
 from svdq_cli.resources import data_root
 
@@ -29,6 +30,7 @@ def _nvrtc_is_here() -> bool:
 
 needs_nvrtc = pytest.mark.skipif(not _nvrtc_is_here(), reason='needs NVRTC: pip install "svdq[cuda13]"')
 
+HOPPER = "sm_90a"
 REGISTER_FILE = 65536  # 32-bit registers of a multiprocessor, all architectures here
 SHARED_BYTES = 48 * 1024  # without opting in
 # A block of each kernel must find this many of its kind on a multiprocessor, where registers decide.
@@ -38,11 +40,32 @@ LEAST_BLOCKS = {
     "w4a4_gemm": 1,
     "w4a4_gelu_quantize": 1,
     "w4a16_linear": 2,
+    "hopper_quantize_down": 1,
+    "hopper_reduce_hidden": 2,
+    "hopper_gemm": 1,
+    "hopper_gelu_quantize": 1,
 }
 
 
 def representative(kind: Architecture) -> Iterator[Variant]:
     """Each kernel in its common variants; in its largest ones too, but where the code is that of sm_80."""
+    yield from portable(kind)
+    if kind.target == HOPPER:
+        yield from hopper_variants()
+
+
+def hopper_variants() -> Iterator[Variant]:
+    for tokens in (hopper.TOKENS, hopper.SMALL_TOKENS):
+        for mode in HopperMode:
+            yield hopper.gemm_variant(torch.bfloat16, mode, tokens=tokens)
+        yield hopper.gelu_quantize_variant(torch.bfloat16, tokens=tokens)
+    for mode in HopperMode:
+        yield hopper.quantize_down_variant(torch.bfloat16, mode, tokens=hopper.TOKENS, rank=64)
+    yield hopper.gemm_variant(torch.float16, HopperMode.EXACT, tokens=hopper.TOKENS)
+    yield hopper.reduce_hidden_variant(torch.bfloat16, tokens=hopper.TOKENS)
+
+
+def portable(kind: Architecture) -> Iterator[Variant]:
     dtype = torch.bfloat16 if kind.bfloat16 else torch.float16
     large, small = variants.BLOCK_M, variants.SMALL_BLOCK_M
     yield variants.quantize_down(dtype, Int4(), rank=32)
@@ -81,10 +104,13 @@ def test_every_kernel_compiles_without_spills_and_fits_its_blocks(
     kind: Architecture, compiled: dict[tuple[str, Variant], Cubin]
 ):
     mine = {variant: cubin for (target, variant), cubin in compiled.items() if target == kind.target}
-    assert {variant.kernel for variant in mine} == {path.stem for path in data_root("kernels").glob("*.cu")}
+    kernels = {path.stem for path in data_root("kernels").glob("*.cu")}
+    if kind.target != HOPPER:
+        kernels = {name for name in kernels if not name.startswith("hopper_")}
+    assert {variant.kernel for variant in mine} == kernels
     for variant, cubin in mine.items():
         usage = cubin.usage
-        assert (usage.spill_bytes, usage.stack_bytes) == (0, 0), variant.label
+        assert (usage.spill_bytes, usage.stack_bytes, usage.serialized) == (0, 0, False), variant.label
         assert usage.shared_bytes <= SHARED_BYTES, variant.label
         blocks = REGISTER_FILE // (usage.registers * threads_of(variant))
         assert blocks >= LEAST_BLOCKS[variant.kernel], f"{variant.label}: {usage.registers} registers"
@@ -92,6 +118,8 @@ def test_every_kernel_compiles_without_spills_and_fits_its_blocks(
 
 def threads_of(variant: Variant) -> int:
     constants = dict(variant.defines)
+    if variant.dynamic_shared:
+        return hopper.THREADS
     if "WARPS" in constants:
         return 32 * constants["WARPS"]
     return variants.gemm_threads(constants["BLOCK_M"])
@@ -108,6 +136,37 @@ def test_two_blocks_of_an_int4_gemm_share_a_multiprocessor_where_that_is_asked_f
             assert cubin.usage.registers <= 128, variant.label
             asked += 1
     assert bool(asked) == (kind.target != "sm_120a")
+
+
+@needs_nvrtc
+def test_a_product_whose_registers_are_touched_while_it_runs_is_reported():
+    """ptxas makes such code correct by waiting, and slow; its log is where it says so."""
+    log = nvrtc.compile_source(
+        SERIALIZED_PRODUCT,
+        name="x.cu",
+        headers=read_headers(),
+        options=["--gpu-architecture=sm_90a", "--std=c++17", "--ptxas-options=-v"],
+    ).log
+    assert usage_of(log).serialized
+
+
+SERIALIZED_PRODUCT = """
+#include "wgmma.cuh"
+extern "C" __global__ void __launch_bounds__(128) serialized(const u32* words, u64 b, float* out)
+{
+    float d[64] = {};
+    const u32 a[4] = {words[0], words[1], words[2], words[3]};
+    wgmma_fence();
+    wgmma_e4m3(d, a, b, 1);
+    for (int i = 0; i < 64; ++i)
+        d[i] *= 2.0f;
+    wgmma_e4m3(d, a, b, 1);
+    wgmma_commit();
+    wgmma_wait<0>();
+    for (int i = 0; i < 64; ++i)
+        out[threadIdx.x * 64 + i] = d[i];
+}
+"""
 
 
 @needs_nvrtc
@@ -170,9 +229,9 @@ def test_sources_need_no_headers_but_their_own():
         assert included <= own
 
 
-def test_inline_ptx_stands_in_two_files():
+def test_inline_ptx_stands_in_three_files():
     for name, text in read_headers().items():
-        assert ("asm" in text) == (name in ("ptx.cuh", "wgmma.cuh"))
+        assert ("asm" in text) == (name in ("ptx.cuh", "hopper.cuh", "wgmma.cuh"))
     assert not any("asm(" in read_source(path.stem) for path in data_root("kernels").glob("*.cu"))
 
 

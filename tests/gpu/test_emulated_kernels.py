@@ -123,7 +123,7 @@ def test_splitting_k_over_blocks_changes_only_the_order_of_sums(precision: Preci
     layer = random_operands(shape, precision, BF16, seed=0)
     x = random_rows(shape, BF16, seed=0)
     wide = EmulatedDevice(multiprocessors=8)
-    assert operations._splits(wide, 4, shape.k) == 2
+    assert operations.splits_of(wide, 4, shape.k) == 2
     codes, scales, hidden = operations.quantize_down(
         wide, x, layer.inverse_smooth, layer.down, precision=precision
     )

@@ -26,6 +26,7 @@ struct alignas(16) float4 { float x, y, z, w; };
 struct alignas(8) float2 { float x, y; };
 
 inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
+inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
 
 template <class To, class From>
@@ -66,6 +67,8 @@ inline T shuffle_xor(T value, int mask)
     const emulator::Meeting<T> meeting("shuffle_xor", value);
     return meeting[lane_index() ^ mask];
 }
+
+inline void __syncwarp() { const emulator::Meeting<char> meeting("__syncwarp", 0); }
 
 inline float max_magnitude(float a, float b)
 {
@@ -290,6 +293,13 @@ inline void mma_mxf4(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2], u32 a_
 }
 
 // ------------------------------------------------------------------------------------------ copies to shared memory
+
+// What a launch asks for, at most: a block of Hopper has 227 KB. Shared addresses begin somewhere, not at 0.
+alignas(1024) __shared__ u8 dynamic_memory[227 * 1024];
+constexpr u32 DYNAMIC_AT = 1024;
+
+inline u32 shared_address(const void* shared) { return u32(static_cast<const u8*>(shared) - dynamic_memory) + DYNAMIC_AT; }
+inline const u8* at_shared_address(u32 address) { return dynamic_memory + address - DYNAMIC_AT; }
 
 inline void copy_async_16(void* shared, const void* global) { emulator::copy_late(shared, global); }
 inline void commit_copies() { emulator::commit_copies(); }

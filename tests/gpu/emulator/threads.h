@@ -10,6 +10,8 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <functional>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -27,6 +29,12 @@ struct Copy {
     int group;
 };
 
+// A product that has been started: `finish` writes its results.
+struct Product {
+    std::function<void()> finish;
+    int group;
+};
+
 struct Fiber {
     ucontext_t start;
     jmp_buf resume;
@@ -35,6 +43,9 @@ struct Fiber {
     int barriers = 0; // with the threads of the block
     std::vector<Copy> copies;
     int copy_groups = 0;
+    std::vector<Product> products;
+    int product_groups = 0;
+    std::function<bool()> ready; // what it waits for, if anything else than lanes or all threads
     int index = 0;
 };
 
@@ -44,12 +55,34 @@ struct Deposit {
     alignas(16) unsigned char operand[MOST_OPERAND_BYTES];
 };
 
+// A barrier with phases: `current` counts those that have ended.
+struct PhaseBarrier {
+    long arrivals, pending, bytes = 0;
+    unsigned current = 0;
+};
+
+struct NamedBarrier {
+    int arrived = 0;
+    unsigned generation = 0;
+};
+
+struct BulkCopy {
+    void* to;
+    const void* from;
+    unsigned bytes;
+    const void* barrier;
+};
+
 struct Block {
     std::vector<Fiber> fibers;
     std::vector<std::vector<char>> stacks;
     std::vector<Deposit> deposits; // [parity][thread]
     std::vector<int> meetings;     // of all lanes of a warp together
     int barriers = 0, alive = 0;   // of all living threads together, and their number
+    std::map<const void*, PhaseBarrier> phases;
+    std::map<int, NamedBarrier> named;
+    std::vector<BulkCopy> bulk_copies; // under way
+    bool copies_late = false;          // happen when nothing else can, instead of at once
     Fiber* current = nullptr;
     jmp_buf scheduler;
     void (*body)() = nullptr;
@@ -153,6 +186,100 @@ inline void wait_copies(int pending)
     me.copies.resize(kept);
 }
 
+// ------------------------------------------------------------------------------------------ other waits
+
+template <class Ready>
+void wait_until(Ready ready)
+{
+    Fiber& me = *block.current;
+    me.ready = ready;
+    while (!me.ready())
+        yield();
+    me.ready = nullptr;
+}
+
+inline void meet(int id, int threads)
+{
+    NamedBarrier& barrier = block.named[id];
+    const unsigned mine = barrier.generation;
+    if (++barrier.arrived == threads) {
+        barrier.arrived = 0;
+        barrier.generation++;
+    }
+    wait_until([&barrier, mine] { return barrier.generation != mine; });
+}
+
+// ------------------------------------------------------------------------------------------ barriers with phases
+
+inline PhaseBarrier& phase_barrier(const void* at)
+{
+    const auto found = block.phases.find(at);
+    if (found == block.phases.end())
+        fail("a barrier is used before it is made");
+    return found->second;
+}
+
+inline void end_phase_if_complete(PhaseBarrier& barrier)
+{
+    if (barrier.pending == 0 && barrier.bytes == 0) {
+        barrier.current++;
+        barrier.pending = barrier.arrivals;
+    }
+}
+
+inline void arrive_at(const void* at, long announced)
+{
+    PhaseBarrier& barrier = phase_barrier(at);
+    if (barrier.pending == 0)
+        fail("more arrivals at a barrier than it was made for");
+    barrier.bytes += announced;
+    barrier.pending--;
+    end_phase_if_complete(barrier);
+}
+
+inline void wait_for_parity(const void* at, unsigned parity)
+{
+    PhaseBarrier& barrier = phase_barrier(at);
+    wait_until([&barrier, parity] { return barrier.current % 2 != parity; });
+}
+
+inline void perform(const BulkCopy& copy)
+{
+    std::memcpy(copy.to, copy.from, copy.bytes);
+    PhaseBarrier& barrier = phase_barrier(copy.barrier);
+    barrier.bytes -= copy.bytes;
+    end_phase_if_complete(barrier);
+}
+
+inline void copy_in_bulk(const BulkCopy& copy)
+{
+    if (copy.bytes % 16 || (uintptr_t(copy.to) | uintptr_t(copy.from)) % 16)
+        fail("a bulk copy is not in units of 16 bytes");
+    if (block.copies_late)
+        block.bulk_copies.push_back(copy);
+    else
+        perform(copy);
+}
+
+// ------------------------------------------------------------------------------------------ products that run on
+
+inline void start_product(std::function<void()> finish)
+{
+    block.current->products.push_back({std::move(finish), block.current->product_groups});
+}
+
+inline void wait_products(int pending)
+{
+    Fiber& me = *block.current;
+    std::vector<Product> running;
+    for (Product& product : me.products)
+        if (product.group < me.product_groups - pending)
+            product.finish();
+        else
+            running.push_back(std::move(product));
+    me.products = std::move(running);
+}
+
 // ------------------------------------------------------------------------------------------ running
 
 // Shared memory starts as NaN: nothing may be read before it is written.
@@ -168,6 +295,7 @@ inline void start_block(int threads)
     block.meetings.assign(threads / LANES, 0);
     block.barriers = 0, block.alive = threads;
     block.deposits.assign(2 * threads, Deposit());
+    block.phases.clear(), block.named.clear(), block.bulk_copies.clear();
     for (int i = 0; i < threads; ++i) {
         block.fibers[i].index = i;
         block.stacks[i].resize(STACK_BYTES);
@@ -204,7 +332,7 @@ inline bool run_warp(int warp, bool descending)
         moved = false;
         for (int i = 0; i < LANES; ++i) {
             Fiber& fiber = block.fibers[warp * LANES + (descending ? LANES - 1 - i : i)];
-            if (fiber.done || waits_for_lanes(fiber) || waits_for_threads(fiber))
+            if (fiber.done || waits_for_lanes(fiber) || waits_for_threads(fiber) || (fiber.ready && !fiber.ready()))
                 continue;
             step(fiber);
             moved = ever_moved = true;
@@ -213,16 +341,28 @@ inline bool run_warp(int warp, bool descending)
     return ever_moved;
 }
 
-// One block, threads in ascending or descending order. False when it failed.
+// Bulk copies that wait until nothing else can happen. False when there are none.
+inline bool perform_late_copies()
+{
+    const std::vector<BulkCopy> copies = std::move(block.bulk_copies);
+    block.bulk_copies.clear();
+    for (const BulkCopy& copy : copies)
+        perform(copy);
+    return !copies.empty();
+}
+
+// One block, threads in ascending or descending order; bulk copies happen at once, or as late as they may. False when it
+// failed.
 inline bool run_block(int threads, bool descending)
 {
     start_block(threads);
+    block.copies_late = descending;
     const int warps = threads / LANES;
     while (block.alive > 0 && block.failure.empty()) {
         bool moved = false;
         for (int i = 0; i < warps; ++i)
             moved |= run_warp(descending ? warps - 1 - i : i, descending);
-        if (!moved)
+        if (!moved && !perform_late_copies())
             block.failure = "the threads of the block wait for each other forever";
     }
     return block.failure.empty();

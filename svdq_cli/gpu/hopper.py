@@ -1,0 +1,232 @@
+"""Hopper's own int4 kernels (kernels/hopper_*.cu) as functions on torch tensors, beside those of `gpu.operations`.
+
+Layouts: `pack.hopper_tiles`. The size of a tile of tokens travels in the shapes of what `quantize_down` returns.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from svdq_cli.gpu import variants
+from svdq_cli.gpu.compile import Variant
+from svdq_cli.gpu.hopper_modes import HopperMode
+from svdq_cli.gpu.operations import STEP, Launcher, aligned, splits_of
+
+FEATURES = 128  # rows of a weight's tile
+TOKENS, SMALL_TOKENS = 192, 128  # of an activation's
+MOST_PADDING = 1 / 20  # above which the smaller tile is taken, if it pads less
+PIECES, PIECE_BYTES = 4, 16  # of a row in a tile
+RANK_STEP = 32
+THREADS = 384  # a producer warpgroup and two consumers
+STAGE_GROUPS = 2
+SHARED_BYTES = 227 * 1024  # of a multiprocessor, for one block
+REDUCE_WARPS = 8
+
+# ------------------------------------------------------------------------------------------ tiles and variants
+
+
+def token_tile(m: int) -> int:
+    """Tokens in a tile, for M of them: the large one, unless it pads much more."""
+    large, small = (-(-m // size) * size for size in (TOKENS, SMALL_TOKENS))
+    return SMALL_TOKENS if large - small > MOST_PADDING * m else TOKENS
+
+
+def padded_tokens(m: int) -> int:
+    return -(-m // token_tile(m)) * token_tile(m)
+
+
+def stage_bytes(mode: HopperMode, tokens: int) -> int:
+    """One stage of the ring (kernels/hopper_pipeline.cuh): two groups of codes on both sides, and their scales."""
+    match mode:
+        case HopperMode.EXACT:
+            group = tokens * (STEP + 4) + FEATURES * (STEP // 2 + 2)
+        case HopperMode.W4A8:
+            group = tokens * STEP + FEATURES * (STEP // 2 + 2)
+        case HopperMode.FP8:
+            group = (tokens + FEATURES) * STEP
+    return STAGE_GROUPS * group
+
+
+def dynamic_shared(mode: HopperMode, tokens: int, stages: int) -> int:
+    """Stages, the two warpgroups' staging of a result, barriers (kernels/hopper_block.cuh)."""
+    staging, barriers = 2 * tokens * (64 * 2 + 16), -(-2 * stages * 8 // 128) * 128
+    return stages * stage_bytes(mode, tokens) + staging + barriers
+
+
+def stages_that_fit(mode: HopperMode, tokens: int) -> int:
+    stages = 2
+    while dynamic_shared(mode, tokens, stages + 1) <= SHARED_BYTES:
+        stages += 1
+    return stages
+
+
+def _constants(dtype: torch.dtype, mode: HopperMode, tokens: int) -> dict[str, int]:
+    return {"ELEMENT_BF16": dtype == torch.bfloat16, "PRECISION_NVFP4": 0, "MODE": mode, "TOKENS": tokens}
+
+
+def _variant(kernel: str, constants: dict[str, int], **more: int) -> Variant:
+    return Variant(kernel, tuple((name, int(value)) for name, value in {**constants, **more}.items()))
+
+
+def _block(mode: HopperMode, tokens: int) -> dict[str, int]:
+    stages = stages_that_fit(mode, tokens)
+    return {"STAGES": stages, "DYNAMIC_SHARED": dynamic_shared(mode, tokens, stages)}
+
+
+def quantize_down_variant(
+    dtype: torch.dtype, mode: HopperMode, *, tokens: int, rank: int, unsigned: bool = False
+) -> Variant:
+    return _variant(
+        "hopper_quantize_down",
+        _constants(dtype, mode, tokens),
+        QUANTIZED_UNSIGNED=unsigned,
+        RANK_CHUNK=variants.rank_chunk(rank),
+        WARPS=variants.QUANTIZE_WARPS,
+    )
+
+
+def reduce_hidden_variant(dtype: torch.dtype, *, tokens: int) -> Variant:
+    return _variant("hopper_reduce_hidden", _constants(dtype, HopperMode.EXACT, tokens), WARPS=REDUCE_WARPS)
+
+
+def gemm_variant(dtype: torch.dtype, mode: HopperMode, *, tokens: int) -> Variant:
+    return _variant("hopper_gemm", _constants(dtype, mode, tokens), **_block(mode, tokens))
+
+
+def gelu_quantize_variant(dtype: torch.dtype, *, tokens: int, next_unsigned: bool = False) -> Variant:
+    mode = HopperMode.EXACT
+    return _variant(
+        "hopper_gelu_quantize",
+        _constants(dtype, mode, tokens),
+        **_block(mode, tokens),
+        QUANTIZED_UNSIGNED=next_unsigned,
+    )
+
+
+# ------------------------------------------------------------------------------------------ operations
+
+
+def quantize_down(
+    launcher: Launcher,
+    x: Tensor,
+    inverse_smooth: Tensor,
+    down: Tensor,
+    *,
+    mode: HopperMode,
+    unsigned: bool = False,
+    shift: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """kernels/hopper_quantize_down.cu. `x` (M, K) contiguous, `down` of a rank that is a multiple of 32. `unsigned` in
+    mode EXACT only. Returns packed codes, token scales and hidden."""
+    (m, k), rank = x.shape, 8 * down.shape[1]
+    tokens, mp = token_tile(m), padded_tokens(m)
+    codes, scales, hidden = new_quantized(x, mp, k, rank, mode=mode, tokens=tokens)
+    if m == 0:
+        return codes, scales, hidden
+    chunk = variants.rank_chunk(rank)
+    chunks = -(-rank // chunk) if rank else 1
+    blocks = mp // variants.QUANTIZE_ROWS
+    splits = splits_of(launcher, blocks * chunks, k) if rank and mode == HopperMode.EXACT else 1
+    partial = x.new_empty(splits, mp, rank, dtype=torch.float32) if splits > 1 else None
+    launcher.launch(
+        quantize_down_variant(x.dtype, mode, tokens=tokens, rank=rank, unsigned=unsigned),
+        (blocks, chunks, splits),
+        variants.QUANTIZE_WARPS * variants.LANES,
+        *(aligned(x), inverse_smooth, down, codes, scales, hidden, partial, shift, m, mp, k, rank),
+    )
+    if partial is not None:
+        reduce_hidden(launcher, partial, hidden)
+    return codes, scales, hidden
+
+
+def reduce_hidden(launcher: Launcher, partial: Tensor, hidden: Tensor) -> None:
+    """kernels/hopper_reduce_hidden.cu. `partial` (splits, MP, R) float32; fills `hidden`."""
+    splits, mp, rank = partial.shape
+    threads = REDUCE_WARPS * variants.LANES
+    launcher.launch(
+        reduce_hidden_variant(hidden.dtype, tokens=hidden.shape[3]),
+        (-(-mp * (rank // 8) // threads), 1, 1),
+        threads,
+        *(partial, hidden, splits, mp, rank),
+    )
+
+
+def gemm(
+    launcher: Launcher,
+    codes: Tensor,
+    token_scales: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    weight_scales: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    *,
+    m: int,
+    n: int,
+    mode: HopperMode,
+) -> Tensor:
+    """kernels/hopper_gemm.cu. Returns y (M, N) in the dtype of `up`."""
+    y = up.new_empty(m, n)
+    if m == 0:
+        return y
+    token_tiles, groups, _, tokens, _ = codes.shape
+    feature_tiles, rank_steps = up.shape[:2]
+    launcher.launch(
+        gemm_variant(up.dtype, mode, tokens=tokens),
+        (min(launcher.multiprocessors, token_tiles * feature_tiles), 1, 1),
+        THREADS,
+        *(codes, token_scales, hidden, weight, weight_scales, up, bias, y),
+        *(token_tiles, feature_tiles, groups, rank_steps, m, n),
+    )
+    return y
+
+
+def gelu_quantize(
+    launcher: Launcher,
+    codes: Tensor,
+    token_scales: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    weight_scales: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    next_inverse_smooth: Tensor,
+    next_down: Tensor,
+    *,
+    m: int,
+    next_unsigned: bool = False,
+    shift: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """kernels/hopper_gelu_quantize.cu, both layers in mode EXACT. Returns the next layer's codes, scales and hidden."""
+    token_tiles, groups, _, tokens, _ = codes.shape
+    feature_tiles, rank_steps = up.shape[:2]
+    n, next_rank, mp = next_inverse_smooth.shape[0], 8 * next_down.shape[1], token_tiles * tokens
+    found = new_quantized(up, mp, n, next_rank, mode=HopperMode.EXACT, tokens=tokens)
+    if m == 0:
+        return found
+    partial = up.new_empty(feature_tiles, mp, next_rank, dtype=torch.float32)
+    launcher.launch(
+        gelu_quantize_variant(up.dtype, tokens=tokens, next_unsigned=next_unsigned),
+        (min(launcher.multiprocessors, token_tiles * feature_tiles), 1, 1),
+        THREADS,
+        *(codes, token_scales, hidden, weight, weight_scales, up, bias, next_inverse_smooth, next_down),
+        *(found[0], found[1], partial, shift),
+        *(token_tiles, feature_tiles, groups, rank_steps, n, next_rank),
+    )
+    if next_rank:
+        reduce_hidden(launcher, partial, found[2])
+    return found
+
+
+def new_quantized(
+    like: Tensor, mp: int, k: int, rank: int, *, mode: HopperMode, tokens: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Empty codes, token scales and hidden of a quantized activation, on the device of `like`, in its 16-bit dtype."""
+    tiles, groups = mp // tokens, k // STEP
+    scales = (tiles, groups, tokens) if mode == HopperMode.EXACT else (tiles, tokens)
+    return (
+        like.new_empty(tiles, groups, PIECES, tokens, PIECE_BYTES, dtype=torch.uint8),
+        like.new_empty(scales, dtype=torch.float32),
+        like.new_empty(tiles, rank // RANK_STEP, PIECES, tokens, 8),
+    )

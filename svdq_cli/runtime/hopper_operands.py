@@ -1,0 +1,113 @@
+"""A W4A4 layer's tensors as Hopper's own kernels read them: packed once when a model is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from svdq_cli.gpu.hopper import FEATURES, RANK_STEP
+from svdq_cli.gpu.hopper_modes import HopperMode
+from svdq_cli.pack.hopper_tiles import (
+    LARGEST_MAGNITUDE,
+    pack_feature_scales,
+    pack_rows,
+    pack_signed_codes,
+    unpack_feature_scales,
+    unpack_rows,
+    unpack_signed_codes,
+)
+from svdq_cli.pack.kernel_tiles import pack_down_fragments, unpack_down_fragments
+from svdq_cli.pack.padding import crop, pad
+from svdq_cli.records import Int4, LayerSolution, W4A4Plan, W4A4Solution
+from svdq_cli.runtime.linear import w4a4_weight
+from svdq_cli.runtime.operands import objection
+
+MOST_E4M3 = 448.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HopperOperands:
+    """Shapes: `pack.hopper_tiles`, with N padded to 128 and R to 32."""
+
+    inverse_smooth: Tensor  # (K,) float32
+    down: Tensor
+    weight: Tensor
+    weight_scales: Tensor
+    up: Tensor
+    bias: Tensor | None  # (NP,) 16-bit
+
+    @property
+    def product(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """What the GEMM reads, in the order of its parameters."""
+        return self.weight, self.weight_scales, self.up, self.bias
+
+
+def hopper_objection(solution: LayerSolution) -> str | None:
+    """Why Hopper's own kernels can't run a layer, or None."""
+    if reason := objection(solution):
+        return reason
+    if not (isinstance(solution, W4A4Solution) and isinstance(solution.plan.precision, Int4)):
+        return "only int4 W4A4 layers have kernels of Hopper's own"
+    if bool((solution.codes < -LARGEST_MAGNITUDE).any()):
+        return "a code is -8, which has no sign and magnitude in four bits"
+    return None
+
+
+def pack_hopper(solution: W4A4Solution, mode: HopperMode) -> HopperOperands:
+    """ValueError where `hopper_objection` has one."""
+    if reason := hopper_objection(solution):
+        raise ValueError(f"{solution.plan.name}: {reason}")
+    weight, scales = _weight(solution, mode)
+    return HopperOperands(
+        inverse_smooth=1 / solution.smooth.float(),
+        down=pack_down_fragments(pad(solution.down, multiples=(RANK_STEP, 1), fill=0)),
+        weight=weight,
+        weight_scales=scales,
+        up=pack_rows(pad(solution.up, multiples=(FEATURES, RANK_STEP), fill=0), tile=FEATURES),
+        bias=None if solution.bias is None else _padded(solution.bias),
+    )
+
+
+def unpack_hopper(operands: HopperOperands, plan: W4A4Plan) -> W4A4Solution:
+    """The inverse of `pack_hopper` in the modes that keep the checkpoint's 4-bit weights. ValueError for mode FP8."""
+    if operands.weight.dtype != torch.int32:
+        raise ValueError(f"{plan.name}: mode fp8 has rounded the weight; the checkpoint's codes are gone")
+    n, dtype = plan.linear.out_features, operands.up.dtype
+    return W4A4Solution(
+        plan=plan,
+        smooth=(1 / operands.inverse_smooth).to(dtype),
+        down=unpack_down_fragments(operands.down)[: plan.rank],
+        up=crop(unpack_rows(operands.up), shape=(n, plan.rank)).contiguous(),
+        codes=unpack_signed_codes(operands.weight)[:n].contiguous(),
+        scales=unpack_feature_scales(operands.weight_scales)[:n].contiguous(),
+        outer=None,
+        bias=None if operands.bias is None else operands.bias[:n],
+    )
+
+
+def hopper_tensors(operands: HopperOperands) -> dict[str, Tensor | None]:
+    """By field name, in the order of the operators' parameters."""
+    return {field.name: getattr(operands, field.name) for field in fields(operands)}
+
+
+def requantized_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, K) float32 -> e4m3 with a float32 scale (N,) for every row, 0 for a row of zeros."""
+    scales = weight.abs().amax(-1) / MOST_E4M3
+    safe = torch.where(scales > 0, scales, torch.ones_like(scales))
+    return (weight / safe.unsqueeze(-1)).to(torch.float8_e4m3fn), scales
+
+
+def _weight(solution: W4A4Solution, mode: HopperMode) -> tuple[Tensor, Tensor]:
+    if mode == HopperMode.FP8:
+        rows, scales = requantized_rows(w4a4_weight(solution))
+        return pack_rows(_padded(rows.view(torch.uint8)), tile=FEATURES), _padded(scales)
+    return (
+        pack_signed_codes(_padded(solution.codes), tile=FEATURES),
+        pack_feature_scales(_padded(solution.scales), tile=FEATURES),
+    )
+
+
+def _padded(rows: Tensor) -> Tensor:
+    return pad(rows, multiples=(FEATURES,) + (1,) * (rows.ndim - 1), fill=0)
