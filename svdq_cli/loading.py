@@ -14,10 +14,16 @@ from torch import nn
 from svdq_cli.calibrate.pipelines import load_source_pipeline
 from svdq_cli.checkpoint import Checkpoint, open_checkpoint
 from svdq_cli.errors import EnvironmentLacksError, InputError, OutOfResourcesError, UsageError
+from svdq_cli.gpu.architectures import Architecture
+from svdq_cli.gpu.hopper_choice import HopperChoice, choose_hopper_mode, measured_modes
+from svdq_cli.gpu.hopper_modes import HopperMode
 from svdq_cli.gpu.launch import cuda_device, require_dtype
 from svdq_cli.inventory import model_class
 from svdq_cli.offload import Room, fill, weights_bytes
+from svdq_cli.records import Int4, LayerSolution, W4A4Solution
 from svdq_cli.runtime.fused import fused_linear
+from svdq_cli.runtime.hopper_fused import HopperW4A4Linear
+from svdq_cli.runtime.hopper_operands import hopper_objection
 from svdq_cli.runtime.linear import quantized_linear
 from svdq_cli.runtime.operands import objection
 from svdq_cli.runtime.replace import fuse_feed_forwards, replace_linears
@@ -33,15 +39,18 @@ class Backend:
 
     name: Literal["kernels", "reference"]
     reason: str
+    mode: HopperMode | None = None  # which of Hopper's own kernels run int4 layers; None: the portable ones
 
 
-BACKENDS = ("auto", "kernels", "reference")
+HOPPER_BACKENDS = {f"kernels:{mode.label}": mode for mode in HopperMode}
+BACKENDS = ("auto", "kernels", *HOPPER_BACKENDS, "reference")
 
 
 def choose_backend(wanted: str, device: torch.device, dtype: torch.dtype) -> Backend:
     """`auto` takes the CUDA kernels where they run, and says why where they don't. `dtype` is the checkpoint's.
 
-    Raises EnvironmentLacksError for `kernels` on a machine that can't run them, UsageError for an unknown name.
+    On Hopper `kernels:MODE` asks for one of its own modes; without one the measured default is taken. Raises
+    EnvironmentLacksError for kernels on a machine that can't run them, UsageError for an unknown name.
     """
     if wanted not in BACKENDS:
         raise UsageError(f"unknown backend {wanted!r}", hint=f"use {', '.join(BACKENDS)}")
@@ -51,10 +60,26 @@ def choose_backend(wanted: str, device: torch.device, dtype: torch.dtype) -> Bac
         gpu = cuda_device(device)
         require_dtype(gpu, dtype)
     except EnvironmentLacksError as lack:
-        if wanted == "kernels":
+        if wanted.startswith("kernels"):
             raise
         return Backend("reference", f"plain torch on {device}: {lack.message}")
-    return Backend("kernels", f"CUDA kernels for {gpu.architecture.target}")
+    return _on_kernels(gpu.architecture, HOPPER_BACKENDS.get(wanted))
+
+
+def _on_kernels(kind: Architecture, asked: HopperMode | None) -> Backend:
+    kernels = f"CUDA kernels for {kind.target}"
+    if kind.hopper_modes:
+        choice = choose_hopper_mode(measured_modes())
+        if asked is not None:
+            choice = HopperChoice(asked, f"int4 in mode {asked.label}, as asked: {asked.exactness}")
+        return Backend("kernels", f"{kernels}; {choice.reason}", choice.mode)
+    if asked is not None:
+        raise EnvironmentLacksError(
+            f"mode {asked.label} needs a Hopper GPU; this one runs kernels for {kind.target}",
+            hint="use --backend kernels",
+            kind="no-kernel-for-gpu",
+        )
+    return Backend("kernels", kernels)
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
@@ -229,21 +254,25 @@ def load_model(
 ) -> tuple[nn.Module, Mapping[str, str]]:
     """The quantized component on the CPU, its 4-bit layers in the backend's modules.
 
-    Also returns the layers that the kernels can't run, by name and with the reason; these run in plain torch.
+    Also returns the layers that the backend's kernels can't run, by name: what runs them, and why.
     """
     model = _unfilled(checkpoint.source, checkpoint.model_class)
     quantized: dict[str, nn.Module] = {}
     refused: dict[str, str] = {}
     for plan in checkpoint.layers:
         solution = checkpoint.solution(plan)
-        if backend.name == "kernels" and (reason := objection(solution)):
-            refused[plan.name] = reason
-        on_kernels = backend.name == "kernels" and plan.name not in refused
-        # svdq's own kernels quantize every activation with a sign; the reference does as the file's runtime does
-        unsigned_from = checkpoint.unsigned_from(plan)
-        quantized[plan.name] = (
-            fused_linear(solution) if on_kernels else quantized_linear(solution, unsigned_from=unsigned_from)
-        )
+        if backend.name == "reference" or (reason := objection(solution)):
+            if backend.name == "kernels":
+                refused[plan.name] = f"in plain torch: {reason}"
+            # svdq's own kernels quantize every activation with a sign; the reference does as the file's runtime does
+            unsigned_from = checkpoint.unsigned_from(plan)
+            quantized[plan.name] = quantized_linear(solution, unsigned_from=unsigned_from)
+            continue
+        mode = backend.mode if _wants_hopper(solution, backend.mode) else None
+        if mode is not None and (reason := hopper_objection(solution)):
+            refused[plan.name] = f"on the portable kernels: {reason}"
+            mode = None
+        quantized[plan.name] = _kernel_linear(solution, mode)
     replace_linears(model, quantized)
     if backend.name == "kernels":
         fuse_feed_forwards(model)
@@ -258,9 +287,22 @@ def load_model(
     return model.eval().requires_grad_(False), refused
 
 
+def _kernel_linear(solution: LayerSolution, mode: HopperMode | None) -> nn.Module:
+    """On Hopper's own kernels where `mode` is one of theirs."""
+    if mode is not None and isinstance(solution, W4A4Solution):
+        return HopperW4A4Linear(solution, mode)
+    return fused_linear(solution)
+
+
+def _wants_hopper(solution: LayerSolution, mode: HopperMode | None) -> bool:
+    return (
+        mode is not None and isinstance(solution, W4A4Solution) and isinstance(solution.plan.precision, Int4)
+    )
+
+
 def _with_refused(backend: Backend, refused: Mapping[str, str]) -> Backend:
     if not refused:
         return backend
     name, reason = next(iter(refused.items()))
     others = f" and {len(refused) - 1} more layers" if len(refused) > 1 else ""
-    return replace(backend, reason=f"{backend.reason}; in plain torch {name} ({reason}){others}")
+    return replace(backend, reason=f"{backend.reason}; but {name} {reason}{others}")

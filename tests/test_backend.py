@@ -9,11 +9,15 @@ import torch
 
 from svdq_cli.checkpoint import Checkpoint, open_checkpoint
 from svdq_cli.errors import EnvironmentLacksError, UsageError
-from svdq_cli.loading import Backend, choose_backend, load_model, load_pipeline
+from svdq_cli.gpu.architectures import architecture
+from svdq_cli.gpu.hopper_choice import ModeMeasurement
+from svdq_cli.gpu.hopper_modes import HopperMode
+from svdq_cli.loading import Backend, _on_kernels, choose_backend, load_model, load_pipeline
 from svdq_cli.pipeline import convert
 from svdq_cli.preparing import RunOptions
 from svdq_cli.recipe import default_recipe
 from svdq_cli.runtime.fused import FusedFeedForward, FusedW4A4Linear, FusedW4A16Linear
+from svdq_cli.runtime.hopper_fused import HopperFeedForward, HopperW4A4Linear
 from svdq_cli.runtime.linear import W4A4Linear
 from tests.tiny import LATENT_CHANNELS, TEXT_WIDTH
 
@@ -75,7 +79,7 @@ def test_kernels_on_a_gpu_that_is_not_there_are_refused():
 def test_an_unknown_backend_is_refused_with_the_names(converted: Path):
     with pytest.raises(UsageError, match="'triton'") as refusal:
         load_pipeline(converted, device="cpu", backend="triton")
-    assert refusal.value.hint == "use auto, kernels, reference"
+    assert refusal.value.hint == "use auto, kernels, kernels:exact, kernels:w4a8, kernels:fp8, reference"
 
 
 def test_the_model_on_the_kernels_computes_what_it_computes_in_plain_torch(checkpoint: Checkpoint):
@@ -101,3 +105,52 @@ def test_layers_that_the_kernels_cannot_run_stay_in_plain_torch_and_are_named(
     name, reason = next(iter(refused.items()))
     assert reason.endswith("is not a multiple of 96")
     assert isinstance(model.get_submodule(name), W4A4Linear)
+
+
+# ------------------------------------------------------------------------------------------ Hopper's modes
+
+
+@pytest.mark.parametrize("mode", HopperMode, ids=lambda mode: mode.label)
+def test_the_model_runs_in_every_mode_of_hopper(checkpoint: Checkpoint, mode: HopperMode):
+    reference, _ = load_model(checkpoint, dtype=torch.float32, backend=Backend("reference", ""))
+    found, refused = load_model(checkpoint, dtype=torch.float32, backend=Backend("kernels", "", mode))
+    assert refused == {}
+    block = found.get_submodule("transformer_blocks.0")
+    assert isinstance(block.get_submodule("attn.to_q"), HopperW4A4Linear)
+    assert isinstance(block.get_submodule("norm1.linear"), FusedW4A16Linear)
+    fuses = mode == HopperMode.EXACT  # other modes need a whole row before they quantize any of it
+    assert isinstance(block.get_submodule("ff"), HopperFeedForward) == fuses
+    inputs = flux_inputs()
+    with torch.no_grad():
+        wanted, result = reference(**inputs).sample, found(**inputs).sample
+    # Modes with 8-bit activations round other numbers than the reference, which follows the checkpoint
+    assert (result - wanted).norm() <= (0.01 if fuses else 0.2) * wanted.norm()
+
+
+def test_a_layer_that_hoppers_kernels_cannot_run_is_on_the_portable_ones_and_named(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("svdq_cli.runtime.hopper_operands.LARGEST_MAGNITUDE", 6)
+    backend = Backend("kernels", "", HopperMode.W4A8)
+    model, refused = load_model(checkpoint, dtype=torch.float32, backend=backend)
+    name, reason = next(iter(refused.items()))
+    assert reason.startswith("on the portable kernels: a code is -8")
+    assert isinstance(model.get_submodule(name), FusedW4A4Linear | FusedFeedForward)
+
+
+def test_a_mode_of_hopper_is_taken_when_asked_for_and_refused_elsewhere():
+    found = _on_kernels(architecture("sm_90a"), HopperMode.W4A8)
+    assert found.mode == HopperMode.W4A8
+    assert found.reason.startswith(
+        "CUDA kernels for sm_90a; int4 in mode w4a8, as asked: 4-bit weights exact"
+    )
+    with pytest.raises(EnvironmentLacksError, match="mode w4a8 needs a Hopper GPU"):
+        _on_kernels(architecture("sm_89"), HopperMode.W4A8)
+    assert _on_kernels(architecture("sm_89"), None) == Backend("kernels", "CUDA kernels for sm_89")
+
+
+def test_hoppers_default_is_what_was_measured(monkeypatch: pytest.MonkeyPatch):
+    measured = (ModeMeasurement("fp8", 50_000.0, 40.0), ModeMeasurement("exact", 60_000.0, 100.0))
+    for found, mode in (((), None), (measured, HopperMode.FP8)):
+        monkeypatch.setattr("svdq_cli.loading.measured_modes", lambda found=found: found)
+        assert _on_kernels(architecture("sm_90a"), None).mode == mode

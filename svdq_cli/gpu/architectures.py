@@ -24,6 +24,7 @@ class Architecture:
     code_mma: CodeMma  # of the two that a card may have, the faster
     bfloat16: bool
     block_scaled: bool = False  # mxf4nvf4 mma
+    hopper_modes: bool = False  # kernels/hopper_*.cu
 
 
 # Every kernel compiles for every one of these; tests/gpu holds it.
@@ -32,7 +33,7 @@ ARCHITECTURES = (
     Architecture("sm_80", CodeMma.S4_K64, bfloat16=True),
     Architecture("sm_86", CodeMma.S4_K64, bfloat16=True),
     Architecture("sm_89", CodeMma.S4_K64, bfloat16=True),
-    Architecture("sm_90a", CodeMma.S8_K32, bfloat16=True),
+    Architecture("sm_90a", CodeMma.S8_K32, bfloat16=True, hopper_modes=True),
     Architecture("sm_120a", CodeMma.S8_K32, bfloat16=True, block_scaled=True),
 )
 

@@ -1,4 +1,4 @@
-"""The arithmetics that Hopper's own int4 kernels offer. Hopper has no 4-bit unit; its fp8 unit holds int4 codes exactly."""
+"""The arithmetics of Hopper's own int4 kernels. Hopper has no 4-bit unit; its fp8 unit holds int4 codes exactly."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class HopperMode(IntEnum):
 
 _EXACTNESS = {
     HopperMode.EXACT: "exact integers in each group, one float32 fma a group",
-    HopperMode.W4A8: "4-bit weights exact; activations rounded to e4m3 with a scale a token; fp8 accumulator (about 14 bits) "
-    "in each group, one float32 fma a group",
-    HopperMode.FP8: "weights and activations rounded to e4m3 with a scale a row; fp8 accumulator (about 14 bits) over 128 "
-    "columns, float32 beyond",
+    HopperMode.W4A8: "4-bit weights exact; activations rounded to e4m3 with a scale a token; "
+    "fp8 sums of about 14 bits in each group, one float32 fma a group",
+    HopperMode.FP8: "weights and activations rounded to e4m3 with a scale a row; "
+    "fp8 sums of about 14 bits over 128 columns, float32 beyond",
 }
 
 

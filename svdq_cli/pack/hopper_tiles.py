@@ -1,7 +1,7 @@
 """The layouts of Hopper's own kernels: whole tiles, as one copy brings them to shared memory.
 
-`kernels/hopper_tiles.cuh` states each layout. A tile holds 16-byte pieces of its rows, piece by piece: all rows' first 16
-bytes, then all rows' second 16 bytes. Rows must already be padded to whole tiles (`pack.padding`).
+`kernels/hopper_tiles.cuh` states each layout. A tile holds 16-byte pieces of its rows, piece by piece: all rows' first
+16 bytes, then all rows' second 16 bytes. Rows must already be padded to whole tiles (`pack.padding`).
 """
 
 from __future__ import annotations

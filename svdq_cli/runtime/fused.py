@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +24,12 @@ Quantized = tuple[Tensor, Tensor, Tensor]  # packed codes, scales, hidden
 
 
 class FusedLinear(nn.Module):
-    """What both kinds share: nn.Linear's features, and buffers that keep their dtype (`keep_dtypes`)."""
+    """What all kinds share: nn.Linear's features, and buffers that keep their dtype (`keep_dtypes`)."""
 
-    def __init__(self, plan: W4A4Plan | W4A16Plan, operands: W4A4Operands | W4A16Operands) -> None:
+    def __init__(self, plan: W4A4Plan | W4A16Plan, tensors: Mapping[str, Tensor | None]) -> None:
         super().__init__()
         self.in_features, self.out_features = plan.linear.in_features, plan.linear.out_features
-        for name, tensor in tensors_of(operands).items():
+        for name, tensor in tensors.items():
             self.register_buffer(name, tensor)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedLinear:
@@ -48,7 +48,7 @@ class FusedW4A4Linear(FusedLinear):
     bias: Tensor | None
 
     def __init__(self, solution: W4A4Solution) -> None:
-        super().__init__(solution.plan, pack_w4a4(solution))
+        super().__init__(solution.plan, tensors_of(pack_w4a4(solution)))
         self.plan = solution.plan
 
     @property
@@ -106,7 +106,7 @@ class FusedW4A16Linear(FusedLinear):
     bias: Tensor | None
 
     def __init__(self, solution: W4A16Solution) -> None:
-        super().__init__(solution.plan, pack_w4a16(solution))
+        super().__init__(solution.plan, tensors_of(pack_w4a16(solution)))
         self.plan = solution.plan
 
     @property
@@ -144,3 +144,11 @@ def fused_linear(solution: LayerSolution) -> FusedW4A4Linear | FusedW4A16Linear:
             return FusedW4A4Linear(solution)
         case W4A16Solution():
             return FusedW4A16Linear(solution)
+
+
+def fused_feed_forward(first: nn.Module, second: nn.Module) -> FusedFeedForward | None:
+    """The two layers as one module; None for other kinds, two precisions, or sizes that don't meet."""
+    if not (isinstance(first, FusedW4A4Linear) and isinstance(second, FusedW4A4Linear)):
+        return None
+    fits = first.plan.precision == second.plan.precision and first.out_features == second.in_features
+    return FusedFeedForward(first, second) if fits else None

@@ -1,6 +1,7 @@
 """The kernels as torch operators, `torch.ops.svdq.*`: on a GPU the kernel, on a CPU its twin.
 
-Each operator has the name, inputs and outputs of its kernel. A precision travels by name, as operators take no records.
+Each operator has the name, inputs and outputs of its kernel. Precisions and modes travel by name, as operators take no
+records.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from svdq_cli.gpu import operations
+from svdq_cli.gpu.hopper_modes import hopper_mode
 from svdq_cli.gpu.launch import device_at
 from svdq_cli.records import Int4, NvFp4, Precision
 from svdq_cli.runtime import twins
@@ -20,7 +22,7 @@ _PRECISIONS: dict[str, Precision] = {precision.name: precision for precision in 
 _library = torch.library.Library("svdq", "DEF")
 
 
-def _define(
+def define(
     name: str,
     parameters: str,
     returns: str,
@@ -29,7 +31,7 @@ def _define(
     twin: Callable[..., Any],
     shapes: Callable[..., Any],
 ) -> None:
-    """Parameters after `*` are passed by keyword to all three."""
+    """`torch.ops.svdq.<name>`. Parameters after `*` are passed by keyword to all three."""
 
     def on_gpu(first: Tensor, *others: Any, **options: Any) -> Any:
         return kernel(device_at(first.device.index), first, *others, **_with_records(options))
@@ -49,6 +51,8 @@ def _define(
 def _with_records(options: dict[str, Any]) -> dict[str, Any]:
     if "precision" in options:
         options["precision"] = _PRECISIONS[options["precision"]]
+    if "mode" in options:
+        options["mode"] = hopper_mode(options["mode"])
     return options
 
 
@@ -72,7 +76,7 @@ _LAYER = (
     "Tensor codes, Tensor scales, Tensor hidden, Tensor weight, Tensor weight_scales, Tensor up, Tensor? outer, "
     "Tensor? bias"
 )
-_define(
+define(
     "quantize_down",
     "Tensor x, Tensor inverse_smooth, Tensor down, *, str precision, bool unsigned=False, float shift=0.0",
     "(Tensor, Tensor, Tensor)",
@@ -80,7 +84,7 @@ _define(
     twin=twins.quantize_down,
     shapes=_quantized_shapes,
 )
-_define(
+define(
     "w4a4_gemm",
     f"{_LAYER}, *, SymInt m, SymInt n, str precision, bool unsigned=False",
     "Tensor",
@@ -88,7 +92,7 @@ _define(
     twin=twins.w4a4_gemm,
     shapes=_product_shape,
 )
-_define(
+define(
     "w4a4_gelu_quantize",
     f"{_LAYER}, Tensor next_inverse_smooth, Tensor next_down, *, SymInt m, str precision, bool unsigned=False, "
     "bool next_unsigned=False, float shift=0.0",
@@ -97,7 +101,7 @@ _define(
     twin=twins.w4a4_gelu_quantize,
     shapes=_fused_shapes,
 )
-_define(
+define(
     "w4a16_linear",
     "Tensor x, Tensor weight, Tensor scales, Tensor? bias, *, SymInt n",
     "Tensor",

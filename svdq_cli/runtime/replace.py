@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from svdq_cli.errors import InputError
 from svdq_cli.pointwise import channels_first, channels_last, is_pointwise
-from svdq_cli.runtime.fused import FusedFeedForward, FusedW4A4Linear
+from svdq_cli.runtime.fused import fused_feed_forward
+from svdq_cli.runtime.hopper_fused import hopper_feed_forward
 
 
 class PointwiseConvolution(nn.Module):
@@ -50,15 +51,14 @@ def fuse_feed_forwards(model: nn.Module) -> int:
     return len(found)
 
 
-def _fused_feed_forward(module: nn.Module) -> FusedFeedForward | None:
+def _fused_feed_forward(module: nn.Module) -> nn.Module | None:
     net = getattr(module, "net", None)
     if not isinstance(net, nn.ModuleList) or len(net) != 3 or getattr(net[0], "approximate", None) != "tanh":
         return None
     first, second = getattr(net[0], "proj", None), net[2]
-    if not (isinstance(first, FusedW4A4Linear) and isinstance(second, FusedW4A4Linear)):
+    if first is None:
         return None
-    fits = first.plan.precision == second.plan.precision and first.out_features == second.in_features
-    return FusedFeedForward(first, second) if fits else None
+    return fused_feed_forward(first, second) or hopper_feed_forward(first, second)
 
 
 def _check(name: str, layer: nn.Module, modules: Mapping[str, nn.Module]) -> None:

@@ -1,5 +1,5 @@
-"""Hopper's own kernels, their source run on the CPU, against their torch twins: fibers for threads, bulk copies that happen
-at once or as late as they may, products that are computed when they are waited for."""
+"""Hopper's own kernels, their source run on the CPU, against their torch twins: fibers for threads, bulk copies that
+happen at once or as late as they may, products that are computed when they are waited for."""
 
 from __future__ import annotations
 
@@ -119,10 +119,10 @@ def test_splitting_k_over_blocks_changes_only_the_order_of_sums():
     shape = Shape(40, 64 * 33, 128, 32)
     layer = random_hopper_operands(shape, HopperMode.EXACT, BF16, seed=0)
     x = random_rows(shape, BF16, seed=0)
-    how = {"mode": HopperMode.EXACT}
+    mode = HopperMode.EXACT
     wide = EmulatedDevice(multiprocessors=8)
-    found = hopper.quantize_down(wide, x, layer.inverse_smooth, layer.down, **how)
-    twin = hopper_twins.quantize_down(x, layer.inverse_smooth, layer.down, **how)
+    found = hopper.quantize_down(wide, x, layer.inverse_smooth, layer.down, mode=mode)
+    twin = hopper_twins.quantize_down(x, layer.inverse_smooth, layer.down, mode=mode)
     assert torch.equal(found[0], twin[0])
     assert torch.equal(found[1], twin[1])
     assert_agrees(found[2], twin[2])
@@ -228,9 +228,8 @@ def share_of_different(found: Tensor, wanted: Tensor) -> float:
 
 
 def test_an_empty_input_gives_an_empty_result():
-    layer = random_hopper_operands(Shape(1, 128, 128, 32), HopperMode.EXACT, BF16, seed=0)
-    how = {"mode": HopperMode.EXACT}
-    nothing = hopper.quantize_down(
-        DEVICES[0], torch.empty(0, 128, dtype=BF16), layer.inverse_smooth, layer.down, **how
-    )
-    assert hopper.gemm(DEVICES[0], *nothing, *layer.product, m=0, n=128, **how).shape == (0, 128)
+    mode = HopperMode.EXACT
+    layer = random_hopper_operands(Shape(1, 128, 128, 32), mode, BF16, seed=0)
+    x = torch.empty(0, 128, dtype=BF16)
+    nothing = hopper.quantize_down(DEVICES[0], x, layer.inverse_smooth, layer.down, mode=mode)
+    assert hopper.gemm(DEVICES[0], *nothing, *layer.product, m=0, n=128, mode=mode).shape == (0, 128)

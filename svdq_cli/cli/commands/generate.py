@@ -20,7 +20,11 @@ def generate(
     seed: opt.Seed = None,
     base: opt.Base = None,
     backend: Annotated[
-        str, typer.Option(metavar="auto|kernels|reference", help="What computes the 4-bit layers.")
+        str,
+        typer.Option(
+            metavar="auto|kernels|kernels:MODE|reference",
+            help="What computes the 4-bit layers. MODE, on Hopper: exact, w4a8, fp8.",
+        ),
     ] = "auto",
     device: opt.Device = "auto",
     overwrite: opt.Overwrite = False,
