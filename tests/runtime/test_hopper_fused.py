@@ -88,15 +88,17 @@ def test_the_exact_mode_is_the_portable_kernels_arithmetic(rank: int):
 @pytest.mark.parametrize("mode", MODES)
 def test_fewer_rounded_numbers_mean_a_smaller_error(mode: HopperMode):
     """Against the 16-bit activation times the layer's own weight: 4-bit activations cost most, e4m3 ones little, and
-    e4m3 weights a little more (shared figures of such random data: 0.15, 0.027, 0.04)."""
+    e4m3 weights a little more."""
     solution = random_w4a4(Int4(), n=256, k=512)
     x = activations(64, 512)
     assert solution.bias is not None
     truth = x.float() @ sixteen_bit_weight(solution).T + solution.bias.float()
     error = error_of(HopperW4A4Linear(solution, mode), x, truth)
-    low, high = {HopperMode.EXACT: (0.07, 0.2), HopperMode.W4A8: (0.01, 0.035), HopperMode.FP8: (0.02, 0.05)}[
-        mode
-    ]
+    low, high = {
+        HopperMode.EXACT: (0.06, 0.12),
+        HopperMode.W4A8: (0.014, 0.022),
+        HopperMode.FP8: (0.022, 0.035),
+    }[mode]
     assert low < error < high
 
 
