@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from svdq_cli.calibrate.collect import collect_stats
@@ -21,6 +25,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 ROWS = 1024  # held-out rows per layer input
+_KEPT = "judged"  # key of the safetensors metadata
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,10 +59,34 @@ def judge_layers(
             bias = read_tensor(source, f"{name}.bias") if plans[name].linear.bias else None
             solution = checkpoint.solution(plans[name])
             per_layer[name] = round(layer_sqnr_db(weight, bias, solution, stats[shared.name].rows), 3)
-    sqnr = LayerSqnr(sum(per_layer.values()) / len(per_layer), min(per_layer.values()), per_layer)
-    return JudgedLayers(
-        checkpoint, source, sqnr, inputs, {name: found.abs_max for name, found in stats.items()}
-    )
+    abs_max = {name: found.abs_max for name, found in stats.items()}
+    return JudgedLayers(checkpoint, source, _summary(per_layer), inputs, abs_max)
+
+
+def keep_layers(path: Path, judged: JudgedLayers, *, prompts: int) -> None:
+    """Write what was found with that many prompts, for a run that goes on later."""
+    said = {"prompts": prompts, "sqnr_db": dict(judged.sqnr.per_layer)}
+    partial = path.with_suffix(".partial")
+    save_file(dict(judged.abs_max), partial, metadata={_KEPT: json.dumps(said)})
+    partial.replace(path)
+
+
+def kept_layers(path: Path, checkpoint: Checkpoint, source: Source, *, prompts: int) -> JudgedLayers | None:
+    """What `keep_layers` wrote with as many prompts; None where that is not there. The caller knows that the file
+    is of this checkpoint and source."""
+    if not path.is_file():
+        return None
+    with safe_open(path, framework="pt") as file:
+        said = json.loads(file.metadata()[_KEPT])
+        abs_max = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+    if said["prompts"] != prompts:
+        return None
+    sqnr = _summary(said["sqnr_db"])
+    return JudgedLayers(checkpoint, source, sqnr, _shared_inputs(checkpoint, source), abs_max)
+
+
+def _summary(per_layer: Mapping[str, float]) -> LayerSqnr:
+    return LayerSqnr(sum(per_layer.values()) / len(per_layer), min(per_layer.values()), per_layer)
 
 
 def _shared_inputs(checkpoint: Checkpoint, source: Source) -> tuple[SharedInput, ...]:

@@ -33,7 +33,8 @@ Search = Mapping[str, Mapping[str, float]]  # layer -> step -> SQNR in dB, in th
 
 
 def plot_evaluation(folder: Path, judged: JudgedLayers, *, search: Search) -> None:
-    """Write layers.png, ranks.png and, where there are W4A4 layers, singular_values.png and activations.png."""
+    """Write layers.png, ranks.png and, where there are W4A4 layers, singular_values.png and activations.png; each as an
+    SVG too."""
     checkpoint = judged.checkpoint
     ranks = _ranks(checkpoint)
     plot_layers(folder / "layers.png", judged.sqnr.per_layer, ranks, _layer_steps(judged.inputs, search))
@@ -55,13 +56,19 @@ def plot_evaluation(folder: Path, judged: JudgedLayers, *, search: Search) -> No
     plot_activations(folder / "activations.png", maxima)
 
 
+def conversion_report(path: Path) -> Mapping[str, object]:
+    """The JSON report that lies with the checkpoint at `path`; empty where there is none. Raises InputError."""
+    report = report_path(path, open_checkpoint(path).format)
+    return read_json(report) if report.is_file() else {}
+
+
 def search_of(path: Path) -> Search:
     """What the search measured, from the report of the conversion that made the checkpoint at `path`.
 
     Empty where there is no report, or none with a search. Raises InputError for a damaged one.
     """
     report = report_path(path, open_checkpoint(path).format)
-    search = read_json(report).get("search") if report.is_file() else None
+    search = conversion_report(path).get("search")
     if search is None:
         return {}
     try:

@@ -231,11 +231,14 @@ def ignore_events(event: Event) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """Mean, standard deviation and extreme of one figure over pictures."""
+    """One figure over pictures: mean, population standard deviation, extremes, and the 95 % confidence interval of the
+    mean (low, high), None for a single picture."""
 
     mean: float
     std: float
     min: float
+    max: float
+    ci95: tuple[float, float] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -377,22 +380,47 @@ class PlanReport:
 
 
 @dataclass(frozen=True, slots=True)
+class ReferenceFacts:
+    """Figures of the 16-bit pictures themselves, which need no other picture to compare with."""
+
+    clip: Summary | None
+    image_reward: Summary | None
+    seconds_per_picture: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class BaselineFacts:
+    """One way of drawing against the 16-bit pictures. None: not measured, `EvalReport.missing` says why."""
+
     psnr_db: Summary
     ssim: Summary
+    lpips: Summary | None
+    clip: Summary | None
+    image_reward: Summary | None
+    fid: float | None
+    seconds_per_picture: float | None
 
 
 @dataclass(frozen=True, slots=True)
 class EvalReport:
+    """The checkpoint's figures, those of the 16-bit model and of the baselines. `missing`: what could not be measured,
+    with the reason and the cure."""
+
     images: int
     psnr_db: Summary
     ssim: Summary
     lpips: Summary | None
     clip: Summary | None
+    image_reward: Summary | None
+    fid: float | None
+    reference: ReferenceFacts
     baselines: Mapping[str, BaselineFacts]
     layer_sqnr_db: LayerSqnr
     noise_floor_psnr_db: float | None
+    missing: Mapping[str, str]
+    seconds_per_picture: float | None
     seconds: float
+    page: str | None = None  # the HTML report
     gates_missed: tuple[str, ...] = ()
     command: str = "eval"
     status: str = "ok"

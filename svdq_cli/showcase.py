@@ -4,33 +4,50 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from svdq_cli.bench.report import BenchReport
 from svdq_cli.bench.run import BenchSettings, bench_layers
-from svdq_cli.calibrate.pipelines import draw
+from svdq_cli.chapters import chapter_of
 from svdq_cli.checkpoint import open_checkpoint
-from svdq_cli.drawing import demo_calibration, evaluate_pictures, evaluation_recipe
+from svdq_cli.comparing import CONVERTED, NAIVE, SIXTEEN_BIT, Evaluation, compare_in, draw_missing
+from svdq_cli.drawing import demo_calibration, evaluation_recipe
 from svdq_cli.errors import UsageError
+from svdq_cli.evaluate.gallery import read_picture
 from svdq_cli.evaluate.grid import picture_grid
-from svdq_cli.evaluate.images import compare
+from svdq_cli.evaluate.images import summarize
+from svdq_cli.evaluate.page import PAGE_PICTURE_BYTES, Chapter, Page, Table, Way, render_page
+from svdq_cli.evaluate.scoring import score_pairs
 from svdq_cli.loading import load_pipeline
 from svdq_cli.locate import DEMO_SOURCES, locate_source
 from svdq_cli.machine import resolve_device
 from svdq_cli.pipeline import calibrate, convert
-from svdq_cli.preparing import DEFAULT_OPTIONS, RunOptions, draw_settings
+from svdq_cli.plotting import search_of
+from svdq_cli.preparing import DEFAULT_OPTIONS, RunOptions
 from svdq_cli.recipe import Output, default_recipe, with_overrides
-from svdq_cli.records import Observer, Summary, ignore_events, json_text
-from svdq_cli.source import open_source
+from svdq_cli.records import ConvertReport, Observer, Summary, ignore_events, json_text
+from svdq_cli.reporting import PAGE_FILE, footer, write_figures, write_text
 from svdq_cli.writing import disk_errors, refuse_existing, whole_folder
 
 DEMO_RANK = 16
 EVAL_PROMPTS = 16
 GRID_ROWS = 6
 BENCH_SECONDS = 0.05  # a row: enough to show the order of magnitude
+NVFP4 = "nvfp4"
+_TITLES = {
+    SIXTEEN_BIT: "16-bit",
+    NAIVE: "naive int4",
+    CONVERTED: "SVDQuant int4",
+    NVFP4: "SVDQuant nvfp4",
+}
+_PAGE_TITLE = "svdq demo"
+_PAGE_LEAD = (
+    "The embedded model, a small FLUX.1-class pipeline that was really trained, converted to 4 bits and compared "
+    "with its 16-bit self on prompts that were used neither for training nor for calibration."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +68,7 @@ class DemoReport:
     """What `svdq demo` made and measured. PSNR and SSIM are against the 16-bit pictures of the same source."""
 
     folder: str
+    page: str
     grids: tuple[str, ...]
     checkpoints: tuple[str, ...]
     prompts: int
@@ -71,26 +89,28 @@ def demo(
 ) -> DemoReport:
     """Calibrate once, convert to int4 and nvfp4, check, evaluate on held-out prompts; for each of `sources`."""
     started = time.monotonic()
-    rows: list[DemoRow] = []
-    grids: list[str] = []
-    checkpoints: list[str] = []
+    folders = [out / source.replace(":", "-") for source in sources]
+    checkpoints = [folder / precision for folder in folders for precision in ("int4", NVFP4)]
+    budget = PAGE_PICTURE_BYTES // len(sources)
     with _own_folder(out, overwrite=options.overwrite):
-        for source in sources:
-            folder = out / source.replace(":", "-")
-            rows += _one_source(source, folder, options, observe)
-            grids.append(str(folder / "grid.png"))
-            checkpoints += [str(folder / precision) for precision in ("int4", "nvfp4")]
-        speed = _bench(Path(checkpoints[0]), options, observe)
+        told = [
+            _one_source(source, folder, options, observe, budget=budget)
+            for source, folder in zip(sources, folders, strict=True)
+        ]
+        speed = _bench(checkpoints[0], options, observe)
         report = DemoReport(
             str(out),
-            tuple(grids),
-            tuple(checkpoints),
+            str(out / PAGE_FILE),
+            tuple(str(folder / "grid.png") for folder in folders),
+            tuple(map(str, checkpoints)),
             EVAL_PROMPTS,
-            tuple(rows),
+            tuple(row for each in told for row in each.rows),
             speed,
             time.monotonic() - started,
         )
-        (out / "report.json").write_text(json_text(report) + "\n", encoding="utf-8")
+        page = Page(_PAGE_TITLE, _PAGE_LEAD, [each.chapter for each in told], [_speed(speed)], footer())
+        write_text(out / PAGE_FILE, render_page(page))
+        write_text(out / "report.json", json_text(report) + "\n")
     return report
 
 
@@ -123,11 +143,44 @@ def _bench(checkpoint: Path, options: RunOptions, observe: Observer) -> BenchRep
     return bench_layers(opened.layers, opened.solution, settings=settings, observe=observe)
 
 
-def _one_source(source: str, folder: Path, options: RunOptions, observe: Observer) -> list[DemoRow]:
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """What is told of one source: lines of the table, and a chapter of the page."""
+
+    rows: tuple[DemoRow, ...]
+    chapter: Chapter
+
+
+def _one_source(source: str, folder: Path, options: RunOptions, observe: Observer, *, budget: int) -> _Told:
+    """Convert, draw, judge. `budget`: bytes of the page for pictures."""
     folder.mkdir(parents=True)
+    made = _conversions(source, folder, options, observe)
+    judged = with_overrides(evaluation_recipe(open_checkpoint(folder / "int4"), source), samples=EVAL_PROMPTS)
+    pictures = folder / "eval"
+    found = compare_in(pictures, folder / "int4", judged, options=options, observe=observe)
+    found = _with_nvfp4(found, folder / NVFP4, observe)
+    search = search_of(folder / "int4")
+    write_figures(pictures, found, search=search)
+    _write_grid(folder / "grid.png", found)
+    chapter = chapter_of(
+        found,
+        judged,
+        plots=pictures,
+        title=source if source == "demo" else f"{source}, the stress variant with strong activation outliers",
+        key=source.replace(":", "-"),
+        more_ways=[Way(NVFP4, _TITLES[NVFP4])],
+        budget=budget,
+    )
+    return _Told(_rows(source, found, made), chapter)
+
+
+def _conversions(
+    source: str, folder: Path, options: RunOptions, observe: Observer
+) -> Mapping[str, ConvertReport]:
+    """int4 and nvfp4 from one calibration, by precision."""
     recipe = with_overrides(default_recipe(source, calibration=demo_calibration()), rank=DEMO_RANK)
     calibrate(recipe, folder / "calibration", options=options, observe=observe)
-    reports = {
+    return {
         precision: convert(
             with_overrides(recipe, precision=precision, outputs=[Output(path=str(folder / precision))]),
             folder / precision,
@@ -135,53 +188,76 @@ def _one_source(source: str, folder: Path, options: RunOptions, observe: Observe
             options=options,
             observe=observe,
         )
-        for precision in ("int4", "nvfp4")
+        for precision in ("int4", NVFP4)
     }
-    judged = with_overrides(evaluation_recipe(open_checkpoint(folder / "int4"), source), samples=EVAL_PROMPTS)
-    evaluation = evaluate_pictures(folder / "int4", judged, options=options, observe=observe)
-    report, pictures = evaluation.report, evaluation.pictures
-    settings = draw_settings(judged, open_source(locate_source(source)))
-    other = draw(
-        load_pipeline(folder / "nvfp4", device=resolve_device(options.device)),
-        pictures.prompts,
-        settings=settings,
-        stage="draw nvfp4",
-        observe=observe,
-    )
-    nvfp4 = compare(pictures.sixteen_bit, other)
-    naive = report.baselines["rtn"]
-    picture_grid(
-        [
-            ("16-bit", pictures.sixteen_bit[:GRID_ROWS]),
-            (f"naive int4\n{naive.psnr_db.mean:.1f} dB", pictures.naive[:GRID_ROWS]),
-            (f"SVDQuant int4\n{report.psnr_db.mean:.1f} dB", pictures.converted[:GRID_ROWS]),
-            (f"SVDQuant nvfp4\n{nvfp4.psnr.mean:.1f} dB", other[:GRID_ROWS]),
-        ],
-        pictures.prompts[:GRID_ROWS],
-    ).save(folder / "grid.png")
-    sizes = {precision: made.bytes for precision, made in reports.items()}
-    return [
-        DemoRow(source, "16-bit", None, None, None, sizes["int4"].input, None),
-        DemoRow(source, "naive int4", naive.psnr_db, naive.ssim, None, sizes["int4"].output, None),
-        DemoRow(
-            source,
-            "SVDQuant int4",
-            report.psnr_db,
-            report.ssim,
-            report.layer_sqnr_db.mean,
-            sizes["int4"].output,
-            reports["int4"].seconds.total,
-        ),
-        DemoRow(
-            source,
-            "SVDQuant nvfp4",
-            nvfp4.psnr,
-            nvfp4.ssim,
-            reports["nvfp4"].layer_sqnr_db.mean,
-            sizes["nvfp4"].output,
-            reports["nvfp4"].seconds.total,
-        ),
+
+
+def _with_nvfp4(found: Evaluation, checkpoint: Path, observe: Observer) -> Evaluation:
+    """The evaluation of the int4 checkpoint with the other one drawn beside it."""
+    run, gallery = found.run, found.gallery
+    draw_missing(gallery, NVFP4, run, lambda: load_pipeline(checkpoint, device=run.device), observe)
+    scores = score_pairs(gallery, SIXTEEN_BIT, NVFP4, run.prompts, found.metrics, observe)
+    return replace(found, scores={**found.scores, NVFP4: scores})
+
+
+def _write_grid(path: Path, found: Evaluation) -> None:
+    titles = {
+        way: title if way == SIXTEEN_BIT else f"{title}\n{_summary(found, way, 'psnr_db').mean:.1f} dB"
+        for way, title in _TITLES.items()
+    }
+    columns = [
+        (title, [read_picture(found.gallery, way, row) for row in range(GRID_ROWS)])
+        for way, title in titles.items()
     ]
+    picture_grid(columns, found.run.prompts[:GRID_ROWS]).save(path)
+
+
+def _rows(source: str, found: Evaluation, made: Mapping[str, ConvertReport]) -> tuple[DemoRow, ...]:
+    sizes = made["int4"].bytes
+    precision_of = {CONVERTED: "int4", NVFP4: NVFP4}
+    rows = [DemoRow(source, _TITLES[SIXTEEN_BIT], None, None, None, sizes.input, None)]
+    for way in (NAIVE, CONVERTED, NVFP4):
+        conversion = made[precision_of[way]] if way in precision_of else None
+        sqnr = found.report.layer_sqnr_db.mean if way == CONVERTED else None
+        rows.append(
+            DemoRow(
+                source,
+                _TITLES[way],
+                _summary(found, way, "psnr_db"),
+                _summary(found, way, "ssim"),
+                conversion.layer_sqnr_db.mean if conversion and sqnr is None else sqnr,
+                conversion.bytes.output if conversion else sizes.output,
+                conversion.seconds.total if conversion else None,
+            )
+        )
+    return tuple(rows)
+
+
+def _summary(found: Evaluation, way: str, metric: str) -> Summary:
+    return summarize(found.scores[way].per_picture[metric])
+
+
+def _speed(bench: BenchReport) -> Table:
+    """The converted layers against torch's own linear."""
+    device = bench.device
+    return Table(
+        "Speed of converted layers",
+        ["layer", "op", "precision", "M, K, N", "rank", "median", "against torch"],
+        [
+            [
+                row.layer,
+                row.op,
+                row.precision,
+                f"{row.m}, {row.k}, {row.n}",
+                "" if row.rank is None else str(row.rank),
+                f"{row.us.median:.0f} us",
+                f"{row.ratio:.2f}x",
+            ]
+            for row in bench.rows
+        ],
+        f"{device.name}, {device.backend} backend, torch {device.torch}. {BENCH_SECONDS} s a row: the order of "
+        "magnitude. The reference backend computes what the 4-bit runtimes compute, not at their speed.",
+    )
 
 
 @dataclass(frozen=True, slots=True)

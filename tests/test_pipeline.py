@@ -14,8 +14,9 @@ from svdq_cli import writing as writing_module
 from svdq_cli.calibrate.artefact import open_calibration
 from svdq_cli.calibrate.pipelines import draw
 from svdq_cli.checkpoint import open_checkpoint
-from svdq_cli.drawing import evaluate, evaluation_recipe, generate
+from svdq_cli.drawing import evaluation_recipe, generate
 from svdq_cli.errors import CheckFailedError, InputError, OutOfResourcesError, UsageError
+from svdq_cli.evaluating import evaluate
 from svdq_cli.loading import load_pipeline
 from svdq_cli.pipeline import calibrate, check, convert, inspect_checkpoint, inspect_source, predict
 from svdq_cli.preparing import RunOptions, draw_settings

@@ -88,30 +88,69 @@ def draw(
 
     `seeds` default to `settings.seed + i`. Events count pictures times steps.
     """
-    batches = drawn_batches(
+    drawn = draw_each(
+        pipe, prompts, settings=settings, seeds=seeds, stage=stage, observe=observe, on_step=on_step
+    )
+    return [picture for _, picture in drawn]
+
+
+def draw_each(
+    pipe: DiffusionPipeline,
+    prompts: Sequence[str],
+    *,
+    settings: DrawSettings,
+    seeds: Sequence[int] | None = None,
+    stage: str = "draw",
+    observe: Observer = ignore_events,
+    on_step: OnStep | None = None,
+    wanted: Callable[[int], bool] = lambda index: True,
+) -> Iterator[tuple[int, Image]]:
+    """`draw`, picture by picture with its index, so that no more than a batch is held.
+
+    Batches that hold no `wanted` picture are left out; the others are drawn whole, so that a picture is the same
+    whatever was left out.
+    """
+    first = 0
+
+    def begin(batch: Batch) -> None:
+        nonlocal first
+        first = batch.first
+
+    batches = [
+        batch
+        for batch in split_batches(prompts, settings=settings, seeds=seeds)
+        if any(wanted(batch.first + i) for i in range(len(batch.prompts)))
+    ]
+    drawn = drawn_batches(
         pipe,
-        split_batches(prompts, settings=settings, seeds=seeds),
+        batches,
         settings=settings,
         total=len(prompts),
         output_type="pil",
         stage=stage,
         observe=observe,
+        on_batch=begin,
         on_step=on_step,
     )
-    pictures: list[Image] = [picture for batch in batches for picture in batch]
-    for picture in pictures:
-        if isinstance(picture, list):
-            raise UsageError(
-                f"{type(pipe).__name__} draws videos; svdq judges and saves single pictures",
-                hint="run the checkpoint from Python: svdq_cli.load_pipeline(CKPT)",
-            )
-        if picture.size != (settings.width, settings.height):
-            raise UsageError(
-                f"asked for {settings.width}x{settings.height} pixels, {type(pipe).__name__} draws "
-                f"{picture.width}x{picture.height}",
-                hint=f"use width {picture.width} and height {picture.height}",
-            )
-    return pictures
+    for pictures in drawn:
+        for index, picture in enumerate(pictures, first):
+            _check_picture(picture, pipe, settings)
+            yield index, picture
+
+
+def _check_picture(picture: Any, pipe: DiffusionPipeline, settings: DrawSettings) -> None:
+    """UsageError for what is not one picture of the size that was asked for."""
+    if isinstance(picture, list):
+        raise UsageError(
+            f"{type(pipe).__name__} draws videos; svdq judges and saves single pictures",
+            hint="run the checkpoint from Python: svdq_cli.load_pipeline(CKPT)",
+        )
+    if picture.size != (settings.width, settings.height):
+        raise UsageError(
+            f"asked for {settings.width}x{settings.height} pixels, {type(pipe).__name__} draws "
+            f"{picture.width}x{picture.height}",
+            hint=f"use width {picture.width} and height {picture.height}",
+        )
 
 
 @dataclass(frozen=True, slots=True)

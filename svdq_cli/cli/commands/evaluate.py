@@ -41,8 +41,8 @@ def evaluate(
     from svdq_cli.cli import render
     from svdq_cli.cli.progress import progress
     from svdq_cli.cli.summary import append_summary
-    from svdq_cli.drawing import evaluate as run_evaluate
     from svdq_cli.drawing import evaluation_recipe
+    from svdq_cli.evaluating import evaluate as run_evaluate
     from svdq_cli.starting import recipe_of
 
     named, beside = recipe_of(against)

@@ -14,7 +14,19 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 from torch import Tensor
 
-from svdq_cli.evaluate.plots.style import BLUE, GREY, HEAD, INK, SMALL, VERMILION, WIDTH, caption, head
+from svdq_cli.evaluate.plots.style import (
+    BLUE,
+    GREY,
+    HEAD,
+    INK,
+    SMALL,
+    VERMILION,
+    WIDTH,
+    caption,
+    head,
+    save,
+    themed,
+)
 from svdq_cli.evaluate.spectra import LEADING, Spectra
 
 _LEAST_VALUE = 0.02  # of the largest singular value: where the plot ends, so that a zero does not stretch it
@@ -30,6 +42,7 @@ class Subject:
     why: Literal["worst", "typical"]
 
 
+@themed()
 def plot_singular_values(path: Path, spectra: Sequence[tuple[Subject, Spectra]]) -> None:
     """The decay of W, of the smoothed weight and of what the low-rank branch leaves over, a panel each layer."""
     figure, panels = _panels(len(spectra))
@@ -60,9 +73,10 @@ def plot_singular_values(path: Path, spectra: Sequence[tuple[Subject, Spectra]])
             " Matrices with more than 4096 rows and columns: by randomized SVD, the last values a little low."
         )
     caption(figure, note)
-    figure.savefig(path)
+    save(figure, path)
 
 
+@themed()
 def plot_activations(path: Path, maxima: Sequence[tuple[Subject, Tensor, Tensor]]) -> None:
     """The largest magnitude of every input channel, (layer, before smoothing (K,), after (K,)), a panel each layer."""
     figure, panels = _panels(len(maxima))
@@ -75,6 +89,7 @@ def plot_activations(path: Path, maxima: Sequence[tuple[Subject, Tensor, Tensor]
             ".",
             color=BLUE,
             markersize=3,
+            rasterized=True,  # thousands of channels would make thousands of marks in an SVG
             label="after smoothing: max |x| / s",
         )
         axes.plot(
@@ -93,7 +108,7 @@ def plot_activations(path: Path, maxima: Sequence[tuple[Subject, Tensor, Tensor]
     caption(
         figure, "Maxima over all tokens and timesteps of the held-out prompts that the layers were judged on."
     )
-    figure.savefig(path)
+    save(figure, path)
 
 
 def _panels(count: int) -> tuple[Figure, list[Axes]]:

@@ -16,19 +16,20 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
 from svdq_cli.evaluate.places import Place, in_blocks, places_of
-from svdq_cli.evaluate.plots.style import GREY, HEAD, INK, LETTER, SMALL, WIDTH, head
+from svdq_cli.evaluate.plots.style import GREY, HEAD, LETTER, ON_BRIGHT, SMALL, WIDTH, head, save, themed
 
 LayerRank = int | Literal["w4a16", "16-bit"]
 
 _KEPT_COLORS: dict[LayerRank, tuple[str, str, str]] = {  # face, hatch, label
     "w4a16": ("#f3d9a4", "//", "W4A16, no branch"),
-    "16-bit": ("#ffffff", "xxx", "kept at 16 bit"),
+    "16-bit": ("none", "xxx", "kept at 16 bit"),
 }
 # inches
 _CELL_HEIGHT, _MOST_WIDTH = 0.24, 0.5
 _MARGIN, _ABOVE, _BELOW = 0.2, 0.3, 0.4  # around a grid: its title above, its blocks below
 
 
+@themed()
 def plot_ranks(path: Path, ranks: Mapping[str, LayerRank]) -> None:
     """A map of every linear layer: rank by color, blocks from left to right, a grid each kind of block."""
     places = places_of(list(ranks))
@@ -48,7 +49,7 @@ def plot_ranks(path: Path, ranks: Mapping[str, LayerRank]) -> None:
             left += grid.width
         top -= _ABOVE + max(grid.height for grid in shelf) + _BELOW
     head(figure, "Rank of every layer's low-rank branch, by block", _legend(ranks, colors))
-    figure.savefig(path)
+    save(figure, path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +140,7 @@ def _rank_colors(ranks: Mapping[str, LayerRank]) -> dict[LayerRank, str]:
 
 def _text_on(color: str) -> str:
     red, green, blue = to_rgb(color)
-    return "white" if 0.3 * red + 0.59 * green + 0.11 * blue < 0.55 else INK
+    return "white" if 0.3 * red + 0.59 * green + 0.11 * blue < 0.55 else ON_BRIGHT
 
 
 def _legend(ranks: Mapping[str, LayerRank], colors: Mapping[LayerRank, str]) -> list[Patch]:

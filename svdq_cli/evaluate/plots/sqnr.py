@@ -28,6 +28,8 @@ from svdq_cli.evaluate.plots.style import (
     legend_beside,
     mark_blocks,
     marker_size,
+    save,
+    themed,
 )
 
 _STYLES = {"learned": (SKY, "^"), "gptq": (BLUE, "D"), "refit": (VERMILION, "o")}
@@ -43,6 +45,7 @@ class LayerSteps:
     taken: frozenset[str]  # the steps that were kept; the others were tried and dropped
 
 
+@themed()
 def plot_layers(
     path: Path,
     sqnr_db: Mapping[str, float],
@@ -67,7 +70,7 @@ def plot_layers(
         _draw_mean_gains(rows[2], [steps[name] for name in searched])
     worst = sorted(sqnr_db, key=lambda name: sqnr_db[name])[:4]
     caption(figure, "Worst layers: " + ", ".join(f"{name} ({sqnr_db[name]:.1f}\u00a0dB)" for name in worst))
-    figure.savefig(path)
+    save(figure, path)
 
 
 def _draw_sqnr(

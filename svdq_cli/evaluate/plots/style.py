@@ -1,12 +1,16 @@
-"""What the plots share: colors, sizes, legends, captions."""
+"""What the plots share: colors, sizes, legends, captions, files."""
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from textwrap import fill
 from typing import TypeVar
 
+from matplotlib import rc_context
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -17,6 +21,11 @@ from svdq_cli.evaluate.places import Place
 # Okabe and Ito's palette, which color-blind readers can tell apart; where it is used, markers or line styles differ too
 BLUE, ORANGE, GREEN, VERMILION, SKY, PURPLE = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#56b4e9", "#cc79a7"
 INK, GREY, BAND = "#1d2126", "#8a8f96", "#f1efeb"
+
+ON_BRIGHT = "#16191d"  # ink on a bright cell: not INK, which an SVG turns with the page's theme
+
+# What follows the page's theme in an SVG, and what it is where there is no page around it.
+_THEMED = {INK: "--plot-ink", BAND: "--plot-band"}
 
 Value = TypeVar("Value")
 
@@ -116,3 +125,35 @@ def head(figure: Figure, title: str, handles: Sequence[Artist]) -> None:
 
 def caption(figure: Figure, text: str) -> None:
     figure.supxlabel(fill(text, 180), x=0.01, ha="left", fontsize=SMALL + 1, color=INK)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """The figure as a PNG at `path`, and as an SVG of the same name for pages: without background, its text as text,
+    ink and bands in the colors of the page that it is put into."""
+    figure.savefig(path)
+    figure.patch.set_visible(False)
+    for axes in figure.axes:
+        axes.patch.set_visible(False)
+    drawn = io.StringIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": path.stem}):
+        figure.savefig(drawn, format="svg", dpi=150, metadata={"Date": None, "Creator": None})
+    svg = drawn.getvalue()
+    svg = svg[svg.index("<svg") :]  # without the XML declaration, which has no place in a page
+    for color, variable in _THEMED.items():
+        svg = svg.replace(f": {color}", f": var({variable}, {color})")
+    path.with_suffix(".svg").write_text(svg, encoding="utf-8")
+
+
+@contextmanager
+def themed() -> Generator[None, None, None]:
+    """Inside, or in a function that it decorates, matplotlib draws axes, ticks and text with INK."""
+    keys = (
+        "text.color",
+        "axes.edgecolor",
+        "axes.labelcolor",
+        "xtick.color",
+        "ytick.color",
+        "axes.titlecolor",
+    )
+    with rc_context(dict.fromkeys(keys, INK)):
+        yield

@@ -1,0 +1,165 @@
+"""The pictures of an evaluation on disk: one folder for each way of drawing, one PNG for each prompt.
+
+What the pictures depend on lies beside them in `run.json`. A second run with the same facts finds its pictures and
+draws what is missing; one with other facts is refused, so that no figure compares pictures of two runs.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from PIL import Image, UnidentifiedImageError
+
+from svdq_cli.errors import InputError, UsageError
+
+RUN_FILE = "run.json"
+TIMES_FILE = "times.json"
+_SCHEMA = 1
+
+Facts = Mapping[str, object]  # plain JSON
+
+
+@dataclass(frozen=True, slots=True)
+class Gallery:
+    """Pictures by way of drawing ("16bit", "converted", ...) and index of the prompt."""
+
+    folder: Path
+
+    def path(self, way: str, index: int) -> Path:
+        return self.folder / way / f"{index:04d}.png"
+
+    def missing(self, way: str, count: int) -> tuple[int, ...]:
+        return tuple(index for index in range(count) if not self.path(way, index).is_file())
+
+
+def open_gallery(folder: Path, facts: Facts, prompts: Sequence[str], *, overwrite: bool) -> Gallery:
+    """The gallery in `folder`, made where there is none. `facts`: what the pictures depend on besides the prompts.
+
+    A run with more prompts continues one whose prompts are the first of them, and the other way round. UsageError where
+    the folder holds something else, or pictures of another run that are not to be overwritten.
+    """
+    run = folder / RUN_FILE
+    if folder.exists() and not run.is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(
+            f"{folder}: not a folder that svdq eval wrote, so it is not replaced",
+            hint="choose another name with --report",
+            where=str(folder),
+            kind="output-exists",
+        )
+    if run.is_file() and overwrite:
+        shutil.rmtree(folder)
+    if run.is_file():
+        _continue_run(run, facts, prompts)
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_run(run, facts, prompts)
+    return Gallery(folder)
+
+
+def keep_picture(gallery: Gallery, way: str, index: int, picture: Image.Image) -> None:
+    """Written whole: what stands under the picture's name is never half a file."""
+    path = gallery.path(way, index)
+    path.parent.mkdir(exist_ok=True)
+    partial = path.with_suffix(".partial")
+    picture.convert("RGB").save(partial, format="PNG")
+    partial.replace(path)
+
+
+def read_picture(gallery: Gallery, way: str, index: int) -> Image.Image:
+    """RGB, in memory. Raises InputError for a file that is missing or damaged."""
+    path = gallery.path(way, index)
+    try:
+        with Image.open(path) as picture:
+            return picture.convert("RGB")
+    except (
+        OSError,
+        UnidentifiedImageError,
+        SyntaxError,
+    ) as error:  # Pillow raises SyntaxError for broken PNG chunks
+        raise InputError(
+            f"{path}: missing or damaged: {error}",
+            hint="delete it and run svdq eval again: it draws what is missing",
+            where=str(path),
+        ) from error
+
+
+def read_pictures(gallery: Gallery, way: str, count: int) -> Iterator[Image.Image]:
+    """The first `count` pictures, one in memory at a time."""
+    return (read_picture(gallery, way, index) for index in range(count))
+
+
+def note_time(gallery: Gallery, way: str, *, pictures: int, seconds: float) -> None:
+    """Adds to what drawing has taken so far, over all runs into this folder."""
+    times = _times(gallery)
+    before = times.get(way, {"pictures": 0, "seconds": 0.0})
+    times[way] = {"pictures": before["pictures"] + pictures, "seconds": before["seconds"] + seconds}
+    (gallery.folder / TIMES_FILE).write_text(json.dumps(times, indent=1) + "\n", encoding="utf-8")
+
+
+def seconds_per_picture(gallery: Gallery, way: str) -> float | None:
+    found = _times(gallery).get(way)
+    return found["seconds"] / found["pictures"] if found else None
+
+
+def _times(gallery: Gallery) -> dict[str, dict[str, float]]:
+    path = gallery.folder / TIMES_FILE
+    return cast("dict[str, dict[str, float]]", _read(path)) if path.is_file() else {}
+
+
+def _continue_run(run: Path, facts: Facts, prompts: Sequence[str]) -> None:
+    found = _read(run)
+    there, drawn = found.get("facts"), found.get("prompts")
+    if found.get("schema") != _SCHEMA or not isinstance(there, dict) or not isinstance(drawn, list):
+        raise _another_run(run, "made by another version of svdq")
+    here = cast("dict[str, object]", json.loads(json.dumps(facts)))  # tuples are lists on disk
+    for name in {**there, **here}:
+        if there.get(name) != here.get(name):
+            raise _another_run(run, f"{name} {_short(there.get(name))} there, {_short(here.get(name))} here")
+    common = min(len(drawn), len(prompts))
+    for index, (old, new) in enumerate(zip(drawn[:common], prompts[:common], strict=True)):
+        if old != new:
+            raise _another_run(run, f"prompt {index} {_short(old)} there, {_short(new)} here")
+    if len(prompts) > len(drawn):
+        _write_run(run, facts, prompts)
+
+
+def _another_run(run: Path, difference: str) -> UsageError:
+    return UsageError(
+        f"{run.parent}: holds the pictures of another run: {difference}",
+        hint="choose another folder with --report, or give --overwrite to draw all again",
+        where=str(run.parent),
+        kind="other-run",
+    )
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _write_run(run: Path, facts: Facts, prompts: Sequence[str]) -> None:
+    partial = run.with_suffix(".partial")
+    content = {"schema": _SCHEMA, "facts": facts, "prompts": list(prompts)}
+    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(run)
+
+
+def _read(path: Path) -> dict[str, object]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{path}: not readable JSON: {error}",
+            hint="give --overwrite to draw all again",
+            where=str(path),
+        ) from error
+    if not isinstance(found, dict):
+        raise InputError(
+            f"{path}: expected a JSON object", hint="give --overwrite to draw all again", where=str(path)
+        )
+    return found

@@ -1,0 +1,97 @@
+"""What stands on a page. Text is plain text: the template escapes it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """A way of drawing, by its folder in the gallery and its name for people."""
+
+    key: str
+    title: str
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One figure at the top of a chapter: what, how much, and a remark."""
+
+    label: str
+    value: str
+    remark: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """`note` stands below. The first cell of a row is its heading."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """One prompt's pictures as data URIs, by way of drawing. `differences` and `figures`: of all but the first way,
+    against the first."""
+
+    prompt: str
+    seed: int
+    width: int  # pixels of the picture that was drawn
+    height: int
+    pictures: Mapping[str, str]
+    differences: Mapping[str, str]
+    figures: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Plot:
+    """`svg` is inlined as it is; `text` says in words what it shows."""
+
+    title: str
+    svg: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRow:
+    """`share`: the layer's SQNR over the best layer's, 0 to 1, for its bar."""
+
+    name: str
+    kind: str
+    rank: str
+    sqnr_db: str
+    share: float
+    search: str
+
+
+@dataclass(frozen=True, slots=True)
+class Chapter:
+    """One checkpoint against its source. `ways`: the 16-bit model, the checkpoint, then baselines."""
+
+    key: str  # for links; letters, digits and hyphens
+    title: str
+    verdict: str
+    figures: Sequence[Figure]
+    ways: Sequence[Way]
+    scores: Table
+    missing: Mapping[str, str]
+    shown: Sequence[Shown]
+    shown_note: str
+    plots: Sequence[Plot]
+    tables: Sequence[Table]
+    layers: Sequence[LayerRow]  # worst first
+    recipe: str
+    provenance: Table
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    title: str
+    lead: str
+    chapters: Sequence[Chapter]
+    tables: Sequence[Table]  # after the chapters
+    footer: str
