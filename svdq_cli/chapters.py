@@ -128,9 +128,8 @@ def _figures(found: Evaluation) -> list[Figure]:
     if (floor := report.noise_floor_psnr_db) is not None:
         exact = floor >= PSNR_CAP_DB
         value = "none" if exact else f"{floor:.1f} dB"
-        figures.append(
-            Figure("16-bit noise", value, "drawn again: " + ("the same bits" if exact else "PSNR"))
-        )
+        remark = "a second drawing has the same bits" if exact else "PSNR of a second drawing"
+        figures.append(Figure("16-bit noise", value, remark))
     return figures
 
 
@@ -257,14 +256,15 @@ def _speed_table(found: Evaluation, ways: Sequence[Way], facts: Mapping[str, Bas
     run = found.run
     backend = choose_backend("auto", run.device, run.checkpoint.dtype)
     return Table(
-        "Drawing, as measured while the pictures were made",
+        "Drawing speed",
         ["drawn by", "for one picture", "speed against 16-bit"],
         [
             [title, seconds_text(taken), f"{base / taken:.2f}x" if base else ""]
             for title, taken in seconds.items()
             if taken
         ],
-        f"Backend: {backend.name} ({backend.reason}). Without warm-up or repetition: svdq bench measures speed. The "
+        f"Backend: {backend.name} ({backend.reason}). As measured while the pictures were made, without warm-up or "
+        "repetition: svdq bench measures speed. The "
         "reference backend computes what the 4-bit runtimes compute, not at their speed.",
     )
 

@@ -121,16 +121,18 @@ def draw_missing(
     *,
     count: int | None = None,
 ) -> None:
-    """The pictures that are not there yet, of the first `count` prompts. `load` is called only where some are."""
-    prompts = run.prompts[:count]
-    missing = set(gallery.missing(way, len(prompts)))
+    """The pictures that are not there yet, of the first `count` prompts. `load` is called only where some are.
+
+    They are drawn in the batches of the whole run, which on some machines decide the last bits.
+    """
+    missing = set(gallery.missing(way, len(run.prompts[:count])))
     if not missing:
         return
     pipe = load()
     started = time.monotonic()
     drawn = draw_each(
         pipe,
-        prompts,
+        run.prompts,
         settings=run.settings,
         stage=f"draw {TITLES.get(way, way)}",
         observe=observe,

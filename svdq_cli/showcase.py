@@ -218,14 +218,13 @@ def _rows(source: str, found: Evaluation, made: Mapping[str, ConvertReport]) -> 
     rows = [DemoRow(source, _TITLES[SIXTEEN_BIT], None, None, None, sizes.input, None)]
     for way in (NAIVE, CONVERTED, NVFP4):
         conversion = made[precision_of[way]] if way in precision_of else None
-        sqnr = found.report.layer_sqnr_db.mean if way == CONVERTED else None
         rows.append(
             DemoRow(
                 source,
                 _TITLES[way],
                 _summary(found, way, "psnr_db"),
                 _summary(found, way, "ssim"),
-                conversion.layer_sqnr_db.mean if conversion and sqnr is None else sqnr,
+                conversion.layer_sqnr_db.mean if conversion else None,
                 conversion.bytes.output if conversion else sizes.output,
                 conversion.seconds.total if conversion else None,
             )

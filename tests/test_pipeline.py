@@ -16,7 +16,6 @@ from svdq_cli.calibrate.pipelines import draw
 from svdq_cli.checkpoint import open_checkpoint
 from svdq_cli.drawing import evaluation_recipe, generate
 from svdq_cli.errors import CheckFailedError, InputError, OutOfResourcesError, UsageError
-from svdq_cli.evaluating import evaluate
 from svdq_cli.loading import load_pipeline
 from svdq_cli.pipeline import calibrate, check, convert, inspect_checkpoint, inspect_source, predict
 from svdq_cli.preparing import RunOptions, draw_settings
@@ -129,34 +128,6 @@ def test_the_output_is_a_complete_pipeline_that_draws(tiny_flux: Path, converted
     )
     (picture,) = draw(pipe, ["a red circle"], settings=settings)
     assert picture.size == (32, 32)
-
-
-def test_evaluation_scores_the_checkpoint_and_the_naive_baseline(
-    tiny_flux: Path, converted: Path, prompts: Path, tmp_path: Path
-):
-    recipe = evaluation_recipe(open_checkpoint(converted), str(tiny_flux))
-    assert recipe.calibration is not None
-    recipe = recipe.model_copy(
-        update={"calibration": recipe.calibration.model_copy(update={"prompts": str(prompts), "samples": 2})}
-    )
-    report = evaluate(converted, recipe, report_folder=tmp_path / "report", options=CPU)
-    assert report.images == 2
-    assert 15 < report.psnr_db.mean < 100
-    assert report.noise_floor_psnr_db is not None
-    assert report.noise_floor_psnr_db > report.psnr_db.mean
-    assert len(report.layer_sqnr_db.per_layer) == 20
-    assert leftovers(tmp_path / "report") == [
-        "16bit",
-        "activations.png",
-        "converted",
-        "grid.png",
-        "layers.png",
-        "naive",
-        "prompts.txt",
-        "ranks.png",
-        "report.json",
-        "singular_values.png",
-    ]
 
 
 def test_generate_writes_one_picture(converted: Path, tmp_path: Path):

@@ -46,7 +46,7 @@ def load_source_pipeline(
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
     try:
-        with _quiet_loading():
+        with quiet_loading():
             pipe = DiffusionPipeline.from_pretrained(
                 str(folder),
                 torch_dtype=dtype,  # deprecated, but diffusers before `dtype` would ignore that and load float32
@@ -110,12 +110,6 @@ def draw_each(
     Batches that hold no `wanted` picture are left out; the others are drawn whole, so that a picture is the same
     whatever was left out.
     """
-    first = 0
-
-    def begin(batch: Batch) -> None:
-        nonlocal first
-        first = batch.first
-
     batches = [
         batch
         for batch in split_batches(prompts, settings=settings, seeds=seeds)
@@ -129,11 +123,10 @@ def draw_each(
         output_type="pil",
         stage=stage,
         observe=observe,
-        on_batch=begin,
         on_step=on_step,
     )
-    for pictures in drawn:
-        for index, picture in enumerate(pictures, first):
+    for batch, pictures in zip(batches, drawn, strict=True):
+        for index, picture in enumerate(pictures, batch.first):
             _check_picture(picture, pipe, settings)
             yield index, picture
 
@@ -296,7 +289,7 @@ def _steps_observed(stage: str, done: int, total: int, observe: Observer) -> Ite
 
 
 @contextmanager
-def _quiet_loading() -> Iterator[None]:
+def quiet_loading() -> Iterator[None]:
     """Turns the loading bars of diffusers and transformers off, and back on if they were on; no deprecation notes."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging

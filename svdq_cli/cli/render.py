@@ -29,6 +29,7 @@ from svdq_cli.records import (
     Summary,
     json_text,
 )
+from svdq_cli.wording import bytes_text
 
 if TYPE_CHECKING:
     from svdq_cli.bench.report import BenchReport, StepRow
@@ -55,14 +56,14 @@ def show(report: object, *, json: bool, verbose: bool = False) -> None:
         case CalibrateReport():
             console.print(
                 f"{report.path}: {report.inputs} layer inputs from {report.prompts} prompts x {report.steps} steps, "
-                f"{_bytes(report.bytes)}, {report.seconds:.1f} s"
+                f"{bytes_text(report.bytes)}, {report.seconds:.1f} s"
             )
             console.print(f"next: svdq convert SOURCE --calib {report.path} -o OUT")
         case RepackReport():
             (output,) = report.outputs
             console.print(
                 f"{output.path}: {output.format}, {report.layers} layers with the bits that they had in "
-                f"{report.source_format}, {_bytes(output.bytes)}"
+                f"{report.source_format}, {bytes_text(output.bytes)}"
             )
             for warning in report.warnings:
                 console.print(f"note: {warning}")
@@ -126,7 +127,7 @@ def _convert(console: Console, report: ConvertReport, verbose: bool) -> None:
         f"{seconds.total:.1f} s (calibrate {seconds.calibrate:.1f}, solve {seconds.solve:.1f}, "
         f"pack {seconds.pack:.1f}, check {seconds.check:.1f})",
     )
-    table.add_row("memory", f"{_bytes(report.peak.ram_bytes)} RAM" + _vram(report.peak.vram_bytes))
+    table.add_row("memory", f"{bytes_text(report.peak.ram_bytes)} RAM" + _vram(report.peak.vram_bytes))
     console.print(table)
     _layers(console, sqnr, everything=verbose)
     console.print(f"next: svdq eval {output.path} --against {_as_typed(report.recipe['model'])}")
@@ -180,7 +181,7 @@ def _plan(console: Console, report: PlanReport) -> None:
     counts = report.layers
     table.add_row("layers", f"{counts.w4a4} W4A4, {counts.w4a16} W4A16, {counts.kept} kept at 16 bit")
     table.add_row("size", _size(report.bytes.input, report.bytes.output, report.bytes.ratio))
-    table.add_row("disk", _bytes(report.disk_bytes))
+    table.add_row("disk", bytes_text(report.disk_bytes))
     table.add_row("time, memory", "not predicted by this version")
     console.print(table)
     for warning in report.warnings:
@@ -279,22 +280,49 @@ def _check(console: Console, report: CheckReport, verbose: bool) -> None:
 
 
 def _evaluate(console: Console, report: EvalReport, verbose: bool) -> None:
+    """Means over the pictures, with the columns that something was measured for."""
     table = Table(box=None, pad_edge=False)
-    for title in ("against the 16-bit pictures", "PSNR", "worst", "SSIM"):
-        table.add_column(title, justify="left" if title.startswith("against") else "right")
-    table.add_row("converted", _db(report.psnr_db), f"{report.psnr_db.min:.1f} dB", f"{report.ssim.mean:.3f}")
-    for name, scores in report.baselines.items():
-        label = "naive 4-bit (rtn)" if name == "rtn" else name
-        table.add_row(label, _db(scores.psnr_db), f"{scores.psnr_db.min:.1f} dB", f"{scores.ssim.mean:.3f}")
+    measured = [name for name in _LEARNED if getattr(report, name) is not None]
+    table.add_column("against the 16-bit pictures")
+    for title in ("PSNR", "95 % interval", "worst", "SSIM", *(_LEARNED[name] for name in measured)):
+        table.add_column(title, justify="right")
+    titles = {"rtn": "naive 4-bit (rtn)", "nf4": "bitsandbytes NF4"}
+    ways = {titles.get(name, name): scores for name, scores in report.baselines.items()}
+    for title, scores in {"converted": report, **ways}.items():
+        table.add_row(
+            title,
+            _db(scores.psnr_db),
+            _interval(scores.psnr_db),
+            f"{scores.psnr_db.min:.1f} dB",
+            f"{scores.ssim.mean:.3f}",
+            *(_learned(getattr(scores, name)) for name in measured),
+        )
     console.print(table)
     floor = report.noise_floor_psnr_db
     repeats = "exactly (100 dB)" if floor is not None and floor >= 100 else f"to {floor:.1f} dB"
     console.print(
         f"{report.images} pictures; the 16-bit model repeats itself {repeats}; {report.seconds:.1f} s"
     )
+    for name, why in report.missing.items():
+        console.print(Text(f"no {name}: {why}"))
     sqnr = report.layer_sqnr_db
     console.print(f"layer SQNR on these prompts: mean {sqnr.mean:.1f} dB, worst {sqnr.min:.1f} dB")
     _layers(console, sqnr, everything=verbose)
+    if report.page:
+        console.print(f"report, for a browser: {report.page}")
+
+
+_LEARNED = {"lpips": "LPIPS", "clip": "CLIP", "image_reward": "ImageReward", "fid": "FID"}
+
+
+def _learned(figure: Summary | float | None) -> str:
+    if figure is None:
+        return ""
+    return f"{figure:.2f}" if isinstance(figure, (int, float)) else f"{figure.mean:.3f}"
+
+
+def _interval(summary: Summary) -> str:
+    return "" if summary.ci95 is None else "{:.1f} to {:.1f}".format(*summary.ci95)
 
 
 def _other(console: Console, report: object) -> None:
@@ -309,7 +337,8 @@ def _other(console: Console, report: object) -> None:
         console.print(f"{report.path}: a recipe for family {report.family}")  # type: ignore[attr-defined]
         console.print(f"next: svdq convert {report.path}")  # type: ignore[attr-defined]
     elif name == "ExportReport":
-        console.print(f"{report.path}: the embedded model as a diffusers pipeline ({_bytes(report.bytes)})")  # type: ignore[attr-defined]
+        size = bytes_text(report.bytes)  # type: ignore[attr-defined]
+        console.print(f"{report.path}: the embedded model as a diffusers pipeline ({size})")  # type: ignore[attr-defined]
         console.print(
             f"next: svdq calibrate {report.path} -o CALIB --prompts calib_prompts/demo_calibration.txt"  # type: ignore[attr-defined]
         )
@@ -338,7 +367,7 @@ def _demo(console: Console, report: DemoReport) -> None:
                     _db(other.psnr_db) if other.psnr_db else "",
                     f"{other.ssim.mean:.3f}" if other.ssim else "",
                     f"{other.layer_sqnr_db:.1f} dB" if other.layer_sqnr_db is not None else "",
-                    _bytes(other.bytes),
+                    bytes_text(other.bytes),
                     f"{of_source[0].bytes / other.bytes:.2f}x",
                     f"{other.seconds:.1f}" if other.seconds is not None else "",
                 )
@@ -355,6 +384,7 @@ def _demo(console: Console, report: DemoReport) -> None:
         )
     for grid in report.grids:
         console.print(f"pictures: {grid}")
+    console.print(f"report, for a browser: {report.page}")
     example = report.checkpoints[0]
     console.print(f"done in {report.seconds:.0f} s")
     console.print(
@@ -460,14 +490,7 @@ def _db(summary: Summary) -> str:
 
 
 def _size(before: int, after: int, ratio: float) -> str:
-    return f"{_bytes(before)} -> {_bytes(after)} ({ratio:.2f}x smaller)"
-
-
-def _bytes(count: int) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return f"{count} B"
+    return f"{bytes_text(before)} -> {bytes_text(after)} ({ratio:.2f}x smaller)"
 
 
 def _count(parameters: int) -> str:
@@ -479,4 +502,4 @@ def _count(parameters: int) -> str:
 
 
 def _vram(count: int | None) -> str:
-    return f", {_bytes(count)} VRAM" if count is not None else ""
+    return f", {bytes_text(count)} VRAM" if count is not None else ""

@@ -30,13 +30,15 @@ CONDITION_PATTERN = rf"^\s*(>=|<=|==|!=|>|<)\s*({_NUMBER})\s*$"
 METRICS: dict[str, str] = {
     **{
         f"{figure}.{part}": f"{figure}.{part}"
-        for figure in ("psnr_db", "ssim", "lpips", "clip")
-        for part in ("mean", "min")
+        for figure in ("psnr_db", "ssim", "lpips", "clip", "image_reward")
+        for part in ("mean", "min", "max")
     },
     "psnr_db": "psnr_db.mean",
     "ssim": "ssim.mean",
     "lpips": "lpips.mean",
     "clip": "clip.mean",
+    "image_reward": "image_reward.mean",
+    "fid": "fid",
     "layer_sqnr_db": "layer_sqnr_db.mean",
     "layer_sqnr_db.mean": "layer_sqnr_db.mean",
     "layer_sqnr_db.min": "layer_sqnr_db.min",

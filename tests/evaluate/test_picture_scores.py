@@ -6,6 +6,7 @@ import json
 import math
 
 import pytest
+import torch
 from PIL import Image
 
 from svdq_cli.errors import InputError
@@ -94,7 +95,24 @@ def test_compare_summarizes_over_pictures():
 
 def test_one_figure_has_no_spread():
     summary = summarize([21.5])
-    assert (summary.mean, summary.std, summary.min) == (21.5, 0.0, 21.5)
+    assert (summary.mean, summary.std, summary.min, summary.max) == (21.5, 0.0, 21.5, 21.5)
+    assert summary.ci95 is None
+
+
+def test_the_interval_of_the_mean_covers_it_about_as_often_as_it_says():
+    draw = torch.Generator().manual_seed(0)
+    means = [summarize((30 + 5 * torch.randn(40, generator=draw)).tolist()).ci95 for _ in range(100)]
+    covered = sum(low <= 30 <= high for low, high in (interval for interval in means if interval))
+    assert 88 <= covered <= 99  # 95 less a little: the percentile bootstrap is narrow for few pictures
+
+
+def test_equal_figures_have_equal_intervals_and_more_pictures_narrower_ones():
+    few = summarize([20.0, 24.0, 28.0, 32.0])
+    assert few == summarize([20.0, 24.0, 28.0, 32.0])
+    many = summarize([20.0, 24.0, 28.0, 32.0] * 16)
+    assert few.ci95 is not None
+    assert many.ci95 is not None
+    assert few.min < few.ci95[0] < many.ci95[0] < 26 < many.ci95[1] < few.ci95[1] < few.max
 
 
 def test_scoring_leaves_the_pictures_untouched_and_reads_any_mode():

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from PIL.Image import Image
 
+from svdq_cli.calibrate.pipelines import quiet_loading
 from svdq_cli.errors import EnvironmentLacksError
 from svdq_cli.evaluate.metrics.metric import PictureMetric
 
@@ -21,8 +22,9 @@ def load_clip(device: torch.device, *, model: str = MODEL) -> PictureMetric:
     from transformers import CLIPModel, CLIPProcessor
 
     try:
-        network = CLIPModel.from_pretrained(model, local_files_only=True)
-        processor = CLIPProcessor.from_pretrained(model, local_files_only=True)
+        with quiet_loading():
+            network = CLIPModel.from_pretrained(model, local_files_only=True)
+            processor = CLIPProcessor.from_pretrained(model, local_files_only=True)
     except OSError as error:
         raise EnvironmentLacksError(
             f"CLIP score needs the weights of {model}", hint=f"hf download {model}", where=model

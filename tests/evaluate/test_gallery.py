@@ -1,0 +1,111 @@
+"""Pictures on disk: drawn once, found again, never taken from another run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from svdq_cli.errors import InputError, UsageError
+from svdq_cli.evaluate.gallery import (
+    keep_picture,
+    note_time,
+    open_gallery,
+    read_picture,
+    read_pictures,
+    seconds_per_picture,
+)
+
+FACTS = {"settings": {"steps": 4, "image": ()}, "source": "abc"}
+PROMPTS = ("a red circle", "a blue square", "a green star")
+
+
+def red(level: int) -> Image.Image:
+    return Image.new("RGB", (16, 16), (level, 0, 0))
+
+
+def test_a_second_run_finds_what_the_first_drew(tmp_path: Path):
+    gallery = open_gallery(tmp_path / "run", FACTS, PROMPTS, overwrite=False)
+    keep_picture(gallery, "16bit", 1, red(7))
+    again = open_gallery(tmp_path / "run", FACTS, PROMPTS, overwrite=False)
+    assert again.missing("16bit", 3) == (0, 2)
+    assert read_picture(again, "16bit", 1).getpixel((0, 0)) == (7, 0, 0)
+
+
+def test_pictures_come_back_bit_for_bit_and_in_order(tmp_path: Path):
+    gallery = open_gallery(tmp_path / "run", FACTS, PROMPTS, overwrite=False)
+    drawn = [Image.effect_noise((40, 24), 90).convert("RGB") for _ in range(3)]
+    for index in (2, 0, 1):
+        keep_picture(gallery, "16bit", index, drawn[index])
+    assert [p.tobytes() for p in read_pictures(gallery, "16bit", 3)] == [p.tobytes() for p in drawn]
+
+
+@pytest.mark.parametrize(
+    ("facts", "prompts", "difference"),
+    [
+        ({**FACTS, "settings": {"steps": 5, "image": ()}}, PROMPTS, r'"steps": 4.*"steps": 5'),
+        ({**FACTS, "source": "abd"}, PROMPTS, 'source "abc" there, "abd" here'),
+        ({"source": "abc"}, PROMPTS, "settings"),
+        (FACTS, ("a red circle", "a blue dot"), 'prompt 1 "a blue square" there, "a blue dot" here'),
+    ],
+)
+def test_another_run_is_refused_and_the_difference_named(
+    tmp_path: Path, facts: dict[str, object], prompts: tuple[str, ...], difference: str
+):
+    open_gallery(tmp_path / "run", FACTS, PROMPTS, overwrite=False)
+    with pytest.raises(UsageError, match=difference) as caught:
+        open_gallery(tmp_path / "run", facts, prompts, overwrite=False)
+    assert caught.value.kind == "other-run"
+    assert "--overwrite" in (caught.value.hint or "")
+
+
+def test_more_prompts_continue_a_run_and_fewer_look_at_its_first(tmp_path: Path):
+    first = open_gallery(tmp_path / "run", FACTS, PROMPTS[:2], overwrite=False)
+    keep_picture(first, "16bit", 1, red(1))
+    assert open_gallery(tmp_path / "run", FACTS, PROMPTS, overwrite=False).missing("16bit", 3) == (0, 2)
+    open_gallery(tmp_path / "run", FACTS, PROMPTS[:1], overwrite=False)
+    with pytest.raises(UsageError, match="prompt 2"):
+        open_gallery(tmp_path / "run", FACTS, (*PROMPTS[:2], "another"), overwrite=False)
+
+
+def test_overwrite_draws_all_again(tmp_path: Path):
+    gallery = open_gallery(tmp_path / "run", FACTS, PROMPTS, overwrite=False)
+    keep_picture(gallery, "16bit", 0, red(1))
+    gallery = open_gallery(tmp_path / "run", {}, PROMPTS, overwrite=True)
+    assert gallery.missing("16bit", 3) == (0, 1, 2)
+
+
+def test_a_folder_of_something_else_is_never_touched(tmp_path: Path):
+    precious = tmp_path / "precious.txt"
+    precious.write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(UsageError, match="not a folder that svdq eval wrote"):
+            open_gallery(tmp_path, FACTS, PROMPTS, overwrite=overwrite)
+    assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
+
+
+def test_a_picture_cut_short_is_named_with_its_cure(tmp_path: Path):
+    gallery = open_gallery(tmp_path / "run", FACTS, PROMPTS, overwrite=False)
+    keep_picture(gallery, "16bit", 0, Image.effect_noise((64, 64), 90))
+    path = gallery.path("16bit", 0)
+    path.write_bytes(path.read_bytes()[:800])
+    with pytest.raises(InputError, match=r"0000\.png") as caught:
+        read_picture(gallery, "16bit", 0)
+    assert "delete it" in (caught.value.hint or "")
+
+
+def test_a_damaged_run_file_is_refused_until_overwritten(tmp_path: Path):
+    open_gallery(tmp_path / "run", FACTS, PROMPTS, overwrite=False)
+    (tmp_path / "run" / "run.json").write_text("{")
+    with pytest.raises(InputError, match=r"run\.json"):
+        open_gallery(tmp_path / "run", FACTS, PROMPTS, overwrite=False)
+    open_gallery(tmp_path / "run", FACTS, PROMPTS, overwrite=True)
+
+
+def test_times_add_up_over_runs(tmp_path: Path):
+    gallery = open_gallery(tmp_path / "run", FACTS, PROMPTS, overwrite=False)
+    assert seconds_per_picture(gallery, "16bit") is None
+    note_time(gallery, "16bit", pictures=1, seconds=4.0)
+    note_time(gallery, "16bit", pictures=2, seconds=2.0)
+    assert seconds_per_picture(gallery, "16bit") == pytest.approx(2.0)

@@ -1,0 +1,116 @@
+"""CLIP score on a tiny CLIP with random weights; what is missing is said with its cure, never counted as zero."""
+
+# The annotations of transformers are narrower than what its classes take.
+# pyright: reportArgumentType=false
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
+
+from svdq_cli.errors import EnvironmentLacksError
+from svdq_cli.evaluate.metrics import find_metrics
+from svdq_cli.evaluate.metrics.clip import load_clip
+from svdq_cli.evaluate.metrics.fid import load_fid
+from svdq_cli.evaluate.metrics.metric import require_package, rgb_batch
+from tests.tiny import clip_tokenizer
+
+CPU = torch.device("cpu")
+PROMPTS = ("a red circle", "a very long prompt " * 40)
+
+
+@pytest.fixture(scope="module")
+def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("clip")
+    tokenizer = clip_tokenizer()
+    width = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = CLIPConfig(
+        text_config={**width, **ids, "vocab_size": len(tokenizer), "max_position_embeddings": 77},
+        vision_config={**width, "image_size": 32, "patch_size": 8},
+        projection_dim=16,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(11)
+        CLIPModel(config).save_pretrained(folder)
+    processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    CLIPProcessor(image_processor=processor, tokenizer=tokenizer).save_pretrained(folder)
+    return folder
+
+
+def pictures() -> list[Image.Image]:
+    gradient = Image.linear_gradient("L").resize((40, 48))
+    return [Image.new("RGB", (40, 48), "red"), Image.merge("RGB", (gradient, gradient.rotate(180), gradient))]
+
+
+def test_clip_score_is_100_times_the_cosine_of_the_two_projections(tiny_clip: Path):
+    model: Any = CLIPModel.from_pretrained(tiny_clip).eval()
+    processor = CLIPProcessor.from_pretrained(tiny_clip)
+    expected: list[float] = []
+    for picture, prompt in zip(pictures(), PROMPTS, strict=True):
+        inputs = processor(
+            text=[prompt], images=[picture], return_tensors="pt", truncation=True, max_length=77
+        )
+        with torch.no_grad():
+            seen = model.visual_projection(model.vision_model(inputs.pixel_values).pooler_output)
+            read = model.text_projection(model.text_model(inputs.input_ids).pooler_output)
+        expected.append(max(0.0, 100 * torch.cosine_similarity(seen, read).item()))
+    assert load_clip(CPU, model=str(tiny_clip))(pictures(), PROMPTS) == pytest.approx(expected, abs=1e-3)
+    assert max(expected) > 5  # and the other, below zero, is clamped
+    assert min(expected) == 0
+
+
+def test_a_picture_has_the_same_clip_score_in_any_batch(tiny_clip: Path):
+    score = load_clip(CPU, model=str(tiny_clip))
+    alone = [score([picture], [prompt])[0] for picture, prompt in zip(pictures(), PROMPTS, strict=True)]
+    assert score(pictures(), PROMPTS) == pytest.approx(alone, abs=1e-3)
+    assert all(0 <= figure <= 100 for figure in alone)
+
+
+def test_missing_clip_weights_are_named_with_the_command_that_fetches_them():
+    with pytest.raises(EnvironmentLacksError, match="openai/clip-vit-large-patch14") as caught:
+        load_clip(CPU)
+    assert caught.value.hint == "hf download openai/clip-vit-large-patch14"
+
+
+def test_a_package_that_is_not_there_or_broken_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(EnvironmentLacksError, match="X needs the package no_such_package") as caught:
+        require_package("no_such_package", metric="X", install="pip install it")
+    assert caught.value.hint == "pip install it"
+    (tmp_path / "built_for_another_torch.py").write_text("raise RuntimeError('no operator nms')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    importlib.invalidate_caches()
+    with pytest.raises(EnvironmentLacksError, match="can't be imported: no operator nms"):
+        require_package("built_for_another_torch", metric="X", install="pip install it")
+
+
+def test_fid_of_few_pictures_is_no_figure():
+    with pytest.raises(EnvironmentLacksError, match="FID of 64 pictures means nothing"):
+        load_fid(CPU, pictures=64)
+
+
+def test_every_metric_is_measured_or_missing_with_a_cure():
+    found = find_metrics(CPU, pictures=4)
+    there = {*found.pairs, *found.pictures, *(["fid"] if found.fid else [])}
+    assert there | set(found.missing) == {"lpips", "clip", "image_reward", "fid"}
+    assert not there & set(found.missing)
+    assert "hf download openai/clip" in found.missing["clip"]
+    assert all("; " in why for why in found.missing.values())
+
+
+def test_a_batch_has_the_pictures_pixels():
+    batch = rgb_batch(pictures())
+    assert batch.shape == (2, 3, 48, 40)
+    assert batch[0, :, 5, 7].tolist() == [255, 0, 0]
+    assert tuple(batch[1, :, 5, 7].tolist()) == pictures()[1].getpixel((7, 5))

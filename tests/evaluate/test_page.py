@@ -1,0 +1,186 @@
+"""The HTML report: one file that loads nothing, in which hostile text stays text."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from svdq_cli.evaluate.gallery import Gallery, keep_picture, open_gallery
+from svdq_cli.evaluate.page import (
+    Chapter,
+    Figure,
+    LayerRow,
+    Page,
+    Plot,
+    Table,
+    Way,
+    render_page,
+    show_pictures,
+)
+from svdq_cli.evaluate.page.pictures import data_uri, difference_map
+
+HOSTILE = "</script><script>alert(1)</script> <img src=x onerror=alert(2)> \"quoted\" 'too' & \x07 \u202egnp"
+WAYS = (Way("16bit", "16-bit"), Way("converted", "SVDQuant int4"), Way("rtn", "naive 4-bit"))
+SVG = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 9"><text x="1" y="8">rank</text></svg>'
+
+
+class Outline(HTMLParser):
+    """Tags with their attributes, in order, and whether every element was closed where it should be."""
+
+    VOID = frozenset({"meta", "img", "input", "link", "br"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.text: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open, f"</{tag}> closes nothing"
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def gallery_of(folder: Path, count: int, side: int = 24) -> Gallery:
+    gallery = open_gallery(folder, {}, [str(i) for i in range(count)], overwrite=False)
+    for index in range(count):
+        for level, way in enumerate(WAYS):
+            keep_picture(gallery, way.key, index, Image.new("RGB", (side, side), (10 * level, index, 90)))
+    return gallery
+
+
+def page_of(gallery: Gallery, text: str, *, count: int = 1) -> Page:
+    """Every place of a page that holds text from outside holds `text`."""
+    figures = [{way.key: text for way in WAYS[1:]}] * count
+    shown = show_pictures(gallery, WAYS, [(i, text, 7) for i in range(count)], figures)
+    table = Table(text, (text, text), ((text, text),), text)
+    layers = [LayerRow(text, text, "16", "20.1", 0.5, text)] * 20
+    chapter = Chapter(
+        key="one",
+        title=text,
+        verdict=text,
+        figures=[Figure(text, text, text)],
+        ways=WAYS,
+        scores=table,
+        missing={text: text},
+        shown=shown,
+        shown_note=text,
+        plots=[Plot(text, SVG, text)],
+        tables=[table],
+        layers=layers,
+        recipe=text,
+        provenance=table,
+    )
+    return Page(text, text, [chapter, chapter], [table], text)
+
+
+def outline_of(html: str) -> Outline:
+    outline = Outline()
+    outline.feed(html)
+    outline.close()
+    assert outline.open == []
+    return outline
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return render_page(page_of(gallery_of(tmp_path_factory.mktemp("page") / "run", 2), HOSTILE, count=2))
+
+
+def test_the_page_is_well_formed_and_hostile_text_makes_no_element(hostile: str):
+    plain = re.sub("alert|onerror", "", HOSTILE).translate(str.maketrans("", "", "<>&\"'/"))
+    outline = outline_of(hostile)
+    assert len(outline.all("script")) == 1
+    assert not any(name.startswith("on") for _, attributes in outline.tags for name in attributes)
+    assert HOSTILE.strip() in "".join(outline.text)
+    assert plain  # the test's own text is not empty
+    assert all((image.get("src") or "").startswith("data:image/webp;base64,") for image in outline.all("img"))
+
+
+def test_the_page_loads_nothing(hostile: str):
+    outline = outline_of(hostile)
+    loading = {"src", "href", "srcset", "poster", "data", "action", "background"}
+    targets = [
+        value or ""
+        for _, attributes in outline.tags
+        for name, value in attributes.items()
+        if name.split(":")[-1] in loading
+    ]
+    assert targets
+    assert all(target.startswith(("data:image/", "#")) for target in targets)
+    style = hostile[hostile.index("<style>") : hostile.index("</style>")]
+    assert not re.search(r"@import|url\(|https?:", style)
+    assert outline.all("link") == []
+
+
+def test_the_security_policy_lets_only_the_pages_own_script_run(hostile: str):
+    import hashlib
+
+    (policy,) = (tag["content"] or "" for tag in outline_of(hostile).all("meta") if "http-equiv" in tag)
+    script = hostile[hostile.index("<script>") + 8 : hostile.rindex("</script>")]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in policy
+    assert "default-src 'none'" in policy
+    assert "unsafe-inline" not in policy.split("script-src")[1]
+
+
+def test_every_picture_has_words_and_every_control_a_label(hostile: str):
+    outline = outline_of(hostile)
+    assert all(image["alt"] for image in outline.all("img"))
+    ranges = [tag for tag in outline.all("input") if tag["type"] == "range"]
+    assert len(ranges) == 4  # two chapters of two prompts
+    assert all(tag["aria-label"] for tag in ranges)
+    assert outline.all("html")[0]["lang"] == "en"
+
+
+def test_small_pictures_are_shown_bit_for_bit_and_large_ones_bounded():
+    small = Image.linear_gradient("L").resize((96, 96)).convert("RGB")
+    assert decoded(data_uri(small)).tobytes() == small.tobytes()
+    large = decoded(data_uri(Image.linear_gradient("L").resize((1024, 768)).convert("RGB")))
+    assert large.size == (512, 384)
+
+
+def test_pictures_stop_at_the_budget(tmp_path: Path):
+    gallery = gallery_of(tmp_path / "run", 6)
+    figures = [{way.key: "" for way in WAYS[1:]}] * 6
+    prompts = [(i, "a prompt", i) for i in range(6)]
+    everything = show_pictures(gallery, WAYS, prompts, figures)
+    bytes_of_one = sum(map(len, (*everything[0].pictures.values(), *everything[0].differences.values())))
+    some = show_pictures(gallery, WAYS, prompts, figures, budget=3 * bytes_of_one + bytes_of_one // 2)
+    assert (len(everything), len(some)) == (6, 3)
+
+
+def test_a_difference_map_is_dark_where_pictures_agree_and_bright_where_they_do_not():
+    first = Image.new("RGB", (4, 4), (100, 100, 100))
+    other = first.copy()
+    other.putpixel((1, 2), (100, 60, 100))
+    other.putpixel((2, 2), (100, 100, 104))
+    brightness = difference_map(first, other).convert("L")
+    values = torch.frombuffer(bytearray(brightness.tobytes()), dtype=torch.uint8).reshape(4, 4)
+    assert values[2, 1] > values[2, 2] > 20 > values[0, 0]
+    assert values.unique().numel() == 3
+
+
+def decoded(uri: str) -> Image.Image:
+    with Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))) as picture:
+        return picture.convert("RGB")

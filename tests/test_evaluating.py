@@ -1,0 +1,129 @@
+"""An evaluation: what it measures, what it keeps, and how it goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from svdq_cli.checkpoint import open_checkpoint
+from svdq_cli.drawing import evaluation_recipe
+from svdq_cli.errors import UsageError
+from svdq_cli.evaluating import evaluate
+from svdq_cli.preparing import RunOptions
+from svdq_cli.recipe import Recipe
+from svdq_cli.records import EvalReport, Event, to_json
+
+CPU = RunOptions(device="cpu")
+PROMPTS = "a red <b>circle</b>\na blue <b>square</b>\na small green <b>star</b>\n"
+
+
+@pytest.fixture
+def checkpoint(converted_flux: Callable[[str], Path]) -> Path:
+    return converted_flux("int4") / "lite"
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text(PROMPTS)
+    return path
+
+
+@pytest.fixture
+def recipe(checkpoint: Path, tiny_flux: Path, prompts: Path) -> Recipe:
+    return with_samples(evaluation_recipe(open_checkpoint(checkpoint), str(tiny_flux)), 2, prompts)
+
+
+def with_samples(recipe: Recipe, samples: int, prompts: Path) -> Recipe:
+    assert recipe.calibration is not None
+    update = {"prompts": str(prompts), "samples": samples, "steps": 2, "height": 32, "width": 32}
+    return recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update=update)})
+
+
+def figures(report: EvalReport) -> dict[str, object]:
+    """What must not depend on how often a run was stopped."""
+    plain = to_json(report)
+    del plain["seconds"]
+    return plain
+
+
+def test_an_evaluation_scores_the_checkpoint_and_its_baseline_and_goes_on_where_it_stood(
+    checkpoint: Path, recipe: Recipe, tmp_path: Path
+):
+    folder = tmp_path / "report"
+    report = evaluate(checkpoint, recipe, report_folder=folder, options=CPU)
+    assert report.images == 2
+    assert 15 < report.psnr_db.mean < 100
+    assert report.psnr_db.ci95 is not None
+    assert report.psnr_db.min <= report.psnr_db.ci95[0] <= report.psnr_db.mean <= report.psnr_db.ci95[1]
+    assert report.noise_floor_psnr_db is not None
+    assert report.noise_floor_psnr_db > report.psnr_db.mean
+    assert len(report.layer_sqnr_db.per_layer) == 20
+    assert report.clip is None
+    assert "hf download" in report.missing["clip"]
+    assert json.loads((folder / "report.json").read_text()) == json.loads(json.dumps(to_json(report)))
+    page = (folder / "report.html").read_text()
+    assert "&lt;b&gt;" in page
+    assert "<b>" not in page
+    assert page.count("<svg") == 4
+
+    def drawn(options: RunOptions) -> tuple[EvalReport, set[str]]:
+        events: list[Event] = []
+        again = evaluate(checkpoint, recipe, report_folder=folder, options=options, observe=events.append)
+        return again, {event.stage for event in events if event.stage.startswith(("draw", "calibrate"))}
+
+    again, stages = drawn(CPU)
+    assert stages == set()
+    assert figures(again) == figures(report)
+    before = (folder / "converted" / "0001.png").read_bytes()
+    (folder / "converted" / "0001.png").unlink()
+    again, stages = drawn(CPU)
+    assert stages == {"draw SVDQuant"}
+    assert (folder / "converted" / "0001.png").read_bytes() == before
+    assert again.psnr_db == report.psnr_db
+    _, stages = drawn(replace(CPU, overwrite=True))
+    assert {"draw 16-bit", "draw naive 4-bit", "draw SVDQuant"} <= stages
+
+
+def test_more_samples_draw_only_the_new_ones_and_other_settings_are_refused(
+    checkpoint: Path, recipe: Recipe, prompts: Path, tmp_path: Path
+):
+    folder = tmp_path / "report"
+    evaluate(checkpoint, recipe, report_folder=folder, options=CPU)
+    first = (folder / "16bit" / "0000.png").stat().st_mtime_ns
+    steps = recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update={"steps": 3})})  # type: ignore[union-attr]
+    with pytest.raises(UsageError, match=r'settings .*"steps": 2.*"steps": 3'):
+        evaluate(checkpoint, steps, report_folder=folder, options=CPU)
+    assert (folder / "16bit" / "0000.png").stat().st_mtime_ns == first
+
+
+def test_an_evaluation_without_a_folder_leaves_nothing_behind(
+    checkpoint: Path, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    report = evaluate(checkpoint, recipe, options=CPU)
+    assert report.page is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pictures_of_a_run_that_was_cut_off_are_whole(checkpoint: Path, recipe: Recipe, tmp_path: Path):
+    """A run that stops between two pictures leaves only whole ones."""
+
+    def stop(event: Event) -> None:
+        if event.stage == "draw naive 4-bit" and event.kind == "advance":
+            raise KeyboardInterrupt
+
+    folder = tmp_path / "report"
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(checkpoint, recipe, report_folder=folder, options=CPU, observe=stop)
+    found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.png"))
+    assert found[:2] == ["16bit-again/0000.png", "16bit-again/0001.png"]
+    for path in folder.rglob("*.png"):
+        with Image.open(path) as picture:
+            picture.load()
+    assert evaluate(checkpoint, recipe, report_folder=folder, options=CPU).images == 2
