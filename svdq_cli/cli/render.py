@@ -245,8 +245,8 @@ def _lora(console: Console, report: LoraReport, verbose: bool) -> None:
     table.add_row("written", output.path)
     table.add_row("LoRAs", ", ".join(f"{lora.path} at {lora.weight:g}" for lora in report.loras))
     table.add_row("rank", f"{report.rank['before']} -> {report.rank['after']}")
-    table.add_row("size", f"{_bytes(report.bytes['before'])} -> {_bytes(report.bytes['after'])}")
-    table.add_row("time, memory", f"{report.seconds:.1f} s, {_bytes(report.peak.ram_bytes)} RAM")
+    table.add_row("size", f"{bytes_text(report.bytes['before'])} -> {bytes_text(report.bytes['after'])}")
+    table.add_row("time, memory", f"{report.seconds:.1f} s, {bytes_text(report.peak.ram_bytes)} RAM")
     console.print(table)
     counts = Counter((row.how, row.kind or "", row.why or "") for row in report.keys)
     for (how, kind, why), count in counts.items():
