@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
@@ -11,21 +11,34 @@ import torch
 
 from svdq_cli.errors import UsageError
 from svdq_cli.plan import restricted
-from svdq_cli.preparing import Prepared, predicted_sizes
+from svdq_cli.preparing import Prepared, RunOptions, predicted_sizes
 from svdq_cli.recipe import DEFAULT_RANK, RankOverride
+from svdq_cli.reconstruct import output_gains
+from svdq_cli.recording import can_record, recorded
 from svdq_cli.records import Event, ModelPlan, Observer, W4A4Plan
-from svdq_cli.solve.allocate import Candidate, Choice, allocate, uniform
+from svdq_cli.solve.allocate import Candidate, Choice, allocate, allocate_against, output_error, uniform
 from svdq_cli.solve.ranks import rank_errors
 from svdq_cli.solving import Statistics, source_weight
 from svdq_cli.writing import target_of
 
 RANKS = tuple(range(16, 129, 16))
+GAIN_PICTURES = 8  # drawn to see how a layer's noise reaches the output, one batch
+GAIN_CALLS = 8  # of them, spread over the steps
 
 
 def allocated(
-    prepared: Prepared, statistics: Statistics | None, device: torch.device, observe: Observer
+    prepared: Prepared,
+    statistics: Statistics | None,
+    device: torch.device,
+    observe: Observer,
+    *,
+    options: RunOptions,
 ) -> tuple[Prepared, tuple[str, ...]]:
     """The same model with ranks and 16-bit layers chosen by measured output error per byte, and what to warn of.
+
+    A layer's error counts as much as it reaches the model's output (`output_gains`), which needs the pipeline and
+    prompts; without them all layers weigh the same. Ranks are chosen so that the layers' mean SQNR does not fall below
+    that of one rank for all.
 
     The budget is the recipe's `size_budget` (bytes of the quantized component's weights) or, for `rank: auto` alone,
     the bytes of rank 32 everywhere. Raises UsageError where it can't be met, or where there is no calibration.
@@ -42,21 +55,58 @@ def allocated(
     if wanted.size_bytes is not None:
         _require_mixing(prepared)
     ranks = RANKS if wanted.rank == "auto" else (wanted.rank,)
-    candidates = candidates_of(prepared, statistics, ranks, device, observe)
+    gains = layer_gains(prepared, options, device, observe) if can_record(prepared) else None
+    warnings = () if gains else (_ALIKE,)
+    candidates = candidates_of(prepared, statistics, ranks, device, observe, gains)
     budget = budget_of(prepared, candidates)
-    chosen = allocate(candidates, budget)
+    chosen = choices_of(candidates, budget, rival=None if wanted.size_bytes else DEFAULT_RANK)
     try:
-        return _with_choices(prepared, candidates, chosen), ()
+        return _with_choices(prepared, candidates, chosen), warnings
     except UsageError as refusal:
         if len({choice.rank for choice in chosen} - {None}) < 2:
             raise
         one, choices = _best_uniform(prepared, candidates, ranks, budget)
-        best, reached = (sum(choice.error for choice in found) for found in (chosen, choices))
+        best, reached = (output_error(candidates, found) for found in (chosen, choices))
         warning = (
             f"rank {one} for all layers: {refusal.message}. Ranks of their own would leave "
-            f"{1 - best / max(reached, 1e-30):.0%} less layer error at the same bytes"
+            f"{1 - best / max(reached, 1e-30):.0%} less error at the same bytes"
         )
-        return _with_choices(prepared, candidates, choices), (warning,)
+        return _with_choices(prepared, candidates, choices), (*warnings, warning)
+
+
+_ALIKE = (
+    "ranks and 16-bit layers are chosen as if every layer mattered the same to the pictures: measuring that takes the "
+    "whole pipeline and prompts"
+)
+
+
+def layer_gains(
+    prepared: Prepared, options: RunOptions, device: torch.device, observe: Observer
+) -> dict[str, float]:
+    """How a W4A4 layer's noise reaches the model's output, measured on a few pictures."""
+    model, trajectories = recorded(
+        prepared,
+        pictures=GAIN_PICTURES,
+        batches=1,
+        calls=GAIN_CALLS,
+        options=options,
+        device=device,
+        observe=observe,
+    )
+    names = [plan.name for plan in prepared.plan.w4a4]
+    calls = [call for each in trajectories for call in each.calls]
+    return output_gains(model, names, calls, seed=prepared.settings.seed)
+
+
+def choices_of(candidates: Sequence[Candidate], budget: int, *, rival: int | None) -> list[Choice]:
+    """What to take of each candidate. `rival`: the rank for all that must not be better in the layers' mean SQNR."""
+    if rival is None:
+        return allocate(candidates, budget)
+    same = [
+        next((choice for choice in candidate.choices if choice.rank == rival), candidate.choices[0])
+        for candidate in candidates
+    ]
+    return allocate_against(candidates, budget, same)
 
 
 def candidates_of(
@@ -65,7 +115,9 @@ def candidates_of(
     ranks: Sequence[int],
     device: torch.device,
     observe: Observer,
+    gains: Mapping[str, float] | None,
 ) -> list[Candidate]:
+    """The branches of the model with what each rank leaves of error. `gains` None: all layers weigh the same."""
     plans = {plan.name: plan for plan in prepared.plan.w4a4}
     inputs = [shared for shared in prepared.plan.inputs if shared.layers[0] in plans]
     found: list[Candidate] = []
@@ -81,8 +133,9 @@ def candidates_of(
                 Choice(rank, _stored_bytes(prepared, names, rank), error) for rank, error in errors.items()
             ]
             if prepared.recipe.quantization.size_bytes is not None:
-                choices.append(Choice(None, _stored_bytes(prepared, names, None), 0.0))
-            found.append(Candidate(names, tuple(choices)))
+                choices.append(Choice(None, _stored_bytes(prepared, names, None), (0.0,) * len(names)))
+            weights_of = tuple(1.0 if gains is None else gains[name] for name in names)
+            found.append(Candidate(names, tuple(choices), weights_of))
         observe(Event("advance", "allocate", done, len(inputs), shared.name, time.monotonic() - started))
     observe(Event("end", "allocate", len(inputs), len(inputs), seconds=time.monotonic() - started))
     return found
@@ -157,7 +210,7 @@ def _best_uniform(
             continue
         choices = allocate(same, budget)
         if sum(choice.bytes for choice in choices) <= budget:
-            found.append((sum(choice.error for choice in choices), rank, choices))
+            found.append((output_error(same, choices), rank, choices))
     if not found:
         raise UsageError(
             "no single rank fits size_budget", hint="raise size_budget", where="quantization.size_budget"

@@ -248,7 +248,7 @@ def _solve(job: Job, work: WorkFolder) -> Solved:
     began = time.monotonic()
     statistics = None if job.data_free else _statistics(job, work)
     calibrated = time.monotonic()
-    prepared, warnings = allocated(job.prepared, statistics, job.device, job.observe)
+    prepared, warnings = allocated(job.prepared, statistics, job.device, job.observe, options=job.options)
     job.warn(warnings)
     taken_over = solve_into(work, prepared, statistics, job.device, job.observe)
     solutions, reports = solved_layers(prepared.plan, work)

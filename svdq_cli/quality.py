@@ -17,7 +17,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL.Image import Image
 
-from svdq_cli.allocation import budget_of, candidates_of, plan_with
+from svdq_cli.allocation import RANKS, budget_of, candidates_of, choices_of, layer_gains, plan_with
 from svdq_cli.calibrate.collect import collect_stats
 from svdq_cli.calibrate.pipelines import draw
 from svdq_cli.calibrate.settings import DrawSettings
@@ -28,13 +28,12 @@ from svdq_cli.loading import load_16bit_pipeline
 from svdq_cli.locate import DEMO_SOURCES
 from svdq_cli.machine import resolve_device
 from svdq_cli.preparing import DEFAULT_OPTIONS, Prepared, RunOptions, chosen_prompts, draw_settings, prepare
-from svdq_cli.recipe import default_recipe, with_overrides
+from svdq_cli.recipe import DEFAULT_RANK, default_recipe, with_overrides
 from svdq_cli.recipe.model import ALL_STEPS
 from svdq_cli.reconstructing import reconstructed
 from svdq_cli.records import ActivationStats, Event, LayerSolution, W4A4Solution
 from svdq_cli.runtime.linear import quantized_linear
 from svdq_cli.runtime.replace import replace_linears
-from svdq_cli.solve.allocate import allocate
 from svdq_cli.solving import Statistics, finite_tensor, solve_model
 
 SQNR_PROMPTS = 16  # of the judging prompts, for activations that no step has seen
@@ -131,8 +130,9 @@ def measure(
         wanted = recipe.quantization.model_copy(update=VARIANTS[name])
         prepared = prepare(recipe.model_copy(update={"quantization": wanted}))
         if wanted.rank == "auto":
-            candidates = candidates_of(prepared, drawn, (16, 32, 48, 64, 80), judge.device, _quiet)
-            chosen = allocate(candidates, budget_of(prepared, candidates))
+            gains = layer_gains(prepared, options, judge.device, _quiet)
+            candidates = candidates_of(prepared, drawn, RANKS, judge.device, _quiet, gains)
+            chosen = choices_of(candidates, budget_of(prepared, candidates), rival=DEFAULT_RANK)
             prepared = replace(prepared, plan=plan_with(prepared.plan, candidates, chosen))
         started = time.monotonic()
         solutions, reports = solve_model(prepared, drawn, judge.device, _quiet)

@@ -7,23 +7,23 @@ from dataclasses import replace
 
 import torch
 
-from svdq_cli.calibrate.pipelines import draw
 from svdq_cli.errors import UsageError
-from svdq_cli.loading import load_16bit_pipeline
 from svdq_cli.machine import on_device
-from svdq_cli.preparing import Prepared, RunOptions, chosen_prompts, draw_settings
-from svdq_cli.reconstruct import reconstruct, record_calls
+from svdq_cli.preparing import Prepared, RunOptions
+from svdq_cli.reconstruct import reconstruct
+from svdq_cli.recording import can_record, recorded
 from svdq_cli.records import BlockSearch, LayerReport, LayerSolution, Observer
 from svdq_cli.solve.linear import measured
 from svdq_cli.solving import Statistics, source_weight
 
-PICTURES = 32  # drawn to record calls of the model; the last quarter judges
-CALLS = 48  # of these pictures, spread over timesteps
+PICTURES = 32  # drawn to record calls of the model
+BATCHES = 8  # of these pictures; the last quarter judges
+CALLS = 8  # of each batch, spread over its steps
 
 
 def require_blocks_run(prepared: Prepared) -> None:
     """UsageError where the blocks can't be run later, before hours are spent on the layers."""
-    if prepared.recipe.calibration is None or prepared.source.pipeline is None:
+    if not can_record(prepared):
         raise UsageError(
             "effort best runs the model's blocks, which needs the whole pipeline and prompts",
             hint="give a recipe with prompts and the pipeline (--prompts, --base), or use --effort balanced",
@@ -46,19 +46,17 @@ def reconstructed(
     Needs the pipeline and the recipe's prompts (`require_blocks_run`): a block is judged in the model, not on an
     artefact's rows.
     """
-    recipe, source = prepared.recipe, prepared.source
-    prompts = chosen_prompts(recipe, options, observe)[:PICTURES]
-    settings = draw_settings(recipe, source, beside=options.beside)
-    pipe = load_16bit_pipeline(source, class_name=prepared.plan.model_class, device=device)
-    model = getattr(pipe, source.component)
-
-    calls = record_calls(
-        model,
-        lambda: draw(pipe, prompts, settings=settings, stage="record", observe=observe),
-        most=CALLS,
+    model, trajectories = recorded(
+        prepared,
+        pictures=PICTURES,
+        batches=BATCHES,
+        calls=CALLS,
+        options=options,
+        device=device,
+        observe=observe,
     )
     tuned, blocks = reconstruct(
-        model, prepared.plan, solutions, calls, seed=prepared.settings.seed, observe=observe
+        model, prepared.plan, solutions, trajectories, seed=prepared.settings.seed, observe=observe
     )
     return tuned, [_again(report, tuned, prepared, statistics, device) for report in reports], blocks
 

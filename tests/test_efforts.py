@@ -67,6 +67,17 @@ def test_rank_auto_gives_every_layer_its_own_within_the_bytes_of_rank_32(
     assert report.rank.requested == "auto"
     assert 16 <= report.rank.min < report.rank.max <= 128
     assert sizes["auto"] <= sizes[32] + 4096  # the header names the ranks
+    assert any("as if every layer mattered the same" in warning for warning in report.warnings)
+
+
+def test_with_prompts_ranks_go_by_what_reaches_the_output(
+    tiny_flux: Path, prompts: Path, artefact: Path, tmp_path: Path
+):
+    out = tmp_path / "out.safetensors"
+    recipe = recipe_for(tiny_flux, prompts, "comfy", rank="auto")
+    report = convert(recipe, out, calibration=artefact, options=CPU)
+    assert report.rank.min < report.rank.max
+    assert not any("as if every layer" in warning for warning in report.warnings)
 
 
 def test_a_format_with_one_rank_says_what_that_costs(
@@ -76,7 +87,7 @@ def test_a_format_with_one_rank_says_what_that_costs(
     report = convert(recipe, tmp_path / "out", calibration=artefact, options=CPU)
     assert report.rank.min == report.rank.max
     assert report.bytes.output <= rank_32.bytes.output + 4096  # the header embeds the recipe
-    assert any("for all layers" in warning and "less layer error" in warning for warning in report.warnings)
+    assert any("for all layers" in warning and "less error" in warning for warning in report.warnings)
 
 
 def test_a_size_budget_keeps_the_layers_that_lose_most_at_16_bit(

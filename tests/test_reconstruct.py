@@ -1,7 +1,8 @@
-"""Effort `best`: blocks are tuned where they run, keep what the formats can store, and never get worse."""
+"""The model run with gradients: blocks are tuned where they run and never get worse; layers weigh what they matter."""
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import torch
 
 from svdq_cli.preparing import prepare
 from svdq_cli.recipe import default_recipe
-from svdq_cli.reconstruct import reconstruct, record_calls
+from svdq_cli.reconstruct import Call, output_gains, reconstruct, record_trajectories
 from svdq_cli.reconstruct import run as tuning
+from svdq_cli.reconstruct.objective import signals_of, trajectory_error
 from svdq_cli.reconstruct.run import blocks_of
 from svdq_cli.reconstruct.tunable import frozen
 from svdq_cli.records import LayerSolution, W4A4Solution
@@ -61,9 +63,9 @@ def test_tuned_blocks_lose_less_and_store_what_they_were_judged_with(solved, mon
     monkeypatch.setattr(tuning, "STEPS", 20)
     monkeypatch.setattr(tuning, "JUDGE_EVERY", 10)
     model = load()
-    calls = record_calls(model, draw_of(model, 12), most=8)
-    assert len(calls) == 8
-    tuned, blocks = reconstruct(model, prepared.plan, solutions, calls, seed=0)
+    recorded = record_trajectories(model, [draw_of(model, 6)] * 3, steps=6, most=4)
+    assert [len(each.calls) for each in recorded] == [4, 4, 4]
+    tuned, blocks = reconstruct(model, prepared.plan, solutions, recorded, seed=0)
     assert tuned.keys() == solutions.keys()
     assert all(block.after <= block.before for block in blocks.values())
     assert any(block.after < 0.95 * block.before for block in blocks.values())
@@ -94,3 +96,82 @@ def test_a_frozen_layer_computes_what_the_checkpoint_says(solved):
     found, exact = frozen(solution)(x), w4a4_exact(x, solution)
     # exp(log s) moves s by an ulp, which may turn a code at a rounding boundary
     assert float((found - exact).norm() / exact.norm()) < 2e-3
+
+
+class Counting(torch.nn.Module):
+    """Stands for a denoiser; its calls are told apart by their number."""
+
+    def forward(self, x: torch.Tensor, *, number: int) -> torch.Tensor:
+        return x
+
+
+def drawing(model: torch.nn.Module, widths: list[int]):
+    return lambda: [model(torch.zeros(1, width), number=i) for i, width in enumerate(widths)]
+
+
+def numbers(calls: tuple[Call, ...]) -> list[int]:
+    return [call.kwargs["number"] for call in calls]
+
+
+def test_a_trajectory_is_one_strand_of_calls():
+    model = Counting()
+    once, twice = drawing(model, [4] * 5), drawing(model, [4, 6] * 5)
+    (only,) = record_trajectories(model, [once], steps=5, most=3)
+    assert (numbers(only.calls), only.length) == ([0, 2, 4], 5)
+    first, second = record_trajectories(model, [twice], steps=5, most=5)
+    assert numbers(first.calls) == [0, 2, 4, 6, 8]  # with the prompt
+    assert numbers(second.calls) == [1, 3, 5, 7, 9]  # and without it
+    mixed = record_trajectories(model, [drawing(model, [4, 4, 6])], steps=3, most=5)
+    assert [numbers(each.calls) for each in mixed] == [[0], [1], [2]]  # no sum over different shapes
+
+
+def test_pairs_of_steps_stand_for_the_whole_sum():
+    made = torch.Generator().manual_seed(0)
+    errors = [(torch.randn(3, 5, generator=made), torch.randn(2, 5, generator=made)) for _ in range(6)]
+    signals = signals_of(errors)
+    summed = [torch.stack(part).sum(0).square().sum() / 6 for part in zip(*errors, strict=True)]
+    exact = sum(float(power) / signal for power, signal in zip(summed, signals, strict=True))
+    assert float(trajectory_error(errors, signals, 6)) == pytest.approx(exact, rel=1e-5)
+    samples = [float(trajectory_error(some, signals, 6)) for some in itertools.combinations(errors, 3)]
+    assert sum(samples) / len(samples) == pytest.approx(exact, rel=1e-5)
+
+
+def test_what_stays_from_step_to_step_weighs_as_often_as_there_are_steps():
+    same = [(torch.ones(4),)] * 10
+    assert float(trajectory_error(same, [4.0], 10)) == pytest.approx(10)
+    assert float(trajectory_error(same[:1], [4.0], 10)) == pytest.approx(1)
+
+
+def test_a_gain_is_the_power_that_a_layers_noise_has_at_the_output(solved):
+    """Against noise that is really put on a layer's output."""
+    _, _, load = solved
+    model = load()
+    (trajectory,) = record_trajectories(model, [draw_of(model, 1)], steps=1, most=1)
+    call = trajectory.calls[0]
+    names = ["transformer_blocks.0.ff.net.2", "single_transformer_blocks.0.proj_mlp"]
+    gains = output_gains(model, names, [call] * 40, seed=0)
+    made = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        exact = model(*call.args, **call.kwargs)[0]
+        for name in names:
+
+            def disturb(_, inputs, out: torch.Tensor) -> torch.Tensor:
+                noise = torch.randn(out.shape, generator=made)
+                return out + 1e-3 * out.square().mean().sqrt() * noise
+
+            handle = model.get_submodule(name).register_forward_hook(disturb)
+            lost = [model(*call.args, **call.kwargs)[0] - exact for _ in range(40)]
+            handle.remove()
+            power = sum(float(each.square().sum()) for each in lost) / 40 / float(exact.square().sum())
+            # 40 random probes and 40 random noises leave an uncertainty of some 10 % each
+            assert gains[name] == pytest.approx(power / 1e-6, rel=0.3)
+
+
+def test_gains_leave_the_model_as_it_was(solved):
+    _, _, load = solved
+    model = load()
+    (trajectory,) = record_trajectories(model, [draw_of(model, 1)], steps=1, most=1)
+    output_gains(model, ["transformer_blocks.0.ff.net.2"], trajectory.calls, seed=0)
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    assert not model.is_gradient_checkpointing
+    assert not model.get_submodule("transformer_blocks.0.ff.net.2")._forward_hooks

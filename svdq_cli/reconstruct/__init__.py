@@ -1,6 +1,8 @@
-"""Block reconstruction: smoothing factors, low-rank branches, scales and biases of a transformer block are tuned
-together until the 4-bit block gives the 16-bit block's output. Ours; the effort `best`."""
+"""The model itself, run with gradients: block reconstruction for the effort `best`, and what each layer's noise does to
+the output, for the ranks. Ours."""
 
-from svdq_cli.reconstruct.run import reconstruct, record_calls
+from svdq_cli.reconstruct.calls import Call, Trajectory, record_trajectories
+from svdq_cli.reconstruct.gains import output_gains
+from svdq_cli.reconstruct.run import reconstruct
 
-__all__ = ["reconstruct", "record_calls"]
+__all__ = ["Call", "Trajectory", "output_gains", "reconstruct", "record_trajectories"]

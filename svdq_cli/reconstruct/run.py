@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from svdq_cli.machine import on_device
-from svdq_cli.reconstruct.tunable import TunableBlock, block_error, frozen
+from svdq_cli.reconstruct.calls import Call, Trajectory, detached
+from svdq_cli.reconstruct.objective import signals_of, trajectory_error
+from svdq_cli.reconstruct.tunable import TunableBlock, frozen
 from svdq_cli.records import (
     BlockSearch,
     Event,
@@ -25,18 +27,11 @@ from svdq_cli.records import (
 )
 from svdq_cli.runtime.linear import quantized_linear
 
-STEPS = 200
-JUDGE_EVERY = 40  # steps between two looks at the held-out calls
-LEARNING_RATE = 4e-3  # a step's size relative to a parameter's RMS
-HELD_OUT = 4  # one call in four judges: the last ones, which come from other pictures
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Call:
-    """One call of the whole model while a picture was drawn."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+STEPS = 150
+CALLS_PER_STEP = 3  # of one trajectory: enough pairs to see what stays from step to step
+JUDGE_EVERY = 30  # steps between two looks at the held-out trajectories
+LEARNING_RATE = 2e-3  # a step's size relative to a parameter's RMS
+HELD_OUT = 4  # one trajectory in four judges: the last ones, which are of other pictures
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,25 +43,33 @@ class _Passage:
     wanted: tuple[Tensor, ...]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Passages:
+    """A block's part of one trajectory."""
+
+    of: tuple[_Passage, ...]
+    length: int  # of the whole trajectory
+
+
 def reconstruct(
     model: nn.Module,
     plan: ModelPlan,
     solutions: Mapping[str, LayerSolution],
-    calls: Sequence[Call],
+    trajectories: Sequence[Trajectory],
     *,
     seed: int,
     observe: Observer = ignore_events,
 ) -> tuple[dict[str, LayerSolution], dict[str, BlockSearch]]:
     """Tuned solutions and what that brought per block. `model` is the 16-bit model, on the device that tunes; it is
-    left with converted linears. `calls`: of the whole model, in the order of pictures.
+    left with converted linears. `trajectories`: in the order of pictures.
 
-    A block that tuning does not make better on held-out calls keeps its solutions. Costs two passes through the
+    A block that tuning does not make better on held-out trajectories keeps its solutions. Costs two passes through the
     blocks before it per block and call.
     """
     device = next(model.parameters()).device
     model.requires_grad_(False)
     best = {name: on_device(solution, device) for name, solution in solutions.items()}
-    blocks = _in_order(model, blocks_of(plan), calls[0])
+    blocks = _in_order(model, blocks_of(plan), trajectories[0].calls[0])
     originals = {layer.name: model.get_submodule(layer.name) for layer in plan.layers}
     converted: set[str] = set()
     reports: dict[str, BlockSearch] = {}
@@ -74,10 +77,12 @@ def reconstruct(
     observe(Event("start", "reconstruct", 0, len(blocks)))
     for block, inputs in blocks.items():
         _put(model, originals)
-        wanted = [_passage(model, block, call)[1] for call in calls]
+        wanted = [[_passage(model, block, call)[1] for call in each.calls] for each in trajectories]
         _put(model, {name: _runnable(best[name]) for name in converted})
-        given = [_passage(model, block, call, run=False)[0] for call in calls]
-        passages = [_Passage(g.args, g.kwargs, w) for g, w in zip(given, wanted, strict=True)]
+        passages = [
+            _Passages(_given(model, block, each.calls, exact), each.length)
+            for each, exact in zip(trajectories, wanted, strict=True)
+        ]
         names = [name for shared in inputs for name in shared.layers]
         tuned, report = _tune(model.get_submodule(block), inputs, best, passages, model, seed)
         best.update(tuned)
@@ -103,22 +108,6 @@ def blocks_of(plan: ModelPlan) -> dict[str, list[SharedInput]]:
         for path, inputs in several.items()
         if not any(other.startswith(path + ".") for other in several)
     }
-
-
-def record_calls(model: nn.Module, draw: Callable[[], object], *, most: int) -> list[Call]:
-    """At most `most` of the calls that `draw` makes of `model`, evenly spaced over them."""
-    calls: list[Call] = []
-
-    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.append(Call(_detached(args), _detached(kwargs)))
-
-    handle = model.register_forward_pre_hook(note, with_kwargs=True)
-    try:
-        draw()
-    finally:
-        handle.remove()
-    count = min(most, len(calls))
-    return [calls[round(i * (len(calls) - 1) / max(count - 1, 1))] for i in range(count)]
 
 
 def _in_order(
@@ -152,7 +141,7 @@ def _passage(
     made: list[tuple[Tensor, ...]] = []
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.append(Call(_detached(args), _detached(kwargs)))
+        seen.append(Call(detached(args), detached(kwargs)))
         if not run:
             raise _Reached
 
@@ -175,11 +164,18 @@ def _passage(
     return seen[0], made[0] if made else ()
 
 
+def _given(
+    model: nn.Module, block: str, calls: Sequence[Call], wanted: Sequence[tuple[Tensor, ...]]
+) -> tuple[_Passage, ...]:
+    given = [_passage(model, block, call, run=False)[0] for call in calls]
+    return tuple(_Passage(g.args, g.kwargs, exact) for g, exact in zip(given, wanted, strict=True))
+
+
 def _tune(
     block: nn.Module,
     inputs: Sequence[SharedInput],
     solutions: Mapping[str, LayerSolution],
-    passages: Sequence[_Passage],
+    passages: Sequence[_Passages],
     model: nn.Module,
     seed: int,
 ) -> tuple[dict[str, LayerSolution], BlockSearch]:
@@ -188,11 +184,15 @@ def _tune(
     _put(model, {name: quantized_linear(solutions[name]) for name in names if name not in w4a4})
     cut = len(passages) - max(1, len(passages) // HELD_OUT)
     train, judge = passages[:cut], passages[cut:]
+    signals = signals_of([passage.wanted for each in passages for passage in each.of])
+
+    def error(passages: Sequence[_Passage], length: int) -> Tensor:
+        return trajectory_error([_lost(block, passage) for passage in passages], signals, length)
 
     @torch.no_grad()
     def judged(found: Mapping[str, W4A4Solution]) -> float:
         with _put_for_now(model, {name: frozen(solution) for name, solution in found.items()}):
-            return sum(float(block_error(_run(block, p), p.wanted)) for p in judge) / len(judge)
+            return sum(float(error(each.of, each.length)) for each in judge) / len(judge)
 
     tunable = TunableBlock(inputs, w4a4)
     parameters = tunable.parameters()
@@ -208,16 +208,17 @@ def _tune(
     for step in range(STEPS if train else 0):
         for group in optimizer.param_groups:
             group["lr"] = group["full"] * (1 - 0.9 * step / STEPS)
-        passage = train[int(torch.randint(len(train), (1,), generator=order))]
+        each = train[int(torch.randint(len(train), (1,), generator=order))]
+        some = torch.randperm(len(each.of), generator=order)[:CALLS_PER_STEP].tolist()
         with _put_for_now(model, tunable.layers), torch.enable_grad():
-            loss = block_error(_run(block, passage), passage.wanted)
+            loss = error([each.of[index] for index in some], each.length)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         if (step + 1) % JUDGE_EVERY == 0:
             stored = tunable.rounded()
-            if (error := judged(stored)) < least:
-                best, least = stored, error
+            if (reached := judged(stored)) < least:
+                best, least = stored, reached
     return dict(best), BlockSearch(before, least)
 
 
@@ -226,8 +227,10 @@ def _size(parameter: nn.Parameter) -> float:
     return max(float(parameter.detach().float().square().mean().sqrt()), 1e-4)
 
 
-def _run(block: nn.Module, passage: _Passage) -> tuple[Tensor, ...]:
-    return _tensors(block(*passage.args, **passage.kwargs))
+def _lost(block: nn.Module, passage: _Passage) -> tuple[Tensor, ...]:
+    """What the block's outputs are off by."""
+    found = _tensors(block(*passage.args, **passage.kwargs))
+    return tuple(out.float() - exact.float() for out, exact in zip(found, passage.wanted, strict=True))
 
 
 def _put(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
@@ -257,15 +260,3 @@ def _tensors(output: object) -> tuple[Tensor, ...]:
     if isinstance(output, (tuple, list)):
         return tuple(tensor for part in output for tensor in _tensors(part))
     return ()
-
-
-def _detached(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach()
-    if isinstance(value, tuple):
-        return tuple(_detached(part) for part in value)
-    if isinstance(value, list):
-        return [_detached(part) for part in value]
-    if isinstance(value, dict):
-        return {key: _detached(part) for key, part in value.items()}
-    return value

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from svdq_cli.pointwise import channels_first, channels_last
@@ -127,13 +126,3 @@ def frozen(solution: W4A4Solution) -> Tunable:
         solution, nn.Parameter(solution.smooth.float().log()), nn.Parameter(solution.down.float())
     )
     return layer.requires_grad_(False)
-
-
-def block_error(outputs: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> Tensor:
-    """Noise over signal, summed over a block's output tensors."""
-    total = outputs[0].new_zeros((), dtype=torch.float32)
-    for found, exact in zip(outputs, wanted, strict=True):
-        total = total + F.mse_loss(found.float(), exact.float()) / exact.float().square().mean().clamp(
-            min=1e-30
-        )
-    return total

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+# How much the layers' mean SQNR counts beside that of the model's output, from not at all to nearly alone.
+BALANCES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0)
+_TINY = 1e-9  # noise over signal of what has none: a layer at 16 bit
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,37 +17,74 @@ class Choice:
 
     rank: int | None  # None: they stay at 16 bit
     bytes: int
-    error: float  # noise over signal of the layers' outputs, summed over them
+    errors: tuple[float, ...]  # noise over signal of each layer's output
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """Layers that share a low-rank branch, or a single one, with what can become of them, cheapest first."""
+    """Layers that share a low-rank branch, or a single one, with what can become of them."""
 
     layers: tuple[str, ...]
     choices: tuple[Choice, ...]
+    gains: tuple[float, ...]  # noise over signal of the model's output for a layer whose own is 1
+
+    def output_error(self, choice: Choice) -> float:
+        """Noise over signal that the choice causes at the model's output."""
+        return sum(gain * error for gain, error in zip(self.gains, choice.errors, strict=True))
 
 
-def allocate(candidates: Sequence[Candidate], budget: int) -> list[Choice]:
-    """One choice for each candidate, together within `budget` bytes, with the least sum of errors that greed finds.
+def output_error(candidates: Sequence[Candidate], choices: Sequence[Choice]) -> float:
+    """Noise over signal at the model's output, as if the layers' noises were independent."""
+    return sum(each.output_error(choice) for each, choice in zip(candidates, choices, strict=True))
 
-    Greedy by error per byte, over all steps up from the choice there is (not only to the next one, so that a rank which
-    brings little does not hide one that brings much). Starts from the cheapest choices, which may exceed the budget.
+
+def mean_log_error(choices: Sequence[Choice]) -> float:
+    """Mean natural logarithm of the layers' noise over signal: the negative of their mean SQNR, in another unit."""
+    errors = [error for choice in choices for error in choice.errors]
+    return sum(_log(error) for error in errors) / len(errors)
+
+
+def allocate(candidates: Sequence[Candidate], budget: int, *, balance: float = 0.0) -> list[Choice]:
+    """One choice for each candidate, together within `budget` bytes.
+
+    Minimizes log(noise over signal of the model's output) + `balance` * mean log(noise over signal of the layers) as
+    far as greed gets: by gain per byte, over all steps up from the choice there is (not only to the next one, so that a
+    rank which brings little does not hide one that brings much). Starts from the cheapest choices, which may exceed
+    the budget.
     """
     taken = [min(candidate.choices, key=lambda choice: choice.bytes) for candidate in candidates]
     left = budget - sum(choice.bytes for choice in taken)
+    count = sum(len(candidate.layers) for candidate in candidates)
     while True:
+        total = output_error(candidates, taken)
+
+        def gain(candidate: Candidate, now: Choice, choice: Choice, total: float = total) -> float:
+            saved = candidate.output_error(now) - candidate.output_error(choice)
+            logs = sum(map(_log, now.errors)) - sum(map(_log, choice.errors))
+            return _log(total) - _log(total - saved) + balance * logs / count
+
         steps = [
-            ((now.error - choice.error) / (choice.bytes - now.bytes), index, choice)
+            (gain(candidate, now, choice) / (choice.bytes - now.bytes), index, choice)
             for index, (candidate, now) in enumerate(zip(candidates, taken, strict=True))
             for choice in candidate.choices
-            if now.bytes < choice.bytes <= now.bytes + left and choice.error < now.error
+            if now.bytes < choice.bytes <= now.bytes + left and gain(candidate, now, choice) > 0
         ]
         if not steps:
             return taken
         _, index, choice = max(steps, key=lambda step: step[0])
         left -= choice.bytes - taken[index].bytes
         taken[index] = choice
+
+
+def allocate_against(candidates: Sequence[Candidate], budget: int, rival: Sequence[Choice]) -> list[Choice]:
+    """The allocation with the least error at the model's output of those whose layers' mean SQNR is not below the
+    `rival`'s, and the rival itself where there is none."""
+    for balance in BALANCES:
+        chosen = allocate(candidates, budget, balance=balance)
+        if mean_log_error(chosen) <= mean_log_error(rival):
+            better = output_error(candidates, chosen) < output_error(candidates, rival)
+            return chosen if better else list(rival)
+    return list(rival)
 
 
 def uniform(candidates: Sequence[Candidate], rank: int, *, otherwise: bool) -> list[Candidate]:
@@ -55,6 +97,11 @@ def uniform(candidates: Sequence[Candidate], rank: int, *, otherwise: bool) -> l
                 for choice in candidate.choices
                 if choice.rank == rank or (otherwise and choice.rank is None)
             ),
+            candidate.gains,
         )
         for candidate in candidates
     ]
+
+
+def _log(error: float) -> float:
+    return math.log(max(error, _TINY))

@@ -18,8 +18,8 @@ def rank_errors(
     stats: ActivationStats,
     settings: SolveSettings,
     ranks: Sequence[int],
-) -> list[tuple[tuple[str, ...], dict[int, float]]]:
-    """For each branch of the input: its layers, and noise over signal summed over them at each of `ranks`.
+) -> list[tuple[tuple[str, ...], dict[int, tuple[float, ...]]]]:
+    """For each branch of the input: its layers, and each one's noise over signal at each of `ranks`.
 
     With the smoothing of the paper's search at the planned rank and rounding to nearest, which rank the ranks as the
     whole search does. One SVD serves all ranks.
@@ -28,16 +28,16 @@ def rank_errors(
     rows = evenly(stats.rows.to(weights[plans[0].name].weight.device).float(), SEARCH_ROWS)
     smooth, _ = choose_smoothing(shared, plans, weights, stats, rows, settings)
     drawn = fake_quantize_activation(rows / smooth, precision)
-    found: list[tuple[tuple[str, ...], dict[int, float]]] = []
+    found: list[tuple[tuple[str, ...], dict[int, tuple[float, ...]]]] = []
     for stack in stacks_of(shared, plans, weights, rows):
         smoothed = stack.weight * smooth
         up, down = split_low_rank(smoothed, rank=max(ranks), seed=settings.seed)
-        errors: dict[int, float] = {}
+        errors: dict[int, tuple[float, ...]] = {}
         for rank in ranks:
             left = smoothed - up[:, :rank] @ down[:rank]
             rounded = fake_quantize_weight(left, precision, dtype=settings.dtype)
             lost = drawn @ rounded.T - (rows / smooth) @ left.T
             parts = zip(lost.split(stack.counts, dim=1), stack.signals, strict=True)
-            errors[rank] = sum(float(noise.square().sum()) / signal for noise, signal in parts)
+            errors[rank] = tuple(float(noise.square().sum()) / signal for noise, signal in parts)
         found.append((stack.layers, errors))
     return found

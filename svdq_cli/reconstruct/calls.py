@@ -1,0 +1,89 @@
+"""Calls of the whole model while pictures are drawn, kept as trajectories: one picture, step after step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Call:
+    """One call of the whole model while a picture was drawn."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Trajectory:
+    """Calls of the model at different steps of the same pictures, in order."""
+
+    calls: tuple[Call, ...]
+    length: int  # calls there were, of which `calls` are a sample
+
+
+def record_trajectories(
+    model: nn.Module, draws: Iterable[Callable[[], object]], *, steps: int, most: int
+) -> list[Trajectory]:
+    """The trajectories of each of `draws`, which draw one batch of pictures each in `steps` steps.
+
+    Of a trajectory at most `most` calls are kept, evenly spaced. A model that is called several times a step (true
+    guidance, with and without the prompt) gives as many trajectories.
+    """
+    return [
+        Trajectory(evenly_spaced(strand, most), len(strand))
+        for draw in draws
+        for strand in _strands(_calls_of(model, draw), steps)
+    ]
+
+
+def evenly_spaced(calls: Sequence[Call], most: int) -> tuple[Call, ...]:
+    """At most `most` of the calls, the first and the last among them."""
+    count = min(most, len(calls))
+    return tuple(calls[round(i * (len(calls) - 1) / max(count - 1, 1))] for i in range(count))
+
+
+def detached(value: Any) -> Any:
+    """The same value without gradients, in tuples, lists and dicts too."""
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, tuple):
+        return tuple(detached(part) for part in value)
+    if isinstance(value, list):
+        return [detached(part) for part in value]
+    if isinstance(value, dict):
+        return {key: detached(part) for key, part in value.items()}
+    return value
+
+
+def _calls_of(model: nn.Module, draw: Callable[[], object]) -> list[Call]:
+    calls: list[Call] = []
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append(Call(detached(args), detached(kwargs)))
+
+    handle = model.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        draw()
+    finally:
+        handle.remove()
+    return calls
+
+
+def _strands(calls: Sequence[Call], steps: int) -> list[Sequence[Call]]:
+    """Calls of one drawing, those that follow one another in time and have inputs of one shape together."""
+    each = len(calls) // steps if len(calls) % steps == 0 else 1
+    strands = [calls[first::each] for first in range(each)]
+    return [
+        part
+        for strand in strands
+        for part in ([strand] if len({_shapes(c) for c in strand}) < 2 else [[c] for c in strand])
+    ]
+
+
+def _shapes(call: Call) -> tuple[tuple[int, ...], ...]:
+    values = (*call.args, *call.kwargs.values())
+    return tuple(tuple(value.shape) for value in values if isinstance(value, Tensor))
