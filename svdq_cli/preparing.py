@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from svdq_cli.calibrate.prompt_sets import find_prompt_set, prompts_of_set
 from svdq_cli.calibrate.prompts import choose_prompts, dataset_prompts, read_prompts
 from svdq_cli.calibrate.settings import DrawSettings, PictureFile, picture_files
 from svdq_cli.encoders import require_encoders
@@ -146,6 +147,10 @@ def chosen_prompts(recipe: Recipe, options: RunOptions, observe: Observer) -> tu
     wanted = recipe.calibration
     assert wanted is not None
     match wanted.prompts:
+        case DatasetPrompts(dataset=name, config=None, split=None, column="prompt") | str(name) if (
+            known := find_prompt_set(name)
+        ):
+            texts = prompts_of_set(known)
         case DatasetPrompts(dataset=name, config=config, split=split, column=column):
             texts = dataset_prompts(name, config=config, split=split, column=column, limit=None)
         case path:

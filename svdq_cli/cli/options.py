@@ -70,7 +70,12 @@ Loras = Annotated[
     list[str] | None,
     typer.Option("--lora", metavar="FILE[:WEIGHT]", help="LoRA to merge into the model first. Repeatable."),
 ]
-Prompts = Annotated[str | None, typer.Option(metavar="FILE", help="Prompts, one a line.")]
+Prompts = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE|NAME", help="Prompts, one a line; or MJHQ-30K, sDCI or PartiPrompts from the hub."
+    ),
+]
 Samples = Annotated[int | None, typer.Option(help="How many of the prompts to draw.")]
 Steps = Annotated[int | None, typer.Option(help="Denoising steps for each picture.")]
 Width = Annotated[int | None, typer.Option(help="Picture width in pixels.")]

@@ -148,7 +148,7 @@ class DatasetPrompts(Section):
     """Prompts out of a data set, read through `datasets`."""
 
     dataset: Text
-    """A hub name, or the path of a local JSON, CSV or Parquet file."""
+    """A hub name, MJHQ-30K, sDCI or PartiPrompts, or the path of a local JSON, CSV or Parquet file."""
     config: Text | None = None
     """The configuration, for data sets that have several."""
     split: Text | None = None
