@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from svdq_cli.loading import load_pipeline
+    from svdq_cli.lora.attaching import load_lora, set_adapters, unload_lora
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load_pipeline"]
+__all__ = ["__version__", "load_lora", "load_pipeline", "set_adapters", "unload_lora"]
 
 
 def __getattr__(name: str) -> object:
@@ -22,4 +23,8 @@ def __getattr__(name: str) -> object:
         from svdq_cli.loading import load_pipeline
 
         return load_pipeline
+    if name in ("load_lora", "set_adapters", "unload_lora"):
+        from svdq_cli.lora import attaching
+
+        return getattr(attaching, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

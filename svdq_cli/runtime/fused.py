@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from svdq_cli.records import LayerSolution, W4A4Plan, W4A4Solution, W4A16Plan, W4A16Solution
 from svdq_cli.runtime import operators  # noqa: F401  defines torch.ops.svdq
-from svdq_cli.runtime.linear import keep_dtypes
+from svdq_cli.runtime.linear import RunningBranch, keep_dtypes
 from svdq_cli.runtime.operands import (
     W4A4Operands,
     W4A16Operands,
+    pack_bias,
+    pack_branch,
     pack_w4a4,
     pack_w4a16,
     tensors_of,
+    unpack_branch,
     unpack_w4a4,
     unpack_w4a16,
 )
@@ -60,6 +64,16 @@ class FusedW4A4Linear(FusedLinear):
     @property
     def solution(self) -> W4A4Solution:
         return unpack_w4a4(self.operands, self.plan)
+
+    @property
+    def branch(self) -> RunningBranch:
+        return unpack_branch(self.operands, self.plan)
+
+    def set_branch(self, branch: RunningBranch) -> None:
+        """Another low-rank branch, of any rank, and another bias."""
+        self.plan = replace(self.plan, rank=branch.down.shape[0])
+        self.down, self.up = pack_branch(branch.down, branch.up)
+        self.bias = None if branch.bias is None else pack_bias(branch.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -9,7 +11,16 @@ from svdq_cli.gpu.hopper_modes import HopperMode
 from svdq_cli.records import W4A4Solution
 from svdq_cli.runtime import hopper_operators  # noqa: F401  defines torch.ops.svdq.hopper_*
 from svdq_cli.runtime.fused import FusedLinear, Quantized
-from svdq_cli.runtime.hopper_operands import HopperOperands, hopper_tensors, pack_hopper, unpack_hopper
+from svdq_cli.runtime.hopper_operands import (
+    HopperOperands,
+    hopper_tensors,
+    pack_hopper,
+    pack_hopper_bias,
+    pack_hopper_branch,
+    unpack_hopper,
+    unpack_hopper_branch,
+)
+from svdq_cli.runtime.linear import RunningBranch
 
 
 class HopperW4A4Linear(FusedLinear):
@@ -36,6 +47,16 @@ class HopperW4A4Linear(FusedLinear):
     def solution(self) -> W4A4Solution:
         """ValueError in mode FP8, which keeps no 4-bit codes."""
         return unpack_hopper(self.operands, self.plan)
+
+    @property
+    def branch(self) -> RunningBranch:
+        return unpack_hopper_branch(self.operands, self.plan)
+
+    def set_branch(self, branch: RunningBranch) -> None:
+        """Another low-rank branch, of any rank, and another bias."""
+        self.plan = replace(self.plan, rank=branch.down.shape[0])
+        self.down, self.up = pack_hopper_branch(branch.down, branch.up)
+        self.bias = None if branch.bias is None else pack_hopper_bias(branch.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)

@@ -21,7 +21,7 @@ from svdq_cli.pack.hopper_tiles import (
 from svdq_cli.pack.kernel_tiles import pack_down_fragments, unpack_down_fragments
 from svdq_cli.pack.padding import crop, pad
 from svdq_cli.records import Int4, LayerSolution, W4A4Plan, W4A4Solution
-from svdq_cli.runtime.linear import w4a4_weight
+from svdq_cli.runtime.linear import RunningBranch, w4a4_weight
 from svdq_cli.runtime.operands import objection
 
 MOST_E4M3 = 448.0
@@ -60,13 +60,37 @@ def pack_hopper(solution: W4A4Solution, mode: HopperMode) -> HopperOperands:
     if reason := hopper_objection(solution):
         raise ValueError(f"{solution.plan.name}: {reason}")
     weight, scales = _weight(solution, mode)
+    down, up = pack_hopper_branch(solution.down, solution.up)
     return HopperOperands(
         inverse_smooth=1 / solution.smooth.float(),
-        down=pack_down_fragments(pad(solution.down, multiples=(RANK_STEP, 1), fill=0)),
+        down=down,
         weight=weight,
         weight_scales=scales,
-        up=pack_rows(pad(solution.up, multiples=(FEATURES, RANK_STEP), fill=0), tile=FEATURES),
-        bias=None if solution.bias is None else _padded(solution.bias),
+        up=up,
+        bias=None if solution.bias is None else pack_hopper_bias(solution.bias),
+    )
+
+
+def pack_hopper_branch(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """A low-rank branch, (R, K) and (N, R); its rank padded to whole steps."""
+    return (
+        pack_down_fragments(pad(down, multiples=(RANK_STEP, 1), fill=0)),
+        pack_rows(pad(up, multiples=(FEATURES, RANK_STEP), fill=0), tile=FEATURES),
+    )
+
+
+def pack_hopper_bias(bias: Tensor) -> Tensor:
+    """(N,) padded to whole tiles."""
+    return _padded(bias)
+
+
+def unpack_hopper_branch(operands: HopperOperands, plan: W4A4Plan) -> RunningBranch:
+    """What lies beside the weights, in every mode."""
+    n = plan.linear.out_features
+    return RunningBranch(
+        down=unpack_down_fragments(operands.down)[: plan.rank],
+        up=crop(unpack_rows(operands.up), shape=(n, plan.rank)).contiguous(),
+        bias=None if operands.bias is None else operands.bias[:n],
     )
 
 
@@ -75,15 +99,16 @@ def unpack_hopper(operands: HopperOperands, plan: W4A4Plan) -> W4A4Solution:
     if operands.weight.dtype != torch.int32:
         raise ValueError(f"{plan.name}: mode fp8 has rounded the weight; the checkpoint's codes are gone")
     n, dtype = plan.linear.out_features, operands.up.dtype
+    branch = unpack_hopper_branch(operands, plan)
     return W4A4Solution(
         plan=plan,
         smooth=(1 / operands.inverse_smooth).to(dtype),
-        down=unpack_down_fragments(operands.down)[: plan.rank],
-        up=crop(unpack_rows(operands.up), shape=(n, plan.rank)).contiguous(),
+        down=branch.down,
+        up=branch.up,
         codes=unpack_signed_codes(operands.weight)[:n].contiguous(),
         scales=unpack_feature_scales(operands.weight_scales)[:n].contiguous(),
         outer=None,
-        bias=None if operands.bias is None else operands.bias[:n],
+        bias=branch.bias,
     )
 
 

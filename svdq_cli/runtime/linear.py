@@ -16,6 +16,7 @@ The CUDA kernels also keep their running int4 sum in 16 bit. That is noise, not 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -133,6 +134,15 @@ def keep_dtypes(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return lambda tensor: tensor.to(fn(tensor.new_empty(0)).device)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class RunningBranch:
+    """What a converted layer adds to the product of its codes, and what LoRAs change while it runs."""
+
+    down: Tensor  # (R, K)
+    up: Tensor  # (N, R)
+    bias: Tensor | None  # (N,)
+
+
 class QuantizedLinear(nn.Module):
     """What both converted linears share: nn.Linear's features, buffers that keep their dtype, a weight cache."""
 
@@ -180,6 +190,15 @@ class W4A4Linear(QuantizedLinear):
         return W4A4Solution(
             self.plan, self.smooth, self.down, self.up, self.codes, self.scales, self.outer, self.bias
         )
+
+    @property
+    def branch(self) -> RunningBranch:
+        return RunningBranch(self.down, self.up, self.bias)
+
+    def set_branch(self, branch: RunningBranch) -> None:
+        """Another low-rank branch, of any rank, and another bias."""
+        self.plan = replace(self.plan, rank=branch.down.shape[0])
+        self.down, self.up, self.bias = branch.down, branch.up, branch.bias
 
     def forward(self, x: Tensor) -> Tensor:
         solution = self.solution

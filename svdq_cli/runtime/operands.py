@@ -33,6 +33,7 @@ from svdq_cli.records import (
     W4A16Plan,
     W4A16Solution,
 )
+from svdq_cli.runtime.linear import RunningBranch
 
 RANK_TILE = 16
 ROW_TILE = 8  # of N: a row of the result is stored 8 numbers at a time
@@ -94,15 +95,29 @@ def pack_w4a4(solution: W4A4Solution) -> W4A4Operands:
             assert solution.outer is not None
             every = solution.outer.float().expand(solution.codes.shape[0])
             scales, outer = pack_column_micro_scales(bits), _padded(every)
+    down, up = pack_branch(solution.down, solution.up)
     return W4A4Operands(
         inverse_smooth=1 / solution.smooth.float(),
-        down=pack_down_fragments(pad(solution.down, multiples=(RANK_TILE, 1), fill=0)),
+        down=down,
         weight=pack_weight_codes(_padded(solution.codes)),
         weight_scales=scales,
-        up=pack_up_fragments(pad(solution.up, multiples=(BLOCK_N, RANK_TILE), fill=0)),
+        up=up,
         outer=outer,
-        bias=None if solution.bias is None else _padded(solution.bias),
+        bias=None if solution.bias is None else pack_bias(solution.bias),
     )
+
+
+def pack_branch(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """A low-rank branch, (R, K) and (N, R), as fragments; its rank padded to whole tiles."""
+    return (
+        pack_down_fragments(pad(down, multiples=(RANK_TILE, 1), fill=0)),
+        pack_up_fragments(pad(up, multiples=(BLOCK_N, RANK_TILE), fill=0)),
+    )
+
+
+def pack_bias(bias: Tensor) -> Tensor:
+    """(N,) padded to whole blocks."""
+    return _padded(bias)
 
 
 def unpack_w4a4(operands: W4A4Operands, plan: W4A4Plan) -> W4A4Solution:
@@ -118,14 +133,25 @@ def unpack_w4a4(operands: W4A4Operands, plan: W4A4Plan) -> W4A4Solution:
             assert operands.outer is not None
             outer = operands.outer[:n].to(dtype)
             outer = outer[:1] if bool((outer == outer[0]).all()) else outer
+    branch = unpack_branch(operands, plan)
     return W4A4Solution(
         plan=plan,
         smooth=(1 / operands.inverse_smooth).to(dtype),
-        down=unpack_down_fragments(operands.down)[: plan.rank],
-        up=crop(unpack_up_fragments(operands.up), shape=(n, plan.rank)).contiguous(),
+        down=branch.down,
+        up=branch.up,
         codes=codes.contiguous(),
         scales=scales.contiguous(),
         outer=outer,
+        bias=branch.bias,
+    )
+
+
+def unpack_branch(operands: W4A4Operands, plan: W4A4Plan) -> RunningBranch:
+    """What lies beside the codes."""
+    n = plan.linear.out_features
+    return RunningBranch(
+        down=unpack_down_fragments(operands.down)[: plan.rank],
+        up=crop(unpack_up_fragments(operands.up), shape=(n, plan.rank)).contiguous(),
         bias=None if operands.bias is None else operands.bias[:n],
     )
 
