@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,6 +106,8 @@ def parse_lora(text: str) -> Lora:
         return lora_of(text)
     try:
         strength = float(weight)
+        if not path or not math.isfinite(strength):
+            raise ValueError
     except ValueError as error:
         raise UsageError(
             f"--lora {text}: {weight!r} is not a weight",

@@ -321,6 +321,9 @@ def _override_kind(value: object) -> str:
     return next((kind for kind in _OVERRIDE_KINDS if kind in keys), "rank")
 
 
+_RULE_HINT = "write {match: ..., rank: 64}, or keep: true, skip: true, include: w4a4, group: [...]"
+
+
 def _one_kind(value: object) -> object:
     if isinstance(value, dict):
         given = cast("dict[str, object]", value)
@@ -335,8 +338,9 @@ def _one_kind(value: object) -> object:
                 if chosen
                 else "does not say what becomes of the layers"
             )
-            hint = "write {match: ..., rank: 64}, or keep: true, skip: true, include: w4a4, group: [...]"
-            raise PydanticCustomError("override", "the entry {said}", {"said": said, "hint": hint})
+            raise PydanticCustomError("override", "the entry {said}", {"said": said, "hint": _RULE_HINT})
+    elif not isinstance(value, Section):
+        raise PydanticCustomError("override", "must be a section of keys and values", {"hint": _RULE_HINT})
     return cast(object, value)
 
 

@@ -65,6 +65,9 @@ _OTHER_KINDS = {
 }
 
 
+_VECTORS = ("alpha", "magnitude", "bias")  # of the roles; the others are matrices
+
+
 @dataclass(slots=True)
 class _Module:
     """One layer of an adapter file, as its keys come in."""
@@ -295,7 +298,18 @@ def _adapted(
 ) -> AdaptedLayer:
     """What a module does to each tensor that it changes. Raises InputError where sizes disagree or a value is NaN."""
     _require_numbers(file, module)
-    change = _change(module, trained)
+    try:
+        change = _change(module, trained)
+    except (
+        RuntimeError,
+        ValueError,
+    ) as error:  # torch's words for matrices that do not fit, ours for an odd alpha
+        raise _refused(
+            file,
+            f"{module.name}: its factors do not fit each other: {str(error).splitlines()[0]}",
+            "the file is damaged; download it again",
+            module.name,
+        ) from error
     bias = module.read("bias").float() * _low_rank(change).scale if "bias" in module.keys else None
     _require_sizes(file, module, change, bias)
     weights: dict[str, StoredChange] = {}
@@ -357,11 +371,17 @@ def _lokr(module: _Module, trained: Mapping[str, object] | None) -> LowRankUpdat
 def _scale(module: _Module, rank: int, trained: Mapping[str, object] | None) -> float:
     """alpha / rank; an adapter that says no alpha is scaled by 1, as its trainers do."""
     if "alpha" in module.keys:
-        return float(module.read("alpha").float().reshape(())) / rank
+        return _finite(module.read("alpha").float().reshape(()).item()) / rank
     if trained is None:
         return 1.0
     alpha = _of_module(trained.get("alpha_pattern"), module.name, trained.get("lora_alpha", rank))
-    return float(str(alpha)) / (rank**0.5 if trained.get("use_rslora") else rank)
+    return _finite(alpha) / (rank**0.5 if trained.get("use_rslora") else rank)
+
+
+def _finite(alpha: object) -> float:
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise ValueError(f"alpha is {alpha!r}, not a number")
+    return float(alpha)
 
 
 def _of_module(pattern: object, name: str, default: object) -> object:
@@ -382,6 +402,13 @@ def _require_numbers(file: Path, module: _Module) -> None:
             raise _refused(
                 file,
                 f"{module.name}: {entry.origin} is empty, of shape {list(entry.shape)}: a LoRA of rank 0",
+                "the file is damaged; download it again",
+                module.name,
+            )
+        if role not in _VECTORS and len(entry.shape) < 2:
+            raise _refused(
+                file,
+                f"{module.name}: {entry.origin} has shape {list(entry.shape)}, and a factor is a matrix",
                 "the file is damaged; download it again",
                 module.name,
             )

@@ -17,6 +17,10 @@ from svdq_cli.source.tensors import DTYPE_BYTES, StoredTensor
 _HEADER_LIMIT = 100_000_000  # bytes; the safetensors specification's own bound
 _JSON_LIMIT = 64 << 20  # bytes of a config or a shard index; the largest tokenizer.json has 20 MiB
 _PICKLE_MAGICS = (b"PK\x03\x04", *(bytes((0x80, protocol)) for protocol in range(2, 6)))  # zipped, or bare
+_BITS = {  # a value; those that svdq does not read too, for it names them when it refuses them
+    **{dtype: 8 * size for dtype, size in DTYPE_BYTES.items()},
+    **{"C64": 64, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4},
+}
 _GGUF_MAGIC = b"GGUF"
 
 
@@ -150,7 +154,9 @@ def _entry(path: Path, name: str, facts: object) -> tuple[StoredTensor, tuple[in
     except (KeyError, TypeError, ValueError) as error:
         raise damaged(path, f"the header entry of {name!r} is malformed") from error
     entry = StoredTensor(path, name, shape, facts["dtype"])
-    if entry.dtype in DTYPE_BYTES and math.prod(shape) * DTYPE_BYTES[entry.dtype] != end - begin:
+    if entry.dtype not in _BITS:
+        raise damaged(path, f"{name!r} has the dtype {entry.dtype!r}, which safetensors does not have")
+    if math.prod(shape) * _BITS[entry.dtype] != 8 * (end - begin):
         raise damaged(path, f"the size of {name!r} disagrees with its shape")
     return entry, (begin, end)
 
