@@ -20,6 +20,7 @@ from svdq_cli.errors import (
 from svdq_cli.journal import Identity, WorkFolder, open_work
 from svdq_cli.preparing import RunOptions
 from svdq_cli.records import Event, Observer
+from svdq_cli.writing import disk_errors
 
 
 @contextmanager
@@ -37,9 +38,13 @@ def kept_work(
 
     `kept`: what the folder holds, in words ("3 of 7 solved inputs"). `stage` names the job in events.
     """
-    with open_work(path, identity, resume=options.resume, overwrite=options.overwrite) as work:
+    with (
+        disk_errors(path),
+        open_work(path, identity, resume=options.resume, overwrite=options.overwrite) as work,
+    ):
         try:
-            yield work
+            with disk_errors(path):  # here too, so that the error says what is kept
+                yield work
         except BaseException as error:
             stopped = _as_stopped(error)
             if work.is_empty or _fails_again(error, work):

@@ -266,9 +266,10 @@ def disk_errors(path: Path) -> Generator[None, None, None]:
         yield
     except (OSError, SafetensorError) as error:
         number = getattr(error, "errno", None)
-        if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+        if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "No space left" in str(error):
+            too_large = number == errno.EFBIG  # FAT takes 4 GB
             raise OutOfResourcesError(
-                f"{path}: the disk is full",
+                f"{path}: {'the disk takes no file of this size' if too_large else 'the disk is full'}",
                 hint="free some space, or write to another disk with -o; nothing was left under the final name",
                 where=str(path),
                 kind="disk-full",
