@@ -417,7 +417,7 @@ def fuzz(parser: str, cases: int, *, fresh: bool) -> None:
         derandomize=not fresh,
         database=None,
         phases=(Phase.generate, Phase.shrink),
-        suppress_health_check=list(HealthCheck),
+        suppress_health_check=(HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large),
     )
     @given(strategy)
     def attempts(made: Any) -> None:
