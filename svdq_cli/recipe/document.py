@@ -79,6 +79,8 @@ def _refuse_cleverness(text: str, where: str) -> None:
             raise _error(where, line, "anchors and aliases are not read", "write the value out")
         if tag := getattr(event, "tag", None):
             raise _error(where, line, f"the tag {tag!r} is not read", "write the plain value")
+        if isinstance(event, yaml.ScalarEvent) and any("\ud800" <= mark <= "\udfff" for mark in event.value):
+            raise _error(where, line, "half of a character (\\ud800 to \\udfff)", "write the whole character")
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > MAX_DEPTH:
             raise _error(where, line, f"nested deeper than {MAX_DEPTH} levels", "is this a recipe?")

@@ -337,6 +337,8 @@ RECIPES = (
     Case("ten megabytes", raw("recipe.yaml", b"#" * 10_000_000), 2, "recipe", "larger than", RECIPE),
     Case("not UTF-8", raw("recipe.yaml", b"version: \xff"), 2, "recipe", "not UTF-8", RECIPE),
     Case("NUL", raw("recipe.yaml", b"version: 1\0"), 2, "recipe", "not YAML", RECIPE),
+    Case("half a character", recipe('version: "\\ud800"\n'), 2, "recipe", "half of a character", RECIPE),
+    Case("a rule that is nothing", recipe(MINIMAL + "layers: [~]\n"), 2, "recipe", "layers[0]", RECIPE),
     Case("a folder", folder("recipe.yaml"), 3, "input", "can't read the recipe", RECIPE),
     Case("two documents", recipe(MINIMAL + "---\n" + MINIMAL), 2, "recipe", "not YAML", RECIPE),
     Case("a key twice", recipe(MINIMAL + "version: 1\n"), 2, "recipe", "given twice", RECIPE),
