@@ -6,8 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# How much the layers' mean SQNR counts beside that of the model's output, from not at all to nearly alone.
-BALANCES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0)
+MOST_BALANCE = 16.0  # the layers' mean SQNR counts nearly alone
 _TINY = 1e-9  # noise over signal of what has none: a layer at 16 bit
 
 
@@ -78,13 +77,24 @@ def allocate(candidates: Sequence[Candidate], budget: int, *, balance: float = 0
 
 def allocate_against(candidates: Sequence[Candidate], budget: int, rival: Sequence[Choice]) -> list[Choice]:
     """The allocation with the least error at the model's output of those whose layers' mean SQNR is not below the
-    `rival`'s, and the rival itself where there is none."""
-    for balance in BALANCES:
-        chosen = allocate(candidates, budget, balance=balance)
-        if mean_log_error(chosen) <= mean_log_error(rival):
-            better = output_error(candidates, chosen) < output_error(candidates, rival)
-            return chosen if better else list(rival)
-    return list(rival)
+    `rival`'s, and the rival itself where none is better. Looks for the smallest balance that does it, by bisection."""
+    best, least = list(rival), output_error(candidates, rival)
+    low, high = 0.0, MOST_BALANCE
+    for balance in (low, high):
+        found = allocate(candidates, budget, balance=balance)
+        if mean_log_error(found) <= mean_log_error(rival) and output_error(candidates, found) < least:
+            best, least = found, output_error(candidates, found)
+            high = balance
+    while high - low > 0.01:
+        middle = (low + high) / 2
+        found = allocate(candidates, budget, balance=middle)
+        if mean_log_error(found) > mean_log_error(rival):
+            low = middle
+            continue
+        high = middle
+        if (error := output_error(candidates, found)) < least:
+            best, least = found, error
+    return best
 
 
 def uniform(candidates: Sequence[Candidate], rank: int, *, otherwise: bool) -> list[Candidate]:
