@@ -6,6 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 MOST_BALANCE = 16.0  # the layers' mean SQNR counts nearly alone
 _TINY = 1e-9  # noise over signal of what has none: a layer at 16 bit
 
@@ -51,28 +54,34 @@ def allocate(candidates: Sequence[Candidate], budget: int, *, balance: float = 0
     rank which brings little does not hide one that brings much). Starts from the cheapest choices, which may exceed
     the budget.
     """
-    taken = [min(candidate.choices, key=lambda choice: choice.bytes) for candidate in candidates]
-    left = budget - sum(choice.bytes for choice in taken)
-    count = sum(len(candidate.layers) for candidate in candidates)
+    choices = [choice for candidate in candidates for choice in candidate.choices]
+    owner = torch.tensor([i for i, candidate in enumerate(candidates) for _ in candidate.choices])
+    size = torch.tensor([choice.bytes for choice in choices], dtype=torch.float64)
+    error = torch.tensor(
+        [candidate.output_error(choice) for candidate in candidates for choice in candidate.choices],
+        dtype=torch.float64,
+    )
+    logs = torch.tensor([sum(map(_log, choice.errors)) for choice in choices], dtype=torch.float64)
+    logs = balance / sum(len(candidate.layers) for candidate in candidates) * logs
+    taken = torch.stack([_cheapest(size, owner == index) for index in range(len(candidates))])
+    left = budget - float(size[taken].sum())
     while True:
-        total = output_error(candidates, taken)
+        now = taken[owner]
+        total = error[taken].sum()
+        reached = total - error[now] + error
+        gain = torch.log(total.clamp(min=_TINY) / reached.clamp(min=_TINY)) + logs[now] - logs
+        extra = size - size[now]
+        worth = torch.where((extra > 0) & (extra <= left) & (gain > 0), gain / extra, -1.0)
+        step = int(worth.argmax())
+        if worth[step] < 0:
+            return [choices[index] for index in taken.tolist()]
+        left -= float(extra[step])
+        taken[owner[step]] = step
 
-        def gain(candidate: Candidate, now: Choice, choice: Choice, total: float = total) -> float:
-            saved = candidate.output_error(now) - candidate.output_error(choice)
-            logs = sum(map(_log, now.errors)) - sum(map(_log, choice.errors))
-            return _log(total) - _log(total - saved) + balance * logs / count
 
-        steps = [
-            (gain(candidate, now, choice) / (choice.bytes - now.bytes), index, choice)
-            for index, (candidate, now) in enumerate(zip(candidates, taken, strict=True))
-            for choice in candidate.choices
-            if now.bytes < choice.bytes <= now.bytes + left and gain(candidate, now, choice) > 0
-        ]
-        if not steps:
-            return taken
-        _, index, choice = max(steps, key=lambda step: step[0])
-        left -= choice.bytes - taken[index].bytes
-        taken[index] = choice
+def _cheapest(size: Tensor, own: Tensor) -> Tensor:
+    """Index of the cheapest of the choices in the mask `own`."""
+    return torch.where(own, size, torch.inf).argmin()
 
 
 def allocate_against(candidates: Sequence[Candidate], budget: int, rival: Sequence[Choice]) -> list[Choice]:
