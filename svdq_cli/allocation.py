@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from fnmatch import fnmatchcase
+from typing import Any, cast
 
 import torch
 
 from svdq_cli.errors import UsageError
+from svdq_cli.journal import CHOICES, WorkFolder
 from svdq_cli.plan import restricted
 from svdq_cli.preparing import Prepared, RunOptions, predicted_sizes
 from svdq_cli.recipe import DEFAULT_RANK, RankOverride
@@ -33,6 +35,7 @@ def allocated(
     observe: Observer,
     *,
     options: RunOptions,
+    work: WorkFolder,
 ) -> tuple[Prepared, tuple[str, ...]]:
     """The same model with ranks and 16-bit layers chosen by measured output error per byte, and what to warn of.
 
@@ -41,7 +44,8 @@ def allocated(
     that of one rank for all.
 
     The budget is the recipe's `size_budget` (bytes of the quantized component's weights) or, for `rank: auto` alone,
-    the bytes of rank 32 everywhere. Raises UsageError where it can't be met, or where there is no calibration.
+    the bytes of rank 32 everywhere. What was measured is kept in the work folder and not measured again. Raises
+    UsageError where the budget can't be met, or where there is no calibration.
     """
     wanted = prepared.recipe.quantization
     if wanted.rank != "auto" and wanted.size_bytes is None:
@@ -55,9 +59,12 @@ def allocated(
     if wanted.size_bytes is not None:
         _require_mixing(prepared)
     ranks = RANKS if wanted.rank == "auto" else (wanted.rank,)
-    gains = layer_gains(prepared, options, device, observe) if can_record(prepared) else None
-    warnings = () if gains else (_ALIKE,)
-    candidates = candidates_of(prepared, statistics, ranks, device, observe, gains)
+    candidates = _kept_candidates(work)
+    if candidates is None:
+        gains = layer_gains(prepared, options, device, observe) if can_record(prepared) else None
+        candidates = candidates_of(prepared, statistics, ranks, device, observe, gains)
+        work.keep_json(CHOICES, [asdict(candidate) for candidate in candidates])
+    warnings = () if can_record(prepared) else (_ALIKE,)
     budget = budget_of(prepared, candidates)
     chosen = choices_of(candidates, budget, rival=None if wanted.size_bytes else DEFAULT_RANK)
     try:
@@ -107,6 +114,17 @@ def choices_of(candidates: Sequence[Candidate], budget: int, *, rival: int | Non
         for candidate in candidates
     ]
     return allocate_against(candidates, budget, same)
+
+
+def _kept_candidates(work: WorkFolder) -> list[Candidate] | None:
+    """What an earlier run, or the first process, has measured."""
+    kept = cast("list[dict[str, Any]] | None", work.read_json(CHOICES))
+    return None if kept is None else [_candidate(each) for each in kept]
+
+
+def _candidate(kept: dict[str, Any]) -> Candidate:
+    choices = (Choice(each["rank"], each["bytes"], tuple(each["errors"])) for each in kept["choices"])
+    return Candidate(tuple(kept["layers"]), tuple(choices), tuple(kept["gains"]))
 
 
 def candidates_of(

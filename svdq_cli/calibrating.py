@@ -34,9 +34,11 @@ from svdq_cli.recipe import Recipe
 from svdq_cli.records import CalibrateReport, Event, ModelPlan, Observer, ignore_events
 from svdq_cli.source import source_digest
 from svdq_cli.tokens import forward_bytes, image_tokens, text_tokens
-from svdq_cli.working import kept_work, work_beside
+from svdq_cli.working import kept_work, wait_for_files, work_beside
 from svdq_cli.writing import refuse_existing, require_disk
 
+BEGUN = "begun"  # topic: where the work is
+DRAWN = "drawn"  # topic: a process has drawn its pictures
 SHARES = (1.0, 0.5, 0.0)  # of the room for weights, one after the other where memory runs out after all
 
 
@@ -73,6 +75,8 @@ def calibrate(
     with kept_work(
         folder, _identity(drawing, options), options=options, stage="calibrate", kept=kept, observe=observe
     ) as work:
+        begun = {"work": str(work.path.resolve()), "source_sha256": drawing.facts.source_sha256}
+        options.team.tell(BEGUN, begun)
         manifest = draw_calibration(out, drawing, work, options=options, observe=observe)
     return CalibrateReport(
         path=str(out),
@@ -116,11 +120,12 @@ def drawing_of(prepared: Prepared, options: RunOptions, observe: Observer, *, so
 def draw_calibration(
     out: Path, drawing: Drawing, work: WorkFolder, *, options: RunOptions, observe: Observer
 ) -> CalibrationManifest:
-    """Draws what the work folder lacks, and writes the artefact from all of it."""
+    """Draws what the work folder lacks, and writes the artefact from all of it. Other processes take their part of the
+    pictures in `draw_share`."""
+    draw_share(drawing, work, options=options, observe=observe)
+    options.team.gather(DRAWN)
     parts = PartFolder(work.pictures)
-    left = [batch for batch in _batches(drawing) if batch.first not in parts]
-    if left:
-        _draw(drawing, left, parts, options, observe)
+    wait_for_files(work.path, lambda: [b.first for b in _batches(drawing) if b.first not in parts])
     names = [shared.name for shared in drawing.prepared.plan.inputs]
     manifest = save_calibration(out, MergedStats(parts, names), drawing.facts, overwrite=options.overwrite)
     for first in list(parts):
@@ -128,13 +133,23 @@ def draw_calibration(
     return manifest
 
 
+def draw_share(drawing: Drawing, work: WorkFolder, *, options: RunOptions, observe: Observer) -> None:
+    """Draws this process's share of the pictures, as far as the work folder lacks them."""
+    parts = PartFolder(work.pictures)
+    mine = options.team.share(_batches(drawing))
+    if any(batch.first not in parts for batch in mine):
+        _draw(drawing, mine, parts, options, observe)
+    options.team.done(DRAWN)
+
+
 def _draw(
-    drawing: Drawing, left: Sequence[Batch], parts: PartFolder, options: RunOptions, observe: Observer
+    drawing: Drawing, batches: Sequence[Batch], parts: PartFolder, options: RunOptions, observe: Observer
 ) -> None:
     source, plan, settings = drawing.prepared.source, drawing.prepared.plan, drawing.settings
     device = resolve_device(options.device)
     pipe = load_without_denoiser(source, class_name=plan.model_class, device=device)
     started = time.monotonic()
+    left = [batch for batch in batches if batch.first not in parts]
     observe(Event("start", "encode", 0, len(left)))
     encoded = encode_prompts(pipe, source.component, left, settings=settings)
     observe(Event("end", "encode", len(left), len(left), seconds=time.monotonic() - started))
@@ -147,7 +162,7 @@ def _draw(
                 pipe,
                 getattr(pipe, source.component),
                 plan.inputs,
-                _batches(drawing),
+                batches,
                 draw=settings,
                 spread=Spread(drawing.rows, len(drawing.prompts), settings.seed),
                 parts=parts,

@@ -17,7 +17,7 @@ from svdq_cli.allocation import allocated
 from svdq_cli.calibrate.artefact import MANIFEST, Calibration, open_calibration
 from svdq_cli.calibrate.prompts import prompts_digest
 from svdq_cli.calibrate.settings import settings_json
-from svdq_cli.calibrating import draw_calibration, drawing_of
+from svdq_cli.calibrating import BEGUN, draw_calibration, drawing_of
 from svdq_cli.errors import InputError
 from svdq_cli.finishing import Outputs, finished_outputs, gated, write_reports_beside
 from svdq_cli.journal import LAYERS, Identity, WorkFolder
@@ -55,6 +55,7 @@ from svdq_cli.records import (
     Observer,
     ignore_events,
 )
+from svdq_cli.sharing import CALIBRATED
 from svdq_cli.solving import Statistics, finite_tensor, solve_into, solved_layers
 from svdq_cli.source import source_digest
 from svdq_cli.working import kept_work, work_beside
@@ -246,11 +247,15 @@ def _work_of(job: Job) -> Iterator[WorkFolder]:
 
 def _solve(job: Job, work: WorkFolder) -> Solved:
     began = time.monotonic()
+    _tell_begun(job, work)
     statistics = None if job.data_free else _statistics(job, work)
     calibrated = time.monotonic()
-    prepared, warnings = allocated(job.prepared, statistics, job.device, job.observe, options=job.options)
+    prepared, warnings = allocated(
+        job.prepared, statistics, job.device, job.observe, options=job.options, work=work
+    )
+    job.options.team.tell(CALIBRATED, {})
     job.warn(warnings)
-    taken_over = solve_into(work, prepared, statistics, job.device, job.observe)
+    taken_over = solve_into(work, prepared, statistics, job.device, job.observe, team=job.options.team)
     solutions, reports = solved_layers(prepared.plan, work)
     blocks: dict[str, BlockSearch] = {}
     if job.tunes_blocks and statistics is not None:
@@ -273,6 +278,13 @@ def _solve(job: Job, work: WorkFolder) -> Solved:
         calibrate_seconds=calibrated - began,
         solve_seconds=time.monotonic() - calibrated,
     )
+
+
+def _tell_begun(job: Job, work: WorkFolder) -> None:
+    """The other processes learn where the work is, and whether pictures are drawn for it."""
+    draws = not (job.data_free or job.calibration or (work.calibration / MANIFEST).is_file())
+    begun = {"work": str(work.path.resolve()), "source_sha256": job.digest, "draws": draws}
+    job.options.team.tell(BEGUN, begun)
 
 
 def _statistics(job: Job, work: WorkFolder) -> Statistics:

@@ -3,7 +3,7 @@
     WORK/journal.json               whose work this is: model, calibration, recipe, versions
     WORK/pictures/N.safetensors     what each batch of calibration pictures adds to the statistics, until all are drawn
     WORK/calibration/               the statistics, where the run drew them itself: an ordinary calibration artefact
-    WORK/choices.json               ranks and 16-bit layers, where they were searched
+    WORK/choices.json               what every rank would cost and bring, where ranks are searched
     WORK/layers/INPUT.safetensors   all layers of one shared input with their reports
     WORK/blocks/BLOCK.safetensors   the layers of one block after reconstruction
 
@@ -46,6 +46,7 @@ from svdq_cli.tensor_file import TensorSpec, write_tensors
 
 JOURNAL = "journal.json"
 LAYERS, BLOCKS, CALIBRATION, PICTURES = "layers", "blocks", "calibration", "pictures"
+CHOICES = "choices.json"
 _LOCK = "lock"
 _ABOUT = "svdq"  # key of the safetensors metadata
 

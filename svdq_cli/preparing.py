@@ -19,6 +19,7 @@ from svdq_cli.formats import format_named
 from svdq_cli.formats.contract import Format
 from svdq_cli.journal import solved_bytes
 from svdq_cli.locate import default_resolution, locate_base, locate_file, locate_source
+from svdq_cli.parallel import ALONE, Team
 from svdq_cli.plan import Inventory, Observation, plan_model, restricted, take_inventory, watch
 from svdq_cli.recipe import DEFAULT_RANK, Calibration, DatasetPrompts, Recipe, find_prompts, find_source
 from svdq_cli.records import (
@@ -56,6 +57,7 @@ class RunOptions:
     resume: bool = False  # go on with the work that is kept there
     max_ram: int | None = None  # bytes this process may take; None: what the machine has free
     max_vram: int | None = None  # the same of the GPU's memory
+    team: Team = ALONE  # the processes that share the work
 
 
 DEFAULT_OPTIONS = RunOptions()

@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import zip_longest
 from typing import cast
 
 import torch
@@ -16,6 +15,7 @@ from svdq_cli.calibrate.artefact import Calibration
 from svdq_cli.errors import InputError
 from svdq_cli.journal import LAYERS, SolvedLayers, WorkFolder, quoted, report_json, report_of_json
 from svdq_cli.machine import on_device
+from svdq_cli.parallel import ALONE, Team
 from svdq_cli.preparing import Prepared
 from svdq_cli.records import (
     ActivationStats,
@@ -27,9 +27,13 @@ from svdq_cli.records import (
     Observer,
     SharedInput,
 )
+from svdq_cli.solve.costs import NOMINAL, solve_work
 from svdq_cli.solve.forward import SourceWeight
 from svdq_cli.solve.linear import SolvedInput, solve_input
 from svdq_cli.source import Source, TensorEntry, read_tensor
+from svdq_cli.working import wait_for_files
+
+LEFT = "left"  # topic: the inputs that are still to be solved
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +45,12 @@ class Statistics:
 
     def __call__(self, name: str) -> ActivationStats:
         return self.of.stats(name) if isinstance(self.of, Calibration) else self.of[name]
+
+    def rows(self, name: str) -> int:
+        """How many rows an input has."""
+        if isinstance(self.of, Calibration):
+            return next((entry.rows for entry in self.of.manifest.inputs if entry.name == name), 0)
+        return self.of[name].rows.shape[0]
 
 
 def solve_model(
@@ -62,14 +72,50 @@ def solve_into(
     statistics: Statistics | None,
     device: torch.device,
     observe: Observer,
+    *,
+    team: Team = ALONE,
 ) -> int:
-    """Every layer that the work folder does not hold yet. Returns how many it held."""
+    """Every layer that the work folder does not hold yet. Returns how many it held. Other processes take their part of
+    the layers in `solve_share`."""
     left = [shared for shared in prepared.plan.inputs if not _is_finished(work, shared, observe)]
     held = len(prepared.plan.layers) - sum(len(shared.layers) for shared in left)
-    for shared, solved in _observed(prepared, _solved(prepared, statistics, left, device), held, observe):
-        reports = [report_json(report) for report in solved.reports]
-        work.keep(LAYERS, shared.name, (*solved.w4a4, *solved.w4a16), {"reports": reports})
+    if team.size > 1:
+        left = _longest_first(left, prepared, statistics)
+        team.tell(LEFT, {"inputs": [shared.name for shared in left]})
+    mine = team.claims(LEFT, left)
+    for shared, solved in _observed(prepared, _solved(prepared, statistics, mine, device), held, observe):
+        _keep(work, shared, solved)
+    team.gather(LEFT)
+    wait_for_files(work.path, lambda: [each.name for each in left if not work.has(LAYERS, each.name)])
     return held
+
+
+def solve_share(
+    work: WorkFolder, prepared: Prepared, statistics: Statistics | None, device: torch.device, team: Team
+) -> None:
+    """What a process other than the first does of `solve_into`."""
+    inputs = {shared.name: shared for shared in prepared.plan.inputs}
+    left = [inputs[name] for name in cast("list[str]", team.hear(LEFT)["inputs"])]
+    for shared, solved in _solved(prepared, statistics, team.claims(LEFT, left), device):
+        _keep(work, shared, solved)
+    team.done(LEFT)
+
+
+def _keep(work: WorkFolder, shared: SharedInput, solved: SolvedInput) -> None:
+    reports = [report_json(report) for report in solved.reports]
+    work.keep(LAYERS, shared.name, (*solved.w4a4, *solved.w4a16), {"reports": reports})
+
+
+def _longest_first(
+    inputs: Sequence[SharedInput], prepared: Prepared, statistics: Statistics | None
+) -> list[SharedInput]:
+    plans = {layer.name: layer for layer in prepared.plan.layers}
+
+    def cost(shared: SharedInput) -> float:
+        rows = statistics.rows(shared.name) if statistics else 0
+        return NOMINAL.seconds(solve_work(shared, plans, prepared.settings, rows=rows))
+
+    return sorted(inputs, key=cost, reverse=True)
 
 
 def solved_layers(plan: ModelPlan, work: WorkFolder) -> tuple[SolvedLayers, list[LayerReport]]:
@@ -81,7 +127,7 @@ def solved_layers(plan: ModelPlan, work: WorkFolder) -> tuple[SolvedLayers, list
 
 
 def _solved(
-    prepared: Prepared, statistics: Statistics | None, inputs: Sequence[SharedInput], device: torch.device
+    prepared: Prepared, statistics: Statistics | None, inputs: Iterable[SharedInput], device: torch.device
 ) -> Iterator[tuple[SharedInput, SolvedInput]]:
     """One input after the other, solved on `device` and brought back to the CPU."""
     plans = {layer.name: layer for layer in prepared.plan.layers}
@@ -165,7 +211,7 @@ def source_weight(source: Source, plan: LayerPlan, device: torch.device) -> Sour
 
 
 def _prefetched(
-    source: Source, plans: Mapping[str, LayerPlan], inputs: Sequence[SharedInput]
+    source: Source, plans: Mapping[str, LayerPlan], inputs: Iterable[SharedInput]
 ) -> Iterator[tuple[SharedInput, Mapping[str, RawWeight]]]:
     """Every input with its weights; while one is solved, a thread reads the next."""
 
@@ -174,12 +220,15 @@ def _prefetched(
 
     reader = ThreadPoolExecutor(1, thread_name_prefix="read")
     try:
-        coming = reader.submit(read, inputs[0]) if inputs else None
-        for shared, following in zip_longest(inputs, inputs[1:]):
-            assert coming is not None
+        waiting = iter(inputs)
+        shared = next(waiting, None)
+        coming = reader.submit(read, shared) if shared else None
+        while shared is not None and coming is not None:
             weights = coming.result()
+            following = next(waiting, None)
             coming = reader.submit(read, following) if following else None
             yield shared, weights
+            shared = following
     finally:
         reader.shutdown(wait=True, cancel_futures=True)
 

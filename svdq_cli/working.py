@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from svdq_cli.journal import Identity, WorkFolder, open_work
 from svdq_cli.preparing import RunOptions
 from svdq_cli.records import Event, Observer
 from svdq_cli.writing import disk_errors
+
+VISIBLE_WITHIN = 90.0  # seconds; NFS looks again after 60 at the latest
 
 
 @contextmanager
@@ -61,6 +64,19 @@ def kept_work(
 def work_beside(output: Path, options: RunOptions) -> Path:
     """Where a job's work lies: hidden beside its (first) output, unless the user says where."""
     return options.work or output.with_name(f".{output.name}.work")
+
+
+def wait_for_files(folder: Path, missing: Callable[[], Sequence[object]]) -> None:
+    """Until other processes' files are there: a shared file system may show them late. InputError if they never are."""
+    until = time.monotonic() + VISIBLE_WITHIN
+    while names := missing():
+        if time.monotonic() > until:
+            raise InputError(
+                f"{folder}: what another process made of {names[0]} is not here",
+                hint="all processes need one work folder: put the output, or --work, on a shared file system",
+                where=str(folder),
+            )
+        time.sleep(1)
 
 
 def _fails_again(error: BaseException, work: WorkFolder) -> bool:

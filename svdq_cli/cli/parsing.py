@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,6 +43,34 @@ def _size(option: str, text: str | None) -> int | None:
     if text is not None and size is None:
         raise UsageError(f"{option} {text}: not a size", hint=SIZE_HINT, where=option)
     return size
+
+
+@contextmanager
+def shared_run(options: RunOptions, *, several: bool) -> Iterator[RunOptions]:
+    """The options of this process among those that a launcher (torchrun) started: its team, and a GPU of its own.
+
+    `several`: whether more than one recipe is given; these are converted by one process.
+    """
+    from dataclasses import replace
+
+    from svdq_cli.errors import UsageError
+    from svdq_cli.parallel import joined, launched, local_rank
+
+    if several and launched():
+        raise UsageError(
+            "several processes convert one model at a time, and several recipes are given",
+            hint="start them once for each recipe",
+        )
+    with joined() as team:
+        own_gpu = launched() and options.device in ("auto", "cuda") and _has_gpu()
+        device = f"cuda:{local_rank()}" if own_gpu else options.device
+        yield replace(options, team=team, device=device)
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def recipe_for(source: str, *, options: RunOptions, **given: object) -> tuple[Recipe, RunOptions]:

@@ -13,16 +13,19 @@ from typing import TextIO
 
 from svdq_cli.cli.printable import printable
 from svdq_cli.errors import UsageError
+from svdq_cli.parallel import ALONE, Team
 from svdq_cli.records import Event, Observer
 
 PLAIN_INTERVAL = 5.0  # seconds between plain lines of one stage
 
 
 @contextmanager
-def progress(*, quiet: bool, verbose: bool, events: Path | None) -> Iterator[Observer]:
-    """An observer that shows events on stderr and writes them to `events`."""
+def progress(*, quiet: bool, verbose: bool, events: Path | None, team: Team = ALONE) -> Iterator[Observer]:
+    """An observer that shows events on stderr and writes them to `events`; of a team, the first process alone does."""
     with ExitStack() as stack:
         observers: list[Observer] = []
+        if not team.leads:
+            quiet, events = True, None
         if events is not None:
             observers.append(_json_lines(stack.enter_context(_opened(events))))
         if not quiet:

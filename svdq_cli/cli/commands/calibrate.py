@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from svdq_cli.cli import options as opt
-from svdq_cli.cli.parsing import override, recipe_for, run_options
+from svdq_cli.cli.parsing import override, recipe_for, run_options, shared_run
 
 
 def calibrate(
@@ -34,6 +34,7 @@ def calibrate(
     from svdq_cli.cli import render
     from svdq_cli.cli.progress import progress
     from svdq_cli.pipeline import calibrate as run_calibrate
+    from svdq_cli.sharing import share_calibrate
     from svdq_cli.starting import with_default_calibration
 
     how = run_options(device, overwrite, work=work, resume=resume, max_ram=max_ram, max_vram=max_vram)
@@ -48,6 +49,12 @@ def calibrate(
         batch_size=batch_size,
         seed=seed,
     )
-    with progress(quiet=quiet, verbose=verbose, events=events) as observe:
+    with (
+        shared_run(run, several=False) as run,
+        progress(quiet=quiet, verbose=verbose, events=events, team=run.team) as observe,
+    ):
+        if not run.team.leads:
+            share_calibrate(recipe, options=run)
+            return
         report = run_calibrate(recipe, out, options=run, observe=observe)
     render.show(report, json=json)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from svdq_cli.cli import options as opt
-from svdq_cli.cli.parsing import rank_of, recipe_for, run_options
+from svdq_cli.cli.parsing import rank_of, recipe_for, run_options, shared_run
 
 if TYPE_CHECKING:
     from svdq_cli.records import ConvertReport, PlanReport
@@ -63,6 +63,7 @@ def convert(
     from svdq_cli.cli.summary import append_summary
     from svdq_cli.pipeline import convert as run_convert
     from svdq_cli.pipeline import predict
+    from svdq_cli.sharing import share_convert
     from svdq_cli.starting import outputs_of
 
     given: dict[str, object] = {
@@ -84,7 +85,15 @@ def convert(
         "fail_if": fail_if,
     }
     how = run_options(device, overwrite, work=work, resume=resume, max_ram=max_ram, max_vram=max_vram)
-    with progress(quiet=quiet or plan, verbose=verbose, events=events) as observe:
+    with (
+        shared_run(how, several=len(sources) > 1) as how,
+        progress(quiet=quiet or plan, verbose=verbose, events=events, team=how.team) as observe,
+    ):
+        if not how.team.leads:
+            if not plan:
+                recipe, run = recipe_for(sources[0], options=how, **given)
+                share_convert(recipe, calibration=calib, options=run)
+            return
 
         def convert_one(source: str) -> ConvertReport | PlanReport:
             recipe, run = recipe_for(source, options=how, **given)

@@ -1,0 +1,151 @@
+"""What solving one shared input costs: operations by kind, and the memory that is alive at the peak.
+
+Counts follow the code of this room step by step; N out features of all layers of the input, n of its largest layer,
+K in features, M calibration rows, R rank. Tests hold them against what torch allocates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from svdq_cli.records import LayerPlan, SharedInput, SolveSettings, W4A4Plan, W4A16Plan
+from svdq_cli.solve.improve import HELD_OUT, LEAST_ROWS
+from svdq_cli.solve.linear import SEARCH_POWER_ITERATIONS, SEARCH_ROWS
+from svdq_cli.solve.low_rank import OVERSAMPLE, POWER_ITERATIONS
+from svdq_cli.solve.smoothing import GRID
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Counts of operations that run at rates of their own."""
+
+    matmul: float = 0.0  # floating point operations of large products, float32
+    sketch: float = 0.0  # the same of the randomized SVD: products with few columns, and their QR
+    quantized: float = 0.0  # numbers rounded to nearest, scales included
+    compared: float = (
+        0.0  # numbers of a rebuilt weight, or of an output, that are compared with the exact ones
+    )
+    gptq: float = 0.0  # weights rounded one column after the other
+    factored: float = 0.0  # K^3 of every float64 Cholesky factor or inverse
+    learned: float = 0.0  # K of every step that learns the smoothing factor
+
+    def __add__(self, other: Work) -> Work:
+        return Work(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
+
+    def __mul__(self, count: float) -> Work:
+        return Work(*(getattr(self, name) * count for name in self.__dataclass_fields__))
+
+
+def solve_work(
+    shared: SharedInput, plans: Mapping[str, LayerPlan], settings: SolveSettings, *, rows: int
+) -> Work:
+    """All steps of `solve_input`. `rows`: calibration rows, 0 for data-free."""
+    total = Work()
+    branches = [
+        [plan for name in part if isinstance(plan := plans[name], W4A4Plan)] for part in shared.branches
+    ]
+    branches = [members for members in branches if members]
+    if branches:
+        width = branches[0][0].linear.in_features
+        shapes = [(sum(p.linear.out_features for p in members), members[0].rank) for members in branches]
+        total += _w4a4_work(shapes, width, settings, rows)
+    for name in shared.layers:
+        if isinstance(plan := plans[name], W4A16Plan):
+            total += _w4a16_work(plan, settings, rows)
+    return total
+
+
+Shapes = list[tuple[int, int]]  # of every branch: N, R
+
+
+def _w4a4_work(shapes: Shapes, width: int, settings: SolveSettings, rows: int) -> Work:
+    n = sum(count for count, _ in shapes)
+    size = n * width
+    final = _split(shapes, width, POWER_ITERATIONS) + Work(quantized=size)
+    report = Work(compared=size) + (_output(n, width, rows) if rows else Work())
+    if not rows:
+        return final + report
+    search = min(rows, SEARCH_ROWS)
+    point = _split(shapes, width, SEARCH_POWER_ITERATIONS) + Work(
+        matmul=4 * search * size, quantized=size + search * width
+    )
+    points = len(GRID) if settings.smoothing == "grid" else 0
+    total = point * points + Work(matmul=2 * search * size if points else 0) + final + report
+    if settings.steps and rows >= LEAST_ROWS:
+        judge = rows // HELD_OUT
+        train = rows - judge
+        total += _output(n, width, judge) * (1 + len(settings.steps))
+        for step in settings.steps:
+            total += _step_work(step, shapes, width, train, final)
+    return total
+
+
+def _step_work(step: str, shapes: Shapes, width: int, train: int, final: Work) -> Work:
+    n = sum(count for count, _ in shapes)
+    size = n * width
+    match step:
+        case "learned":
+            branches = _split(shapes, width, SEARCH_POWER_ITERATIONS) * 2
+            return Work(matmul=2 * train * size, learned=width) + branches + final
+        case "gptq":
+            update = size * width  # each block of columns is taken from all that follow
+            return Work(
+                matmul=2 * train * width**2 + update,
+                quantized=train * width,
+                gptq=size,
+                factored=3 * width**3,
+            )
+        case _:  # refit
+            products = 8 * train * size + 2 * train * width**2 + 3 * width * size
+            return Work(matmul=products, quantized=train * width + size, factored=width**3) + _split(
+                shapes, width, POWER_ITERATIONS
+            )
+
+
+def _w4a16_work(plan: W4A16Plan, settings: SolveSettings, rows: int) -> Work:
+    n, width = plan.linear.out_features, plan.linear.in_features
+    report = Work(compared=n * width) + (_output(n, width, rows) if rows else Work())
+    if rows and "gptq" in settings.steps:
+        solved = Work(matmul=2 * rows * width**2 + n * width**2, gptq=2 * n * width, factored=3 * width**3)
+    else:
+        solved = Work(quantized=16 * n * width)  # two grids, eight ranges each
+    return solved + report
+
+
+def _output(n: int, width: int, rows: int) -> Work:
+    """The exact and the quantized output of rows, and their difference."""
+    return Work(matmul=4 * rows * n * width, quantized=rows * width, compared=rows * n)
+
+
+def _split(shapes: Shapes, width: int, power_iterations: int) -> Work:
+    """The randomized SVD of every branch, and the product of its factors."""
+    total = Work()
+    for n, rank in shapes:
+        columns = min(rank + OVERSAMPLE, n, width)
+        products = (2 * power_iterations + 2) * 2 * n * width * columns
+        bases = ((power_iterations + 1) * n + (power_iterations + 2) * width) * 4 * columns**2
+        total += Work(sketch=products + bases, matmul=2 * n * width * rank)
+    return total
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """How much of each kind of work a machine does in a second."""
+
+    matmul: float
+    sketch: float
+    quantized: float
+    compared: float
+    gptq: float
+    factored: float
+    learned: float
+
+    def seconds(self, work: Work) -> float:
+        return sum(getattr(work, name) / getattr(self, name) for name in self.__dataclass_fields__)
+
+
+# One core of a server of 2022, rounded. Good for comparing layers with each other, not for telling the time.
+NOMINAL = Rates(
+    matmul=50e9, sketch=20e9, quantized=100e6, compared=50e6, gptq=5e6, factored=15e9, learned=10e3
+)
