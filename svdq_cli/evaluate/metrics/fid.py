@@ -42,6 +42,6 @@ def load_fid(device: torch.device, *, pictures: int) -> Fid:
         for reference, other in pairs:
             distance.update(rgb_batch(reference).to(device), real=True)
             distance.update(rgb_batch(other).to(device), real=False)
-        return float(distance.compute())
+        return max(0.0, float(distance.compute()))  # rounding may leave a little less than 0
 
     return fid

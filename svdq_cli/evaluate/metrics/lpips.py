@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -25,7 +26,9 @@ def load_lpips(device: torch.device) -> PairMetric:
     require_package("torchvision", metric="LPIPS", install=_INSTALL)
     package = require_package("lpips", metric="LPIPS", install=_INSTALL)
     require_weights(hub_checkpoint(_BACKBONE), metric="LPIPS", fetch=_FETCH)
-    network = package.LPIPS(net="alex", verbose=False).to(device).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # lpips asks torchvision for weights the old way
+        network = package.LPIPS(net="alex", verbose=False).to(device).eval()
 
     @torch.no_grad()
     def lpips(reference: Sequence[Image], other: Sequence[Image]) -> list[float]:

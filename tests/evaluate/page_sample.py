@@ -1,0 +1,59 @@
+"""A page with every part filled, for the tests that read it and the one that opens it in a browser."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from PIL import Image
+
+from svdq_cli.evaluate.gallery import Gallery, keep_picture, open_gallery
+from svdq_cli.evaluate.page import (
+    Chapter,
+    Figure,
+    LayerRow,
+    Page,
+    Plot,
+    Table,
+    Way,
+    show_pictures,
+)
+
+HOSTILE = "</script><script>alert(1)</script> <img src=x onerror=alert(2)> \"quoted\" 'too' & \x07 \u202egnp"
+WAYS = (Way("16bit", "16-bit"), Way("converted", "SVDQuant int4"), Way("rtn", "naive 4-bit"))
+SVG = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 9"><text x="1" y="8">rank</text></svg>'
+
+
+def gallery_of(folder: Path, count: int, side: int = 24) -> Gallery:
+    """Flat pictures: the 16-bit ones dark, the others redder."""
+    gallery = open_gallery(folder, {}, [str(i) for i in range(count)], overwrite=False)
+    for index in range(count):
+        for level, way in enumerate(WAYS):
+            keep_picture(gallery, way.key, index, Image.new("RGB", (side, side), (100 * level, index, 90)))
+    return gallery
+
+
+def page_of(gallery: Gallery, text: str, *, count: int = 1) -> Page:
+    """Two chapters; every place that holds text from outside holds `text`."""
+    figures = [{way.key: text for way in WAYS[1:]}] * count
+    shown = show_pictures(gallery, WAYS, [(i, text, 7) for i in range(count)], figures)
+    table = Table(text, (text, text), ((text, text),), text)
+    chapters = [
+        Chapter(
+            key=key,
+            title=text,
+            verdict=text,
+            figures=[Figure(text, text, text)],
+            ways=WAYS,
+            scores=table,
+            missing={text: text},
+            shown=shown,
+            shown_note=text,
+            plots=[Plot(text, SVG, text)],
+            tables=[table],
+            layers=[LayerRow(text, text, "16", "20.1", 0.5, text)] * 20,
+            recipe=text,
+            provenance=table,
+        )
+        for key in ("one", "two")
+    ]
+    return Page(text, text, chapters, [table], text)
