@@ -12,8 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
+from svdq_cli.evaluate.gallery import keep_picture, open_gallery
 from svdq_cli.evaluate.page import render_page, show_pictures
-from svdq_cli.evaluate.page.pictures import data_uri, difference_map
+from svdq_cli.evaluate.page.pictures import SIDES, data_uri, difference_map
 from tests.evaluate.page_sample import HOSTILE, WAYS, gallery_of, page_of
 
 
@@ -112,13 +113,26 @@ def test_small_pictures_are_shown_bit_for_bit_and_large_ones_bounded():
 
 
 def test_pictures_stop_at_the_budget(tmp_path: Path):
-    gallery = gallery_of(tmp_path / "run", 6)
+    gallery = gallery_of(tmp_path / "run", 6)  # so small that no size makes them smaller
     figures = [{way.key: "" for way in WAYS[1:]}] * 6
     prompts = [(i, "a prompt", i) for i in range(6)]
     everything = show_pictures(gallery, WAYS, prompts, figures)
     bytes_of_one = sum(map(len, (*everything[0].pictures.values(), *everything[0].differences.values())))
     some = show_pictures(gallery, WAYS, prompts, figures, budget=3 * bytes_of_one + bytes_of_one // 2)
     assert (len(everything), len(some)) == (6, 3)
+
+
+def test_pictures_are_reduced_before_any_is_left_out(tmp_path: Path):
+    gallery = open_gallery(tmp_path / "run", {}, ["a prompt"], overwrite=False)
+    for way in WAYS:
+        keep_picture(gallery, way.key, 0, Image.effect_noise((600, 600), 60))
+    arguments = (gallery, WAYS, [(0, "a prompt", 0)], [{way.key: "" for way in WAYS[1:]}])
+    (large,) = show_pictures(*arguments)
+    budget = sum(map(len, (*large.pictures.values(), *large.differences.values()))) // 2
+    (reduced,) = show_pictures(*arguments, budget=budget)
+    assert decoded(large.pictures["16bit"]).size == (512, 512)
+    assert decoded(reduced.pictures["16bit"]).width in SIDES[1:]
+    assert (reduced.width, reduced.height) == (600, 600)  # what was drawn
 
 
 def test_a_difference_map_is_dark_where_pictures_agree_and_bright_where_they_do_not():

@@ -12,8 +12,11 @@ from svdq_cli.evaluate.gallery import Gallery, read_picture
 from svdq_cli.evaluate.page.content import Shown, Way
 
 PAGE_PICTURE_BYTES = 16_000_000  # of all data URIs of a page: what a phone still opens at once
-SIDE = 512  # pixels; larger pictures are reduced
-DIFFERENCE_SIDE = 256
+SIDES = (
+    512,
+    384,
+    288,
+)  # pixels; larger pictures are reduced to the first of them at which all fit into the budget
 GAIN = 8  # of difference maps: 32 levels of 255 are full brightness
 _LOSSLESS_SIDE = 128  # pixels; smaller pictures are shown bit for bit
 _QUALITY = 88
@@ -32,17 +35,22 @@ def show_pictures(
     *,
     budget: int = PAGE_PICTURE_BYTES,
 ) -> list[Shown]:
-    """The pictures of `prompts` (index, prompt, seed), in this order, as far as `budget` bytes go.
+    """The pictures of `prompts` (index, prompt, seed), in this order: all where `budget` bytes allow it, else as many
+    as fit in the smallest size.
 
     The first of `ways` is the one that the others are compared with. `figures`: for each prompt, a text by way.
     """
     shown: list[Shown] = []
-    spent = 0
-    for item in _encoded(gallery, ways, prompts, figures):
-        spent += sum(map(len, (*item.pictures.values(), *item.differences.values())))
-        if spent > budget:
+    for side in SIDES:
+        shown = []
+        spent = 0
+        for item in _encoded(gallery, ways, prompts, figures, side):
+            spent += sum(map(len, (*item.pictures.values(), *item.differences.values())))
+            if spent > budget:
+                break
+            shown.append(item)
+        if len(shown) == len(prompts):
             break
-        shown.append(item)
     return shown
 
 
@@ -51,6 +59,7 @@ def _encoded(
     ways: Sequence[Way],
     prompts: Sequence[tuple[int, str, int]],
     figures: Sequence[dict[str, str]],
+    side: int,
 ) -> Iterator[Shown]:
     for (index, prompt, seed), said in zip(prompts, figures, strict=True):
         drawn = {way.key: read_picture(gallery, way.key, index) for way in ways}
@@ -60,9 +69,9 @@ def _encoded(
             seed=seed,
             width=reference.width,
             height=reference.height,
-            pictures={key: data_uri(picture) for key, picture in drawn.items()},
+            pictures={key: data_uri(picture, side=side) for key, picture in drawn.items()},
             differences={
-                way.key: data_uri(difference_map(reference, other), side=DIFFERENCE_SIDE)
+                way.key: data_uri(difference_map(reference, other), side=side // 2)
                 for way, other in zip(ways[1:], others, strict=True)
             },
             figures=said,
@@ -77,7 +86,7 @@ def difference_map(a: Image.Image, b: Image.Image) -> Image.Image:
     return ImageOps.colorize(amplified, black=_RAMP[0], white=_RAMP[2], mid=_RAMP[1])
 
 
-def data_uri(picture: Image.Image, *, side: int = SIDE) -> str:
+def data_uri(picture: Image.Image, *, side: int = SIDES[0]) -> str:
     """WebP: lossless where the picture is small, else reduced to `side` pixels and lossy."""
     lossless = max(picture.size) <= _LOSSLESS_SIDE
     if max(picture.size) > side:
