@@ -30,7 +30,7 @@ from svdq_cli.judging import JudgedLayers, judge_layers, keep_layers, kept_layer
 from svdq_cli.loading import choose_backend, compute_dtype, load_16bit_pipeline, load_pipeline
 from svdq_cli.machine import resolve_device
 from svdq_cli.preparing import DEFAULT_OPTIONS, RunOptions, chosen_prompts, draw_settings, source_of
-from svdq_cli.recipe import Recipe, figure_of
+from svdq_cli.recipe import Recipe, figure_of, section_of
 from svdq_cli.records import (
     BaselineFacts,
     EvalReport,
@@ -340,9 +340,15 @@ def _always(scores: Scores, metric: str) -> Summary:
 
 
 def _gated(report: EvalReport, recipe: Recipe) -> EvalReport:
+    """A gate on a figure that could not be measured is missed: nobody knows that it holds."""
     plain = to_json(report)
-    figures = {gate: figure_of(gate, plain) for gate in recipe.gates}
-    missed = tuple(
-        f"{gate} (is {v:.4g})" for gate, v in figures.items() if v is not None and not gate.holds(v)
-    )
-    return replace(report, status="gate-missed", gates_missed=missed) if missed else report
+    missed: list[str] = []
+    for gate in recipe.gates:
+        value, section = figure_of(gate, plain), section_of(gate)
+        if value is not None and not gate.holds(value):
+            missed.append(f"{gate} (is {value:.4g})")
+        elif section in plain and plain[section] is None:
+            missed.append(f"{gate} (not measured: {report.missing.get(section, 'no such figure')})")
+    if not missed:
+        return report
+    return replace(report, status="gate-missed", gates_missed=tuple(missed))

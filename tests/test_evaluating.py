@@ -15,7 +15,7 @@ from svdq_cli.drawing import evaluation_recipe
 from svdq_cli.errors import UsageError
 from svdq_cli.evaluating import evaluate
 from svdq_cli.preparing import RunOptions
-from svdq_cli.recipe import Recipe
+from svdq_cli.recipe import Recipe, parse_fail_if
 from svdq_cli.records import EvalReport, Event, to_json
 
 CPU = RunOptions(device="cpu")
@@ -100,6 +100,16 @@ def test_more_samples_draw_only_the_new_ones_and_other_settings_are_refused(
     with pytest.raises(UsageError, match=r'settings .*"steps": 2.*"steps": 3'):
         evaluate(checkpoint, steps, report_folder=folder, options=CPU)
     assert (folder / "16bit" / "0000.png").stat().st_mtime_ns == first
+
+
+def test_a_gate_on_a_figure_that_is_not_measured_is_missed(checkpoint: Path, recipe: Recipe):
+    gates = tuple(
+        map(parse_fail_if, ("fid>50", "ssim<0.1", "size_ratio<50"))
+    )  # the last is no figure of eval
+    report = evaluate(checkpoint, recipe.model_copy(update={"gates": gates}), options=CPU)
+    (missed,) = report.gates_missed
+    assert report.status == "gate-missed"
+    assert missed.startswith("fid <= 50 (not measured: FID of 2 pictures means nothing")
 
 
 def test_an_evaluation_without_a_folder_leaves_nothing_behind(

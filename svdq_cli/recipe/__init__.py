@@ -3,7 +3,7 @@
 This is the room's door; everything else in it is private to the room.
 """
 
-from svdq_cli.recipe.gates import Gate, figure_of, parse_fail_if, parse_gate
+from svdq_cli.recipe.gates import Gate, figure_of, parse_fail_if, parse_gate, section_of
 from svdq_cli.recipe.model import (
     DEFAULT_EFFORT,
     DEFAULT_RANK,
@@ -68,5 +68,6 @@ __all__ = [
     "parse_recipe",
     "recipe_template",
     "resolved",
+    "section_of",
     "with_overrides",
 ]

@@ -93,6 +93,11 @@ def parse_fail_if(text: str) -> Gate:
     return Gate(gate.metric, _OPPOSITE[gate.operator], gate.bound)
 
 
+def section_of(gate: Gate) -> str:
+    """The report's key under which a gate's figure stands: "lpips" for `lpips.max`."""
+    return METRICS[gate.metric].partition(".")[0]
+
+
 def figure_of(gate: Gate, report: Mapping[str, object]) -> float | None:
     """The figure a gate speaks of, from a report's JSON object; None when this report has no such figure."""
     *sections, last = METRICS[gate.metric].split(".")
