@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from torch import Tensor
 
@@ -14,6 +15,9 @@ from svdq_cli.errors import InputError, UsageError
 from svdq_cli.records import LoraKey, W4A4Plan, W4A16Plan
 from svdq_cli.source.adapter_names import ModelShapes
 from svdq_cli.source.adapters import AdaptedLayer, Adapter, StoredChange, read_adapter
+
+# What becomes of a W4A16 layer that a LoRA changes: a 16-bit layer, what it was, or a layer with a branch of its own
+W4A16Choice = Literal["dense", "skip", "branch"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +55,7 @@ def read_loras(checkpoint: Checkpoint, loras: Sequence[tuple[Path, float]]) -> t
     return tuple(GivenLora(read_adapter(path, model), weight) for path, weight in loras)
 
 
-def plan_edits(checkpoint: Checkpoint, loras: Sequence[GivenLora], *, skip_w4a16: bool) -> Edits:
+def plan_edits(checkpoint: Checkpoint, loras: Sequence[GivenLora], *, w4a16: W4A16Choice) -> Edits:
     """Raises UsageError where the checkpoint's format has no place for what a LoRA changes."""
     plans = {plan.name: plan for plan in checkpoint.layers}
     branches: dict[str, list[Contribution]] = defaultdict(list)
@@ -70,14 +74,14 @@ def plan_edits(checkpoint: Checkpoint, loras: Sequence[GivenLora], *, skip_w4a16
         for name, added in lora.adapter.biases.items():
             _require_bias(checkpoint, lora, name)
             biases[name] = biases.get(name, 0) + lora.weight * added
-    skipped = frozenset(modulations) if skip_w4a16 else frozenset[str]()
-    if modulations - skipped and not checkpoint.format.own_names:
+    skipped = frozenset(modulations if w4a16 == "skip" else ())
+    if modulations and w4a16 == "dense" and not checkpoint.format.own_names:
         raise _no_place_for_modulation(checkpoint, min(modulations))
     return Edits(
         branches=dict(branches),
         weights={name: found for name, found in weights.items() if layer_of(name) not in skipped},
         biases={name: added for name, added in biases.items() if layer_of(name) not in skipped},
-        dense=frozenset(modulations) - skipped,
+        dense=frozenset(modulations if w4a16 == "dense" else ()),
         skipped=skipped,
     )
 
@@ -89,7 +93,7 @@ def table_of(
     errors: Mapping[tuple[Path, str], float],
 ) -> tuple[LoraKey, ...]:
     """What became of every layer of every file. `errors`: by file and layer, what had to be cut to a rank."""
-    planned = {plan.name for plan in checkpoint.layers if isinstance(plan, W4A4Plan)}
+    planned = {plan.name for plan in checkpoint.layers if plan.name not in edits.dense}
     rows: list[LoraKey] = []
     for lora in loras:
         file = lora.adapter.path

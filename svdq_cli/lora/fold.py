@@ -69,15 +69,17 @@ def fold(
     refuse_existing(out, overwrite=options.overwrite)
     checkpoint = open_sound(path)
     given = read_loras(checkpoint, loras)
-    edits = plan_edits(checkpoint, given, skip_w4a16=settings.skip_w4a16)
+    edits = plan_edits(checkpoint, given, w4a16="skip" if settings.skip_w4a16 else "dense")
     joined = join_loras(
-        checkpoint, edits, max_rank=settings.max_rank, approximate_rank=settings.approximate_rank
+        checkpoint,
+        edits,
+        max_rank=settings.max_rank,
+        approximate_rank=settings.approximate_rank,
+        one_rank=checkpoint.format.one_rank,
     )
     target = new_target(checkpoint, edits, joined)
     require_disk({out: target.bytes(checkpoint.state)})
-    facts = tuple(
-        LoraFacts(lora.adapter.path.name, lora.weight, file_sha256(lora.adapter.path)) for lora in given
-    )
+    facts = facts_of(given)
     observe(Event("start", "fold", 0, 1))
     with whole_output(out, overwrite=options.overwrite) as partial:
         weights = _write(partial, checkpoint, target, edits, joined, facts)
@@ -105,6 +107,13 @@ def fold(
         report_path(out, target.format).write_text(json_text(report) + "\n", encoding="utf-8")
     observe(Event("end", "fold", 1, 1, seconds=seconds))
     return report
+
+
+def facts_of(given: Sequence[GivenLora]) -> tuple[LoraFacts, ...]:
+    """What reports and files say of the LoRAs."""
+    return tuple(
+        LoraFacts(lora.adapter.path.name, lora.weight, file_sha256(lora.adapter.path)) for lora in given
+    )
 
 
 def open_sound(path: Path) -> Checkpoint:

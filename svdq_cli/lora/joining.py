@@ -64,9 +64,17 @@ class JoinedBranches:
 
 
 def join_loras(
-    checkpoint: Checkpoint, edits: Edits, *, max_rank: int | None, approximate_rank: int
+    checkpoint: Checkpoint,
+    edits: Edits,
+    *,
+    max_rank: int | None,
+    approximate_rank: int,
+    one_rank: bool,
 ) -> JoinedBranches:
-    """What the LoRAs add to every group, and the ranks that follow. UsageError for ranks that no kernel reads."""
+    """What the LoRAs add to every group, and the ranks that follow. `one_rank`: all layers get that of the widest.
+
+    UsageError for ranks that no kernel reads.
+    """
     _require_max_rank(checkpoint, max_rank)
     groups = groups_of(checkpoint)
     cut: dict[tuple[Path, str], float] = {}
@@ -78,7 +86,7 @@ def join_loras(
         group[0].name: _new_rank(group[0].rank, added[group[0].name], max_rank)
         for group in dict.fromkeys(groups.values())
     }
-    if checkpoint.format.one_rank:
+    if one_rank:
         ranks = dict.fromkeys(ranks, max(ranks.values(), default=0))
     _require_rank(ranks)
     by_layer = {name: ranks[group[0].name] for name, group in groups.items()}

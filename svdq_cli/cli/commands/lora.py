@@ -33,6 +33,12 @@ def lora(
             "--skip-w4a16", help="Leave modulation layers as they are, whatever a LoRA says of them."
         ),
     ] = False,
+    to: Annotated[
+        str | None,
+        typer.Option(
+            "--format", metavar="nunchaku", help="Write a LoRA file for Nunchaku's FLUX.1 engine instead."
+        ),
+    ] = None,
     overwrite: opt.Overwrite = False,
     json: opt.Json = False,
     events: opt.EventsFile = None,
@@ -42,10 +48,22 @@ def lora(
     """Fold LoRAs into the low-rank branch of a checkpoint, without quantizing again."""
     from svdq_cli.cli import render
     from svdq_cli.cli.progress import progress
+    from svdq_cli.errors import UsageError
     from svdq_cli.lora.fold import FoldSettings, fold
+    from svdq_cli.lora.standalone import write_nunchaku_lora
     from svdq_cli.starting import lora_files
 
     settings = FoldSettings(max_rank, approximate_rank, skip_w4a16)
+    if to not in (None, "nunchaku"):
+        raise UsageError(
+            f"--format {to}: LoRA files are written for nunchaku only",
+            hint="leave --format out: the folded checkpoint keeps its format; svdq export changes it",
+        )
+    if to is not None:
+        options = run_options("cpu", overwrite)
+        written = write_nunchaku_lora(checkpoint, lora_files(loras), out, settings=settings, options=options)
+        render.show(written, json=json, verbose=verbose)
+        return
     with progress(quiet=quiet, verbose=verbose, events=events) as observe:
         report = fold(
             checkpoint,
