@@ -27,8 +27,8 @@ from svdq_cli.demo.denoiser import image_ids, pack
 from svdq_cli.demo.pencil import render_in_pencil
 from svdq_cli.demo.schedule import learning_rate
 from svdq_cli.demo.world import Scene, caption_of, is_held_out, sample_scene
-from svdq_cli.locate import locate_source
 
+MODEL = Path(__file__).parent / "model"
 RANK = 4
 PEAK = 4e-3  # learning rate
 WARMUP = 50  # steps
@@ -85,7 +85,7 @@ def encoded(pipe: FluxPipeline, captions: list[str]) -> tuple[Tensor, Tensor]:
 
 def train(out: Path, *, pictures: int, steps: int, batch: int, seed: int) -> None:
     torch.manual_seed(seed)
-    pipe = FluxPipeline.from_pretrained(locate_source("demo"), torch_dtype=torch.float32)
+    pipe = FluxPipeline.from_pretrained(MODEL, torch_dtype=torch.float32)
     scenes, drawings = pencil_drawings(pictures, seed)
     clean = pack(encode_pictures(pipe.vae, drawings, device=torch.device("cpu")))
     text, pooled = encoded(
