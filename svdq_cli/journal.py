@@ -13,7 +13,6 @@ is ever changed, so several processes may fill it, each with parts of its own.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -25,6 +24,7 @@ from typing import ClassVar, cast
 from urllib.parse import quote
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from svdq_cli.errors import InputError, UsageError
@@ -226,17 +226,20 @@ def _refuse_foreign(path: Path) -> None:
 @contextmanager
 def _locked(path: Path) -> Generator[None, None, None]:
     """The lock goes with the process, however it ends."""
-    with (path / _LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UsageError(
-                f"{path}: another svdq process works there",
-                hint="wait for it, or write to another output with -o",
-                where=str(path),
-                kind="work-in-use",
-            ) from None
+    lock = FileLock(path / _LOCK)
+    try:
+        lock.acquire(timeout=0)  # pyright: ignore[reportUnknownMemberType]
+    except Timeout:
+        raise UsageError(
+            f"{path}: another svdq process works there",
+            hint="wait for it, or write to another output with -o",
+            where=str(path),
+            kind="work-in-use",
+        ) from None
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def _identity_of(path: Path) -> Identity | None:
@@ -282,9 +285,11 @@ def _whole_file(path: Path) -> Generator[Path, None, None]:
     """A file that is there complete or not at all, whatever happens to the process or the machine."""
     partial = path.with_name(f".{path.name}.partial")
     yield partial
-    with partial.open("rb") as file:
+    with partial.open("r+b") as file:
         os.fsync(file.fileno())
     partial.replace(path)
+    if os.name != "posix":  # elsewhere a folder can't be opened, and the rename is as durable as it gets
+        return
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)  # the new name too

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -34,9 +33,16 @@ def resolve_device(wanted: str) -> torch.device:
 
 def peak_memory() -> PeakFacts:
     """Highest resident memory of this process so far, and of the GPU allocator (None without a GPU)."""
+    return PeakFacts(_peak_ram(), torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None)
+
+
+def _peak_ram() -> int:
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
     unit = 1 if sys.platform == "darwin" else 1024
-    ram = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return PeakFacts(ram, torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def on_device(solution: LayerSolution, device: torch.device) -> LayerSolution:

@@ -314,7 +314,7 @@ def _sync(path: Path) -> None:
     """Force every file to the disk before the rename makes it visible."""
     for file in [path, *path.rglob("*")]:
         if file.is_file():
-            with file.open("rb") as opened:
+            with file.open("r+b") as opened:
                 os.fsync(opened.fileno())
 
 
