@@ -18,6 +18,7 @@ from svdq_cli.calibrate.artefact import MANIFEST, Calibration, open_calibration
 from svdq_cli.calibrate.prompts import prompts_digest
 from svdq_cli.calibrate.settings import settings_json
 from svdq_cli.calibrating import BEGUN, draw_calibration, drawing_of
+from svdq_cli.card import model_card
 from svdq_cli.errors import InputError
 from svdq_cli.finishing import Outputs, finished_outputs, gated, write_reports_beside
 from svdq_cli.journal import LAYERS, Identity, WorkFolder
@@ -131,8 +132,9 @@ def convert(
             solved.prepared, job.paths, contents, overwrite=options.overwrite, observe=observe
         ) as outputs:
             report = gated(_report(job, solved, contents, outputs, started), recipe)
-            outputs.write_reports(report)
-        write_reports_beside(job.prepared.targets, job.paths, report)
+            card = model_card(report, pipeline=job.prepared.source.pipeline, beside=options.beside)
+            outputs.write_reports(report, card)
+        write_reports_beside(job.prepared.targets, job.paths, report, card)
     return report
 
 

@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from svdq_cli.card import CARD_FILE, card_path
 from svdq_cli.checking import require_sound
 from svdq_cli.encoders import quantize_encoder
 from svdq_cli.preparing import Prepared
@@ -28,11 +29,12 @@ class Outputs:
     _partials: tuple[Path, ...]
     _targets: tuple[Target, ...]
 
-    def write_reports(self, report: ConvertReport) -> None:
-        """Into the outputs that are folders."""
+    def write_reports(self, report: ConvertReport, card: str) -> None:
+        """And the model card, into the outputs that are folders."""
         for target, partial in zip(self._targets, self._partials, strict=True):
             if not target.format.single_file:
                 _write_report(report_path(partial, target.format), report)
+                (partial / CARD_FILE).write_text(card, encoding="utf-8")
 
 
 @contextmanager
@@ -58,11 +60,14 @@ def finished_outputs(
         yield Outputs(files, packed - started, checked - packed, partials, prepared.targets)
 
 
-def write_reports_beside(targets: Sequence[Target], paths: Sequence[Path], report: ConvertReport) -> None:
-    """Beside the outputs that are files."""
+def write_reports_beside(
+    targets: Sequence[Target], paths: Sequence[Path], report: ConvertReport, card: str
+) -> None:
+    """And the model card, beside the outputs that are files."""
     for target, path in zip(targets, paths, strict=True):
         if target.format.single_file:
             _write_report(report_path(path, target.format), report)
+            card_path(path).write_text(card, encoding="utf-8")
 
 
 def _write_report(path: Path, report: ConvertReport) -> None:

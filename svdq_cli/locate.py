@@ -15,7 +15,15 @@ from svdq_cli.source import COMPONENTS, Source, read_json
 DEMO_SOURCES = ("demo", "demo:outliers")
 _HUB_ID = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
 # What a conversion reads and copies; single-file duplicates of the weights at a repository's top stay on the hub.
-_HUB_FILES = ("model_index.json", "LICENSE*", "*/*.json", "*/*.safetensors", "*/*.txt", "*/*.model")
+_HUB_FILES = (
+    "model_index.json",
+    "README.md",
+    "LICENSE*",
+    "*/*.json",
+    "*/*.safetensors",
+    "*/*.txt",
+    "*/*.model",
+)
 
 
 def locate_source(text: str, *, beside: Path | None = None, revision: str | None = None) -> Path:
@@ -60,6 +68,12 @@ def portable_name(text: str, digest: str, *, beside: Path | None = None) -> str:
     """What a SOURCE is called outside this machine: a hub id or demo by its name, a file or folder by its content."""
     local = text not in DEMO_SOURCES and Path(find_source(text, beside)).expanduser().exists()
     return f"sha256:{digest}" if local else text
+
+
+def hub_id(text: str, *, beside: Path | None = None) -> str | None:
+    """The `owner/name` of a SOURCE on the hub, None for any other."""
+    found = _HUB_ID.fullmatch(text)
+    return found["name"] if found and not Path(find_source(text, beside)).expanduser().exists() else None
 
 
 def default_resolution(source: Source) -> int:

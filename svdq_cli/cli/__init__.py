@@ -55,7 +55,7 @@ def run(arguments: list[str]) -> int:
 def _refuse(error: SvdqError, arguments: list[str]) -> int:
     """Say what, where and what to do: for people on stderr, for scripts as one JSON object on stdout."""
     from svdq_cli.cli.failures import failure_report
-    from svdq_cli.cli.printable import printable
+    from svdq_cli.printable import printable
 
     _show_failure(failure_report(error, _command(arguments)), arguments)
     print(f"svdq: {printable(error.message)}", file=sys.stderr)

@@ -19,6 +19,7 @@ from svdq_cli.cli.commands import (
     init,
     inspect,
     lora,
+    push,
 )
 
 app = typer.Typer(
@@ -53,6 +54,7 @@ _COMMANDS = {
     "check": check.check,
     "eval": evaluate.evaluate,
     "generate": generate.generate,
+    "push": push.push,
     "bench": bench.bench,
     "doctor": doctor.doctor,
 }

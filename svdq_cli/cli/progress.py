@@ -11,9 +11,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TextIO
 
-from svdq_cli.cli.printable import printable
 from svdq_cli.errors import UsageError
 from svdq_cli.parallel import ALONE, Team
+from svdq_cli.printable import printable
 from svdq_cli.records import Event, Observer
 
 PLAIN_INTERVAL = 5.0  # seconds between plain lines of one stage

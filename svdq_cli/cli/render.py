@@ -12,9 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from svdq_cli.cli.failures import FailureReport
-from svdq_cli.cli.printable import printable, printable_record
 from svdq_cli.cli.several import RecipeRun, SeveralReport
 from svdq_cli.errors import CheckFailedError, GateMissedError
+from svdq_cli.printable import printable, printable_record
 from svdq_cli.records import (
     CalibrateReport,
     CheckReport,
@@ -34,6 +34,7 @@ from svdq_cli.wording import bytes_text
 if TYPE_CHECKING:
     from svdq_cli.bench.report import BenchReport, StepRow
     from svdq_cli.diagnosis import DoctorReport
+    from svdq_cli.pushing import PushReport
     from svdq_cli.showcase import DemoReport
 
 WORST_LAYERS = 5
@@ -333,6 +334,8 @@ def _other(console: Console, report: object) -> None:
         _doctor(console, report)  # type: ignore[arg-type]
     elif name == "BenchReport":
         _bench(console, report)  # type: ignore[arg-type]
+    elif name == "PushReport":
+        _push(console, report)  # type: ignore[arg-type]
     elif name == "InitReport":
         console.print(f"{report.path}: a recipe for family {report.family}")  # type: ignore[attr-defined]
         console.print(f"next: svdq convert {report.path}")  # type: ignore[attr-defined]
@@ -344,6 +347,15 @@ def _other(console: Console, report: object) -> None:
         )
     else:
         console.print(json_text(report))
+
+
+def _push(console: Console, report: PushReport) -> None:
+    for file in report.files:
+        console.print(f"{bytes_text(file.bytes):>10}  {file.path}")
+    verb = "uploaded to" if report.url else "would be uploaded to"
+    console.print(
+        f"{len(report.files)} files, {bytes_text(report.bytes)}, {verb} {report.url or report.repository}"
+    )
 
 
 def _demo(console: Console, report: DemoReport) -> None:

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
-from svdq_cli.cli.printable import printable
 from svdq_cli.errors import UsageError
+from svdq_cli.markdown import cell, number, table
 from svdq_cli.records import to_json
 
 WORST_LAYERS = 5
@@ -67,10 +67,10 @@ def _lines(report: Mapping[str, object]) -> Iterator[str]:
 
 
 def _failure(error: Mapping[str, object]) -> Iterator[str]:
-    yield f"**{_cell(error['kind'])}** (exit code {error['code']}): {_cell(error['message'])}"
+    yield f"**{cell(error['kind'])}** (exit code {error['code']}): {cell(error['message'])}"
     if error["hint"]:
         yield ""
-        yield _cell(error["hint"])
+        yield cell(error["hint"])
 
 
 def _several(runs: Sequence[Mapping[str, object]]) -> Iterator[str]:
@@ -83,40 +83,40 @@ def _several(runs: Sequence[Mapping[str, object]]) -> Iterator[str]:
                 run["source"],
                 run["code"],
                 report["status"],
-                f"{_number(size['ratio'])}x smaller" if isinstance(size, Mapping) else "",
-                _number(sqnr["mean"]) if isinstance(sqnr, Mapping) else "",
+                f"{number(size['ratio'])}x smaller" if isinstance(size, Mapping) else "",
+                number(sqnr["mean"]) if isinstance(sqnr, Mapping) else "",
                 _section(report, "error").get("message", ""),
             )
         )
-    yield from _table(("recipe", "exit code", "status", "size", "layer SQNR (dB)", "error"), rows)
+    yield from table(("recipe", "exit code", "status", "size", "layer SQNR (dB)", "error"), rows)
 
 
 def _bench(report: Mapping[str, object]) -> Iterator[str]:
     device = _section(report, "device")
-    yield f"{_cell(device['name'])}, {_cell(device['backend'])} backend"
+    yield f"{cell(device['name'])}, {cell(device['backend'])} backend"
     yield ""
     keys = ("op", "precision", "mode", "m", "k", "n", "rank")
     rows = [
         (
             *(row[key] for key in keys),
-            _number(_section(row, "us")["median"]),
-            _number(row["ratio"]),
+            number(_section(row, "us")["median"]),
+            number(row["ratio"]),
             row["baseline"],
         )
         for row in cast("Sequence[Mapping[str, object]]", report["rows"])
     ]
     titles = ("op", "precision", "mode", "M", "K", "N", "R", "µs", "times the baseline's speed", "baseline")
-    yield from _table(titles, rows)
+    yield from table(titles, rows)
 
 
 def _facts(report: Mapping[str, object]) -> Iterator[str]:
-    yield from _table(("", ""), list(_fact_rows(report)))
+    yield from table(("", ""), list(_fact_rows(report)))
     yield from _figures(report)
     problems = cast("Sequence[Mapping[str, object]]", report.get("problems") or ())
     if problems:
         yield ""
         rows = [(problem["layer"], problem["what"]) for problem in problems[:MAX_PROBLEMS]]
-        yield from _table((f"{len(problems)} problems in", "what"), rows)
+        yield from table((f"{len(problems)} problems in", "what"), rows)
 
 
 def _fact_rows(report: Mapping[str, object]) -> Iterator[tuple[object, ...]]:
@@ -133,7 +133,7 @@ def _fact_rows(report: Mapping[str, object]) -> Iterator[tuple[object, ...]]:
         yield "precision, rank, effort", f"{report['precision']}, {rank['requested']}, {report['effort']}"
     size = _section(report, "bytes")
     if size:
-        yield "size", f"{size['input']} -> {size['output']} bytes ({_number(size['ratio'])}x smaller)"
+        yield "size", f"{size['input']} -> {size['output']} bytes ({number(size['ratio'])}x smaller)"
     layers = report.get("layers")
     if isinstance(layers, Mapping):
         yield "layers", ", ".join(f"{count} {role}" for role, count in layers.items())
@@ -141,7 +141,7 @@ def _fact_rows(report: Mapping[str, object]) -> Iterator[tuple[object, ...]]:
         yield "layers", layers
     for key in ("format", "images", "noise_floor_psnr_db", "fingerprint"):
         if report.get(key) is not None:
-            yield key.replace("_", " "), _number(report[key])
+            yield key.replace("_", " "), number(report[key])
 
 
 def _figures(report: Mapping[str, object]) -> Iterator[str]:
@@ -156,14 +156,14 @@ def _figures(report: Mapping[str, object]) -> Iterator[str]:
         cells: list[object] = [model]
         for key in names:
             figure = cast("Mapping[str, object]", figures).get(key)  # type: ignore[union-attr]
-            cells.append(f"{_number(figure['mean'])} (worst {_number(figure['min'])})" if figure else "")  # type: ignore[index]
+            cells.append(f"{number(figure['mean'])} (worst {number(figure['min'])})" if figure else "")  # type: ignore[index]
         rows.append(tuple(cells))
-    yield from _table(("", *(_FIGURES[key] for key in names)), rows)
+    yield from table(("", *(_FIGURES[key] for key in names)), rows)
     per_layer = cast("Mapping[str, float]", _section(report, "layer_sqnr_db").get("per_layer") or {})
     worst = sorted(per_layer.items(), key=lambda item: item[1])[:WORST_LAYERS]
     if worst:
         yield ""
-        yield from _table(("worst layers", "SQNR (dB)"), [(name, _number(value)) for name, value in worst])
+        yield from table(("worst layers", "SQNR (dB)"), [(name, number(value)) for name, value in worst])
 
 
 def _list(title: str, items: object) -> Iterator[str]:
@@ -172,28 +172,7 @@ def _list(title: str, items: object) -> Iterator[str]:
         yield f"**{title}**"
         yield ""
         for item in cast("Sequence[object]", items):
-            yield f"- {_cell(item)}"
-
-
-def _table(titles: Sequence[str], rows: Sequence[Sequence[object]]) -> Iterator[str]:
-    yield "| " + " | ".join(titles) + " |"
-    yield "|" + "---|" * len(titles)
-    for row in rows:
-        yield "| " + " | ".join(_cell(value) for value in row) + " |"
-
-
-def _cell(value: object) -> str:
-    """Text that stays inside its cell, and is no markup."""
-    text = printable(str("" if value is None else value)).replace("\n", " ").replace("\t", " ")
-    for mark, written in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "\\|"), ("`", "'")):
-        text = text.replace(mark, written)
-    for mark in "*_[]":
-        text = text.replace(mark, f"\\{mark}")
-    return text
-
-
-def _number(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+            yield f"- {cell(item)}"
 
 
 def _section(report: Mapping[str, object], key: str) -> Mapping[str, object]:

@@ -1,0 +1,88 @@
+"""The model card: the hub can read its header, the license of the source goes along, and it betrays no folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+from svdq_cli.pipeline import convert
+from svdq_cli.preparing import RunOptions
+from svdq_cli.recipe import Output, Recipe, default_recipe, parse_fail_if, with_overrides
+
+CARD = """\
+---
+license: other
+license_name: flux-1-dev-non-commercial-license
+license_link: https://huggingface.co/black-forest-labs/FLUX.1-dev/blob/main/LICENSE.md
+pipeline_tag: text-to-image
+tags: [a, b]
+---
+The source's own words.
+"""
+
+
+def recipe_for(source: Path) -> Recipe:
+    return with_overrides(default_recipe(str(source)), effort="datafree", rank=16)
+
+
+def card_of(source: Path, out: Path) -> ModelCard:
+    convert(recipe_for(source), out, options=RunOptions(device="cpu"))
+    return ModelCard.load(out / "README.md")
+
+
+def test_the_card_says_what_it_is_and_carries_the_license_over(tiny_flux_copy: Path, tmp_path: Path):
+    (tiny_flux_copy / "README.md").write_text(CARD)
+    card = card_of(tiny_flux_copy, tmp_path / "out")
+    said = card.data.to_dict()
+    assert said["license"] == "other"
+    assert said["license_name"] == "flux-1-dev-non-commercial-license"
+    assert said["license_link"].endswith("LICENSE.md")
+    assert said["library_name"] == "diffusers"
+    assert said["pipeline_tag"] == "text-to-image"
+    assert {"svdquant", "int4", "nunchaku-lite"} <= set(said["tags"])
+    assert "base_model" not in said  # a local folder has no name on the hub
+    assert "The source's own words" not in card.content
+    report = json.loads((tmp_path / "out/svdq_report.json").read_text())
+    assert f"{report['bytes']['ratio']:.2f} times smaller" in card.content
+    assert str(tmp_path) not in card.content
+    assert "DiffusionPipeline.from_pretrained" in card.content
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "no header",
+        "---\nlicense: [\n---\n",
+        "---\nlicense: {a: 1}\n---\n",
+        "---\nlicense: 'a\n\n  evil: b'\n---\n",
+    ],
+)
+def test_a_card_that_says_no_license_gives_none(text: str, tiny_flux_copy: Path, tmp_path: Path):
+    (tiny_flux_copy / "README.md").write_text(text)
+    (tiny_flux_copy / "LICENSE.md").write_text("Everybody may.")
+    said = card_of(tiny_flux_copy, tmp_path / "out").data.to_dict()
+    assert (said["license"], said["license_link"]) == ("other", "LICENSE")
+    assert (tmp_path / "out/LICENSE.md").is_file()
+
+
+def test_a_file_has_its_card_beside_it_and_missed_gates_are_named(tiny_flux: Path, tmp_path: Path):
+    out = tmp_path / "model.safetensors"
+    recipe = recipe_for(tiny_flux).model_copy(
+        update={
+            "outputs": (Output(format="nunchaku", path=str(out)),),
+            "gates": (parse_fail_if("size_ratio<50"), parse_fail_if("psnr_db<20")),
+        }
+    )
+    convert(recipe, out, options=RunOptions(device="cpu"))
+    text = (tmp_path / "model.safetensors.README.md").read_text()
+    assert 'base="PIPELINE_FOLDER"' in text
+    assert "missed: size\\_ratio &gt;= 50" in text
+    assert "gate psnr\\_db &gt;= 20 | met, or judged by svdq eval" in text
+
+
+def test_the_same_conversion_has_the_same_card(tiny_flux: Path, tmp_path: Path):
+    first, second = (card_of(tiny_flux, tmp_path / name) for name in ("a", "b"))
+    assert first.content == second.content
