@@ -104,7 +104,11 @@ def test_a_folder_is_uploaded_in_one_commit_without_its_report(
     done = pushed(hub, str(folder), "someone/model", "--private")
     report = json.loads(done.stdout)
     assert done.returncode == 0, done.stderr
-    assert (hub.repositories[0]["name"], hub.repositories[0]["private"]) == ("model", True)
+    (repository,) = hub.repositories
+    assert repository["name"] == "model"
+    assert (
+        repository.get("private") or repository["visibility"] == "private"
+    )  # the client's words before 2.0, and now
     assert hub.files.keys() == {file["path"] for file in report["files"]}
     assert {"README.md", "model_index.json", "transformer/config.json"} <= hub.files.keys()
     assert "svdq_report.json" not in hub.files
