@@ -40,13 +40,36 @@ __device__ __forceinline__ void arrive_expecting(u64* barrier, u32 bytes)
                  : "memory");
 }
 
-// mbarrier.try_wait.parity, until the phase of this parity has ended. On a new barrier parity 1 counts as ended.
+// mbarrier.try_wait.parity: has the phase of this parity ended? Waits a while for it. On a new barrier parity 1 has.
+__device__ __forceinline__ bool has_ended(u64* barrier, u32 parity)
+{
+    u32 ended;
+    asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+                 : "=r"(ended)
+                 : "r"(shared_address(barrier)), "r"(parity)
+                 : "memory");
+    return ended;
+}
+
+// %globaltimer: nanoseconds.
+__device__ __forceinline__ u64 nanoseconds()
+{
+    u64 now;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+    return now;
+}
+
+// No wait of a sound kernel takes this long: an error the user sees is better than a GPU that hangs.
+constexpr u64 LONGEST_WAIT = 20'000'000'000;
+
 __device__ __forceinline__ void wait_phase(u64* barrier, u32 parity)
 {
-    asm volatile("{.reg .pred done; waiting: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;"
-                 " @done bra arrived; bra waiting; arrived:}" ::"r"(shared_address(barrier)),
-                 "r"(parity)
-                 : "memory");
+    if (has_ended(barrier, parity))
+        return;
+    const u64 started = nanoseconds();
+    while (!has_ended(barrier, parity))
+        if (nanoseconds() - started > LONGEST_WAIT)
+            __trap();
 }
 
 // cp.async.bulk: `bytes` (a multiple of 16, as both addresses) of global memory to shared memory; the barrier is told when

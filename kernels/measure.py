@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,26 +23,44 @@ import torch  # noqa: E402
 
 from svdq_cli.bench import probes  # noqa: E402
 from svdq_cli.bench.device import device_facts  # noqa: E402
+from svdq_cli.bench.goals import GoalRow, layer_goals, step_goals  # noqa: E402
 from svdq_cli.bench.plot import draw_plot  # noqa: E402
+from svdq_cli.bench.report import BenchReport, StepRow  # noqa: E402
 from svdq_cli.bench.run import BenchSettings, bench_shapes, precisions_named  # noqa: E402
 from svdq_cli.bench.shapes import FLUX1_DEV, PIXART_SIGMA, SDXL, ShapeSet  # noqa: E402
-from svdq_cli.bench.step import StepSettings, random_w4a4, step_rows  # noqa: E402
+from svdq_cli.bench.step import (  # noqa: E402
+    Arithmetic,
+    StepSettings,
+    arithmetics,
+    random_w4a4,
+    step_rows,
+)
 from svdq_cli.bench.transformer import FLUX1_DEV_STEP  # noqa: E402
+from svdq_cli.checkpoint import open_checkpoint  # noqa: E402
 from svdq_cli.errors import EnvironmentLacksError  # noqa: E402
+from svdq_cli.gpu.hopper_choice import (  # noqa: E402
+    FILE_NAME,
+    PORTABLE,
+    ModeMeasurement,
+    choose_hopper_mode,
+)
+from svdq_cli.gpu.hopper_modes import HopperMode  # noqa: E402
 from svdq_cli.gpu.launch import cuda_device  # noqa: E402
-from svdq_cli.records import Int4, to_json  # noqa: E402
-from svdq_cli.runtime.fused import fused_linear  # noqa: E402
+from svdq_cli.records import Int4, ignore_events, to_json  # noqa: E402
+from svdq_cli.runtime.fused import FusedW4A4Linear  # noqa: E402
 from svdq_cli.runtime.selftest import kernel_cases  # noqa: E402
 
 GPU = torch.device("cuda", 0)
 RANK = 32
-TESTS = ("tests/gpu/test_on_device.py", "-q", "-x", "-p", "no:cacheprovider")
+TESTS = ("tests/gpu/test_on_device.py", "tests/gpu/test_hopper_on_device.py", "-q", "-p", "no:cacheprovider")
+# What pictures of a mode are drawn with and compared by, where diffusers is installed
+PICTURES = 8
 
 
 def self_test(out: Path) -> Iterator[dict[str, object]]:
-    """One second: every kernel against its twin. Nothing else is worth running where this fails."""
+    """Every kernel against its twin. Nothing else is worth running where this fails."""
     gpu = cuda_device(GPU)
-    for case in kernel_cases(torch.bfloat16):
+    for case in kernel_cases(torch.bfloat16, gpu.architecture):
         found = case.disagreement(gpu, GPU)
         yield {
             **{"op": case.op, "precision": case.precision, "mode": case.mode},
@@ -57,7 +75,7 @@ def correctness(out: Path) -> Iterator[dict[str, object]]:
 
 def sanitizer(out: Path) -> Iterator[dict[str, object]]:
     """compute-sanitizer over the self-tests and a few awkward shapes."""
-    chosen = "test_self_test or (twin and (m129 or m7) and (r32 or r80))"
+    chosen = "test_self_test or (twin and (m129 or m7-) and (r32 or r80 or r64))"
     for tool in ("memcheck", "racecheck"):
         words = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
         yield {"tool": tool, **_run([*words, sys.executable, "-m", "pytest", *TESTS, "-k", chosen])}
@@ -65,7 +83,7 @@ def sanitizer(out: Path) -> Iterator[dict[str, object]]:
 
 def overhead(out: Path) -> Iterator[dict[str, object]]:
     """Microseconds of the CPU for one call of a kernel, and of a whole layer, with the GPU far behind."""
-    layer = fused_linear(random_w4a4(3072, 3072, RANK, Int4(), GPU))
+    layer = FusedW4A4Linear(random_w4a4(3072, 3072, RANK, Int4(), GPU))
     x = torch.randn(64, 3072, device=GPU, dtype=torch.bfloat16)
     quantized = layer.quantize(x)
     calls: dict[str, Callable[[], object]] = {
@@ -96,17 +114,19 @@ def _host_us(call: Callable[[], object], count: int = 200) -> float:
 
 
 def speed(out: Path) -> Iterator[dict[str, object]]:
-    """FLUX.1-dev's shapes, all baselines."""
-    yield _bench(FLUX1_DEV, out)
+    """FLUX.1-dev's shapes, all modes, all baselines, and which goals were met."""
+    report = _bench(FLUX1_DEV, out)
+    _show_goals(layer_goals(report.rows))
+    yield to_json(report)
 
 
 def more_shapes(out: Path) -> Iterator[dict[str, object]]:
     """SDXL's and PixArt-Sigma's shapes."""
     for shapes in (SDXL, PIXART_SIGMA):
-        yield _bench(shapes, out)
+        yield to_json(_bench(shapes, out))
 
 
-def _bench(shapes: ShapeSet, out: Path) -> dict[str, object]:
+def _bench(shapes: ShapeSet, out: Path) -> BenchReport:
     report = bench_shapes(shapes, precisions=precisions_named(None), rank=RANK, settings=BenchSettings(GPU))
     draw_plot(report, out / f"{shapes.name}.png")
     for row in report.rows:
@@ -118,25 +138,93 @@ def _bench(shapes: ShapeSet, out: Path) -> dict[str, object]:
             flush=True,
         )
     print("\n".join(f"  {note}" for note in report.notes))
-    return to_json(report)
+    return report
+
+
+def _show_goals(goals: Iterator[GoalRow]) -> None:
+    for goal in goals:
+        word = "met" if goal.met else "MISSED"
+        print(f"  {word:6} {goal.found:6.2f} {goal.wanted:8} {goal.layer:22} {goal.goal}", flush=True)
 
 
 def step(out: Path) -> Iterator[dict[str, object]]:
-    """A whole step of a FLUX.1-dev-shaped transformer: bfloat16, int4, nvfp4."""
-    for row in step_rows(StepSettings(FLUX1_DEV_STEP, GPU, RANK), precisions_named(None)):
+    """A whole step of a FLUX.1-dev-shaped transformer: bfloat16, int4 in every mode, nvfp4."""
+    yield from _steps(StepSettings(FLUX1_DEV_STEP, GPU, RANK), arithmetics(precisions_named(None), GPU))
+
+
+def compiled_step(out: Path) -> Iterator[dict[str, object]]:
+    """The same under torch.compile too: bfloat16, and int4 in Hopper's 4-bit modes (elsewhere the portable kernels)."""
+    modes = [Arithmetic(Int4(), mode) for mode in (HopperMode.EXACT, HopperMode.W4A8)]
+    chosen = modes if cuda_device(GPU).architecture.hopper_modes else [Arithmetic(Int4())]
+    yield from _steps(StepSettings(FLUX1_DEV_STEP, GPU, RANK, compiled=True), (Arithmetic(), *chosen))
+
+
+def _steps(settings: StepSettings, models: Sequence[Arithmetic]) -> Iterator[dict[str, object]]:
+    rows: list[StepRow] = []
+    for row in step_rows(settings, models):
+        rows.append(row)
         yield to_json(row)
+    _show_goals(step_goals(rows))
+
+
+def modes(out: Path) -> Iterator[dict[str, object]]:
+    """Which of Hopper's modes is the default: times of the stage `step`, pictures of the embedded model (needs
+    diffusers and transformers). Writes FOLDER/measured_sm_90a.json, which takes effect in kernels/."""
+    steps = json.loads((out / "step.json").read_text(encoding="utf-8"))["results"]
+    us = {row["precision"]: row["us"]["median"] for row in steps if row["mode"] == "CUDA graph"}
+    psnr = _psnr_to_exact(out)
+    found = [
+        ModeMeasurement(label, us[name], psnr[label])
+        for label, name in (
+            (PORTABLE, "int4"),
+            *((mode.label, f"int4 hopper {mode.label}") for mode in HopperMode),
+        )
+    ]
+    measured = {"device": to_json(device_facts(GPU)), "modes": [to_json(item) for item in found]}
+    (out / FILE_NAME).write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+    yield {**measured, "choice": choose_hopper_mode(found).reason}
+
+
+def _psnr_to_exact(out: Path) -> dict[str, float]:
+    """Mean PSNR of the embedded model's pictures in each mode against mode EXACT's."""
+    from svdq_cli.calibrate.pipelines import draw
+    from svdq_cli.drawing import demo_calibration, evaluation_recipe
+    from svdq_cli.evaluate.images import compare
+    from svdq_cli.loading import load_pipeline
+    from svdq_cli.pipeline import convert
+    from svdq_cli.preparing import RunOptions, chosen_prompts, draw_settings
+    from svdq_cli.recipe import default_recipe
+
+    folder, options = out / "embedded-int4", RunOptions(device="cuda", overwrite=True)
+    convert(default_recipe("demo", calibration=demo_calibration()), folder, options=options)
+    checkpoint = open_checkpoint(folder)
+    recipe = evaluation_recipe(checkpoint, "demo")
+    prompts = chosen_prompts(recipe, options, ignore_events)[:PICTURES]
+    settings = draw_settings(recipe, checkpoint.source)
+
+    def pictures(backend: str):
+        return draw(load_pipeline(folder, device=GPU, backend=backend), prompts, settings=settings)
+
+    exact = pictures("kernels:exact")
+    drawn = {mode.label: pictures(f"kernels:{mode.label}") for mode in HopperMode}
+    drawn[PORTABLE] = pictures("kernels")  # before a measurement is in place these are the portable ones
+    return {label: compare(exact, others).psnr.mean for label, others in drawn.items()}
 
 
 def probe(out: Path) -> Iterator[dict[str, object]]:
     """What the Hopper kernels' design rests on: exactness of e4m3 sums, rates, the cost of rescaling."""
     gpu = cuda_device(GPU)
     yield from probes.exactness(gpu)
+    yield from probes.wavefronts(gpu)
     yield from probes.rates(gpu)
 
 
 STAGES = {
     stage.__name__: stage
-    for stage in (self_test, correctness, probe, speed, overhead, step, sanitizer, more_shapes)
+    for stage in (
+        *(self_test, correctness, probe, speed, overhead, step, modes, sanitizer, compiled_step),
+        more_shapes,
+    )
 }
 
 

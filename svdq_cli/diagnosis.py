@@ -112,10 +112,10 @@ def _test_kernels() -> Iterator[SelfTest]:
     try:
         gpu = cuda_device(torch.device("cuda"))
     except EnvironmentLacksError as lack:
-        for case in kernel_cases(torch.bfloat16):
+        for case in kernel_cases(torch.bfloat16, TARGET_WITHOUT_GPU):
             yield _compile_only(case, lack.message)
         return
-    for case in kernel_cases(_dtype_of(gpu.architecture)):
+    for case in kernel_cases(_dtype_of(gpu.architecture), gpu.architecture):
         yield _run_kernel(case, gpu)
 
 

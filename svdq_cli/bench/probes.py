@@ -15,31 +15,36 @@ K32 = 32
 ROWS, COLUMNS = 64, 128  # of one wgmma
 SECONDS = 0.1
 REPEATS = 2000
+CODING_UNITS = {"normal": 1.0, "subnormal": 2.0**-9}
 WGMMA_TYPES = {"e4m3": 0, "int8": 1, "bfloat16": 2}
+SHARED_LOADS = ("LDS.128, 32 addresses", "LDS.128, 4 addresses", "LDS.64, 4 addresses", "LDS.32, 4 addresses")
 PROMOTIONS = {"none": 0, "row scale": 1, "row and column scale": 2}
 
 # ------------------------------------------------------------------------------------------ exactness
 
 
 def exactness(gpu: CudaDevice) -> Iterator[dict[str, object]]:
-    """Sums of int4 codes held in e4m3, for both readings of the descriptor's offsets: the right one is exact."""
-    for coding in ("normal", "subnormal"):
+    """Sums of int4 codes held in e4m3, for both readings of the descriptor's offsets: the right one is exact.
+
+    Codings of rows and columns: kernels/hopper_gemm.cu has subnormal rows (the weight) and normal columns.
+    """
+    for coding in (("subnormal", "normal"), ("normal", "normal"), ("subnormal", "subnormal")):
         for pattern in ("random", "all largest", "alternating", "random unsigned", "all largest unsigned"):
             for columns in (64, 3072):
                 yield _exactness(gpu, coding, pattern, columns)
 
 
-def _exactness(gpu: CudaDevice, coding: str, pattern: str, columns: int) -> dict[str, object]:
+def _exactness(gpu: CudaDevice, coding: tuple[str, str], pattern: str, columns: int) -> dict[str, object]:
     rows = codes_like(pattern, ROWS, columns, seed=0)
     others = codes_like(pattern.removesuffix(" unsigned"), COLUMNS, columns, seed=1)
-    unit = 1.0 if coding == "normal" else 2.0**-9
+    unit = CODING_UNITS[coding[0]] * CODING_UNITS[coding[1]]
     wanted = rows.double() @ others.double().T
     errors: dict[str, float] = {}
     for reading in ("leading along k", "leading along rows"):
-        found = _multiply(gpu, e4m3_codes(rows, coding), e4m3_codes(others, coding), reading).cpu()
-        errors[reading] = float((found.double() / unit**2 - wanted).abs().max())
+        found = _multiply(gpu, e4m3_codes(rows, coding[0]), e4m3_codes(others, coding[1]), reading).cpu()
+        errors[reading] = float((found.double() / unit - wanted).abs().max())
     return {
-        **{"probe": "e4m3 sums", "coding": coding, "codes": pattern, "k": columns},
+        **{"probe": "e4m3 sums", "coding": " x ".join(coding), "codes": pattern, "k": columns},
         **{"largest_sum": float(wanted.abs().max()), "largest_error": errors},
     }
 
@@ -109,6 +114,21 @@ def rates(gpu: CudaDevice) -> Iterator[dict[str, object]]:
         variant = Variant("probes/mma_rate", (("PROMOTE", PROMOTIONS[promotion]),))
         found = _rate(gpu, variant, 2 * 8 * 32 * 64 * 64, blocks_each=2, before=())
         yield {"probe": "mma.sync int8", "rescaling": promotion, "numbers": "random", **found}
+
+
+def wavefronts(gpu: CudaDevice) -> Iterator[dict[str, object]]:
+    """Wavefronts of a load from shared memory, against one that is known to take four."""
+    device = torch.device("cuda", gpu.index)
+    result = torch.zeros(gpu.multiprocessors, 256, dtype=torch.int32, device=device)
+    known = 0.0
+    for pattern, name in enumerate(SHARED_LOADS):
+        variant = Variant("probes/shared_wavefronts", (("PATTERN", pattern),))
+        call: Callable[[], None] = lambda variant=variant: gpu.launch(  # noqa: E731
+            variant, (gpu.multiprocessors, 1, 1), 256, result, REPEATS
+        )
+        us = measure([call], seconds=SECONDS, device=device).median
+        known = known or us
+        yield {"probe": "shared memory", "load": name, "us": us, "wavefronts": 4 * us / known}
 
 
 def _combinations() -> Iterator[tuple[str, str, str]]:

@@ -20,7 +20,8 @@ class BenchRow:
 
     layer: str  # the shape's name, or the first of the checkpoint's layers that have this shape
     op: str  # "linear", "w4a4 linear", "w4a16 linear", "gemm", "w4a4 gemm", "quantize and down"
-    mode: str  # what computes it: "torch", "bitsandbytes", "reference", "kernels", "kernels + torch branch"
+    mode: str  # what computes it: "torch", "bitsandbytes", "reference", "kernels", "kernels + torch branch",
+    # "hopper exact", "hopper w4a8", "hopper fp8"
     precision: str
     m: int
     k: int

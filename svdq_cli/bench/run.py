@@ -8,20 +8,23 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
 from svdq_cli.bench.baselines import gpu_baselines
 from svdq_cli.bench.device import device_facts, lack_of_kernels, load_average
+from svdq_cli.bench.hopper_operations import hopper_operations
 from svdq_cli.bench.kernel_operations import kernel_operations
 from svdq_cli.bench.operations import NAMES, Operation, reference_linear, torch_linear, without_branch
 from svdq_cli.bench.report import BenchReport, BenchRow
 from svdq_cli.bench.shapes import MODULATION_ROWS, LinearShape, ShapeSet
-from svdq_cli.bench.step import StepSettings, step_rows
+from svdq_cli.bench.step import StepSettings, arithmetics, step_rows
 from svdq_cli.bench.timing import Call, bytes_per_microsecond, cache_bytes, copies_beyond_cache, measure
 from svdq_cli.bench.transformer import FLUX1_DEV_STEP
 from svdq_cli.errors import EnvironmentLacksError, InputError, UsageError
+from svdq_cli.gpu.launch import cuda_device
 from svdq_cli.machine import on_device
 from svdq_cli.records import (
     Event,
@@ -39,6 +42,7 @@ from svdq_cli.records import (
     W4A16Plan,
     ignore_events,
 )
+from svdq_cli.runtime.hopper_operands import hopper_objection
 from svdq_cli.solve.linear import SourceWeight, solve_input
 
 PRECISIONS: dict[str, Precision] = {precision.name: precision for precision in (Int4(), NvFp4())}
@@ -160,7 +164,7 @@ def with_steps(
         raise EnvironmentLacksError(
             f"a whole step needs the CUDA kernels: {lack}", hint="leave out --step, or see svdq doctor"
         )
-    steps = step_rows(StepSettings(FLUX1_DEV_STEP, settings.device), tuple(precisions))
+    steps = step_rows(StepSettings(FLUX1_DEV_STEP, settings.device), arithmetics(precisions, settings.device))
     return replace(report, steps=tuple(steps))
 
 
@@ -221,10 +225,17 @@ def _operations(case: Case, settings: BenchSettings) -> Iterator[Operation]:
         solution = on_device(found, settings.device)
         if on_kernels:
             yield from kernel_operations(solution, case.m)
+            if _has_hopper_modes(solution, settings.device):
+                yield from hopper_operations(solution, case.m)
             continue
         yield reference_linear(solution)
         if isinstance(solution, W4A4Solution) and solution.up.shape[1] > 0:
             yield reference_linear(without_branch(solution))
+
+
+def _has_hopper_modes(solution: LayerSolution, device: torch.device) -> TypeGuard[W4A4Solution]:
+    modes = cuda_device(device).architecture.hopper_modes
+    return modes and isinstance(solution, W4A4Solution) and hopper_objection(solution) is None
 
 
 @torch.no_grad()

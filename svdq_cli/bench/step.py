@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,8 +12,11 @@ from torch import Tensor, nn
 from svdq_cli.bench.report import StepRow
 from svdq_cli.bench.timing import measure
 from svdq_cli.bench.transformer import FluxShapedTransformer, Role, TransformerShape
+from svdq_cli.gpu.hopper_modes import HopperMode
+from svdq_cli.gpu.launch import cuda_device
 from svdq_cli.records import Int4, Linear, NvFp4, Precision, W4A4Plan, W4A4Solution, W4A16Plan, W4A16Solution
-from svdq_cli.runtime.fused import FusedFeedForward, FusedW4A4Linear, fused_linear
+from svdq_cli.runtime.fused import fused_feed_forward, fused_linear
+from svdq_cli.runtime.hopper_fused import HopperW4A4Linear, hopper_feed_forward
 
 DTYPE = torch.bfloat16
 
@@ -26,16 +29,37 @@ class StepSettings:
     device: torch.device
     rank: int = 32
     seconds: float = 1.0
-    compiled: bool = False  # also the 16-bit model under torch.compile, which takes minutes to build
+    compiled: bool = False  # also under torch.compile, which takes minutes to build
 
 
-def step_rows(settings: StepSettings, precisions: tuple[Precision, ...]) -> Iterator[StepRow]:
-    """The 16-bit model first: ratios refer to its eager step. One model is in memory at a time."""
+@dataclass(frozen=True, slots=True)
+class Arithmetic:
+    """What a step's linear layers compute in."""
+
+    precision: Precision | None = None  # None: 16 bit
+    mode: HopperMode | None = None  # of Hopper's own kernels; None: the portable ones
+
+    @property
+    def name(self) -> str:
+        if self.precision is None:
+            return "bfloat16"
+        return self.precision.name + (f" hopper {self.mode.label}" if self.mode is not None else "")
+
+
+def arithmetics(precisions: Sequence[Precision], device: torch.device) -> tuple[Arithmetic, ...]:
+    """Every way to run these precisions on a device, Hopper's modes too where it has them; the 16-bit model first."""
+    found = [Arithmetic(), *map(Arithmetic, precisions)]
+    if Int4() in precisions and device.type == "cuda" and cuda_device(device).architecture.hopper_modes:
+        found += [Arithmetic(Int4(), mode) for mode in HopperMode]
+    return tuple(found)
+
+
+def step_rows(settings: StepSettings, models: Sequence[Arithmetic]) -> Iterator[StepRow]:
+    """The 16-bit model comes first: ratios refer to its eager step. One model is in memory at a time."""
     baseline: StepRow | None = None
-    for precision in (None, *precisions):
-        model = _model(settings, precision)
-        name = "bfloat16" if precision is None else precision.name
-        for row in _rows(model, name, settings, baseline):
+    for arithmetic in models:
+        model = step_model(settings, arithmetic)
+        for row in _rows(model, arithmetic.name, settings, baseline):
             baseline = baseline or row
             yield row
         del model
@@ -45,7 +69,7 @@ def step_rows(settings: StepSettings, precisions: tuple[Precision, ...]) -> Iter
 @torch.no_grad()
 def _rows(model: nn.Module, name: str, settings: StepSettings, baseline: StepRow | None) -> Iterator[StepRow]:
     inputs = _inputs(settings)
-    for mode, call in _ways(model, inputs, settings, compiled=settings.compiled and baseline is None):
+    for mode, call in _ways(model, inputs, settings):
         peak = _peak_bytes(call, settings.device)
         us = measure([call], seconds=settings.seconds, device=settings.device)
         yield StepRow(
@@ -61,13 +85,13 @@ def _rows(model: nn.Module, name: str, settings: StepSettings, baseline: StepRow
 
 
 def _ways(
-    model: nn.Module, inputs: tuple[Tensor, ...], settings: StepSettings, *, compiled: bool
+    model: nn.Module, inputs: tuple[Tensor, ...], settings: StepSettings
 ) -> Iterator[tuple[str, Callable[[], object]]]:
     yield "eager", lambda: model(*inputs)
     if settings.device.type != "cuda":
         return
     yield "CUDA graph", _captured(model, inputs)
-    if compiled:
+    if settings.compiled:
         faster = torch.compile(model)
         faster(*inputs)
         yield "torch.compile", lambda: faster(*inputs)
@@ -113,24 +137,23 @@ def _inputs(settings: StepSettings) -> tuple[Tensor, ...]:
 # ------------------------------------------------------------------------------------------ random models
 
 
-def _model(settings: StepSettings, precision: Precision | None) -> nn.Module:
-    """`precision` None: 16 bit."""
+def step_model(settings: StepSettings, arithmetic: Arithmetic) -> nn.Module:
     device = settings.device
 
     def linear(k: int, n: int, role: Role) -> nn.Module:
-        if precision is None:
+        if arithmetic.precision is None:
             return _sixteen_bit(k, n, device)
-        return fused_linear(
-            random_w4a4(k, n, settings.rank, precision, device)
-            if role == "w4a4"
-            else random_w4a16(k, n, device)
-        )
+        if role == "w4a16":
+            return fused_linear(random_w4a16(k, n, device))
+        solution = random_w4a4(k, n, settings.rank, arithmetic.precision, device)
+        if arithmetic.mode is None:
+            return fused_linear(solution)
+        return HopperW4A4Linear(solution, arithmetic.mode)
 
     def feed_forward(width: int, inner: int) -> nn.Module:
         first, second = linear(width, inner, "w4a4"), linear(inner, width, "w4a4")
-        if isinstance(first, FusedW4A4Linear) and isinstance(second, FusedW4A4Linear):
-            return FusedFeedForward(first, second)
-        return nn.Sequential(first, nn.GELU(approximate="tanh"), second)
+        fused = fused_feed_forward(first, second) or hopper_feed_forward(first, second)
+        return fused or nn.Sequential(first, nn.GELU(approximate="tanh"), second)
 
     return FluxShapedTransformer(settings.shape, linear, feed_forward).eval().requires_grad_(False)
 

@@ -41,7 +41,7 @@ def quantize_down(
     """`x` (M, K) 16-bit -> packed codes, token scales and hidden, with rows of zeros added to `x` up to whole tiles."""
     m = x.shape[0]
     rows = pad(x, multiples=(padded_tokens(m) or 1, 1), fill=0)
-    codes, scales = _quantize(rows, inverse_smooth, mode=mode, unsigned=unsigned, shift=shift)
+    codes, scales = quantize_rows(rows, inverse_smooth, mode=mode, unsigned=unsigned, shift=shift)
     return _packed(codes, scales, hidden_rows(rows, down), mode=mode, tile=token_tile(m))
 
 
@@ -58,7 +58,7 @@ def _token_unit(mode: HopperMode) -> float:
     return 1.0 if mode == HopperMode.FP8 else 1 / CODE_UNIT
 
 
-def _quantize(
+def quantize_rows(
     rows: Tensor, inverse_smooth: Tensor, *, mode: HopperMode, unsigned: bool, shift: float
 ) -> tuple[Tensor, Tensor]:
     """e4m3 codes (MP, K) and float32 scales (MP, K/64), or (MP, 1) for whole rows."""
@@ -119,7 +119,7 @@ def gelu_quantize(
         mode=mode,
     )
     a = F.gelu(y.float(), approximate="tanh").to(y.dtype)
-    found = _quantize(a, next_inverse_smooth, mode=mode, unsigned=next_unsigned, shift=shift)
+    found = quantize_rows(a, next_inverse_smooth, mode=mode, unsigned=next_unsigned, shift=shift)
     return _packed(*found, hidden_rows(a, next_down), mode=mode, tile=tile)
 
 

@@ -8,12 +8,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from svdq_cli.gpu import operations, variants
+from svdq_cli.gpu import hopper, operations, variants
 from svdq_cli.gpu.architectures import Architecture
 from svdq_cli.gpu.compile import Variant
+from svdq_cli.gpu.hopper_modes import HopperMode
 from svdq_cli.gpu.operations import Launcher
 from svdq_cli.records import Int4, Linear, NvFp4, Precision, W4A4Plan, W4A4Solution, W4A16Plan, W4A16Solution
-from svdq_cli.runtime import twins
+from svdq_cli.runtime import hopper_twins, twins
+from svdq_cli.runtime.hopper_operands import HopperOperands, hopper_tensors, pack_hopper
 from svdq_cli.runtime.naive import naive_solution
 from svdq_cli.runtime.operands import W4A4Operands, W4A16Operands, pack_w4a4, pack_w4a16, tensors_of
 
@@ -22,6 +24,7 @@ SHIFT = 0.171875  # of a GELU's output before unsigned codes: formats that fuse 
 # Kernel and twin differ where a sum in another order rounds to the neighboring 16-bit number, or a code to its own.
 MOST_ERROR = 2e-3
 MOST_CODES = 0.02  # share that may differ, where the quantizer's input is itself such a sum
+MOST_FP8_ERROR = 3e-3  # in modes whose sums keep about 14 bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +39,17 @@ class KernelCase:
     most: float
 
 
-def kernel_cases(dtype: torch.dtype) -> Iterator[KernelCase]:
-    """Everything the kernels offer, in the 16-bit dtype of a checkpoint."""
+def kernel_cases(dtype: torch.dtype, kind: Architecture) -> Iterator[KernelCase]:
+    """Everything the kernels offer on a card, in the 16-bit dtype of a checkpoint."""
+    yield from _portable_cases(dtype)
+    if kind.hopper_modes:
+        for mode in HopperMode:
+            yield _hopper_quantize_case(dtype, mode)
+            yield _hopper_gemm_case(dtype, mode)
+        yield _hopper_fused_case(dtype)
+
+
+def _portable_cases(dtype: torch.dtype) -> Iterator[KernelCase]:
     for precision in (Int4(), NvFp4()):
         modes = (False, True) if isinstance(precision, Int4) else (False,)
         for unsigned in modes:
@@ -107,22 +119,74 @@ def _w4a16_case(dtype: torch.dtype) -> KernelCase:
     return KernelCase("w4a16_linear", "int4", "-", variant, disagreement, MOST_ERROR)
 
 
+def _hopper_quantize_case(dtype: torch.dtype, mode: HopperMode) -> KernelCase:
+    def disagreement(launcher: Launcher, device: torch.device) -> float:
+        layer, x = _hopper_layer(mode, dtype, device), _rows(dtype, device, unsigned=False)
+        tensors = (x, layer.inverse_smooth, layer.down)
+        ours = hopper.quantize_down(launcher, *tensors, mode=mode)
+        return _quantized_disagreement(ours, hopper_twins.quantize_down(*tensors, mode=mode))
+
+    def variant(kind: Architecture) -> Variant:
+        return hopper.quantize_down_variant(dtype, mode, tokens=hopper.token_tile(M), rank=RANK)
+
+    return KernelCase("hopper_quantize_down", "int4", mode.label, variant, disagreement, MOST_ERROR)
+
+
+def _hopper_gemm_case(dtype: torch.dtype, mode: HopperMode) -> KernelCase:
+    def disagreement(launcher: Launcher, device: torch.device) -> float:
+        layer, x = _hopper_layer(mode, dtype, device), _rows(dtype, device, unsigned=False)
+        quantized = hopper_twins.quantize_down(x, layer.inverse_smooth, layer.down, mode=mode)
+        how = {"m": M, "n": N, "mode": mode}
+        ours = hopper.gemm(launcher, *quantized, *layer.product, **how)
+        return _relative(ours, hopper_twins.gemm(*quantized, *layer.product, **how))
+
+    def variant(kind: Architecture) -> Variant:
+        return hopper.gemm_variant(dtype, mode, tokens=hopper.token_tile(M))
+
+    most = MOST_ERROR if mode == HopperMode.EXACT else MOST_FP8_ERROR
+    return KernelCase("hopper_gemm", "int4", mode.label, variant, disagreement, most)
+
+
+def _hopper_fused_case(dtype: torch.dtype) -> KernelCase:
+    mode = HopperMode.EXACT
+
+    def disagreement(launcher: Launcher, device: torch.device) -> float:
+        layer, x = _hopper_layer(mode, dtype, device), _rows(dtype, device, unsigned=False)
+        quantized = hopper_twins.quantize_down(x, layer.inverse_smooth, layer.down, mode=mode)
+        tensors = (*quantized, *layer.product, layer.inverse_smooth, layer.down)
+        ours = hopper.gelu_quantize(launcher, *tensors, m=M)
+        return _quantized_disagreement(ours, hopper_twins.gelu_quantize(*tensors, m=M))
+
+    def variant(kind: Architecture) -> Variant:
+        return hopper.gelu_quantize_variant(dtype, tokens=hopper.token_tile(M))
+
+    return KernelCase("hopper_gelu_quantize", "int4", mode.label, variant, disagreement, MOST_CODES)
+
+
 def _mode(unsigned: bool) -> str:
     return "unsigned" if unsigned else "signed"
 
 
 def _layer(precision: Precision, dtype: torch.dtype, device: torch.device) -> W4A4Operands:
+    packed = tensors_of(pack_w4a4(_solution(precision, dtype)))
+    return W4A4Operands(**{name: _on(tensor, device) for name, tensor in packed.items()})  # type: ignore[arg-type]
+
+
+def _hopper_layer(mode: HopperMode, dtype: torch.dtype, device: torch.device) -> HopperOperands:
+    packed = hopper_tensors(pack_hopper(_solution(Int4(), dtype), mode))
+    return HopperOperands(**{name: _on(tensor, device) for name, tensor in packed.items()})  # type: ignore[arg-type]
+
+
+def _solution(precision: Precision, dtype: torch.dtype) -> W4A4Solution:
     plan = W4A4Plan(Linear("self-test", K, N, bias=True), precision, RANK)
     naive = naive_solution(plan, _draw(1, N, K) / K**0.5, _draw(2, N), dtype)
-    solution: W4A4Solution = replace(
+    return replace(
         naive,
         plan=plan,
         smooth=(_draw(3, K).abs() + 0.5).to(dtype),
         down=(_draw(4, RANK, K) / K**0.5).to(dtype),
         up=(_draw(5, N, RANK) / 8).to(dtype),
     )
-    packed = tensors_of(pack_w4a4(solution))
-    return W4A4Operands(**{name: _on(tensor, device) for name, tensor in packed.items()})  # type: ignore[arg-type]
 
 
 def _modulation(dtype: torch.dtype, device: torch.device) -> W4A16Operands:

@@ -9,15 +9,24 @@ import torch
 from PIL import Image
 
 from svdq_cli.bench.baselines import gpu_baselines, int8_mm, scaled_mm_fp8
+from svdq_cli.bench.hopper_operations import hopper_float64, hopper_operations
 from svdq_cli.bench.kernel_operations import kernel_operations
-from svdq_cli.bench.operations import Operation
+from svdq_cli.bench.operations import Operation, w4a4_float64
 from svdq_cli.bench.plot import draw_plot
 from svdq_cli.bench.run import BenchSettings, bench_shapes, precisions_named, with_steps
 from svdq_cli.bench.shapes import SHAPE_SETS, LinearShape, ShapeSet
-from svdq_cli.bench.step import StepSettings, random_w4a4, random_w4a16, step_rows
+from svdq_cli.bench.step import (
+    Arithmetic,
+    StepSettings,
+    arithmetics,
+    random_w4a4,
+    random_w4a16,
+    step_rows,
+)
 from svdq_cli.bench.timing import bytes_per_microsecond
 from svdq_cli.bench.transformer import FLUX1_DEV_STEP, TransformerShape
 from svdq_cli.errors import EnvironmentLacksError
+from svdq_cli.gpu.hopper_modes import HopperMode
 from svdq_cli.records import Int4, NvFp4, Precision
 
 CPU = torch.device("cpu")
@@ -54,6 +63,39 @@ def test_a_layer_is_measured_whole_and_in_parts(precision: Precision):
         assert error_of(operation) < (4e-3 if "+" in operation.mode else 2.5e-3), operation.label
 
 
+@pytest.mark.parametrize("mode", HopperMode, ids=lambda mode: mode.label)
+def test_a_layer_is_measured_in_every_mode_of_hopper(mode: HopperMode):
+    torch.manual_seed(0)
+    found = [
+        operation
+        for operation in hopper_operations(random_w4a4(K, N, 32, Int4(), CPU), M)
+        if operation.mode == f"hopper {mode.label}"
+    ]
+    assert [(operation.op, operation.rank) for operation in found] == [
+        ("w4a4 linear", 32),
+        ("w4a4 gemm", 32),
+        ("w4a4 gemm", 0),
+        ("quantize and down", 32),
+    ]
+    for operation in found:
+        assert error_of(operation) < 2.5e-3, operation.label
+    assert all(mode.exactness in operation.exactness for operation in found[:3])
+    x, codes, hidden, down = 2 * M * K, M * K, 2 * M * 32, 2 * 32 * K
+    scales = 4 * (M * K // 64 if mode == HopperMode.EXACT else M)
+    assert found[-1].least_bytes == x + codes + scales + hidden + down
+
+
+def test_the_modes_differ_in_their_definition_and_exact_is_the_contracts():
+    torch.manual_seed(0)
+    solution = random_w4a4(K, N, 32, Int4(), CPU)
+    x = torch.randn(M, K).bfloat16()
+    exact = w4a4_float64(x, solution)
+    assert torch.equal(hopper_float64(x, solution, HopperMode.EXACT), exact)
+    for mode in (HopperMode.W4A8, HopperMode.FP8):
+        difference = float((hopper_float64(x, solution, mode) - exact).norm() / exact.norm())
+        assert 0.05 < difference < 0.3  # 4-bit activations round that much, 8-bit ones hardly
+
+
 def test_the_first_kernels_least_bytes_are_its_operands():
     operation = list(kernel_operations(random_w4a4(K, N, 32, Int4(), CPU), M))[-1]
     x, codes, scales, hidden, down = 2 * M * K, M * K // 2, 2 * M * K // 64, 2 * M * 32, 2 * 32 * K
@@ -87,11 +129,16 @@ def test_small_inputs_are_not_given_to_int_mm():
 def test_a_step_is_measured_in_16_bit_and_converted():
     torch.manual_seed(0)
     settings = StepSettings(SMALL_STEP, CPU, rank=16, seconds=1e-3)
-    rows = list(step_rows(settings, (Int4(), NvFp4())))
+    hopper = tuple(Arithmetic(Int4(), mode) for mode in HopperMode)
+    models = arithmetics((Int4(), NvFp4()), CPU)
+    rows = list(step_rows(settings, (*models, *hopper)))
     assert [(row.precision, row.mode, row.rank) for row in rows] == [
         ("bfloat16", "eager", None),
         ("int4", "eager", 16),
         ("nvfp4", "eager", 16),
+        ("int4 hopper exact", "eager", 16),
+        ("int4 hopper w4a8", "eager", 16),
+        ("int4 hopper fp8", "eager", 16),
     ]
     assert rows[0].ratio == 1.0
     for row in rows:

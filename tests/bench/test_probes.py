@@ -18,6 +18,10 @@ VARIANTS = [
     *(Variant("probes/wgmma_rate", (("OPERAND", o), ("PROMOTE", p))) for o in (0, 1) for p in (0, 2)),
     Variant("probes/wgmma_rate", (("OPERAND", 2), ("PROMOTE", 0))),
     Variant("probes/mma_rate", (("PROMOTE", 2),)),
+    *(
+        Variant("probes/shared_wavefronts", (("PATTERN", pattern),))
+        for pattern in range(len(probes.SHARED_LOADS))
+    ),
 ]
 
 

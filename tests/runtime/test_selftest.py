@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from svdq_cli.runtime.selftest import kernel_cases
-from tests.gpu.emulation import EmulatedDevice, needs_compiler
+from tests.gpu.emulation import HOPPER, EmulatedDevice, needs_compiler
 
 CPU = torch.device("cpu")
-CASES = {f"{case.op} {case.precision} {case.mode}": case for case in kernel_cases(torch.bfloat16)}
+CASES = {f"{case.op} {case.precision} {case.mode}": case for case in kernel_cases(torch.bfloat16, HOPPER)}
 
 
 RESULTS = {  # which of a kernel's arguments it writes
@@ -21,6 +21,10 @@ RESULTS = {  # which of a kernel's arguments it writes
     "w4a4_gemm": (8,),
     "w4a4_gelu_quantize": (10, 11, 12),
     "w4a16_linear": (4,),
+    "hopper_quantize_down": (3, 4, 5),
+    "hopper_reduce_hidden": (1,),
+    "hopper_gemm": (7,),
+    "hopper_gelu_quantize": (9, 10, 11),
 }
 
 
@@ -39,7 +43,13 @@ class DeadDevice(EmulatedDevice):
 
 @needs_compiler
 @pytest.mark.parametrize(
-    "name", ["quantize_down int4 signed", "w4a4_gemm int4 signed", "w4a16_linear int4 -"]
+    "name",
+    [
+        "quantize_down int4 signed",
+        "w4a4_gemm int4 signed",
+        "w4a16_linear int4 -",
+        *(name for name in CASES if name.startswith("hopper")),
+    ],
 )
 def test_a_kernel_that_is_right_passes(name: str):
     case = CASES[name]

@@ -9,7 +9,11 @@ inline void init_barrier(u64* barrier, u32 arrivals)
     emulator::block.phases[barrier] = {long(arrivals), long(arrivals)};
 }
 inline void fence_barrier_init() {}
-inline void arrive(u64* barrier) { emulator::arrive_at(barrier, 0); }
+inline void arrive(u64* barrier)
+{
+    emulator::arrive_at(barrier, 0);
+    emulator::let_others_run();
+}
 inline void arrive_expecting(u64* barrier, u32 bytes) { emulator::arrive_at(barrier, bytes); }
 inline void wait_phase(u64* barrier, u32 parity) { emulator::wait_for_parity(barrier, parity); }
 inline void copy_bulk(void* shared, const void* global, u32 bytes, u64* barrier)

@@ -83,6 +83,7 @@ struct Block {
     std::map<int, NamedBarrier> named;
     std::vector<BulkCopy> bulk_copies; // under way
     bool copies_late = false;          // happen when nothing else can, instead of at once
+    long round = 0;                    // how often all warps have had a turn
     Fiber* current = nullptr;
     jmp_buf scheduler;
     void (*body)() = nullptr;
@@ -237,6 +238,13 @@ inline void arrive_at(const void* at, long announced)
     end_phase_if_complete(barrier);
 }
 
+// Others do what they were waiting to do, before this thread goes on: who gives something away too early sees it.
+inline void let_others_run()
+{
+    const long now = block.round;
+    wait_until([now] { return block.round > now + 1; });
+}
+
 inline void wait_for_parity(const void* at, unsigned parity)
 {
     PhaseBarrier& barrier = phase_barrier(at);
@@ -358,11 +366,14 @@ inline bool run_block(int threads, bool descending)
     start_block(threads);
     block.copies_late = descending;
     const int warps = threads / LANES;
-    while (block.alive > 0 && block.failure.empty()) {
+    for (int idle = 0; block.alive > 0 && block.failure.empty();) {
         bool moved = false;
+        block.round++;
         for (int i = 0; i < warps; ++i)
             moved |= run_warp(descending ? warps - 1 - i : i, descending);
-        if (!moved && !perform_late_copies())
+        // Who lets others run waits for two rounds
+        idle = moved || perform_late_copies() ? 0 : idle + 1;
+        if (idle > 2)
             block.failure = "the threads of the block wait for each other forever";
     }
     return block.failure.empty();
