@@ -51,24 +51,24 @@ __device__ __forceinline__ bool has_ended(u64* barrier, u32 parity)
     return ended;
 }
 
-// %globaltimer: nanoseconds.
-__device__ __forceinline__ u64 nanoseconds()
+// %globaltimer_hi: time in units of 2^32 ns, 4.3 s.
+__device__ __forceinline__ u32 coarse_time()
 {
-    u64 now;
-    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+    u32 now;
+    asm volatile("mov.u32 %0, %globaltimer_hi;" : "=r"(now));
     return now;
 }
 
-// No wait of a sound kernel takes this long: an error the user sees is better than a GPU that hangs.
-constexpr u64 LONGEST_WAIT = 20'000'000'000;
+// No wait of a sound kernel takes this long: an error that the user sees is better than a GPU that hangs.
+constexpr u32 LONGEST_WAIT = 5; // 17 to 21 s
 
 __device__ __forceinline__ void wait_phase(u64* barrier, u32 parity)
 {
     if (has_ended(barrier, parity))
         return;
-    const u64 started = nanoseconds();
+    const u32 started = coarse_time();
     while (!has_ended(barrier, parity))
-        if (nanoseconds() - started > LONGEST_WAIT)
+        if (coarse_time() - started >= LONGEST_WAIT)
             __trap();
 }
 
@@ -102,6 +102,14 @@ template <int COUNT>
 __device__ __forceinline__ void take_registers()
 {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+
+// %tid.x, read anew: a value that the compiler can't keep in a register from one use to the next.
+__device__ __forceinline__ int thread_index_again()
+{
+    int index;
+    asm volatile("mov.u32 %0, %tid.x;" : "=r"(index));
+    return index;
 }
 
 // ------------------------------------------------------------------------------------------ numbers

@@ -31,10 +31,11 @@ struct Shared {
 // The threads of a warpgroup meet; 0 is the whole block's barrier.
 __device__ __forceinline__ void meet_warpgroup(const Consumer& me) { meet(1 + me.group, WARPGROUP); }
 
+// Asked for anew where a result is stored, so that what follows from it takes no registers while products run.
 __device__ __forceinline__ Consumer this_consumer()
 {
-    const int thread = threadIdx.x - WARPGROUP;
-    return {thread / WARPGROUP, thread % WARPGROUP / LANES, int(threadIdx.x) % LANES};
+    const int thread = thread_index_again() - WARPGROUP;
+    return {thread / WARPGROUP, thread % WARPGROUP / LANES, thread % LANES};
 }
 
 // acc + bias, rounded to 16 bit, as rows of tokens in the warpgroup's staging. `bias` at the tile's first feature, or null.
@@ -84,12 +85,12 @@ __device__ __forceinline__ void run_block(const TileInput& in, const u16* bias, 
             produce(ring, in);
     } else {
         take_registers<CONSUMER_REGISTERS>();
-        const Consumer me = this_consumer();
-        u8* staging = shared.staging(me.group);
         Place place;
         for (int tile = blockIdx.x; tile < in.tiles(); tile += gridDim.x) {
             Sums acc;
-            multiply_tile(acc, ring, place, in, tile, me);
+            multiply_tile(acc, ring, place, in, tile, this_consumer());
+            const Consumer me = this_consumer();
+            u8* staging = shared.staging(me.group);
             meet_warpgroup(me); // all have read the tile before
             stage_rows(staging, acc, bias ? bias + size_t(in.feature_tile(tile)) * FEATURES : nullptr, me);
             meet_warpgroup(me);

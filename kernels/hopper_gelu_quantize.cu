@@ -53,6 +53,7 @@ __device__ __forceinline__ void store_partial(const NextLayer& next, const Rows1
                                               int feature_tile, bool inside, const Consumer& me)
 {
     const int group = (feature_tile * FEATURES + me.first_feature()) / GROUP;
+#pragma unroll 1
     for (int first = 0; first < next.rank; first += 16) {
         RankSums sums = {};
         if (inside)
@@ -85,6 +86,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     run_block(in, bias, [&](int tile, const u8* staging, const Consumer& me) {
         const int feature_tile = in.feature_tile(tile), column = feature_tile * FEATURES + me.first_feature();
         const bool inside = column < next.n; // the last tile may be half padding
+#pragma unroll 1 // unrolled, registers spill
         for (int first = 16 * me.warp; first < TOKENS; first += 64) {
             const int token = in.token_tile(tile) * TOKENS + first;
             Rows16 rows = staged_rows(staging, first, me.lane);
