@@ -316,6 +316,7 @@ def _contents(job: Job, solved: Solved) -> Contents:
     }
     return Contents(
         config=source.config,
+        state=job.prepared.inventory.state,
         solutions=solved.solutions,
         kept=lambda name: finite_tensor(source, name),
         provenance={

@@ -21,17 +21,17 @@ from svdq_cli.records import (
     Event,
     LayerSolution,
     Observer,
-    OutputFile,
     RepackReport,
     W4A4Plan,
     W4A16Solution,
     ignore_events,
 )
 from svdq_cli.runtime.linear import w4a16_rounded_weight
-from svdq_cli.source import file_sha256, quantized_component
+from svdq_cli.source import quantized_component
 from svdq_cli.writing import (
     Contents,
     Target,
+    output_file,
     refuse_existing,
     require_disk,
     require_precision,
@@ -71,6 +71,7 @@ def export(
     component = quantized_component(pipeline) if pipeline else checkpoint.source.component
     contents = Contents(
         config=checkpoint.source.config,
+        state=checkpoint.state,
         solutions=_Solutions(checkpoint),
         kept=lambda name: _sixteen_bit(checkpoint, name),
         provenance=checkpoint.provenance,
@@ -79,7 +80,7 @@ def export(
     with whole_output(out, overwrite=options.overwrite) as partial:
         weights = write_target(partial, target, contents, pipeline=pipeline, component=component)
         _require_same(checkpoint, open_checkpoint(partial))
-        written = OutputFile(fmt.name, str(out), weights.stat().st_size, file_sha256(weights))
+        written = output_file(fmt, out, weights)
     seconds = time.monotonic() - started
     observe(Event("end", "pack", 1, 1, seconds=seconds))
     return RepackReport(

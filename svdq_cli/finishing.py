@@ -15,8 +15,15 @@ from svdq_cli.preparing import Prepared
 from svdq_cli.recipe import Recipe, figure_of
 from svdq_cli.records import ConvertReport, Event, Observer, OutputFile, json_text, to_json
 from svdq_cli.solving import require_finite
-from svdq_cli.source import file_sha256
-from svdq_cli.writing import Contents, Target, replace_weights, report_path, whole_output, write_target
+from svdq_cli.writing import (
+    Contents,
+    Target,
+    output_file,
+    replace_weights,
+    report_path,
+    whole_output,
+    write_target,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +61,8 @@ def finished_outputs(
             require_sound(partial, prepared.source, observe)
         checked = time.monotonic()
         files = tuple(
-            OutputFile(target.format.name, str(path), file.stat().st_size, file_sha256(file))
-            for target, path, file in zip(prepared.targets, paths, weights, strict=True)
+            output_file(target.format, path, written)
+            for target, path, written in zip(prepared.targets, paths, weights, strict=True)
         )
         yield Outputs(files, packed - started, checked - packed, partials, prepared.targets)
 
@@ -76,12 +83,12 @@ def _write_report(path: Path, report: ConvertReport) -> None:
 
 def _pack(
     prepared: Prepared, partials: Sequence[Path], contents: Contents, observe: Observer
-) -> tuple[Path, ...]:
-    """Every output under its partial name. Returns the weight files."""
+) -> tuple[tuple[Path, ...], ...]:
+    """Every output under its partial name. Returns the weight files of each."""
     total = len(partials)
     observe(Event("start", "pack", 0, total))
     started = time.monotonic()
-    weights: list[Path] = []
+    weights: list[tuple[Path, ...]] = []
     source = prepared.source
     for target, partial in zip(prepared.targets, partials, strict=True):
         weights.append(
@@ -91,8 +98,11 @@ def _pack(
             for name in prepared.recipe.components:
                 quantize_encoder(partial / name, dtype=prepared.settings.dtype)
             for name, entries in source.companions.items():
-                own = {key: require_finite(entry.read(), key, entry) for key, entry in entries.items()}
-                replace_weights(partial / name, own)
+                replace_weights(
+                    partial / name,
+                    entries,
+                    lambda key, of=entries: require_finite(of[key].read(), key, of[key]),
+                )
         observe(Event("advance", "pack", len(weights), total, target.format.name, time.monotonic() - started))
     observe(Event("end", "pack", total, total, seconds=time.monotonic() - started))
     return tuple(weights)

@@ -1,4 +1,4 @@
-"""A safetensors file written tensor by tensor: the header comes first, then every tensor goes to its own place.
+"""safetensors files tensor by tensor. Written: the header comes first, then every tensor goes to its own place.
 
 The bytes are those of safetensors' own `save_file`, with the metadata in order, so that no more than one tensor has to
 be in memory. Format: https://github.com/huggingface/safetensors#format
@@ -112,6 +112,18 @@ def write_tensors(
 def bytes_of(tensor: Tensor) -> Tensor:
     """The tensor's memory, (bytes,) uint8 on the CPU."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+
+
+def read_at(path: Path, offset: int, into: Tensor) -> None:
+    """Fill `into`, (bytes,) uint8, from a file. ValueError where the file ends before."""
+    left = into.numpy().data
+    with path.open("rb", buffering=0) as file:
+        file.seek(offset)
+        while left:
+            count = file.readinto(left)
+            if not count:
+                raise ValueError(f"the file ends {len(left)} bytes too early")
+            left = left[count:]
 
 
 def _places(specs: Mapping[str, TensorSpec]) -> dict[str, int]:

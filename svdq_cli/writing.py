@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shutil
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import cast
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor
 
 from svdq_cli.checkpoint import PROVENANCE
@@ -23,11 +23,13 @@ from svdq_cli.families.layouts.layout import ModelLayout
 from svdq_cli.formats.assembly import join_layers, kept_tensor, moved_biases
 from svdq_cli.formats.contract import Format
 from svdq_cli.formats.headers import BIASES, CONFIG, FORMAT, RANKS, as_text, biases_text
-from svdq_cli.formats.modules import FileLayout, known_layout, lay_out
+from svdq_cli.formats.modules import FileLayout, KeptTensor, StoredModule, kept_shapes, known_layout, lay_out
 from svdq_cli.plan import restricted
-from svdq_cli.records import LayerSolution, ModelPlan, Precision
-from svdq_cli.source import pipeline_index, weight_files
+from svdq_cli.records import LayerSolution, ModelPlan, OutputFile, Precision
+from svdq_cli.source import TensorEntry, file_sha256, pipeline_index, weight_files
+from svdq_cli.tensor_file import DTYPE_OF_NAME, TensorSpec, write_tensors
 
+SHARD_BYTES = 10_000_000_000  # the most that diffusers itself puts into one file
 WEIGHT_FILE = "diffusion_pytorch_model.safetensors"
 REPORT_FILE = "svdq_report.json"
 # Other frameworks' and pickled copies of weights that a hub folder may hold beside its safetensors.
@@ -100,6 +102,7 @@ class Contents:
     """The numbers of a checkpoint, by the model's own names, and what is said of their making."""
 
     config: Mapping[str, object]  # the model's, without any quantization
+    state: Mapping[str, tuple[int, ...]]  # the model's tensors, name to shape
     solutions: Mapping[str, LayerSolution]
     kept: Callable[[str], Tensor]  # reads a tensor that is stored at 16 bit
     provenance: Mapping[str, object] | None
@@ -110,11 +113,17 @@ def report_path(output: Path, fmt: Format) -> Path:
     return output.with_name(f"{output.name}.report.json") if fmt.single_file else output / REPORT_FILE
 
 
+def output_file(fmt: Format, path: Path, weights: Sequence[Path]) -> OutputFile:
+    """The facts of an output that will lie at `path`; bytes and digest are those of its weight files in their order."""
+    size = sum(file.stat().st_size for file in weights)
+    return OutputFile(fmt.name, str(path), size, file_sha256(*weights))
+
+
 def write_target(
     path: Path, target: Target, contents: Contents, *, pipeline: Path | None, component: str
-) -> Path:
+) -> tuple[Path, ...]:
     """Write one output to `path`: the pipeline's folder with its component quantized (or that component's alone,
-    without a pipeline), or a single file. Returns the weight file's path. The bytes depend on the arguments alone.
+    without a pipeline), or a single file. Returns the weight files. The bytes depend on the arguments alone.
     """
     if target.format.single_file:
         return _write_file(path, target, contents)
@@ -125,24 +134,26 @@ def write_target(
     return _write_component(folder, target, contents)
 
 
-def replace_weights(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Put other weights of the same names into a component's folder, as one file."""
+def replace_weights(folder: Path, entries: Mapping[str, TensorEntry], read: Callable[[str], Tensor]) -> None:
+    """Put other weights of the same names into a component's folder, as one file, one tensor after the other."""
     old = weight_files(folder)
     name = "model.safetensors" if old[0].name.startswith("model") else WEIGHT_FILE
     for file in (*old, *folder.glob("*.safetensors.index.json")):
         file.unlink()
-    save_file(dict(tensors), folder / name, metadata={"format": "pt"})
+    specs = {key: TensorSpec(entry.shape, DTYPE_OF_NAME[entry.dtype]) for key, entry in entries.items()}
+    with write_tensors(folder / name, specs, {"format": "pt"}) as writer:
+        for key in entries:
+            writer.write(key, read(key))
 
 
-def _write_component(folder: Path, target: Target, contents: Contents) -> Path:
+def _write_component(folder: Path, target: Target, contents: Contents) -> tuple[Path, ...]:
     folder.mkdir(exist_ok=True)
     config = {**_with_class(target, contents), "quantization_config": target.metadata()}
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    _save(folder / WEIGHT_FILE, target, contents, {})
-    return folder / WEIGHT_FILE
+    return _save(folder / WEIGHT_FILE, target, contents, {}, limit=SHARD_BYTES)
 
 
-def _write_file(path: Path, target: Target, contents: Contents) -> Path:
+def _write_file(path: Path, target: Target, contents: Contents) -> tuple[Path, ...]:
     fmt = target.format
     config = _with_class(target, contents)
     biases: dict[str, Tensor] = {}
@@ -156,8 +167,7 @@ def _write_file(path: Path, target: Target, contents: Contents) -> Path:
     }
     metadata = {**fmt.model_metadata(target.layout, config), **target.metadata(), **own}
     path.parent.mkdir(parents=True, exist_ok=True)
-    _save(path, target, contents, as_text(metadata))
-    return path
+    return _save(path, target, contents, as_text(metadata))
 
 
 def _with_class(target: Target, contents: Contents) -> dict[str, object]:
@@ -166,19 +176,96 @@ def _with_class(target: Target, contents: Contents) -> dict[str, object]:
     return config
 
 
-def _save(path: Path, target: Target, contents: Contents, metadata: Mapping[str, str]) -> None:
-    tensors: dict[str, Tensor] = {}
-    for module in target.file.modules:
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Tensors that are written together: a stored module's, or one 16-bit tensor. Their numbers are made when they are
+    asked for."""
+
+    specs: Mapping[str, TensorSpec]
+    make: Callable[[], Mapping[str, Tensor]]
+
+    @property
+    def bytes(self) -> int:
+        return sum(spec.bytes for spec in self.specs.values())
+
+
+def _pieces(target: Target, contents: Contents) -> list[_Piece]:
+    """All of a file, from names and shapes alone."""
+
+    def packed(module: StoredModule) -> dict[str, Tensor]:
         stored = target.format.encode(join_layers(module, contents.solutions), module.traits)
-        tensors |= {f"{module.name}.{suffix}": tensor.contiguous() for suffix, tensor in stored.items()}
-    for name, kept in target.file.kept.items():
-        parts = [contents.kept(source).to(target.dtype) for source in kept.sources]
-        tensors[name] = kept_tensor(kept, parts).contiguous()
+        return {f"{module.name}.{suffix}": tensor for suffix, tensor in stored.items()}
+
+    def kept(name: str, tensor: KeptTensor) -> dict[str, Tensor]:
+        parts = [contents.kept(source).to(target.dtype) for source in tensor.sources]
+        return {name: kept_tensor(tensor, parts)}
+
+    modules = [
+        _Piece(
+            {
+                f"{module.name}.{suffix}": spec
+                for suffix, spec in target.format.tensor_specs(
+                    module.plan, target.dtype, module.traits
+                ).items()
+            },
+            partial(packed, module),
+        )
+        for module in target.file.modules
+    ]
+    others = [
+        _Piece({name: TensorSpec(shape, target.dtype)}, partial(kept, name, target.file.kept[name]))
+        for name, shape in kept_shapes(target.file, contents.state).items()
+    ]
+    return [*modules, *others]
+
+
+def _save(
+    path: Path, target: Target, contents: Contents, metadata: Mapping[str, str], *, limit: float = math.inf
+) -> tuple[Path, ...]:
+    """The weights as one file, or as shards beside one another where they are more than `limit` bytes. No more than
+    one module is in memory. Returns the files."""
     said = {"format": "pt", **metadata}
     if contents.provenance is not None:
         said[PROVENANCE] = json.dumps(contents.provenance, sort_keys=True)
-    save_file(tensors, path, metadata=said)
-    _sort_metadata(path)
+    shards = _shards(_pieces(target, contents), limit)
+    files = [path] if len(shards) == 1 else [_shard_name(path, n, len(shards)) for n in range(len(shards))]
+    for file, pieces in zip(files, shards, strict=True):
+        specs = {name: spec for piece in pieces for name, spec in piece.specs.items()}
+        with write_tensors(file, specs, said) as writer:
+            for piece in pieces:
+                for name, tensor in piece.make().items():
+                    writer.write(name, tensor)
+    if len(shards) > 1:
+        _write_index(path, files, shards)
+    return tuple(files)
+
+
+def _shards(pieces: Sequence[_Piece], limit: float) -> list[list[_Piece]]:
+    """In their order, each shard as full as the limit allows."""
+    shards: list[list[_Piece]] = [[]]
+    for piece in pieces:
+        if shards[-1] and sum(each.bytes for each in shards[-1]) + piece.bytes > limit:
+            shards.append([])
+        shards[-1].append(piece)
+    return shards
+
+
+def _shard_name(path: Path, number: int, count: int) -> Path:
+    """diffusers' own: diffusion_pytorch_model-00001-of-00003.safetensors."""
+    return path.with_name(f"{path.stem}-{number + 1:05d}-of-{count:05d}{path.suffix}")
+
+
+def _write_index(path: Path, files: Sequence[Path], shards: Sequence[Sequence[_Piece]]) -> None:
+    """Which shard holds which tensor, as diffusers and transformers read it."""
+    weight_map = {
+        name: file.name
+        for file, pieces in zip(files, shards, strict=True)
+        for piece in pieces
+        for name in piece.specs
+    }
+    total = sum(piece.bytes for pieces in shards for piece in pieces)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    path.with_name(f"{path.name}.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------------------------------- whole or nothing
@@ -281,22 +368,6 @@ def disk_errors(path: Path) -> Generator[None, None, None]:
                 where=str(path),
             ) from error
         raise
-
-
-def _sort_metadata(path: Path) -> None:
-    """Put the header's metadata in order: safetensors writes a hash map, whose order changes from run to run."""
-    with path.open("r+b") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = cast("dict[str, object]", json.loads(file.read(length)))
-        kept = cast("dict[str, str]", header.pop("__metadata__", {}))
-        ordered = {"__metadata__": dict(sorted(kept.items())), **header}
-        text = json.dumps(ordered, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(text) > length:
-            raise ValueError(
-                f"{path}: the header grew from {length} to {len(text)} bytes when it was put in order"
-            )
-        file.seek(8)
-        file.write(text.ljust(length))  # the format allows trailing spaces
 
 
 def copy_pipeline(source: Path, target: Path, *, skip: str) -> None:

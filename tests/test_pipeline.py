@@ -22,6 +22,7 @@ from svdq_cli.preparing import RunOptions, draw_settings
 from svdq_cli.recipe import Calibration, Quantization, Recipe, default_recipe
 from svdq_cli.runtime.linear import W4A4Linear, W4A16Linear
 from svdq_cli.source import open_source, source_digest
+from svdq_cli.tensor_file import TensorWriter
 
 WEIGHTS = Path("transformer/diffusion_pytorch_model.safetensors")
 CPU = RunOptions(device="cpu")
@@ -223,7 +224,7 @@ def test_a_disk_that_fills_while_writing_leaves_only_the_solved_layers(
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(writing_module, "save_file", full)
+    monkeypatch.setattr(writing_module, "write_tensors", full)
     with pytest.raises(OutOfResourcesError, match="the disk is full") as caught:
         convert(recipe_for(tiny_flux), tmp_path / "out", options=CPU)
     assert leftovers(tmp_path) == [".out.work"]
@@ -234,11 +235,12 @@ def test_a_disk_that_fills_while_writing_leaves_only_the_solved_layers(
 def test_a_checkpoint_that_fails_its_check_never_gets_its_name(
     tiny_flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    def scrambled(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
-        name = "transformer_blocks.0.attn.to_q.qweight"
-        save_file({**tensors, name: tensors[name].flip(0)}, path, metadata=metadata)
+    write = TensorWriter.write
 
-    monkeypatch.setattr(writing_module, "save_file", scrambled)
+    def scrambled(self: TensorWriter, name: str, tensor: torch.Tensor) -> None:
+        write(self, name, tensor.flip(0) if name == "transformer_blocks.0.attn.to_q.qweight" else tensor)
+
+    monkeypatch.setattr(TensorWriter, "write", scrambled)
     with pytest.raises(CheckFailedError, match=r"transformer_blocks\.0\.attn\.to_q"):
         convert(recipe_for(tiny_flux), tmp_path / "out", options=CPU)
     assert leftovers(tmp_path) == []

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
-from svdq_cli import solving, writing
+from svdq_cli import solving
 from svdq_cli.calibrate.artefact import open_calibration
 from svdq_cli.cli import run
 from svdq_cli.errors import CheckFailedError, UsageError
@@ -17,6 +16,7 @@ from svdq_cli.pipeline import calibrate, convert
 from svdq_cli.preparing import RunOptions
 from svdq_cli.recipe import Calibration, Output, Quantization, Recipe, default_recipe
 from svdq_cli.starting import outputs_of, override
+from svdq_cli.tensor_file import TensorWriter
 
 CPU = RunOptions(device="cpu")
 
@@ -69,13 +69,14 @@ def test_the_layers_are_solved_once(tiny_flux: Path, tmp_path: Path, monkeypatch
 
 
 def test_one_bad_output_leaves_none(tiny_flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def scrambled(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
-        name = "double_blocks.0.img_attn.proj.weight"
-        if name in tensors:
-            tensors = {**tensors, name: tensors[name].flatten().roll(64).reshape(tensors[name].shape)}
-        save_file(tensors, path, metadata=metadata)
+    write = TensorWriter.write
 
-    monkeypatch.setattr(writing, "save_file", scrambled)
+    def scrambled(self: TensorWriter, name: str, tensor: torch.Tensor) -> None:
+        if name == "double_blocks.0.img_attn.proj.weight":
+            tensor = tensor.flatten().roll(64).reshape(tensor.shape)
+        write(self, name, tensor)
+
+    monkeypatch.setattr(TensorWriter, "write", scrambled)
     paths = (tmp_path / "lite", tmp_path / "b.safetensors")
     with pytest.raises(CheckFailedError, match=r"transformer_blocks\.0\.attn\.to_out\.0"):
         convert(recipe_for(tiny_flux, ("nunchaku-lite", paths[0]), ("comfy", paths[1])), paths, options=CPU)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,20 +24,9 @@ from svdq_cli.records import (
     W4A4Solution,
     W4A16Solution,
 )
+from svdq_cli.tensor_file import TensorSpec
 
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
-
-
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """A stored tensor before its numbers exist."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,7 +54,7 @@ def read_whole_header(path: Path) -> Header:
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise damaged(path, "its metadata is not a JSON object of texts")
-    entries = {name: _entry(path, name, facts) for name, facts in header.items()}
+    entries = {name: _entry(path, name, facts, 8 + len(text)) for name, facts in header.items()}
     _require_no_gaps(path, entries, size - 8 - len(text))
     return Header({name: entry for name, (entry, _) in entries.items()}, metadata)
 
@@ -118,12 +118,13 @@ def read_json(path: Path) -> Mapping[str, object]:
     return MappingProxyType(value)
 
 
-def file_sha256(path: Path) -> str:
-    """sha256 of a file's content (hashlib.file_digest needs Python 3.11)."""
+def file_sha256(*paths: Path) -> str:
+    """sha256 of the files' content, one after the other (hashlib.file_digest needs Python 3.11)."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
     return digest.hexdigest()
 
 
@@ -143,8 +144,8 @@ def pickled(path: Path) -> InputError:
     )
 
 
-def _entry(path: Path, name: str, facts: object) -> tuple[StoredTensor, tuple[int, int]]:
-    """A tensor, and where its bytes begin and end."""
+def _entry(path: Path, name: str, facts: object, start: int) -> tuple[StoredTensor, tuple[int, int]]:
+    """A tensor, and where its bytes begin and end in the data, which starts at byte `start` of the file."""
     try:
         if not isinstance(facts, dict) or not isinstance(facts["dtype"], str):
             raise TypeError
@@ -153,7 +154,7 @@ def _entry(path: Path, name: str, facts: object) -> tuple[StoredTensor, tuple[in
         begin, end = offsets
     except (KeyError, TypeError, ValueError) as error:
         raise damaged(path, f"the header entry of {name!r} is malformed") from error
-    entry = StoredTensor(path, name, shape, facts["dtype"])
+    entry = StoredTensor(path, name, shape, facts["dtype"], start + begin)
     if entry.dtype not in _BITS:
         raise damaged(path, f"{name!r} has the dtype {entry.dtype!r}, which safetensors does not have")
     if math.prod(shape) * _BITS[entry.dtype] != 8 * (end - begin):

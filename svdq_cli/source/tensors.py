@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from svdq_cli.errors import InputError
+from svdq_cli.tensor_file import DTYPE_OF_NAME, bytes_of, read_at
 
 DTYPE_BYTES = {
     **dict.fromkeys(("F64", "I64", "U64"), 8),
@@ -61,24 +61,31 @@ class StoredTensor:
     origin: str
     shape: tuple[int, ...]
     dtype: str
+    offset: int  # of its first byte, from the start of the file
 
     def read(self) -> Tensor:
-        try:
-            with safe_open(self.file, framework="pt") as file:
-                return file.get_tensor(self.origin)
-        except (SafetensorError, OSError) as error:
-            raise self._unreadable(error) from error
+        return self._read(self.shape, skip=0)
 
     def read_rows(self, start: int, stop: int) -> Tensor:
-        try:
-            with safe_open(self.file, framework="pt") as file:
-                return file.get_slice(self.origin)[start:stop]
-        except (SafetensorError, OSError) as error:
-            raise self._unreadable(error) from error
+        start, stop, _ = slice(start, stop).indices(self.shape[0])
+        row = math.prod(self.shape[1:]) * DTYPE_BYTES.get(self.dtype, 0)
+        return self._read((max(stop - start, 0), *self.shape[1:]), skip=start * row)
 
-    def _unreadable(self, error: Exception) -> InputError:
+    def _read(self, shape: tuple[int, ...], *, skip: int) -> Tensor:
+        """Into memory of its own: pages of a mapped file would count as the process's, for as long as any is in use."""
+        dtype = DTYPE_OF_NAME.get(self.dtype)
+        if dtype is None:
+            raise self._unreadable(f"svdq does not read the dtype {self.dtype}")
+        found = torch.empty(shape, dtype=dtype)
+        try:
+            read_at(self.file, self.offset + skip, bytes_of(found))
+        except (OSError, ValueError) as error:
+            raise self._unreadable(error) from error
+        return found
+
+    def _unreadable(self, why: object) -> InputError:
         return InputError(
-            f"{self.file}: can't read {self.origin}: {error}",
+            f"{self.file}: can't read {self.origin}: {why}",
             hint="download the file again",
             where=str(self.file),
             kind="damaged-file",
