@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from svdq_cli.comparing import compare_in
+from svdq_cli.errors import CanceledRunError, InterruptedRunError, OutOfResourcesError
+from svdq_cli.evaluate.gallery import RUN_FILE, require_own_folder
 from svdq_cli.preparing import DEFAULT_OPTIONS, RunOptions
 from svdq_cli.recipe import Recipe
 from svdq_cli.records import EvalReport, Observer, ignore_events
+from svdq_cli.working import as_stopped, say_what_is_kept
+from svdq_cli.writing import disk_errors
 
 
 def evaluate(
@@ -32,8 +38,27 @@ def evaluate(
     from svdq_cli.plotting import search_of
     from svdq_cli.reporting import PAGE_FILE, write_report
 
-    search = search_of(path)  # refuses a damaged report now, not after the long work
-    found = compare_in(report_folder, path, recipe, options=options, observe=observe)
-    found = replace(found, report=replace(found.report, page=str(report_folder / PAGE_FILE)))
-    write_report(report_folder, found, recipe, search=search)
+    with _pictures_kept(report_folder):
+        require_own_folder(report_folder)  # now, not after the models were read
+        search = search_of(path)  # refuses a damaged report now, not after the long work
+        found = compare_in(report_folder, path, recipe, options=options, observe=observe)
+        found = replace(found, report=replace(found.report, page=str(report_folder / PAGE_FILE)))
+        write_report(report_folder, found, recipe, search=search)
     return found.report
+
+
+@contextmanager
+def _pictures_kept(folder: Path) -> Generator[None, None, None]:
+    """What stops the run says that the pictures drawn so far are kept."""
+    try:
+        with disk_errors(folder, option="--report"):
+            yield
+    except BaseException as error:
+        stopped = as_stopped(error)
+        may_go_on = isinstance(stopped, (CanceledRunError, InterruptedRunError, OutOfResourcesError))
+        if may_go_on and (folder / RUN_FILE).is_file():
+            said = f"{folder} keeps the pictures drawn so far, and the same command goes on from there"
+            say_what_is_kept(stopped, said, "evaluate", ignore_events)
+        if stopped is error:
+            raise
+        raise stopped from error

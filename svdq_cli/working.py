@@ -49,12 +49,12 @@ def kept_work(
             with disk_errors(path):  # here too, so that the error says what is kept
                 yield work
         except BaseException as error:
-            stopped = _as_stopped(error)
+            stopped = as_stopped(error)
             if work.is_empty or _fails_again(error, work):
                 work.remove()
             else:
                 said = f"{work.path} keeps {kept(work)}; --resume goes on from there"
-                _say_what_is_kept(stopped, said, stage, observe)
+                say_what_is_kept(stopped, said, stage, observe)
             if stopped is error:
                 raise
             raise stopped from error
@@ -87,7 +87,7 @@ def _fails_again(error: BaseException, work: WorkFolder) -> bool:
     return refused and not about_the_work and not work.calibration.exists()
 
 
-def _as_stopped(error: BaseException) -> BaseException:
+def as_stopped(error: BaseException) -> BaseException:
     """The interruptions as errors that can carry a message."""
     match error:
         case Terminated():
@@ -98,7 +98,7 @@ def _as_stopped(error: BaseException) -> BaseException:
             return as_out_of_memory(error) or error
 
 
-def _say_what_is_kept(error: BaseException, said: str, stage: str, observe: Observer) -> None:
+def say_what_is_kept(error: BaseException, said: str, stage: str, observe: Observer) -> None:
     """In the error's hint; for a bug, which has none, as a warning."""
     if not isinstance(error, SvdqError):
         observe(Event("warning", stage, detail=said))

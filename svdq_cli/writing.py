@@ -347,8 +347,8 @@ def whole_folder(path: Path, *, overwrite: bool) -> Generator[Path, None, None]:
 
 
 @contextmanager
-def disk_errors(path: Path) -> Generator[None, None, None]:
-    """Turn the system's disk errors into svdq's, naming the output and the cure."""
+def disk_errors(path: Path, *, option: str = "-o") -> Generator[None, None, None]:
+    """Turn the system's disk errors into svdq's, naming the output and the cure. `option` chose the place."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -357,14 +357,15 @@ def disk_errors(path: Path) -> Generator[None, None, None]:
             too_large = number == errno.EFBIG  # FAT takes 4 GB
             raise OutOfResourcesError(
                 f"{path}: {'the disk takes no file of this size' if too_large else 'the disk is full'}",
-                hint="free some space, or write to another disk with -o; nothing was left under the final name",
+                hint=f"free some space, or write to another disk with {option}; "
+                "nothing was left under the final name",
                 where=str(path),
                 kind="disk-full",
             ) from error
         if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
             raise UsageError(
                 f"{path}: can't write there: {error.strerror}",  # type: ignore[union-attr]
-                hint="choose a folder you may write to with -o",
+                hint=f"choose a folder you may write to with {option}",
                 where=str(path),
             ) from error
         raise

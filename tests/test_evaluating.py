@@ -12,7 +12,7 @@ from PIL import Image
 
 from svdq_cli.checkpoint import open_checkpoint
 from svdq_cli.drawing import evaluation_recipe
-from svdq_cli.errors import UsageError
+from svdq_cli.errors import CanceledRunError, UsageError
 from svdq_cli.evaluating import evaluate
 from svdq_cli.preparing import RunOptions
 from svdq_cli.recipe import Recipe, parse_fail_if
@@ -102,6 +102,19 @@ def test_more_samples_draw_only_the_new_ones_and_other_settings_are_refused(
     assert (folder / "16bit" / "0000.png").stat().st_mtime_ns == first
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_report_folder_that_holds_something_else_is_refused_at_once(
+    checkpoint: Path, recipe: Recipe, tmp_path: Path, overwrite: bool
+):
+    (tmp_path / "precious.txt").write_text("mine")
+    events: list[Event] = []
+    options = replace(CPU, overwrite=overwrite)
+    with pytest.raises(UsageError, match="not a folder that svdq eval wrote"):
+        evaluate(checkpoint, recipe, report_folder=tmp_path, options=options, observe=events.append)
+    assert events == []
+    assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
+
+
 def test_a_gate_on_a_figure_that_is_not_measured_is_missed(checkpoint: Path, recipe: Recipe):
     gates = tuple(
         map(parse_fail_if, ("fid>50", "ssim<0.1", "size_ratio<50"))
@@ -129,8 +142,10 @@ def test_pictures_of_a_run_that_was_cut_off_are_whole(checkpoint: Path, recipe: 
             raise KeyboardInterrupt
 
     folder = tmp_path / "report"
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(CanceledRunError) as caught:
         evaluate(checkpoint, recipe, report_folder=folder, options=CPU, observe=stop)
+    assert caught.value.resumable
+    assert f"{folder} keeps the pictures" in (caught.value.hint or "")
     found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.png"))
     assert found[:2] == ["16bit-again/0000.png", "16bit-again/0001.png"]
     for path in folder.rglob("*.png"):

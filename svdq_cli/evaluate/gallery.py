@@ -43,14 +43,8 @@ def open_gallery(folder: Path, facts: Facts, prompts: Sequence[str], *, overwrit
     A run with more prompts continues one whose prompts are the first of them, and the other way round. UsageError where
     the folder holds something else, or pictures of another run that are not to be overwritten.
     """
+    require_own_folder(folder)
     run = folder / RUN_FILE
-    if folder.exists() and not run.is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(
-            f"{folder}: not a folder that svdq eval wrote, so it is not replaced",
-            hint="choose another name with --report",
-            where=str(folder),
-            kind="output-exists",
-        )
     if run.is_file() and overwrite:
         shutil.rmtree(folder)
     if run.is_file():
@@ -59,6 +53,19 @@ def open_gallery(folder: Path, facts: Facts, prompts: Sequence[str], *, overwrit
         folder.mkdir(parents=True, exist_ok=True)
         _write_run(run, facts, prompts)
     return Gallery(folder)
+
+
+def require_own_folder(folder: Path) -> None:
+    """UsageError for a folder, or a file, that holds something else than an evaluation."""
+    if not folder.exists() or (folder / RUN_FILE).is_file():
+        return
+    if not folder.is_dir() or any(folder.iterdir()):
+        raise UsageError(
+            f"{folder}: not a folder that svdq eval wrote, so it is not replaced",
+            hint="choose another name with --report",
+            where=str(folder),
+            kind="output-exists",
+        )
 
 
 def keep_picture(gallery: Gallery, way: str, index: int, picture: Image.Image) -> None:

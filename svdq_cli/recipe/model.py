@@ -3,7 +3,7 @@ comments of `svdq init` and the descriptions of the JSON Schema."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Annotated, Literal, cast, get_args
 
@@ -467,7 +467,7 @@ def with_overrides(
     loras: Sequence[Lora] | None = None,
     dtype: str | None = None,
     seed: int | None = None,
-    prompts: str | None = None,
+    prompts: str | Mapping[str, str] | None = None,
     samples: int | None = None,
     steps: int | None = None,
     height: int | None = None,
@@ -477,8 +477,8 @@ def with_overrides(
 ) -> Recipe:
     """The recipe with options put over it (None: not given). `seed` is that of calibration and of the search.
 
-    `prompts` gives a recipe without calibration one. Effort `datafree` also drops the recipe's own smoothing. Raises
-    UsageError naming the option.
+    `prompts`, a file or {dataset, column}, gives a recipe without calibration one. Effort `datafree` also drops the
+    recipe's own smoothing. Raises UsageError naming the option.
     """
     drawing = {"samples": samples, "steps": steps, "height": height, "width": width, "batch_size": batch_size}
     if (

@@ -31,6 +31,10 @@ CONVERT_KEYS = {
     ),
     *("layer_sqnr_db", "bytes", "seconds", "peak", "fingerprint", "svdq_version", "recipe", "warnings"),
 }
+EVAL_KEYS = {
+    *("schema", "command", "images", "psnr_db", "ssim", "lpips", "clip", "baselines", "layer_sqnr_db"),
+    *("noise_floor_psnr_db", "missing"),
+}
 SMALL = "--height 32 --width 32 -q"
 
 
@@ -169,8 +173,25 @@ def test_check_and_eval_and_their_gates(
     report = said(capsys)
     assert report["lpips"] is None
     assert set(report["baselines"]) == {"rtn"}
+    assert report.keys() >= EVAL_KEYS
+    assert report["psnr_db"].keys() >= {"mean", "std", "min"}
     assert run([*words.split(), "--fail-if", "psnr_db<99"]) == 6
     assert said(capsys)["status"] == "gate-missed"
+
+
+def test_eval_takes_prompts_from_a_table_and_gates_from_a_recipe(
+    tiny_flux: Path, converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    table, recipe = tmp_path / "captions.csv", tmp_path / "gates.yaml"
+    table.write_text('caption,id\n"a cat, sitting",1\n')
+    recipe.write_text(f"version: 1\nmodel: {{source: {tiny_flux}}}\ngates: {{psnr_db: '>= 99'}}\n")
+    words = f"eval {converted} --against {recipe} --prompts {table} --prompt-column caption --samples 1 -q"
+    assert run([*words.split(), "--report", str(tmp_path / "report")]) == 6
+    out = capsys.readouterr().out
+    assert "95 % interval" in out
+    assert "no clip: CLIP score needs" in out
+    assert f"report, for a browser: {tmp_path / 'report' / 'report.html'}" in out
+    assert (tmp_path / "report" / "prompts.txt").read_text() == "a cat, sitting\n"
 
 
 def test_a_missed_gate_keeps_and_marks_the_output(

@@ -16,11 +16,19 @@ def evaluate(
     against: Annotated[str, typer.Option(metavar="SOURCE", help="The 16-bit model to compare with.")],
     report: Annotated[
         Path | None,
-        typer.Option("--report", metavar="DIR", help="Keep pictures, grid, figures and plots there."),
+        typer.Option(
+            "--report",
+            metavar="DIR",
+            help="Keep pictures, figures and report.html there; a second run draws what is missing.",
+        ),
     ] = None,
     base: opt.Base = None,
     loras: opt.Loras = None,
     prompts: opt.Prompts = None,
+    prompt_column: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="--prompts is a data set (a hub id or a table); its column."),
+    ] = None,
     samples: opt.Samples = None,
     steps: opt.Steps = None,
     width: opt.Width = None,
@@ -29,6 +37,7 @@ def evaluate(
     seed: opt.Seed = None,
     fail_if: opt.FailIf = None,
     device: opt.Device = "auto",
+    resume: opt.Resume = False,
     overwrite: opt.Overwrite = False,
     json: opt.Json = False,
     summary: opt.SummaryFile = None,
@@ -36,7 +45,7 @@ def evaluate(
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
 ) -> None:
-    """Draw with both models at equal seeds: PSNR, SSIM, per-layer SQNR, and naive 4-bit beside them."""
+    """Draw with both models at equal seeds: PSNR, SSIM, what other metrics are installed, and baselines beside them."""
     from svdq_cli.checkpoint import open_checkpoint
     from svdq_cli.cli import render
     from svdq_cli.cli.progress import progress
@@ -47,9 +56,10 @@ def evaluate(
 
     named, beside = recipe_of(against)
     model = override(named, base=base, loras=loras).model
+    judged = evaluation_recipe(open_checkpoint(checkpoint), model.source)
     recipe = override(
-        evaluation_recipe(open_checkpoint(checkpoint), model.source).model_copy(update={"model": model}),
-        prompts=prompts,
+        judged.model_copy(update={"model": model, "gates": named.gates}),
+        prompts=prompts if prompt_column is None else {"dataset": prompts, "column": prompt_column},
         samples=samples,
         steps=steps,
         width=width,
@@ -63,7 +73,7 @@ def evaluate(
             checkpoint,
             recipe,
             report_folder=report,
-            options=run_options(device, overwrite, beside),
+            options=run_options(device, overwrite, beside, resume=resume),
             observe=observe,
         )
     append_summary(result, summary)
