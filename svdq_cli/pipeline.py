@@ -13,47 +13,19 @@ from svdq_cli.calibrating import calibrate
 from svdq_cli.checking import check
 from svdq_cli.checkpoint import open_checkpoint
 from svdq_cli.converting import convert
+from svdq_cli.predicting import predict
 from svdq_cli.preparing import (
     DEFAULT_OPTIONS,
     RunOptions,
-    disk_bytes,
     inspect_layer,
-    is_data_free,
-    layer_counts,
-    model_facts,
     predicted_sizes,
     prepare,
-    rank_facts,
     sizes_of,
-    warnings_of,
 )
-from svdq_cli.recipe import Recipe, resolved
-from svdq_cli.records import InspectReport, PlanReport
+from svdq_cli.recipe import Recipe
+from svdq_cli.records import InspectReport
 
 __all__ = ["calibrate", "check", "convert", "inspect_checkpoint", "inspect_source", "predict"]
-
-
-def predict(
-    recipe: Recipe, *, calibration: Path | None = None, options: RunOptions = DEFAULT_OPTIONS
-) -> PlanReport:
-    """What a conversion would write, from names and shapes alone."""
-    prepared = prepare(recipe, beside=options.beside)
-    sizes = predicted_sizes(prepared)
-    return PlanReport(
-        model=model_facts(prepared, None),
-        read_as=prepared.source.kind,
-        precision=recipe.quantization.precision,
-        effort=recipe.quantization.effort,
-        rank=rank_facts(prepared),
-        layers=layer_counts(prepared.plan),
-        bytes=sizes,
-        disk_bytes=disk_bytes(prepared),
-        seconds=None,
-        ram_bytes=None,
-        vram_bytes=None,
-        recipe=resolved(recipe),
-        warnings=warnings_of(prepared, data_free=is_data_free(recipe, calibration)),
-    )
 
 
 def inspect_source(recipe: Recipe, *, options: RunOptions = DEFAULT_OPTIONS) -> InspectReport:

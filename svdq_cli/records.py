@@ -358,8 +358,21 @@ class ConvertReport:
 
 
 @dataclass(frozen=True, slots=True)
+class PlanSeconds:
+    """What each stage of a conversion is predicted to take."""
+
+    prepare: float  # reading the model's headers, importing its class, the digest of its weights
+    calibrate: float
+    solve: float
+    pack: float
+    check: float
+    total: float
+
+
+@dataclass(frozen=True, slots=True)
 class PlanReport:
-    """What `--plan` predicts. `None` where nothing honest can be said yet."""
+    """What `--plan` predicts. Bytes are peaks: of the process, of torch's GPU allocator (None without a GPU), and of
+    the disk, work folder included."""
 
     model: ModelFacts
     read_as: str  # how the source was stored: "diffusers folder", "single file, original (BFL) names", ...
@@ -369,11 +382,12 @@ class PlanReport:
     layers: LayerCounts
     bytes: ByteFacts
     disk_bytes: int
-    seconds: float | None
-    ram_bytes: int | None
+    seconds: float
+    ram_bytes: int
     vram_bytes: int | None
     recipe: Mapping[str, object]
     warnings: tuple[str, ...]
+    stages: PlanSeconds
     command: str = "convert"
     status: str = "planned"
     schema: int = 1

@@ -286,9 +286,9 @@ def require_disk(needed: Mapping[Path, int]) -> None:
     """Raises OutOfResourcesError when a disk can't hold all that is to be written to it: path -> bytes."""
     disks: dict[int, list[Path]] = {}
     for path in needed:
-        disks.setdefault(_existing(path).stat().st_dev, []).append(path)
+        disks.setdefault(existing(path).stat().st_dev, []).append(path)
     for paths in disks.values():
-        total, free = sum(needed[path] for path in paths), shutil.disk_usage(_existing(paths[0])).free
+        total, free = sum(needed[path] for path in paths), shutil.disk_usage(existing(paths[0])).free
         if free < total:
             raise OutOfResourcesError(
                 f"{paths[0]}: needs {total / 1e6:.1f} MB, the disk has {free / 1e6:.1f} MB left",
@@ -298,7 +298,7 @@ def require_disk(needed: Mapping[Path, int]) -> None:
             )
 
 
-def _existing(path: Path) -> Path:
+def existing(path: Path) -> Path:
     """The path, or the nearest folder above it that is there."""
     return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
 

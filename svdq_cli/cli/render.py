@@ -183,7 +183,12 @@ def _plan(console: Console, report: PlanReport) -> None:
     table.add_row("layers", f"{counts.w4a4} W4A4, {counts.w4a16} W4A16, {counts.kept} kept at 16 bit")
     table.add_row("size", _size(report.bytes.input, report.bytes.output, report.bytes.ratio))
     table.add_row("disk", bytes_text(report.disk_bytes))
-    table.add_row("time, memory", "not predicted by this version")
+    stages = report.stages
+    parts = ", ".join(
+        f"{name} {getattr(stages, name):.0f}" for name in ("prepare", "calibrate", "solve", "pack", "check")
+    )
+    table.add_row("time", f"{report.seconds:.0f} s ({parts})")
+    table.add_row("memory", f"{bytes_text(report.ram_bytes)} RAM" + _vram(report.vram_bytes))
     console.print(table)
     for warning in report.warnings:
         console.print(f"warning: {warning}")

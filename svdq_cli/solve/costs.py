@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from svdq_cli.records import LayerPlan, SharedInput, SolveSettings, W4A4Plan, W4A16Plan
 from svdq_cli.solve.improve import HELD_OUT, LEAST_ROWS
+from svdq_cli.solve.learned import STEPS
 from svdq_cli.solve.linear import SEARCH_POWER_ITERATIONS, SEARCH_ROWS
 from svdq_cli.solve.low_rank import OVERSAMPLE, POWER_ITERATIONS
 from svdq_cli.solve.smoothing import GRID
@@ -29,6 +30,7 @@ class Work:
     gptq: float = 0.0  # weights rounded one column after the other
     factored: float = 0.0  # K^3 of every float64 Cholesky factor or inverse
     learned: float = 0.0  # K of every step that learns the smoothing factor
+    calls: float = 0.0  # operations, however small: what tiny layers cost
 
     def __add__(self, other: Work) -> Work:
         return Work(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
@@ -62,13 +64,13 @@ Shapes = list[tuple[int, int]]  # of every branch: N, R
 def _w4a4_work(shapes: Shapes, width: int, settings: SolveSettings, rows: int) -> Work:
     n = sum(count for count, _ in shapes)
     size = n * width
-    final = _split(shapes, width, POWER_ITERATIONS) + Work(quantized=size)
-    report = Work(compared=size) + (_output(n, width, rows) if rows else Work())
+    final = _split(shapes, width, POWER_ITERATIONS) + Work(quantized=size, calls=40)
+    report = Work(compared=size, calls=40) + (_output(n, width, rows) if rows else Work())
     if not rows:
         return final + report
     search = min(rows, SEARCH_ROWS)
     point = _split(shapes, width, SEARCH_POWER_ITERATIONS) + Work(
-        matmul=4 * search * size, quantized=size + search * width
+        matmul=4 * search * size, quantized=size + search * width, calls=60
     )
     points = len(GRID) if settings.smoothing == "grid" else 0
     total = point * points + Work(matmul=2 * search * size if points else 0) + final + report
@@ -87,7 +89,8 @@ def _step_work(step: str, shapes: Shapes, width: int, train: int, final: Work) -
     match step:
         case "learned":
             branches = _split(shapes, width, SEARCH_POWER_ITERATIONS) * 2
-            return Work(matmul=2 * train * size, learned=width) + branches + final
+            steps = Work(matmul=2 * train * size, learned=width * STEPS, calls=120 * STEPS)
+            return steps + branches + final
         case "gptq":
             update = size * width  # each block of columns is taken from all that follow
             return Work(
@@ -95,6 +98,7 @@ def _step_work(step: str, shapes: Shapes, width: int, train: int, final: Work) -
                 quantized=train * width,
                 gptq=size,
                 factored=3 * width**3,
+                calls=8 * width + 130 * (width // 64),
             )
         case _:  # refit
             products = 8 * train * size + 2 * train * width**2 + 3 * width * size
@@ -109,7 +113,7 @@ def _w4a16_work(plan: W4A16Plan, settings: SolveSettings, rows: int) -> Work:
     if rows and "gptq" in settings.steps:
         solved = Work(matmul=2 * rows * width**2 + n * width**2, gptq=2 * n * width, factored=3 * width**3)
     else:
-        solved = Work(quantized=16 * n * width)  # two grids, eight ranges each
+        solved = Work(quantized=16 * n * width, calls=200)  # two grids, eight ranges each
     return solved + report
 
 
@@ -125,7 +129,8 @@ def _split(shapes: Shapes, width: int, power_iterations: int) -> Work:
         columns = min(rank + OVERSAMPLE, n, width)
         products = (2 * power_iterations + 2) * 2 * n * width * columns
         bases = ((power_iterations + 1) * n + (power_iterations + 2) * width) * 4 * columns**2
-        total += Work(sketch=products + bases, matmul=2 * n * width * rank)
+        calls = 10 * (2 * power_iterations + 3)
+        total += Work(sketch=products + bases, matmul=2 * n * width * rank, calls=calls)
     return total
 
 
@@ -140,6 +145,7 @@ class Rates:
     gptq: float
     factored: float
     learned: float
+    calls: float
 
     def seconds(self, work: Work) -> float:
         return sum(getattr(work, name) / getattr(self, name) for name in self.__dataclass_fields__)
@@ -147,5 +153,51 @@ class Rates:
 
 # One core of a server of 2022, rounded. Good for comparing layers with each other, not for telling the time.
 NOMINAL = Rates(
-    matmul=50e9, sketch=20e9, quantized=100e6, compared=50e6, gptq=5e6, factored=15e9, learned=10e3
+    matmul=50e9,
+    sketch=20e9,
+    quantized=100e6,
+    compared=50e6,
+    gptq=5e6,
+    factored=15e9,
+    learned=10e3,
+    calls=100e3,
 )
+
+
+# ------------------------------------------------------------------------------------------------- memory
+
+
+def solve_bytes(
+    shared: SharedInput, plans: Mapping[str, LayerPlan], settings: SolveSettings, *, rows: int
+) -> int:
+    """Bytes on the device that are alive at the peak of `solve_input`, its weights and rows included."""
+    members = [plans[name] for name in shared.layers]
+    k = members[0].linear.in_features
+    big = max(plan.linear.out_features for plan in members)
+    total = sum(plan.linear.out_features for plan in members)
+    held = 4 * total * k + 4 * rows * k + total * k  # weights and rows in float32, codes
+    search = min(rows, SEARCH_ROWS)
+    phases = [36 * big * k, 32 * big * rows]  # the weights, and the outputs, compared in float64
+    if isinstance(members[0], W4A4Plan):
+        branch = max(sum(plans[name].linear.out_features for name in part) for part in shared.branches)
+        phases.append(4 * total * k + 20 * branch * k + 12 * branch * search if rows else 12 * branch * k)
+    if rows >= LEAST_ROWS and settings.steps:
+        phases += [_step_bytes(step, total, k, rows) for step in settings.steps]
+    return held + max(phases)
+
+
+def _step_bytes(step: str, n: int, k: int, rows: int) -> int:
+    match step:
+        case "learned":
+            return 24 * n * k
+        case "gptq":
+            return 20 * k * k + 12 * n * k
+        case _:  # refit
+            return 22 * k * k + 16 * n * k + 12 * n * rows
+
+
+def prefetched_bytes(shared: SharedInput, plans: Mapping[str, LayerPlan], *, itemsize: int) -> int:
+    """Bytes of an input's weights as the source stores them: in host memory while the input before is solved."""
+    return sum(
+        itemsize * plans[name].linear.out_features * plans[name].linear.in_features for name in shared.layers
+    )
