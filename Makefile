@@ -15,7 +15,7 @@ TORCH ?= torch==2.13.0
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench bench-quality wheel
+.PHONY: help setup demo test lint bench bench-convert bench-quality wheel
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ lint: $(STAMP) ## ruff, pyright, and the floors of the architecture
 
 bench: $(STAMP) ## speed of converted layers on this machine
 	$(BIN)/python -m svdq_cli bench
+
+bench-convert: $(STAMP) ## conversions of five configurations: what --plan predicts, and what they take
+	$(BIN)/python -m svdq_cli.bench.plan_accuracy
 
 bench-quality: $(STAMP) ## what each step of the search is worth, on the embedded model (half an hour)
 	$(BIN)/python -m svdq_cli.quality

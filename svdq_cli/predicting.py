@@ -224,7 +224,8 @@ def _calibration_stages(job: Forecast, *, cpu: bool) -> list[int]:
 
 
 def work_disk_bytes(job: Forecast) -> int:
-    """What lies in the work folder at the end of the search, statistics that were drawn included."""
+    """What lies in the work folder at its fullest: solved layers, and statistics that were drawn, twice while the parts
+    of batches are merged."""
     wanted = job.prepared.recipe.calibration
     statistics = 0
     if job.draws and wanted is not None:
@@ -232,7 +233,7 @@ def work_disk_bytes(job: Forecast) -> int:
             8 * width + 2 * width * job.rows(shared)
             for width, shared in zip(input_widths(job.prepared.plan), job.prepared.plan.inputs, strict=True)
         )
-    return statistics + work_bytes(job.prepared.plan, job.prepared.settings.dtype)
+    return max(2 * statistics, statistics + work_bytes(job.prepared.plan, job.prepared.settings.dtype))
 
 
 def _source_itemsize(job: Forecast) -> int:

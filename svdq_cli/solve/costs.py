@@ -178,22 +178,22 @@ def solve_bytes(
     held = 4 * total * k + 4 * rows * k + total * k  # weights and rows in float32, codes
     search = min(rows, SEARCH_ROWS)
     phases = [36 * big * k, 32 * big * rows]  # the weights, and the outputs, compared in float64
+    branch = max(sum(plans[name].linear.out_features for name in part) for part in shared.branches)
     if isinstance(members[0], W4A4Plan):
-        branch = max(sum(plans[name].linear.out_features for name in part) for part in shared.branches)
         phases.append(4 * total * k + 20 * branch * k + 12 * branch * search if rows else 12 * branch * k)
     if rows >= LEAST_ROWS and settings.steps:
-        phases += [_step_bytes(step, total, k, rows) for step in settings.steps]
+        phases += [_step_bytes(step, total, branch, k, rows) for step in settings.steps]
     return held + max(phases)
 
 
-def _step_bytes(step: str, n: int, k: int, rows: int) -> int:
+def _step_bytes(step: str, n: int, branch: int, k: int, rows: int) -> int:
     match step:
         case "learned":
             return 24 * n * k
         case "gptq":
             return 20 * k * k + 12 * n * k
         case _:  # refit
-            return 22 * k * k + 16 * n * k + 12 * n * rows
+            return 22 * k * k + 16 * branch * k + 12 * branch * rows
 
 
 def prefetched_bytes(shared: SharedInput, plans: Mapping[str, LayerPlan], *, itemsize: int) -> int:
