@@ -58,7 +58,13 @@ NOISE_PICTURES = 4  # redrawn with the 16-bit model to see its own run-to-run no
 # Ways of drawing: the folders of the pictures. Baselines are called by their JSON keys.
 SIXTEEN_BIT, AGAIN, CONVERTED = "16bit", "16bit-again", "converted"
 NAIVE, NF4 = "rtn", "nf4"
-TITLES = {SIXTEEN_BIT: "16-bit", CONVERTED: "SVDQuant", NAIVE: "naive 4-bit", NF4: "bitsandbytes NF4"}
+TITLES = {
+    SIXTEEN_BIT: "16-bit",
+    AGAIN: "16-bit again",
+    CONVERTED: "SVDQuant",
+    NAIVE: "naive 4-bit",
+    NF4: "bitsandbytes NF4",
+}
 
 
 @dataclass(frozen=True, slots=True, eq=False)

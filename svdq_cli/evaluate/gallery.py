@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -93,11 +93,6 @@ def read_picture(gallery: Gallery, way: str, index: int) -> Image.Image:
             hint="delete it and run svdq eval again: it draws what is missing",
             where=str(path),
         ) from error
-
-
-def read_pictures(gallery: Gallery, way: str, count: int) -> Iterator[Image.Image]:
-    """The first `count` pictures, one in memory at a time."""
-    return (read_picture(gallery, way, index) for index in range(count))
 
 
 def note_time(gallery: Gallery, way: str, *, pictures: int, seconds: float) -> None:
