@@ -64,11 +64,21 @@ class StepRow:
 
 
 @dataclass(frozen=True, slots=True)
+class SpeedRatio:
+    """The baseline's median over that of the W4A4 layers, which gates speak of: above 1 is faster."""
+
+    mean: float
+    min: float
+
+
+@dataclass(frozen=True, slots=True)
 class BenchReport:
     device: BenchDevice
     rows: tuple[BenchRow, ...]
     notes: tuple[str, ...]
     steps: tuple[StepRow, ...] = ()
+    speed_ratio: SpeedRatio | None = None  # None where no W4A4 layer was measured
+    gates_missed: tuple[str, ...] = ()
     command: str = "bench"
     status: str = "ok"
     schema: int = 1

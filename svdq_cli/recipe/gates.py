@@ -26,7 +26,7 @@ _OPPOSITE: dict[Operator, Operator] = {">=": "<", ">": "<=", "<=": ">", "<": ">=
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 CONDITION_PATTERN = rf"^\s*(>=|<=|==|!=|>|<)\s*({_NUMBER})\s*$"
 
-# What a gate may speak of -> where the figure stands in the JSON of `svdq convert` or `svdq eval`.
+# What a gate may speak of -> where the figure stands in the JSON of `svdq convert`, `svdq eval` or `svdq bench`.
 METRICS: dict[str, str] = {
     **{
         f"{figure}.{part}": f"{figure}.{part}"
@@ -44,6 +44,9 @@ METRICS: dict[str, str] = {
     "layer_sqnr_db.min": "layer_sqnr_db.min",
     "noise_floor_psnr_db": "noise_floor_psnr_db",
     "size_ratio": "bytes.ratio",
+    "speed_ratio": "speed_ratio.mean",
+    "speed_ratio.mean": "speed_ratio.mean",
+    "speed_ratio.min": "speed_ratio.min",
     "bytes.output": "bytes.output",
     "bytes.ratio": "bytes.ratio",
     "seconds.total": "seconds.total",

@@ -37,6 +37,7 @@ def bench(
     plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the rows as bars.")] = None,
     seconds: Annotated[float, typer.Option(help="How long to measure each row.")] = 0.2,
     seed: Annotated[int, typer.Option(help="Seed of random layers and inputs.")] = 0,
+    fail_if: opt.FailIf = None,
     device: opt.Device = "auto",
     json: opt.Json = False,
     summary: opt.SummaryFile = None,
@@ -45,6 +46,7 @@ def bench(
     verbose: opt.Verbose = False,
 ) -> None:
     """Measure speed and arithmetic error of linear layers, beside torch's own in the same run."""
+    from svdq_cli.bench.judge import judged
     from svdq_cli.bench.plot import draw_plot
     from svdq_cli.bench.run import (
         RANK,
@@ -61,7 +63,9 @@ def bench(
     from svdq_cli.cli.progress import progress
     from svdq_cli.cli.summary import append_summary
     from svdq_cli.machine import resolve_device
+    from svdq_cli.recipe import parse_fail_if
 
+    gates = [parse_fail_if(condition) for condition in fail_if or []]
     settings = BenchSettings(resolve_device(device), rows, seconds, seed)
     with progress(quiet=quiet, verbose=verbose, events=events) as observe:
         if checkpoint is not None:
@@ -78,7 +82,9 @@ def bench(
             )
         if step:
             report = with_steps(report, precisions_named(precision), settings=settings)
+    report = judged(report, gates)
     if plot is not None:
         draw_plot(report, plot)
     append_summary(report, summary)
     render.show(report, json=json, verbose=verbose)
+    render.exit_with(report)
