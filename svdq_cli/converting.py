@@ -62,6 +62,8 @@ from svdq_cli.source import source_digest
 from svdq_cli.working import kept_work, work_beside
 from svdq_cli.writing import Contents, refuse_existing, remove_leftovers, require_disk
 
+NAMING = "naming.json"  # in the work folder: the outputs of a run that has begun to give them their names
+
 
 @dataclass(frozen=True, slots=True)
 class Job:
@@ -75,6 +77,7 @@ class Job:
     device: torch.device
     options: RunOptions
     observe: Observer
+    replaces: bool = False  # outputs that stand there already
     warnings: list[str] = field(default_factory=list[str])
 
     @property
@@ -129,11 +132,12 @@ def convert(
         solved = _solve(job, work)
         contents = _contents(job, solved)
         with finished_outputs(
-            solved.prepared, job.paths, contents, overwrite=options.overwrite, observe=observe
+            solved.prepared, job.paths, contents, overwrite=job.replaces, observe=observe
         ) as outputs:
             report = gated(_report(job, solved, contents, outputs, started), recipe)
             card = model_card(report, pipeline=job.prepared.source.pipeline, beside=options.beside)
             outputs.write_reports(report, card)
+            work.keep_json(NAMING, _names(job.paths))
         write_reports_beside(job.prepared.targets, job.paths, report, card)
     return report
 
@@ -146,8 +150,9 @@ def begin(
     observe: Observer,
 ) -> Job:
     """Everything that can be refused before the first layer is, is refused here."""
+    replaces = _replaces(paths, options)
     for path in paths:
-        refuse_existing(path, overwrite=options.overwrite)
+        refuse_existing(path, overwrite=replaces)
     prepared = prepare(recipe, beside=options.beside)
     if not prepared.source.tensors:
         raise InputError(
@@ -159,7 +164,7 @@ def begin(
         paths,
         folders=[not target.format.single_file for target in prepared.targets],
         inputs=inputs_of(prepared, calibration),
-        overwrite=options.overwrite,
+        overwrite=replaces,
     )
     digest = source_digest(prepared.source)
     data_free = is_data_free(recipe, calibration)
@@ -172,12 +177,25 @@ def begin(
         device=resolve_device(options.device),
         options=options,
         observe=observe,
+        replaces=replaces,
     )
     if job.tunes_blocks:
         require_blocks_run(prepared)
     require_disk({paths[0]: disk_bytes(prepared), job.work: _work_bytes(job)})
     job.warn(warnings_of(prepared, data_free=data_free))
     return job
+
+
+def _replaces(paths: tuple[Path, ...], options: RunOptions) -> bool:
+    """Whether outputs that stand there may be replaced: as the user says, or where this very run was killed while its
+    outputs got their names, one after another."""
+    naming = work_beside(paths[0], options) / NAMING
+    begun = options.resume and naming.is_file()
+    return options.overwrite or (begun and json.loads(naming.read_text(encoding="utf-8")) == _names(paths))
+
+
+def _names(paths: tuple[Path, ...]) -> list[str]:
+    return [str(path.absolute()) for path in paths]
 
 
 def _work_bytes(job: Job) -> int:
