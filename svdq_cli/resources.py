@@ -21,3 +21,8 @@ def data_root(name: DataFolder) -> Path:
 def demo_model_folder() -> Path:
     """The embedded pipeline, an ordinary diffusers folder."""
     return _PACKAGE / "demo" / "model"
+
+
+def demo_lora_file() -> Path:
+    """The LoRA that was trained on the embedded model (`svdq_cli.demo.train_lora`)."""
+    return demo_model_folder().parent / "pencil.safetensors"

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from svdq_cli.diagnosis import DoctorReport
     from svdq_cli.pushing import PushReport
     from svdq_cli.showcase import DemoReport
+    from svdq_cli.showcase_lora import LoraDemoReport
 
 WORST_LAYERS = 5
 
@@ -336,6 +337,8 @@ def _other(console: Console, report: object) -> None:
     name = type(report).__name__
     if name == "DemoReport":
         _demo(console, report)  # type: ignore[arg-type]
+    elif name == "LoraDemoReport":
+        _lora_demo(console, report)  # type: ignore[arg-type]
     elif name == "DoctorReport":
         _doctor(console, report)  # type: ignore[arg-type]
     elif name == "BenchReport":
@@ -408,6 +411,16 @@ def _demo(console: Console, report: DemoReport) -> None:
     console.print(
         f'next: svdq generate {example} --prompt "a large red star above a small blue circle on white" -o star.png'
     )
+
+
+def _lora_demo(console: Console, report: LoraDemoReport) -> None:
+    console.print(f"int4 against 16-bit: {_db(report.base_psnr_db)}")
+    console.print(
+        f"int4 + folded LoRA against 16-bit + LoRA: {_db(report.lora_psnr_db)} (rank {report.rank})"
+    )
+    console.print(f"{report.prompts} held-out prompts, equal seeds; folded in {report.fold_seconds:.1f} s")
+    console.print(f"pictures: {report.grid}")
+    console.print(f"done in {report.seconds:.0f} s")
 
 
 def _doctor(console: Console, report: DoctorReport) -> None:

@@ -84,8 +84,8 @@ def fold(
     with whole_output(out, overwrite=options.overwrite) as partial:
         weights = _write(partial, checkpoint, target, edits, joined, facts)
         require_folded(checkpoint, open_checkpoint(partial), edits, joined)
-        seconds = time.monotonic() - started
         written = OutputFile(target.format.name, str(out), weights.stat().st_size, file_sha256(weights))
+        seconds = time.monotonic() - started
         report = LoraReport(
             source_format=checkpoint.format.name,
             outputs=(written,),

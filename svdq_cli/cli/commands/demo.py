@@ -21,6 +21,12 @@ def demo(
         bool,
         typer.Option("--outliers", help="Only the stress variant, whose activations have strong outliers."),
     ] = False,
+    lora: Annotated[
+        bool,
+        typer.Option(
+            "--lora", help="Only a LoRA: folded into the 4-bit model, beside the 16-bit model with it."
+        ),
+    ] = False,
     device: opt.Device = "auto",
     overwrite: opt.Overwrite = False,
     json: opt.Json = False,
@@ -36,6 +42,13 @@ def demo(
         from svdq_cli.showcase import export_model
 
         render.show(export_model(export, outliers=outliers, overwrite=overwrite), json=json)
+        return
+    if lora:
+        from svdq_cli.showcase_lora import demo_lora
+
+        with progress(quiet=quiet, verbose=verbose, events=events) as observe:
+            told = demo_lora(out, options=run_options(device, overwrite), observe=observe)
+        render.show(told, json=json)
         return
     from svdq_cli.locate import DEMO_SOURCES
     from svdq_cli.showcase import demo as run_demo
