@@ -19,7 +19,7 @@ from svdq_cli.lora.edits import Edits
 from svdq_cli.lora.joining import JoinedBranches
 from svdq_cli.records import LayerPlan, LayerSolution, W4A4Plan
 from svdq_cli.solve.rebuild import rebuilt_weight
-from svdq_cli.source.headers import tensor_offsets
+from svdq_cli.source.tensors import StoredTensor
 from svdq_cli.tensor_file import TensorSpec, write_tensors
 from svdq_cli.writing import Target, target_of
 
@@ -61,12 +61,13 @@ def write_changed(
     """The new weight file at `path`."""
     specs = _specs(checkpoint, target)
     old = checkpoint.source.tensors
-    begins = {file: tensor_offsets(file) for file in checkpoint.source.files}
     with write_tensors(path, specs, metadata) as writer:
         for name, tensor in changed_tensors(checkpoint, target, edits, joined):
             writer.write(name, tensor)
         for name in writer.missing:
-            writer.copy(name, old[name].file, begins[old[name].file][name])
+            entry = old[name]
+            assert isinstance(entry, StoredTensor)  # a checkpoint's tensors are read as they lie
+            writer.copy(name, entry.file, entry.offset)
 
 
 def changed_tensors(

@@ -84,19 +84,6 @@ def _keys_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return found
 
 
-def tensor_offsets(path: Path) -> dict[str, int]:
-    """Where each tensor of a safetensors file begins, in bytes from the file's start. The header is known to be sound
-    (`read_whole_header`)."""
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
-    return {
-        name: 8 + length + int(facts["data_offsets"][0])
-        for name, facts in header.items()
-        if name != "__metadata__"
-    }
-
-
 def is_gguf(path: Path) -> bool:
     """GGUF by its first bytes, whatever the file is called."""
     with path.open("rb") as file:
