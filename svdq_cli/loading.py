@@ -22,7 +22,7 @@ from svdq_cli.inventory import model_class
 from svdq_cli.offload import Room, fill, weights_bytes
 from svdq_cli.records import Int4, LayerSolution, W4A4Solution
 from svdq_cli.runtime.fused import fused_linear
-from svdq_cli.runtime.hopper_fused import HopperW4A4Linear
+from svdq_cli.runtime.hopper_fused import hopper_linear
 from svdq_cli.runtime.hopper_operands import hopper_objection
 from svdq_cli.runtime.linear import quantized_linear
 from svdq_cli.runtime.operands import objection
@@ -261,18 +261,17 @@ def load_model(
     refused: dict[str, str] = {}
     for plan in checkpoint.layers:
         solution = checkpoint.solution(plan)
+        unsigned_from = checkpoint.unsigned_from(plan)
         if backend.name == "reference" or (reason := objection(solution)):
             if backend.name == "kernels":
                 refused[plan.name] = f"in plain torch: {reason}"
-            # svdq's own kernels quantize every activation with a sign; the reference does as the file's runtime does
-            unsigned_from = checkpoint.unsigned_from(plan)
             quantized[plan.name] = quantized_linear(solution, unsigned_from=unsigned_from)
             continue
         mode = backend.mode if _wants_hopper(solution, backend.mode) else None
         if mode is not None and (reason := hopper_objection(solution)):
             refused[plan.name] = f"on the portable kernels: {reason}"
             mode = None
-        quantized[plan.name] = _kernel_linear(solution, mode)
+        quantized[plan.name] = _kernel_linear(solution, mode, unsigned_from)
     replace_linears(model, quantized)
     if backend.name == "kernels":
         fuse_feed_forwards(model)
@@ -287,11 +286,11 @@ def load_model(
     return model.eval().requires_grad_(False), refused
 
 
-def _kernel_linear(solution: LayerSolution, mode: HopperMode | None) -> nn.Module:
+def _kernel_linear(solution: LayerSolution, mode: HopperMode | None, unsigned_from: int | None) -> nn.Module:
     """On Hopper's own kernels where `mode` is one of theirs."""
     if mode is not None and isinstance(solution, W4A4Solution):
-        return HopperW4A4Linear(solution, mode)
-    return fused_linear(solution)
+        return hopper_linear(solution, mode, unsigned_from=unsigned_from)
+    return fused_linear(solution, unsigned_from=unsigned_from)
 
 
 def _wants_hopper(solution: LayerSolution, mode: HopperMode | None) -> bool:

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from svdq_cli.records import LayerSolution, W4A4Plan, W4A4Solution, W4A16Plan, W4A16Solution
+from svdq_cli.records import (
+    GELU_SHIFT,
+    LayerSolution,
+    W4A4Plan,
+    W4A4Solution,
+    W4A16Plan,
+    W4A16Solution,
+)
 from svdq_cli.runtime import operators  # noqa: F401  defines torch.ops.svdq
-from svdq_cli.runtime.linear import RunningBranch, keep_dtypes
+from svdq_cli.runtime.linear import RunningBranch, keep_dtypes, shift_in_product, w4a4_weight
 from svdq_cli.runtime.operands import (
     W4A4Operands,
     W4A16Operands,
@@ -40,8 +48,19 @@ class FusedLinear(nn.Module):
         return super()._apply(keep_dtypes(fn), recurse)
 
 
+def with_shifted_bias(solution: W4A4Solution) -> W4A4Solution:
+    """The same layer for activations that GELU_SHIFT has been added to: the bias takes off what that adds, as in the
+    files of runtimes that quantize the output of a GELU without a sign."""
+    added = shift_in_product(w4a4_weight(solution), solution.smooth)
+    bias = -added if solution.bias is None else solution.bias.float() - added
+    return replace(solution, bias=bias.to(solution.up.dtype))
+
+
 class FusedW4A4Linear(FusedLinear):
-    """A W4A4 layer in two kernels: `quantize_down`, then `w4a4_gemm`."""
+    """A W4A4 layer in two kernels: `quantize_down`, then `w4a4_gemm`.
+
+    `unsigned`, int4 only: the activation is quantized to 0..15 after GELU_SHIFT has been added to it.
+    """
 
     inverse_smooth: Tensor
     down: Tensor
@@ -51,9 +70,11 @@ class FusedW4A4Linear(FusedLinear):
     outer: Tensor | None
     bias: Tensor | None
 
-    def __init__(self, solution: W4A4Solution) -> None:
-        super().__init__(solution.plan, tensors_of(pack_w4a4(solution)))
-        self.plan = solution.plan
+    def __init__(self, solution: W4A4Solution, *, unsigned: bool = False) -> None:
+        as_run = with_shifted_bias(solution) if unsigned else solution
+        super().__init__(solution.plan, tensors_of(pack_w4a4(as_run)))
+        self.plan, self.unsigned = solution.plan, unsigned
+        self.shift = GELU_SHIFT if unsigned else 0.0
 
     @property
     def operands(self) -> W4A4Operands:
@@ -63,6 +84,7 @@ class FusedW4A4Linear(FusedLinear):
 
     @property
     def solution(self) -> W4A4Solution:
+        """As it is run: with a shifted bias where `unsigned`."""
         return unpack_w4a4(self.operands, self.plan)
 
     @property
@@ -87,6 +109,8 @@ class FusedW4A4Linear(FusedLinear):
             self.inverse_smooth,
             self.down,
             precision=self.plan.precision.name,
+            unsigned=self.unsigned,
+            shift=self.shift,
         )
 
     def multiply(self, quantized: Quantized, m: int) -> Tensor:
@@ -96,6 +120,7 @@ class FusedW4A4Linear(FusedLinear):
             m=m,
             n=self.out_features,
             precision=self.plan.precision.name,
+            unsigned=self.unsigned,
         )
 
     def multiply_gelu_quantize(self, quantized: Quantized, m: int, after: FusedW4A4Linear) -> Quantized:
@@ -105,6 +130,9 @@ class FusedW4A4Linear(FusedLinear):
             *(after.inverse_smooth, after.down),
             m=m,
             precision=self.plan.precision.name,
+            unsigned=self.unsigned,
+            next_unsigned=after.unsigned,
+            shift=after.shift,
         )
 
     def extra_repr(self) -> str:
@@ -151,11 +179,80 @@ class FusedFeedForward(nn.Module):
         return y.to(x.dtype).reshape(*x.shape[:-1], self.second.out_features)
 
 
-def fused_linear(solution: LayerSolution) -> FusedW4A4Linear | FusedW4A16Linear:
-    """The module that runs a solution on the kernels. ValueError where `runtime.operands.objection` has one."""
+class RunsBranch(Protocol):
+    """A W4A4 layer on some kernels."""
+
+    in_features: int
+    out_features: int
+
+    @property
+    def branch(self) -> RunningBranch: ...
+
+    def set_branch(self, branch: RunningBranch) -> None: ...
+
+    def __call__(self, x: Tensor, /) -> Tensor: ...
+
+
+class SplitLinear(nn.Module):
+    """A W4A4 layer whose first input channels are quantized with a sign and the others without: two layers, added, as
+    the runtimes run it. Both have the same `up`; the first one has the bias."""
+
+    def __init__(self, signed: RunsBranch, unsigned: RunsBranch) -> None:
+        super().__init__()
+        self.signed, self.unsigned = signed, unsigned
+        self.in_features = signed.in_features + unsigned.in_features
+        self.out_features = signed.out_features
+
+    @property
+    def branch(self) -> RunningBranch:
+        first, second = self.signed.branch, self.unsigned.branch
+        return replace(first, down=torch.cat((first.down, second.down), dim=1))
+
+    def set_branch(self, branch: RunningBranch) -> None:
+        """Another low-rank branch, of any rank, and another bias."""
+        start, shift = self.signed.in_features, self.unsigned.branch.bias
+        self.signed.set_branch(replace(branch, down=branch.down[:, :start].contiguous()))
+        second = replace(branch, down=branch.down[:, start:].contiguous(), bias=shift)
+        self.unsigned.set_branch(second)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = x.split([self.signed.in_features, self.unsigned.in_features], dim=-1)
+        return self.signed(first) + self.unsigned(second)
+
+
+def split_columns(solution: W4A4Solution, start: int) -> tuple[W4A4Solution, W4A4Solution]:
+    """The layer's channels before `start`, which keep the bias, and those from it on. Their results add up to the
+    layer's. `start` is a multiple of the group size."""
+    group = solution.plan.precision.group
+
+    def part(columns: slice, groups: slice, bias: Tensor | None) -> W4A4Solution:
+        codes = solution.codes[:, columns]
+        linear = replace(solution.plan.linear, in_features=codes.shape[1], bias=bias is not None)
+        return replace(
+            solution,
+            plan=replace(solution.plan, linear=linear),
+            smooth=solution.smooth[columns],
+            down=solution.down[:, columns],
+            codes=codes,
+            scales=solution.scales[:, groups],
+            bias=bias,
+        )
+
+    before = part(slice(None, start), slice(None, start // group), solution.bias)
+    return before, part(slice(start, None), slice(start // group, None), None)
+
+
+def fused_linear(
+    solution: LayerSolution, *, unsigned_from: int | None = None
+) -> FusedW4A4Linear | FusedW4A16Linear | SplitLinear:
+    """The module that runs a solution on the kernels. `unsigned_from`: see `runtime.linear.w4a4_forward`. ValueError
+    where `runtime.operands.objection` has one."""
     match solution:
         case W4A4Solution():
-            return FusedW4A4Linear(solution)
+            if unsigned_from:
+                before, after = split_columns(solution, unsigned_from)
+                return SplitLinear(FusedW4A4Linear(before), FusedW4A4Linear(after, unsigned=True))
+            return FusedW4A4Linear(solution, unsigned=unsigned_from == 0)
         case W4A16Solution():
             return FusedW4A16Linear(solution)
 

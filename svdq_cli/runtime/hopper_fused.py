@@ -8,9 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from svdq_cli.gpu.hopper_modes import HopperMode
-from svdq_cli.records import W4A4Solution
+from svdq_cli.records import GELU_SHIFT, W4A4Solution
 from svdq_cli.runtime import hopper_operators  # noqa: F401  defines torch.ops.svdq.hopper_*
-from svdq_cli.runtime.fused import FusedLinear, Quantized
+from svdq_cli.runtime.fused import (
+    FusedLinear,
+    Quantized,
+    SplitLinear,
+    split_columns,
+    with_shifted_bias,
+)
 from svdq_cli.runtime.hopper_operands import (
     HopperOperands,
     hopper_tensors,
@@ -24,7 +30,10 @@ from svdq_cli.runtime.linear import RunningBranch
 
 
 class HopperW4A4Linear(FusedLinear):
-    """An int4 W4A4 layer in two kernels: `hopper_quantize_down`, then `hopper_gemm`."""
+    """An int4 W4A4 layer in two kernels: `hopper_quantize_down`, then `hopper_gemm`.
+
+    `unsigned`, in mode EXACT: as in FusedW4A4Linear. Other modes quantize to e4m3, which needs no shift.
+    """
 
     inverse_smooth: Tensor
     down: Tensor
@@ -33,9 +42,12 @@ class HopperW4A4Linear(FusedLinear):
     up: Tensor
     bias: Tensor | None
 
-    def __init__(self, solution: W4A4Solution, mode: HopperMode) -> None:
-        super().__init__(solution.plan, hopper_tensors(pack_hopper(solution, mode)))
-        self.plan, self.mode = solution.plan, mode
+    def __init__(self, solution: W4A4Solution, mode: HopperMode, *, unsigned: bool = False) -> None:
+        shifted = unsigned and mode == HopperMode.EXACT
+        as_run = with_shifted_bias(solution) if shifted else solution
+        super().__init__(solution.plan, hopper_tensors(pack_hopper(as_run, mode)))
+        self.plan, self.mode, self.unsigned = solution.plan, mode, shifted
+        self.shift = GELU_SHIFT if shifted else 0.0
 
     @property
     def operands(self) -> HopperOperands:
@@ -45,7 +57,7 @@ class HopperW4A4Linear(FusedLinear):
 
     @property
     def solution(self) -> W4A4Solution:
-        """ValueError in mode FP8, which keeps no 4-bit codes."""
+        """As it is run: with a shifted bias where `unsigned`. ValueError in mode FP8, which keeps no 4-bit codes."""
         return unpack_hopper(self.operands, self.plan)
 
     @property
@@ -66,7 +78,12 @@ class HopperW4A4Linear(FusedLinear):
     def quantize(self, rows: Tensor) -> Quantized:
         """`rows` (M, K) in any float dtype."""
         return torch.ops.svdq.hopper_quantize_down(
-            rows.to(self.up.dtype).contiguous(), self.inverse_smooth, self.down, mode=self.mode.label
+            rows.to(self.up.dtype).contiguous(),
+            self.inverse_smooth,
+            self.down,
+            mode=self.mode.label,
+            unsigned=self.unsigned,
+            shift=self.shift,
         )
 
     def multiply(self, quantized: Quantized, m: int) -> Tensor:
@@ -78,12 +95,25 @@ class HopperW4A4Linear(FusedLinear):
     def multiply_gelu_quantize(self, quantized: Quantized, m: int, after: HopperW4A4Linear) -> Quantized:
         """This layer's product, GELU by tanh, and the input of the layer `after`. Both in mode EXACT."""
         return torch.ops.svdq.hopper_gelu_quantize(
-            *quantized, *self.operands.product, after.inverse_smooth, after.down, m=m
+            *(*quantized, *self.operands.product, after.inverse_smooth, after.down),
+            m=m,
+            next_unsigned=after.unsigned,
+            shift=after.shift,
         )
 
     def extra_repr(self) -> str:
         features = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"{features}, int4, rank={self.plan.rank}, mode={self.mode.label}"
+
+
+def hopper_linear(
+    solution: W4A4Solution, mode: HopperMode, *, unsigned_from: int | None = None
+) -> HopperW4A4Linear | SplitLinear:
+    """The module that runs a solution in a mode. `unsigned_from`: see `runtime.linear.w4a4_forward`."""
+    if unsigned_from and mode == HopperMode.EXACT:
+        before, after = split_columns(solution, unsigned_from)
+        return SplitLinear(HopperW4A4Linear(before, mode), HopperW4A4Linear(after, mode, unsigned=True))
+    return HopperW4A4Linear(solution, mode, unsigned=unsigned_from == 0)
 
 
 class HopperFeedForward(nn.Module):

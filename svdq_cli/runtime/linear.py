@@ -79,13 +79,17 @@ def _four_bit_product(
     shifted = fake_quantize_activation(
         (rows[:, start:] + GELU_SHIFT) / solution.smooth[start:], precision, unsigned=True
     )
-    # what the shift adds to the product; the file holds it in the bias, rounded to 16 bits once
-    added = (weight[:, start:] / solution.smooth[start:].float()).sum(1) * GELU_SHIFT
-    y = _matmul(shifted, weight[:, start:]) - added
+    y = _matmul(shifted, weight[:, start:]) - shift_in_product(weight[:, start:], solution.smooth[start:])
     if start == 0:
         return y
     signed = fake_quantize_activation(rows[:, :start] / solution.smooth[:start], precision)
     return y + _matmul(signed, weight[:, :start])
+
+
+def shift_in_product(weight: Tensor, smooth: Tensor) -> Tensor:
+    """What adding GELU_SHIFT to the activation adds to the product, (N,) float32. A file holds it in the bias, rounded
+    to 16 bits once. `weight` (N, K)."""
+    return (weight / smooth.float()).sum(1) * GELU_SHIFT
 
 
 # ------------------------------------------------------------------------------------------ W4A16

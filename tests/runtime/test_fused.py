@@ -8,13 +8,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from svdq_cli.gpu.hopper_modes import HopperMode
 from svdq_cli.records import Int4, Linear, NvFp4, Precision, W4A4Plan, W4A4Solution, W4A16Plan, W4A16Solution
 from svdq_cli.runtime.fused import (
     FusedFeedForward,
     FusedW4A4Linear,
     FusedW4A16Linear,
+    SplitLinear,
+    fused_feed_forward,
     fused_linear,
+    split_columns,
 )
+from svdq_cli.runtime.hopper_fused import hopper_feed_forward, hopper_linear
 from svdq_cli.runtime.linear import w4a4_exact, w4a4_forward, w4a16_forward
 from svdq_cli.runtime.naive import naive_solution
 from svdq_cli.runtime.operands import objection, pack_w4a4, pack_w4a16, unpack_w4a4, unpack_w4a16
@@ -170,6 +175,74 @@ def test_a_fused_layer_gives_its_solution_back():
     modulation = fused_linear(random_w4a16())
     assert isinstance(modulation, FusedW4A16Linear)
     assert_same_numbers(modulation.solution, random_w4a16(), "codes", "zeros")
+
+
+# ------------------------------------------------------------------------------------------ behind a GELU
+
+
+@pytest.mark.parametrize("start", [0, 64])
+@pytest.mark.parametrize("mode", [None, HopperMode.EXACT], ids=["portable", "hopper"])
+def test_channels_behind_a_gelu_are_quantized_as_the_reference_backend_does(
+    start: int, mode: HopperMode | None
+):
+    solution = random_w4a4(Int4())
+    x = activations(33, 192)
+    x[:, start:] = nn.functional.gelu(3 * x[:, start:], approximate="tanh")
+    layer = behind_gelu(solution, mode, start)
+    reference = w4a4_forward(x, solution, unsigned_from=start)
+    signed = w4a4_forward(x, solution)
+    # The bias holds what the shift adds, rounded once more than in the reference; with a sign the result is another one
+    assert (layer(x).float() - reference.float()).norm() <= 4e-3 * reference.float().norm()
+    assert (signed.float() - reference.float()).norm() > 2e-2 * reference.float().norm()
+
+
+def behind_gelu(solution: W4A4Solution, mode: HopperMode | None, start: int) -> nn.Module:
+    if mode is None:
+        return fused_linear(solution, unsigned_from=start)
+    return hopper_linear(solution, mode, unsigned_from=start)
+
+
+@pytest.mark.parametrize("mode", [None, HopperMode.EXACT], ids=["portable", "hopper"])
+def test_a_fused_feed_forward_quantizes_behind_its_gelu_without_a_sign(mode: HopperMode | None):
+    first, second = random_w4a4(Int4(), n=192, k=128), random_w4a4(Int4(), n=128, k=192)
+    one = fused_linear(first) if mode is None else hopper_linear(first, mode)
+    two = behind_gelu(second, mode, 0)
+    fused = fused_feed_forward(one, two) or hopper_feed_forward(one, two)
+    assert fused is not None
+    x = activations(9, 128)
+    assert torch.equal(fused(x), two(nn.functional.gelu(one(x), approximate="tanh")))
+
+
+def test_modes_with_8_bit_activations_need_no_shift():
+    solution = random_w4a4(Int4())
+    x = activations(5, 192)
+    for start in (0, 64):
+        layer = hopper_linear(solution, HopperMode.W4A8, unsigned_from=start)
+        assert torch.equal(layer(x), hopper_linear(solution, HopperMode.W4A8)(x))
+
+
+def test_a_layer_in_two_parts_gives_and_takes_its_branch_whole():
+    solution = random_w4a4(Int4())
+    layer = fused_linear(solution, unsigned_from=64)
+    assert isinstance(layer, SplitLinear)
+    found = layer.branch
+    assert_same_numbers(found, solution, "down", "up", "bias")
+    x = activations(5, 192)
+    before = layer(x)
+    layer.set_branch(replace(found, up=torch.zeros_like(found.up)))
+    assert not torch.equal(layer(x), before)
+    layer.set_branch(found)
+    assert torch.equal(layer(x), before)
+
+
+def test_a_layers_columns_come_apart_without_loss():
+    solution = random_w4a4(Int4())
+    before, after = split_columns(solution, 64)
+    assert torch.equal(torch.cat((before.codes, after.codes), 1), solution.codes)
+    assert torch.equal(torch.cat((before.scales, after.scales), 1), solution.scales)
+    assert torch.equal(torch.cat((before.smooth, after.smooth)), solution.smooth)
+    assert (before.plan.linear.in_features, after.plan.linear.in_features) == (64, 128)
+    assert after.bias is None
 
 
 # ------------------------------------------------------------------------------------------ diffusers' feed-forward
