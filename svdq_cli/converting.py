@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import time
 from collections.abc import Iterator, Mapping
@@ -36,6 +37,7 @@ from svdq_cli.preparing import (
     is_data_free,
     layer_counts,
     layer_sqnr,
+    lora_files,
     model_facts,
     prepare,
     rank_facts,
@@ -58,10 +60,11 @@ from svdq_cli.records import (
 )
 from svdq_cli.sharing import CALIBRATED
 from svdq_cli.solving import Statistics, finite_tensor, solve_into, solved_layers
-from svdq_cli.source import source_digest
+from svdq_cli.source import file_sha256, source_digest
 from svdq_cli.working import kept_work, work_beside
 from svdq_cli.writing import Contents, refuse_existing, remove_leftovers, require_disk
 
+_REPORTED = ("svdq_version", "versions", "source_sha256", "calibration_sha256", "loras_sha256")
 NAMING = "naming.json"  # in the work folder: the outputs of a run that has begun to give them their names
 
 
@@ -340,9 +343,23 @@ def _contents(job: Job, solved: Solved) -> Contents:
         provenance={
             **provenance,
             "fingerprint": hashlib.sha256(json.dumps(provenance, sort_keys=True).encode()).hexdigest(),
+            "versions": _versions(),
+            "loras_sha256": {
+                path.name: file_sha256(path)
+                for path in lora_files(job.recipe, job.options)
+                if path.is_file()  # a folder of peft's is in the digest of the source
+            },
             "weight_error": {report.name: round(report.weight_error, 5) for report in solved.reports},
         },
     )
+
+
+def _versions() -> dict[str, str]:
+    """What the numbers depend on beside svdq; outside of the fingerprint, which names the intent."""
+    return {
+        name: importlib.metadata.version(name)
+        for name in ("torch", "diffusers", "transformers", "safetensors")
+    }
 
 
 def _report(job: Job, solved: Solved, contents: Contents, outputs: Outputs, started: float) -> ConvertReport:
@@ -370,6 +387,7 @@ def _report(job: Job, solved: Solved, contents: Contents, outputs: Outputs, star
         ),
         peak=peak_memory(),
         fingerprint=str(contents.provenance["fingerprint"]),
+        provenance={key: contents.provenance[key] for key in _REPORTED},
         svdq_version=__version__,
         recipe=resolved(recipe),
         warnings=tuple(job.warnings),

@@ -141,8 +141,14 @@ def source_of(recipe: Recipe, options: RunOptions) -> Source:
     wanted = recipe.model
     base = locate_base(wanted.base, beside=options.beside) if wanted.base else None
     path = locate_source(wanted.source, beside=options.beside, revision=wanted.revision)
-    adapters = [(locate_file(lora.path, beside=options.beside), lora.weight) for lora in wanted.loras]
+    weights = (lora.weight for lora in wanted.loras)
+    adapters = list(zip(lora_files(recipe, options), weights, strict=True))
     return merge_loras(open_source(path, base=base), adapters)
+
+
+def lora_files(recipe: Recipe, options: RunOptions) -> tuple[Path, ...]:
+    """The LoRAs that a recipe merges: files, or folders of peft's."""
+    return tuple(locate_file(lora.path, beside=options.beside) for lora in recipe.model.loras)
 
 
 def chosen_prompts(recipe: Recipe, options: RunOptions, observe: Observer) -> tuple[str, ...]:

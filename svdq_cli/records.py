@@ -353,6 +353,9 @@ class ConvertReport:
     warnings: tuple[str, ...]
     gates_missed: tuple[str, ...] = ()
     layers_taken_over: int = 0  # solved by an earlier run that this one went on from
+    provenance: Mapping[str, object] = field(
+        default_factory=dict[str, object]
+    )  # versions, sha256 of all inputs
     command: str = "convert"
     schema: int = 1
 

@@ -43,8 +43,10 @@ def test_the_command_line_names_several_formats_after_one_output(
     assert leftovers(tmp_path) == [
         "out",
         "out.comfy.safetensors",
+        "out.comfy.safetensors.README.md",
         "out.comfy.safetensors.report.json",
         "out.nunchaku.safetensors",
+        "out.nunchaku.safetensors.README.md",
         "out.nunchaku.safetensors.report.json",
     ]
     beside = json.loads((tmp_path / "out.comfy.safetensors.report.json").read_text())

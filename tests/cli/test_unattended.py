@@ -1,0 +1,64 @@
+"""A conversion in a script with no terminal: what a CI job relies on."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+from svdq_cli import __version__
+from svdq_cli.pipeline import inspect_checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def ran(*words: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        [sys.executable, "-m", "svdq_cli", *words],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        check=False,
+        timeout=300,
+    )
+
+
+def test_stdout_is_one_object_stderr_is_plain_and_provenance_is_complete(tiny_flux: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    words = ("convert", str(tiny_flux), "-o", str(out), "--effort", "datafree", "--rank", "16", "--seed", "7")
+    done = ran(*words, "--json", LC_ALL="C", PYTHONIOENCODING="ascii")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert done.stderr
+    assert all(byte >= 32 or byte == 10 for byte in done.stderr), done.stderr
+    assert report["provenance"].keys() == {
+        *("svdq_version", "versions", "source_sha256", "calibration_sha256", "loras_sha256")
+    }
+    assert report["provenance"]["svdq_version"] == __version__
+    assert report["provenance"]["versions"]["torch"] == version("torch")
+    assert report["provenance"]["versions"]["diffusers"] == version("diffusers")
+    assert report["provenance"]["source_sha256"] == report["model"]["source_sha256"]
+    assert report["recipe"]["quantization"]["seed"] == 7
+    stored = inspect_checkpoint(out).provenance
+    assert stored is not None
+    assert {key: stored[key] for key in report["provenance"]} == report["provenance"]
+    assert stored["recipe"]["quantization"]["seed"] == 7  # type: ignore[index]
+
+
+def test_a_bug_is_exit_code_1_with_its_traceback_and_one_object_on_stdout():
+    program = (
+        "import sys, svdq_cli.diagnosis\n"
+        "svdq_cli.diagnosis.diagnose = lambda: 1 / 0\n"
+        "from svdq_cli.cli import run\n"
+        "sys.exit(run(['doctor', '--json']))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, check=False, timeout=300
+    )
+    error = json.loads(done.stdout)["error"]
+    assert (done.returncode, error["code"], error["kind"]) == (1, 1, "bug")
+    assert b"ZeroDivisionError" in done.stderr
