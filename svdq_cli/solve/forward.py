@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from svdq_cli.records import W4A4Solution
-from svdq_cli.solve.quantizers import QuantizedWeight, dequantize_weight, fake_quantize_activation
+from svdq_cli.solve.quantizers import QuantizedWeight, dequantize_weight, fake_quantize_activation, row_blocks
 
 _TINY = 1e-30
 
@@ -49,6 +49,14 @@ def relative_errors(
 
 def sqnr_db(exact: Tensor, approximate: Tensor) -> float:
     """Signal to quantization noise, 10 log10(sum y^2 / sum (y - y')^2), in dB; 150 for no error at all."""
-    signal = exact.double().square().sum()
-    noise = (exact.double() - approximate.double()).square().sum()
+    signal = noise = torch.zeros((), dtype=torch.float64, device=exact.device)
+    for rows in row_blocks(exact):
+        wanted = exact[rows].double()
+        signal = signal + wanted.square().sum()
+        noise = noise + (wanted - approximate[rows].double()).square().sum()
+    return decibels(signal, noise)
+
+
+def decibels(signal: Tensor, noise: Tensor) -> float:
+    """10 log10(signal / noise) of two sums of squares; 150 for no noise at all."""
     return float(10 * torch.log10((signal + _TINY) / (noise + _TINY)).clamp(max=150.0))

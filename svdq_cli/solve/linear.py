@@ -30,15 +30,20 @@ from svdq_cli.records import (
 )
 from svdq_cli.solve.forward import (
     SourceWeight,
-    dequantized_weight,
+    decibels,
     sqnr_db,
     w4a4_output,
 )
 from svdq_cli.solve.improve import Task, Trail, improve
 from svdq_cli.solve.low_rank import split_low_rank
 from svdq_cli.solve.modulation import dequantize_w4a16, solve_w4a16
-from svdq_cli.solve.quantizers import fake_quantize_activation, fake_quantize_weight, quantize_weight
-from svdq_cli.solve.rebuild import weight_error
+from svdq_cli.solve.quantizers import (
+    fake_quantize_activation,
+    fake_quantize_weight,
+    quantize_weight,
+    row_blocks,
+)
+from svdq_cli.solve.rebuild import rebuilt_weight, rows_of, weight_error
 from svdq_cli.solve.smoothing import CLOSED_FORM, GRID, placed, smooth_factor
 
 SEARCH_ROWS = 512  # rows that score a grid point; the ranking is stable long before the report's figure is
@@ -269,17 +274,23 @@ def _finish(
 def measured(solution: LayerSolution, source: SourceWeight, rows: Tensor | None) -> tuple[float, float]:
     """(SQNR in dB of the output on `rows`, or of the weight without any; the weight error that checks expect)."""
     error = weight_error(solution, source.weight).relative
-    match solution:
-        case W4A4Solution() if rows is not None:
-            return sqnr_db(rows @ source.weight.T, w4a4_output(rows, solution)), error
-        case W4A4Solution():
-            branch = solution.up.float() @ solution.down.float()
-            rebuilt = dequantized_weight(solution) / solution.smooth.float() + branch
-        case W4A16Solution():
-            rebuilt = dequantize_w4a16(solution)
     if rows is None:
-        return sqnr_db(source.weight, rebuilt), error
-    return sqnr_db(rows @ source.weight.T, rows @ rebuilt.T), error
+        return _weight_sqnr_db(solution, source.weight), error
+    match solution:
+        case W4A4Solution():
+            return sqnr_db(rows @ source.weight.T, w4a4_output(rows, solution)), error
+        case W4A16Solution():
+            return sqnr_db(rows @ source.weight.T, rows @ dequantize_w4a16(solution).T), error
+
+
+def _weight_sqnr_db(solution: LayerSolution, weight: Tensor) -> float:
+    """SQNR of the rebuilt weight, some rows at a time."""
+    signal = noise = torch.zeros((), dtype=torch.float64, device=weight.device)
+    for part in row_blocks(weight):
+        exact = weight[part].double()
+        signal = signal + exact.square().sum()
+        noise = noise + (exact - rebuilt_weight(rows_of(solution, part)).double()).square().sum()
+    return decibels(signal, noise)
 
 
 def evenly(rows: Tensor, count: int) -> Tensor:

@@ -8,6 +8,7 @@ int4 is symmetric with one 16-bit scale per 64 inputs; nvfp4 is E2M1 with one e4
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from svdq_cli.records import Int4, NvFp4, Precision
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # magnitude of codes 0..7; codes 8..15 are the negatives
+BLOCK = 1 << 20  # numbers that are worked on at a time
 E4M3_MAX = 448.0
 E4M3_TINY = 2.0**-9  # the smallest positive e4m3 number; a micro scale of zero would divide zero by zero
 
@@ -125,7 +127,22 @@ def round_e2m1_to_even(values: Tensor) -> Tensor:
     return torch.copysign((torch.round(magnitude / step) * step).clamp_(max=6.0), values)
 
 
+def row_blocks(matrix: Tensor) -> Iterator[slice]:
+    """Slices that cover the rows, of about BLOCK numbers each: what is done block by block stays in the cache, and
+    takes little memory beside the matrix."""
+    step = max(1, BLOCK // max(1, matrix.shape[1]))
+    for start in range(0, len(matrix), step):
+        yield slice(start, start + step)
+
+
 def _int4_weight(weight: Tensor, dtype: torch.dtype) -> QuantizedWeight:
+    parts = [_int4_rows(weight[rows], dtype) for rows in row_blocks(weight)]
+    return QuantizedWeight(
+        torch.cat([part.codes for part in parts]), torch.cat([part.scales for part in parts]), None
+    )
+
+
+def _int4_rows(weight: Tensor, dtype: torch.dtype) -> QuantizedWeight:
     groups = _grouped(weight, Int4.group)
     scales = (groups.abs().amax(-1) / 7).to(dtype)
     scales = torch.where(scales == 0, torch.ones_like(scales), scales)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
 
 from svdq_cli.records import LayerSolution, W4A4Solution, W4A16Solution
 from svdq_cli.solve.modulation import dequantize_w4a16
-from svdq_cli.solve.quantizers import QuantizedWeight, dequantize_weight
+from svdq_cli.solve.quantizers import QuantizedWeight, dequantize_weight, row_blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,33 +42,97 @@ def rebuilt_weight(solution: LayerSolution) -> Tensor:
 
 
 def weight_error(solution: LayerSolution, weight: Tensor) -> WeightError:
-    """`weight` (N, K): the 16-bit layer's."""
-    match solution:
-        case W4A4Solution():
-            smooth = solution.smooth.float()
-            quantized = QuantizedWeight(solution.codes, solution.scales, solution.outer)
-            exact = weight.float() * smooth
-            stands_for = exact - (solution.up.float() @ solution.down.float()) * smooth
-            four_bit = dequantize_weight(quantized, solution.plan.precision)
-            slope = _smooth_slope(four_bit, stands_for, smooth)
-        case W4A16Solution():
-            four_bit, exact = dequantize_w4a16(solution), weight.float()
-            stands_for, slope = exact, 0.0
-    unrelated = 3 / four_bit.shape[1] ** 0.5  # three standard deviations of the cosine of random vectors
-    by_row = F.cosine_similarity(four_bit, stands_for, dim=1, eps=1e-30)
-    empty = (four_bit == 0).all(1) | (stands_for == 0).all(1)
+    """`weight` (N, K): the 16-bit layer's. Some rows at a time, so that memory does not grow with the layer."""
+    sums = _Sums(weight.shape[1], weight.device)
+    for rows in row_blocks(weight):
+        sums.add(*_compared(rows_of(solution, rows), weight[rows].float()))
+    slope = _smooth_slope(sums.gain(), solution.smooth.float()) if isinstance(solution, W4A4Solution) else 0.0
     return WeightError(
-        relative=float((four_bit - stands_for).norm() / exact.norm().clamp(min=1e-30)),
-        agreement=1.0 if bool(empty.all()) else _cosine(four_bit, stands_for),
-        strayed_rows=float(((by_row < unrelated) & ~empty).float().mean()),
+        relative=float((sums.error / sums.exact.clamp(min=1e-60)).sqrt()),
+        agreement=1.0 if sums.empty_rows == len(weight) else float(sums.cosine()),
+        strayed_rows=float(sums.strayed_rows) / len(weight),
         smooth_slope=slope,
     )
 
 
-def _smooth_slope(four_bit: Tensor, stands_for: Tensor, smooth: Tensor) -> float:
-    """Slope of log gain against log smooth over input channels; the gain of a column is its regression on what it
-    stands for. A file whose smoothing factor is s' where its codes were made with s has gains s / s'."""
-    gain = (four_bit * stands_for).sum(0) / stands_for.square().sum(0).clamp(min=1e-30)
+def rows_of(solution: LayerSolution, rows: slice) -> LayerSolution:
+    """The same layer with only these of its output rows; its plan stays as it is."""
+    match solution:
+        case W4A4Solution(outer=outer):
+            return replace(
+                solution,
+                up=solution.up[rows],
+                codes=solution.codes[rows],
+                scales=solution.scales[rows],
+                outer=outer if outer is None or outer.numel() == 1 else outer[rows],
+                bias=None if solution.bias is None else solution.bias[rows],
+            )
+        case W4A16Solution():
+            return replace(
+                solution,
+                codes=solution.codes[rows],
+                scales=solution.scales[rows],
+                zeros=solution.zeros[rows],
+                bias=None if solution.bias is None else solution.bias[rows],
+            )
+
+
+def _compared(solution: LayerSolution, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(the 4-bit part, what it stands for, the whole weight), (N, K) float32 each, in smoothed coordinates."""
+    match solution:
+        case W4A4Solution():
+            smooth = solution.smooth.float()
+            quantized = QuantizedWeight(solution.codes, solution.scales, solution.outer)
+            exact = weight * smooth
+            stands_for = exact - (solution.up.float() @ solution.down.float()) * smooth
+            return dequantize_weight(quantized, solution.plan.precision), stands_for, exact
+        case W4A16Solution():
+            return dequantize_w4a16(solution), weight, weight
+
+
+class _Sums:
+    """What `weight_error` needs of all rows, added up in float64."""
+
+    def __init__(self, columns: int, device: torch.device) -> None:
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+
+        self.error, self.exact, self.product, self.four_bit, self.stands_for = (zeros() for _ in range(5))
+        self.by_column, self.column_size = zeros(columns), zeros(columns)
+        self.strayed_rows = self.empty_rows = 0
+        self._unrelated = 3 / columns**0.5  # three standard deviations of the cosine of random vectors
+
+    def add(self, four_bit: Tensor, stands_for: Tensor, exact: Tensor) -> None:
+        products = four_bit * stands_for
+        sizes = stands_for.square()
+        self.error += _total((four_bit - stands_for).square())
+        self.exact += _total(exact.square())
+        self.four_bit += _total(four_bit.square())
+        self.stands_for += _total(sizes)
+        self.product += _total(products)
+        self.by_column += products.sum(0)
+        self.column_size += sizes.sum(0)
+        by_row = products.sum(1) / (four_bit.norm(dim=1) * stands_for.norm(dim=1)).clamp(min=1e-30)
+        empty = (four_bit == 0).all(1) | (stands_for == 0).all(1)
+        self.strayed_rows += int(((by_row < self._unrelated) & ~empty).sum())
+        self.empty_rows += int(empty.sum())
+
+    def gain(self) -> Tensor:
+        """(K,): the regression of each column on what it stands for."""
+        return self.by_column / self.column_size.clamp(min=1e-30)
+
+    def cosine(self) -> Tensor:
+        return self.product / (self.four_bit.sqrt() * self.stands_for.sqrt())
+
+
+def _total(values: Tensor) -> Tensor:
+    """The sum over rows in float32, over them in float64."""
+    return values.sum(1).double().sum()
+
+
+def _smooth_slope(gain: Tensor, smooth: Tensor) -> float:
+    """Slope of log gain against log smooth over input channels. A file whose smoothing factor is s' where its codes
+    were made with s has gains s / s'."""
     known = gain > 0.01  # dead channels say nothing
     if int(known.sum()) < 2:
         return 0.0
@@ -77,10 +141,6 @@ def _smooth_slope(four_bit: Tensor, stands_for: Tensor, smooth: Tensor) -> float
     spread = float(x.square().mean())
     # a spread below 3 % is that of a factor which is 1 but for rounding, and can be turned around without harm
     return 0.0 if spread < 1e-3 else float((x * y).mean()) / spread
-
-
-def _cosine(one: Tensor, other: Tensor) -> float:
-    return float((one.double() * other.double()).sum() / (one.double().norm() * other.double().norm()))
 
 
 def bias_error(solution: LayerSolution, bias: Tensor | None) -> float:

@@ -22,6 +22,7 @@ from svdq_cli.solve.quantizers import (
     decode_e2m1,
     encode_e2m1,
     quantize_weight,
+    row_blocks,
 )
 
 # Candidates for a group's scale, as factors of the one that just reaches its extreme. Below 1 the largest weights are
@@ -84,6 +85,12 @@ def gptq(weight: Tensor, hessian: Tensor, grid: Grid, *, damping: float = DAMPIN
 
 def nearest(weight: Tensor, grid: Grid) -> Rounded:
     """Every value rounded on its own; each group's parameters are the candidates' best."""
+    parts = [_nearest(weight[rows], grid) for rows in row_blocks(weight)]
+    parameters = tuple(torch.cat(each) for each in zip(*(part.parameters for part in parts), strict=True))
+    return Rounded(torch.cat([part.codes for part in parts]), parameters)
+
+
+def _nearest(weight: Tensor, grid: Grid) -> Rounded:
     rows, columns = weight.shape
     groups = weight.reshape(-1, grid.group)  # every group is a row of its own
     parameters = _best(groups, torch.ones_like(groups[0]), grid)
