@@ -14,6 +14,7 @@ from svdq_cli.solve.improve import HELD_OUT, LEAST_ROWS
 from svdq_cli.solve.learned import STEPS
 from svdq_cli.solve.linear import SEARCH_POWER_ITERATIONS, SEARCH_ROWS
 from svdq_cli.solve.low_rank import OVERSAMPLE, POWER_ITERATIONS
+from svdq_cli.solve.quantizers import BLOCK
 from svdq_cli.solve.smoothing import GRID
 
 
@@ -177,7 +178,8 @@ def solve_bytes(
     total = sum(plan.linear.out_features for plan in members)
     held = 4 * total * k + 4 * rows * k + total * k  # weights and rows in float32, codes
     search = min(rows, SEARCH_ROWS)
-    phases = [36 * big * k, 32 * big * rows]  # the weights, and the outputs, compared in float64
+    compared = min(big * k, BLOCK + k)  # weights are compared some rows at a time
+    phases = [36 * compared + total * k, 32 * big * rows]  # the weights, and the outputs, in float64
     branch = max(sum(plans[name].linear.out_features for name in part) for part in shared.branches)
     if isinstance(members[0], W4A4Plan):
         phases.append(4 * total * k + 20 * branch * k + 12 * branch * search if rows else 12 * branch * k)
