@@ -24,8 +24,9 @@ from svdq_cli.errors import InputError
 from svdq_cli.finishing import Outputs, finished_outputs, gated, write_reports_beside
 from svdq_cli.journal import LAYERS, Identity, WorkFolder
 from svdq_cli.locate import portable_name
-from svdq_cli.machine import peak_memory, resolve_device
+from svdq_cli.machine import limit_vram, peak_memory, resolve_device
 from svdq_cli.placing import require_places
+from svdq_cli.predicting import Forecast, require_memory
 from svdq_cli.preparing import (
     DEFAULT_OPTIONS,
     Prepared,
@@ -184,6 +185,10 @@ def begin(
     )
     if job.tunes_blocks:
         require_blocks_run(prepared)
+    require_memory(
+        Forecast(prepared, job.calibration, not data_free and job.calibration is None, job.device, options)
+    )
+    limit_vram(job.device, options.max_vram)
     require_disk({paths[0]: disk_bytes(prepared), job.work: _work_bytes(job)})
     job.warn(warnings_of(prepared, data_free=data_free))
     return job

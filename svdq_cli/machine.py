@@ -71,6 +71,13 @@ def available_vram(device: torch.device) -> int:
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
+def limit_vram(device: torch.device, most: int | None) -> None:
+    """Let torch's allocator take no more than `most` bytes of a GPU; it raises its out-of-memory error at that."""
+    if device.type == "cuda" and most is not None:
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, most / total), device)
+
+
 def _cgroup_room() -> list[int]:
     """cgroup v2's limit less its use, where there is one. Cached files count as used and as free at once; they are
     given back first."""

@@ -14,6 +14,7 @@ import torch
 from svdq_cli.calibrate.artefact import Calibration, open_calibration
 from svdq_cli.calibrate.budget import rows_within, statistics_bytes
 from svdq_cli.calibrating import input_widths
+from svdq_cli.errors import OutOfResourcesError
 from svdq_cli.loading import compute_dtype
 from svdq_cli.machine import resident_ram, resolve_device
 from svdq_cli.preparing import (
@@ -189,6 +190,32 @@ def ram_bytes(job: Forecast) -> int:
     if job.draws:
         stages += _calibration_stages(job, cpu=cpu)
     return resident_ram() + max(stages)
+
+
+def require_memory(job: Forecast) -> None:
+    """OutOfResourcesError where solving the largest input takes more than `--max-ram` or `--max-vram` allow. (What
+    calibration may take is settled where the model is loaded.)"""
+    limits, plans = job.options, {layer.name: layer for layer in job.prepared.plan.layers}
+    rows = {shared.name: job.rows(shared) for shared in job.prepared.plan.inputs}
+    largest = max(
+        job.prepared.plan.inputs,
+        key=lambda shared: solve_bytes(shared, plans, job.prepared.settings, rows=rows[shared.name]),
+    )
+    working = solve_bytes(largest, plans, job.prepared.settings, rows=rows[largest.name])
+    waiting = 2 * prefetched_bytes(largest, plans, itemsize=_source_itemsize(job))
+    on_gpu = job.device.type == "cuda"
+    ram = resident_ram() + waiting + (0 if on_gpu else working)
+    for option, limit, needed in (
+        ("--max-ram", limits.max_ram, ram),
+        ("--max-vram", limits.max_vram, working if on_gpu else 0),
+    ):
+        if limit is not None and needed > limit:
+            raise OutOfResourcesError(
+                f"{largest.name}: solving it takes {needed / 1e9:.2f} GB, and {option} allows {limit / 1e9:.2f} GB",
+                hint=f"raise {option}, or choose a smaller --effort or fewer calibration rows",
+                where=largest.name,
+                kind="out-of-memory",
+            )
 
 
 def vram_bytes(job: Forecast) -> int | None:

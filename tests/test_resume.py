@@ -13,13 +13,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from svdq_cli import converting, solving
-from svdq_cli.errors import InterruptedRunError, SvdqError, Terminated, UsageError
-from svdq_cli.pipeline import convert
+from svdq_cli import converting, solving, writing
+from svdq_cli.errors import InterruptedRunError, OutOfResourcesError, SvdqError, Terminated, UsageError
+from svdq_cli.pipeline import check, convert
 from svdq_cli.preparing import RunOptions
 from svdq_cli.recipe import Quantization, Recipe, default_recipe
 from svdq_cli.records import Event
+from svdq_cli.source import open_source
 
 WEIGHTS = Path("transformer/diffusion_pytorch_model.safetensors")
 CPU = RunOptions(device="cpu")
@@ -177,6 +180,31 @@ def test_a_run_that_can_only_fail_again_leaves_no_work(tiny_flux_copy: Path, tmp
     with pytest.raises(SvdqError, match=r"x_embedder\.bias"):
         convert(recipe_for(tiny_flux_copy), tmp_path / "outputs/out", options=CPU)
     assert list((tmp_path / "outputs").iterdir()) == []
+
+
+def test_a_memory_limit_that_can_not_be_kept_is_refused_before_the_work(tiny_flux: Path, tmp_path: Path):
+    with pytest.raises(OutOfResourcesError, match=r"solving it takes .* GB, and --max-ram allows 0\.00 GB"):
+        convert(recipe_for(tiny_flux), tmp_path / "out", options=RunOptions(device="cpu", max_ram=1_000_000))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_large_folder_is_sharded_as_diffusers_does(
+    tiny_flux: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The same tensors in several files with an index, which svdq and diffusers' own index reader open."""
+    from diffusers.utils.hub_utils import _get_checkpoint_shard_files
+
+    monkeypatch.setattr(writing, "SHARD_BYTES", 100_000)
+    report = convert(recipe_for(tiny_flux), tmp_path / "out", options=CPU)
+    index = tmp_path / "out" / f"{WEIGHTS}.index.json"
+    files, _ = _get_checkpoint_shard_files(tmp_path / "out/transformer", str(index))
+    assert len(files) > 1
+    found = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    wanted = load_file(whole / WEIGHTS)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert report.outputs[0].bytes == sum(Path(file).stat().st_size for file in files)
+    assert check(tmp_path / "out", against=open_source(tiny_flux)).status == "ok"
 
 
 # ------------------------------------------------------------------------------------------------- killed

@@ -179,7 +179,7 @@ def solve_bytes(
     held = 4 * total * k + 4 * rows * k + total * k  # weights and rows in float32, codes
     search = min(rows, SEARCH_ROWS)
     compared = min(big * k, BLOCK + k)  # weights are compared some rows at a time
-    phases = [36 * compared + total * k, 32 * big * rows]  # the weights, and the outputs, in float64
+    phases = [28 * compared, 32 * big * rows]  # the weights, and the outputs, in float64
     branch = max(sum(plans[name].linear.out_features for name in part) for part in shared.branches)
     if isinstance(members[0], W4A4Plan):
         phases.append(4 * total * k + 20 * branch * k + 12 * branch * search if rows else 12 * branch * k)
