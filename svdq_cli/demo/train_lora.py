@@ -3,7 +3,7 @@
     python -m svdq_cli.demo.train_lora svdq_cli/demo/pencil.safetensors
 
 Only the low-rank factors learn, by the flow matching that the model was trained with, on captions of the training side.
-About eight minutes on one free CPU core.
+About a quarter of an hour of CPU time.
 """
 
 # diffusers' modules are untyped where this file touches them
