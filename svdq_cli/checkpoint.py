@@ -32,10 +32,10 @@ from svdq_cli.formats.modules import (
     lay_out,
     layers_in_file,
 )
-from svdq_cli.plan import Inventory, take_inventory
+from svdq_cli.planning.plan import Inventory, take_inventory
+from svdq_cli.planning.structure import STRUCTURAL
 from svdq_cli.records import LayerPlan, LayerSolution, Linear, ModelPlan, Precision, W4A4Plan
 from svdq_cli.source import COMPONENTS, Source, index_component, read_header, read_json, read_tensor
-from svdq_cli.structure import STRUCTURAL
 
 PROVENANCE = "svdq"  # key of the safetensors metadata
 TORCH_DTYPES = {

@@ -5,7 +5,6 @@
     WORK/calibration/               the statistics, where the run drew them itself: an ordinary calibration artefact
     WORK/choices.json               what every rank would cost and bring, where ranks are searched
     WORK/layers/INPUT.safetensors   all layers of one shared input with their reports
-    WORK/blocks/BLOCK.safetensors   the layers of one block after reconstruction
 
 A file is there when its part is finished: it is written beside, forced to the disk and renamed. Nothing in the folder
 is ever changed, so several processes may fill it, each with parts of its own.
@@ -45,7 +44,7 @@ from svdq_cli.source.headers import Header, read_whole_header
 from svdq_cli.tensor_file import TensorSpec, write_tensors
 
 JOURNAL = "journal.json"
-LAYERS, BLOCKS, CALIBRATION, PICTURES = "layers", "blocks", "calibration", "pictures"
+LAYERS, CALIBRATION, PICTURES = "layers", "calibration", "pictures"
 CHOICES = "choices.json"
 _LOCK = "lock"
 _ABOUT = "svdq"  # key of the safetensors metadata
@@ -72,7 +71,7 @@ class WorkFolder:
         return self.path / PICTURES
 
     def has(self, folder: str, name: str) -> bool:
-        """Whether a part (of LAYERS or BLOCKS) is finished."""
+        """Whether a part is finished."""
         return self._file(folder, name).is_file()
 
     def keep(
@@ -128,7 +127,7 @@ class WorkFolder:
 
     def remove(self) -> None:
         """Everything svdq put there, and the folder if that was all."""
-        for name in (LAYERS, BLOCKS, PICTURES, CALIBRATION, f"{CALIBRATION}.partial"):
+        for name in (LAYERS, PICTURES, CALIBRATION, f"{CALIBRATION}.partial"):
             shutil.rmtree(self.path / name, ignore_errors=True)
         for file in [*self.path.glob("*.json"), *self.path.glob(".*.partial"), self.path / _LOCK]:
             file.unlink(missing_ok=True)
@@ -368,7 +367,7 @@ class SolvedLayers(Mapping[str, LayerSolution]):
     """The solutions of a run by layer, each read from the work folder when it is asked for."""
 
     work: WorkFolder
-    places: Mapping[str, tuple[str, str, LayerPlan]]  # layer -> (LAYERS or BLOCKS, part, plan)
+    places: Mapping[str, tuple[str, str, LayerPlan]]  # layer -> (LAYERS, part, plan)
 
     def __getitem__(self, name: str) -> LayerSolution:
         folder, part, plan = self.places[name]

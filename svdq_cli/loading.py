@@ -18,8 +18,8 @@ from svdq_cli.gpu.architectures import Architecture
 from svdq_cli.gpu.hopper_choice import HopperChoice, choose_hopper_mode, measured_modes
 from svdq_cli.gpu.hopper_modes import HopperMode
 from svdq_cli.gpu.launch import cuda_device, require_dtype
-from svdq_cli.inventory import model_class
 from svdq_cli.offload import Room, fill, weights_bytes
+from svdq_cli.planning.inventory import model_class
 from svdq_cli.records import Int4, LayerSolution, W4A4Solution
 from svdq_cli.runtime.fused import fused_linear
 from svdq_cli.runtime.hopper_fused import hopper_linear

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from svdq_cli.calibrating import calibrate
 from svdq_cli.checking import check
 from svdq_cli.checkpoint import open_checkpoint
-from svdq_cli.converting import convert
-from svdq_cli.predicting import predict
+from svdq_cli.conversion.calibrating import calibrate
+from svdq_cli.conversion.predicting import predict
+from svdq_cli.conversion.run import convert
 from svdq_cli.preparing import (
     DEFAULT_OPTIONS,
     RunOptions,

@@ -20,7 +20,9 @@ from svdq_cli.formats.contract import Format
 from svdq_cli.journal import solved_bytes
 from svdq_cli.locate import default_resolution, locate_base, locate_file, locate_source
 from svdq_cli.parallel import ALONE, Team
-from svdq_cli.plan import Inventory, Observation, plan_model, restricted, take_inventory, watch
+from svdq_cli.planning.plan import Inventory, Observation, plan_model, restricted, take_inventory, watch
+from svdq_cli.planning.rules import plan_rules
+from svdq_cli.planning.structure import STRUCTURAL, Reading
 from svdq_cli.recipe import DEFAULT_RANK, Calibration, DatasetPrompts, Recipe, find_prompts, find_source
 from svdq_cli.records import (
     BlockSearch,
@@ -40,9 +42,7 @@ from svdq_cli.records import (
     SolveSettings,
     W4A4Plan,
 )
-from svdq_cli.rules import plan_rules
 from svdq_cli.source import Source, component_files, merge_loras, open_source
-from svdq_cli.structure import STRUCTURAL, Reading
 from svdq_cli.writing import Target, require_precision, target_of
 
 

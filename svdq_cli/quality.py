@@ -17,10 +17,12 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL.Image import Image
 
-from svdq_cli.allocation import RANKS, budget_of, candidates_of, choices_of, layer_gains, plan_with
 from svdq_cli.calibrate.collect import collect_stats
 from svdq_cli.calibrate.pipelines import draw
 from svdq_cli.calibrate.settings import DrawSettings
+from svdq_cli.conversion.allocation import RANKS, budget_of, candidates_of, choices_of, layer_gains, plan_with
+from svdq_cli.conversion.reconstructing import reconstructed
+from svdq_cli.conversion.solving import Statistics, finite_tensor, solve_model
 from svdq_cli.drawing import demo_calibration
 from svdq_cli.evaluate.images import compare
 from svdq_cli.evaluate.layers import layer_sqnr_db
@@ -30,11 +32,9 @@ from svdq_cli.machine import resolve_device
 from svdq_cli.preparing import DEFAULT_OPTIONS, Prepared, RunOptions, chosen_prompts, draw_settings, prepare
 from svdq_cli.recipe import DEFAULT_RANK, default_recipe, with_overrides
 from svdq_cli.recipe.model import ALL_STEPS
-from svdq_cli.reconstructing import reconstructed
 from svdq_cli.records import ActivationStats, Event, LayerSolution, W4A4Solution
 from svdq_cli.runtime.linear import quantized_linear
 from svdq_cli.runtime.replace import replace_linears
-from svdq_cli.solving import Statistics, finite_tensor, solve_model
 
 SQNR_PROMPTS = 16  # of the judging prompts, for activations that no step has seen
 JUDGE_SEED = 1000

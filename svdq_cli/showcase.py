@@ -11,25 +11,25 @@ from pathlib import Path
 
 from svdq_cli.bench.report import BenchReport
 from svdq_cli.bench.run import BenchSettings, bench_layers
-from svdq_cli.chapters import chapter_of
 from svdq_cli.checkpoint import open_checkpoint
-from svdq_cli.comparing import CONVERTED, NAIVE, SIXTEEN_BIT, Evaluation, compare_in, draw_missing
 from svdq_cli.drawing import demo_calibration, evaluation_recipe
 from svdq_cli.errors import UsageError
+from svdq_cli.evaluate.chapters import chapter_of
+from svdq_cli.evaluate.comparing import CONVERTED, NAIVE, SIXTEEN_BIT, Evaluation, compare_in, draw_missing
 from svdq_cli.evaluate.gallery import read_picture
 from svdq_cli.evaluate.grid import picture_grid
 from svdq_cli.evaluate.images import summarize
 from svdq_cli.evaluate.page import PAGE_PICTURE_BYTES, Chapter, Page, Table, Way, render_page
+from svdq_cli.evaluate.plotting import search_of
+from svdq_cli.evaluate.reporting import PAGE_FILE, footer, write_figures, write_text
 from svdq_cli.evaluate.scoring import score_pairs
 from svdq_cli.loading import load_pipeline
 from svdq_cli.locate import DEMO_SOURCES, locate_source
 from svdq_cli.machine import resolve_device
 from svdq_cli.pipeline import calibrate, convert
-from svdq_cli.plotting import search_of
 from svdq_cli.preparing import DEFAULT_OPTIONS, RunOptions
 from svdq_cli.recipe import Output, default_recipe, with_overrides
 from svdq_cli.records import ConvertReport, Observer, Summary, ignore_events, json_text
-from svdq_cli.reporting import PAGE_FILE, footer, write_figures, write_text
 from svdq_cli.writing import disk_errors, refuse_existing, whole_folder
 
 DEMO_RANK = 16

@@ -11,8 +11,10 @@ from typing import cast
 from svdq_cli.drawing import demo_calibration
 from svdq_cli.errors import UsageError
 from svdq_cli.formats import format_named
-from svdq_cli.inventory import Inventory
 from svdq_cli.locate import DEMO_SOURCES, locate_file
+from svdq_cli.planning.inventory import Inventory
+from svdq_cli.planning.rules import recipe_rules
+from svdq_cli.planning.structure import STRUCTURAL
 from svdq_cli.recipe import (
     Calibration,
     Lora,
@@ -27,8 +29,6 @@ from svdq_cli.recipe import (
     with_overrides,
 )
 from svdq_cli.records import ModelPlan
-from svdq_cli.rules import recipe_rules
-from svdq_cli.structure import STRUCTURAL
 from svdq_cli.writing import disk_errors, refuse_existing
 
 UNNAMED = "\0"  # the path of an output that has none yet; no file is called that

@@ -24,7 +24,7 @@ from svdq_cli.formats.assembly import join_layers, kept_tensor, moved_biases
 from svdq_cli.formats.contract import Format
 from svdq_cli.formats.headers import BIASES, CONFIG, FORMAT, RANKS, as_text, biases_text
 from svdq_cli.formats.modules import FileLayout, KeptTensor, StoredModule, kept_shapes, known_layout, lay_out
-from svdq_cli.plan import restricted
+from svdq_cli.planning.plan import restricted
 from svdq_cli.records import LayerSolution, ModelPlan, OutputFile, Precision
 from svdq_cli.source import TensorEntry, file_sha256, pipeline_index, weight_files
 from svdq_cli.tensor_file import DTYPE_OF_NAME, TensorSpec, write_tensors

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from svdq_cli.families import find_family
 from svdq_cli.formats.contract import Format
-from svdq_cli.plan import Inventory, plan_model, take_inventory
+from svdq_cli.planning.plan import Inventory, plan_model, take_inventory
 from svdq_cli.records import ModelPlan, Precision
 from svdq_cli.source import open_source
 

@@ -12,7 +12,7 @@ import pytest
 
 from svdq_cli.calibrate import open_calibration
 from svdq_cli.calibrate.budget import rows_within, statistics_bytes
-from svdq_cli.calibrating import calibrate, input_widths
+from svdq_cli.conversion.calibrating import calibrate, input_widths
 from svdq_cli.errors import CanceledRunError, UsageError
 from svdq_cli.formats import format_named
 from svdq_cli.preparing import RunOptions

@@ -162,7 +162,7 @@ def test_best_without_prompts_says_so_before_the_long_work(
     def never(*args: object) -> None:
         raise AssertionError("layers were solved")
 
-    monkeypatch.setattr("svdq_cli.converting.solve_into", never)
+    monkeypatch.setattr("svdq_cli.conversion.run.solve_into", never)
     with pytest.raises(UsageError, match="needs the whole pipeline and prompts"):
         convert(
             recipe_for(tiny_flux, None, effort="best"), tmp_path / "out", calibration=artefact, options=CPU

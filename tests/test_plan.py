@@ -9,7 +9,7 @@ import pytest
 
 from svdq_cli.errors import InputError, RecipeError
 from svdq_cli.formats import format_named
-from svdq_cli.plan import LayerOverride, plan_model
+from svdq_cli.planning.plan import LayerOverride, plan_model
 from svdq_cli.records import Int4, ModelPlan, W4A4Plan
 from svdq_cli.source import open_source
 

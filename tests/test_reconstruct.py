@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from svdq_cli.conversion.solving import solve_model
 from svdq_cli.preparing import prepare
 from svdq_cli.recipe import default_recipe
 from svdq_cli.reconstruct import Call, output_gains, reconstruct, record_trajectories
@@ -18,7 +19,6 @@ from svdq_cli.reconstruct.run import blocks_of
 from svdq_cli.reconstruct.tunable import frozen
 from svdq_cli.records import LayerSolution, W4A4Solution
 from svdq_cli.runtime.linear import w4a4_exact
-from svdq_cli.solving import solve_model
 
 
 @pytest.fixture(scope="module")

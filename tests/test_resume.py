@@ -16,7 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from svdq_cli import converting, solving, writing
+from svdq_cli import writing
+from svdq_cli.conversion import run as converting
+from svdq_cli.conversion import solving
 from svdq_cli.errors import InterruptedRunError, OutOfResourcesError, SvdqError, Terminated, UsageError
 from svdq_cli.pipeline import check, convert
 from svdq_cli.preparing import RunOptions

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from svdq_cli import solving
 from svdq_cli.calibrate.artefact import open_calibration
 from svdq_cli.cli import run
+from svdq_cli.conversion import solving
 from svdq_cli.errors import CheckFailedError, UsageError
 from svdq_cli.pipeline import calibrate, convert
 from svdq_cli.preparing import RunOptions

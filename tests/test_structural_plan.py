@@ -16,7 +16,7 @@ from svdq_cli.errors import InputError, RecipeError
 from svdq_cli.formats import format_named
 from svdq_cli.loading import Backend, load_model
 from svdq_cli.pipeline import check, convert
-from svdq_cli.plan import Group, Include, LayerOverride, LayerRule, Skip, plan_model
+from svdq_cli.planning.plan import Group, Include, LayerOverride, LayerRule, Skip, plan_model
 from svdq_cli.preparing import RunOptions, prepare
 from svdq_cli.recipe import Quantization, default_recipe, load_recipe
 from svdq_cli.records import Int4, ModelPlan, SharedInput

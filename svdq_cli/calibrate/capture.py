@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_map
 
 from svdq_cli.calibrate.pipelines import denoise, load_source_pipeline, split_batches
 from svdq_cli.calibrate.settings import DrawSettings
-from svdq_cli.structure import Reading
-from svdq_cli.watching import watch_call
+from svdq_cli.planning.structure import Reading
+from svdq_cli.planning.watching import watch_call
 
 _PROMPT = "a photograph"
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from svdq_cli.errors import InputError
 from svdq_cli.families import Family, family_named
 from svdq_cli.formats import format_named
-from svdq_cli.plan import plan_model
+from svdq_cli.planning.plan import plan_model
 from svdq_cli.records import Int4, Linear, ModelPlan
 from svdq_cli.source import open_source
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from diffusers import models
 
-from svdq_cli.inventory import take_inventory
-from svdq_cli.plan import plan_model
+from svdq_cli.planning.inventory import take_inventory
+from svdq_cli.planning.plan import plan_model
 from svdq_cli.records import Int4
 from svdq_cli.source import open_source
 from svdq_cli.source.configs import class_of_names, published_config

@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from svdq_cli.inventory import take_inventory
+from svdq_cli.planning.inventory import take_inventory
 from svdq_cli.source import Source, open_source, source_digest
 from svdq_cli.source.names import Naming
 from svdq_cli.source.original_names import NAMINGS

@@ -33,8 +33,8 @@ def calibrate(
     """Draw prompts with the 16-bit model and keep its activation statistics, for any number of conversions."""
     from svdq_cli.cli import render
     from svdq_cli.cli.progress import progress
+    from svdq_cli.conversion.sharing import share_calibrate
     from svdq_cli.pipeline import calibrate as run_calibrate
-    from svdq_cli.sharing import share_calibrate
     from svdq_cli.starting import with_default_calibration
 
     how = run_options(device, overwrite, work=work, resume=resume, max_ram=max_ram, max_vram=max_vram)

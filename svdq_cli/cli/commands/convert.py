@@ -61,9 +61,9 @@ def convert(
     from svdq_cli.cli.progress import progress
     from svdq_cli.cli.several import convert_each, refuse_given
     from svdq_cli.cli.summary import append_summary
+    from svdq_cli.conversion.sharing import share_convert
     from svdq_cli.pipeline import convert as run_convert
     from svdq_cli.pipeline import predict
-    from svdq_cli.sharing import share_convert
     from svdq_cli.starting import outputs_of
 
     given: dict[str, object] = {

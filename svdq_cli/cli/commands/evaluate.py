@@ -51,7 +51,7 @@ def evaluate(
     from svdq_cli.cli.progress import progress
     from svdq_cli.cli.summary import append_summary
     from svdq_cli.drawing import evaluation_recipe
-    from svdq_cli.evaluating import evaluate as run_evaluate
+    from svdq_cli.evaluate.run import evaluate as run_evaluate
     from svdq_cli.starting import recipe_of
 
     named, beside = recipe_of(against)

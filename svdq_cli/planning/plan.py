@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Literal
 
 from svdq_cli.errors import InputError, RecipeError
 from svdq_cli.families import Family, family_named, find_family
-from svdq_cli.inventory import Inventory, empty_model, take_inventory
+from svdq_cli.planning.inventory import Inventory, empty_model, take_inventory
+from svdq_cli.planning.structure import STRUCTURAL, Reading, Roles, shared_input, structural_roles
 from svdq_cli.records import LayerPlan, Linear, ModelPlan, Precision, SharedInput, W4A4Plan, W4A16Plan
 from svdq_cli.source import Source
-from svdq_cli.structure import STRUCTURAL, Reading, Roles, shared_input, structural_roles
 
 if TYPE_CHECKING:
     from torch import nn
@@ -69,7 +69,7 @@ Observation = Callable[["nn.Module"], Mapping[str, Reading] | None]
 
 def watch(model: nn.Module) -> Mapping[str, Reading] | None:
     """One forward pass of an empty model with arguments made up from its signature (`watching`)."""
-    from svdq_cli.watching import watch as watch_model
+    from svdq_cli.planning.watching import watch as watch_model
 
     return watch_model(model)
 

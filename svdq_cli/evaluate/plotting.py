@@ -11,6 +11,7 @@ from torch import Tensor
 
 from svdq_cli.checkpoint import Checkpoint, open_checkpoint
 from svdq_cli.errors import InputError
+from svdq_cli.evaluate.judging import JudgedLayers
 from svdq_cli.evaluate.plots import (
     LayerRank,
     LayerSteps,
@@ -21,7 +22,6 @@ from svdq_cli.evaluate.plots import (
     plot_singular_values,
 )
 from svdq_cli.evaluate.spectra import Spectra, spectra_of
-from svdq_cli.judging import JudgedLayers
 from svdq_cli.records import SharedInput, W4A4Plan, W4A4Solution
 from svdq_cli.source import read_json, read_tensor
 from svdq_cli.writing import report_path

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from svdq_cli.calibrate.artefact import Calibration
+from svdq_cli.conversion.working import wait_for_files
 from svdq_cli.errors import InputError
 from svdq_cli.journal import LAYERS, SolvedLayers, WorkFolder, quoted, report_json, report_of_json
 from svdq_cli.machine import on_device
@@ -31,7 +32,6 @@ from svdq_cli.solve.costs import NOMINAL, solve_work
 from svdq_cli.solve.forward import SourceWeight
 from svdq_cli.solve.linear import SolvedInput, solve_input
 from svdq_cli.source import Source, TensorEntry, read_tensor
-from svdq_cli.working import wait_for_files
 
 LEFT = "left"  # topic: the inputs that are still to be solved
 

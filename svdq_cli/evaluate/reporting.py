@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 from svdq_cli import __version__
-from svdq_cli.chapters import chapter_of, description
-from svdq_cli.comparing import CONVERTED, NAIVE, SIXTEEN_BIT, TITLES, Evaluation
+from svdq_cli.evaluate.chapters import chapter_of, description
+from svdq_cli.evaluate.comparing import CONVERTED, NAIVE, SIXTEEN_BIT, TITLES, Evaluation
 from svdq_cli.evaluate.gallery import read_picture
 from svdq_cli.evaluate.grid import picture_grid
 from svdq_cli.evaluate.page import PAGE_PICTURE_BYTES, Page, render_page
-from svdq_cli.plotting import Search, plot_evaluation
+from svdq_cli.evaluate.plotting import Search, plot_evaluation
 from svdq_cli.recipe import Recipe
 from svdq_cli.records import json_text
 

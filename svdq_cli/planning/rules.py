@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Literal
 
-from svdq_cli.plan import Group, Include, Inventory, LayerRule, Skip
-from svdq_cli.plan import LayerOverride as PlanOverride
+from svdq_cli.planning.plan import Group, Include, Inventory, LayerRule, Skip
+from svdq_cli.planning.plan import LayerOverride as PlanOverride
 from svdq_cli.recipe import (
     GroupOverride,
     IncludeOverride,

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import cast
 
 from svdq_cli.checkpoint import Checkpoint
-from svdq_cli.comparing import CONVERTED, SIXTEEN_BIT, TITLES, Evaluation, facts_of
+from svdq_cli.evaluate.comparing import CONVERTED, SIXTEEN_BIT, TITLES, Evaluation, facts_of
 from svdq_cli.evaluate.images import PSNR_CAP_DB
 from svdq_cli.evaluate.page import Chapter, Figure, LayerRow, Plot, Table, Way, show_pictures
+from svdq_cli.evaluate.plotting import conversion_report
 from svdq_cli.loading import choose_backend
-from svdq_cli.plotting import conversion_report
 from svdq_cli.preparing import sizes_of
 from svdq_cli.recipe import Recipe
 from svdq_cli.records import BaselineFacts, ByteFacts, Int4, Summary, W4A4Plan

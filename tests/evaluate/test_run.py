@@ -13,7 +13,7 @@ from PIL import Image
 from svdq_cli.checkpoint import open_checkpoint
 from svdq_cli.drawing import evaluation_recipe
 from svdq_cli.errors import CanceledRunError, UsageError
-from svdq_cli.evaluating import evaluate
+from svdq_cli.evaluate.run import evaluate
 from svdq_cli.preparing import RunOptions
 from svdq_cli.recipe import Recipe, parse_fail_if
 from svdq_cli.records import EvalReport, Event, to_json

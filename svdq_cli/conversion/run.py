@@ -14,19 +14,23 @@ from pathlib import Path
 import torch
 
 from svdq_cli import __version__
-from svdq_cli.allocation import allocated
 from svdq_cli.calibrate.artefact import MANIFEST, Calibration, open_calibration
 from svdq_cli.calibrate.prompts import prompts_digest
 from svdq_cli.calibrate.settings import settings_json
-from svdq_cli.calibrating import BEGUN, draw_calibration, drawing_of
 from svdq_cli.card import model_card
+from svdq_cli.conversion.allocation import allocated
+from svdq_cli.conversion.calibrating import BEGUN, draw_calibration, drawing_of
+from svdq_cli.conversion.finishing import Outputs, finished_outputs, gated, write_reports_beside
+from svdq_cli.conversion.predicting import Forecast, require_memory
+from svdq_cli.conversion.reconstructing import reconstructed, require_blocks_run
+from svdq_cli.conversion.sharing import CALIBRATED
+from svdq_cli.conversion.solving import Statistics, finite_tensor, solve_into, solved_layers
+from svdq_cli.conversion.working import kept_work, work_beside
 from svdq_cli.errors import InputError
-from svdq_cli.finishing import Outputs, finished_outputs, gated, write_reports_beside
 from svdq_cli.journal import LAYERS, Identity, WorkFolder
 from svdq_cli.locate import portable_name
 from svdq_cli.machine import limit_vram, peak_memory, resolve_device
 from svdq_cli.placing import require_places
-from svdq_cli.predicting import Forecast, require_memory
 from svdq_cli.preparing import (
     DEFAULT_OPTIONS,
     Prepared,
@@ -48,7 +52,6 @@ from svdq_cli.preparing import (
     work_bytes,
 )
 from svdq_cli.recipe import Recipe, embedded, resolved
-from svdq_cli.reconstructing import reconstructed, require_blocks_run
 from svdq_cli.records import (
     BlockSearch,
     ConvertReport,
@@ -59,10 +62,7 @@ from svdq_cli.records import (
     Observer,
     ignore_events,
 )
-from svdq_cli.sharing import CALIBRATED
-from svdq_cli.solving import Statistics, finite_tensor, solve_into, solved_layers
 from svdq_cli.source import file_sha256, source_digest
-from svdq_cli.working import kept_work, work_beside
 from svdq_cli.writing import Contents, refuse_existing, remove_leftovers, require_disk
 
 _REPORTED = ("svdq_version", "versions", "source_sha256", "calibration_sha256", "loras_sha256")

@@ -24,9 +24,9 @@ from svdq_cli.evaluate.gallery import (
     open_gallery,
     seconds_per_picture,
 )
+from svdq_cli.evaluate.judging import JudgedLayers, judge_layers, keep_layers, kept_layers
 from svdq_cli.evaluate.metrics import Metrics, find_metrics
 from svdq_cli.evaluate.scoring import Scores, score_pairs, score_pictures
-from svdq_cli.judging import JudgedLayers, judge_layers, keep_layers, kept_layers
 from svdq_cli.loading import choose_backend, compute_dtype, load_16bit_pipeline, load_pipeline
 from svdq_cli.machine import resolve_device
 from svdq_cli.preparing import DEFAULT_OPTIONS, RunOptions, chosen_prompts, draw_settings, source_of

@@ -16,10 +16,10 @@ from svdq_cli.calibrate.collect import collect_stats
 from svdq_cli.calibrate.settings import DrawSettings
 from svdq_cli.checkpoint import Checkpoint
 from svdq_cli.evaluate.layers import layer_sqnr_db
-from svdq_cli.plan import plan_model
+from svdq_cli.planning.plan import plan_model
+from svdq_cli.planning.structure import shared_input
 from svdq_cli.records import Int4, LayerSqnr, Observer, SharedInput
 from svdq_cli.source import Source, read_tensor
-from svdq_cli.structure import shared_input
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

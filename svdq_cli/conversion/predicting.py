@@ -13,7 +13,7 @@ import torch
 
 from svdq_cli.calibrate.artefact import Calibration, open_calibration
 from svdq_cli.calibrate.budget import rows_within, statistics_bytes
-from svdq_cli.calibrating import input_widths
+from svdq_cli.conversion.calibrating import input_widths
 from svdq_cli.errors import OutOfResourcesError
 from svdq_cli.loading import compute_dtype
 from svdq_cli.machine import resident_ram, resolve_device

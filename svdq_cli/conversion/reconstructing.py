@@ -7,14 +7,14 @@ from dataclasses import replace
 
 import torch
 
+from svdq_cli.conversion.recording import can_record, recorded
+from svdq_cli.conversion.solving import Statistics, source_weight
 from svdq_cli.errors import UsageError
 from svdq_cli.machine import on_device
 from svdq_cli.preparing import Prepared, RunOptions
 from svdq_cli.reconstruct import reconstruct
-from svdq_cli.recording import can_record, recorded
 from svdq_cli.records import BlockSearch, LayerReport, LayerSolution, Observer
 from svdq_cli.solve.linear import measured
-from svdq_cli.solving import Statistics, source_weight
 
 PICTURES = 32  # drawn to record calls of the model
 BATCHES = 8  # of these pictures; the last quarter judges

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from svdq_cli.planning.structure import Reading
 from svdq_cli.pointwise import channels_last, is_pointwise
-from svdq_cli.structure import Reading
 
 _SIDE = 32  # latent pixels: a multiple of every usual patch size
 _IMAGE_TOKENS = 64

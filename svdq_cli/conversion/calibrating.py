@@ -24,6 +24,7 @@ from svdq_cli.calibrate.parts import MergedStats, PartFolder
 from svdq_cli.calibrate.pipelines import Batch, split_batches
 from svdq_cli.calibrate.prompts import prompts_digest
 from svdq_cli.calibrate.settings import DrawSettings, settings_json
+from svdq_cli.conversion.working import kept_work, wait_for_files, work_beside
 from svdq_cli.errors import InputError, OutOfResourcesError, UsageError
 from svdq_cli.journal import Identity, WorkFolder
 from svdq_cli.loading import compute_dtype, fill_denoiser, load_without_denoiser
@@ -34,7 +35,6 @@ from svdq_cli.recipe import Recipe
 from svdq_cli.records import CalibrateReport, Event, ModelPlan, Observer, ignore_events
 from svdq_cli.source import source_digest
 from svdq_cli.tokens import forward_bytes, image_tokens, text_tokens
-from svdq_cli.working import kept_work, wait_for_files, work_beside
 from svdq_cli.writing import refuse_existing, require_disk
 
 BEGUN = "begun"  # topic: where the work is

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from svdq_cli.allocation import allocated
 from svdq_cli.calibrate.artefact import open_calibration
-from svdq_cli.calibrating import BEGUN, draw_share, drawing_of
+from svdq_cli.conversion.allocation import allocated
+from svdq_cli.conversion.calibrating import BEGUN, draw_share, drawing_of
+from svdq_cli.conversion.solving import Statistics, solve_share
 from svdq_cli.journal import WorkFolder
 from svdq_cli.machine import resolve_device
 from svdq_cli.preparing import RunOptions, is_data_free, prepare
 from svdq_cli.recipe import Recipe
 from svdq_cli.records import ignore_events
-from svdq_cli.solving import Statistics, solve_share
 
 CALIBRATED = "calibrated"  # topic: statistics and ranks are there
 

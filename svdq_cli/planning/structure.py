@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from svdq_cli.inventory import Inventory
+from svdq_cli.planning.inventory import Inventory
 from svdq_cli.records import Linear, SharedInput
 
 STRUCTURAL = "structural"  # the family name of such a plan

@@ -10,17 +10,17 @@ from typing import Any, cast
 
 import torch
 
+from svdq_cli.conversion.recording import can_record, recorded
+from svdq_cli.conversion.solving import Statistics, source_weight
 from svdq_cli.errors import UsageError
 from svdq_cli.journal import CHOICES, WorkFolder
-from svdq_cli.plan import restricted
+from svdq_cli.planning.plan import restricted
 from svdq_cli.preparing import Prepared, RunOptions, predicted_sizes
 from svdq_cli.recipe import DEFAULT_RANK, RankOverride
 from svdq_cli.reconstruct import output_gains
-from svdq_cli.recording import can_record, recorded
 from svdq_cli.records import Event, ModelPlan, Observer, W4A4Plan
 from svdq_cli.solve.allocate import Candidate, Choice, allocate, allocate_against, output_error, uniform
 from svdq_cli.solve.ranks import rank_errors
-from svdq_cli.solving import Statistics, source_weight
 from svdq_cli.writing import target_of
 
 RANKS = tuple(range(16, 129, 16))

@@ -12,11 +12,11 @@ import torch
 
 from svdq_cli.checkpoint import open_checkpoint
 from svdq_cli.errors import InputError
-from svdq_cli.judging import JudgedLayers
-from svdq_cli.plotting import plot_evaluation, search_of
+from svdq_cli.evaluate.judging import JudgedLayers
+from svdq_cli.evaluate.plotting import plot_evaluation, search_of
+from svdq_cli.planning.structure import shared_input
 from svdq_cli.records import LayerSqnr, W4A4Plan
 from svdq_cli.source import open_source
-from svdq_cli.structure import shared_input
 
 PLOTS = ["activations.png", "layers.png", "ranks.png", "singular_values.png"]
 

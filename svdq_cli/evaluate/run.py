@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from svdq_cli.comparing import compare_in
+from svdq_cli.conversion.working import as_stopped, say_what_is_kept
 from svdq_cli.errors import CanceledRunError, InterruptedRunError, OutOfResourcesError
+from svdq_cli.evaluate.comparing import compare_in
 from svdq_cli.evaluate.gallery import RUN_FILE, require_own_folder
 from svdq_cli.preparing import DEFAULT_OPTIONS, RunOptions
 from svdq_cli.recipe import Recipe
 from svdq_cli.records import EvalReport, Observer, ignore_events
-from svdq_cli.working import as_stopped, say_what_is_kept
 from svdq_cli.writing import disk_errors
 
 
@@ -35,8 +35,8 @@ def evaluate(
         with tempfile.TemporaryDirectory(prefix="svdq-eval-") as folder:
             return compare_in(Path(folder), path, recipe, options=options, observe=observe).report
     # Imports matplotlib, which takes a while
-    from svdq_cli.plotting import search_of
-    from svdq_cli.reporting import PAGE_FILE, write_report
+    from svdq_cli.evaluate.plotting import search_of
+    from svdq_cli.evaluate.reporting import PAGE_FILE, write_report
 
     with _pictures_kept(report_folder):
         require_own_folder(report_folder)  # now, not after the models were read

@@ -1,0 +1,1 @@
+"""What becomes of every layer: the model's inventory, its structure, the rules of its family and of the recipe."""
