@@ -346,6 +346,8 @@ def test_a_signal_ends_a_run_cleanly(tiny_flux: Path, prompts: Path, tmp_path: P
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=environment,
+        # a shell starts what it puts into the background with Ctrl-C ignored, and children inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 300  # importing torch and diffusers takes long on a busy machine
     while time.monotonic() < deadline and not (events.is_file() and "advance" in events.read_text()):
