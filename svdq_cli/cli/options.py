@@ -40,7 +40,7 @@ Resume = Annotated[
     bool, typer.Option("--resume", help="Go on with unfinished work; start where there is none.")
 ]
 MaxRam = Annotated[
-    str | None, typer.Option("--max-ram", metavar="SIZE", help="Memory this process may take, as 16GiB.")
+    str | None, typer.Option("--max-ram", metavar="SIZE", help="Memory to plan with, as 16GiB.")
 ]
 MaxVram = Annotated[
     str | None, typer.Option("--max-vram", metavar="SIZE", help="GPU memory it may take, as 22GiB.")
