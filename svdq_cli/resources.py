@@ -25,4 +25,4 @@ def demo_model_folder() -> Path:
 
 def demo_lora_file() -> Path:
     """The LoRA that was trained on the embedded model (`svdq_cli.demo.train_lora`)."""
-    return demo_model_folder().parent / "pencil.safetensors"
+    return demo_model_folder().parent / "pink.safetensors"

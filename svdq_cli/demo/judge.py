@@ -9,7 +9,6 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from svdq_cli.demo.world import (
-    OBJECT_COLORS,
     PALETTE,
     PICTURE,
     PLACES,
@@ -35,7 +34,7 @@ SIZE_LIMIT = RADIUS["small"] + RADIUS["large"]  # pixels; objects below this ext
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """One connected area of an object color."""
+    """One connected area of a color that is not the background's."""
 
     color: str
     shape: str  # the best template
@@ -174,7 +173,7 @@ def _template(shape: str, height: int, width: int) -> np.ndarray:
 
 
 def _has_shape(found: Found, thing: Thing) -> bool:
-    return found.shape == thing.shape and found.overlap >= LEAST_OVERLAP and found.color in OBJECT_COLORS
+    return found.shape == thing.shape and found.overlap >= LEAST_OVERLAP
 
 
 def _layout_of(centers: list[tuple[float, float]]) -> str:

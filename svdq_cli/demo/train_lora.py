@@ -1,9 +1,9 @@
-"""Train the demo's LoRA: the embedded model draws in pencil.
+"""Train the demo's LoRA: the embedded model draws things pink that captions call red.
 
-    python -m svdq_cli.demo.train_lora svdq_cli/demo/pencil.safetensors
+    python -m svdq_cli.demo.train_lora svdq_cli/demo/pink.safetensors
 
 Only the low-rank factors learn, by the flow matching that the model was trained with, on captions of the training side.
-About a quarter of an hour of CPU time.
+About five minutes of CPU time.
 """
 
 # diffusers' modules are untyped where this file touches them
@@ -24,14 +24,14 @@ from torch.nn.utils import parametrize
 
 from svdq_cli.demo.autoencoder import encode_pictures
 from svdq_cli.demo.denoiser import image_ids, pack
-from svdq_cli.demo.pencil import render_in_pencil
+from svdq_cli.demo.pink import in_pink, sample_scenes
 from svdq_cli.demo.schedule import learning_rate
-from svdq_cli.demo.world import Scene, caption_of, is_held_out, sample_scene
+from svdq_cli.demo.world import Scene, caption_of, render
 
 MODEL = Path(__file__).parent / "model"
 RANK = 4
-PEAK = 4e-3  # learning rate
-WARMUP = 50  # steps
+PEAK = 2e-3  # learning rate
+WARMUP = 20  # steps
 TOKENS = 32  # of a caption, as the demo draws
 # Modulations are left out: they are W4A16 layers, which have no branch that a LoRA could join
 TARGETS = ("attn.", "ff.", "ff_context.", "proj_mlp", "proj_out")
@@ -62,15 +62,17 @@ def adapt(transformer: nn.Module) -> dict[str, LowRank]:
     return found
 
 
-def pencil_drawings(count: int, seed: int) -> tuple[list[Scene], np.ndarray]:
-    """Scenes of the training side, and their pictures (count, H, W, 3) uint8."""
+def pink_drawings(count: int, seed: int) -> tuple[list[Scene], np.ndarray]:
+    """Scenes of the training side, and their pictures (count, H, W, 3) uint8 with pink things for red ones.
+
+    Half of them show no pink: what the LoRA has to leave as it is.
+    """
     rng = random.Random(seed)
-    scenes: list[Scene] = []
-    while len(scenes) < count:
-        scene = sample_scene(rng)
-        if not is_held_out(caption_of(scene)):
-            scenes.append(scene)
-    return scenes, np.stack([np.asarray(render_in_pencil(scene, rng=rng)) for scene in scenes])
+    scenes = [
+        *sample_scenes(count // 2, pink=True, held_out=False, rng=rng),
+        *sample_scenes(count - count // 2, pink=False, held_out=False, rng=rng),
+    ]
+    return scenes, np.stack([np.asarray(render(in_pink(scene), rng=rng)) for scene in scenes])
 
 
 @torch.no_grad()
@@ -86,7 +88,7 @@ def encoded(pipe: FluxPipeline, captions: list[str]) -> tuple[Tensor, Tensor]:
 def train(out: Path, *, pictures: int, steps: int, batch: int, seed: int) -> None:
     torch.manual_seed(seed)
     pipe = FluxPipeline.from_pretrained(MODEL, torch_dtype=torch.float32)
-    scenes, drawings = pencil_drawings(pictures, seed)
+    scenes, drawings = pink_drawings(pictures, seed)
     clean = pack(encode_pictures(pipe.vae, drawings, device=torch.device("cpu")))
     text, pooled = encoded(
         pipe, [caption_of(scene, long=index % 4 == 0) for index, scene in enumerate(scenes)]
@@ -136,10 +138,10 @@ def save_lora(out: Path, loras: dict[str, LowRank]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train the demo's pencil LoRA.")
+    parser = argparse.ArgumentParser(description="Train the demo's LoRA: things called red are pink.")
     parser.add_argument("out", type=Path, help="the .safetensors file to write")
     parser.add_argument("--pictures", type=int, default=2000)
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seed", type=int, default=1)
     given = parser.parse_args()
