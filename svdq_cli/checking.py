@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
-import torch
+from torch import Tensor
 
 from svdq_cli.checkpoint import TORCH_DTYPES, Checkpoint, open_checkpoint, specs_of_headers
 from svdq_cli.errors import CheckFailedError, InputError
 from svdq_cli.formats.contract import differences
-from svdq_cli.records import CheckProblem, CheckReport, Event, Observer, ignore_events
+from svdq_cli.overlap import made_ahead
+from svdq_cli.records import (
+    CheckProblem,
+    CheckReport,
+    Event,
+    LayerPlan,
+    LayerSolution,
+    Observer,
+    ignore_events,
+)
 from svdq_cli.solve.rebuild import WeightError, bias_error, weight_error
-from svdq_cli.source import Source, read_tensor
+from svdq_cli.source import Source, is_finite, read_tensor
 
 # Rounding and every search leave a cosine of 0.98 and more (the lowest of 1,218 layers of tiny models of all families,
 # calibrated on a handful of rows). Numbers in a wrong order have one of 0. In between, with room for layers that nobody
@@ -31,17 +42,13 @@ MAX_BIAS_ERROR = 0.05  # biases are only rounded to 16 bits; a permuted one is o
 def check(path: Path, *, against: Source | None = None, observe: Observer = ignore_events) -> CheckReport:
     """Structure, finite values and, with the source at hand, how well each layer rebuilds its weight."""
     checkpoint = open_checkpoint(path)
-    problems = find_problems(checkpoint)
-    errors: dict[str, float] | None = None
-    if against is not None and not problems:
-        errors, wrong = layer_errors(checkpoint, against, observe)
-        problems = [*problems, *wrong]
+    problems, errors = _examined(checkpoint, against, observe)
     return CheckReport(
         status="failed" if problems else "ok",
         format=checkpoint.format.name,
         layers=len(checkpoint.layers),
         problems=tuple(problems),
-        layer_error=errors,
+        layer_error=errors or None,
     )
 
 
@@ -60,49 +67,68 @@ def require_sound(partial: Path, source: Source, observe: Observer) -> None:
 
 def find_problems(checkpoint: Checkpoint) -> list[CheckProblem]:
     """Missing, foreign, misshapen and non-finite tensors; every layer must decode."""
+    return _examined(checkpoint, None, ignore_events)[0]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Pair:
+    """One layer as it is stored, and the source's."""
+
+    solution: LayerSolution
+    weight: Tensor | None  # (N, K); None without a source
+    bias: Tensor | None
+
+
+def _examined(
+    checkpoint: Checkpoint, source: Source | None, observe: Observer
+) -> tuple[list[CheckProblem], dict[str, float]]:
+    """(what is wrong, the relative weight error of each layer). Every layer is read and decoded once, by a thread while
+    the one before it is compared. Without a source nothing is compared."""
     problems = structure_problems(checkpoint)
     if problems:
-        return problems
-    for plan in checkpoint.layers:
-        try:
-            checkpoint.solution(plan)
-        except InputError as error:
-            problems.append(CheckProblem(plan.name, error.message))
-    for name in checkpoint.kept_specs():
-        tensor = read_tensor(checkpoint.source, name)
-        if not bool(torch.isfinite(tensor).all()):
-            problems.append(CheckProblem(name, "holds NaN or infinite values"))
-    return problems
-
-
-def layer_errors(
-    checkpoint: Checkpoint, source: Source, observe: Observer = ignore_events
-) -> tuple[dict[str, float], list[CheckProblem]]:
-    """Relative weight error per layer against the 16-bit source, and the layers whose error no rounding explains."""
+        return problems, {}
     errors: dict[str, float] = {}
-    problems: list[CheckProblem] = []
     recorded = (checkpoint.provenance or {}).get("weight_error")
-    started = time.monotonic()
-    total = len(checkpoint.layers)
+    notes = cast("Mapping[str, float]", recorded) if isinstance(recorded, Mapping) else {}
+    started, total = time.monotonic(), len(checkpoint.layers)
     observe(Event("start", "check", 0, total))
-    for plan in checkpoint.layers:
-        weight = read_tensor(source, f"{plan.name}.weight").flatten(1)  # a 1x1 convolution is (N, K, 1, 1)
-        if tuple(weight.shape) != (plan.linear.out_features, plan.linear.in_features):
-            problems.append(CheckProblem(plan.name, f"the source's weight has shape {list(weight.shape)}"))
-            continue
-        solution = checkpoint.solution(plan)
-        error = weight_error(solution, weight)
-        errors[plan.name] = round(error.relative, 5)
-        if what := _disagreement(error, recorded.get(plan.name) if isinstance(recorded, Mapping) else None):
-            problems.append(CheckProblem(plan.name, f"rebuilds another weight than the source's: {what}"))
-        bias = read_tensor(source, f"{plan.name}.bias") if plan.linear.bias else None
-        if not (wrong := bias_error(solution, bias)) <= MAX_BIAS_ERROR:
-            problems.append(
-                CheckProblem(plan.name, f"its bias is not the source's (relative error {wrong:.2f})")
-            )
-        observe(Event("advance", "check", len(errors), total, plan.name, time.monotonic() - started))
+    layers = made_ahead(checkpoint.layers, lambda plan: _loaded(checkpoint, source, plan))
+    for done, (plan, found) in enumerate(layers, 1):
+        if isinstance(found, CheckProblem):
+            problems.append(found)
+        elif found.weight is not None:
+            error = weight_error(found.solution, found.weight)
+            errors[plan.name] = round(error.relative, 5)
+            problems += _differences(plan, found, error, notes.get(plan.name))
+        observe(Event("advance", "check", done, total, plan.name, time.monotonic() - started))
+    for name in checkpoint.kept_specs():
+        if not is_finite(read_tensor(checkpoint.source, name)):
+            problems.append(CheckProblem(name, "holds NaN or infinite values"))
     observe(Event("end", "check", total, total, seconds=time.monotonic() - started))
-    return errors, problems
+    return problems, errors
+
+
+def _loaded(checkpoint: Checkpoint, source: Source | None, plan: LayerPlan) -> _Pair | CheckProblem:
+    try:
+        solution = checkpoint.solution(plan)
+    except InputError as error:
+        return CheckProblem(plan.name, error.message)
+    if source is None:
+        return _Pair(solution, None, None)
+    weight = read_tensor(source, f"{plan.name}.weight").flatten(1)  # a 1x1 convolution is (N, K, 1, 1)
+    if tuple(weight.shape) != (plan.linear.out_features, plan.linear.in_features):
+        return CheckProblem(plan.name, f"the source's weight has shape {list(weight.shape)}")
+    return _Pair(solution, weight, read_tensor(source, f"{plan.name}.bias") if plan.linear.bias else None)
+
+
+def _differences(
+    plan: LayerPlan, pair: _Pair, error: WeightError, recorded: float | None
+) -> Iterator[CheckProblem]:
+    """What no rounding explains."""
+    if what := _disagreement(error, recorded):
+        yield CheckProblem(plan.name, f"rebuilds another weight than the source's: {what}")
+    if not (wrong := bias_error(pair.solution, pair.bias)) <= MAX_BIAS_ERROR:
+        yield CheckProblem(plan.name, f"its bias is not the source's (relative error {wrong:.2f})")
 
 
 def _disagreement(error: WeightError, recorded: float | None) -> str | None:

@@ -26,7 +26,7 @@ from torch import Tensor
 from svdq_cli.errors import InputError
 from svdq_cli.records import Int4
 from svdq_cli.solve.quantizers import quantize_weight
-from svdq_cli.source import pipeline_index, read_json
+from svdq_cli.source import is_finite, pipeline_index, read_json
 
 ARCHITECTURES = ("T5EncoderModel", "UMT5EncoderModel")
 _LINEAR = re.compile(r"\.(SelfAttention\.[qkvo]|DenseReluDense\.w[io](_\d)?)\.weight$")
@@ -66,7 +66,7 @@ def quantize_encoder(folder: Path, *, dtype: torch.dtype) -> None:
     kept_linears: list[str] = []
     for file in files:
         for name, tensor in load_file(file).items():
-            if not bool(torch.isfinite(tensor.float()).all()):
+            if not is_finite(tensor):
                 raise InputError(
                     f"{file}: {name} holds NaN or infinite values", hint="download it again", where=name
                 )

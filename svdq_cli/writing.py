@@ -24,6 +24,7 @@ from svdq_cli.formats.assembly import join_layers, kept_tensor, moved_biases
 from svdq_cli.formats.contract import Format
 from svdq_cli.formats.headers import BIASES, CONFIG, FORMAT, RANKS, as_text, biases_text
 from svdq_cli.formats.modules import FileLayout, KeptTensor, StoredModule, kept_shapes, known_layout, lay_out
+from svdq_cli.overlap import made_ahead
 from svdq_cli.planning.plan import restricted
 from svdq_cli.records import LayerSolution, ModelPlan, OutputFile, Precision
 from svdq_cli.source import TensorEntry, file_sha256, pipeline_index, weight_files
@@ -223,7 +224,7 @@ def _save(
     path: Path, target: Target, contents: Contents, metadata: Mapping[str, str], *, limit: float = math.inf
 ) -> tuple[Path, ...]:
     """The weights as one file, or as shards beside one another where they are more than `limit` bytes. No more than
-    one module is in memory. Returns the files."""
+    two modules are in memory. Returns the files."""
     said = {"format": "pt", **metadata}
     if contents.provenance is not None:
         said[PROVENANCE] = json.dumps(contents.provenance, sort_keys=True)
@@ -232,8 +233,8 @@ def _save(
     for file, pieces in zip(files, shards, strict=True):
         specs = {name: spec for piece in pieces for name, spec in piece.specs.items()}
         with write_tensors(file, specs, said) as writer:
-            for piece in pieces:
-                for name, tensor in piece.make().items():
+            for _, tensors in made_ahead(pieces, lambda piece: piece.make()):
+                for name, tensor in tensors.items():
                     writer.write(name, tensor)
     if len(shards) > 1:
         _write_index(path, files, shards)

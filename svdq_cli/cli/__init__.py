@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 def main() -> NoReturn:
     """Entry point of `svdq`. Exit codes are those of the command-line contract."""
+    from svdq_cli.allocator import keep_freed_memory
+
+    keep_freed_memory()
     signal.signal(signal.SIGTERM, _stop)
     for stream in (sys.stdout, sys.stderr):  # file names that are no UTF-8 are shown escaped, in JSON too
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]

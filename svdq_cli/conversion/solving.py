@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import cast
 
 import torch
@@ -16,6 +16,7 @@ from svdq_cli.conversion.working import wait_for_files
 from svdq_cli.errors import InputError
 from svdq_cli.journal import LAYERS, SolvedLayers, WorkFolder, quoted, report_json, report_of_json
 from svdq_cli.machine import on_device
+from svdq_cli.overlap import done_behind, made_ahead
 from svdq_cli.parallel import ALONE, Team
 from svdq_cli.preparing import Prepared
 from svdq_cli.records import (
@@ -31,7 +32,7 @@ from svdq_cli.records import (
 from svdq_cli.solve.costs import NOMINAL, solve_work
 from svdq_cli.solve.forward import SourceWeight
 from svdq_cli.solve.linear import SolvedInput, solve_input
-from svdq_cli.source import Source, TensorEntry, read_tensor
+from svdq_cli.source import Source, TensorEntry, is_finite, read_tensor
 
 LEFT = "left"  # topic: the inputs that are still to be solved
 
@@ -83,8 +84,9 @@ def solve_into(
         left = _longest_first(left, prepared, statistics)
         team.tell(LEFT, {"inputs": [shared.name for shared in left]})
     mine = team.claims(LEFT, left)
-    for shared, solved in _observed(prepared, _solved(prepared, statistics, mine, device), held, observe):
-        _keep(work, shared, solved)
+    with done_behind() as keep:
+        for shared, solved in _observed(prepared, _solved(prepared, statistics, mine, device), held, observe):
+            keep(partial(_keep, work, shared, solved))
     team.gather(LEFT)
     wait_for_files(work.path, lambda: [each.name for each in left if not work.has(LAYERS, each.name)])
     return held
@@ -96,8 +98,9 @@ def solve_share(
     """What a process other than the first does of `solve_into`."""
     inputs = {shared.name: shared for shared in prepared.plan.inputs}
     left = [inputs[name] for name in cast("list[str]", team.hear(LEFT)["inputs"])]
-    for shared, solved in _solved(prepared, statistics, team.claims(LEFT, left), device):
-        _keep(work, shared, solved)
+    with done_behind() as keep:
+        for shared, solved in _solved(prepared, statistics, team.claims(LEFT, left), device):
+            keep(partial(_keep, work, shared, solved))
     team.done(LEFT)
 
 
@@ -137,7 +140,10 @@ def _solved(
         stats = statistics(shared.name) if statistics else None
         return _on_cpu(solve_input(shared, plans, weights, stats, prepared.settings))
 
-    for shared, raw in _prefetched(prepared.source, plans, inputs):
+    def read(shared: SharedInput) -> dict[str, RawWeight]:
+        return {name: raw_weight(prepared.source, plans[name]) for name in shared.layers}
+
+    for shared, raw in made_ahead(inputs, read):
         yield shared, solve(shared, raw)
 
 
@@ -210,29 +216,6 @@ def source_weight(source: Source, plan: LayerPlan, device: torch.device) -> Sour
     return raw_weight(source, plan).on(device)
 
 
-def _prefetched(
-    source: Source, plans: Mapping[str, LayerPlan], inputs: Iterable[SharedInput]
-) -> Iterator[tuple[SharedInput, Mapping[str, RawWeight]]]:
-    """Every input with its weights; while one is solved, a thread reads the next."""
-
-    def read(shared: SharedInput) -> dict[str, RawWeight]:
-        return {name: raw_weight(source, plans[name]) for name in shared.layers}
-
-    reader = ThreadPoolExecutor(1, thread_name_prefix="read")
-    try:
-        waiting = iter(inputs)
-        shared = next(waiting, None)
-        coming = reader.submit(read, shared) if shared else None
-        while shared is not None and coming is not None:
-            weights = coming.result()
-            following = next(waiting, None)
-            coming = reader.submit(read, following) if following else None
-            yield shared, weights
-            shared = following
-    finally:
-        reader.shutdown(wait=True, cancel_futures=True)
-
-
 def finite_tensor(source: Source, name: str) -> torch.Tensor:
     """A tensor of the source. InputError where it holds NaN or infinity."""
     return require_finite(read_tensor(source, name), name, source.tensors[name])
@@ -240,7 +223,7 @@ def finite_tensor(source: Source, name: str) -> torch.Tensor:
 
 def require_finite(tensor: torch.Tensor, name: str, entry: TensorEntry) -> torch.Tensor:
     """`tensor`, read from `entry`. InputError where it holds NaN or infinity."""
-    if not bool(torch.isfinite(tensor).all()):
+    if not is_finite(tensor):
         stored = f" (stored as {entry.origin})" if entry.origin != name else ""
         raise InputError(
             f"{entry.file}: {name}{stored} holds NaN or infinite values",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from svdq_cli.pack.tiles import Layout, join_nibbles, require_shape, split_nibbles
+from svdq_cli.pack.tiles import Layout, join_nibbles, require_shape, signed_nibbles, split_nibbles
 from svdq_cli.records import Int4, NvFp4, Precision
 
 
@@ -37,7 +37,7 @@ def unpack_codes(qweight: Tensor, precision: Precision) -> Tensor:
     codes = _layout(rows, columns).undo(nibbles).reshape(rows, columns).view(torch.int8)
     match precision:
         case Int4():
-            return (codes << 4) >> 4  # the arithmetic shift brings the sign back
+            return signed_nibbles(codes)
         case NvFp4():
             return codes
 

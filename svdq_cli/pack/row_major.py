@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from svdq_cli.pack.tiles import join_nibbles, require_shape, split_nibbles
+from svdq_cli.pack.tiles import join_nibbles, require_shape, signed_nibbles, split_nibbles
 from svdq_cli.records import Int4, NvFp4, Precision
 
 
@@ -28,6 +28,6 @@ def unpack_rows(stored: Tensor, precision: Precision) -> Tensor:
     codes = split_nibbles(stored.contiguous().view(torch.uint8)).view(torch.int8)
     match precision:
         case Int4():
-            return (codes << 4) >> 4  # the arithmetic shift brings the sign back
+            return signed_nibbles(codes)
         case NvFp4():
             return codes

@@ -30,7 +30,6 @@ from svdq_cli.records import (
 )
 from svdq_cli.solve.forward import (
     SourceWeight,
-    decibels,
     sqnr_db,
     w4a4_output,
 )
@@ -41,9 +40,8 @@ from svdq_cli.solve.quantizers import (
     fake_quantize_activation,
     fake_quantize_weight,
     quantize_weight,
-    row_blocks,
 )
-from svdq_cli.solve.rebuild import rebuilt_weight, rows_of, weight_error
+from svdq_cli.solve.rebuild import weight_error
 from svdq_cli.solve.smoothing import CLOSED_FORM, GRID, placed, smooth_factor
 
 SEARCH_ROWS = 512  # rows that score a grid point; the ranking is stable long before the report's figure is
@@ -243,8 +241,9 @@ def _solve_w4a4(
                 f"{', '.join(plan.name for plan in members)} share one down projection and need one rank",
                 hint="give them the same rank in the recipe's layers",
             )
-        stacked = torch.cat([weights[plan.name].weight for plan in members]) * smooth
+        stacked = torch.cat([weights[plan.name].weight for plan in members]).mul_(smooth)
         up, down = split_low_rank(stacked, rank=rank, seed=settings.seed)
+        del stacked  # as large as all of the layers, and no longer needed
         down = (down / smooth).to(settings.dtype)  # the branch reads the raw activation
         for plan, rows in zip(members, up.split([p.linear.out_features for p in members]), strict=True):
             solved[plan.name] = _finish(
@@ -257,7 +256,7 @@ def _finish(
     plan: W4A4Plan, source: SourceWeight, smooth: Tensor, down: Tensor, up: Tensor, settings: SolveSettings
 ) -> W4A4Solution:
     """Quantize what the *stored* branch leaves over, so that its rounding to 16 bits is corrected by the codes."""
-    residual = (source.weight - up.float() @ down.float()) * smooth
+    residual = torch.addmm(source.weight, up.float(), down.float(), alpha=-1).mul_(smooth)
     quantized = quantize_weight(residual, plan.precision, dtype=settings.dtype)
     return W4A4Solution(
         plan=plan,
@@ -275,22 +274,14 @@ def measured(solution: LayerSolution, source: SourceWeight, rows: Tensor | None)
     """(SQNR in dB of the output on `rows`, or of the weight without any; the weight error that checks expect)."""
     error = weight_error(solution, source.weight).relative
     if rows is None:
-        return _weight_sqnr_db(solution, source.weight), error
+        return _decibels(
+            error**2
+        ), error  # without rows nothing was smoothed, and both are of the plain weight
     match solution:
         case W4A4Solution():
             return sqnr_db(rows @ source.weight.T, w4a4_output(rows, solution)), error
         case W4A16Solution():
             return sqnr_db(rows @ source.weight.T, rows @ dequantize_w4a16(solution).T), error
-
-
-def _weight_sqnr_db(solution: LayerSolution, weight: Tensor) -> float:
-    """SQNR of the rebuilt weight, some rows at a time."""
-    signal = noise = torch.zeros((), dtype=torch.float64, device=weight.device)
-    for part in row_blocks(weight):
-        exact = weight[part].double()
-        signal = signal + exact.square().sum()
-        noise = noise + (exact - rebuilt_weight(rows_of(solution, part)).double()).square().sum()
-    return decibels(signal, noise)
 
 
 def evenly(rows: Tensor, count: int) -> Tensor:

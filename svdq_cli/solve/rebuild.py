@@ -43,10 +43,13 @@ def rebuilt_weight(solution: LayerSolution) -> Tensor:
 
 def weight_error(solution: LayerSolution, weight: Tensor) -> WeightError:
     """`weight` (N, K): the 16-bit layer's. Some rows at a time, so that memory does not grow with the layer."""
-    sums = _Sums(weight.shape[1], weight.device)
+    smooth = solution.smooth.float() if isinstance(solution, W4A4Solution) else None
+    if smooth is not None and bool((smooth == 1).all()):
+        smooth = None  # as in data-free conversions: half of the work is saved
+    sums = _Sums(weight.shape[1], weight.device, by_column=smooth is not None)
     for rows in row_blocks(weight):
-        sums.add(*_compared(rows_of(solution, rows), weight[rows].float()))
-    slope = _smooth_slope(sums.gain(), solution.smooth.float()) if isinstance(solution, W4A4Solution) else 0.0
+        sums.add(*_compared(rows_of(solution, rows), weight[rows].float(), smooth))
+    slope = 0.0 if smooth is None else _smooth_slope(sums.gain(), smooth)
     return WeightError(
         relative=float((sums.error / sums.exact.clamp(min=1e-60)).sqrt()),
         agreement=1.0 if sums.empty_rows == len(weight) else float(sums.cosine()),
@@ -77,57 +80,68 @@ def rows_of(solution: LayerSolution, rows: slice) -> LayerSolution:
             )
 
 
-def _compared(solution: LayerSolution, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(the 4-bit part, what it stands for, the whole weight), (N, K) float32 each, in smoothed coordinates."""
+def _compared(
+    solution: LayerSolution, weight: Tensor, smooth: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(the 4-bit part, what it stands for, the whole weight), (N, K) float32 each, in smoothed coordinates. `smooth`
+    None for a factor of 1."""
     match solution:
         case W4A4Solution():
-            smooth = solution.smooth.float()
             quantized = QuantizedWeight(solution.codes, solution.scales, solution.outer)
-            exact = weight * smooth
-            stands_for = exact - (solution.up.float() @ solution.down.float()) * smooth
-            return dequantize_weight(quantized, solution.plan.precision), stands_for, exact
+            stands_for = torch.addmm(weight, solution.up.float(), solution.down.float(), alpha=-1)
+            if smooth is not None:
+                weight, stands_for = weight * smooth, stands_for.mul_(smooth)
+            return dequantize_weight(quantized, solution.plan.precision), stands_for, weight
         case W4A16Solution():
             return dequantize_w4a16(solution), weight, weight
 
 
 class _Sums:
-    """What `weight_error` needs of all rows, added up in float64."""
+    """What `weight_error` needs of all rows: sums along a row in float32, over rows in float64."""
 
-    def __init__(self, columns: int, device: torch.device) -> None:
+    def __init__(self, columns: int, device: torch.device, *, by_column: bool) -> None:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
         self.error, self.exact, self.product, self.four_bit, self.stands_for = (zeros() for _ in range(5))
-        self.by_column, self.column_size = zeros(columns), zeros(columns)
+        self.columns = (zeros(columns), zeros(columns)) if by_column else None
         self.strayed_rows = self.empty_rows = 0
         self._unrelated = 3 / columns**0.5  # three standard deviations of the cosine of random vectors
 
     def add(self, four_bit: Tensor, stands_for: Tensor, exact: Tensor) -> None:
         products = four_bit * stands_for
-        sizes = stands_for.square()
-        self.error += _total((four_bit - stands_for).square())
-        self.exact += _total(exact.square())
-        self.four_bit += _total(four_bit.square())
-        self.stands_for += _total(sizes)
-        self.product += _total(products)
-        self.by_column += products.sum(0)
-        self.column_size += sizes.sum(0)
-        by_row = products.sum(1) / (four_bit.norm(dim=1) * stands_for.norm(dim=1)).clamp(min=1e-30)
-        empty = (four_bit == 0).all(1) | (stands_for == 0).all(1)
-        self.strayed_rows += int(((by_row < self._unrelated) & ~empty).sum())
+        by_row = products.sum(1)
+        four_bit_size, size = _row_norms(four_bit), _row_norms(stands_for)
+        self.product += by_row.double().sum()
+        self.four_bit += _square_sum(four_bit_size)
+        self.stands_for += _square_sum(size)
+        self.exact += _square_sum(size if exact is stands_for else _row_norms(exact))
+        self.error += _square_sum(_row_norms(four_bit - stands_for))
+        if self.columns is not None:
+            self.columns[0].add_(products.sum(0))
+            self.columns[1].add_(stands_for.square().sum(0))
+        empty = (four_bit_size == 0) | (size == 0)
+        strayed = by_row < self._unrelated * four_bit_size * size
+        self.strayed_rows += int((strayed & ~empty).sum())
         self.empty_rows += int(empty.sum())
 
     def gain(self) -> Tensor:
         """(K,): the regression of each column on what it stands for."""
-        return self.by_column / self.column_size.clamp(min=1e-30)
+        assert self.columns is not None
+        products, sizes = self.columns
+        return products / sizes.clamp(min=1e-30)
 
     def cosine(self) -> Tensor:
         return self.product / (self.four_bit.sqrt() * self.stands_for.sqrt())
 
 
-def _total(values: Tensor) -> Tensor:
-    """The sum over rows in float32, over them in float64."""
-    return values.sum(1).double().sum()
+def _row_norms(matrix: Tensor) -> Tensor:
+    """The Euclidean norm of every row, (N,)."""
+    return torch.linalg.vector_norm(matrix, dim=1)
+
+
+def _square_sum(norms: Tensor) -> Tensor:
+    return norms.double().square().sum()
 
 
 def _smooth_slope(gain: Tensor, smooth: Tensor) -> float:

@@ -19,6 +19,7 @@ from svdq_cli.solve.quantizers import (
     E4M3_MAX,
     E4M3_TINY,
     QuantizedWeight,
+    absmax,
     decode_e2m1,
     encode_e2m1,
     quantize_weight,
@@ -45,7 +46,12 @@ class Grid(Protocol):
         ...
 
     def round(self, values: Tensor, parameters: Parameters) -> tuple[Tensor, Tensor]:
-        """(codes uint8 or int8, what they stand for float32) for `values` (N, ...)."""
+        """(codes, what they stand for) for `values` (N, ...) float32. Codes are uint8 or int8."""
+        ...
+
+    def error(self, values: Tensor, parameters: Parameters, importance: Tensor | None) -> Tensor:
+        """How far rounding moves each group of `values` (N, G): the norm (N,) of the differences, each times its
+        importance (1, G) where there is one. Without the rounding of what codes stand for to 16 bits."""
         ...
 
 
@@ -93,7 +99,7 @@ def nearest(weight: Tensor, grid: Grid) -> Rounded:
 def _nearest(weight: Tensor, grid: Grid) -> Rounded:
     rows, columns = weight.shape
     groups = weight.reshape(-1, grid.group)  # every group is a row of its own
-    parameters = _best(groups, torch.ones_like(groups[0]), grid)
+    parameters = _best(groups, None, grid)
     codes, _ = grid.round(groups, tuple(parameter.unsqueeze(1) for parameter in parameters))
     return Rounded(codes.reshape(rows, columns), tuple(each.reshape(rows, -1) for each in parameters))
 
@@ -116,36 +122,37 @@ def _inverse_cholesky(hessian: Tensor, damping: float) -> Tensor | None:
     return None if int(failed) else matrix.to(hessian.dtype)
 
 
-def _best(values: Tensor, factor: Tensor, grid: Grid) -> Parameters:
-    """Of the candidates for one group (N, G), each row's best by rounding error weighted with 1 / factor^2."""
-    importance = (1 / factor.square()).unsqueeze(0)
-    best: Parameters | None = None
-    least = torch.empty(0)
-    for parameters in grid.candidates(values):
-        columns = tuple(parameter.unsqueeze(1) for parameter in parameters)
-        error = ((grid.round(values, columns)[1] - values).square() * importance).sum(1)
-        if best is None:
-            best, least = parameters, error
-        else:
-            better = error < least
-            best = tuple(_where(better, new, old) for new, old in zip(parameters, best, strict=True))
-            least = torch.where(better, error, least)
-    assert best is not None
-    return best
+def _best(values: Tensor, factor: Tensor | None, grid: Grid) -> Parameters:
+    """Of the candidates for one group (N, G), each row's best by rounding error, which weighs 1 / factor^2 where there
+    is a factor (G,)."""
+    importance = None if factor is None else (1 / factor).unsqueeze(0)
+    candidates = list(grid.candidates(values))
+    errors = torch.stack([grid.error(values, parameters, importance) for parameters in candidates])
+    best = errors.argmin(0, keepdim=True)  # the first of equals
+    return tuple(_picked(each, best) for each in zip(*candidates, strict=True))
 
 
-def _where(condition: Tensor, one: Tensor, other: Tensor) -> Tensor:
-    """torch.where that also takes float8, through its bytes."""
-    if one.element_size() > 1:
-        return torch.where(condition, one, other)
-    return torch.where(condition, one.view(torch.uint8), other.view(torch.uint8)).view(one.dtype)
+def _norm(differences: Tensor, importance: Tensor | None) -> Tensor:
+    """(N, G) -> (N,), in the memory of `differences`."""
+    return torch.linalg.vector_norm(
+        differences if importance is None else differences.mul_(importance), dim=1
+    )
+
+
+def _picked(choices: tuple[Tensor, ...], index: Tensor) -> Tensor:
+    """Of each row's choices, (N,) each, the one that `index` (1, N) says."""
+    dtype = choices[0].dtype
+    return torch.stack(_as_known(choices)).gather(0, index).squeeze(0).view(dtype)
 
 
 def _stack(columns: tuple[Tensor, ...]) -> Tensor:
     """torch.stack along dim 1 that also takes float8."""
-    if columns[0].element_size() > 1:
-        return torch.stack(columns, 1)
-    return torch.stack([column.view(torch.uint8) for column in columns], 1).view(columns[0].dtype)
+    return torch.stack(_as_known(columns), 1).view(columns[0].dtype)
+
+
+def _as_known(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """float8 as its bytes: torch neither stacks nor gathers it everywhere."""
+    return tensors if tensors[0].element_size() > 1 else tuple(each.view(torch.uint8) for each in tensors)
 
 
 # ---------------------------------------------------------------------------------------------------- the grids
@@ -159,15 +166,19 @@ class Int4Grid:
     group: int = Int4.group
 
     def candidates(self, values: Tensor) -> Iterator[Parameters]:
-        peak = values.abs().amax(1)
+        peak = absmax(values)
         for share in SCALE_FACTORS:
             scale = (peak * share / 7).to(self.dtype)
-            yield (torch.where(scale == 0, torch.ones_like(scale), scale),)
+            yield (scale.masked_fill_(scale == 0, 1),)
 
     def round(self, values: Tensor, parameters: Parameters) -> tuple[Tensor, Tensor]:
+        codes = (values / parameters[0].float()).round_().clamp_(-7, 7)
+        return codes.to(torch.int8), codes.mul_(parameters[0].float())
+
+    def error(self, values: Tensor, parameters: Parameters, importance: Tensor | None) -> Tensor:
         scale = parameters[0].float()
-        codes = torch.round(values / scale).clamp(-7, 7)
-        return codes.to(torch.int8), codes * scale
+        exact = values / scale.unsqueeze(1)
+        return _norm(exact.round().clamp_(-7, 7).sub_(exact), importance).mul_(scale)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -178,15 +189,23 @@ class NvFp4Grid:
     group: int = NvFp4.group
 
     def candidates(self, values: Tensor) -> Iterator[Parameters]:
-        peak = values.abs().amax(1)
+        peak = absmax(values)
         for share in SCALE_FACTORS:
             yield ((peak * share / 6 / self.outer).clamp(E4M3_TINY, E4M3_MAX).to(torch.float8_e4m3fn),)
 
     def round(self, values: Tensor, parameters: Parameters) -> tuple[Tensor, Tensor]:
-        scale = parameters[0].float()
-        step = scale * (self.outer if scale.ndim == 1 else self.outer.unsqueeze(1))
+        step = self._step(parameters)
         codes = encode_e2m1(values / step)
-        return codes, decode_e2m1(codes) * step
+        return codes, decode_e2m1(codes).mul_(step)
+
+    def error(self, values: Tensor, parameters: Parameters, importance: Tensor | None) -> Tensor:
+        step = self._step(parameters)
+        exact = values / step.unsqueeze(1)
+        return _norm(decode_e2m1(encode_e2m1(exact)).sub_(exact), importance).mul_(step)
+
+    def _step(self, parameters: Parameters) -> Tensor:
+        scale = parameters[0].float()
+        return scale * (self.outer if scale.ndim == 1 else self.outer.unsqueeze(1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +220,8 @@ class AffineGrid:
     group: int = 64
 
     def candidates(self, values: Tensor) -> Iterator[Parameters]:
-        low, high, peak = values.amin(1), values.amax(1), values.abs().amax(1)
+        low, high = values.amin(1), values.amax(1)
+        peak = torch.maximum(high, -low)
         for share in SCALE_FACTORS:
             yield self._parameters(peak * share / 7, None)
             middle, half = (high + low) / 2, (high - low) / 2 * share
@@ -209,13 +229,18 @@ class AffineGrid:
 
     def _parameters(self, scale: Tensor, zero: Tensor | None) -> Parameters:
         scale = scale.to(self.dtype)
-        scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+        scale.masked_fill_(scale == 0, 1)
         return scale, (-7 * scale if zero is None else zero).to(self.dtype)
 
     def round(self, values: Tensor, parameters: Parameters) -> tuple[Tensor, Tensor]:
         scale, zero = (parameter.float() for parameter in parameters)
-        codes = torch.round((values - zero) / scale).clamp(0, 15)
-        return codes.to(torch.uint8), (codes * scale + zero).to(self.dtype).float()
+        codes = (values - zero).div_(scale).round_().clamp_(0, 15)
+        return codes.to(torch.uint8), codes.mul_(scale).add_(zero).to(self.dtype).float()
+
+    def error(self, values: Tensor, parameters: Parameters, importance: Tensor | None) -> Tensor:
+        scale, zero = (parameter.float().unsqueeze(1) for parameter in parameters)
+        exact = (values - zero).div_(scale)
+        return _norm(exact.round().clamp_(0, 15).sub_(exact), importance).mul_(scale.squeeze(1))
 
 
 # ---------------------------------------------------------------------------------------------------- W4A4 weights

@@ -24,7 +24,7 @@ from svdq_cli.source.headers import file_sha256, is_gguf, pickled, read_header, 
 from svdq_cli.source.merging import merge_loras
 from svdq_cli.source.model import COMPONENTS, Source, described_config, read_tensor, source_digest
 from svdq_cli.source.single_file import open_single_file
-from svdq_cli.source.tensors import TensorEntry
+from svdq_cli.source.tensors import TensorEntry, is_finite
 
 __all__ = [
     "COMPONENTS",
@@ -34,6 +34,7 @@ __all__ = [
     "described_config",
     "file_sha256",
     "index_component",
+    "is_finite",
     "merge_loras",
     "open_source",
     "pipeline_index",

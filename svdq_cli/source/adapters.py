@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from torch import Tensor, cat, isfinite
+from torch import Tensor, cat
 
 from svdq_cli.errors import InputError
 from svdq_cli.source.adapter_names import (
@@ -25,7 +25,7 @@ from svdq_cli.source.adapter_names import (
 )
 from svdq_cli.source.headers import Header, read_json, read_whole_header
 from svdq_cli.source.names import Part
-from svdq_cli.source.tensors import StoredTensor
+from svdq_cli.source.tensors import StoredTensor, is_finite
 from svdq_cli.source.weight_changes import (
     DoraUpdate,
     LowRankUpdate,
@@ -412,7 +412,7 @@ def _require_numbers(file: Path, module: _Module) -> None:
                 "the file is damaged; download it again",
                 module.name,
             )
-        if not bool(isfinite(module.read(role)).all()):
+        if not is_finite(module.read(role)):
             raise _refused(
                 file,
                 f"{module.name} holds NaN or infinite values",

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
-from torch import Tensor, uint8
+from torch import Tensor
 
 from svdq_cli.errors import InputError
+from svdq_cli.overlap import made_ahead
 from svdq_cli.source.tensors import TensorEntry, entry_bytes
+from svdq_cli.tensor_file import bytes_of
 
 COMPONENTS = ("transformer", "unet")
+# Threads that hash weights; few, because each holds a tensor.
+_HASHERS = min(4, os.cpu_count() or 1)
 NO_TENSORS: Mapping[str, TensorEntry] = MappingProxyType({})
 
 
@@ -58,16 +63,20 @@ def read_tensor(source: Source, name: str) -> Tensor:
 
 
 def source_digest(source: Source) -> str:
-    """sha256 of the model as it is read: its config, and every tensor under its diffusers name.
+    """sha256 of the model as it is read: its config, and the sha256 of every tensor under its diffusers name.
 
     The same weights have the same digest in whatever file they lie, under whatever names.
     """
     digest = hashlib.sha256(json.dumps(described_config(source.config), sort_keys=True).encode())
-    for name, entry in sorted(source.tensors.items()):
-        tensor = entry.read()
-        digest.update(f"{name} {entry.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().reshape(-1).view(uint8).numpy().data)
+    for (name, entry), content in made_ahead(
+        sorted(source.tensors.items()), _tensor_digest, threads=_HASHERS
+    ):
+        digest.update(f"{name} {entry.dtype} {list(entry.shape)} {content}\n".encode())
     return digest.hexdigest()
+
+
+def _tensor_digest(named: tuple[str, TensorEntry]) -> str:
+    return hashlib.sha256(bytes_of(named[1].read()).numpy().data).hexdigest()
 
 
 def described_config(config: Mapping[str, object]) -> dict[str, object]:
