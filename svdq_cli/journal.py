@@ -4,7 +4,7 @@
     WORK/pictures/N.safetensors     what each batch of calibration pictures adds to the statistics, until all are drawn
     WORK/calibration/               the statistics, where the run drew them itself: an ordinary calibration artefact
     WORK/choices.json               what every rank would cost and bring, where ranks are searched
-    WORK/layers/INPUT.safetensors   all layers of one shared input with their reports
+    WORK/layers/LAYER.safetensors   a portion, named after its first layer: what was solved together, with its reports
 
 A file is there when its part is finished: it is written beside, forced to the disk and renamed. Nothing in the folder
 is ever changed, so several processes may fill it, each with parts of its own.
@@ -57,7 +57,7 @@ class WorkFolder:
     """An opened work folder. `taken_over`: what an earlier run had finished."""
 
     path: Path
-    taken_over: frozenset[str] = frozenset()  # shared inputs
+    taken_over: frozenset[str] = frozenset()  # portions
     schema: ClassVar[int] = 1
 
     @property

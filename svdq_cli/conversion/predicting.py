@@ -183,9 +183,9 @@ def ram_bytes(job: Forecast) -> int:
     cpu = job.device.type == "cpu"
     plans = {layer.name: layer for layer in job.prepared.plan.layers}
     stages = [0]
-    for shared in job.prepared.plan.inputs:
-        waiting = 2 * prefetched_bytes(shared, plans, itemsize=_source_itemsize(job))
-        working = solve_bytes(shared, plans, job.prepared.settings, rows=job.rows(shared)) if cpu else 0
+    for portion in job.prepared.plan.portions:
+        waiting = 2 * prefetched_bytes(portion, plans, itemsize=_source_itemsize(job))
+        working = solve_bytes(portion, plans, job.prepared.settings, rows=job.rows(portion)) if cpu else 0
         stages.append(waiting + working)
     if job.draws:
         stages += _calibration_stages(job, cpu=cpu)
@@ -193,17 +193,17 @@ def ram_bytes(job: Forecast) -> int:
 
 
 def require_memory(job: Forecast) -> None:
-    """OutOfResourcesError where solving the largest input takes more than `--max-ram` or `--max-vram` allow. (What
+    """OutOfResourcesError where solving the largest portion takes more than `--max-ram` or `--max-vram` allow. (What
     calibration may take is settled where the model is loaded.)"""
     limits, plans = job.options, {layer.name: layer for layer in job.prepared.plan.layers}
-    rows = {shared.name: job.rows(shared) for shared in job.prepared.plan.inputs}
+    rows = {portion.name: job.rows(portion) for portion in job.prepared.plan.portions}
     largest = max(
-        job.prepared.plan.inputs,
-        key=lambda shared: solve_bytes(shared, plans, job.prepared.settings, rows=rows[shared.name]),
+        job.prepared.plan.portions,
+        key=lambda portion: solve_bytes(portion, plans, job.prepared.settings, rows=rows[portion.name]),
     )
     working = solve_bytes(largest, plans, job.prepared.settings, rows=rows[largest.name])
     waiting = 2 * prefetched_bytes(largest, plans, itemsize=_source_itemsize(job))
-    on_gpu = job.device.type == "cuda"
+    first, on_gpu = largest.layers[0], job.device.type == "cuda"
     ram = resident_ram() + waiting + (0 if on_gpu else working)
     for option, limit, needed in (
         ("--max-ram", limits.max_ram, ram),
@@ -211,9 +211,9 @@ def require_memory(job: Forecast) -> None:
     ):
         if limit is not None and needed > limit:
             raise OutOfResourcesError(
-                f"{largest.name}: solving it takes {needed / 1e9:.2f} GB, and {option} allows {limit / 1e9:.2f} GB",
+                f"{first}: solving it takes {needed / 1e9:.2f} GB, and {option} allows {limit / 1e9:.2f} GB",
                 hint=f"raise {option}, or choose a smaller --effort or fewer calibration rows",
-                where=largest.name,
+                where=first,
                 kind="out-of-memory",
             )
 
@@ -224,8 +224,8 @@ def vram_bytes(job: Forecast) -> int | None:
         return None
     plans = {layer.name: layer for layer in job.prepared.plan.layers}
     stages = [
-        solve_bytes(shared, plans, job.prepared.settings, rows=job.rows(shared))
-        for shared in job.prepared.plan.inputs
+        solve_bytes(portion, plans, job.prepared.settings, rows=job.rows(portion))
+        for portion in job.prepared.plan.portions
     ]
     if job.draws:
         stages += _calibration_stages(job, cpu=True)

@@ -256,10 +256,10 @@ def _calibration_identity(job: Job) -> Mapping[str, object] | None:
 @contextmanager
 def _work_of(job: Job) -> Iterator[WorkFolder]:
     """The job's work folder, once no leftovers of a killed run are in the way."""
-    inputs = len(job.prepared.plan.inputs)
+    portions = len(job.prepared.plan.portions)
 
     def kept(work: WorkFolder) -> str:
-        return f"{len(work.finished(LAYERS))} of {inputs} solved inputs"
+        return f"{len(work.finished(LAYERS))} of {portions} solved portions"
 
     with kept_work(
         job.work, identity_of(job), options=job.options, stage="convert", kept=kept, observe=job.observe

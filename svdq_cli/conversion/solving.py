@@ -1,4 +1,4 @@
-"""All layers of a model, solved one shared input after the other; each is kept in the work folder as soon as it is."""
+"""All layers of a model, solved one portion after the other; each is kept in the work folder as soon as it is."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from svdq_cli.solve.forward import SourceWeight
 from svdq_cli.solve.linear import SolvedInput, solve_input
 from svdq_cli.source import Source, TensorEntry, is_finite, read_tensor
 
-LEFT = "left"  # topic: the inputs that are still to be solved
+LEFT = "left"  # topic: the portions that are still to be solved
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +57,11 @@ class Statistics:
 def solve_model(
     prepared: Prepared, statistics: Statistics | None, device: torch.device, observe: Observer
 ) -> tuple[dict[str, LayerSolution], list[LayerReport]]:
-    """Every layer, in the plan's order of inputs. Solutions come back on the CPU, all of them in memory."""
+    """Every layer, in the plan's order of portions. Solutions come back on the CPU, all of them in memory."""
     solutions: dict[str, LayerSolution] = {}
     reports: list[LayerReport] = []
-    inputs = prepared.plan.inputs
-    for _, solved in _observed(prepared, _solved(prepared, statistics, inputs, device), 0, observe):
+    portions = prepared.plan.portions
+    for _, solved in _observed(prepared, _solved(prepared, statistics, portions, device), 0, observe):
         solutions |= {solution.plan.name: solution for solution in (*solved.w4a4, *solved.w4a16)}
         reports += solved.reports
     return solutions, reports
@@ -78,17 +78,19 @@ def solve_into(
 ) -> int:
     """Every layer that the work folder does not hold yet. Returns how many it held. Other processes take their part of
     the layers in `solve_share`."""
-    left = [shared for shared in prepared.plan.inputs if not _is_finished(work, shared, observe)]
-    held = len(prepared.plan.layers) - sum(len(shared.layers) for shared in left)
+    left = [portion for portion in prepared.plan.portions if not _is_finished(work, portion, observe)]
+    held = len(prepared.plan.layers) - sum(len(portion.layers) for portion in left)
     if team.size > 1:
         left = _longest_first(left, prepared, statistics)
-        team.tell(LEFT, {"inputs": [shared.name for shared in left]})
+        team.tell(LEFT, {"portions": [_key(portion) for portion in left]})
     mine = team.claims(LEFT, left)
     with done_behind() as keep:
-        for shared, solved in _observed(prepared, _solved(prepared, statistics, mine, device), held, observe):
-            keep(partial(_keep, work, shared, solved))
+        for portion, solved in _observed(
+            prepared, _solved(prepared, statistics, mine, device), held, observe
+        ):
+            keep(partial(_keep, work, portion, solved))
     team.gather(LEFT)
-    wait_for_files(work.path, lambda: [each.name for each in left if not work.has(LAYERS, each.name)])
+    wait_for_files(work.path, lambda: [_key(each) for each in left if not work.has(LAYERS, _key(each))])
     return held
 
 
@@ -96,55 +98,62 @@ def solve_share(
     work: WorkFolder, prepared: Prepared, statistics: Statistics | None, device: torch.device, team: Team
 ) -> None:
     """What a process other than the first does of `solve_into`."""
-    inputs = {shared.name: shared for shared in prepared.plan.inputs}
-    left = [inputs[name] for name in cast("list[str]", team.hear(LEFT)["inputs"])]
+    portions = {_key(portion): portion for portion in prepared.plan.portions}
+    left = [portions[key] for key in cast("list[str]", team.hear(LEFT)["portions"])]
     with done_behind() as keep:
-        for shared, solved in _solved(prepared, statistics, team.claims(LEFT, left), device):
-            keep(partial(_keep, work, shared, solved))
+        for portion, solved in _solved(prepared, statistics, team.claims(LEFT, left), device):
+            keep(partial(_keep, work, portion, solved))
     team.done(LEFT)
 
 
-def _keep(work: WorkFolder, shared: SharedInput, solved: SolvedInput) -> None:
+def _key(portion: SharedInput) -> str:
+    """Its name in the work folder."""
+    return portion.layers[0]
+
+
+def _keep(work: WorkFolder, portion: SharedInput, solved: SolvedInput) -> None:
     reports = [report_json(report) for report in solved.reports]
-    work.keep(LAYERS, shared.name, (*solved.w4a4, *solved.w4a16), {"reports": reports})
+    work.keep(LAYERS, _key(portion), (*solved.w4a4, *solved.w4a16), {"reports": reports})
 
 
 def _longest_first(
-    inputs: Sequence[SharedInput], prepared: Prepared, statistics: Statistics | None
+    portions: Sequence[SharedInput], prepared: Prepared, statistics: Statistics | None
 ) -> list[SharedInput]:
     plans = {layer.name: layer for layer in prepared.plan.layers}
 
-    def cost(shared: SharedInput) -> float:
-        rows = statistics.rows(shared.name) if statistics else 0
-        return NOMINAL.seconds(solve_work(shared, plans, prepared.settings, rows=rows))
+    def cost(portion: SharedInput) -> float:
+        rows = statistics.rows(portion.name) if statistics else 0
+        return NOMINAL.seconds(solve_work(portion, plans, prepared.settings, rows=rows))
 
-    return sorted(inputs, key=cost, reverse=True)
+    return sorted(portions, key=cost, reverse=True)
 
 
 def solved_layers(plan: ModelPlan, work: WorkFolder) -> tuple[SolvedLayers, list[LayerReport]]:
-    """Everything that `solve_model` left in the work folder, the reports in the plan's order of inputs."""
+    """Everything that `solve_model` left in the work folder, the reports in the plan's order of portions."""
     plans = {layer.name: layer for layer in plan.layers}
-    places = {name: (LAYERS, shared.name, plans[name]) for shared in plan.inputs for name in shared.layers}
-    reports = [report for shared in plan.inputs for report in _kept_reports(work, shared)]
+    places = {
+        name: (LAYERS, _key(portion), plans[name]) for portion in plan.portions for name in portion.layers
+    }
+    reports = [report for portion in plan.portions for report in _kept_reports(work, portion)]
     return SolvedLayers(work, places), reports
 
 
 def _solved(
-    prepared: Prepared, statistics: Statistics | None, inputs: Iterable[SharedInput], device: torch.device
+    prepared: Prepared, statistics: Statistics | None, portions: Iterable[SharedInput], device: torch.device
 ) -> Iterator[tuple[SharedInput, SolvedInput]]:
-    """One input after the other, solved on `device` and brought back to the CPU."""
+    """One portion after the other, solved on `device` and brought back to the CPU."""
     plans = {layer.name: layer for layer in prepared.plan.layers}
 
-    def solve(shared: SharedInput, raw: Mapping[str, RawWeight]) -> SolvedInput:
+    def solve(portion: SharedInput, raw: Mapping[str, RawWeight]) -> SolvedInput:
         weights = {name: each.on(device) for name, each in raw.items()}
-        stats = statistics(shared.name) if statistics else None
-        return _on_cpu(solve_input(shared, plans, weights, stats, prepared.settings))
+        stats = statistics(portion.name) if statistics else None
+        return _on_cpu(solve_input(portion, plans, weights, stats, prepared.settings))
 
-    def read(shared: SharedInput) -> dict[str, RawWeight]:
-        return {name: raw_weight(prepared.source, plans[name]) for name in shared.layers}
+    def read(portion: SharedInput) -> dict[str, RawWeight]:
+        return {name: raw_weight(prepared.source, plans[name]) for name in portion.layers}
 
-    for shared, raw in made_ahead(inputs, read):
-        yield shared, solve(shared, raw)
+    for portion, raw in made_ahead(portions, read):
+        yield portion, solve(portion, raw)
 
 
 def _on_cpu(solved: SolvedInput) -> SolvedInput:
@@ -165,27 +174,27 @@ def _observed(
     if held:
         observe(Event("advance", "solve", done, total, f"{held} layers taken over from an earlier run"))
     started = time.monotonic()
-    for shared, each in solved:
-        yield shared, each
-        done += len(shared.layers)
-        detail = f"{shared.name}  {each.reports[0].sqnr_db:.1f} dB"
+    for portion, each in solved:
+        yield portion, each
+        done += len(portion.layers)
+        detail = f"{_key(portion)}  {each.reports[0].sqnr_db:.1f} dB"
         observe(Event("advance", "solve", done, total, detail, time.monotonic() - started))
     observe(Event("end", "solve", total, total, seconds=time.monotonic() - started))
 
 
-def _is_finished(work: WorkFolder, shared: SharedInput, observe: Observer) -> bool:
+def _is_finished(work: WorkFolder, portion: SharedInput, observe: Observer) -> bool:
     """A damaged file is none: what it held is solved again, and that is said."""
-    if quoted(shared.name) not in work.taken_over:
+    if quoted(_key(portion)) not in work.taken_over:
         return False
     try:
-        return {report.name for report in _kept_reports(work, shared)} == set(shared.layers)
+        return {report.name for report in _kept_reports(work, portion)} == set(portion.layers)
     except (InputError, KeyError, ValueError) as error:
-        observe(Event("warning", "solve", detail=f"{shared.name} is solved again: {error}"))
+        observe(Event("warning", "solve", detail=f"{_key(portion)} is solved again: {error}"))
         return False
 
 
-def _kept_reports(work: WorkFolder, shared: SharedInput) -> list[LayerReport]:
-    said = cast("list[dict[str, object]]", work.about(LAYERS, shared.name)["reports"])
+def _kept_reports(work: WorkFolder, portion: SharedInput) -> list[LayerReport]:
+    said = cast("list[dict[str, object]]", work.about(LAYERS, _key(portion))["reports"])
     return [report_of_json(each) for each in said]
 
 

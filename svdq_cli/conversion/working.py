@@ -39,7 +39,7 @@ def kept_work(
     """The job's work folder. It goes when the work is done, and when the same command could only fail again; it stays,
     with a word on how to go on, whatever else ends the run.
 
-    `kept`: what the folder holds, in words ("3 of 7 solved inputs"). `stage` names the job in events.
+    `kept`: what the folder holds, in words ("3 of 7 solved portions"). `stage` names the job in events.
     """
     with (
         disk_errors(path),
