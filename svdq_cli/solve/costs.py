@@ -179,10 +179,11 @@ def solve_bytes(
     held = 4 * total * k + 4 * rows * k + total * k  # weights and rows in float32, codes
     search = min(rows, SEARCH_ROWS)
     compared = min(big * k, BLOCK + k)  # weights are compared some rows at a time
-    phases = [28 * compared, 32 * big * rows]  # the weights, and the outputs, in float64
+    phases = [16 * compared, 32 * big * rows]  # the weights in float32, the outputs in float64
     branch = max(sum(plans[name].linear.out_features for name in part) for part in shared.branches)
     if isinstance(members[0], W4A4Plan):
-        phases.append(4 * total * k + 20 * branch * k + 12 * branch * search if rows else 12 * branch * k)
+        searched = 4 * total * k + 20 * branch * k + 12 * branch * search
+        phases.append(searched if rows else 4 * branch * k + 12 * compared)
     if rows >= LEAST_ROWS and settings.steps:
         phases += [_step_bytes(step, total, branch, k, rows) for step in settings.steps]
     return held + max(phases)
