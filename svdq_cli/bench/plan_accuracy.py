@@ -113,7 +113,7 @@ def _largest(work: Path, out: Path, folder: Path) -> Iterator[list[int]]:
     most, stop = [0], threading.Event()
 
     def watch() -> None:
-        while not stop.wait(0.05):
+        while not stop.wait(0.01):
             ours = (work, out, *folder.glob(f".{out.name}.partial-*"))
             most[0] = max(most[0], sum(_bytes(path) for path in ours))
 

@@ -34,7 +34,7 @@ from svdq_cli.preparing import (
 )
 from svdq_cli.recipe import Recipe, resolved
 from svdq_cli.records import PlanReport, PlanSeconds, SharedInput, W4A16Plan
-from svdq_cli.solve.costs import Work, prefetched_bytes, solve_bytes, solve_work
+from svdq_cli.solve.costs import Work, solve_bytes, solve_work, waiting_bytes
 from svdq_cli.speed import Speed, speed_of
 from svdq_cli.tokens import forward_bytes, image_tokens, text_tokens
 from svdq_cli.writing import existing
@@ -100,7 +100,7 @@ def predict(
         rank=rank_facts(prepared),
         layers=layer_counts(prepared.plan),
         bytes=predicted_sizes(prepared),
-        disk_bytes=disk_bytes(prepared) + work_disk_bytes(job),
+        disk_bytes=peak_disk_bytes(job),
         seconds=stages.total,
         ram_bytes=ram_bytes(job),
         vram_bytes=vram_bytes(job),
@@ -126,7 +126,8 @@ def stage_seconds(job: Forecast, speed: Speed, preparing: float) -> PlanSeconds:
     source, packed = prepared.source.bytes, sum(t.bytes(prepared.inventory.state) for t in prepared.targets)
     digest = source / speed.hashed + source / speed.read
     calibrate = _calibrate_seconds(job, speed) if job.draws else 0.0
-    solve = speed.solve.seconds(_solve_work(job)) + work_disk_bytes(job) / speed.write
+    kept = work_bytes(prepared.plan, prepared.settings.dtype)
+    solve = speed.solve.seconds(_solve_work(job)) + kept / speed.write
     pack = disk_bytes(prepared) / speed.write + packed / speed.hashed
     weights = sum(layer.linear.in_features * layer.linear.out_features for layer in prepared.plan.layers)
     check = len(prepared.targets) * speed.solve.seconds(Work(compared=weights))
@@ -184,7 +185,7 @@ def ram_bytes(job: Forecast) -> int:
     plans = {layer.name: layer for layer in job.prepared.plan.layers}
     stages = [0]
     for portion in job.prepared.plan.portions:
-        waiting = 2 * prefetched_bytes(portion, plans, itemsize=_source_itemsize(job))
+        waiting = waiting_bytes(portion, plans, itemsize=_source_itemsize(job))
         working = solve_bytes(portion, plans, job.prepared.settings, rows=job.rows(portion)) if cpu else 0
         stages.append(waiting + working)
     if job.draws:
@@ -202,7 +203,7 @@ def require_memory(job: Forecast) -> None:
         key=lambda portion: solve_bytes(portion, plans, job.prepared.settings, rows=rows[portion.name]),
     )
     working = solve_bytes(largest, plans, job.prepared.settings, rows=rows[largest.name])
-    waiting = 2 * prefetched_bytes(largest, plans, itemsize=_source_itemsize(job))
+    waiting = waiting_bytes(largest, plans, itemsize=_source_itemsize(job))
     first, on_gpu = largest.layers[0], job.device.type == "cuda"
     ram = resident_ram() + waiting + (0 if on_gpu else working)
     for option, limit, needed in (
@@ -250,9 +251,9 @@ def _calibration_stages(job: Forecast, *, cpu: bool) -> list[int]:
     return [others, denoiser + activations]
 
 
-def work_disk_bytes(job: Forecast) -> int:
-    """What lies in the work folder at its fullest: solved layers, and statistics that were drawn, twice while the parts
-    of batches are merged."""
+def peak_disk_bytes(job: Forecast) -> int:
+    """What lies on the disk at its fullest: statistics that were drawn, twice while the parts of batches are merged; or
+    once, with the solved layers and the outputs."""
     wanted = job.prepared.recipe.calibration
     statistics = 0
     if job.draws and wanted is not None:
@@ -260,7 +261,8 @@ def work_disk_bytes(job: Forecast) -> int:
             8 * width + 2 * width * job.rows(shared)
             for width, shared in zip(input_widths(job.prepared.plan), job.prepared.plan.inputs, strict=True)
         )
-    return max(2 * statistics, statistics + work_bytes(job.prepared.plan, job.prepared.settings.dtype))
+    kept = work_bytes(job.prepared.plan, job.prepared.settings.dtype)
+    return max(2 * statistics, statistics + kept + disk_bytes(job.prepared))
 
 
 def _source_itemsize(job: Forecast) -> int:

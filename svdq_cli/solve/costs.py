@@ -199,8 +199,8 @@ def _step_bytes(step: str, n: int, branch: int, k: int, rows: int) -> int:
             return 22 * k * k + 16 * branch * k + 12 * branch * rows
 
 
-def prefetched_bytes(shared: SharedInput, plans: Mapping[str, LayerPlan], *, itemsize: int) -> int:
-    """Bytes of an input's weights as the source stores them: in host memory while the input before is solved."""
-    return sum(
-        itemsize * plans[name].linear.out_features * plans[name].linear.in_features for name in shared.layers
-    )
+def waiting_bytes(shared: SharedInput, plans: Mapping[str, LayerPlan], *, itemsize: int) -> int:
+    """Bytes of host memory beside those of `solve_bytes`, with neighbors as large as this input: its weights and the
+    next one's as the source stores them, and the codes of the one before, which are packed and written."""
+    numbers = sum(plans[name].linear.out_features * plans[name].linear.in_features for name in shared.layers)
+    return (2 * itemsize + 3) * numbers
