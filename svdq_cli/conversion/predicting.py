@@ -128,9 +128,10 @@ def stage_seconds(job: Forecast, speed: Speed, preparing: float) -> PlanSeconds:
     calibrate = _calibrate_seconds(job, speed) if job.draws else 0.0
     kept = work_bytes(prepared.plan, prepared.settings.dtype)
     solve = speed.solve.seconds(_solve_work(job)) + kept / speed.write
-    pack = disk_bytes(prepared) / speed.write + packed / speed.hashed
     weights = sum(layer.linear.in_features * layer.linear.out_features for layer in prepared.plan.layers)
-    check = len(prepared.targets) * speed.solve.seconds(Work(compared=weights))
+    unpacked = len(prepared.targets) * speed.solve.seconds(Work(compared=weights))  # takes as long as to compare
+    pack = unpacked + disk_bytes(prepared) / speed.write + packed / speed.hashed
+    check = 2 * unpacked + (len(prepared.targets) * source + packed) / speed.read
     total = preparing + digest + calibrate + solve + pack + check
     return PlanSeconds(preparing + digest, calibrate, solve, pack, check, total)
 

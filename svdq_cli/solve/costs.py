@@ -9,7 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from svdq_cli.records import LayerPlan, SharedInput, SolveSettings, W4A4Plan, W4A16Plan
+from svdq_cli.records import (
+    LayerPlan,
+    NvFp4,
+    Precision,
+    SharedInput,
+    SolveSettings,
+    W4A4Plan,
+    W4A16Plan,
+)
 from svdq_cli.solve.improve import HELD_OUT, LEAST_ROWS
 from svdq_cli.solve.learned import STEPS
 from svdq_cli.solve.linear import SEARCH_POWER_ITERATIONS, SEARCH_ROWS
@@ -52,7 +60,7 @@ def solve_work(
     if branches:
         width = branches[0][0].linear.in_features
         shapes = [(sum(p.linear.out_features for p in members), members[0].rank) for members in branches]
-        total += _w4a4_work(shapes, width, settings, rows)
+        total += _w4a4_work(shapes, width, settings, rows, branches[0][0].precision)
     for name in shared.layers:
         if isinstance(plan := plans[name], W4A16Plan):
             total += _w4a16_work(plan, settings, rows)
@@ -62,7 +70,9 @@ def solve_work(
 Shapes = list[tuple[int, int]]  # of every branch: N, R
 
 
-def _w4a4_work(shapes: Shapes, width: int, settings: SolveSettings, rows: int) -> Work:
+def _w4a4_work(
+    shapes: Shapes, width: int, settings: SolveSettings, rows: int, precision: Precision
+) -> Work:
     n = sum(count for count, _ in shapes)
     size = n * width
     final = _split(shapes, width, POWER_ITERATIONS) + Work(quantized=size, calls=40)
@@ -80,26 +90,29 @@ def _w4a4_work(shapes: Shapes, width: int, settings: SolveSettings, rows: int) -
         train = rows - judge
         total += _output(n, width, judge) * (1 + len(settings.steps))
         for step in settings.steps:
-            total += _step_work(step, shapes, width, train, final)
+            total += _step_work(step, shapes, width, train, final, precision)
     return total
 
 
-def _step_work(step: str, shapes: Shapes, width: int, train: int, final: Work) -> Work:
+def _step_work(
+    step: str, shapes: Shapes, width: int, train: int, final: Work, precision: Precision
+) -> Work:
+    dear = isinstance(precision, NvFp4)  # its steps take more operations than int4's, by which they are measured
     n = sum(count for count, _ in shapes)
     size = n * width
     match step:
         case "learned":
             branches = _split(shapes, width, SEARCH_POWER_ITERATIONS) * 2
-            steps = Work(matmul=2 * train * size, learned=width * STEPS, calls=120 * STEPS)
+            steps = Work(matmul=2 * train * size, learned=(1.6 if dear else 1) * width * STEPS, calls=120 * STEPS)
             return steps + branches + final
         case "gptq":
             update = size * width  # each block of columns is taken from all that follow
             return Work(
                 matmul=2 * train * width**2 + update,
                 quantized=train * width,
-                gptq=size,
+                gptq=3 * size if dear else size,
                 factored=3 * width**3,
-                calls=8 * width + 130 * (width // 64),
+                calls=(68 if dear else 22) * width,
             )
         case _:  # refit
             products = 8 * train * size + 2 * train * width**2 + 3 * width * size
