@@ -37,8 +37,9 @@ lint: $(STAMP) ## ruff, pyright, and the floors of the architecture
 bench: $(STAMP) ## speed of converted layers on this machine
 	$(BIN)/python -m svdq_cli bench
 
-bench-convert: $(STAMP) ## conversions of five configurations: what --plan predicts, and what they take
+bench-convert: $(STAMP) ## what --plan predicts against what conversions take, and they against reading and SVD
 	$(BIN)/python -m svdq_cli.bench.plan_accuracy
+	$(BIN)/python -m svdq_cli.bench.streaming
 
 bench-quality: $(STAMP) ## what each step of the search is worth, on the embedded model (half an hour)
 	$(BIN)/python -m svdq_cli.quality

@@ -1,12 +1,14 @@
-"""The C library's memory, kept by the process instead of given back and asked for again."""
+"""The C library's memory: kept by the process for the next tensors, and given back when a piece of work is done."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Callable
+from functools import cache
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # of glibc's malloc.h
-_KEPT = 256 * 2**20  # bytes; numbers up to this size are put where freed ones were
+_KEPT = 256 * 2**20  # bytes; tensors up to this size are put where freed ones were
 
 
 def keep_freed_memory() -> None:
@@ -15,11 +17,19 @@ def keep_freed_memory() -> None:
     By default each tensor of some megabytes is mapped anew and its pages are cleared by the kernel, which takes longer
     than what is computed with it: a data-free conversion of a billion parameters spends a fifth of its time there.
     """
-    if not sys.platform.startswith("linux"):
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:  # musl
-        return
-    mallopt(_ARENA_MAX, 1)
-    mallopt(_MMAP_THRESHOLD, _KEPT)
-    mallopt(_TRIM_THRESHOLD, 2 * _KEPT)
+    if mallopt := _of_glibc("mallopt"):
+        mallopt(_ARENA_MAX, 1)
+        mallopt(_MMAP_THRESHOLD, _KEPT)
+        mallopt(_TRIM_THRESHOLD, 2 * _KEPT)
+
+
+def return_freed_memory() -> None:
+    """Give back what glibc keeps, before tensors of other sizes come: the gaps between them would add up."""
+    if malloc_trim := _of_glibc("malloc_trim"):
+        malloc_trim(0)
+
+
+@cache
+def _of_glibc(name: str) -> Callable[..., int] | None:
+    """None on other systems, and with a C library that has no such function."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform.startswith("linux") else None

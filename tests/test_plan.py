@@ -66,6 +66,21 @@ def test_shared_inputs_cover_every_layer_once(tiny_flux: Path):
         assert sorted(name for part in shared.branches for name in part) == sorted(shared.layers)
 
 
+def test_portions_take_every_layer_once_and_modulations_alone(tiny_flux: Path):
+    plan = plan_of(tiny_flux)
+    portions = plan.portions
+    assert sorted(name for each in portions for name in each.layers) == sorted(
+        each.name for each in plan.layers
+    )
+    modulations = {layer.name for layer in plan.w4a16}
+    assert any(len(shared.layers) > 1 for shared in plan.inputs if shared.layers[0] in modulations)
+    assert all(len(each.layers) == 1 for each in portions if each.layers[0] in modulations)
+    calibrated = {shared.name: shared.layers for shared in plan.inputs}
+    for each in portions:
+        assert set(each.layers) <= set(calibrated[each.name])
+        assert sorted(name for part in each.branches for name in part) == sorted(each.layers)
+
+
 def test_qkv_share_input_and_branch_and_a_single_blocks_mlp_shares_the_input_only(tiny_flux: Path):
     inputs = {shared.name: shared for shared in plan_of(tiny_flux).inputs}
     double = inputs["transformer_blocks.0.attn.to_q"]

@@ -129,7 +129,9 @@ def stage_seconds(job: Forecast, speed: Speed, preparing: float) -> PlanSeconds:
     kept = work_bytes(prepared.plan, prepared.settings.dtype)
     solve = speed.solve.seconds(_solve_work(job)) + kept / speed.write
     weights = sum(layer.linear.in_features * layer.linear.out_features for layer in prepared.plan.layers)
-    unpacked = len(prepared.targets) * speed.solve.seconds(Work(compared=weights))  # takes as long as to compare
+    unpacked = len(prepared.targets) * speed.solve.seconds(
+        Work(compared=weights)
+    )  # takes as long as to compare
     pack = unpacked + disk_bytes(prepared) / speed.write + packed / speed.hashed
     check = 2 * unpacked + (len(prepared.targets) * source + packed) / speed.read
     total = preparing + digest + calibrate + solve + pack + check

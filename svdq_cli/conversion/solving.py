@@ -11,6 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from svdq_cli.allocator import return_freed_memory
 from svdq_cli.calibrate.artefact import Calibration
 from svdq_cli.conversion.working import wait_for_files
 from svdq_cli.errors import InputError
@@ -154,6 +155,7 @@ def _solved(
 
     for portion, raw in made_ahead(portions, read):
         yield portion, solve(portion, raw)
+        return_freed_memory()
 
 
 def _on_cpu(solved: SolvedInput) -> SolvedInput:

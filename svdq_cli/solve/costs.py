@@ -70,9 +70,7 @@ def solve_work(
 Shapes = list[tuple[int, int]]  # of every branch: N, R
 
 
-def _w4a4_work(
-    shapes: Shapes, width: int, settings: SolveSettings, rows: int, precision: Precision
-) -> Work:
+def _w4a4_work(shapes: Shapes, width: int, settings: SolveSettings, rows: int, precision: Precision) -> Work:
     n = sum(count for count, _ in shapes)
     size = n * width
     final = _split(shapes, width, POWER_ITERATIONS) + Work(quantized=size, calls=40)
@@ -94,16 +92,18 @@ def _w4a4_work(
     return total
 
 
-def _step_work(
-    step: str, shapes: Shapes, width: int, train: int, final: Work, precision: Precision
-) -> Work:
-    dear = isinstance(precision, NvFp4)  # its steps take more operations than int4's, by which they are measured
+def _step_work(step: str, shapes: Shapes, width: int, train: int, final: Work, precision: Precision) -> Work:
+    dear = isinstance(
+        precision, NvFp4
+    )  # its steps take more operations than int4's, by which they are measured
     n = sum(count for count, _ in shapes)
     size = n * width
     match step:
         case "learned":
             branches = _split(shapes, width, SEARCH_POWER_ITERATIONS) * 2
-            steps = Work(matmul=2 * train * size, learned=(1.6 if dear else 1) * width * STEPS, calls=120 * STEPS)
+            steps = Work(
+                matmul=2 * train * size, learned=(1.6 if dear else 1) * width * STEPS, calls=120 * STEPS
+            )
             return steps + branches + final
         case "gptq":
             update = size * width  # each block of columns is taken from all that follow

@@ -73,6 +73,15 @@ def test_a_header_that_lies_is_refused(tmp_path: Path, header: bytes):
         read_header(file)
 
 
+@pytest.mark.parametrize("size", [2**63, 2**64])
+def test_a_dimension_that_nothing_counts_with_is_refused_even_of_no_numbers(tmp_path: Path, size: int):
+    file = tmp_path / "vast.safetensors"
+    header = json.dumps({"w": {"shape": [0, size], "dtype": "F32", "data_offsets": [0, 0]}}).encode()
+    file.write_bytes(struct.pack("<Q", len(header)) + header)
+    with pytest.raises(InputError, match="malformed"):
+        read_header(file)
+
+
 def test_a_header_length_beyond_the_file_is_refused(tmp_path: Path):
     file = tmp_path / "pickle.safetensors"
     file.write_bytes(b"\x80\x04\x95" + bytes(100))

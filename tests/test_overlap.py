@@ -1,0 +1,76 @@
+"""Work that overlaps: in order, bounded, and no error lost."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from svdq_cli.overlap import done_behind, made_ahead
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_what_is_made_ahead_comes_in_order_and_not_too_early(threads: int):
+    begun: list[int] = []
+
+    def make(item: int) -> int:
+        begun.append(item)
+        return item * item
+
+    for item, made in made_ahead(range(20), make, threads=threads):
+        assert made == item * item
+        assert max(begun) <= item + threads
+    assert sorted(begun) == list(range(20))
+
+
+def test_an_error_of_the_maker_comes_in_its_place():
+    def make(item: int) -> int:
+        if item == 2:
+            raise ValueError("third")
+        return item
+
+    made = made_ahead(range(5), make)
+    assert [next(made), next(made)] == [(0, 0), (1, 1)]
+    with pytest.raises(ValueError, match="third"):
+        next(made)
+
+
+def test_a_caller_that_stops_early_leaves_no_thread_behind():
+    before = threading.active_count()
+    made = made_ahead(range(5), lambda item: item)
+    next(made)
+    made.close()  # type: ignore[attr-defined]
+    assert threading.active_count() == before
+
+
+def test_work_behind_is_done_one_at_a_time_and_all_of_it():
+    running, done = threading.Lock(), []
+
+    def work(item: int) -> None:
+        assert running.acquire(blocking=False), "two at once"
+        done.append(item)
+        running.release()
+
+    with done_behind() as hand_over:
+        for item in range(10):
+            hand_over(lambda item=item: work(item))
+    assert done == list(range(10))
+
+
+def test_an_error_behind_is_raised_by_the_next_piece_or_at_the_end():
+    def fail() -> None:
+        raise OSError("no space")
+
+    with pytest.raises(OSError, match="no space"), done_behind() as hand_over:
+        hand_over(fail)
+        hand_over(lambda: pytest.fail("the next piece was done"))
+    with pytest.raises(OSError, match="no space"), done_behind() as hand_over:
+        hand_over(fail)
+
+
+def test_the_callers_own_threads_stay_as_they_are():
+    before = torch.get_num_threads()
+    inside = [count for _, count in made_ahead(range(2), lambda _: torch.get_num_threads())]
+    assert inside == [1, 1]
+    assert torch.get_num_threads() == before
