@@ -62,9 +62,10 @@ def test_an_error_behind_is_raised_by_the_next_piece_or_at_the_end():
     def fail() -> None:
         raise OSError("no space")
 
-    with pytest.raises(OSError, match="no space"), done_behind() as hand_over:
+    with done_behind() as hand_over:
         hand_over(fail)
-        hand_over(lambda: pytest.fail("the next piece was done"))
+        with pytest.raises(OSError, match="no space"):
+            hand_over(lambda: pytest.fail("the next piece was done"))
     with pytest.raises(OSError, match="no space"), done_behind() as hand_over:
         hand_over(fail)
 

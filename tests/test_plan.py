@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from svdq_cli.errors import InputError, RecipeError
 from svdq_cli.formats import format_named
 from svdq_cli.planning.plan import LayerOverride, plan_model
-from svdq_cli.records import Int4, ModelPlan, W4A4Plan
+from svdq_cli.records import Int4, ModelPlan, SharedInput, W4A4Plan
 from svdq_cli.source import open_source
 
 LITE = format_named("nunchaku-lite")
@@ -67,18 +68,19 @@ def test_shared_inputs_cover_every_layer_once(tiny_flux: Path):
 
 
 def test_portions_take_every_layer_once_and_modulations_alone(tiny_flux: Path):
-    plan = plan_of(tiny_flux)
-    portions = plan.portions
-    assert sorted(name for each in portions for name in each.layers) == sorted(
-        each.name for each in plan.layers
-    )
-    modulations = {layer.name for layer in plan.w4a16}
-    assert any(len(shared.layers) > 1 for shared in plan.inputs if shared.layers[0] in modulations)
-    assert all(len(each.layers) == 1 for each in portions if each.layers[0] in modulations)
+    tiny = plan_of(tiny_flux)
+    modulations = tuple(layer.name for layer in tiny.w4a16)
+    assert len(modulations) > 1
+    others = tuple(shared for shared in tiny.inputs if shared.layers[0] not in modulations)
+    together = SharedInput("all blocks", modulations, tuple((name,) for name in modulations))
+    plan = replace(tiny, inputs=(*others, together))  # as in a model of many blocks
+    covered = [name for portion in plan.portions for name in portion.layers]
+    assert sorted(covered) == sorted(layer.name for layer in plan.layers)
     calibrated = {shared.name: shared.layers for shared in plan.inputs}
-    for each in portions:
-        assert set(each.layers) <= set(calibrated[each.name])
-        assert sorted(name for part in each.branches for name in part) == sorted(each.layers)
+    for portion in plan.portions:
+        assert set(portion.layers) <= set(calibrated[portion.name])
+        assert sorted(name for part in portion.branches for name in part) == sorted(portion.layers)
+        assert len(portion.layers) == 1 or not set(portion.layers) & set(modulations)
 
 
 def test_qkv_share_input_and_branch_and_a_single_blocks_mlp_shares_the_input_only(tiny_flux: Path):
