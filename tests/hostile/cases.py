@@ -93,14 +93,16 @@ HEADERS = (
         "beyond the end",
     ),
     Case(
-        "offsets of 2^63", entry("data_offsets", [2**63, 2**63 + 32768]), 3, "damaged-file", "beyond the end"
+        "offsets of 2^62", entry("data_offsets", [2**62, 2**62 + 32768]), 3, "damaged-file", "beyond the end"
     ),
+    Case("offsets of 2^63", entry("data_offsets", [2**63, 2**63 + 32768]), 3, "damaged-file", "malformed"),
     Case(
         "offsets backwards", entry("data_offsets", [32768, 0]), 3, "damaged-file", "disagrees with its shape"
     ),
     Case("negative offsets", entry("data_offsets", [-32768, 0]), 3, "damaged-file", "malformed"),
     Case("three offsets", entry("data_offsets", [0, 1, 2]), 3, "damaged-file", "malformed"),
-    Case("a shape of 2^63", entry("shape", [2**63, 128]), 3, "damaged-file", "disagrees with its shape"),
+    Case("a shape of 2^62", entry("shape", [2**62, 128]), 3, "damaged-file", "disagrees with its shape"),
+    Case("a shape of 2^63", entry("shape", [2**63, 128]), 3, "damaged-file", "malformed"),
     Case("a negative shape", entry("shape", [-128, -128]), 3, "damaged-file", "malformed"),
     Case("a shape of fractions", entry("shape", [128.0, 128.5]), 3, "damaged-file", "malformed"),
     Case("a shape of truths", entry("shape", [True, 128]), 3, "damaged-file", "malformed"),
