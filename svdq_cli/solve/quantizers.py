@@ -167,7 +167,8 @@ def _nvfp4_weight(weight: Tensor, dtype: torch.dtype) -> QuantizedWeight:
 
 def absmax(groups: Tensor) -> Tensor:
     """The largest magnitude along the last axis; two reductions are faster than abs() and one."""
-    return torch.maximum(groups.amax(-1), -groups.amin(-1)).abs_()  # of zeros it could be -0, another byte in e4m3
+    # Of a group of zeros the maximum can be -0, which is another byte in e4m3.
+    return torch.maximum(groups.amax(-1), -groups.amin(-1)).abs_()
 
 
 def _grouped(x: Tensor, group: int) -> Tensor:
