@@ -103,7 +103,7 @@ def fake_quantize_activation(x: Tensor, precision: Precision, *, unsigned: bool 
 def decode_e2m1(codes: Tensor) -> Tensor:
     """Nibbles 0..15 -> float32 values."""
     # float16 has the same fields, only wider: sign, exponent and mantissa are moved to their places there, and the
-    # exponents' offsets differ by 14. A table look-up takes ten times as long.
+    # exponents' offsets differ by 14. Faster than a table, which would be indexed with 64-bit integers.
     bits = codes.to(torch.int16)
     sign, magnitude = (bits & 8) << 12, (bits & 7) << 9
     return (sign | magnitude).view(torch.float16).float().mul_(2.0**14)

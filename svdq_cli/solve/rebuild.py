@@ -45,7 +45,7 @@ def weight_error(solution: LayerSolution, weight: Tensor) -> WeightError:
     """`weight` (N, K): the 16-bit layer's. Some rows at a time, so that memory does not grow with the layer."""
     smooth = solution.smooth.float() if isinstance(solution, W4A4Solution) else None
     if smooth is not None and bool((smooth == 1).all()):
-        smooth = None  # as in data-free conversions: half of the work is saved
+        smooth = None  # as in data-free conversions; nothing to multiply by, and no slope
     sums = _Sums(weight.shape[1], weight.device, by_column=smooth is not None)
     for rows in row_blocks(weight):
         sums.add(*_compared(rows_of(solution, rows), weight[rows].float(), smooth))
