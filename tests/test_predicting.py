@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,8 @@ from svdq_cli.tokens import image_tokens, pixels_per_token
 
 CPU = RunOptions(device="cpu")
 DATA_FREE = SolveSettings("none", 0, torch.bfloat16)
-SEARCHED = SolveSettings("grid", 0, torch.bfloat16, ("gptq", "refit"))
+PAPERS = SolveSettings("grid", 0, torch.bfloat16)
+SEARCHED = SolveSettings("grid", 0, torch.bfloat16, ("learned", "gptq", "refit"))
 
 
 class _Peak(TorchDispatchMode):
@@ -45,13 +47,38 @@ class _Peak(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("settings", [DATA_FREE, SEARCHED], ids=["data-free", "searched"])
+class _ReadWhenAsked(Mapping[str, SourceWeight]):
+    """Weights that are converted each time, and held by nobody."""
+
+    def __init__(self, stored: Mapping[str, torch.Tensor]) -> None:
+        self._stored = stored
+
+    def __getitem__(self, name: str) -> SourceWeight:
+        return SourceWeight(self._stored[name].float(), None)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+
+@pytest.mark.parametrize(
+    ("settings", "streamed"),
+    [(DATA_FREE, False), (DATA_FREE, True), (PAPERS, False), (SEARCHED, False), (SEARCHED, True)],
+    ids=["data-free", "data-free, streamed", "grid", "all steps", "all steps, streamed"],
+)
 @pytest.mark.parametrize(
     ("branches", "k", "rows"),
-    [(((1024,),), 512, 512), (((256,),), 1024, 256), (((256, 256, 256), (512,)), 512, 512)],
+    [
+        (((1024,),), 512, 512),
+        (((256,),), 1024, 256),
+        (((256, 256, 256), (512,)), 512, 512),
+        (((128, 128, 128), (512,)), 256, 2048),
+    ],
 )
 def test_solving_takes_the_memory_that_is_predicted(
-    settings: SolveSettings, branches: tuple[tuple[int, ...], ...], k: int, rows: int
+    settings: SolveSettings, branches: tuple[tuple[int, ...], ...], k: int, rows: int, streamed: bool
 ):
     sizes = [n for branch in branches for n in branch]
     names = [f"layer{index}" for index in range(len(sizes))]
@@ -67,14 +94,14 @@ def test_solving_takes_the_memory_that_is_predicted(
     x = torch.randn(rows, k, generator=generator).bfloat16()
     stats = ActivationStats("x", x.abs().amax(0).float(), x.float().square().mean(0), x, rows)
     given = None if settings is DATA_FREE else stats
+    stored = {
+        name: torch.randn(n, k, generator=generator).bfloat16() for name, n in zip(names, sizes, strict=True)
+    }
+    asked = _ReadWhenAsked(stored)
     with _Peak() as peak:
-        weights = {
-            name: SourceWeight(torch.randn(n, k, generator=generator), None)
-            for name, n in zip(names, sizes, strict=True)
-        }
-        solve_input(shared, plans, weights, given, settings)
-    predicted = solve_bytes(shared, plans, settings, rows=0 if given is None else rows)
-    assert predicted == pytest.approx(peak.bytes, rel=0.25)
+        solve_input(shared, plans, asked if streamed else dict(asked), given, settings)
+    predicted = solve_bytes(shared, plans, settings, rows=0 if given is None else rows, streamed=streamed)
+    assert predicted == pytest.approx(peak.bytes, rel=0.15)
 
 
 def test_every_step_costs_time():

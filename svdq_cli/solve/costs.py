@@ -18,8 +18,9 @@ from svdq_cli.records import (
     W4A4Plan,
     W4A16Plan,
 )
+from svdq_cli.solve.forward import ROWS_AT_ONCE
 from svdq_cli.solve.improve import HELD_OUT, LEAST_ROWS
-from svdq_cli.solve.learned import STEPS
+from svdq_cli.solve.learned import OUTPUTS_PER_STEP, ROWS_PER_STEP, STEPS
 from svdq_cli.solve.linear import SEARCH_POWER_ITERATIONS, SEARCH_ROWS
 from svdq_cli.solve.low_rank import OVERSAMPLE, POWER_ITERATIONS
 from svdq_cli.solve.quantizers import BLOCK
@@ -182,34 +183,56 @@ NOMINAL = Rates(
 
 
 def solve_bytes(
-    shared: SharedInput, plans: Mapping[str, LayerPlan], settings: SolveSettings, *, rows: int
+    shared: SharedInput,
+    plans: Mapping[str, LayerPlan],
+    settings: SolveSettings,
+    *,
+    rows: int,
+    streamed: bool = False,
 ) -> int:
-    """Bytes on the device that are alive at the peak of `solve_input`, its weights and rows included."""
+    """Bytes on the device that are alive at the peak of `solve_input`, its weights and rows included. `streamed`: its
+    weights are not there all at once, but each when it is asked for."""
     members = [plans[name] for name in shared.layers]
     k = members[0].linear.in_features
     big = max(plan.linear.out_features for plan in members)
     total = sum(plan.linear.out_features for plan in members)
-    held = 4 * total * k + 4 * rows * k + total * k  # weights and rows in float32, codes
-    search = min(rows, SEARCH_ROWS)
-    compared = min(big * k, BLOCK + k)  # weights are compared some rows at a time
-    phases = [16 * compared, 32 * big * rows]  # the weights in float32, the outputs in float64
     branch = max(sum(plans[name].linear.out_features for name in part) for part in shared.branches)
+    one = 4 * (big if streamed else total) * k  # weights in float32, while a layer of its own is looked at
+    stacked = 0 if streamed else one  # the same, while a copy of them all is
+    compared = min(big * k, BLOCK + k)  # weights are compared some rows at a time
+    phases = [one + 16 * compared]
+    if rows:
+        phases.append(one + _output_bytes(big, k, min(rows, ROWS_AT_ONCE)))
     if isinstance(members[0], W4A4Plan):
-        searched = 4 * total * k + 20 * branch * k + 12 * branch * search
-        phases.append(searched if rows else 4 * branch * k + 12 * compared)
-    if rows >= LEAST_ROWS and settings.steps:
-        phases += [_step_bytes(step, total, branch, k, rows) for step in settings.steps]
-    return held + max(phases)
+        phases.append(one + 4 * branch * k)
+        if rows:
+            phases.append(stacked + _search_bytes(branch, k, min(rows, SEARCH_ROWS)))
+    if rows >= LEAST_ROWS:
+        phases += [stacked + _step_bytes(step, total, branch, k, rows) for step in settings.steps]
+    return 4 * rows * k + total * k + max(phases)  # rows in float32, codes
+
+
+def _output_bytes(n: int, k: int, rows: int) -> int:
+    """The 4-bit part, and the exact and the approximate output; of these some numbers at a time in float64."""
+    outputs = max(16 * rows * n, 8 * rows * n + 24 * min(rows * n, BLOCK))
+    return 4 * n * k + max(8 * n * k, outputs + 8 * rows * k)
+
+
+def _search_bytes(n: int, k: int, rows: int) -> int:
+    """Of one grid point: the weights, smoothed and less the branch, rounded; then the lost part of the output."""
+    return max(20 * n * k + 4 * rows * n, 16 * n * k + 12 * rows * n) + 8 * rows * k
 
 
 def _step_bytes(step: str, n: int, branch: int, k: int, rows: int) -> int:
     match step:
         case "learned":
-            return 24 * n * k
+            drawn = min(rows, ROWS_PER_STEP) + min(n, OUTPUTS_PER_STEP)  # each with its gradients
+            return max(24 * n * k, 8 * n * k + 22 * drawn * k)
         case "gptq":
             return 20 * k * k + 12 * n * k
         case _:  # refit
-            return 22 * k * k + 16 * branch * k + 12 * branch * rows
+            missing = 8 * branch * k + 12 * branch * rows + 4 * (n - branch) * rows
+            return 8 * rows * k + max(missing, 20 * k * k + 16 * branch * k + 4 * branch * rows)
 
 
 def waiting_bytes(shared: SharedInput, plans: Mapping[str, LayerPlan], *, itemsize: int) -> int:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from svdq_cli.records import W4A4Solution
+from svdq_cli.records import LayerSolution, W4A4Plan, W4A4Solution, W4A16Solution
+from svdq_cli.solve.modulation import dequantize_w4a16
 from svdq_cli.solve.quantizers import QuantizedWeight, dequantize_weight, fake_quantize_activation, row_blocks
 
+# Calibration rows whose outputs are in memory at a time. A constant, and not what happens to fit: products of other
+# shapes are added up in another order, and the figures would depend on the machine's free memory.
+ROWS_AT_ONCE = 512
 _TINY = 1e-30
 
 
@@ -28,10 +32,20 @@ def dequantized_weight(solution: W4A4Solution) -> Tensor:
     return dequantize_weight(quantized, solution.plan.precision)
 
 
-def w4a4_output(x: Tensor, solution: W4A4Solution) -> Tensor:
-    """What the solution's 4-bit layer computes for `x` (M, K) float32, without the final rounding and the bias."""
-    quantized = fake_quantize_activation(x / solution.smooth.float(), solution.plan.precision)
-    return quantized @ dequantized_weight(solution).T + (x @ solution.down.float().T) @ solution.up.float().T
+def stacked_weights(plans: Sequence[W4A4Plan], weights: Mapping[str, SourceWeight]) -> Tensor:
+    """The layers' weights under one another, (sum of N, K). Each is asked for when its turn has come, so that no more
+    than one is in memory beside what is returned."""
+    stack: Tensor | None = None
+    row = 0
+    for plan in plans:
+        weight = weights[plan.name].weight
+        if stack is None:
+            stack = weight.new_empty(sum(each.linear.out_features for each in plans), weight.shape[1])
+        stack[row : row + len(weight)] = weight
+        row += len(weight)
+        del weight
+    assert stack is not None
+    return stack
 
 
 def relative_errors(
@@ -40,21 +54,52 @@ def relative_errors(
     """Noise over signal of each layer's output on rows `x` (M, K), all of which they share."""
     errors: dict[str, float] = {}
     for name, solution in solutions.items():
-        exact = x @ weights[name].weight.T
-        errors[name] = float(
-            (w4a4_output(x, solution) - exact).square().sum() / (exact.square().sum() + _TINY)
-        )
+        signal, noise = _output_sums(x, weights[name].weight, solution)
+        errors[name] = float(noise / (signal + _TINY))
     return errors
 
 
-def sqnr_db(exact: Tensor, approximate: Tensor) -> float:
-    """Signal to quantization noise, 10 log10(sum y^2 / sum (y - y')^2), in dB; 150 for no error at all."""
+def output_sqnr_db(x: Tensor, weight: Tensor, solution: LayerSolution) -> float:
+    """Signal to quantization noise of a layer's output on rows `x` (M, K), in dB; `weight` (N, K) is the 16-bit
+    layer's."""
+    return decibels(*_output_sums(x, weight, solution))
+
+
+def output_of(solution: LayerSolution) -> Callable[[Tensor], Tensor]:
+    """From rows (M, K) float32 to the layer's output (M, N), without the final rounding and the bias."""
+    match solution:
+        case W4A4Solution():
+            smooth, precision = solution.smooth.float(), solution.plan.precision
+            four_bit, down, up = dequantized_weight(solution), solution.down.float(), solution.up.float()
+
+            def output(x: Tensor) -> Tensor:
+                quantized = fake_quantize_activation(x / smooth, precision)
+                return quantized @ four_bit.T + (x @ down.T) @ up.T
+
+            return output
+        case W4A16Solution():
+            rebuilt = dequantize_w4a16(solution)
+            return lambda x: x @ rebuilt.T
+
+
+def _output_sums(x: Tensor, weight: Tensor, solution: LayerSolution) -> tuple[Tensor, Tensor]:
+    """(sum of y^2, sum of (y' - y)^2) over the outputs of rows `x`, exact y and the solution's y'. float64."""
+    output = output_of(solution)
+    signal = noise = torch.zeros((), dtype=torch.float64, device=x.device)
+    for rows in x.split(ROWS_AT_ONCE):
+        of_signal, of_noise = _square_sums(rows @ weight.T, output(rows))
+        signal, noise = signal + of_signal, noise + of_noise
+    return signal, noise
+
+
+def _square_sums(exact: Tensor, approximate: Tensor) -> tuple[Tensor, Tensor]:
+    """(sum of y^2, sum of (y' - y)^2), float64, some rows at a time."""
     signal = noise = torch.zeros((), dtype=torch.float64, device=exact.device)
     for rows in row_blocks(exact):
         wanted = exact[rows].double()
         signal = signal + wanted.square().sum()
         noise = noise + (wanted - approximate[rows].double()).square().sum()
-    return decibels(signal, noise)
+    return signal, noise
 
 
 def decibels(signal: Tensor, noise: Tensor) -> float:

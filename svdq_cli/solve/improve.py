@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from svdq_cli.records import Precision, SearchStep, W4A4Plan, W4A4Solution
-from svdq_cli.solve.forward import SourceWeight, dequantized_weight, relative_errors
+from svdq_cli.solve.forward import SourceWeight, dequantized_weight, relative_errors, stacked_weights
 from svdq_cli.solve.learned import learn_smoothing
 from svdq_cli.solve.low_rank import split_low_rank
 from svdq_cli.solve.quantizers import QuantizedWeight, fake_quantize_activation
@@ -49,7 +49,7 @@ class Task:
 
     def stacked(self, branch: Sequence[W4A4Plan]) -> Tensor:
         """The branch's weights under one another, (sum of N, K)."""
-        return torch.cat([self.weights[plan.name].weight for plan in branch])
+        return stacked_weights(branch, self.weights)
 
 
 Solutions = dict[str, W4A4Solution]

@@ -9,7 +9,7 @@ sections 4.2 and 4.3).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,14 +28,10 @@ from svdq_cli.records import (
     W4A16Plan,
     W4A16Solution,
 )
-from svdq_cli.solve.forward import (
-    SourceWeight,
-    sqnr_db,
-    w4a4_output,
-)
+from svdq_cli.solve.forward import SourceWeight, output_sqnr_db, stacked_weights
 from svdq_cli.solve.improve import Task, Trail, improve
 from svdq_cli.solve.low_rank import split_low_rank
-from svdq_cli.solve.modulation import dequantize_w4a16, solve_w4a16
+from svdq_cli.solve.modulation import solve_w4a16
 from svdq_cli.solve.quantizers import (
     fake_quantize_activation,
     fake_quantize_weight,
@@ -137,8 +133,11 @@ def choose_smoothing(
             return factor(CLOSED_FORM), "closed-form"
         case "grid":
             sample = evenly(rows, SEARCH_ROWS)
-            stacks = stacks_of(shared, plans, weights, sample)
-            errors = [_search_error(stacks, factor(point), sample, precision, settings) for point in GRID]
+            errors = [0.0] * len(GRID)
+            for stack in stacks_of(shared, plans, weights, sample):
+                for index, point in enumerate(GRID):
+                    errors[index] += _search_error(stack, factor(point), sample, precision, settings)
+                del stack  # before the next one is made
             best = min(range(len(GRID)), key=errors.__getitem__)
             a, b = GRID[best]
             return factor(GRID[best]), f"grid a={a:.2f} b={b:.2f}"
@@ -171,24 +170,22 @@ def _decibels(error: float) -> float:
 
 
 def _search_error(
-    branches: list[Stack], smooth: Tensor, rows: Tensor, precision: Precision, settings: SolveSettings
+    stack: Stack, smooth: Tensor, rows: Tensor, precision: Precision, settings: SolveSettings
 ) -> float:
-    """Relative output error of all layers of the input together, each weighing the same, for rounding to nearest."""
+    """Relative output error of all layers of a branch together, each weighing the same, for rounding to nearest."""
     drawn = fake_quantize_activation(rows / smooth, precision)
+    smoothed = stack.weight * smooth
+    up, down = split_low_rank(
+        smoothed, rank=stack.rank, seed=settings.seed, power_iterations=SEARCH_POWER_ITERATIONS
+    )
+    left_over = smoothed - up @ down
+    parts = [
+        fake_quantize_weight(part, precision, dtype=settings.dtype) for part in left_over.split(stack.counts)
+    ]
+    lost = drawn @ torch.cat(parts).T - (rows / smooth) @ left_over.T
     total = 0.0
-    for stack in branches:
-        smoothed = stack.weight * smooth
-        up, down = split_low_rank(
-            smoothed, rank=stack.rank, seed=settings.seed, power_iterations=SEARCH_POWER_ITERATIONS
-        )
-        left_over = smoothed - up @ down
-        parts = [
-            fake_quantize_weight(part, precision, dtype=settings.dtype)
-            for part in left_over.split(stack.counts)
-        ]
-        lost = drawn @ torch.cat(parts).T - (rows / smooth) @ left_over.T
-        for noise, signal in zip(lost.split(stack.counts, dim=1), stack.signals, strict=True):
-            total += float(noise.square().sum()) / signal
+    for noise, signal in zip(lost.split(stack.counts, dim=1), stack.signals, strict=True):
+        total += float(noise.square().sum()) / signal
     return total
 
 
@@ -205,20 +202,20 @@ class Stack:
 
 def stacks_of(
     shared: SharedInput, plans: Sequence[W4A4Plan], weights: Mapping[str, SourceWeight], rows: Tensor
-) -> list[Stack]:
+) -> Iterator[Stack]:
+    """The branches one after the other; a caller that lets go of each has no more than one in memory."""
     by_name = {plan.name: plan for plan in plans}
-    found: list[Stack] = []
     for part in shared.branches:
         members = [by_name[name] for name in part if name in by_name]
-        if not members:
-            continue
-        each = [weights[plan.name].weight for plan in members]
-        signals = [max(float((rows @ weight.T).square().sum()), 1e-30) for weight in each]
-        names = tuple(plan.name for plan in members)
-        found.append(
-            Stack(names, torch.cat(each), [len(weight) for weight in each], signals, members[0].rank)
-        )
-    return found
+        if members:
+            yield _stack(members, weights, rows)
+
+
+def _stack(members: Sequence[W4A4Plan], weights: Mapping[str, SourceWeight], rows: Tensor) -> Stack:
+    weight = stacked_weights(members, weights)
+    counts = [plan.linear.out_features for plan in members]
+    signals = [max(float((rows @ each.T).square().sum()), 1e-30) for each in weight.split(counts)]
+    return Stack(tuple(plan.name for plan in members), weight, counts, signals, members[0].rank)
 
 
 def _solve_w4a4(
@@ -241,7 +238,7 @@ def _solve_w4a4(
                 f"{', '.join(plan.name for plan in members)} share one down projection and need one rank",
                 hint="give them the same rank in the recipe's layers",
             )
-        stacked = torch.cat([weights[plan.name].weight for plan in members]).mul_(smooth)
+        stacked = stacked_weights(members, weights).mul_(smooth)
         up, down = split_low_rank(stacked, rank=rank, seed=settings.seed)
         del stacked  # as large as all of the layers, and no longer needed
         down = (down / smooth).to(settings.dtype)  # the branch reads the raw activation
@@ -277,11 +274,7 @@ def measured(solution: LayerSolution, source: SourceWeight, rows: Tensor | None)
         return _decibels(
             error**2
         ), error  # without rows nothing was smoothed, and both are of the plain weight
-    match solution:
-        case W4A4Solution():
-            return sqnr_db(rows @ source.weight.T, w4a4_output(rows, solution)), error
-        case W4A16Solution():
-            return sqnr_db(rows @ source.weight.T, rows @ dequantize_w4a16(solution).T), error
+    return output_sqnr_db(rows, source.weight, solution), error
 
 
 def evenly(rows: Tensor, count: int) -> Tensor:

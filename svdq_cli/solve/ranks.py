@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from svdq_cli.records import ActivationStats, SharedInput, SolveSettings, W4A4Plan
+from torch import Tensor
+
+from svdq_cli.records import ActivationStats, Precision, SharedInput, SolveSettings, W4A4Plan
 from svdq_cli.solve.forward import SourceWeight
-from svdq_cli.solve.linear import SEARCH_ROWS, choose_smoothing, evenly, stacks_of
+from svdq_cli.solve.linear import SEARCH_ROWS, Stack, choose_smoothing, evenly, stacks_of
 from svdq_cli.solve.low_rank import split_low_rank
 from svdq_cli.solve.quantizers import fake_quantize_activation, fake_quantize_weight
 
@@ -24,20 +26,31 @@ def rank_errors(
     With the smoothing of the paper's search at the planned rank and rounding to nearest, which rank the ranks as the
     whole search does. One SVD serves all ranks.
     """
-    precision = plans[0].precision
     rows = evenly(stats.rows.to(weights[plans[0].name].weight.device).float(), SEARCH_ROWS)
     smooth, _ = choose_smoothing(shared, plans, weights, stats, rows, settings)
-    drawn = fake_quantize_activation(rows / smooth, precision)
     found: list[tuple[tuple[str, ...], dict[int, tuple[float, ...]]]] = []
     for stack in stacks_of(shared, plans, weights, rows):
-        smoothed = stack.weight * smooth
-        up, down = split_low_rank(smoothed, rank=max(ranks), seed=settings.seed)
-        errors: dict[int, tuple[float, ...]] = {}
-        for rank in ranks:
-            left = smoothed - up[:, :rank] @ down[:rank]
-            rounded = fake_quantize_weight(left, precision, dtype=settings.dtype)
-            lost = drawn @ rounded.T - (rows / smooth) @ left.T
-            parts = zip(lost.split(stack.counts, dim=1), stack.signals, strict=True)
-            errors[rank] = tuple(float(noise.square().sum()) / signal for noise, signal in parts)
-        found.append((stack.layers, errors))
+        found.append((stack.layers, _errors_at(ranks, stack, smooth, rows, plans[0].precision, settings)))
+        del stack  # before the next one is made
     return found
+
+
+def _errors_at(
+    ranks: Sequence[int],
+    stack: Stack,
+    smooth: Tensor,
+    rows: Tensor,
+    precision: Precision,
+    settings: SolveSettings,
+) -> dict[int, tuple[float, ...]]:
+    drawn = fake_quantize_activation(rows / smooth, precision)
+    smoothed = stack.weight * smooth
+    up, down = split_low_rank(smoothed, rank=max(ranks), seed=settings.seed)
+    errors: dict[int, tuple[float, ...]] = {}
+    for rank in ranks:
+        left = smoothed - up[:, :rank] @ down[:rank]
+        rounded = fake_quantize_weight(left, precision, dtype=settings.dtype)
+        lost = drawn @ rounded.T - (rows / smooth) @ left.T
+        parts = zip(lost.split(stack.counts, dim=1), stack.signals, strict=True)
+        errors[rank] = tuple(float(noise.square().sum()) / signal for noise, signal in parts)
+    return errors

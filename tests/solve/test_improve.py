@@ -7,7 +7,7 @@ import torch
 
 from svdq_cli.recipe.model import STEPS_OF_EFFORT
 from svdq_cli.records import Effort, Int4, NvFp4, Precision, SolveSettings
-from svdq_cli.solve.forward import sqnr_db, w4a4_output
+from svdq_cli.solve.forward import output_sqnr_db
 from svdq_cli.solve.linear import SolvedInput, solve_input
 from svdq_cli.solve.quantizers import dequantize_weight, quantize_weight
 from svdq_cli.solve.refit import refit_branch
@@ -34,7 +34,7 @@ def solved(precision: Precision, effort: Effort, rows: torch.Tensor) -> SolvedIn
 def fresh_db(result: SolvedInput) -> float:
     """Mean SQNR on rows that no step has seen."""
     x = correlated_rows(300, seed=77)
-    figures = [sqnr_db(x @ weights()[s.plan.name].weight.T, w4a4_output(x, s)) for s in result.w4a4]
+    figures = [output_sqnr_db(x, weights()[s.plan.name].weight, s) for s in result.w4a4]
     return sum(figures) / len(figures)
 
 
