@@ -26,7 +26,7 @@ from svdq_cli.runtime.hopper_fused import hopper_linear
 from svdq_cli.runtime.hopper_operands import hopper_objection
 from svdq_cli.runtime.linear import quantized_linear
 from svdq_cli.runtime.operands import objection
-from svdq_cli.runtime.replace import fuse_feed_forwards, replace_linears
+from svdq_cli.runtime.replace import fuse_feed_forwards, replace_linears, share_quantizers
 from svdq_cli.source import Source, quantized_component, read_tensor
 
 if TYPE_CHECKING:
@@ -275,6 +275,7 @@ def load_model(
     replace_linears(model, quantized)
     if backend.name == "kernels":
         fuse_feed_forwards(model)
+        share_quantizers(model)
     kept = {name: checkpoint.kept_tensor(name).to(dtype) for name in checkpoint.kept_names()}
     model.load_state_dict(kept, strict=False, assign=True)
     if empty := [name for name, parameter in model.named_parameters() if parameter.is_meta]:

@@ -16,8 +16,9 @@ from svdq_cli.loading import Backend, _on_kernels, choose_backend, load_model, l
 from svdq_cli.pipeline import convert
 from svdq_cli.preparing import RunOptions
 from svdq_cli.recipe import default_recipe
-from svdq_cli.runtime.fused import FusedFeedForward, FusedW4A4Linear, FusedW4A16Linear
-from svdq_cli.runtime.hopper_fused import HopperFeedForward, HopperW4A4Linear
+from svdq_cli.runtime.fused import FusedW4A4Linear, FusedW4A16Linear
+from svdq_cli.runtime.hopper_fused import HopperW4A4Linear
+from svdq_cli.runtime.kernel_linear import FusedFeedForward
 from svdq_cli.runtime.linear import W4A4Linear
 from tests.tiny import LATENT_CHANNELS, TEXT_WIDTH
 
@@ -97,6 +98,22 @@ def test_the_model_on_the_kernels_computes_what_it_computes_in_plain_torch(check
     assert (found - wanted).norm() <= 0.01 * wanted.norm()
 
 
+@pytest.mark.parametrize("mode", [None, HopperMode.EXACT], ids=["portable", "hopper"])
+def test_q_k_and_v_of_a_loaded_model_quantize_their_input_once(
+    checkpoint: Checkpoint, mode: HopperMode | None
+):
+    model, _ = load_model(checkpoint, dtype=torch.float32, backend=Backend("kernels", "", mode))
+    for names in (
+        [f"transformer_blocks.0.attn.{name}" for name in ("to_q", "to_k", "to_v")],
+        [f"transformer_blocks.0.attn.{name}" for name in ("add_q_proj", "add_k_proj", "add_v_proj")],
+        [f"single_transformer_blocks.0.attn.{name}" for name in ("to_q", "to_k", "to_v")],
+    ):
+        assert len({id(model.get_submodule(name).quantizer) for name in names}) == 1
+    # The MLP beside them has a branch of its own
+    first = model.get_submodule("single_transformer_blocks.0.attn.to_q")
+    assert model.get_submodule("single_transformer_blocks.0.proj_mlp").quantizer is not first.quantizer
+
+
 def test_layers_that_the_kernels_cannot_run_stay_in_plain_torch_and_are_named(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ):
@@ -119,7 +136,7 @@ def test_the_model_runs_in_every_mode_of_hopper(checkpoint: Checkpoint, mode: Ho
     assert isinstance(block.get_submodule("attn.to_q"), HopperW4A4Linear)
     assert isinstance(block.get_submodule("norm1.linear"), FusedW4A16Linear)
     fuses = mode == HopperMode.EXACT  # other modes need a whole row before they quantize any of it
-    assert isinstance(block.get_submodule("ff"), HopperFeedForward) == fuses
+    assert isinstance(block.get_submodule("ff"), FusedFeedForward) == fuses
     inputs = flux_inputs()
     with torch.no_grad():
         wanted, result = reference(**inputs).sample, found(**inputs).sample

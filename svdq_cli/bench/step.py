@@ -15,8 +15,9 @@ from svdq_cli.bench.transformer import FluxShapedTransformer, Role, TransformerS
 from svdq_cli.gpu.hopper_modes import HopperMode
 from svdq_cli.gpu.launch import cuda_device
 from svdq_cli.records import Int4, Linear, NvFp4, Precision, W4A4Plan, W4A4Solution, W4A16Plan, W4A16Solution
-from svdq_cli.runtime.fused import fused_feed_forward, fused_linear
-from svdq_cli.runtime.hopper_fused import HopperW4A4Linear, hopper_feed_forward
+from svdq_cli.runtime.fused import fused_linear
+from svdq_cli.runtime.hopper_fused import HopperW4A4Linear
+from svdq_cli.runtime.kernel_linear import fused_feed_forward
 
 DTYPE = torch.bfloat16
 
@@ -152,8 +153,7 @@ def step_model(settings: StepSettings, arithmetic: Arithmetic) -> nn.Module:
 
     def feed_forward(width: int, inner: int) -> nn.Module:
         first, second = linear(width, inner, "w4a4"), linear(inner, width, "w4a4")
-        fused = fused_feed_forward(first, second) or hopper_feed_forward(first, second)
-        return fused or nn.Sequential(first, nn.GELU(approximate="tanh"), second)
+        return fused_feed_forward(first, second) or nn.Sequential(first, nn.GELU(approximate="tanh"), second)
 
     return FluxShapedTransformer(settings.shape, linear, feed_forward).eval().requires_grad_(False)
 

@@ -31,6 +31,7 @@ from svdq_cli.lora.places import (
 )
 from svdq_cli.records import LayerPlan, LayerSolution, W4A4Plan
 from svdq_cli.runtime.linear import RunningBranch
+from svdq_cli.runtime.replace import share_quantizers
 from svdq_cli.solve.rebuild import rebuilt_weight
 from svdq_cli.source.adapter_names import ModelShapes
 from svdq_cli.source.adapters import read_adapter
@@ -103,6 +104,7 @@ def set_adapters(pipe: DiffusionPipeline, strengths: Mapping[str, float]) -> Non
     active = [(state.loras[name], strength) for name, strength in strengths.items() if strength != 0]
     for put in [place.prepared(active) for place in state.places.values()]:
         put()
+    share_quantizers(state.model)  # a layer that was given another branch reads its input alone
     state.strengths = dict(strengths)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Protocol
 
@@ -12,13 +11,13 @@ from torch import Tensor, nn
 from svdq_cli.records import (
     GELU_SHIFT,
     LayerSolution,
-    W4A4Plan,
     W4A4Solution,
-    W4A16Plan,
     W4A16Solution,
 )
 from svdq_cli.runtime import operators  # noqa: F401  defines torch.ops.svdq
-from svdq_cli.runtime.linear import RunningBranch, keep_dtypes, shift_in_product, w4a4_weight
+from svdq_cli.runtime.input_quantizer import InputQuantizer, Quantized
+from svdq_cli.runtime.kernel_linear import KernelLinear, KernelW4A4Linear
+from svdq_cli.runtime.linear import RunningBranch, shift_in_product, w4a4_weight
 from svdq_cli.runtime.operands import (
     W4A4Operands,
     W4A16Operands,
@@ -26,26 +25,12 @@ from svdq_cli.runtime.operands import (
     pack_branch,
     pack_w4a4,
     pack_w4a16,
+    product_tensors,
     tensors_of,
     unpack_branch,
     unpack_w4a4,
     unpack_w4a16,
 )
-
-Quantized = tuple[Tensor, Tensor, Tensor]  # packed codes, scales, hidden
-
-
-class FusedLinear(nn.Module):
-    """What all kinds share: nn.Linear's features, and buffers that keep their dtype (`keep_dtypes`)."""
-
-    def __init__(self, plan: W4A4Plan | W4A16Plan, tensors: Mapping[str, Tensor | None]) -> None:
-        super().__init__()
-        self.in_features, self.out_features = plan.linear.in_features, plan.linear.out_features
-        for name, tensor in tensors.items():
-            self.register_buffer(name, tensor)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedLinear:
-        return super()._apply(keep_dtypes(fn), recurse)
 
 
 def with_shifted_bias(solution: W4A4Solution) -> W4A4Solution:
@@ -56,78 +41,64 @@ def with_shifted_bias(solution: W4A4Solution) -> W4A4Solution:
     return replace(solution, bias=bias.to(solution.up.dtype))
 
 
-class FusedW4A4Linear(FusedLinear):
-    """A W4A4 layer in two kernels: `quantize_down`, then `w4a4_gemm`.
+class FusedW4A4Linear(KernelW4A4Linear):
+    """On the portable kernels: `quantize_down`, then `w4a4_gemm`. `unsigned`: int4 only."""
 
-    `unsigned`, int4 only: the activation is quantized to 0..15 after GELU_SHIFT has been added to it.
-    """
-
-    inverse_smooth: Tensor
-    down: Tensor
     weight: Tensor
     weight_scales: Tensor
-    up: Tensor
     outer: Tensor | None
-    bias: Tensor | None
 
     def __init__(self, solution: W4A4Solution, *, unsigned: bool = False) -> None:
-        as_run = with_shifted_bias(solution) if unsigned else solution
-        super().__init__(solution.plan, tensors_of(pack_w4a4(as_run)))
-        self.plan, self.unsigned = solution.plan, unsigned
-        self.shift = GELU_SHIFT if unsigned else 0.0
+        packed = pack_w4a4(with_shifted_bias(solution) if unsigned else solution)
+        shift = GELU_SHIFT if unsigned else 0.0
+        quantizer = InputQuantizer(
+            torch.ops.svdq.quantize_down,
+            packed.inverse_smooth,
+            packed.down,
+            dtype=packed.up.dtype,
+            precision=solution.plan.precision.name,
+            unsigned=unsigned,
+            shift=shift,
+        )
+        super().__init__(solution.plan, quantizer, product_tensors(packed), unsigned=unsigned, shift=shift)
 
     @property
     def operands(self) -> W4A4Operands:
-        return W4A4Operands(
-            *(self.inverse_smooth, self.down, self.weight, self.weight_scales, self.up, self.outer, self.bias)
-        )
+        return W4A4Operands(self.quantizer.inverse_smooth, self.quantizer.down, *self._product)
+
+    @property
+    def _product(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        return self.weight, self.weight_scales, self.up, self.outer, self.bias
 
     @property
     def solution(self) -> W4A4Solution:
-        """As it is run: with a shifted bias where `unsigned`."""
         return unpack_w4a4(self.operands, self.plan)
 
     @property
     def branch(self) -> RunningBranch:
         return unpack_branch(self.operands, self.plan)
 
-    def set_branch(self, branch: RunningBranch) -> None:
-        """Another low-rank branch, of any rank, and another bias."""
-        self.plan = replace(self.plan, rank=branch.down.shape[0])
-        self.down, self.up = pack_branch(branch.down, branch.up)
-        self.bias = None if branch.bias is None else pack_bias(branch.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, self.in_features)
-        y = self.multiply(self.quantize(rows), rows.shape[0])
-        return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
-
-    def quantize(self, rows: Tensor) -> Quantized:
-        """`rows` (M, K) in any float dtype."""
-        return torch.ops.svdq.quantize_down(
-            rows.to(self.up.dtype).contiguous(),
-            self.inverse_smooth,
-            self.down,
-            precision=self.plan.precision.name,
-            unsigned=self.unsigned,
-            shift=self.shift,
-        )
+    def packed_branch(self, branch: RunningBranch) -> tuple[Tensor, Tensor, Tensor | None]:
+        bias = None if branch.bias is None else pack_bias(branch.bias)
+        return (*pack_branch(branch.down, branch.up), bias)
 
     def multiply(self, quantized: Quantized, m: int) -> Tensor:
-        """(M, N) in the checkpoint's dtype."""
         return torch.ops.svdq.w4a4_gemm(
-            *(*quantized, *self.operands.product),
+            *(*quantized, *self._product),
             m=m,
             n=self.out_features,
             precision=self.plan.precision.name,
             unsigned=self.unsigned,
         )
 
-    def multiply_gelu_quantize(self, quantized: Quantized, m: int, after: FusedW4A4Linear) -> Quantized:
-        """This layer's product, GELU by tanh, and the input of the layer `after`."""
+    def feeds(self, after: KernelW4A4Linear) -> bool:
+        same_kind = isinstance(after, FusedW4A4Linear) and after.plan.precision == self.plan.precision
+        return same_kind and after.in_features == self.out_features
+
+    def multiply_gelu_quantize(self, quantized: Quantized, m: int, after: KernelW4A4Linear) -> Quantized:
         return torch.ops.svdq.w4a4_gelu_quantize(
-            *(*quantized, *self.operands.product),
-            *(after.inverse_smooth, after.down),
+            *(*quantized, *self._product),
+            *(after.quantizer.inverse_smooth, after.quantizer.down),
             m=m,
             precision=self.plan.precision.name,
             unsigned=self.unsigned,
@@ -140,7 +111,7 @@ class FusedW4A4Linear(FusedLinear):
         return f"in_features={self.in_features}, out_features={self.out_features}, {precision}, rank={self.plan.rank}"
 
 
-class FusedW4A16Linear(FusedLinear):
+class FusedW4A16Linear(KernelLinear):
     """A W4A16 layer in one kernel."""
 
     weight: Tensor
@@ -162,21 +133,6 @@ class FusedW4A16Linear(FusedLinear):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, w4a16"
-
-
-class FusedFeedForward(nn.Module):
-    """Linear, GELU by tanh, linear: the activation between the two is never written."""
-
-    def __init__(self, first: FusedW4A4Linear, second: FusedW4A4Linear) -> None:
-        super().__init__()
-        self.first, self.second = first, second
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, self.first.in_features)
-        m = rows.shape[0]
-        between = self.first.multiply_gelu_quantize(self.first.quantize(rows), m, self.second)
-        y = self.second.multiply(between, m)
-        return y.to(x.dtype).reshape(*x.shape[:-1], self.second.out_features)
 
 
 class RunsBranch(Protocol):
@@ -255,11 +211,3 @@ def fused_linear(
             return FusedW4A4Linear(solution, unsigned=unsigned_from == 0)
         case W4A16Solution():
             return FusedW4A16Linear(solution)
-
-
-def fused_feed_forward(first: nn.Module, second: nn.Module) -> FusedFeedForward | None:
-    """The two layers as one module; None for other kinds, two precisions, or sizes that don't meet."""
-    if not (isinstance(first, FusedW4A4Linear) and isinstance(second, FusedW4A4Linear)):
-        return None
-    fits = first.plan.precision == second.plan.precision and first.out_features == second.in_features
-    return FusedFeedForward(first, second) if fits else None

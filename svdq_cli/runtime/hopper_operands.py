@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -110,11 +110,6 @@ def unpack_hopper(operands: HopperOperands, plan: W4A4Plan) -> W4A4Solution:
         outer=None,
         bias=branch.bias,
     )
-
-
-def hopper_tensors(operands: HopperOperands) -> dict[str, Tensor | None]:
-    """By field name, in the order of the operators' parameters."""
-    return {field.name: getattr(operands, field.name) for field in fields(operands)}
 
 
 def requantized_rows(weight: Tensor) -> tuple[Tensor, Tensor]:

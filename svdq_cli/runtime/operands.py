@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -34,6 +35,9 @@ from svdq_cli.records import (
     W4A16Solution,
 )
 from svdq_cli.runtime.linear import RunningBranch
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 RANK_TILE = 16
 ROW_TILE = 8  # of N: a row of the result is stored 8 numbers at a time
@@ -181,9 +185,15 @@ def unpack_w4a16(operands: W4A16Operands, plan: W4A16Plan) -> W4A16Solution:
     )
 
 
-def tensors_of(operands: W4A4Operands | W4A16Operands) -> dict[str, Tensor | None]:
+def tensors_of(operands: DataclassInstance) -> dict[str, Tensor | None]:
     """By field name, in the order of the operators' parameters."""
     return {field.name: getattr(operands, field.name) for field in fields(operands)}
+
+
+def product_tensors(operands: DataclassInstance) -> dict[str, Tensor | None]:
+    """The same without what the first of a W4A4 layer's two kernels reads."""
+    tensors = tensors_of(operands)
+    return {name: tensor for name, tensor in tensors.items() if name not in ("inverse_smooth", "down")}
 
 
 def _padded(rows: Tensor) -> Tensor:

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from svdq_cli.errors import InputError
 from svdq_cli.pointwise import channels_first, channels_last, is_pointwise
-from svdq_cli.runtime.fused import fused_feed_forward
-from svdq_cli.runtime.hopper_fused import hopper_feed_forward
+from svdq_cli.runtime.kernel_linear import KernelW4A4Linear, fused_feed_forward
 
 
 class PointwiseConvolution(nn.Module):
@@ -51,6 +50,35 @@ def fuse_feed_forwards(model: nn.Module) -> int:
     return len(found)
 
 
+def share_quantizers(model: nn.Module) -> int:
+    """Let layers on the kernels that read one activation quantize it once. Returns for how many activations.
+
+    Known by their parts: layers of one module (q, k and v of an attention) whose smoothing factors and down projections
+    are the same, as a conversion gives to layers of one input. At rank 0 nothing tells them from others.
+    """
+    groups = [
+        group for module in model.modules() for group in _readers_of_one_input(module) if len(group) > 1
+    ]
+    for group in groups:
+        shared = group[0].quantizer.for_readers(len(group))
+        for reader, layer in enumerate(group):
+            layer.read_through(shared, reader=reader)
+    return len(groups)
+
+
+def _readers_of_one_input(module: nn.Module) -> list[list[KernelW4A4Linear]]:
+    groups: list[list[KernelW4A4Linear]] = []
+    for layer in module.children():
+        if not isinstance(layer, KernelW4A4Linear) or layer.plan.rank == 0:
+            continue
+        same = next((group for group in groups if group[0].quantizer.equals(layer.quantizer)), None)
+        if same is None:
+            groups.append([layer])
+        else:
+            same.append(layer)
+    return groups
+
+
 def _fused_feed_forward(module: nn.Module) -> nn.Module | None:
     net = getattr(module, "net", None)
     if not isinstance(net, nn.ModuleList) or len(net) != 3 or getattr(net[0], "approximate", None) != "tanh":
@@ -58,7 +86,7 @@ def _fused_feed_forward(module: nn.Module) -> nn.Module | None:
     first, second = getattr(net[0], "proj", None), net[2]
     if first is None:
         return None
-    return fused_feed_forward(first, second) or hopper_feed_forward(first, second)
+    return fused_feed_forward(first, second)
 
 
 def _check(name: str, layer: nn.Module, modules: Mapping[str, nn.Module]) -> None:

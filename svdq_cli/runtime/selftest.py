@@ -13,14 +13,23 @@ from svdq_cli.gpu.architectures import Architecture
 from svdq_cli.gpu.compile import Variant
 from svdq_cli.gpu.hopper_modes import HopperMode
 from svdq_cli.gpu.operations import Launcher
-from svdq_cli.records import Int4, Linear, NvFp4, Precision, W4A4Plan, W4A4Solution, W4A16Plan, W4A16Solution
+from svdq_cli.records import (
+    GELU_SHIFT,
+    Int4,
+    Linear,
+    NvFp4,
+    Precision,
+    W4A4Plan,
+    W4A4Solution,
+    W4A16Plan,
+    W4A16Solution,
+)
 from svdq_cli.runtime import hopper_twins, twins
-from svdq_cli.runtime.hopper_operands import HopperOperands, hopper_tensors, pack_hopper
+from svdq_cli.runtime.hopper_operands import HopperOperands, pack_hopper
 from svdq_cli.runtime.naive import naive_solution
 from svdq_cli.runtime.operands import W4A4Operands, W4A16Operands, pack_w4a4, pack_w4a16, tensors_of
 
 M, K, N, RANK = 130, 256, 256, 32  # two blocks of rows, one of them almost empty
-SHIFT = 0.171875  # of a GELU's output before unsigned codes: formats that fuse both linears add it
 # Kernel and twin differ where a sum in another order rounds to the neighboring 16-bit number, or a code to its own.
 MOST_ERROR = 2e-3
 MOST_CODES = 0.02  # share that may differ, where the quantizer's input is itself such a sum
@@ -63,7 +72,7 @@ def _quantize_case(precision: Precision, dtype: torch.dtype, unsigned: bool) -> 
     def disagreement(launcher: Launcher, device: torch.device) -> float:
         layer = _layer(precision, dtype, device)
         x = _rows(dtype, device, unsigned)
-        how = {"precision": precision, "unsigned": unsigned, "shift": SHIFT if unsigned else 0.0}
+        how = {"precision": precision, "unsigned": unsigned, "shift": GELU_SHIFT if unsigned else 0.0}
         ours = operations.quantize_down(launcher, x, layer.inverse_smooth, layer.down, **how)
         theirs = twins.quantize_down(x, layer.inverse_smooth, layer.down, **how)
         return _quantized_disagreement(ours, theirs)
@@ -92,7 +101,12 @@ def _fused_case(precision: Precision, dtype: torch.dtype, unsigned: bool) -> Ker
     def disagreement(launcher: Launcher, device: torch.device) -> float:
         layer = _layer(precision, dtype, device)
         quantized = _quantized(layer, precision, dtype, device, unsigned=False)
-        how = {"m": M, "precision": precision, "next_unsigned": unsigned, "shift": SHIFT if unsigned else 0.0}
+        how = {
+            "m": M,
+            "precision": precision,
+            "next_unsigned": unsigned,
+            "shift": GELU_SHIFT if unsigned else 0.0,
+        }
         tensors = (*quantized, *layer.product, layer.inverse_smooth, layer.down)
         ours = operations.w4a4_gelu_quantize(launcher, *tensors, **how)
         return _quantized_disagreement(ours, twins.w4a4_gelu_quantize(*tensors, **how))
@@ -173,7 +187,7 @@ def _layer(precision: Precision, dtype: torch.dtype, device: torch.device) -> W4
 
 
 def _hopper_layer(mode: HopperMode, dtype: torch.dtype, device: torch.device) -> HopperOperands:
-    packed = hopper_tensors(pack_hopper(_solution(Int4(), dtype), mode))
+    packed = tensors_of(pack_hopper(_solution(Int4(), dtype), mode))
     return HopperOperands(**{name: _on(tensor, device) for name, tensor in packed.items()})  # type: ignore[arg-type]
 
 

@@ -157,6 +157,18 @@ def test_what_fails_changes_nothing(converted_flux: Callable[[str], Path], tmp_p
     assert same_state(pipe, before)
 
 
+def test_layers_of_one_input_quantize_it_once_again_when_a_lora_is_gone(
+    converted_flux: Callable[[str], Path], tmp_path: Path
+):
+    pipe = loaded(converted_flux("int4") / "lite", "kernels")
+    attention = pipe.transformer.transformer_blocks[0].attn
+    svdq_cli.load_lora(pipe, lora_file(tmp_path, "lora.safetensors"), "style")
+    svdq_cli.set_adapters(pipe, {"style": 0.7})
+    assert attention.to_q.quantizer is not attention.to_k.quantizer
+    svdq_cli.set_adapters(pipe, {})
+    assert attention.to_q.quantizer is attention.to_k.quantizer
+
+
 def test_a_pipeline_without_converted_layers_is_refused(tmp_path: Path):
     with pytest.raises(UsageError, match="no converted layers"):
         svdq_cli.set_adapters(SimpleNamespace(transformer=torch.nn.Linear(2, 2)), {})  # type: ignore[arg-type]

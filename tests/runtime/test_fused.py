@@ -11,15 +11,14 @@ from torch import Tensor, nn
 from svdq_cli.gpu.hopper_modes import HopperMode
 from svdq_cli.records import Int4, Linear, NvFp4, Precision, W4A4Plan, W4A4Solution, W4A16Plan, W4A16Solution
 from svdq_cli.runtime.fused import (
-    FusedFeedForward,
     FusedW4A4Linear,
     FusedW4A16Linear,
     SplitLinear,
-    fused_feed_forward,
     fused_linear,
     split_columns,
 )
-from svdq_cli.runtime.hopper_fused import hopper_feed_forward, hopper_linear
+from svdq_cli.runtime.hopper_fused import hopper_linear
+from svdq_cli.runtime.kernel_linear import FusedFeedForward, fused_feed_forward
 from svdq_cli.runtime.linear import w4a4_exact, w4a4_forward, w4a16_forward
 from svdq_cli.runtime.naive import naive_solution
 from svdq_cli.runtime.operands import objection, pack_w4a4, pack_w4a16, unpack_w4a4, unpack_w4a16
@@ -207,7 +206,7 @@ def test_a_fused_feed_forward_quantizes_behind_its_gelu_without_a_sign(mode: Hop
     first, second = random_w4a4(Int4(), n=192, k=128), random_w4a4(Int4(), n=128, k=192)
     one = fused_linear(first) if mode is None else hopper_linear(first, mode)
     two = behind_gelu(second, mode, 0)
-    fused = fused_feed_forward(one, two) or hopper_feed_forward(one, two)
+    fused = fused_feed_forward(one, two)
     assert fused is not None
     x = activations(9, 128)
     assert torch.equal(fused(x), two(nn.functional.gelu(one(x), approximate="tanh")))

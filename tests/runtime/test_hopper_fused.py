@@ -20,8 +20,9 @@ from svdq_cli.gpu.hopper_choice import (
 from svdq_cli.gpu.hopper_modes import HopperMode, hopper_mode
 from svdq_cli.records import Int4, NvFp4, W4A4Solution
 from svdq_cli.runtime.fused import fused_linear
-from svdq_cli.runtime.hopper_fused import HopperFeedForward, HopperW4A4Linear, hopper_feed_forward
+from svdq_cli.runtime.hopper_fused import HopperW4A4Linear
 from svdq_cli.runtime.hopper_operands import hopper_objection, pack_hopper, unpack_hopper
+from svdq_cli.runtime.kernel_linear import FusedFeedForward, fused_feed_forward
 from svdq_cli.runtime.linear import w4a4_exact
 from tests.runtime.test_fused import activations, assert_same_numbers, random_w4a4
 
@@ -114,13 +115,13 @@ def test_a_layer_keeps_its_buffers_when_it_is_cast(mode: HopperMode):
 def test_two_exact_layers_with_gelu_between_are_one_module():
     first, second = random_w4a4(Int4(), n=192, k=128), random_w4a4(Int4(), n=128, k=192)
     one, two = (HopperW4A4Linear(solution, HopperMode.EXACT) for solution in (first, second))
-    fused = hopper_feed_forward(one, two)
-    assert isinstance(fused, HopperFeedForward)
+    fused = fused_feed_forward(one, two)
+    assert isinstance(fused, FusedFeedForward)
     x = activations(9, 128)
     assert torch.equal(fused(x), two(nn.functional.gelu(one(x), approximate="tanh")))
     other = HopperW4A4Linear(second, HopperMode.W4A8)
-    assert hopper_feed_forward(one, other) is None
-    assert hopper_feed_forward(two, two) is None
+    assert fused_feed_forward(one, other) is None
+    assert fused_feed_forward(two, two) is None
 
 
 @pytest.mark.parametrize("mode", MODES)

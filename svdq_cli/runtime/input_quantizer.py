@@ -1,0 +1,106 @@
+"""The first kernel of W4A4 layers. It runs once for all layers that read the same activation, such as q, k and v."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from svdq_cli.runtime.linear import keep_dtypes
+
+Quantized = tuple[Tensor, Tensor, Tensor]  # packed codes, scales, hidden
+
+
+class _Kept(NamedTuple):
+    """A result that other readers will ask for."""
+
+    activation: Tensor
+    version: int | None  # torch counts what is written into a tensor, but not in inference mode
+    quantized: Quantized
+    waiting: tuple[int, ...]  # the readers that have not had it
+
+
+class InputQuantizer(nn.Module):
+    """An operator of torch.ops.svdq with its smoothing factors and down projection.
+
+    Layers that share one are its readers, numbered from 0. The first that comes with an activation pays; the others get
+    the same result if they come with the same tensor, each of them once. Nothing is kept when the last has had it. They
+    must be called one after another, before anything is written into the activation. Eager mode sees such a write, and
+    quantizes again; torch.compile and inference mode don't.
+    """
+
+    inverse_smooth: Tensor
+    down: Tensor
+
+    def __init__(
+        self,
+        kernel: Callable[..., Quantized],
+        inverse_smooth: Tensor,
+        down: Tensor,
+        *,
+        dtype: torch.dtype,
+        readers: int = 1,
+        **options: str | bool | float,
+    ) -> None:
+        """`inverse_smooth` (K,) float32, `down` packed, `dtype` what activations are rounded to, `options` the
+        operator's."""
+        super().__init__()
+        self.register_buffer("inverse_smooth", inverse_smooth)
+        self.register_buffer("down", down)
+        self.kernel, self.dtype, self.options = kernel, dtype, options
+        self.readers = tuple(range(readers))
+        self._kept: _Kept | None = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> InputQuantizer:
+        return super()._apply(keep_dtypes(fn), recurse)
+
+    def forward(self, x: Tensor, reader: int = 0) -> Quantized:
+        """`x` (..., K) in any float dtype, quantized as its M rows."""
+        kept, version = self._kept, _version(x)
+        if kept is not None and kept.activation is x and kept.version == version and reader in kept.waiting:
+            waiting = tuple(other for other in kept.waiting if other != reader)
+            self._kept = kept._replace(waiting=waiting) if waiting else None
+            return kept.quantized
+        rows = x.reshape(-1, x.shape[-1]).to(self.dtype).contiguous()
+        quantized = self.kernel(rows, self.inverse_smooth, self.down, **self.options)
+        waiting = tuple(other for other in self.readers if other != reader)
+        self._kept = _Kept(x, version, quantized, waiting) if waiting else None
+        return quantized
+
+    def for_readers(self, readers: int) -> InputQuantizer:
+        """The same for so many layers."""
+        return self._like(self.down, readers)
+
+    def with_down(self, down: Tensor) -> InputQuantizer:
+        """The same with another down projection, for one layer."""
+        return self._like(down, 1)
+
+    def _like(self, down: Tensor, readers: int) -> InputQuantizer:
+        return InputQuantizer(
+            self.kernel, self.inverse_smooth, down, dtype=self.dtype, readers=readers, **self.options
+        )
+
+    def leave(self, reader: int) -> None:
+        """That reader has got a quantizer of its own."""
+        self.readers = tuple(other for other in self.readers if other != reader)
+        self._kept = None
+
+    def equals(self, other: InputQuantizer) -> bool:
+        """Whether both make the same of every activation."""
+        if (self.kernel, self.dtype, self.options) != (other.kernel, other.dtype, other.options):
+            return False
+        mine, theirs = (self.inverse_smooth, self.down), (other.inverse_smooth, other.down)
+        return all(
+            a.device == b.device and a.shape == b.shape and torch.equal(a, b)
+            for a, b in zip(mine, theirs, strict=True)
+        )
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.inverse_smooth.shape[0]}, readers={len(self.readers)}"
+
+
+def _version(x: Tensor) -> int | None:
+    """How often something was written into a tensor; None where nobody counts."""
+    return None if torch.compiler.is_compiling() or x.is_inference() else x._version
