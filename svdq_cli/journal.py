@@ -5,6 +5,8 @@
     WORK/calibration/               the statistics, where the run drew them itself: an ordinary calibration artefact
     WORK/choices.json               what every rank would cost and bring, where ranks are searched
     WORK/layers/LAYER.safetensors   a portion, named after its first layer: what was solved together, with its reports
+    WORK/blocks/BLOCK.safetensors   effort best: a block's layers as they were tuned, with their reports
+    WORK/passages/                  effort best: hidden states that host memory had no room for, while blocks are tuned
 
 A file is there when its part is finished: it is written beside, forced to the disk and renamed. Nothing in the folder
 is ever changed, so several processes may fill it, each with parts of its own.
@@ -45,6 +47,7 @@ from svdq_cli.tensor_file import TensorSpec, write_tensors
 
 JOURNAL = "journal.json"
 LAYERS, CALIBRATION, PICTURES = "layers", "calibration", "pictures"
+BLOCKS, PASSAGES = "blocks", "passages"
 CHOICES = "choices.json"
 _LOCK = "lock"
 _ABOUT = "svdq"  # key of the safetensors metadata
@@ -70,6 +73,11 @@ class WorkFolder:
         """Where the parts of statistics lie while they are drawn."""
         return self.path / PICTURES
 
+    @property
+    def passages(self) -> Path:
+        """Where hidden states lie that host memory has no room for; of no use to another run."""
+        return self.path / PASSAGES
+
     def has(self, folder: str, name: str) -> bool:
         """Whether a part is finished."""
         return self._file(folder, name).is_file()
@@ -92,6 +100,10 @@ class WorkFolder:
         ):
             for key, tensor in stored.items():
                 writer.write(key, tensor)
+
+    def discard(self, folder: str, name: str) -> None:
+        """A part that turned out to be damaged."""
+        self._file(folder, name).unlink()
 
     def about(self, folder: str, name: str) -> dict[str, object]:
         """What `keep` was told of a part. Raises InputError for a damaged file."""
@@ -127,7 +139,7 @@ class WorkFolder:
 
     def remove(self) -> None:
         """Everything svdq put there, and the folder if that was all."""
-        for name in (LAYERS, PICTURES, CALIBRATION, f"{CALIBRATION}.partial"):
+        for name in (LAYERS, BLOCKS, PASSAGES, PICTURES, CALIBRATION, f"{CALIBRATION}.partial"):
             shutil.rmtree(self.path / name, ignore_errors=True)
         for file in [*self.path.glob("*.json"), *self.path.glob(".*.partial"), self.path / _LOCK]:
             file.unlink(missing_ok=True)
@@ -367,7 +379,7 @@ class SolvedLayers(Mapping[str, LayerSolution]):
     """The solutions of a run by layer, each read from the work folder when it is asked for."""
 
     work: WorkFolder
-    places: Mapping[str, tuple[str, str, LayerPlan]]  # layer -> (LAYERS, part, plan)
+    places: Mapping[str, tuple[str, str, LayerPlan]]  # layer -> (LAYERS or BLOCKS, part, plan)
 
     def __getitem__(self, name: str) -> LayerSolution:
         folder, part, plan = self.places[name]

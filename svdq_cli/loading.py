@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -18,7 +18,7 @@ from svdq_cli.gpu.architectures import Architecture
 from svdq_cli.gpu.hopper_choice import HopperChoice, choose_hopper_mode, measured_modes
 from svdq_cli.gpu.hopper_modes import HopperMode
 from svdq_cli.gpu.launch import cuda_device, require_dtype
-from svdq_cli.offload import Room, fill, weights_bytes
+from svdq_cli.offload import Room, fill, fill_beside, weights_bytes
 from svdq_cli.planning.inventory import model_class
 from svdq_cli.records import Int4, LayerSolution, W4A4Solution
 from svdq_cli.runtime.fused import fused_linear
@@ -140,6 +140,20 @@ def load_without_denoiser(source: Source, *, class_name: str, device: torch.devi
     for name, part in _other_parts(pipe, source):
         _move(part, device, source.pipeline / name)
     return pipe
+
+
+def load_beside(
+    source: Source, blocks: Collection[str], *, class_name: str, device: torch.device
+) -> tuple[nn.Module, Mapping[str, torch.Tensor]]:
+    """A 16-bit denoiser with the weights of all that lies beside `blocks` (paths), on the device, and all its weights
+    by name, each read when it is asked for. Raises OutOfResourcesError if it does not fit."""
+    model = _empty_denoiser(source, class_name, compute_dtype(device))
+    weights = _Weights(source, {name: tensor.dtype for name, tensor in model.state_dict().items()})
+    try:
+        fill_beside(model, blocks, weights, device=device)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise _does_not_fit(source.path, device) from error
+    return model, weights
 
 
 def fill_denoiser(

@@ -5,12 +5,15 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 import torch
 
 from svdq_cli.errors import EnvironmentLacksError, UsageError
 from svdq_cli.records import LayerSolution, PeakFacts
+
+Solution = TypeVar("Solution", bound=LayerSolution)
 
 
 def resolve_device(wanted: str) -> torch.device:
@@ -45,7 +48,7 @@ def _peak_ram() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def on_device(solution: LayerSolution, device: torch.device) -> LayerSolution:
+def on_device(solution: Solution, device: torch.device) -> Solution:
     """The same solution with its tensors on `device`."""
     moved = {
         name: value.to(device)

@@ -5,7 +5,8 @@ The hooks are accelerate's; which blocks stay is its choice too. Numbers do not 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
@@ -58,6 +59,37 @@ def fill(model: nn.Module, weights: Mapping[str, Tensor], *, device: torch.devic
     if device.type == "cuda":
         kept = {name: tensor.pin_memory() for name, tensor in kept.items()}
     _attach(model, _Kept(weights, kept), places, device)
+
+
+def fill_beside(
+    model: nn.Module, blocks: Iterable[str], weights: Mapping[str, Tensor], *, device: torch.device
+) -> None:
+    """Gives an empty model the weights of all that lies beside `blocks` (paths), which stay empty."""
+    heads = tuple(f"{block}." for block in blocks)
+    for name in weights:
+        if not name.startswith(heads):
+            model.load_state_dict({name: weights[name].to(device)}, strict=False, assign=True)
+    for path, module in model.named_modules():
+        if not f"{path}.".startswith(heads):
+            _move_buffers(module, device)
+
+
+def filled_copy(
+    model: nn.Module, block: str, weights: Mapping[str, Tensor], *, device: torch.device
+) -> nn.Module:
+    """A copy of one of the model's blocks with its weights, on the device."""
+    copy = deepcopy(model.get_submodule(block))
+    own = {name: weights[f"{block}.{name}"].to(device) for name in copy.state_dict()}
+    copy.load_state_dict(own, assign=True)
+    for module in copy.modules():
+        _move_buffers(module, device)
+    return copy.requires_grad_(False)
+
+
+def _move_buffers(module: nn.Module, device: torch.device) -> None:
+    """Those that no file holds too."""
+    for name, buffer in module.named_buffers(recurse=False):
+        setattr(module, name, buffer.to(device))
 
 
 def weights_bytes(model: nn.Module) -> int:

@@ -9,9 +9,11 @@ rounding to nearest) is solved and judged in the same run as everything that is 
 from __future__ import annotations
 
 import argparse
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
@@ -22,10 +24,11 @@ from svdq_cli.calibrate.pipelines import draw
 from svdq_cli.calibrate.settings import DrawSettings
 from svdq_cli.conversion.allocation import RANKS, budget_of, candidates_of, choices_of, layer_gains, plan_with
 from svdq_cli.conversion.reconstructing import reconstructed
-from svdq_cli.conversion.solving import Statistics, finite_tensor, solve_model
+from svdq_cli.conversion.solving import Statistics, finite_tensor, solve_into, solved_layers
 from svdq_cli.drawing import demo_calibration
 from svdq_cli.evaluate.images import compare
 from svdq_cli.evaluate.layers import layer_sqnr_db
+from svdq_cli.journal import SolvedLayers, WorkFolder
 from svdq_cli.loading import load_16bit_pipeline
 from svdq_cli.locate import DEMO_SOURCES
 from svdq_cli.machine import resolve_device
@@ -135,13 +138,22 @@ def measure(
             chosen = choices_of(candidates, budget_of(prepared, candidates), rival=DEFAULT_RANK)
             prepared = replace(prepared, plan=plan_with(prepared.plan, candidates, chosen))
         started = time.monotonic()
-        solutions, reports = solve_model(prepared, drawn, judge.device, _quiet)
-        if wanted.effort == "best":
-            solutions, _, _ = reconstructed(
-                prepared, drawn, solutions, reports, options=options, device=judge.device, observe=_quiet
-            )
-        seconds = time.monotonic() - started
-        report(Row(name, *judge.score(solutions), seconds))
+        with tempfile.TemporaryDirectory() as folder:
+            solutions = _solved(prepared, drawn, WorkFolder(Path(folder)), judge.device, options)
+            seconds = time.monotonic() - started
+            report(Row(name, *judge.score(solutions), seconds))
+
+
+def _solved(
+    prepared: Prepared, drawn: Statistics, work: WorkFolder, device: torch.device, options: RunOptions
+) -> SolvedLayers:
+    solve_into(work, prepared, drawn, device, _quiet)
+    solved, reports = solved_layers(prepared.plan, work)
+    if prepared.recipe.quantization.effort == "best":
+        solved, _, _ = reconstructed(
+            prepared, drawn, solved, reports, options=options, device=device, observe=_quiet
+        )
+    return solved
 
 
 def _calibrated(prepared: Prepared, options: RunOptions) -> Statistics:

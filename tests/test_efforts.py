@@ -12,7 +12,7 @@ from svdq_cli.errors import UsageError
 from svdq_cli.pipeline import calibrate, check, convert
 from svdq_cli.preparing import RunOptions
 from svdq_cli.recipe import Calibration, Output, Quantization, RankOverride, Recipe, default_recipe
-from svdq_cli.reconstruct import run as tuning
+from svdq_cli.reconstruct import tuning
 from svdq_cli.records import ConvertReport
 
 CPU = RunOptions(device="cpu")

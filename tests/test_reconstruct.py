@@ -8,17 +8,33 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._pytree import tree_flatten
 
+from svdq_cli.conversion.recording import Sample, record_blocks
 from svdq_cli.conversion.solving import solve_model
-from svdq_cli.preparing import prepare
-from svdq_cli.recipe import default_recipe
-from svdq_cli.reconstruct import Call, output_gains, reconstruct, record_trajectories
-from svdq_cli.reconstruct import run as tuning
+from svdq_cli.loading import load_beside
+from svdq_cli.offload import filled_copy
+from svdq_cli.preparing import RunOptions, prepare
+from svdq_cli.recipe import Calibration, default_recipe
+from svdq_cli.reconstruct import (
+    Call,
+    Recording,
+    Shelf,
+    blocks_of,
+    output_gains,
+    reconstruct,
+    record_trajectories,
+    tuning,
+    wiring_of,
+)
 from svdq_cli.reconstruct.objective import signals_of, trajectory_error
-from svdq_cli.reconstruct.run import blocks_of
+from svdq_cli.reconstruct.stream import Stream
 from svdq_cli.reconstruct.tunable import frozen
-from svdq_cli.records import LayerSolution, W4A4Solution
+from svdq_cli.records import LayerSolution, W4A4Solution, ignore_events
 from svdq_cli.runtime.linear import w4a4_exact
+from tests.tiny_families import tiny_pipeline
+
+CPU = RunOptions(device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -58,15 +74,33 @@ def test_the_blocks_of_a_plan_are_its_repeated_modules(solved):
     assert list(blocks_of(prepared.plan)) == ["transformer_blocks.0", "single_transformer_blocks.0"]
 
 
-def test_tuned_blocks_lose_less_and_store_what_they_were_judged_with(solved, monkeypatch: pytest.MonkeyPatch):
+def test_tuned_blocks_lose_less_and_store_what_they_were_judged_with(
+    solved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     prepared, solutions, load = solved
     monkeypatch.setattr(tuning, "STEPS", 20)
     monkeypatch.setattr(tuning, "JUDGE_EVERY", 10)
     model = load()
     recorded = record_trajectories(model, [draw_of(model, 6)] * 3, steps=6, most=4)
     assert [len(each.calls) for each in recorded] == [4, 4, 4]
-    tuned, blocks = reconstruct(model, prepared.plan, solutions, recorded, seed=0)
-    assert tuned.keys() == solutions.keys()
+    wiring = wiring_of(model.requires_grad_(False), blocks_of(prepared.plan), recorded[0].calls[0])
+    weights = model.state_dict()
+    found = list(
+        reconstruct(
+            model,
+            weights,
+            prepared.plan,
+            solutions,
+            Recording(recorded, wiring),
+            Shelf(tmp_path, host_bytes=0),
+            seed=0,
+        )
+    )
+    assert [each.name for each in found] == list(blocks_of(prepared.plan))
+    blocks = {each.name: each.search for each in found}
+    tuned = {name: solution for each in found for name, solution in each.solutions.items()}
+    assert tuned.keys() == {plan.name for plan in prepared.plan.w4a4}
+    assert not list(tmp_path.iterdir())
     assert all(block.after <= block.before for block in blocks.values())
     assert any(block.after < 0.95 * block.before for block in blocks.values())
     for name, solution in tuned.items():
@@ -80,10 +114,10 @@ def test_tuned_blocks_lose_less_and_store_what_they_were_judged_with(solved, mon
                 assert one.dtype == other.dtype
                 assert torch.isfinite(one.float()).all()
     for shared in prepared.plan.inputs:
-        smooths = [s.smooth for n in shared.layers if isinstance(s := tuned[n], W4A4Solution)]
+        smooths = [tuned[name].smooth for name in shared.layers if name in tuned]
         assert all(torch.equal(smooths[0], other) for other in smooths)
         for part in shared.branches:
-            downs = [s.down for n in part if isinstance(s := tuned[n], W4A4Solution)]
+            downs = [tuned[name].down for name in part if name in tuned]
             assert all(torch.equal(downs[0], other) for other in downs)
 
 
@@ -175,3 +209,57 @@ def test_gains_leave_the_model_as_it_was(solved):
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
     assert not model.is_gradient_checkpointing
     assert not model.get_submodule("transformer_blocks.0.ff.net.2")._forward_hooks
+
+
+@pytest.mark.parametrize("family", ["sdxl", "sd3", "sana", "qwen-image", "z-image", "flux2"])
+def test_blocks_are_given_what_the_whole_model_gives_them(family: str, tmp_path: Path):
+    """Though they have no weights until it is their turn, and those before them are not run again: in stacks, in
+    models of several stacks, and in UNets, whose skips go around blocks."""
+    source = tiny_pipeline(family, tmp_path / family)
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    calibration = Calibration(
+        prompts=str(tmp_path / "prompts.txt"), samples=1, steps=2, height=32, width=32, max_sequence_length=16
+    )
+    prepared = prepare(default_recipe(str(source), calibration=calibration))
+    recording = record_blocks(
+        prepared,
+        Sample(pictures=1, batches=1, calls=2),
+        options=CPU,
+        device=torch.device("cpu"),
+        observe=ignore_events,
+    )
+    order = recording.wiring.order
+    assert set(order) == set(blocks_of(prepared.plan))
+    made_for = {"class_name": prepared.plan.model_class, "device": torch.device("cpu")}
+    whole, _ = load_beside(prepared.source, (), **made_for)
+    bare, weights = load_beside(prepared.source, order, **made_for)
+    stream = Stream(bare, recording.wiring, recording.calls, Shelf(tmp_path / "shelf", host_bytes=1000))
+    for block in order:
+        assert all(parameter.is_meta for parameter in bare.get_submodule(block).parameters())
+        module = filled_copy(bare, block, weights, device=torch.device("cpu"))
+        for index, call in enumerate(recording.calls):
+            given = stream.given(block, index, torch.device("cpu"))
+            wanted = given_in(whole, block, call)
+            assert_same(given, wanted)
+            with torch.no_grad():
+                stream.keep(block, index, module(*given.args, **given.kwargs))
+            stream.forget(block, index)
+
+
+def given_in(model: torch.nn.Module, block: str, call: Call) -> Call:
+    """What a block is given in a call of the whole model."""
+    seen: list[Call] = []
+    handle = model.get_submodule(block).register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(Call(args, kwargs)), with_kwargs=True
+    )
+    with torch.no_grad():
+        model(*call.args, **call.kwargs)
+    handle.remove()
+    return seen[0]
+
+
+def assert_same(given: Call, wanted: Call) -> None:
+    one, other = (tree_flatten((call.args, call.kwargs)) for call in (given, wanted))
+    assert one[1] == other[1]
+    for mine, theirs in zip(one[0], other[0], strict=True):
+        assert torch.equal(mine, theirs) if isinstance(mine, torch.Tensor) else mine == theirs

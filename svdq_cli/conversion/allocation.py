@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 
-from svdq_cli.conversion.recording import can_record, recorded
+from svdq_cli.conversion.recording import Sample, can_record, recorded
 from svdq_cli.conversion.solving import Statistics, source_weight
 from svdq_cli.errors import UsageError
 from svdq_cli.journal import CHOICES, WorkFolder
@@ -24,8 +24,7 @@ from svdq_cli.solve.ranks import rank_errors
 from svdq_cli.writing import target_of
 
 RANKS = tuple(range(16, 129, 16))
-GAIN_PICTURES = 8  # drawn to see how a layer's noise reaches the output, one batch
-GAIN_CALLS = 8  # of them, spread over the steps
+GAIN_SAMPLE = Sample(pictures=8, batches=1, calls=8)  # shows how a layer's noise reaches the output
 
 
 def allocated(
@@ -91,15 +90,7 @@ def layer_gains(
     prepared: Prepared, options: RunOptions, device: torch.device, observe: Observer
 ) -> dict[str, float]:
     """How a W4A4 layer's noise reaches the model's output, measured on a few pictures."""
-    model, trajectories = recorded(
-        prepared,
-        pictures=GAIN_PICTURES,
-        batches=1,
-        calls=GAIN_CALLS,
-        options=options,
-        device=device,
-        observe=observe,
-    )
+    model, trajectories = recorded(prepared, GAIN_SAMPLE, options=options, device=device, observe=observe)
     names = [plan.name for plan in prepared.plan.w4a4]
     calls = [call for each in trajectories for call in each.calls]
     return output_gains(model, names, calls, seed=prepared.settings.seed)

@@ -24,22 +24,20 @@ from svdq_cli.calibrate.parts import MergedStats, PartFolder
 from svdq_cli.calibrate.pipelines import Batch, split_batches
 from svdq_cli.calibrate.prompts import prompts_digest
 from svdq_cli.calibrate.settings import DrawSettings, settings_json
+from svdq_cli.conversion.fitting import run_as_it_fits
 from svdq_cli.conversion.working import kept_work, wait_for_files, work_beside
-from svdq_cli.errors import InputError, OutOfResourcesError, UsageError
+from svdq_cli.errors import InputError, UsageError
 from svdq_cli.journal import Identity, WorkFolder
-from svdq_cli.loading import compute_dtype, fill_denoiser, load_without_denoiser
-from svdq_cli.machine import available_ram, available_vram, resident_ram, resolve_device
-from svdq_cli.offload import Room
+from svdq_cli.loading import load_without_denoiser
+from svdq_cli.machine import resolve_device
 from svdq_cli.preparing import DEFAULT_OPTIONS, Prepared, RunOptions, chosen_prompts, draw_settings, prepare
 from svdq_cli.recipe import Recipe
 from svdq_cli.records import CalibrateReport, Event, ModelPlan, Observer, ignore_events
 from svdq_cli.source import source_digest
-from svdq_cli.tokens import forward_bytes, image_tokens, text_tokens
 from svdq_cli.writing import refuse_existing, require_disk
 
 BEGUN = "begun"  # topic: where the work is
 DRAWN = "drawn"  # topic: a process has drawn its pictures
-SHARES = (1.0, 0.5, 0.0)  # of the room for weights, one after the other where memory runs out after all
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,47 +151,30 @@ def _draw(
     observe(Event("start", "encode", 0, len(left)))
     encoded = encode_prompts(pipe, source.component, left, settings=settings)
     observe(Event("end", "encode", len(left), len(left), seconds=time.monotonic() - started))
-    room = _room(drawing, device, options)
-    for share in SHARES:
-        try:
-            within = Room(int(room.device * share), room.host)
-            fill_denoiser(pipe, source, class_name=plan.model_class, device=device, room=within)
-            collect_parts(
-                pipe,
-                getattr(pipe, source.component),
-                plan.inputs,
-                batches,
-                draw=settings,
-                spread=Spread(drawing.rows, len(drawing.prompts), settings.seed),
-                parts=parts,
-                encoded=encoded,
-                observe=observe,
-            )
-            return
-        except OutOfResourcesError as error:
-            if share == SHARES[-1] or device.type != "cuda":
-                raise
-            torch.cuda.empty_cache()
-            observe(Event("warning", "calibrate", detail=f"{error.message}; fewer blocks stay on the GPU"))
 
+    def collect() -> None:
+        collect_parts(
+            pipe,
+            getattr(pipe, source.component),
+            plan.inputs,
+            batches,
+            draw=settings,
+            spread=Spread(drawing.rows, len(drawing.prompts), settings.seed),
+            parts=parts,
+            encoded=encoded,
+            observe=observe,
+        )
 
-def _room(drawing: Drawing, device: torch.device, options: RunOptions) -> Room:
-    """What the denoiser's weights may take once the rest has its share."""
-    settings, source = drawing.settings, drawing.prepared.source
-    picture = image_tokens(source, height=settings.height, width=settings.width) * (settings.frames or 1)
-    tokens = settings.batch_size * (picture + text_tokens(source, settings.max_sequence_length))
-    working = forward_bytes(
-        drawing.prepared.inventory.linears, tokens=tokens, itemsize=compute_dtype(device).itemsize
+    run_as_it_fits(
+        pipe,
+        drawing.prepared,
+        settings,
+        collect,
+        device=device,
+        options=options,
+        stage="calibrate",
+        observe=observe,
     )
-    ram = available_ram()
-    if options.max_ram is not None:
-        ram = min(ram, options.max_ram - resident_ram())
-    if device.type != "cuda":
-        return Room(max(0, ram - working), 0)
-    vram = available_vram(device)
-    if options.max_vram is not None:
-        vram = min(vram, options.max_vram - torch.cuda.memory_allocated(device))
-    return Room(max(0, vram - working), max(0, ram))
 
 
 def _batches(drawing: Drawing) -> tuple[Batch, ...]:

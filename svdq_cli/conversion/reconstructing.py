@@ -1,24 +1,33 @@
-"""The effort `best`: after all layers are solved, every transformer block is tuned against the 16-bit block."""
+"""The effort `best`: after all layers are solved, every transformer block is tuned against the 16-bit block.
+
+A block is kept in the work folder as soon as it is tuned. Only the block whose turn it is has weights, and what the
+blocks before it hand over waits in host memory, or on the disk where there is too little of that.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+import gc
+import shutil
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import asdict, replace
+from typing import cast
 
 import torch
 
-from svdq_cli.conversion.recording import can_record, recorded
+from svdq_cli.allocator import return_freed_memory
+from svdq_cli.conversion.fitting import free_ram
+from svdq_cli.conversion.recording import Sample, can_record, record_blocks
 from svdq_cli.conversion.solving import Statistics, source_weight
-from svdq_cli.errors import UsageError
+from svdq_cli.errors import InputError, UsageError
+from svdq_cli.journal import BLOCKS, SolvedLayers, WorkFolder, report_json, report_of_json
+from svdq_cli.loading import load_beside
 from svdq_cli.machine import on_device
 from svdq_cli.preparing import Prepared, RunOptions
-from svdq_cli.reconstruct import reconstruct
-from svdq_cli.records import BlockSearch, LayerReport, LayerSolution, Observer
+from svdq_cli.reconstruct import Shelf, TunedBlock, blocks_of, reconstruct
+from svdq_cli.records import BlockSearch, Event, LayerReport, LayerSolution, Observer
 from svdq_cli.solve.linear import measured
 
-PICTURES = 32  # drawn to record calls of the model
-BATCHES = 8  # of these pictures; the last quarter judges
-CALLS = 8  # of each batch, spread over its steps
+SAMPLE = Sample(pictures=32, batches=8, calls=8)  # the last quarter of the batches judges
 
 
 def require_blocks_run(prepared: Prepared) -> None:
@@ -34,44 +43,119 @@ def require_blocks_run(prepared: Prepared) -> None:
 def reconstructed(
     prepared: Prepared,
     statistics: Statistics,
-    solutions: Mapping[str, LayerSolution],
+    solved: SolvedLayers,
     reports: list[LayerReport],
     *,
     options: RunOptions,
     device: torch.device,
     observe: Observer,
-) -> tuple[dict[str, LayerSolution], list[LayerReport], dict[str, BlockSearch]]:
-    """Tuned solutions, their reports, and what tuning brought per block.
+) -> tuple[SolvedLayers, list[LayerReport], dict[str, BlockSearch]]:
+    """All layers with the blocks tuned, their reports, and what tuning brought per block.
 
-    Needs the pipeline and the recipe's prompts (`require_blocks_run`): a block is judged in the model, not on an
-    artefact's rows.
+    Blocks that the work folder of `solved` holds already are not tuned again. Needs the pipeline and the recipe's
+    prompts (`require_blocks_run`): a block is judged in the model, not on an artefact's rows.
     """
-    model, trajectories = recorded(
-        prepared,
-        pictures=PICTURES,
-        batches=BATCHES,
-        calls=CALLS,
-        options=options,
-        device=device,
+    work, blocks = solved.work, blocks_of(prepared.plan)
+    finished = [block for block in blocks if _is_finished(work, block, observe)]
+    if len(finished) < len(blocks):
+        before, cpu = {report.name: report for report in reports}, torch.device("cpu")
+        for tuned in _tuned(prepared, _overlaid(solved, finished), finished, options, device, observe):
+            again = [
+                _again(before[name], solution, prepared, statistics, device)
+                for name, solution in tuned.solutions.items()
+            ]
+            about = {"search": asdict(tuned.search), "reports": [report_json(report) for report in again]}
+            work.keep(BLOCKS, tuned.name, [on_device(each, cpu) for each in tuned.solutions.values()], about)
+    finished = [block for block in blocks if work.has(BLOCKS, block)]
+    tuned_reports = {report.name: report for block in finished for report in _kept_reports(work, block)}
+    return (
+        _overlaid(solved, finished),
+        [tuned_reports.get(report.name, report) for report in reports],
+        {block: _kept_search(work, block) for block in finished},
+    )
+
+
+def _tuned(
+    prepared: Prepared,
+    solved: SolvedLayers,
+    finished: Collection[str],
+    options: RunOptions,
+    device: torch.device,
+    observe: Observer,
+) -> Iterator[TunedBlock]:
+    recording = record_blocks(prepared, SAMPLE, options=options, device=device, observe=observe)
+    _return_memory()  # of the pipeline
+    model, weights = load_beside(
+        prepared.source, recording.wiring.order, class_name=prepared.plan.model_class, device=device
+    )
+    folder = solved.work.passages
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+    yield from reconstruct(
+        model,
+        weights,
+        prepared.plan,
+        solved,
+        recording,
+        Shelf(folder, host_bytes=free_ram(options) // 2),
+        seed=prepared.settings.seed,
+        finished=finished,
         observe=observe,
     )
-    tuned, blocks = reconstruct(
-        model, prepared.plan, solutions, trajectories, seed=prepared.settings.seed, observe=observe
-    )
-    return tuned, [_again(report, tuned, prepared, statistics, device) for report in reports], blocks
+
+
+def _return_memory() -> None:
+    gc.collect()  # modules with hooks refer to themselves
+    return_freed_memory()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _again(
     report: LayerReport,
-    solutions: Mapping[str, LayerSolution],
+    solution: LayerSolution,
     prepared: Prepared,
     statistics: Statistics,
     device: torch.device,
 ) -> LayerReport:
     """A layer's report with the figures of its tuned solution."""
-    solution = solutions[report.name]
     shared = next(shared for shared in prepared.plan.inputs if report.name in shared.layers)
     weight = source_weight(prepared.source, solution.plan, device)
     rows = statistics(shared.name).rows.to(device).float()
     sqnr, error = measured(on_device(solution, device), weight, rows)
     return replace(report, sqnr_db=sqnr, weight_error=error)
+
+
+# ------------------------------------------------------------------------------------------------- what is kept
+
+
+def _is_finished(work: WorkFolder, block: str, observe: Observer) -> bool:
+    """A damaged file is none: the block is tuned again, and that is said."""
+    if not work.has(BLOCKS, block):
+        return False
+    try:
+        _kept_reports(work, block)
+        _kept_search(work, block)
+    except (InputError, KeyError, TypeError, ValueError) as error:
+        observe(Event("warning", "reconstruct", detail=f"{block} is tuned again: {error}"))
+        work.discard(BLOCKS, block)
+        return False
+    return True
+
+
+def _overlaid(solved: SolvedLayers, blocks: Iterable[str]) -> SolvedLayers:
+    """The same layers, those of tuned blocks as they were tuned."""
+    tuned = {
+        report.name: (BLOCKS, block, solved.places[report.name][2])
+        for block in blocks
+        for report in _kept_reports(solved.work, block)
+    }
+    return replace(solved, places={**solved.places, **tuned})
+
+
+def _kept_reports(work: WorkFolder, block: str) -> list[LayerReport]:
+    said = cast("list[dict[str, object]]", work.about(BLOCKS, block)["reports"])
+    return [report_of_json(each) for each in said]
+
+
+def _kept_search(work: WorkFolder, block: str) -> BlockSearch:
+    return BlockSearch(**cast("dict[str, float]", work.about(BLOCKS, block)["search"]))

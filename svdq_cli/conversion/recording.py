@@ -1,18 +1,36 @@
-"""The 16-bit model with the trajectories of a few pictures, for steps that need the model itself and not only rows."""
+"""What is seen of the 16-bit model while it draws a few pictures, for steps that need more than rows of activations."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from svdq_cli.calibrate.pipelines import draw
-from svdq_cli.loading import load_16bit_pipeline
+from svdq_cli.calibrate.embeddings import EncodedPrompts
+from svdq_cli.calibrate.encode import encode_prompts
+from svdq_cli.calibrate.pipelines import Batch, drawn_batches, split_batches
+from svdq_cli.calibrate.settings import DrawSettings
+from svdq_cli.conversion.fitting import run_as_it_fits
+from svdq_cli.loading import load_16bit_pipeline, load_without_denoiser
 from svdq_cli.preparing import Prepared, RunOptions, chosen_prompts, draw_settings
-from svdq_cli.reconstruct import Trajectory, record_trajectories
+from svdq_cli.reconstruct import Recording, Trajectory, blocks_of, record_trajectories, wiring_of
 from svdq_cli.records import Observer
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What is drawn, and what is kept of it: the first `pictures` of the calibration's prompts in `batches` batches (or
+    fewer pictures, where the recipe's batch size asks for smaller batches), and at most `calls` calls of each batch."""
+
+    pictures: int
+    batches: int
+    calls: int
 
 
 def can_record(prepared: Prepared) -> bool:
@@ -22,32 +40,81 @@ def can_record(prepared: Prepared) -> bool:
 
 def recorded(
     prepared: Prepared,
+    sample: Sample,
     *,
-    pictures: int,
-    batches: int,
-    calls: int,
     options: RunOptions,
     device: torch.device,
     observe: Observer,
 ) -> tuple[nn.Module, list[Trajectory]]:
-    """The 16-bit model on `device`, and at most `calls` calls of each batch of pictures that it drew.
+    """The 16-bit model, whole on `device`, and its calls."""
+    settings = sample_settings(prepared, sample, options)
+    batches = _batches(prepared, sample, settings, options, observe)
+    pipe = load_16bit_pipeline(prepared.source, class_name=prepared.plan.model_class, device=device)
+    trajectories = _trajectories(prepared, pipe, batches, settings, sample.calls, None, observe)
+    return getattr(pipe, prepared.source.component), trajectories
 
-    Draws the first `pictures` of the calibration's prompts in `batches` batches (or fewer pictures, where the recipe's
-    batch size asks for smaller batches).
-    """
-    source = prepared.source
-    settings = draw_settings(prepared.recipe, source, beside=options.beside)
-    settings = replace(settings, batch_size=max(1, min(settings.batch_size, pictures // batches)))
-    prompts = chosen_prompts(prepared.recipe, options, observe)[
-        : min(pictures, batches * settings.batch_size)
-    ]
-    pipe = load_16bit_pipeline(source, class_name=prepared.plan.model_class, device=device)
-    model = getattr(pipe, source.component)
 
-    def drawing(first: int, part: Sequence[str]) -> Callable[[], object]:
-        own = replace(settings, seed=settings.seed + first)
-        return lambda: draw(pipe, part, settings=own, stage="record", observe=observe)
+def record_blocks(
+    prepared: Prepared,
+    sample: Sample,
+    *,
+    options: RunOptions,
+    device: torch.device,
+    observe: Observer,
+) -> Recording:
+    """The same calls with the wiring of the model's blocks; the model itself need not fit on the device, nor stay."""
+    settings = sample_settings(prepared, sample, options)
+    batches = _batches(prepared, sample, settings, options, observe)
+    component = prepared.source.component
+    pipe = load_without_denoiser(prepared.source, class_name=prepared.plan.model_class, device=device)
+    encoded = encode_prompts(pipe, component, batches, settings=settings)
 
-    size = settings.batch_size
-    draws = [drawing(first, prompts[first : first + size]) for first in range(0, len(prompts), size)]
-    return model, record_trajectories(model, draws, steps=settings.steps, most=calls)
+    def record() -> Recording:
+        trajectories = _trajectories(prepared, pipe, batches, settings, sample.calls, encoded, observe)
+        model = getattr(pipe, component)
+        return Recording(trajectories, wiring_of(model, blocks_of(prepared.plan), trajectories[0].calls[0]))
+
+    return run_as_it_fits(
+        pipe, prepared, settings, record, device=device, options=options, stage="record", observe=observe
+    )
+
+
+def sample_settings(prepared: Prepared, sample: Sample, options: RunOptions) -> DrawSettings:
+    """How a sample is drawn."""
+    settings = draw_settings(prepared.recipe, prepared.source, beside=options.beside)
+    return replace(settings, batch_size=max(1, min(settings.batch_size, sample.pictures // sample.batches)))
+
+
+def _batches(
+    prepared: Prepared, sample: Sample, settings: DrawSettings, options: RunOptions, observe: Observer
+) -> tuple[Batch, ...]:
+    prompts = chosen_prompts(prepared.recipe, options, observe)
+    most = min(sample.pictures, sample.batches * settings.batch_size)
+    return split_batches(prompts[:most], settings=settings)
+
+
+def _trajectories(
+    prepared: Prepared,
+    pipe: DiffusionPipeline,
+    batches: Sequence[Batch],
+    settings: DrawSettings,
+    most: int,
+    encoded: EncodedPrompts | None,
+    observe: Observer,
+) -> list[Trajectory]:
+    def drawing(batch: Batch) -> Callable[[], object]:
+        return lambda: list(
+            drawn_batches(
+                pipe,
+                [batch],
+                settings=settings,
+                total=len(batch.prompts),
+                output_type="latent",
+                stage="record",
+                observe=observe,
+                encoded=encoded,
+            )
+        )
+
+    model = getattr(pipe, prepared.source.component)
+    return record_trajectories(model, map(drawing, batches), steps=settings.steps, most=most)

@@ -27,7 +27,7 @@ from svdq_cli.conversion.sharing import CALIBRATED
 from svdq_cli.conversion.solving import Statistics, finite_tensor, solve_into, solved_layers
 from svdq_cli.conversion.working import kept_work, work_beside
 from svdq_cli.errors import InputError
-from svdq_cli.journal import LAYERS, Identity, WorkFolder
+from svdq_cli.journal import BLOCKS, LAYERS, Identity, WorkFolder
 from svdq_cli.locate import portable_name
 from svdq_cli.machine import limit_vram, peak_memory, resolve_device
 from svdq_cli.placing import require_places
@@ -247,7 +247,13 @@ def _calibration_identity(job: Job) -> Mapping[str, object] | None:
     if job.data_free:
         return None
     if job.calibration is not None:
-        return {"sha256": job.calibration.digest}
+        artefact = {"sha256": job.calibration.digest}
+        return {**artefact, **_drawn_identity(job)} if job.tunes_blocks else artefact
+    return _drawn_identity(job)
+
+
+def _drawn_identity(job: Job) -> Mapping[str, object]:
+    """What pictures are drawn."""
     prompts = chosen_prompts(job.recipe, job.options, ignore_events)
     settings = draw_settings(job.recipe, job.prepared.source, beside=job.options.beside)
     return {"prompts sha256": prompts_digest(prompts), **settings_json(settings)}
@@ -259,7 +265,8 @@ def _work_of(job: Job) -> Iterator[WorkFolder]:
     portions = len(job.prepared.plan.portions)
 
     def kept(work: WorkFolder) -> str:
-        return f"{len(work.finished(LAYERS))} of {portions} solved portions"
+        tuned = f" and {blocks} tuned blocks" if (blocks := len(work.finished(BLOCKS))) else ""
+        return f"{len(work.finished(LAYERS))} of {portions} solved portions{tuned}"
 
     with kept_work(
         job.work, identity_of(job), options=job.options, stage="convert", kept=kept, observe=job.observe

@@ -3,6 +3,20 @@ the output, for the ranks. Ours."""
 
 from svdq_cli.reconstruct.calls import Call, Trajectory, record_trajectories
 from svdq_cli.reconstruct.gains import output_gains
-from svdq_cli.reconstruct.run import reconstruct
+from svdq_cli.reconstruct.run import Recording, TunedBlock, blocks_of, reconstruct
+from svdq_cli.reconstruct.shelf import Shelf
+from svdq_cli.reconstruct.wiring import Wiring, wiring_of
 
-__all__ = ["Call", "Trajectory", "output_gains", "reconstruct", "record_trajectories"]
+__all__ = [
+    "Call",
+    "Recording",
+    "Shelf",
+    "Trajectory",
+    "TunedBlock",
+    "Wiring",
+    "blocks_of",
+    "output_gains",
+    "reconstruct",
+    "record_trajectories",
+    "wiring_of",
+]

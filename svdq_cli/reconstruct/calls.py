@@ -46,17 +46,29 @@ def evenly_spaced(calls: Sequence[Call], most: int) -> tuple[Call, ...]:
     return tuple(calls[round(i * (len(calls) - 1) / max(count - 1, 1))] for i in range(count))
 
 
-def detached(value: Any) -> Any:
-    """The same value without gradients, in tuples, lists and dicts too."""
+def mapped(value: Any, change: Callable[[Tensor], Any]) -> Any:
+    """The same value with every tensor changed, in tuples, lists and dicts too."""
     if isinstance(value, Tensor):
-        return value.detach()
+        return change(value)
     if isinstance(value, tuple):
-        return tuple(detached(part) for part in value)
+        return tuple(mapped(part, change) for part in value)
     if isinstance(value, list):
-        return [detached(part) for part in value]
+        return [mapped(part, change) for part in value]
     if isinstance(value, dict):
-        return {key: detached(part) for key, part in value.items()}
+        return {key: mapped(part, change) for key, part in value.items()}
     return value
+
+
+def tensors_of(value: object) -> tuple[Tensor, ...]:
+    """The tensors of what a module takes or returns, in order, whatever they come in."""
+    found: list[Tensor] = []
+    mapped(value, found.append)
+    return tuple(found)
+
+
+def detached(value: Any) -> Any:
+    """The same value without gradients."""
+    return mapped(value, Tensor.detach)
 
 
 def _calls_of(model: nn.Module, draw: Callable[[], object]) -> list[Call]:

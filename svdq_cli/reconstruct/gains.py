@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from svdq_cli.reconstruct.calls import Call
+from svdq_cli.reconstruct.calls import Call, tensors_of
 
 
 def output_gains(
@@ -25,7 +25,7 @@ def output_gains(
     total = dict.fromkeys(layers, 0.0)
     for call in calls:
         with _watched(model, layers, total), torch.enable_grad():
-            outputs = _tensors(model(*call.args, **call.kwargs))
+            outputs = [out for out in tensors_of(model(*call.args, **call.kwargs)) if out.requires_grad]
             power = sum(float(out.detach().float().square().sum()) for out in outputs)
             probe = sum((out.float() * _normal(out, generator)).sum() for out in outputs)
             assert isinstance(probe, Tensor)
@@ -86,13 +86,3 @@ def _recomputed(model: nn.Module) -> Iterator[None]:
 
 def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(like.shape, generator=generator).to(like.device)
-
-
-def _tensors(output: object) -> list[Tensor]:
-    if isinstance(output, Tensor):
-        return [output] if output.requires_grad else []
-    if isinstance(output, dict):
-        output = list(output.values())
-    return (
-        [tensor for part in output for tensor in _tensors(part)] if isinstance(output, (tuple, list)) else []
-    )

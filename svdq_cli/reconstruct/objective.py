@@ -8,7 +8,7 @@ pictures get no better.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,12 +16,10 @@ from torch import Tensor
 Outputs = tuple[Tensor, ...]  # of a block: one tensor or several, in its own order
 
 
-def signals_of(wanted: Sequence[Outputs]) -> list[float]:
+def signals_of(wanted: Iterable[Outputs]) -> list[float]:
     """The mean power of a call, for each of the block's outputs."""
-    return [
-        max(sum(float(out.float().square().sum()) for out in each) / len(wanted), 1e-30)
-        for each in zip(*wanted, strict=True)
-    ]
+    powers = [[float(out.float().square().sum()) for out in outputs] for outputs in wanted]
+    return [max(sum(each) / len(powers), 1e-30) for each in zip(*powers, strict=True)]
 
 
 def trajectory_error(errors: Sequence[Outputs], signals: Sequence[float], length: int) -> Tensor:

@@ -1,262 +1,205 @@
-"""One block after the other, each tuned on what the 4-bit blocks before it really hand over."""
+"""One block after the other, each tuned on what the 4-bit blocks before it really hand over.
+
+Two streams of hidden states go through the model, of the 16-bit blocks and of the 4-bit ones. One block at a time has
+weights; what lies between the blocks always has.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
 from svdq_cli.machine import on_device
-from svdq_cli.reconstruct.calls import Call, Trajectory, detached
-from svdq_cli.reconstruct.objective import signals_of, trajectory_error
-from svdq_cli.reconstruct.tunable import TunableBlock, frozen
+from svdq_cli.offload import filled_copy
+from svdq_cli.reconstruct.calls import Call, Trajectory
+from svdq_cli.reconstruct.places import put, put_for_now
+from svdq_cli.reconstruct.shelf import Kept, Shelf
+from svdq_cli.reconstruct.stream import Stream
+from svdq_cli.reconstruct.tunable import frozen
+from svdq_cli.reconstruct.tuning import Passage, Passages, tune_block
+from svdq_cli.reconstruct.wiring import Wiring
 from svdq_cli.records import (
     BlockSearch,
     Event,
     LayerSolution,
     ModelPlan,
     Observer,
-    SharedInput,
     W4A4Solution,
     ignore_events,
 )
 from svdq_cli.runtime.linear import quantized_linear
 
-STEPS = 150
-CALLS_PER_STEP = 3  # of one trajectory: enough pairs to see what stays from step to step
-JUDGE_EVERY = 30  # steps between two looks at the held-out trajectories
-LEARNING_RATE = 2e-3  # a step's size relative to a parameter's RMS
-HELD_OUT = 4  # one trajectory in four judges: the last ones, which are of other pictures
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Recording:
+    """What reconstruction needs to have seen of the whole 16-bit model."""
+
+    trajectories: Sequence[Trajectory]  # in the order of pictures
+    wiring: Wiring
+
+    @property
+    def calls(self) -> list[Call]:
+        return [call for each in self.trajectories for call in each.calls]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Passage:
-    """What one block was given, and what it made of it in the 16-bit model."""
+class TunedBlock:
+    """A block that was gone through."""
 
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    wanted: tuple[Tensor, ...]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Passages:
-    """A block's part of one trajectory."""
-
-    of: tuple[_Passage, ...]
-    length: int  # of the whole trajectory
+    name: str
+    solutions: Mapping[str, W4A4Solution]  # of the layers that were tuned
+    search: BlockSearch
 
 
 def reconstruct(
     model: nn.Module,
+    weights: Mapping[str, Tensor],
     plan: ModelPlan,
     solutions: Mapping[str, LayerSolution],
-    trajectories: Sequence[Trajectory],
+    recording: Recording,
+    shelf: Shelf,
     *,
     seed: int,
+    finished: Collection[str] = frozenset(),
     observe: Observer = ignore_events,
-) -> tuple[dict[str, LayerSolution], dict[str, BlockSearch]]:
-    """Tuned solutions and what that brought per block. `model` is the 16-bit model, on the device that tunes; it is
-    left with converted linears. `trajectories`: in the order of pictures.
+) -> Iterator[TunedBlock]:
+    """The blocks in the order in which the model runs them, each as soon as it is tuned.
 
-    A block that tuning does not make better on held-out trajectories keeps its solutions. Costs two passes through the
-    blocks before it per block and call.
+    `model`: the 16-bit model on the device that tunes, whole but for the blocks, which get their `weights` (the state
+    dict's, read when they are asked for) when it is their turn. `finished`: blocks whose `solutions` are tuned already;
+    they are only gone through. A block that tuning does not make better on held-out trajectories keeps its solutions.
     """
-    device = next(model.parameters()).device
-    model.requires_grad_(False)
-    best = {name: on_device(solution, device) for name, solution in solutions.items()}
-    blocks = _in_order(model, blocks_of(plan), trajectories[0].calls[0])
-    originals = {layer.name: model.get_submodule(layer.name) for layer in plan.layers}
-    converted: set[str] = set()
-    reports: dict[str, BlockSearch] = {}
+    order = recording.wiring.order
     started = time.monotonic()
-    observe(Event("start", "reconstruct", 0, len(blocks)))
-    for block, inputs in blocks.items():
-        _put(model, originals)
-        wanted = [[_passage(model, block, call)[1] for call in each.calls] for each in trajectories]
-        _put(model, {name: _runnable(best[name]) for name in converted})
-        passages = [
-            _Passages(_given(model, block, each.calls, exact), each.length)
-            for each, exact in zip(trajectories, wanted, strict=True)
-        ]
-        names = [name for shared in inputs for name in shared.layers]
-        tuned, report = _tune(model.get_submodule(block), inputs, best, passages, model, seed)
-        best.update(tuned)
-        reports[block] = report
-        converted.update(names)
-        gain = f"{block}  {report.before:.2e} -> {report.after:.2e}"
-        observe(Event("advance", "reconstruct", len(reports), len(blocks), gain, time.monotonic() - started))
-    observe(Event("end", "reconstruct", len(blocks), len(blocks), seconds=time.monotonic() - started))
-    return {name: on_device(solution, torch.device("cpu")) for name, solution in best.items()}, reports
+    observe(Event("start", "reconstruct", 0, len(order)))
+    walk = _Walk(model, weights, plan, solutions, recording, shelf)
+    for done, block in enumerate(order, 1):
+        tuned = walk.through(block, seed=None if block in finished else seed)
+        detail = f"{block}  taken over from an earlier run"
+        if tuned is not None:
+            yield tuned
+            detail = f"{block}  {tuned.search.before:.2e} -> {tuned.search.after:.2e}"
+        observe(Event("advance", "reconstruct", done, len(order), detail, time.monotonic() - started))
+    observe(Event("end", "reconstruct", len(order), len(order), seconds=time.monotonic() - started))
 
 
-def blocks_of(plan: ModelPlan) -> dict[str, list[SharedInput]]:
-    """The repeated blocks by path, each with its inputs: the deepest numbered module that holds several inputs."""
-    holders: dict[str, list[SharedInput]] = {}
+class _Walk:
+    """Both streams on their way through the model."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        weights: Mapping[str, Tensor],
+        plan: ModelPlan,
+        solutions: Mapping[str, LayerSolution],
+        recording: Recording,
+        shelf: Shelf,
+    ) -> None:
+        self._model, self._weights, self._plan, self._solutions = model, weights, plan, solutions
+        self._trajectories, self._shelf = recording.trajectories, shelf
+        self._device = next(p.device for p in model.parameters() if not p.is_meta)
+        wiring, calls = recording.wiring, recording.calls
+        self._exact, self._quantized = (Stream(model, wiring, calls, shelf) for _ in range(2))
+        heads = tuple(f"{block}." for block in wiring.order)
+        beside = [layer.name for layer in plan.layers if not layer.name.startswith(heads)]
+        self._beside = _runnable(self._read(beside))
+
+    def through(self, block: str, *, seed: int | None) -> TunedBlock | None:
+        """Both streams to the other side of the next block. None without a seed, which tuning needs."""
+        filled = filled_copy(self._model, block, self._weights, device=self._device)
+        inside = [layer.name for layer in self._plan.layers if layer.name.startswith(f"{block}.")]
+        solutions = self._read(inside)
+        with put_for_now(self._model, {block: filled}):
+            wanted = self._wanted(block)
+            put(self._model, _runnable(solutions))
+            given = self._given(block)
+            tuned = None
+            if seed is not None:
+                passages = list(map(Passage, given, wanted))
+                tuned = self._tuned(block, solutions, passages, seed)
+                put(self._model, _runnable(tuned.solutions))
+            self._pass_on(block, given)
+        return tuned
+
+    @torch.no_grad()
+    def _wanted(self, block: str) -> list[Kept]:
+        """What the 16-bit block returns in every call."""
+        wanted: list[Kept] = []
+        for index in self._calls:
+            given = self._exact.given(block, index, self._device)
+            output = self._model.get_submodule(block)(*given.args, **given.kwargs)
+            wanted.append(self._exact.keep(block, index, output))
+            self._exact.forget(block, index)
+        return wanted
+
+    def _given(self, block: str) -> list[Kept]:
+        """What the blocks before the 4-bit block hand over to it in every call: args, kwargs."""
+        given: list[Kept] = []
+        with put_for_now(self._model, self._beside):
+            for index in self._calls:
+                call = self._quantized.given(block, index, self._device)
+                given.append(self._shelf.keep((call.args, call.kwargs)))
+                self._quantized.forget(block, index)
+        return given
+
+    @torch.no_grad()
+    def _pass_on(self, block: str, given: Sequence[Kept]) -> None:
+        """What the 4-bit block makes of that."""
+        for index in self._calls:
+            args, kwargs = given[index].on(self._device)
+            self._quantized.keep(block, index, self._model.get_submodule(block)(*args, **kwargs))
+            self._quantized.forget(block, index)
+
+    def _tuned(
+        self, block: str, solutions: Mapping[str, LayerSolution], passages: Sequence[Passage], seed: int
+    ) -> TunedBlock:
+        # an input that layers elsewhere share too has a smoothing factor that could not be judged here
+        inputs = [shared for shared in self._plan.inputs if set(shared.layers) <= solutions.keys()]
+        tuned = {name for shared in inputs for name in shared.layers}
+        w4a4 = {
+            name: each for name, each in solutions.items() if name in tuned and isinstance(each, W4A4Solution)
+        }
+        waiting = iter(passages)
+        found, search = tune_block(
+            self._model,
+            block,
+            inputs,
+            w4a4,
+            [Passages(tuple(islice(waiting, len(each.calls))), each.length) for each in self._trajectories],
+            device=self._device,
+            seed=seed,
+        )
+        return TunedBlock(block, found, search)
+
+    def _read(self, names: Iterable[str]) -> dict[str, LayerSolution]:
+        return {name: on_device(self._solutions[name], self._device) for name in names}
+
+    @property
+    def _calls(self) -> range:
+        return range(sum(len(each.calls) for each in self._trajectories))
+
+
+def _runnable(solutions: Mapping[str, LayerSolution]) -> dict[str, nn.Module]:
+    """Layers as they are stored."""
+    return {
+        name: frozen(each) if isinstance(each, W4A4Solution) else quantized_linear(each)
+        for name, each in solutions.items()
+    }
+
+
+def blocks_of(plan: ModelPlan) -> tuple[str, ...]:
+    """The paths of the repeated blocks: the deepest numbered modules that hold several inputs."""
+    inputs: Counter[str] = Counter()
     for shared in plan.inputs:
         parts = shared.layers[0].split(".")
         for end in range(1, len(parts)):
             if parts[end - 1].isdigit():
-                holders.setdefault(".".join(parts[:end]), []).append(shared)
-    several = {path: inputs for path, inputs in holders.items() if len(inputs) > 1}
-    return {
-        path: inputs
-        for path, inputs in several.items()
-        if not any(other.startswith(path + ".") for other in several)
-    }
-
-
-def _in_order(
-    model: nn.Module, blocks: dict[str, list[SharedInput]], call: Call
-) -> dict[str, list[SharedInput]]:
-    """The blocks in the order in which the model runs them."""
-    order: list[str] = []
-    handles = [
-        model.get_submodule(path).register_forward_pre_hook(lambda *_, path=path: order.append(path))
-        for path in blocks
-    ]
-    try:
-        with torch.no_grad():
-            model(*call.args, **call.kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {path: blocks[path] for path in dict.fromkeys(order)}
-
-
-class _Reached(Exception):
-    """The block that was waited for has been reached; the rest of the model need not run."""
-
-
-@torch.no_grad()
-def _passage(
-    model: nn.Module, block: str, call: Call, *, run: bool = True
-) -> tuple[Call, tuple[Tensor, ...]]:
-    """What `block` is given in one call of the model, and (with `run`) what it returns."""
-    seen: list[Call] = []
-    made: list[tuple[Tensor, ...]] = []
-
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.append(Call(detached(args), detached(kwargs)))
-        if not run:
-            raise _Reached
-
-    def after(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
-        made.append(_tensors(output))
-        raise _Reached
-
-    module = model.get_submodule(block)
-    handles = [
-        module.register_forward_pre_hook(before, with_kwargs=True),
-        module.register_forward_hook(after),
-    ]
-    try:
-        model(*call.args, **call.kwargs)
-    except _Reached:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen[0], made[0] if made else ()
-
-
-def _given(
-    model: nn.Module, block: str, calls: Sequence[Call], wanted: Sequence[tuple[Tensor, ...]]
-) -> tuple[_Passage, ...]:
-    given = [_passage(model, block, call, run=False)[0] for call in calls]
-    return tuple(_Passage(g.args, g.kwargs, exact) for g, exact in zip(given, wanted, strict=True))
-
-
-def _tune(
-    block: nn.Module,
-    inputs: Sequence[SharedInput],
-    solutions: Mapping[str, LayerSolution],
-    passages: Sequence[_Passages],
-    model: nn.Module,
-    seed: int,
-) -> tuple[dict[str, LayerSolution], BlockSearch]:
-    names = [name for shared in inputs for name in shared.layers]
-    w4a4 = {name: s for name in names if isinstance(s := solutions[name], W4A4Solution)}
-    _put(model, {name: quantized_linear(solutions[name]) for name in names if name not in w4a4})
-    cut = len(passages) - max(1, len(passages) // HELD_OUT)
-    train, judge = passages[:cut], passages[cut:]
-    signals = signals_of([passage.wanted for each in passages for passage in each.of])
-
-    def error(passages: Sequence[_Passage], length: int) -> Tensor:
-        return trajectory_error([_lost(block, passage) for passage in passages], signals, length)
-
-    @torch.no_grad()
-    def judged(found: Mapping[str, W4A4Solution]) -> float:
-        with _put_for_now(model, {name: frozen(solution) for name, solution in found.items()}):
-            return sum(float(error(each.of, each.length)) for each in judge) / len(judge)
-
-    tunable = TunableBlock(inputs, w4a4)
-    parameters = tunable.parameters()
-    optimizer = torch.optim.Adam(
-        [
-            {"params": [p], "lr": LEARNING_RATE * _size(p), "full": LEARNING_RATE * _size(p)}
-            for p in parameters
-        ]
-    )
-    before = least = judged(w4a4)
-    best: dict[str, W4A4Solution] = dict(w4a4)
-    order = torch.Generator().manual_seed(seed)
-    for step in range(STEPS if train else 0):
-        for group in optimizer.param_groups:
-            group["lr"] = group["full"] * (1 - 0.9 * step / STEPS)
-        each = train[int(torch.randint(len(train), (1,), generator=order))]
-        some = torch.randperm(len(each.of), generator=order)[:CALLS_PER_STEP].tolist()
-        with _put_for_now(model, tunable.layers), torch.enable_grad():
-            loss = error([each.of[index] for index in some], each.length)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        if (step + 1) % JUDGE_EVERY == 0:
-            stored = tunable.rounded()
-            if (reached := judged(stored)) < least:
-                best, least = stored, reached
-    return dict(best), BlockSearch(before, least)
-
-
-def _size(parameter: nn.Parameter) -> float:
-    """A parameter's RMS; of a smoothing factor, that of its logarithm."""
-    return max(float(parameter.detach().float().square().mean().sqrt()), 1e-4)
-
-
-def _lost(block: nn.Module, passage: _Passage) -> tuple[Tensor, ...]:
-    """What the block's outputs are off by."""
-    found = _tensors(block(*passage.args, **passage.kwargs))
-    return tuple(out.float() - exact.float() for out, exact in zip(found, passage.wanted, strict=True))
-
-
-def _put(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-    for name, layer in layers.items():
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, layer)
-
-
-@contextmanager
-def _put_for_now(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
-    before = {name: model.get_submodule(name) for name in layers}
-    _put(model, layers)
-    try:
-        yield
-    finally:
-        _put(model, before)
-
-
-def _runnable(solution: LayerSolution) -> nn.Module:
-    return frozen(solution) if isinstance(solution, W4A4Solution) else quantized_linear(solution)
-
-
-def _tensors(output: object) -> tuple[Tensor, ...]:
-    """A block's output tensors, whatever they come in."""
-    if isinstance(output, Tensor):
-        return (output,)
-    if isinstance(output, (tuple, list)):
-        return tuple(tensor for part in output for tensor in _tensors(part))
-    return ()
+                inputs[".".join(parts[:end])] += 1
+    several = [path for path, count in inputs.items() if count > 1]
+    return tuple(path for path in several if not any(other.startswith(f"{path}.") for other in several))
