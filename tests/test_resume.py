@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,9 +21,11 @@ from svdq_cli import writing
 from svdq_cli.conversion import run as converting
 from svdq_cli.conversion import solving
 from svdq_cli.errors import InterruptedRunError, OutOfResourcesError, SvdqError, Terminated, UsageError
-from svdq_cli.pipeline import check, convert
+from svdq_cli.pipeline import calibrate, check, convert
 from svdq_cli.preparing import RunOptions
-from svdq_cli.recipe import Quantization, Recipe, default_recipe
+from svdq_cli.recipe import Calibration, Quantization, Recipe, default_recipe
+from svdq_cli.reconstruct import run as reconstructing_blocks
+from svdq_cli.reconstruct import tuning
 from svdq_cli.records import Event
 from svdq_cli.source import open_source
 
@@ -282,3 +285,147 @@ def test_an_interrupted_command_names_the_one_that_goes_on(
     resuming = next(line for line in said.err.splitlines() if "to go on: svdq" in line)
     assert run(resuming.split("svdq ", 1)[1].split()) == 0
     assert json.loads(capsys.readouterr().out)["layers_taken_over"] > 0
+
+
+# ------------------------------------------------------------------------------------------------- effort best
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text("a red circle\na blue square\n")
+    return path
+
+
+def best_recipe(source: Path, prompts: Path) -> Recipe:
+    drawn = {"samples": 2, "steps": 2, "height": 32, "width": 32, "max_sequence_length": 16, "rows": 128}
+    return default_recipe(
+        str(source),
+        calibration=Calibration.model_validate({"prompts": str(prompts), **drawn}),
+        quantization=Quantization.model_validate(
+            {"rank": 16, "effort": "best", "smoothing": "closed-form", "search": []}
+        ),
+    )
+
+
+@pytest.fixture
+def few_steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Tuning in a moment. Lists the blocks that are tuned."""
+    return with_few_steps(monkeypatch)
+
+
+def with_few_steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    tuned: list[str] = []
+    tune = reconstructing_blocks.tune_block
+
+    def counted(model, block, *rest, **named):
+        tuned.append(block)
+        return tune(model, block, *rest, **named)
+
+    monkeypatch.setattr(tuning, "STEPS", 4)
+    monkeypatch.setattr(tuning, "JUDGE_EVERY", 2)
+    monkeypatch.setattr(reconstructing_blocks, "tune_block", counted)
+    return tuned
+
+
+@pytest.fixture(scope="module")
+def best_whole(tiny_flux: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same conversion, left alone."""
+    folder = tmp_path_factory.mktemp("best")
+    with pytest.MonkeyPatch.context() as patch:
+        tuned = with_few_steps(patch)
+        convert(best_recipe(tiny_flux, prompts), folder / "out", options=CPU)
+    assert tuned == ["transformer_blocks.0", "single_transformer_blocks.0"]
+    return folder / "out"
+
+
+def test_tuned_blocks_are_not_tuned_again(
+    tiny_flux: Path, prompts: Path, best_whole: Path, tmp_path: Path, few_steps: list[str]
+):
+    def stop(event: Event) -> None:
+        if event.stage == "reconstruct" and event.kind == "advance":
+            raise Terminated
+
+    recipe = best_recipe(tiny_flux, prompts)
+    with pytest.raises(InterruptedRunError, match="told to stop") as caught:
+        convert(recipe, tmp_path / "out", options=CPU, observe=stop)
+    assert caught.value.code == 75
+    assert "1 tuned block;" in str(caught.value.hint)
+    assert few_steps == ["transformer_blocks.0"]
+    with pytest.raises(InterruptedRunError):
+        convert(recipe, tmp_path / "out", options=RESUME, observe=stop)
+    assert few_steps == ["transformer_blocks.0"], "the first event after it says that it is taken over"
+    report = convert(recipe, tmp_path / "out", options=RESUME)
+    assert few_steps == ["transformer_blocks.0", "single_transformer_blocks.0"]
+    assert same_bytes(tmp_path / "out", best_whole)
+    assert list(report.search.blocks) == few_steps
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+
+
+def test_a_run_that_is_killed_between_two_blocks_goes_on(
+    tiny_flux: Path, prompts: Path, best_whole: Path, tmp_path: Path, few_steps: list[str]
+):
+    """What host memory had no room for lies in files, which the killed run leaves behind."""
+    code = f"""
+import os, signal
+from svdq_cli.conversion import reconstructing
+from svdq_cli.pipeline import convert
+from svdq_cli.reconstruct import tuning
+from tests.test_resume import CPU, Path, best_recipe
+tuning.STEPS, tuning.JUDGE_EVERY = 4, 2
+reconstructing.passages_room = lambda *_: 0
+def kill(event):
+    if event.stage == "reconstruct" and event.kind == "advance":
+        os.kill(os.getpid(), signal.SIGKILL)
+source, prompts, out = (Path(name) for name in {list(map(str, (tiny_flux, prompts, tmp_path / "out")))!r})
+convert(best_recipe(source, prompts), out, options=CPU, observe=kill)
+"""
+    killed = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    work = tmp_path / ".out.work"
+    assert list((work / "passages").iterdir())
+    before = written(work / "blocks")
+    assert list(before) == ["transformer_blocks.0.safetensors"]
+    convert(best_recipe(tiny_flux, prompts), tmp_path / "out", options=RESUME)
+    assert few_steps == ["single_transformer_blocks.0"]
+    assert same_bytes(tmp_path / "out", best_whole)
+
+
+def test_a_damaged_block_is_tuned_again_and_that_is_said(
+    tiny_flux: Path, prompts: Path, best_whole: Path, tmp_path: Path, few_steps: list[str]
+):
+    def stop(event: Event) -> None:
+        if event.stage == "pack":
+            raise KeyboardInterrupt
+
+    recipe, blocks = best_recipe(tiny_flux, prompts), tmp_path / ".out.work/blocks"
+    with pytest.raises(InterruptedRunError) as caught:
+        convert(recipe, tmp_path / "out", options=CPU, observe=stop)
+    assert caught.value.code == 130
+    few_steps.clear()
+    damaged = blocks / "transformer_blocks.0.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-10])
+    said: list[str] = []
+    convert(recipe, tmp_path / "out", options=RESUME, observe=lambda event: said.append(event.detail))
+    assert few_steps == ["transformer_blocks.0"]
+    assert any("is tuned again" in each for each in said)
+    assert same_bytes(tmp_path / "out", best_whole)
+
+
+@pytest.mark.usefixtures("few_steps")
+def test_blocks_are_not_gone_on_with_for_other_prompts(tiny_flux: Path, prompts: Path, tmp_path: Path):
+    """Tuning draws them itself, also where the statistics come from an artefact."""
+    drawn = tmp_path / "prompts.txt"
+    shutil.copy(prompts, drawn)
+    recipe = best_recipe(tiny_flux, drawn)
+    calibrate(recipe, tmp_path / "calib", options=CPU)
+
+    def stop(event: Event) -> None:
+        if event.stage == "reconstruct" and event.kind == "advance":
+            raise Terminated
+
+    with pytest.raises(InterruptedRunError):
+        convert(recipe, tmp_path / "out", calibration=tmp_path / "calib", options=CPU, observe=stop)
+    drawn.write_text("another one\n")
+    with pytest.raises(UsageError, match=r"calibration\.prompts sha256: "):
+        convert(recipe, tmp_path / "out", calibration=tmp_path / "calib", options=RESUME)

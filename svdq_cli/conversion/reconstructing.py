@@ -96,11 +96,17 @@ def _tuned(
         prepared.plan,
         solved,
         recording,
-        Shelf(folder, host_bytes=free_ram(options) // 2),
+        Shelf(folder, host_bytes=passages_room(options)),
         seed=prepared.settings.seed,
         finished=finished,
         observe=observe,
     )
+
+
+def passages_room(options: RunOptions) -> int:
+    """Bytes of host memory for hidden states: half of what is free when they are first kept. The rest is for the block
+    that is tuned."""
+    return max(0, free_ram(options)) // 2
 
 
 def _return_memory() -> None:

@@ -265,8 +265,9 @@ def _work_of(job: Job) -> Iterator[WorkFolder]:
     portions = len(job.prepared.plan.portions)
 
     def kept(work: WorkFolder) -> str:
-        tuned = f" and {blocks} tuned blocks" if (blocks := len(work.finished(BLOCKS))) else ""
-        return f"{len(work.finished(LAYERS))} of {portions} solved portions{tuned}"
+        said = f"{len(work.finished(LAYERS))} of {portions} solved portions"
+        blocks = len(work.finished(BLOCKS))
+        return f"{said} and {blocks} tuned block{'s' * (blocks > 1)}" if blocks else said
 
     with kept_work(
         job.work, identity_of(job), options=job.options, stage="convert", kept=kept, observe=job.observe
