@@ -61,16 +61,21 @@ class OutOfResourcesError(SvdqError):
     default_kind = "out-of-resources"
 
 
+# What torch, and the libraries beneath it, say for want of memory. Their errors are RuntimeErrors of no kind of their
+# own, but for the GPU allocator's; and this module does without torch.
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED")
+
+
 def as_out_of_memory(error: BaseException) -> OutOfResourcesError | None:
     """What Python or torch raise for want of memory, as the refusal it is; None for anything else."""
     if not isinstance(error, MemoryError | RuntimeError) or (
-        isinstance(error, RuntimeError)
-        and "out of memory" not in str(error)  # torch's kind, without importing it
+        isinstance(error, RuntimeError) and not any(words in str(error) for words in _OUT_OF_MEMORY)
     ):
         return None
     first = str(error).splitlines()[0] if str(error) else type(error).__name__
+    said = first if first.startswith("out of memory") else f"out of memory: {first}"
     return OutOfResourcesError(
-        f"out of memory: {first}",
+        said,
         hint="close other programs, lower --batch-size, or use --device cpu",
         kind="out-of-memory",
     )

@@ -85,9 +85,9 @@ class WorkFolder:
     def keep(
         self, folder: str, name: str, solutions: Sequence[LayerSolution], about: Mapping[str, object]
     ) -> None:
-        """One finished part. `about`: JSON values that belong to it."""
+        """One finished part. `about`: JSON values that belong to it. Codes are packed on the device they are on."""
         stored = {
-            f"{solution.plan.name}/{key}": tensor
+            f"{solution.plan.name}/{key}": tensor.cpu()
             for solution in solutions
             for key, tensor in _stored(solution).items()
         }

@@ -3,7 +3,7 @@ leave Python's lock alone while they work."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
@@ -13,22 +13,35 @@ Made = TypeVar("Made")
 
 
 def made_ahead(
-    items: Iterable[Item], make: Callable[[Item], Made], *, threads: int = 1
-) -> Iterator[tuple[Item, Made]]:
+    items: Iterable[Item],
+    make: Callable[[Item], Made],
+    *,
+    threads: int = 1,
+    beside: Callable[[Sequence[Item], Item], bool] = lambda busy, following: True,
+) -> Generator[tuple[Item, Made], None, None]:
     """Every item with what `make` makes of it, in their order. While the caller is busy with one, threads make the
-    next: no more than `threads` + 1 are in memory. What `make` raises is raised where its item would have come."""
+    next: no more than `threads` + 1 are in memory. Where `beside(busy, following)` finds no room for one more, it is
+    made once the caller is done with all before it. What `make` raises is raised where its item would have come."""
     maker = _threads(threads, "ahead")
     coming: list[tuple[Item, Future[Made]]] = []
     try:
         for item in items:
+            if coming and not beside([each for each, _ in coming], item):
+                while coming:
+                    yield _first(coming)
             coming.append((item, maker.submit(make, item)))
             if len(coming) > threads:
-                first, made = coming.pop(0)
-                yield first, made.result()
-        for first, made in coming:
-            yield first, made.result()
+                yield _first(coming)
+        while coming:
+            yield _first(coming)
     finally:
         maker.shutdown(wait=True, cancel_futures=True)
+
+
+def _first(coming: list[tuple[Item, Future[Made]]]) -> tuple[Item, Made]:
+    """Taken out. A function of its own, so that nothing here holds what the caller has let go of."""
+    item, made = coming.pop(0)
+    return item, made.result()
 
 
 def _threads(count: int, name: str) -> ThreadPoolExecutor:
@@ -40,24 +53,32 @@ def _threads(count: int, name: str) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(count, name, torch.set_num_threads, (1,))
 
 
+class Behind:
+    """Takes work off the caller's hands, one piece at a time, each done by a thread while the caller goes on."""
+
+    def __init__(self, worker: ThreadPoolExecutor) -> None:
+        self._worker = worker
+        self._pending: Future[object] | None = None
+
+    def __call__(self, work: Callable[[], object]) -> None:
+        """Waits for the piece before and hands over the next. What the piece before raised is raised here."""
+        self.wait()
+        self._pending = self._worker.submit(work)
+
+    def wait(self) -> None:
+        """Until all is done that was handed over, and no memory is held for it. Raises what it raised."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+
 @contextmanager
-def done_behind() -> Generator[Callable[[Callable[[], object]], None], None, None]:
-    """Yields a function that takes work off the caller's hands: a thread does it while the caller goes on. One piece at
-    a time: the next waits for it. All is done when the block is left; what a piece raises is raised by the next one, or
-    there."""
+def done_behind() -> Generator[Behind, None, None]:
+    """All that is handed over is done when the block is left; what the last piece raised is raised there."""
     worker = _threads(1, "behind")
-    pending: list[Future[object]] = []
-
-    def finish() -> None:
-        if pending:
-            pending.pop().result()
-
-    def hand_over(work: Callable[[], object]) -> None:
-        finish()
-        pending.append(worker.submit(work))
-
+    behind = Behind(worker)
     try:
-        yield hand_over
-        finish()
+        yield behind
+        behind.wait()
     finally:
         worker.shutdown(wait=True)

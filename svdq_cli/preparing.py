@@ -297,6 +297,7 @@ def search_facts(reports: list[LayerReport], blocks: Mapping[str, BlockSearch]) 
             report.steps_seconds,
             report.steps_taken,
             report.fallback,
+            report.device,
         )
         for report in reports
     }

@@ -218,6 +218,7 @@ class LayerReport:
     steps_seconds: Mapping[str, float]  # time of each step, for all layers of the shared input
     steps_taken: tuple[str, ...] = ()  # those that paid
     fallback: tuple[str, ...] = ()  # why steps could not be tried
+    device: str = field(kw_only=True)  # where it was solved: "cpu" or "cuda", which differ in the lowest bits
 
 
 # ---------------------------------------------------------------------------------------------------- progress
@@ -301,6 +302,7 @@ class LayerSearch:
     steps_seconds: Mapping[str, float]
     steps_taken: tuple[str, ...]
     fallback: tuple[str, ...]  # why steps could not be tried
+    device: str  # where it was solved: "cpu" or "cuda"
 
 
 @dataclass(frozen=True, slots=True)

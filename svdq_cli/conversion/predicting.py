@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from svdq_cli.calibrate.artefact import Calibration, open_calibration
 from svdq_cli.calibrate.budget import rows_within, statistics_bytes
+from svdq_cli.conversion.backoff import Need, Way, need_of, open_ways, stored_itemsize, too_large, ways_on
 from svdq_cli.conversion.calibrating import input_widths
-from svdq_cli.errors import OutOfResourcesError
 from svdq_cli.loading import compute_dtype
 from svdq_cli.machine import resident_ram, resolve_device
 from svdq_cli.preparing import (
@@ -34,7 +35,7 @@ from svdq_cli.preparing import (
 )
 from svdq_cli.recipe import Recipe, resolved
 from svdq_cli.records import PlanReport, PlanSeconds, SharedInput, W4A16Plan
-from svdq_cli.solve.costs import Work, solve_bytes, solve_work, waiting_bytes
+from svdq_cli.solve.costs import Work, solve_work, waiting_bytes
 from svdq_cli.speed import Speed, speed_of
 from svdq_cli.tokens import forward_bytes, image_tokens, text_tokens
 from svdq_cli.writing import existing
@@ -105,7 +106,7 @@ def predict(
         ram_bytes=ram_bytes(job),
         vram_bytes=vram_bytes(job),
         recipe=resolved(recipe),
-        warnings=(*warnings_of(prepared, data_free=data_free), *_left_out(job)),
+        warnings=(*warnings_of(prepared, data_free=data_free), *_left_out(job), *_on_the_cpu(job)),
         stages=stages,
     )
 
@@ -184,57 +185,76 @@ def other_bytes(job: Forecast) -> int:
 
 def ram_bytes(job: Forecast) -> int:
     """Peak of the process: what it holds now, with everything imported, and the largest stage's needs."""
-    cpu = job.device.type == "cpu"
-    plans = {layer.name: layer for layer in job.prepared.plan.layers}
-    stages = [0]
-    for portion in job.prepared.plan.portions:
-        waiting = waiting_bytes(portion, plans, itemsize=_source_itemsize(job))
-        working = solve_bytes(portion, plans, job.prepared.settings, rows=job.rows(portion)) if cpu else 0
-        stages.append(waiting + working)
+    stages = [
+        0,
+        *(_waiting_bytes(job, portion) + _planned(job, portion)[1].ram for portion in _portions(job)),
+    ]
     if job.draws:
-        stages += _calibration_stages(job, cpu=cpu)
+        stages += _calibration_stages(job, cpu=job.device.type == "cpu")
     return resident_ram() + max(stages)
-
-
-def require_memory(job: Forecast) -> None:
-    """OutOfResourcesError where solving the largest portion takes more than `--max-ram` or `--max-vram` allow. (What
-    calibration may take is settled where the model is loaded.)"""
-    limits, plans = job.options, {layer.name: layer for layer in job.prepared.plan.layers}
-    rows = {portion.name: job.rows(portion) for portion in job.prepared.plan.portions}
-    largest = max(
-        job.prepared.plan.portions,
-        key=lambda portion: solve_bytes(portion, plans, job.prepared.settings, rows=rows[portion.name]),
-    )
-    working = solve_bytes(largest, plans, job.prepared.settings, rows=rows[largest.name])
-    waiting = waiting_bytes(largest, plans, itemsize=_source_itemsize(job))
-    first, on_gpu = largest.layers[0], job.device.type == "cuda"
-    ram = resident_ram() + waiting + (0 if on_gpu else working)
-    for option, limit, needed in (
-        ("--max-ram", limits.max_ram, ram),
-        ("--max-vram", limits.max_vram, working if on_gpu else 0),
-    ):
-        if limit is not None and needed > limit:
-            raise OutOfResourcesError(
-                f"{first}: solving it takes {needed / 1e9:.2f} GB, and {option} allows {limit / 1e9:.2f} GB",
-                hint=f"raise {option}, or choose a smaller --effort or fewer calibration rows",
-                where=first,
-                kind="out-of-memory",
-            )
 
 
 def vram_bytes(job: Forecast) -> int | None:
     """Peak of torch's allocator; None without a GPU."""
     if job.device.type != "cuda":
         return None
-    plans = {layer.name: layer for layer in job.prepared.plan.layers}
-    stages = [
-        solve_bytes(portion, plans, job.prepared.settings, rows=job.rows(portion))
-        for portion in job.prepared.plan.portions
-    ]
+    stages = [_planned(job, portion)[1].vram for portion in _portions(job)]
     if job.draws:
         stages += _calibration_stages(job, cpu=True)
     peak = max(stages)
     return peak if job.options.max_vram is None else min(peak, job.options.max_vram)
+
+
+def require_memory(job: Forecast) -> None:
+    """OutOfResourcesError for a portion that can't be solved in the memory there is, `--max-ram` and `--max-vram` kept.
+    (What calibration may take is settled where the model is loaded.)"""
+    for portion in _portions(job):
+        needs = _needs(job, portion)
+        if not open_ways(ways_on(job.device), needs.__getitem__, job.options):
+            raise too_large(portion.layers[0], needs.__getitem__, job.device, job.options)
+
+
+def _on_the_cpu(job: Forecast) -> tuple[str, ...]:
+    """A warning of layers that `--max-vram` leaves no room for."""
+    moved = [portion for portion in _portions(job) if _planned(job, portion)[0].device != job.device]
+    if not moved:
+        return ()
+    count = sum(len(portion.layers) for portion in moved)
+    return (
+        f"{count} layers will be solved on the CPU, which takes longer than is predicted: --max-vram has no room for "
+        f"them (the first is {moved[0].layers[0]})",
+    )
+
+
+def _portions(job: Forecast) -> tuple[SharedInput, ...]:
+    return job.prepared.plan.portions
+
+
+def _needs(job: Forecast, portion: SharedInput) -> dict[Way, Need]:
+    plans = {name: job.prepared.plan.layer(name) for name in portion.layers}
+    need = partial(
+        need_of,
+        portion=portion,
+        plans=plans,
+        settings=job.prepared.settings,
+        rows=job.rows(portion),
+        itemsize=stored_itemsize(job.prepared),
+    )
+    return {way: need(way) for way in ways_on(job.device)}
+
+
+def _planned(job: Forecast, portion: SharedInput) -> tuple[Way, Need]:
+    """The fastest way that fits, or the most sparing one where none does; and what it needs."""
+    needs = _needs(job, portion)
+    ways = ways_on(job.device)
+    way = (*open_ways(ways, needs.__getitem__, job.options), ways[-1])[0]
+    return way, needs[way]
+
+
+def _waiting_bytes(job: Forecast, portion: SharedInput) -> int:
+    plans = {name: job.prepared.plan.layer(name) for name in portion.layers}
+    pinned = job.device.type == "cuda"
+    return waiting_bytes(portion, plans, itemsize=stored_itemsize(job.prepared), pinned=pinned)
 
 
 def _calibration_stages(job: Forecast, *, cpu: bool) -> list[int]:
@@ -266,11 +286,6 @@ def peak_disk_bytes(job: Forecast) -> int:
         )
     kept = work_bytes(job.prepared.plan, job.prepared.settings.dtype)
     return max(2 * statistics, statistics + kept + disk_bytes(job.prepared))
-
-
-def _source_itemsize(job: Forecast) -> int:
-    """Bytes of a stored weight, rounded up: sources are of one dtype but for a few small tensors."""
-    return -(-job.prepared.source.bytes // max(1, job.prepared.plan.parameters))
 
 
 def _block_of(prepared: Prepared, layer: str) -> list[str]:

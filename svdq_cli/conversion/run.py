@@ -24,7 +24,13 @@ from svdq_cli.conversion.finishing import Outputs, finished_outputs, gated, writ
 from svdq_cli.conversion.predicting import Forecast, require_memory
 from svdq_cli.conversion.reconstructing import reconstructed, require_blocks_run
 from svdq_cli.conversion.sharing import CALIBRATED
-from svdq_cli.conversion.solving import Statistics, finite_tensor, solve_into, solved_layers
+from svdq_cli.conversion.solving import (
+    Statistics,
+    finite_tensor,
+    solve_into,
+    solved_elsewhere,
+    solved_layers,
+)
 from svdq_cli.conversion.working import kept_work, work_beside
 from svdq_cli.errors import InputError
 from svdq_cli.journal import BLOCKS, LAYERS, Identity, WorkFolder
@@ -291,8 +297,9 @@ def _solve(job: Job, work: WorkFolder) -> Solved:
     )
     job.options.team.tell(CALIBRATED, {})
     job.warn(warnings)
-    taken_over = solve_into(work, prepared, statistics, job.device, job.observe, team=job.options.team)
+    taken_over = solve_into(work, prepared, statistics, job.device, job.observe, options=job.options)
     solutions, reports = solved_layers(prepared.plan, work)
+    job.warn(solved_elsewhere(reports, job.device))
     blocks: dict[str, BlockSearch] = {}
     if job.tunes_blocks and statistics is not None:
         solutions, reports, blocks = reconstructed(

@@ -45,4 +45,4 @@ def share_convert(recipe: Recipe, *, calibration: Path | None, options: RunOptio
         statistics = Statistics(opened.digest, opened)
     device = resolve_device(options.device)
     prepared, _ = allocated(prepared, statistics, device, ignore_events, options=options, work=work)
-    solve_share(work, prepared, statistics, device, team)
+    solve_share(work, prepared, statistics, device, options=options)

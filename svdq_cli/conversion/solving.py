@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import cast
 
@@ -13,13 +13,14 @@ from torch import Tensor
 
 from svdq_cli.allocator import return_freed_memory
 from svdq_cli.calibrate.artefact import Calibration
+from svdq_cli.conversion.backoff import Need, Way, need_of, stored_itemsize, ways_on, where_it_fits
+from svdq_cli.conversion.fitting import free_ram
 from svdq_cli.conversion.working import wait_for_files
-from svdq_cli.errors import InputError
+from svdq_cli.errors import InputError, as_out_of_memory
 from svdq_cli.journal import LAYERS, SolvedLayers, WorkFolder, quoted, report_json, report_of_json
 from svdq_cli.machine import on_device
 from svdq_cli.overlap import done_behind, made_ahead
-from svdq_cli.parallel import ALONE, Team
-from svdq_cli.preparing import Prepared
+from svdq_cli.preparing import DEFAULT_OPTIONS, Prepared, RunOptions
 from svdq_cli.records import (
     ActivationStats,
     Event,
@@ -29,13 +30,15 @@ from svdq_cli.records import (
     ModelPlan,
     Observer,
     SharedInput,
+    ignore_events,
 )
-from svdq_cli.solve.costs import NOMINAL, solve_work
+from svdq_cli.solve.costs import NOMINAL, solve_work, stored_bytes
 from svdq_cli.solve.forward import SourceWeight
 from svdq_cli.solve.linear import SolvedInput, solve_input
 from svdq_cli.source import Source, TensorEntry, is_finite, read_tensor
 
 LEFT = "left"  # topic: the portions that are still to be solved
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +64,9 @@ def solve_model(
     """Every layer, in the plan's order of portions. Solutions come back on the CPU, all of them in memory."""
     solutions: dict[str, LayerSolution] = {}
     reports: list[LayerReport] = []
-    portions = prepared.plan.portions
-    for _, solved in _observed(prepared, _solved(prepared, statistics, portions, device), 0, observe):
-        solutions |= {solution.plan.name: solution for solution in (*solved.w4a4, *solved.w4a16)}
+    job = Solving(prepared, statistics, device, DEFAULT_OPTIONS, observe)
+    for _, solved in _observed(prepared, _solved(job, prepared.plan.portions), 0, observe):
+        solutions |= {each.plan.name: on_device(each, CPU) for each in _solutions(solved)}
         reports += solved.reports
     return solutions, reports
 
@@ -75,36 +78,54 @@ def solve_into(
     device: torch.device,
     observe: Observer,
     *,
-    team: Team = ALONE,
+    options: RunOptions = DEFAULT_OPTIONS,
 ) -> int:
     """Every layer that the work folder does not hold yet. Returns how many it held. Other processes take their part of
-    the layers in `solve_share`."""
+    the layers in `solve_share`. Raises OutOfResourcesError for a layer that fits in no memory."""
     left = [portion for portion in prepared.plan.portions if not _is_finished(work, portion, observe)]
     held = len(prepared.plan.layers) - sum(len(portion.layers) for portion in left)
+    team = options.team
     if team.size > 1:
         left = _longest_first(left, prepared, statistics)
         team.tell(LEFT, {"portions": [_key(portion) for portion in left]})
-    mine = team.claims(LEFT, left)
+    job = Solving(prepared, statistics, device, options, observe)
     with done_behind() as keep:
-        for portion, solved in _observed(
-            prepared, _solved(prepared, statistics, mine, device), held, observe
-        ):
-            keep(partial(_keep, work, portion, solved))
+        solved = _solved(job, team.claims(LEFT, left), wait=keep.wait)
+        for portion, each in _observed(prepared, solved, held, observe):
+            keep(partial(_keep, work, portion, each))
     team.gather(LEFT)
     wait_for_files(work.path, lambda: [_key(each) for each in left if not work.has(LAYERS, _key(each))])
     return held
 
 
 def solve_share(
-    work: WorkFolder, prepared: Prepared, statistics: Statistics | None, device: torch.device, team: Team
+    work: WorkFolder,
+    prepared: Prepared,
+    statistics: Statistics | None,
+    device: torch.device,
+    *,
+    options: RunOptions,
 ) -> None:
     """What a process other than the first does of `solve_into`."""
     portions = {_key(portion): portion for portion in prepared.plan.portions}
+    team = options.team
     left = [portions[key] for key in cast("list[str]", team.hear(LEFT)["portions"])]
+    job = Solving(prepared, statistics, device, options, ignore_events)
     with done_behind() as keep:
-        for portion, solved in _solved(prepared, statistics, team.claims(LEFT, left), device):
+        for portion, solved in _solved(job, team.claims(LEFT, left), wait=keep.wait):
             keep(partial(_keep, work, portion, solved))
     team.done(LEFT)
+
+
+def solved_elsewhere(reports: Sequence[LayerReport], device: torch.device) -> tuple[str, ...]:
+    """What to warn of where layers were not solved on `device`."""
+    names = [report.name for report in reports if report.device != device.type]
+    if not names:
+        return ()
+    return (
+        f"GPU memory was too small for {len(names)} of {len(reports)} layers, which were solved on the CPU: "
+        f"{', '.join(names)}. Their lowest bits are the CPU's",
+    )
 
 
 def _key(portion: SharedInput) -> str:
@@ -113,8 +134,16 @@ def _key(portion: SharedInput) -> str:
 
 
 def _keep(work: WorkFolder, portion: SharedInput, solved: SolvedInput) -> None:
-    reports = [report_json(report) for report in solved.reports]
-    work.keep(LAYERS, _key(portion), (*solved.w4a4, *solved.w4a16), {"reports": reports})
+    """Codes are packed two a byte where they were solved, so that half as many bytes leave a GPU."""
+    solutions, about = _solutions(solved), {"reports": [report_json(report) for report in solved.reports]}
+    try:
+        work.keep(LAYERS, _key(portion), solutions, about)
+    except torch.OutOfMemoryError:  # the next portion has taken what a GPU had left
+        work.keep(LAYERS, _key(portion), [on_device(each, CPU) for each in solutions], about)
+
+
+def _solutions(solved: SolvedInput) -> tuple[LayerSolution, ...]:
+    return (*solved.w4a4, *solved.w4a16)
 
 
 def _longest_first(
@@ -139,32 +168,78 @@ def solved_layers(plan: ModelPlan, work: WorkFolder) -> tuple[SolvedLayers, list
     return SolvedLayers(work, places), reports
 
 
+@dataclass(frozen=True, slots=True)
+class Solving:
+    """What every portion is solved with."""
+
+    prepared: Prepared
+    statistics: Statistics | None
+    device: torch.device
+    options: RunOptions
+    observe: Observer
+
+
 def _solved(
-    prepared: Prepared, statistics: Statistics | None, portions: Iterable[SharedInput], device: torch.device
+    job: Solving, portions: Iterable[SharedInput], *, wait: Callable[[], object] = lambda: None
 ) -> Iterator[tuple[SharedInput, SolvedInput]]:
-    """One portion after the other, solved on `device` and brought back to the CPU."""
+    """One portion after the other, as it comes from the device that it was solved on. The next one's weights are read
+    meanwhile where there is memory for them. `wait` returns when the caller holds no memory for earlier ones."""
+    prepared, options = job.prepared, job.options
     plans = {layer.name: layer for layer in prepared.plan.layers}
+    itemsize = stored_itemsize(prepared)
+    at_first = free_ram(options)
 
-    def solve(portion: SharedInput, raw: Mapping[str, RawWeight]) -> SolvedInput:
-        weights = {name: each.on(device) for name, each in raw.items()}
-        stats = statistics(portion.name) if statistics else None
-        return _on_cpu(solve_input(portion, plans, weights, stats, prepared.settings))
+    def need(portion: SharedInput, way: Way) -> Need:
+        rows = job.statistics.rows(portion.name) if job.statistics else 0
+        return need_of(way, portion, plans, prepared.settings, rows=rows, itemsize=itemsize)
 
-    def read(portion: SharedInput) -> dict[str, RawWeight]:
-        return {name: raw_weight(prepared.source, plans[name]) for name in portion.layers}
+    def stored(portion: SharedInput) -> int:
+        return stored_bytes(portion, plans, itemsize=itemsize, pinned=job.device.type == "cuda")
 
-    for portion, raw in made_ahead(portions, read):
+    def beside(busy: Sequence[SharedInput], following: SharedInput) -> bool:
+        fastest = ways_on(job.device)[0]
+        taken = sum(need(each, fastest).ram + stored(each) for each in busy)
+        return taken + stored(following) <= at_first
+
+    def solve(portion: SharedInput, raw: dict[str, RawWeight]) -> SolvedInput:
+        def let_go() -> None:
+            raw.clear()
+            wait()
+            return_freed_memory()
+
+        return where_it_fits(
+            _key(portion),
+            lambda way: _solved_so(way, job, portion, plans, raw),
+            partial(need, portion),
+            device=job.device,
+            options=options,
+            observe=job.observe,
+            let_go=let_go,
+        )
+
+    read = partial(_read_ahead, prepared.source, plans, job.device)
+    for portion, raw in made_ahead(portions, read, beside=beside):
         yield portion, solve(portion, raw)
         return_freed_memory()
 
 
-def _on_cpu(solved: SolvedInput) -> SolvedInput:
-    cpu = torch.device("cpu")
-    return replace(
-        solved,
-        w4a4=tuple(on_device(solution, cpu) for solution in solved.w4a4),
-        w4a16=tuple(on_device(solution, cpu) for solution in solved.w4a16),
-    )
+def _solved_so(
+    way: Way,
+    job: Solving,
+    portion: SharedInput,
+    plans: Mapping[str, LayerPlan],
+    raw: dict[str, RawWeight],
+) -> SolvedInput:
+    """`raw`: weights that were read ahead. Each is let go when it is in float32 on the device."""
+    streamed = StreamedWeights(job.prepared.source, plans, portion.layers, way.device)
+    if way.streamed:
+        weights = streamed
+    else:
+        weights = {
+            name: raw.pop(name).on(way.device) if name in raw else streamed[name] for name in portion.layers
+        }
+    stats = job.statistics(portion.name) if job.statistics else None
+    return solve_input(portion, plans, weights, stats, job.prepared.settings)
 
 
 def _observed(
@@ -211,9 +286,52 @@ class RawWeight:
     bias: Tensor | None  # (N,)
 
     def on(self, device: torch.device) -> SourceWeight:
-        """In float32 on `device`."""
-        bias = None if self.bias is None else self.bias.to(device).float()
-        return SourceWeight(self.weight.to(device).float().flatten(1), bias)
+        """In float32 on `device`. From pinned memory the copy runs while the CPU goes on."""
+        bias = None if self.bias is None else self.bias.to(device, non_blocking=True).float()
+        return SourceWeight(self.weight.to(device, non_blocking=True).float().flatten(1), bias)
+
+    def pinned(self) -> RawWeight:
+        """In page-locked memory, from which a GPU reads by itself; from other memory the driver copies it first, while
+        the CPU waits. As it is where the system has no more such memory."""
+        try:
+            return RawWeight(self.weight.pin_memory(), None if self.bias is None else self.bias.pin_memory())
+        except RuntimeError as error:
+            if as_out_of_memory(error) is None:
+                raise
+            return self
+
+
+@dataclass(frozen=True, slots=True)
+class StreamedWeights(Mapping[str, SourceWeight]):
+    """Weights of a portion, each read from the source whenever it is asked for and held by nobody."""
+
+    source: Source
+    plans: Mapping[str, LayerPlan]
+    names: tuple[str, ...]
+    device: torch.device
+
+    def __getitem__(self, name: str) -> SourceWeight:
+        return source_weight(self.source, self.plans[name], self.device)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def _read_ahead(
+    source: Source, plans: Mapping[str, LayerPlan], device: torch.device, portion: SharedInput
+) -> dict[str, RawWeight]:
+    """The weights of a portion, for a GPU pinned. None of them where memory runs out: they are read again when the
+    portion's turn has come and the one before it is gone."""
+    try:
+        raw = {name: raw_weight(source, plans[name]) for name in portion.layers}
+        return {name: each.pinned() for name, each in raw.items()} if device.type == "cuda" else raw
+    except (RuntimeError, MemoryError) as error:
+        if as_out_of_memory(error) is None:
+            raise
+        return {}
 
 
 def raw_weight(source: Source, plan: LayerPlan) -> RawWeight:

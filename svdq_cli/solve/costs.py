@@ -235,8 +235,22 @@ def _step_bytes(step: str, n: int, branch: int, k: int, rows: int) -> int:
             return 8 * rows * k + max(missing, 20 * k * k + 16 * branch * k + 4 * branch * rows)
 
 
-def waiting_bytes(shared: SharedInput, plans: Mapping[str, LayerPlan], *, itemsize: int) -> int:
-    """Bytes of host memory beside those of `solve_bytes`, with neighbors as large as this input: its weights and the
-    next one's as the source stores them, and the codes of the one before, which are packed and written."""
+def stored_bytes(
+    shared: SharedInput, plans: Mapping[str, LayerPlan], *, itemsize: int, pinned: bool = False
+) -> int:
+    """The weights as the source stores them. `pinned`: in page-locked memory, which torch gives in powers of two."""
+    sizes = [
+        itemsize * plans[name].linear.out_features * plans[name].linear.in_features for name in shared.layers
+    ]
+    return sum(1 << (size - 1).bit_length() if pinned else size for size in sizes)
+
+
+def waiting_bytes(
+    shared: SharedInput, plans: Mapping[str, LayerPlan], *, itemsize: int, pinned: bool = False
+) -> int:
+    """Bytes of host memory beside those of `solve_bytes`, with neighbors as large as this input: the next one's weights
+    as the source stores them, and the codes of the one before, which are packed and written. Pinned weights stay after
+    they are copied, for those that are read next."""
     numbers = sum(plans[name].linear.out_features * plans[name].linear.in_features for name in shared.layers)
-    return (2 * itemsize + 3) * numbers
+    stored = stored_bytes(shared, plans, itemsize=itemsize, pinned=pinned)
+    return (2 if pinned else 1) * stored + 3 * numbers

@@ -63,7 +63,8 @@ def solve_input(
     """Solve every layer that reads one activation. `stats` None means data-free: no smoothing, weight errors only."""
     w4a4_plans = [plan for name in shared.layers if isinstance(plan := plans[name], W4A4Plan)]
     w4a16_plans = [plan for name in shared.layers if isinstance(plan := plans[name], W4A16Plan)]
-    rows = None if stats is None else stats.rows.to(_device(weights)).float()
+    device = _device(weights)
+    rows = None if stats is None else stats.rows.to(device).float()
     w4a4: list[W4A4Solution] = []
     reports: list[LayerReport] = []
     if w4a4_plans:
@@ -87,6 +88,7 @@ def solve_input(
                     trail.seconds,
                     tuple(trail.taken),
                     tuple(trail.fallback),
+                    device=device.type,
                 )
             )
     w4a16 = [
@@ -102,7 +104,7 @@ def solve_input(
     for solution in w4a16:
         name = solution.plan.name
         sqnr, error = measured(solution, weights[name], rows)
-        reports.append(LayerReport(name, sqnr, None, error, None, {}, {}))
+        reports.append(LayerReport(name, sqnr, None, error, None, {}, {}, device=device.type))
     return SolvedInput(tuple(w4a4), tuple(w4a16), tuple(reports))
 
 
@@ -117,10 +119,9 @@ def choose_smoothing(
     """The smoothing factor (K,) float32, exact in 16 bits, and how it was found."""
     precision = plans[0].precision
     width = plans[0].linear.in_features
-    ones = torch.ones(width, device=_device(weights))
     if stats is None or rows is None:
-        return ones, "none (data-free)"
-    x_peak = stats.abs_max.to(ones.device).float()
+        return torch.ones(width, device=_device(weights)), "none (data-free)"
+    x_peak = stats.abs_max.to(rows.device).float()
     w_peak = torch.stack([weights[plan.name].weight.abs().amax(0) for plan in plans]).amax(0)
 
     def factor(exponents: tuple[float, float]) -> Tensor:
