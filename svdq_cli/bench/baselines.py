@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from svdq_cli.bench.operations import Operation
+from svdq_cli.solve.quantizers import E4M3_MAX
 
 GROUP = 64
-E4M3_MAX = 448.0
 INT_MM_ROWS = 16  # torch._int_mm wants more
 
 

@@ -7,14 +7,15 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
+from svdq_cli.bench.kernel_operations import Product, Quantize
 from svdq_cli.bench.operations import NAMES, Operation, w4a4_float64, without_branch
 from svdq_cli.gpu.hopper_modes import HopperMode
 from svdq_cli.pack.hopper_tiles import unpack_rows
 from svdq_cli.records import W4A4Solution
-from svdq_cli.runtime.fused import Quantized
 from svdq_cli.runtime.hopper_fused import HopperW4A4Linear
 from svdq_cli.runtime.hopper_operands import requantized_rows
 from svdq_cli.runtime.hopper_twins import quantize_rows
+from svdq_cli.runtime.input_quantizer import Quantized
 from svdq_cli.runtime.linear import w4a4_weight
 
 
@@ -29,29 +30,6 @@ def hopper_operations(solution: W4A4Solution, m: int) -> Iterator[Operation]:
             without = HopperW4A4Linear(bare, mode)
             yield _row("w4a4 gemm", bare, mode, Product(without, m), prepare=without.quantize)
             yield _quantize(solution, mode, layer, m)
-
-
-class Product(nn.Module):
-    """The GEMM alone, on an input that is quantized already."""
-
-    def __init__(self, layer: HopperW4A4Linear, m: int) -> None:
-        super().__init__()
-        self.layer, self.m = layer, m
-
-    def forward(self, *quantized: Tensor) -> Tensor:
-        codes, scales, hidden = quantized
-        return self.layer.multiply((codes, scales, hidden), self.m)
-
-
-class Quantize(nn.Module):
-    """The first kernel alone: codes, scales and the hidden vector of the branch."""
-
-    def __init__(self, layer: HopperW4A4Linear) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Quantized:
-        return self.layer.quantize(x)
 
 
 def hopper_float64(x: Tensor, solution: W4A4Solution, mode: HopperMode) -> Tensor:

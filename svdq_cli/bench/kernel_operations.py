@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from svdq_cli.bench.operations import NAMES, Operation, w4a4_float64, w4a16_float64, without_branch
 from svdq_cli.pack.kernel_tiles import unpack_hidden_fragments
 from svdq_cli.records import Int4, LayerSolution, W4A4Solution, W4A16Solution
-from svdq_cli.runtime.fused import FusedW4A4Linear, FusedW4A16Linear, Quantized
+from svdq_cli.runtime.fused import FusedW4A4Linear, FusedW4A16Linear
+from svdq_cli.runtime.input_quantizer import Quantized
+from svdq_cli.runtime.kernel_linear import KernelW4A4Linear
 
 
 def kernel_operations(solution: LayerSolution, m: int) -> Iterator[Operation]:
@@ -34,7 +36,7 @@ def kernel_operations(solution: LayerSolution, m: int) -> Iterator[Operation]:
 class Product(nn.Module):
     """The GEMM alone, on an input that is quantized already."""
 
-    def __init__(self, layer: FusedW4A4Linear, m: int) -> None:
+    def __init__(self, layer: KernelW4A4Linear, m: int) -> None:
         super().__init__()
         self.layer, self.m = layer, m
 
@@ -60,7 +62,7 @@ class UnfusedBranch(nn.Module):
 class Quantize(nn.Module):
     """The first kernel alone: codes, scales and the hidden vector of the branch."""
 
-    def __init__(self, layer: FusedW4A4Linear) -> None:
+    def __init__(self, layer: KernelW4A4Linear) -> None:
         super().__init__()
         self.layer = layer
 

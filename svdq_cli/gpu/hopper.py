@@ -5,6 +5,8 @@ Layouts: `pack.hopper_tiles`. The size of a tile of tokens travels in the shapes
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -74,6 +76,7 @@ def _block(mode: HopperMode, tokens: int) -> dict[str, int]:
     return {"STAGES": stages, "DYNAMIC_SHARED": dynamic_shared(mode, tokens, stages)}
 
 
+@functools.cache
 def quantize_down_variant(
     dtype: torch.dtype, mode: HopperMode, *, tokens: int, rank: int, unsigned: bool = False
 ) -> Variant:
@@ -86,14 +89,17 @@ def quantize_down_variant(
     )
 
 
+@functools.cache
 def reduce_hidden_variant(dtype: torch.dtype, *, tokens: int) -> Variant:
     return _variant("hopper_reduce_hidden", _constants(dtype, HopperMode.EXACT, tokens), WARPS=REDUCE_WARPS)
 
 
+@functools.cache
 def gemm_variant(dtype: torch.dtype, mode: HopperMode, *, tokens: int) -> Variant:
     return _variant("hopper_gemm", _constants(dtype, mode, tokens), **_block(mode, tokens))
 
 
+@functools.cache
 def gelu_quantize_variant(dtype: torch.dtype, *, tokens: int, next_unsigned: bool = False) -> Variant:
     mode = HopperMode.EXACT
     return _variant(

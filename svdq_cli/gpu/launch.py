@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,7 +35,7 @@ class CudaDevice:
         kernel = self._kernels.get(variant) or self.load(variant)
         # CuPy keeps kernels for each device, and asks its own runtime which one is current
         with _cupy().cuda.Device(self.index), self._current_stream():
-            kernel(grid, (threads, 1, 1), tuple(map(_c_value, arguments)), shared_mem=variant.dynamic_shared)
+            kernel(grid, (threads, 1, 1), c_values(arguments), shared_mem=variant.dynamic_shared)
 
     def load(self, variant: Variant) -> Any:
         """The kernel as CuPy's RawKernel, compiled unless a cache has it."""
@@ -84,6 +85,20 @@ def device_at(index: int) -> CudaDevice:
     return CudaDevice(index, architecture_of(facts.major, facts.minor), facts.multi_processor_count)
 
 
+# As the kernel's parameter has it: CuPy passes an int as 8 bytes, a numpy scalar as its own size. A table, because a
+# launch converts a dozen arguments and should take a few microseconds.
+_C_VALUES: dict[type, Callable[[Any], int | np.number]] = {
+    int: functools.lru_cache(1024)(np.int32),
+    float: np.float32,
+    type(None): lambda null: 0,
+}
+
+
+def c_values(arguments: Iterable[Argument]) -> tuple[int | np.number, ...]:
+    """What CuPy is given for a kernel's arguments: of a tensor its address."""
+    return tuple([_C_VALUES.get(type(argument), Tensor.data_ptr)(argument) for argument in arguments])
+
+
 @functools.cache
 def _cupy() -> Any:
     try:
@@ -115,16 +130,3 @@ def _cupy_stream(pointer: int) -> Any:
     if hasattr(stream, "from_external"):  # CuPy 14 and newer
         return stream.from_external(_ForeignStream(pointer))
     return _cupy().cuda.ExternalStream(pointer)
-
-
-def _c_value(argument: Argument) -> int | np.number:
-    """As the kernel's parameter has it: CuPy passes an int as 8 bytes, a numpy scalar as its own size."""
-    match argument:
-        case Tensor():
-            return argument.data_ptr()
-        case None:
-            return 0
-        case int():
-            return np.int32(argument)
-        case float():
-            return np.float32(argument)

@@ -1,6 +1,11 @@
-"""Compile-time constants of every kernel: the one place where tile sizes are chosen."""
+"""Compile-time constants of every kernel: the one place where tile sizes are chosen.
+
+Every launch asks for its variant, so each is put together once.
+"""
 
 from __future__ import annotations
+
+import functools
 
 import torch
 
@@ -42,6 +47,7 @@ def rank_chunk(rank: int) -> int:
     return -(-rank // (16 * chunks)) * 16
 
 
+@functools.cache
 def quantize_down(dtype: torch.dtype, precision: Precision, *, rank: int, unsigned: bool = False) -> Variant:
     return _variant(
         "quantize_down",
@@ -53,10 +59,12 @@ def quantize_down(dtype: torch.dtype, precision: Precision, *, rank: int, unsign
     )
 
 
+@functools.cache
 def reduce_hidden(dtype: torch.dtype) -> Variant:
     return _variant("reduce_hidden", dtype, WARPS=REDUCE_WARPS)
 
 
+@functools.cache
 def w4a4_gemm(
     dtype: torch.dtype, precision: Precision, kind: Architecture, *, block_m: int, unsigned: bool = False
 ) -> Variant:
@@ -64,6 +72,7 @@ def w4a4_gemm(
     return _variant("w4a4_gemm", dtype, **_gemm("w4a4_gemm", precision, kind, block_m, unsigned))
 
 
+@functools.cache
 def w4a4_gelu_quantize(
     dtype: torch.dtype,
     precision: Precision,
@@ -78,6 +87,7 @@ def w4a4_gelu_quantize(
     return _variant(kernel, dtype, **constants, QUANTIZED_UNSIGNED=next_unsigned)
 
 
+@functools.cache
 def w4a16_linear(dtype: torch.dtype) -> Variant:
     return _variant("w4a16_linear", dtype, COLUMNS=W4A16_COLUMNS, WARPS=W4A16_WARPS)
 

@@ -23,8 +23,7 @@ from svdq_cli.pack.padding import crop, pad
 from svdq_cli.records import Int4, LayerSolution, W4A4Plan, W4A4Solution
 from svdq_cli.runtime.linear import RunningBranch, w4a4_weight
 from svdq_cli.runtime.operands import objection
-
-MOST_E4M3 = 448.0
+from svdq_cli.solve.quantizers import E4M3_MAX
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -114,7 +113,7 @@ def unpack_hopper(operands: HopperOperands, plan: W4A4Plan) -> W4A4Solution:
 
 def requantized_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     """(N, K) float32 -> e4m3 with a float32 scale (N,) for every row, 0 for a row of zeros."""
-    scales = weight.abs().amax(-1) / MOST_E4M3
+    scales = weight.abs().amax(-1) / E4M3_MAX
     safe = torch.where(scales > 0, scales, torch.ones_like(scales))
     return (weight / safe.unsqueeze(-1)).to(torch.float8_e4m3fn), scales
 

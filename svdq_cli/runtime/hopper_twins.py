@@ -23,9 +23,8 @@ from svdq_cli.pack.hopper_tiles import (
 from svdq_cli.pack.padding import pad
 from svdq_cli.records import Int4
 from svdq_cli.runtime.twins import grouped_product, hidden_rows
-from svdq_cli.solve.quantizers import quantize_activation
+from svdq_cli.solve.quantizers import E4M3_MAX, quantize_activation
 
-MOST_E4M3 = 448.0
 CODE_UNIT = 2.0**-9  # what a weight's code is worth as an e4m3 number, but in mode FP8
 
 
@@ -67,10 +66,10 @@ def quantize_rows(
     if mode == HopperMode.EXACT:
         codes, scales = quantize_activation(smoothed, Int4(), unsigned=unsigned)
         return codes.to(torch.int8).float().to(torch.float8_e4m3fn), scales.to(rows.dtype).float()
-    scales = smoothed.float().abs().amax(-1, keepdim=True) * (1 / MOST_E4M3)
+    scales = smoothed.float().abs().amax(-1, keepdim=True) * (1 / E4M3_MAX)
     inverse = 1 / scales
     inverse = torch.where(inverse.isinf(), torch.zeros_like(inverse), inverse)
-    return (smoothed.float() * inverse).clamp(-MOST_E4M3, MOST_E4M3).to(torch.float8_e4m3fn), scales
+    return (smoothed.float() * inverse).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scales
 
 
 def gemm(

@@ -35,11 +35,14 @@ class Shape:
         return f"m{self.m}-k{self.k}-n{self.n}-r{self.rank}"
 
 
-# One row, tiles that are not full, one row more than a tile, several blocks; ranks from none to 128.
-SHAPES = tuple(
-    Shape(m, (64, 128, 192, 320)[(i + j) % 4], (128, 136, 256)[(i + 2 * j) % 3 if m < 100 else 0], rank)
-    for i, m in enumerate((1, 7, 32, 33, 127, 129))
-    for j, rank in enumerate(range(0, 129, 16))
+# One row, tiles that are not full, one row more than a tile, several blocks, a picture; ranks from none to 128.
+SHAPES = (
+    *(
+        Shape(m, (64, 128, 192, 320)[(i + j) % 4], (128, 136, 256)[(i + 2 * j) % 3 if m < 100 else 0], rank)
+        for i, m in enumerate((1, 7, 32, 33, 127, 129))
+        for j, rank in enumerate(range(0, 129, 16))
+    ),
+    Shape(4608, 64, 128, 32),
 )
 
 

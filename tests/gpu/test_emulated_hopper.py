@@ -21,6 +21,7 @@ from svdq_cli.pack.hopper_tiles import (
     pack_token_scales,
     unpack_rows,
 )
+from svdq_cli.records import GELU_SHIFT
 from svdq_cli.runtime import hopper_twins, twins
 from tests.gpu.emulation import EmulatedDevice, build, needs_compiler
 from tests.gpu.operands import SHAPES, Shape, assert_agrees, random_hopper_operands, random_rows
@@ -29,7 +30,6 @@ pytestmark = needs_compiler
 
 BF16, FP16 = torch.bfloat16, torch.float16
 MODES = [pytest.param(mode, id=mode.label) for mode in HopperMode]
-SHIFT = 0.171875
 DEVICES = (EmulatedDevice(), EmulatedDevice(descending=True))
 RANKS = (0, 32, 64, 128)
 # mode, tile, rank: one build each
@@ -212,7 +212,7 @@ def test_gelu_quantize_is_its_twin():
         x = random_rows(shape, BF16, seed=seed)
         quantized = hopper_twins.quantize_down(x, layer.inverse_smooth, layer.down, mode=HopperMode.EXACT)
         unsigned = hopper.token_tile(shape.m) == hopper.TOKENS  # one build for each tile
-        how = {"m": shape.m, "next_unsigned": unsigned, "shift": SHIFT if unsigned else 0.0}
+        how = {"m": shape.m, "next_unsigned": unsigned, "shift": GELU_SHIFT if unsigned else 0.0}
         tensors = (*quantized, *layer.product, after.inverse_smooth, after.down)
         found = hopper.gelu_quantize(DEVICES[seed % 2], *tensors, **how)
         twin = hopper_twins.gelu_quantize(*tensors, **how)

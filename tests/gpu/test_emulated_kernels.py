@@ -19,7 +19,7 @@ from svdq_cli.pack.kernel_tiles import (
     pack_weight_codes,
     unpack_hidden_fragments,
 )
-from svdq_cli.records import Int4, NvFp4, Precision
+from svdq_cli.records import GELU_SHIFT, Int4, NvFp4, Precision
 from svdq_cli.runtime import twins
 from tests.gpu.emulation import EmulatedDevice, build, needs_compiler
 from tests.gpu.operands import (
@@ -34,10 +34,6 @@ from tests.gpu.operands import (
 pytestmark = needs_compiler
 
 BF16, FP16 = torch.bfloat16, torch.float16
-SHIFT = (
-    0.171875  # what runtimes add before they quantize the input of a GELU's second linear to unsigned codes
-)
-
 # How each card multiplies: precision, signedness, dtype, and the architecture whose instruction it is.
 PRODUCTS = {
     "int4-s8": (Int4(), False, BF16, "sm_90a"),
@@ -100,7 +96,7 @@ def _variants() -> Iterator[Variant]:
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_quantize_down_is_its_twin(name: str):
     precision, unsigned, dtype = QUANTIZERS[name]
-    shift = SHIFT if unsigned else 0.0
+    shift = GELU_SHIFT if unsigned else 0.0
     for seed, shape in enumerate(SHAPES):
         if name != "int4":
             shape = replace(shape, rank=OTHER_RANKS[name][seed % 2])
@@ -255,7 +251,7 @@ def test_w4a4_gelu_quantize_is_its_twin(name: str):
         x = random_rows(shape, dtype, seed=seed)
         quantized = twins.quantize_down(x, layer.inverse_smooth, layer.down, precision=precision)
         how = {"m": shape.m, "precision": precision, "next_unsigned": next_unsigned}
-        how["shift"] = SHIFT if next_unsigned else 0.0
+        how["shift"] = GELU_SHIFT if next_unsigned else 0.0
         arguments = (*quantized, *layer.gemm, after.inverse_smooth, after.down)
         device = devices(target)[seed % 2]
         codes, scales, hidden = operations.w4a4_gelu_quantize(device, *arguments, **how)
@@ -285,5 +281,5 @@ def test_w4a16_linear_is_its_twin(dtype: torch.dtype):
 
 def test_there_are_at_least_50_shapes_with_the_awkward_ones_among_them():
     assert len(set(SHAPES)) >= 50
-    assert {1, 7, 127, 129} <= {shape.m for shape in SHAPES}
+    assert {1, 7, 127, 129, 4608} <= {shape.m for shape in SHAPES}
     assert {shape.rank for shape in SHAPES} == set(range(0, 129, 16))
