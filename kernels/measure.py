@@ -1,24 +1,56 @@
 """Everything that needs a GPU, in the order of kernels/README.md: `python kernels/measure.py STAGE... --out FOLDER`.
 
-Needs torch, CuPy, NVRTC and pytest, and nothing of diffusers. Every stage writes its own JSON as soon as it is done, so
-a run that is cut short keeps what it has. Run from a checkout: the tests are part of it.
+What each stage needs is looked up before the first one starts. Every stage writes its own JSON as soon as it is done,
+so a run that is cut short keeps what it has. Run from a checkout: the tests are part of it.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+# What has to be importable and how pip calls it, and what has to be on the PATH. CuPy and NVRTC: `cuda_device` says
+PACKAGES = {"torch": "torch", "numpy": "numpy", "PIL": "pillow", "psutil": "psutil"}
+STAGE_PACKAGES = {
+    "correctness": {"pytest": "pytest"},
+    "sanitizer": {"pytest": "pytest"},
+    "modes": {
+        name: name
+        for name in ("diffusers", "transformers", "accelerate", "safetensors", "pydantic", "torchmetrics")
+    },
+}
+STAGE_PROGRAMS = {"sanitizer": "compute-sanitizer"}
+
+
+def lacking(packages: Mapping[str, str]) -> str | None:
+    """What to install, or None."""
+    absent = [found for name, found in packages.items() if importlib.util.find_spec(name) is None]
+    return f"pip install {' '.join(absent)}" if absent else None
+
+
+def stage_lack(stage: str) -> str | None:
+    """Why a stage can't run here, or None."""
+    program = STAGE_PROGRAMS.get(stage)
+    if program and shutil.which(program) is None:
+        return f"{program} is not on the PATH; it is part of the CUDA toolkit"
+    return lacking(STAGE_PACKAGES.get(stage, {}))
+
+
+if install := lacking(PACKAGES):
+    raise SystemExit(f"kernels/measure.py: {install}")
 
 import torch  # noqa: E402
 
@@ -37,7 +69,6 @@ from svdq_cli.bench.step import (  # noqa: E402
     step_rows,
 )
 from svdq_cli.bench.transformer import FLUX1_DEV_STEP  # noqa: E402
-from svdq_cli.checkpoint import open_checkpoint  # noqa: E402
 from svdq_cli.errors import EnvironmentLacksError  # noqa: E402
 from svdq_cli.gpu import architectures  # noqa: E402
 from svdq_cli.gpu.hopper_choice import (  # noqa: E402
@@ -192,6 +223,7 @@ def modes(out: Path) -> Iterator[dict[str, object]]:
 def _psnr_to_exact(out: Path) -> dict[str, float]:
     """Mean PSNR of the embedded model's pictures in each mode against mode EXACT's."""
     from svdq_cli.calibrate.pipelines import draw
+    from svdq_cli.checkpoint import open_checkpoint
     from svdq_cli.drawing import demo_calibration, evaluation_recipe
     from svdq_cli.evaluate.images import compare
     from svdq_cli.loading import load_pipeline
@@ -248,12 +280,50 @@ def _run(words: list[str]) -> dict[str, object]:
     return {"command": " ".join(words), "exit_code": done.returncode, "tail": tail}
 
 
+def run_stage(name: str, out: Path) -> tuple[bool, list[dict[str, object]]]:
+    """Prints and writes what a stage finds. Returns whether it ran to its end, and its results."""
+    started = time.monotonic()
+    print(f"== {name}: {(STAGES[name].__doc__ or '').strip()}", flush=True)
+    results: list[dict[str, object]] = []
+    problem = None
+    try:
+        for result in STAGES[name](out):
+            results.append(result)
+            if "rows" not in result:
+                print(f"  {json.dumps(result)[:400]}", flush=True)
+    except Exception:  # the next stage may still have something to say
+        problem = traceback.format_exc()
+        print(problem, flush=True)
+    seconds = time.monotonic() - started
+    found = {
+        **{"stage": name, "seconds": seconds, "device": to_json(device_facts(GPU))},
+        **{"results": results, "problem": problem},
+    }
+    (out / f"{name}.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+    print(f"== {name}: {seconds:.0f} s", flush=True)
+    return problem is None, results
+
+
+def chosen_stages(asked: Sequence[str]) -> list[str]:
+    """The stages to run. SystemExit for one that was asked for and can't run; of "all" such a one is left out."""
+    chosen: list[str] = []
+    for name in STAGES if "all" in asked else asked:
+        if (lack := stage_lack(name)) is None:
+            chosen.append(name)
+        elif "all" in asked:
+            print(f"== {name}: left out: {lack}", flush=True)
+        else:
+            raise SystemExit(f"{name}: {lack}")
+    return chosen
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("stages", nargs="+", choices=(*STAGES, "all"))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--portable", action="store_true", help="leave Hopper's own kernels out")
     asked = parser.parse_args()
+    stages = chosen_stages(asked.stages)
     if asked.portable:
         leave_hopper_out()
     try:
@@ -263,28 +333,10 @@ def main() -> int:
         return lack.code
     asked.out.mkdir(parents=True, exist_ok=True)
     failed = False
-    for name in STAGES if "all" in asked.stages else asked.stages:
-        started = time.monotonic()
-        print(f"== {name}: {(STAGES[name].__doc__ or '').strip()}", flush=True)
-        results: list[dict[str, object]] = []
-        problem = None
-        try:
-            for result in STAGES[name](asked.out):
-                results.append(result)
-                if "rows" not in result:
-                    print(f"  {json.dumps(result)[:400]}", flush=True)
-        except Exception:  # the next stage may still have something to say
-            problem = traceback.format_exc()
-            print(problem, flush=True)
-            failed = True
-        seconds = time.monotonic() - started
-        found = {
-            **{"stage": name, "seconds": seconds, "device": to_json(device_facts(GPU))},
-            **{"results": results, "problem": problem},
-        }
-        (asked.out / f"{name}.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
-        print(f"== {name}: {seconds:.0f} s", flush=True)
-        if name == "self_test" and (problem or not all(result["ok"] for result in results)):
+    for name in stages:
+        ended, results = run_stage(name, asked.out)
+        failed = failed or not ended or any(result.get("exit_code") for result in results)
+        if name == "self_test" and not (ended and all(result["ok"] for result in results)):
             print(
                 "the self-test failed: stopping here; --portable leaves Hopper's own kernels out", flush=True
             )

@@ -7,15 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from svdq_cli.calibrate.pipelines import draw
 from svdq_cli.checkpoint import Checkpoint, open_checkpoint
+from svdq_cli.drawing import evaluation_recipe
 from svdq_cli.errors import EnvironmentLacksError, UsageError
+from svdq_cli.evaluate.images import compare
 from svdq_cli.gpu.architectures import architecture
 from svdq_cli.gpu.hopper_choice import ModeMeasurement
 from svdq_cli.gpu.hopper_modes import HopperMode
 from svdq_cli.loading import Backend, _on_kernels, choose_backend, load_model, load_pipeline
 from svdq_cli.pipeline import convert
-from svdq_cli.preparing import RunOptions
-from svdq_cli.recipe import default_recipe
+from svdq_cli.preparing import RunOptions, chosen_prompts, draw_settings
+from svdq_cli.recipe import Quantization, default_recipe
+from svdq_cli.records import ignore_events
 from svdq_cli.runtime.fused import FusedW4A4Linear, FusedW4A16Linear
 from svdq_cli.runtime.hopper_fused import HopperW4A4Linear
 from svdq_cli.runtime.kernel_linear import FusedFeedForward
@@ -122,6 +126,24 @@ def test_layers_that_the_kernels_cannot_run_stay_in_plain_torch_and_are_named(
     name, reason = next(iter(refused.items()))
     assert reason.endswith("is not a multiple of 96")
     assert isinstance(model.get_submodule(name), W4A4Linear)
+
+
+def test_the_embedded_models_pictures_are_the_reference_backends(tmp_path: Path):
+    quantization = Quantization.model_validate({"effort": "datafree", "rank": 32})
+    recipe = default_recipe("demo", quantization=quantization)
+    convert(recipe, tmp_path / "int4", options=RunOptions(device="cpu"))
+    checkpoint = open_checkpoint(tmp_path / "int4")
+    drawing = evaluation_recipe(checkpoint, "demo")
+    prompts = chosen_prompts(drawing, RunOptions(device="cpu"), ignore_events)[:2]
+
+    def pictures(backend: Backend):
+        pipe = load_pipeline(tmp_path / "int4", device="cpu")
+        pipe.register_modules(transformer=load_model(checkpoint, dtype=torch.float32, backend=backend)[0])
+        return draw(pipe, prompts, settings=draw_settings(drawing, checkpoint.source))
+
+    reference = pictures(Backend("reference", ""))
+    for mode in (None, HopperMode.EXACT):
+        assert compare(reference, pictures(Backend("kernels", "", mode))).psnr.mean >= 45
 
 
 # ------------------------------------------------------------------------------------------ Hopper's modes

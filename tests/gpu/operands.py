@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from svdq_cli.gpu import operations
 from svdq_cli.gpu.hopper_modes import HopperMode
+from svdq_cli.gpu.operations import Launcher
 from svdq_cli.pack.kernel_tiles import (
     pack_column_micro_scales,
     pack_column_scales,
@@ -18,6 +22,7 @@ from svdq_cli.pack.kernel_tiles import (
 )
 from svdq_cli.pack.padding import pad
 from svdq_cli.records import Int4, Linear, NvFp4, Precision, W4A4Plan, W4A4Solution
+from svdq_cli.runtime import twins
 from svdq_cli.runtime.hopper_operands import HopperOperands, pack_hopper
 
 
@@ -107,6 +112,45 @@ def random_w4a16(shape: Shape, dtype: torch.dtype, *, seed: int) -> tuple[Tensor
     scales = _padded((pairs / 8).to(dtype)).transpose(0, 1).contiguous()
     bias = _padded(torch.randn(n, generator=draw).to(dtype)) if seed % 3 else None
     return pack_w4a16_weight(_padded(codes)), scales, bias
+
+
+def random_shapes(count: int) -> Iterator[Shape]:
+    """Any sizes a kernel may be called with: small M as often as large, N down to one row of its tiles."""
+    draw = random.Random(count)
+    for _ in range(count):
+        m = round(2 ** draw.uniform(0, 9))
+        yield Shape(m, 64 * draw.randint(1, 8), 8 * draw.randint(1, 40), 16 * draw.randint(0, 8))
+
+
+def assert_w4a4_layer_is_its_twins(
+    launcher: Launcher,
+    shape: Shape,
+    precision: Precision,
+    dtype: torch.dtype,
+    *,
+    seed: int,
+    device: torch.device,
+    slack: float = 1e-5,
+) -> None:
+    """Both kernels of a random layer: codes and scales to the bit, an int4 product without a branch too."""
+    layer = on_device(random_operands(shape, precision, dtype, seed=seed), device)
+    x = random_rows(shape, dtype, seed=seed).to(device)
+    wanted = twins.quantize_down(x, layer.inverse_smooth, layer.down, precision=precision)
+    found = operations.quantize_down(launcher, x, layer.inverse_smooth, layer.down, precision=precision)
+    assert torch.equal(found[0], wanted[0])
+    assert torch.equal(found[1], wanted[1])
+    if shape.rank:
+        assert_agrees(found[2], wanted[2], slack=slack)
+    how = {"m": shape.m, "n": shape.n, "precision": precision}
+    y = operations.w4a4_gemm(launcher, *wanted, *layer.gemm, **how)
+    twin = twins.w4a4_gemm(*wanted, *layer.gemm, **how)
+    assert_agrees(y, twin, exact=shape.rank == 0 and isinstance(precision, Int4), slack=slack)
+
+
+def on_device(operands, device: torch.device):
+    """A record of tensors, moved."""
+    tensors = {name: value for name in operands.__slots__ if (value := getattr(operands, name)) is not None}
+    return replace(operands, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
 
 def assert_agrees(

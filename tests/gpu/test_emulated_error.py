@@ -22,7 +22,7 @@ K, N = 128, 128
 
 
 def definition(x: Tensor, solution: W4A4Solution) -> Tensor:
-    """Float64, but for the hidden vector, which every runtime rounds to 16 bits between the two halves of the branch."""
+    """Float64, but for the hidden vector, which every runtime rounds to 16 bits in the middle of the branch."""
     hidden = (x.double() @ solution.down.double().T).to(solution.up.dtype)
     return w4a4_float64(x, without_branch(solution)) + hidden.double() @ solution.up.double().T
 

@@ -26,8 +26,10 @@ from tests.gpu.operands import (
     SHAPES,
     Shape,
     assert_agrees,
+    assert_w4a4_layer_is_its_twins,
     random_operands,
     random_rows,
+    random_shapes,
     random_w4a16,
 )
 
@@ -203,6 +205,14 @@ def test_w4a4_gemm_is_its_twin(name: str):
         twin = twins.w4a4_gemm(*quantized, *layer.gemm, **how)
         # Without a branch every int4 operation has one order
         assert_agrees(y, twin, exact=shape.rank == 0 and isinstance(precision, Int4))
+
+
+@pytest.mark.parametrize("precision", [Int4(), NvFp4()], ids=lambda precision: precision.name)
+def test_random_shapes_are_their_twins(precision: Precision):
+    for seed, shape in enumerate(random_shapes(50)):
+        assert_w4a4_layer_is_its_twins(
+            *(devices("sm_90a")[seed % 2], shape, precision, BF16), seed=seed, device=torch.device("cpu")
+        )
 
 
 @pytest.mark.parametrize("target", INTEGER_TARGETS)

@@ -15,7 +15,8 @@ from svdq_cli.gpu import hopper
 from svdq_cli.gpu.hopper_modes import HopperMode
 from svdq_cli.gpu.launch import CudaDevice, cuda_device
 from svdq_cli.runtime import hopper_operators, hopper_twins  # noqa: F401  hopper_operators defines torch.ops.svdq
-from tests.gpu.operands import SHAPES, Shape, assert_agrees, random_hopper_operands, random_rows
+from svdq_cli.runtime.hopper_operands import HopperOperands
+from tests.gpu.operands import SHAPES, Shape, assert_agrees, on_device, random_hopper_operands, random_rows
 
 GPU = torch.device("cuda", 0)
 LARGE = (Shape(4608, 3072, 3072, 32), Shape(512, 12288, 3072, 32), Shape(4096, 3072, 9216, 128))
@@ -42,10 +43,8 @@ def gpu() -> CudaDevice:
     return cuda_device(GPU)
 
 
-def layer_on_gpu(shape: Shape, mode: HopperMode, *, seed: int):
-    layer = random_hopper_operands(shape, mode, torch.bfloat16, seed=seed)
-    tensors = {name: value for name in layer.__slots__ if (value := getattr(layer, name)) is not None}
-    return replace(layer, **{name: tensor.to(GPU) for name, tensor in tensors.items()})
+def layer_on_gpu(shape: Shape, mode: HopperMode, *, seed: int) -> HopperOperands:
+    return on_device(random_hopper_operands(shape, mode, torch.bfloat16, seed=seed), GPU)
 
 
 def shapes() -> list[Shape]:

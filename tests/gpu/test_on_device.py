@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +15,17 @@ from svdq_cli.gpu.launch import CudaDevice, cuda_device
 from svdq_cli.records import Int4, NvFp4, Precision
 from svdq_cli.runtime import operators, twins  # noqa: F401  operators defines torch.ops.svdq
 from svdq_cli.runtime.selftest import KernelCase, kernel_cases
-from tests.gpu.operands import SHAPES, Shape, assert_agrees, random_operands, random_rows, random_w4a16
+from tests.gpu.operands import (
+    SHAPES,
+    Shape,
+    assert_agrees,
+    assert_w4a4_layer_is_its_twins,
+    on_device,
+    random_operands,
+    random_rows,
+    random_shapes,
+    random_w4a16,
+)
 
 GPU = torch.device("cuda", 0)
 LARGE = (Shape(4608, 3072, 3072, 32), Shape(512, 12288, 3072, 32), Shape(4096, 3072, 9216, 128))
@@ -51,12 +60,6 @@ def dtype(gpu: CudaDevice) -> torch.dtype:
     return torch.bfloat16 if gpu.architecture.bfloat16 else torch.float16
 
 
-def moved(operands):
-    """A record of tensors, on the GPU."""
-    tensors = {name: value for name in operands.__slots__ if (value := getattr(operands, name)) is not None}
-    return replace(operands, **{name: tensor.to(GPU) for name, tensor in tensors.items()})
-
-
 @pytest.mark.parametrize(
     "case",
     list(kernel_cases(torch.bfloat16, _kind())),
@@ -69,18 +72,13 @@ def test_self_test(case: KernelCase, gpu: CudaDevice):
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("shape", [*SHAPES, *LARGE], ids=lambda shape: shape.label)
 def test_a_w4a4_layer_is_its_twins(shape: Shape, precision: Precision, gpu: CudaDevice, dtype: torch.dtype):
-    layer = moved(random_operands(shape, precision, dtype, seed=shape.m))
-    x = random_rows(shape, dtype, seed=shape.m).to(GPU)
-    wanted = twins.quantize_down(x, layer.inverse_smooth, layer.down, precision=precision)
-    found = operations.quantize_down(gpu, x, layer.inverse_smooth, layer.down, precision=precision)
-    assert torch.equal(found[0], wanted[0])
-    assert torch.equal(found[1], wanted[1])
-    if shape.rank:
-        assert_agrees(found[2], wanted[2], slack=1e-4)
-    how = {"m": shape.m, "n": shape.n, "precision": precision}
-    y = operations.w4a4_gemm(gpu, *wanted, *layer.gemm, **how)
-    twin = twins.w4a4_gemm(*wanted, *layer.gemm, **how)
-    assert_agrees(y, twin, exact=shape.rank == 0 and isinstance(precision, Int4), slack=1e-4)
+    assert_w4a4_layer_is_its_twins(gpu, shape, precision, dtype, seed=shape.m, device=GPU, slack=1e-4)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_random_launches_are_their_twins(precision: Precision, gpu: CudaDevice, dtype: torch.dtype):
+    for seed, shape in enumerate(random_shapes(LAUNCHES)):
+        assert_w4a4_layer_is_its_twins(gpu, shape, precision, dtype, seed=seed, device=GPU, slack=1e-4)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.label)
@@ -95,7 +93,7 @@ def test_a_w4a16_layer_is_its_twin(shape: Shape, gpu: CudaDevice, dtype: torch.d
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_many_launches_give_the_same_bits(precision: Precision, gpu: CudaDevice, dtype: torch.dtype):
     shape = Shape(1100, 3072, 1536, 32)
-    layer = moved(random_operands(shape, precision, dtype, seed=1))
+    layer = on_device(random_operands(shape, precision, dtype, seed=1), GPU)
     x = random_rows(shape, dtype, seed=1).to(GPU)
 
     def layer_once() -> Tensor:
@@ -111,7 +109,7 @@ def test_many_launches_give_the_same_bits(precision: Precision, gpu: CudaDevice,
 
 def test_a_layer_runs_in_a_cuda_graph(gpu: CudaDevice, dtype: torch.dtype):
     shape = Shape(129, 320, 256, 32)
-    layer = moved(random_operands(shape, Int4(), dtype, seed=1))
+    layer = on_device(random_operands(shape, Int4(), dtype, seed=1), GPU)
     x = random_rows(shape, dtype, seed=1).to(GPU)
 
     def layer_once() -> Tensor:
