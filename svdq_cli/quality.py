@@ -45,6 +45,7 @@ JUDGE_SEED = 1000
 VARIANTS: dict[str, dict[str, object]] = {
     "paper": {"effort": "fast"},
     "paper + gptq": {"effort": "fast", "search": ("gptq",)},
+    "paper + gptq + scales": {"effort": "fast", "search": ("gptq", "scales")},
     "balanced": {"effort": "balanced"},
     "best": {"effort": "best"},
     **{

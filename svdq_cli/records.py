@@ -43,7 +43,8 @@ GELU_SHIFT = 0.171875
 
 Effort = Literal["datafree", "fast", "balanced", "best"]
 Smoothing = Literal["none", "closed-form", "grid"]
-SearchStep = Literal["learned", "gptq", "refit"]  # beyond the paper, in the order in which they are taken
+# Beyond the paper, in the order in which they are taken; `scales` is part of gptq: it searches every group's scale.
+SearchStep = Literal["learned", "gptq", "scales", "refit"]
 
 # ---------------------------------------------------------------------------------------------------- the plan
 

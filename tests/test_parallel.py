@@ -139,7 +139,7 @@ def test_a_process_that_is_done_and_left_is_not_missed(team: tuple[JoinedTeam, J
 
 def _cost(n: int, k: int, *, rows: int) -> float:
     plan = W4A4Plan(Linear("a", k, n, bias=True), Int4(), 32)
-    settings = SolveSettings("grid", 0, torch.bfloat16, ("learned", "gptq", "refit"))
+    settings = SolveSettings("grid", 0, torch.bfloat16, ("learned", "gptq", "scales", "refit"))
     return NOMINAL.seconds(solve_work(SharedInput("a", ("a",), (("a",),)), {"a": plan}, settings, rows=rows))
 
 

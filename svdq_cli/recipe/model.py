@@ -219,7 +219,7 @@ class Quantization(Section):
     smoothing: Smoothing | None = None
     """none, closed-form or grid, from where the search starts; chosen by the effort when absent."""
     search: Annotated[tuple[SearchStep, ...] | None, Field(strict=False)] = None
-    """Steps after smoothing, of learned, gptq and refit; chosen by the effort when absent."""
+    """Steps after smoothing, of learned, gptq, scales (with gptq) and refit; chosen by the effort when absent."""
     rank: Rank = DEFAULT_RANK
     """Rank of the 16-bit branch: a multiple of 16, or auto (searched per layer)."""
     size_budget: SizeBudget | None = None

@@ -115,6 +115,8 @@ def _step_work(step: str, shapes: Shapes, width: int, train: int, final: Work, p
                 factored=3 * width**3,
                 calls=(68 if dear else 22) * width,
             )
+        case "scales":  # counted with gptq, which is measured with them
+            return Work()
         case _:  # refit
             products = 8 * train * size + 2 * train * width**2 + 3 * width * size
             return Work(matmul=products, quantized=train * width + size, factored=width**3) + _split(
@@ -230,6 +232,8 @@ def _step_bytes(step: str, n: int, branch: int, k: int, rows: int) -> int:
             return max(24 * n * k, 8 * n * k + 22 * drawn * k)
         case "gptq":
             return 20 * k * k + 12 * n * k
+        case "scales":
+            return 0
         case _:  # refit
             missing = 8 * branch * k + 12 * branch * rows + 4 * (n - branch) * rows
             return 8 * rows * k + max(missing, 20 * k * k + 16 * branch * k + 4 * branch * rows)

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from svdq_cli.records import Precision, SearchStep, W4A4Plan, W4A4Solution
 from svdq_cli.solve.forward import SourceWeight, dequantized_weight, relative_errors, stacked_weights
-from svdq_cli.solve.learned import learn_smoothing
+from svdq_cli.solve.learned import GPTQ_LEAVES, learn_smoothing
 from svdq_cli.solve.low_rank import split_low_rank
 from svdq_cli.solve.quantizers import QuantizedWeight, fake_quantize_activation
 from svdq_cli.solve.refit import RIDGE, refit_branch
-from svdq_cli.solve.rounding import gptq_weight
+from svdq_cli.solve.rounding import NO_SEARCH, SCALE_FACTORS, gptq_weight
 
 HELD_OUT = 8  # one row in eight judges: the last ones, which come from pictures that the others do not
 LEAST_ROWS = 64  # with fewer there is nothing to learn from and nothing to judge on
@@ -97,11 +97,13 @@ def improve(
 
     best, least = start, note("start", judged(start))
     attempts: dict[SearchStep, Callable[[], Solutions | None]] = {
-        "learned": lambda: _learned(task, train, best, place, nearest),
-        "gptq": lambda: _rounded(task, train, best),
+        "learned": lambda: _learned(
+            task, train, best, place, nearest, GPTQ_LEAVES if "gptq" in steps else 1.0
+        ),
+        "gptq": lambda: _rounded(task, train, best, SCALE_FACTORS if "scales" in steps else NO_SEARCH),
         "refit": lambda: _refitted(task, train, best),
     }
-    for step in steps:
+    for step in (step for step in steps if step in attempts):
         began = time.monotonic()
         tried = attempts[step]()
         if tried is None:
@@ -122,6 +124,7 @@ def _learned(
     best: Solutions,
     place: Callable[[Tensor], Tensor],
     nearest: Callable[[Tensor], Solutions],
+    weight_noise: float,
 ) -> Solutions:
     """Each layer weighs the same: its rows are scaled by the size of its output."""
     shares = torch.cat(
@@ -147,17 +150,21 @@ def _learned(
 
     weight = torch.cat([task.stacked(members) for members in task.branches]) * shares
     start = _smooth(best)
-    return nearest(
-        place(learn_smoothing(start, weight, train, task.precision, branch=branch, seed=task.seed))
+    learned = learn_smoothing(
+        start, weight, train, task.precision, branch=branch, weight_noise=weight_noise, seed=task.seed
     )
+    return nearest(place(learned))
 
 
-def _rounded(task: Task, train: Tensor, best: Solutions) -> Solutions | None:
-    """The same branches, what they leave over rounded by GPTQ. All layers see one input, so one Hessian serves all."""
+def _rounded(task: Task, train: Tensor, best: Solutions, factors: tuple[float, ...]) -> Solutions | None:
+    """The same branches, what they leave over rounded by GPTQ with `factors` for the groups' scales. All layers see one
+    input, so one Hessian serves all."""
     drawn = fake_quantize_activation(train / _smooth(best), task.precision)
     hessian = drawn.T @ drawn / len(drawn)
     left = _residual(task, best)
-    quantized = gptq_weight(left, hessian, task.precision, dtype=task.dtype, parts=task.counts)
+    quantized = gptq_weight(
+        left, hessian, task.precision, dtype=task.dtype, parts=task.counts, factors=factors
+    )
     return None if quantized is None else _with_codes(task, best, quantized)
 
 

@@ -29,6 +29,7 @@ from svdq_cli.solve.quantizers import (
 # Candidates for a group's scale, as factors of the one that just reaches its extreme. Below 1 the largest weights are
 # clipped and the others gain resolution.
 SCALE_FACTORS = (1.0, 0.70, 0.75, 0.80, 0.85, 0.90, 0.95, 1.03)
+NO_SEARCH = (1.0,)
 DAMPING = 0.01  # share of the mean diagonal added to the Hessian, as in GPTQ
 BLOCK = 64  # columns between two updates of the rest of the matrix; a multiple of every group size
 
@@ -163,11 +164,12 @@ class Int4Grid:
     """codes * scale, codes -7 to 7."""
 
     dtype: torch.dtype
+    factors: tuple[float, ...] = SCALE_FACTORS
     group: int = Int4.group
 
     def candidates(self, values: Tensor) -> Iterator[Parameters]:
         peak = absmax(values)
-        for share in SCALE_FACTORS:
+        for share in self.factors:
             scale = (peak * share / 7).to(self.dtype)
             yield (scale.masked_fill_(scale == 0, 1),)
 
@@ -186,11 +188,12 @@ class NvFp4Grid:
     """e2m1 * e4m3 micro scale * outer scale."""
 
     outer: Tensor  # (N,) float32
+    factors: tuple[float, ...] = SCALE_FACTORS
     group: int = NvFp4.group
 
     def candidates(self, values: Tensor) -> Iterator[Parameters]:
         peak = absmax(values)
-        for share in SCALE_FACTORS:
+        for share in self.factors:
             yield ((peak * share / 6 / self.outer).clamp(E4M3_TINY, E4M3_MAX).to(torch.float8_e4m3fn),)
 
     def round(self, values: Tensor, parameters: Parameters) -> tuple[Tensor, Tensor]:
@@ -247,17 +250,25 @@ class AffineGrid:
 
 
 def gptq_weight(
-    weight: Tensor, hessian: Tensor, precision: Precision, *, dtype: torch.dtype, parts: tuple[int, ...]
+    weight: Tensor,
+    hessian: Tensor,
+    precision: Precision,
+    *,
+    dtype: torch.dtype,
+    parts: tuple[int, ...],
+    factors: tuple[float, ...] = SCALE_FACTORS,
 ) -> QuantizedWeight | None:
     """Codes and scales of a W4A4 residual `weight` (N, K) float32; None where the Hessian says nothing.
 
     `parts`: the rows of each layer stacked in `weight`; nvfp4 has one outer scale for each, returned as (N,).
+    `factors`: the scales to choose from for a group, as shares of the one that reaches its peak; NO_SEARCH is GPTQ as
+    published.
     """
     match precision:
         case Int4():
-            found, outer = gptq(weight, hessian, Int4Grid(dtype)), None
+            found, outer = gptq(weight, hessian, Int4Grid(dtype, factors)), None
         case NvFp4():
             each = [quantize_weight(part, precision, dtype=dtype).outer for part in weight.split(parts)]
             outer = torch.cat([o.expand(n) for o, n in zip(each, parts, strict=True) if o is not None])
-            found = gptq(weight, hessian, NvFp4Grid(outer.float()))
+            found = gptq(weight, hessian, NvFp4Grid(outer.float(), factors))
     return None if found is None else QuantizedWeight(found.codes, found.parameters[0], outer)

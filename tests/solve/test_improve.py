@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from svdq_cli.recipe.model import STEPS_OF_EFFORT
-from svdq_cli.records import Effort, Int4, NvFp4, Precision, SolveSettings
+from svdq_cli.records import Effort, Int4, NvFp4, Precision, SearchStep, SolveSettings
 from svdq_cli.solve.forward import output_sqnr_db
 from svdq_cli.solve.linear import SolvedInput, solve_input
 from svdq_cli.solve.quantizers import dequantize_weight, quantize_weight
@@ -112,3 +112,14 @@ def test_the_refit_finds_a_missing_low_rank_term():
     up, down = found
     left = (x @ (missing_term - up @ down).T).norm() / (x @ missing_term.T).norm()
     assert float(left) < 0.05  # the ridge keeps it from being exact
+
+
+@BOTH
+def test_searching_scales_pays_over_gptq_as_published(precision: Precision):
+    stats = stats_of(correlated_rows(1000, seed=5))
+
+    def reached(*steps: SearchStep) -> float:
+        settings = SolveSettings("grid", 0, torch.bfloat16, steps)
+        return fresh_db(solve_input(SHARED, plans(precision), weights(), stats, settings))
+
+    assert reached("gptq", "scales") > reached("gptq")
