@@ -103,7 +103,9 @@ def improve(
         "gptq": lambda: _rounded(task, train, best, SCALE_FACTORS if "scales" in steps else NO_SEARCH),
         "refit": lambda: _refitted(task, train, best),
     }
-    for step in (step for step in steps if step in attempts):
+    for step in steps:
+        if step == "scales":
+            continue  # taken with gptq
         began = time.monotonic()
         tried = attempts[step]()
         if tried is None:
