@@ -73,7 +73,7 @@ def as_out_of_memory(error: BaseException) -> OutOfResourcesError | None:
     ):
         return None
     first = str(error).splitlines()[0] if str(error) else type(error).__name__
-    said = first if first.startswith("out of memory") else f"out of memory: {first}"
+    said = first if "out of memory" in first else f"out of memory: {first}"
     return OutOfResourcesError(
         said,
         hint="close other programs, lower --batch-size, or use --device cpu",

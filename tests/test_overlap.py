@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -22,6 +23,23 @@ def test_what_is_made_ahead_comes_in_order_and_not_too_early(threads: int):
         assert made == item * item
         assert max(begun) <= item + threads
     assert sorted(begun) == list(range(20))
+
+
+def test_what_has_no_room_beside_others_is_made_when_they_are_done():
+    begun: list[int] = []
+    asked: list[tuple[list[int], int]] = []
+
+    def beside(busy: Sequence[int], following: int) -> bool:
+        asked.append((list(busy), following))
+        return following != 3
+
+    done: list[int] = []
+    for item, _ in made_ahead(range(5), begun.append, beside=beside):
+        if item < 3:
+            assert 3 not in begun
+        done.append(item)
+    assert done == begun == list(range(5))
+    assert asked == [([0], 1), ([1], 2), ([2], 3), ([3], 4)]
 
 
 def test_an_error_of_the_maker_comes_in_its_place():
@@ -56,6 +74,15 @@ def test_work_behind_is_done_one_at_a_time_and_all_of_it():
         for item in range(10):
             hand_over(lambda item=item: work(item))
     assert done == list(range(10))
+
+
+def test_waiting_for_what_is_behind_frees_it():
+    done: list[int] = []
+    with done_behind() as hand_over:
+        hand_over(lambda: done.append(1))
+        hand_over.wait()
+        assert done == [1]
+        hand_over.wait()  # nothing is left to wait for
 
 
 def test_an_error_behind_is_raised_by_the_next_piece_or_at_the_end():

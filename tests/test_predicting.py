@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from svdq_cli.pipeline import convert, predict
 from svdq_cli.preparing import RunOptions
@@ -20,31 +17,12 @@ from svdq_cli.solve.costs import NOMINAL, solve_bytes, solve_work
 from svdq_cli.solve.forward import SourceWeight
 from svdq_cli.solve.linear import solve_input
 from svdq_cli.tokens import image_tokens, pixels_per_token
+from tests.allocations import Allocations
 
 CPU = RunOptions(device="cpu")
 DATA_FREE = SolveSettings("none", 0, torch.bfloat16)
 PAPERS = SolveSettings("grid", 0, torch.bfloat16)
 SEARCHED = SolveSettings("grid", 0, torch.bfloat16, ("learned", "gptq", "refit"))
-
-
-class _Peak(TorchDispatchMode):
-    """The most bytes of tensors, made by torch's operations, that are alive at once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive: dict[int, int] = {}
-        self.bytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in self.alive:
-                    self.alive[storage._cdata] = storage.nbytes()
-                    weakref.finalize(storage, self.alive.pop, storage._cdata)
-        self.bytes = max(self.bytes, sum(self.alive.values()))
-        return out
 
 
 class _ReadWhenAsked(Mapping[str, SourceWeight]):
@@ -98,10 +76,10 @@ def test_solving_takes_the_memory_that_is_predicted(
         name: torch.randn(n, k, generator=generator).bfloat16() for name, n in zip(names, sizes, strict=True)
     }
     asked = _ReadWhenAsked(stored)
-    with _Peak() as peak:
+    with Allocations() as seen:
         solve_input(shared, plans, asked if streamed else dict(asked), given, settings)
     predicted = solve_bytes(shared, plans, settings, rows=0 if given is None else rows, streamed=streamed)
-    assert predicted == pytest.approx(peak.bytes, rel=0.15)
+    assert predicted == pytest.approx(seen.most, rel=0.15)
 
 
 def test_every_step_costs_time():

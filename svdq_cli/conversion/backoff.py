@@ -107,9 +107,7 @@ def where_it_fits(
     if not ways:
         raise too_large(layer, need, device, options)
     if ways[0].device != device:
-        observe(
-            Event("warning", "solve", detail=f"{too_large(layer, need, device, options)}; solved {ways[0]}")
-        )
+        observe(Event("warning", "solve", detail=f"{too_large(layer, need, device, options)}; now {ways[0]}"))
     return _first_that_ends(layer, attempt, ways, let_go, observe)
 
 
@@ -130,7 +128,7 @@ def _first_that_ends(
     # Only here are the attempt's tensors gone: the exception held its frames.
     let_go()
     return_device_memory()
-    failure = f"{layer}: solved {way}: {lack.message}"
+    failure = f"{layer}: solving it {way}: {lack.message}"
     if not others:
         raise OutOfResourcesError(failure, hint=_CURE, where=layer, kind="out-of-memory")
     observe(Event("warning", "solve", detail=f"{failure}; now {others[0]}"))

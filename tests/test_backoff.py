@@ -1,0 +1,223 @@
+"""Solving where memory runs out: the same bytes with less of it at a time, the CPU instead of a GPU, or a clear end."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+from svdq_cli.cli import run
+from svdq_cli.conversion import backoff, fitting, solving
+from svdq_cli.conversion import run as converting
+from svdq_cli.conversion.backoff import Need, Way, where_it_fits
+from svdq_cli.errors import OutOfResourcesError, as_out_of_memory
+from svdq_cli.pipeline import calibrate, convert
+from svdq_cli.preparing import RunOptions
+from svdq_cli.recipe import Calibration, Quantization, Recipe, default_recipe
+from svdq_cli.records import ConvertReport, Event, SharedInput
+from tests.allocations import Allocations
+
+WEIGHTS = Path("transformer/diffusion_pytorch_model.safetensors")
+ON_CPU = RunOptions(device="cpu")
+GIB = 2**30
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+FIRST = "transformer_blocks.0.attn.to_q"  # of the layers, as they are solved
+
+
+def recipe_for(source: Path) -> Recipe:
+    return default_recipe(str(source), quantization=Quantization(rank=16, effort="datafree"))
+
+
+class Warnings(list[str]):
+    """An observer that keeps the warnings of the solve stage."""
+
+    def __call__(self, event: Event) -> None:
+        if event.kind == "warning" and event.stage == "solve":
+            self.append(event.detail)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_flux: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, ConvertReport]:
+    """A conversion with enough memory: its weights and its report."""
+    path = tmp_path_factory.mktemp("whole") / "out"
+    report = convert(recipe_for(tiny_flux), path, options=ON_CPU)
+    return (path / WEIGHTS).read_bytes(), report
+
+
+def solve_with(monkeypatch: pytest.MonkeyPatch, allocator: Callable[[int], Allocations]) -> None:
+    """Every portion is solved with an allocator of its own. `allocator` is told which attempt it is for, from 1."""
+    attempts: Counter[str] = Counter()
+    solve = solving.solve_input
+
+    def watched(portion: SharedInput, *args):
+        attempts[portion.layers[0]] += 1
+        with allocator(attempts[portion.layers[0]]):
+            return solve(portion, *args)
+
+    monkeypatch.setattr(solving, "solve_input", watched)
+
+
+@pytest.mark.parametrize("failing", [1, 20, 77])
+def test_where_memory_runs_out_a_portion_is_solved_with_less_at_a_time_to_the_same_bytes(
+    failing: int,
+    tiny_flux: Path,
+    whole: tuple[bytes, ConvertReport],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    solve_with(monkeypatch, lambda attempt: Allocations(failing={failing} if attempt == 1 else ()))
+    said = Warnings()
+    convert(recipe_for(tiny_flux), tmp_path / "out", options=ON_CPU, observe=said)
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == whole[0]
+    assert said[0].startswith(f"{FIRST}: solving it on the CPU: CUDA out of memory")
+    assert said[0].endswith("; now on the CPU with one weight at a time")
+
+
+def test_the_same_with_calibration(tiny_flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\n")
+    recipe = default_recipe(
+        str(tiny_flux),
+        calibration=Calibration(prompts=str(prompts), samples=1, steps=4, height=32, width=32, rows=64),
+        quantization=Quantization(smoothing="closed-form", search=("gptq", "refit"), rank=16),
+    )
+    statistics = tmp_path / "statistics"
+    calibrate(recipe, statistics, options=ON_CPU)
+    convert(recipe, tmp_path / "whole", calibration=statistics, options=ON_CPU)
+    solve_with(monkeypatch, lambda attempt: Allocations(failing={400} if attempt == 1 else ()))
+    said = Warnings()
+    convert(recipe, tmp_path / "out", calibration=statistics, options=ON_CPU, observe=said)
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
+    assert said[0].startswith(f"{FIRST}: solving it on the CPU: CUDA out of memory")
+
+
+class GpuWithoutMemory(TorchFunctionMode):
+    """A GPU on which nothing can be put."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func is torch.Tensor.to and args[1] == GPU:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_fits_on_no_gpu_is_solved_on_the_cpu_and_the_report_says_so(
+    tiny_flux: Path,
+    whole: tuple[bytes, ConvertReport],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(converting, "resolve_device", lambda wanted: GPU)
+    monkeypatch.setattr(solving.RawWeight, "pinned", lambda weight: weight)  # takes a driver
+    said = Warnings()
+    with GpuWithoutMemory():
+        report = convert(recipe_for(tiny_flux), tmp_path / "out", options=ON_CPU, observe=said)
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == whole[0]
+    assert {each.device for each in report.search.layers.values()} == {"cpu"}
+    assert said[:2] == [
+        f"{FIRST}: solving it on the GPU: CUDA out of memory. Tried to allocate 2.00 GiB.; "
+        "now on the GPU with one weight at a time",
+        f"{FIRST}: solving it on the GPU with one weight at a time: CUDA out of memory. Tried to allocate 2.00 GiB.; "
+        "now on the CPU",
+    ]
+    assert any("were solved on the CPU" in warning and FIRST in warning for warning in report.warnings)
+
+
+def test_a_limit_on_gpu_memory_moves_layers_to_the_cpu_without_a_try(
+    tiny_flux: Path, whole: tuple[bytes, ConvertReport], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(converting, "resolve_device", lambda wanted: GPU)
+    monkeypatch.setattr(converting, "limit_vram", lambda device, most: None)  # takes a driver
+    monkeypatch.setattr(solving.RawWeight, "pinned", lambda weight: weight)
+    said = Warnings()
+    convert(recipe_for(tiny_flux), tmp_path / "out", options=RunOptions(max_vram=100), observe=said)
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == whole[0]
+    assert said[0].startswith(f"{FIRST}: solving it takes ")
+    assert said[0].endswith("GB, and --max-vram allows 0.00 GB; now on the CPU")
+
+
+def test_out_of_memory_for_good_ends_with_code_5_and_names_the_layer(
+    tiny_flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    solve_with(monkeypatch, lambda attempt: Allocations(limit=0))
+    words = f"convert {tiny_flux} -o {tmp_path / 'out'} --effort datafree --device cpu --json"
+    assert run(words.split()) == 5
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert error["where"] == FIRST
+    assert error["kind"] == "out-of-memory"
+    assert error["message"].startswith(
+        f"{FIRST}: solving it on the CPU with one weight at a time: CUDA out of memory"
+    )
+    assert "smaller --effort" in error["hint"]
+    assert list(tmp_path.iterdir()) == [], "nothing was solved, so there is nothing to go on with"
+
+
+def test_host_memory_that_shrinks_ends_the_run_before_it_is_gone(
+    tiny_flux: Path, whole: tuple[bytes, ConvertReport], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Another process takes the memory after three portions; the run ends, and goes on once there is some again."""
+    kept = tmp_path / ".out.work/layers"
+
+    def left() -> int:
+        return 1000 if kept.is_dir() and len(list(kept.glob("*.safetensors"))) >= 3 else GIB
+
+    with monkeypatch.context() as short:
+        short.setattr(fitting, "available_ram", left)
+        short.setattr(backoff, "available_ram", left)
+        with pytest.raises(
+            OutOfResourcesError, match=r"solving it takes .* GB of memory, and 0\.00 GB are free"
+        ) as seen:
+            convert(recipe_for(tiny_flux), tmp_path / "out", options=ON_CPU)
+    assert str(seen.value.where).startswith(("transformer_blocks.", "single_transformer_blocks."))
+    assert seen.value.resumable
+    report = convert(recipe_for(tiny_flux), tmp_path / "out", options=RunOptions(device="cpu", resume=True))
+    assert report.layers_taken_over > 0
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == whole[0]
+
+
+def test_a_portion_lets_go_of_what_it_can_before_it_takes_less_at_a_time(monkeypatch: pytest.MonkeyPatch):
+    free = [100]
+    monkeypatch.setattr(fitting, "available_ram", lambda: free[0])
+
+    def let_go() -> None:
+        free[0] += 50
+
+    def needs(way: Way) -> Need:
+        return Need(80 if way.streamed else 130, 0)
+
+    def chosen() -> Way:
+        return where_it_fits(
+            "layer", lambda way: way, needs, device=CPU, options=ON_CPU, observe=Warnings(), let_go=let_go
+        )
+
+    assert chosen() == Way(CPU, streamed=False)
+    free[0] = 40
+    assert chosen() == Way(CPU, streamed=True)
+
+
+def test_errors_that_are_no_want_of_memory_are_not_hidden():
+    def attempt(way: Way) -> None:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        where_it_fits(
+            "layer",
+            attempt,
+            lambda way: Need(0, 0),
+            device=CPU,
+            options=ON_CPU,
+            observe=Warnings(),
+            let_go=lambda: None,
+        )
+
+
+def test_torchs_own_words_for_want_of_host_memory_are_known():
+    with pytest.raises(RuntimeError) as seen:
+        torch.empty(1 << 55, device="cpu")
+    refusal = as_out_of_memory(seen.value)
+    assert refusal is not None
+    assert refusal.code == 5
