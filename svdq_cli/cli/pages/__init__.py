@@ -1,0 +1,1 @@
+"""What each report looks like on a terminal; `render` chooses the page."""

@@ -1,0 +1,149 @@
+"""Of `svdq convert` and what else writes a checkpoint."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import cast
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from svdq_cli.cli.failures import FailureReport
+from svdq_cli.cli.pages.pieces import (
+    WORST_LAYERS,
+    count_text,
+    facts_table,
+    print_layers,
+    size_text,
+    vram_text,
+)
+from svdq_cli.cli.several import RecipeRun, SeveralReport
+from svdq_cli.records import CalibrateReport, ConvertReport, LoraReport, PlanReport, RepackReport
+from svdq_cli.wording import bytes_text
+
+
+def conversion(console: Console, report: ConvertReport, verbose: bool) -> None:
+    output = report.outputs[0]
+    table = facts_table()
+    table.add_row("written", output.path)
+    table.add_row("format", f"{output.format}, {report.precision}, rank {report.rank.requested}")
+    counts = report.layers
+    table.add_row("layers", f"{counts.w4a4} W4A4, {counts.w4a16} W4A16, {counts.kept} kept at 16 bit")
+    table.add_row("size", size_text(report.bytes.input, report.bytes.output, report.bytes.ratio))
+    kind = "weights" if report.data_free else "outputs on the calibration rows"
+    sqnr = report.layer_sqnr_db
+    table.add_row("layer SQNR", f"mean {sqnr.mean:.1f} dB, worst {sqnr.min:.1f} dB ({kind})")
+    seconds = report.seconds
+    table.add_row(
+        "time",
+        f"{seconds.total:.1f} s (calibrate {seconds.calibrate:.1f}, solve {seconds.solve:.1f}, "
+        f"pack {seconds.pack:.1f}, check {seconds.check:.1f})",
+    )
+    table.add_row("memory", f"{bytes_text(report.peak.ram_bytes)} RAM" + vram_text(report.peak.vram_bytes))
+    console.print(table)
+    print_layers(console, sqnr, everything=verbose)
+    console.print(f"next: svdq eval {output.path} --against {_as_typed(report.recipe['model'])}")
+
+
+def several(console: Console, report: SeveralReport) -> None:
+    table = Table(box=None, pad_edge=False)
+    for title in ("exit code", "status", "smaller", "layer SQNR", "seconds"):
+        table.add_column(title, justify="left" if title == "status" else "right", no_wrap=True)
+    table.add_column("recipe", overflow="fold")
+    for run in report.runs:
+        table.add_row(str(run.code), *_became(run), run.source)
+    console.print(table)
+    for run in report.runs:
+        match run.report:
+            case FailureReport(error=error):
+                console.print(f"{run.source}: {error.message}" + (f" ({error.hint})" if error.hint else ""))
+            case ConvertReport(gates_missed=missed) if missed:
+                console.print(f"{run.source}: gates missed: {'; '.join(missed)}")
+            case _:
+                pass
+
+
+def _became(run: RecipeRun) -> tuple[str, str, str, str]:
+    """Status, size ratio, mean layer SQNR, seconds of one recipe; what is not there is empty."""
+    match run.report:
+        case FailureReport(error=error):
+            return error.kind, "", "", ""
+        case PlanReport() as plan:
+            return plan.status, f"{plan.bytes.ratio:.2f}x", "", ""
+        case ConvertReport() as made:
+            sqnr, seconds = f"{made.layer_sqnr_db.mean:.1f} dB", f"{made.seconds.total:.1f}"
+            return made.status, f"{made.bytes.ratio:.2f}x", sqnr, seconds
+
+
+def _as_typed(model: object) -> str:
+    """A recipe's model as SOURCE and options, the way it would be typed."""
+    said = cast("dict[str, object]", model)
+    loras = cast("list[dict[str, object]]", said["loras"])
+    base = [f"--base {said['base']}"] if said["base"] else []
+    return " ".join(
+        [str(said["source"]), *base, *(f"--lora {lora['path']}:{lora['weight']}" for lora in loras)]
+    )
+
+
+def plan(console: Console, report: PlanReport) -> None:
+    table = facts_table()
+    table.add_row(
+        "model", f"{report.model.family} ({report.model.model_class}), {count_text(report.model.parameters)}"
+    )
+    counts = report.layers
+    table.add_row("layers", f"{counts.w4a4} W4A4, {counts.w4a16} W4A16, {counts.kept} kept at 16 bit")
+    table.add_row("size", size_text(report.bytes.input, report.bytes.output, report.bytes.ratio))
+    table.add_row("disk", bytes_text(report.disk_bytes))
+    stages = report.stages
+    parts = ", ".join(
+        f"{name} {getattr(stages, name):.0f}" for name in ("prepare", "calibrate", "solve", "pack", "check")
+    )
+    table.add_row("time", f"{report.seconds:.0f} s ({parts})")
+    table.add_row("memory", f"{bytes_text(report.ram_bytes)} RAM" + vram_text(report.vram_bytes))
+    console.print(table)
+    for warning in report.warnings:
+        console.print(f"warning: {warning}")
+
+
+def calibration(console: Console, report: CalibrateReport) -> None:
+    console.print(
+        f"{report.path}: {report.inputs} layer inputs from {report.prompts} prompts x {report.steps} steps, "
+        f"{bytes_text(report.bytes)}, {report.seconds:.1f} s"
+    )
+    console.print(f"next: svdq convert SOURCE --calib {report.path} -o OUT")
+
+
+def repacking(console: Console, report: RepackReport) -> None:
+    (output,) = report.outputs
+    console.print(
+        f"{output.path}: {output.format}, {report.layers} layers with the bits that they had in "
+        f"{report.source_format}, {bytes_text(output.bytes)}"
+    )
+    for warning in report.warnings:
+        console.print(f"note: {warning}")
+
+
+def lora(console: Console, report: LoraReport, verbose: bool) -> None:
+    (output,) = report.outputs
+    table = facts_table()
+    table.add_row("written", output.path)
+    table.add_row("LoRAs", ", ".join(f"{lora.path} at {lora.weight:g}" for lora in report.loras))
+    table.add_row("rank", f"{report.rank['before']} -> {report.rank['after']}")
+    table.add_row("size", f"{bytes_text(report.bytes['before'])} -> {bytes_text(report.bytes['after'])}")
+    table.add_row("time, memory", f"{report.seconds:.1f} s, {bytes_text(report.peak.ram_bytes)} RAM")
+    console.print(table)
+    counts = Counter((row.how, row.kind or "", row.why or "") for row in report.keys)
+    for (how, kind, why), count in counts.items():
+        console.print(
+            Text(f"  {count:5} {how}" + (f", {kind}" if kind else "") + (f": {why}" if why else ""))
+        )
+    cut = [row for row in report.keys if row.error is not None]
+    for row in report.keys if verbose else sorted(cut, key=lambda row: -(row.error or 0))[:WORST_LAYERS]:
+        error = "" if row.error is None else f", cut to a rank: error {row.error:.3f}"
+        console.print(Text(f"  {row.how}: {row.key}{error}"))
+    worst = sorted(report.layer_error.items(), key=lambda item: -item[1])
+    for name, error in worst if verbose else worst[:WORST_LAYERS]:
+        console.print(Text(f"  {error:7.4f}  {name} (error of its compressed branch)"))
+    for warning in report.warnings:
+        console.print(Text(f"note: {warning}"))

@@ -1,0 +1,71 @@
+"""Of `svdq check` and `svdq eval`."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from svdq_cli.cli.pages.pieces import WORST_LAYERS, db_text, print_layers
+from svdq_cli.records import CheckReport, EvalReport, Summary
+
+
+def check(console: Console, report: CheckReport, verbose: bool) -> None:
+    if report.problems:
+        for problem in report.problems[: None if verbose else 10]:
+            console.print(Text(f"{problem.layer}: {problem.what}"))
+        return
+    console.print(f"ok: {report.layers} layers, format {report.format}")
+    if report.layer_error:
+        worst = sorted(report.layer_error.items(), key=lambda item: -item[1])
+        for name, error in worst if verbose else worst[:WORST_LAYERS]:
+            console.print(Text(f"  {error:7.4f}  {name}"))
+        console.print("(relative error of the rebuilt weight, worst first)")
+    else:
+        console.print("structure and finite values; --against SOURCE also compares the weights")
+
+
+def evaluation(console: Console, report: EvalReport, verbose: bool) -> None:
+    """Means over the pictures, with the columns that something was measured for."""
+    table = Table(box=None, pad_edge=False)
+    measured = [name for name in _LEARNED if getattr(report, name) is not None]
+    table.add_column("against the 16-bit pictures")
+    for title in ("PSNR", "95 % interval", "worst", "SSIM", *(_LEARNED[name] for name in measured)):
+        table.add_column(title, justify="right")
+    titles = {"rtn": "naive 4-bit (rtn)", "nf4": "bitsandbytes NF4"}
+    ways = {titles.get(name, name): scores for name, scores in report.baselines.items()}
+    for title, scores in {"converted": report, **ways}.items():
+        table.add_row(
+            title,
+            db_text(scores.psnr_db),
+            _interval(scores.psnr_db),
+            f"{scores.psnr_db.min:.1f} dB",
+            f"{scores.ssim.mean:.3f}",
+            *(_learned(getattr(scores, name)) for name in measured),
+        )
+    console.print(table)
+    floor = report.noise_floor_psnr_db
+    repeats = "exactly (100 dB)" if floor is not None and floor >= 100 else f"to {floor:.1f} dB"
+    console.print(
+        f"{report.images} pictures; the 16-bit model repeats itself {repeats}; {report.seconds:.1f} s"
+    )
+    for name, why in report.missing.items():
+        console.print(Text(f"no {name}: {why}"))
+    sqnr = report.layer_sqnr_db
+    console.print(f"layer SQNR on these prompts: mean {sqnr.mean:.1f} dB, worst {sqnr.min:.1f} dB")
+    print_layers(console, sqnr, everything=verbose)
+    if report.page:
+        console.print(f"report, for a browser: {report.page}")
+
+
+_LEARNED = {"lpips": "LPIPS", "clip": "CLIP", "image_reward": "ImageReward", "fid": "FID"}
+
+
+def _learned(figure: Summary | float | None) -> str:
+    if figure is None:
+        return ""
+    return f"{figure:.2f}" if isinstance(figure, (int, float)) else f"{figure.mean:.3f}"
+
+
+def _interval(summary: Summary) -> str:
+    return "" if summary.ci95 is None else "{:.1f} to {:.1f}".format(*summary.ci95)

@@ -1,0 +1,92 @@
+"""Of `svdq doctor` and `svdq bench`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from svdq_cli.cli.pages.pieces import facts_table
+
+if TYPE_CHECKING:
+    from svdq_cli.bench.report import BenchReport, StepRow
+    from svdq_cli.diagnosis import DoctorReport
+
+
+def doctor(console: Console, report: DoctorReport) -> None:
+    facts = facts_table()
+    facts.add_row("svdq", report.svdq_version)
+    facts.add_row("python", report.python)
+    for name, version in report.packages.items():
+        facts.add_row(name, version or "not installed")
+    facts.add_row(
+        "device", f"{report.device['name']}" + (f", sm_{report.device['sm']}" if report.device["sm"] else "")
+    )
+    console.print(facts)
+    table = Table(box=None, pad_edge=False)
+    for title in ("op", "precision", "mode", "backend", "status", "detail"):
+        table.add_column(title)
+    for test in report.tests:
+        table.add_row(test.op, test.precision, test.mode, test.backend, test.status, Text(test.detail))
+    console.print(table)
+
+
+def bench(console: Console, report: BenchReport) -> None:
+    facts = facts_table()
+    device = report.device
+    facts.add_row("device", device.name + (f", sm_{device.sm}" if device.sm else ""))
+    for name in ("driver", "cuda", "torch", "threads", "backend"):
+        if getattr(device, name) is not None:
+            facts.add_row(name, str(getattr(device, name)))
+    facts.add_row("baseline", report.rows[0].baseline)
+    console.print(facts)
+    table = Table(box=None, pad_edge=False, collapse_padding=True)
+    for title in ("op", "precision", "M", "K", "N", "R", "us", "spread", "TFLOP/s", "ratio", "error"):
+        table.add_column(title, justify="left" if title in ("op", "precision") else "right", no_wrap=True)
+    shape = None
+    for row in report.rows:
+        if shape not in (None, (row.m, row.k, row.n)):
+            table.add_row()
+        shape = (row.m, row.k, row.n)
+        table.add_row(
+            row.op.removesuffix(" linear") + (" unfused" if "+" in row.mode else ""),
+            row.precision,
+            *(str(size) for size in shape),
+            "" if row.rank is None else str(row.rank),
+            f"{row.us.median:.{1 if row.us.median < 1000 else 0}f}",
+            f"{(row.us.p90 - row.us.p10) / row.us.median:.0%}",
+            f"{row.tflops:.2g}" if row.tflops < 10 else f"{row.tflops:.0f}",
+            f"{row.ratio:.2f}",
+            f"{row.relative_error:.1e}",
+        )
+    console.print(table)
+    console.print()
+    exact = {f"{row.op} {row.precision}, R {row.rank}": row.exactness for row in report.rows}
+    for label, exactness in exact.items():
+        console.print(f"{label.removesuffix(', R None')}: {exactness}")
+    console.print()
+    if report.steps:
+        _steps(console, report.steps)
+    for note in report.notes:
+        console.print(note)
+
+
+def _steps(console: Console, steps: Sequence[StepRow]) -> None:
+    console.print(f"one step of {steps[0].model}, random weights:")
+    table = Table(box=None, pad_edge=False)
+    for title in ("precision", "mode", "ms", "ratio", "peak GiB", "of bfloat16"):
+        table.add_column(title, justify="left" if title in ("precision", "mode") else "right")
+    for row in steps:
+        table.add_row(
+            row.precision,
+            row.mode,
+            f"{row.us.median / 1000:.2f}",
+            f"{row.ratio:.2f}",
+            "" if row.peak_bytes is None else f"{row.peak_bytes / 2**30:.2f}",
+            "" if row.memory_ratio is None else f"1/{row.memory_ratio:.2f}",
+        )
+    console.print(table)
+    console.print()
