@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from svdq_cli.bench.kernel_operations import Product, Quantize
+from svdq_cli.bench.kernel_operations import Product, quantize_operation
 from svdq_cli.bench.operations import NAMES, Operation, w4a4_float64, without_branch
 from svdq_cli.gpu.hopper_modes import HopperMode
 from svdq_cli.pack.hopper_tiles import unpack_rows
@@ -15,7 +15,6 @@ from svdq_cli.records import W4A4Solution
 from svdq_cli.runtime.hopper_fused import HopperW4A4Linear
 from svdq_cli.runtime.hopper_operands import requantized_rows
 from svdq_cli.runtime.hopper_twins import quantize_rows
-from svdq_cli.runtime.input_quantizer import Quantized
 from svdq_cli.runtime.linear import w4a4_weight
 
 
@@ -67,21 +66,13 @@ def _row(op: str, solution: W4A4Solution, mode: HopperMode, module: nn.Module, *
 
 
 def _quantize(solution: W4A4Solution, mode: HopperMode, layer: HopperW4A4Linear, m: int) -> Operation:
-    k, rank, dtype = layer.in_features, solution.up.shape[1], solution.up.dtype
+    k, rank = layer.in_features, solution.up.shape[1]
     scales = m * k // solution.plan.precision.group if mode == HopperMode.EXACT else m
-
-    def hidden_of(quantized: Quantized) -> Tensor:
-        return unpack_rows(quantized[2])[:m, :rank]
-
-    return Operation(
-        "quantize and down",
-        f"hopper {mode.label}",
-        solution.plan.precision.name,
-        rank,
-        dtype,
-        Quantize(layer),
-        lambda x: x.double() @ solution.down.double().T,
-        f"codes and scales to the bit; float32 sums; hidden vector rounded to {NAMES[dtype]}",
-        rows_of=hidden_of,
-        least_bytes=2 * m * k + m * k + 4 * scales + 2 * rank * (m + k),
+    return quantize_operation(
+        layer,
+        solution,
+        mode=f"hopper {mode.label}",
+        hidden_of=lambda quantized: unpack_rows(quantized[2])[:m, :rank],
+        written=m * k + 4 * scales,
+        m=m,
     )

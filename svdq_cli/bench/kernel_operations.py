@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -112,18 +112,34 @@ def _w4a4(op: str, mode: str, solution: W4A4Solution, module: nn.Module, **how) 
 
 
 def _quantize(solution: W4A4Solution, m: int) -> Operation:
-    layer = FusedW4A4Linear(solution)
-    k, rank, dtype = layer.in_features, solution.up.shape[1], solution.up.dtype
-
-    def hidden_of(quantized: Quantized) -> Tensor:
-        return unpack_hidden_fragments(quantized[2])[:m, :rank]
-
-    scale_bytes = (
-        m * k // solution.plan.precision.group * (2 if isinstance(solution.plan.precision, Int4) else 1)
+    precision = solution.plan.precision
+    k, rank = solution.codes.shape[1], solution.up.shape[1]
+    scale_bytes = m * k // precision.group * (2 if isinstance(precision, Int4) else 1)
+    return quantize_operation(
+        FusedW4A4Linear(solution),
+        solution,
+        mode="kernels",
+        hidden_of=lambda quantized: unpack_hidden_fragments(quantized[2])[:m, :rank],
+        written=m * k // 2 + scale_bytes,
+        m=m,
     )
+
+
+def quantize_operation(
+    layer: KernelW4A4Linear,
+    solution: W4A4Solution,
+    *,
+    mode: str,
+    hidden_of: Callable[[Quantized], Tensor],
+    written: int,
+    m: int,
+) -> Operation:
+    """The first kernel of a layer. `hidden_of` unpacks the branch's hidden vectors (M, R); `written`: bytes of codes
+    and scales."""
+    k, rank, dtype = layer.in_features, solution.up.shape[1], solution.up.dtype
     return Operation(
         "quantize and down",
-        "kernels",
+        mode,
         solution.plan.precision.name,
         rank,
         dtype,
@@ -131,7 +147,7 @@ def _quantize(solution: W4A4Solution, m: int) -> Operation:
         lambda x: x.double() @ solution.down.double().T,
         f"codes and scales to the bit; float32 sums; hidden vector rounded to {NAMES[dtype]}",
         rows_of=hidden_of,
-        least_bytes=2 * m * k + m * k // 2 + scale_bytes + 2 * rank * (m + k),
+        least_bytes=2 * m * k + written + 2 * rank * (m + k),
     )
 
 
