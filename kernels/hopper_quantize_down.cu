@@ -12,7 +12,8 @@
 // Grid: (MP / 32, chunks of R, parts of K; 1 part unless MODE_EXACT). x is read once in MODE_EXACT. A scale of a whole row
 // must be known before its first code: the other modes read x twice, the second time from the L2 cache where the rows of all
 // running blocks fit into it.
-// -D: ELEMENT_BF16, MODE, TOKENS, QUANTIZED_UNSIGNED (MODE_EXACT), RANK_CHUNK (0, 16, .., 64), WARPS.
+// -D: ELEMENT_BF16, MODE, TOKENS, QUANTIZED_UNSIGNED (MODE_EXACT), RANK_CHUNK (0, 16, .., 64), WARPS, MIN_BLOCKS (that
+// share a multiprocessor).
 // Compute capability: 9.0 (sm_90a). Deterministic. Twin: svdq_cli/runtime/hopper_twins.py, hopper_quantize_down.
 #include "hidden_sums.cuh"
 #include "hopper_quantize.cuh"
@@ -130,7 +131,7 @@ __device__ __forceinline__ void store_sums(const BlockSums& block, uint4* hidden
     }
 }
 
-extern "C" __global__ void __launch_bounds__(WARPS* LANES)
+extern "C" __global__ void __launch_bounds__(WARPS* LANES, MIN_BLOCKS)
     hopper_quantize_down(const uint4* x, const float* inverse_smooth, const uint4* down, u8* codes, float* token_scales,
                          uint4* hidden, float* partial, float shift, int m, int mp, int k, int rank)
 {

@@ -80,12 +80,16 @@ def _block(mode: HopperMode, tokens: int) -> dict[str, int]:
 def quantize_down_variant(
     dtype: torch.dtype, mode: HopperMode, *, tokens: int, rank: int, unsigned: bool = False
 ) -> Variant:
+    chunk = variants.rank_chunk(rank)
+    # Two blocks share a multiprocessor when a thread has 128 registers; float16 in mode EXACT would spill
+    together = chunk <= 32 and not (dtype == torch.float16 and mode == HopperMode.EXACT)
     return _variant(
         "hopper_quantize_down",
         _constants(dtype, mode, tokens),
         QUANTIZED_UNSIGNED=unsigned,
-        RANK_CHUNK=variants.rank_chunk(rank),
+        RANK_CHUNK=chunk,
         WARPS=variants.QUANTIZE_WARPS,
+        MIN_BLOCKS=2 if together else 1,
     )
 
 

@@ -61,6 +61,10 @@ def hopper_variants() -> Iterator[Variant]:
         yield hopper.gelu_quantize_variant(torch.bfloat16, tokens=tokens)
     for mode in HopperMode:
         yield hopper.quantize_down_variant(torch.bfloat16, mode, tokens=hopper.TOKENS, rank=64)
+        yield hopper.quantize_down_variant(torch.bfloat16, mode, tokens=hopper.TOKENS, rank=32)
+    yield hopper.quantize_down_variant(
+        torch.float16, HopperMode.EXACT, tokens=hopper.TOKENS, rank=32, unsigned=True
+    )
     yield hopper.gemm_variant(torch.float16, HopperMode.EXACT, tokens=hopper.TOKENS)
     yield hopper.reduce_hidden_variant(torch.bfloat16, tokens=hopper.TOKENS)
 
@@ -127,7 +131,7 @@ def threads_of(variant: Variant) -> int:
 
 @needs_nvrtc
 @pytest.mark.parametrize("kind", ARCHITECTURES, ids=lambda kind: kind.target)
-def test_two_blocks_of_an_int4_gemm_share_a_multiprocessor_where_that_is_asked_for(
+def test_two_blocks_share_a_multiprocessor_where_that_is_asked_for(
     kind: Architecture, compiled: dict[tuple[str, Variant], Cubin]
 ):
     asked = 0

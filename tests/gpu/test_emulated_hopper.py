@@ -36,6 +36,7 @@ RANKS = (0, 32, 64, 128)
 QUANTIZERS = (
     *((HopperMode.EXACT, hopper.SMALL_TOKENS, rank) for rank in RANKS[:3]),
     (HopperMode.EXACT, hopper.TOKENS, 32),
+    (HopperMode.EXACT, hopper.SMALL_TOKENS, 96),  # in two chunks of 48
     (HopperMode.W4A8, hopper.TOKENS, 32),
     (HopperMode.W4A8, hopper.SMALL_TOKENS, 32),
     (HopperMode.FP8, hopper.SMALL_TOKENS, 32),
@@ -64,7 +65,8 @@ def _variants() -> Iterator[Variant]:
 
 
 def hopper_shapes() -> Iterator[Shape]:
-    """54 shapes with ranks in 32s, and one of many tiles for few blocks, with a group that fills no stage."""
+    """The shapes of all kernels with ranks in 32s, and one of many tiles for few blocks, with a group that fills no
+    stage."""
     for index, shape in enumerate(SHAPES):
         yield replace(shape, rank=RANKS[index % 4])
     yield Shape(400, 448, 384, 32)
@@ -73,7 +75,7 @@ def hopper_shapes() -> Iterator[Shape]:
 def test_shapes_use_both_tiles_and_wrap_the_ring():
     shapes = list(hopper_shapes())
     assert {hopper.token_tile(shape.m) for shape in shapes} == {hopper.TOKENS, hopper.SMALL_TOKENS}
-    assert {1, 7, 127, 129} <= {shape.m for shape in shapes}
+    assert {1, 7, 127, 129, 4608} <= {shape.m for shape in shapes}
     largest = shapes[-1]
     tiles = -(-largest.m // hopper.token_tile(largest.m)) * (largest.n // hopper.FEATURES)
     assert tiles > 2 * EmulatedDevice().multiprocessors
