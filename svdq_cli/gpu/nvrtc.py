@@ -68,6 +68,7 @@ def _library() -> ctypes.CDLL:
     hint = 'install svdq with CUDA\'s libraries: pip install "svdq[cuda13]", or "svdq[cuda12]" for a CUDA 12 driver'
     for path in _candidates():
         try:
+            _load_builtins(Path(path))
             library = ctypes.CDLL(path)
         except OSError:
             continue
@@ -91,6 +92,15 @@ def _candidates() -> Iterator[str]:
         yield from (str(path) for path in sorted(found, key=lambda path: path.name, reverse=True))
     if system := ctypes.util.find_library("nvrtc"):
         yield system
+
+
+def _load_builtins(nvrtc: Path) -> None:
+    """NVRTC opens its second library by name at the first compilation. Some wheels (13.0) don't say that it lies beside
+    the first, and then it is found only if it is loaded already. A bare name is the system's, which finds both."""
+    pattern = "nvrtc-builtins64_*.dll" if sys.platform == "win32" else "libnvrtc-builtins.so.*"
+    if nvrtc.is_absolute():
+        for path in nvrtc.parent.glob(pattern):
+            ctypes.CDLL(str(path))
 
 
 def _strings(texts: Iterable[str]) -> ctypes.Array[ctypes.c_char_p]:

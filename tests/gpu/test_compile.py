@@ -3,6 +3,8 @@ instruction inside."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -168,6 +170,16 @@ def test_a_compiled_kernel_comes_from_the_cache_until_its_constants_change(tmp_p
     assert len(others | {first.path}) == 3
     assert first.path.read_bytes()[:4] == b"\x7fELF"
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".cubin"] * 3 + [".json"] * 3
+
+
+@needs_nvrtc
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_nvrtcs_second_library_is_loaded_with_the_first():
+    """NVRTC 13.0's wheel does not find it by itself, and says so only when it compiles."""
+    look = "from svdq_cli.gpu import nvrtc; nvrtc.version(); print(open('/proc/self/maps').read())"
+    maps = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True).stdout
+    assert "libnvrtc.so" in maps
+    assert "libnvrtc-builtins.so" in maps
 
 
 @needs_nvrtc

@@ -204,13 +204,18 @@ def test_group_sums_are_exact_integers_in_a_narrow_accumulator(unsigned: bool):
 # ------------------------------------------------------------------------------------------ gelu_quantize
 
 
+def pairs_of_layers() -> Iterator[tuple[Shape, Shape]]:
+    """Two layers, the second reading what the first gives."""
+    for index, shape in enumerate(hopper_shapes()):
+        first = replace(shape, n=(128, 192, 256)[index % 3], k=min(shape.k, 128))
+        yield first, Shape(shape.m, first.n, 128, RANKS[index // 2 % 4])
+
+
 def test_gelu_quantize_is_its_twin():
-    for seed, shape in enumerate(hopper_shapes()):
-        shape = replace(shape, n=(128, 192, 256)[seed % 3], k=min(shape.k, 128))
+    assert len(set(pairs_of_layers())) >= 50
+    for seed, (shape, next_shape) in enumerate(pairs_of_layers()):
         layer = random_hopper_operands(shape, HopperMode.EXACT, BF16, seed=seed)
-        after = random_hopper_operands(
-            Shape(shape.m, shape.n, 128, RANKS[seed // 2 % 4]), HopperMode.EXACT, BF16, seed=seed + 1
-        )
+        after = random_hopper_operands(next_shape, HopperMode.EXACT, BF16, seed=seed + 1)
         x = random_rows(shape, BF16, seed=seed)
         quantized = hopper_twins.quantize_down(x, layer.inverse_smooth, layer.down, mode=HopperMode.EXACT)
         unsigned = hopper.token_tile(shape.m) == hopper.TOKENS  # one build for each tile
@@ -227,6 +232,20 @@ def test_gelu_quantize_is_its_twin():
 
 def share_of_different(found: Tensor, wanted: Tensor) -> float:
     return float((found != wanted).float().mean())
+
+
+# ------------------------------------------------------------------------------------------ reduce_hidden
+
+
+def test_reduce_hidden_is_its_twin():
+    draw = torch.Generator().manual_seed(0)
+    for case in range(56):
+        tile = (hopper.TOKENS, hopper.SMALL_TOKENS)[case % 2]
+        splits, tiles, rank = 1 + case % 7, 1 + case % 3, 32 * (1 + case % 8)
+        partial = torch.randn(splits, tiles * tile, rank, generator=draw)
+        hidden = torch.zeros(tiles, rank // 32, 4, tile, 8, dtype=BF16)
+        hopper.reduce_hidden(DEVICES[case % 2], partial, hidden)
+        assert torch.equal(unpack_rows(hidden), twins.reduce_hidden(partial).to(BF16))
 
 
 def test_an_empty_input_gives_an_empty_result():
