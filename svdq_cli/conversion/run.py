@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from svdq_cli import __version__
+from svdq_cli.allocator import return_freed_memory
 from svdq_cli.calibrate.artefact import MANIFEST, Calibration, open_calibration
 from svdq_cli.calibrate.prompts import prompts_digest
 from svdq_cli.calibrate.settings import settings_json
@@ -191,6 +192,7 @@ def begin(
     )
     if job.tunes_blocks:
         require_blocks_run(prepared)
+    return_freed_memory()  # of the digest: what a process holds counts against --max-ram
     require_memory(
         Forecast(prepared, job.calibration, not data_free and job.calibration is None, job.device, options)
     )

@@ -11,7 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from svdq_cli.allocator import return_freed_memory
+from svdq_cli.allocator import free_tensors_at_once, return_freed_memory
 from svdq_cli.calibrate.artefact import Calibration
 from svdq_cli.conversion.backoff import Need, Way, need_of, stored_itemsize, ways_on, where_it_fits
 from svdq_cli.conversion.fitting import free_ram
@@ -187,6 +187,9 @@ def _solved(
     prepared, options = job.prepared, job.options
     plans = {layer.name: layer for layer in prepared.plan.layers}
     itemsize = stored_itemsize(prepared)
+    if options.max_ram is not None:
+        free_tensors_at_once()
+    return_freed_memory()
     at_first = free_ram(options)
 
     def need(portion: SharedInput, way: Way) -> Need:
