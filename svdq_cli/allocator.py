@@ -26,8 +26,8 @@ def keep_freed_memory() -> None:
 
 
 def free_tensors_at_once() -> None:
-    """Undo `keep_freed_memory`: what a tensor took goes back to the system with it. Slower, but nothing lies idle between
-    tensors of other sizes, which adds up to a fifth of what is in use."""
+    """Undo `keep_freed_memory`: what a tensor took goes back to the system with it. Slower, but no memory lies idle
+    between tensors of other sizes."""
     if mallopt := _of_glibc("mallopt"):
         mallopt(_MMAP_THRESHOLD, _OF_THE_SYSTEM)
         mallopt(_TRIM_THRESHOLD, _OF_THE_SYSTEM)
