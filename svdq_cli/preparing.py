@@ -48,7 +48,8 @@ from svdq_cli.writing import Target, require_precision, target_of
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
-    """How a run is made. Never changes the bytes that come out."""
+    """How a run is made. Never changes the bytes that come out, but for the lowest bits of layers that are solved on
+    another type of device."""
 
     device: str = "auto"
     overwrite: bool = False
