@@ -109,6 +109,7 @@ def _solve_rates(device: torch.device) -> Rates:
                 rows,
                 precision,
                 branch=lambda s: torch.zeros_like(weight),
+                weight_noise=1.0,
                 seed=0,
             )
         ),

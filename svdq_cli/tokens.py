@@ -11,6 +11,8 @@ from svdq_cli.source import Source, read_json
 
 TEXT_TOKENS = 512  # T5's and Qwen's usual padding, where the recipe does not say
 CLIP_TOKENS = 77
+# diffusers' names of layers that read the text alone, in models with a stream for each
+TEXT_LAYERS = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff_context")
 
 
 def image_tokens(source: Source, *, height: int, width: int) -> int:
@@ -23,6 +25,11 @@ def text_tokens(source: Source, max_sequence_length: int | None) -> int:
     if max_sequence_length is not None:
         return max_sequence_length
     return CLIP_TOKENS if source.component == "unet" else TEXT_TOKENS
+
+
+def reads_text(layer: str) -> bool:
+    """Whether a layer reads the text's stream, in models that have one for it."""
+    return any(part in TEXT_LAYERS for part in layer.split("."))
 
 
 def pixels_per_token(source: Source) -> int:

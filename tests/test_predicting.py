@@ -9,10 +9,26 @@ from pathlib import Path
 import pytest
 import torch
 
+from svdq_cli.conversion.block_forecast import block_forecast
+from svdq_cli.conversion.recording import BLOCK_SAMPLE, record_blocks
+from svdq_cli.conversion.solving import solve_model
+from svdq_cli.errors import OutOfResourcesError
+from svdq_cli.loading import load_beside
+from svdq_cli.machine import resident_ram
 from svdq_cli.pipeline import convert, predict
-from svdq_cli.preparing import RunOptions
-from svdq_cli.recipe import Calibration, Quantization, default_recipe
-from svdq_cli.records import ActivationStats, Int4, Linear, SharedInput, SolveSettings, W4A4Plan
+from svdq_cli.preparing import RunOptions, prepare
+from svdq_cli.recipe import Calibration, Quantization, Recipe, default_recipe
+from svdq_cli.reconstruct import Shelf, reconstruct, tuning
+from svdq_cli.records import (
+    ActivationStats,
+    Event,
+    Int4,
+    Linear,
+    SharedInput,
+    SolveSettings,
+    W4A4Plan,
+    ignore_events,
+)
 from svdq_cli.solve.costs import NOMINAL, solve_bytes, solve_work
 from svdq_cli.solve.forward import SourceWeight
 from svdq_cli.solve.linear import solve_input
@@ -80,6 +96,81 @@ def test_solving_takes_the_memory_that_is_predicted(
         solve_input(shared, plans, asked if streamed else dict(asked), given, settings)
     predicted = solve_bytes(shared, plans, settings, rows=0 if given is None else rows, streamed=streamed)
     assert predicted == pytest.approx(seen.most, rel=0.15)
+
+
+def best_recipe(source: Path, folder: Path, **drawn: object) -> Recipe:
+    (folder / "prompts.txt").write_text("\n".join(f"{count} red circles" for count in range(2)))
+    wanted = {"prompts": str(folder / "prompts.txt"), "samples": 2, "steps": 4, "rows": 64, **drawn}
+    return default_recipe(
+        str(source),
+        calibration=Calibration.model_validate(wanted),
+        quantization=Quantization(effort="best", rank=16),
+    )
+
+
+@pytest.mark.parametrize(("side", "text"), [(16, 16), (48, 48)])
+def test_tuning_a_block_takes_the_memory_that_is_predicted(
+    tiny_flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side: int, text: int
+):
+    """With few tokens it is the weights' and with many the activations' that counts."""
+    monkeypatch.setattr(tuning, "STEPS", 2)
+    monkeypatch.setattr(tuning, "JUDGE_EVERY", 1)
+    recipe = best_recipe(tiny_flux, tmp_path, height=side, width=side, max_sequence_length=text)
+    prepared, cpu = prepare(recipe), torch.device("cpu")
+    recording = record_blocks(prepared, BLOCK_SAMPLE, options=CPU, device=cpu, observe=ignore_events)
+    solutions, _ = solve_model(prepared, None, cpu, ignore_events)
+    model, weights = load_beside(
+        prepared.source, recording.wiring.order, class_name=prepared.plan.model_class, device=cpu
+    )
+    forecast = block_forecast(prepared, CPU, cpu)
+    assert forecast.calls.all == len(recording.calls)
+    shelf = Shelf(tmp_path / "shelf", host_bytes=0)  # all in files
+    with Allocations() as made:
+        list(reconstruct(model, weights, prepared.plan, solutions, recording, shelf, seed=0))
+    predicted = forecast.device_bytes - forecast.itemsize * forecast.beside
+    assert predicted == pytest.approx(made.most, rel=0.25)
+
+
+def test_hidden_states_take_the_memory_that_is_predicted(tiny_flux: Path, tmp_path: Path):
+    recipe = best_recipe(tiny_flux, tmp_path, height=32, width=32, max_sequence_length=32)
+    prepared, cpu = prepare(recipe), torch.device("cpu")
+    recording = record_blocks(prepared, BLOCK_SAMPLE, options=CPU, device=cpu, observe=ignore_events)
+    model, weights = load_beside(
+        prepared.source, recording.wiring.order, class_name=prepared.plan.model_class, device=cpu
+    )
+    solutions, _ = solve_model(prepared, None, cpu, ignore_events)
+    folder, seen = tmp_path / "shelf", [0]
+
+    def look(event: Event) -> None:
+        if folder.exists():
+            seen.append(sum(file.stat().st_size for file in folder.iterdir()))
+
+    shelf = Shelf(folder, host_bytes=0)
+    order = recording.wiring.order
+    list(
+        reconstruct(
+            model, weights, prepared.plan, solutions, recording, shelf, seed=0, finished=order, observe=look
+        )
+    )
+    assert max(seen) == pytest.approx(block_forecast(prepared, CPU, cpu).passed_bytes, rel=0.25)
+
+
+def test_a_block_that_memory_has_no_room_for_is_refused_before_the_work(tiny_flux: Path, tmp_path: Path):
+    recipe = best_recipe(tiny_flux, tmp_path, height=512, width=512, max_sequence_length=64)
+    limit = resident_ram() + 300_000_000  # layers are solved in less
+    with pytest.raises(OutOfResourcesError, match=r"tuning it takes .* GB, and --max-ram allows") as caught:
+        convert(recipe, tmp_path / "out", options=RunOptions(device="cpu", max_ram=limit))
+    assert "batch_size" in str(caught.value.hint)
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_best_takes_longer_and_more_disk_than_balanced(tiny_flux: Path, tmp_path: Path):
+    best = best_recipe(tiny_flux, tmp_path, height=32, width=32, max_sequence_length=32)
+    balanced = best.model_copy(update={"quantization": Quantization(effort="balanced", rank=16)})
+    one, other = (predict(recipe, options=CPU) for recipe in (best, balanced))
+    assert one.stages.solve > 2 * other.stages.solve
+    assert one.disk_bytes > other.disk_bytes
+    assert one.warnings == other.warnings
 
 
 def test_every_step_costs_time():

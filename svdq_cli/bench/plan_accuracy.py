@@ -1,4 +1,4 @@
-"""What `svdq convert --plan` says against what the conversion takes, for five configurations.
+"""What `svdq convert --plan` says against what the conversion takes, for six configurations.
 
     python -m svdq_cli.bench.plan_accuracy [--folder DIR] [--only NAME ...]
 
@@ -45,6 +45,7 @@ CONFIGURATIONS = (
     Configuration(
         "demo, balanced, nvfp4", "demo", ("--effort", "balanced", "--precision", "nvfp4"), draws=True
     ),
+    Configuration("demo, best", "demo", ("--effort", "best"), draws=True),
     Configuration("FLUX, width 1024, data-free", 8, ("--effort", "datafree")),
     Configuration("FLUX, width 3072, data-free", 24, ("--effort", "datafree")),
 )

@@ -61,6 +61,16 @@ def free_ram(options: RunOptions) -> int:
     return ram if options.max_ram is None else min(ram, options.max_ram - resident_ram())
 
 
+def free_vram(device: torch.device, options: RunOptions) -> int:
+    """The same of a GPU's memory and `--max-vram`."""
+    vram = available_vram(device)
+    return (
+        vram
+        if options.max_vram is None
+        else min(vram, options.max_vram - torch.cuda.memory_allocated(device))
+    )
+
+
 def _room(prepared: Prepared, settings: DrawSettings, device: torch.device, options: RunOptions) -> Room:
     """What the denoiser's weights may take once the rest has its share."""
     source = prepared.source
@@ -72,7 +82,4 @@ def _room(prepared: Prepared, settings: DrawSettings, device: torch.device, opti
     ram = free_ram(options)
     if device.type != "cuda":
         return Room(max(0, ram - working), 0)
-    vram = available_vram(device)
-    if options.max_vram is not None:
-        vram = min(vram, options.max_vram - torch.cuda.memory_allocated(device))
-    return Room(max(0, vram - working), max(0, ram))
+    return Room(max(0, free_vram(device, options) - working), max(0, ram))

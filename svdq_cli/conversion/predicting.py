@@ -15,7 +15,11 @@ import torch
 from svdq_cli.calibrate.artefact import Calibration, open_calibration
 from svdq_cli.calibrate.budget import rows_within, statistics_bytes
 from svdq_cli.conversion.backoff import Need, Way, need_of, open_ways, stored_itemsize, too_large, ways_on
+from svdq_cli.conversion.block_forecast import BlockForecast, block_forecast, layer_tokens, passages_room
 from svdq_cli.conversion.calibrating import input_widths
+from svdq_cli.conversion.fitting import free_ram, free_vram
+from svdq_cli.conversion.recording import can_record
+from svdq_cli.errors import OutOfResourcesError
 from svdq_cli.loading import compute_dtype
 from svdq_cli.machine import resident_ram, resolve_device
 from svdq_cli.preparing import (
@@ -39,9 +43,6 @@ from svdq_cli.solve.costs import Work, solve_work, waiting_bytes
 from svdq_cli.speed import Speed, speed_of
 from svdq_cli.tokens import forward_bytes, image_tokens, text_tokens
 from svdq_cli.writing import existing
-
-# diffusers' names of layers that read the text alone, in models with a stream for each
-_TEXT_LAYERS = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff_context")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,16 +69,19 @@ class Forecast:
 
     def tokens(self, layer: str, modulation: bool = False) -> int:
         """What a layer reads for one picture."""
-        if modulation:
-            return 1
-        source = self.prepared.source
-        settings = draw_settings(self.prepared.recipe, source, beside=self.options.beside)
-        text = text_tokens(source, settings.max_sequence_length)
-        picture = image_tokens(source, height=settings.height, width=settings.width) * (settings.frames or 1)
-        if any(part in _TEXT_LAYERS for part in layer.split(".")):
-            return text
-        joint = not any(_TEXT_LAYERS[0] in name for name in _block_of(self.prepared, layer))
-        return picture + (text if joint and source.component == "transformer" else 0)
+        return layer_tokens(self.prepared, self.options, layer, modulation=modulation)
+
+    @property
+    def tunes_blocks(self) -> bool:
+        """Whether it reconstructs blocks."""
+        calibrated = self.draws or self.artefact is not None
+        wanted = self.prepared.recipe.quantization.effort == "best"
+        return wanted and calibrated and can_record(self.prepared)
+
+    @property
+    def blocks(self) -> BlockForecast:
+        """Of a conversion that reconstructs blocks."""
+        return block_forecast(self.prepared, self.options, self.device)
 
 
 def predict(
@@ -106,16 +110,9 @@ def predict(
         ram_bytes=ram_bytes(job),
         vram_bytes=vram_bytes(job),
         recipe=resolved(recipe),
-        warnings=(*warnings_of(prepared, data_free=data_free), *_left_out(job), *_on_the_cpu(job)),
+        warnings=(*warnings_of(prepared, data_free=data_free), *_on_the_cpu(job)),
         stages=stages,
     )
-
-
-def _left_out(job: Forecast) -> tuple[str, ...]:
-    """What is not predicted."""
-    if job.prepared.recipe.quantization.effort != "best":
-        return ()
-    return ("the time and memory of effort best's block reconstruction are not predicted",)
 
 
 # ------------------------------------------------------------------------------------------------- time
@@ -129,6 +126,8 @@ def stage_seconds(job: Forecast, speed: Speed, preparing: float) -> PlanSeconds:
     calibrate = _calibrate_seconds(job, speed) if job.draws else 0.0
     kept = work_bytes(prepared.plan, prepared.settings.dtype)
     solve = speed.solve.seconds(_solve_work(job)) + kept / speed.write
+    if job.tunes_blocks:
+        solve += _reconstruct_seconds(job, speed)
     weights = sum(layer.linear.in_features * layer.linear.out_features for layer in prepared.plan.layers)
     unpacked = len(prepared.targets) * speed.solve.seconds(
         Work(compared=weights)
@@ -159,16 +158,29 @@ def _calibrate_seconds(job: Forecast, speed: Speed) -> float:
     assert wanted is not None
     settings = draw_settings(prepared.recipe, prepared.source, beside=job.options.beside)
     passes = (wanted.samples * settings.steps + 1) * (2 if settings.true_cfg > 1 else 1)
+    statistics = statistics_bytes(input_widths(prepared.plan), rows=wanted.rows)
+    return passes * _pass_seconds(job, speed) + _loading_seconds(job, speed) + 2 * statistics / speed.write
+
+
+def _reconstruct_seconds(job: Forecast, speed: Speed) -> float:
+    """The pictures are drawn, both streams go through the blocks, and every block is tuned and kept."""
+    blocks = job.blocks
+    drawing = blocks.pictures * blocks.steps * _pass_seconds(job, speed) + _loading_seconds(job, speed)
+    return drawing + speed.solve.seconds(blocks.work) + blocks.kept / speed.write
+
+
+def _pass_seconds(job: Forecast, speed: Speed) -> float:
+    """The denoiser, once for one picture."""
     flops, calls = 0.0, 0
-    for layer in prepared.plan.layers:
+    for layer in job.prepared.plan.layers:
         tokens = job.tokens(layer.name, isinstance(layer, W4A16Plan))
         flops += 2 * tokens * layer.linear.in_features * layer.linear.out_features
         calls += 15  # of torch: the layer, its hook, and its share of norms, activations and attention
-    statistics = statistics_bytes(input_widths(prepared.plan), rows=wanted.rows)
-    loading = (prepared.source.bytes + other_bytes(job)) / speed.read
-    return (
-        passes * (flops / speed.forward + calls / speed.solve.calls) + loading + 2 * statistics / speed.write
-    )
+    return flops / speed.forward + calls / speed.solve.calls
+
+
+def _loading_seconds(job: Forecast, speed: Speed) -> float:
+    return (job.prepared.source.bytes + other_bytes(job)) / speed.read
 
 
 def other_bytes(job: Forecast) -> int:
@@ -190,7 +202,12 @@ def ram_bytes(job: Forecast) -> int:
         *(_waiting_bytes(job, portion) + _planned(job, portion)[1].ram for portion in _portions(job)),
     ]
     if job.draws:
-        stages += _calibration_stages(job, cpu=job.device.type == "cpu")
+        stages += _drawing_stages(job, cpu=job.device.type == "cpu")
+    if job.tunes_blocks:
+        blocks, on_cpu = job.blocks, job.device.type == "cpu"
+        stages += _drawing_stages(job, cpu=on_cpu, batch=blocks.batch)
+        waiting = min(blocks.passed_bytes, passages_room(job.prepared, job.options, job.device))
+        stages.append(waiting + (blocks.device_bytes if on_cpu else 0))
     return resident_ram() + max(stages)
 
 
@@ -200,18 +217,41 @@ def vram_bytes(job: Forecast) -> int | None:
         return None
     stages = [_planned(job, portion)[1].vram for portion in _portions(job)]
     if job.draws:
-        stages += _calibration_stages(job, cpu=True)
+        stages += _drawing_stages(job, cpu=True)
+    if job.tunes_blocks:
+        stages += [*_drawing_stages(job, cpu=True, batch=job.blocks.batch), job.blocks.device_bytes]
     peak = max(stages)
     return peak if job.options.max_vram is None else min(peak, job.options.max_vram)
 
 
 def require_memory(job: Forecast) -> None:
     """OutOfResourcesError for a portion that can't be solved in the memory there is, `--max-ram` and `--max-vram` kept.
-    (What calibration may take is settled where the model is loaded.)"""
+    The same for tuning a block. (What calibration may take is settled where the model is loaded.)"""
     for portion in _portions(job):
         needs = _needs(job, portion)
         if not open_ways(ways_on(job.device), needs.__getitem__, job.options):
             raise too_large(portion.layers[0], needs.__getitem__, job.device, job.options)
+    if job.tunes_blocks:
+        _require_block_memory(job)
+
+
+def _require_block_memory(job: Forecast) -> None:
+    needed, cpu = job.blocks.device_bytes, job.device.type == "cpu"
+    if needed <= (free_ram(job.options) if cpu else free_vram(job.device, job.options)):
+        return
+    option, limit = ("--max-ram", job.options.max_ram) if cpu else ("--max-vram", job.options.max_vram)
+    held = resident_ram() if cpu and limit is not None else 0
+    there = (
+        f"{option} allows {limit / 1e9:.2f} GB"
+        if limit is not None
+        else f"too little is free on {job.device}"
+    )
+    raise OutOfResourcesError(
+        f"{next(iter(job.blocks.sizes))}: tuning it takes {(held + needed) / 1e9:.2f} GB, and {there}",
+        hint=f"lower batch_size or the picture size under calibration, raise {option}, or use --effort balanced",
+        where="quantization.effort",
+        kind="out-of-memory",
+    )
 
 
 def _on_the_cpu(job: Forecast) -> tuple[str, ...]:
@@ -257,9 +297,9 @@ def _waiting_bytes(job: Forecast, portion: SharedInput) -> int:
     return waiting_bytes(portion, plans, itemsize=stored_itemsize(job.prepared), pinned=pinned)
 
 
-def _calibration_stages(job: Forecast, *, cpu: bool) -> list[int]:
+def _drawing_stages(job: Forecast, *, cpu: bool, batch: int | None = None) -> list[int]:
     """The text encoders with the rest of the pipeline, then the denoiser with its activations. `cpu`: whether they
-    compute where the memory is asked for."""
+    compute where the memory is asked for; `batch`: pictures drawn at a time, where it is not the recipe's."""
     itemsize = compute_dtype(job.device).itemsize
     others = other_bytes(job) * itemsize // 2  # stored in 16 bits
     prepared = job.prepared
@@ -268,7 +308,7 @@ def _calibration_stages(job: Forecast, *, cpu: bool) -> list[int]:
     settings = draw_settings(prepared.recipe, prepared.source, beside=job.options.beside)
     source = prepared.source
     picture = image_tokens(source, height=settings.height, width=settings.width) * (settings.frames or 1)
-    tokens = settings.batch_size * (picture + text_tokens(source, settings.max_sequence_length))
+    tokens = (batch or settings.batch_size) * (picture + text_tokens(source, settings.max_sequence_length))
     activations = forward_bytes(prepared.inventory.linears, tokens=tokens, itemsize=itemsize)
     denoiser = prepared.plan.parameters * itemsize
     return [others, denoiser + activations]
@@ -285,12 +325,8 @@ def peak_disk_bytes(job: Forecast) -> int:
             for width, shared in zip(input_widths(job.prepared.plan), job.prepared.plan.inputs, strict=True)
         )
     kept = work_bytes(job.prepared.plan, job.prepared.settings.dtype)
-    return max(2 * statistics, statistics + kept + disk_bytes(job.prepared))
-
-
-def _block_of(prepared: Prepared, layer: str) -> list[str]:
-    """All layers of the block that a layer is in."""
-    parts = layer.split(".")
-    end = next((index for index, part in enumerate(parts) if part.isdecimal()), len(parts) - 1)
-    prefix = ".".join(parts[: end + 1])
-    return [linear.name for linear in prepared.inventory.linears if linear.name.startswith(f"{prefix}.")]
+    spilled = 0
+    if job.tunes_blocks:
+        kept += job.blocks.kept
+        spilled = job.blocks.passed_bytes - passages_room(job.prepared, job.options, job.device)
+    return max(2 * statistics, statistics + kept + max(spilled, disk_bytes(job.prepared)))

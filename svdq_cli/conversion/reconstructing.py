@@ -15,8 +15,8 @@ from typing import cast
 import torch
 
 from svdq_cli.allocator import return_freed_memory
-from svdq_cli.conversion.fitting import free_ram
-from svdq_cli.conversion.recording import Sample, can_record, record_blocks
+from svdq_cli.conversion.block_forecast import passages_room
+from svdq_cli.conversion.recording import BLOCK_SAMPLE, can_record, record_blocks
 from svdq_cli.conversion.solving import Statistics, source_weight
 from svdq_cli.errors import InputError, UsageError
 from svdq_cli.journal import BLOCKS, SolvedLayers, WorkFolder, report_json, report_of_json
@@ -26,8 +26,6 @@ from svdq_cli.preparing import Prepared, RunOptions
 from svdq_cli.reconstruct import Shelf, TunedBlock, blocks_of, reconstruct
 from svdq_cli.records import BlockSearch, Event, LayerReport, LayerSolution, Observer
 from svdq_cli.solve.linear import measured
-
-SAMPLE = Sample(pictures=32, batches=8, calls=8)  # the last quarter of the batches judges
 
 
 def require_blocks_run(prepared: Prepared) -> None:
@@ -83,7 +81,7 @@ def _tuned(
     device: torch.device,
     observe: Observer,
 ) -> Iterator[TunedBlock]:
-    recording = record_blocks(prepared, SAMPLE, options=options, device=device, observe=observe)
+    recording = record_blocks(prepared, BLOCK_SAMPLE, options=options, device=device, observe=observe)
     _return_memory()  # of the pipeline
     model, weights = load_beside(
         prepared.source, recording.wiring.order, class_name=prepared.plan.model_class, device=device
@@ -96,17 +94,11 @@ def _tuned(
         prepared.plan,
         solved,
         recording,
-        Shelf(folder, host_bytes=passages_room(options)),
+        Shelf(folder, host_bytes=passages_room(prepared, options, device)),
         seed=prepared.settings.seed,
         finished=finished,
         observe=observe,
     )
-
-
-def passages_room(options: RunOptions) -> int:
-    """Bytes of host memory for hidden states: half of what is free when they are first kept. The rest is for the block
-    that is tuned."""
-    return max(0, free_ram(options)) // 2
 
 
 def _return_memory() -> None:

@@ -33,6 +33,9 @@ class Sample:
     calls: int
 
 
+BLOCK_SAMPLE = Sample(pictures=32, batches=8, calls=8)  # the last quarter of the batches judges
+
+
 def can_record(prepared: Prepared) -> bool:
     """Whether there are prompts, and a whole pipeline to draw them with."""
     return prepared.recipe.calibration is not None and prepared.source.pipeline is not None

@@ -20,6 +20,7 @@ from svdq_cli.calibrate.prompts import prompts_digest
 from svdq_cli.calibrate.settings import settings_json
 from svdq_cli.card import model_card
 from svdq_cli.conversion.allocation import allocated
+from svdq_cli.conversion.block_forecast import tuned_bytes
 from svdq_cli.conversion.calibrating import BEGUN, draw_calibration, drawing_of
 from svdq_cli.conversion.finishing import Outputs, finished_outputs, gated, write_reports_beside
 from svdq_cli.conversion.predicting import Forecast, require_memory
@@ -217,7 +218,8 @@ def _names(paths: tuple[Path, ...]) -> list[str]:
 def _work_bytes(job: Job) -> int:
     """What is still to be written into the work folder."""
     there = sum(file.stat().st_size for file in job.work.rglob("*") if file.is_file())
-    return max(0, work_bytes(job.prepared.plan, job.prepared.settings.dtype) - there)
+    tuned = tuned_bytes(job.prepared) if job.tunes_blocks else 0
+    return max(0, work_bytes(job.prepared.plan, job.prepared.settings.dtype) + tuned - there)
 
 
 def _made_for(prepared: Prepared, path: Path, digest: str) -> Calibration:

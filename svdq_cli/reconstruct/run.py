@@ -15,6 +15,7 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
+from svdq_cli.allocator import return_freed_memory
 from svdq_cli.machine import on_device
 from svdq_cli.offload import filled_copy
 from svdq_cli.reconstruct.calls import Call, Trajectory
@@ -81,6 +82,7 @@ def reconstruct(
     walk = _Walk(model, weights, plan, solutions, recording, shelf)
     for done, block in enumerate(order, 1):
         tuned = walk.through(block, seed=None if block in finished else seed)
+        return_freed_memory()
         detail = f"{block}  taken over from an earlier run"
         if tuned is not None:
             yield tuned
@@ -117,13 +119,12 @@ class _Walk:
         solutions = self._read(inside)
         with put_for_now(self._model, {block: filled}):
             wanted = self._wanted(block)
-            put(self._model, _runnable(solutions))
             given = self._given(block)
             tuned = None
             if seed is not None:
-                passages = list(map(Passage, given, wanted))
-                tuned = self._tuned(block, solutions, passages, seed)
-                put(self._model, _runnable(tuned.solutions))
+                tuned = self._tuned(block, solutions, list(map(Passage, given, wanted)), seed)
+                solutions = {**solutions, **tuned.solutions}
+            put(self._model, _runnable(solutions))
             self._pass_on(block, given)
         return tuned
 
@@ -149,10 +150,10 @@ class _Walk:
         return given
 
     @torch.no_grad()
-    def _pass_on(self, block: str, given: Sequence[Kept]) -> None:
-        """What the 4-bit block makes of that."""
+    def _pass_on(self, block: str, given: list[Kept]) -> None:
+        """What the 4-bit block makes of that. `given` is empty then: there is no room for both."""
         for index in self._calls:
-            args, kwargs = given[index].on(self._device)
+            args, kwargs = given.pop(0).on(self._device)
             self._quantized.keep(block, index, self._model.get_submodule(block)(*args, **kwargs))
             self._quantized.forget(block, index)
 
@@ -165,6 +166,7 @@ class _Walk:
         w4a4 = {
             name: each for name, each in solutions.items() if name in tuned and isinstance(each, W4A4Solution)
         }
+        put(self._model, _runnable({name: each for name, each in solutions.items() if name not in w4a4}))
         waiting = iter(passages)
         found, search = tune_block(
             self._model,

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from svdq_cli.pointwise import channels_first, channels_last
 from svdq_cli.records import Int4, SharedInput, W4A4Solution
@@ -40,21 +41,23 @@ class Tunable(nn.Module):
         if x.ndim == 4:  # the place of a 1x1 convolution
             return channels_first(self(channels_last(x)))
         rows = x.reshape(-1, x.shape[-1]).float()
-        smoothed = rows / self.log_smooth.exp()
+        # kept for the gradient: what is multiplied; what is between is made again, which costs less than its memory
+        quantized = checkpoint(self._quantized, rows, use_reentrant=False, preserve_rng_state=False)
         weight = self.weight
         if self.scales is not None:
             weight = (
                 weight.unflatten(1, (-1, self.solution.plan.precision.group)) * self.scales.unsqueeze(2)
             ).flatten(1)
-        y = self._quantized(smoothed) @ weight.T + rows @ self.down.T @ self.up.T
+        y = quantized @ weight.T + rows @ self.down.T @ self.up.T
         if self.bias is not None:
             y = y + self.bias
         return y.reshape(*x.shape[:-1], -1).to(x.dtype)
 
-    def _quantized(self, smoothed: Tensor) -> Tensor:
-        """Rounding passes the gradient straight through; the scale, a group's peak over 7 or 6, has its own (LSQ,
-        arXiv 1902.08153)."""
+    def _quantized(self, rows: Tensor) -> Tensor:
+        """Smoothed and rounded. Rounding passes the gradient straight through; the scale, a group's peak over 7 or 6,
+        has its own (LSQ, arXiv 1902.08153)."""
         precision = self.solution.plan.precision
+        smoothed = rows / self.log_smooth.exp()
         groups = smoothed.unflatten(1, (-1, precision.group))
         peak = groups.abs().amax(-1, keepdim=True).clamp(min=1e-12)
         with torch.no_grad():

@@ -66,12 +66,14 @@ def tune_block(
         with put_for_now(model, {name: frozen(solution) for name, solution in found.items()}):
             return sum(float(error(each.of, each.length)) for each in judge) / len(judge)
 
-    tunable = TunableBlock(inputs, solutions)
     before = least = judged(solutions)
     best: dict[str, W4A4Solution] = dict(solutions)
+    if not train or not solutions:
+        return best, BlockSearch(before, before)
+    tunable = TunableBlock(inputs, solutions)
     optimizer = _optimizer(tunable)
     order = torch.Generator().manual_seed(seed)
-    for step in range(STEPS if train and solutions else 0):
+    for step in range(STEPS):
         for group in optimizer.param_groups:
             group["lr"] = group["full"] * (1 - 0.9 * step / STEPS)
         each = train[int(torch.randint(len(train), (1,), generator=order))]

@@ -52,7 +52,7 @@ class FusedW4A4Linear(KernelW4A4Linear):
         packed = pack_w4a4(with_shifted_bias(solution) if unsigned else solution)
         shift = GELU_SHIFT if unsigned else 0.0
         quantizer = InputQuantizer(
-            "quantize_down",
+            torch.ops.svdq.quantize_down,
             packed.inverse_smooth,
             packed.down,
             dtype=packed.up.dtype,

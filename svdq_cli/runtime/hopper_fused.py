@@ -37,7 +37,7 @@ class HopperW4A4Linear(KernelW4A4Linear):
         packed = pack_hopper(with_shifted_bias(solution) if shifted else solution, mode)
         shift = GELU_SHIFT if shifted else 0.0
         quantizer = InputQuantizer(
-            "hopper_quantize_down",
+            torch.ops.svdq.hopper_quantize_down,
             packed.inverse_smooth,
             packed.down,
             dtype=packed.up.dtype,

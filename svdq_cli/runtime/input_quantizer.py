@@ -36,7 +36,7 @@ class InputQuantizer(nn.Module):
 
     def __init__(
         self,
-        operator: str,
+        kernel: Callable[..., Quantized],
         inverse_smooth: Tensor,
         down: Tensor,
         *,
@@ -44,12 +44,12 @@ class InputQuantizer(nn.Module):
         readers: int = 1,
         **options: str | bool | float,
     ) -> None:
-        """`operator`: its name. `inverse_smooth` (K,) float32, `down` packed, `dtype` what activations are rounded to,
-        `options` the operator's."""
+        """`inverse_smooth` (K,) float32, `down` packed, `dtype` what activations are rounded to, `options` the
+        operator's."""
         super().__init__()
         self.register_buffer("inverse_smooth", inverse_smooth)
         self.register_buffer("down", down)
-        self.operator, self.dtype, self.options = operator, dtype, options
+        self.kernel, self.dtype, self.options = kernel, dtype, options
         self.readers = tuple(range(readers))
         self._kept: _Kept | None = None
 
@@ -64,8 +64,7 @@ class InputQuantizer(nn.Module):
             self._kept = kept._replace(waiting=waiting) if waiting else None
             return kept.quantized
         rows = x.reshape(-1, x.shape[-1]).to(self.dtype).contiguous()
-        run = getattr(torch.ops.svdq, self.operator)
-        quantized = run(rows, self.inverse_smooth, self.down, **self.options)
+        quantized = self.kernel(rows, self.inverse_smooth, self.down, **self.options)
         waiting = tuple(other for other in self.readers if other != reader)
         self._kept = _Kept(x, version, quantized, waiting) if waiting else None
         return quantized
@@ -80,7 +79,7 @@ class InputQuantizer(nn.Module):
 
     def _like(self, down: Tensor, readers: int) -> InputQuantizer:
         return InputQuantizer(
-            self.operator, self.inverse_smooth, down, dtype=self.dtype, readers=readers, **self.options
+            self.kernel, self.inverse_smooth, down, dtype=self.dtype, readers=readers, **self.options
         )
 
     def leave(self, reader: int) -> None:
@@ -90,7 +89,7 @@ class InputQuantizer(nn.Module):
 
     def equals(self, other: InputQuantizer) -> bool:
         """Whether both make the same of every activation."""
-        if (self.operator, self.dtype, self.options) != (other.operator, other.dtype, other.options):
+        if (self.kernel, self.dtype, self.options) != (other.kernel, other.dtype, other.options):
             return False
         mine, theirs = (self.inverse_smooth, self.down), (other.inverse_smooth, other.down)
         return all(

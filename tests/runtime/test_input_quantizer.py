@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -176,15 +173,3 @@ def test_a_shared_quantizer_moves_and_counts_once(pair: tuple[Attention, Attenti
         ("meta", torch.float32),
         ("meta", torch.bfloat16),
     }
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_a_copy_shares_a_quantizer_of_its_own(
-    copied: Callable[[Attention], Attention], pair: tuple[Attention, Attention]
-):
-    shared, alone = pair
-    other = copied(shared)
-    assert other.to_q.quantizer is other.to_v.quantizer
-    assert other.to_q.quantizer is not shared.to_q.quantizer
-    x = activations(4, 192)
-    assert_same(other(x), alone(x))

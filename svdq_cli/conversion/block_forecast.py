@@ -1,0 +1,125 @@
+"""What block reconstruction will take: of time, of the device's memory, of host memory and of the disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+from svdq_cli.conversion.fitting import free_ram
+from svdq_cli.conversion.recording import BLOCK_SAMPLE, sample_settings
+from svdq_cli.journal import solved_bytes
+from svdq_cli.loading import compute_dtype
+from svdq_cli.preparing import Prepared, RunOptions, draw_settings
+from svdq_cli.reconstruct import blocks_of
+from svdq_cli.reconstruct.costs import BlockSize, CallCounts, block_bytes, block_work
+from svdq_cli.records import W4A4Plan, W4A16Plan
+from svdq_cli.solve.costs import Work
+from svdq_cli.tokens import image_tokens, reads_text, text_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class BlockForecast:
+    """A model's blocks, and the calls that are recorded of it."""
+
+    sizes: dict[str, BlockSize]
+    calls: CallCounts
+    pictures: int  # that are drawn to record them
+    steps: int  # of each
+    batch: int  # pictures of one call
+    itemsize: int  # bytes of a 16-bit model's number where it computes
+    beside: int  # weights that lie beside the blocks
+    kept: int  # bytes of the tuned layers in the work folder
+
+    @property
+    def work(self) -> Work:
+        """Of all blocks; drawing the pictures not included."""
+        total = Work()
+        for size in self.sizes.values():
+            total += block_work(size, self.calls)
+        return total
+
+    @property
+    def device_bytes(self) -> int:
+        """At the peak, on the device that tunes."""
+        blocks = (block_bytes(size, self.calls, itemsize=self.itemsize) for size in self.sizes.values())
+        return self.itemsize * self.beside + max(blocks, default=0)
+
+    @property
+    def passed_bytes(self) -> int:
+        """Hidden states of both streams that wait in host memory or on the disk."""
+        passed = (size.passed_bytes(self.itemsize) for size in self.sizes.values())
+        return 2 * self.calls.all * max(passed, default=0)
+
+
+def block_forecast(prepared: Prepared, options: RunOptions, device: torch.device) -> BlockForecast:
+    """From the plan alone. Needs a recipe with prompts."""
+    wanted = prepared.recipe.calibration
+    assert wanted is not None
+    sample = BLOCK_SAMPLE
+    settings = sample_settings(prepared, sample, options)
+    pictures = min(sample.pictures, sample.batches * settings.batch_size, wanted.samples)
+    batches = -(-pictures // settings.batch_size)
+    batch = min(settings.batch_size, pictures)
+    sizes = {block: _size(prepared, options, block, batch) for block in blocks_of(prepared.plan)}
+    inside = sum(size.kept + size.weights for size in sizes.values())
+    return BlockForecast(
+        sizes=sizes,
+        calls=CallCounts(batches * (2 if settings.true_cfg > 1 else 1), min(sample.calls, settings.steps)),
+        pictures=pictures,
+        steps=settings.steps,
+        batch=batch,
+        itemsize=compute_dtype(device).itemsize,
+        beside=prepared.plan.parameters - inside,
+        kept=tuned_bytes(prepared),
+    )
+
+
+def passages_room(prepared: Prepared, options: RunOptions, device: torch.device) -> int:
+    """Bytes of host memory for hidden states: half of what is free beside the block that is tuned."""
+    tuning = block_forecast(prepared, options, device).device_bytes if device.type == "cpu" else 0
+    return max(0, free_ram(options) - tuning) // 2
+
+
+def tuned_bytes(prepared: Prepared) -> int:
+    """What the tuned blocks take in the work folder, beside the solved layers."""
+    heads = tuple(f"{block}." for block in blocks_of(prepared.plan))
+    dtype = prepared.settings.dtype
+    return sum(solved_bytes(plan, dtype) for plan in prepared.plan.w4a4 if plan.name.startswith(heads))
+
+
+def layer_tokens(prepared: Prepared, options: RunOptions, layer: str, *, modulation: bool) -> int:
+    """What a layer reads for one picture."""
+    if modulation:
+        return 1
+    source = prepared.source
+    settings = draw_settings(prepared.recipe, source, beside=options.beside)
+    text = text_tokens(source, settings.max_sequence_length)
+    picture = image_tokens(source, height=settings.height, width=settings.width) * (settings.frames or 1)
+    if reads_text(layer):
+        return text
+    joint = not any(map(reads_text, _block_of(prepared, layer)))
+    return picture + (text if joint and source.component == "transformer" else 0)
+
+
+def _block_of(prepared: Prepared, layer: str) -> list[str]:
+    """All layers of the block that a layer is in."""
+    parts = layer.split(".")
+    end = next((index for index, part in enumerate(parts) if part.isdecimal()), len(parts) - 1)
+    prefix = ".".join(parts[: end + 1])
+    return [linear.name for linear in prepared.inventory.linears if linear.name.startswith(f"{prefix}.")]
+
+
+def _size(prepared: Prepared, options: RunOptions, block: str, batch: int) -> BlockSize:
+    head = f"{block}."
+    layers = tuple(
+        (plan, batch * layer_tokens(prepared, options, plan.name, modulation=isinstance(plan, W4A16Plan)))
+        for plan in prepared.plan.layers
+        if plan.name.startswith(head)
+    )
+    numbers = sum(prod(shape) for name, shape in prepared.inventory.state.items() if name.startswith(head))
+    weights = sum(plan.linear.in_features * plan.linear.out_features for plan, _ in layers)
+    streams = {reads_text(plan.name): count for plan, count in layers if isinstance(plan, W4A4Plan)}
+    width = next(plan.linear.in_features for plan, _ in layers if isinstance(plan, W4A4Plan))
+    return BlockSize(layers, numbers - weights, sum(streams.values()), width, batch)

@@ -1,0 +1,110 @@
+"""What tuning one block costs: operations by kind, and the memory that is alive at the peak.
+
+Counts follow `tuning` and `run`; T tokens of a call, N, K, R as everywhere. Tests hold the memory against what torch
+allocates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from svdq_cli.reconstruct.tuning import CALLS_PER_STEP, HELD_OUT, JUDGE_EVERY, STEPS
+from svdq_cli.records import LayerPlan, W4A4Plan
+from svdq_cli.solve.costs import Work
+
+
+@dataclass(frozen=True, slots=True)
+class BlockSize:
+    """One block, and what runs through it in one recorded call."""
+
+    layers: tuple[tuple[LayerPlan, int], ...]  # that are quantized, and how many tokens each reads
+    kept: int  # weights of the block that stay as they are
+    tokens: int  # of all streams
+    width: int  # of a token between blocks
+    pictures: int  # that the tokens are of
+
+    @property
+    def w4a4(self) -> list[tuple[W4A4Plan, int]]:
+        return [(plan, tokens) for plan, tokens in self.layers if isinstance(plan, W4A4Plan)]
+
+    @property
+    def weights(self) -> int:
+        """Of the quantized layers."""
+        return sum(plan.linear.in_features * plan.linear.out_features for plan, _ in self.layers)
+
+    def passed_bytes(self, itemsize: int) -> int:
+        """Of what a block is given, or returns, in one call."""
+        return itemsize * self.tokens * self.width
+
+
+@dataclass(frozen=True, slots=True)
+class CallCounts:
+    """How many calls of the model were recorded."""
+
+    trajectories: int
+    each: int  # calls of a trajectory
+
+    @property
+    def all(self) -> int:
+        return self.trajectories * self.each
+
+    @property
+    def held_out(self) -> int:
+        return max(1, self.trajectories // HELD_OUT) * self.each
+
+    @property
+    def per_step(self) -> int:
+        return min(CALLS_PER_STEP, self.each)
+
+
+def block_work(size: BlockSize, calls: CallCounts) -> Work:
+    """Both streams through the block, and its tuning between."""
+    steps = STEPS if calls.trajectories > 1 else 0
+    judged = calls.held_out * (1 + steps // JUDGE_EVERY)
+    forward, trained = _forward(size), _forward(size, gradients=True)
+    return forward * (2 * calls.all + judged) + trained * (steps * calls.per_step)
+
+
+def _forward(size: BlockSize, *, gradients: bool = False) -> Work:
+    """One call through the block. Gradients take two products for each one, and what is between products twice."""
+    total = Work(matmul=4 * size.tokens**2 / size.pictures * size.width, calls=100)  # attention
+    for plan, tokens in size.w4a4:
+        n, k = plan.linear.out_features, plan.linear.in_features
+        products = 2 * tokens * (n * k + plan.rank * (n + k))
+        total += Work(matmul=products, quantized=tokens * k + n * k, calls=60)
+    if not gradients:
+        return total
+    return total * 3 + Work(
+        quantized=sum(tokens * plan.linear.in_features for plan, tokens in size.w4a4),
+        calls=120 * len(size.w4a4),
+    )
+
+
+def block_bytes(size: BlockSize, calls: CallCounts, *, itemsize: int) -> int:
+    """Bytes on the device that are alive at the peak of the block's turn. `itemsize`: of the 16-bit model's weights."""
+    weights = [plan.linear.in_features * plan.linear.out_features for plan, _ in size.w4a4]
+    tuned, largest = sum(weights), max(weights, default=0)
+    fixed = (
+        itemsize * size.kept + 5 * size.weights + itemsize * tuned
+    )  # codes and float32; the layers as they were
+    fixed += sum(_parameter_bytes(plan) for plan, _ in size.w4a4)
+    passed = 4 * size.tokens * size.width
+    judged = 4 * tuned + 4 * calls.each * passed
+    # of every call the scaled weights; of one layer at a time their gradient
+    trained = calls.per_step * (4 * tuned + _saved_bytes(size, itemsize) + 6 * passed) + 8 * largest
+    return fixed + max(judged, trained)
+
+
+def _parameter_bytes(plan: W4A4Plan) -> int:
+    """What is tuned, with its gradient and Adam's two moments, in float32."""
+    n, k = plan.linear.out_features, plan.linear.in_features
+    return 4 * 4 * (n * k // plan.precision.group + plan.rank * (n + k) + n + k)
+
+
+def _saved_bytes(size: BlockSize, itemsize: int) -> int:
+    """What one call keeps for its gradients: of every layer its input, as it came and quantized; behind it its output
+    and what norms, rotary embeddings, attention and activations keep of it."""
+    return sum(
+        tokens * (8 * plan.linear.in_features + 4 * itemsize * plan.linear.out_features)
+        for plan, tokens in size.w4a4
+    )
