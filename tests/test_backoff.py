@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -12,14 +13,16 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from svdq_cli.cli import run
-from svdq_cli.conversion import backoff, fitting, solving
+from svdq_cli.conversion import allocation, backoff, fitting, solving
 from svdq_cli.conversion import run as converting
+from svdq_cli.conversion.allocation import candidates_of
 from svdq_cli.conversion.backoff import Need, Way, where_it_fits
+from svdq_cli.conversion.solving import Statistics
 from svdq_cli.errors import OutOfResourcesError, as_out_of_memory
 from svdq_cli.pipeline import calibrate, convert
-from svdq_cli.preparing import RunOptions
+from svdq_cli.preparing import RunOptions, prepare
 from svdq_cli.recipe import Calibration, Quantization, Recipe, default_recipe
-from svdq_cli.records import ConvertReport, Event, SharedInput
+from svdq_cli.records import ActivationStats, ConvertReport, Event, SharedInput, ignore_events
 from tests.allocations import Allocations
 
 WEIGHTS = Path("transformer/diffusion_pytorch_model.safetensors")
@@ -94,6 +97,35 @@ def test_the_same_with_calibration(tiny_flux: Path, tmp_path: Path, monkeypatch:
     convert(recipe, tmp_path / "out", calibration=statistics, options=ON_CPU, observe=said)
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
     assert said[0].startswith(f"{FIRST}: solving it on the CPU: CUDA out of memory")
+
+
+def test_the_search_for_ranks_backs_off_too(tiny_flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    prepared = prepare(recipe_for(tiny_flux))
+    shared = prepared.plan.inputs[0]
+    generator = torch.Generator().manual_seed(0)
+    stats: dict[str, ActivationStats] = {}
+    for each in prepared.plan.inputs:
+        x = torch.randn(32, prepared.plan.layer(each.layers[0]).linear.in_features, generator=generator)
+        stats[each.name] = ActivationStats(each.name, x.abs().amax(0), x.square().mean(0), x.bfloat16(), 32)
+    statistics = Statistics("", stats)
+    whole = candidates_of(prepared, statistics, (16,), CPU, ignore_events, None)
+    measure, failed = allocation.rank_errors, set[str]()
+
+    def once_too_small(portion: SharedInput, *args):
+        limit = math.inf if portion.name in failed else 0
+        failed.add(portion.name)
+        with Allocations(limit=limit):
+            return measure(portion, *args)
+
+    monkeypatch.setattr(allocation, "rank_errors", once_too_small)
+    warnings: list[str] = []
+
+    def observe(event: Event) -> None:
+        if event.kind == "warning":
+            warnings.append(f"{event.stage}: {event.detail}")
+
+    assert candidates_of(prepared, statistics, (16,), CPU, observe, None) == whole
+    assert warnings[0].startswith(f"allocate: {shared.layers[0]}: solving it on the CPU: CUDA out of memory")
 
 
 class GpuWithoutMemory(TorchFunctionMode):

@@ -10,15 +10,16 @@ from typing import Any, cast
 
 import torch
 
+from svdq_cli.conversion.backoff import Need, Way, need_of, stored_itemsize, where_it_fits
 from svdq_cli.conversion.recording import Sample, can_record, recorded
-from svdq_cli.conversion.solving import Statistics, source_weight
+from svdq_cli.conversion.solving import Statistics, StreamedWeights
 from svdq_cli.errors import UsageError
 from svdq_cli.journal import CHOICES, WorkFolder
 from svdq_cli.planning.plan import restricted
-from svdq_cli.preparing import Prepared, RunOptions, predicted_sizes
+from svdq_cli.preparing import DEFAULT_OPTIONS, Prepared, RunOptions, predicted_sizes
 from svdq_cli.recipe import DEFAULT_RANK, RankOverride
 from svdq_cli.reconstruct import output_gains
-from svdq_cli.records import Event, ModelPlan, Observer, W4A4Plan
+from svdq_cli.records import Event, ModelPlan, Observer, SharedInput, W4A4Plan
 from svdq_cli.solve.allocate import Candidate, Choice, allocate, allocate_against, output_error, uniform
 from svdq_cli.solve.ranks import rank_errors
 from svdq_cli.writing import target_of
@@ -61,7 +62,7 @@ def allocated(
     candidates = _kept_candidates(work)
     if candidates is None:
         gains = layer_gains(prepared, options, device, observe) if can_record(prepared) else None
-        candidates = candidates_of(prepared, statistics, ranks, device, observe, gains)
+        candidates = candidates_of(prepared, statistics, ranks, device, observe, gains, options=options)
         work.keep_json(CHOICES, [asdict(candidate) for candidate in candidates])
     warnings = () if can_record(prepared) else (_ALIKE,)
     budget = budget_of(prepared, candidates)
@@ -125,19 +126,19 @@ def candidates_of(
     device: torch.device,
     observe: Observer,
     gains: Mapping[str, float] | None,
+    *,
+    options: RunOptions = DEFAULT_OPTIONS,
 ) -> list[Candidate]:
     """The branches of the model with what each rank leaves of error. `gains` None: all layers weigh the same."""
     plans = {plan.name: plan for plan in prepared.plan.w4a4}
-    inputs = [shared for shared in prepared.plan.inputs if shared.layers[0] in plans]
+    portions = [portion for portion in prepared.plan.portions if portion.layers[0] in plans]
     found: list[Candidate] = []
     started = time.monotonic()
-    observe(Event("start", "allocate", 0, len(inputs)))
-    for done, shared in enumerate(inputs, 1):
-        members = [plans[name] for name in shared.layers if name in plans]
-        weights = {plan.name: source_weight(prepared.source, plan, device) for plan in members}
-        usable = _usable(prepared, members, ranks)
-        stats = statistics(shared.name)
-        for names, errors in rank_errors(shared, members, weights, stats, prepared.settings, usable):
+    observe(Event("start", "allocate", 0, len(portions)))
+    for done, portion in enumerate(portions, 1):
+        for names, errors in _rank_errors(
+            prepared, portion, statistics, ranks, device, options=options, observe=observe
+        ):
             choices = [
                 Choice(rank, _stored_bytes(prepared, names, rank), error) for rank, error in errors.items()
             ]
@@ -145,9 +146,41 @@ def candidates_of(
                 choices.append(Choice(None, _stored_bytes(prepared, names, None), (0.0,) * len(names)))
             weights_of = tuple(1.0 if gains is None else gains[name] for name in names)
             found.append(Candidate(names, tuple(choices), weights_of))
-        observe(Event("advance", "allocate", done, len(inputs), shared.name, time.monotonic() - started))
-    observe(Event("end", "allocate", len(inputs), len(inputs), seconds=time.monotonic() - started))
+        observe(Event("advance", "allocate", done, len(portions), portion.name, time.monotonic() - started))
+    observe(Event("end", "allocate", len(portions), len(portions), seconds=time.monotonic() - started))
     return found
+
+
+def _rank_errors(
+    prepared: Prepared,
+    portion: SharedInput,
+    statistics: Statistics,
+    ranks: Sequence[int],
+    device: torch.device,
+    *,
+    options: RunOptions,
+    observe: Observer,
+) -> list[tuple[tuple[str, ...], dict[int, tuple[float, ...]]]]:
+    """`rank_errors` of a portion of W4A4 layers, in the memory there is."""
+    members = [plan for plan in prepared.plan.w4a4 if plan.name in portion.layers]
+    plans = {plan.name: plan for plan in members}
+
+    def attempt(way: Way) -> list[tuple[tuple[str, ...], dict[int, tuple[float, ...]]]]:
+        streamed = StreamedWeights(prepared.source, plans, portion.layers, way.device)
+        weights = streamed if way.streamed else dict(streamed)
+        stats = statistics(portion.name)
+        return rank_errors(
+            portion, members, weights, stats, prepared.settings, _usable(prepared, members, ranks)
+        )
+
+    def need(way: Way) -> Need:
+        rows, itemsize = statistics.rows(portion.name), stored_itemsize(prepared)
+        searched = replace(prepared.settings, steps=())
+        return need_of(way, portion, plans, searched, rows=rows, itemsize=itemsize)
+
+    return where_it_fits(
+        portion.layers[0], attempt, need, device=device, options=options, observe=observe, stage="allocate"
+    )
 
 
 def _usable(prepared: Prepared, members: Sequence[W4A4Plan], ranks: Sequence[int]) -> list[int]:

@@ -93,11 +93,13 @@ def where_it_fits(
     device: torch.device,
     options: RunOptions,
     observe: Observer,
-    let_go: Callable[[], object],
+    let_go: Callable[[], object] = lambda: None,
+    stage: str = "solve",
 ) -> Result:
     """What `attempt` makes of the portion named after `layer`, in the first way that has the memory for it.
 
-    `let_go` frees whatever the portion can do without. Raises OutOfResourcesError when not one way has the memory.
+    `let_go` frees whatever the portion can do without; `stage` names the events. Raises OutOfResourcesError when not
+    one way has the memory.
     """
     every = ways_on(device)
     ways = open_ways(every, need, options)
@@ -107,8 +109,8 @@ def where_it_fits(
     if not ways:
         raise too_large(layer, need, device, options)
     if ways[0].device != device:
-        observe(Event("warning", "solve", detail=f"{too_large(layer, need, device, options)}; now {ways[0]}"))
-    return _first_that_ends(layer, attempt, ways, let_go, observe)
+        observe(Event("warning", stage, detail=f"{too_large(layer, need, device, options)}; now {ways[0]}"))
+    return _first_that_ends(layer, attempt, ways, let_go, stage, observe)
 
 
 def _first_that_ends(
@@ -116,6 +118,7 @@ def _first_that_ends(
     attempt: Callable[[Way], Result],
     ways: tuple[Way, ...],
     let_go: Callable[[], object],
+    stage: str,
     observe: Observer,
 ) -> Result:
     way, others = ways[0], ways[1:]
@@ -131,8 +134,8 @@ def _first_that_ends(
     failure = f"{layer}: solving it {way}: {lack.message}"
     if not others:
         raise OutOfResourcesError(failure, hint=_CURE, where=layer, kind="out-of-memory")
-    observe(Event("warning", "solve", detail=f"{failure}; now {others[0]}"))
-    return _first_that_ends(layer, attempt, others, let_go, observe)
+    observe(Event("warning", stage, detail=f"{failure}; now {others[0]}"))
+    return _first_that_ends(layer, attempt, others, let_go, stage, observe)
 
 
 def return_device_memory() -> None:
