@@ -39,6 +39,9 @@ from svdq_cli.source import Source, TensorEntry, is_finite, read_tensor
 
 LEFT = "left"  # topic: the portions that are still to be solved
 CPU = torch.device("cpu")
+# Of the memory that is free at first, so much is left alone when others are begun beside a portion: for codes that wait
+# to be written, and for what predictions are off. A portion alone may take all of it.
+SPARED = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +193,7 @@ def _solved(
     if options.max_ram is not None:
         free_tensors_at_once()
     return_freed_memory()
-    at_first = free_ram(options)
+    at_first = (1 - SPARED) * free_ram(options)
 
     def need(portion: SharedInput, way: Way) -> Need:
         rows = job.statistics.rows(portion.name) if job.statistics else 0
