@@ -14,7 +14,7 @@ from typing import cast
 
 import torch
 
-from svdq_cli.allocator import return_freed_memory
+from svdq_cli.conversion.backoff import return_device_memory
 from svdq_cli.conversion.block_forecast import passages_room
 from svdq_cli.conversion.recording import BLOCK_SAMPLE, can_record, record_blocks
 from svdq_cli.conversion.solving import Statistics, source_weight
@@ -82,7 +82,8 @@ def _tuned(
     observe: Observer,
 ) -> Iterator[TunedBlock]:
     recording = record_blocks(prepared, BLOCK_SAMPLE, options=options, device=device, observe=observe)
-    _return_memory()  # of the pipeline
+    gc.collect()  # the pipeline is done; modules with hooks refer to themselves
+    return_device_memory()
     model, weights = load_beside(
         prepared.source, recording.wiring.order, class_name=prepared.plan.model_class, device=device
     )
@@ -99,13 +100,6 @@ def _tuned(
         finished=finished,
         observe=observe,
     )
-
-
-def _return_memory() -> None:
-    gc.collect()  # modules with hooks refer to themselves
-    return_freed_memory()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _again(

@@ -51,7 +51,7 @@ class Recording:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TunedBlock:
-    """A block that was gone through."""
+    """A block that was tuned."""
 
     name: str
     solutions: Mapping[str, W4A4Solution]  # of the layers that were tuned
