@@ -8,18 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from torch import Tensor
-
 from svdq_cli.checkpoint import TORCH_DTYPES, Checkpoint, open_checkpoint, specs_of_headers
 from svdq_cli.errors import CheckFailedError, InputError
 from svdq_cli.formats.contract import differences
-from svdq_cli.overlap import made_ahead
+from svdq_cli.overlap import cores, made_ahead
 from svdq_cli.records import (
     CheckProblem,
     CheckReport,
     Event,
     LayerPlan,
-    LayerSolution,
     Observer,
     ignore_events,
 )
@@ -36,6 +33,7 @@ MAX_SMOOTH_SLOPE = 0.5
 # A conversion notes every layer's weight error. Only the order of a sum or a source in another 16-bit dtype may move
 # it afterwards.
 RECORD_TOLERANCE = 0.02
+_CHECKERS = 2  # threads; few, because each holds a layer and the source's
 MAX_BIAS_ERROR = 0.05  # biases are only rounded to 16 bits; a permuted one is off by more than 1
 
 
@@ -70,20 +68,19 @@ def find_problems(checkpoint: Checkpoint) -> list[CheckProblem]:
     return _examined(checkpoint, None, ignore_events)[0]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Pair:
-    """One layer as it is stored, and the source's."""
+@dataclass(frozen=True, slots=True)
+class _Verdict:
+    """On one layer: what is wrong, and its relative weight error. Without a source there is none."""
 
-    solution: LayerSolution
-    weight: Tensor | None  # (N, K); None without a source
-    bias: Tensor | None
+    problems: tuple[CheckProblem, ...]
+    error: float | None = None
 
 
 def _examined(
     checkpoint: Checkpoint, source: Source | None, observe: Observer
 ) -> tuple[list[CheckProblem], dict[str, float]]:
-    """(what is wrong, the relative weight error of each layer). Every layer is read and decoded once, by a thread while
-    the one before it is compared. Without a source nothing is compared."""
+    """(what is wrong, the relative weight error of each layer). Every layer is read and decoded once, some of them side
+    by side. Without a source nothing is compared."""
     problems = structure_problems(checkpoint)
     if problems:
         return problems, {}
@@ -92,14 +89,15 @@ def _examined(
     notes = cast("Mapping[str, float]", recorded) if isinstance(recorded, Mapping) else {}
     started, total = time.monotonic(), len(checkpoint.layers)
     observe(Event("start", "check", 0, total))
-    layers = made_ahead(checkpoint.layers, lambda plan: _loaded(checkpoint, source, plan))
-    for done, (plan, found) in enumerate(layers, 1):
-        if isinstance(found, CheckProblem):
-            problems.append(found)
-        elif found.weight is not None:
-            error = weight_error(found.solution, found.weight)
-            errors[plan.name] = round(error.relative, 5)
-            problems += _differences(plan, found, error, notes.get(plan.name))
+
+    def verdict(plan: LayerPlan) -> _Verdict:
+        return _verdict(checkpoint, source, plan, notes.get(plan.name))
+
+    verdicts = made_ahead(checkpoint.layers, verdict, threads=cores(_CHECKERS))
+    for done, (plan, found) in enumerate(verdicts, 1):
+        problems += found.problems
+        if found.error is not None:
+            errors[plan.name] = found.error
         observe(Event("advance", "check", done, total, plan.name, time.monotonic() - started))
     for name in checkpoint.kept_specs():
         if not is_finite(read_tensor(checkpoint.source, name)):
@@ -108,27 +106,33 @@ def _examined(
     return problems, errors
 
 
-def _loaded(checkpoint: Checkpoint, source: Source | None, plan: LayerPlan) -> _Pair | CheckProblem:
+def _verdict(
+    checkpoint: Checkpoint, source: Source | None, plan: LayerPlan, recorded: float | None
+) -> _Verdict:
+    """`recorded`: the weight error that the conversion noted, if it did."""
     try:
         solution = checkpoint.solution(plan)
     except InputError as error:
-        return CheckProblem(plan.name, error.message)
+        return _Verdict((CheckProblem(plan.name, error.message),))
     if source is None:
-        return _Pair(solution, None, None)
+        return _Verdict(())
     weight = read_tensor(source, f"{plan.name}.weight").flatten(1)  # a 1x1 convolution is (N, K, 1, 1)
     if tuple(weight.shape) != (plan.linear.out_features, plan.linear.in_features):
-        return CheckProblem(plan.name, f"the source's weight has shape {list(weight.shape)}")
-    return _Pair(solution, weight, read_tensor(source, f"{plan.name}.bias") if plan.linear.bias else None)
+        return _Verdict((CheckProblem(plan.name, f"the source's weight has shape {list(weight.shape)}"),))
+    bias = read_tensor(source, f"{plan.name}.bias") if plan.linear.bias else None
+    error = weight_error(solution, weight)
+    problems = tuple(_differences(plan, error, bias_error(solution, bias), recorded))
+    return _Verdict(problems, round(error.relative, 5))
 
 
 def _differences(
-    plan: LayerPlan, pair: _Pair, error: WeightError, recorded: float | None
+    plan: LayerPlan, error: WeightError, bias_error: float, recorded: float | None
 ) -> Iterator[CheckProblem]:
     """What no rounding explains."""
     if what := _disagreement(error, recorded):
         yield CheckProblem(plan.name, f"rebuilds another weight than the source's: {what}")
-    if not (wrong := bias_error(pair.solution, pair.bias)) <= MAX_BIAS_ERROR:
-        yield CheckProblem(plan.name, f"its bias is not the source's (relative error {wrong:.2f})")
+    if not bias_error <= MAX_BIAS_ERROR:
+        yield CheckProblem(plan.name, f"its bias is not the source's (relative error {bias_error:.2f})")
 
 
 def _disagreement(error: WeightError, recorded: float | None) -> str | None:

@@ -38,6 +38,26 @@ def made_ahead(
         maker.shutdown(wait=True, cancel_futures=True)
 
 
+def cores(most: int) -> int:
+    """How many threads to give to work whose pieces need one core each: torch's, but no more than `most`."""
+    import torch
+
+    return min(most, torch.get_num_threads())
+
+
+@contextmanager
+def torch_threads(count: int) -> Generator[None, None, None]:
+    """torch with this many cores, for the calling thread."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _first(coming: list[tuple[Item, Future[Made]]]) -> tuple[Item, Made]:
     """Taken out. A function of its own, so that nothing here holds what the caller has let go of."""
     item, made = coming.pop(0)

@@ -24,13 +24,14 @@ from svdq_cli.formats.assembly import join_layers, kept_tensor, moved_biases
 from svdq_cli.formats.contract import Format
 from svdq_cli.formats.headers import BIASES, CONFIG, FORMAT, RANKS, as_text, biases_text
 from svdq_cli.formats.modules import FileLayout, KeptTensor, StoredModule, kept_shapes, known_layout, lay_out
-from svdq_cli.overlap import made_ahead
+from svdq_cli.overlap import cores, made_ahead
 from svdq_cli.planning.plan import restricted
 from svdq_cli.records import LayerSolution, ModelPlan, OutputFile, Precision
 from svdq_cli.source import TensorEntry, file_sha256, pipeline_index, weight_files
 from svdq_cli.tensor_file import DTYPE_OF_NAME, TensorSpec, write_tensors
 
 SHARD_BYTES = 10_000_000_000  # the most that diffusers itself puts into one file
+_PACKERS = 2  # threads; few, because each holds a module
 WEIGHT_FILE = "diffusion_pytorch_model.safetensors"
 REPORT_FILE = "svdq_report.json"
 # Other frameworks' and pickled copies of weights that a hub folder may hold beside its safetensors.
@@ -224,7 +225,7 @@ def _save(
     path: Path, target: Target, contents: Contents, metadata: Mapping[str, str], *, limit: float = math.inf
 ) -> tuple[Path, ...]:
     """The weights as one file, or as shards beside one another where they are more than `limit` bytes. No more than
-    two modules are in memory. Returns the files."""
+    three modules are in memory. Returns the files."""
     said = {"format": "pt", **metadata}
     if contents.provenance is not None:
         said[PROVENANCE] = json.dumps(contents.provenance, sort_keys=True)
@@ -233,7 +234,7 @@ def _save(
     for file, pieces in zip(files, shards, strict=True):
         specs = {name: spec for piece in pieces for name, spec in piece.specs.items()}
         with write_tensors(file, specs, said) as writer:
-            for _, tensors in made_ahead(pieces, lambda piece: piece.make()):
+            for _, tensors in made_ahead(pieces, lambda piece: piece.make(), threads=cores(_PACKERS)):
                 for name, tensor in tensors.items():
                     writer.write(name, tensor)
     if len(shards) > 1:

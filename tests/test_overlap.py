@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from svdq_cli.overlap import done_behind, made_ahead
+from svdq_cli.overlap import cores, done_behind, made_ahead, torch_threads
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -101,4 +101,12 @@ def test_the_callers_own_threads_stay_as_they_are():
     before = torch.get_num_threads()
     inside = [count for _, count in made_ahead(range(2), lambda _: torch.get_num_threads())]
     assert inside == [1, 1]
+    assert torch.get_num_threads() == before
+
+
+def test_torch_has_its_threads_back_afterwards():
+    before = torch.get_num_threads()
+    with torch_threads(before + 1):
+        assert torch.get_num_threads() == before + 1
+        assert cores(most=before) == before, "no more than is allowed"
     assert torch.get_num_threads() == before

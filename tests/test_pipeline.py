@@ -11,18 +11,21 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from svdq_cli import writing as writing_module
+from svdq_cli.bench.generate_flux import generate_flux
 from svdq_cli.calibrate.artefact import open_calibration
 from svdq_cli.calibrate.pipelines import draw
 from svdq_cli.checkpoint import open_checkpoint
 from svdq_cli.drawing import evaluation_recipe, generate
 from svdq_cli.errors import CheckFailedError, InputError, OutOfResourcesError, UsageError
 from svdq_cli.loading import load_pipeline
+from svdq_cli.overlap import torch_threads
 from svdq_cli.pipeline import calibrate, check, convert, inspect_checkpoint, inspect_source, predict
 from svdq_cli.preparing import RunOptions, draw_settings
 from svdq_cli.recipe import Calibration, Quantization, Recipe, default_recipe
 from svdq_cli.runtime.linear import W4A4Linear, W4A16Linear
 from svdq_cli.source import open_source, source_digest
 from svdq_cli.tensor_file import TensorWriter
+from svdq_cli.writing import WEIGHT_FILE
 
 WEIGHTS = Path("transformer/diffusion_pytorch_model.safetensors")
 CPU = RunOptions(device="cpu")
@@ -277,3 +280,16 @@ def test_check_against_another_model_fails_on_its_layers(converted: Path, tmp_pa
     report = check(converted, against=open_source(other))
     assert report.status == "failed"
     assert {problem.layer for problem in report.problems} == set(report.layer_error or {})
+
+
+def test_the_number_of_cores_does_not_change_a_data_free_output(tmp_path: Path):
+    generate_flux(
+        tmp_path / "model", double=1, single=1, heads=1
+    )  # wide enough for sums to be shared by threads
+    recipe = default_recipe(str(tmp_path / "model"), quantization=Quantization(effort="datafree", rank=16))
+    written: list[bytes] = []
+    for count in (1, 3):
+        with torch_threads(count):
+            convert(recipe, tmp_path / str(count), options=CPU)
+        written.append((tmp_path / str(count) / WEIGHT_FILE).read_bytes())
+    assert written[0] == written[1]

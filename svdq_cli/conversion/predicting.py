@@ -19,9 +19,11 @@ from svdq_cli.conversion.block_forecast import BlockForecast, block_forecast, la
 from svdq_cli.conversion.calibrating import input_widths
 from svdq_cli.conversion.fitting import free_ram, free_vram
 from svdq_cli.conversion.recording import can_record
+from svdq_cli.conversion.solving import portions_at_once
 from svdq_cli.errors import OutOfResourcesError
 from svdq_cli.loading import compute_dtype
 from svdq_cli.machine import resident_ram, resolve_device
+from svdq_cli.overlap import torch_threads
 from svdq_cli.preparing import (
     DEFAULT_OPTIONS,
     Prepared,
@@ -54,6 +56,10 @@ class Forecast:
     draws: bool  # whether it draws its own
     device: torch.device
     options: RunOptions
+
+    @property
+    def data_free(self) -> bool:
+        return self.artefact is None and not self.draws
 
     def rows(self, shared: SharedInput) -> int:
         """Calibration rows of an input, 0 for data-free."""
@@ -96,7 +102,10 @@ def predict(
     artefact = open_calibration(calibration) if calibration and not data_free else None
     job = Forecast(prepared, artefact, not data_free and artefact is None, device, options)
     out = Path(recipe.outputs[0].path) if recipe.outputs else Path()
-    stages = stage_seconds(job, speed_of(device, compute_dtype(device), existing(out)), preparing)
+    side_by_side = portions_at_once(device, data_free=data_free)
+    with torch_threads(1 if side_by_side else torch.get_num_threads()):
+        speed = speed_of(device, compute_dtype(device), existing(out))
+    stages = stage_seconds(job, speed, preparing, at_once=max(1, side_by_side))
     return PlanReport(
         model=model_facts(prepared, None),
         read_as=prepared.source.kind,
@@ -118,20 +127,20 @@ def predict(
 # ------------------------------------------------------------------------------------------------- time
 
 
-def stage_seconds(job: Forecast, speed: Speed, preparing: float) -> PlanSeconds:
-    """`preparing`: what it took to make the plan, which the conversion does once more."""
+def stage_seconds(job: Forecast, speed: Speed, preparing: float, *, at_once: int = 1) -> PlanSeconds:
+    """`preparing`: what it took to make the plan, which the conversion does once more. `at_once`: portions that are
+    solved side by side, each at this `speed`."""
     prepared = job.prepared
     source, packed = prepared.source.bytes, sum(t.bytes(prepared.inventory.state) for t in prepared.targets)
     digest = source / speed.hashed + source / speed.read
     calibrate = _calibrate_seconds(job, speed) if job.draws else 0.0
     kept = work_bytes(prepared.plan, prepared.settings.dtype)
-    solve = speed.solve.seconds(_solve_work(job)) + kept / speed.write
+    solve = speed.solve.seconds(_solve_work(job)) / at_once + kept / speed.write
     if job.tunes_blocks:
         solve += _reconstruct_seconds(job, speed)
     weights = sum(layer.linear.in_features * layer.linear.out_features for layer in prepared.plan.layers)
-    unpacked = len(prepared.targets) * speed.solve.seconds(
-        Work(compared=weights)
-    )  # takes as long as to compare
+    # to unpack takes as long as to compare; two threads do either
+    unpacked = len(prepared.targets) * speed.solve.seconds(Work(compared=weights)) / min(2, at_once)
     pack = unpacked + disk_bytes(prepared) / speed.write + packed / speed.hashed
     check = 2 * unpacked + (len(prepared.targets) * source + packed) / speed.read
     total = preparing + digest + calibrate + solve + pack + check
@@ -197,10 +206,7 @@ def other_bytes(job: Forecast) -> int:
 
 def ram_bytes(job: Forecast) -> int:
     """Peak of the process: what it holds now, with everything imported, and the largest stage's needs."""
-    stages = [
-        0,
-        *(_waiting_bytes(job, portion) + _planned(job, portion)[1].ram for portion in _portions(job)),
-    ]
+    stages = [0, *_solving_bytes(job)]
     if job.draws:
         stages += _drawing_stages(job, cpu=job.device.type == "cpu")
     if job.tunes_blocks:
@@ -209,6 +215,15 @@ def ram_bytes(job: Forecast) -> int:
         waiting = min(blocks.passed_bytes, passages_room(job.prepared, job.options, job.device))
         stages.append(waiting + (blocks.device_bytes if on_cpu else 0))
     return resident_ram() + max(stages)
+
+
+def _solving_bytes(job: Forecast) -> list[int]:
+    """Of every portion alone, and of those that are solved side by side where there is memory for them."""
+    portions, at_once = _portions(job), portions_at_once(job.device, data_free=job.data_free)
+    alone = [_waiting_bytes(job, portion) + _planned(job, portion)[1].ram for portion in portions]
+    room = free_ram(job.options)
+    together = (sum(alone[first : first + at_once]) for first in range(len(alone)))
+    return [*alone, *(needed for needed in together if needed <= room)]
 
 
 def vram_bytes(job: Forecast) -> int | None:

@@ -19,7 +19,7 @@ from svdq_cli.conversion.working import wait_for_files
 from svdq_cli.errors import InputError, as_out_of_memory
 from svdq_cli.journal import LAYERS, SolvedLayers, WorkFolder, quoted, report_json, report_of_json
 from svdq_cli.machine import on_device
-from svdq_cli.overlap import done_behind, made_ahead
+from svdq_cli.overlap import cores, done_behind, made_ahead
 from svdq_cli.preparing import DEFAULT_OPTIONS, Prepared, RunOptions
 from svdq_cli.records import (
     ActivationStats,
@@ -38,6 +38,7 @@ from svdq_cli.solve.linear import SolvedInput, solve_input
 from svdq_cli.source import Source, TensorEntry, is_finite, read_tensor
 
 LEFT = "left"  # topic: the portions that are still to be solved
+MOST_AT_ONCE = 8  # portions; more would wait for the memory's speed, and take gigabytes of it
 CPU = torch.device("cpu")
 # Of the memory that is free at first, so much is left alone when others are begun beside a portion: for codes that wait
 # to be written, and for what predictions are off. A portion alone may take all of it.
@@ -185,8 +186,9 @@ class Solving:
 def _solved(
     job: Solving, portions: Iterable[SharedInput], *, wait: Callable[[], object] = lambda: None
 ) -> Iterator[tuple[SharedInput, SolvedInput]]:
-    """One portion after the other, as it comes from the device that it was solved on. The next one's weights are read
-    meanwhile where there is memory for them. `wait` returns when the caller holds no memory for earlier ones."""
+    """One portion after the other, as it comes from the device that it was solved on. The next one's weights are read,
+    or the next few are solved (`portions_at_once`), meanwhile where there is memory for them. `wait` returns when the
+    caller holds no memory for earlier ones."""
     prepared, options = job.prepared, job.options
     plans = {layer.name: layer for layer in prepared.plan.layers}
     itemsize = stored_itemsize(prepared)
@@ -202,10 +204,14 @@ def _solved(
     def stored(portion: SharedInput) -> int:
         return stored_bytes(portion, plans, itemsize=itemsize, pinned=job.device.type == "cuda")
 
-    def beside(busy: Sequence[SharedInput], following: SharedInput) -> bool:
-        fastest = ways_on(job.device)[0]
-        taken = sum(need(each, fastest).ram + stored(each) for each in busy)
-        return taken + stored(following) <= at_first
+    def solving(portions: Sequence[SharedInput]) -> int:
+        return sum(need(each, ways_on(job.device)[0]).ram + stored(each) for each in portions)
+
+    def read_beside(busy: Sequence[SharedInput], following: SharedInput) -> bool:
+        return solving(busy) + stored(following) <= at_first
+
+    def solved_beside(busy: Sequence[SharedInput], following: SharedInput) -> bool:
+        return solving([*busy, following]) <= at_first
 
     def solve(portion: SharedInput, raw: dict[str, RawWeight]) -> SolvedInput:
         def let_go() -> None:
@@ -224,9 +230,28 @@ def _solved(
         )
 
     read = partial(_read_ahead, prepared.source, plans, job.device)
-    for portion, raw in made_ahead(portions, read, beside=beside):
-        yield portion, solve(portion, raw)
-        return_freed_memory()
+    if at_once := portions_at_once(job.device, data_free=job.statistics is None):
+        made = made_ahead(
+            portions, lambda each: solve(each, read(each)), threads=at_once, beside=solved_beside
+        )
+        for portion, solved in made:
+            yield portion, solved
+            return_freed_memory()
+    else:
+        for portion, raw in made_ahead(portions, read, beside=read_beside):
+            yield portion, solve(portion, raw)
+            return_freed_memory()
+
+
+def portions_at_once(device: torch.device, *, data_free: bool) -> int:
+    """How many portions are solved side by side, memory allowing, each by a thread with one core; 0 for one after the
+    other by the main thread with all cores.
+
+    A CPU does so without calibration: most of the work is small operations and products with few columns, which more
+    cores do not make faster, and with one core each the sums come out the same on every machine. With calibration a
+    portion can take minutes, and only the main thread can be interrupted.
+    """
+    return cores(MOST_AT_ONCE) if data_free and device.type == "cpu" else 0
 
 
 def _solved_so(
