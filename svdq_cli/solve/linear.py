@@ -239,7 +239,7 @@ def _solve_w4a4(
                 f"{', '.join(plan.name for plan in members)} share one down projection and need one rank",
                 hint="give them the same rank in the recipe's layers",
             )
-        stacked = stacked_weights(members, weights).mul_(smooth)
+        stacked = _smoothed_stack(members, weights, smooth)
         up, down = split_low_rank(stacked, rank=rank, seed=settings.seed)
         del stacked  # as large as all of the layers, and no longer needed
         down = (down / smooth).to(settings.dtype)  # the branch reads the raw activation
@@ -250,11 +250,27 @@ def _solve_w4a4(
     return {plan.name: solved[plan.name] for plan in plans}
 
 
+def _smoothed_stack(
+    plans: Sequence[W4A4Plan], weights: Mapping[str, SourceWeight], smooth: Tensor
+) -> Tensor:
+    """The layers' weights under one another, not to be written to: a layer alone is not copied to be multiplied by 1."""
+    if not _smooths(smooth):
+        return weights[plans[0].name].weight if len(plans) == 1 else stacked_weights(plans, weights)
+    return stacked_weights(plans, weights).mul_(smooth)
+
+
+def _smooths(smooth: Tensor) -> bool:
+    """Whether it is more than the factor of 1 of a data-free conversion."""
+    return bool((smooth != 1).any())
+
+
 def _finish(
     plan: W4A4Plan, source: SourceWeight, smooth: Tensor, down: Tensor, up: Tensor, settings: SolveSettings
 ) -> W4A4Solution:
     """Quantize what the *stored* branch leaves over, so that its rounding to 16 bits is corrected by the codes."""
-    residual = torch.addmm(source.weight, up.float(), down.float(), alpha=-1).mul_(smooth)
+    residual = torch.addmm(source.weight, up.float(), down.float(), alpha=-1)
+    if _smooths(smooth):
+        residual.mul_(smooth)
     quantized = quantize_weight(residual, plan.precision, dtype=settings.dtype)
     return W4A4Solution(
         plan=plan,
