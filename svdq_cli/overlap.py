@@ -3,6 +3,7 @@ leave Python's lock alone while they work."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -56,6 +57,19 @@ def torch_threads(count: int) -> Generator[None, None, None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def made_meanwhile(make: Callable[[threading.Event], Made]) -> Generator[Future[Made], None, None]:
+    """A thread makes something while the block is busy with something else; the future waits for it, and raises what
+    `make` raised. When an error leaves the block, the event is set, on which `make` is to end soon."""
+    stop = threading.Event()
+    with _threads(1, "meanwhile") as maker:
+        try:
+            yield maker.submit(make, stop)
+        except BaseException:
+            stop.set()
+            raise
 
 
 def _first(coming: list[tuple[Item, Future[Made]]]) -> tuple[Item, Made]:

@@ -76,16 +76,19 @@ class Prepared:
     settings: SolveSettings
 
 
-def prepare(recipe: Recipe, *, beside: Path | None = None, every_layer: bool = False) -> Prepared:
+def prepare(
+    recipe: Recipe, *, beside: Path | None = None, every_layer: bool = False, source: Source | None = None
+) -> Prepared:
     """Find the model, resolve the family's rules, choose the format. Reads headers only.
 
+    `source`: the recipe's (`source_of`), where it is open already.
     `every_layer`: plan what any format could hold, for a calibration that serves them all.
     """
     quantization = recipe.quantization
     formats = [format_named(output.format) for output in recipe.outputs] or [format_named("nunchaku-lite")]
     for fmt in formats:
         require_precision(fmt, quantization.number_format)
-    source = source_of(recipe, RunOptions(beside=beside))
+    source = source or source_of(recipe, RunOptions(beside=beside))
     if recipe.components and all(fmt.single_file for fmt in formats):
         raise UsageError(
             f"components: {', '.join(recipe.components)} would be lost: single files hold no text encoder",

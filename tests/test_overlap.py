@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from svdq_cli.overlap import cores, done_behind, made_ahead, torch_threads
+from svdq_cli.overlap import cores, done_behind, made_ahead, made_meanwhile, torch_threads
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -110,3 +110,15 @@ def test_torch_has_its_threads_back_afterwards():
         assert torch.get_num_threads() == before + 1
         assert cores(most=before) == before, "no more than is allowed"
     assert torch.get_num_threads() == before
+
+
+def test_what_is_made_meanwhile_is_there_in_the_end_and_an_error_of_the_block_stops_it():
+    with made_meanwhile(lambda stop: 7) as made:
+        assert made.result() == 7
+    seen: list[bool] = []
+    with (
+        pytest.raises(ValueError, match="the block's"),
+        made_meanwhile(lambda stop: seen.append(stop.wait(20))),
+    ):
+        raise ValueError("the block's own")
+    assert seen == [True]

@@ -143,8 +143,9 @@ def stage_seconds(job: Forecast, speed: Speed, preparing: float, *, at_once: int
     unpacked = len(prepared.targets) * speed.solve.seconds(Work(compared=weights)) / min(2, at_once)
     pack = unpacked + disk_bytes(prepared) / speed.write + packed / speed.hashed
     check = 2 * unpacked + (len(prepared.targets) * source + packed) / speed.read
-    total = preparing + digest + calibrate + solve + pack + check
-    return PlanSeconds(preparing + digest, calibrate, solve, pack, check, total)
+    begun = max(preparing, digest)  # at once
+    total = begun + calibrate + solve + pack + check
+    return PlanSeconds(begun, calibrate, solve, pack, check, total)
 
 
 def _solve_work(job: Forecast) -> Work:

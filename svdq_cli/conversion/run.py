@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,6 +39,7 @@ from svdq_cli.errors import InputError
 from svdq_cli.journal import BLOCKS, LAYERS, Identity, WorkFolder
 from svdq_cli.locate import portable_name
 from svdq_cli.machine import limit_vram, peak_memory, resolve_device
+from svdq_cli.overlap import made_meanwhile
 from svdq_cli.placing import require_places
 from svdq_cli.preparing import (
     DEFAULT_OPTIONS,
@@ -56,6 +58,7 @@ from svdq_cli.preparing import (
     rank_facts,
     search_facts,
     sizes_of,
+    source_of,
     warnings_of,
     work_bytes,
 )
@@ -165,20 +168,13 @@ def begin(
     replaces = _replaces(paths, options)
     for path in paths:
         refuse_existing(path, overwrite=replaces)
-    prepared = prepare(recipe, beside=options.beside)
-    if not prepared.source.tensors:
-        raise InputError(
-            f"{prepared.source.path}: there are no weights here, only a config",
-            hint="give the folder that holds the weights",
-            where=str(prepared.source.path),
-        )
-    require_places(
-        paths,
-        folders=[not target.format.single_file for target in prepared.targets],
-        inputs=inputs_of(prepared, calibration),
-        overwrite=replaces,
-    )
-    digest = source_digest(prepared.source)
+    source = source_of(recipe, options)
+    with made_meanwhile(
+        partial(source_digest, source)
+    ) as digesting:  # prepare imports diffusers, on one core
+        prepared = prepare(recipe, beside=options.beside, source=source)
+        _require_weights_and_places(prepared, paths, calibration, overwrite=replaces)
+        digest = digesting.result()
     data_free = is_data_free(recipe, calibration)
     job = Job(
         prepared=prepared,
@@ -201,6 +197,24 @@ def begin(
     require_disk({paths[0]: disk_bytes(prepared), job.work: _work_bytes(job)})
     job.warn(warnings_of(prepared, data_free=data_free))
     return job
+
+
+def _require_weights_and_places(
+    prepared: Prepared, paths: tuple[Path, ...], calibration: Path | None, *, overwrite: bool
+) -> None:
+    """InputError for a model without weights, UsageError for outputs that can't be written where they are to be."""
+    if not prepared.source.tensors:
+        raise InputError(
+            f"{prepared.source.path}: there are no weights here, only a config",
+            hint="give the folder that holds the weights",
+            where=str(prepared.source.path),
+        )
+    require_places(
+        paths,
+        folders=[not target.format.single_file for target in prepared.targets],
+        inputs=inputs_of(prepared, calibration),
+        overwrite=overwrite,
+    )
 
 
 def _replaces(paths: tuple[Path, ...], options: RunOptions) -> bool:

@@ -234,9 +234,8 @@ def _solved(
         made = made_ahead(
             portions, lambda each: solve(each, read(each)), threads=at_once, beside=solved_beside
         )
-        for portion, solved in made:
-            yield portion, solved
-            return_freed_memory()
+        yield from made  # what each frees is taken by the next: to give it back costs a tenth of the processor time
+        return_freed_memory()
     else:
         for portion, raw in made_ahead(portions, read, beside=read_beside):
             yield portion, solve(portion, raw)

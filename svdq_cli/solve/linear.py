@@ -250,10 +250,8 @@ def _solve_w4a4(
     return {plan.name: solved[plan.name] for plan in plans}
 
 
-def _smoothed_stack(
-    plans: Sequence[W4A4Plan], weights: Mapping[str, SourceWeight], smooth: Tensor
-) -> Tensor:
-    """The layers' weights under one another, not to be written to: a layer alone is not copied to be multiplied by 1."""
+def _smoothed_stack(plans: Sequence[W4A4Plan], weights: Mapping[str, SourceWeight], smooth: Tensor) -> Tensor:
+    """The layers' weights under one another, not to be written to: a lone layer is not copied to be multiplied by 1."""
     if not _smooths(smooth):
         return weights[plans[0].name].weight if len(plans) == 1 else stacked_weights(plans, weights)
     return stacked_weights(plans, weights).mul_(smooth)

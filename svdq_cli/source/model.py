@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Mapping
+from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -62,15 +64,18 @@ def read_tensor(source: Source, name: str) -> Tensor:
     return entry.read()
 
 
-def source_digest(source: Source) -> str:
+def source_digest(source: Source, stop: threading.Event | None = None) -> str:
     """sha256 of the model as it is read: its config, and the sha256 of every tensor under its diffusers name.
 
-    The same weights have the same digest in whatever file they lie, under whatever names.
+    The same weights have the same digest in whatever file they lie, under whatever names. CancelledError once `stop` is
+    set.
     """
     digest = hashlib.sha256(json.dumps(described_config(source.config), sort_keys=True).encode())
     for (name, entry), content in made_ahead(
         sorted(source.tensors.items()), _tensor_digest, threads=_HASHERS
     ):
+        if stop is not None and stop.is_set():
+            raise CancelledError
         digest.update(f"{name} {entry.dtype} {list(entry.shape)} {content}\n".encode())
     return digest.hexdigest()
 
