@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import struct
+import threading
+from concurrent.futures import CancelledError
 from pathlib import Path
 
 import pytest
@@ -131,3 +133,10 @@ def test_the_digest_follows_the_weights(tiny_flux: Path, tiny_flux_copy: Path):
     tensors["proj_out.bias"] = tensors["proj_out.bias"] + 1
     save_file(tensors, weights)
     assert source_digest(open_source(tiny_flux_copy)) != before
+
+
+def test_a_digest_that_is_not_wanted_any_more_ends(tiny_flux: Path):
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(CancelledError):
+        source_digest(open_source(tiny_flux), stop)
