@@ -67,7 +67,9 @@ def need_of(
     width = plans[portion.layers[0]].linear.in_features
     ram = 2 * rows * width + (itemsize * max(sizes) if way.streamed else 0)  # the rows as they are kept
     working = solve_bytes(portion, plans, settings, rows=rows, streamed=way.streamed)
-    return Need(ram + working, 0) if way.device.type == "cpu" else Need(ram, working)
+    if way.device.type == "cpu":
+        return Need(ram + working, 0)
+    return Need(ram, working + 3 * sum(sizes))  # with the codes of the portion before, which are packed there
 
 
 def stored_itemsize(prepared: Prepared) -> int:

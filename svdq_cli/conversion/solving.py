@@ -295,7 +295,7 @@ def _is_finished(work: WorkFolder, portion: SharedInput, observe: Observer) -> b
         return False
     try:
         return {report.name for report in _kept_reports(work, portion)} == set(portion.layers)
-    except (InputError, KeyError, ValueError) as error:
+    except (InputError, KeyError, TypeError, ValueError) as error:
         observe(Event("warning", "solve", detail=f"{_key(portion)} is solved again: {error}"))
         return False
 
