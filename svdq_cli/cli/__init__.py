@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shlex
 import signal
@@ -23,7 +24,9 @@ def main() -> NoReturn:
     signal.signal(signal.SIGTERM, _stop)
     for stream in (sys.stdout, sys.stderr):  # file names that are no UTF-8 are shown escaped, in JSON too
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    gc.freeze()  # or Python searches torch and diffusers for garbage as it ends, which takes it a second
+    sys.exit(code)
 
 
 def run(arguments: list[str]) -> int:
