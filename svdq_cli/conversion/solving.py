@@ -18,7 +18,7 @@ from svdq_cli.conversion.fitting import free_ram
 from svdq_cli.conversion.working import wait_for_files
 from svdq_cli.errors import InputError, as_out_of_memory
 from svdq_cli.journal import LAYERS, SolvedLayers, WorkFolder, quoted, report_json, report_of_json
-from svdq_cli.machine import on_device
+from svdq_cli.machine import on_device, resident_ram
 from svdq_cli.overlap import cores, done_behind, made_ahead
 from svdq_cli.preparing import DEFAULT_OPTIONS, Prepared, RunOptions
 from svdq_cli.records import (
@@ -234,7 +234,13 @@ def _solved(
         made = made_ahead(
             portions, lambda each: solve(each, read(each)), threads=at_once, beside=solved_beside
         )
-        yield from made  # what each frees is taken by the next: to give it back costs a tenth of the processor time
+        # What one frees is taken by the next: to give back everything each time costs a tenth of the processor time.
+        needs = sorted(need(each, ways_on(job.device)[0]).ram for each in prepared.plan.portions)
+        much = resident_ram() + 3 * sum(needs[-at_once:]) // 4
+        for solved in made:
+            yield solved
+            if resident_ram() > much:
+                return_freed_memory()
         return_freed_memory()
     else:
         for portion, raw in made_ahead(portions, read, beside=read_beside):
