@@ -34,7 +34,6 @@ from svdq_cli.locate import DEMO_SOURCES
 from svdq_cli.machine import resolve_device
 from svdq_cli.preparing import DEFAULT_OPTIONS, Prepared, RunOptions, chosen_prompts, draw_settings, prepare
 from svdq_cli.recipe import DEFAULT_RANK, default_recipe, with_overrides
-from svdq_cli.recipe.model import ALL_STEPS
 from svdq_cli.records import ActivationStats, Event, LayerSolution, W4A4Solution
 from svdq_cli.runtime.linear import quantized_linear
 from svdq_cli.runtime.replace import replace_linears
@@ -48,10 +47,10 @@ VARIANTS: dict[str, dict[str, object]] = {
     "paper + gptq + scales": {"effort": "fast", "search": ("gptq", "scales")},
     "balanced": {"effort": "balanced"},
     "best": {"effort": "best"},
-    **{
-        f"balanced - {left}": {"effort": "balanced", "search": tuple(s for s in ALL_STEPS if s != left)}
-        for left in ALL_STEPS
-    },
+    "balanced - learned": {"effort": "balanced", "search": ("gptq", "scales", "refit")},
+    "balanced - gptq": {"effort": "balanced", "search": ("learned", "refit")},
+    "balanced - scales": {"effort": "balanced", "search": ("learned", "gptq", "refit")},
+    "balanced - refit": {"effort": "balanced", "search": ("learned", "gptq", "scales")},
     "balanced, rank 32": {"effort": "balanced", "rank": 32},
     "balanced, rank auto, same bytes": {"effort": "balanced", "rank": "auto"},
 }

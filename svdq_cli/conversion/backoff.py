@@ -30,9 +30,7 @@ class Way:
     """How a portion is solved."""
 
     device: torch.device
-    streamed: (
-        bool  # each weight is read when it is needed and let go, instead of all being there all the time
-    )
+    streamed: bool  # each weight is read when it is needed, and let go
 
     def __str__(self) -> str:
         at_a_time = " with one weight at a time" if self.streamed else ""

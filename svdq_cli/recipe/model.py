@@ -241,6 +241,16 @@ class Quantization(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _scales_are_searched_by_gptq(self) -> Quantization:
+        if self.search is not None and "scales" in self.search and "gptq" not in self.search:
+            raise PydanticCustomError(
+                "at_key",
+                "scales are searched inside GPTQ, which search leaves out",
+                {"key": "search", "hint": "add gptq, or drop scales"},
+            )
+        return self
+
     @property
     def chosen_smoothing(self) -> Smoothing:
         """The recipe's word, else the effort's."""

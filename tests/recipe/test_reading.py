@@ -120,6 +120,11 @@ def test_a_misspelt_name_is_answered_with_the_nearest_valid_one(old: str, new: s
             "smoothing: grid smoothing needs calibration",
         ),
         (
+            "effort: balanced",
+            "effort: balanced, search: [learned, scales]",
+            "search: scales are searched inside GPTQ",
+        ),
+        (
             "outputs: [",
             "outputs: [{path: out/flux1-dev-int4}, ",
             "two outputs have the path out/flux1-dev-int4",
