@@ -15,6 +15,7 @@ from svdq_cli import __version__
 from svdq_cli.errors import EnvironmentLacksError
 from svdq_cli.evaluate.layers import layer_sqnr_db
 from svdq_cli.formats import FORMATS
+from svdq_cli.gpu import nvrtc
 from svdq_cli.gpu.architectures import Architecture, architecture
 from svdq_cli.gpu.compile import compile_variant
 from svdq_cli.gpu.launch import CudaDevice, cuda_device
@@ -60,7 +61,7 @@ class DoctorReport:
 def diagnose() -> DoctorReport:
     """Never raises for what is merely missing: that is a line of the report."""
     layers = (_test_layer(precision) for precision in (Int4(), NvFp4(), None))
-    tests = (_test_embedded_model(), *layers, *_test_kernels())
+    tests = (_test_embedded_model(), *layers, _test_compiler(), *_test_kernels())
     return DoctorReport(
         svdq_version=__version__,
         python=platform.python_version(),
@@ -107,6 +108,16 @@ def _round_trip_sqnr(precision: Precision | None) -> float:
     return layer_sqnr_db(weight, None, fmt.decode(plan, fmt.encode(solution)), rows)
 
 
+def _test_compiler() -> SelfTest:
+    """Whether NVRTC is here, and new enough for the kernels."""
+    started = time.monotonic()
+    try:
+        status, said = "ok", f"version {'.'.join(map(str, nvrtc.version()))}"
+    except EnvironmentLacksError as lack:
+        status, said = "unavailable", f"{lack.message}; {lack.hint}"
+    return SelfTest("nvrtc", "-", "-", "-", status, said, time.monotonic() - started)
+
+
 def _test_kernels() -> Iterator[SelfTest]:
     """Every kernel against its twin on the GPU that is here; without one, whether it compiles."""
     try:
@@ -141,7 +152,8 @@ def _compile_only(case: KernelCase, lack: str) -> SelfTest:
             f"{lack}; compiles for {target}: {usage.registers} registers, {usage.spill_bytes} bytes spilled",
         )
     except EnvironmentLacksError as error:
-        status, said = "unavailable", f"{lack}; {error.message}"
+        # Where a GPU lacks nothing but the compiler, that is the lack already
+        status, said = "unavailable", lack if error.message in lack else f"{lack}; {error.message}"
     except Exception as error:
         status, said = "failed", f"{target}: {type(error).__name__}: {error}"
     return SelfTest(case.op, case.precision, case.mode, "kernels", status, said, time.monotonic() - started)

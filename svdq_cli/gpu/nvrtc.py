@@ -57,30 +57,45 @@ def compile_source(source: str, *, name: str, headers: Mapping[str, str], option
 
 
 def version() -> tuple[int, int]:
-    """NVRTC's version. Raises EnvironmentLacksError where there is none."""
-    major, minor = ctypes.c_int(), ctypes.c_int()
-    _check(_library().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)))
-    return major.value, minor.value
+    """NVRTC's version. Raises EnvironmentLacksError where there is none, or only one older than LEAST_VERSION."""
+    return _version_of(_library())
 
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    hint = 'install svdq with CUDA\'s libraries: pip install "svdq[cuda13]", or "svdq[cuda12]" for a CUDA 12 driver'
+    too_old: list[str] = []
     for path in _candidates():
         try:
             _load_builtins(Path(path))
             library = ctypes.CDLL(path)
         except OSError:
             continue
-        major, minor = ctypes.c_int(), ctypes.c_int()
-        library.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
-        if (major.value, minor.value) >= LEAST_VERSION:
+        found = _version_of(library)
+        if found >= LEAST_VERSION:
             return library
-        hint = f"{path} is version {major.value}.{minor.value}; upgrade nvidia-cuda-nvrtc"
-    wanted = ".".join(map(str, LEAST_VERSION))
+        too_old.append(f"{path} is NVRTC {_dotted(found)}")
+    wanted = f"NVRTC {_dotted(LEAST_VERSION)} or newer, the compiler of the CUDA kernels,"
+    if too_old:
+        raise EnvironmentLacksError(
+            f"{'; '.join(too_old)}: too old. {wanted} is needed",
+            hint='upgrade it: pip install --upgrade "svdq[cuda13]", or "svdq[cuda12]" for a CUDA 12 driver',
+            kind="no-nvrtc",
+        )
     raise EnvironmentLacksError(
-        f"NVRTC {wanted} or newer, the compiler of the CUDA kernels, is not here", hint=hint, kind="no-nvrtc"
+        f"{wanted} is not here",
+        hint='install it: pip install "svdq[cuda13]", or "svdq[cuda12]" for a CUDA 12 driver',
+        kind="no-nvrtc",
     )
+
+
+def _version_of(library: ctypes.CDLL) -> tuple[int, int]:
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    library.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
+    return major.value, minor.value
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return ".".join(map(str, version))
 
 
 def _candidates() -> Iterator[str]:
