@@ -12,8 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from svdq_cli.cli import run
+from svdq_cli.cli.render import show
+from svdq_cli.diagnosis import DoctorReport, SelfTest
+from svdq_cli.gpu.architectures import architecture
+from svdq_cli.runtime.selftest import kernel_cases
 
 PROMPTS = "a red circle\na blue square\na green star\n"
 CONVERT_KEYS = {
@@ -242,6 +247,20 @@ def test_doctor_lists_every_kernel_in_every_precision_and_mode(capsys: pytest.Ca
         assert test["status"] in ("ok", "unavailable")
         if test["status"] == "unavailable":  # no GPU
             assert "torch sees no NVIDIA GPU; " in test["detail"]
+
+
+def test_the_table_of_doctor_names_every_operation_at_80_columns_and_without_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("COLUMNS", "80")
+    tests = tuple(
+        SelfTest(case.op, case.precision, case.mode, "kernels", "unavailable", "no GPU; " * 20, 0.0)
+        for case in kernel_cases(torch.bfloat16, architecture("sm_90a"))
+    )
+    show(DoctorReport("0", "3", {"torch": "2"}, {"name": "a card", "sm": None}, tests, "ok"), json=False)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    for test in tests:
+        assert [test.op, test.precision, *test.mode.split(), test.backend, test.status] in rows
 
 
 # ------------------------------------------------------------------------------------------------- refusals

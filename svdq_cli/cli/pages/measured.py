@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from svdq_cli.cli.pages.pieces import facts_table
 
 if TYPE_CHECKING:
     from svdq_cli.bench.report import BenchReport, StepRow
-    from svdq_cli.diagnosis import DoctorReport
+    from svdq_cli.diagnosis import DoctorReport, SelfTest
 
 
 def doctor(console: Console, report: DoctorReport) -> None:
@@ -26,12 +25,20 @@ def doctor(console: Console, report: DoctorReport) -> None:
         "device", f"{report.device['name']}" + (f", sm_{report.device['sm']}" if report.device["sm"] else "")
     )
     console.print(facts)
-    table = Table(box=None, pad_edge=False)
-    for title in ("op", "precision", "mode", "backend", "status", "detail"):
-        table.add_column(title)
-    for test in report.tests:
-        table.add_row(test.op, test.precision, test.mode, test.backend, test.status, Text(test.detail))
-    console.print(table)
+    _self_tests(console, report.tests)
+
+
+def _self_tests(console: Console, tests: Sequence[SelfTest]) -> None:
+    """Each test's detail stands below it: beside it, 80 columns would have no room for the operations' names."""
+    titles = ("op", "precision", "mode", "backend", "status")
+    rows = [(test.op, test.precision, test.mode, test.backend, test.status) for test in tests]
+    widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
+    details = ["", *(f"  {test.detail}" for test in tests)]
+    for row, detail in zip([titles, *rows], details, strict=True):
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        console.print("  ".join(cells).rstrip())
+        if detail:
+            console.print(detail)
 
 
 def bench(console: Console, report: BenchReport) -> None:
