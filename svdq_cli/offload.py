@@ -6,11 +6,14 @@ The hooks are accelerate's; which blocks stay is its choice too. Numbers do not 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+_HOOK = "_hf_hook"  # where accelerate keeps a module's hook
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +87,22 @@ def filled_copy(
     for module in copy.modules():
         _move_buffers(module, device)
     return copy.requires_grad_(False)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a hook of accelerate's brings the module's weights when it is called."""
+    return hasattr(module, _HOOK)
+
+
+@contextmanager
+def brought(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """The modules' weights are at hand in the block, which uses them without a call: hooks do as they do around one."""
+    hooked = [(module, getattr(module, _HOOK)) for module in modules if is_hooked(module)]
+    with ExitStack() as stack:
+        for module, hook in hooked:
+            hook.pre_forward(module)
+            stack.callback(hook.post_forward, module, None)
+        yield
 
 
 def _move_buffers(module: nn.Module, device: torch.device) -> None:

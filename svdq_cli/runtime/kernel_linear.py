@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
+from svdq_cli.offload import brought, is_hooked
 from svdq_cli.records import W4A4Plan, W4A4Solution, W4A16Plan
 from svdq_cli.runtime.input_quantizer import InputQuantizer, Quantized
 from svdq_cli.runtime.linear import RunningBranch, keep_dtypes
@@ -104,6 +105,13 @@ class FusedFeedForward(nn.Module):
         self.first, self.second = first, second
 
     def forward(self, x: Tensor) -> Tensor:
+        read = (self.first, self.second, self.second.quantizer)
+        if any(map(is_hooked, read)):
+            with brought(read):
+                return self._fused(x)
+        return self._fused(x)
+
+    def _fused(self, x: Tensor) -> Tensor:
         quantized, m = self.first.quantize(x), x.shape[:-1].numel()
         return self.second.finished(self.first.multiply_gelu_quantize(quantized, m, self.second), x)
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from torch import Tensor, nn
 
 from svdq_cli.gpu.hopper_modes import HopperMode
@@ -24,6 +25,7 @@ from svdq_cli.runtime.naive import naive_solution
 from svdq_cli.runtime.operands import objection, pack_w4a4, pack_w4a16, unpack_w4a4, unpack_w4a16
 from svdq_cli.runtime.replace import fuse_feed_forwards
 
+CPU = torch.device("cpu")
 PRECISIONS = [pytest.param(Int4(), id="int4"), pytest.param(NvFp4(), id="nvfp4")]
 ONE_STEP = {torch.bfloat16: 2**-7, torch.float16: 2**-10}  # from a number to its neighbor
 
@@ -266,6 +268,26 @@ def test_diffusers_feed_forward_with_gelu_by_tanh_is_fused():
     assert fuse_feed_forwards(model) == 1
     assert isinstance(model["ff"], FusedFeedForward)
     assert torch.equal(model["ff"](x), before)
+
+
+@pytest.mark.parametrize("mode", [None, HopperMode.EXACT], ids=["portable", "hopper"])
+def test_a_fused_feed_forward_runs_where_accelerate_brings_every_buffer_for_one_call(mode: HopperMode | None):
+    """As diffusers' sequential offload does for models with parameters of their own, such as Wan's and PixArt's."""
+    one, two = (
+        fused_linear(solution) if mode is None else hopper_linear(solution, mode)
+        for solution in (random_w4a4(Int4(), n=192, k=128), random_w4a4(Int4(), n=128, k=192))
+    )
+    fused = fused_feed_forward(one, two)
+    assert fused is not None
+    model = nn.Sequential(fused)
+    x = activations(9, 128)
+    before = model(x)
+    cpu_offload(model, CPU, offload_buffers=True)
+    offloaded = [buffer.device.type for buffer in model.buffers()]
+    assert set(offloaded) == {"meta"}
+    for _ in range(2):
+        assert torch.equal(model(x), before)
+        assert [buffer.device.type for buffer in model.buffers()] == offloaded, "what was brought is gone"
 
 
 @pytest.mark.parametrize("activation", ["gelu", "geglu", "gelu-approximate"])
