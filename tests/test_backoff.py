@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -229,6 +230,25 @@ def test_a_portion_lets_go_of_what_it_can_before_it_takes_less_at_a_time(monkeyp
     assert chosen() == Way(CPU, streamed=False)
     free[0] = 40
     assert chosen() == Way(CPU, streamed=True)
+
+
+def test_what_a_failed_drawing_held_is_gone_before_it_is_begun_again():
+    """An exception holds its frames, and with them all that they had on a GPU."""
+    held: list[weakref.ref[torch.Tensor]] = []
+    alive: list[bool] = []
+
+    def attempt(share: float) -> float:
+        activation = torch.zeros(1)
+        held.append(weakref.ref(activation))
+        if share > 0:
+            raise OutOfResourcesError("out of memory")
+        return share
+
+    def observe(event: Event) -> None:
+        alive.append(held[-1]() is not None)
+
+    assert fitting.first_that_fits(attempt, (1.0, 0.5, 0.0), stage="record", observe=observe) == 0
+    assert alive == [False, False]
 
 
 def test_errors_that_are_no_want_of_memory_are_not_hidden():

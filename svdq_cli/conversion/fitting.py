@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -41,18 +41,33 @@ def run_as_it_fits(
     fits there.
     """
     room = _room(prepared, settings, device, options)
-    for share in SHARES:
-        try:
-            within = Room(int(room.device * share), room.host)
-            class_name = prepared.plan.model_class
-            fill_denoiser(pipe, prepared.source, class_name=class_name, device=device, room=within)
-            return work()
-        except OutOfResourcesError as error:
-            if share == SHARES[-1] or device.type != "cuda":
-                raise
-            torch.cuda.empty_cache()
-            observe(Event("warning", stage, detail=f"{error.message}; fewer blocks stay on the GPU"))
-    raise AssertionError("the last share returns or raises")
+
+    def attempt(share: float) -> T:
+        within = Room(int(room.device * share), room.host)
+        fill_denoiser(pipe, prepared.source, class_name=prepared.plan.model_class, device=device, room=within)
+        return work()
+
+    return first_that_fits(
+        attempt, SHARES if device.type == "cuda" else SHARES[:1], stage=stage, observe=observe
+    )
+
+
+def first_that_fits(
+    attempt: Callable[[float], T], shares: Sequence[float], *, stage: str, observe: Observer
+) -> T:
+    """What `attempt` makes of the first of `shares` that it has the memory for. Raises OutOfResourcesError where it has
+    none for the last."""
+    share, *smaller = shares
+    try:
+        return attempt(share)
+    except OutOfResourcesError as error:
+        if not smaller:
+            raise
+        lack = error.message
+    # Only here are the attempt's tensors gone: the exception held its frames.
+    torch.cuda.empty_cache()
+    observe(Event("warning", stage, detail=f"{lack}; fewer blocks stay on the GPU"))
+    return first_that_fits(attempt, smaller, stage=stage, observe=observe)
 
 
 def free_ram(options: RunOptions) -> int:
