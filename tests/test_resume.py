@@ -413,15 +413,23 @@ def test_a_damaged_block_is_tuned_again_and_that_is_said(
 
 
 @pytest.mark.usefixtures("few_steps")
-def test_blocks_are_not_gone_on_with_for_other_prompts(tiny_flux: Path, prompts: Path, tmp_path: Path):
-    """Tuning draws them itself, also where the statistics come from an artefact."""
+@pytest.mark.parametrize(
+    ("quantization", "stage"),
+    [({"effort": "best"}, "reconstruct"), ({"effort": "fast", "rank": "auto"}, "solve")],
+    ids=["tuned blocks", "searched ranks"],
+)
+def test_work_is_not_gone_on_with_for_other_prompts_in_a_file_of_the_same_name(
+    tiny_flux: Path, prompts: Path, tmp_path: Path, quantization: dict[str, object], stage: str
+):
+    """Blocks and ranks are judged on pictures of their own, also where the statistics come from an artefact."""
     drawn = tmp_path / "prompts.txt"
     shutil.copy(prompts, drawn)
     recipe = best_recipe(tiny_flux, drawn)
+    recipe = recipe.model_copy(update={"quantization": recipe.quantization.model_copy(update=quantization)})
     calibrate(recipe, tmp_path / "calib", options=CPU)
 
     def stop(event: Event) -> None:
-        if event.stage == "reconstruct" and event.kind == "advance":
+        if event.stage == stage and event.kind == "advance":
             raise Terminated
 
     with pytest.raises(InterruptedRunError):

@@ -48,7 +48,7 @@ def allocated(
     UsageError where the budget can't be met, or where there is no calibration.
     """
     wanted = prepared.recipe.quantization
-    if wanted.rank != "auto" and wanted.size_bytes is None:
+    if not is_searched(prepared):
         return prepared, ()
     if statistics is None:
         raise UsageError(
@@ -61,10 +61,10 @@ def allocated(
     ranks = RANKS if wanted.rank == "auto" else (wanted.rank,)
     candidates = _kept_candidates(work)
     if candidates is None:
-        gains = layer_gains(prepared, options, device, observe) if can_record(prepared) else None
+        gains = layer_gains(prepared, options, device, observe) if draws_for_gains(prepared) else None
         candidates = candidates_of(prepared, statistics, ranks, device, observe, gains, options=options)
         work.keep_json(CHOICES, [asdict(candidate) for candidate in candidates])
-    warnings = () if can_record(prepared) else (_ALIKE,)
+    warnings = () if draws_for_gains(prepared) else (_ALIKE,)
     budget = budget_of(prepared, candidates)
     chosen = choices_of(candidates, budget, rival=None if wanted.size_bytes else DEFAULT_RANK)
     try:
@@ -85,6 +85,17 @@ _ALIKE = (
     "ranks and 16-bit layers are chosen as if every layer mattered the same to the pictures: measuring that takes the "
     "whole pipeline and prompts"
 )
+
+
+def is_searched(prepared: Prepared) -> bool:
+    """Whether the recipe leaves ranks or 16-bit layers to a search."""
+    wanted = prepared.recipe.quantization
+    return wanted.rank == "auto" or wanted.size_bytes is not None
+
+
+def draws_for_gains(prepared: Prepared) -> bool:
+    """Whether the search draws pictures, to see how layers' noise reaches the output."""
+    return is_searched(prepared) and can_record(prepared)
 
 
 def layer_gains(

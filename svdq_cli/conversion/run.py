@@ -20,7 +20,7 @@ from svdq_cli.calibrate.artefact import MANIFEST, Calibration, open_calibration
 from svdq_cli.calibrate.prompts import prompts_digest
 from svdq_cli.calibrate.settings import settings_json
 from svdq_cli.card import model_card
-from svdq_cli.conversion.allocation import allocated
+from svdq_cli.conversion.allocation import allocated, draws_for_gains
 from svdq_cli.conversion.block_forecast import tuned_bytes
 from svdq_cli.conversion.calibrating import BEGUN, draw_calibration, drawing_of
 from svdq_cli.conversion.finishing import Outputs, finished_outputs, gated, write_reports_beside
@@ -102,6 +102,11 @@ class Job:
     @property
     def tunes_blocks(self) -> bool:
         return self.recipe.quantization.effort == "best" and not self.data_free
+
+    @property
+    def draws_again(self) -> bool:
+        """Whether it draws pictures of its own even where the statistics were given: for its blocks or its ranks."""
+        return self.tunes_blocks or draws_for_gains(self.prepared)
 
     @property
     def work(self) -> Path:
@@ -272,7 +277,7 @@ def _calibration_identity(job: Job) -> Mapping[str, object] | None:
         return None
     if job.calibration is not None:
         artefact = {"sha256": job.calibration.digest}
-        return {**artefact, **_drawn_identity(job)} if job.tunes_blocks else artefact
+        return {**artefact, **_drawn_identity(job)} if job.draws_again else artefact
     return _drawn_identity(job)
 
 
