@@ -7,6 +7,7 @@
     WORK/layers/LAYER.safetensors   a portion, named after its first layer: what was solved together, with its reports
     WORK/blocks/BLOCK.safetensors   effort best: a block's layers as they were tuned, with their reports
     WORK/passages/                  effort best: hidden states that host memory had no room for, while blocks are tuned
+    WORK/done                       the outputs have their names, and the folder is about to go
 
 A file is there when its part is finished: it is written beside, forced to the disk and renamed. Nothing in the folder
 is ever changed, so several processes may fill it, each with parts of its own.
@@ -18,7 +19,7 @@ import json
 import os
 import shutil
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import ClassVar, cast
@@ -49,7 +50,7 @@ JOURNAL = "journal.json"
 LAYERS, CALIBRATION, PICTURES = "layers", "calibration", "pictures"
 BLOCKS, PASSAGES = "blocks", "passages"
 CHOICES = "choices.json"
-_LOCK = "lock"
+_LOCK, _DONE = "lock", "done"
 _ABOUT = "svdq"  # key of the safetensors metadata
 
 Identity = Mapping[str, object]  # what the work depends on: JSON values by name
@@ -137,11 +138,18 @@ class WorkFolder:
         own = {JOURNAL, _LOCK}
         return not any(file.is_file() and file.name not in own for file in self.path.rglob("*"))
 
+    def finish(self) -> None:
+        """Removes it, noting first that nobody needs it any more: who is killed meanwhile leaves `remove_finished` to
+        the next run."""
+        (self.path / _DONE).touch()
+        self.remove()
+
     def remove(self) -> None:
-        """Everything svdq put there, and the folder if that was all."""
+        """Everything svdq put there, and the folder if that was all. What tells whose the folder is goes last."""
         for name in (LAYERS, BLOCKS, PASSAGES, PICTURES, CALIBRATION, f"{CALIBRATION}.partial"):
             shutil.rmtree(self.path / name, ignore_errors=True)
-        for file in [*self.path.glob("*.json"), *self.path.glob(".*.partial"), self.path / _LOCK]:
+        others = {*self.path.glob("*.json"), *self.path.glob(".*.partial")} - {self.path / JOURNAL}
+        for file in [*others, *(self.path / name for name in (JOURNAL, _LOCK, _DONE))]:
             file.unlink(missing_ok=True)
         try:
             self.path.rmdir()
@@ -189,6 +197,16 @@ def open_work(
         yield WorkFolder(path, work.finished(LAYERS))
 
 
+def remove_finished(path: Path) -> None:
+    """What a run left of its work folder that was killed while it removed it. Raises UsageError where that run is still
+    at it."""
+    if os.path.isfile(path / _DONE):  # not an error, as Path's own, for a name that no file can have
+        with _locked(path):
+            WorkFolder(path).remove()
+    with suppress(OSError):  # of a folder that is not empty, or none
+        path.rmdir()
+
+
 def changes(before: Identity, after: Identity) -> list[str]:
     """Every value that differs, as "quantization.rank: 32 -> 64"."""
     old, new = dict(_flat(before)), dict(_flat(after))
@@ -220,7 +238,7 @@ def _require_same(path: Path, known: Identity, identity: Identity, *, resume: bo
 
 def _refuse_foreign(path: Path) -> None:
     """A folder with other things in it is not ours to fill, let alone to remove."""
-    own = {JOURNAL, _LOCK, f".{JOURNAL}.partial"}
+    own = {JOURNAL, _LOCK, _DONE, f".{JOURNAL}.partial"}
     if path.is_dir() and not (path / JOURNAL).is_file() and any(p.name not in own for p in path.iterdir()):
         raise UsageError(
             f"{path}: not a work folder of svdq (it has no {JOURNAL}), and not empty",

@@ -333,11 +333,16 @@ def whole_output(path: Path, *, overwrite: bool) -> Generator[Path, None, None]:
 
 
 def remove_leftovers(path: Path) -> None:
-    """What runs that were killed left of this output. Only for who knows that no other process writes it."""
-    if path.parent.is_dir():
-        for other in path.parent.iterdir():
-            if other.name.startswith(f".{path.name}.partial-"):
-                _remove(other)
+    """What runs that were killed left of this output: partial ones, and old ones that were being replaced. An old one
+    whose place nothing has taken yet goes back there. Only for who knows that no other process writes it."""
+    if not path.parent.is_dir():
+        return
+    for other in list(path.parent.iterdir()):
+        is_old = other.name.startswith(f".{path.name}.old-")
+        if is_old and not os.path.lexists(path):
+            other.rename(path)
+        elif is_old or other.name.startswith(f".{path.name}.partial-"):
+            _remove(other)
 
 
 @contextmanager

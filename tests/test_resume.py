@@ -115,6 +115,92 @@ def test_a_run_that_died_after_the_last_layer_only_packs(tiny_flux: Path, whole:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.fixture(params=[1, 2, 3, 4, 5])
+def killed_removing_its_work(
+    tiny_flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> Path:
+    """The output of a run that ended while it removed its work folder, at the n-th file or, for 5, the folder."""
+    left = request.param
+    unlink, rmdir = Path.unlink, Path.rmdir
+
+    def count_down() -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise KeyboardInterrupt  # not caught any more: as good as SIGKILL
+
+    def unlinked(path: Path, missing_ok: bool = False) -> None:
+        if path.parent.name == ".out.work":
+            count_down()
+        unlink(path, missing_ok)
+
+    def removed(path: Path) -> None:
+        if path.name == ".out.work" and path.is_dir():
+            count_down()
+        rmdir(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", unlinked)
+        patched.setattr(Path, "rmdir", removed)
+        with pytest.raises(KeyboardInterrupt):
+            convert(recipe_for(tiny_flux), tmp_path / "out", options=CPU)
+    assert {path.name for path in tmp_path.iterdir()} == {"out", ".out.work"}
+    return tmp_path / "out"
+
+
+def test_what_is_left_of_a_work_folder_is_taken_away_by_the_next_run(
+    tiny_flux: Path, whole: Path, killed_removing_its_work: Path
+):
+    out = killed_removing_its_work
+    assert same_bytes(out, whole)
+    assert check(out).status == "ok"
+    with pytest.raises(UsageError, match="exists already"):
+        convert(recipe_for(tiny_flux), out, options=RESUME)
+    assert list(out.parent.iterdir()) == [out]
+
+
+def test_it_does_not_keep_the_output_from_being_overwritten(
+    tiny_flux: Path, whole: Path, killed_removing_its_work: Path
+):
+    out = killed_removing_its_work
+    convert(recipe_for(tiny_flux), out, options=RunOptions(device="cpu", overwrite=True))
+    assert same_bytes(out, whole)
+    assert list(out.parent.iterdir()) == [out]
+
+
+@pytest.mark.parametrize(
+    "options", [RESUME, RunOptions(device="cpu", overwrite=True)], ids=["resume", "overwrite"]
+)
+def test_what_killed_runs_left_of_an_output_is_taken_away(
+    tiny_flux: Path, whole: Path, tmp_path: Path, options: RunOptions
+):
+    (tmp_path / ".out.partial-1").mkdir()
+    (tmp_path / ".out.old-1").mkdir()
+    (tmp_path / ".out.old-1/svdq_report.json").touch()
+    if options.resume:  # what such a run had noted of the names that it was about to give
+        begun(tiny_flux, tmp_path / "out")
+        (tmp_path / ".out.work/naming.json").write_text(json.dumps([str(tmp_path / "out")]))
+    convert(recipe_for(tiny_flux), tmp_path / "out", options=options)
+    assert same_bytes(tmp_path / "out", whole)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_output_whose_replacing_was_killed_keeps_its_name_until_there_is_another(
+    tiny_flux: Path, tmp_path: Path
+):
+    """Killed between two renames: the old output had made room, the new one had not come."""
+    (tmp_path / ".out.old-1").mkdir()
+    (tmp_path / ".out.old-1/svdq_report.json").write_text("the old one")
+    with pytest.raises(InterruptedRunError):
+        convert(
+            recipe_for(tiny_flux),
+            tmp_path / "out",
+            options=RunOptions(device="cpu", overwrite=True),
+            observe=stopped_after(1),
+        )
+    assert (tmp_path / "out/svdq_report.json").read_text() == "the old one"
+
+
 def test_unfinished_work_is_neither_used_nor_lost_unasked(tiny_flux: Path, whole: Path, tmp_path: Path):
     begun(tiny_flux, tmp_path / "out")
     with pytest.raises(UsageError, match="begun already and not finished") as caught:

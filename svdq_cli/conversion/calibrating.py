@@ -27,7 +27,7 @@ from svdq_cli.calibrate.settings import DrawSettings, settings_json
 from svdq_cli.conversion.fitting import run_as_it_fits
 from svdq_cli.conversion.working import kept_work, wait_for_files, work_beside
 from svdq_cli.errors import InputError, UsageError
-from svdq_cli.journal import Identity, WorkFolder
+from svdq_cli.journal import Identity, WorkFolder, remove_finished
 from svdq_cli.loading import load_without_denoiser
 from svdq_cli.machine import resolve_device
 from svdq_cli.preparing import DEFAULT_OPTIONS, Prepared, RunOptions, chosen_prompts, draw_settings, prepare
@@ -61,10 +61,11 @@ def calibrate(
 ) -> CalibrateReport:
     """Draw the calibration prompts with the 16-bit model and keep what its layers saw."""
     started = time.monotonic()
+    folder = work_beside(out, options)
+    remove_finished(folder)
     refuse_existing(out, overwrite=options.overwrite)
     prepared = prepare(recipe, beside=options.beside, every_layer=True)
     drawing = drawing_of(prepared, options, observe, source_sha256=source_digest(prepared.source))
-    folder = work_beside(out, options)
     require_disk({out: drawing.bytes, folder: drawing.bytes})
 
     def kept(work: WorkFolder) -> str:

@@ -36,7 +36,7 @@ from svdq_cli.conversion.solving import (
 )
 from svdq_cli.conversion.working import kept_work, work_beside
 from svdq_cli.errors import InputError
-from svdq_cli.journal import BLOCKS, LAYERS, Identity, WorkFolder
+from svdq_cli.journal import BLOCKS, LAYERS, Identity, WorkFolder, remove_finished
 from svdq_cli.locate import portable_name
 from svdq_cli.machine import limit_vram, peak_memory, resolve_device
 from svdq_cli.overlap import made_meanwhile
@@ -170,6 +170,7 @@ def begin(
     observe: Observer,
 ) -> Job:
     """Everything that can be refused before the first layer is, is refused here."""
+    remove_finished(work_beside(paths[0], options))
     replaces = _replaces(paths, options)
     for path in paths:
         refuse_existing(path, overwrite=replaces)
@@ -301,7 +302,7 @@ def _work_of(job: Job) -> Iterator[WorkFolder]:
     with kept_work(
         job.work, identity_of(job), options=job.options, stage="convert", kept=kept, observe=job.observe
     ) as work:
-        if job.options.resume:
+        if job.options.resume or job.options.overwrite:
             for path in job.paths:
                 remove_leftovers(path)
         yield work

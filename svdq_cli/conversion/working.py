@@ -58,7 +58,7 @@ def kept_work(
             if stopped is error:
                 raise
             raise stopped from error
-        work.remove()
+        work.finish()
 
 
 def work_beside(output: Path, options: RunOptions) -> Path:
