@@ -31,8 +31,6 @@ from svdq_cli.recipe import (
 from svdq_cli.records import ModelPlan
 from svdq_cli.writing import disk_errors, refuse_existing
 
-UNNAMED = "\0"  # the path of an output that has none yet; no file is called that
-
 
 @dataclass(frozen=True, slots=True)
 class InitReport:
@@ -89,10 +87,10 @@ def _outputs(recipe: Recipe, out: Path | None, formats: list[str]) -> list[Outpu
             hint="leave the options out, or change outputs in the recipe",
         )
     named = recipe.outputs[0] if recipe.outputs else None
-    path = str(out) if out is not None else named.path if named else UNNAMED
+    path = str(out) if out is not None else named.path if named else None
     formats = formats or [named.format if named else "nunchaku-lite"]
-    if len(formats) == 1:
-        return [output_of(formats[0], path)]
+    if len(formats) == 1 or path is None:
+        return [output_of(name, path) for name in formats]
     paths = {
         name: f"{path}.{name}.safetensors" if format_named(name).single_file else path for name in formats
     }
@@ -125,9 +123,17 @@ def lora_files(texts: Sequence[str]) -> list[tuple[Path, float]]:
 
 def outputs_of(recipe: Recipe) -> tuple[Path, ...]:
     """Where the conversion goes. Raises UsageError when neither recipe nor command says."""
-    if not recipe.outputs or any(output.path.startswith(UNNAMED) for output in recipe.outputs):
-        raise UsageError("no output is named", hint="give -o OUT, or outputs in the recipe")
-    return tuple(Path(output.path).expanduser() for output in recipe.outputs)
+    paths = tuple(Path(output.path).expanduser() for output in recipe.outputs if output.path is not None)
+    if not paths:
+        raise UsageError("no output is named", hint="give -o OUT, or outputs with a path in the recipe")
+    if len(paths) < len(recipe.outputs):
+        index = [output.path for output in recipe.outputs].index(None)
+        raise UsageError(
+            f"outputs[{index}] ({recipe.outputs[index].format}) has no path",
+            hint="give every output of the recipe its path: -o is for recipes with one output",
+            where=f"outputs[{index}].path",
+        )
+    return paths
 
 
 def write_recipe(source: str, out: Path, *, overwrite: bool, **options: object) -> InitReport:

@@ -14,7 +14,7 @@ from svdq_cli.conversion import solving
 from svdq_cli.errors import CheckFailedError, UsageError
 from svdq_cli.pipeline import calibrate, convert
 from svdq_cli.preparing import RunOptions
-from svdq_cli.recipe import Calibration, Output, Quantization, Recipe, default_recipe
+from svdq_cli.recipe import Calibration, Output, Quantization, Recipe, default_recipe, load_recipe
 from svdq_cli.starting import outputs_of, override
 from svdq_cli.tensor_file import TensorWriter
 
@@ -115,6 +115,27 @@ def test_options_over_outputs():
         override(two, {"out": Path("x")})
     with pytest.raises(UsageError, match="no output is named"):
         outputs_of(override(plain, {"formats": ["comfy"]}))
+
+
+def recipe_with(folder: Path, outputs: str) -> Recipe:
+    path = folder / "recipe.yaml"
+    path.write_text(f"version: 1\nmodel: {{source: model}}\noutputs: {outputs}\n")
+    return load_recipe(path)
+
+
+def test_a_recipe_may_leave_its_outputs_path_to_the_command(tmp_path: Path):
+    recipe = recipe_with(tmp_path, "[{format: comfy}]")
+    said = override(recipe, {"out": Path("x.safetensors")})
+    assert [(output.format, output.path) for output in said.outputs] == [("comfy", "x.safetensors")]
+    with pytest.raises(UsageError, match="no output is named") as refused:
+        outputs_of(recipe)
+    assert "-o OUT" in str(refused.value.hint)
+
+
+def test_of_several_outputs_the_one_without_a_path_is_named(tmp_path: Path):
+    recipe = recipe_with(tmp_path, "[{path: a}, {format: nunchaku}, {format: comfy}]")
+    with pytest.raises(UsageError, match=r"outputs\[1\] \(nunchaku\) has no path"):
+        outputs_of(recipe)
 
 
 def test_a_calibration_serves_formats_that_quantize_more_than_the_default_one(tmp_path: Path):

@@ -101,7 +101,7 @@ def predict(
     device = resolve_device(options.device)
     artefact = open_calibration(calibration) if calibration and not data_free else None
     job = Forecast(prepared, artefact, not data_free and artefact is None, device, options)
-    out = Path(recipe.outputs[0].path) if recipe.outputs else Path()
+    out = Path(recipe.outputs[0].path or "") if recipe.outputs else Path()
     side_by_side = portions_at_once(device, data_free=data_free)
     with torch_threads(1 if side_by_side else torch.get_num_threads()):
         speed = speed_of(device, compute_dtype(device), existing(out))

@@ -369,8 +369,8 @@ class Output(Section):
 
     format: OutputFormat = "nunchaku-lite"
     """nunchaku-lite (a diffusers pipeline folder), nunchaku, comfy or vllm-omni (single files)."""
-    path: Annotated[str, Field(min_length=1)]
-    """Where, relative to the current directory."""
+    path: Text | None = None
+    """Where, relative to the current directory; absent where -o says it."""
 
 
 def _gates(value: object) -> tuple[Gate, ...]:
@@ -432,7 +432,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _outputs_are_apart(self) -> Recipe:
-        paths = [output.path for output in self.outputs]
+        paths = [output.path for output in self.outputs if output.path is not None]
         for index, path in enumerate(paths):
             if path in paths[:index]:
                 context = {"key": "outputs", "path": path, "hint": "give every output its own path"}
@@ -532,8 +532,8 @@ def _option_error(error: ValidationError) -> UsageError:
     return UsageError(f"{option}: {problem.message}", hint=problem.hint, where=option)
 
 
-def output_of(format: str, path: str) -> Output:
-    """An output that the command line names. Raises UsageError."""
+def output_of(format: str, path: str | None) -> Output:
+    """An output that the command line names; without a path, one that is only planned. Raises UsageError."""
     try:
         return Output.model_validate({"format": format, "path": path})
     except ValidationError as error:
