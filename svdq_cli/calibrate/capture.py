@@ -13,20 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from svdq_cli.calibrate.pipelines import denoise, load_source_pipeline, split_batches
+from svdq_cli.calibrate.first_call import Arguments, first_call
+from svdq_cli.calibrate.pipelines import load_source_pipeline, split_batches
 from svdq_cli.calibrate.settings import DrawSettings
 from svdq_cli.planning.structure import Reading
 from svdq_cli.planning.watching import watch_call
 
 _PROMPT = "a photograph"
-
-
-class _Called(Exception):
-    """Ends the pipeline's run where it calls its denoiser."""
-
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        super().__init__()
-        self.args_given, self.kwargs_given = args, kwargs
 
 
 def watch_in_pipeline(
@@ -35,28 +28,19 @@ def watch_in_pipeline(
     """What every linear of `model` (on the meta device) reads, called as the pipeline in `folder` calls it; None where
     either can't be run."""
     try:
-        args, kwargs = _first_call(folder, component, model, settings)
+        args, kwargs = _arguments(folder, component, model, settings)
         return watch_call(model, kwargs, args)
     except Exception:  # whatever keeps a pipeline or a model from running: the plan does without
         return None
 
 
-def _first_call(
-    folder: Path, component: str, model: nn.Module, settings: DrawSettings
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _arguments(folder: Path, component: str, model: nn.Module, settings: DrawSettings) -> Arguments:
+    """Of the denoiser's first call, without their numbers."""
     pipe = load_source_pipeline(folder, dtype=torch.float32, device=None, components={component: model})
-
-    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        raise _Called(args, kwargs)
-
-    handle = model.register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        denoise(pipe, split_batches([_PROMPT], settings=settings)[0], settings=settings, output_type="latent")
-    except _Called as called:
-        return tree_map(_to_meta, called.args_given), tree_map(_to_meta, called.kwargs_given)
-    finally:
-        handle.remove()
-    raise RuntimeError(f"{type(pipe).__name__} never called its {component}")
+    given = first_call(pipe, model, split_batches([_PROMPT], settings=settings)[0], settings=settings)
+    if given is None:
+        raise RuntimeError(f"{type(pipe).__name__} never called its {component}")
+    return tree_map(_to_meta, given)
 
 
 def _to_meta(value: Any) -> Any:

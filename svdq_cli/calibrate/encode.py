@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from svdq_cli.calibrate.embeddings import METHOD, EncodedPrompts
-from svdq_cli.calibrate.pipelines import Batch, denoise
+from svdq_cli.calibrate.first_call import first_call
+from svdq_cli.calibrate.pipelines import Batch
 from svdq_cli.calibrate.settings import DrawSettings
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 _ENCODERS = "text_encoder"  # diffusers numbers the others: text_encoder_2, text_encoder_3
-
-
-class _Called(Exception):
-    """Ends the pipeline's run where it calls its denoiser."""
 
 
 def encode_prompts(
@@ -35,17 +31,9 @@ def encode_prompts(
         return None
     encoded = EncodedPrompts()
     denoiser: nn.Module = getattr(pipe, component)
-
-    def stop(module: nn.Module, args: tuple[Any, ...]) -> None:
-        raise _Called
-
-    handle = denoiser.register_forward_pre_hook(stop)
-    try:
-        for batch in batches:
-            with encoded.recorded(pipe, batch), contextlib.suppress(_Called):
-                denoise(pipe, batch, settings=settings, output_type="latent")
-    finally:
-        handle.remove()
+    for batch in batches:
+        with encoded.recorded(pipe, batch):
+            first_call(pipe, denoiser, batch, settings=settings)
     if not all(encoded.answers.values()):
         return None
     _free_encoders(pipe)

@@ -15,6 +15,7 @@ from svdq_cli.calibrate import DrawSettings, collect_stats, load_source_pipeline
 from svdq_cli.calibrate.budget import rows_within, statistics_bytes
 from svdq_cli.calibrate.collect import Spread, collect_parts
 from svdq_cli.calibrate.encode import encode_prompts
+from svdq_cli.calibrate.first_call import first_call
 from svdq_cli.calibrate.parts import MergedStats, PartFolder
 from svdq_cli.calibrate.pipelines import Batch, split_batches
 from svdq_cli.errors import InputError, UsageError
@@ -132,6 +133,19 @@ def test_text_encoders_go_before_the_denoiser_runs(tiny_flux: Path, tmp_path: Pa
         encoded=encoded,
     )
     _require_same(MergedStats(parts, NAMES), whole)
+
+
+def test_a_pipelines_run_ends_at_its_first_call_of_the_denoiser(pipe: DiffusionPipeline):
+    model: nn.Module = cast(Any, pipe).transformer
+    batch = split_batches(PROMPTS[:1], settings=DRAW)[0]
+    assert first_call(pipe, nn.Linear(1, 1), batch, settings=DRAW) is None, "that one is never called"
+    given = first_call(pipe, model, batch, settings=DRAW)
+    assert given is not None
+    args, kwargs = given
+    assert not args
+    with torch.no_grad():
+        (out,) = model(**kwargs)
+    assert out.shape == kwargs["hidden_states"].shape
 
 
 def test_rows_fit_the_budget():
