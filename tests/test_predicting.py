@@ -18,7 +18,7 @@ from svdq_cli.machine import resident_ram
 from svdq_cli.pipeline import convert, predict
 from svdq_cli.preparing import RunOptions, prepare
 from svdq_cli.recipe import Calibration, Quantization, Recipe, default_recipe
-from svdq_cli.reconstruct import Shelf, reconstruct, tuning
+from svdq_cli.reconstruct import Reconstruction, Shelf, reconstruct, tuning
 from svdq_cli.records import (
     ActivationStats,
     Event,
@@ -125,8 +125,9 @@ def test_tuning_a_block_takes_the_memory_that_is_predicted(
     forecast = block_forecast(prepared, CPU, cpu)
     assert forecast.calls.all == len(recording.calls)
     shelf = Shelf(tmp_path / "shelf", host_bytes=0)  # all in files
+    job = Reconstruction(model, weights, prepared.plan, solutions, recording, shelf)
     with Allocations() as made:
-        list(reconstruct(model, weights, prepared.plan, solutions, recording, shelf, seed=0))
+        list(reconstruct(job, seed=0))
     predicted = forecast.device_bytes - forecast.itemsize * forecast.beside
     assert predicted == pytest.approx(made.most, rel=0.25)
 
@@ -146,12 +147,8 @@ def test_hidden_states_take_the_memory_that_is_predicted(tiny_flux: Path, tmp_pa
             seen.append(sum(file.stat().st_size for file in folder.iterdir()))
 
     shelf = Shelf(folder, host_bytes=0)
-    order = recording.wiring.order
-    list(
-        reconstruct(
-            model, weights, prepared.plan, solutions, recording, shelf, seed=0, finished=order, observe=look
-        )
-    )
+    job = Reconstruction(model, weights, prepared.plan, solutions, recording, shelf)
+    list(reconstruct(job, seed=0, finished=recording.wiring.order, observe=look))
     assert max(seen) == pytest.approx(block_forecast(prepared, CPU, cpu).passed_bytes, rel=0.25)
 
 

@@ -18,6 +18,7 @@ from svdq_cli.preparing import RunOptions, prepare
 from svdq_cli.recipe import Calibration, default_recipe
 from svdq_cli.reconstruct import (
     Call,
+    Reconstruction,
     Recording,
     Shelf,
     blocks_of,
@@ -84,18 +85,9 @@ def test_tuned_blocks_lose_less_and_store_what_they_were_judged_with(
     recorded = record_trajectories(model, [draw_of(model, 6)] * 3, steps=6, most=4)
     assert [len(each.calls) for each in recorded] == [4, 4, 4]
     wiring = wiring_of(model.requires_grad_(False), blocks_of(prepared.plan), recorded[0].calls[0])
-    weights = model.state_dict()
-    found = list(
-        reconstruct(
-            model,
-            weights,
-            prepared.plan,
-            solutions,
-            Recording(recorded, wiring),
-            Shelf(tmp_path, host_bytes=0),
-            seed=0,
-        )
-    )
+    recording, shelf = Recording(recorded, wiring), Shelf(tmp_path, host_bytes=0)
+    job = Reconstruction(model, model.state_dict(), prepared.plan, solutions, recording, shelf)
+    found = list(reconstruct(job, seed=0))
     assert [each.name for each in found] == list(blocks_of(prepared.plan))
     blocks = {each.name: each.search for each in found}
     tuned = {name: solution for each in found for name, solution in each.solutions.items()}

@@ -23,7 +23,7 @@ from svdq_cli.journal import BLOCKS, SolvedLayers, WorkFolder, report_json, repo
 from svdq_cli.loading import load_beside
 from svdq_cli.machine import on_device
 from svdq_cli.preparing import Prepared, RunOptions
-from svdq_cli.reconstruct import Shelf, TunedBlock, blocks_of, reconstruct
+from svdq_cli.reconstruct import Reconstruction, Shelf, TunedBlock, blocks_of, reconstruct
 from svdq_cli.records import BlockSearch, Event, LayerReport, LayerSolution, Observer
 from svdq_cli.solve.linear import measured
 
@@ -89,13 +89,9 @@ def _tuned(
     )
     folder = solved.work.passages
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+    shelf = Shelf(folder, host_bytes=passages_room(prepared, options, device))
     yield from reconstruct(
-        model,
-        weights,
-        prepared.plan,
-        solved,
-        recording,
-        Shelf(folder, host_bytes=passages_room(prepared, options, device)),
+        Reconstruction(model, weights, prepared.plan, solved, recording, shelf),
         seed=prepared.settings.seed,
         finished=finished,
         observe=observe,

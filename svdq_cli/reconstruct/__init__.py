@@ -3,12 +3,13 @@ the output, for the ranks. Ours."""
 
 from svdq_cli.reconstruct.calls import Call, Trajectory, record_trajectories
 from svdq_cli.reconstruct.gains import output_gains
-from svdq_cli.reconstruct.run import Recording, TunedBlock, blocks_of, reconstruct
+from svdq_cli.reconstruct.run import Reconstruction, Recording, TunedBlock, blocks_of, reconstruct
 from svdq_cli.reconstruct.shelf import Shelf
 from svdq_cli.reconstruct.wiring import Wiring, wiring_of
 
 __all__ = [
     "Call",
+    "Reconstruction",
     "Recording",
     "Shelf",
     "Trajectory",

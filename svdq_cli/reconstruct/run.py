@@ -58,13 +58,26 @@ class TunedBlock:
     search: BlockSearch
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Reconstruction:
+    """What is tuned, and with what."""
+
+    model: nn.Module  # the 16-bit one on the device that tunes, whole but for the blocks
+    weights: Mapping[
+        str, Tensor
+    ]  # the state dict's, read when they are asked for: a block's when it is its turn
+    plan: ModelPlan
+    solutions: Mapping[str, LayerSolution]  # of every layer
+    recording: Recording
+    shelf: Shelf
+
+    @property
+    def device(self) -> torch.device:
+        return next(p.device for p in self.model.parameters() if not p.is_meta)
+
+
 def reconstruct(
-    model: nn.Module,
-    weights: Mapping[str, Tensor],
-    plan: ModelPlan,
-    solutions: Mapping[str, LayerSolution],
-    recording: Recording,
-    shelf: Shelf,
+    job: Reconstruction,
     *,
     seed: int,
     finished: Collection[str] = frozenset(),
@@ -72,14 +85,13 @@ def reconstruct(
 ) -> Iterator[TunedBlock]:
     """The blocks in the order in which the model runs them, each as soon as it is tuned.
 
-    `model`: the 16-bit model on the device that tunes, whole but for the blocks, which get their `weights` (the state
-    dict's, read when they are asked for) when it is their turn. `finished`: blocks whose `solutions` are tuned already;
-    they are only gone through. A block that tuning does not make better on held-out trajectories keeps its solutions.
+    `finished`: blocks whose solutions are tuned already; they are only gone through. A block that tuning does not make
+    better on held-out trajectories keeps its solutions.
     """
-    order = recording.wiring.order
+    order = job.recording.wiring.order
     started = time.monotonic()
     observe(Event("start", "reconstruct", 0, len(order)))
-    walk = _Walk(model, weights, plan, solutions, recording, shelf)
+    walk = _Walk(job)
     for done, block in enumerate(order, 1):
         tuned = walk.through(block, seed=None if block in finished else seed)
         return_freed_memory()
@@ -94,37 +106,27 @@ def reconstruct(
 class _Walk:
     """Both streams on their way through the model."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        weights: Mapping[str, Tensor],
-        plan: ModelPlan,
-        solutions: Mapping[str, LayerSolution],
-        recording: Recording,
-        shelf: Shelf,
-    ) -> None:
-        self._model, self._weights, self._plan, self._solutions = model, weights, plan, solutions
-        self._trajectories, self._shelf = recording.trajectories, shelf
-        self._device = next(p.device for p in model.parameters() if not p.is_meta)
-        wiring, calls = recording.wiring, recording.calls
-        self._exact, self._quantized = (Stream(model, wiring, calls, shelf) for _ in range(2))
+    def __init__(self, job: Reconstruction) -> None:
+        self._job, self._device = job, job.device
+        wiring, calls = job.recording.wiring, job.recording.calls
+        self._exact, self._quantized = (Stream(job.model, wiring, calls, job.shelf) for _ in range(2))
         heads = tuple(f"{block}." for block in wiring.order)
-        beside = [layer.name for layer in plan.layers if not layer.name.startswith(heads)]
+        beside = [layer.name for layer in job.plan.layers if not layer.name.startswith(heads)]
         self._beside = _runnable(self._read(beside))
 
     def through(self, block: str, *, seed: int | None) -> TunedBlock | None:
         """Both streams to the other side of the next block. None without a seed, which tuning needs."""
-        filled = filled_copy(self._model, block, self._weights, device=self._device)
-        inside = [layer.name for layer in self._plan.layers if layer.name.startswith(f"{block}.")]
+        filled = filled_copy(self._job.model, block, self._job.weights, device=self._device)
+        inside = [layer.name for layer in self._job.plan.layers if layer.name.startswith(f"{block}.")]
         solutions = self._read(inside)
-        with put_for_now(self._model, {block: filled}):
+        with put_for_now(self._job.model, {block: filled}):
             wanted = self._wanted(block)
             given = self._given(block)
             tuned = None
             if seed is not None:
                 tuned = self._tuned(block, solutions, list(map(Passage, given, wanted)), seed)
                 solutions = {**solutions, **tuned.solutions}
-            put(self._model, _runnable(solutions))
+            put(self._job.model, _runnable(solutions))
             self._pass_on(block, given)
         return tuned
 
@@ -134,7 +136,7 @@ class _Walk:
         wanted: list[Kept] = []
         for index in self._calls:
             given = self._exact.given(block, index, self._device)
-            output = self._model.get_submodule(block)(*given.args, **given.kwargs)
+            output = self._job.model.get_submodule(block)(*given.args, **given.kwargs)
             wanted.append(self._exact.keep(block, index, output))
             self._exact.forget(block, index)
         return wanted
@@ -142,10 +144,10 @@ class _Walk:
     def _given(self, block: str) -> list[Kept]:
         """What the blocks before the 4-bit block hand over to it in every call: args, kwargs."""
         given: list[Kept] = []
-        with put_for_now(self._model, self._beside):
+        with put_for_now(self._job.model, self._beside):
             for index in self._calls:
                 call = self._quantized.given(block, index, self._device)
-                given.append(self._shelf.keep((call.args, call.kwargs)))
+                given.append(self._job.shelf.keep((call.args, call.kwargs)))
                 self._quantized.forget(block, index)
         return given
 
@@ -154,37 +156,40 @@ class _Walk:
         """What the 4-bit block makes of that. `given` is empty then: there is no room for both."""
         for index in self._calls:
             args, kwargs = given.pop(0).on(self._device)
-            self._quantized.keep(block, index, self._model.get_submodule(block)(*args, **kwargs))
+            self._quantized.keep(block, index, self._job.model.get_submodule(block)(*args, **kwargs))
             self._quantized.forget(block, index)
 
     def _tuned(
         self, block: str, solutions: Mapping[str, LayerSolution], passages: Sequence[Passage], seed: int
     ) -> TunedBlock:
         # an input that layers elsewhere share too has a smoothing factor that could not be judged here
-        inputs = [shared for shared in self._plan.inputs if set(shared.layers) <= solutions.keys()]
+        inputs = [shared for shared in self._job.plan.inputs if set(shared.layers) <= solutions.keys()]
         tuned = {name for shared in inputs for name in shared.layers}
         w4a4 = {
             name: each for name, each in solutions.items() if name in tuned and isinstance(each, W4A4Solution)
         }
-        put(self._model, _runnable({name: each for name, each in solutions.items() if name not in w4a4}))
+        put(self._job.model, _runnable({name: each for name, each in solutions.items() if name not in w4a4}))
         waiting = iter(passages)
         found, search = tune_block(
-            self._model,
+            self._job.model,
             block,
             inputs,
             w4a4,
-            [Passages(tuple(islice(waiting, len(each.calls))), each.length) for each in self._trajectories],
+            [
+                Passages(tuple(islice(waiting, len(each.calls))), each.length)
+                for each in self._job.recording.trajectories
+            ],
             device=self._device,
             seed=seed,
         )
         return TunedBlock(block, found, search)
 
     def _read(self, names: Iterable[str]) -> dict[str, LayerSolution]:
-        return {name: on_device(self._solutions[name], self._device) for name in names}
+        return {name: on_device(self._job.solutions[name], self._device) for name in names}
 
     @property
     def _calls(self) -> range:
-        return range(sum(len(each.calls) for each in self._trajectories))
+        return range(sum(len(each.calls) for each in self._job.recording.trajectories))
 
 
 def _runnable(solutions: Mapping[str, LayerSolution]) -> dict[str, nn.Module]:
