@@ -112,6 +112,13 @@ __device__ __forceinline__ int thread_index_again()
     return index;
 }
 
+// The same value, which the compiler takes for another: what was computed from it before is computed again, not kept.
+__device__ __forceinline__ int opaque(int value)
+{
+    asm volatile("" : "+r"(value));
+    return value;
+}
+
 // ------------------------------------------------------------------------------------------ numbers
 
 // stmatrix.x4.trans: four 8 x 8 matrices of 16-bit numbers, each stored transposed. A lane's register i holds row g,

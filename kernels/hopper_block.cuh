@@ -90,11 +90,12 @@ __device__ __forceinline__ void run_block(const TileInput& in, const u16* bias, 
             Sums acc;
             multiply_tile(acc, ring, place, in, tile, this_consumer());
             const Consumer me = this_consumer();
+            const int done = opaque(tile); // its place in y is not known while products run
             u8* staging = shared.staging(me.group);
             meet_warpgroup(me); // all have read the tile before
-            stage_rows(staging, acc, bias ? bias + size_t(in.feature_tile(tile)) * FEATURES : nullptr, me);
+            stage_rows(staging, acc, bias ? bias + size_t(in.feature_tile(done)) * FEATURES : nullptr, me);
             meet_warpgroup(me);
-            finish(tile, staging, me);
+            finish(done, staging, me);
         }
     }
 }
