@@ -23,18 +23,19 @@ class Architecture:
     target: str  # what NVRTC is told, such as "sm_90a"
     code_mma: CodeMma  # of the two that a card may have, the faster
     bfloat16: bool
+    shared_kb: int  # of a multiprocessor: CUDA C++ Programming Guide, technical specifications per compute capability
     block_scaled: bool = False  # mxf4nvf4 mma
     hopper_modes: bool = False  # kernels/hopper_*.cu
 
 
 # Every kernel compiles for every one of these; tests/gpu holds it.
 ARCHITECTURES = (
-    Architecture("sm_75", CodeMma.S4_K32, bfloat16=False),
-    Architecture("sm_80", CodeMma.S4_K64, bfloat16=True),
-    Architecture("sm_86", CodeMma.S4_K64, bfloat16=True),
-    Architecture("sm_89", CodeMma.S4_K64, bfloat16=True),
-    Architecture("sm_90a", CodeMma.S8_K32, bfloat16=True, hopper_modes=True),
-    Architecture("sm_120a", CodeMma.S8_K32, bfloat16=True, block_scaled=True),
+    Architecture("sm_75", CodeMma.S4_K32, bfloat16=False, shared_kb=64),
+    Architecture("sm_80", CodeMma.S4_K64, bfloat16=True, shared_kb=164),
+    Architecture("sm_86", CodeMma.S4_K64, bfloat16=True, shared_kb=100),
+    Architecture("sm_89", CodeMma.S4_K64, bfloat16=True, shared_kb=100),
+    Architecture("sm_90a", CodeMma.S8_K32, bfloat16=True, shared_kb=228, hopper_modes=True),
+    Architecture("sm_120a", CodeMma.S8_K32, bfloat16=True, shared_kb=100, block_scaled=True),
 )
 
 

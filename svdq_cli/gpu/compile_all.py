@@ -1,12 +1,13 @@
-"""Every variant that the runtime may ask for, compiled by the NVRTC that is here: `python -m svdq_cli.gpu.compile_all`.
+"""Every variant that the runtime may ask for, compiled without a GPU: `python -m svdq_cli.gpu.compile_all`.
 
-Needs no GPU. Prints a row a target: how many variants, the most registers, and what is wrong with any of them. For another
-NVRTC than the installed one: `pip install --target FOLDER nvidia-cuda-nvrtc==13.0.88`, then with PYTHONPATH=FOLDER.
+Prints a row a target: how many variants, the most registers, and what is wrong with any of them. To see
+another NVRTC than the installed one: `pip install --target FOLDER nvidia-cuda-nvrtc==13.0.88`, then PYTHONPATH=FOLDER.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from svdq_cli.errors import EnvironmentLacksError
 from svdq_cli.gpu import hopper, nvrtc, variants
 from svdq_cli.gpu.architectures import ARCHITECTURES, Architecture, architecture
 from svdq_cli.gpu.compile import Usage, Variant, compile_variant
@@ -24,9 +26,12 @@ from svdq_cli.gpu.hopper_modes import HopperMode
 from svdq_cli.records import Int4, NvFp4
 
 MOST_RANK = 512  # larger ones repeat the chunks of smaller ones
-REGISTER_FILE = 65536  # 32-bit registers of a multiprocessor, all architectures here
-SHARED_BYTES = 48 * 1024  # without opting in
-# A block of each kernel must find this many of its kind on a multiprocessor, where registers decide.
+# A multiprocessor's 32-bit registers, and how many a thread's are rounded up to (all architectures here): CUDA C++
+# Programming Guide, technical specifications, and Nsight Compute's occupancy calculator.
+REGISTER_FILE, REGISTER_UNIT = 65536, 8
+STATIC_SHARED_BYTES = 48 * 1024  # of a block, without opting in
+RESERVED_SHARED_BYTES = 1024  # the driver's own of every block, from compute capability 8.0 on
+# A block of each kernel must find this many of its kind on a multiprocessor; where MIN_BLOCKS says more, those.
 LEAST_BLOCKS = {"reduce_hidden": 4, "w4a16_linear": 2, "hopper_reduce_hidden": 2}
 
 
@@ -34,7 +39,7 @@ LEAST_BLOCKS = {"reduce_hidden": 4, "w4a16_linear": 2, "hopper_reduce_hidden": 2
 class Compiled:
     """What became of a variant: its usage, or why it did not compile."""
 
-    target: str
+    kind: Architecture
     variant: Variant
     usage: Usage | None
     faults: tuple[str, ...]
@@ -43,7 +48,8 @@ class Compiled:
 # ------------------------------------------------------------------------------------------ which variants there are
 
 
-def variants_of(kind: Architecture) -> list[Variant]:
+@functools.cache
+def variants_of(kind: Architecture) -> tuple[Variant, ...]:
     """All that a launcher of this architecture may be asked for, each once."""
     dtypes = (torch.bfloat16, torch.float16) if kind.bfloat16 else (torch.float16,)
     found: list[Variant] = []
@@ -51,7 +57,7 @@ def variants_of(kind: Architecture) -> list[Variant]:
         found += _portable(dtype, kind)
         if kind.hopper_modes:
             found += _hopper(dtype)
-    return list(dict.fromkeys(found))
+    return tuple(dict.fromkeys(found))
 
 
 def _portable(dtype: torch.dtype, kind: Architecture) -> Iterator[Variant]:
@@ -97,7 +103,14 @@ def threads_of(variant: Variant) -> int:
     return variants.gemm_threads(constants["BLOCK_M"])
 
 
-def faults_of(variant: Variant, usage: Usage) -> Iterator[str]:
+def blocks_that_fit(variant: Variant, usage: Usage, kind: Architecture) -> int:
+    """How many blocks share a multiprocessor, by registers and by shared memory."""
+    registers = -(-usage.registers // REGISTER_UNIT) * REGISTER_UNIT * threads_of(variant)
+    shared = usage.shared_bytes + variant.dynamic_shared + RESERVED_SHARED_BYTES
+    return min(REGISTER_FILE // registers, kind.shared_kb * 1024 // shared)
+
+
+def faults_of(variant: Variant, usage: Usage, kind: Architecture) -> Iterator[str]:
     """What should not be: numbers kept in memory for want of registers, products that wait for each other, a block that
     does not fit as often as it is meant to."""
     if usage.spill_bytes:
@@ -106,40 +119,43 @@ def faults_of(variant: Variant, usage: Usage) -> Iterator[str]:
         yield f"{usage.stack_bytes} bytes of stack"
     if usage.serialized:
         yield "serialized products"
-    if usage.shared_bytes > SHARED_BYTES:
+    if usage.shared_bytes > STATIC_SHARED_BYTES:
         yield f"{usage.shared_bytes} bytes of static shared memory"
     least = max(LEAST_BLOCKS.get(variant.kernel, 1), dict(variant.defines).get("MIN_BLOCKS", 1))
-    if usage.registers * threads_of(variant) * least > REGISTER_FILE:
-        yield f"{usage.registers} registers, too many for {least} blocks of {threads_of(variant)} threads"
+    if (fitting := blocks_that_fit(variant, usage, kind)) < least:
+        shared = usage.shared_bytes + variant.dynamic_shared
+        yield f"{fitting} blocks of {least} fit: {usage.registers} registers, {shared} bytes of shared memory"
 
 
 # ------------------------------------------------------------------------------------------ the command
 
 
 def compile_all(
-    jobs: Iterable[tuple[str, Variant]], *, cache: Path | None = None, threads: int = 1
-) -> Iterator[Compiled]:
-    """Each (target, variant) as it turned out, in their order. Raises EnvironmentLacksError without NVRTC."""
+    kind: Architecture, chosen: Iterable[Variant], *, cache: Path | None = None, threads: int = 1
+) -> list[Compiled]:
+    """What becomes of each variant on an architecture. Raises EnvironmentLacksError without NVRTC."""
 
-    def compiled(job: tuple[str, Variant]) -> Compiled:
-        target, variant = job
+    def compiled(variant: Variant) -> Compiled:
         try:
-            usage = compile_variant(variant, target, cache=cache).usage
+            usage = compile_variant(variant, kind.target, cache=cache).usage
         except nvrtc.CompileError as error:
-            return Compiled(target, variant, None, (f"does not compile: {error}",))
-        return Compiled(target, variant, usage, tuple(faults_of(variant, usage)))
+            return Compiled(kind, variant, None, (f"does not compile: {error}",))
+        return Compiled(kind, variant, usage, tuple(faults_of(variant, usage, kind)))
 
     with ThreadPoolExecutor(threads) as pool:
-        yield from pool.map(compiled, jobs)
+        return list(pool.map(compiled, chosen))
 
 
-def row_of(target: str, found: Sequence[Compiled]) -> str:
-    """Of one target: variants, those at fault, spilled bytes in all, the most registers and where."""
-    usages = [(item.usage, item.variant) for item in found if item.usage]
-    spilled = sum(usage.spill_bytes for usage, _ in usages)
+HEADING = "target   variants  at fault  spilled bytes  most registers"
+
+
+def row_of(kind: Architecture, found: Sequence[Compiled]) -> str:
+    """A target's line under HEADING. Spilled bytes are those of all variants, stores and loads."""
+    usages = [(item.usage.registers, item.variant.kernel) for item in found if item.usage]
+    most, where = max(usages, default=(0, "-"))
+    spilled = sum(item.usage.spill_bytes for item in found if item.usage)
     faulty = sum(bool(item.faults) for item in found)
-    worst, where = max(((usage.registers, variant.kernel) for usage, variant in usages), default=(0, "-"))
-    return f"{target:8} {len(found):8} {faulty:6} {spilled:7}  {worst} {where}"
+    return f"{kind.target:8} {len(found):8}  {faulty:8}  {spilled:13}  {most} ({where})"
 
 
 def main() -> int:
@@ -151,16 +167,19 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     asked = parser.parse_args()
     kinds = [architecture(target) for target in asked.target] if asked.target else ARCHITECTURES
-    print(f"NVRTC {'.'.join(map(str, nvrtc.version()))}")
-    print("target   variants  fault spilled  most registers", flush=True)
+    try:
+        print(f"NVRTC {'.'.join(map(str, nvrtc.version()))}\n{HEADING}", flush=True)
+    except EnvironmentLacksError as lack:
+        print(f"{lack.message}. {lack.hint}", file=sys.stderr)
+        return lack.code
     faulty: list[Compiled] = []
     for kind in kinds:
-        chosen = [item for item in variants_of(kind) if asked.kernel in (None, item.kernel)]
-        found = list(compile_all(((kind.target, variant) for variant in chosen), threads=asked.threads))
-        print(row_of(kind.target, found), flush=True)
+        chosen = [variant for variant in variants_of(kind) if asked.kernel in (None, variant.kernel)]
+        found = compile_all(kind, chosen, threads=asked.threads)
+        print(row_of(kind, found), flush=True)
         faulty += [item for item in found if item.faults]
     for item in faulty:
-        print(f"{item.target} {item.variant.label}: {', '.join(item.faults)}")
+        print(f"{item.kind.target} {item.variant.label}: {', '.join(item.faults)}")
     return int(bool(faulty))
 
 

@@ -27,6 +27,9 @@ TWO_BLOCKS = {
     "w4a4_gemm": ((CodeMma.S4_K32, "sm_75"), *_AMPERE, (CodeMma.S8_K32, "sm_90a")),
     "w4a4_gelu_quantize": (*_AMPERE, (CodeMma.S8_K32, "sm_90a")),
 }
+# Two blocks of four stages exceed Turing's 64 KB of shared memory; copies are waited for there, so that a stage more
+# would hide nothing.
+TWO_BLOCKS_STAGES = {"sm_75": 3}
 
 
 def block_rows(m: int) -> int:
@@ -95,12 +98,15 @@ def w4a16_linear(dtype: torch.dtype) -> Variant:
 def _gemm(
     kernel: str, precision: Precision, kind: Architecture, block_m: int, unsigned: bool
 ) -> dict[str, int]:
-    tile = {"BLOCK_M": block_m, "BLOCK_N": BLOCK_N, "STAGES": STAGES}
+    tile = {"BLOCK_M": block_m, "BLOCK_N": BLOCK_N}
     if isinstance(precision, NvFp4):
-        return {**tile, "PRECISION_NVFP4": 1, "BLOCK_SCALED": kind.block_scaled, "MIN_BLOCKS": 1}
-    together = block_m == BLOCK_M and (kind.code_mma, kind.target) in TWO_BLOCKS[kernel]
-    codes = {"CODES_UNSIGNED": unsigned, "CODE_MMA": kind.code_mma}
-    return {**tile, "PRECISION_NVFP4": 0, **codes, "MIN_BLOCKS": 2 if together else 1}
+        codes = {"PRECISION_NVFP4": 1, "BLOCK_SCALED": kind.block_scaled}
+        return {**tile, **codes, "STAGES": STAGES, "MIN_BLOCKS": 1}
+    codes = {"PRECISION_NVFP4": 0, "CODES_UNSIGNED": unsigned, "CODE_MMA": kind.code_mma}
+    if block_m == BLOCK_M and (kind.code_mma, kind.target) in TWO_BLOCKS[kernel]:
+        stages = TWO_BLOCKS_STAGES.get(kind.target, STAGES)
+        return {**tile, **codes, "STAGES": stages, "MIN_BLOCKS": 2}
+    return {**tile, **codes, "STAGES": STAGES, "MIN_BLOCKS": 1}
 
 
 def _variant(kernel: str, dtype: torch.dtype, **defines: int) -> Variant:

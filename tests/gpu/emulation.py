@@ -20,6 +20,7 @@ from torch import Tensor
 
 from svdq_cli.gpu.architectures import Architecture, architecture
 from svdq_cli.gpu.compile import Variant
+from svdq_cli.gpu.compile_all import variants_of
 from svdq_cli.gpu.operations import Argument
 from svdq_cli.resources import data_root
 
@@ -43,6 +44,7 @@ class EmulatedDevice:
     def launch(
         self, variant: Variant, grid: tuple[int, int, int], threads: int, *arguments: Argument
     ) -> None:
+        assert variant in variants_of(self.architecture), f"{variant.label} is not in gpu.compile_all's list"
         values = [_c_value(argument) for argument in arguments]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
         failure = _library(variant)(*grid, threads, int(self.descending), pointers)

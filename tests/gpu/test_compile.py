@@ -6,7 +6,6 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +15,8 @@ import torch
 from svdq_cli.errors import EnvironmentLacksError
 from svdq_cli.gpu import hopper, nvrtc, variants
 from svdq_cli.gpu.architectures import ARCHITECTURES, Architecture, CodeMma, architecture, architecture_of
-from svdq_cli.gpu.compile import Cubin, Usage, Variant, compile_variant, read_headers, read_source, usage_of
+from svdq_cli.gpu.compile import Usage, Variant, compile_variant, read_headers, read_source, usage_of
+from svdq_cli.gpu.compile_all import Compiled, blocks_that_fit, compile_all, faults_of, variants_of
 from svdq_cli.gpu.hopper_modes import HopperMode
 from svdq_cli.records import Int4, NvFp4
 from svdq_cli.resources import data_root
@@ -33,20 +33,6 @@ def _nvrtc_is_here() -> bool:
 needs_nvrtc = pytest.mark.skipif(not _nvrtc_is_here(), reason='needs NVRTC: pip install "svdq[cuda13]"')
 
 HOPPER = "sm_90a"
-REGISTER_FILE = 65536  # 32-bit registers of a multiprocessor, all architectures here
-SHARED_BYTES = 48 * 1024  # without opting in
-# A block of each kernel must find this many of its kind on a multiprocessor, where registers decide.
-LEAST_BLOCKS = {
-    "quantize_down": 1,
-    "reduce_hidden": 4,
-    "w4a4_gemm": 1,
-    "w4a4_gelu_quantize": 1,
-    "w4a16_linear": 2,
-    "hopper_quantize_down": 1,
-    "hopper_reduce_hidden": 2,
-    "hopper_gemm": 1,
-    "hopper_gelu_quantize": 1,
-}
 
 
 def representative(kind: Architecture) -> Iterator[Variant]:
@@ -95,53 +81,64 @@ def portable(kind: Architecture) -> Iterator[Variant]:
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, Variant], Cubin]:
-    """Into an empty cache, two at a time."""
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Compiled]]:
+    """By target, into an empty cache, two at a time."""
     cache = tmp_path_factory.mktemp("cubins")
-    jobs = [(kind.target, variant) for kind in ARCHITECTURES for variant in representative(kind)]
-    with ThreadPoolExecutor(2) as pool:
-        found = pool.map(lambda job: compile_variant(job[1], job[0], cache=cache), jobs)
-        return dict(zip(jobs, found, strict=True))
+    return {
+        kind.target: compile_all(kind, representative(kind), cache=cache, threads=2) for kind in ARCHITECTURES
+    }
 
 
 @needs_nvrtc
 @pytest.mark.parametrize("kind", ARCHITECTURES, ids=lambda kind: kind.target)
 def test_every_kernel_compiles_without_spills_and_fits_its_blocks(
-    kind: Architecture, compiled: dict[tuple[str, Variant], Cubin]
+    kind: Architecture, compiled: dict[str, list[Compiled]]
 ):
-    mine = {variant: cubin for (target, variant), cubin in compiled.items() if target == kind.target}
-    kernels = {path.stem for path in data_root("kernels").glob("*.cu")}
-    if kind.target != HOPPER:
-        kernels = {name for name in kernels if not name.startswith("hopper_")}
-    assert {variant.kernel for variant in mine} == kernels
-    for variant, cubin in mine.items():
-        usage = cubin.usage
-        assert (usage.spill_bytes, usage.stack_bytes, usage.serialized) == (0, 0, False), variant.label
-        assert usage.shared_bytes <= SHARED_BYTES, variant.label
-        blocks = REGISTER_FILE // (usage.registers * threads_of(variant))
-        assert blocks >= LEAST_BLOCKS[variant.kernel], f"{variant.label}: {usage.registers} registers"
+    assert {item.variant.kernel for item in compiled[kind.target]} == kernels_for(kind)
+    assert not [(item.variant.label, item.faults) for item in compiled[kind.target] if item.faults]
 
 
-def threads_of(variant: Variant) -> int:
-    constants = dict(variant.defines)
-    if variant.dynamic_shared:
-        return hopper.THREADS
-    if "WARPS" in constants:
-        return 32 * constants["WARPS"]
-    return variants.gemm_threads(constants["BLOCK_M"])
+def kernels_for(kind: Architecture) -> set[str]:
+    """The names of kernels/*.cu that are for an architecture."""
+    names = {path.stem for path in data_root("kernels").glob("*.cu")}
+    return {name for name in names if kind.hopper_modes or not name.startswith("hopper_")}
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES, ids=lambda kind: kind.target)
+def test_the_list_of_all_variants_has_every_kernel_and_none_twice(kind: Architecture):
+    listed = variants_of(kind)
+    assert {variant.kernel for variant in listed} == kernels_for(kind)
+    assert len(set(listed)) == len(listed)
 
 
 @needs_nvrtc
 @pytest.mark.parametrize("kind", ARCHITECTURES, ids=lambda kind: kind.target)
 def test_two_blocks_share_a_multiprocessor_where_that_is_asked_for(
-    kind: Architecture, compiled: dict[tuple[str, Variant], Cubin]
+    kind: Architecture, compiled: dict[str, list[Compiled]]
 ):
-    asked = 0
-    for (target, variant), cubin in compiled.items():
-        if target == kind.target and dict(variant.defines).get("MIN_BLOCKS") == 2:
-            assert cubin.usage.registers <= 128, variant.label
-            asked += 1
+    asked = [item for item in compiled[kind.target] if dict(item.variant.defines).get("MIN_BLOCKS") == 2]
     assert bool(asked) == (kind.target != "sm_120a")
+    for item in asked:
+        assert item.usage
+        assert blocks_that_fit(item.variant, item.usage, kind) >= 2, item.variant.label
+
+
+@pytest.mark.parametrize(
+    ("usage", "fault"),
+    [
+        ({"spill_bytes": 8}, "spills 8 bytes"),
+        ({"stack_bytes": 8}, "8 bytes of stack"),
+        ({"serialized": True}, "serialized products"),
+        ({"registers": 129}, "1 blocks of 2 fit: 129 registers, 26112 bytes of shared memory"),
+        ({"shared_bytes": 34816}, "1 blocks of 2 fit: 128 registers, 34816 bytes of shared memory"),
+    ],
+)
+def test_what_a_variant_should_not_need_is_named(usage: dict[str, int], fault: str):
+    kind = architecture("sm_75")
+    variant = variants.w4a4_gemm(torch.float16, Int4(), kind, block_m=variants.BLOCK_M)
+    sound = Usage(registers=128, spill_bytes=0, stack_bytes=0, shared_bytes=26112, serialized=False)
+    assert not list(faults_of(variant, sound, kind))
+    assert list(faults_of(variant, replace(sound, **usage), kind)) == [fault]
 
 
 def test_the_assemblers_warning_of_serialized_products_is_seen():
