@@ -132,7 +132,7 @@ def local_rank() -> int:
 
 
 @contextmanager
-def joined(*, lost_after: float = LOST_AFTER) -> Iterator[Team]:
+def joined() -> Iterator[Team]:
     """The team that the launcher's environment names; a process alone where there is none.
 
     Raises EnvironmentLacksError where the others can't be reached, InterruptedRunError where one is lost.
@@ -149,7 +149,7 @@ def joined(*, lost_after: float = LOST_AFTER) -> Iterator[Team]:
             f"can't meet the other processes of this run: {error}",
             hint="start them with torchrun, or set MASTER_ADDR, MASTER_PORT, WORLD_SIZE and RANK",
         ) from error
-    team = JoinedTeam(rank, size, store=dist.PrefixStore("svdq", store), lost_after=lost_after)
+    team = JoinedTeam(rank, size, store=dist.PrefixStore("svdq", store))
     with _beating(team):
         try:
             yield team

@@ -61,8 +61,6 @@ class LoraDemoReport:
 def demo_lora(
     out: Path,
     *,
-    rank: int = RANK,
-    prompts: int = PROMPTS,
     options: RunOptions = DEFAULT_OPTIONS,
     observe: Observer = ignore_events,
 ) -> LoraDemoReport:
@@ -75,26 +73,19 @@ def demo_lora(
     source = open_source(locate_source(SOURCE))
     device = resolve_device(options.device)
     with whole_folder(out, overwrite=options.overwrite) as partial:
-        recipe = with_overrides(default_recipe(SOURCE, calibration=demo_calibration()), rank=rank)
+        recipe = with_overrides(default_recipe(SOURCE, calibration=demo_calibration()), rank=RANK)
         convert(recipe, partial / "int4", options=options, observe=observe)
         folded = fold(
             partial / "int4", [(lora, 1.0)], partial / "int4-pink", options=options, observe=observe
         )
-        texts = sample_pink_captions(prompts, seed=CAPTION_SEED)
+        texts = sample_pink_captions(PROMPTS, seed=CAPTION_SEED)
         settings = draw_settings(evaluation_recipe(open_checkpoint(partial / "int4"), SOURCE), source)
         merged = merge_loras(source, [(lora, 1.0)])
         columns = {
             "16-bit": _drawn_16_bit(source, texts, settings, device, observe),
-            "int4": draw(
-                load_pipeline(partial / "int4", device=device), texts, settings=settings, observe=observe
-            ),
+            "int4": _drawn_4_bit(partial / "int4", texts, settings, device, observe),
             "16-bit + LoRA": _drawn_16_bit(merged, texts, settings, device, observe),
-            "int4 + folded LoRA": draw(
-                load_pipeline(partial / "int4-pink", device=device),
-                texts,
-                settings=settings,
-                observe=observe,
-            ),
+            "int4 + folded LoRA": _drawn_4_bit(partial / "int4-pink", texts, settings, device, observe),
         }
         base = compare(columns["16-bit"], columns["int4"]).psnr
         with_lora = compare(columns["16-bit + LoRA"], columns["int4 + folded LoRA"]).psnr
@@ -124,6 +115,16 @@ def _drawn_16_bit(
     class_name = str(source.config["_class_name"])
     pipe = load_16bit_pipeline(source, class_name=class_name, device=device)
     return draw(pipe, prompts, settings=settings, stage="draw 16-bit", observe=observe)
+
+
+def _drawn_4_bit(
+    checkpoint: Path,
+    prompts: Sequence[str],
+    settings: DrawSettings,
+    device: torch.device,
+    observe: Observer,
+) -> list[Image]:
+    return draw(load_pipeline(checkpoint, device=device), prompts, settings=settings, observe=observe)
 
 
 def _write_grid(

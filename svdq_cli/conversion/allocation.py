@@ -72,7 +72,7 @@ def allocated(
     except UsageError as refusal:
         if len({choice.rank for choice in chosen} - {None}) < 2:
             raise
-        one, choices = _best_uniform(prepared, candidates, ranks, budget)
+        one, choices = _best_uniform(candidates, ranks, budget)
         best, reached = (output_error(candidates, found) for found in (chosen, choices))
         warning = (
             f"rank {one} for all layers: {refusal.message}. Ranks of their own would leave "
@@ -253,7 +253,7 @@ def _planned_rank(plan: ModelPlan, candidate: Candidate) -> int:
 
 
 def _best_uniform(
-    prepared: Prepared, candidates: Sequence[Candidate], ranks: Sequence[int], budget: int
+    candidates: Sequence[Candidate], ranks: Sequence[int], budget: int
 ) -> tuple[int, list[Choice]]:
     """The rank for all that leaves the least error within the budget."""
     found: list[tuple[float, int, list[Choice]]] = []

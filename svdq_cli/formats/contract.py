@@ -27,6 +27,7 @@ from svdq_cli.records import (
 from svdq_cli.tensor_file import TensorSpec
 
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
+_SHOWN = 8  # names in a message; the others are counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,9 +258,9 @@ def _unsound_numbers(tensors: Mapping[str, Tensor]) -> Iterator[str]:
             yield f"{name} holds {zeros} zeros, and the activation is divided by it"
 
 
-def _some(names: Sequence[str], *, shown: int = 8) -> str:
-    rest = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + rest
+def _some(names: Sequence[str]) -> str:
+    rest = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + rest
 
 
 def _tensors_of(solution: LayerSolution) -> dict[str, Tensor]:

@@ -443,7 +443,6 @@ class Recipe(Section):
 def default_recipe(
     source: str,
     *,
-    family: str = "auto",
     calibration: Calibration | None = None,
     quantization: Quantization | None = None,
     outputs: Sequence[Output] = (),
@@ -451,7 +450,7 @@ def default_recipe(
     """The recipe of a bare model; without `calibration` it is converted data-free. UsageError for a source that is no
     text at all."""
     try:
-        model = Model(source=source, family=family)
+        model = Model(source=source)
     except ValidationError as error:
         problem = problems_of(error)[0]
         hint = problem.hint or "give a model's folder, file or hub id"
