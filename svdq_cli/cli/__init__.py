@@ -7,6 +7,7 @@ import os
 import shlex
 import signal
 import sys
+from itertools import zip_longest
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -46,6 +47,9 @@ def run(arguments: list[str]) -> int:
     except typer.Exit as stop:
         return stop.exit_code
     except _usage_errors() as error:
+        if not arguments:  # the help, which is the whole of this error's message
+            print(error.format_message(), file=sys.stderr)
+            return UsageError.code
         return _refuse(UsageError(error.format_message(), hint=_usage_hint(error)), arguments)
     except typer.Abort:  # what Typer's own loop makes of Ctrl-C
         return _refuse(CanceledRunError("interrupted; nothing was left under a final name"), arguments)
@@ -100,7 +104,7 @@ def _command(arguments: list[str]) -> str | None:
 
 def _value_of(option: str, arguments: list[str]) -> Path | None:
     """What follows an option, as `--option VALUE` or `--option=VALUE`."""
-    for word, after in zip(arguments, [*arguments[1:], None], strict=True):
+    for word, after in zip_longest(arguments, arguments[1:]):
         if word == option:
             return Path(after) if after is not None else None
         if word.startswith(f"{option}="):

@@ -43,20 +43,20 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
         raise typer.Exit
 
 
-_COMMANDS = {
-    "demo": demo.demo,
-    "init": init.init,
-    "inspect": inspect.inspect,
-    "calibrate": calibrate.calibrate,
-    "convert": convert.convert,
-    "export": export.export,
-    "lora": lora.lora,
-    "check": check.check,
-    "eval": evaluate.evaluate,
-    "generate": generate.generate,
-    "push": push.push,
-    "bench": bench.bench,
-    "doctor": doctor.doctor,
+_COMMANDS = {  # what `svdq --help` says of each has to fit beside its name in 80 columns
+    "demo": (demo.demo, "The whole job on the embedded model, with pictures and a table."),
+    "init": (init.init, "Write a complete, commented recipe for a model."),
+    "inspect": (inspect.inspect, "Show what a model or a checkpoint holds: layers and sizes."),
+    "calibrate": (calibrate.calibrate, "Draw prompts with the 16-bit model; keep the statistics."),
+    "convert": (convert.convert, "A 16-bit model becomes a 4-bit checkpoint."),
+    "export": (export.export, "Pack a checkpoint for another runtime, bit for bit."),
+    "lora": (lora.lora, "Fold LoRAs into a checkpoint without quantizing again."),
+    "check": (check.check, "Structure, finite values, weights against the source's."),
+    "eval": (evaluate.evaluate, "Draw with both models: PSNR, SSIM and more; a report."),
+    "generate": (generate.generate, "Draw one picture with a converted checkpoint."),
+    "push": (push.push, "Upload a checkpoint to the Hugging Face hub."),
+    "bench": (bench.bench, "Measure the speed of linear layers beside torch's own."),
+    "doctor": (doctor.doctor, "Show versions, GPU and backends, with self-tests."),
 }
-for _name, _command in _COMMANDS.items():
-    app.command(name=_name)(_command)
+for _name, (_command, _short) in _COMMANDS.items():
+    app.command(name=_name, short_help=_short)(_command)

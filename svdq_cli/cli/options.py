@@ -48,7 +48,12 @@ MaxVram = Annotated[
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of calibration, search and pictures.")]
 Precision = Annotated[str | None, typer.Option(metavar="int4|nvfp4", help="4-bit number format.")]
-Rank = Annotated[str | None, typer.Option(metavar="N", help="Rank of the 16-bit branch, a multiple of 16.")]
+Rank = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N|auto", help="Rank of the 16-bit branch: a multiple of 16, or searched for each layer."
+    ),
+]
 Effort = Annotated[
     str | None,
     typer.Option(

@@ -42,7 +42,9 @@ def convert(
     family: opt.Family = None,
     base: opt.Base = None,
     loras: opt.Loras = None,
-    plan: Annotated[bool, typer.Option("--plan", help="Predict layers, bytes and disk; do nothing.")] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Predict layers, bytes, time, memory and disk; do nothing.")
+    ] = False,
     fail_if: opt.FailIf = None,
     device: opt.Device = "auto",
     work: opt.Work = None,
