@@ -40,6 +40,8 @@ MAX_BIAS_ERROR = 0.05  # biases are only rounded to 16 bits; a permuted one is o
 def check(path: Path, *, against: Source | None = None, observe: Observer = ignore_events) -> CheckReport:
     """Structure, finite values and, with the source at hand, how well each layer rebuilds its weight."""
     checkpoint = open_checkpoint(path)
+    if against is not None:
+        require_same_model(checkpoint, against)
     problems, errors = _examined(checkpoint, against, observe)
     return CheckReport(
         status="failed" if problems else "ok",
@@ -48,6 +50,22 @@ def check(path: Path, *, against: Source | None = None, observe: Observer = igno
         problems=tuple(problems),
         layer_error=errors or None,
     )
+
+
+def require_same_model(checkpoint: Checkpoint, source: Source) -> None:
+    """InputError for a source whose layers are not those of the checkpoint: it was made from another model."""
+    for plan in checkpoint.layers:
+        linear = plan.linear
+        entry = source.tensors.get(f"{linear.name}.weight")
+        if entry is None or tuple(entry.shape[:2]) != (linear.out_features, linear.in_features):
+            there = "is not there" if entry is None else f"has {entry.shape[0]} x {entry.shape[1]} weights"
+            raise InputError(
+                f"{source.path} is not the model that the checkpoint was made from: {linear.name} {there}, "
+                f"and {linear.out_features} x {linear.in_features} in the checkpoint",
+                hint="give the model that the checkpoint was made from",
+                where=linear.name,
+                kind="shape-mismatch",
+            )
 
 
 def require_sound(partial: Path, source: Source, observe: Observer) -> None:
@@ -117,8 +135,6 @@ def _verdict(
     if source is None:
         return _Verdict(())
     weight = read_tensor(source, f"{plan.name}.weight").flatten(1)  # a 1x1 convolution is (N, K, 1, 1)
-    if tuple(weight.shape) != (plan.linear.out_features, plan.linear.in_features):
-        return _Verdict((CheckProblem(plan.name, f"the source's weight has shape {list(weight.shape)}"),))
     bias = read_tensor(source, f"{plan.name}.bias") if plan.linear.bias else None
     error = weight_error(solution, weight)
     problems = tuple(_differences(plan, error, bias_error(solution, bias), recorded))

@@ -9,14 +9,14 @@ from pathlib import Path
 
 from svdq_cli.calibrate.pipelines import draw
 from svdq_cli.checkpoint import Checkpoint, open_checkpoint
-from svdq_cli.errors import UsageError
 from svdq_cli.loading import Backend, load_pipeline
 from svdq_cli.locate import DEMO_SOURCES
 from svdq_cli.machine import resolve_device
+from svdq_cli.placing import require_picture_place
 from svdq_cli.preparing import DEFAULT_OPTIONS, RunOptions, draw_settings
 from svdq_cli.recipe import Calibration, Recipe, default_recipe
 from svdq_cli.records import GenerateReport, Observer, ignore_events
-from svdq_cli.writing import refuse_existing
+from svdq_cli.writing import disk_errors, refuse_existing
 
 
 def evaluation_recipe(checkpoint: Checkpoint, source: str) -> Recipe:
@@ -57,10 +57,7 @@ def generate(
 ) -> GenerateReport:
     """One picture from a checkpoint, drawn as `recipe` says. `base`: see `load_pipeline`."""
     refuse_existing(out, overwrite=options.overwrite)
-    if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-        raise UsageError(
-            f"{out}: unknown picture type", hint="name the output .png, .jpg or .webp", where=str(out)
-        )
+    require_picture_place(out, inputs=[path], overwrite=options.overwrite)
     started = time.monotonic()
     pipe = load_pipeline(path, device=resolve_device(options.device), backend=backend, base=base)
     source = open_checkpoint(path).source
@@ -69,10 +66,11 @@ def generate(
         settings, width=width or settings.width, height=height or settings.height, batch_size=1
     )
     (picture,) = draw(pipe, [prompt], settings=settings, observe=observe)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.stem}.partial{out.suffix}")
-    picture.save(partial)
-    partial.replace(out)
+    with disk_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = out.with_name(f".{out.stem}.partial{out.suffix}")
+        picture.save(partial)
+        partial.replace(out)
     facts: Backend = pipe.svdq_backend  # type: ignore[attr-defined]
     return GenerateReport(
         path=str(out),

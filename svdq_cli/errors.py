@@ -6,6 +6,7 @@ where), and a hint (what to do). Anything else that escapes is a bug and keeps i
 
 from __future__ import annotations
 
+import errno
 from typing import ClassVar
 
 
@@ -78,6 +79,20 @@ def as_out_of_memory(error: BaseException) -> OutOfResourcesError | None:
         said,
         hint="close other programs, lower --batch-size, or use --device cpu",
         kind="out-of-memory",
+    )
+
+
+_REFUSED_BY_THE_SYSTEM = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.EIO)
+
+
+def as_refused_file(error: OSError) -> InputError | None:
+    """What the system says of a file where nobody foresaw it, as the refusal it is; None for anything else."""
+    if error.errno not in _REFUSED_BY_THE_SYSTEM or error.filename is None:
+        return None
+    return InputError(
+        f"{error.filename}: {error.strerror}",
+        hint="check the path, and that you may read and write there",
+        where=str(error.filename),
     )
 
 

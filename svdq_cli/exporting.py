@@ -16,6 +16,7 @@ from svdq_cli.formats import format_named
 from svdq_cli.formats.assembly import moved_layers
 from svdq_cli.formats.contract import Format
 from svdq_cli.formats.moves import same_bits
+from svdq_cli.placing import require_places
 from svdq_cli.preparing import DEFAULT_OPTIONS, RunOptions
 from svdq_cli.records import (
     Event,
@@ -33,10 +34,11 @@ from svdq_cli.writing import (
     Target,
     output_file,
     refuse_existing,
+    report_path,
     require_disk,
-    require_precision,
     target_of,
     whole_output,
+    write_report,
     write_target,
 )
 
@@ -66,6 +68,7 @@ def export(
         )
     fmt = format_named(to)
     target = _target(checkpoint, fmt)
+    require_places([out], folders=[not fmt.single_file], inputs=[path], overwrite=options.overwrite)
     require_disk({out: target.bytes(checkpoint.state)})
     pipeline = base or checkpoint.source.pipeline
     component = quantized_component(pipeline) if pipeline else checkpoint.source.component
@@ -80,22 +83,29 @@ def export(
     with whole_output(out, overwrite=options.overwrite) as partial:
         weights = write_target(partial, target, contents, pipeline=pipeline, component=component)
         _require_same(checkpoint, open_checkpoint(partial))
-        written = output_file(fmt, out, weights)
-    seconds = time.monotonic() - started
-    observe(Event("end", "pack", 1, 1, seconds=seconds))
-    return RepackReport(
-        source_format=checkpoint.format.name,
-        outputs=(written,),
-        layers=len(target.plan.layers),
-        warnings=_warnings(checkpoint, target, pipeline),
-        seconds=seconds,
-    )
+        report = RepackReport(
+            source_format=checkpoint.format.name,
+            outputs=(output_file(fmt, out, weights),),
+            layers=len(target.plan.layers),
+            warnings=_warnings(checkpoint, target, pipeline),
+            seconds=time.monotonic() - started,
+        )
+        if not fmt.single_file:
+            write_report(report_path(partial, fmt), report)
+    if fmt.single_file:
+        write_report(report_path(out, fmt), report)
+    observe(Event("end", "pack", 1, 1, seconds=report.seconds))
+    return report
 
 
 def _target(checkpoint: Checkpoint, fmt: Format) -> Target:
     """The output's layout. UsageError for what the target can't hold exactly."""
-    if checkpoint.precision is not None:
-        require_precision(fmt, checkpoint.precision)
+    if checkpoint.precision is not None and checkpoint.precision not in fmt.precisions:
+        raise UsageError(
+            f"{fmt.name} stores {' or '.join(p.name for p in fmt.precisions)}, not {checkpoint.precision.name}",
+            hint=f"convert the model with --precision {fmt.precisions[0].name}, or name another format",
+            where="--to",
+        )
     if fmt.name == checkpoint.format.name:
         raise UsageError(
             f"{checkpoint.source.path} is a {fmt.name} checkpoint already",

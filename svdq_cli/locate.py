@@ -8,7 +8,7 @@ from pathlib import Path
 
 from svdq_cli import __version__
 from svdq_cli.errors import EnvironmentLacksError, InputError
-from svdq_cli.recipe import find_source
+from svdq_cli.recipe import find_source, user_path
 from svdq_cli.resources import demo_model_folder
 from svdq_cli.source import COMPONENTS, Source, read_json
 
@@ -36,9 +36,16 @@ def locate_source(text: str, *, beside: Path | None = None, revision: str | None
         return _demo_model()
     if text == "demo:outliers":
         return _outlier_variant()
-    found = Path(find_source(text, beside)).expanduser()
-    if found.exists():
+    found = user_path(find_source(text, beside))
+    if os.path.exists(found):
         return found
+    if os.path.islink(found):
+        raise InputError(
+            f"{text}: a link to {os.readlink(found)}, which is not there",
+            hint="restore what the link leads to, or give the model's own path",
+            where=text,
+            kind="not-found",
+        )
     if hub := _HUB_ID.fullmatch(text):
         return _from_hub(hub["name"], hub["revision"] or revision)
     raise InputError(
@@ -51,9 +58,9 @@ def locate_source(text: str, *, beside: Path | None = None, revision: str | None
 
 def locate_base(text: str, *, beside: Path | None = None) -> Path:
     """The folder of a base pipeline. Of a hub id all but the diffusion model's weights is fetched."""
-    found = Path(find_source(text, beside)).expanduser()
+    found = user_path(find_source(text, beside))
     hub = _HUB_ID.fullmatch(text)
-    if found.exists() or hub is None:
+    if os.path.lexists(found) or hub is None:
         return locate_source(text, beside=beside)
     leave = tuple(f"{component}/*.safetensors" for component in COMPONENTS)
     return _from_hub(hub["name"], hub["revision"], leave=leave)
@@ -61,19 +68,19 @@ def locate_base(text: str, *, beside: Path | None = None) -> Path:
 
 def locate_file(text: str, *, beside: Path | None = None) -> Path:
     """A file that a recipe names, from the current directory or the recipe's folder; it may be missing."""
-    return Path(find_source(text, beside)).expanduser()
+    return user_path(find_source(text, beside))
 
 
 def portable_name(text: str, digest: str, *, beside: Path | None = None) -> str:
     """What a SOURCE is called outside this machine: a hub id or demo by its name, a file or folder by its content."""
-    local = text not in DEMO_SOURCES and Path(find_source(text, beside)).expanduser().exists()
+    local = text not in DEMO_SOURCES and os.path.exists(user_path(find_source(text, beside)))
     return f"sha256:{digest}" if local else text
 
 
 def hub_id(text: str, *, beside: Path | None = None) -> str | None:
     """The `owner/name` of a SOURCE on the hub, None for any other."""
     found = _HUB_ID.fullmatch(text)
-    return found["name"] if found and not Path(find_source(text, beside)).expanduser().exists() else None
+    return found["name"] if found and not os.path.exists(user_path(find_source(text, beside))) else None
 
 
 def default_resolution(source: Source) -> int:

@@ -4,31 +4,52 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from svdq_cli.errors import UsageError
+from svdq_cli.source import read_json
 from svdq_cli.writing import REPORT_FILE, disk_errors
 
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+DEMO_REPORT = "report.json"
 MAX_NAME_BYTES = 200  # file systems allow 255, and the partial name is longer than the final one
 _OTHER = "choose another place with -o"
 
 
+def is_output_folder(path: Path) -> bool:
+    """Whether svdq wrote this folder as the output of a conversion, or nothing is in it."""
+    return (path / REPORT_FILE).is_file() or not any(path.iterdir())
+
+
+def is_demo_folder(path: Path) -> bool:
+    """Whether `svdq demo` wrote this folder, or nothing is in it."""
+    report = path / DEMO_REPORT
+    ours = report.is_file() and read_json(report).get("command") == "demo"
+    return ours or not any(path.iterdir())
+
+
 def require_places(
-    outputs: Sequence[Path], *, folders: Sequence[bool], inputs: Sequence[Path], overwrite: bool
+    outputs: Sequence[Path],
+    *,
+    folders: Sequence[bool],
+    inputs: Sequence[Path],
+    overwrite: bool,
+    replaceable: Callable[[Path], bool] = is_output_folder,
 ) -> None:
     """UsageError for an output that can't be written, or whose writing would destroy something else.
 
-    `folders`: which of the outputs are folders. `inputs`: files and folders that the conversion reads.
+    `folders`: which of the outputs are folders. `inputs`: files and folders that the command reads. `replaceable`:
+    whether `overwrite` may replace a folder that stands there.
     """
     for index, (path, is_folder) in enumerate(zip(outputs, folders, strict=True)):
         with disk_errors(path):
             try:
-                _require_name(path)
-                _require_apart(path, inputs, "is read by this conversion")
+                require_name(path)
+                _require_apart(path, inputs, "is read by this command")
                 _require_apart(path, outputs[:index], "is another output")
-                if overwrite:
-                    _require_replaceable(path, is_folder=is_folder)
+                if overwrite and path.is_dir() and not (is_folder and replaceable(path)):
+                    raise _not_ours(path)
                 _require_writable(path)
             except OSError as error:
                 raise UsageError(
@@ -36,13 +57,19 @@ def require_places(
                 ) from error
 
 
-def _require_name(path: Path) -> None:
-    name = path.name or str(path)
-    if (
-        "\0" in str(path)
-        or name in (".", "..")
-        or len(name.encode(errors="surrogateescape")) > MAX_NAME_BYTES
-    ):
+def require_picture_place(path: Path, *, inputs: Sequence[Path] = (), overwrite: bool) -> None:
+    """UsageError for a picture of an unknown type, or one that can't be written there."""
+    if path.suffix.lower() not in PICTURE_SUFFIXES:
+        raise UsageError(
+            f"{path}: unknown picture type", hint="name the output .png, .jpg or .webp", where=str(path)
+        )
+    require_places([path], folders=[False], inputs=inputs, overwrite=overwrite)
+
+
+def require_name(path: Path) -> None:
+    """UsageError for a path that can't be an output's: `.`, `/`, a name too long for a file system."""
+    name = path.name
+    if "\0" in str(path) or name in ("", "..") or len(name.encode(errors="surrogateescape")) > MAX_NAME_BYTES:
         raise UsageError(
             f"{path}: no name for an output (one of at most {MAX_NAME_BYTES} bytes is)",
             hint=_OTHER,
@@ -61,18 +88,13 @@ def _require_apart(path: Path, others: Sequence[Path], what: str) -> None:
             )
 
 
-def _require_replaceable(path: Path, *, is_folder: bool) -> None:
+def _not_ours(path: Path) -> UsageError:
     """`--overwrite` replaces outputs of svdq: not a folder of someone's own, nor a folder by a file."""
-    if path.is_dir() and not (is_folder and _is_output_folder(path)):
-        raise UsageError(
-            f"{path}: a folder that svdq has not written, which --overwrite does not replace",
-            hint="remove it yourself, or choose another place with -o",
-            where=str(path),
-        )
-
-
-def _is_output_folder(path: Path) -> bool:
-    return (path / REPORT_FILE).is_file() or not any(path.iterdir())
+    return UsageError(
+        f"{path}: a folder that this command has not written, which --overwrite does not replace",
+        hint="remove it yourself, or choose another place with -o",
+        where=str(path),
+    )
 
 
 def _require_writable(path: Path) -> None:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from svdq_cli.bench.report import BenchReport
 from svdq_cli.bench.run import BenchSettings, bench_layers
+from svdq_cli.card import CARD_FILE
 from svdq_cli.checkpoint import open_checkpoint
 from svdq_cli.drawing import demo_calibration, evaluation_recipe
-from svdq_cli.errors import UsageError
 from svdq_cli.evaluate.chapters import chapter_of
 from svdq_cli.evaluate.comparing import CONVERTED, NAIVE, SIXTEEN_BIT, Evaluation, compare_in, draw_missing
 from svdq_cli.evaluate.gallery import read_picture
@@ -27,6 +27,7 @@ from svdq_cli.loading import load_pipeline
 from svdq_cli.locate import DEMO_SOURCES, locate_source
 from svdq_cli.machine import resolve_device
 from svdq_cli.pipeline import calibrate, convert
+from svdq_cli.placing import DEMO_REPORT, is_demo_folder, require_places
 from svdq_cli.preparing import DEFAULT_OPTIONS, RunOptions
 from svdq_cli.recipe import Output, default_recipe, with_overrides
 from svdq_cli.records import ConvertReport, Observer, Summary, ignore_events, json_text
@@ -35,6 +36,7 @@ from svdq_cli.writing import disk_errors, refuse_existing, whole_folder
 DEMO_RANK = 16
 EVAL_PROMPTS = 16
 GRID_ROWS = 6
+_CARD_TITLE = "\n# svdq demo model"  # of the embedded model's and of the stress variant's card
 BENCH_SECONDS = 0.05  # a row: enough to show the order of magnitude
 NVFP4 = "nvfp4"
 _TITLES = {
@@ -110,7 +112,7 @@ def demo(
         )
         page = Page(_PAGE_TITLE, _PAGE_LEAD, [each.chapter for each in told], [_speed(speed)], footer())
         write_text(out / PAGE_FILE, render_page(page))
-        write_text(out / "report.json", json_text(report) + "\n")
+        write_text(out / DEMO_REPORT, json_text(report) + "\n")
     return report
 
 
@@ -118,13 +120,7 @@ def demo(
 def _own_folder(out: Path, *, overwrite: bool) -> Generator[None, None, None]:
     """The demo's folder, removed again if the demo does not get to its end. What is in it is whole or absent."""
     refuse_existing(out, overwrite=overwrite)
-    if out.exists() and not (out / "report.json").is_file():
-        raise UsageError(
-            f"{out}: not a folder that svdq demo wrote, so it is not replaced",
-            hint="choose another name with -o",
-            where=str(out),
-            kind="output-exists",
-        )
+    require_places([out], folders=[True], inputs=[], overwrite=overwrite, replaceable=is_demo_folder)
     with disk_errors(out):
         if out.exists():
             shutil.rmtree(out)
@@ -259,6 +255,13 @@ def _speed(bench: BenchReport) -> Table:
     )
 
 
+def _is_exported_model(path: Path) -> bool:
+    """By its card: the pipeline's own files are like any other's."""
+    card = path / CARD_FILE
+    ours = card.is_file() and _CARD_TITLE in card.read_text(encoding="utf-8", errors="replace")
+    return ours or not any(path.iterdir())
+
+
 @dataclass(frozen=True, slots=True)
 class ExportReport:
     path: str
@@ -274,6 +277,8 @@ def export_model(out: Path, *, outliers: bool, overwrite: bool) -> ExportReport:
     from svdq_cli.demo.outliers import export_demo
 
     locate_source("demo")  # refuses in words where the installation lacks the model
+    refuse_existing(out, overwrite=overwrite)
+    require_places([out], folders=[True], inputs=[], overwrite=overwrite, replaceable=_is_exported_model)
     with whole_folder(out, overwrite=overwrite) as partial:
         export_demo(partial / "model", outliers=outliers)
         for item in (partial / "model").iterdir():

@@ -22,12 +22,13 @@ from svdq_cli.locate import locate_source
 from svdq_cli.lora.fold import fold
 from svdq_cli.machine import resolve_device
 from svdq_cli.pipeline import convert
+from svdq_cli.placing import DEMO_REPORT, is_demo_folder, require_places
 from svdq_cli.preparing import DEFAULT_OPTIONS, RunOptions, draw_settings
 from svdq_cli.recipe import default_recipe, with_overrides
 from svdq_cli.records import Observer, Summary, ignore_events, json_text
 from svdq_cli.resources import demo_lora_file
 from svdq_cli.source import Source, merge_loras, open_source
-from svdq_cli.writing import whole_folder
+from svdq_cli.writing import refuse_existing, whole_folder
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -72,6 +73,8 @@ def demo_lora(
     lora = demo_lora_file()
     source = open_source(locate_source(SOURCE))
     device = resolve_device(options.device)
+    refuse_existing(out, overwrite=options.overwrite)
+    require_places([out], folders=[True], inputs=[], overwrite=options.overwrite, replaceable=is_demo_folder)
     with whole_folder(out, overwrite=options.overwrite) as partial:
         recipe = with_overrides(default_recipe(SOURCE, calibration=demo_calibration()), rank=RANK)
         convert(recipe, partial / "int4", options=options, observe=observe)
@@ -101,7 +104,7 @@ def demo_lora(
             fold_seconds=folded.seconds,
             seconds=time.monotonic() - started,
         )
-        (partial / "report.json").write_text(json_text(report) + "\n", encoding="utf-8")
+        (partial / DEMO_REPORT).write_text(json_text(report) + "\n", encoding="utf-8")
     return report
 
 

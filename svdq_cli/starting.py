@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 from svdq_cli.drawing import demo_calibration
-from svdq_cli.errors import UsageError
+from svdq_cli.errors import RecipeError, UsageError
 from svdq_cli.formats import format_named
 from svdq_cli.locate import DEMO_SOURCES, locate_file
+from svdq_cli.placing import require_places
 from svdq_cli.planning.inventory import Inventory
 from svdq_cli.planning.rules import recipe_rules
 from svdq_cli.planning.structure import STRUCTURAL
@@ -20,12 +22,14 @@ from svdq_cli.recipe import (
     Lora,
     Output,
     Recipe,
+    at_its_rule,
     default_recipe,
     load_recipe,
     lora_of,
     output_of,
     parse_fail_if,
     recipe_template,
+    user_path,
     with_overrides,
 )
 from svdq_cli.records import ModelPlan
@@ -41,12 +45,30 @@ class InitReport:
     schema: int = 1
 
 
+def recipe_file(source: str) -> Path | None:
+    """The recipe that SOURCE names; None for a model."""
+    path = user_path(source)
+    return path if path.suffix.lower() in (".yaml", ".yml") else None
+
+
 def recipe_of(source: str) -> tuple[Recipe, Path | None]:
     """The recipe that SOURCE is or implies, and the folder its relative paths start from."""
-    path = Path(source).expanduser()
-    if path.suffix.lower() in (".yaml", ".yml"):
+    if path := recipe_file(source):
         return load_recipe(path), path.parent
     return default_recipe(source), None
+
+
+@contextmanager
+def rules_named(source: str) -> Generator[None, None, None]:
+    """An error about a layer rule, which comes up when the recipe SOURCE meets its model, names file and line."""
+    try:
+        yield
+    except RecipeError as error:
+        path = recipe_file(source)
+        named = at_its_rule(error, path) if path else error
+        if named is error:
+            raise
+        raise named from error
 
 
 def with_default_calibration(recipe: Recipe) -> Recipe:
@@ -123,7 +145,7 @@ def lora_files(texts: Sequence[str]) -> list[tuple[Path, float]]:
 
 def outputs_of(recipe: Recipe) -> tuple[Path, ...]:
     """Where the conversion goes. Raises UsageError when neither recipe nor command says."""
-    paths = tuple(Path(output.path).expanduser() for output in recipe.outputs if output.path is not None)
+    paths = tuple(user_path(output.path) for output in recipe.outputs if output.path is not None)
     if not paths:
         raise UsageError("no output is named", hint="give -o OUT, or outputs with a path in the recipe")
     if len(paths) < len(recipe.outputs):
@@ -140,7 +162,16 @@ def write_recipe(source: str, out: Path, *, overwrite: bool, **options: object) 
     """`svdq init`: a complete commented recipe for a model that is really there."""
     from svdq_cli.preparing import RunOptions, draw_settings, prepare, source_of
 
+    if recipe_file(str(out)) is None:
+        raise UsageError(f"{out}: a recipe's name ends in .yaml", hint=f"use -o {out}.yaml", where=str(out))
+    if given := recipe_file(source):
+        raise UsageError(
+            f"{given}: a recipe already",
+            hint="give the model that it names, or edit this recipe",
+            where=source,
+        )
     refuse_existing(out, overwrite=overwrite)
+    require_places([out], folders=[False], inputs=[], overwrite=overwrite)
     recipe = override(with_default_calibration(default_recipe(source)), options)
     settings = draw_settings(recipe, source_of(recipe, RunOptions()))
     assert recipe.calibration is not None

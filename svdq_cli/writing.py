@@ -26,7 +26,7 @@ from svdq_cli.formats.headers import BIASES, CONFIG, FORMAT, RANKS, as_text, bia
 from svdq_cli.formats.modules import FileLayout, KeptTensor, StoredModule, kept_shapes, known_layout, lay_out
 from svdq_cli.overlap import cores, made_ahead
 from svdq_cli.planning.plan import restricted
-from svdq_cli.records import LayerSolution, ModelPlan, OutputFile, Precision
+from svdq_cli.records import LayerSolution, ModelPlan, OutputFile, Precision, json_text
 from svdq_cli.source import TensorEntry, file_sha256, pipeline_index, weight_files
 from svdq_cli.tensor_file import DTYPE_OF_NAME, TensorSpec, write_tensors
 
@@ -113,6 +113,11 @@ class Contents:
 def report_path(output: Path, fmt: Format) -> Path:
     """Where the report of an output lies: in a folder, or beside a file."""
     return output.with_name(f"{output.name}.report.json") if fmt.single_file else output / REPORT_FILE
+
+
+def write_report(path: Path, report: object) -> None:
+    """A command's report as the JSON object that it prints."""
+    path.write_text(json_text(report) + "\n", encoding="utf-8")
 
 
 def output_file(fmt: Format, path: Path, weights: Sequence[Path]) -> OutputFile:

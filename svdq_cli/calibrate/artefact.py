@@ -150,7 +150,7 @@ def _check_target(path: Path, *, overwrite: bool) -> None:
         raise UsageError(
             f"{path}: exists already", hint="choose another path, or pass --overwrite", where=str(path)
         )
-    if not (_looks_like_calibration(path) or (path.is_dir() and not any(path.iterdir()))):
+    if not is_calibration(path):
         raise UsageError(
             f"{path}: is not a calibration, so it is not overwritten",
             hint="choose another path, or remove it yourself",
@@ -158,7 +158,10 @@ def _check_target(path: Path, *, overwrite: bool) -> None:
         )
 
 
-def _looks_like_calibration(path: Path) -> bool:
+def is_calibration(path: Path) -> bool:
+    """Whether svdq wrote this folder as a calibration, or nothing is in it."""
+    if path.is_dir() and not any(path.iterdir()):
+        return True
     try:
         return json.loads((path / MANIFEST).read_text(encoding="utf-8")).get("kind") == KIND
     except (OSError, ValueError, AttributeError):

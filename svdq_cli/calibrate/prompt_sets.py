@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import yaml
 
 from svdq_cli.calibrate.prompts import dataset_prompts
 from svdq_cli.errors import EnvironmentLacksError, InputError
+from svdq_cli.recipe import user_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +39,7 @@ PROMPT_SETS = (
 
 def find_prompt_set(name: str) -> PromptSet | None:
     """By its short name, whatever the case; a file or folder of that name goes before."""
-    if Path(name).expanduser().exists():
+    if os.path.exists(user_path(name)):
         return None
     return next((found for found in PROMPT_SETS if found.name.casefold() == name.casefold()), None)
 

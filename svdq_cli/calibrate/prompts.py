@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from svdq_cli.errors import EnvironmentLacksError, InputError, UsageError
+from svdq_cli.recipe import user_path
 from svdq_cli.records import Event, Observer, ignore_events
 
 MAX_PROMPT = 20_000  # characters; text encoders read some 500 tokens, about 2000 characters
@@ -146,7 +147,7 @@ def _datasets_library() -> Any:
 
 
 def _open_rows(library: Any, name_or_path: str, *, config: str | None, split: str | None) -> Iterable[Any]:
-    path = Path(name_or_path).expanduser()
+    path = user_path(name_or_path)
     reader = _READERS.get(path.suffix.lower())
     if path.is_file() and reader is None:
         raise InputError(

@@ -10,6 +10,7 @@ from svdq_cli.errors import (
     SvdqError,
     Terminated,
     as_out_of_memory,
+    as_refused_file,
 )
 
 
@@ -52,5 +53,7 @@ def refusal_of(error: BaseException) -> SvdqError | None:
             return InterruptedRunError("told to stop (SIGTERM); nothing was left under a final name")
         case KeyboardInterrupt():
             return CanceledRunError("interrupted; nothing was left under a final name")
+        case OSError():
+            return as_refused_file(error)
         case _:
             return as_out_of_memory(error)

@@ -6,7 +6,6 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from svdq_cli.cli.failures import FailureReport, bug_report, failure_report, refusal_of
 from svdq_cli.errors import GateMissedError, InterruptedRunError, UsageError
@@ -36,8 +35,17 @@ class SeveralReport:
     schema: int = 1
 
 
-def refuse_given(**options: object) -> None:
-    """UsageError for options that mean one conversion, where several recipes are given."""
+def require_recipes(sources: Sequence[str], **options: object) -> None:
+    """UsageError where several sources are given and one is no recipe, or for options that mean one conversion."""
+    from svdq_cli.starting import recipe_file
+
+    for source in sources:
+        if recipe_file(source) is None:
+            raise UsageError(
+                f"{source}: of several sources each must be a recipe (.yaml)",
+                hint="quote a path that holds spaces; convert models one by one, or write recipes with svdq init",
+                where=source,
+            )
     given = ", ".join(name for name, value in options.items() if value is not None)
     if given:
         raise UsageError(
@@ -49,16 +57,7 @@ def refuse_given(**options: object) -> None:
 def convert_each(
     sources: Sequence[str], convert: Callable[[str], ConvertReport | PlanReport], observe: Observer
 ) -> SeveralReport:
-    """Run `convert` on every recipe. Ctrl-C and SIGTERM stop them all.
-
-    Raises UsageError for a source that is no recipe, before the first conversion.
-    """
-    for source in sources:
-        if Path(source).suffix.lower() not in (".yaml", ".yml"):
-            raise UsageError(
-                f"{source}: of several sources each must be a recipe (.yaml)",
-                hint="convert a model alone, or write its recipe with svdq init",
-            )
+    """Run `convert` on every recipe. Ctrl-C and SIGTERM stop them all."""
     runs: list[RecipeRun] = []
     for source in sources:
         run = _run(source, convert)

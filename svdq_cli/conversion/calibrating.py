@@ -16,7 +16,12 @@ from pathlib import Path
 import torch
 
 from svdq_cli import __version__
-from svdq_cli.calibrate.artefact import CalibrationFacts, CalibrationManifest, save_calibration
+from svdq_cli.calibrate.artefact import (
+    CalibrationFacts,
+    CalibrationManifest,
+    is_calibration,
+    save_calibration,
+)
 from svdq_cli.calibrate.budget import rows_within, statistics_bytes
 from svdq_cli.calibrate.collect import Spread, collect_parts
 from svdq_cli.calibrate.encode import encode_prompts
@@ -30,7 +35,16 @@ from svdq_cli.errors import InputError, UsageError
 from svdq_cli.journal import Identity, WorkFolder, remove_finished
 from svdq_cli.loading import load_without_denoiser
 from svdq_cli.machine import resolve_device
-from svdq_cli.preparing import DEFAULT_OPTIONS, Prepared, RunOptions, chosen_prompts, draw_settings, prepare
+from svdq_cli.placing import require_places
+from svdq_cli.preparing import (
+    DEFAULT_OPTIONS,
+    Prepared,
+    RunOptions,
+    chosen_prompts,
+    draw_settings,
+    inputs_of,
+    prepare,
+)
 from svdq_cli.recipe import Recipe
 from svdq_cli.records import CalibrateReport, Event, ModelPlan, Observer, ignore_events
 from svdq_cli.source import source_digest
@@ -65,6 +79,13 @@ def calibrate(
     remove_finished(folder)
     refuse_existing(out, overwrite=options.overwrite)
     prepared = prepare(recipe, beside=options.beside, every_layer=True)
+    require_places(
+        [out],
+        folders=[True],
+        inputs=inputs_of(prepared, None),
+        overwrite=options.overwrite,
+        replaceable=is_calibration,
+    )
     drawing = drawing_of(prepared, options, observe, source_sha256=source_digest(prepared.source))
     require_disk({out: drawing.bytes, folder: drawing.bytes})
 

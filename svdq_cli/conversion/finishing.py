@@ -14,7 +14,7 @@ from svdq_cli.conversion.solving import require_finite
 from svdq_cli.encoders import quantize_encoder
 from svdq_cli.preparing import Prepared
 from svdq_cli.recipe import Recipe, figure_of
-from svdq_cli.records import ConvertReport, Event, Observer, OutputFile, json_text, to_json
+from svdq_cli.records import ConvertReport, Event, Observer, OutputFile, to_json
 from svdq_cli.writing import (
     Contents,
     Target,
@@ -22,6 +22,7 @@ from svdq_cli.writing import (
     replace_weights,
     report_path,
     whole_output,
+    write_report,
     write_target,
 )
 
@@ -40,7 +41,7 @@ class Outputs:
         """And the model card, into the outputs that are folders."""
         for target, partial in zip(self._targets, self._partials, strict=True):
             if not target.format.single_file:
-                _write_report(report_path(partial, target.format), report)
+                write_report(report_path(partial, target.format), report)
                 (partial / CARD_FILE).write_text(card, encoding="utf-8")
 
 
@@ -73,12 +74,8 @@ def write_reports_beside(
     """And the model card, beside the outputs that are files."""
     for target, path in zip(targets, paths, strict=True):
         if target.format.single_file:
-            _write_report(report_path(path, target.format), report)
+            write_report(report_path(path, target.format), report)
             card_path(path).write_text(card, encoding="utf-8")
-
-
-def _write_report(path: Path, report: ConvertReport) -> None:
-    path.write_text(json_text(report) + "\n", encoding="utf-8")
 
 
 def _pack(

@@ -40,7 +40,7 @@ from svdq_cli.journal import BLOCKS, LAYERS, Identity, WorkFolder, remove_finish
 from svdq_cli.locate import portable_name
 from svdq_cli.machine import limit_vram, peak_memory, resolve_device
 from svdq_cli.overlap import made_meanwhile
-from svdq_cli.placing import require_places
+from svdq_cli.placing import require_name, require_places
 from svdq_cli.preparing import (
     DEFAULT_OPTIONS,
     Prepared,
@@ -170,6 +170,8 @@ def begin(
     observe: Observer,
 ) -> Job:
     """Everything that can be refused before the first layer is, is refused here."""
+    for path in paths:
+        require_name(path)
     remove_finished(work_beside(paths[0], options))
     replaces = _replaces(paths, options)
     for path in paths:
@@ -202,6 +204,8 @@ def begin(
     limit_vram(job.device, options.max_vram)
     require_disk({paths[0]: disk_bytes(prepared), job.work: _work_bytes(job)})
     job.warn(warnings_of(prepared, data_free=data_free))
+    if data_free and calibration is not None:
+        job.warn((f"{calibration}: not used, for effort datafree takes no calibration",))
     return job
 
 

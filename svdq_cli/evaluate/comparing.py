@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from svdq_cli import __version__
 from svdq_cli.calibrate.pipelines import draw_each
 from svdq_cli.calibrate.settings import DrawSettings, settings_json
+from svdq_cli.checking import require_same_model
 from svdq_cli.checkpoint import Checkpoint, open_checkpoint
 from svdq_cli.errors import EnvironmentLacksError, InputError
 from svdq_cli.evaluate.gallery import (
@@ -160,12 +161,7 @@ def _run(path: Path, recipe: Recipe, options: RunOptions, observe: Observer) -> 
             hint="give the pipeline folder that the checkpoint was made from, or --base for the parts that are missing",
             where=str(source.path),
         )
-    if source.config.get("_class_name") != checkpoint.source.config.get("_class_name"):
-        raise InputError(
-            f"{source.path} is a {source.config.get('_class_name')}, {path} a "
-            f"{checkpoint.source.config.get('_class_name')}",
-            hint="give the model that the checkpoint was made from",
-        )
+    require_same_model(checkpoint, source)
     prompts = chosen_prompts(recipe, options, observe)
     settings = draw_settings(recipe, source, beside=options.beside)
     return Run(path, checkpoint, source, prompts, settings, resolve_device(options.device))

@@ -57,7 +57,7 @@ def open_gallery(folder: Path, facts: Facts, prompts: Sequence[str], *, overwrit
 
 def require_own_folder(folder: Path) -> None:
     """UsageError for a folder, or a file, that holds something else than an evaluation."""
-    if not folder.exists() or (folder / RUN_FILE).is_file():
+    if not folder.exists() or ((folder / RUN_FILE).is_file() and _is_run(folder / RUN_FILE)):
         return
     if not folder.is_dir() or any(folder.iterdir()):
         raise UsageError(
@@ -66,6 +66,14 @@ def require_own_folder(folder: Path) -> None:
             where=str(folder),
             kind="output-exists",
         )
+
+
+def _is_run(path: Path) -> bool:
+    """Other tools call files `run.json`, too. One that can't be read is taken for a damaged one of ours."""
+    try:
+        return _read(path).keys() >= {"schema", "facts", "prompts"}
+    except InputError:
+        return True
 
 
 def keep_picture(gallery: Gallery, way: str, index: int, picture: Image.Image) -> None:

@@ -12,6 +12,7 @@ from svdq_cli.conversion.working import as_stopped, say_what_is_kept
 from svdq_cli.errors import CanceledRunError, InterruptedRunError, OutOfResourcesError
 from svdq_cli.evaluate.comparing import compare_in
 from svdq_cli.evaluate.gallery import RUN_FILE, require_own_folder
+from svdq_cli.placing import require_places
 from svdq_cli.preparing import DEFAULT_OPTIONS, RunOptions
 from svdq_cli.recipe import Recipe
 from svdq_cli.records import EvalReport, Observer, ignore_events
@@ -39,7 +40,9 @@ def evaluate(
     from svdq_cli.evaluate.reporting import PAGE_FILE, write_report
 
     with _pictures_kept(report_folder):
-        require_own_folder(report_folder)  # now, not after the models were read
+        # now, not after the models were read
+        require_own_folder(report_folder)
+        require_places([report_folder], folders=[True], inputs=[path], overwrite=False)
         search = search_of(path)  # refuses a damaged report now, not after the long work
         found = compare_in(report_folder, path, recipe, options=options, observe=observe)
         found = replace(found, report=replace(found.report, page=str(report_folder / PAGE_FILE)))

@@ -21,5 +21,5 @@ def format_named(name: str) -> Format:
             return candidate
     names = [known.name for known in FORMATS]
     near = difflib.get_close_matches(name, names, n=1)
-    hint = f"did you mean '{near[0]}'?" if near else f"valid names: {', '.join(names)}"
-    raise UsageError(f"unknown format '{name}'; there is {', '.join(names)}", hint=hint)
+    hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(names)}"
+    raise UsageError(f"unknown format '{name}'", hint=hint)

@@ -18,6 +18,7 @@ from svdq_cli.lora.joining import JoinedBranches, join_loras
 from svdq_cli.lora.proof import require_folded
 from svdq_cli.lora.rewriting import header_of, new_target, write_changed
 from svdq_cli.machine import peak_memory
+from svdq_cli.placing import require_places
 from svdq_cli.preparing import DEFAULT_OPTIONS, RunOptions
 from svdq_cli.records import (
     Event,
@@ -27,7 +28,6 @@ from svdq_cli.records import (
     OutputFile,
     W4A4Plan,
     ignore_events,
-    json_text,
 )
 from svdq_cli.source import file_sha256
 from svdq_cli.writing import (
@@ -38,6 +38,7 @@ from svdq_cli.writing import (
     report_path,
     require_disk,
     whole_output,
+    write_report,
 )
 
 
@@ -68,6 +69,12 @@ def fold(
     started = time.monotonic()
     refuse_existing(out, overwrite=options.overwrite)
     checkpoint = open_sound(path)
+    require_places(
+        [out],
+        folders=[not checkpoint.format.single_file],
+        inputs=[path, *(file for file, _ in loras)],
+        overwrite=options.overwrite,
+    )
     given = read_loras(checkpoint, loras)
     edits = plan_edits(checkpoint, given, w4a16="skip" if settings.skip_w4a16 else "dense")
     joined = join_loras(
@@ -102,9 +109,9 @@ def fold(
             peak=peak_memory(),
         )
         if not target.format.single_file:
-            report_path(partial, target.format).write_text(json_text(report) + "\n", encoding="utf-8")
+            write_report(report_path(partial, target.format), report)
     if target.format.single_file:
-        report_path(out, target.format).write_text(json_text(report) + "\n", encoding="utf-8")
+        write_report(report_path(out, target.format), report)
     observe(Event("end", "fold", 1, 1, seconds=seconds))
     return report
 

@@ -34,11 +34,12 @@ from svdq_cli.lora.fold import DEFAULT_SETTINGS, FoldSettings, facts_of, open_so
 from svdq_cli.lora.folding import additions, extended, padded, whole_tiles
 from svdq_cli.lora.joining import join_loras
 from svdq_cli.machine import peak_memory
+from svdq_cli.placing import require_places
 from svdq_cli.preparing import DEFAULT_OPTIONS, RunOptions
 from svdq_cli.records import LoraReport, OutputFile, W4A4Plan, W4A16Plan
 from svdq_cli.solve.rebuild import rebuilt_weight
 from svdq_cli.source import file_sha256
-from svdq_cli.writing import refuse_existing, whole_output
+from svdq_cli.writing import refuse_existing, report_path, whole_output, write_report
 
 ENGINE_RANK = 32  # ranks that the engine takes for the base's when it scales the others by a strength
 _OF_MLP = re.compile(r"_fc[12]$")  # the engine sizes the buffer of fc2 by the rank of fc1
@@ -59,6 +60,8 @@ def write_nunchaku_lora(
     started = time.monotonic()
     refuse_existing(out, overwrite=options.overwrite)
     checkpoint = open_sound(path)
+    files = [path, *(file for file, _ in loras)]
+    require_places([out], folders=[False], inputs=files, overwrite=options.overwrite)
     _require_flux_file(checkpoint)
     given = read_loras(checkpoint, loras)
     edits = plan_edits(checkpoint, given, w4a16="skip" if settings.skip_w4a16 else "branch")
@@ -90,7 +93,7 @@ def write_nunchaku_lora(
         _require_same(tensors, unfinished)
         written = OutputFile("nunchaku-lora", str(out), unfinished.stat().st_size, file_sha256(unfinished))
     ranks = [layer.rank for layer in checkpoint.layers if isinstance(layer, W4A4Plan)]
-    return LoraReport(
+    report = LoraReport(
         source_format=checkpoint.format.name,
         outputs=(written,),
         loras=facts,
@@ -102,6 +105,8 @@ def write_nunchaku_lora(
         seconds=time.monotonic() - started,
         peak=peak_memory(),
     )
+    write_report(report_path(out, checkpoint.format), report)
+    return report
 
 
 def block_tensors(modules: Sequence[StoredModule], stored: Mapping[str, Branch]) -> dict[str, Tensor]:

@@ -29,8 +29,8 @@ from svdq_cli.recipe.model import (
     resolved,
     with_overrides,
 )
-from svdq_cli.recipe.places import find_prompts, find_source
-from svdq_cli.recipe.reading import load_recipe, parse_recipe
+from svdq_cli.recipe.places import find_prompts, find_source, user_path
+from svdq_cli.recipe.reading import at_its_rule, load_recipe, parse_recipe
 from svdq_cli.recipe.sizes import SIZE_HINT, bytes_of_size
 from svdq_cli.recipe.template import recipe_template
 
@@ -53,6 +53,7 @@ __all__ = [
     "RankOverride",
     "Recipe",
     "SkipOverride",
+    "at_its_rule",
     "bytes_of_size",
     "default_recipe",
     "embedded",
@@ -69,5 +70,6 @@ __all__ = [
     "recipe_template",
     "resolved",
     "section_of",
+    "user_path",
     "with_overrides",
 ]

@@ -6,10 +6,16 @@ among the lists that ship with svdq. Outputs always go where `-o` would put them
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from svdq_cli.errors import InputError
 from svdq_cli.resources import data_root
+
+
+def user_path(text: str | Path) -> Path:
+    """A path as people write it, `~` for their home; as it stands where no home is known."""
+    return Path(os.path.expanduser(text))
 
 
 def find_prompts(path: str | Path, beside: Path | None) -> Path:
@@ -19,7 +25,9 @@ def find_prompts(path: str | Path, beside: Path | None) -> Path:
     if Path(path).parts[:1] == ("calib_prompts",):
         places.append(data_root("calib_prompts").joinpath(*Path(path).parts[1:]))
     for place in places:
-        if place.is_file():
+        if os.path.isfile(
+            place
+        ):  # False, too, for what the system takes for no name: a prompt instead of a file
             return place
     looked = ", ".join(str(place) for place in dict.fromkeys(places))
     raise InputError(
@@ -33,11 +41,11 @@ def find_prompts(path: str | Path, beside: Path | None) -> Path:
 def find_source(source: str, beside: Path | None) -> str:
     """The source with a relative path made good; a hub id, `demo`, or a path that is nowhere comes back unchanged."""
     for place in _input_places(Path(source), beside):
-        if place.exists():
+        if os.path.exists(place):  # False, too, for what the system takes for no name
             return str(place)
     return source
 
 
 def _input_places(path: Path, beside: Path | None) -> list[Path]:
-    path = path.expanduser()
+    path = user_path(path)
     return [path] if path.is_absolute() or beside is None else [path, beside / path]

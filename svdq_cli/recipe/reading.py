@@ -42,6 +42,18 @@ def parse_recipe(text: str, where: str) -> Recipe:
         raise _recipe_error(problems_of(error), document) from error
 
 
+def at_its_rule(error: RecipeError, path: Path) -> RecipeError:
+    """An error about a layer rule, which came up when the recipe at `path` met its model (`where` is the rule's
+    pattern), with file and line. Any other error as it is."""
+    document = read_document(path.read_text(encoding="utf-8-sig"), str(path))
+    rules = Recipe.model_validate(document.content).layers
+    for index, rule in enumerate(rules):
+        if rule.match == error.where:
+            spot = f"{path}:{document.line(('layers', index, 'match'))}"
+            return RecipeError(f"{spot}: {error.message}", hint=error.hint, where=spot)
+    return error
+
+
 def _recipe_error(problems: list[Problem], document: Document) -> RecipeError:
     """All problems, top of the file first. One alone has its hint apart, several have theirs in the line."""
     problems = sorted(problems, key=lambda problem: document.line(problem.location))

@@ -21,6 +21,7 @@ from svdq_cli.source.headers import read_header, read_json
 from svdq_cli.source.model import Source
 from svdq_cli.source.names import Naming, convert_names
 from svdq_cli.source.original_names import NAMINGS
+from svdq_cli.source.other_files import refuse_other_files
 from svdq_cli.source.quantized import refuse_quantized
 from svdq_cli.source.tensors import SIXTEEN_BIT_OR_MORE, StoredTensor, TensorEntry
 
@@ -111,14 +112,15 @@ def _model_part(path: Path, stored: Mapping[str, TensorEntry], base: Path | None
         if naming.signature <= tensors.keys():
             return _ModelPart(tensors, naming, known_class(naming.model_class))
     known = class_of_names(tensors)
+    if known is None:
+        refuse_other_files(path, stored)
     # A base has the config of any class; whether these are its tensors is seen when the plan is made
     if known is not None or (base is not None and _component_config(base) is not None):
         return _ModelPart(tensors, None, known)
     first = ", ".join(sorted(stored)[:3]) or "no tensors"
     raise InputError(
         f"{path}: not a diffusion model that svdq knows as a single file; it holds {first}",
-        hint="a model in diffusers' names needs its pipeline (--base FOLDER_OR_HUB_ID), others a diffusers folder; "
-        "an adapter goes with its model (--lora FILE:WEIGHT)",
+        hint="a model in diffusers' names needs its pipeline (--base FOLDER_OR_HUB_ID), others a diffusers folder",
         where=str(path),
         kind="unknown-family",
     )

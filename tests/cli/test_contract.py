@@ -137,9 +137,7 @@ def test_plan_predicts_and_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_calibrate_then_convert_from_it(
-    tiny_flux: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_calibrate_then_convert_from_it(tiny_flux: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     calib = tmp_path / "calib"
     words = f"calibrate {tiny_flux} -o {calib} --prompts {prompts} --samples 2 --steps 1 --json {SMALL}"
     assert run(words.split()) == 0
@@ -279,6 +277,12 @@ def test_the_table_of_doctor_names_every_operation_at_80_columns_and_without_a_t
         ("convert SOURCE -o OUT --fail-if psnr<3", 2, "usage"),
         ("convert SOURCE -o OUT --samples 3", 2, "usage"),
         ("convert SOURCE", 2, "usage"),
+        ("convert SOURCE -o .", 2, "usage"),
+        ("convert SOURCE -o / --overwrite", 2, "usage"),
+        ("convert SOURCE other -o OUT", 2, "usage"),
+        ("init SOURCE -o OUT", 2, "usage"),
+        ("init OUT.yaml -o OUT.yaml", 2, "usage"),
+        ("bench --shapes demo --plot OUT.xyz", 2, "usage"),
         ("convert SOURCE -o OUT --device tpu", 2, "usage"),
         ("convert nowhere/at/all -o OUT", 3, "not-found"),
         ("convert SOURCE -o OUT --prompts missing.txt", 3, "not-found"),
@@ -306,6 +310,48 @@ def test_an_unknown_recipe_key_is_named_with_its_line(
     error = refused(capsys, f"convert {recipe} -o {tmp_path / 'out'}", 2)
     assert f"{recipe}:4" in error["message"]
     assert "smoothing" in error["hint"]
+
+
+@pytest.mark.parametrize("command", ["convert RECIPE -o OUT", "convert RECIPE --plan", "inspect RECIPE"])
+def test_a_layer_rule_that_matches_nothing_is_named_with_its_line(
+    command: str, tiny_flux: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"version: 1\nmodel: {{source: {tiny_flux}}}\nlayers:\n  - {{match: proj_out, keep: true}}\n"
+        "  - {match: transformer_block.0.ff.net.2, keep: true}\n"
+    )
+    words = command.replace("RECIPE", str(recipe)).replace("OUT", str(tmp_path / "out"))
+    error = refused(capsys, words, 2)
+    assert error["message"].startswith(f"{recipe}:5: ")
+    assert error["where"] == f"{recipe}:5"
+    assert "transformer_blocks.0.ff.net.2" in error["hint"]
+
+
+def test_another_model_than_the_checkpoints_is_named(
+    converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    for command in ("check", "eval"):
+        error = refused(capsys, f"{command} {converted} --against demo -q", 3)
+        assert error["kind"] == "shape-mismatch"
+        assert "transformer_blocks.0.attn.to_q has 256 x 256 weights" in error["message"]
+
+
+def test_a_calibration_that_datafree_does_not_use_is_a_warning(
+    tiny_flux: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    calib = tmp_path / "calib"
+    calib.mkdir()
+    words = f"convert {tiny_flux} -o {tmp_path / 'out'} --calib {calib} --effort datafree --rank 16 --json"
+    assert run(words.split()) == 0
+    assert f"{calib}: not used, for effort datafree takes no calibration" in said(capsys)["warnings"]
+
+
+def test_svdq_alone_shows_its_help(capsys: pytest.CaptureFixture[str]):
+    assert run([]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("Usage: svdq ")
 
 
 def test_an_unknown_family_a_truncated_file_and_a_quantized_model_are_input_errors(

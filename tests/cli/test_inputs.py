@@ -39,6 +39,14 @@ def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The current one: `-o out` is nowhere yet, whatever lies where the tests were started."""
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+
+
 def said(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     return json.loads(capsys.readouterr().out)
 
@@ -197,3 +205,41 @@ def test_a_lora_weight_that_is_no_number_is_bad_usage(
     bfl: Path, lora: Path, capsys: pytest.CaptureFixture[str]
 ):
     assert "is not a weight" in refused(capsys, f"convert {bfl} --lora {lora}:x -o out", 2)["message"]
+
+
+@pytest.mark.parametrize(
+    ("key", "what"),
+    [
+        ("transformer.transformer_blocks.0.attn.to_q.lora_A.weight", "a LoRA"),
+        ("lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight", "a LoRA"),
+        ("decoder.conv_in.weight", "an autoencoder (VAE)"),
+        ("encoder.block.0.layer.0.SelfAttention.q.weight", "a text encoder"),
+        ("text_model.embeddings.token_embedding.weight", "a text encoder"),
+    ],
+)
+def test_a_file_of_another_kind_is_called_by_its_name(
+    key: str, what: str, tiny_flux: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    file = tmp_path / "file.safetensors"
+    save_file({key: torch.zeros(2, 2)}, file)
+    for base in ("", f" --base {tiny_flux}"):
+        error = refused(capsys, f"convert {file}{base} -o out", 3)
+        assert f"{file}: {what}, not a diffusion model" in error["message"]
+
+
+def test_a_link_to_nowhere_says_where_it_leads(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "model").symlink_to(tmp_path / "gone")
+    error = refused(capsys, f"convert {tmp_path / 'model'} -o out", 3)
+    assert f"a link to {tmp_path / 'gone'}, which is not there" in error["message"]
+
+
+@pytest.mark.parametrize("name", ["m" * 300, "~nobody-of-this-name/model"])
+def test_a_name_that_no_file_can_have_is_not_found(name: str, capsys: pytest.CaptureFixture[str]):
+    for words in (f"convert {name} -o out", f"check {name}", f"inspect {name}"):
+        assert name in refused(capsys, words, 3)["message"]
+
+
+def test_a_prompt_instead_of_a_prompt_file_is_not_found(tiny_flux: Path, capsys: pytest.CaptureFixture[str]):
+    words = ["convert", str(tiny_flux), "-o", "out", "--json", "--prompts", "a lighthouse at dawn, " * 20]
+    assert run(words) == 3
+    assert said(capsys)["error"]["kind"] == "not-found"

@@ -35,7 +35,7 @@ def calibrate(
     from svdq_cli.cli.progress import progress
     from svdq_cli.conversion.sharing import share_calibrate
     from svdq_cli.pipeline import calibrate as run_calibrate
-    from svdq_cli.starting import with_default_calibration
+    from svdq_cli.starting import rules_named, with_default_calibration
 
     how = run_options(device, overwrite, work=work, resume=resume, max_ram=max_ram, max_vram=max_vram)
     recipe, run = recipe_for(source, options=how, family=family, base=base, loras=loras)
@@ -56,5 +56,6 @@ def calibrate(
         if not run.team.leads:
             share_calibrate(recipe, options=run)
             return
-        report = run_calibrate(recipe, out, options=run, observe=observe)
+        with rules_named(source):
+            report = run_calibrate(recipe, out, options=run, observe=observe)
     render.show(report, json=json)

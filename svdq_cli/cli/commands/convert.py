@@ -61,12 +61,12 @@ def convert(
     """Search, quantize, pack and check: a 16-bit model becomes a 4-bit checkpoint."""
     from svdq_cli.cli import render
     from svdq_cli.cli.progress import progress
-    from svdq_cli.cli.several import convert_each, refuse_given
+    from svdq_cli.cli.several import convert_each, require_recipes
     from svdq_cli.cli.summary import append_summary
     from svdq_cli.conversion.sharing import share_convert
     from svdq_cli.pipeline import convert as run_convert
     from svdq_cli.pipeline import predict
-    from svdq_cli.starting import outputs_of
+    from svdq_cli.starting import outputs_of, rules_named
 
     given: dict[str, object] = {
         "precision": precision,
@@ -99,12 +99,15 @@ def convert(
 
         def convert_one(source: str) -> ConvertReport | PlanReport:
             recipe, run = recipe_for(source, options=how, **given)
-            if plan:
-                return predict(recipe, options=run, calibration=calib)
-            return run_convert(recipe, outputs_of(recipe), calibration=calib, options=run, observe=observe)
+            with rules_named(source):
+                if plan:
+                    return predict(recipe, options=run, calibration=calib)
+                return run_convert(
+                    recipe, outputs_of(recipe), calibration=calib, options=run, observe=observe
+                )
 
         if len(sources) > 1:
-            refuse_given(**{"-o": out, "--calib": calib, "--work": work})
+            require_recipes(sources, **{"-o": out, "--calib": calib, "--work": work})
             report = convert_each(sources, convert_one, observe)
         else:
             report = convert_one(sources[0])

@@ -12,7 +12,12 @@ from svdq_cli.cli.parsing import run_options
 
 def export(
     checkpoint: opt.Checkpoint,
-    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="The format to pack for.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to", metavar="nunchaku-lite|nunchaku|comfy|vllm-omni", help="The format to pack for."
+        ),
+    ],
     out: opt.Out,
     base: opt.Base = None,
     overwrite: opt.Overwrite = False,

@@ -28,6 +28,7 @@ def inspect(
     from svdq_cli.checkpoint import looks_like_checkpoint
     from svdq_cli.cli import render
     from svdq_cli.pipeline import inspect_checkpoint, inspect_source
+    from svdq_cli.starting import rules_named
 
     if looks_like_checkpoint(Path(target)):
         report = inspect_checkpoint(Path(target))
@@ -42,5 +43,6 @@ def inspect(
             formats=formats,
             options=run_options("cpu", False),
         )
-        report = inspect_source(recipe, options=run)
+        with rules_named(target):
+            report = inspect_source(recipe, options=run)
     render.show(report, json=json, verbose=verbose)
