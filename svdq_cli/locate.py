@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from pathlib import Path
 
 from svdq_cli import __version__
@@ -103,22 +104,33 @@ def _demo_model() -> Path:
 
 
 def _outlier_variant() -> Path:
-    """The stress variant of the demo model, made once per version in the user's cache."""
-    from svdq_cli.demo.outliers import export_demo
+    """The stress variant of the demo model, made once per version in svdq's cache."""
+    from svdq_cli.gpu.compile import cache_folder
 
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "svdq"
+    cache = cache_folder().parent
     folder = cache / f"demo-outliers-{__version__}"
     if not (folder / "model_index.json").is_file():
-        cache.mkdir(parents=True, exist_ok=True)
-        partial = cache / f".demo-outliers-{os.getpid()}"
-        export_demo(partial, outliers=True)
         try:
-            partial.rename(folder)
-        except OSError:  # another process was first; its copy is the same
-            import shutil
-
-            shutil.rmtree(partial, ignore_errors=True)
+            cache.mkdir(parents=True, exist_ok=True)
+            _make_outlier_variant(folder)
+        except OSError as error:
+            raise EnvironmentLacksError(
+                f"{cache}: the stress variant can't be kept there: {error.strerror}",
+                hint="set SVDQ_CACHE to a folder that you may write to",
+                where=str(cache),
+            ) from error
     return folder
+
+
+def _make_outlier_variant(folder: Path) -> None:
+    from svdq_cli.demo.outliers import export_demo
+
+    partial = folder.with_name(f".demo-outliers-{os.getpid()}")
+    export_demo(partial, outliers=True)
+    try:
+        partial.rename(folder)
+    except OSError:  # another process was first; its copy is the same
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _from_hub(name: str, revision: str | None, *, leave: tuple[str, ...] = ()) -> Path:

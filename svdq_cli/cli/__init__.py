@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 def main() -> NoReturn:
     """Entry point of `svdq`. Exit codes are those of the command-line contract."""
     from svdq_cli.allocator import keep_freed_memory
+    from svdq_cli.cli.streams import prepare_streams
 
     keep_freed_memory()
     signal.signal(signal.SIGTERM, _stop)
-    for stream in (sys.stdout, sys.stderr):  # file names that are no UTF-8 are shown escaped, in JSON too
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    prepare_streams()
     code = run(sys.argv[1:])
     gc.freeze()  # or Python searches torch and diffusers for garbage as it ends, which takes it a second
     sys.exit(code)
@@ -90,11 +90,13 @@ def _report_bug(error: BaseException, arguments: list[str]) -> None:
 
 def _show_failure(report: FailureReport, arguments: list[str]) -> None:
     """Where the arguments, which may be what is wrong, ask for it: JSON on stdout, and the summary."""
+    from svdq_cli.cli.streams import printing
     from svdq_cli.cli.summary import append_summary
     from svdq_cli.records import json_text
 
     if "--json" in arguments:
-        print(json_text(report))
+        with printing():
+            print(json_text(report))
     append_summary(report, _value_of("--summary", arguments))
 
 

@@ -43,7 +43,7 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
         raise typer.Exit
 
 
-_COMMANDS = {  # what `svdq --help` says of each has to fit beside its name in 80 columns
+COMMANDS = {  # what `svdq --help` says of each has to fit beside its name in 80 columns
     "demo": (demo.demo, "The whole job on the embedded model, with pictures and a table."),
     "init": (init.init, "Write a complete, commented recipe for a model."),
     "inspect": (inspect.inspect, "Show what a model or a checkpoint holds: layers and sizes."),
@@ -58,5 +58,5 @@ _COMMANDS = {  # what `svdq --help` says of each has to fit beside its name in 8
     "bench": (bench.bench, "Measure the speed of linear layers beside torch's own."),
     "doctor": (doctor.doctor, "Show versions, GPU and backends, with self-tests."),
 }
-for _name, (_command, _short) in _COMMANDS.items():
+for _name, (_command, _short) in COMMANDS.items():
     app.command(name=_name, short_help=_short)(_command)

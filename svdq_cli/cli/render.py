@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, NoReturn, cast
 from rich.console import Console
 
 from svdq_cli.cli.pages import conversion, demos, judged, measured, sources
+from svdq_cli.cli.pages.pieces import typed
 from svdq_cli.cli.several import SeveralReport
+from svdq_cli.cli.streams import printing
 from svdq_cli.errors import CheckFailedError, GateMissedError
 from svdq_cli.printable import printable, printable_record
 from svdq_cli.records import (
@@ -36,10 +38,21 @@ if TYPE_CHECKING:
 
 def show(report: object, *, json: bool, verbose: bool = False) -> None:
     """The report on stdout."""
-    if json:
-        print(json_text(report))
-        return
-    console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+    with printing():
+        if json:
+            print(json_text(report))
+        else:
+            _show_page(report, verbose)
+
+
+class _Page(Console):
+    def on_broken_pipe(self) -> None:
+        """rich would end the process, with an exit code of its own."""
+        raise BrokenPipeError
+
+
+def _show_page(report: object, verbose: bool) -> None:
+    console = _Page(highlight=False, soft_wrap=True, markup=False, emoji=False)
     report = printable_record(report)
     match report:
         case ConvertReport():
@@ -83,14 +96,14 @@ def _heavy(console: Console, report: object) -> None:
         case "InitReport":
             init = cast("InitReport", report)
             console.print(f"{init.path}: a recipe for family {init.family}")
-            console.print(f"next: svdq convert {init.path}")
+            console.print(f"next: {typed('svdq', 'convert', init.path)}")
         case "ExportReport":
             export = cast("ExportReport", report)
             console.print(
                 f"{export.path}: the embedded model as a diffusers pipeline ({bytes_text(export.bytes)})"
             )
             console.print(
-                f"next: svdq calibrate {export.path} -o CALIB --prompts calib_prompts/demo_calibration.txt"
+                f"next: svdq calibrate {typed(export.path)} -o CALIB --prompts calib_prompts/demo_calibration.txt"
             )
         case _:
             console.print(json_text(report))

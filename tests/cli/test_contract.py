@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from svdq_cli.cli import run
+from svdq_cli.cli.app import COMMANDS
 from svdq_cli.cli.render import show
 from svdq_cli.diagnosis import DoctorReport, SelfTest
 from svdq_cli.gpu.architectures import architecture
@@ -95,6 +96,16 @@ def test_help_is_fast_and_imports_nothing_heavy():
         "doctor",
     ):
         assert f"  {command} " in out
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_every_command_takes_what_a_script_gives_to_all_of_them(
+    command: str, capsys: pytest.CaptureFixture[str]
+):
+    assert run([command, "--help"]) == 0
+    text = capsys.readouterr().out
+    for option in ("--json", "--events", "-q, --quiet", "-v, --verbose"):
+        assert option in text
 
 
 @pytest.mark.parametrize("command", ["convert", "eval", "calibrate"])

@@ -9,7 +9,11 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+import pytest
+
 from svdq_cli import __version__
+from svdq_cli.cli import run
+from svdq_cli.cli.streams import prepare_streams
 from svdq_cli.pipeline import inspect_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,3 +66,39 @@ def test_a_bug_is_exit_code_1_with_its_traceback_and_one_object_on_stdout():
     error = json.loads(done.stdout)["error"]
     assert (done.returncode, error["code"], error["kind"]) == (1, 1, "bug")
     assert b"ZeroDivisionError" in done.stderr
+
+
+@pytest.mark.parametrize("words", ["", " --json"])
+def test_a_reader_that_has_seen_enough_changes_no_exit_code(
+    words: str, tiny_flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """`svdq ... | head -1`, under `set -o pipefail` too."""
+    command = (
+        f"convert {tiny_flux} -o {tmp_path / 'out'} --effort datafree --rank 16 -q --fail-if size_ratio<50"
+    )
+    for text, code in ((f"inspect {tiny_flux}", 0), (command, 6), (command, 2)):
+        reader, writer = os.pipe()
+        os.close(reader)
+        with open(writer, "w", encoding="utf-8") as stream:
+            monkeypatch.setattr(sys, "stdout", stream)
+            assert run((text + words).split()) == code
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("words", ["", " --json"])
+def test_a_result_that_could_not_be_printed_is_exit_code_5(
+    words: str, tiny_flux: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    with open("/dev/full", "w", encoding="utf-8") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert run(f"inspect {tiny_flux}{words}".split()) == 5
+    assert "stdout: No space left on device" in capsys.readouterr().err
+
+
+def test_closed_streams_lead_nowhere(monkeypatch: pytest.MonkeyPatch):
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    prepare_streams()
+    for name in ("stdout", "stderr"):
+        with getattr(sys, name) as stream:
+            stream.write("not read by anyone")

@@ -17,20 +17,25 @@ def init(
     loras: opt.Loras = None,
     overwrite: opt.Overwrite = False,
     json: opt.Json = False,
+    events: opt.EventsFile = None,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
 ) -> None:
     """Write a complete, commented recipe for a model."""
     from svdq_cli.cli import render
+    from svdq_cli.cli.progress import progress
     from svdq_cli.starting import write_recipe
 
-    report = write_recipe(
-        source,
-        out,
-        overwrite=overwrite,
-        precision=precision,
-        rank=rank_of(rank),
-        effort=effort,
-        family=family,
-        base=base,
-        loras=loras,
-    )
+    with progress(quiet=quiet, verbose=verbose, events=events):
+        report = write_recipe(
+            source,
+            out,
+            overwrite=overwrite,
+            precision=precision,
+            rank=rank_of(rank),
+            effort=effort,
+            family=family,
+            base=base,
+            loras=loras,
+        )
     render.show(report, json=json)

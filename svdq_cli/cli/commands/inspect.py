@@ -22,27 +22,30 @@ def inspect(
     base: opt.Base = None,
     loras: opt.Loras = None,
     json: opt.Json = False,
+    events: opt.EventsFile = None,
+    quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
 ) -> None:
     """Show family, layers and sizes; of a checkpoint also format, precision, rank and provenance."""
     from svdq_cli.checkpoint import looks_like_checkpoint
     from svdq_cli.cli import render
+    from svdq_cli.cli.progress import progress
     from svdq_cli.pipeline import inspect_checkpoint, inspect_source
     from svdq_cli.starting import rules_named
 
-    if looks_like_checkpoint(Path(target)):
-        report = inspect_checkpoint(Path(target))
-    else:
-        recipe, run = recipe_for(
-            target,
-            precision=precision,
-            rank=rank_of(rank),
-            family=family,
-            base=base,
-            loras=loras,
-            formats=formats,
-            options=run_options("cpu", False),
-        )
-        with rules_named(target):
+    with progress(quiet=quiet, verbose=verbose, events=events), rules_named(target):
+        if looks_like_checkpoint(Path(target)):
+            report = inspect_checkpoint(Path(target))
+        else:
+            recipe, run = recipe_for(
+                target,
+                precision=precision,
+                rank=rank_of(rank),
+                family=family,
+                base=base,
+                loras=loras,
+                formats=formats,
+                options=run_options("cpu", False),
+            )
             report = inspect_source(recipe, options=run)
     render.show(report, json=json, verbose=verbose)

@@ -16,6 +16,7 @@ from svdq_cli.cli.pages.pieces import (
     facts_table,
     print_layers,
     size_text,
+    typed,
     vram_text,
 )
 from svdq_cli.cli.several import RecipeRun, SeveralReport
@@ -24,10 +25,10 @@ from svdq_cli.wording import bytes_text
 
 
 def conversion(console: Console, report: ConvertReport, verbose: bool) -> None:
-    output = report.outputs[0]
     table = facts_table()
-    table.add_row("written", output.path)
-    table.add_row("format", f"{output.format}, {report.precision}, rank {report.rank.requested}")
+    for output in report.outputs:
+        table.add_row("written", output.path)
+        table.add_row("format", f"{output.format}, {report.precision}, rank {report.rank.requested}")
     counts = report.layers
     table.add_row("layers", f"{counts.w4a4} W4A4, {counts.w4a16} W4A16, {counts.kept} kept at 16 bit")
     table.add_row("size", size_text(report.bytes.input, report.bytes.output, report.bytes.ratio))
@@ -43,7 +44,8 @@ def conversion(console: Console, report: ConvertReport, verbose: bool) -> None:
     table.add_row("memory", f"{bytes_text(report.peak.ram_bytes)} RAM" + vram_text(report.peak.vram_bytes))
     console.print(table)
     print_layers(console, sqnr, everything=verbose)
-    console.print(f"next: svdq eval {output.path} --against {_as_typed(report.recipe['model'])}")
+    source = _as_typed(report.recipe["model"])
+    console.print(f"next: {typed('svdq', 'eval', report.outputs[0].path, '--against', *source)}")
 
 
 def several(console: Console, report: SeveralReport) -> None:
@@ -76,14 +78,13 @@ def _became(run: RecipeRun) -> tuple[str, str, str, str]:
             return made.status, f"{made.bytes.ratio:.2f}x", sqnr, seconds
 
 
-def _as_typed(model: object) -> str:
+def _as_typed(model: object) -> list[str]:
     """A recipe's model as SOURCE and options, the way it would be typed."""
     said = cast("dict[str, object]", model)
     loras = cast("list[dict[str, object]]", said["loras"])
-    base = [f"--base {said['base']}"] if said["base"] else []
-    return " ".join(
-        [str(said["source"]), *base, *(f"--lora {lora['path']}:{lora['weight']}" for lora in loras)]
-    )
+    base = ["--base", str(said["base"])] if said["base"] else []
+    adapters = [word for lora in loras for word in ("--lora", f"{lora['path']}:{lora['weight']}")]
+    return [str(said["source"]), *base, *adapters]
 
 
 def plan(console: Console, report: PlanReport) -> None:
@@ -111,7 +112,7 @@ def calibration(console: Console, report: CalibrateReport) -> None:
         f"{report.path}: {report.inputs} layer inputs from {report.prompts} prompts x {report.steps} steps, "
         f"{bytes_text(report.bytes)}, {report.seconds:.1f} s"
     )
-    console.print(f"next: svdq convert SOURCE --calib {report.path} -o OUT")
+    console.print(f"next: svdq convert SOURCE --calib {typed(report.path)} -o OUT")
 
 
 def repacking(console: Console, report: RepackReport) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -22,12 +24,17 @@ def print_layers(console: Console, sqnr: LayerSqnr, *, everything: bool) -> None
 def facts_table() -> Table:
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold")
-    table.add_column()
+    table.add_column(overflow="fold")  # paths and digests are of use only whole
     return table
 
 
 def db_text(summary: Summary) -> str:
     return f"{summary.mean:.1f} dB"
+
+
+def typed(*words: str) -> str:
+    """A command to be copied."""
+    return shlex.join(words)
 
 
 def size_text(before: int, after: int, ratio: float) -> str:
