@@ -148,7 +148,9 @@ def test_plan_predicts_and_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_calibrate_then_convert_from_it(tiny_flux: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_calibrate_then_convert_from_it(
+    tiny_flux: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     calib = tmp_path / "calib"
     words = f"calibrate {tiny_flux} -o {calib} --prompts {prompts} --samples 2 --steps 1 --json {SMALL}"
     assert run(words.split()) == 0
