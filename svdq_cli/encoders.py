@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
+from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor
 
 from svdq_cli.errors import InputError
 from svdq_cli.records import Int4
 from svdq_cli.solve.quantizers import quantize_weight
 from svdq_cli.source import is_finite, pipeline_index, read_json
+from svdq_cli.tensor_file import save_tensors
 
 ARCHITECTURES = ("T5EncoderModel", "UMT5EncoderModel")
 _LINEAR = re.compile(r"\.(SelfAttention\.[qkvo]|DenseReluDense\.w[io](_\d)?)\.weight$")
@@ -81,7 +82,7 @@ def quantize_encoder(folder: Path, *, dtype: torch.dtype) -> None:
     for file in files:
         file.unlink()
     (folder / _INDEX).unlink(missing_ok=True)
-    save_file(dict(sorted(stored.items())), folder / _WEIGHTS, metadata={"format": "pt"})
+    save_tensors(folder / _WEIGHTS, stored, {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from svdq_cli.tensor_file import TensorSpec, bytes_of, write_tensors
+from svdq_cli.tensor_file import TensorSpec, bytes_of, save_tensors, write_tensors
 
 TENSORS = {
     "b.weight": torch.randn(3, 5).bfloat16(),
@@ -64,3 +66,20 @@ def test_a_file_with_a_hole_is_an_error(tmp_path: Path):
         write_tensors(tmp_path / "file", SPECS, {}) as writer,
     ):
         writer.write("scalar", TENSORS["scalar"])
+
+
+def test_saved_tensors_are_safetensors_own_and_readable_as_the_umask_says(tmp_path: Path):
+    tensors = {
+        "b": torch.arange(6, dtype=torch.bfloat16).reshape(2, 3).T,
+        "a": torch.ones(3, dtype=torch.int8),
+    }
+    before = os.umask(0o022)
+    try:
+        save_tensors(tmp_path / "file.safetensors", tensors, {"format": "pt"})
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "file.safetensors").stat().st_mode) == 0o644
+    found = load_file(tmp_path / "file.safetensors")
+    assert {name: tensor.tolist() for name, tensor in found.items()} == {
+        name: tensor.tolist() for name, tensor in tensors.items()
+    }

@@ -21,12 +21,12 @@ from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from svdq_cli.calibrate.settings import DrawSettings, settings_json, settings_of_json
 from svdq_cli.errors import InputError, OutOfResourcesError, UsageError
 from svdq_cli.records import ActivationStats
+from svdq_cli.tensor_file import save_tensors
 
 MANIFEST = "manifest.json"
 KIND = "svdq-calibration"
@@ -129,7 +129,7 @@ def save_calibration(
         for index, group in enumerate(_groups(stats)):
             file = f"stats-{index + 1:05d}.safetensors"
             tensors = {f"{s.name}/{part}": _stored(s, part) for s in group for part in _TENSORS}
-            save_file(tensors, partial / file)
+            save_tensors(partial / file, tensors, {})
             sync(partial / file)
             file_bytes[file] = (partial / file).stat().st_size
             entries += [_entry(s, file) for s in group]

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from svdq_cli.checkpoint import Checkpoint
@@ -39,6 +39,7 @@ from svdq_cli.preparing import DEFAULT_OPTIONS, RunOptions
 from svdq_cli.records import LoraReport, OutputFile, W4A4Plan, W4A16Plan
 from svdq_cli.solve.rebuild import rebuilt_weight
 from svdq_cli.source import file_sha256
+from svdq_cli.tensor_file import save_tensors
 from svdq_cli.writing import refuse_existing, report_path, whole_output, write_report
 
 ENGINE_RANK = 32  # ranks that the engine takes for the base's when it scales the others by a strength
@@ -89,7 +90,7 @@ def write_nunchaku_lora(
         "loras": [{"name": lora.path, "weight": lora.weight, "sha256": lora.sha256} for lora in facts],
     }
     with whole_output(out, overwrite=options.overwrite) as unfinished:
-        save_file(tensors, unfinished, metadata={"svdq_lora": json.dumps(said, sort_keys=True)})
+        save_tensors(unfinished, tensors, {"svdq_lora": json.dumps(said, sort_keys=True)})
         _require_same(tensors, unfinished)
         written = OutputFile("nunchaku-lora", str(out), unfinished.stat().st_size, file_sha256(unfinished))
     ranks = [layer.rank for layer in checkpoint.layers if isinstance(layer, W4A4Plan)]

@@ -43,6 +43,12 @@ def read_whole_header(path: Path) -> Header:
         size = path.stat().st_size
         text = _header_text(path, size)
         header = json.loads(text, object_pairs_hook=_keys_once)
+    except PermissionError as error:
+        raise InputError(
+            f"{path}: can't be read: {error.strerror}",
+            hint="ask its owner for the right to read it (chmod a+r), or copy it",
+            where=str(path),
+        ) from error
     except (
         OSError,
         ValueError,

@@ -153,7 +153,7 @@ def test_a_failed_save_leaves_nothing(
     def fail(*_: Any) -> None:
         raise failure
 
-    monkeypatch.setattr(artefact, "save_file", fail)
+    monkeypatch.setattr(artefact, "save_tensors", fail)
     for target, overwrite in (("new", False), ("calib", True)):
         with pytest.raises(expected):
             save_calibration(tmp_path / target, STATS, FACTS, overwrite=overwrite)
