@@ -25,16 +25,16 @@ def pack_codes(codes: Tensor, precision: Precision) -> Tensor:
     if least < low or most > high:
         raise ValueError(f"{precision.name} codes must lie in {low}..{high}, but lie in {least}..{most}")
     rows, columns = codes.shape
-    fragments = _layout(rows, columns).apply(codes)
-    return join_nibbles(fragments).view(torch.int8).reshape(rows, columns // 2)
+    words = join_nibbles(codes).view(torch.int32)
+    return _layout(rows, columns).apply(words).view(torch.int8).reshape(rows, columns // 2)
 
 
 def unpack_codes(qweight: Tensor, precision: Precision) -> Tensor:
     """(N, K/2) int8 -> (N, K) int8: int4 -8..7, nvfp4 0..15. The inverse of `pack_codes`."""
     require_shape("qweight", qweight, (128, 32))
     rows, columns = qweight.shape[0], qweight.shape[1] * 2
-    nibbles = split_nibbles(qweight.contiguous().view(torch.uint8))
-    codes = _layout(rows, columns).undo(nibbles).reshape(rows, columns).view(torch.int8)
+    words = _layout(rows, columns).undo(qweight.contiguous().view(torch.int32))
+    codes = split_nibbles(words.view(torch.uint8)).reshape(rows, columns).view(torch.int8)
     match precision:
         case Int4():
             return signed_nibbles(codes)
@@ -52,4 +52,4 @@ def _code_range(precision: Precision) -> tuple[int, int]:
 
 def _layout(rows: int, columns: int) -> Layout:
     # n = 128 tile + 16 strip + 8 half + lane row; k = 64 tile + 32 half + 8 lane column + code in word
-    return Layout(split=(rows // 128, 8, 2, 8, columns // 64, 2, 4, 8), order=(0, 4, 1, 3, 6, 2, 5, 7))
+    return Layout(split=(rows // 128, 8, 2, 8, columns // 64, 2, 4), order=(0, 4, 1, 3, 6, 2, 5))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_BLOCK = 1 << 19  # bytes that nibbles are joined to at a time: what that takes stays in the cache
 _WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 
@@ -62,13 +63,24 @@ def require_width(what: str, tensor: Tensor, *, bytes_each: int) -> None:
 
 def join_nibbles(nibbles: Tensor) -> Tensor:
     """(..., 2n) integers -> (..., n) uint8, the even element in the low half. Four bits of each count."""
-    bits = nibbles.to(torch.uint8)
-    return (bits[..., 0::2] & 15).bitwise_or_(bits[..., 1::2] << 4)
+    packed = torch.empty(
+        *nibbles.shape[:-1], nibbles.shape[-1] // 2, dtype=torch.uint8, device=nibbles.device
+    )
+    blocks = zip(nibbles.reshape(-1).split(2 * _BLOCK), packed.view(-1).split(_BLOCK), strict=True)
+    for some, out in blocks:
+        # Two neighbors at a time, as one little-endian word; torch is not built for other machines.
+        pairs = some.to(torch.uint8).view(torch.int16) & 0x0F0F
+        out.copy_((pairs >> 4).bitwise_or_(pairs))
+    return packed
 
 
 def split_nibbles(packed: Tensor) -> Tensor:
     """(..., n) uint8 -> (..., 2n) uint8 in 0..15; the inverse of `join_nibbles`."""
-    return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
+    pairs = torch.empty(packed.shape, dtype=torch.int16, device=packed.device)
+    for some, out in zip(packed.reshape(-1).split(_BLOCK), pairs.view(-1).split(_BLOCK), strict=True):
+        out.copy_(some)
+        out.bitwise_or_(out << 4).bitwise_and_(0x0F0F)
+    return pairs.view(torch.uint8)
 
 
 def signed_nibbles(nibbles: Tensor) -> Tensor:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from svdq_cli.pack.tiles import Layout, join_nibbles, require_shape, split_nibbles
+from svdq_cli.pack.tiles import Layout, require_shape
+
+_LOW = 0x0F0F0F0F0F0F0F0F  # of eight bytes, the lower half of each
 
 
 def pack_w4a16_codes(codes: Tensor) -> Tensor:
@@ -19,8 +21,16 @@ def pack_w4a16_codes(codes: Tensor) -> Tensor:
     if least < 0 or most > 15:
         raise ValueError(f"W4A16 codes must lie in 0..15, but lie in {least}..{most}")
     rows, columns = codes.shape
-    lines = join_nibbles(_layout(rows, columns).apply(codes)).reshape(rows // 4, columns * 2)
-    return lines.view(torch.int32)
+    runs = codes.to(torch.uint8).contiguous().view(torch.int64).reshape(rows, columns // 32, 2, 2)
+    pairs = (runs[..., 1] << 4).bitwise_or_(runs[..., 0]).view(torch.uint8)  # (rows, columns / 32, 2 x 8)
+    low, high = pairs[..., :8].to(torch.int16), pairs[..., 8:].to(torch.int16)
+    words = (high << 8).bitwise_or_(low)
+    return (
+        _lines(rows, columns)
+        .apply(words.view(torch.int64))
+        .view(torch.int32)
+        .reshape(rows // 4, columns // 2)
+    )
 
 
 def unpack_w4a16_codes(qweight: Tensor) -> Tensor:
@@ -28,8 +38,11 @@ def unpack_w4a16_codes(qweight: Tensor) -> Tensor:
     require_shape("qweight", qweight, (1, 32))
     _require_int32(qweight)
     rows, columns = qweight.shape[0] * 4, qweight.shape[1] * 2
-    nibbles = split_nibbles(qweight.contiguous().view(torch.uint8))
-    return _layout(rows, columns).undo(nibbles).reshape(rows, columns)
+    words = _lines(rows, columns).undo(qweight.contiguous().view(torch.int64)).view(torch.int16)
+    words = words.reshape(rows, columns // 32, 8)
+    pairs = torch.stack((words & 0xFF, (words >> 8) & 0xFF), dim=-2).to(torch.uint8).view(torch.int64)
+    runs = torch.stack((pairs & _LOW, (pairs >> 4) & _LOW), dim=-1)  # (rows, columns / 32, 2, 1, 2)
+    return runs.view(torch.uint8).reshape(rows, columns)
 
 
 def pack_w4a16_scales(scales: Tensor) -> Tensor:
@@ -70,6 +83,7 @@ def _require_parts(rows: Tensor, parts: int) -> None:
         raise ValueError(f"{rows.shape[0]} rows do not divide into {parts} parts")
 
 
-def _layout(rows: int, columns: int) -> Layout:
-    # n = 4 line + row; k = 64 block + 32 half + 8 nibble + word
-    return Layout(split=(rows // 4, 4, columns // 64, 2, 4, 8), order=(0, 2, 1, 3, 5, 4))
+def _lines(rows: int, columns: int) -> Layout:
+    """Of words in natural order, four of them as one number."""
+    # n = 4 line + row; k = 64 block + 32 half + 8 nibble + word, of which 16 words of 4 nibbles stay together
+    return Layout(split=(rows // 4, 4, columns // 64, 4), order=(0, 2, 1, 3))
