@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Generator, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -35,6 +35,30 @@ def made_ahead(
                 yield _first(coming)
         while coming:
             yield _first(coming)
+    finally:
+        maker.shutdown(wait=True, cancel_futures=True)
+
+
+def made_side_by_side(
+    items: Iterable[Item],
+    make: Callable[[Item], Made],
+    *,
+    threads: int,
+    beside: Callable[[Sequence[Item], Item], bool] = lambda busy, following: True,
+) -> Generator[tuple[Item, Made], None, None]:
+    """Every item with what `make` makes of it, as they are done. An item is begun when one of `threads` is free and
+    the caller has taken all but one of those that are done: no more than `threads` + 1 are in memory. Where
+    `beside(busy, following)` finds no room for one more, it waits until enough of the others are taken. What `make`
+    raises is raised here."""
+    maker = _threads(threads, "beside")
+    busy: dict[Future[Made], Item] = {}
+    try:
+        for item in items:
+            while len(busy) > threads or (busy and not beside(tuple(busy.values()), item)):
+                yield _first_done(busy)
+            busy[maker.submit(make, item)] = item
+        while busy:
+            yield _first_done(busy)
     finally:
         maker.shutdown(wait=True, cancel_futures=True)
 
@@ -76,6 +100,15 @@ def _first(coming: list[tuple[Item, Future[Made]]]) -> tuple[Item, Made]:
     """Taken out. A function of its own, so that nothing here holds what the caller has let go of."""
     item, made = coming.pop(0)
     return item, made.result()
+
+
+def _first_done(busy: dict[Future[Made], Item]) -> tuple[Item, Made]:
+    """Taken out, as `_first` does; of those that are done the one that was begun first."""
+    done, _ = wait(busy, return_when=FIRST_COMPLETED)
+    future = next(each for each in busy if each in done)
+    item = busy.pop(future)
+    done.clear()
+    return item, future.result()
 
 
 def _threads(count: int, name: str) -> ThreadPoolExecutor:

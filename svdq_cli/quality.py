@@ -24,7 +24,8 @@ from svdq_cli.calibrate.pipelines import draw
 from svdq_cli.calibrate.settings import DrawSettings
 from svdq_cli.conversion.allocation import RANKS, budget_of, candidates_of, choices_of, layer_gains, plan_with
 from svdq_cli.conversion.reconstructing import reconstructed
-from svdq_cli.conversion.solving import Statistics, finite_tensor, solve_into, solved_layers
+from svdq_cli.conversion.solving import Statistics, solve_into, solved_layers
+from svdq_cli.conversion.weights import finite_tensor
 from svdq_cli.drawing import demo_calibration
 from svdq_cli.evaluate.images import compare
 from svdq_cli.evaluate.layers import layer_sqnr_db
@@ -148,7 +149,7 @@ def _solved(
     prepared: Prepared, drawn: Statistics, work: WorkFolder, device: torch.device, options: RunOptions
 ) -> SolvedLayers:
     solve_into(work, prepared, drawn, device, _quiet)
-    solved, reports = solved_layers(prepared.plan, work)
+    solved, reports = solved_layers(prepared.plan, work, data_free=False)
     if prepared.recipe.quantization.effort == "best":
         solved, _, _ = reconstructed(
             prepared, drawn, solved, reports, options=options, device=device, observe=_quiet

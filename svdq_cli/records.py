@@ -124,18 +124,21 @@ class ModelPlan:
     def w4a16(self) -> tuple[W4A16Plan, ...]:
         return tuple(layer for layer in self.layers if isinstance(layer, W4A16Plan))
 
-    @property
-    def portions(self) -> tuple[SharedInput, ...]:
+    def portions(self, *, data_free: bool) -> tuple[SharedInput, ...]:
         """What is solved, and in memory, at a time, in the order of `inputs`: of each the W4A4 layers together, because
-        they share a smoothing factor, and every W4A16 layer alone (the modulations of all blocks read one input). A
-        portion has its input's name; its first layer's is its own."""
+        they share a smoothing factor, and every W4A16 layer alone (the modulations of all blocks read one input).
+        Data-free, where there is no smoothing, every branch alone. A portion has its input's name; its first layer's is
+        its own."""
         alone = {layer.name for layer in self.w4a16}
         found: list[SharedInput] = []
         for shared in self.inputs:
-            together = tuple(name for name in shared.layers if name not in alone)
-            if together:
-                parts = (tuple(name for name in part if name not in alone) for part in shared.branches)
-                found.append(SharedInput(shared.name, together, tuple(part for part in parts if part)))
+            kept = (tuple(name for name in part if name not in alone) for part in shared.branches)
+            branches = tuple(part for part in kept if part)
+            if data_free:
+                found += (SharedInput(shared.name, part, (part,)) for part in branches)
+            elif branches:
+                together = tuple(name for name in shared.layers if name not in alone)
+                found.append(SharedInput(shared.name, together, branches))
             found += (
                 SharedInput(shared.name, (name,), ((name,),)) for name in shared.layers if name in alone
             )

@@ -11,6 +11,7 @@ import math
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
 from typing import BinaryIO
 
@@ -124,14 +125,19 @@ def bytes_of(tensor: Tensor) -> Tensor:
 
 def read_at(path: Path, offset: int, into: Tensor) -> None:
     """Fill `into`, (bytes,) uint8, from a file. ValueError where the file ends before."""
-    left = into.numpy().data
     with path.open("rb", buffering=0) as file:
         file.seek(offset)
-        while left:
-            count = file.readinto(left)
-            if not count:
-                raise ValueError(f"the file ends {len(left)} bytes too early")
-            left = left[count:]
+        read_into(file, into)
+
+
+def read_into(file: FileIO, into: Tensor) -> None:
+    """Fill `into`, (bytes,) uint8, from where the file stands. ValueError where it ends before."""
+    left = into.numpy().data
+    while left:
+        count = file.readinto(left)
+        if not count:
+            raise ValueError(f"the file ends {len(left)} bytes too early")
+        left = left[count:]
 
 
 def _places(specs: Mapping[str, TensorSpec]) -> dict[str, int]:

@@ -30,7 +30,11 @@ WEIGHTS = Path("transformer/diffusion_pytorch_model.safetensors")
 ON_CPU = RunOptions(device="cpu")
 GIB = 2**30
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
-FIRST = "transformer_blocks.0.attn.to_q"  # of the layers, as they are solved
+FIRST = "transformer_blocks.0.attn.to_q"  # of the layers, where they are solved one after the other
+LONGEST = {
+    "transformer_blocks.0.norm1.linear",
+    "transformer_blocks.0.norm1_context.linear",
+}  # and side by side
 
 
 def recipe_for(source: Path) -> Recipe:
@@ -78,8 +82,10 @@ def test_where_memory_runs_out_a_portion_is_solved_with_less_at_a_time_to_the_sa
     said = Warnings()
     convert(recipe_for(tiny_flux), tmp_path / "out", options=ON_CPU, observe=said)
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == whole[0]
-    assert said[0].startswith(f"{FIRST}: solving it on the CPU: CUDA out of memory")
-    assert said[0].endswith("; now on the CPU with one weight at a time")
+    layer, _, what = said[0].partition(": ")
+    assert layer in LONGEST
+    assert what.startswith("solving it on the CPU: CUDA out of memory")
+    assert what.endswith("; now on the CPU with one weight at a time")
 
 
 def test_the_same_with_calibration(tiny_flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -133,7 +139,7 @@ class GpuWithoutMemory(TorchFunctionMode):
     """A GPU on which nothing can be put."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        if func is torch.Tensor.to and args[1] == GPU:
+        if (func is torch.Tensor.to and args[1] == GPU) or (kwargs or {}).get("device") == GPU:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return func(*args, **(kwargs or {}))
 
@@ -180,10 +186,10 @@ def test_out_of_memory_for_good_ends_with_code_5_and_names_the_layer(
     words = f"convert {tiny_flux} -o {tmp_path / 'out'} --effort datafree --device cpu --json"
     assert run(words.split()) == 5
     error = json.loads(capsys.readouterr().out)["error"]
-    assert error["where"] == FIRST
+    assert error["where"] in LONGEST
     assert error["kind"] == "out-of-memory"
     assert error["message"].startswith(
-        f"{FIRST}: solving it on the CPU with one weight at a time: CUDA out of memory"
+        f"{error['where']}: solving it on the CPU with one weight at a time: CUDA out of memory"
     )
     assert "smaller --effort" in error["hint"]
     assert list(tmp_path.iterdir()) == [], "nothing was solved, so there is nothing to go on with"

@@ -8,7 +8,14 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from svdq_cli.overlap import cores, done_behind, made_ahead, made_meanwhile, torch_threads
+from svdq_cli.overlap import (
+    cores,
+    done_behind,
+    made_ahead,
+    made_meanwhile,
+    made_side_by_side,
+    torch_threads,
+)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -40,6 +47,55 @@ def test_what_has_no_room_beside_others_is_made_when_they_are_done():
         done.append(item)
     assert done == begun == list(range(5))
     assert asked == [([0], 1), ([1], 2), ([2], 3), ([3], 4)]
+
+
+def test_side_by_side_each_comes_when_it_is_done():
+    slow = threading.Event()
+
+    def make(item: int) -> int:
+        if item == 0:
+            assert slow.wait(20)
+        return item * item
+
+    came: list[int] = []
+    for item, made in made_side_by_side(range(6), make, threads=2):
+        assert made == item * item
+        came.append(item)
+        if len(came) == 5:
+            slow.set()
+    assert came == [1, 2, 3, 4, 5, 0]
+
+
+def test_side_by_side_no_more_is_made_than_threads_and_one():
+    begun: list[int] = []
+    for taken, _ in enumerate(made_side_by_side(range(20), begun.append, threads=3), 1):
+        assert len(begun) <= taken + 3
+    assert sorted(begun) == list(range(20))
+
+
+def test_side_by_side_what_has_no_room_waits_for_the_others():
+    begun: list[int] = []
+
+    def beside(busy: Sequence[int], following: int) -> bool:
+        return sum(busy) + following <= 5
+
+    for item, _ in made_side_by_side([3, 2, 4, 5, 1], begun.append, threads=2, beside=beside):
+        if item in (3, 2):
+            assert 5 not in begun
+    assert begun == [3, 2, 4, 5, 1]
+
+
+def test_side_by_side_an_error_comes_at_once_and_leaves_no_thread_behind():
+    before = threading.active_count()
+
+    def make(item: int) -> int:
+        if item == 1:
+            raise ValueError("second")
+        return item
+
+    with pytest.raises(ValueError, match="second"):
+        list(made_side_by_side(range(5), make, threads=2))
+    assert threading.active_count() == before
 
 
 def test_an_error_of_the_maker_comes_in_its_place():

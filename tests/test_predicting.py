@@ -11,7 +11,6 @@ import torch
 
 from svdq_cli.conversion.block_forecast import block_forecast
 from svdq_cli.conversion.recording import BLOCK_SAMPLE, record_blocks
-from svdq_cli.conversion.solving import solve_model
 from svdq_cli.errors import OutOfResourcesError
 from svdq_cli.loading import load_beside
 from svdq_cli.machine import resident_ram
@@ -34,6 +33,7 @@ from svdq_cli.solve.forward import SourceWeight
 from svdq_cli.solve.linear import solve_input
 from svdq_cli.tokens import image_tokens, pixels_per_token
 from tests.allocations import Allocations
+from tests.solving import solved_in
 
 CPU = RunOptions(device="cpu")
 DATA_FREE = SolveSettings("none", 0, torch.bfloat16)
@@ -118,7 +118,7 @@ def test_tuning_a_block_takes_the_memory_that_is_predicted(
     recipe = best_recipe(tiny_flux, tmp_path, height=side, width=side, max_sequence_length=text)
     prepared, cpu = prepare(recipe), torch.device("cpu")
     recording = record_blocks(prepared, BLOCK_SAMPLE, options=CPU, device=cpu, observe=ignore_events)
-    solutions, _ = solve_model(prepared, None, cpu, ignore_events)
+    solutions = solved_in(tmp_path / "work", prepared)
     model, weights = load_beside(
         prepared.source, recording.wiring.order, class_name=prepared.plan.model_class, device=cpu
     )
@@ -139,7 +139,7 @@ def test_hidden_states_take_the_memory_that_is_predicted(tiny_flux: Path, tmp_pa
     model, weights = load_beside(
         prepared.source, recording.wiring.order, class_name=prepared.plan.model_class, device=cpu
     )
-    solutions, _ = solve_model(prepared, None, cpu, ignore_events)
+    solutions = solved_in(tmp_path / "work", prepared)
     folder, seen = tmp_path / "shelf", [0]
 
     def look(event: Event) -> None:

@@ -11,7 +11,6 @@ import torch
 from torch.utils._pytree import tree_flatten
 
 from svdq_cli.conversion.recording import Sample, record_blocks
-from svdq_cli.conversion.solving import solve_model
 from svdq_cli.loading import load_beside
 from svdq_cli.offload import filled_copy
 from svdq_cli.preparing import RunOptions, prepare
@@ -33,17 +32,18 @@ from svdq_cli.reconstruct.stream import Stream
 from svdq_cli.reconstruct.tunable import frozen
 from svdq_cli.records import LayerSolution, W4A4Solution, ignore_events
 from svdq_cli.runtime.linear import w4a4_exact
+from tests.solving import solved_in
 from tests.tiny_families import tiny_pipeline
 
 CPU = RunOptions(device="cpu")
 
 
 @pytest.fixture(scope="module")
-def solved(tiny_flux: Path):
+def solved(tiny_flux: Path, tmp_path_factory: pytest.TempPathFactory):
     from diffusers import FluxTransformer2DModel
 
     prepared = prepare(default_recipe(str(tiny_flux)))
-    solutions, _ = solve_model(prepared, None, torch.device("cpu"), lambda event: None)
+    solutions = solved_in(tmp_path_factory.mktemp("solved") / "work", prepared)
     load = lambda: FluxTransformer2DModel.from_pretrained(tiny_flux / "transformer").float()  # noqa: E731
     return prepared, solutions, load
 

@@ -22,7 +22,7 @@ from svdq_cli.conversion import run as converting
 from svdq_cli.conversion import solving
 from svdq_cli.errors import InterruptedRunError, OutOfResourcesError, SvdqError, Terminated, UsageError
 from svdq_cli.pipeline import calibrate, check, convert
-from svdq_cli.preparing import RunOptions
+from svdq_cli.preparing import RunOptions, prepare
 from svdq_cli.recipe import Calibration, Quantization, Recipe, default_recipe
 from svdq_cli.reconstruct import run as reconstructing_blocks
 from svdq_cli.reconstruct import tuning
@@ -89,13 +89,16 @@ def test_a_resumed_conversion_gives_the_same_bytes_and_solves_no_layer_twice(
     solve = solving.solve_input
 
     def counted(shared, *args, **kwargs):
-        solved.append(f"{shared.name}.safetensors")
+        solved.append(f"{shared.layers[0]}.safetensors")
         return solve(shared, *args, **kwargs)
 
     monkeypatch.setattr(solving, "solve_input", counted)
     report = convert(recipe_for(tiny_flux), tmp_path / "out", options=RESUME)
     assert before.isdisjoint(solved)
-    assert report.layers_taken_over == 8  # q, k, v of both streams and their two projections
+    portions = prepare(recipe_for(tiny_flux)).plan.portions(data_free=True)
+    held = [each.layers for each in portions if f"{each.layers[0]}.safetensors" in before]
+    assert report.layers_taken_over == sum(map(len, held))
+    assert len(solved) == len(portions) - len(before)
     assert same_bytes(tmp_path / "out", whole)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

@@ -61,7 +61,7 @@ def test_the_layers_are_solved_once(tiny_flux: Path, tmp_path: Path, monkeypatch
     solve = solving.solve_input
 
     def counted(shared, *args, **kwargs):
-        calls.append(shared.name)
+        calls.append(shared.layers[0])
         return solve(shared, *args, **kwargs)
 
     monkeypatch.setattr(solving, "solve_input", counted)

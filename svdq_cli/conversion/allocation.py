@@ -12,7 +12,8 @@ import torch
 
 from svdq_cli.conversion.backoff import Need, Way, need_of, stored_itemsize, where_it_fits
 from svdq_cli.conversion.recording import Sample, can_record, recorded
-from svdq_cli.conversion.solving import Statistics, StreamedWeights
+from svdq_cli.conversion.solving import Statistics
+from svdq_cli.conversion.weights import StreamedWeights
 from svdq_cli.errors import UsageError
 from svdq_cli.journal import CHOICES, WorkFolder
 from svdq_cli.planning.plan import restricted
@@ -142,7 +143,7 @@ def candidates_of(
 ) -> list[Candidate]:
     """The branches of the model with what each rank leaves of error. `gains` None: all layers weigh the same."""
     plans = {plan.name: plan for plan in prepared.plan.w4a4}
-    portions = [portion for portion in prepared.plan.portions if portion.layers[0] in plans]
+    portions = [portion for portion in prepared.plan.portions(data_free=False) if portion.layers[0] in plans]
     found: list[Candidate] = []
     started = time.monotonic()
     observe(Event("start", "allocate", 0, len(portions)))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from svdq_cli.card import CARD_FILE, card_path
 from svdq_cli.checking import require_sound
-from svdq_cli.conversion.solving import require_finite
+from svdq_cli.conversion.weights import require_finite
 from svdq_cli.encoders import quantize_encoder
 from svdq_cli.preparing import Prepared
 from svdq_cli.recipe import Recipe, figure_of

@@ -283,7 +283,7 @@ def _on_the_cpu(job: Forecast) -> tuple[str, ...]:
 
 
 def _portions(job: Forecast) -> tuple[SharedInput, ...]:
-    return job.prepared.plan.portions
+    return job.prepared.plan.portions(data_free=job.data_free)
 
 
 def _needs(job: Forecast, portion: SharedInput) -> dict[Way, Need]:

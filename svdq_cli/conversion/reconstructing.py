@@ -17,7 +17,8 @@ import torch
 from svdq_cli.conversion.backoff import return_device_memory
 from svdq_cli.conversion.block_forecast import passages_room
 from svdq_cli.conversion.recording import BLOCK_SAMPLE, can_record, record_blocks
-from svdq_cli.conversion.solving import Statistics, source_weight
+from svdq_cli.conversion.solving import Statistics
+from svdq_cli.conversion.weights import source_weight
 from svdq_cli.errors import InputError, UsageError
 from svdq_cli.journal import BLOCKS, SolvedLayers, WorkFolder, report_json, report_of_json
 from svdq_cli.loading import load_beside

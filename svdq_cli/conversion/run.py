@@ -29,11 +29,11 @@ from svdq_cli.conversion.reconstructing import reconstructed, require_blocks_run
 from svdq_cli.conversion.sharing import CALIBRATED
 from svdq_cli.conversion.solving import (
     Statistics,
-    finite_tensor,
     solve_into,
     solved_elsewhere,
     solved_layers,
 )
+from svdq_cli.conversion.weights import finite_tensor
 from svdq_cli.conversion.working import kept_work, work_beside
 from svdq_cli.errors import InputError
 from svdq_cli.journal import BLOCKS, LAYERS, Identity, WorkFolder, remove_finished
@@ -296,7 +296,7 @@ def _drawn_identity(job: Job) -> Mapping[str, object]:
 @contextmanager
 def _work_of(job: Job) -> Iterator[WorkFolder]:
     """The job's work folder, once no leftovers of a killed run are in the way."""
-    portions = len(job.prepared.plan.portions)
+    portions = len(job.prepared.plan.portions(data_free=job.data_free))
 
     def kept(work: WorkFolder) -> str:
         said = f"{len(work.finished(LAYERS))} of {portions} solved portions"
@@ -326,7 +326,7 @@ def _solve(job: Job, work: WorkFolder) -> Solved:
     job.options.team.tell(CALIBRATED, {})
     job.warn(warnings)
     taken_over = solve_into(work, prepared, statistics, job.device, job.observe, options=job.options)
-    solutions, reports = solved_layers(prepared.plan, work)
+    solutions, reports = solved_layers(prepared.plan, work, data_free=job.data_free)
     job.warn(solved_elsewhere(reports, job.device))
     blocks: dict[str, BlockSearch] = {}
     if job.tunes_blocks and statistics is not None:

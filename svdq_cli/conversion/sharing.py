@@ -12,9 +12,10 @@ from svdq_cli.calibrate.artefact import open_calibration
 from svdq_cli.conversion.allocation import allocated
 from svdq_cli.conversion.calibrating import BEGUN, draw_share, drawing_of
 from svdq_cli.conversion.solving import Statistics, solve_share
+from svdq_cli.errors import SvdqError
 from svdq_cli.journal import WorkFolder
 from svdq_cli.machine import resolve_device
-from svdq_cli.preparing import RunOptions, is_data_free, prepare
+from svdq_cli.preparing import Prepared, RunOptions, is_data_free, prepare
 from svdq_cli.recipe import Recipe
 from svdq_cli.records import ignore_events
 
@@ -23,8 +24,7 @@ CALIBRATED = "calibrated"  # topic: statistics and ranks are there
 
 def share_calibrate(recipe: Recipe, *, options: RunOptions) -> None:
     """A helping process's part of `calibrate`. Raises InterruptedRunError where another process is lost."""
-    begun = options.team.hear(BEGUN)
-    prepared = prepare(recipe, beside=options.beside, every_layer=True)
+    prepared, begun = _begun(recipe, options, every_layer=True)
     drawing = drawing_of(prepared, options, ignore_events, source_sha256=str(begun["source_sha256"]))
     draw_share(drawing, WorkFolder(Path(str(begun["work"]))), options=options, observe=ignore_events)
 
@@ -32,9 +32,8 @@ def share_calibrate(recipe: Recipe, *, options: RunOptions) -> None:
 def share_convert(recipe: Recipe, *, calibration: Path | None, options: RunOptions) -> None:
     """A helping process's part of `convert`. Raises InterruptedRunError where another process is lost."""
     team = options.team
-    begun = team.hear(BEGUN)
+    prepared, begun = _begun(recipe, options)
     work = WorkFolder(Path(str(begun["work"])))
-    prepared = prepare(recipe, beside=options.beside)
     if begun["draws"]:
         drawing = drawing_of(prepared, options, ignore_events, source_sha256=str(begun["source_sha256"]))
         draw_share(drawing, work, options=options, observe=ignore_events)
@@ -46,3 +45,15 @@ def share_convert(recipe: Recipe, *, calibration: Path | None, options: RunOptio
     device = resolve_device(options.device)
     prepared, _ = allocated(prepared, statistics, device, ignore_events, options=options, work=work)
     solve_share(work, prepared, statistics, device, options=options)
+
+
+def _begun(
+    recipe: Recipe, options: RunOptions, *, every_layer: bool = False
+) -> tuple[Prepared, dict[str, object]]:
+    """The plan, made while the first process makes its own, and what that one tells when it has begun."""
+    try:
+        prepared = prepare(recipe, beside=options.beside, every_layer=every_layer)
+    except SvdqError:
+        options.team.hear(BEGUN)  # the first process refuses the same, and says so
+        raise
+    return prepared, options.team.hear(BEGUN)

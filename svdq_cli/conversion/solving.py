@@ -1,25 +1,25 @@
-"""All layers of a model, solved one portion after the other; each is kept in the work folder as soon as it is."""
+"""All layers of a model, solved portion by portion; each is kept in the work folder as soon as it is."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import cast
 
 import torch
-from torch import Tensor
 
-from svdq_cli.allocator import free_tensors_at_once, return_freed_memory
+from svdq_cli.allocator import free_large_tensors_at_once, free_tensors_at_once, return_freed_memory
 from svdq_cli.calibrate.artefact import Calibration
 from svdq_cli.conversion.backoff import Need, Way, need_of, stored_itemsize, ways_on, where_it_fits
 from svdq_cli.conversion.fitting import free_ram
+from svdq_cli.conversion.weights import RawWeight, StreamedWeights, read_ahead
 from svdq_cli.conversion.working import wait_for_files
-from svdq_cli.errors import InputError, as_out_of_memory
+from svdq_cli.errors import InputError
 from svdq_cli.journal import LAYERS, SolvedLayers, WorkFolder, quoted, report_json, report_of_json
-from svdq_cli.machine import on_device, resident_ram
-from svdq_cli.overlap import cores, done_behind, made_ahead
+from svdq_cli.machine import on_device
+from svdq_cli.overlap import cores, done_behind, made_ahead, made_side_by_side
 from svdq_cli.preparing import DEFAULT_OPTIONS, Prepared, RunOptions
 from svdq_cli.records import (
     ActivationStats,
@@ -33,9 +33,7 @@ from svdq_cli.records import (
     ignore_events,
 )
 from svdq_cli.solve.costs import NOMINAL, solve_work, stored_bytes
-from svdq_cli.solve.forward import SourceWeight
 from svdq_cli.solve.linear import SolvedInput, solve_input
-from svdq_cli.source import Source, TensorEntry, is_finite, read_tensor
 
 LEFT = "left"  # topic: the portions that are still to be solved
 MOST_AT_ONCE = 8  # portions; more would wait for the memory's speed, and take gigabytes of it
@@ -62,19 +60,6 @@ class Statistics:
         return self.of[name].rows.shape[0]
 
 
-def solve_model(
-    prepared: Prepared, statistics: Statistics | None, device: torch.device, observe: Observer
-) -> tuple[dict[str, LayerSolution], list[LayerReport]]:
-    """Every layer, in the plan's order of portions. Solutions come back on the CPU, all of them in memory."""
-    solutions: dict[str, LayerSolution] = {}
-    reports: list[LayerReport] = []
-    job = Solving(prepared, statistics, device, DEFAULT_OPTIONS, observe)
-    for _, solved in _observed(prepared, _solved(job, prepared.plan.portions), 0, observe):
-        solutions |= {each.plan.name: on_device(each, CPU) for each in _solutions(solved)}
-        reports += solved.reports
-    return solutions, reports
-
-
 def solve_into(
     work: WorkFolder,
     prepared: Prepared,
@@ -86,13 +71,15 @@ def solve_into(
 ) -> int:
     """Every layer that the work folder does not hold yet. Returns how many it held. Other processes take their part of
     the layers in `solve_share`. Raises OutOfResourcesError for a layer that fits in no memory."""
-    left = [portion for portion in prepared.plan.portions if not _is_finished(work, portion, observe)]
+    data_free = statistics is None
+    portions = prepared.plan.portions(data_free=data_free)
+    left = [portion for portion in portions if not _is_finished(work, portion, observe)]
     held = len(prepared.plan.layers) - sum(len(portion.layers) for portion in left)
-    team = options.team
+    team, job = options.team, Solving(prepared, statistics, device, options, observe)
+    if team.size > 1 or portions_at_once(device, data_free=data_free):
+        left = job.longest_first(left)
     if team.size > 1:
-        left = _longest_first(left, prepared, statistics)
         team.tell(LEFT, {"portions": [_key(portion) for portion in left]})
-    job = Solving(prepared, statistics, device, options, observe)
     with done_behind() as keep:
         solved = _solved(job, team.claims(LEFT, left), wait=keep.wait)
         for portion, each in _observed(prepared, solved, held, observe):
@@ -111,7 +98,7 @@ def solve_share(
     options: RunOptions,
 ) -> None:
     """What a process other than the first does of `solve_into`."""
-    portions = {_key(portion): portion for portion in prepared.plan.portions}
+    portions = {_key(each): each for each in prepared.plan.portions(data_free=statistics is None)}
     team = options.team
     left = [portions[key] for key in cast("list[str]", team.hear(LEFT)["portions"])]
     job = Solving(prepared, statistics, device, options, ignore_events)
@@ -150,29 +137,18 @@ def _solutions(solved: SolvedInput) -> tuple[LayerSolution, ...]:
     return (*solved.w4a4, *solved.w4a16)
 
 
-def _longest_first(
-    portions: Sequence[SharedInput], prepared: Prepared, statistics: Statistics | None
-) -> list[SharedInput]:
-    plans = {layer.name: layer for layer in prepared.plan.layers}
-
-    def cost(portion: SharedInput) -> float:
-        rows = statistics.rows(portion.name) if statistics else 0
-        return NOMINAL.seconds(solve_work(portion, plans, prepared.settings, rows=rows))
-
-    return sorted(portions, key=cost, reverse=True)
-
-
-def solved_layers(plan: ModelPlan, work: WorkFolder) -> tuple[SolvedLayers, list[LayerReport]]:
-    """Everything that `solve_model` left in the work folder, the reports in the plan's order of portions."""
+def solved_layers(
+    plan: ModelPlan, work: WorkFolder, *, data_free: bool
+) -> tuple[SolvedLayers, list[LayerReport]]:
+    """Everything that `solve_into` left in the work folder, the reports in the plan's order of portions."""
     plans = {layer.name: layer for layer in plan.layers}
-    places = {
-        name: (LAYERS, _key(portion), plans[name]) for portion in plan.portions for name in portion.layers
-    }
-    reports = [report for portion in plan.portions for report in _kept_reports(work, portion)]
+    portions = plan.portions(data_free=data_free)
+    places = {name: (LAYERS, _key(each), plans[name]) for each in portions for name in each.layers}
+    reports = [report for each in portions for report in _kept_reports(work, each)]
     return SolvedLayers(work, places), reports
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Solving:
     """What every portion is solved with."""
 
@@ -182,33 +158,54 @@ class Solving:
     options: RunOptions
     observe: Observer
 
+    @cached_property
+    def plans(self) -> Mapping[str, LayerPlan]:
+        return {layer.name: layer for layer in self.prepared.plan.layers}
+
+    @cached_property
+    def itemsize(self) -> int:
+        return stored_itemsize(self.prepared)
+
+    def rows(self, portion: SharedInput) -> int:
+        """Calibration rows, 0 for data-free."""
+        return self.statistics.rows(portion.name) if self.statistics else 0
+
+    def need(self, portion: SharedInput, way: Way) -> Need:
+        rows, settings = self.rows(portion), self.prepared.settings
+        return need_of(way, portion, self.plans, settings, rows=rows, itemsize=self.itemsize)
+
+    def stored(self, portion: SharedInput) -> int:
+        """Bytes of its weights as they are read ahead."""
+        return stored_bytes(portion, self.plans, itemsize=self.itemsize, pinned=self.device.type == "cuda")
+
+    def read(self, portion: SharedInput) -> dict[str, RawWeight]:
+        return read_ahead(self.prepared.source, self.plans, self.device, portion)
+
+    def longest_first(self, portions: Iterable[SharedInput]) -> list[SharedInput]:
+        def cost(portion: SharedInput) -> float:
+            work = solve_work(portion, self.plans, self.prepared.settings, rows=self.rows(portion))
+            return NOMINAL.seconds(work)
+
+        return sorted(portions, key=cost, reverse=True)
+
 
 def _solved(
     job: Solving, portions: Iterable[SharedInput], *, wait: Callable[[], object] = lambda: None
 ) -> Iterator[tuple[SharedInput, SolvedInput]]:
-    """One portion after the other, as it comes from the device that it was solved on. The next one's weights are read,
-    or the next few are solved (`portions_at_once`), meanwhile where there is memory for them. `wait` returns when the
-    caller holds no memory for earlier ones."""
-    prepared, options = job.prepared, job.options
-    plans = {layer.name: layer for layer in prepared.plan.layers}
-    itemsize = stored_itemsize(prepared)
+    """Every portion, as it comes from the device that it was solved on: one after the other while the next one's
+    weights are read, or some side by side (`portions_at_once`) as they are done, where there is memory for that. `wait`
+    returns when the caller holds no memory for earlier ones."""
+    options = job.options
     if options.max_ram is not None:
         free_tensors_at_once()
     return_freed_memory()
     at_first = (1 - SPARED) * free_ram(options)
 
-    def need(portion: SharedInput, way: Way) -> Need:
-        rows = job.statistics.rows(portion.name) if job.statistics else 0
-        return need_of(way, portion, plans, prepared.settings, rows=rows, itemsize=itemsize)
-
-    def stored(portion: SharedInput) -> int:
-        return stored_bytes(portion, plans, itemsize=itemsize, pinned=job.device.type == "cuda")
-
     def solving(portions: Sequence[SharedInput]) -> int:
-        return sum(need(each, ways_on(job.device)[0]).ram + stored(each) for each in portions)
+        return sum(job.need(each, ways_on(job.device)[0]).ram for each in portions)
 
     def read_beside(busy: Sequence[SharedInput], following: SharedInput) -> bool:
-        return solving(busy) + stored(following) <= at_first
+        return solving(busy) + sum(map(job.stored, [*busy, following])) <= at_first
 
     def solved_beside(busy: Sequence[SharedInput], following: SharedInput) -> bool:
         return solving([*busy, following]) <= at_first
@@ -221,29 +218,23 @@ def _solved(
 
         return where_it_fits(
             _key(portion),
-            lambda way: _solved_so(way, job, portion, plans, raw),
-            partial(need, portion),
+            lambda way: _solved_so(way, job, portion, raw),
+            partial(job.need, portion),
             device=job.device,
             options=options,
             observe=job.observe,
             let_go=let_go,
         )
 
-    read = partial(_read_ahead, prepared.source, plans, job.device)
     if at_once := portions_at_once(job.device, data_free=job.statistics is None):
-        made = made_ahead(
-            portions, lambda each: solve(each, read(each)), threads=at_once, beside=solved_beside
+        if options.max_ram is None:
+            free_large_tensors_at_once()
+        yield from made_side_by_side(
+            portions, lambda each: solve(each, {}), threads=at_once, beside=solved_beside
         )
-        # What one frees is taken by the next: to give back everything each time costs a tenth of the processor time.
-        needs = sorted(need(each, ways_on(job.device)[0]).ram for each in prepared.plan.portions)
-        much = resident_ram() + 3 * sum(needs[-at_once:]) // 4
-        for solved in made:
-            yield solved
-            if resident_ram() > much:
-                return_freed_memory()
         return_freed_memory()
     else:
-        for portion, raw in made_ahead(portions, read, beside=read_beside):
+        for portion, raw in made_ahead(portions, job.read, beside=read_beside):
             yield portion, solve(portion, raw)
             return_freed_memory()
 
@@ -259,15 +250,9 @@ def portions_at_once(device: torch.device, *, data_free: bool) -> int:
     return cores(MOST_AT_ONCE) if data_free and device.type == "cpu" else 0
 
 
-def _solved_so(
-    way: Way,
-    job: Solving,
-    portion: SharedInput,
-    plans: Mapping[str, LayerPlan],
-    raw: dict[str, RawWeight],
-) -> SolvedInput:
+def _solved_so(way: Way, job: Solving, portion: SharedInput, raw: dict[str, RawWeight]) -> SolvedInput:
     """`raw`: weights that were read ahead. Each is let go when it is in float32 on the device."""
-    streamed = StreamedWeights(job.prepared.source, plans, portion.layers, way.device)
+    streamed = StreamedWeights(job.prepared.source, job.plans, portion.layers, way.device)
     if way.streamed:
         weights = streamed
     else:
@@ -275,7 +260,7 @@ def _solved_so(
             name: raw.pop(name).on(way.device) if name in raw else streamed[name] for name in portion.layers
         }
     stats = job.statistics(portion.name) if job.statistics else None
-    return solve_input(portion, plans, weights, stats, job.prepared.settings)
+    return solve_input(portion, job.plans, weights, stats, job.prepared.settings)
 
 
 def _observed(
@@ -309,91 +294,3 @@ def _is_finished(work: WorkFolder, portion: SharedInput, observe: Observer) -> b
 def _kept_reports(work: WorkFolder, portion: SharedInput) -> list[LayerReport]:
     said = cast("list[dict[str, object]]", work.about(LAYERS, _key(portion))["reports"])
     return [report_of_json(each) for each in said]
-
-
-# ------------------------------------------------------------------------------------------------- weights
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class RawWeight:
-    """One linear as the source stores it."""
-
-    weight: Tensor  # (N, K), or (N, K, 1, 1) of a 1x1 convolution
-    bias: Tensor | None  # (N,)
-
-    def on(self, device: torch.device) -> SourceWeight:
-        """In float32 on `device`. From pinned memory the copy runs while the CPU goes on."""
-        bias = None if self.bias is None else self.bias.to(device, non_blocking=True).float()
-        return SourceWeight(self.weight.to(device, non_blocking=True).float().flatten(1), bias)
-
-    def pinned(self) -> RawWeight:
-        """In page-locked memory, from which a GPU reads by itself; from other memory the driver copies it first, while
-        the CPU waits. As it is where the system has no more such memory."""
-        try:
-            return RawWeight(self.weight.pin_memory(), None if self.bias is None else self.bias.pin_memory())
-        except RuntimeError as error:
-            if as_out_of_memory(error) is None:
-                raise
-            return self
-
-
-@dataclass(frozen=True, slots=True)
-class StreamedWeights(Mapping[str, SourceWeight]):
-    """Weights of a portion, each read from the source whenever it is asked for and held by nobody."""
-
-    source: Source
-    plans: Mapping[str, LayerPlan]
-    names: tuple[str, ...]
-    device: torch.device
-
-    def __getitem__(self, name: str) -> SourceWeight:
-        return source_weight(self.source, self.plans[name], self.device)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-
-def _read_ahead(
-    source: Source, plans: Mapping[str, LayerPlan], device: torch.device, portion: SharedInput
-) -> dict[str, RawWeight]:
-    """The weights of a portion, for a GPU pinned. None of them where memory runs out: they are read again when the
-    portion's turn has come and the one before it is gone."""
-    try:
-        raw = {name: raw_weight(source, plans[name]) for name in portion.layers}
-        return {name: each.pinned() for name, each in raw.items()} if device.type == "cuda" else raw
-    except (RuntimeError, MemoryError) as error:
-        if as_out_of_memory(error) is None:
-            raise
-        return {}
-
-
-def raw_weight(source: Source, plan: LayerPlan) -> RawWeight:
-    """Read from the source. InputError where it holds NaN or infinity."""
-    bias = finite_tensor(source, f"{plan.name}.bias") if plan.linear.bias else None
-    return RawWeight(finite_tensor(source, f"{plan.name}.weight"), bias)
-
-
-def source_weight(source: Source, plan: LayerPlan, device: torch.device) -> SourceWeight:
-    """One linear of the source in float32 on `device`."""
-    return raw_weight(source, plan).on(device)
-
-
-def finite_tensor(source: Source, name: str) -> torch.Tensor:
-    """A tensor of the source. InputError where it holds NaN or infinity."""
-    return require_finite(read_tensor(source, name), name, source.tensors[name])
-
-
-def require_finite(tensor: torch.Tensor, name: str, entry: TensorEntry) -> torch.Tensor:
-    """`tensor`, read from `entry`. InputError where it holds NaN or infinity."""
-    if not is_finite(tensor):
-        stored = f" (stored as {entry.origin})" if entry.origin != name else ""
-        raise InputError(
-            f"{entry.file}: {name}{stored} holds NaN or infinite values",
-            hint="the checkpoint is damaged or its training diverged; download it again or use another",
-            where=name,
-            kind="not-finite",
-        )
-    return tensor

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast
 
+from svdq_cli.allocator import unwatched_garbage
 from svdq_cli.errors import InputError
 from svdq_cli.families import Family
 from svdq_cli.records import Linear
@@ -67,8 +68,9 @@ def model_class(name: str, *, where: str) -> Any:
 
     Raises InputError (kind `unknown-family`); never runs code that lies beside the weights.
     """
-    from diffusers import models
-    from diffusers.models.modeling_utils import ModelMixin
+    with unwatched_garbage():
+        from diffusers import models
+        from diffusers.models.modeling_utils import ModelMixin
 
     found = getattr(models, name, None) or _subclasses(ModelMixin).get(name)
     if found is None:

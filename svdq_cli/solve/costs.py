@@ -130,7 +130,7 @@ def _w4a16_work(plan: W4A16Plan, settings: SolveSettings, rows: int) -> Work:
     if rows and "gptq" in settings.steps:
         solved = Work(matmul=2 * rows * width**2 + n * width**2, gptq=2 * n * width, factored=3 * width**3)
     else:
-        solved = Work(quantized=16 * n * width, calls=200)  # two grids, eight ranges each
+        solved = Work(quantized=8 * n * width, calls=100)  # five candidates, then fitted
     return solved + report
 
 
@@ -202,11 +202,11 @@ def solve_bytes(
     one = 4 * (big if streamed else total) * k  # weights in float32, while a layer of its own is looked at
     stacked = 0 if streamed else one  # the same, while a copy of them all is
     compared = min(big * k, BLOCK + k)  # weights are compared some rows at a time
-    phases = [one + 16 * compared]
+    phases = [one + 12 * compared]
     if rows:
         phases.append(one + _output_bytes(big, k, min(rows, ROWS_AT_ONCE)))
     if isinstance(members[0], W4A4Plan):
-        phases.append(one + 4 * branch * k)
+        phases.append(4 * branch * k)  # the low-rank branch
         if rows:
             phases.append(stacked + _search_bytes(branch, k, min(rows, SEARCH_ROWS)))
     if rows >= LEAST_ROWS:

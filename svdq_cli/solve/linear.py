@@ -37,7 +37,7 @@ from svdq_cli.solve.quantizers import (
     fake_quantize_weight,
     quantize_weight,
 )
-from svdq_cli.solve.rebuild import weight_error
+from svdq_cli.solve.rebuild import Residual, relative_error
 from svdq_cli.solve.smoothing import CLOSED_FORM, GRID, placed, smooth_factor
 
 SEARCH_ROWS = 512  # rows that score a grid point; the ranking is stable long before the report's figure is
@@ -239,22 +239,18 @@ def _solve_w4a4(
                 f"{', '.join(plan.name for plan in members)} share one down projection and need one rank",
                 hint="give them the same rank in the recipe's layers",
             )
-        stacked = _smoothed_stack(members, weights, smooth)
-        up, down = split_low_rank(stacked, rank=rank, seed=settings.seed)
-        del stacked  # as large as all of the layers, and no longer needed
+        up, down = split_low_rank(
+            [weights[plan.name].weight for plan in members],
+            rank=rank,
+            seed=settings.seed,
+            smooth=smooth if _smooths(smooth) else None,
+        )
         down = (down / smooth).to(settings.dtype)  # the branch reads the raw activation
         for plan, rows in zip(members, up.split([p.linear.out_features for p in members]), strict=True):
             solved[plan.name] = _finish(
                 plan, weights[plan.name], smooth, down, rows.to(settings.dtype), settings
             )
     return {plan.name: solved[plan.name] for plan in plans}
-
-
-def _smoothed_stack(plans: Sequence[W4A4Plan], weights: Mapping[str, SourceWeight], smooth: Tensor) -> Tensor:
-    """The layers' weights under one another, not to be written to: a lone layer is not copied to be multiplied by 1."""
-    if not _smooths(smooth):
-        return weights[plans[0].name].weight if len(plans) == 1 else stacked_weights(plans, weights)
-    return stacked_weights(plans, weights).mul_(smooth)
 
 
 def _smooths(smooth: Tensor) -> bool:
@@ -266,9 +262,7 @@ def _finish(
     plan: W4A4Plan, source: SourceWeight, smooth: Tensor, down: Tensor, up: Tensor, settings: SolveSettings
 ) -> W4A4Solution:
     """Quantize what the *stored* branch leaves over, so that its rounding to 16 bits is corrected by the codes."""
-    residual = torch.addmm(source.weight, up.float(), down.float(), alpha=-1)
-    if _smooths(smooth):
-        residual.mul_(smooth)
+    residual = Residual(source.weight, up.float(), down.float(), smooth if _smooths(smooth) else None)
     quantized = quantize_weight(residual, plan.precision, dtype=settings.dtype)
     return W4A4Solution(
         plan=plan,
@@ -284,11 +278,9 @@ def _finish(
 
 def measured(solution: LayerSolution, source: SourceWeight, rows: Tensor | None) -> tuple[float, float]:
     """(SQNR in dB of the output on `rows`, or of the weight without any; the weight error that checks expect)."""
-    error = weight_error(solution, source.weight).relative
-    if rows is None:
-        return _decibels(
-            error**2
-        ), error  # without rows nothing was smoothed, and both are of the plain weight
+    error = relative_error(solution, source.weight)
+    if rows is None:  # nothing was smoothed, and both are of the plain weight
+        return _decibels(error**2), error
     return output_sqnr_db(rows, source.weight, solution), error
 
 

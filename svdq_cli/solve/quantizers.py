@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +23,17 @@ E4M3_MAX = 448.0
 E4M3_TINY = 2.0**-9  # the smallest positive e4m3 number; a micro scale of zero would divide zero by zero
 
 
+class Rows(Protocol):
+    """A matrix (N, K) whose rows can be had some at a time: a tensor, or one that is computed when it is asked for."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+    @property
+    def device(self) -> torch.device: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, rows: slice, /) -> Tensor: ...
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class QuantizedWeight:
     """W = codes * scales * outer. All in stored dtypes."""
@@ -31,8 +43,9 @@ class QuantizedWeight:
     outer: Tensor | None  # nvfp4: (1,) or (N,)
 
 
-def quantize_weight(weight: Tensor, precision: Precision, *, dtype: torch.dtype) -> QuantizedWeight:
-    """Round to nearest with absmax scales. `weight` (N, K) float32, `dtype` the stored 16-bit dtype."""
+def quantize_weight(weight: Rows, precision: Precision, *, dtype: torch.dtype) -> QuantizedWeight:
+    """Round to nearest with absmax scales. `weight` (N, K) float32, `dtype` the stored 16-bit dtype. Rows are asked for
+    once for int4 and twice for nvfp4, whose outer scale is that of the whole."""
     match precision:
         case Int4():
             return _int4_weight(weight, dtype)
@@ -132,7 +145,7 @@ def _e2m1_step(above_two: Tensor, above_four: Tensor) -> Tensor:
     return above_two.float().add_(above_four, alpha=2.0).add_(1.0).mul_(0.5)
 
 
-def row_blocks(matrix: Tensor) -> Iterator[slice]:
+def row_blocks(matrix: Rows) -> Iterator[slice]:
     """Slices that cover the rows, of about BLOCK numbers each: what is done block by block stays in the cache, and
     takes little memory beside the matrix."""
     step = max(1, BLOCK // max(1, matrix.shape[1]))
@@ -140,9 +153,10 @@ def row_blocks(matrix: Tensor) -> Iterator[slice]:
         yield slice(start, start + step)
 
 
-def _int4_weight(weight: Tensor, dtype: torch.dtype) -> QuantizedWeight:
-    codes = torch.empty_like(weight, dtype=torch.int8)
-    scales = weight.new_empty(len(weight), weight.shape[1] // Int4.group, dtype=dtype)
+def _int4_weight(weight: Rows, dtype: torch.dtype) -> QuantizedWeight:
+    n, k = weight.shape
+    codes = torch.empty(n, k, dtype=torch.int8, device=weight.device)
+    scales = torch.empty(n, k // Int4.group, dtype=dtype, device=weight.device)
     for rows in row_blocks(weight):
         groups = _grouped(weight[rows], Int4.group)
         scale = (absmax(groups) / 7).to(dtype)
@@ -151,14 +165,14 @@ def _int4_weight(weight: Tensor, dtype: torch.dtype) -> QuantizedWeight:
     return QuantizedWeight(codes, scales, None)
 
 
-def _nvfp4_weight(weight: Tensor, dtype: torch.dtype) -> QuantizedWeight:
+def _nvfp4_weight(weight: Rows, dtype: torch.dtype) -> QuantizedWeight:
     wanted = torch.cat([absmax(_grouped(weight[rows], NvFp4.group)) for rows in row_blocks(weight)]) / 6
     # At least the smallest normal number: below it float16 would lose bits, or the whole layer to an outer scale of 0.
     outer = (wanted.max() / E4M3_MAX).clamp(min=torch.finfo(dtype).smallest_normal).to(dtype)
     outer = torch.where(wanted.max() == 0, torch.ones_like(outer), outer)
     micro = (wanted / outer.float()).clamp(E4M3_TINY, E4M3_MAX).to(torch.float8_e4m3fn)
     step = micro.float() * outer.float()
-    codes = torch.empty_like(weight, dtype=torch.int8)
+    codes = torch.empty(*weight.shape, dtype=torch.int8, device=weight.device)
     for rows in row_blocks(weight):
         groups = _grouped(weight[rows], NvFp4.group)
         codes[rows] = encode_e2m1(groups / step[rows].unsqueeze(-1)).flatten(-2)

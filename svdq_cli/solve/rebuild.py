@@ -41,21 +41,68 @@ def rebuilt_weight(solution: LayerSolution) -> Tensor:
             return dequantize_w4a16(solution)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Residual:
+    """What a low-rank branch leaves of a weight, in smoothed coordinates: (weight - up down) * smooth. Its rows are
+    computed when they are asked for, so that no second matrix of this size is in memory."""
+
+    weight: Tensor  # (N, K)
+    up: Tensor  # (N, R)
+    down: Tensor  # (R, K)
+    smooth: Tensor | None  # (K,); None for a factor of 1
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.weight.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    def __len__(self) -> int:
+        return len(self.weight)
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        left = torch.addmm(self.weight[rows], self.up[rows], self.down, alpha=-1)
+        return left if self.smooth is None else left.mul_(self.smooth)
+
+
+def relative_error(solution: LayerSolution, weight: Tensor) -> float:
+    """Of `weight_error` the first figure alone."""
+    smooth = _smooth_of(solution)
+    error = exact = torch.zeros((), dtype=torch.float64, device=weight.device)
+    for rows in row_blocks(weight):
+        four_bit, stands_for, whole = _compared(rows_of(solution, rows), weight[rows].float(), smooth)
+        exact = exact + _square_sum(_row_norms(whole))
+        error = error + _square_sum(_row_norms(four_bit.sub_(stands_for)))
+    return _relative(error, exact)
+
+
 def weight_error(solution: LayerSolution, weight: Tensor) -> WeightError:
     """`weight` (N, K): the 16-bit layer's. Some rows at a time, so that memory does not grow with the layer."""
-    smooth = solution.smooth.float() if isinstance(solution, W4A4Solution) else None
-    if smooth is not None and bool((smooth == 1).all()):
-        smooth = None  # as in data-free conversions; nothing to multiply by, and no slope
+    smooth = _smooth_of(solution)
     sums = _Sums(weight.shape[1], weight.device, by_column=smooth is not None)
     for rows in row_blocks(weight):
         sums.add(*_compared(rows_of(solution, rows), weight[rows].float(), smooth))
     slope = 0.0 if smooth is None else _smooth_slope(sums.gain(), smooth)
     return WeightError(
-        relative=float((sums.error / sums.exact.clamp(min=1e-60)).sqrt()),
+        relative=_relative(sums.error, sums.exact),
         agreement=1.0 if sums.empty_rows == len(weight) else float(sums.cosine()),
         strayed_rows=float(sums.strayed_rows) / len(weight),
         smooth_slope=slope,
     )
+
+
+def _smooth_of(solution: LayerSolution) -> Tensor | None:
+    """None for a factor of 1, as in data-free conversions: there is nothing to multiply by, and no slope."""
+    if not isinstance(solution, W4A4Solution):
+        return None
+    smooth = solution.smooth.float()
+    return None if bool((smooth == 1).all()) else smooth
+
+
+def _relative(error: Tensor, exact: Tensor) -> float:
+    return float((error / exact.clamp(min=1e-60)).sqrt())
 
 
 def rows_of(solution: LayerSolution, rows: slice) -> LayerSolution:
@@ -88,10 +135,9 @@ def _compared(
     match solution:
         case W4A4Solution():
             quantized = QuantizedWeight(solution.codes, solution.scales, solution.outer)
-            stands_for = torch.addmm(weight, solution.up.float(), solution.down.float(), alpha=-1)
-            if smooth is not None:
-                weight, stands_for = weight * smooth, stands_for.mul_(smooth)
-            return dequantize_weight(quantized, solution.plan.precision), stands_for, weight
+            left = Residual(weight, solution.up.float(), solution.down.float(), smooth)[:]
+            whole = weight if smooth is None else weight * smooth
+            return dequantize_weight(quantized, solution.plan.precision), left, whole
         case W4A16Solution():
             return dequantize_w4a16(solution), weight, weight
 

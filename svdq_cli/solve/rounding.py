@@ -55,11 +55,23 @@ class Grid(Protocol):
         importance (1, G) where there is one. Without the rounding of what codes stand for to 16 bits."""
         ...
 
+    def fitted(self, values: Tensor, parameters: Parameters, importance: Tensor | None) -> Parameters | None:
+        """The parameters with which the codes that `parameters` give are nearest to groups `values`; None for a grid
+        that takes the candidates as they are."""
+        ...
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rounded:
     codes: Tensor  # (N, K)
     parameters: Parameters  # (N, K/G) each
+
+    def of_height(self, rows: int) -> Rounded:
+        """Room for a matrix of so many rows, alike in all else."""
+        return Rounded(
+            self.codes.new_empty(rows, self.codes.shape[1]),
+            tuple(each.new_empty(rows, each.shape[1]) for each in self.parameters),
+        )
 
 
 def gptq(weight: Tensor, hessian: Tensor, grid: Grid, *, damping: float = DAMPING) -> Rounded | None:
@@ -92,9 +104,17 @@ def gptq(weight: Tensor, hessian: Tensor, grid: Grid, *, damping: float = DAMPIN
 
 def nearest(weight: Tensor, grid: Grid) -> Rounded:
     """Every value rounded on its own; each group's parameters are the candidates' best."""
-    parts = [_nearest(weight[rows], grid) for rows in row_blocks(weight)]
-    parameters = tuple(torch.cat(each) for each in zip(*(part.parameters for part in parts), strict=True))
-    return Rounded(torch.cat([part.codes for part in parts]), parameters)
+    # What stays is put where it belongs at once: kept among the blocks' temporary tensors, it would leave gaps as large
+    # as those, which add up to more than the codes.
+    whole: Rounded | None = None
+    for rows in row_blocks(weight):
+        part = _nearest(weight[rows], grid)
+        whole = whole or part.of_height(len(weight))
+        whole.codes[rows] = part.codes
+        for kept, chosen in zip(whole.parameters, part.parameters, strict=True):
+            kept[rows] = chosen
+    assert whole is not None
+    return whole
 
 
 def _nearest(weight: Tensor, grid: Grid) -> Rounded:
@@ -129,8 +149,13 @@ def _best(values: Tensor, factor: Tensor | None, grid: Grid) -> Parameters:
     importance = None if factor is None else (1 / factor).unsqueeze(0)
     candidates = list(grid.candidates(values))
     errors = torch.stack([grid.error(values, parameters, importance) for parameters in candidates])
-    best = errors.min(0, keepdim=True).indices  # the first of equals; three times as fast as argmin
-    return tuple(_picked(each, best) for each in zip(*candidates, strict=True))
+    least = errors.min(0, keepdim=True)  # the first of equals; three times as fast as argmin
+    best = tuple(_picked(each, least.indices) for each in zip(*candidates, strict=True))
+    fitted = grid.fitted(values, best, importance)
+    if fitted is None:
+        return best
+    better = grid.error(values, fitted, importance) < least.values.squeeze(0)
+    return tuple(torch.where(better, new, old) for new, old in zip(fitted, best, strict=True))
 
 
 def _norm(differences: Tensor, importance: Tensor | None) -> Tensor:
@@ -182,6 +207,9 @@ class Int4Grid:
         exact = values / scale.unsqueeze(1)
         return _norm(exact.round().clamp_(-7, 7).sub_(exact), importance).mul_(scale)
 
+    def fitted(self, values: Tensor, parameters: Parameters, importance: Tensor | None) -> None:
+        return None
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class NvFp4Grid:
@@ -206,6 +234,9 @@ class NvFp4Grid:
         exact = values / step.unsqueeze(1)
         return _norm(decode_e2m1(encode_e2m1(exact)).sub_(exact), importance).mul_(step)
 
+    def fitted(self, values: Tensor, parameters: Parameters, importance: Tensor | None) -> None:
+        return None
+
     def _step(self, parameters: Parameters) -> Tensor:
         scale = parameters[0].float()
         return scale * (self.outer if scale.ndim == 1 else self.outer.unsqueeze(1))
@@ -215,8 +246,10 @@ class NvFp4Grid:
 class AffineGrid:
     """W4A16: codes * scale + zero, codes 0 to 15, both numbers 16-bit and the sum rounded to 16 bits by the kernels.
 
-    Tries the symmetric grid of 15 levels that exporters usually write, and all 16 levels from minimum to maximum, each
-    with its range shrunk by SCALE_FACTORS.
+    Tries the symmetric grid of 15 levels that exporters usually write, and all 16 levels from minimum to maximum, with
+    ranges that are now and then the best (the others of SCALE_FACTORS are for 1 group in 1,000 of a trained model's
+    modulations, or none). Then scale and zero are fitted to the codes of the best by least squares, which takes 1.4 %
+    off the error that 16 candidates leave.
     """
 
     dtype: torch.dtype
@@ -225,10 +258,11 @@ class AffineGrid:
     def candidates(self, values: Tensor) -> Iterator[Parameters]:
         low, high = values.amin(1), values.amax(1)
         peak = torch.maximum(high, -low)
-        for share in SCALE_FACTORS:
-            yield self._parameters(peak * share / 7, None)
-            middle, half = (high + low) / 2, (high - low) / 2 * share
-            yield self._parameters(half * 2 / 15, middle - half)
+        for share in (1.0, 0.85):
+            yield self._parameters(peak * (share / 7), None)
+        middle, half = (high + low) / 2, (high - low) / 2
+        for share in (1.0, 0.95, 0.90):
+            yield self._parameters(half * (share * 2 / 15), torch.sub(middle, half, alpha=share))
 
     def _parameters(self, scale: Tensor, zero: Tensor | None) -> Parameters:
         scale = scale.to(self.dtype)
@@ -244,6 +278,19 @@ class AffineGrid:
         scale, zero = (parameter.float().unsqueeze(1) for parameter in parameters)
         exact = (values - zero).div_(scale)
         return _norm(exact.round().clamp_(0, 15).sub_(exact), importance).mul_(scale.squeeze(1))
+
+    def fitted(self, values: Tensor, parameters: Parameters, importance: Tensor | None) -> Parameters:
+        scale, zero = (parameter.float().unsqueeze(1) for parameter in parameters)
+        codes = (values - zero).div_(scale).round_().clamp_(0, 15)
+        weight = values.new_ones(self.group, 1) if importance is None else importance.square().T
+        count, code_sum, value_sum = weight.sum(), codes @ weight, values @ weight
+        product_sum = (codes * values) @ weight
+        spread = (codes.square_() @ weight).mul_(count).sub_(code_sum.square())
+        slope = (product_sum * count).sub_(code_sum * value_sum).div_(spread)
+        # Codes that are all one say nothing of the scale, and a slope of 0 or less is no scale.
+        slope = torch.where((spread > 0) & (slope > 0), slope, scale).to(self.dtype)
+        slope = torch.where(slope > 0, slope, parameters[0].unsqueeze(1))  # not where it vanishes in 16 bits
+        return slope.squeeze(1), ((value_sum - code_sum * slope.float()) / count).squeeze(1).to(self.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------- W4A4 weights

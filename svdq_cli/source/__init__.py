@@ -22,7 +22,14 @@ from svdq_cli.source.folders import (
 from svdq_cli.source.gguf_file import open_gguf
 from svdq_cli.source.headers import file_sha256, is_gguf, pickled, read_header, read_json
 from svdq_cli.source.merging import merge_loras
-from svdq_cli.source.model import COMPONENTS, Source, described_config, read_tensor, source_digest
+from svdq_cli.source.model import (
+    COMPONENTS,
+    Source,
+    described_config,
+    read_tensor,
+    source_digest,
+    tensor_entry,
+)
 from svdq_cli.source.single_file import open_single_file
 from svdq_cli.source.tensors import TensorEntry, is_finite
 
@@ -42,6 +49,7 @@ __all__ = [
     "read_json",
     "read_tensor",
     "source_digest",
+    "tensor_entry",
     "weight_files",
 ]
 

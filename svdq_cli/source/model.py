@@ -16,8 +16,7 @@ from torch import Tensor
 
 from svdq_cli.errors import InputError
 from svdq_cli.overlap import made_ahead
-from svdq_cli.source.tensors import TensorEntry, entry_bytes
-from svdq_cli.tensor_file import bytes_of
+from svdq_cli.source.tensors import TensorEntry, content_sha256, entry_bytes
 
 COMPONENTS = ("transformer", "unet")
 # Threads that hash weights; few, because each holds a tensor.
@@ -54,6 +53,11 @@ class Source:
 
 def read_tensor(source: Source, name: str) -> Tensor:
     """One tensor. Raises InputError if its file is damaged or the name is missing."""
+    return tensor_entry(source, name).read()
+
+
+def tensor_entry(source: Source, name: str) -> TensorEntry:
+    """One tensor, not yet read. Raises InputError if the name is missing."""
     entry = source.tensors.get(name)
     if entry is None:
         raise InputError(
@@ -61,7 +65,7 @@ def read_tensor(source: Source, name: str) -> Tensor:
             hint="the checkpoint is incomplete or of another model class; download it again",
             where=name,
         )
-    return entry.read()
+    return entry
 
 
 def source_digest(source: Source, stop: threading.Event | None = None) -> str:
@@ -72,16 +76,12 @@ def source_digest(source: Source, stop: threading.Event | None = None) -> str:
     """
     digest = hashlib.sha256(json.dumps(described_config(source.config), sort_keys=True).encode())
     for (name, entry), content in made_ahead(
-        sorted(source.tensors.items()), _tensor_digest, threads=_HASHERS
+        sorted(source.tensors.items()), lambda named: content_sha256(named[1]), threads=_HASHERS
     ):
         if stop is not None and stop.is_set():
             raise CancelledError
         digest.update(f"{name} {entry.dtype} {list(entry.shape)} {content}\n".encode())
     return digest.hexdigest()
-
-
-def _tensor_digest(named: tuple[str, TensorEntry]) -> str:
-    return hashlib.sha256(bytes_of(named[1].read()).numpy().data).hexdigest()
 
 
 def described_config(config: Mapping[str, object]) -> dict[str, object]:

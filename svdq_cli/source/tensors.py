@@ -5,6 +5,7 @@ Every kind of entry says its shape and dtype without touching the weights, and `
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from svdq_cli.errors import InputError
-from svdq_cli.tensor_file import DTYPE_OF_NAME, bytes_of, read_at
+from svdq_cli.tensor_file import DTYPE_OF_NAME, bytes_of, read_at, read_into
 
 DTYPE_BYTES = {
     **dict.fromkeys(("F64", "I64", "U64"), 8),
@@ -22,6 +23,7 @@ DTYPE_BYTES = {
     **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
     **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1),
 }
+HASHED_AT_ONCE = 1 << 24  # bytes; with fewer, each block would wait again for other threads of Python
 SIXTEEN_BIT_OR_MORE = ("F16", "BF16", "F32")
 
 
@@ -56,6 +58,13 @@ def is_finite(tensor: Tensor) -> bool:
     return tensor.numel() == 0 or bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 
+def content_sha256(entry: TensorEntry) -> str:
+    """Of the bytes that `entry.read()` returns. What lies in a file as it is read does not come into memory whole."""
+    if isinstance(entry, StoredTensor):
+        return entry.sha256()
+    return hashlib.sha256(bytes_of(entry.read()).numpy().data).hexdigest()
+
+
 def entry_bytes(entry: TensorEntry) -> int:
     """The size of a tensor once it is read."""
     return math.prod(entry.shape) * DTYPE_BYTES.get(entry.dtype, 0)
@@ -78,6 +87,22 @@ class StoredTensor:
         start, stop, _ = slice(start, stop).indices(self.shape[0])
         row = math.prod(self.shape[1:]) * DTYPE_BYTES.get(self.dtype, 0)
         return self._read((max(stop - start, 0), *self.shape[1:]), skip=start * row)
+
+    def sha256(self) -> str:
+        """Of its bytes, some of them in memory at a time."""
+        digest, left = hashlib.sha256(), entry_bytes(self)
+        block = torch.empty(min(left, HASHED_AT_ONCE), dtype=torch.uint8)
+        try:
+            with self.file.open("rb", buffering=0) as file:
+                file.seek(self.offset)
+                while left:
+                    part = block[:left]
+                    read_into(file, part)
+                    digest.update(part.numpy().data)
+                    left -= len(part)
+        except (OSError, ValueError) as error:
+            raise self._unreadable(error) from error
+        return digest.hexdigest()
 
     def _read(self, shape: tuple[int, ...], *, skip: int) -> Tensor:
         """Into memory of its own: pages of a mapped file would count as the process's, for as long as any is in use."""
@@ -174,4 +199,13 @@ class RowsTensor:
         return torch.cat([part.entry.read_rows(part.start, part.stop) for part in self.parts])
 
     def read_rows(self, start: int, stop: int) -> Tensor:
-        return self.read()[start:stop]
+        found: list[Tensor] = []
+        first, last, _ = slice(start, stop).indices(self.shape[0])
+        before = 0  # rows of the parts that come earlier
+        for part in self.parts:
+            begin = part.start + max(first - before, 0)
+            end = min(part.start + last - before, part.stop)
+            if begin < end or (first >= last and not found):
+                found.append(part.entry.read_rows(begin, max(begin, end)))
+            before += part.stop - part.start
+        return torch.cat(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,8 +15,9 @@ from torch import Tensor
 from svdq_cli.errors import InputError
 from svdq_cli.pipeline import check, convert
 from svdq_cli.recipe import default_recipe, with_overrides
-from svdq_cli.source import Source, open_source, read_tensor, source_digest
+from svdq_cli.source import Source, open_source, read_header, read_tensor, source_digest, tensors
 from svdq_cli.source.original_names import FLUX1
+from svdq_cli.source.tensors import Rows, RowsTensor, content_sha256
 from tests.source.originals import original_state
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
@@ -304,3 +306,26 @@ def test_one_row_range_is_read_without_the_rest(tiny_flux: Path, tmp_path: Path)
         entry = source.tensors[name]
         assert torch.equal(entry.read(), weights_of(tiny_flux)[name])
         assert torch.equal(entry.read_rows(2, 7), weights_of(tiny_flux)[name][2:7])
+
+
+def test_rows_are_those_of_the_whole_tensor_over_the_borders_of_its_parts(tmp_path: Path):
+    """As of a fused matrix whose halves are swapped."""
+    stored = torch.arange(48.0).reshape(12, 4)
+    save_file({"fused": stored}, tmp_path / "a.safetensors")
+    (entry,) = read_header(tmp_path / "a.safetensors").values()
+    swapped = RowsTensor((Rows(entry, 7, 12), Rows(entry, 2, 5)))
+    whole = torch.cat([stored[7:12], stored[2:5]])
+    assert torch.equal(swapped.read(), whole)
+    for start in range(9):
+        for stop in range(12):
+            assert torch.equal(swapped.read_rows(start, stop), whole[start:stop]), (start, stop)
+
+
+def test_content_is_hashed_in_blocks_to_the_digest_of_the_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(tensors, "HASHED_AT_ONCE", 100)
+    save_file({"a": torch.randn(7, 13), "empty": torch.zeros(0, 3)}, tmp_path / "a.safetensors")
+    for entry in read_header(tmp_path / "a.safetensors").values():
+        content = entry.read().numpy().tobytes()
+        assert content_sha256(entry) == hashlib.sha256(content).hexdigest()

@@ -1,0 +1,20 @@
+"""All layers of a small model, data-free and in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from svdq_cli.conversion.solving import solve_into, solved_layers
+from svdq_cli.journal import WorkFolder
+from svdq_cli.preparing import Prepared
+from svdq_cli.records import LayerSolution, ignore_events
+
+
+def solved_in(folder: Path, prepared: Prepared) -> dict[str, LayerSolution]:
+    """By way of a work folder."""
+    folder.mkdir()
+    work = WorkFolder(folder)
+    solve_into(work, prepared, None, torch.device("cpu"), ignore_events)
+    return dict(solved_layers(prepared.plan, work, data_free=True)[0])
