@@ -324,7 +324,7 @@ def whole_output(path: Path, *, overwrite: bool) -> Generator[Path, None, None]:
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield partial
-            _sync(partial)
+            sync_files(partial)
             refuse_existing(path, overwrite=overwrite)  # another process may have been faster
             if os.path.lexists(path):
                 old = path.with_name(f".{path.name}.old-{os.getpid()}")
@@ -394,8 +394,8 @@ def copy_pipeline(source: Path, target: Path, *, skip: str) -> None:
         shutil.copyfile(text, target / text.name)
 
 
-def _sync(path: Path) -> None:
-    """Force every file to the disk before the rename makes it visible."""
+def sync_files(path: Path) -> None:
+    """Force every file to the disk, as must be done before a rename makes it visible."""
     for file in [path, *path.rglob("*")]:
         if file.is_file():
             with file.open("r+b") as opened:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -12,6 +13,7 @@ from svdq_cli.card import CARD_FILE, card_path
 from svdq_cli.checking import require_sound
 from svdq_cli.conversion.weights import require_finite
 from svdq_cli.encoders import quantize_encoder
+from svdq_cli.overlap import made_meanwhile
 from svdq_cli.preparing import Prepared
 from svdq_cli.recipe import Recipe, figure_of
 from svdq_cli.records import ConvertReport, Event, Observer, OutputFile, to_json
@@ -21,6 +23,7 @@ from svdq_cli.writing import (
     output_file,
     replace_weights,
     report_path,
+    sync_files,
     whole_output,
     write_report,
     write_target,
@@ -58,14 +61,28 @@ def finished_outputs(
         started = time.monotonic()
         weights = _pack(prepared, partials, contents, observe)
         packed = time.monotonic()
-        for partial in partials:
-            require_sound(partial, prepared.source, observe)
+        with made_meanwhile(lambda stop: _on_disk(prepared.targets, paths, partials, weights, stop)) as facts:
+            for partial in partials:
+                require_sound(partial, prepared.source, observe)
+            files = facts.result()
         checked = time.monotonic()
-        files = tuple(
-            output_file(target.format, path, written)
-            for target, path, written in zip(prepared.targets, paths, weights, strict=True)
-        )
         yield Outputs(files, packed - started, checked - packed, partials, prepared.targets)
+
+
+def _on_disk(
+    targets: Sequence[Target],
+    paths: Sequence[Path],
+    partials: Sequence[Path],
+    weights: Sequence[Sequence[Path]],
+    stop: threading.Event,
+) -> tuple[OutputFile, ...]:
+    """The outputs written to the disk, which waits while others compute, and their facts."""
+    facts: list[OutputFile] = []
+    for target, path, partial, files in zip(targets, paths, partials, weights, strict=True):
+        if not stop.is_set():
+            sync_files(partial)
+            facts.append(output_file(target.format, path, files))
+    return tuple(facts)
 
 
 def write_reports_beside(
