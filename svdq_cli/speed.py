@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -24,14 +25,15 @@ from svdq_cli.gpu.compile import cache_folder
 from svdq_cli.records import Int4, Linear, W4A4Plan, W4A4Solution
 from svdq_cli.solve.costs import Rates
 from svdq_cli.solve.learned import STEPS, learn_smoothing
-from svdq_cli.solve.low_rank import OVERSAMPLE, POWER_ITERATIONS, split_low_rank
+from svdq_cli.solve.low_rank import OVERSAMPLE
 from svdq_cli.solve.quantizers import fake_quantize_weight
 from svdq_cli.solve.rebuild import weight_error
 from svdq_cli.solve.rounding import gptq_weight
 
-SIDE = 1024  # of the square matrices that are measured: past a core's caches, and still quick
+SIDE = 1024  # of matrices on which much is computed
+LARGE = 3072  # of those that are read and written once: past all caches, as the weights of large layers are
 RANK = 32
-LEAST_SECONDS = 0.25  # an operation is repeated for so long; its best time counts
+LEAST_SECONDS = 0.25  # an operation is repeated for so long; the middle of its times counts
 FRESH_FOR = 24 * 3600.0  # seconds
 FILE_BYTES = 64 * 2**20
 
@@ -75,34 +77,34 @@ def measure_speed(device: torch.device, dtype: torch.dtype, disk: Path) -> Speed
 def _solve_rates(device: torch.device) -> Rates:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(SIDE, SIDE, generator=generator).to(device)
-    size = weight.numel()
     dtype, precision = torch.bfloat16, Int4()
-    columns = RANK + OVERSAMPLE
-    sketch = (2 * POWER_ITERATIONS + 2) * 2 * size * columns + (
-        2 * POWER_ITERATIONS + 3
-    ) * 4 * SIDE * columns**2
+    tiny = torch.ones(8, device=device)
+    large = torch.randn(LARGE, LARGE, generator=generator).to(device)
+    few = torch.randn(LARGE, RANK + OVERSAMPLE, generator=generator).to(device)
     narrow = weight[:, :64].contiguous()  # one block of columns: no update of those behind it
     tall = narrow.repeat(4, 1)
     identity = torch.eye(64, device=device)
     spread = (weight @ weight.T).double() / SIDE + torch.eye(SIDE, device=device).double()
     rows = weight[:256]
-    solution = _solution(weight)
-    tiny = torch.ones(8, device=device)
+    solution = _solution(large)
 
-    def best(function: Callable[[], object]) -> float:
+    def typical(function: Callable[[], object]) -> float:
         return _seconds(function, device)
 
     return Rates(
         matmul=_matmul_rate(device, torch.float32),
-        sketch=sketch / best(lambda: split_low_rank(weight, rank=RANK, seed=0)),
-        quantized=size / best(lambda: fake_quantize_weight(weight, precision, dtype=dtype)),
-        compared=size / best(lambda: weight_error(solution, weight)),
+        sketch=4 * large.numel() * few.shape[1] / typical(lambda: (few.T @ large, large @ few)),
+        bases=4 * few.numel() * few.shape[1] / typical(lambda: torch.linalg.qr(few)),
+        quantized=large.numel() / typical(lambda: fake_quantize_weight(large, precision, dtype=dtype)),
+        compared=large.numel() / typical(lambda: weight_error(solution, large)),
         gptq=tall.numel()
-        / best(lambda: gptq_weight(tall, identity, precision, dtype=dtype, parts=(len(tall),))),
-        factored=SIDE**3 / best(lambda: torch.linalg.cholesky(spread)) / 1.5,  # inverses take twice as long
+        / typical(lambda: gptq_weight(tall, identity, precision, dtype=dtype, parts=(len(tall),))),
+        factored=SIDE**3
+        / typical(lambda: torch.linalg.cholesky(spread))
+        / 1.5,  # inverses take twice as long
         learned=SIDE
         * STEPS
-        / best(
+        / typical(
             lambda: learn_smoothing(
                 torch.ones(SIDE, device=device),
                 weight,
@@ -113,7 +115,7 @@ def _solve_rates(device: torch.device) -> Rates:
                 seed=0,
             )
         ),
-        calls=100 / best(lambda: [tiny.add(1) for _ in range(100)]),
+        calls=100 / typical(lambda: [tiny.add(1) for _ in range(100)]),
     )
 
 
@@ -157,7 +159,7 @@ def _disk_rates(folder: Path) -> tuple[float, float]:
 
 
 def _seconds(function: Callable[[], object], device: torch.device) -> float:
-    """The best of several runs, after one that nobody counts."""
+    """The middle of several runs, after one that nobody counts."""
     function()
     times: list[float] = []
     while sum(times) < LEAST_SECONDS or len(times) < 2:
@@ -166,7 +168,7 @@ def _seconds(function: Callable[[], object], device: torch.device) -> float:
         function()
         _finish(device)
         times.append(time.perf_counter() - started)
-    return min(times)
+    return median(times)
 
 
 def _finish(device: torch.device) -> None:

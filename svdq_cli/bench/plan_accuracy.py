@@ -2,15 +2,14 @@
 
     python -m svdq_cli.bench.plan_accuracy [--folder DIR] [--only NAME ...]
 
-Every conversion runs in a process of its own. Where other programs take the machine, the processor time (with one
-thread, OMP_NUM_THREADS=1) says more than the clock. Prints a Markdown table; takes some minutes and 2 GB of disk.
+Every conversion runs in a process of its own, and nothing else should run meanwhile. Prints a Markdown table; takes
+some minutes and 2 GB of disk.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -57,9 +56,6 @@ class Row:
 
     name: str
     seconds: tuple[float, float]
-    cpu_seconds: tuple[
-        float, float
-    ]  # the same prediction against the processor time of the conversion's process
     ram: tuple[float, float]  # bytes
     disk: tuple[float, float]  # bytes
     output: tuple[float, float]  # bytes
@@ -76,16 +72,10 @@ def measure(configuration: Configuration, folder: Path) -> Row:
     _run([*command, "--plan"])  # the first one measures the machine
     plan = _run([*command, "--plan"])
     with _largest(folder / ".out.work", out, folder) as disk:
-        before = os.times()
         report = _run(command)
-        after = os.times()
     row = Row(
         configuration.name,
         (plan["seconds"], report["seconds"]["total"]),
-        (
-            plan["seconds"],
-            after.children_user + after.children_system - before.children_user - before.children_system,
-        ),
         (plan["ram_bytes"], report["peak"]["ram_bytes"]),
         (plan["disk_bytes"], disk[0]),
         (plan["bytes"]["output"], report["bytes"]["output"]),
@@ -128,13 +118,10 @@ def _largest(work: Path, out: Path, folder: Path) -> Iterator[list[int]]:
 
 
 def _bytes(path: Path) -> int:
-    total = 0
-    for file in path.rglob("*"):
-        try:
-            total += file.stat().st_size if file.is_file() else 0
-        except FileNotFoundError:  # renamed meanwhile
-            continue
-    return total
+    try:
+        return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    except FileNotFoundError:  # renamed meanwhile; the next look will tell
+        return 0
 
 
 def table(rows: list[Row]) -> str:
@@ -145,13 +132,12 @@ def table(rows: list[Row]) -> str:
         return f"{predicted / unit:.{digits}f} / {seen / unit:.{digits}f} ({predicted / max(seen, 1e-9):.2f})"
 
     lines = [
-        "| configuration | seconds | processor seconds | RAM, MB | disk, MB | output, MB |",
-        "|---|---|---|---|---|---|",
+        "| configuration | seconds | RAM, MB | disk, MB | output, MB |",
+        "|---|---|---|---|---|",
     ]
     for row in rows:
         cells = (
             cell(row.seconds, 1, 1),
-            cell(row.cpu_seconds, 1, 1),
             *(cell(pair, 1e6, 0) for pair in (row.ram, row.disk, row.output)),
         )
         lines.append(f"| {row.name} | {' | '.join(cells)} |")

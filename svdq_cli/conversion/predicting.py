@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from svdq_cli.allocator import return_freed_memory
 from svdq_cli.calibrate.artefact import Calibration, open_calibration
 from svdq_cli.calibrate.budget import rows_within, statistics_bytes
 from svdq_cli.conversion.backoff import Need, Way, need_of, open_ways, stored_itemsize, too_large, ways_on
@@ -19,7 +20,7 @@ from svdq_cli.conversion.block_forecast import BlockForecast, block_forecast, la
 from svdq_cli.conversion.calibrating import input_widths
 from svdq_cli.conversion.fitting import free_ram, free_vram
 from svdq_cli.conversion.recording import can_record
-from svdq_cli.conversion.solving import portions_at_once
+from svdq_cli.conversion.solving import SPARED, portions_at_once
 from svdq_cli.errors import OutOfResourcesError
 from svdq_cli.loading import compute_dtype
 from svdq_cli.machine import resident_ram, resolve_device
@@ -45,6 +46,10 @@ from svdq_cli.solve.costs import Work, solve_work, waiting_bytes
 from svdq_cli.speed import Speed, speed_of
 from svdq_cli.tokens import forward_bytes, image_tokens, text_tokens
 from svdq_cli.writing import existing
+
+STARTING = (
+    0.3  # what a pipeline's other parts take to import and build, over what diffusers and the plan take
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +110,7 @@ def predict(
     side_by_side = portions_at_once(device, data_free=data_free)
     with torch_threads(1 if side_by_side else torch.get_num_threads()):
         speed = speed_of(device, compute_dtype(device), existing(out))
+    return_freed_memory()  # of measuring: what this process holds now is what a conversion begins with
     stages = stage_seconds(job, speed, preparing, at_once=max(1, side_by_side))
     return PlanReport(
         model=model_facts(prepared, None),
@@ -133,7 +139,7 @@ def stage_seconds(job: Forecast, speed: Speed, preparing: float, *, at_once: int
     prepared = job.prepared
     source, packed = prepared.source.bytes, sum(t.bytes(prepared.inventory.state) for t in prepared.targets)
     digest = source / speed.hashed + source / speed.read
-    calibrate = _calibrate_seconds(job, speed) if job.draws else 0.0
+    calibrate = _calibrate_seconds(job, speed) + STARTING * preparing if job.draws else 0.0
     kept = work_bytes(prepared.plan, prepared.settings.dtype)
     solve = speed.solve.seconds(_solve_work(job)) / at_once + kept / speed.write
     if job.tunes_blocks:
@@ -219,12 +225,18 @@ def ram_bytes(job: Forecast) -> int:
 
 
 def _solving_bytes(job: Forecast) -> list[int]:
-    """Of every portion alone, and of those that are solved side by side where there is memory for them."""
-    portions, at_once = _portions(job), portions_at_once(job.device, data_free=job.data_free)
-    alone = [_waiting_bytes(job, portion) + _planned(job, portion)[1].ram for portion in portions]
-    room = free_ram(job.options)
-    together = (sum(alone[first : first + at_once]) for first in range(len(alone)))
-    return [*alone, *(needed for needed in together if needed <= room)]
+    """Of every portion with what waits beside it; or of the largest that are solved side by side, as many as there is
+    memory for."""
+    portions = _portions(job)
+    needs = [_planned(job, portion)[1].ram for portion in portions]
+    at_once = portions_at_once(job.device, data_free=job.data_free)
+    if not at_once:
+        return [need + _waiting_bytes(job, each) for need, each in zip(needs, portions, strict=True)]
+    room = (1 - SPARED) * free_ram(job.options)
+    largest = sorted(needs, reverse=True)[:at_once]
+    fitting = [sum(largest[:count]) for count in range(1, at_once + 1)]
+    together = max((needed for needed in fitting if needed <= room), default=largest[0])
+    return [together + max(_packed_bytes(job, portion) for portion in portions)]
 
 
 def vram_bytes(job: Forecast) -> int | None:
@@ -311,6 +323,12 @@ def _waiting_bytes(job: Forecast, portion: SharedInput) -> int:
     plans = {name: job.prepared.plan.layer(name) for name in portion.layers}
     pinned = job.device.type == "cuda"
     return waiting_bytes(portion, plans, itemsize=stored_itemsize(job.prepared), pinned=pinned)
+
+
+def _packed_bytes(job: Forecast, portion: SharedInput) -> int:
+    """Of a portion that is solved and waits to be written: its codes, and they packed."""
+    linears = [job.prepared.plan.layer(name).linear for name in portion.layers]
+    return sum(3 * linear.out_features * linear.in_features // 2 for linear in linears)
 
 
 def _drawing_stages(job: Forecast, *, cpu: bool, batch: int | None = None) -> list[int]:

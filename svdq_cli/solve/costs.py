@@ -32,7 +32,8 @@ class Work:
     """Counts of operations that run at rates of their own."""
 
     matmul: float = 0.0  # floating point operations of large products, float32
-    sketch: float = 0.0  # the same of the randomized SVD: products with few columns, and their QR
+    sketch: float = 0.0  # the same of the randomized SVD: products with few columns
+    bases: float = 0.0  # the same of those columns' QR
     quantized: float = 0.0  # numbers rounded to nearest, scales included
     compared: float = (
         0.0  # numbers of a rebuilt weight, or of an output, that are compared with the exact ones
@@ -40,7 +41,9 @@ class Work:
     gptq: float = 0.0  # weights rounded one column after the other
     factored: float = 0.0  # K^3 of every float64 Cholesky factor or inverse
     learned: float = 0.0  # K of every step that learns the smoothing factor
-    calls: float = 0.0  # operations, however small: what tiny layers cost
+    calls: float = (
+        0.0  # additions of a few numbers: what operations cost however small they are, Python included
+    )
 
     def __add__(self, other: Work) -> Work:
         return Work(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
@@ -68,19 +71,23 @@ def solve_work(
     return total
 
 
+# What rounding to e2m1 takes over rounding to integers, by which it is measured: its steps depend on the number.
+NVFP4_ROUNDING = 10
+
 Shapes = list[tuple[int, int]]  # of every branch: N, R
 
 
 def _w4a4_work(shapes: Shapes, width: int, settings: SolveSettings, rows: int, precision: Precision) -> Work:
     n = sum(count for count, _ in shapes)
     size = n * width
-    final = _split(shapes, width, POWER_ITERATIONS) + Work(quantized=size, calls=40)
-    report = Work(compared=size, calls=40) + (_output(n, width, rows) if rows else Work())
+    rounded = size * (NVFP4_ROUNDING if isinstance(precision, NvFp4) else 1)
+    final = _split(shapes, width, POWER_ITERATIONS) + Work(quantized=rounded, calls=200)
+    report = Work(compared=size, calls=200) + (_output(n, width, rows) if rows else Work())
     if not rows:
         return final + report
     search = min(rows, SEARCH_ROWS)
     point = _split(shapes, width, SEARCH_POWER_ITERATIONS) + Work(
-        matmul=4 * search * size, quantized=size + search * width, calls=60
+        matmul=4 * search * size, quantized=rounded + size + search * width, calls=500
     )
     points = len(GRID) if settings.smoothing == "grid" else 0
     total = point * points + Work(matmul=2 * search * size if points else 0) + final + report
@@ -113,7 +120,7 @@ def _step_work(step: str, shapes: Shapes, width: int, train: int, final: Work, p
                 quantized=train * width,
                 gptq=3 * size if dear else size,
                 factored=3 * width**3,
-                calls=(68 if dear else 22) * width,
+                calls=(90 if dear else 30) * width,
             )
         case "scales":  # counted with gptq, which is measured with them
             return Work()
@@ -128,7 +135,12 @@ def _w4a16_work(plan: W4A16Plan, settings: SolveSettings, rows: int) -> Work:
     n, width = plan.linear.out_features, plan.linear.in_features
     report = Work(compared=n * width) + (_output(n, width, rows) if rows else Work())
     if rows and "gptq" in settings.steps:
-        solved = Work(matmul=2 * rows * width**2 + n * width**2, gptq=2 * n * width, factored=3 * width**3)
+        solved = Work(
+            matmul=2 * rows * width**2 + n * width**2,
+            gptq=2 * n * width,
+            factored=3 * width**3,
+            calls=40 * width,
+        )
     else:
         solved = Work(quantized=8 * n * width, calls=100)  # five candidates, then fitted
     return solved + report
@@ -145,9 +157,10 @@ def _split(shapes: Shapes, width: int, power_iterations: int) -> Work:
     for n, rank in shapes:
         columns = min(rank + OVERSAMPLE, n, width)
         products = (2 * power_iterations + 2) * 2 * n * width * columns
-        bases = ((power_iterations + 1) * n + (power_iterations + 2) * width) * 4 * columns**2
-        calls = 10 * (2 * power_iterations + 3)
-        total += Work(sketch=products + bases, matmul=2 * n * width * rank, calls=calls)
+        # the SVD of what is left, (columns, K), takes five times as long as its QR
+        bases = ((power_iterations + 1) * n + (power_iterations + 5) * width) * 4 * columns**2
+        calls = 25 * (2 * power_iterations + 3)
+        total += Work(sketch=products, bases=bases, matmul=2 * n * width * rank, calls=calls)
     return total
 
 
@@ -157,6 +170,7 @@ class Rates:
 
     matmul: float
     sketch: float
+    bases: float
     quantized: float
     compared: float
     gptq: float
@@ -172,6 +186,7 @@ class Rates:
 NOMINAL = Rates(
     matmul=50e9,
     sketch=20e9,
+    bases=15e9,
     quantized=100e6,
     compared=50e6,
     gptq=5e6,
