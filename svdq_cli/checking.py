@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
+
+import torch
+from torch import Tensor
 
 from svdq_cli.checkpoint import TORCH_DTYPES, Checkpoint, open_checkpoint, specs_of_headers
 from svdq_cli.errors import CheckFailedError, InputError
@@ -21,7 +25,7 @@ from svdq_cli.records import (
     ignore_events,
 )
 from svdq_cli.solve.rebuild import WeightError, bias_error, weight_error
-from svdq_cli.source import Source, is_finite, read_tensor
+from svdq_cli.source import Source, TensorEntry, is_finite, read_tensor, tensor_entry
 
 # Rounding and every search leave a cosine of 0.98 and more (the lowest of 1,218 layers of tiny models of all families,
 # calibrated on a handful of rows). Numbers in a wrong order have one of 0. In between, with room for layers that nobody
@@ -124,6 +128,27 @@ def _examined(
     return problems, errors
 
 
+@dataclass(frozen=True, slots=True)
+class _StoredRows:
+    """A weight of the source as a matrix (N, K), read some rows at a time; a 1x1 convolution has (N, K, 1, 1)."""
+
+    entry: TensorEntry
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((self.entry.shape[0], math.prod(self.entry.shape[1:])))
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def __len__(self) -> int:
+        return self.entry.shape[0]
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        return self.entry.read_rows(rows.start, rows.stop).flatten(1)
+
+
 def _verdict(
     checkpoint: Checkpoint, source: Source | None, plan: LayerPlan, recorded: float | None
 ) -> _Verdict:
@@ -134,7 +159,7 @@ def _verdict(
         return _Verdict((CheckProblem(plan.name, error.message),))
     if source is None:
         return _Verdict(())
-    weight = read_tensor(source, f"{plan.name}.weight").flatten(1)  # a 1x1 convolution is (N, K, 1, 1)
+    weight = _StoredRows(tensor_entry(source, f"{plan.name}.weight"))
     bias = read_tensor(source, f"{plan.name}.bias") if plan.linear.bias else None
     error = weight_error(solution, weight)
     problems = tuple(_differences(plan, error, bias_error(solution, bias), recorded))

@@ -6,11 +6,14 @@ columns apart. Scales, zero points and bias stay in their natural order.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from svdq_cli.pack.tiles import Layout, require_shape
 
+_BLOCK = 1 << 20  # codes at a time: what that takes stays in the cache
 _LOW = 0x0F0F0F0F0F0F0F0F  # of eight bytes, the lower half of each
 
 
@@ -21,16 +24,11 @@ def pack_w4a16_codes(codes: Tensor) -> Tensor:
     if least < 0 or most > 15:
         raise ValueError(f"W4A16 codes must lie in 0..15, but lie in {least}..{most}")
     rows, columns = codes.shape
-    runs = codes.to(torch.uint8).contiguous().view(torch.int64).reshape(rows, columns // 32, 2, 2)
-    pairs = (runs[..., 1] << 4).bitwise_or_(runs[..., 0]).view(torch.uint8)  # (rows, columns / 32, 2 x 8)
-    low, high = pairs[..., :8].to(torch.int16), pairs[..., 8:].to(torch.int16)
-    words = (high << 8).bitwise_or_(low)
-    return (
-        _lines(rows, columns)
-        .apply(words.view(torch.int64))
-        .view(torch.int32)
-        .reshape(rows // 4, columns // 2)
-    )
+    words = torch.empty(rows, columns // 4, dtype=torch.int16, device=codes.device)
+    for some in _row_blocks(rows, columns):
+        words[some] = _joined(codes[some])
+    lines = _lines(rows, columns).apply(words.view(torch.int64)).view(torch.int32)
+    return lines.reshape(rows // 4, columns // 2)
 
 
 def unpack_w4a16_codes(qweight: Tensor) -> Tensor:
@@ -39,10 +37,11 @@ def unpack_w4a16_codes(qweight: Tensor) -> Tensor:
     _require_int32(qweight)
     rows, columns = qweight.shape[0] * 4, qweight.shape[1] * 2
     words = _lines(rows, columns).undo(qweight.contiguous().view(torch.int64)).view(torch.int16)
-    words = words.reshape(rows, columns // 32, 8)
-    pairs = torch.stack((words & 0xFF, (words >> 8) & 0xFF), dim=-2).to(torch.uint8).view(torch.int64)
-    runs = torch.stack((pairs & _LOW, (pairs >> 4) & _LOW), dim=-1)  # (rows, columns / 32, 2, 1, 2)
-    return runs.view(torch.uint8).reshape(rows, columns)
+    words = words.reshape(rows, columns // 4)
+    codes = torch.empty(rows, columns, dtype=torch.uint8, device=qweight.device)
+    for some in _row_blocks(rows, columns):
+        codes[some] = _split(words[some])
+    return codes
 
 
 def pack_w4a16_scales(scales: Tensor) -> Tensor:
@@ -70,6 +69,30 @@ def deinterleave_adanorm(rows: Tensor, *, parts: int) -> Tensor:
     """(N, ...) -> (N, ...). The inverse of `interleave_adanorm`."""
     _require_parts(rows, parts)
     return rows.unflatten(0, (-1, parts)).transpose(0, 1).flatten(0, 1)
+
+
+def _joined(codes: Tensor) -> Tensor:
+    """(N, K) in 0..15 -> (N, K/4) int16, words in natural order: of the 32 columns from c on, word w holds columns
+    c + w, c + 8 + w, c + 16 + w and c + 24 + w, the first in the lowest bits."""
+    rows, columns = codes.shape
+    runs = codes.to(torch.uint8).contiguous().view(torch.int64).reshape(rows, columns // 32, 2, 2)
+    pairs = (runs[..., 1] << 4).bitwise_or_(runs[..., 0]).view(torch.uint8)  # (N, K/32, 2 x 8)
+    low, high = pairs[..., :8].to(torch.int16), pairs[..., 8:].to(torch.int16)
+    return (high << 8).bitwise_or_(low).reshape(rows, columns // 4)
+
+
+def _split(words: Tensor) -> Tensor:
+    """The inverse of `_joined`."""
+    rows, columns = words.shape[0], 4 * words.shape[1]
+    words = words.reshape(rows, columns // 32, 8)
+    pairs = torch.stack((words & 0xFF, (words >> 8) & 0xFF), dim=-2).to(torch.uint8).view(torch.int64)
+    runs = torch.stack((pairs & _LOW, (pairs >> 4) & _LOW), dim=-1)  # (N, K/32, 2, 1, 2)
+    return runs.view(torch.uint8).reshape(rows, columns)
+
+
+def _row_blocks(rows: int, columns: int) -> Iterator[slice]:
+    step = max(1, _BLOCK // columns)
+    return (slice(start, start + step) for start in range(0, rows, step))
 
 
 def _require_int32(qweight: Tensor) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from svdq_cli.records import LayerSolution, W4A4Solution, W4A16Solution
 from svdq_cli.solve.modulation import dequantize_w4a16
-from svdq_cli.solve.quantizers import QuantizedWeight, dequantize_weight, row_blocks
+from svdq_cli.solve.quantizers import QuantizedWeight, Rows, dequantize_weight, row_blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ def relative_error(solution: LayerSolution, weight: Tensor) -> float:
     return _relative(error, exact)
 
 
-def weight_error(solution: LayerSolution, weight: Tensor) -> WeightError:
+def weight_error(solution: LayerSolution, weight: Rows) -> WeightError:
     """`weight` (N, K): the 16-bit layer's. Some rows at a time, so that memory does not grow with the layer."""
     smooth = _smooth_of(solution)
     sums = _Sums(weight.shape[1], weight.device, by_column=smooth is not None)
