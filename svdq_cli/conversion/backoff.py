@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 
 from svdq_cli.allocator import return_freed_memory
-from svdq_cli.conversion.fitting import free_ram
+from svdq_cli.conversion.fitting import UNCOUNTED, free_ram
 from svdq_cli.errors import OutOfResourcesError, as_out_of_memory
 from svdq_cli.machine import available_ram, resident_ram
 from svdq_cli.preparing import Prepared, RunOptions
@@ -153,8 +153,8 @@ def too_large(
     ram, vram = min(each.ram for each in on_device), min(each.vram for each in on_device)
     if options.max_vram is not None and vram > options.max_vram:
         needed, option, limit = vram, "--max-vram", options.max_vram
-    elif options.max_ram is not None and resident_ram() + ram > options.max_ram:
-        needed, option, limit = resident_ram() + ram, "--max-ram", options.max_ram
+    elif options.max_ram is not None and ram > options.max_ram - resident_ram() - UNCOUNTED:
+        needed, option, limit = resident_ram() + UNCOUNTED + ram, "--max-ram", options.max_ram
     else:
         return OutOfResourcesError(
             f"{layer}: solving it takes {ram / 1e9:.2f} GB of memory, and {available_ram() / 1e9:.2f} GB are free",

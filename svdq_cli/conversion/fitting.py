@@ -19,6 +19,7 @@ from svdq_cli.tokens import forward_bytes, image_tokens, text_tokens
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+UNCOUNTED = 48 * 2**20  # bytes of host memory that no prediction knows of: blocks of files, Python's objects
 SHARES = (1.0, 0.5, 0.0)  # of the room for weights, one after the other where memory runs out after all
 
 T = TypeVar("T")
@@ -73,7 +74,7 @@ def first_that_fits(
 def free_ram(options: RunOptions) -> int:
     """Bytes of host memory that this process may still take, `--max-ram` kept."""
     ram = available_ram()
-    return ram if options.max_ram is None else min(ram, options.max_ram - resident_ram())
+    return ram if options.max_ram is None else min(ram, options.max_ram - resident_ram() - UNCOUNTED)
 
 
 def free_vram(device: torch.device, options: RunOptions) -> int:

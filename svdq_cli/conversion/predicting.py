@@ -42,7 +42,7 @@ from svdq_cli.preparing import (
 )
 from svdq_cli.recipe import Recipe, resolved
 from svdq_cli.records import PlanReport, PlanSeconds, SharedInput, W4A16Plan
-from svdq_cli.solve.costs import Work, solve_work, waiting_bytes
+from svdq_cli.solve.costs import Work, packed_bytes, solve_work, waiting_bytes
 from svdq_cli.speed import Speed, speed_of
 from svdq_cli.tokens import forward_bytes, image_tokens, text_tokens
 from svdq_cli.writing import existing
@@ -236,7 +236,8 @@ def _solving_bytes(job: Forecast) -> list[int]:
     largest = sorted(needs, reverse=True)[:at_once]
     fitting = [sum(largest[:count]) for count in range(1, at_once + 1)]
     together = max((needed for needed in fitting if needed <= room), default=largest[0])
-    return [together + max(_packed_bytes(job, portion) for portion in portions)]
+    plans = {layer.name: layer for layer in job.prepared.plan.layers}
+    return [together + max(packed_bytes(portion, plans) for portion in portions)]
 
 
 def vram_bytes(job: Forecast) -> int | None:
@@ -323,12 +324,6 @@ def _waiting_bytes(job: Forecast, portion: SharedInput) -> int:
     plans = {name: job.prepared.plan.layer(name) for name in portion.layers}
     pinned = job.device.type == "cuda"
     return waiting_bytes(portion, plans, itemsize=stored_itemsize(job.prepared), pinned=pinned)
-
-
-def _packed_bytes(job: Forecast, portion: SharedInput) -> int:
-    """Of a portion that is solved and waits to be written: its codes, and they packed."""
-    linears = [job.prepared.plan.layer(name).linear for name in portion.layers]
-    return sum(3 * linear.out_features * linear.in_features // 2 for linear in linears)
 
 
 def _drawing_stages(job: Forecast, *, cpu: bool, batch: int | None = None) -> list[int]:

@@ -32,7 +32,7 @@ from svdq_cli.records import (
     SharedInput,
     ignore_events,
 )
-from svdq_cli.solve.costs import NOMINAL, solve_work, stored_bytes
+from svdq_cli.solve.costs import NOMINAL, packed_bytes, solve_work, stored_bytes
 from svdq_cli.solve.linear import SolvedInput, solve_input
 
 LEFT = "left"  # topic: the portions that are still to be solved
@@ -84,6 +84,7 @@ def solve_into(
         solved = _solved(job, team.claims(LEFT, left), wait=keep.wait)
         for portion, each in _observed(prepared, solved, held, observe):
             keep(partial(_keep, work, portion, each))
+            del each  # or its codes would stay until the next portion is solved
     team.gather(LEFT)
     wait_for_files(work.path, lambda: [_key(each) for each in left if not work.has(LAYERS, _key(each))])
     return held
@@ -105,6 +106,7 @@ def solve_share(
     with done_behind() as keep:
         for portion, solved in _solved(job, team.claims(LEFT, left), wait=keep.wait):
             keep(partial(_keep, work, portion, solved))
+            del solved
     team.done(LEFT)
 
 
@@ -208,7 +210,8 @@ def _solved(
         return solving(busy) + sum(map(job.stored, [*busy, following])) <= at_first
 
     def solved_beside(busy: Sequence[SharedInput], following: SharedInput) -> bool:
-        return solving([*busy, following]) <= at_first
+        written = max(packed_bytes(each, job.plans) for each in busy)
+        return solving([*busy, following]) + written <= at_first
 
     def solve(portion: SharedInput, raw: dict[str, RawWeight]) -> SolvedInput:
         def let_go() -> None:
@@ -216,6 +219,8 @@ def _solved(
             wait()
             return_freed_memory()
 
+        if options.max_ram is not None:
+            wait()  # what is being written leaves no room that is sure to be there
         return where_it_fits(
             _key(portion),
             lambda way: _solved_so(way, job, portion, raw),
@@ -273,9 +278,10 @@ def _observed(
         observe(Event("advance", "solve", done, total, f"{held} layers taken over from an earlier run"))
     started = time.monotonic()
     for portion, each in solved:
-        yield portion, each
-        done += len(portion.layers)
         detail = f"{_key(portion)}  {each.reports[0].sqnr_db:.1f} dB"
+        yield portion, each
+        del each  # before the next one is waited for
+        done += len(portion.layers)
         observe(Event("advance", "solve", done, total, detail, time.monotonic() - started))
     observe(Event("end", "solve", total, total, seconds=time.monotonic() - started))
 

@@ -264,6 +264,12 @@ def stored_bytes(
     return sum(1 << (size - 1).bit_length() if pinned else size for size in sizes)
 
 
+def packed_bytes(shared: SharedInput, plans: Mapping[str, LayerPlan]) -> int:
+    """Of what is solved and written meanwhile: its codes, and they packed."""
+    linears = [plans[name].linear for name in shared.layers]
+    return sum(3 * linear.out_features * linear.in_features // 2 for linear in linears)
+
+
 def waiting_bytes(
     shared: SharedInput, plans: Mapping[str, LayerPlan], *, itemsize: int, pinned: bool = False
 ) -> int:

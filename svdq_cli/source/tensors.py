@@ -23,7 +23,7 @@ DTYPE_BYTES = {
     **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
     **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1),
 }
-HASHED_AT_ONCE = 1 << 24  # bytes; with fewer, each block would wait again for other threads of Python
+HASHED_AT_ONCE = 1 << 23  # bytes; with fewer, each block would wait again for other threads of Python
 SIXTEEN_BIT_OR_MORE = ("F16", "BF16", "F32")
 
 
