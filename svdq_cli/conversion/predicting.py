@@ -18,7 +18,7 @@ from svdq_cli.calibrate.budget import rows_within, statistics_bytes
 from svdq_cli.conversion.backoff import Need, Way, need_of, open_ways, stored_itemsize, too_large, ways_on
 from svdq_cli.conversion.block_forecast import BlockForecast, block_forecast, layer_tokens, passages_room
 from svdq_cli.conversion.calibrating import input_widths
-from svdq_cli.conversion.fitting import free_ram, free_vram
+from svdq_cli.conversion.fitting import UNCOUNTED, free_ram, free_vram
 from svdq_cli.conversion.recording import can_record
 from svdq_cli.conversion.solving import SPARED, portions_at_once
 from svdq_cli.errors import OutOfResourcesError
@@ -212,7 +212,8 @@ def other_bytes(job: Forecast) -> int:
 
 
 def ram_bytes(job: Forecast) -> int:
-    """Peak of the process: what it holds now, with everything imported, and the largest stage's needs."""
+    """Peak of the process: what it holds now, with everything imported, and the largest stage's needs. A conversion
+    that `--max-ram` leaves less than that makes do with less."""
     stages = [0, *_solving_bytes(job)]
     if job.draws:
         stages += _drawing_stages(job, cpu=job.device.type == "cpu")
@@ -221,7 +222,8 @@ def ram_bytes(job: Forecast) -> int:
         stages += _drawing_stages(job, cpu=on_cpu, batch=blocks.batch)
         waiting = min(blocks.passed_bytes, passages_room(job.prepared, job.options, job.device))
         stages.append(waiting + (blocks.device_bytes if on_cpu else 0))
-    return resident_ram() + max(stages)
+    peak = resident_ram() + UNCOUNTED + max(stages)
+    return peak if job.options.max_ram is None else min(peak, job.options.max_ram)
 
 
 def _solving_bytes(job: Forecast) -> list[int]:
