@@ -39,26 +39,42 @@ def made_ahead(
         maker.shutdown(wait=True, cancel_futures=True)
 
 
+class NoRoomBeside(Exception):
+    """Of what `made_side_by_side` makes while others are in memory: it is made again when they are gone."""
+
+
 def made_side_by_side(
     items: Iterable[Item],
-    make: Callable[[Item], Made],
+    make: Callable[[Item, bool], Made],
     *,
     threads: int,
     beside: Callable[[Sequence[Item], Item], bool] = lambda busy, following: True,
 ) -> Generator[tuple[Item, Made], None, None]:
-    """Every item with what `make` makes of it, as they are done. An item is begun when one of `threads` is free and
-    the caller has taken all but one of those that are done: no more than `threads` + 1 are in memory. Where
-    `beside(busy, following)` finds no room for one more, it waits until enough of the others are taken. What `make`
-    raises is raised here."""
+    """Every item with what `make(item, alone)` makes of it, as they are done. One is taken from `items` when no more
+    than `threads` are being made or wait for the caller. Where `beside(busy, following)` finds no room for one more, it
+    waits until enough of the others are taken; where `make` finds none, which was not `alone` when it was begun and
+    raises NoRoomBeside, until all of them are. What else `make` raises is raised here."""
     maker = _threads(threads, "beside")
     busy: dict[Future[Made], Item] = {}
+    crowded: list[Item] = []
+    coming = iter(items)
     try:
-        for item in items:
-            while len(busy) > threads or (busy and not beside(tuple(busy.values()), item)):
-                yield _first_done(busy)
-            busy[maker.submit(make, item)] = item
-        while busy:
-            yield _first_done(busy)
+        while True:
+            while len(busy) > threads or (busy and crowded):
+                yield from _some_done(busy, crowded)
+            if crowded:
+                item = crowded.pop(0)
+            else:
+                try:
+                    item = next(coming)
+                except StopIteration:
+                    if not busy:
+                        return
+                    yield from _some_done(busy, crowded)
+                    continue
+                while busy and not beside(tuple(busy.values()), item):
+                    yield from _some_done(busy, crowded)
+            busy[maker.submit(make, item, not busy)] = item
     finally:
         maker.shutdown(wait=True, cancel_futures=True)
 
@@ -102,13 +118,17 @@ def _first(coming: list[tuple[Item, Future[Made]]]) -> tuple[Item, Made]:
     return item, made.result()
 
 
-def _first_done(busy: dict[Future[Made], Item]) -> tuple[Item, Made]:
-    """Taken out, as `_first` does; of those that are done the one that was begun first."""
-    done, _ = wait(busy, return_when=FIRST_COMPLETED)
-    future = next(each for each in busy if each in done)
+def _some_done(
+    busy: dict[Future[Made], Item], crowded: list[Item]
+) -> Generator[tuple[Item, Made], None, None]:
+    """Taken out: of those that are done the one that was begun first. What found no room is `crowded` instead."""
+    wait(busy, return_when=FIRST_COMPLETED)
+    future = next(each for each in busy if each.done())
     item = busy.pop(future)
-    done.clear()
-    return item, future.result()
+    if isinstance(future.exception(), NoRoomBeside):
+        crowded.append(item)
+    else:
+        yield item, future.result()
 
 
 def _threads(count: int, name: str) -> ThreadPoolExecutor:
@@ -126,17 +146,21 @@ class Behind:
     def __init__(self, worker: ThreadPoolExecutor) -> None:
         self._worker = worker
         self._pending: Future[object] | None = None
+        self._one_at_a_time = threading.RLock()  # of those who hand over or wait
 
     def __call__(self, work: Callable[[], object]) -> None:
         """Waits for the piece before and hands over the next. What the piece before raised is raised here."""
-        self.wait()
-        self._pending = self._worker.submit(work)
+        with self._one_at_a_time:
+            self.wait()
+            self._pending = self._worker.submit(work)
 
     def wait(self) -> None:
-        """Until all is done that was handed over, and no memory is held for it. Raises what it raised."""
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
+        """Until all is done that was handed over, and no memory is held for it. Raises what it raised. Any thread may
+        wait."""
+        with self._one_at_a_time:
+            pending, self._pending = self._pending, None
+            if pending is not None:
+                pending.result()
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -120,10 +121,13 @@ def write_report(path: Path, report: object) -> None:
     path.write_text(json_text(report) + "\n", encoding="utf-8")
 
 
-def output_file(fmt: Format, path: Path, weights: Sequence[Path]) -> OutputFile:
-    """The facts of an output that will lie at `path`; bytes and digest are those of its weight files in their order."""
+def output_file(
+    fmt: Format, path: Path, weights: Sequence[Path], stop: threading.Event | None = None
+) -> OutputFile:
+    """The facts of an output that will lie at `path`; bytes and digest are those of its weight files in their order.
+    CancelledError once `stop` is set."""
     size = sum(file.stat().st_size for file in weights)
-    return OutputFile(fmt.name, str(path), size, file_sha256(*weights))
+    return OutputFile(fmt.name, str(path), size, file_sha256(*weights, stop=stop))
 
 
 def write_target(

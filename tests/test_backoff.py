@@ -20,6 +20,7 @@ from svdq_cli.conversion.allocation import candidates_of
 from svdq_cli.conversion.backoff import Need, Way, where_it_fits
 from svdq_cli.conversion.solving import Statistics
 from svdq_cli.errors import OutOfResourcesError, as_out_of_memory
+from svdq_cli.overlap import NoRoomBeside
 from svdq_cli.pipeline import calibrate, convert
 from svdq_cli.preparing import RunOptions, prepare
 from svdq_cli.recipe import Calibration, Quantization, Recipe, default_recipe
@@ -232,6 +233,40 @@ def test_a_portion_lets_go_of_what_it_can_before_it_takes_less_at_a_time(monkeyp
     assert chosen() == Way(CPU, streamed=False)
     free[0] = 40
     assert chosen() == Way(CPU, streamed=True)
+
+
+def test_beside_others_a_portion_takes_no_less_and_waits_for_them_instead(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(fitting, "available_ram", lambda: 100)
+
+    def solved(needed: int, *, fail: bool = False) -> Way:
+        def attempt(way: Way) -> Way:
+            if fail:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return way
+
+        need = Need(needed, 0)
+        return where_it_fits(
+            "layer", attempt, lambda way: need, device=CPU, options=ON_CPU, observe=Warnings(), alone=False
+        )
+
+    assert solved(80) == Way(CPU, streamed=False)
+    with pytest.raises(NoRoomBeside):
+        solved(101)
+    with pytest.raises(NoRoomBeside):
+        solved(80, fail=True)
+
+
+def test_what_the_process_grows_by_is_not_counted_twice(monkeypatch: pytest.MonkeyPatch):
+    """A portion that `--max-ram` had room for when the work began has it later, too."""
+    held = [300 * 2**20]
+    monkeypatch.setattr(fitting, "resident_ram", lambda: held[0])
+    options = RunOptions(device="cpu", max_ram=400 * 2**20)
+    reserved = fitting.reserved_ram()
+    before = fitting.free_ram(options)
+    held[0] += fitting.UNCOUNTED // 2
+    assert fitting.free_ram(options, reserved=reserved) == before
+    held[0] += fitting.UNCOUNTED
+    assert fitting.free_ram(options, reserved=reserved) == before - fitting.UNCOUNTED // 2
 
 
 def test_what_a_failed_drawing_held_is_gone_before_it_is_begun_again():

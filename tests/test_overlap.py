@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
 
 from svdq_cli.overlap import (
+    NoRoomBeside,
     cores,
     done_behind,
     made_ahead,
@@ -52,7 +53,7 @@ def test_what_has_no_room_beside_others_is_made_when_they_are_done():
 def test_side_by_side_each_comes_when_it_is_done():
     slow = threading.Event()
 
-    def make(item: int) -> int:
+    def make(item: int, alone: bool) -> int:
         if item == 0:
             assert slow.wait(20)
         return item * item
@@ -68,9 +69,19 @@ def test_side_by_side_each_comes_when_it_is_done():
 
 def test_side_by_side_no_more_is_made_than_threads_and_one():
     begun: list[int] = []
-    for taken, _ in enumerate(made_side_by_side(range(20), begun.append, threads=3), 1):
-        assert len(begun) <= taken + 3
-    assert sorted(begun) == list(range(20))
+    claimed: list[int] = []
+
+    def items() -> Iterator[int]:
+        for item in range(20):
+            claimed.append(item)
+            yield item
+
+    def make(item: int, alone: bool) -> None:
+        begun.append(item)
+
+    for taken, _ in enumerate(made_side_by_side(items(), make, threads=3), 1):
+        assert len(begun) <= len(claimed) <= taken + 3
+    assert sorted(begun) == claimed == list(range(20))
 
 
 def test_side_by_side_what_has_no_room_waits_for_the_others():
@@ -79,16 +90,50 @@ def test_side_by_side_what_has_no_room_waits_for_the_others():
     def beside(busy: Sequence[int], following: int) -> bool:
         return sum(busy) + following <= 5
 
-    for item, _ in made_side_by_side([3, 2, 4, 5, 1], begun.append, threads=2, beside=beside):
+    def make(item: int, alone: bool) -> None:
+        begun.append(item)
+
+    for item, _ in made_side_by_side([3, 2, 4, 5, 1], make, threads=2, beside=beside):
         if item in (3, 2):
             assert 5 not in begun
     assert begun == [3, 2, 4, 5, 1]
 
 
+def test_side_by_side_what_finds_no_room_is_made_again_when_the_others_are_gone():
+    made: list[int] = []
+    taken: list[int] = []
+    crowded = {3, 4, 9, 19}
+
+    def make(item: int, alone: bool) -> int:
+        if item in crowded:
+            if not alone:
+                raise NoRoomBeside
+            assert made == sorted(taken)
+        made.append(item)
+        made.sort()
+        return item * item
+
+    def beside(busy: Sequence[int], following: int) -> bool:
+        return not crowded.intersection(busy) or following in crowded
+
+    for item, square in made_side_by_side(range(20), make, threads=4, beside=beside):
+        assert square == item * item
+        taken.append(item)
+    assert sorted(taken) == made == list(range(20))
+
+
+def test_side_by_side_what_finds_no_room_alone_is_an_error():
+    def make(item: int, alone: bool) -> int:
+        raise NoRoomBeside if not alone else MemoryError
+
+    with pytest.raises(MemoryError):
+        list(made_side_by_side(range(5), make, threads=2))
+
+
 def test_side_by_side_an_error_comes_at_once_and_leaves_no_thread_behind():
     before = threading.active_count()
 
-    def make(item: int) -> int:
+    def make(item: int, alone: bool) -> int:
         if item == 1:
             raise ValueError("second")
         return item

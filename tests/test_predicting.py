@@ -23,6 +23,8 @@ from svdq_cli.records import (
     Event,
     Int4,
     Linear,
+    NvFp4,
+    Precision,
     SharedInput,
     SolveSettings,
     W4A4Plan,
@@ -57,6 +59,7 @@ class _ReadWhenAsked(Mapping[str, SourceWeight]):
         return len(self._stored)
 
 
+@pytest.mark.parametrize(("precision", "rank"), [(Int4(), 32), (Int4(), 192), (NvFp4(), 32)])
 @pytest.mark.parametrize(
     ("settings", "streamed"),
     [(DATA_FREE, False), (DATA_FREE, True), (PAPERS, False), (SEARCHED, False), (SEARCHED, True)],
@@ -72,7 +75,13 @@ class _ReadWhenAsked(Mapping[str, SourceWeight]):
     ],
 )
 def test_solving_takes_the_memory_that_is_predicted(
-    settings: SolveSettings, branches: tuple[tuple[int, ...], ...], k: int, rows: int, streamed: bool
+    settings: SolveSettings,
+    branches: tuple[tuple[int, ...], ...],
+    k: int,
+    rows: int,
+    streamed: bool,
+    precision: Precision,
+    rank: int,
 ):
     sizes = [n for branch in branches for n in branch]
     names = [f"layer{index}" for index in range(len(sizes))]
@@ -81,7 +90,7 @@ def test_solving_takes_the_memory_that_is_predicted(
         names[0], tuple(names), tuple(tuple(next(waiting) for _ in part) for part in branches)
     )
     plans = {
-        name: W4A4Plan(Linear(name, k, n, bias=False), Int4(), 32)
+        name: W4A4Plan(Linear(name, k, n, bias=False), precision, rank)
         for name, n in zip(names, sizes, strict=True)
     }
     generator = torch.Generator().manual_seed(0)

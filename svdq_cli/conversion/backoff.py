@@ -14,9 +14,11 @@ from typing import TypeVar
 import torch
 
 from svdq_cli.allocator import return_freed_memory
-from svdq_cli.conversion.fitting import UNCOUNTED, free_ram
+from svdq_cli.conversion.fitting import free_ram, reserved_ram
+from svdq_cli.conversion.weights import reading_bytes
 from svdq_cli.errors import OutOfResourcesError, as_out_of_memory
 from svdq_cli.machine import available_ram, resident_ram
+from svdq_cli.overlap import NoRoomBeside
 from svdq_cli.preparing import Prepared, RunOptions
 from svdq_cli.records import Event, LayerPlan, Observer, SharedInput, SolveSettings
 from svdq_cli.solve.costs import solve_bytes
@@ -66,7 +68,8 @@ def need_of(
     ram = 2 * rows * width + (itemsize * max(sizes) if way.streamed else 0)  # the rows as they are kept
     working = solve_bytes(portion, plans, settings, rows=rows, streamed=way.streamed)
     if way.device.type == "cpu":
-        return Need(ram + working, 0)
+        numbers = max(sizes) if way.streamed else sum(sizes)
+        return Need(ram + max(working, 4 * numbers + reading_bytes(max(sizes))), 0)
     return Need(ram, working + 3 * sum(sizes))  # with the codes of the portion before, which are packed there
 
 
@@ -75,9 +78,11 @@ def stored_itemsize(prepared: Prepared) -> int:
     return -(-prepared.source.bytes // max(1, prepared.plan.parameters))
 
 
-def open_ways(ways: tuple[Way, ...], need: Callable[[Way], Need], options: RunOptions) -> tuple[Way, ...]:
-    """The ways for which there is memory now."""
-    ram = free_ram(options)
+def open_ways(
+    ways: tuple[Way, ...], need: Callable[[Way], Need], options: RunOptions, *, reserved: int | None = None
+) -> tuple[Way, ...]:
+    """The ways for which there is memory now; `reserved` as `free_ram` takes it."""
+    ram = free_ram(options, reserved=reserved)
     return tuple(way for way in ways if need(way).ram <= ram and _within(options.max_vram, need(way).vram))
 
 
@@ -95,22 +100,39 @@ def where_it_fits(
     observe: Observer,
     let_go: Callable[[], object] = lambda: None,
     stage: str = "solve",
+    reserved: int | None = None,
+    alone: bool = True,
 ) -> Result:
     """What `attempt` makes of the portion named after `layer`, in the first way that has the memory for it.
 
-    `let_go` frees whatever the portion can do without; `stage` names the events. Raises OutOfResourcesError when not
-    one way has the memory.
+    `let_go` frees whatever the portion can do without; `stage` names the events; `reserved` as `free_ram` takes it.
+    Raises OutOfResourcesError when not one way has the memory; NoRoomBeside when the first has none and others are
+    solved meanwhile, so that it is not `alone`.
     """
     every = ways_on(device)
-    ways = open_ways(every, need, options)
+    ways = open_ways(every, need, options, reserved=reserved)
+    if not alone:
+        return _attempt_beside(attempt, ways[:1] == every[:1], every[0])
     if ways[:1] != every[:1]:
         let_go()
-        ways = open_ways(every, need, options)
+        ways = open_ways(every, need, options, reserved=reserved)
     if not ways:
-        raise too_large(layer, need, device, options)
+        raise too_large(layer, need, device, options, reserved=reserved)
     if ways[0].device != device:
-        observe(Event("warning", stage, detail=f"{too_large(layer, need, device, options)}; now {ways[0]}"))
+        lack = too_large(layer, need, device, options, reserved=reserved)
+        observe(Event("warning", stage, detail=f"{lack}; now {ways[0]}"))
     return _first_that_ends(layer, attempt, ways, let_go, stage, observe)
+
+
+def _attempt_beside(attempt: Callable[[Way], Result], fits: bool, way: Way) -> Result:
+    if fits:
+        try:
+            return attempt(way)
+        except (RuntimeError, MemoryError) as error:
+            if as_out_of_memory(error) is None:
+                raise
+    # Only here are the attempt's tensors gone: the exception held its frames.
+    raise NoRoomBeside
 
 
 def _first_that_ends(
@@ -146,15 +168,21 @@ def return_device_memory() -> None:
 
 
 def too_large(
-    layer: str, need: Callable[[Way], Need], device: torch.device, options: RunOptions
+    layer: str,
+    need: Callable[[Way], Need],
+    device: torch.device,
+    options: RunOptions,
+    *,
+    reserved: int | None = None,
 ) -> OutOfResourcesError:
     """Why no way on `device` fits, with what the most sparing one takes."""
     on_device = [need(way) for way in ways_on(device) if way.device == device]
     ram, vram = min(each.ram for each in on_device), min(each.vram for each in on_device)
+    with_held = ram + max(resident_ram(), reserved_ram() if reserved is None else reserved)
     if options.max_vram is not None and vram > options.max_vram:
         needed, option, limit = vram, "--max-vram", options.max_vram
-    elif options.max_ram is not None and ram > options.max_ram - resident_ram() - UNCOUNTED:
-        needed, option, limit = resident_ram() + UNCOUNTED + ram, "--max-ram", options.max_ram
+    elif options.max_ram is not None and with_held > options.max_ram:
+        needed, option, limit = with_held, "--max-ram", options.max_ram
     else:
         return OutOfResourcesError(
             f"{layer}: solving it takes {ram / 1e9:.2f} GB of memory, and {available_ram() / 1e9:.2f} GB are free",

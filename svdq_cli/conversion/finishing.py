@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import CancelledError
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -76,12 +77,14 @@ def _on_disk(
     weights: Sequence[Sequence[Path]],
     stop: threading.Event,
 ) -> tuple[OutputFile, ...]:
-    """The outputs written to the disk, which waits while others compute, and their facts."""
+    """The outputs written to the disk, which waits while others compute, and their facts. CancelledError once `stop`
+    is set."""
     facts: list[OutputFile] = []
     for target, path, partial, files in zip(targets, paths, partials, weights, strict=True):
-        if not stop.is_set():
-            sync_files(partial)
-            facts.append(output_file(target.format, path, files))
+        if stop.is_set():
+            raise CancelledError
+        sync_files(partial)
+        facts.append(output_file(target.format, path, files, stop))
     return tuple(facts)
 
 

@@ -71,10 +71,21 @@ def first_that_fits(
     return first_that_fits(attempt, smaller, stage=stage, observe=observe)
 
 
-def free_ram(options: RunOptions) -> int:
-    """Bytes of host memory that this process may still take, `--max-ram` kept."""
+def free_ram(options: RunOptions, *, reserved: int | None = None) -> int:
+    """Bytes of host memory that this process may still take, `--max-ram` kept.
+
+    `reserved` (of `reserved_ram`, when the work began): what the process holds without the work's tensors once it has
+    all that no prediction knows of; without it, that is still to come.
+    """
     ram = available_ram()
-    return ram if options.max_ram is None else min(ram, options.max_ram - resident_ram() - UNCOUNTED)
+    if options.max_ram is None:
+        return ram
+    return min(ram, options.max_ram - max(resident_ram(), reserved_ram() if reserved is None else reserved))
+
+
+def reserved_ram() -> int:
+    """Bytes of host memory that this process holds, and those that no prediction knows of."""
+    return resident_ram() + UNCOUNTED
 
 
 def free_vram(device: torch.device, options: RunOptions) -> int:

@@ -18,12 +18,12 @@ from svdq_cli.calibrate.budget import rows_within, statistics_bytes
 from svdq_cli.conversion.backoff import Need, Way, need_of, open_ways, stored_itemsize, too_large, ways_on
 from svdq_cli.conversion.block_forecast import BlockForecast, block_forecast, layer_tokens, passages_room
 from svdq_cli.conversion.calibrating import input_widths
-from svdq_cli.conversion.fitting import UNCOUNTED, free_ram, free_vram
+from svdq_cli.conversion.fitting import free_ram, free_vram, reserved_ram
 from svdq_cli.conversion.recording import can_record
 from svdq_cli.conversion.solving import SPARED, portions_at_once
 from svdq_cli.errors import OutOfResourcesError
 from svdq_cli.loading import compute_dtype
-from svdq_cli.machine import resident_ram, resolve_device
+from svdq_cli.machine import resolve_device
 from svdq_cli.overlap import torch_threads
 from svdq_cli.preparing import (
     DEFAULT_OPTIONS,
@@ -222,7 +222,7 @@ def ram_bytes(job: Forecast) -> int:
         stages += _drawing_stages(job, cpu=on_cpu, batch=blocks.batch)
         waiting = min(blocks.passed_bytes, passages_room(job.prepared, job.options, job.device))
         stages.append(waiting + (blocks.device_bytes if on_cpu else 0))
-    peak = resident_ram() + UNCOUNTED + max(stages)
+    peak = reserved_ram() + max(stages)
     return peak if job.options.max_ram is None else min(peak, job.options.max_ram)
 
 
@@ -236,10 +236,10 @@ def _solving_bytes(job: Forecast) -> list[int]:
         return [need + _waiting_bytes(job, each) for need, each in zip(needs, portions, strict=True)]
     room = (1 - SPARED) * free_ram(job.options)
     largest = sorted(needs, reverse=True)[:at_once]
-    fitting = [sum(largest[:count]) for count in range(1, at_once + 1)]
-    together = max((needed for needed in fitting if needed <= room), default=largest[0])
     plans = {layer.name: layer for layer in job.prepared.plan.layers}
-    return [together + max(packed_bytes(portion, plans) for portion in portions)]
+    written = max(packed_bytes(portion, plans) for portion in portions)
+    fitting = [sum(largest[:count]) + written for count in range(1, at_once + 1)]
+    return [max((needed for needed in fitting if needed <= room), default=fitting[0])]
 
 
 def vram_bytes(job: Forecast) -> int | None:
@@ -271,7 +271,7 @@ def _require_block_memory(job: Forecast) -> None:
     if needed <= (free_ram(job.options) if cpu else free_vram(job.device, job.options)):
         return
     option, limit = ("--max-ram", job.options.max_ram) if cpu else ("--max-vram", job.options.max_vram)
-    held = resident_ram() if cpu and limit is not None else 0
+    held = reserved_ram() if cpu and limit is not None else 0
     there = (
         f"{option} allows {limit / 1e9:.2f} GB"
         if limit is not None

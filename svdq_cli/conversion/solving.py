@@ -13,7 +13,7 @@ import torch
 from svdq_cli.allocator import free_large_tensors_at_once, free_tensors_at_once, return_freed_memory
 from svdq_cli.calibrate.artefact import Calibration
 from svdq_cli.conversion.backoff import Need, Way, need_of, stored_itemsize, ways_on, where_it_fits
-from svdq_cli.conversion.fitting import free_ram
+from svdq_cli.conversion.fitting import free_ram, reserved_ram
 from svdq_cli.conversion.weights import RawWeight, StreamedWeights, read_ahead
 from svdq_cli.conversion.working import wait_for_files
 from svdq_cli.errors import InputError
@@ -201,7 +201,8 @@ def _solved(
     if options.max_ram is not None:
         free_tensors_at_once()
     return_freed_memory()
-    at_first = (1 - SPARED) * free_ram(options)
+    reserved = reserved_ram()
+    at_first = (1 - SPARED) * free_ram(options, reserved=reserved)
 
     def solving(portions: Sequence[SharedInput]) -> int:
         return sum(job.need(each, ways_on(job.device)[0]).ram for each in portions)
@@ -213,13 +214,13 @@ def _solved(
         written = max(packed_bytes(each, job.plans) for each in busy)
         return solving([*busy, following]) + written <= at_first
 
-    def solve(portion: SharedInput, raw: dict[str, RawWeight]) -> SolvedInput:
+    def solve(portion: SharedInput, raw: dict[str, RawWeight], alone: bool = True) -> SolvedInput:
         def let_go() -> None:
             raw.clear()
             wait()
             return_freed_memory()
 
-        if options.max_ram is not None:
+        if alone and options.max_ram is not None:
             wait()  # what is being written leaves no room that is sure to be there
         return where_it_fits(
             _key(portion),
@@ -229,13 +230,15 @@ def _solved(
             options=options,
             observe=job.observe,
             let_go=let_go,
+            reserved=reserved,
+            alone=alone,
         )
 
     if at_once := portions_at_once(job.device, data_free=job.statistics is None):
         if options.max_ram is None:
             free_large_tensors_at_once()
         yield from made_side_by_side(
-            portions, lambda each: solve(each, {}), threads=at_once, beside=solved_beside
+            portions, lambda each, alone: solve(each, {}, alone), threads=at_once, beside=solved_beside
         )
         return_freed_memory()
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -12,8 +13,10 @@ from svdq_cli.errors import InputError, as_out_of_memory
 from svdq_cli.records import LayerPlan, SharedInput
 from svdq_cli.solve.forward import SourceWeight
 from svdq_cli.source import Source, TensorEntry, is_finite, read_tensor, tensor_entry
+from svdq_cli.tensor_file import DTYPE_OF_NAME
 
-READ_AT_ONCE = 1 << 22  # numbers
+READ_AT_ONCE = 1 << 21  # numbers
+_ON_THE_WAY = 20  # bytes of each of them: as stored, in float32, and what merging a LoRA adds
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,22 +77,37 @@ def read_ahead(
 
 def raw_weight(source: Source, plan: LayerPlan) -> RawWeight:
     """Read from the source. InputError where it holds NaN or infinity."""
+    name = f"{plan.name}.weight"
+    entry = tensor_entry(source, name)
+    # A dtype that torch does not know is refused by the first rows that are read.
+    weight = torch.empty(entry.shape, dtype=DTYPE_OF_NAME.get(entry.dtype, torch.float32))
     bias = finite_tensor(source, f"{plan.name}.bias") if plan.linear.bias else None
-    return RawWeight(finite_tensor(source, f"{plan.name}.weight"), bias)
+    return RawWeight(_filled(weight, name, entry), bias)
 
 
 def source_weight(source: Source, plan: LayerPlan, device: torch.device) -> SourceWeight:
-    """One linear of the source in float32 on `device`, read some rows at a time: it is never in memory as it is stored.
-    InputError where it holds NaN or infinity."""
-    name, linear = f"{plan.name}.weight", plan.linear
+    """One linear of the source in float32 on `device`; it is never in memory as it is stored. InputError where it holds
+    NaN or infinity."""
+    name = f"{plan.name}.weight"
     entry = tensor_entry(source, name)
-    weight = torch.empty(linear.out_features, linear.in_features, device=device)
-    step = max(1, READ_AT_ONCE // linear.in_features)
-    for start in range(0, linear.out_features, step):
-        rows = require_finite(entry.read_rows(start, start + step), name, entry)
-        weight[start : start + step] = rows.flatten(1)
-    bias = finite_tensor(source, f"{plan.name}.bias").to(device).float() if linear.bias else None
-    return SourceWeight(weight, bias)
+    weight = _filled(torch.empty(entry.shape, device=device), name, entry)
+    bias = finite_tensor(source, f"{plan.name}.bias").to(device).float() if plan.linear.bias else None
+    return SourceWeight(weight.flatten(1), bias)
+
+
+def reading_bytes(numbers: int) -> int:
+    """Bytes that reading a weight of so many numbers takes beside the weight itself."""
+    return _ON_THE_WAY * min(numbers, READ_AT_ONCE)
+
+
+def _filled(weight: Tensor, name: str, entry: TensorEntry) -> Tensor:
+    """`weight` with what `entry` has, read some rows at a time. Always the same rows: what a LoRA adds to them is a
+    product, whose lowest bits depend on how many they are."""
+    step = max(1, READ_AT_ONCE // math.prod(entry.shape[1:]))
+    for start in range(0, entry.shape[0], step):
+        # no name for the rows, which would keep them while the next ones are read
+        weight[start : start + step] = require_finite(entry.read_rows(start, start + step), name, entry)
+    return weight
 
 
 def finite_tensor(source: Source, name: str) -> torch.Tensor:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from svdq_cli.records import (
+    Int4,
     LayerPlan,
     NvFp4,
     Precision,
@@ -221,12 +222,24 @@ def solve_bytes(
     if rows:
         phases.append(one + _output_bytes(big, k, min(rows, ROWS_AT_ONCE)))
     if isinstance(members[0], W4A4Plan):
-        phases.append(4 * branch * k)  # the low-rank branch
+        rank = max(plan.rank for plan in members if isinstance(plan, W4A4Plan))
+        factors = 4 * (rank + OVERSAMPLE) * (branch + k)
+        phases.append(4 * branch * k + 3 * factors - total * k)  # the low-rank branch, before there are codes
+        phases.append(one + 2 * factors + _rounding_bytes(members[0].precision, big * k, compared))
         if rows:
             phases.append(stacked + _search_bytes(branch, k, min(rows, SEARCH_ROWS)))
     if rows >= LEAST_ROWS:
         phases += [stacked + _step_bytes(step, total, branch, k, rows) for step in settings.steps]
     return 4 * rows * k + total * k + max(phases)  # rows in float32, codes
+
+
+def _rounding_bytes(precision: Precision, numbers: int, at_once: int) -> int:
+    """The scales, for nvfp4 in float32 too, and what rounding some numbers of the residual takes."""
+    match precision:
+        case Int4(group=group):
+            return 2 * numbers // group + 8 * at_once
+        case NvFp4(group=group):
+            return 9 * numbers // group + 24 * at_once
 
 
 def _output_bytes(n: int, k: int, rows: int) -> int:

@@ -72,9 +72,8 @@ def relative_error(solution: LayerSolution, weight: Tensor) -> float:
     smooth = _smooth_of(solution)
     error = exact = torch.zeros((), dtype=torch.float64, device=weight.device)
     for rows in row_blocks(weight):
-        four_bit, stands_for, whole = _compared(rows_of(solution, rows), weight[rows].float(), smooth)
-        exact = exact + _square_sum(_row_norms(whole))
-        error = error + _square_sum(_row_norms(four_bit.sub_(stands_for)))
+        lost, there = _energies(rows_of(solution, rows), weight[rows].float(), smooth)
+        error, exact = error + lost, exact + there
     return _relative(error, exact)
 
 
@@ -140,6 +139,12 @@ def _compared(
             return dequantize_weight(quantized, solution.plan.precision), left, whole
         case W4A16Solution():
             return dequantize_w4a16(solution), weight, weight
+
+
+def _energies(solution: LayerSolution, weight: Tensor, smooth: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(of the error, of the whole weight), sums of squares."""
+    four_bit, stands_for, whole = _compared(solution, weight, smooth)
+    return _square_sum(_row_norms(four_bit.sub_(stands_for))), _square_sum(_row_norms(whole))
 
 
 class _Sums:

@@ -275,6 +275,7 @@ class AffineGrid:
         return codes.to(torch.uint8), codes.mul_(scale).add_(zero).to(self.dtype).float()
 
     def error(self, values: Tensor, parameters: Parameters, importance: Tensor | None) -> Tensor:
+        # before the sum is rounded to 16 bits, which adds about the same to every candidate's
         scale, zero = (parameter.float().unsqueeze(1) for parameter in parameters)
         exact = (values - zero).div_(scale)
         return _norm(exact.round().clamp_(0, 15).sub_(exact), importance).mul_(scale.squeeze(1))

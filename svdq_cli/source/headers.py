@@ -6,13 +6,15 @@ import hashlib
 import json
 import math
 import struct
+import threading
 from collections.abc import Mapping
+from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
 from svdq_cli.errors import InputError
-from svdq_cli.source.tensors import DTYPE_BYTES, StoredTensor
+from svdq_cli.source.tensors import DTYPE_BYTES, HASHED_AT_ONCE, StoredTensor
 
 _HEADER_LIMIT = 100_000_000  # bytes; the safetensors specification's own bound
 _JSON_LIMIT = 64 << 20  # bytes of a config or a shard index; the largest tokenizer.json has 20 MiB
@@ -111,13 +113,17 @@ def read_json(path: Path) -> Mapping[str, object]:
     return MappingProxyType(value)
 
 
-def file_sha256(*paths: Path) -> str:
-    """sha256 of the files' content, one after the other (hashlib.file_digest needs Python 3.11)."""
+def file_sha256(*paths: Path, stop: threading.Event | None = None) -> str:
+    """sha256 of the files' content, one after the other (hashlib.file_digest needs Python 3.11). CancelledError once
+    `stop` is set."""
     digest = hashlib.sha256()
+    block = memoryview(bytearray(HASHED_AT_ONCE))
     for path in paths:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+        with path.open("rb", buffering=0) as file:
+            while read := file.readinto(block):
+                if stop is not None and stop.is_set():
+                    raise CancelledError
+                digest.update(block[:read])
     return digest.hexdigest()
 
 

@@ -90,6 +90,7 @@ class StoredTensor:
 
     def sha256(self) -> str:
         """Of its bytes, some of them in memory at a time."""
+        self._known_dtype()
         digest, left = hashlib.sha256(), entry_bytes(self)
         block = torch.empty(min(left, HASHED_AT_ONCE), dtype=torch.uint8)
         try:
@@ -106,15 +107,18 @@ class StoredTensor:
 
     def _read(self, shape: tuple[int, ...], *, skip: int) -> Tensor:
         """Into memory of its own: pages of a mapped file would count as the process's, for as long as any is in use."""
-        dtype = DTYPE_OF_NAME.get(self.dtype)
-        if dtype is None:
-            raise self._unreadable(f"svdq does not read the dtype {self.dtype}")
-        found = torch.empty(shape, dtype=dtype)
+        found = torch.empty(shape, dtype=self._known_dtype())
         try:
             read_at(self.file, self.offset + skip, bytes_of(found))
         except (OSError, ValueError) as error:
             raise self._unreadable(error) from error
         return found
+
+    def _known_dtype(self) -> torch.dtype:
+        dtype = DTYPE_OF_NAME.get(self.dtype)
+        if dtype is None:
+            raise self._unreadable(f"svdq does not read the dtype {self.dtype}")
+        return dtype
 
     def _unreadable(self, why: object) -> InputError:
         return InputError(
