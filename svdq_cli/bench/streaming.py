@@ -126,7 +126,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="svdq-streaming-", dir=chosen.folder) as folder:
             rows.append(measure(blocks, chosen.heads, Path(folder)))
     print(f"measured {time.strftime('%Y-%m-%d')}\n\n{table(rows)}")
-    if len(rows) > 1:
+    if rows[0].parameters < rows[-1].parameters:
         print(f"\n{extrapolated(rows)}")
 
 

@@ -15,7 +15,7 @@ from svdq_cli.solve.forward import SourceWeight
 from svdq_cli.source import Source, TensorEntry, is_finite, read_tensor, tensor_entry
 from svdq_cli.tensor_file import DTYPE_OF_NAME
 
-READ_AT_ONCE = 1 << 21  # numbers
+READ_AT_ONCE = 1 << 20  # numbers
 _ON_THE_WAY = 20  # bytes of each of them: as stored, in float32, and what merging a LoRA adds
 
 
