@@ -62,18 +62,20 @@ def made_side_by_side(
         while True:
             while len(busy) > threads or (busy and crowded):
                 yield from _some_done(busy, crowded)
-            if crowded:
+            if crowded:  # and nothing beside it, for which there was no room
                 item = crowded.pop(0)
-            else:
-                try:
-                    item = next(coming)
-                except StopIteration:
-                    if not busy:
-                        return
-                    yield from _some_done(busy, crowded)
-                    continue
-                while busy and not beside(tuple(busy.values()), item):
-                    yield from _some_done(busy, crowded)
+                busy[maker.submit(make, item, True)] = item
+                yield from _some_done(busy, crowded)
+                continue
+            try:
+                item = next(coming)
+            except StopIteration:
+                if not busy:
+                    return
+                yield from _some_done(busy, crowded)
+                continue
+            while busy and not beside(tuple(busy.values()), item):
+                yield from _some_done(busy, crowded)
             busy[maker.submit(make, item, not busy)] = item
     finally:
         maker.shutdown(wait=True, cancel_futures=True)

@@ -173,7 +173,7 @@ def test_a_limit_on_gpu_memory_moves_layers_to_the_cpu_without_a_try(
     convert(recipe_for(tiny_flux), tmp_path / "out", options=RunOptions(max_vram=100), observe=said)
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == whole[0]
     assert said[0].startswith(f"{FIRST}: solving it takes ")
-    assert said[0].endswith("GB, and --max-vram allows 0.00 GB; now on the CPU")
+    assert said[0].endswith("GB, and --max-vram allows 0.000 GB; now on the CPU")
 
 
 def test_out_of_memory_for_good_ends_with_code_5_and_names_the_layer(

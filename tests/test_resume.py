@@ -277,7 +277,7 @@ def test_a_run_that_can_only_fail_again_leaves_no_work(tiny_flux_copy: Path, tmp
 
 
 def test_a_memory_limit_that_can_not_be_kept_is_refused_before_the_work(tiny_flux: Path, tmp_path: Path):
-    with pytest.raises(OutOfResourcesError, match=r"solving it takes .* GB, and --max-ram allows 0\.00 GB"):
+    with pytest.raises(OutOfResourcesError, match=r"solving it takes .* GB, and --max-ram allows 0\.001 GB"):
         convert(recipe_for(tiny_flux), tmp_path / "out", options=RunOptions(device="cpu", max_ram=1_000_000))
     assert list(tmp_path.iterdir()) == []
 

@@ -39,10 +39,13 @@ def run(arguments: list[str]) -> int:
 
     from svdq_cli.cli.app import app
     from svdq_cli.cli.failures import refusal_of
-    from svdq_cli.errors import CanceledRunError, UsageError
+    from svdq_cli.errors import UsageError
 
     try:
-        result = app(args=arguments, prog_name="svdq", standalone_mode=False)
+        command = typer.main.get_command(app)
+        # Not called as a whole: Typer would make exit code 130 of Ctrl-C and of SIGTERM, and say nothing.
+        with command.make_context("svdq", list(arguments)) as context:
+            result = command.invoke(context)
         return result if isinstance(result, int) else 0
     except typer.Exit as stop:
         return stop.exit_code
@@ -51,8 +54,6 @@ def run(arguments: list[str]) -> int:
             print(error.format_message(), file=sys.stderr)
             return UsageError.code
         return _refuse(UsageError(error.format_message(), hint=_usage_hint(error)), arguments)
-    except typer.Abort:  # what Typer's own loop makes of Ctrl-C
-        return _refuse(CanceledRunError("interrupted; nothing was left under a final name"), arguments)
     except BrokenPipeError:
         return 0
     except (Exception, KeyboardInterrupt) as error:

@@ -191,7 +191,7 @@ def too_large(
             kind="out-of-memory",
         )
     return OutOfResourcesError(
-        f"{layer}: solving it takes {needed / 1e9:.2f} GB, and {option} allows {limit / 1e9:.2f} GB",
+        f"{layer}: solving it takes {needed / 1e9:.3f} GB, and {option} allows {limit / 1e9:.3f} GB",
         hint=f"raise {option}, or choose a smaller --effort or fewer calibration rows",
         where=layer,
         kind="out-of-memory",

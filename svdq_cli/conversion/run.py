@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from svdq_cli import __version__
-from svdq_cli.allocator import return_freed_memory
+from svdq_cli.allocator import free_tensors_at_once, return_freed_memory
 from svdq_cli.calibrate.artefact import MANIFEST, Calibration, open_calibration
 from svdq_cli.calibrate.prompts import prompts_digest
 from svdq_cli.calibrate.settings import settings_json
@@ -24,6 +24,7 @@ from svdq_cli.conversion.allocation import allocated, draws_for_gains
 from svdq_cli.conversion.block_forecast import tuned_bytes
 from svdq_cli.conversion.calibrating import BEGUN, draw_calibration, drawing_of
 from svdq_cli.conversion.finishing import Outputs, finished_outputs, gated, write_reports_beside
+from svdq_cli.conversion.fitting import reserved_ram
 from svdq_cli.conversion.predicting import Forecast, require_memory
 from svdq_cli.conversion.reconstructing import reconstructed, require_blocks_run
 from svdq_cli.conversion.sharing import CALIBRATED
@@ -92,6 +93,7 @@ class Job:
     device: torch.device
     options: RunOptions
     observe: Observer
+    reserved: int  # bytes of host memory, of `reserved_ram`
     replaces: bool = False  # outputs that stand there already
     warnings: list[str] = field(default_factory=list[str])
 
@@ -170,6 +172,8 @@ def begin(
     observe: Observer,
 ) -> Job:
     """Everything that can be refused before the first layer is, is refused here."""
+    if options.max_ram is not None:
+        free_tensors_at_once()  # of the digest's threads, too
     for path in paths:
         require_name(path)
     remove_finished(work_beside(paths[0], options))
@@ -184,6 +188,7 @@ def begin(
         _require_weights_and_places(prepared, paths, calibration, overwrite=replaces)
         digest = digesting.result()
     data_free = is_data_free(recipe, calibration)
+    return_freed_memory()  # of the digest: what a process holds counts against --max-ram
     job = Job(
         prepared=prepared,
         paths=paths,
@@ -193,11 +198,11 @@ def begin(
         device=resolve_device(options.device),
         options=options,
         observe=observe,
+        reserved=reserved_ram(),
         replaces=replaces,
     )
     if job.tunes_blocks:
         require_blocks_run(prepared)
-    return_freed_memory()  # of the digest: what a process holds counts against --max-ram
     require_memory(
         Forecast(prepared, job.calibration, not data_free and job.calibration is None, job.device, options)
     )
@@ -325,7 +330,9 @@ def _solve(job: Job, work: WorkFolder) -> Solved:
     )
     job.options.team.tell(CALIBRATED, {})
     job.warn(warnings)
-    taken_over = solve_into(work, prepared, statistics, job.device, job.observe, options=job.options)
+    taken_over = solve_into(
+        work, prepared, statistics, job.device, job.observe, options=job.options, reserved=job.reserved
+    )
     solutions, reports = solved_layers(prepared.plan, work, data_free=job.data_free)
     job.warn(solved_elsewhere(reports, job.device))
     blocks: dict[str, BlockSearch] = {}

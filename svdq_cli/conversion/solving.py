@@ -10,7 +10,7 @@ from typing import cast
 
 import torch
 
-from svdq_cli.allocator import free_large_tensors_at_once, free_tensors_at_once, return_freed_memory
+from svdq_cli.allocator import free_large_tensors_at_once, return_freed_memory
 from svdq_cli.calibrate.artefact import Calibration
 from svdq_cli.conversion.backoff import Need, Way, need_of, stored_itemsize, ways_on, where_it_fits
 from svdq_cli.conversion.fitting import free_ram, reserved_ram
@@ -68,14 +68,16 @@ def solve_into(
     observe: Observer,
     *,
     options: RunOptions = DEFAULT_OPTIONS,
+    reserved: int | None = None,
 ) -> int:
     """Every layer that the work folder does not hold yet. Returns how many it held. Other processes take their part of
-    the layers in `solve_share`. Raises OutOfResourcesError for a layer that fits in no memory."""
+    the layers in `solve_share`. `reserved`: `reserved_ram` when the run was accepted. Raises OutOfResourcesError for a
+    layer that fits in no memory."""
     data_free = statistics is None
     portions = prepared.plan.portions(data_free=data_free)
     left = [portion for portion in portions if not _is_finished(work, portion, observe)]
     held = len(prepared.plan.layers) - sum(len(portion.layers) for portion in left)
-    team, job = options.team, Solving(prepared, statistics, device, options, observe)
+    team, job = options.team, Solving(prepared, statistics, device, options, observe, reserved)
     if team.size > 1 or portions_at_once(device, data_free=data_free):
         left = job.longest_first(left)
     if team.size > 1:
@@ -159,6 +161,7 @@ class Solving:
     device: torch.device
     options: RunOptions
     observe: Observer
+    reserved: int | None = None  # as `free_ram` takes it
 
     @cached_property
     def plans(self) -> Mapping[str, LayerPlan]:
@@ -199,9 +202,9 @@ def _solved(
     returns when the caller holds no memory for earlier ones."""
     options = job.options
     if options.max_ram is not None:
-        free_tensors_at_once()
+        free_tensors_at_once()  # a process that helps has not done it yet
     return_freed_memory()
-    reserved = reserved_ram()
+    reserved = reserved_ram() if job.reserved is None else job.reserved
     at_first = (1 - SPARED) * free_ram(options, reserved=reserved)
 
     def solving(portions: Sequence[SharedInput]) -> int:

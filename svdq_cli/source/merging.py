@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,9 @@ from svdq_cli.source.adapter_names import ModelShapes
 from svdq_cli.source.adapters import Adapter, StoredChange, read_adapter
 from svdq_cli.source.model import Source
 from svdq_cli.source.tensors import TensorEntry
+from svdq_cli.source.weight_changes import WeightChange
+
+_LAST = threading.local()  # the tensor that a thread has read rows of last, and its changes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,13 +49,25 @@ class MergedTensor:
     def read_rows(self, start: int, stop: int) -> Tensor:
         before = self.entry.read_rows(start, stop).float()
         added = zeros(before.shape)
-        for change, strength in self.changes:
+        for change, strength in self._changes():
             if isinstance(change, Tensor):
                 added += strength * change[start:stop]
             else:
-                of_rows = change.read().of_rows([(start, stop)])
+                of_rows = change.of_rows([(start, stop)])
                 added += (strength * of_rows.added_to(before.flatten(1))).reshape(before.shape)
         return before + added
+
+    def _changes(self) -> Sequence[tuple[WeightChange | Tensor, float]]:
+        """As they are read, kept until the thread asks for another tensor's: a matrix is read some rows at a time, and
+        LoKr's factors take as long to make as the rest of it."""
+        if getattr(_LAST, "tensor", None) is not self:
+            _LAST.tensor = _LAST.changes = None
+            _LAST.changes = [
+                (change if isinstance(change, Tensor) else change.read(), strength)
+                for change, strength in self.changes
+            ]
+            _LAST.tensor = self
+        return _LAST.changes
 
 
 def shapes_of(source: Source) -> ModelShapes:

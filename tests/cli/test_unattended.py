@@ -53,6 +53,26 @@ def test_stdout_is_one_object_stderr_is_plain_and_provenance_is_complete(tiny_fl
     assert stored["recipe"]["quantization"]["seed"] == 7  # type: ignore[index]
 
 
+@pytest.mark.parametrize(
+    ("told", "code", "kind"), [("SIGTERM", 75, "interrupted"), ("SIGINT", 130, "canceled")]
+)
+def test_a_signal_before_the_work_begins_is_told_apart_too(told: str, code: int, kind: str):
+    program = (
+        "import os, signal, sys\n"
+        "import svdq_cli.diagnosis\n"
+        f"svdq_cli.diagnosis.diagnose = lambda: os.kill(os.getpid(), signal.{told})\n"
+        "sys.argv = ['svdq', 'doctor', '--json']\n"
+        "from svdq_cli.cli import main\n"
+        "main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, check=False, timeout=300
+    )
+    assert done.returncode == code
+    assert json.loads(done.stdout)["error"]["kind"] == kind
+    assert b"Traceback" not in done.stderr
+
+
 def test_a_bug_is_exit_code_1_with_its_traceback_and_one_object_on_stdout():
     program = (
         "import sys, svdq_cli.diagnosis\n"

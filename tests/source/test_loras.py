@@ -16,6 +16,7 @@ from svdq_cli.pipeline import check, convert
 from svdq_cli.preparing import DEFAULT_OPTIONS, source_of
 from svdq_cli.recipe import Lora, default_recipe, with_overrides
 from svdq_cli.source import Source, merge_loras, open_source, read_tensor, source_digest
+from svdq_cli.source.adapters import StoredChange
 from svdq_cli.starting import override, parse_lora
 from tests.source.test_configs import meta_shapes
 from tests.source.test_single_file import WEIGHTS, bfl_file, weights_of
@@ -167,6 +168,23 @@ def test_a_lora_goes_with_a_single_file_too(tiny_flux: Path, tmp_path: Path):
     from_file = merge_loras(open_source(file, base=tiny_flux), loras)
     assert source_digest(from_file) == source_digest(merge_loras(open_source(tiny_flux), loras))
     assert from_file.kind == "single file, original (BFL) names, 1 LoRA merged"
+
+
+def test_an_adapter_is_read_once_for_all_rows_of_a_weight(
+    tiny_flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    save_file(comfy(trained()), tmp_path / "lora.safetensors")
+    merged = merge_loras(open_source(tiny_flux), [(tmp_path / "lora.safetensors", 1.0)])
+    name, other = (f"{layer}.weight" for layer in QKV[:2])
+    whole = read_tensor(merged, name)
+    read_tensor(merged, other)  # so that the first one's changes are kept no more
+    asked: list[StoredChange] = []
+    read = StoredChange.read
+    monkeypatch.setattr(StoredChange, "read", lambda self: asked.append(self) or read(self))
+    entry = merged.tensors[name]
+    pieces = [entry.read_rows(start, start + 40) for start in range(0, len(whole), 40)]
+    torch.testing.assert_close(torch.cat(pieces), whole)
+    assert len(asked) == 1
 
 
 def test_two_loras_add_up(tiny_flux: Path, tmp_path: Path):
