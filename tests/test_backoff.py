@@ -235,6 +235,14 @@ def test_a_portion_lets_go_of_what_it_can_before_it_takes_less_at_a_time(monkeyp
     assert chosen() == Way(CPU, streamed=True)
 
 
+def test_a_limit_on_memory_that_is_enough_changes_nothing(
+    tiny_flux: Path, whole: tuple[bytes, ConvertReport], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(solving, "free_tensors_at_once", lambda: None)  # or other tests would be slower
+    convert(recipe_for(tiny_flux), tmp_path / "out", options=RunOptions(device="cpu", max_ram=64 * GIB))
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == whole[0]
+
+
 def test_beside_others_a_portion_takes_no_less_and_waits_for_them_instead(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(fitting, "available_ram", lambda: 100)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from svdq_cli import __version__
-from svdq_cli.allocator import free_tensors_at_once, return_freed_memory
+from svdq_cli.allocator import return_freed_memory
 from svdq_cli.calibrate.artefact import MANIFEST, Calibration, open_calibration
 from svdq_cli.calibrate.prompts import prompts_digest
 from svdq_cli.calibrate.settings import settings_json
@@ -172,8 +172,6 @@ def begin(
     observe: Observer,
 ) -> Job:
     """Everything that can be refused before the first layer is, is refused here."""
-    if options.max_ram is not None:
-        free_tensors_at_once()  # of the digest's threads, too
     for path in paths:
         require_name(path)
     remove_finished(work_beside(paths[0], options))

@@ -10,7 +10,7 @@ from typing import cast
 
 import torch
 
-from svdq_cli.allocator import free_large_tensors_at_once, return_freed_memory
+from svdq_cli.allocator import free_large_tensors_at_once, free_tensors_at_once, return_freed_memory
 from svdq_cli.calibrate.artefact import Calibration
 from svdq_cli.conversion.backoff import Need, Way, need_of, stored_itemsize, ways_on, where_it_fits
 from svdq_cli.conversion.fitting import free_ram, reserved_ram
@@ -202,7 +202,7 @@ def _solved(
     returns when the caller holds no memory for earlier ones."""
     options = job.options
     if options.max_ram is not None:
-        free_tensors_at_once()  # a process that helps has not done it yet
+        free_tensors_at_once()
     return_freed_memory()
     reserved = reserved_ram() if job.reserved is None else job.reserved
     at_first = (1 - SPARED) * free_ram(options, reserved=reserved)
