@@ -53,7 +53,8 @@ def made_side_by_side(
     """Every item with what `make(item, alone)` makes of it, as they are done. One is taken from `items` when no more
     than `threads` are being made or wait for the caller. Where `beside(busy, following)` finds no room for one more, it
     waits until enough of the others are taken; where `make` finds none, which was not `alone` when it was begun and
-    raises NoRoomBeside, until all of them are. What else `make` raises is raised here."""
+    raises NoRoomBeside, until all of them are, and nothing is begun beside it then. What else `make` raises is raised
+    here."""
     maker = _threads(threads, "beside")
     busy: dict[Future[Made], Item] = {}
     crowded: list[Item] = []
