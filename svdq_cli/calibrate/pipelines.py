@@ -42,12 +42,12 @@ def load_source_pipeline(
     network, and runs no code from the folder.
     Raises InputError where a component is missing, damaged or unknown; OutOfResourcesError if the device is too small.
     """
-    _check_index(folder, given=(components or {}).keys())
-    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-
+    pipeline_class = _checked_class(folder, given=(components or {}).keys())
     try:
         with quiet_loading():
-            pipe = DiffusionPipeline.from_pretrained(
+            # DiffusionPipeline.from_pretrained loads components that are optional arguments of the class (Wan's
+            # transformers) from the folder, whatever it is given for them
+            pipe = pipeline_class.from_pretrained(
                 str(folder),
                 torch_dtype=dtype,  # deprecated, but diffusers before `dtype` would ignore that and load float32
                 local_files_only=True,
@@ -306,9 +306,9 @@ def quiet_loading() -> Iterator[None]:
             log.enable_progress_bar()
 
 
-def _check_index(folder: Path, *, given: Collection[str]) -> None:
-    """Refuses early, and with a better message than diffusers', what can't be a pipeline folder. Components that are
-    `given` need not be there."""
+def _checked_class(folder: Path, *, given: Collection[str]) -> type[DiffusionPipeline]:
+    """The class of the pipeline in a folder. Refuses early, and with a better message than diffusers', what can't be a
+    pipeline folder. Components that are `given` need not be there."""
     index = folder / "model_index.json"
     if not index.is_file():
         raise InputError(
@@ -324,16 +324,17 @@ def _check_index(folder: Path, *, given: Collection[str]) -> None:
         ) from None
     if not isinstance(parts, dict):
         raise InputError(f"{index}: not a JSON object", hint="download the folder again", where=str(index))
-    _check_class(index, parts.get("_class_name"))
+    pipeline_class = _named_class(index, parts.get("_class_name"))
     for name, value in parts.items():
         # a component is [library, class]; [null, null] is one that the pipeline does without
         if name.startswith("_") or name in given:
             continue
         if isinstance(value, list) and len(value) == 2 and value[0] is not None:
             _check_component(folder, name, str(value[0]))
+    return pipeline_class
 
 
-def _check_class(index: Path, name: object) -> None:
+def _named_class(index: Path, name: object) -> type[DiffusionPipeline]:
     import diffusers
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
@@ -344,6 +345,7 @@ def _check_class(index: Path, name: object) -> None:
             hint="upgrade diffusers; svdq runs no pipeline code from the folder itself",
             where=str(index),
         )
+    return found
 
 
 def _check_component(folder: Path, name: str, library: str) -> None:
