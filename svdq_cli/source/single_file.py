@@ -183,7 +183,7 @@ def _base_config(path: Path, known: KnownClass, base: Path) -> Mapping[str, obje
         raise _wrong_base(path, known, base, f"a pipeline with a {component}")
     config = _component_config(base)
     found = config.get("_class_name", known.model_class) if config else known.model_class
-    if found not in (known.model_class, known.legacy_name):
+    if found not in (known.model_class, known.legacy_name, *known.relatives):
         raise _wrong_base(path, known, base, f"a {found}")
     return config
 

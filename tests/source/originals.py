@@ -63,9 +63,7 @@ def original_state(naming: Naming, state: Mapping[str, Tensor]) -> dict[str, Ten
         for suffix in ("weight", "bias", ""):
             names = [".".join(filter(None, (part.target, suffix))) for part in parts]
             if all(name in state for name in names):
-                old = (
-                    suffix_of.get(suffix, suffix) if "norm.query" in layer or "norm.key" in layer else suffix
-                )
+                old = suffix_of.get(suffix, suffix) if "norm" in layer else suffix
                 original[".".join(filter(None, (layer, old)))] = _assembled(parts, [state[n] for n in names])
     return original
 

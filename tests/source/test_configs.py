@@ -62,10 +62,40 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     "FLUX.1-Fill-dev": ("FluxTransformer2DModel", {**FLUX, "in_channels": 384, "out_channels": 64}),
     "FLUX.1 with 8 double blocks": ("FluxTransformer2DModel", {**FLUX, "num_layers": 8}),
     "FLUX.2-dev": ("Flux2Transformer2DModel", {}),
+    "Chroma1-HD": ("ChromaTransformer2DModel", {}),
+    "Wan 2.1 T2V 1.3B": (
+        "WanTransformer3DModel",
+        {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
+    ),
+    "Wan 2.1 T2V 14B": ("WanTransformer3DModel", {}),
+    "Wan 2.1 I2V 14B": (
+        "WanTransformer3DModel",
+        {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120},
+    ),
+    "Wan 2.1 FLF2V 14B": (
+        "WanTransformer3DModel",
+        {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120, "pos_embed_seq_len": 514},
+    ),
+    "Wan 2.2 I2V A14B": ("WanTransformer3DModel", {"in_channels": 36}),
+    "Wan 2.2 TI2V 5B": (
+        "WanTransformer3DModel",
+        {
+            "in_channels": 48,
+            "out_channels": 48,
+            "num_attention_heads": 24,
+            "ffn_dim": 14336,
+            "num_layers": 30,
+        },
+    ),
     "Qwen-Image": ("QwenImageTransformer2DModel", {"num_layers": 60}),
     "Z-Image": ("ZImageTransformer2DModel", {"axes_lens": [1536, 512, 512]}),
     "SANA 1.6B": ("SanaTransformer2DModel", {}),
     "SANA 0.6B": ("SanaTransformer2DModel", SANA_SMALL),
+    "SANA 1.5 4.8B": ("SanaTransformer2DModel", {"num_layers": 60, "qk_norm": "rms_norm_across_heads"}),
+    "SANA-Sprint 1.6B": (
+        "SanaTransformer2DModel",
+        {"guidance_embeds": True, "qk_norm": "rms_norm_across_heads"},
+    ),
     "SD3.5-large": (
         "SD3Transformer2DModel",
         {

@@ -13,7 +13,18 @@ from torch import Tensor
 
 from svdq_cli.source.configs import known_class
 from svdq_cli.source.names import Naming, convert_names
-from svdq_cli.source.original_names import FLUX1, FLUX2, LDM_UNET, NAMINGS, PIXART, SANA, SD3, Z_IMAGE
+from svdq_cli.source.original_names import (
+    CHROMA,
+    FLUX1,
+    FLUX2,
+    LDM_UNET,
+    NAMINGS,
+    PIXART,
+    SANA,
+    SD3,
+    WAN,
+    Z_IMAGE,
+)
 from tests.source.originals import MemoryTensor, original_state, real_keys, row_numbers
 
 Convert = Callable[..., Mapping[str, Tensor]]
@@ -49,6 +60,8 @@ def test_sdxl_unet_at_full_size():
     assert_same(mine, theirs.convert_ldm_unet_checkpoint(dict(stored), config))
 
 
+WAN_TINY = {"num_attention_heads": 2, "ffn_dim": 64, "text_dim": 32, "num_layers": 2}
+
 # The architecture at the published number of blocks (where that matters), without memory.
 MODELS: tuple[tuple[Naming, dict[str, Any], Convert], ...] = (
     (FLUX1, {"guidance_embeds": True}, theirs.convert_flux_transformer_checkpoint_to_diffusers),
@@ -57,6 +70,12 @@ MODELS: tuple[tuple[Naming, dict[str, Any], Convert], ...] = (
         {"num_layers": 2, "num_single_layers": 3},
         theirs.convert_flux2_transformer_checkpoint_to_diffusers,
     ),
+    (
+        CHROMA,
+        {"num_layers": 2, "num_single_layers": 3},
+        theirs.convert_chroma_transformer_checkpoint_to_diffusers,
+    ),
+    (WAN, WAN_TINY, theirs.convert_wan_transformer_to_diffusers),
     (Z_IMAGE, {"n_layers": 3}, theirs.convert_z_image_transformer_checkpoint_to_diffusers),
     (SANA, {"num_layers": 3}, theirs.convert_sana_transformer_to_diffusers),
     (
@@ -73,11 +92,16 @@ MODELS: tuple[tuple[Naming, dict[str, Any], Convert], ...] = (
 )
 
 
+def state_of(model_class: str, **config: Any) -> dict[str, Tensor]:
+    """A model's names with a number for each row of its tensors."""
+    with torch.device("meta"):
+        model = getattr(models, model_class)(**config)
+    return row_numbers({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
+
+
 @pytest.mark.parametrize(("naming", "config", "convert"), MODELS, ids=[m[0].model_class for m in MODELS])
 def test_rules_are_those_of_diffusers(naming: Naming, config: dict[str, Any], convert: Convert):
-    with torch.device("meta"):
-        model = getattr(models, naming.model_class)(**config)
-    state = row_numbers({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
+    state = state_of(naming.model_class, **config)
     original = original_state(naming, state)
     unused = {name: torch.zeros(1, dtype=torch.float64) for name in naming.unused}
     assert frozenset(original) >= naming.signature
@@ -86,20 +110,77 @@ def test_rules_are_those_of_diffusers(naming: Naming, config: dict[str, Any], co
 
 
 def test_sd15_unet_rules_are_those_of_diffusers():
-    with torch.device("meta"):
-        model = models.UNet2DConditionModel(cross_attention_dim=768)
-    state = row_numbers({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
+    state = state_of("UNet2DConditionModel", cross_attention_dim=768)
     original = original_state(LDM_UNET, state)
     whole = {f"model.diffusion_model.{name}": tensor for name, tensor in original.items()}
     assert_same(ours(LDM_UNET, original), state)
     assert_same(state, theirs.convert_ldm_unet_checkpoint(whole, {"layers_per_block": 2}))
 
 
+@pytest.mark.parametrize(
+    ("model_class", "config"),
+    [
+        ("WanTransformer3DModel", {"image_dim": 32, "added_kv_proj_dim": 256, "in_channels": 36}),
+        ("WanVACETransformer3DModel", {"vace_layers": [0, 1], "vace_in_channels": 96}),
+        ("SkyReelsV2Transformer3DModel", {}),
+    ],
+    ids=["from an image", "VACE", "SkyReels"],
+)
+def test_what_was_made_from_wan_has_the_rules_of_wan(model_class: str, config: dict[str, Any]):
+    state = state_of(model_class, **WAN_TINY, **config)
+    original = original_state(WAN, state)
+    assert frozenset(original) >= WAN.signature
+    assert_same(ours(WAN, original), state)
+    assert_same(state, theirs.convert_wan_transformer_to_diffusers(dict(original)))
+
+
+def test_wan_between_two_images_has_positions_that_diffusers_leaves_under_their_name():
+    """diffusers' conversion script knows this tensor, the converter in its package does not."""
+    image = {"image_dim": 32, "added_kv_proj_dim": 256, "pos_embed_seq_len": 4}
+    state = state_of("WanTransformer3DModel", **WAN_TINY, **image)
+    original = original_state(WAN, state)
+    converted = ours(WAN, original)
+    assert_same(converted, state)
+    theirs_too = dict(theirs.convert_wan_transformer_to_diffusers(dict(original)))
+    positions = theirs_too.pop("img_emb.emb_pos")
+    assert_same(converted, {**theirs_too, "condition_embedder.image_embedder.pos_embed": positions})
+
+
+SANA_BLOCK = {
+    "blocks.1.attn.q_norm.weight": "transformer_blocks.1.attn1.norm_q.weight",
+    "blocks.1.attn.k_norm.weight": "transformer_blocks.1.attn1.norm_k.weight",
+    "blocks.1.cross_attn.q_norm.weight": "transformer_blocks.1.attn2.norm_q.weight",
+    "blocks.1.cross_attn.k_norm.weight": "transformer_blocks.1.attn2.norm_k.weight",
+}
+SPRINT = {
+    "t_embedder.mlp.0.weight": "time_embed.timestep_embedder.linear_1.weight",
+    "t_embedder.mlp.2.bias": "time_embed.timestep_embedder.linear_2.bias",
+    "cfg_embedder.mlp.0.bias": "time_embed.guidance_embedder.linear_1.bias",
+    "cfg_embedder.mlp.2.weight": "time_embed.guidance_embedder.linear_2.weight",
+}
+SANA15 = {
+    "t_embedder.mlp.0.weight": "time_embed.emb.timestep_embedder.linear_1.weight",
+    "t_embedder.mlp.2.bias": "time_embed.emb.timestep_embedder.linear_2.bias",
+}
+
+
+@pytest.mark.parametrize(
+    ("guided", "names"), [(False, SANA15), (True, SPRINT)], ids=["SANA 1.5", "SANA-Sprint"]
+)
+def test_sana_15_and_sprint_are_named_as_in_diffusers_conversion_script(guided: bool, names: dict[str, str]):
+    """The converter in diffusers' package drops their norms, so the names that its script gives are written here."""
+    config = {"num_layers": 2, "qk_norm": "rms_norm_across_heads", "guidance_embeds": guided}
+    state = state_of("SanaTransformer2DModel", **config)
+    original = original_state(SANA, state)
+    for old, new in {**SANA_BLOCK, **names}.items():
+        assert torch.equal(original[old], state[new])
+    training_only = {f"logvar_linear.{name}": torch.zeros(1) for name in ("weight", "bias")}
+    assert_same(ours(SANA, {**original, **training_only}), state)
+
+
 def test_pixart_is_told_from_sana_and_loses_nothing():
     """diffusers' package has no converter for PixArt (its script is not installed), so the class alone is the judge."""
-    with torch.device("meta"):
-        model = models.PixArtTransformer2DModel(num_layers=2, use_additional_conditions=True)
-    state = row_numbers({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
+    state = state_of("PixArtTransformer2DModel", num_layers=2, use_additional_conditions=True)
     original = original_state(PIXART, state)
     assert frozenset(original) >= PIXART.signature
     assert not frozenset(original) >= SANA.signature

@@ -1,0 +1,46 @@
+"""A model's config from its names and shapes, for single files that come without one.
+
+What the shapes of a published architecture do not say (head counts of a UNet, rotary axes) is taken from the published
+model of the same shapes; a model whose shapes fit none needs a base pipeline, which has the config.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from svdq_cli.source.configs.flux import CHROMA, FLUX1, FLUX2
+from svdq_cli.source.configs.shapes import Facts, KnownClass, Shapes
+from svdq_cli.source.configs.transformers import PIXART, QWEN_IMAGE, SANA, SD3, Z_IMAGE
+from svdq_cli.source.configs.unet import UNET
+from svdq_cli.source.configs.wan import WAN
+
+__all__ = ["KnownClass", "class_of_names", "known_class", "published_config"]
+
+KNOWN_CLASSES: tuple[KnownClass, ...] = (
+    FLUX1,
+    FLUX2,
+    CHROMA,
+    QWEN_IMAGE,
+    SD3,
+    SANA,
+    Z_IMAGE,
+    PIXART,
+    WAN,
+    UNET,
+)
+
+
+def class_of_names(names: Mapping[str, object]) -> KnownClass | None:
+    """The class whose diffusers names these are."""
+    return next((known for known in KNOWN_CLASSES if known.signature <= names.keys()), None)
+
+
+def known_class(model_class: str) -> KnownClass:
+    return next(known for known in KNOWN_CLASSES if known.model_class == model_class)
+
+
+def published_config(known: KnownClass, tensors: Shapes) -> Facts | None:
+    """The whole config, or None where the shapes are not those of a published model."""
+    facts = known.facts(tensors)
+    rest = known.rest(facts)
+    return None if rest is None else {"_class_name": known.model_class, **rest, **facts}

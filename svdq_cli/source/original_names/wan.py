@@ -1,0 +1,60 @@
+"""Wan's names: Wan 2.1 and 2.2, from text, from an image, and VACE, whose control blocks are blocks as well.
+
+Other models that were made from Wan (SkyReels-V2, ChronoEdit) have the same names.
+"""
+
+from __future__ import annotations
+
+from svdq_cli.source.names import Naming, Rule, renamed
+from svdq_cli.source.original_names.table import in_stacks, table
+
+_ATTENTION = (
+    *((x, f"to_{x}") for x in "qkv"),
+    ("o", "to_out.0"),
+    ("norm_q", "norm_q"),
+    ("norm_k", "norm_k"),
+    ("k_img", "add_k_proj"),
+    ("v_img", "add_v_proj"),
+    ("norm_k_img", "norm_added_k"),
+)
+_BLOCK = (
+    *(
+        renamed(f"{original}.{old}", f"{target}.{new}")
+        for original, target in (("self_attn", "attn1"), ("cross_attn", "attn2"))
+        for old, new in _ATTENTION
+    ),
+    # the original numbers the norms as they were written, diffusers as they are used
+    renamed("norm3", "norm2"),
+    renamed("norm2", "norm3"),
+    renamed("ffn.0", "ffn.net.0.proj"),
+    renamed("ffn.2", "ffn.net.2"),
+    renamed("modulation", "scale_shift_table"),
+    renamed("before_proj", "proj_in"),
+    renamed("after_proj", "proj_out"),
+)
+_IMAGE = "condition_embedder.image_embedder"
+_ENDS: tuple[Rule, ...] = (
+    renamed("patch_embedding", "patch_embedding"),
+    renamed("vace_patch_embedding", "vace_patch_embedding"),
+    *(
+        renamed(f"{name}_embedding.{old}", f"condition_embedder.{name}_embedder.{new}")
+        for name in ("time", "text")
+        for old, new in (("0", "linear_1"), ("2", "linear_2"))
+    ),
+    renamed("time_projection.1", "condition_embedder.time_proj"),
+    renamed("img_emb.proj.0", f"{_IMAGE}.norm1"),
+    renamed("img_emb.proj.1", f"{_IMAGE}.ff.net.0.proj"),
+    renamed("img_emb.proj.3", f"{_IMAGE}.ff.net.2"),
+    renamed("img_emb.proj.4", f"{_IMAGE}.norm2"),
+    renamed("img_emb.emb_pos", f"{_IMAGE}.pos_embed"),
+    renamed("head.head", "proj_out"),
+    renamed("head.modulation", "scale_shift_table"),
+)
+
+WAN = Naming(
+    name="original (Wan) names",
+    model_class="WanTransformer3DModel",
+    signature=frozenset({"head.modulation", "blocks.0.self_attn.q.weight"}),
+    rules=table(*_ENDS, *in_stacks(("blocks", "vace_blocks"), _BLOCK)),
+    suffixes={},
+)
