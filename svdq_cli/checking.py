@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -37,6 +36,10 @@ MAX_SMOOTH_SLOPE = 0.5
 # A conversion notes every layer's weight error. Only the order of a sum or a source in another 16-bit dtype may move
 # it afterwards.
 RECORD_TOLERANCE = 0.02
+# A LoRA that is folded in adds to the weight and hardly to the error, whose part of the weight so becomes less. It may
+# become more where the LoRA takes away from the weight.
+FOLDED_TOLERANCE = 1.25
+WEIGHT_ERROR, WEIGHT_ERROR_AT_MOST = "weight_error", "weight_error_at_most"  # keys of the provenance
 _CHECKERS = 2  # threads; few, because each holds a layer and the source's
 MAX_BIAS_ERROR = 0.05  # biases are only rounded to 16 bits; a permuted one is off by more than 1
 
@@ -70,6 +73,19 @@ def require_same_model(checkpoint: Checkpoint, source: Source) -> None:
                 where=linear.name,
                 kind="shape-mismatch",
             )
+
+
+def first_difference(checkpoint: Checkpoint, source: Source) -> str | None:
+    """The first layer whose weight can't have been made from the source's, or None. Layers that can't be decoded say
+    nothing of the source."""
+    notes = _weight_errors(checkpoint)
+
+    def differs(plan: LayerPlan) -> bool:
+        found = _verdict(checkpoint, source, plan, notes.get(plan.name))
+        return bool(found.problems) and found.error is not None
+
+    verdicts = made_ahead(checkpoint.layers, differs, threads=cores(_CHECKERS))
+    return next((plan.name for plan, found in verdicts if found), None)
 
 
 def require_sound(partial: Path, source: Source, observe: Observer) -> None:
@@ -107,8 +123,7 @@ def _examined(
     if problems:
         return problems, {}
     errors: dict[str, float] = {}
-    recorded = (checkpoint.provenance or {}).get("weight_error")
-    notes = cast("Mapping[str, float]", recorded) if isinstance(recorded, Mapping) else {}
+    notes = _weight_errors(checkpoint)
     started, total = time.monotonic(), len(checkpoint.layers)
     observe(Event("start", "check", 0, total))
 
@@ -126,6 +141,30 @@ def _examined(
             problems.append(CheckProblem(name, "holds NaN or infinite values"))
     observe(Event("end", "check", total, total, seconds=time.monotonic() - started))
     return problems, errors
+
+
+def _weight_errors(checkpoint: Checkpoint) -> Mapping[str, _Noted]:
+    """What the conversion noted, by layer."""
+    found: dict[str, _Noted] = {}
+    for key in (WEIGHT_ERROR_AT_MOST, WEIGHT_ERROR):
+        noted = (checkpoint.provenance or {}).get(key)
+        for name, error in (noted if isinstance(noted, Mapping) else {}).items():
+            if isinstance(error, (int, float)):
+                found[name] = _Noted(float(error), exact=key == WEIGHT_ERROR)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Noted:
+    """The relative weight error that a conversion noted. Not `exact`: a LoRA has been folded into the layer since."""
+
+    error: float
+    exact: bool
+
+    def explains(self, error: float) -> bool:
+        if self.exact:
+            return abs(error - self.error) <= RECORD_TOLERANCE * self.error + 1e-4
+        return error <= FOLDED_TOLERANCE * self.error + 1e-4
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +189,7 @@ class _StoredRows:
 
 
 def _verdict(
-    checkpoint: Checkpoint, source: Source | None, plan: LayerPlan, recorded: float | None
+    checkpoint: Checkpoint, source: Source | None, plan: LayerPlan, recorded: _Noted | None
 ) -> _Verdict:
     """`recorded`: the weight error that the conversion noted, if it did."""
     try:
@@ -167,7 +206,7 @@ def _verdict(
 
 
 def _differences(
-    plan: LayerPlan, error: WeightError, bias_error: float, recorded: float | None
+    plan: LayerPlan, error: WeightError, bias_error: float, recorded: _Noted | None
 ) -> Iterator[CheckProblem]:
     """What no rounding explains."""
     if what := _disagreement(error, recorded):
@@ -176,7 +215,7 @@ def _differences(
         yield CheckProblem(plan.name, f"its bias is not the source's (relative error {bias_error:.2f})")
 
 
-def _disagreement(error: WeightError, recorded: float | None) -> str | None:
+def _disagreement(error: WeightError, recorded: _Noted | None) -> str | None:
     """Why a weight can't have been made from the source's, or None."""
     if not (error.agreement >= LEAST_AGREEMENT and error.strayed_rows <= MAX_STRAYED_ROWS):
         return (
@@ -185,8 +224,8 @@ def _disagreement(error: WeightError, recorded: float | None) -> str | None:
         )
     if not abs(error.smooth_slope) <= MAX_SMOOTH_SLOPE:
         return "its channels are scaled by another smoothing factor than the stored one (inverted, or in a wrong order)"
-    if recorded is not None and not abs(error.relative - recorded) <= RECORD_TOLERANCE * recorded + 1e-4:
-        return f"its error is {error.relative:.4f}, and the conversion noted {recorded:.4f}"
+    if recorded is not None and not recorded.explains(error.relative):
+        return f"its error is {error.relative:.4f}, and the conversion noted {recorded.error:.4f}"
     return None
 
 

@@ -7,6 +7,7 @@ long ones have modules of their own; the verbs that draw pictures to judge or to
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from svdq_cli.checking import check
@@ -14,6 +15,7 @@ from svdq_cli.checkpoint import open_checkpoint
 from svdq_cli.conversion.calibrating import calibrate
 from svdq_cli.conversion.predicting import predict
 from svdq_cli.conversion.run import convert
+from svdq_cli.origin import origin_of
 from svdq_cli.preparing import (
     DEFAULT_OPTIONS,
     RunOptions,
@@ -23,9 +25,31 @@ from svdq_cli.preparing import (
     sizes_of,
 )
 from svdq_cli.recipe import Recipe
-from svdq_cli.records import InspectReport
+from svdq_cli.records import CheckReport, Event, InspectReport, Observer, ignore_events
 
-__all__ = ["calibrate", "check", "convert", "inspect_checkpoint", "inspect_source", "predict"]
+__all__ = [
+    "calibrate",
+    "check",
+    "check_against",
+    "convert",
+    "inspect_checkpoint",
+    "inspect_source",
+    "predict",
+]
+
+
+def check_against(
+    path: Path, recipe: Recipe, *, options: RunOptions = DEFAULT_OPTIONS, observe: Observer = ignore_events
+) -> CheckReport:
+    """`check` against the recipe's model, with the LoRAs that the checkpoint says it holds.
+
+    Raises InputError (kind "wrong-source") for another model than the one that the checkpoint was made from.
+    """
+    origin = origin_of(open_checkpoint(path), recipe, options)
+    report = check(path, against=origin.require_same(), observe=observe)
+    for note in origin.notes:
+        observe(Event("warning", "check", detail=note))
+    return replace(report, same_source=origin.same, loras=origin.loras, warnings=origin.notes)
 
 
 def inspect_source(recipe: Recipe, *, options: RunOptions = DEFAULT_OPTIONS) -> InspectReport:

@@ -461,6 +461,9 @@ class EvalReport:
     seconds_per_picture: float | None
     seconds: float
     page: str | None = None  # the HTML report
+    same_source: bool | None = None  # see CheckReport; what speaks against it is in `warnings`
+    loras: tuple[str, ...] = ()  # the same
+    warnings: tuple[str, ...] = ()
     gates_missed: tuple[str, ...] = ()
     command: str = "eval"
     status: str = "ok"
@@ -475,13 +478,19 @@ class CheckProblem:
 
 @dataclass(frozen=True, slots=True)
 class CheckReport:
-    """`layer_error`: relative Frobenius error of the reconstructed weight per layer; None without a source."""
+    """`layer_error`: relative Frobenius error of the reconstructed weight per layer; None without a source.
+    `same_source`: whether the source is the one that the checkpoint was made from, by its digest; None without a
+    source, and where the checkpoint records no digest. `loras`: LoRAs (FILE:WEIGHT) that were found by the checkpoint's
+    own record and merged into the source."""
 
     status: str
     format: str
     layers: int
     problems: tuple[CheckProblem, ...]
     layer_error: Mapping[str, float] | None
+    same_source: bool | None = None
+    loras: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     command: str = "check"
     schema: int = 1
 
@@ -556,7 +565,7 @@ class RepackReport:
 
 @dataclass(frozen=True, slots=True)
 class LoraFacts:
-    """A LoRA that was folded."""
+    """A LoRA that was folded: its file, the weight that it was given, the sha256 of the file."""
 
     path: str
     weight: float

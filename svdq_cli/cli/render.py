@@ -127,13 +127,22 @@ def exit_with(report: object) -> None:
             )
         case CheckReport(problems=(first, *_) as problems):
             message = f"{len(problems)} problems, the first: {first.layer}: {first.what}"
-            _fail(CheckFailedError.code, message, "do not use this checkpoint; convert again")
+            _fail(CheckFailedError.code, message, _check_cure(report))
         case SeveralReport(code=code) if code:
             failed = sum(run.code != 0 for run in report.runs)
             _fail(code, f"{failed} of {len(report.runs)} recipes failed", "the table says which, and why")
         case _:
             if missed := getattr(report, "gates_missed", ()):  # of a benchmark, whose records need torch
                 _fail(GateMissedError.code, f"gates missed: {'; '.join(missed)}", "the figures stand above")
+
+
+def _check_cure(report: CheckReport) -> str:
+    if report.layer_error and not report.same_source:
+        return (
+            "the checkpoint is damaged, or it was made from another model or with a LoRA: it does not record which; "
+            "compare it with the model that it was made from"
+        )
+    return "do not use this checkpoint; convert again"
 
 
 def _fail(code: int, message: str, hint: str) -> NoReturn:

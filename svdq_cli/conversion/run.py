@@ -20,6 +20,7 @@ from svdq_cli.calibrate.artefact import MANIFEST, Calibration, open_calibration
 from svdq_cli.calibrate.prompts import prompts_digest
 from svdq_cli.calibrate.settings import settings_json
 from svdq_cli.card import model_card
+from svdq_cli.checking import WEIGHT_ERROR
 from svdq_cli.conversion.allocation import allocated, draws_for_gains
 from svdq_cli.conversion.block_forecast import tuned_bytes
 from svdq_cli.conversion.calibrating import BEGUN, draw_calibration, drawing_of
@@ -402,7 +403,7 @@ def _contents(job: Job, solved: Solved) -> Contents:
                 for path in lora_files(job.recipe, job.options)
                 if path.is_file()  # a folder of peft's is in the digest of the source
             },
-            "weight_error": {report.name: round(report.weight_error, 5) for report in solved.reports},
+            WEIGHT_ERROR: {report.name: round(report.weight_error, 5) for report in solved.reports},
         },
     )
 

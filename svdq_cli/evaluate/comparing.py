@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from svdq_cli import __version__
 from svdq_cli.calibrate.pipelines import draw_each
 from svdq_cli.calibrate.settings import DrawSettings, settings_json
-from svdq_cli.checking import require_same_model
 from svdq_cli.checkpoint import Checkpoint, open_checkpoint
 from svdq_cli.errors import EnvironmentLacksError, InputError
 from svdq_cli.evaluate.gallery import (
@@ -30,11 +29,13 @@ from svdq_cli.evaluate.metrics import Metrics, find_metrics
 from svdq_cli.evaluate.scoring import Scores, score_pairs, score_pictures
 from svdq_cli.loading import choose_backend, compute_dtype, load_16bit_pipeline, load_pipeline
 from svdq_cli.machine import resolve_device
+from svdq_cli.origin import Origin, origin_of
 from svdq_cli.preparing import DEFAULT_OPTIONS, RunOptions, chosen_prompts, draw_settings, source_of
 from svdq_cli.recipe import Recipe, figure_of, section_of
 from svdq_cli.records import (
     BaselineFacts,
     EvalReport,
+    Event,
     LayerPlan,
     Observer,
     ReferenceFacts,
@@ -74,7 +75,8 @@ class Run:
 
     path: Path
     checkpoint: Checkpoint
-    source: Source  # the 16-bit model
+    source: Source  # the 16-bit model, with the LoRAs that the checkpoint holds
+    origin: Origin  # whether that is what the checkpoint was made from
     prompts: tuple[str, ...]
     settings: DrawSettings
     device: torch.device
@@ -161,10 +163,12 @@ def _run(path: Path, recipe: Recipe, options: RunOptions, observe: Observer) -> 
             hint="give the pipeline folder that the checkpoint was made from, or --base for the parts that are missing",
             where=str(source.path),
         )
-    require_same_model(checkpoint, source)
+    origin = origin_of(checkpoint, recipe, options)
+    for note in origin.notes:
+        observe(Event("warning", "evaluate", detail=note))
     prompts = chosen_prompts(recipe, options, observe)
     settings = draw_settings(recipe, source, beside=options.beside)
-    return Run(path, checkpoint, source, prompts, settings, resolve_device(options.device))
+    return Run(path, checkpoint, origin.source, origin, prompts, settings, resolve_device(options.device))
 
 
 def _facts(run: Run) -> dict[str, object]:
@@ -174,7 +178,7 @@ def _facts(run: Run) -> dict[str, object]:
     gpu = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "cpu"
     return {
         "checkpoint": {file.name: file_sha256(file) for file in run.checkpoint.source.files},
-        "source": source_digest(run.source),
+        "source": run.origin.digest or source_digest(run.source),
         "other components": _component_sizes(run.source),
         "settings": settings,
         "device": gpu,
@@ -319,6 +323,9 @@ def _report(
         missing={**metrics.missing, **missing},
         seconds_per_picture=converted.seconds_per_picture,
         seconds=time.monotonic() - started,
+        same_source=run.origin.same,
+        loras=run.origin.loras,
+        warnings=run.origin.notes,
     )
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 
-from svdq_cli.checking import structure_problems
-from svdq_cli.checkpoint import PROVENANCE, Checkpoint, open_checkpoint
+from svdq_cli.checking import WEIGHT_ERROR, WEIGHT_ERROR_AT_MOST, structure_problems
+from svdq_cli.checkpoint import PROVENANCE, Checkpoint, layer_of, open_checkpoint
 from svdq_cli.errors import InputError
 from svdq_cli.formats.headers import header_metadata
 from svdq_cli.lora.edits import Edits, GivenLora, plan_edits, read_loras, table_of
@@ -117,9 +117,10 @@ def fold(
 
 
 def facts_of(given: Sequence[GivenLora]) -> tuple[LoraFacts, ...]:
-    """What reports and files say of the LoRAs."""
+    """What the report says of the LoRAs."""
     return tuple(
-        LoraFacts(lora.adapter.path.name, lora.weight, file_sha256(lora.adapter.path)) for lora in given
+        LoraFacts(str(lora.adapter.path.absolute()), lora.weight, file_sha256(lora.adapter.path))
+        for lora in given
     )
 
 
@@ -146,7 +147,7 @@ def _write(
 ) -> Path:
     """The new checkpoint at a partial path. Returns its weight file."""
     before = header_metadata(checkpoint.source.files[0])
-    made = json.dumps(_provenance(checkpoint, facts), sort_keys=True)
+    made = json.dumps(_provenance(checkpoint, edits, joined, facts), sort_keys=True)
     if target.format.single_file:
         metadata = header_of(checkpoint, target, edits, before)
         write_changed(partial, checkpoint, target, edits, joined, {**metadata, PROVENANCE: made})
@@ -165,12 +166,42 @@ def _write(
     return weights
 
 
-def _provenance(checkpoint: Checkpoint, facts: tuple[LoraFacts, ...]) -> dict[str, object]:
-    """What is said of the checkpoint's making, and the LoRAs that it has had folded in."""
+def _provenance(
+    checkpoint: Checkpoint, edits: Edits, joined: JoinedBranches, facts: tuple[LoraFacts, ...]
+) -> dict[str, object]:
+    """What is said of the checkpoint's making, and the LoRAs that it has had folded in.
+
+    The weight errors that the conversion noted stay for the layers that are what they were. Of a changed layer they are
+    the most that is expected, for the same error is a smaller part of a larger weight, and nothing where its LoRA was
+    cut or left out.
+    """
     said = dict(checkpoint.provenance or {})
     earlier = said.get("folded_loras")
-    folded = [{"name": lora.path, "weight": lora.weight, "sha256": lora.sha256} for lora in facts]
-    return {**said, "folded_loras": [*(earlier if isinstance(earlier, list) else []), *folded]}
+    changed = {*edits.branches, *map(layer_of, edits.weights)}
+    cut = {name for _, name in joined.cut} if joined.max_rank is None else changed
+    inexact = {*edits.skipped, *edits.dense, *cut}
+    noted, at_most = _noted(said, WEIGHT_ERROR), _noted(said, WEIGHT_ERROR_AT_MOST)
+    return {
+        **said,
+        WEIGHT_ERROR: {name: error for name, error in noted.items() if name not in changed | inexact},
+        WEIGHT_ERROR_AT_MOST: {
+            **{name: error for name, error in at_most.items() if name not in inexact},
+            **{name: error for name, error in noted.items() if name in changed - inexact},
+        },
+        "folded_loras": [*(earlier if isinstance(earlier, list) else []), *without_folders(facts)],
+    }
+
+
+def _noted(provenance: Mapping[str, object], key: str) -> Mapping[str, object]:
+    found = provenance.get(key)
+    return found if isinstance(found, Mapping) else {}
+
+
+def without_folders(facts: Sequence[LoraFacts]) -> list[dict[str, object]]:
+    """LoRAs as the header of a file names them: no path of this machine."""
+    return [
+        {"name": PurePath(lora.path).name, "weight": lora.weight, "sha256": lora.sha256} for lora in facts
+    ]
 
 
 def _rank(layers: Sequence[object]) -> int:

@@ -30,7 +30,7 @@ from svdq_cli.formats.moves import same_bits, take_rows
 from svdq_cli.formats.nunchaku import encode_branch
 from svdq_cli.lora.edits import Contribution, Edits, plan_edits, read_loras, table_of
 from svdq_cli.lora.factoring import factored
-from svdq_cli.lora.fold import DEFAULT_SETTINGS, FoldSettings, facts_of, open_sound
+from svdq_cli.lora.fold import DEFAULT_SETTINGS, FoldSettings, facts_of, open_sound, without_folders
 from svdq_cli.lora.folding import additions, extended, padded, whole_tiles
 from svdq_cli.lora.joining import join_loras
 from svdq_cli.machine import peak_memory
@@ -85,10 +85,7 @@ def write_nunchaku_lora(
         **_outer_tensors(checkpoint, edits, settings),
     }
     facts = facts_of(given)
-    said = {
-        "base_sha256": file_sha256(path),
-        "loras": [{"name": lora.path, "weight": lora.weight, "sha256": lora.sha256} for lora in facts],
-    }
+    said = {"base_sha256": file_sha256(path), "loras": without_folders(facts)}
     with whole_output(out, overwrite=options.overwrite) as unfinished:
         save_tensors(unfinished, tensors, {"svdq_lora": json.dumps(said, sort_keys=True)})
         _require_same(tensors, unfinished)

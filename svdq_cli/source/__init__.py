@@ -10,6 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from svdq_cli.errors import InputError
+from svdq_cli.source.adapters import adapter_file
 from svdq_cli.source.folders import (
     component_files,
     index_component,
@@ -37,6 +38,7 @@ __all__ = [
     "COMPONENTS",
     "Source",
     "TensorEntry",
+    "adapter_file",
     "component_files",
     "described_config",
     "file_sha256",

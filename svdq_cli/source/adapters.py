@@ -165,6 +165,11 @@ def read_adapter(path: Path, model: ModelShapes) -> Adapter:
 # ------------------------------------------------------------------------------------------------- the file
 
 
+def adapter_file(path: Path) -> Path:
+    """The weight file of a LoRA: the file itself, or the one in a folder of peft's. InputError where there is none."""
+    return _files(path)[0]
+
+
 def _files(path: Path) -> tuple[Path, Mapping[str, object] | None]:
     """The weight file and the config of a peft folder; a lone file has none."""
     if path.is_dir():

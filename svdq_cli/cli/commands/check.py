@@ -28,14 +28,14 @@ def check(
     from svdq_cli.cli.progress import progress
     from svdq_cli.cli.summary import append_summary
     from svdq_cli.pipeline import check as run_check
-    from svdq_cli.preparing import source_of
+    from svdq_cli.pipeline import check_against
 
-    recipe_and_options = (
-        recipe_for(against, options=run_options("cpu", False), base=base, loras=loras) if against else None
-    )
     with progress(quiet=quiet, verbose=verbose, events=events) as observe:
-        source = source_of(*recipe_and_options) if recipe_and_options else None
-        report = run_check(checkpoint, against=source, observe=observe)
+        if against is None:
+            report = run_check(checkpoint, observe=observe)
+        else:
+            recipe, options = recipe_for(against, options=run_options("cpu", False), base=base, loras=loras)
+            report = check_against(checkpoint, recipe, options=options, observe=observe)
     append_summary(report, summary)
     render.show(report, json=json, verbose=verbose)
     render.exit_with(report)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import PurePath
 from typing import cast
 
 from rich.console import Console
@@ -129,7 +130,9 @@ def lora(console: Console, report: LoraReport, verbose: bool) -> None:
     (output,) = report.outputs
     table = facts_table()
     table.add_row("written", output.path)
-    table.add_row("LoRAs", ", ".join(f"{lora.path} at {lora.weight:g}" for lora in report.loras))
+    table.add_row(
+        "LoRAs", ", ".join(f"{PurePath(lora.path).name} at {lora.weight:g}" for lora in report.loras)
+    )
     table.add_row("rank", f"{report.rank['before']} -> {report.rank['after']}")
     table.add_row("size", f"{bytes_text(report.bytes['before'])} -> {bytes_text(report.bytes['after'])}")
     table.add_row("time, memory", f"{report.seconds:.1f} s, {bytes_text(report.peak.ram_bytes)} RAM")
@@ -137,7 +140,7 @@ def lora(console: Console, report: LoraReport, verbose: bool) -> None:
     counts = Counter((row.how, row.kind or "", row.why or "") for row in report.keys)
     for (how, kind, why), count in counts.items():
         console.print(
-            Text(f"  {count:5} {how}" + (f", {kind}" if kind else "") + (f": {why}" if why else ""))
+            Text(f"  {count:5} layers {how}" + (f" ({kind})" if kind else "") + (f": {why}" if why else ""))
         )
     cut = [row for row in report.keys if row.error is not None]
     for row in report.keys if verbose else sorted(cut, key=lambda row: -(row.error or 0))[:WORST_LAYERS]:

@@ -17,10 +17,12 @@ def check(console: Console, report: CheckReport, verbose: bool) -> None:
         return
     console.print(f"ok: {report.layers} layers, format {report.format}")
     if report.layer_error:
+        if report.same_source:
+            console.print("the 16-bit model is the one it was made from (same digest)")
+        console.print("relative error of the rebuilt weight, worst first:")
         worst = sorted(report.layer_error.items(), key=lambda item: -item[1])
         for name, error in worst if verbose else worst[:WORST_LAYERS]:
             console.print(Text(f"  {error:7.4f}  {name}"))
-        console.print("(relative error of the rebuilt weight, worst first)")
     else:
         console.print("structure and finite values; --against SOURCE also compares the weights")
 
