@@ -1,4 +1,4 @@
-"""The model card of a checkpoint: `README.md` with the header that the Hugging Face hub reads.
+"""The model card of a checkpoint, converted or made from another one: `README.md` with the header that the hub reads.
 
 The same checkpoint has the same card: nothing in it tells where or how fast it was made.
 """
@@ -6,21 +6,28 @@ The same checkpoint has the same card: nothing in it tells where or how fast it 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath
 from typing import Any
 
+from svdq_cli import __version__
+from svdq_cli.checkpoint import Checkpoint
 from svdq_cli.locate import hub_id
 from svdq_cli.markdown import cell, number, table
-from svdq_cli.records import ConvertReport, to_json
+from svdq_cli.records import ConvertReport, LoraFacts, to_json
 from svdq_cli.source import read_json
 
 CARD_FILE = "README.md"
 WORST_LAYERS = 5
 _MAX_BYTES = 1 << 20  # of a card that is read
 _CARRIED_OVER = ("license", "license_name", "license_link", "pipeline_tag", "language")
+_OF_THE_BASE = (*_CARRIED_OVER, "base_model")  # what a card made from a checkpoint's card repeats
 _WORD = re.compile(r"[\w .:/+-]{1,200}")  # what a license, a tag or a link consists of
 _PAPER = "https://arxiv.org/abs/2411.05007"
+_PROVENANCE = (
+    "The header of the weights holds recipe, versions and sha256 of all inputs; `svdq inspect` shows them."
+)
 
 
 def card_path(file: Path) -> Path:
@@ -31,21 +38,63 @@ def card_path(file: Path) -> Path:
 def model_card(report: ConvertReport, *, pipeline: Path | None, beside: Path | None = None) -> str:
     """The card of an output. `pipeline`: the source's folder, whose license is carried over; `beside`: the recipe's."""
     name = hub_id(str(_model(report)["source"]), beside=beside)
-    lines = [_header(report, name, pipeline), "", *_body(report, name)]
+    tags = [report.precision, *(output.format for output in report.outputs)]
+    said = _header_of(pipeline / CARD_FILE, _CARRIED_OVER) if pipeline else {}
+    lines = [_header(said, name, pipeline, tags), "", *_body(report, name)]
     return "\n".join(lines) + "\n"
 
 
-def _header(report: ConvertReport, base_model: str | None, pipeline: Path | None) -> str:
+@dataclass(frozen=True, slots=True)
+class DerivedFacts:
+    """A checkpoint that was made from another one: exported, or with LoRAs folded in."""
+
+    format: str
+    single_file: bool
+    bytes: int  # of its weight file
+    loras: tuple[LoraFacts, ...] = ()
+
+
+def derived_card(checkpoint: Checkpoint, facts: DerivedFacts) -> str:
+    """The card of an output that was made from `checkpoint`, whose license and base model it repeats."""
+    path, pipeline = checkpoint.source.path, checkpoint.source.pipeline
+    said = _header_of(card_path(path) if path.is_file() else path / CARD_FILE, _OF_THE_BASE)
+    base_model = said.pop("base_model", None)
+    precision = checkpoint.precision.name if checkpoint.precision else "int4"
+    tags = [precision, facts.format, *(["lora"] if facts.loras else [])]
+    lines = [_header(said, base_model, pipeline, tags), "", *_derived_body(checkpoint, facts, base_model)]
+    return "\n".join(lines) + "\n"
+
+
+def _derived_body(checkpoint: Checkpoint, facts: DerivedFacts, base_model: str | None) -> Iterator[str]:
+    precision = checkpoint.precision.name if checkpoint.precision else "int4"
+    yield from _title(base_model, checkpoint.model_class, precision, " with LoRAs" if facts.loras else "")
+    yield f"svdq {__version__} from a checkpoint in format {checkpoint.format.name}, without quantizing again."
+    yield ""
+    counts = f"{len(checkpoint.plan().w4a4)} W4A4, {len(checkpoint.plan().w4a16)} W4A16"
+    rows = [("model", f"{checkpoint.model_class}, {checkpoint.parameters} parameters"), ("layers", counts)]
+    yield from table(("", ""), [*rows, ("precision", precision), ("size", f"{facts.bytes} bytes")])
+    yield ""
+    if facts.loras:
+        yield "LoRAs in the low-rank branch. Their own licenses apply too."
+        yield ""
+        named = [(PurePath(lora.path).name, f"{lora.weight:g}", lora.sha256) for lora in facts.loras]
+        yield from table(("LoRA", "weight", "sha256"), named)
+        yield ""
+    yield from _loading([facts.format] if facts.single_file else [], pipeline=not facts.single_file)
+    yield ""
+    yield _PROVENANCE
+
+
+def _header(said: dict[str, Any], base_model: str | None, pipeline: Path | None, tags: Sequence[str]) -> str:
     from huggingface_hub import ModelCardData
 
-    said = _source_header(pipeline)
     license_file = pipeline is not None and any(pipeline.glob("LICENSE*"))
     if "license" not in said and license_file:  # one that goes along, and whose name nobody said
         said |= {"license": "other", "license_link": "LICENSE"}
     data = ModelCardData(
         base_model=base_model,
         library_name="diffusers",
-        tags=["svdquant", "quantized", report.precision, *(output.format for output in report.outputs)],
+        tags=["svdquant", "quantized", *tags],
         pipeline_tag=said.pop("pipeline_tag", None) or _pipeline_tag(pipeline),
         **({"base_model_relation": "quantized"} if base_model else {}),
         **said,
@@ -53,10 +102,9 @@ def _header(report: ConvertReport, base_model: str | None, pipeline: Path | None
     return f"---\n{data.to_yaml()}\n---"
 
 
-def _source_header(pipeline: Path | None) -> dict[str, Any]:
-    """What the source's card says and this one repeats. A card that can't be read says nothing."""
-    path = pipeline / CARD_FILE if pipeline else None
-    if path is None or not path.is_file() or path.stat().st_size > _MAX_BYTES:
+def _header_of(path: Path, keys: Sequence[str]) -> dict[str, Any]:
+    """What a card says under some keys, to be repeated. A card that can't be read says nothing."""
+    if not path.is_file() or path.stat().st_size > _MAX_BYTES:
         return {}
     from huggingface_hub import ModelCard
 
@@ -64,11 +112,7 @@ def _source_header(pipeline: Path | None) -> dict[str, Any]:
         said = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
     except Exception:  # someone else's YAML: whatever is wrong with it, the license can't be read from it
         return {}
-    return {
-        key: value
-        for key in _CARRIED_OVER
-        if isinstance(value := said.get(key), str) and _WORD.fullmatch(value)
-    }
+    return {key: value for key in keys if isinstance(value := said.get(key), str) and _WORD.fullmatch(value)}
 
 
 def _pipeline_tag(pipeline: Path | None) -> str:
@@ -82,25 +126,27 @@ def _pipeline_tag(pipeline: Path | None) -> str:
     )
 
 
-def _body(report: ConvertReport, base_model: str | None) -> Iterator[str]:
-    source = (
-        f"[{base_model}](https://huggingface.co/{base_model})"
-        if base_model
-        else cell(report.model.model_class)
-    )
-    yield f"# {cell((base_model or report.model.model_class).rpartition('/')[2])}, SVDQuant {report.precision}"
+def _title(base_model: str | None, model_class: str, precision: str, more: str = "") -> Iterator[str]:
+    """The first lines of the body, up to "made with"."""
+    source = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else cell(model_class)
+    yield f"# {cell((base_model or model_class).rpartition('/')[2])}, SVDQuant {precision}{more}"
     yield ""
     yield f"{source} with 4-bit weights and activations and a 16-bit low-rank branch ([SVDQuant]({_PAPER})), made with"
+
+
+def _body(report: ConvertReport, base_model: str | None) -> Iterator[str]:
+    yield from _title(base_model, report.model.model_class, report.precision)
     yield f"svdq {report.svdq_version}."
     yield ""
     yield from table(("", ""), list(_facts(report)))
     yield ""
-    yield from _loading(report)
+    single = [output.format for output in report.outputs if output.path.endswith(".safetensors")]
+    yield from _loading(single, pipeline=len(single) < len(report.outputs))
     yield ""
     worst = sorted(report.layer_sqnr_db.per_layer.items(), key=lambda item: item[1])[:WORST_LAYERS]
     yield from table(("worst layers", "SQNR (dB)"), [(name, number(value)) for name, value in worst])
     yield ""
-    yield "The header of the weights holds the recipe, versions and sha256 of all inputs; `svdq inspect` shows them."
+    yield _PROVENANCE
 
 
 def _facts(report: ConvertReport) -> Iterator[tuple[object, ...]]:
@@ -108,7 +154,7 @@ def _facts(report: ConvertReport) -> Iterator[tuple[object, ...]]:
     yield "model", f"{report.model.model_class}, {report.model.parameters} parameters"
     yield (
         "size",
-        f"{report.bytes.input} -> {report.bytes.output} bytes, {report.bytes.ratio:.2f} times smaller",
+        f"{report.bytes.output} bytes, {report.bytes.ratio:.2f} times smaller than at 16 bit",
     )
     yield "precision", report.precision
     yield (
@@ -135,11 +181,11 @@ def _model(report: ConvertReport) -> Mapping[str, object]:
     return model
 
 
-def _loading(report: ConvertReport) -> Iterator[str]:
-    single = [output for output in report.outputs if output.path.endswith(".safetensors")]
+def _loading(single: Sequence[str], *, pipeline: bool) -> Iterator[str]:
+    """`single`: the formats of the outputs that are single files; `pipeline`: whether one is a pipeline folder."""
     yield "## How to load it"
     yield ""
-    if len(single) < len(report.outputs):
+    if pipeline:
         yield "Where diffusers' 4-bit runtime runs (diffusers 0.42 and later with `kernels`, NVIDIA GPUs):"
         yield ""
         yield from ("```python", "from diffusers import DiffusionPipeline", "")
@@ -147,7 +193,7 @@ def _loading(report: ConvertReport) -> Iterator[str]:
         yield "Anywhere, a CPU too:"
         base = ""
     else:
-        yield f"In the runtime that reads {cell(single[0].format)} files; in diffusers, on a CPU too:"
+        yield f"In the runtime that reads {cell(single[0])} files; in diffusers, on a CPU too:"
         base = ', base="PIPELINE_FOLDER"'
     yield ""
     yield from ("```python", "import svdq_cli", "", f'pipe = svdq_cli.load_pipeline("PATH"{base})', "```")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from svdq_cli.card import CARD_FILE, DerivedFacts, card_path, derived_card
 from svdq_cli.checking import find_problems
 from svdq_cli.checkpoint import Checkpoint, layer_of, open_checkpoint
 from svdq_cli.errors import CheckFailedError, InputError, UsageError
@@ -90,10 +91,13 @@ def export(
             warnings=_warnings(checkpoint, target, pipeline),
             seconds=time.monotonic() - started,
         )
+        card = derived_card(checkpoint, DerivedFacts(fmt.name, fmt.single_file, report.outputs[0].bytes))
         if not fmt.single_file:
             write_report(report_path(partial, fmt), report)
+            (partial / CARD_FILE).write_text(card, encoding="utf-8")
     if fmt.single_file:
         write_report(report_path(out, fmt), report)
+        card_path(out).write_text(card, encoding="utf-8")
     observe(Event("end", "pack", 1, 1, seconds=report.seconds))
     return report
 

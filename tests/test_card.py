@@ -7,10 +7,16 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
+from safetensors.torch import save_file
 
+from svdq_cli.exporting import export
+from svdq_cli.lora.fold import fold
 from svdq_cli.pipeline import convert
 from svdq_cli.preparing import RunOptions
+from svdq_cli.pushing import push
 from svdq_cli.recipe import Output, Recipe, default_recipe, parse_fail_if, with_overrides
+from tests.lora.layers import FOUR_BIT, small_lora
+from tests.source.test_loras import peft
 
 CARD = """\
 ---
@@ -86,3 +92,29 @@ def test_a_file_has_its_card_beside_it_and_missed_gates_are_named(tiny_flux: Pat
 def test_the_same_conversion_has_the_same_card(tiny_flux: Path, tmp_path: Path):
     first, second = (card_of(tiny_flux, tmp_path / name) for name in ("a", "b"))
     assert first.content == second.content
+
+
+def test_a_checkpoint_with_a_lora_and_an_exported_one_have_cards_with_the_license(
+    tiny_flux_copy: Path, tmp_path: Path
+):
+    """`svdq push` uploads what lies there: without a card, the license would be lost."""
+    (tiny_flux_copy / "README.md").write_text(CARD)
+    lora = tmp_path / "style.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in peft(small_lora(FOUR_BIT)).items()}, lora)
+    convert(recipe_for(tiny_flux_copy), tmp_path / "out", options=RunOptions(device="cpu"))
+    fold(tmp_path / "out", [(lora, 0.8)], tmp_path / "styled")
+    card = ModelCard.load(tmp_path / "styled/README.md")
+    said = card.data.to_dict()
+    assert said["license_name"] == "flux-1-dev-non-commercial-license"
+    assert {"lora", "int4", "nunchaku-lite"} <= set(said["tags"])
+    assert "| style.safetensors | 0.8 |" in card.content
+    assert str(tmp_path) not in card.content
+    uploaded = [file.path for file in push(tmp_path / "styled", "owner/name", dry_run=True).files]
+    assert "README.md" in uploaded
+
+    export(tmp_path / "out", "nunchaku", tmp_path / "exported.safetensors")
+    exported = ModelCard.load(tmp_path / "exported.safetensors.README.md").data.to_dict()
+    assert exported["license_name"] == "flux-1-dev-non-commercial-license"
+    assert "nunchaku" in exported["tags"]
+    uploaded = push(tmp_path / "exported.safetensors", "owner/name", dry_run=True).files
+    assert "README.md" in [file.path for file in uploaded]

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
+from svdq_cli.card import CARD_FILE, DerivedFacts, card_path, derived_card
 from svdq_cli.checking import WEIGHT_ERROR, WEIGHT_ERROR_AT_MOST, structure_problems
 from svdq_cli.checkpoint import PROVENANCE, Checkpoint, layer_of, open_checkpoint
 from svdq_cli.errors import InputError
@@ -108,10 +109,16 @@ def fold(
             seconds=seconds,
             peak=peak_memory(),
         )
+        card = derived_card(
+            checkpoint,
+            DerivedFacts(target.format.name, target.format.single_file, written.bytes, facts),
+        )
         if not target.format.single_file:
             write_report(report_path(partial, target.format), report)
+            (partial / CARD_FILE).write_text(card, encoding="utf-8")
     if target.format.single_file:
         write_report(report_path(out, target.format), report)
+        card_path(out).write_text(card, encoding="utf-8")
     observe(Event("end", "fold", 1, 1, seconds=seconds))
     return report
 
