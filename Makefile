@@ -26,7 +26,7 @@ demo: $(STAMP) ## the whole job on the embedded model: pictures, figures, report
 	$(BIN)/svdq demo -o svdq-demo --overwrite
 
 test: $(STAMP) ## the tests
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist worksteal
 
 lint: $(STAMP) ## ruff, pyright, and the floors of the architecture
 	$(BIN)/ruff check

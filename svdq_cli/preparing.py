@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from svdq_cli.blocks import places_of
 from svdq_cli.calibrate.prompt_sets import find_prompt_set, prompts_of_set
 from svdq_cli.calibrate.prompts import choose_prompts, dataset_prompts, read_prompts
 from svdq_cli.calibrate.settings import DrawSettings, PictureFile, picture_files
@@ -43,6 +44,7 @@ from svdq_cli.records import (
     W4A4Plan,
 )
 from svdq_cli.source import Source, component_files, merge_loras, open_source
+from svdq_cli.tokens import TokenCounts, token_counts
 from svdq_cli.writing import Target, require_precision, target_of
 
 
@@ -190,6 +192,19 @@ def draw_settings(recipe: Recipe, source: Source, *, beside: Path | None = None)
     )
 
 
+def counts_of(prepared: Prepared, settings: DrawSettings) -> TokenCounts:
+    """Tokens of every layer of the model where images are generated with `settings`."""
+    return token_counts(
+        prepared.source,
+        prepared.inventory.linears,
+        height=settings.height,
+        width=settings.width,
+        frames=settings.frames,
+        max_sequence_length=settings.max_sequence_length,
+        vectors={layer.name for layer in prepared.plan.w4a16},
+    )
+
+
 def _pictures(path: str | None, beside: Path | None) -> tuple[PictureFile, ...]:
     return picture_files(Path(find_source(path, beside)).expanduser()) if path else ()
 
@@ -215,8 +230,8 @@ def warnings_of(prepared: Prepared, *, data_free: bool) -> tuple[str, ...]:
         )
     if prepared.plan.family == STRUCTURAL:
         found.append(_structural_warning(prepared.plan))
-    stacks = {layer.name for layer in prepared.plan.layers}
-    unfit = [linear for linear in prepared.plan.kept if _in_block(linear.name) and linear.name not in stacks]
+    places = places_of([linear.name for linear in prepared.inventory.linears])
+    unfit = [linear for linear in prepared.plan.kept if places[linear.name].stack]
     if unfit:
         found.append(f"{len(unfit)} block layers stay at 16 bit, the first is {unfit[0].name}")
     return tuple(found)
@@ -229,10 +244,6 @@ def _structural_warning(plan: ModelPlan) -> str:
         + ("" if seen else ", and no forward pass showed which layers share an input or are modulation")
         + "; svdq init writes the plan as rules to check and edit"
     )
-
-
-def _in_block(name: str) -> bool:
-    return any(part.isdigit() for part in name.split("."))
 
 
 def predicted_sizes(prepared: Prepared) -> ByteFacts:

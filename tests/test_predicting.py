@@ -33,7 +33,6 @@ from svdq_cli.records import (
 from svdq_cli.solve.costs import NOMINAL, solve_bytes, solve_work
 from svdq_cli.solve.forward import SourceWeight
 from svdq_cli.solve.linear import solve_input
-from svdq_cli.tokens import image_tokens, pixels_per_token
 from tests.allocations import Allocations
 from tests.solving import solved_in
 
@@ -212,11 +211,3 @@ def test_what_is_written_is_what_was_predicted(tiny_flux: Path, tmp_path: Path):
     together = parts.prepare + parts.calibrate + parts.solve + parts.pack + parts.check
     assert plan.seconds == pytest.approx(together)
     assert min(parts.calibrate, parts.solve, parts.check) > 0
-
-
-def test_tokens_come_from_the_autoencoder_and_the_packing(tiny_flux: Path):
-    from svdq_cli.source import open_source
-
-    source = open_source(tiny_flux)
-    assert pixels_per_token(source) == 4  # the autoencoder halves, the pipeline packs two by two
-    assert image_tokens(source, height=64, width=32) == 16 * 8

@@ -11,12 +11,12 @@ from svdq_cli.conversion.fitting import free_ram
 from svdq_cli.conversion.recording import BLOCK_SAMPLE, sample_settings
 from svdq_cli.journal import solved_bytes
 from svdq_cli.loading import compute_dtype
-from svdq_cli.preparing import Prepared, RunOptions, draw_settings
+from svdq_cli.preparing import Prepared, RunOptions, counts_of
 from svdq_cli.reconstruct import blocks_of
 from svdq_cli.reconstruct.costs import BlockSize, CallCounts, block_bytes, block_work
-from svdq_cli.records import W4A4Plan, W4A16Plan
+from svdq_cli.records import W4A4Plan
 from svdq_cli.solve.costs import Work
-from svdq_cli.tokens import image_tokens, reads_text, text_tokens
+from svdq_cli.tokens import TokenCounts, reads_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,8 @@ def block_forecast(prepared: Prepared, options: RunOptions, device: torch.device
     pictures = min(sample.pictures, sample.batches * settings.batch_size, wanted.samples)
     batches = -(-pictures // settings.batch_size)
     batch = min(settings.batch_size, pictures)
-    sizes = {block: _size(prepared, options, block, batch) for block in blocks_of(prepared.plan)}
+    counts = counts_of(prepared, settings)
+    sizes = {block: _size(prepared, counts, block, batch) for block in blocks_of(prepared.plan)}
     inside = sum(size.kept + size.weights for size in sizes.values())
     return BlockForecast(
         sizes=sizes,
@@ -89,32 +90,10 @@ def tuned_bytes(prepared: Prepared) -> int:
     return sum(solved_bytes(plan, dtype) for plan in prepared.plan.w4a4 if plan.name.startswith(heads))
 
 
-def layer_tokens(prepared: Prepared, options: RunOptions, layer: str, *, modulation: bool) -> int:
-    """What a layer reads for one picture."""
-    if modulation:
-        return 1
-    source = prepared.source
-    settings = draw_settings(prepared.recipe, source, beside=options.beside)
-    text = text_tokens(source, settings.max_sequence_length)
-    picture = image_tokens(source, height=settings.height, width=settings.width) * (settings.frames or 1)
-    if reads_text(layer):
-        return text
-    joint = not any(map(reads_text, _block_of(prepared, layer)))
-    return picture + (text if joint and source.component == "transformer" else 0)
-
-
-def _block_of(prepared: Prepared, layer: str) -> list[str]:
-    """All layers of the block that a layer is in."""
-    parts = layer.split(".")
-    end = next((index for index, part in enumerate(parts) if part.isdecimal()), len(parts) - 1)
-    prefix = ".".join(parts[: end + 1])
-    return [linear.name for linear in prepared.inventory.linears if linear.name.startswith(f"{prefix}.")]
-
-
-def _size(prepared: Prepared, options: RunOptions, block: str, batch: int) -> BlockSize:
+def _size(prepared: Prepared, counts: TokenCounts, block: str, batch: int) -> BlockSize:
     head = f"{block}."
     layers = tuple(
-        (plan, batch * layer_tokens(prepared, options, plan.name, modulation=isinstance(plan, W4A16Plan)))
+        (plan, batch * counts.by_layer[plan.name])
         for plan in prepared.plan.layers
         if plan.name.startswith(head)
     )

@@ -12,9 +12,8 @@ from svdq_cli.errors import OutOfResourcesError
 from svdq_cli.loading import compute_dtype, fill_denoiser
 from svdq_cli.machine import available_ram, available_vram, resident_ram
 from svdq_cli.offload import Room
-from svdq_cli.preparing import Prepared, RunOptions
+from svdq_cli.preparing import Prepared, RunOptions, counts_of
 from svdq_cli.records import Event, Observer
-from svdq_cli.tokens import forward_bytes, image_tokens, text_tokens
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -100,12 +99,8 @@ def free_vram(device: torch.device, options: RunOptions) -> int:
 
 def _room(prepared: Prepared, settings: DrawSettings, device: torch.device, options: RunOptions) -> Room:
     """What the denoiser's weights may take once the rest has its share."""
-    source = prepared.source
-    picture = image_tokens(source, height=settings.height, width=settings.width) * (settings.frames or 1)
-    tokens = settings.batch_size * (picture + text_tokens(source, settings.max_sequence_length))
-    working = forward_bytes(
-        prepared.inventory.linears, tokens=tokens, itemsize=compute_dtype(device).itemsize
-    )
+    itemsize = compute_dtype(device).itemsize
+    working = counts_of(prepared, settings).forward_bytes(batch=settings.batch_size, itemsize=itemsize)
     ram = free_ram(options)
     if device.type != "cuda":
         return Room(max(0, ram - working), 0)

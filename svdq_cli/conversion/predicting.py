@@ -6,6 +6,7 @@ Counts come from the plan (`solve.costs`, `tokens`), rates from this machine (`s
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,8 +16,9 @@ import torch
 from svdq_cli.allocator import return_freed_memory
 from svdq_cli.calibrate.artefact import Calibration, open_calibration
 from svdq_cli.calibrate.budget import rows_within, statistics_bytes
+from svdq_cli.calibrate.settings import DrawSettings
 from svdq_cli.conversion.backoff import Need, Way, need_of, open_ways, stored_itemsize, too_large, ways_on
-from svdq_cli.conversion.block_forecast import BlockForecast, block_forecast, layer_tokens, passages_room
+from svdq_cli.conversion.block_forecast import BlockForecast, block_forecast, passages_room
 from svdq_cli.conversion.calibrating import input_widths
 from svdq_cli.conversion.fitting import free_ram, free_vram, reserved_ram
 from svdq_cli.conversion.recording import can_record
@@ -29,6 +31,7 @@ from svdq_cli.preparing import (
     DEFAULT_OPTIONS,
     Prepared,
     RunOptions,
+    counts_of,
     disk_bytes,
     draw_settings,
     is_data_free,
@@ -41,10 +44,10 @@ from svdq_cli.preparing import (
     work_bytes,
 )
 from svdq_cli.recipe import Recipe, resolved
-from svdq_cli.records import PlanReport, PlanSeconds, SharedInput, W4A16Plan
+from svdq_cli.records import PlanReport, PlanSeconds, SharedInput
 from svdq_cli.solve.costs import Work, packed_bytes, solve_work, waiting_bytes
 from svdq_cli.speed import Speed, speed_of
-from svdq_cli.tokens import forward_bytes, image_tokens, text_tokens
+from svdq_cli.tokens import TokenCounts
 from svdq_cli.writing import existing
 
 STARTING = (
@@ -61,6 +64,8 @@ class Forecast:
     draws: bool  # whether it draws its own
     device: torch.device
     options: RunOptions
+    settings: DrawSettings | None  # of generating with the recipe's prompts; None where it names none
+    tokens: TokenCounts | None  # with those settings
 
     @property
     def data_free(self) -> bool:
@@ -75,12 +80,13 @@ class Forecast:
         if not self.draws or wanted is None:
             return 0
         kept = rows_within(input_widths(self.prepared.plan), rows=wanted.rows, budget=wanted.size_bytes)
-        plan = self.prepared.plan.layer(shared.layers[0])
-        return min(kept, wanted.samples * wanted.steps * self.tokens(plan.name, isinstance(plan, W4A16Plan)))
+        return min(kept, wanted.samples * wanted.steps * self.by_layer[shared.layers[0]])
 
-    def tokens(self, layer: str, modulation: bool = False) -> int:
-        """What a layer reads for one picture."""
-        return layer_tokens(self.prepared, self.options, layer, modulation=modulation)
+    @property
+    def by_layer(self) -> Mapping[str, int]:
+        """Tokens that each layer reads for one image. Of a recipe with prompts."""
+        assert self.tokens is not None
+        return self.tokens.by_layer
 
     @property
     def tunes_blocks(self) -> bool:
@@ -95,6 +101,22 @@ class Forecast:
         return block_forecast(self.prepared, self.options, self.device)
 
 
+def forecast_of(
+    prepared: Prepared,
+    artefact: Calibration | None,
+    *,
+    draws: bool,
+    device: torch.device,
+    options: RunOptions,
+) -> Forecast:
+    """What is to be predicted of a conversion that uses `artefact`'s statistics or, with `draws`, its own."""
+    settings = None
+    if prepared.recipe.calibration is not None:
+        settings = draw_settings(prepared.recipe, prepared.source, beside=options.beside)
+    tokens = counts_of(prepared, settings) if settings else None
+    return Forecast(prepared, artefact, draws, device, options, settings, tokens)
+
+
 def predict(
     recipe: Recipe, *, calibration: Path | None = None, options: RunOptions = DEFAULT_OPTIONS
 ) -> PlanReport:
@@ -105,7 +127,8 @@ def predict(
     data_free = is_data_free(recipe, calibration)
     device = resolve_device(options.device)
     artefact = open_calibration(calibration) if calibration and not data_free else None
-    job = Forecast(prepared, artefact, not data_free and artefact is None, device, options)
+    draws = not data_free and artefact is None
+    job = forecast_of(prepared, artefact, draws=draws, device=device, options=options)
     out = Path(recipe.outputs[0].path or "") if recipe.outputs else Path()
     side_by_side = portions_at_once(device, data_free=data_free)
     with torch_threads(1 if side_by_side else torch.get_num_threads()):
@@ -171,8 +194,9 @@ def _calibrate_seconds(job: Forecast, speed: Speed) -> float:
     """All pictures and one step to see what runs; loading and keeping of what is read and kept."""
     prepared = job.prepared
     wanted = prepared.recipe.calibration
+    settings = job.settings
     assert wanted is not None
-    settings = draw_settings(prepared.recipe, prepared.source, beside=job.options.beside)
+    assert settings is not None
     passes = (wanted.samples * settings.steps + 1) * (2 if settings.true_cfg > 1 else 1)
     statistics = statistics_bytes(input_widths(prepared.plan), rows=wanted.rows)
     return passes * _pass_seconds(job, speed) + _loading_seconds(job, speed) + 2 * statistics / speed.write
@@ -189,8 +213,7 @@ def _pass_seconds(job: Forecast, speed: Speed) -> float:
     """The denoiser, once for one picture."""
     flops, calls = 0.0, 0
     for layer in job.prepared.plan.layers:
-        tokens = job.tokens(layer.name, isinstance(layer, W4A16Plan))
-        flops += 2 * tokens * layer.linear.in_features * layer.linear.out_features
+        flops += 2 * job.by_layer[layer.name] * layer.linear.in_features * layer.linear.out_features
         calls += 15  # of torch: the layer, its hook, and its share of norms, activations and attention
     return flops / speed.forward + calls / speed.solve.calls
 
@@ -336,11 +359,9 @@ def _drawing_stages(job: Forecast, *, cpu: bool, batch: int | None = None) -> li
     prepared = job.prepared
     if not cpu:
         return [others]
-    settings = draw_settings(prepared.recipe, prepared.source, beside=job.options.beside)
-    source = prepared.source
-    picture = image_tokens(source, height=settings.height, width=settings.width) * (settings.frames or 1)
-    tokens = (batch or settings.batch_size) * (picture + text_tokens(source, settings.max_sequence_length))
-    activations = forward_bytes(prepared.inventory.linears, tokens=tokens, itemsize=itemsize)
+    assert job.settings is not None
+    assert job.tokens is not None
+    activations = job.tokens.forward_bytes(batch=batch or job.settings.batch_size, itemsize=itemsize)
     denoiser = prepared.plan.parameters * itemsize
     return [others, denoiser + activations]
 

@@ -26,7 +26,7 @@ from svdq_cli.conversion.block_forecast import tuned_bytes
 from svdq_cli.conversion.calibrating import BEGUN, draw_calibration, drawing_of
 from svdq_cli.conversion.finishing import Outputs, finished_outputs, gated, write_reports_beside
 from svdq_cli.conversion.fitting import reserved_ram
-from svdq_cli.conversion.predicting import Forecast, require_memory
+from svdq_cli.conversion.predicting import forecast_of, require_memory
 from svdq_cli.conversion.reconstructing import reconstructed, require_blocks_run
 from svdq_cli.conversion.sharing import CALIBRATED
 from svdq_cli.conversion.solving import (
@@ -202,9 +202,8 @@ def begin(
     )
     if job.tunes_blocks:
         require_blocks_run(prepared)
-    require_memory(
-        Forecast(prepared, job.calibration, not data_free and job.calibration is None, job.device, options)
-    )
+    draws = not data_free and job.calibration is None
+    require_memory(forecast_of(prepared, job.calibration, draws=draws, device=job.device, options=options))
     limit_vram(job.device, options.max_vram)
     require_disk({paths[0]: disk_bytes(prepared), job.work: _work_bytes(job)})
     job.warn(warnings_of(prepared, data_free=data_free))

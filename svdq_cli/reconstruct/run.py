@@ -7,7 +7,6 @@ weights; what lies between the blocks always has.
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -15,6 +14,7 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
+from svdq_cli import blocks
 from svdq_cli.allocator import return_freed_memory
 from svdq_cli.machine import on_device
 from svdq_cli.offload import filled_copy
@@ -201,12 +201,5 @@ def _runnable(solutions: Mapping[str, LayerSolution]) -> dict[str, nn.Module]:
 
 
 def blocks_of(plan: ModelPlan) -> tuple[str, ...]:
-    """The paths of the repeated blocks: the deepest numbered modules that hold several inputs."""
-    inputs: Counter[str] = Counter()
-    for shared in plan.inputs:
-        parts = shared.layers[0].split(".")
-        for end in range(1, len(parts)):
-            if parts[end - 1].isdigit():
-                inputs[".".join(parts[:end])] += 1
-    several = [path for path, count in inputs.items() if count > 1]
-    return tuple(path for path in several if not any(other.startswith(f"{path}.") for other in several))
+    """The paths of the repeated blocks that are tuned, in the order of the plan's inputs."""
+    return blocks.blocks_of([shared.layers[0] for shared in plan.inputs])

@@ -10,7 +10,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from svdq_cli.evaluate.places import in_blocks, places_of
+from svdq_cli.blocks import in_blocks, places_of
 from svdq_cli.evaluate.plots import (
     LayerRank,
     LayerSteps,

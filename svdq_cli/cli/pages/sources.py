@@ -1,13 +1,17 @@
-"""Of `svdq inspect`."""
+"""What `svdq inspect` shows of a model or a checkpoint."""
 
 from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from svdq_cli.blocks import Place, in_blocks, places_of
 from svdq_cli.cli.pages.pieces import count_text, facts_table, size_text
-from svdq_cli.records import InspectReport
+from svdq_cli.records import InspectLayer, InspectReport
 
 
 def inspection(console: Console, report: InspectReport, verbose: bool) -> None:
@@ -21,41 +25,73 @@ def inspection(console: Console, report: InspectReport, verbose: bool) -> None:
         for key in ("svdq_version", "source_sha256", "calibration_sha256", "fingerprint"):
             facts.add_row(key, str(report.provenance.get(key)))
     console.print(facts)
-    table = Table(box=None, pad_edge=False)
-    for title in ("role", "rank", "in", "out", "layers" if not verbose else "layer"):
-        table.add_column(title, justify="right" if title in ("rank", "in", "out") else "left")
-    if verbose:
-        for layer in report.layers:
-            table.add_row(
-                layer.role,
-                str(layer.rank or ""),
-                str(layer.in_features),
-                str(layer.out_features),
-                Text(layer.name),
-            )
-    else:
-        groups: dict[tuple[str, int | None, int, int, str], int] = {}
-        for layer in report.layers:
-            pattern = _any_block(layer.name)
-            key = (layer.role, layer.rank, layer.in_features, layer.out_features, pattern)
-            groups[key] = groups.get(key, 0) + 1
-        shared = {_any_block(layer.name): _any_block(layer.input) for layer in report.layers if layer.input}
-        for (role, rank, width, height, pattern), count in groups.items():
-            same = shared.get(pattern, pattern)
-            reads = (
-                ""
-                if same == pattern or role == "w4a16"
-                else f"  (reads what {same.rsplit('.', 1)[-1]} reads)"
-            )
-            table.add_row(role, str(rank or ""), str(width), str(height), Text(f"{count} x {pattern}{reads}"))
-    console.print(table)
+    console.print(_every_layer(report) if verbose else _by_stack(report))
     for warning in report.warnings:
         console.print(f"warning: {warning}")
 
 
-def _any_block(name: str) -> str:
-    """transformer_blocks.7.attn.to_out.0 -> transformer_blocks.*.attn.to_out.0"""
-    stack, *rest = name.split(".")
-    return ".".join(
-        [stack, *("*" if part.isdigit() and index == 0 else part for index, part in enumerate(rest))]
+def _every_layer(report: InspectReport) -> Table:
+    table = _table("role", "rank", "in", "out", "layer")
+    for layer in report.layers:
+        table.add_row(*_figures(layer), Text(layer.name))
+    return table
+
+
+def _by_stack(report: InspectReport) -> Table:
+    """A heading for each stack of blocks, and below it a row for each kind and size of layer.
+
+    "2 x attn.to_q+to_k+to_v, attn.to_out.0": each of those layers stands twice in the stack, and "+" joins layers that
+    read one input.
+    """
+    named = {layer.name: layer for layer in report.layers}
+    places = places_of(
+        list(dict.fromkeys([*named, *(layer.input for layer in report.layers if layer.input)]))
     )
+    stacks: dict[str, list[InspectLayer]] = defaultdict(list)
+    for name in in_blocks(named, places):
+        stacks[places[name].stack].append(named[name])
+    table = _table("role", "rank", "in", "out", "layers")
+    for stack, layers in stacks.items():
+        table.add_row("", "", "", "", Text(stack or "outside the blocks", style="bold"))
+        kinds: dict[tuple[str, str, str, str], list[InspectLayer]] = defaultdict(list)
+        for layer in layers:
+            kinds[_figures(layer)].append(layer)
+        for figures, members in kinds.items():
+            table.add_row(*figures, Text(_counted(members, places)))
+    return table
+
+
+def _counted(layers: Iterable[InspectLayer], places: Mapping[str, Place]) -> str:
+    """Layers by how often their role stands in the stack: "19 x attn.to_q+to_k+to_v, ff.net.2"."""
+    counts = Counter(places[layer.name].role for layer in layers)
+    # W4A16 layers have codes of their own whatever they read: to know what they share says nothing.
+    inputs = {
+        places[layer.name].role: places[layer.input].role
+        for layer in layers
+        if layer.input and layer.role == "w4a4"
+    }
+    shared: dict[tuple[int, str], list[str]] = defaultdict(list)
+    for role, count in counts.items():
+        shared[count, inputs.get(role, role)].append(role)
+    by_count: dict[int, list[str]] = defaultdict(list)
+    for (count, _), roles in shared.items():
+        by_count[count].append(_joined(roles))
+    return "; ".join(f"{count} x {', '.join(texts)}" for count, texts in by_count.items())
+
+
+def _joined(roles: list[str]) -> str:
+    """["attn.to_q", "attn.to_k"] -> "attn.to_q+to_k"."""
+    first, *others = roles
+    module = f"{first.rpartition('.')[0]}."
+    return "+".join([first, *(other.removeprefix(module) for other in others)])
+
+
+def _figures(layer: InspectLayer) -> tuple[str, str, str, str]:
+    return layer.role, str(layer.rank or ""), str(layer.in_features), str(layer.out_features)
+
+
+def _table(*titles: str) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for title in titles:
+        table.add_column(title, justify="right" if title in ("rank", "in", "out") else "left")
+    return table

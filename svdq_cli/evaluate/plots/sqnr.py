@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from svdq_cli.evaluate.places import in_blocks, places_of
+from svdq_cli.blocks import in_blocks, places_of
 from svdq_cli.evaluate.plots.ranks import LayerRank
 from svdq_cli.evaluate.plots.style import (
     BLUE,

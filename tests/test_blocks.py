@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from svdq_cli.evaluate.places import Place, in_blocks, places_of
+from svdq_cli.blocks import Place, blocks_of, in_blocks, places_of
 
 FLUX = [
     "x_embedder",
@@ -38,3 +38,16 @@ def test_layers_of_a_block_stand_together_and_those_outside_come_last():
     assert ordered[3] == "transformer_blocks.0.norm.linear"
     assert ordered[-1] == "x_embedder"
     assert sorted(ordered) == sorted(late)
+
+
+def test_a_block_has_its_path_and_a_layer_its_pattern():
+    place = places_of(FLUX)["transformer_blocks.1.attn.to_out.0"]
+    assert (place.path, place.pattern) == ("transformer_blocks.1", "transformer_blocks.*.attn.to_out.0")
+    outside = places_of(FLUX)["x_embedder"]
+    assert (outside.path, outside.pattern) == ("", "x_embedder")
+
+
+def test_a_block_that_holds_blocks_is_none_of_its_own():
+    inner = [f"down.1.attentions.0.blocks.{j}.{role}" for j in (0, 1) for role in ("to_q", "to_k")]
+    names = ["down.1.attentions.0.proj_in", "down.1.attentions.0.proj_out", *inner]
+    assert blocks_of(names) == ("down.1.attentions.0.blocks.0", "down.1.attentions.0.blocks.1")

@@ -1,0 +1,94 @@
+"""Tokens of layers and the memory of a forward pass, of real models at their real size, from configs alone."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from svdq_cli.families import find_family
+from svdq_cli.planning.plan import take_inventory
+from svdq_cli.source import Source, open_source
+from svdq_cli.tokens import TokenCounts, image_tokens, latent_frames, pixels_per_token, token_counts
+
+CONFIGS = Path(__file__).parent / "families" / "configs"
+
+
+def _source(folder: Path, component: str, config: dict[str, object], vae: dict[str, object]) -> Source:
+    """A pipeline's denoiser and its autoencoder, without weights."""
+    (folder / component).mkdir(parents=True)
+    (folder / "vae").mkdir()
+    (folder / component / "config.json").write_text(json.dumps(config))
+    (folder / "vae" / "config.json").write_text(json.dumps(vae))
+    return replace(open_source(folder / component / "config.json"), component=component, pipeline=folder)
+
+
+def _counts(name: str, vae: dict[str, object], folder: Path, *, text: int | None = None) -> TokenCounts:
+    config = json.loads((CONFIGS / f"{name}.json").read_text())
+    source = _source(folder, "unet" if "unet" in name else "transformer", config, vae)
+    inventory = take_inventory(source, find_family(source.config))
+    return token_counts(source, inventory.linears, height=1024, width=1024, max_sequence_length=text)
+
+
+def test_a_unets_levels_read_the_image_at_their_own_size(tmp_path: Path):
+    counts = _counts("sdxl-base-unet", {"block_out_channels": [128, 256, 512, 512]}, tmp_path)
+    tokens = {
+        "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q": 64 * 64,
+        "down_blocks.2.attentions.1.transformer_blocks.9.ff.net.2": 32 * 32,
+        "mid_block.attentions.0.transformer_blocks.3.attn1.to_q": 32 * 32,
+        "up_blocks.0.attentions.2.transformer_blocks.0.attn1.to_q": 32 * 32,
+        "up_blocks.1.attentions.0.transformer_blocks.1.attn2.to_q": 64 * 64,
+        "up_blocks.1.attentions.0.transformer_blocks.1.attn2.to_k": 77,
+    }
+    assert {name: counts.by_layer[name] for name in tokens} == tokens
+
+
+def test_a_unets_widest_block_is_a_transformer_block_and_not_a_level(tmp_path: Path):
+    counts = _counts("sdxl-base-unet", {"block_out_channels": [128, 256, 512, 512]}, tmp_path)
+    assert "down_blocks.1.attentions.0.transformer_blocks.0" in counts.blocks
+    # attn1 and attn2: 6 layers of 640 in and out, to_k and to_v of the text; ff: 640 -> 5120, 2560 -> 640
+    block = 4096 * (6 * 1280 + 5760 + 3200) + 2 * 77 * (2048 + 640)
+    maps = 4 * (128**2 * 320 + 64**2 * 640 + 32**2 * 1280)
+    assert counts.forward_bytes(batch=1, itemsize=2) == 2 * (block + maps) + 4 * 4096 * 5120
+    assert counts.forward_bytes(batch=3, itemsize=2) == 3 * counts.forward_bytes(batch=1, itemsize=2)
+
+
+def test_text_streams_read_text_and_single_blocks_read_both(tmp_path: Path):
+    vae = {"block_out_channels": [128, 256, 512, 512], "latent_channels": 16}
+    counts = _counts("flux1-dev", vae, tmp_path, text=256)
+    assert counts.by_layer["transformer_blocks.0.attn.to_q"] == 64 * 64
+    assert counts.by_layer["transformer_blocks.0.ff_context.net.2"] == 256
+    assert counts.by_layer["single_transformer_blocks.37.proj_out"] == 64 * 64 + 256
+
+
+def test_cross_attention_reads_text_as_keys_and_values_alone(tmp_path: Path):
+    counts = _counts(
+        "pixart-sigma-xl2-1024", {"block_out_channels": [128, 256, 512, 512], "latent_channels": 4}, tmp_path
+    )
+    block = "transformer_blocks.0"
+    assert counts.by_layer[f"{block}.attn1.to_k"] == counts.by_layer[f"{block}.attn2.to_q"] == 64 * 64
+    assert counts.by_layer[f"{block}.attn2.to_k"] == counts.by_layer[f"{block}.attn2.to_v"] == 512
+
+
+def test_tokens_come_from_the_autoencoder_and_the_packing(tiny_flux: Path):
+    source = open_source(tiny_flux)
+    assert pixels_per_token(source) == 4  # the autoencoder halves, the pipeline packs two by two
+    assert image_tokens(source, height=64, width=32) == 16 * 8
+
+
+@pytest.mark.parametrize(
+    ("vae", "seen"),
+    [
+        ({"temperal_downsample": [False, True, True]}, 21),  # AutoencoderKLWan: one frame, then four by four
+        ({"temporal_compression_ratio": 4}, 21),  # AutoencoderKLCogVideoX
+        ({}, 81),
+    ],
+)
+def test_a_video_is_read_as_its_autoencoder_joins_frames(vae: dict[str, object], seen: int, tmp_path: Path):
+    config: dict[str, object] = {"_class_name": "WanTransformer3DModel", "patch_size": [1, 2, 2]}
+    source = _source(tmp_path, "transformer", config, vae)
+    assert latent_frames(source, 81) == seen
+    assert latent_frames(source, None) == 1
+    assert pixels_per_token(source) == 16
