@@ -81,7 +81,7 @@ def token_counts(
         cross = not own_stream and any(linear.name.endswith(CROSS_ATTENTION) for linear in members)
         joint = not levels and not own_stream and not cross
         for linear in members:
-            if linear.name in vectors:
+            if linear.name in vectors or (levels and _reads_time(linear)):
                 counts[linear.name] = 1
             elif reads_text(linear.name) or (cross and linear.name.endswith(CROSS_ATTENTION)):
                 counts[linear.name] = text
@@ -156,6 +156,11 @@ def _level(layer: str, levels: int) -> int:
     if not levels or not number.isdecimal():
         return 0
     return {"down_blocks": int(number), "up_blocks": levels - 1 - int(number)}.get(part, 0)
+
+
+def _reads_time(linear: Linear) -> bool:
+    """Whether a linear of a UNet reads the time's (or the size's) embedding: all outside the attentions do."""
+    return linear.kind == "linear" and ".attentions." not in linear.name
 
 
 def _vae_config(pipeline: Path | None) -> Mapping[str, object]:

@@ -201,7 +201,7 @@ def test_inspect_prints_what_shares_an_input(odd: Path, capsys: pytest.CaptureFi
     printed = capsys.readouterr().out
     assert "structural (OddTransformer2DModel)" in printed
     assert "trunk.*\n" in printed.replace(" ", "")
-    assert "2 x gate+up" in printed
+    assert "2 x key_value, gate+up" in printed
 
 
 def test_a_known_family_can_be_planned_by_structure_too(tiny_flux: Path):
