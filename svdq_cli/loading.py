@@ -19,7 +19,6 @@ from svdq_cli.gpu.hopper_choice import HopperChoice, choose_hopper_mode, measure
 from svdq_cli.gpu.hopper_modes import HopperMode
 from svdq_cli.gpu.launch import cuda_device, require_dtype
 from svdq_cli.offload import Room, fill, fill_beside, weights_bytes
-from svdq_cli.planning.inventory import model_class
 from svdq_cli.records import Int4, LayerSolution, W4A4Solution
 from svdq_cli.runtime.fused import fused_linear
 from svdq_cli.runtime.hopper_fused import hopper_linear
@@ -28,6 +27,7 @@ from svdq_cli.runtime.linear import quantized_linear
 from svdq_cli.runtime.operands import objection
 from svdq_cli.runtime.replace import fuse_feed_forwards, replace_linears, share_quantizers
 from svdq_cli.source import Source, quantized_component, read_tensor
+from svdq_cli.source.classes import model_class
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
-from svdq_cli.allocator import unwatched_garbage
 from svdq_cli.errors import InputError
 from svdq_cli.families import Family
 from svdq_cli.records import Linear
 from svdq_cli.source import Source
+from svdq_cli.source.classes import arguments_of, empty_instance
 
 if TYPE_CHECKING:
     from torch import nn
-
-
-MAX_MODULES = 1000  # of one kind in a model; the deepest of today have about 100 blocks
-_COUNTS_MODULES = re.compile(r"layers|blocks|depth|num_stages")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +40,7 @@ def take_inventory(source: Source, family: Family | None) -> Inventory:
 def empty_model(source: Source, family: Family | None) -> nn.Module:
     """An instance of the source's model class on torch's meta device: shapes without memory."""
     class_name, config = model_config(source, family)
-    return _empty(class_name, config, str(source.path))
+    return empty_instance(class_name, config, str(source.path))
 
 
 def model_config(source: Source, family: Family | None) -> tuple[str, str]:
@@ -59,71 +53,12 @@ def model_config(source: Source, family: Family | None) -> tuple[str, str]:
             where=str(source.path),
             kind="unknown-family",
         )
-    config = {k: v for k, v in source.config.items() if not k.startswith("_") and k != "quantization_config"}
-    return str(class_name), json.dumps(config, sort_keys=True)
-
-
-def model_class(name: str, *, where: str) -> Any:
-    """The model class of that name: one of diffusers', or a ModelMixin that the running program has defined.
-
-    Raises InputError (kind `unknown-family`); never runs code that lies beside the weights.
-    """
-    with unwatched_garbage():
-        from diffusers import models
-        from diffusers.models.modeling_utils import ModelMixin
-
-    found = getattr(models, name, None) or _subclasses(ModelMixin).get(name)
-    if found is None:
-        import diffusers
-
-        raise InputError(
-            f"{where}: diffusers {diffusers.__version__} has no model class {name!r}",
-            hint="upgrade diffusers, or import the module that defines the class before you call svdq; "
-            "svdq runs no code from a model's folder",
-            where=where,
-            kind="unknown-family",
-        )
-    return found
-
-
-def _subclasses(base: type) -> dict[str, type]:
-    found: dict[str, type] = {}
-    for child in base.__subclasses__():
-        found |= {child.__name__: child, **_subclasses(child)}
-    return found
-
-
-def _empty(class_name: str, config: str, where: str) -> nn.Module:
-    import torch
-
-    model_type = model_class(class_name, where=where)
-    _refuse_endless(json.loads(config), where)
-    try:
-        with torch.device("meta"):
-            return cast("nn.Module", model_type.from_config(json.loads(config)))
-    except Exception as error:  # what diffusers' constructors raise at odd values is of every kind
-        raise InputError(
-            f"{where}: diffusers can't build {class_name} from this config: {type(error).__name__}: {error}",
-            hint="compare config.json with the original model's",
-            where=where,
-        ) from error
-
-
-def _refuse_endless(config: Mapping[str, object], where: str) -> None:
-    """Building modules takes time even without memory: a config that asks for a billion layers is damaged."""
-    for key, value in config.items():
-        counts = [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, int)]
-        if _COUNTS_MODULES.search(key) and any(count > MAX_MODULES for count in counts):
-            raise InputError(
-                f"{where}: config.json: {key} is {value}, and no model has that many",
-                hint="compare config.json with the original model's",
-                where=where,
-            )
+    return str(class_name), arguments_of(source.config)
 
 
 @lru_cache(maxsize=8)
 def _inventory(class_name: str, config: str, where: str) -> Inventory:
-    model = _empty(class_name, config, where)
+    model = empty_instance(class_name, config, where)
     return Inventory(
         model_class=type(model).__name__,  # a legacy name becomes the class that diffusers makes of it
         linears=tuple(linear for name, module in model.named_modules() if (linear := _linear(name, module))),

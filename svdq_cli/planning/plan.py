@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from svdq_cli.errors import InputError, RecipeError
 from svdq_cli.families import Family, family_named, find_family
 from svdq_cli.planning.inventory import Inventory, empty_model, take_inventory
+from svdq_cli.planning.matching import require_own_tensors
 from svdq_cli.planning.structure import STRUCTURAL, Reading, Roles, shared_input, structural_roles
 from svdq_cli.records import LayerPlan, Linear, ModelPlan, Precision, SharedInput, W4A4Plan, W4A16Plan
 from svdq_cli.source import Source
@@ -93,7 +94,7 @@ def plan_model(
     where = str(source.path)
     known = _family_of(source, family)
     inventory = take_inventory(source, known)
-    _check_weights(source, inventory)
+    require_own_tensors(source, inventory)
     if known:
         roles = _resolve_rules(known, inventory, where)
     else:
@@ -146,32 +147,6 @@ def _family_of(source: Source, wanted: str) -> Family | None:
             return None
         case name:
             return family_named(name)
-
-
-def _check_weights(source: Source, inventory: Inventory) -> None:
-    """The weights' names and shapes must be those of the model class. A bare config has none to check."""
-    if not source.tensors:
-        return
-    where = str(source.path)
-    if missing := [name for name in inventory.state if name not in source.tensors]:
-        raise InputError(
-            f"{where}: {len(missing)} tensors of {inventory.model_class} are missing, the first is {missing[0]}",
-            hint="the download is incomplete or config.json belongs to another model",
-            where=missing[0],
-        )
-    if extra := sorted(source.tensors.keys() - inventory.state.keys()):
-        raise InputError(
-            f"{where}: {len(extra)} tensors do not belong to {inventory.model_class}, the first is {extra[0]}",
-            hint="config.json belongs to another model, or an adapter was saved into the weights",
-            where=extra[0],
-        )
-    for name, shape in inventory.state.items():
-        if source.tensors[name].shape != shape:
-            raise InputError(
-                f"{where}: {name} has shape {list(source.tensors[name].shape)}, the config says {list(shape)}",
-                hint="config.json belongs to another model",
-                where=name,
-            )
 
 
 # ------------------------------------------------------------------------------------------------- a family's rules

@@ -11,6 +11,7 @@ from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
+from typing import Literal
 
 from torch import Tensor
 
@@ -21,6 +22,8 @@ from svdq_cli.source.tensors import TensorEntry, content_sha256, entry_bytes
 COMPONENTS = ("transformer", "unet")
 # Threads that hash weights; few, because each holds a tensor.
 _HASHERS = min(4, os.cpu_count() or 1)
+# Where a source's config is from: beside its weights, from its base, or told by the names and shapes of its tensors
+ConfigFrom = Literal["folder", "base", "shapes"]
 NO_TENSORS: Mapping[str, TensorEntry] = MappingProxyType({})
 
 
@@ -41,6 +44,7 @@ class Source:
     companions: Mapping[str, Mapping[str, TensorEntry]] = field(default_factory=dict)
     kind: str = "diffusers folder"  # how the weights were stored, for people
     warnings: tuple[str, ...] = ()
+    config_from: ConfigFrom = "folder"
 
     @property
     def files(self) -> tuple[Path, ...]:

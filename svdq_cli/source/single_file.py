@@ -18,7 +18,7 @@ from svdq_cli.source.configs import KnownClass, class_of_names, known_class, pub
 from svdq_cli.source.float8 import FLOAT8, float8_upconverted
 from svdq_cli.source.folders import quantized_component
 from svdq_cli.source.headers import read_header, read_json
-from svdq_cli.source.model import Source
+from svdq_cli.source.model import ConfigFrom, Source
 from svdq_cli.source.names import Naming, convert_names
 from svdq_cli.source.original_names import NAMINGS
 from svdq_cli.source.other_files import refuse_other_files
@@ -28,7 +28,7 @@ from svdq_cli.source.tensors import SIXTEEN_BIT_OR_MORE, StoredTensor, TensorEnt
 # What the diffusion model is called in a file: ComfyUI and LDM checkpoints, ComfyUI adapters' parents, saved pipelines
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "unet.", "")
 _DIFFUSERS_NAMES = "diffusers names"
-_BASE_HINT = "name a diffusers pipeline of the same model: --base FOLDER_OR_HUB_ID (recipe: model.base)"
+BASE_HINT = "name a diffusers pipeline of the same model: --base FOLDER_OR_HUB_ID (recipe: model.base)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +83,17 @@ def source_of_tensors(
     if part.known is None:
         assert base is not None
         component, config = quantized_component(base), _component_config(base) or {}
+        config_from: ConfigFrom = "base"
     else:
-        component, config = part.known.component, _config(path, part.known, tensors, base)
+        component = part.known.component
+        config, config_from = _config(path, part.known, tensors, base)
     names = part.naming.name if part.naming else _DIFFUSERS_NAMES
     return Source(
         path=path,
         pipeline=base,
         component=component,
         config=config,
+        config_from=config_from,
         tensors=tensors,
         kind=f"{kind}, {names}",
         warnings=(*warnings, *_left_out_warning(path, left_out, base)),
@@ -151,7 +154,7 @@ def _diffusers_tensors(path: Path, part: _ModelPart) -> Mapping[str, TensorEntry
 
 def _config(
     path: Path, known: KnownClass, tensors: Mapping[str, TensorEntry], base: Path | None
-) -> Mapping[str, object]:
+) -> tuple[Mapping[str, object], ConfigFrom]:
     """The base's config where there is one, else the published model's that has these shapes."""
     given = _base_config(path, known, base) if base else None
     if given is None:
@@ -159,21 +162,21 @@ def _config(
         if config is None:
             raise InputError(
                 f"{path}: a {known.model_class}, whose config can't be told from its names and shapes alone",
-                hint=_BASE_HINT,
+                hint=BASE_HINT,
                 where=str(path),
                 kind="needs-base",
             )
-        return config
+        return config, "shapes"
     facts = known.facts(tensors)
     for name in sorted(known.compared & given.keys()):
         if given[name] != facts[name]:
             raise InputError(
                 f"{path}: {name} is {facts[name]} here and {given[name]} in the base {base}",
-                hint=f"the base is another variant; {_BASE_HINT}",
+                hint=f"the base is another variant; {BASE_HINT}",
                 where=name,
                 kind="wrong-base",
             )
-    return {**given, **{name: facts[name] for name in known.counted}}
+    return {**given, **{name: facts[name] for name in known.counted}}, "base"
 
 
 def _base_config(path: Path, known: KnownClass, base: Path) -> Mapping[str, object] | None:
@@ -199,7 +202,7 @@ def _component_config(base: Path) -> Mapping[str, object] | None:
 def _wrong_base(path: Path, known: KnownClass, base: Path, found: str) -> InputError:
     return InputError(
         f"{path} is a {known.model_class}, the base {base} is {found}",
-        hint=_BASE_HINT,
+        hint=BASE_HINT,
         where=str(base),
         kind="wrong-base",
     )

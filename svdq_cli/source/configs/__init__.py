@@ -7,6 +7,7 @@ model of the same shapes; a model whose shapes fit none needs a base pipeline, w
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from svdq_cli.source.configs.flux import CHROMA, FLUX1, FLUX2
 from svdq_cli.source.configs.shapes import Facts, KnownClass, Shapes
@@ -14,7 +15,7 @@ from svdq_cli.source.configs.transformers import PIXART, QWEN_IMAGE, SANA, SD3, 
 from svdq_cli.source.configs.unet import UNET
 from svdq_cli.source.configs.wan import WAN
 
-__all__ = ["KnownClass", "class_of_names", "known_class", "published_config"]
+__all__ = ["KnownClass", "class_of_names", "differences", "known_class", "published_config"]
 
 KNOWN_CLASSES: tuple[KnownClass, ...] = (
     FLUX1,
@@ -44,3 +45,25 @@ def published_config(known: KnownClass, tensors: Shapes) -> Facts | None:
     facts = known.facts(tensors)
     rest = known.rest(facts)
     return None if rest is None else {"_class_name": known.model_class, **rest, **facts}
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    shape: tuple[int, ...]
+
+
+def differences(
+    tensors: Shapes, others: Mapping[str, tuple[int, ...]]
+) -> tuple[tuple[str, object, object], ...]:
+    """The config values that two models differ in, as far as names and shapes show: (name, the first's, the other's).
+
+    Empty for a class that svdq has no table for.
+    """
+    known = class_of_names(others)
+    if known is None:
+        return ()
+    first, second = (
+        {**known.facts(shapes), **known.shown(shapes)}
+        for shapes in (tensors, {name: _Shape(shape) for name, shape in others.items()})
+    )
+    return tuple((name, first[name], second[name]) for name in first if first[name] != second[name])

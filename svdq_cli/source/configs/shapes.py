@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from svdq_cli.source.names import block_numbers
-from svdq_cli.source.tensors import TensorEntry
 
-Shapes = Mapping[str, TensorEntry]
+
+class HasShape(Protocol):
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+Shapes = Mapping[str, HasShape]
 Facts = dict[str, object]
 
 
@@ -31,6 +37,9 @@ class KnownClass:
     compared: frozenset[str] = frozenset({"in_channels"})
     legacy_name: str | None = None  # what older configs call the class
     relatives: frozenset[str] = frozenset()
+    shown: Callable[[Shapes], Facts] = (
+        lambda _: {}
+    )  # facts that tell variants apart, but not their whole config value
 
 
 def blocks(tensors: Shapes, stack: str) -> int:

@@ -21,6 +21,14 @@ def _unet_facts(tensors: Shapes) -> Facts:
     }
 
 
+def _unet_depths(tensors: Shapes) -> Facts:
+    """Transformer blocks of each stage on the way down; 0 where a stage has no attention."""
+    depths: list[int] = []
+    while f"down_blocks.{len(depths)}.resnets.0.conv1.weight" in tensors:
+        depths.append(blocks(tensors, f"down_blocks.{len(depths)}.attentions.0.transformer_blocks"))
+    return {"transformer_layers_per_block": depths}
+
+
 _ATTENTION_DOWN, _PLAIN_DOWN = "CrossAttnDownBlock2D", "DownBlock2D"
 _ATTENTION_UP, _PLAIN_UP = "CrossAttnUpBlock2D", "UpBlock2D"
 _SD1: Facts = {
@@ -63,4 +71,5 @@ UNET = KnownClass(
     _unet_facts,
     _unet_rest,
     compared=frozenset({"in_channels", "cross_attention_dim"}),
+    shown=_unet_depths,
 )
