@@ -18,6 +18,8 @@ from svdq_cli.gpu.architectures import Architecture
 from svdq_cli.gpu.hopper_choice import HopperChoice, choose_hopper_mode, measured_modes
 from svdq_cli.gpu.hopper_modes import HopperMode
 from svdq_cli.gpu.launch import cuda_device, require_dtype
+from svdq_cli.loaded.methods import adopt_model, adopt_pipeline
+from svdq_cli.loaded.stored import Origin
 from svdq_cli.offload import Room, fill, fill_beside, weights_bytes
 from svdq_cli.records import Int4, LayerSolution, W4A4Solution
 from svdq_cli.runtime.fused import fused_linear
@@ -116,6 +118,8 @@ def load_pipeline(
     component = quantized_component(pipeline)
     model, refused = load_model(checkpoint, dtype=dtype, backend=backend_facts)
     pipe = load_source_pipeline(pipeline, dtype=dtype, device=chosen, components={component: model})
+    adopt_model(model, Origin.of(checkpoint, Path(path)))
+    adopt_pipeline(pipe, pipeline)
     pipe.svdq_backend = _with_refused(backend_facts, refused)  # type: ignore[attr-defined]
     return pipe
 

@@ -10,6 +10,7 @@ fails changes nothing.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from svdq_cli.errors import InputError, UsageError
+from svdq_cli.loaded.stored import LORAS
 from svdq_cli.lora.factoring import APPROXIMATE_RANK, factored
 from svdq_cli.lora.places import (
     BesidePlace,
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 _COMPONENTS = ("transformer", "unet")
-_ATTRIBUTE = "svdq_loras"  # of the model: its `LoadedLoras`
+_NAMES = "peft_config"  # attribute of a model: where diffusers' pipelines look for the names of its LoRAs
 
 
 class _Converted(Protocol):
@@ -79,6 +81,8 @@ def load_lora(
         raise UsageError(f"a LoRA named {name!r} is loaded", hint="choose another name, or unload it first")
     model = ModelShapes(Path(type(state.model).__name__), type(state.model).__name__, state.shapes)
     adapter = read_adapter(Path(path), model)
+    for warning in adapter.warnings:
+        warnings.warn(warning, stacklevel=2)
     updates: dict[str, LowRankUpdate] = {}
     changes: dict[str, WeightChange] = {}
     for tensor, change in adapter.weights.items():
@@ -119,17 +123,19 @@ def unload_lora(pipe: DiffusionPipeline, name: str) -> None:
 # ------------------------------------------------------------------------------------------------- the model
 
 
-def _state_of(pipe: DiffusionPipeline) -> LoadedLoras:
-    """The LoRAs of a pipeline's converted model."""
-    for component in _COMPONENTS:
-        model = getattr(pipe, component, None)
-        known = getattr(model, _ATTRIBUTE, None)
+def _state_of(pipe: DiffusionPipeline | nn.Module) -> LoadedLoras:
+    """The LoRAs of a pipeline's converted model, or of the model itself."""
+    parts = [pipe] if isinstance(pipe, nn.Module) else [getattr(pipe, name, None) for name in _COMPONENTS]
+    for part in parts:
+        model = getattr(part, "_orig_mod", part)  # without what torch.compile puts around it
+        known = getattr(model, LORAS, None)
         if isinstance(known, LoadedLoras):
             return known
         layers = _converted_layers(model) if isinstance(model, nn.Module) else {}
         if isinstance(model, nn.Module) and layers:
             state = LoadedLoras(model, layers, _shapes_of(model, layers))
-            setattr(model, _ATTRIBUTE, state)
+            setattr(model, LORAS, state)
+            setattr(model, _NAMES, state.loras)
             return state
     raise UsageError(
         "this pipeline has no converted layers",

@@ -98,6 +98,12 @@ class TensorPlace:
     base: nn.Parameter
 
     def prepared(self, active: Active) -> Callable[[], None]:
+        if self.base.is_meta:
+            raise UsageError(
+                f"{self.name}: its weights are elsewhere, as enable_sequential_cpu_offload left them",
+                hint="set LoRAs before offloading; pipe.remove_all_hooks() takes it back",
+                where=self.name,
+            )
         before = self.base.detach().float()
         added = torch.zeros_like(before)
         found = False
