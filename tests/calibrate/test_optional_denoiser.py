@@ -1,4 +1,4 @@
-"""Pipelines whose denoiser is an optional argument of their class (Wan's, Lucy's, Helios') take the one they are given."""
+"""Pipelines whose denoiser is an optional argument of their class (Wan, Lucy, Helios) take the one they are given."""
 
 from __future__ import annotations
 
