@@ -10,36 +10,30 @@ from pathlib import Path
 from svdq_cli.calibrate.pipelines import draw
 from svdq_cli.checkpoint import Checkpoint, open_checkpoint
 from svdq_cli.loading import Backend, load_pipeline
-from svdq_cli.locate import DEMO_SOURCES
 from svdq_cli.machine import resolve_device
 from svdq_cli.placing import require_picture_place
-from svdq_cli.preparing import DEFAULT_OPTIONS, RunOptions, draw_settings
+from svdq_cli.preparing import DEFAULT_OPTIONS, RunOptions, sampling_for
 from svdq_cli.recipe import Calibration, Recipe, default_recipe
 from svdq_cli.records import GenerateReport, Observer, ignore_events
 from svdq_cli.writing import disk_errors, refuse_existing
 
+EVALUATION_SAMPLES = 16
+SEED_DISTANCE = 1000  # from the seeds of calibration
+
 
 def evaluation_recipe(checkpoint: Checkpoint, source: str) -> Recipe:
-    """How a checkpoint is judged by default: drawn as it was calibrated, on prompts it was not calibrated with."""
+    """How a checkpoint is judged by default: sampled as it was calibrated or, where it was not, as its model is; on
+    prompts that calibration has not seen (left open: `with_model_sampling` fills them in)."""
     made_with = (checkpoint.provenance or {}).get("recipe")
     known = Recipe.model_validate(made_with) if isinstance(made_with, Mapping) else default_recipe(source)
-    demo = source in DEMO_SOURCES or known.model.source in DEMO_SOURCES
-    held_out = "calib_prompts/demo_eval.txt" if demo else "calib_prompts/general_eval.txt"
-    base = known.calibration or (demo_calibration() if demo else Calibration(prompts=held_out))
-    calibration = base.model_copy(update={"prompts": held_out, "samples": 16, "seed": base.seed + 1000})
+    base = known.calibration or Calibration()
+    update = {"prompts": None, "samples": EVALUATION_SAMPLES, "seed": base.seed + SEED_DISTANCE}
     return known.model_copy(
-        update={"model": known.model.model_copy(update={"source": source}), "calibration": calibration}
+        update={
+            "model": known.model.model_copy(update={"source": source}),
+            "calibration": base.model_copy(update=update),
+        }
     )
-
-
-def demo_calibration() -> Calibration:
-    """How the embedded model is drawn: the calibration section of its shipped recipe."""
-    from svdq_cli.recipe import load_recipe
-    from svdq_cli.resources import data_root
-
-    calibration = load_recipe(data_root("configs") / "demo-int4.yaml").calibration
-    assert calibration is not None
-    return calibration
 
 
 def generate(
@@ -61,7 +55,7 @@ def generate(
     started = time.monotonic()
     pipe = load_pipeline(path, device=resolve_device(options.device), backend=backend, base=base)
     source = open_checkpoint(path).source
-    settings = draw_settings(recipe, replace(source, pipeline=base or source.pipeline))
+    settings = sampling_for(recipe, replace(source, pipeline=base or source.pipeline)).settings
     settings = replace(
         settings, width=width or settings.width, height=height or settings.height, batch_size=1
     )

@@ -28,6 +28,7 @@ from svdq_cli.runtime.hopper_operands import hopper_objection
 from svdq_cli.runtime.linear import quantized_linear
 from svdq_cli.runtime.operands import objection
 from svdq_cli.runtime.replace import fuse_feed_forwards, replace_linears, share_quantizers
+from svdq_cli.sampling import sampling_of, with_call_defaults
 from svdq_cli.source import Source, quantized_component, read_tensor
 from svdq_cli.source.classes import model_class
 
@@ -102,7 +103,8 @@ def load_pipeline(
 
     `path` is a folder or a single file that `svdq convert` wrote; a single file needs the other components of its
     pipeline from `base`, a diffusers pipeline folder. `device` defaults to the GPU where there is one. The choice of
-    backend stands in `pipe.svdq_backend`. Raises InputError for a damaged or foreign checkpoint.
+    backend stands in `pipe.svdq_backend`. A call without arguments samples as the model wants it: image size, steps
+    and guidance are its own. Raises InputError for a damaged or foreign checkpoint.
     """
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     checkpoint = open_checkpoint(Path(path))
@@ -120,6 +122,7 @@ def load_pipeline(
     pipe = load_source_pipeline(pipeline, dtype=dtype, device=chosen, components={component: model})
     adopt_model(model, Origin.of(checkpoint, Path(path)))
     adopt_pipeline(pipe, pipeline)
+    with_call_defaults(pipe, sampling_of(replace(checkpoint.source, pipeline=pipeline)))
     pipe.svdq_backend = _with_refused(backend_facts, refused)  # type: ignore[attr-defined]
     return pipe
 

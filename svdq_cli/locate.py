@@ -11,13 +11,15 @@ from svdq_cli import __version__
 from svdq_cli.errors import EnvironmentLacksError, InputError
 from svdq_cli.recipe import find_source, user_path
 from svdq_cli.resources import demo_model_folder
-from svdq_cli.source import COMPONENTS, Source, read_json
+from svdq_cli.sampling import SAMPLING_FILE
+from svdq_cli.source import COMPONENTS
 
 DEMO_SOURCES = ("demo", "demo:outliers")
 _HUB_ID = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
 # What a conversion reads and copies; single-file duplicates of the weights at a repository's top stay on the hub.
 _HUB_FILES = (
     "model_index.json",
+    SAMPLING_FILE,
     "README.md",
     "LICENSE*",
     "*/*.json",
@@ -84,13 +86,6 @@ def hub_id(text: str, *, beside: Path | None = None) -> str | None:
     return found["name"] if found and not os.path.exists(user_path(find_source(text, beside))) else None
 
 
-def default_resolution(source: Source) -> int:
-    """The side in pixels that a pipeline draws by nature: its autoencoder's `sample_size`; 1024 where none is known."""
-    config = source.pipeline / "vae" / "config.json" if source.pipeline else None
-    size = read_json(config).get("sample_size") if config and config.is_file() else None
-    return size if isinstance(size, int) and size > 0 else 1024
-
-
 def _demo_model() -> Path:
     folder = demo_model_folder()
     if not (folder / "model_index.json").is_file():
@@ -109,7 +104,8 @@ def _outlier_variant() -> Path:
 
     cache = cache_folder().parent
     folder = cache / f"demo-outliers-{__version__}"
-    if not (folder / "model_index.json").is_file():
+    if not (folder / SAMPLING_FILE).is_file():  # a cache of an older state has none
+        shutil.rmtree(folder, ignore_errors=True)
         try:
             cache.mkdir(parents=True, exist_ok=True)
             _make_outlier_variant(folder)

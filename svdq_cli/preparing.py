@@ -19,12 +19,20 @@ from svdq_cli.families import find_family
 from svdq_cli.formats import format_named
 from svdq_cli.formats.contract import Format
 from svdq_cli.journal import solved_bytes
-from svdq_cli.locate import default_resolution, locate_base, locate_file, locate_source
+from svdq_cli.locate import locate_base, locate_file, locate_source
 from svdq_cli.parallel import ALONE, Team
 from svdq_cli.planning.plan import Inventory, Observation, plan_model, restricted, take_inventory, watch
 from svdq_cli.planning.rules import plan_rules
 from svdq_cli.planning.structure import STRUCTURAL, Reading
-from svdq_cli.recipe import DEFAULT_RANK, Calibration, DatasetPrompts, Recipe, find_prompts, find_source
+from svdq_cli.recipe import (
+    DEFAULT_RANK,
+    Calibration,
+    DatasetPrompts,
+    Recipe,
+    default_recipe,
+    find_prompts,
+    find_source,
+)
 from svdq_cli.records import (
     BlockSearch,
     ByteFacts,
@@ -43,6 +51,7 @@ from svdq_cli.records import (
     SolveSettings,
     W4A4Plan,
 )
+from svdq_cli.sampling import sampling_of
 from svdq_cli.source import Source, component_files, merge_loras, open_source
 from svdq_cli.tokens import TokenCounts, token_counts
 from svdq_cli.writing import Target, require_precision, target_of
@@ -67,8 +76,22 @@ DEFAULT_OPTIONS = RunOptions()
 
 
 @dataclass(frozen=True, slots=True)
+class Sampling:
+    """What calibration generates with the 16-bit model, and what it keeps of it."""
+
+    settings: DrawSettings
+    samples: int  # images, at most
+    rows: int  # activation rows kept of every layer input
+    size_bytes: int  # that all statistics may take
+
+
+@dataclass(frozen=True, slots=True)
 class Prepared:
-    """A recipe that met its model: everything that is known before a weight is read."""
+    """A recipe that met its model: everything that is known before a weight is read.
+
+    `recipe` names every setting of its calibration: where the user's is silent, the model's own. `sampling` is None
+    where nothing is calibrated.
+    """
 
     recipe: Recipe
     source: Source
@@ -76,6 +99,7 @@ class Prepared:
     plan: ModelPlan  # everything that any of the outputs quantizes
     targets: tuple[Target, ...]  # one for each output, at least one
     settings: SolveSettings
+    sampling: Sampling | None
 
 
 def prepare(
@@ -91,6 +115,9 @@ def prepare(
     for fmt in formats:
         require_precision(fmt, quantization.number_format)
     source = source or source_of(recipe, RunOptions(beside=beside))
+    recipe = with_model_sampling(recipe, source)
+    calibrates = recipe.calibration is not None and (every_layer or quantization.effort != "datafree")
+    sampling = sampling_for(recipe, source, beside=beside) if calibrates else None
     if recipe.components and all(fmt.single_file for fmt in formats):
         raise UsageError(
             f"components: {', '.join(recipe.components)} would be lost: single files hold no text encoder",
@@ -105,7 +132,7 @@ def prepare(
         family=recipe.model.family,
         overrides=plan_rules(recipe.layers),
         supports=lambda layer: None if every_layer else _objection(formats, layer),
-        observe=observation(recipe, source, beside=beside),
+        observe=observation(source, sampling),
     )
     dtype = torch.float16 if recipe.model.dtype == "float16" else torch.bfloat16
     settings = SolveSettings(
@@ -115,7 +142,7 @@ def prepare(
     targets = tuple(target_of(fmt, plan, inventory.state, dtype) for fmt in formats)
     if not every_layer:
         plan = restricted(plan, {layer.name for target in targets for layer in target.plan.layers})
-    return Prepared(recipe, source, inventory, plan, targets, settings)
+    return Prepared(recipe, source, inventory, plan, targets, settings, sampling)
 
 
 def _objection(formats: Sequence[Format], layer: LayerPlan) -> str | None:
@@ -125,7 +152,7 @@ def _objection(formats: Sequence[Format], layer: LayerPlan) -> str | None:
     return None if None in objections else objections[0]
 
 
-def observation(recipe: Recipe, source: Source, *, beside: Path | None = None) -> Observation:
+def observation(source: Source, sampling: Sampling | None = None) -> Observation:
     """How a structural plan sees what layers read: arguments made up from the signature or, where those do not do, the
     pipeline's own."""
 
@@ -134,10 +161,8 @@ def observation(recipe: Recipe, source: Source, *, beside: Path | None = None) -
 
         if (readings := watch(model)) or source.pipeline is None:
             return readings
-        calibration = recipe.calibration or Calibration(prompts="unused")
-        drawn = recipe.model_copy(update={"calibration": calibration})
-        settings = draw_settings(drawn, source, beside=beside)
-        return watch_in_pipeline(source.pipeline, source.component, model, settings)
+        usual = sampling or sampling_for(default_recipe("model", calibration=Calibration()), source)
+        return watch_in_pipeline(source.pipeline, source.component, model, usual.settings)
 
     return observe
 
@@ -158,8 +183,11 @@ def lora_files(recipe: Recipe, options: RunOptions) -> tuple[Path, ...]:
 
 
 def chosen_prompts(recipe: Recipe, options: RunOptions, observe: Observer) -> tuple[str, ...]:
+    """The texts that the calibration of a recipe samples, whose settings are filled in (`with_model_sampling`)."""
     wanted = recipe.calibration
     assert wanted is not None
+    assert wanted.prompts is not None
+    assert wanted.samples is not None
     match wanted.prompts:
         case DatasetPrompts(dataset=name, config=None, split=None, column="prompt") | str(name) if (
             known := find_prompt_set(name)
@@ -172,24 +200,52 @@ def chosen_prompts(recipe: Recipe, options: RunOptions, observe: Observer) -> tu
     return choose_prompts(texts, samples=wanted.samples, seed=wanted.seed, observe=observe)
 
 
-def draw_settings(recipe: Recipe, source: Source, *, beside: Path | None = None) -> DrawSettings:
-    """How the recipe's calibration draws; the picture size is the model's own where the recipe is silent."""
+def with_model_sampling(recipe: Recipe, source: Source, *, held_out: bool = False) -> Recipe:
+    """The recipe with every setting of its calibration that it leaves open filled in with the model's own.
+
+    `held_out`: for evaluation, with prompts that calibration does not see.
+    """
     wanted = recipe.calibration
+    if wanted is None:
+        return recipe
+    own = sampling_of(source, loras=[lora.path for lora in recipe.model.loras])
+    of_model = {
+        "prompts": own.held_out_prompts if held_out else own.prompts,
+        "samples": own.samples,
+        "steps": own.steps,
+        "height": own.height,
+        "width": own.width,
+        "batch_size": own.batch_size,
+        "max_sequence_length": own.max_sequence_length,
+    }
+    if wanted.guidance is None and wanted.true_cfg is None:
+        of_model |= {"guidance": own.guidance, "true_cfg": own.true_cfg}
+    filled = {name: value for name, value in of_model.items() if getattr(wanted, name) is None}
+    return recipe.model_copy(update={"calibration": wanted.model_copy(update=filled)})
+
+
+def sampling_for(recipe: Recipe, source: Source, *, beside: Path | None = None) -> Sampling:
+    """What the calibration of a recipe samples. Images that the pipeline reads are hashed here, once."""
+    wanted = with_model_sampling(recipe, source).calibration
     assert wanted is not None
-    side = default_resolution(source)
-    return DrawSettings(
-        steps=wanted.steps,
+    samples, steps, height, width, batch = (
+        int(value or 0)
+        for value in (wanted.samples, wanted.steps, wanted.height, wanted.width, wanted.batch_size)
+    )
+    settings = DrawSettings(
+        steps=steps,
         guidance=wanted.guidance,
-        height=wanted.height or side,
-        width=wanted.width or side,
+        height=height,
+        width=width,
         seed=wanted.seed,
         max_sequence_length=wanted.max_sequence_length,
-        batch_size=wanted.batch_size,
+        batch_size=batch,
         true_cfg=wanted.true_cfg or 1.0,
         image=_pictures(wanted.image, beside),
         mask=_pictures(wanted.mask, beside),
         frames=wanted.frames,
     )
+    return Sampling(settings, samples, wanted.rows, wanted.size_bytes)
 
 
 def counts_of(prepared: Prepared, settings: DrawSettings) -> TokenCounts:

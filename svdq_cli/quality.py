@@ -26,15 +26,14 @@ from svdq_cli.conversion.allocation import RANKS, budget_of, candidates_of, choi
 from svdq_cli.conversion.reconstructing import reconstructed
 from svdq_cli.conversion.solving import Statistics, solve_into, solved_layers
 from svdq_cli.conversion.weights import finite_tensor
-from svdq_cli.drawing import demo_calibration
 from svdq_cli.evaluate.images import compare
 from svdq_cli.evaluate.layers import layer_sqnr_db
 from svdq_cli.journal import SolvedLayers, WorkFolder
 from svdq_cli.loading import load_16bit_pipeline
 from svdq_cli.locate import DEMO_SOURCES
 from svdq_cli.machine import resolve_device
-from svdq_cli.preparing import DEFAULT_OPTIONS, Prepared, RunOptions, chosen_prompts, draw_settings, prepare
-from svdq_cli.recipe import DEFAULT_RANK, default_recipe, with_overrides
+from svdq_cli.preparing import DEFAULT_OPTIONS, Prepared, RunOptions, chosen_prompts, prepare, sampling_for
+from svdq_cli.recipe import DEFAULT_RANK, Calibration, default_recipe, with_overrides
 from svdq_cli.records import ActivationStats, Event, LayerSolution, W4A4Solution
 from svdq_cli.runtime.linear import quantized_linear
 from svdq_cli.runtime.replace import replace_linears
@@ -79,7 +78,7 @@ class Judge:
         )
         recipe = prepared.recipe.model_copy(update={"calibration": held_out})
         self.prompts = chosen_prompts(recipe, options, _quiet)
-        self.settings: DrawSettings = draw_settings(recipe, prepared.source, beside=None)
+        self.settings: DrawSettings = sampling_for(recipe, prepared.source).settings
         pipe = self._pipeline()
         self.reference: Sequence[Image] = draw(pipe, self.prompts, settings=self.settings)
         self.stats: Mapping[str, ActivationStats] = collect_stats(
@@ -126,7 +125,7 @@ def measure(
     report: Callable[[Row], None],
 ) -> None:
     """Solve and judge every variant of one source at one precision."""
-    recipe = default_recipe(source, calibration=demo_calibration())
+    recipe = default_recipe(source, calibration=Calibration())
     recipe = with_overrides(recipe, precision=precision, rank=16)
     judge = Judge(prepare(recipe), prompts, options)
     drawn = _calibrated(judge.prepared, options)
@@ -160,15 +159,14 @@ def _solved(
 def _calibrated(prepared: Prepared, options: RunOptions) -> Statistics:
     device = resolve_device(options.device)
     pipe = load_16bit_pipeline(prepared.source, class_name=prepared.plan.model_class, device=device)
-    calibration = prepared.recipe.calibration
-    assert calibration is not None
+    assert prepared.sampling is not None
     stats = collect_stats(
         pipe,
         getattr(pipe, prepared.source.component),
         prepared.plan.inputs,
         chosen_prompts(prepared.recipe, options, _quiet),
-        draw=draw_settings(prepared.recipe, prepared.source, beside=None),
-        rows=calibration.rows,
+        draw=prepared.sampling.settings,
+        rows=prepared.sampling.rows,
     )
     return Statistics("", stats)
 

@@ -13,7 +13,7 @@ from svdq_cli.bench.report import BenchReport
 from svdq_cli.bench.run import BenchSettings, bench_layers
 from svdq_cli.card import CARD_FILE
 from svdq_cli.checkpoint import open_checkpoint
-from svdq_cli.drawing import demo_calibration, evaluation_recipe
+from svdq_cli.drawing import evaluation_recipe
 from svdq_cli.evaluate.chapters import chapter_of
 from svdq_cli.evaluate.comparing import CONVERTED, NAIVE, SIXTEEN_BIT, Evaluation, compare_in, draw_missing
 from svdq_cli.evaluate.gallery import read_picture
@@ -29,7 +29,7 @@ from svdq_cli.machine import resolve_device
 from svdq_cli.pipeline import calibrate, convert
 from svdq_cli.placing import DEMO_REPORT, is_demo_folder, require_places
 from svdq_cli.preparing import DEFAULT_OPTIONS, RunOptions
-from svdq_cli.recipe import Output, default_recipe, with_overrides
+from svdq_cli.recipe import Calibration, Output, default_recipe, with_overrides
 from svdq_cli.records import ConvertReport, Observer, Summary, ignore_events, json_text
 from svdq_cli.writing import disk_errors, refuse_existing, whole_folder
 
@@ -174,7 +174,7 @@ def _conversions(
     source: str, folder: Path, options: RunOptions, observe: Observer
 ) -> Mapping[str, ConvertReport]:
     """int4 and nvfp4 from one calibration, by precision."""
-    recipe = with_overrides(default_recipe(source, calibration=demo_calibration()), rank=DEMO_RANK)
+    recipe = with_overrides(default_recipe(source, calibration=Calibration()), rank=DEMO_RANK)
     calibrate(recipe, folder / "calibration", options=options, observe=observe)
     return {
         precision: convert(

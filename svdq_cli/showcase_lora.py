@@ -14,7 +14,7 @@ from svdq_cli.calibrate.pipelines import draw
 from svdq_cli.calibrate.settings import DrawSettings
 from svdq_cli.checkpoint import open_checkpoint
 from svdq_cli.demo.pink import sample_pink_captions
-from svdq_cli.drawing import demo_calibration, evaluation_recipe
+from svdq_cli.drawing import evaluation_recipe
 from svdq_cli.evaluate.grid import picture_grid
 from svdq_cli.evaluate.images import compare
 from svdq_cli.loading import load_16bit_pipeline, load_pipeline
@@ -23,8 +23,8 @@ from svdq_cli.lora.fold import fold
 from svdq_cli.machine import resolve_device
 from svdq_cli.pipeline import convert
 from svdq_cli.placing import DEMO_REPORT, is_demo_folder, require_places
-from svdq_cli.preparing import DEFAULT_OPTIONS, RunOptions, draw_settings
-from svdq_cli.recipe import default_recipe, with_overrides
+from svdq_cli.preparing import DEFAULT_OPTIONS, RunOptions, sampling_for
+from svdq_cli.recipe import Calibration, default_recipe, with_overrides
 from svdq_cli.records import Observer, Summary, ignore_events, json_text
 from svdq_cli.resources import demo_lora_file
 from svdq_cli.source import Source, merge_loras, open_source
@@ -76,13 +76,13 @@ def demo_lora(
     refuse_existing(out, overwrite=options.overwrite)
     require_places([out], folders=[True], inputs=[], overwrite=options.overwrite, replaceable=is_demo_folder)
     with whole_folder(out, overwrite=options.overwrite) as partial:
-        recipe = with_overrides(default_recipe(SOURCE, calibration=demo_calibration()), rank=RANK)
+        recipe = with_overrides(default_recipe(SOURCE, calibration=Calibration()), rank=RANK)
         convert(recipe, partial / "int4", options=options, observe=observe)
         folded = fold(
             partial / "int4", [(lora, 1.0)], partial / "int4-pink", options=options, observe=observe
         )
         texts = sample_pink_captions(PROMPTS, seed=CAPTION_SEED)
-        settings = draw_settings(evaluation_recipe(open_checkpoint(partial / "int4"), SOURCE), source)
+        settings = sampling_for(evaluation_recipe(open_checkpoint(partial / "int4"), SOURCE), source).settings
         merged = merge_loras(source, [(lora, 1.0)])
         columns = {
             "16-bit": _drawn_16_bit(source, texts, settings, device, observe),

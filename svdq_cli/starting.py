@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from svdq_cli.drawing import demo_calibration
 from svdq_cli.errors import RecipeError, UsageError
 from svdq_cli.formats import format_named
-from svdq_cli.locate import DEMO_SOURCES, locate_file
+from svdq_cli.locate import locate_file
 from svdq_cli.placing import require_places
 from svdq_cli.planning.inventory import Inventory
 from svdq_cli.planning.rules import recipe_rules
@@ -72,12 +71,10 @@ def rules_named(source: str) -> Generator[None, None, None]:
 
 
 def with_default_calibration(recipe: Recipe) -> Recipe:
-    """The recipe, calibrated with prompts that ship with svdq where it names none."""
+    """The recipe, calibrated as suits its model where it says nothing of calibration."""
     if recipe.calibration is not None:
         return recipe
-    demo = recipe.model.source in DEMO_SOURCES
-    default = demo_calibration() if demo else Calibration(prompts="calib_prompts/general.txt")
-    return recipe.model_copy(update={"calibration": default})
+    return recipe.model_copy(update={"calibration": Calibration()})
 
 
 def override(recipe: Recipe, given: Mapping[str, object]) -> Recipe:
@@ -160,7 +157,7 @@ def outputs_of(recipe: Recipe) -> tuple[Path, ...]:
 
 def write_recipe(source: str, out: Path, *, overwrite: bool, **options: object) -> InitReport:
     """`svdq init`: a complete commented recipe for a model that is really there."""
-    from svdq_cli.preparing import RunOptions, draw_settings, prepare, source_of
+    from svdq_cli.preparing import RunOptions, prepare, source_of, with_model_sampling
 
     if recipe_file(str(out)) is None:
         raise UsageError(f"{out}: a recipe's name ends in .yaml", hint=f"use -o {out}.yaml", where=str(out))
@@ -173,17 +170,10 @@ def write_recipe(source: str, out: Path, *, overwrite: bool, **options: object) 
     refuse_existing(out, overwrite=overwrite)
     require_places([out], folders=[False], inputs=[], overwrite=overwrite)
     recipe = override(with_default_calibration(default_recipe(source)), options)
-    settings = draw_settings(recipe, source_of(recipe, RunOptions()))
-    assert recipe.calibration is not None
-    recipe = recipe.model_copy(
-        update={
-            "calibration": recipe.calibration.model_copy(
-                update={"height": settings.height, "width": settings.width}
-            ),
-            "outputs": (Output(path=f"out/{_slug(source)}-{recipe.quantization.precision}"),),
-        }
-    )
-    prepared = prepare(recipe)
+    opened = source_of(recipe, RunOptions())
+    output = Output(path=f"out/{_slug(source)}-{recipe.quantization.precision}")
+    recipe = with_model_sampling(recipe.model_copy(update={"outputs": (output,)}), opened)
+    prepared = prepare(recipe, source=opened)
     if prepared.plan.family == STRUCTURAL:
         recipe = _with_structure(recipe, prepared.plan, prepared.inventory)
     with disk_errors(out):

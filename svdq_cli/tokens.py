@@ -115,9 +115,8 @@ def pixels_per_token(source: Source) -> int:
 
     A model with four times the autoencoder's channels reads latents that its pipeline has packed two by two.
     """
-    vae = _vae_config(source.pipeline)
-    levels = vae.get("block_out_channels") or vae.get("encoder_block_out_channels") or vae.get("dim_mult")
-    scale = 2 ** (len(cast("Sequence[object]", levels)) - 1) if isinstance(levels, (list, tuple)) else 8
+    vae = vae_config(source.pipeline)
+    scale = latent_scale(vae)
     channels = vae.get("latent_channels") or vae.get("z_dim")
     packed = isinstance(channels, int) and source.config.get("in_channels") == 4 * channels
     patch = source.config.get("patch_size")
@@ -130,7 +129,7 @@ def latent_frames(source: Source, frames: int | None) -> int:
     """Frames that the denoiser sees of a video's `frames`: its autoencoder keeps the first and joins the others."""
     if frames is None:
         return 1
-    vae = _vae_config(source.pipeline)
+    vae = vae_config(source.pipeline)
     joined = vae.get("temperal_downsample")  # so spelled by AutoencoderKLWan
     ratio = (
         2 ** sum(map(bool, joined))
@@ -138,6 +137,12 @@ def latent_frames(source: Source, frames: int | None) -> int:
         else vae.get("temporal_compression_ratio")
     )
     return 1 + (frames - 1) // (ratio if isinstance(ratio, int) and ratio > 0 else 1)
+
+
+def latent_scale(vae: Mapping[str, object]) -> int:
+    """Pixels a side of one latent pixel, from the autoencoder's config."""
+    levels = vae.get("block_out_channels") or vae.get("encoder_block_out_channels") or vae.get("dim_mult")
+    return 2 ** (len(cast("Sequence[object]", levels)) - 1) if isinstance(levels, (list, tuple)) else 8
 
 
 def _level_channels(source: Source) -> tuple[int, ...]:
@@ -163,6 +168,7 @@ def _reads_time(linear: Linear) -> bool:
     return linear.kind == "linear" and ".attentions." not in linear.name
 
 
-def _vae_config(pipeline: Path | None) -> Mapping[str, object]:
+def vae_config(pipeline: Path | None) -> Mapping[str, object]:
+    """The config of a pipeline's autoencoder; empty where there is none."""
     config = pipeline / "vae" / "config.json" if pipeline else None
     return read_json(config) if config and config.is_file() else {}

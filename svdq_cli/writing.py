@@ -28,6 +28,7 @@ from svdq_cli.formats.modules import FileLayout, KeptTensor, StoredModule, kept_
 from svdq_cli.overlap import cores, made_ahead
 from svdq_cli.planning.plan import restricted
 from svdq_cli.records import LayerSolution, ModelPlan, OutputFile, Precision, json_text
+from svdq_cli.sampling import SAMPLING_FILE
 from svdq_cli.source import TensorEntry, file_sha256, pipeline_index, weight_files
 from svdq_cli.tensor_file import DTYPE_OF_NAME, TensorSpec, write_tensors
 
@@ -388,13 +389,14 @@ def disk_errors(path: Path, *, option: str = "-o") -> Generator[None, None, None
 
 
 def copy_pipeline(source: Path, target: Path, *, skip: str) -> None:
-    """Copy the other components. The source's README stays behind: it describes another model."""
+    """Copy the other components, and how the model is sampled. The source's README stays behind: it describes another
+    model."""
     index = pipeline_index(source)
     shutil.copyfile(source / "model_index.json", target / "model_index.json")
     for name in index:
         if name != skip and not name.startswith("_") and (source / name).is_dir():
             shutil.copytree(source / name, target / name, ignore=_NOT_COPIED, copy_function=shutil.copyfile)
-    for text in source.glob("LICENSE*"):
+    for text in (*source.glob("LICENSE*"), *source.glob(SAMPLING_FILE)):
         shutil.copyfile(text, target / text.name)
 
 

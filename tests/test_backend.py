@@ -17,7 +17,7 @@ from svdq_cli.gpu.hopper_choice import ModeMeasurement
 from svdq_cli.gpu.hopper_modes import HopperMode
 from svdq_cli.loading import Backend, _on_kernels, choose_backend, load_model, load_pipeline
 from svdq_cli.pipeline import convert
-from svdq_cli.preparing import RunOptions, chosen_prompts, draw_settings
+from svdq_cli.preparing import RunOptions, chosen_prompts, sampling_for, with_model_sampling
 from svdq_cli.recipe import Quantization, default_recipe
 from svdq_cli.records import ignore_events
 from svdq_cli.runtime.fused import FusedW4A4Linear, FusedW4A16Linear
@@ -133,13 +133,13 @@ def test_the_embedded_models_pictures_are_the_reference_backends(tmp_path: Path)
     recipe = default_recipe("demo", quantization=quantization)
     convert(recipe, tmp_path / "int4", options=RunOptions(device="cpu"))
     checkpoint = open_checkpoint(tmp_path / "int4")
-    drawing = evaluation_recipe(checkpoint, "demo")
+    drawing = with_model_sampling(evaluation_recipe(checkpoint, "demo"), checkpoint.source, held_out=True)
     prompts = chosen_prompts(drawing, RunOptions(device="cpu"), ignore_events)[:2]
 
     def pictures(backend: Backend):
         pipe = load_pipeline(tmp_path / "int4", device="cpu")
         pipe.register_modules(transformer=load_model(checkpoint, dtype=torch.float32, backend=backend)[0])
-        return draw(pipe, prompts, settings=draw_settings(drawing, checkpoint.source))
+        return draw(pipe, prompts, settings=sampling_for(drawing, checkpoint.source).settings)
 
     reference = pictures(Backend("reference", ""))
     for mode in (None, HopperMode.EXACT):

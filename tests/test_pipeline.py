@@ -20,7 +20,7 @@ from svdq_cli.errors import CheckFailedError, InputError, OutOfResourcesError, U
 from svdq_cli.loading import load_pipeline
 from svdq_cli.overlap import torch_threads
 from svdq_cli.pipeline import calibrate, check, convert, inspect_checkpoint, inspect_source, predict
-from svdq_cli.preparing import RunOptions, draw_settings
+from svdq_cli.preparing import RunOptions, sampling_for
 from svdq_cli.recipe import Calibration, Quantization, Recipe, default_recipe
 from svdq_cli.runtime.linear import W4A4Linear, W4A16Linear
 from svdq_cli.source import open_source, source_digest
@@ -127,9 +127,9 @@ def test_the_output_is_a_complete_pipeline_that_draws(tiny_flux: Path, converted
     assert isinstance(transformer.transformer_blocks[0].attn.to_q, W4A4Linear)
     assert isinstance(transformer.transformer_blocks[0].norm1.linear, W4A16Linear)
     assert pipe.svdq_backend.name == "reference"
-    settings = draw_settings(
+    settings = sampling_for(
         evaluation_recipe(open_checkpoint(converted), str(converted)), open_source(tiny_flux)
-    )
+    ).settings
     (picture,) = draw(pipe, ["a red circle"], settings=settings)
     assert picture.size == (32, 32)
 

@@ -102,9 +102,7 @@ def _heavy(console: Console, report: object) -> None:
             console.print(
                 f"{export.path}: the embedded model as a diffusers pipeline ({bytes_text(export.bytes)})"
             )
-            console.print(
-                f"next: svdq calibrate {typed(export.path)} -o CALIB --prompts calib_prompts/demo_calibration.txt"
-            )
+            console.print(f"next: {typed('svdq', 'init', export.path, '-o', 'recipe.yaml')}")
         case _:
             console.print(json_text(report))
 

@@ -55,10 +55,10 @@ class BlockForecast:
 
 def block_forecast(prepared: Prepared, options: RunOptions, device: torch.device) -> BlockForecast:
     """From the plan alone. Needs a recipe with prompts."""
-    wanted = prepared.recipe.calibration
+    wanted = prepared.sampling
     assert wanted is not None
     sample = BLOCK_SAMPLE
-    settings = sample_settings(prepared, sample, options)
+    settings = sample_settings(prepared, sample)
     pictures = min(sample.pictures, sample.batches * settings.batch_size, wanted.samples)
     batches = -(-pictures // settings.batch_size)
     batch = min(settings.batch_size, pictures)

@@ -41,7 +41,6 @@ from svdq_cli.preparing import (
     Prepared,
     RunOptions,
     chosen_prompts,
-    draw_settings,
     inputs_of,
     prepare,
 )
@@ -113,7 +112,7 @@ def calibrate(
 def drawing_of(prepared: Prepared, options: RunOptions, observe: Observer, *, source_sha256: str) -> Drawing:
     """What the recipe's calibration draws. Raises UsageError without prompts, InputError where there is no pipeline to
     draw with."""
-    wanted = prepared.recipe.calibration
+    wanted = prepared.sampling
     if wanted is None:
         raise UsageError("the recipe names no calibration prompts", hint="give --prompts FILE")
     if prepared.source.pipeline is None:
@@ -123,7 +122,7 @@ def drawing_of(prepared: Prepared, options: RunOptions, observe: Observer, *, so
             where=str(prepared.source.path),
         )
     prompts = chosen_prompts(prepared.recipe, options, observe)
-    settings = draw_settings(prepared.recipe, prepared.source, beside=options.beside)
+    settings = wanted.settings
     facts = CalibrationFacts(
         svdq_version=__version__,
         model_class=prepared.plan.model_class,

@@ -16,7 +16,6 @@ import torch
 from svdq_cli.allocator import return_freed_memory
 from svdq_cli.calibrate.artefact import Calibration, open_calibration
 from svdq_cli.calibrate.budget import rows_within, statistics_bytes
-from svdq_cli.calibrate.settings import DrawSettings
 from svdq_cli.conversion.backoff import Need, Way, need_of, open_ways, stored_itemsize, too_large, ways_on
 from svdq_cli.conversion.block_forecast import BlockForecast, block_forecast, passages_room
 from svdq_cli.conversion.calibrating import input_widths
@@ -33,7 +32,6 @@ from svdq_cli.preparing import (
     RunOptions,
     counts_of,
     disk_bytes,
-    draw_settings,
     is_data_free,
     layer_counts,
     model_facts,
@@ -64,8 +62,7 @@ class Forecast:
     draws: bool  # whether it draws its own
     device: torch.device
     options: RunOptions
-    settings: DrawSettings | None  # of generating with the recipe's prompts; None where it names none
-    tokens: TokenCounts | None  # with those settings
+    tokens: TokenCounts | None  # of an image of the recipe's calibration; None where it has none
 
     @property
     def data_free(self) -> bool:
@@ -76,11 +73,11 @@ class Forecast:
         if self.artefact is not None:
             entries = self.artefact.manifest.inputs
             return next((entry.rows for entry in entries if entry.name == shared.name), 0)
-        wanted = self.prepared.recipe.calibration
+        wanted = self.prepared.sampling
         if not self.draws or wanted is None:
             return 0
         kept = rows_within(input_widths(self.prepared.plan), rows=wanted.rows, budget=wanted.size_bytes)
-        return min(kept, wanted.samples * wanted.steps * self.by_layer[shared.layers[0]])
+        return min(kept, wanted.samples * wanted.settings.steps * self.by_layer[shared.layers[0]])
 
     @property
     def by_layer(self) -> Mapping[str, int]:
@@ -110,11 +107,8 @@ def forecast_of(
     options: RunOptions,
 ) -> Forecast:
     """What is to be predicted of a conversion that uses `artefact`'s statistics or, with `draws`, its own."""
-    settings = None
-    if prepared.recipe.calibration is not None:
-        settings = draw_settings(prepared.recipe, prepared.source, beside=options.beside)
-    tokens = counts_of(prepared, settings) if settings else None
-    return Forecast(prepared, artefact, draws, device, options, settings, tokens)
+    tokens = counts_of(prepared, prepared.sampling.settings) if prepared.sampling else None
+    return Forecast(prepared, artefact, draws, device, options, tokens)
 
 
 def predict(
@@ -147,7 +141,7 @@ def predict(
         seconds=stages.total,
         ram_bytes=ram_bytes(job),
         vram_bytes=vram_bytes(job),
-        recipe=resolved(recipe),
+        recipe=resolved(prepared.recipe),
         warnings=(*warnings_of(prepared, data_free=data_free), *_on_the_cpu(job)),
         stages=stages,
     )
@@ -193,10 +187,9 @@ def _solve_work(job: Forecast) -> Work:
 def _calibrate_seconds(job: Forecast, speed: Speed) -> float:
     """All pictures and one step to see what runs; loading and keeping of what is read and kept."""
     prepared = job.prepared
-    wanted = prepared.recipe.calibration
-    settings = job.settings
+    wanted = prepared.sampling
     assert wanted is not None
-    assert settings is not None
+    settings = wanted.settings
     passes = (wanted.samples * settings.steps + 1) * (2 if settings.true_cfg > 1 else 1)
     statistics = statistics_bytes(input_widths(prepared.plan), rows=wanted.rows)
     return passes * _pass_seconds(job, speed) + _loading_seconds(job, speed) + 2 * statistics / speed.write
@@ -359,9 +352,10 @@ def _drawing_stages(job: Forecast, *, cpu: bool, batch: int | None = None) -> li
     prepared = job.prepared
     if not cpu:
         return [others]
-    assert job.settings is not None
+    assert prepared.sampling is not None
     assert job.tokens is not None
-    activations = job.tokens.forward_bytes(batch=batch or job.settings.batch_size, itemsize=itemsize)
+    size = batch or prepared.sampling.settings.batch_size
+    activations = job.tokens.forward_bytes(batch=size, itemsize=itemsize)
     denoiser = prepared.plan.parameters * itemsize
     return [others, denoiser + activations]
 
@@ -369,7 +363,7 @@ def _drawing_stages(job: Forecast, *, cpu: bool, batch: int | None = None) -> li
 def peak_disk_bytes(job: Forecast) -> int:
     """What lies on the disk at its fullest: statistics that were drawn, twice while the parts of batches are merged; or
     once, with the solved layers and the outputs."""
-    wanted = job.prepared.recipe.calibration
+    wanted = job.prepared.sampling
     statistics = 0
     if job.draws and wanted is not None:
         statistics = sum(

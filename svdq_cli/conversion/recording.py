@@ -15,7 +15,7 @@ from svdq_cli.calibrate.pipelines import Batch, drawn_batches, split_batches
 from svdq_cli.calibrate.settings import DrawSettings
 from svdq_cli.conversion.fitting import run_as_it_fits
 from svdq_cli.loading import load_16bit_pipeline, load_without_denoiser
-from svdq_cli.preparing import Prepared, RunOptions, chosen_prompts, draw_settings
+from svdq_cli.preparing import Prepared, RunOptions, chosen_prompts
 from svdq_cli.reconstruct import Recording, Trajectory, blocks_of, record_trajectories, wiring_of
 from svdq_cli.records import Observer
 
@@ -38,7 +38,7 @@ BLOCK_SAMPLE = Sample(pictures=32, batches=8, calls=8)  # the last quarter of th
 
 def can_record(prepared: Prepared) -> bool:
     """Whether there are prompts, and a whole pipeline to draw them with."""
-    return prepared.recipe.calibration is not None and prepared.source.pipeline is not None
+    return prepared.sampling is not None and prepared.source.pipeline is not None
 
 
 def recorded(
@@ -50,7 +50,7 @@ def recorded(
     observe: Observer,
 ) -> tuple[nn.Module, list[Trajectory]]:
     """The 16-bit model, whole on `device`, and its calls."""
-    settings = sample_settings(prepared, sample, options)
+    settings = sample_settings(prepared, sample)
     batches = _batches(prepared, sample, settings, options, observe)
     pipe = load_16bit_pipeline(prepared.source, class_name=prepared.plan.model_class, device=device)
     trajectories = _trajectories(prepared, pipe, batches, settings, sample.calls, None, observe)
@@ -66,7 +66,7 @@ def record_blocks(
     observe: Observer,
 ) -> Recording:
     """The same calls with the wiring of the model's blocks; the model itself need not fit on the device, nor stay."""
-    settings = sample_settings(prepared, sample, options)
+    settings = sample_settings(prepared, sample)
     batches = _batches(prepared, sample, settings, options, observe)
     component = prepared.source.component
     pipe = load_without_denoiser(prepared.source, class_name=prepared.plan.model_class, device=device)
@@ -82,9 +82,10 @@ def record_blocks(
     )
 
 
-def sample_settings(prepared: Prepared, sample: Sample, options: RunOptions) -> DrawSettings:
+def sample_settings(prepared: Prepared, sample: Sample) -> DrawSettings:
     """How a sample is drawn."""
-    settings = draw_settings(prepared.recipe, prepared.source, beside=options.beside)
+    assert prepared.sampling is not None
+    settings = prepared.sampling.settings
     return replace(settings, batch_size=max(1, min(settings.batch_size, sample.pictures // sample.batches)))
 
 

@@ -49,7 +49,6 @@ from svdq_cli.preparing import (
     RunOptions,
     chosen_prompts,
     disk_bytes,
-    draw_settings,
     inputs_of,
     is_data_free,
     layer_counts,
@@ -292,8 +291,8 @@ def _calibration_identity(job: Job) -> Mapping[str, object] | None:
 def _drawn_identity(job: Job) -> Mapping[str, object]:
     """What pictures are drawn."""
     prompts = chosen_prompts(job.recipe, job.options, ignore_events)
-    settings = draw_settings(job.recipe, job.prepared.source, beside=job.options.beside)
-    return {"prompts sha256": prompts_digest(prompts), **settings_json(settings)}
+    assert job.prepared.sampling is not None
+    return {"prompts sha256": prompts_digest(prompts), **settings_json(job.prepared.sampling.settings)}
 
 
 @contextmanager

@@ -30,7 +30,14 @@ from svdq_cli.evaluate.scoring import Scores, score_pairs, score_pictures
 from svdq_cli.loading import choose_backend, compute_dtype, load_16bit_pipeline, load_pipeline
 from svdq_cli.machine import resolve_device
 from svdq_cli.origin import Origin, origin_of
-from svdq_cli.preparing import DEFAULT_OPTIONS, RunOptions, chosen_prompts, draw_settings, source_of
+from svdq_cli.preparing import (
+    DEFAULT_OPTIONS,
+    RunOptions,
+    chosen_prompts,
+    sampling_for,
+    source_of,
+    with_model_sampling,
+)
 from svdq_cli.recipe import Recipe, figure_of, section_of
 from svdq_cli.records import (
     BaselineFacts,
@@ -166,8 +173,9 @@ def _run(path: Path, recipe: Recipe, options: RunOptions, observe: Observer) -> 
     origin = origin_of(checkpoint, recipe, options)
     for note in origin.notes:
         observe(Event("warning", "evaluate", detail=note))
+    recipe = with_model_sampling(recipe, origin.source, held_out=True)
     prompts = chosen_prompts(recipe, options, observe)
-    settings = draw_settings(recipe, source, beside=options.beside)
+    settings = sampling_for(recipe, origin.source, beside=options.beside).settings
     return Run(path, checkpoint, origin.source, origin, prompts, settings, resolve_device(options.device))
 
 

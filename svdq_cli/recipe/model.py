@@ -170,16 +170,16 @@ Prompts = Annotated[
 class Calibration(Section):
     """The prompts that are drawn with the 16-bit model to see its activations."""
 
-    prompts: Prompts
-    """A text file with one prompt a line, or {dataset, config, split, column}."""
-    samples: Count = 64
-    """How many prompts are drawn."""
-    steps: Count = 20
-    """Denoising steps for each; all timesteps are seen."""
-    guidance: Annotated[float, Field(ge=0)] = 3.5
-    """Guidance scale."""
+    prompts: Prompts | None = None
+    """A text file with one prompt a line, or {dataset, config, split, column}; suiting the model when absent."""
+    samples: Count | None = None
+    """How many prompts are sampled; 64 when absent, 96 for models of few steps."""
+    steps: Count | None = None
+    """Denoising steps for each; the model's own when absent, at most 20."""
+    guidance: Annotated[float, Field(ge=0)] | None = None
+    """Guidance scale; the model's own when absent."""
     true_cfg: Annotated[float, Field(ge=0)] | None = None
-    """Scale of classifier-free guidance with a second, negative pass, for models that are run with it."""
+    """Scale of guidance with a second, negative pass; the model's own when guidance is absent too."""
     height: Pixels | None = None
     """Picture height in pixels; the model's own when absent."""
     width: Pixels | None = None
@@ -194,8 +194,8 @@ class Calibration(Section):
     """The same for the mask of pipelines that fill in."""
     frames: Count | None = None
     """Frames a video, for pipelines that draw videos; the pipeline's own when absent."""
-    batch_size: Count = 1
-    """Prompts drawn at once: speed for memory."""
+    batch_size: Count | None = None
+    """Prompts sampled at once, speed for memory; 1 when absent, more for very small models."""
     rows: Count = 4096
     """Activation rows kept of every layer input, for the search."""
     size_budget: SizeBudget = "20GB"

@@ -12,6 +12,11 @@ from svdq_cli.recipe.model import Recipe, Section
 _UNSET = {  # what a key that may be absent would look like
     "base": "black-forest-labs/FLUX.1-dev",
     "revision": "main",
+    "prompts": "calib_prompts/general.txt",
+    "samples": 64,
+    "steps": 20,
+    "guidance": 3.5,
+    "batch_size": 4,
     "true_cfg": 4.0,
     "height": 1024,
     "width": 1024,

@@ -14,11 +14,10 @@ from svdq_cli.demo.judge import judge
 from svdq_cli.demo.pink import in_pink, sample_pink_captions, sample_scenes, shows_pink
 from svdq_cli.demo.train_lora import train
 from svdq_cli.demo.world import caption_of, is_held_out, parse_caption, render
-from svdq_cli.drawing import demo_calibration
 from svdq_cli.loading import load_16bit_pipeline
 from svdq_cli.locate import locate_source
-from svdq_cli.preparing import draw_settings
-from svdq_cli.recipe import default_recipe
+from svdq_cli.preparing import sampling_for
+from svdq_cli.recipe import Calibration, default_recipe
 from svdq_cli.resources import demo_lora_file
 from svdq_cli.source import Source, merge_loras, open_source
 from svdq_cli.source.adapters import read_adapter
@@ -74,7 +73,7 @@ def drawn_right(source: Source, captions: list[str]) -> list[bool]:
     pipe = load_16bit_pipeline(
         source, class_name=str(source.config["_class_name"]), device=torch.device("cpu")
     )
-    settings = draw_settings(default_recipe("demo", calibration=demo_calibration()), source)
+    settings = sampling_for(default_recipe("demo", calibration=Calibration()), source).settings
     pictures = draw(pipe, captions, settings=settings)
     return [
         judge(picture, in_pink(parse_caption(caption))).objects_and_colors

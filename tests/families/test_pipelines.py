@@ -13,7 +13,7 @@ from svdq_cli.checkpoint import open_checkpoint
 from svdq_cli.drawing import evaluation_recipe
 from svdq_cli.loading import load_pipeline
 from svdq_cli.pipeline import calibrate, check, convert
-from svdq_cli.preparing import RunOptions, draw_settings, prepare
+from svdq_cli.preparing import RunOptions, prepare, sampling_for
 from svdq_cli.recipe import Calibration, Quantization, Recipe, default_recipe
 from svdq_cli.runtime.linear import W4A4Linear
 from svdq_cli.source import open_source
@@ -84,7 +84,7 @@ def test_layers_planned_to_share_an_input_read_the_same_tensor(family: str, fold
             read.setdefault(name, []).append(args[0].clone())
 
         model.get_submodule(layer.name).register_forward_pre_hook(note)
-    settings = draw_settings(prepared.recipe, prepared.source)
+    settings = sampling_for(prepared.recipe, prepared.source).settings
     draw(pipe, ["a red circle"], settings=settings)
     assert set(read) == {layer.name for layer in prepared.plan.layers}
     for shared in prepared.plan.inputs:
@@ -114,7 +114,7 @@ def test_calibrated_conversion_is_sound_and_draws(
     assert checkpoint.family == family
     model = getattr(pipe, checkpoint.source.component)
     assert isinstance(model.get_submodule(report_first(out)), W4A4Linear)
-    settings = draw_settings(evaluation_recipe(checkpoint, str(out)), checkpoint.source)
+    settings = sampling_for(evaluation_recipe(checkpoint, str(out)), checkpoint.source).settings
     (picture,) = draw(pipe, ["a red circle"], settings=settings)
     assert picture.size == (32, 32)
     assert len(picture.getcolors(maxcolors=32 * 32) or ()) > 1  # not one flat color
@@ -147,7 +147,7 @@ def test_pixart_under_its_official_class_name(tmp_path: Path):
     assert check(tmp_path / "out", against=open_source(folder)).status == "ok"
     pipe = load_pipeline(tmp_path / "out", device="cpu")
     assert type(pipe.transformer).__name__ == "PixArtTransformer2DModel"
-    settings = draw_settings(recipe_for(folder), open_source(folder))
+    settings = sampling_for(recipe_for(folder), open_source(folder)).settings
     (picture,) = draw(pipe, ["a red circle"], settings=settings)
     assert picture.size == (32, 32)
 

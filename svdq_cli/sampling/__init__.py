@@ -1,0 +1,10 @@
+"""How a model is sampled when nobody says otherwise: image size, steps, guidance, batch, and prompts that suit it.
+
+This is the room's door; everything else in it is private to the room.
+"""
+
+from svdq_cli.sampling.call_defaults import with_call_defaults
+from svdq_cli.sampling.file import SAMPLING_FILE
+from svdq_cli.sampling.model import ModelSampling, sampling_of
+
+__all__ = ["SAMPLING_FILE", "ModelSampling", "sampling_of", "with_call_defaults"]
