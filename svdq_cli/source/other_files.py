@@ -28,7 +28,11 @@ OTHER_FILES = (
         ),
         "give the model that it belongs to, and this file with --lora FILE:WEIGHT",
     ),
-    OtherFile("an autoencoder (VAE)", re.compile(r"^(vae\.|first_stage_model\.)?decoder\.conv_in\."), _PART),
+    OtherFile(
+        "an autoencoder (VAE)",
+        re.compile(r"^(vae\.|first_stage_model\.)?decoder\.(conv_in|conv1|middle|project_in)\."),
+        _PART,
+    ),
     OtherFile(
         "a text encoder",
         re.compile(r"^(encoder\.block\.0\.layer\.|(text_model\.)?embeddings\.token_|model\.embed_tokens\.)"),

@@ -13,11 +13,13 @@ from pathlib import Path
 from types import MappingProxyType
 
 from svdq_cli.errors import InputError
+from svdq_cli.source.classes import shapes_of
 from svdq_cli.source.companions import companions_in
 from svdq_cli.source.configs import KnownClass, class_of_names, known_class, published_config
 from svdq_cli.source.float8 import FLOAT8, float8_upconverted
 from svdq_cli.source.folders import quantized_component
 from svdq_cli.source.headers import read_header, read_json
+from svdq_cli.source.library_names import convert_by_library, published_pipeline
 from svdq_cli.source.model import ConfigFrom, Source
 from svdq_cli.source.names import Naming, convert_names
 from svdq_cli.source.original_names import NAMINGS
@@ -79,7 +81,7 @@ def source_of_tensors(
 ) -> Source:
     """A source from tensors under whatever names their file has. `left_out` counts what else lies in the file."""
     part = _model_part(path, stored, base)
-    tensors = _diffusers_tensors(path, part)
+    tensors, names = _diffusers_tensors(path, part, base)
     if part.known is None:
         assert base is not None
         component, config = quantized_component(base), _component_config(base) or {}
@@ -87,7 +89,6 @@ def source_of_tensors(
     else:
         component = part.known.component
         config, config_from = _config(path, part.known, tensors, base)
-    names = part.naming.name if part.naming else _DIFFUSERS_NAMES
     return Source(
         path=path,
         pipeline=base,
@@ -117,11 +118,28 @@ def _model_part(path: Path, stored: Mapping[str, TensorEntry], base: Path | None
     known = class_of_names(tensors)
     if known is None:
         refuse_other_files(path, stored)
-    # A base has the config of any class; whether these are its tensors is seen when the plan is made
-    if known is not None or (base is not None and _component_config(base) is not None):
-        return _ModelPart(tensors, None, known)
+    config = _component_config(base) if base else None
+    if config is None and known is None:
+        raise _unknown_model(path, tensors, stored)
+    # A base has the config of any class, also of one whose names begin as a known one's do
+    if known is not None and config is not None and not _is_class(known, config):
+        wanted = shapes_of(config, where=str(base))
+        known = None if tensors.keys() == wanted.keys() else known
+    return _ModelPart(tensors, None, known)
+
+
+def _unknown_model(
+    path: Path, tensors: Mapping[str, TensorEntry], stored: Mapping[str, TensorEntry]
+) -> InputError:
     first = ", ".join(sorted(stored)[:3]) or "no tensors"
-    raise InputError(
+    if pipeline := published_pipeline({**tensors, **stored}):
+        return InputError(
+            f"{path}: a model as in {pipeline}, whose config can't be told from its names and shapes alone",
+            hint=f"name that pipeline, or another of the same model: --base {pipeline} (recipe: model.base)",
+            where=str(path),
+            kind="needs-base",
+        )
+    return InputError(
         f"{path}: not a diffusion model that svdq knows as a single file; it holds {first}",
         hint="a model in diffusers' names needs its pipeline (--base FOLDER_OR_HUB_ID), others a diffusers folder",
         where=str(path),
@@ -129,27 +147,64 @@ def _model_part(path: Path, stored: Mapping[str, TensorEntry], base: Path | None
     )
 
 
-def _diffusers_tensors(path: Path, part: _ModelPart) -> Mapping[str, TensorEntry]:
+def _diffusers_tensors(
+    path: Path, part: _ModelPart, base: Path | None
+) -> tuple[Mapping[str, TensorEntry], str]:
+    """The tensors under diffusers' names, and what their own names are."""
+    if part.naming is None and part.known is not None:
+        return part.tensors, _DIFFUSERS_NAMES
     if part.naming is None:
-        return part.tensors
-    model_class = part.naming.model_class
+        assert base is not None
+        return _named_by_base(path, part.tensors, base)
     try:
         converted, unknown = convert_names(part.naming, part.tensors)
     except ValueError as error:
         raise InputError(
-            f"{path}: {error}: not the shape of a {model_class}",
+            f"{path}: {error}: not the shape of a {part.naming.model_class}",
             hint="the file is damaged or of another model",
             where=str(path),
         ) from error
+    if unknown and base is not None and _base_class(base) != part.naming.model_class:
+        return _named_by_base(path, part.tensors, base)  # a relative, with more than the table speaks of
     if unknown:
         raise InputError(
-            f"{path}: {len(unknown)} tensors have no place in {model_class}: {', '.join(unknown[:5])}"
+            f"{path}: {len(unknown)} tensors have no place in {part.naming.model_class}: {', '.join(unknown[:5])}"
             + (", ..." if len(unknown) > 5 else ""),
             hint="the file holds a variant of the model, or an adapter was saved into it",
             where=next(iter(unknown)),
             kind="unknown-family",
         )
-    return converted
+    return converted, part.naming.name
+
+
+def _named_by_base(
+    path: Path, tensors: Mapping[str, TensorEntry], base: Path
+) -> tuple[Mapping[str, TensorEntry], str]:
+    """Of a class that svdq has no table for: diffusers' names, or names that diffusers converts.
+
+    Raises InputError (kind `unread-names`) where the names are neither. Whether the tensors are all of the model's is
+    seen when the plan is made.
+    """
+    config = _component_config(base) or {}
+    wanted = shapes_of(config, where=str(base))
+    if tensors.keys() == wanted.keys():
+        return tensors, _DIFFUSERS_NAMES
+    model_class = _base_class(base)
+    converted = convert_by_library(model_class, config, tensors, wanted)
+    own, library = len(tensors.keys() & wanted.keys()), len(converted.keys() & wanted.keys())
+    if max(own, library) * 2 < len(wanted):
+        first = ", ".join(sorted(tensors)[:3]) or "no tensors"
+        raise InputError(
+            f"{path}: names that svdq does not read in one file, where the base {base} is a {model_class}: {first}",
+            hint="convert the model's diffusers folder, or name a base of the model that this is",
+            where=str(path),
+            kind="unread-names",
+        )
+    return (
+        (converted, "original names, as diffusers converts them")
+        if library > own
+        else (tensors, _DIFFUSERS_NAMES)
+    )
 
 
 def _config(
@@ -185,10 +240,14 @@ def _base_config(path: Path, known: KnownClass, base: Path) -> Mapping[str, obje
     if component != known.component:
         raise _wrong_base(path, known, base, f"a pipeline with a {component}")
     config = _component_config(base)
-    found = config.get("_class_name", known.model_class) if config else known.model_class
-    if found not in (known.model_class, known.legacy_name, *known.relatives):
-        raise _wrong_base(path, known, base, f"a {found}")
+    if config is not None and not _is_class(known, config):
+        raise _wrong_base(path, known, base, f"a {config['_class_name']}")
     return config
+
+
+def _is_class(known: KnownClass, config: Mapping[str, object]) -> bool:
+    found = config.get("_class_name", known.model_class)
+    return found in (known.model_class, known.legacy_name, *known.relatives)
 
 
 def _component_config(base: Path) -> Mapping[str, object] | None:
@@ -197,6 +256,10 @@ def _component_config(base: Path) -> Mapping[str, object] | None:
     if not file.is_file():
         return None
     return {key: value for key, value in read_json(file).items() if key != "quantization_config"}
+
+
+def _base_class(base: Path) -> str:
+    return str((_component_config(base) or {}).get("_class_name"))
 
 
 def _wrong_base(path: Path, known: KnownClass, base: Path, found: str) -> InputError:
