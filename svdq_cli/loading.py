@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
+from accelerate import cpu_offload
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import nn
 
@@ -135,7 +136,10 @@ def load_16bit_pipeline(source: Source, *, class_name: str, device: torch.device
 
 
 def load_without_denoiser(source: Source, *, class_name: str, device: torch.device) -> DiffusionPipeline:
-    """The same with an empty denoiser, which knows its config and shapes but takes no memory."""
+    """The source's pipeline with an empty denoiser, which knows its config and shapes but takes no memory.
+
+    A text encoder that the GPU has no room for stays in host memory, and its layers are brought there as they run.
+    """
     assert source.pipeline is not None
     dtype = compute_dtype(device)
     empty = _empty_denoiser(source, class_name, dtype)
@@ -144,8 +148,12 @@ def load_without_denoiser(source: Source, *, class_name: str, device: torch.devi
     )
     for name, entries in source.companions.items():
         _replace_weights(getattr(pipe, name), {key: entry.read() for key, entry in entries.items()}, name)
-    for name, part in _other_parts(pipe, source):
-        _move(part, device, source.pipeline / name)
+    parts = [part for _, part in _other_parts(pipe, source)]
+    crowded = [part for part in parts if not _moved(part, device)]
+    for part in crowded:
+        cpu_offload(part, execution_device=device)
+    if crowded:
+        _tell_device([empty, *(part for part in parts if part not in crowded)], device)
     return pipe
 
 
@@ -182,9 +190,7 @@ def fill_denoiser(
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise _does_not_fit(source.path, device) from error
     if any(parameter.is_meta for parameter in model.parameters()):
-        # diffusers asks its parts where to compute, and an offloaded one has no answer but its hooks
-        for _, part in _other_parts(pipe, source):
-            add_hook_to_module(part, AlignDevicesHook(device, io_same_device=True))
+        _tell_device((part for _, part in _other_parts(pipe, source)), device)
 
 
 def _other_parts(pipe: DiffusionPipeline, source: Source) -> list[tuple[str, nn.Module]]:
@@ -214,11 +220,24 @@ class _Weights(Mapping[str, torch.Tensor]):
         return len(self._dtypes)
 
 
-def _move(part: nn.Module, device: torch.device, where: Path) -> None:
+def _moved(part: nn.Module, device: torch.device) -> bool:
+    """Whether a component fits on the device, where it then is; it stays in host memory otherwise."""
     try:
         part.to(device)
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise _does_not_fit(where, device) from error
+    except torch.OutOfMemoryError:
+        pass
+    else:
+        return True
+    # Only here are the tensors gone that were moved: the exception held its frames.
+    part.to("cpu")
+    torch.cuda.empty_cache()
+    return False
+
+
+def _tell_device(parts: Iterable[nn.Module], device: torch.device) -> None:
+    """diffusers asks its parts where to compute, and an offloaded one has no answer but its hooks."""
+    for part in parts:
+        add_hook_to_module(part, AlignDevicesHook(device, io_same_device=True))
 
 
 def _does_not_fit(where: Path, device: torch.device) -> OutOfResourcesError:

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from svdq_cli.calibrate import open_calibration
 from svdq_cli.calibrate.budget import rows_within, statistics_bytes
@@ -78,6 +79,28 @@ def test_a_model_larger_than_memory_gives_the_same_bytes(recipe: Recipe, tmp_pat
     offloaded = calibrate(recipe, tmp_path / "offloaded", options=RunOptions(device="cpu", max_ram=1))
     assert offloaded.digest == whole.digest
     assert _bytes(tmp_path / "offloaded") == _bytes(tmp_path / "whole")
+
+
+def test_a_text_encoder_larger_than_the_gpu_gives_the_same_bytes(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """It stays in host memory. The device that lacks the room is this CPU, which stands in for a GPU."""
+    from transformers import T5EncoderModel
+
+    refused: list[object] = []
+
+    def to(self: T5EncoderModel, *where: object, **more: object) -> T5EncoderModel:
+        if where == (torch.device("cpu"),):
+            refused.append(self)
+            raise torch.OutOfMemoryError
+        return torch.nn.Module.to(self, *where, **more)
+
+    whole = calibrate(recipe, tmp_path / "whole", options=CPU)
+    monkeypatch.setattr(T5EncoderModel, "to", to)
+    crowded = calibrate(recipe, tmp_path / "crowded", options=CPU)
+    assert refused
+    assert crowded.digest == whole.digest
+    assert _bytes(tmp_path / "crowded") == _bytes(tmp_path / "whole")
 
 
 def test_sigterm_ends_with_75_and_says_how_to_go_on(recipe: Recipe, tiny_flux: Path, tmp_path: Path):
