@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -89,7 +90,7 @@ def test_a_text_encoder_larger_than_the_gpu_gives_the_same_bytes(
 
     refused: list[object] = []
 
-    def to(self: T5EncoderModel, *where: object, **more: object) -> T5EncoderModel:
+    def to(self: T5EncoderModel, *where: Any, **more: Any) -> T5EncoderModel:
         if where == (torch.device("cpu"),):
             refused.append(self)
             raise torch.OutOfMemoryError
