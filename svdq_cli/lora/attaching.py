@@ -13,6 +13,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
 
@@ -31,6 +32,7 @@ from svdq_cli.lora.places import (
     TensorPlace,
     on_device,
 )
+from svdq_cli.lora.weights import require_same_base
 from svdq_cli.records import LayerPlan, LayerSolution, W4A4Plan
 from svdq_cli.runtime.linear import RunningBranch
 from svdq_cli.runtime.replace import share_quantizers
@@ -73,28 +75,29 @@ def load_lora(
 ) -> None:
     """Read a LoRA file for a pipeline's model, under a name. It does nothing until `set_adapters` gives it a strength.
 
-    DoRA, and LoHa or LoKr of a higher rank, are cut to `approximate_rank` in converted layers. Raises InputError for a
-    file that does not fit the model, UsageError for a name that is taken.
+    DoRA, whole differences, and LoHa or LoKr of a higher rank are cut to `approximate_rank` in converted layers. Raises
+    InputError for a file that does not fit the model, UsageError for a name that is taken.
     """
     state = _state_of(pipe)
     if name in state.loras:
         raise UsageError(f"a LoRA named {name!r} is loaded", hint="choose another name, or unload it first")
     model = ModelShapes(Path(type(state.model).__name__), type(state.model).__name__, state.shapes)
-    adapter = read_adapter(Path(path), model)
+    adapter = require_same_base(read_adapter(Path(path), model))
     for warning in adapter.warnings:
         warnings.warn(warning, stacklevel=2)
+    weights = partial(_rows_of, state)
     updates: dict[str, LowRankUpdate] = {}
     changes: dict[str, WeightChange] = {}
     for tensor, change in adapter.weights.items():
         layer = tensor.removesuffix(".weight")
         if layer in state.layers:
-            updates[layer] = _factors(state, layer, change.read(), approximate_rank)
+            updates[layer] = _factors(state, layer, change.read(weights), approximate_rank)
         else:
-            changes[tensor] = change.read()
-    _require_biases(state, adapter.biases, Path(path))
-    for place in (*updates, *changes, *adapter.biases):
+            changes[tensor] = change.read(weights)
+    _require_vectors(state, adapter.vectors, Path(path))
+    for place in (*updates, *changes, *adapter.vectors):
         _add_place(state, place)
-    state.loras[name] = LoadedLora(updates, changes, adapter.biases)
+    state.loras[name] = LoadedLora(updates, changes, adapter.vectors)
 
 
 def set_adapters(pipe: DiffusionPipeline, strengths: Mapping[str, float]) -> None:
@@ -168,14 +171,23 @@ def _factors(state: LoadedLoras, name: str, change: WeightChange, rank: int) -> 
     return factored(change, lambda: rebuilt_weight(layer.solution).cpu(), strength=1.0, rank=rank).update
 
 
+def _rows_of(state: LoadedLoras, name: str, start: int, stop: int) -> Tensor:
+    """Rows of a weight as the model has it without LoRAs, in main memory."""
+    if (found := state.layers.get(name.removesuffix(".weight"))) is not None:
+        return rebuilt_weight(cast("_Converted", found[1]).solution)[start:stop].cpu()
+    place = state.places.get(name)
+    weight = place.base if isinstance(place, TensorPlace) else state.model.get_parameter(name)
+    return weight.detach()[start:stop].cpu()
+
+
 def _require_loaded(state: LoadedLoras, name: str) -> None:
     if name not in state.loras:
         loaded = ", ".join(state.loras) or "none"
         raise UsageError(f"no LoRA named {name!r} is loaded", hint=f"loaded: {loaded}")
 
 
-def _require_biases(state: LoadedLoras, biases: Mapping[str, Tensor], path: Path) -> None:
-    for name in biases:
+def _require_vectors(state: LoadedLoras, vectors: Mapping[str, Tensor], path: Path) -> None:
+    for name in vectors:
         if name not in state.shapes:
             raise InputError(
                 f"{path}: it changes {name}, and the model has no bias there",

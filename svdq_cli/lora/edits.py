@@ -12,9 +12,13 @@ from torch import Tensor
 
 from svdq_cli.checkpoint import Checkpoint, layer_of
 from svdq_cli.errors import InputError, UsageError
+from svdq_cli.lora.weights import CheckpointWeights, require_same_base
 from svdq_cli.records import LoraKey, W4A4Plan, W4A16Plan
+from svdq_cli.source.adapter_changes import StoredChange, WeightRows
+from svdq_cli.source.adapter_fitting import AdaptedLayer
 from svdq_cli.source.adapter_names import ModelShapes
-from svdq_cli.source.adapters import AdaptedLayer, Adapter, StoredChange, read_adapter
+from svdq_cli.source.adapters import Adapter, read_adapter
+from svdq_cli.source.weight_changes import WeightChange
 
 # What becomes of a W4A16 layer that a LoRA changes: a 16-bit layer, what it was, or a layer with a branch of its own
 W4A16Choice = Literal["dense", "skip", "branch"]
@@ -34,6 +38,10 @@ class Contribution:
 
     lora: GivenLora
     change: StoredChange
+    weights: WeightRows  # of the checkpoint
+
+    def read(self) -> WeightChange:
+        return self.change.read(self.weights)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,7 +50,7 @@ class Edits:
 
     branches: Mapping[str, Sequence[Contribution]]  # by W4A4 layer
     weights: Mapping[str, Sequence[Contribution]]  # by tensor that is, or becomes, a 16-bit one
-    biases: Mapping[str, Tensor]  # by tensor: (N,) float32, strength included
+    vectors: Mapping[str, Tensor]  # by bias, and by weight of a norm: (N,) float32, strength included
     dense: frozenset[str]  # W4A16 layers that become 16-bit ones
     skipped: frozenset[str]  # W4A16 layers that stay as they are
 
@@ -52,7 +60,7 @@ def read_loras(checkpoint: Checkpoint, loras: Sequence[tuple[Path, float]]) -> t
     if not loras:
         raise UsageError("no LoRA is named", hint="give --lora FILE or --lora FILE:WEIGHT")
     model = ModelShapes(checkpoint.source.path, checkpoint.model_class, checkpoint.state)
-    return tuple(GivenLora(read_adapter(path, model), weight) for path, weight in loras)
+    return tuple(GivenLora(require_same_base(read_adapter(path, model)), weight) for path, weight in loras)
 
 
 def plan_edits(checkpoint: Checkpoint, loras: Sequence[GivenLora], *, w4a16: W4A16Choice) -> Edits:
@@ -60,7 +68,8 @@ def plan_edits(checkpoint: Checkpoint, loras: Sequence[GivenLora], *, w4a16: W4A
     plans = {plan.name: plan for plan in checkpoint.layers}
     branches: dict[str, list[Contribution]] = defaultdict(list)
     weights: dict[str, list[Contribution]] = defaultdict(list)
-    biases: dict[str, Tensor] = {}
+    vectors: dict[str, Tensor] = {}
+    of_checkpoint = CheckpointWeights(checkpoint)
     modulations: set[str] = set()
     for lora in loras:
         if lora.weight == 0:
@@ -70,17 +79,17 @@ def plan_edits(checkpoint: Checkpoint, loras: Sequence[GivenLora], *, w4a16: W4A
             if isinstance(plans.get(layer), W4A16Plan):
                 modulations.add(layer)
             target, key = (branches, layer) if isinstance(plans.get(layer), W4A4Plan) else (weights, name)
-            target[key].append(Contribution(lora, change))
-        for name, added in lora.adapter.biases.items():
-            _require_bias(checkpoint, lora, name)
-            biases[name] = biases.get(name, 0) + lora.weight * added
+            target[key].append(Contribution(lora, change, of_checkpoint))
+        for name, added in lora.adapter.vectors.items():
+            _require_vector(checkpoint, lora, name)
+            vectors[name] = vectors.get(name, 0) + lora.weight * added
     skipped = frozenset(modulations if w4a16 == "skip" else ())
     if modulations and w4a16 == "dense" and not checkpoint.format.own_names:
         raise _no_place_for_modulation(checkpoint, min(modulations))
     return Edits(
         branches=dict(branches),
         weights={name: found for name, found in weights.items() if layer_of(name) not in skipped},
-        biases={name: added for name, added in biases.items() if layer_of(name) not in skipped},
+        vectors={name: added for name, added in vectors.items() if layer_of(name) not in skipped},
         dense=frozenset(modulations if w4a16 == "dense" else ()),
         skipped=skipped,
     )
@@ -112,10 +121,10 @@ def _row(
     edits: Edits,
     errors: Mapping[tuple[Path, str], float],
 ) -> LoraKey:
-    names = tuple(name.removesuffix(".weight") for name in layer.weights)
+    names = tuple(dict.fromkeys(layer_of(name) for name in (*layer.weights, *layer.vectors)))
     file = lora.adapter.path
     why: str | None = None
-    how = "applied" if planned.issuperset(names) else "merged"
+    how = "applied" if planned.issuperset(names) and layer.weights else "merged"
     if lora.weight == 0:
         how, why = "not applicable", "its weight is 0"
     elif edits.skipped.intersection(names):
@@ -128,7 +137,7 @@ def _row(
     return LoraKey(file.name, layer.name, names, layer.kind, layer.rank, how, max(cut, default=None), why)
 
 
-def _require_bias(checkpoint: Checkpoint, lora: GivenLora, name: str) -> None:
+def _require_vector(checkpoint: Checkpoint, lora: GivenLora, name: str) -> None:
     if name not in checkpoint.state:
         raise InputError(
             f"{lora.adapter.path}: it changes {name}, and the model has no bias there",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from svdq_cli.solve.low_rank import split_low_rank
-from svdq_cli.source.weight_changes import DoraUpdate, LowRankUpdate, WeightChange
+from svdq_cli.source.weight_changes import LowRankUpdate, WeightChange, WholeUpdate
 
 APPROXIMATE_RANK = 64  # of what has no exact factors of so few ranks; LoHa of rank 8 has
 
@@ -26,15 +26,17 @@ class Factored:
 def factored(
     change: WeightChange, weight: Callable[[], Tensor], *, strength: float, rank: int = APPROXIMATE_RANK
 ) -> Factored:
-    """`strength` times a change. A plain LoRA keeps its factors whatever their rank; DoRA, and LoHa or LoKr of a
-    higher rank, are cut to `rank` by SVD. `weight`: reads the layer's weight (N, K), on which DoRA depends.
+    """`strength` times a change. A plain LoRA keeps its factors whatever their rank; DoRA, whole differences, and LoHa
+    or LoKr of a higher rank are cut to `rank` by SVD. `weight`: reads the layer's weight (N, K), on which DoRA depends.
     """
     match change:
         case LowRankUpdate() if change.kind == "LoRA" or change.rank <= rank:
             return Factored(replace(change, scale=change.scale * strength))
         case LowRankUpdate():
             added = change.added_to(change.up)
-        case DoraUpdate():
+        case WholeUpdate():
+            added = change.added.float()
+        case _:
             added = change.added_to(weight())
     return _cut(strength * added, rank=rank, kind=change.kind)
 

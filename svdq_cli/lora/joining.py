@@ -125,7 +125,7 @@ def _factors(
     checkpoint: Checkpoint, layer: W4A4Plan, part: Contribution, rank: int
 ) -> tuple[LowRankUpdate, float | None]:
     found = factored(
-        part.change.read(),
+        part.read(),
         lambda: rebuilt_weight(checkpoint.solution(layer)),
         strength=part.lora.weight,
         rank=rank,

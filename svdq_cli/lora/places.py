@@ -24,11 +24,12 @@ from svdq_cli.source.weight_changes import LowRankUpdate, WeightChange
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoadedLora:
-    """A LoRA at full strength. `updates`: by converted layer; `changes`: by 16-bit weight; `biases`: by tensor."""
+    """A LoRA at full strength. `updates`: by converted layer; `changes`: by 16-bit weight; `vectors`: by
+    bias, or weight of a norm."""
 
     updates: Mapping[str, LowRankUpdate]
     changes: Mapping[str, WeightChange]
-    biases: Mapping[str, Tensor]
+    vectors: Mapping[str, Tensor]
 
 
 Active = Sequence[tuple[LoadedLora, float]]  # with their strengths
@@ -112,8 +113,8 @@ class TensorPlace:
                 rows = before.flatten(1).cpu()
                 added += (strength * change.added_to(rows)).reshape(before.shape).to(before.device)
                 found = True
-            elif (bias := lora.biases.get(self.name)) is not None:
-                added += strength * bias.to(before.device)
+            elif (vector := lora.vectors.get(self.name)) is not None:
+                added += strength * vector.to(before.device)
                 found = True
         changed = (before + added).to(self.base.dtype)
         parameter = nn.Parameter(changed, requires_grad=False) if found else self.base
@@ -129,7 +130,7 @@ def _joined(name: str, base: RunningBranch, active: Active) -> RunningBranch:
         if name in lora.updates
     ]
     key = f"{name}.bias"
-    biases = [strength * lora.biases[key] for lora, strength in active if key in lora.biases]
+    biases = [strength * lora.vectors[key] for lora, strength in active if key in lora.vectors]
     if not updates and not biases:
         return base
     bias = base.bias

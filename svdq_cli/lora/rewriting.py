@@ -87,7 +87,7 @@ def changed_tensors(
 
 def is_changed_tensor(name: str, edits: Edits) -> bool:
     """Whether a 16-bit tensor of the model is another than it was, or was no 16-bit tensor."""
-    return name in edits.weights or name in edits.biases or layer_of(name) in edits.dense
+    return name in edits.weights or name in edits.vectors or layer_of(name) in edits.dense
 
 
 def new_tensor(checkpoint: Checkpoint, name: str, edits: Edits) -> Tensor:
@@ -95,9 +95,9 @@ def new_tensor(checkpoint: Checkpoint, name: str, edits: Edits) -> Tensor:
     before = _sixteen_bit(checkpoint, name, edits).float()
     added = torch.zeros(before.shape)
     for part in edits.weights.get(name, ()):
-        change = part.change.read().added_to(before.flatten(1))
+        change = part.read().added_to(before.flatten(1))
         added += (part.lora.weight * change).reshape(before.shape)
-    return before + added + edits.biases.get(name, 0)
+    return before + added + edits.vectors.get(name, 0)
 
 
 # ---------------------------------------------------------------------------------------------------- pieces
@@ -129,7 +129,7 @@ def _changed_in_module(
             stored = join_branches(module, {name: joined[name] for name in names})
             for suffix, tensor in checkpoint.format.encode_branch(stored, module.traits).items():
                 yield f"{module.name}.{suffix}", tensor.contiguous()
-    if any(f"{layer.name}.bias" in edits.biases for layer in module.layers) and module.carries_bias:
+    if any(f"{layer.name}.bias" in edits.vectors for layer in module.layers) and module.carries_bias:
         solutions = _with_new_biases(checkpoint, before, edits)
         encoded = checkpoint.format.encode(join_layers(before, solutions), before.traits)
         yield f"{module.name}.bias", encoded["bias"].contiguous()
@@ -139,7 +139,7 @@ def _new_moved_biases(checkpoint: Checkpoint, edits: Edits) -> dict[str, Tensor]
     """The part of changed biases that the file stores moved by an offset, as it is without."""
     found: dict[str, Tensor] = {}
     for module in checkpoint.file.modules:
-        if any(f"{layer.name}.bias" in edits.biases for layer in module.layers) and module.carries_bias:
+        if any(f"{layer.name}.bias" in edits.vectors for layer in module.layers) and module.carries_bias:
             found |= moved_biases(module, _with_new_biases(checkpoint, module, edits))
     return found
 
@@ -148,7 +148,7 @@ def _with_new_biases(checkpoint: Checkpoint, module: StoredModule, edits: Edits)
     solutions: dict[str, LayerSolution] = {}
     for layer in module.layers:
         solution = checkpoint.solution(layer)
-        if (added := edits.biases.get(f"{layer.name}.bias")) is not None and solution.bias is not None:
+        if (added := edits.vectors.get(f"{layer.name}.bias")) is not None and solution.bias is not None:
             bias = (solution.bias.float() + added).to(solution.bias.dtype)
             solution = replace(solution, bias=bias)
         solutions[layer.name] = solution

@@ -66,7 +66,7 @@ def write_nunchaku_lora(
     _require_flux_file(checkpoint)
     given = read_loras(checkpoint, loras)
     edits = plan_edits(checkpoint, given, w4a16="skip" if settings.skip_w4a16 else "branch")
-    _require_no_biases(edits)
+    _require_no_vectors(edits)
     joined = join_loras(
         checkpoint,
         edits,
@@ -175,7 +175,7 @@ def _branch_of(
 ) -> Branch:
     """What the LoRAs add to a layer that has no branch of its own."""
     rank = settings.approximate_rank
-    updates = [factored(p.change.read(), weight, strength=p.lora.weight, rank=rank).update for p in parts]
+    updates = [factored(p.read(), weight, strength=p.lora.weight, rank=rank).update for p in parts]
     first, *others = additions([{layer: update} for update in updates], dtype)
     return extended({layer: Branch(first.down, first.ups[layer])}, others)[layer]
 
@@ -195,11 +195,11 @@ def _require_flux_file(checkpoint: Checkpoint) -> None:
     )
 
 
-def _require_no_biases(edits: Edits) -> None:
-    if edits.biases:
-        name = min(edits.biases)
+def _require_no_vectors(edits: Edits) -> None:
+    if edits.vectors:
+        name = min(edits.vectors)
         raise UsageError(
-            f"{name}: the LoRA changes a bias, which svdq does not write into LoRA files",
+            f"{name}: the LoRA changes a bias or a norm, which svdq does not write into LoRA files",
             hint="leave --format out to fold the LoRA into the checkpoint",
             where=name,
             kind="not-exact",

@@ -16,9 +16,29 @@ from svdq_cli.source.configs import class_of_names
 from svdq_cli.source.names import Part, RowRange, original_layers
 from svdq_cli.source.original_names import NAMINGS
 
+Places = Mapping[str, tuple[Part, ...]]
+"""By the names that an adapter may call a layer by: the model's layers, or rows of layers, that it means."""
+
 _WHOLE = (RowRange(0, 1, 1),)
-_KOHYA = ("lora_unet_", "lora_transformer_", "lycoris_")
-_DOTTED = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.", "unet.")
+# What stands before a layer's name: a trainer's word for the denoiser, and what wrappers put around a model. Some files
+# have several of them, in any order.
+_PREFIXES = (
+    *(
+        "lora_unet_",
+        "lora_transformer_",
+        "lora_dit_",
+        "lycoris_",
+        "unet_",
+        "transformer_",
+        "diffusion_model_",
+    ),
+    *("lora_unet.", "lora_transformer.", "lycoris.", "lora."),
+    *("base_model.model.", "base_model.", "model.", "module.", "net.", "dit.", "pipe.", "pipeline."),
+    *("diffusion_model.", "transformer.", "unet.", "denoiser."),
+)
+_MOST_PREFIXES = 6
+# What wrappers put between the parts of a name, wherever they stand
+_WRAPPED = re.compile(r"\b_(?:orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\.|(?<=_)_orig_mod_")
 # Attention processors of older trainers have names of their own: XLabs' for FLUX, diffusers' for UNets
 _PROCESSORS = (
     (re.compile(r"(double_blocks\.\d+)\.processor\.(qkv|proj)_lora1"), r"\1.img_attn.\2"),
@@ -28,7 +48,8 @@ _PROCESSORS = (
     (re.compile(r"\.processor\.to_out"), r".to_out.0"),
 )
 _TEXT_ENCODER = re.compile(
-    r"^(lora_te\d?_|te\d?_|text_encoder(_\d)?[.:]|text_encoders\.|cond_stage_model\.|conditioner\.|<[^>]+>$)"
+    r"^(?:base_model\.model\.|pipe\.)*(lora_te\d?_|te\d?_|lora_te\d?\.|text_encoder(_\d)?[.:]|text_encoders\.|clip_[lg]\."
+    r"|t5xxl\.|cond_stage_model\.|conditioner\.|bundle_emb\.|<[^>]+>$)"
 )
 _INDEXED = re.compile(r"^unet:(\d+):(up|down)$")
 # The linears of a UNet's transformer block by the class that cloneofsimo's trainer looked for, in the order in which
@@ -55,7 +76,7 @@ def is_for_text_encoder(key: str) -> bool:
     return _TEXT_ENCODER.match(key) is not None
 
 
-def places_of(model: ModelShapes) -> Mapping[str, tuple[Part, ...]]:
+def places_of(model: ModelShapes) -> Places:
     """Every name that an adapter may call a layer of the model by, and the layers (or rows of layers) it means."""
     layers = [name.removesuffix(".weight") for name in model.shapes if name.endswith(".weight")]
     dotted: dict[str, tuple[Part, ...]] = {layer: (Part(layer, _WHOLE),) for layer in layers}
@@ -69,7 +90,7 @@ def places_of(model: ModelShapes) -> Mapping[str, tuple[Part, ...]]:
     return {**flat, **dotted}
 
 
-def find_place(places: Mapping[str, tuple[Part, ...]], name: str) -> tuple[Part, ...] | None:
+def find_place(places: Places, name: str) -> tuple[Part, ...] | None:
     """What a layer of an adapter is in the model; None where it has no such layer."""
     return next((places[candidate] for candidate in _candidates(name) if candidate in places), None)
 
@@ -129,12 +150,23 @@ def _single_block_attention(dotted: Mapping[str, tuple[Part, ...]]) -> dict[str,
 
 def _candidates(name: str) -> Iterator[str]:
     """The names that a layer may have in the model, from its name in an adapter."""
-    for prefix in _KOHYA:
-        if name.startswith(prefix):
-            yield name.removeprefix(prefix)
-    for prefix in _DOTTED:
-        name = name.removeprefix(prefix)
+    for bare in _without_prefixes(_WRAPPED.sub("", name)):
+        yield bare
+        yield _with_own_names(bare)
+
+
+def _without_prefixes(name: str) -> Iterator[str]:
+    """The name, and what is left of it with one prefix off after the other."""
     yield name
+    for _ in range(_MOST_PREFIXES):
+        prefix = next((prefix for prefix in _PREFIXES if name.startswith(prefix)), None)
+        if prefix is None:
+            return
+        name = name.removeprefix(prefix)
+        yield name
+
+
+def _with_own_names(name: str) -> str:
     for pattern, replacement in _PROCESSORS:
         name = pattern.sub(replacement, name)
-    yield name
+    return name

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,7 +25,8 @@ class MergedTensor:
     small update adds. Every change is that of the tensor as it was, so that their order says nothing."""
 
     entry: TensorEntry
-    changes: tuple[tuple[StoredChange | Tensor, float], ...]  # a Tensor: of a bias
+    changes: tuple[tuple[StoredChange | Tensor, float], ...]  # a Tensor: of a bias or a norm
+    model: Mapping[str, TensorEntry]  # every tensor as it was
 
     @property
     def file(self) -> Path:
@@ -57,13 +58,17 @@ class MergedTensor:
                 added += (strength * of_rows.added_to(before.flatten(1))).reshape(before.shape)
         return before + added
 
+    def _rows_of(self, name: str, start: int, stop: int) -> Tensor:
+        entry = self.model[name]
+        return (entry.entry if isinstance(entry, MergedTensor) else entry).read_rows(start, stop)
+
     def _changes(self) -> Sequence[tuple[WeightChange | Tensor, float]]:
         """As they are read, kept until the thread asks for another tensor's: a matrix is read some rows at a time, and
         LoKr's factors take as long to make as the rest of it."""
         if getattr(_LAST, "tensor", None) is not self:
             _LAST.tensor = _LAST.changes = None
             _LAST.changes = [
-                (change if isinstance(change, Tensor) else change.read(), strength)
+                (change if isinstance(change, Tensor) else change.read(self._rows_of), strength)
                 for change, strength in self.changes
             ]
             _LAST.tensor = self
@@ -91,15 +96,16 @@ def merge_loras(source: Source, loras: Sequence[tuple[Path, float]]) -> Source:
     for path, weight in loras:
         adapter = read_adapter(path, shapes_of(source))
         warnings += adapter.warnings
-        for name, change in (*adapter.weights.items(), *adapter.biases.items()):
-            tensors[name] = _merged(adapter, tensors, name, change, weight)
+        for name, change in (*adapter.weights.items(), *adapter.vectors.items()):
+            tensors[name] = _merged(adapter, source.tensors, tensors, name, change, weight)
     kind = f"{source.kind}, {len(loras)} LoRA{'s' if len(loras) > 1 else ''} merged"
     return replace(source, tensors=tensors, warnings=tuple(warnings), kind=kind)
 
 
 def _merged(
     adapter: Adapter,
-    tensors: dict[str, TensorEntry],
+    model: Mapping[str, TensorEntry],
+    tensors: Mapping[str, TensorEntry],
     name: str,
     change: StoredChange | Tensor,
     weight: float,
@@ -113,5 +119,5 @@ def _merged(
             kind="lora-mismatch",
         )
     if isinstance(entry, MergedTensor):
-        return MergedTensor(entry.entry, (*entry.changes, (change, weight)))
-    return MergedTensor(entry, ((change, weight),))
+        return MergedTensor(entry.entry, (*entry.changes, (change, weight)), model)
+    return MergedTensor(entry, ((change, weight),), model)

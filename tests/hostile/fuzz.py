@@ -381,12 +381,17 @@ def try_lora(made: tuple[dict[str, torch.Tensor], dict[str, str]]) -> None:
     save_file(made[0], path, metadata=made[1])
     try:
         adapter = read_adapter(path, MODEL)
-        read = {name: change.read() for name, change in adapter.weights.items()}
+        read = {name: change.read(_no_rows) for name, change in adapter.weights.items()}
     except InputError as error:
         _require(str(path), error)
         return
-    assert read
-    assert read.keys() <= MODEL.shapes.keys()
+    changed = read.keys() | adapter.vectors.keys()
+    assert changed
+    assert changed <= MODEL.shapes.keys() | {f"{layer}.bias" for layer in _LAYERS}
+
+
+def _no_rows(name: str, start: int, stop: int) -> torch.Tensor:
+    return torch.zeros(stop - start, *MODEL.shapes[name][1:])
 
 
 # ------------------------------------------------------------------------------------------------- all three

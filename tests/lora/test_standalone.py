@@ -139,7 +139,7 @@ def test_a_file_holds_every_branch_with_the_loras_and_the_rest_beside(
     down, up = adapter["x_embedder"]
     torch.testing.assert_close(b @ a, 0.5 * up @ down, rtol=0, atol=2e-3)
     assert {row.how for row in report.keys if row.layers[0] not in SIXTEEN_BIT} == {"applied"}
-    assert "at strength 1" in report.warnings[0]
+    assert "at strength 1" in report.warnings[-1]
     with safe_open(tmp_path / "out.safetensors", framework="pt") as file:
         assert json.loads(file.metadata()["svdq_lora"])["loras"][0]["weight"] == 0.5
 

@@ -16,7 +16,7 @@ from svdq_cli.pipeline import check, convert
 from svdq_cli.preparing import DEFAULT_OPTIONS, source_of
 from svdq_cli.recipe import Lora, default_recipe, with_overrides
 from svdq_cli.source import Source, merge_loras, open_source, read_tensor, source_digest
-from svdq_cli.source.adapters import StoredChange
+from svdq_cli.source.adapter_changes import StoredChange
 from svdq_cli.starting import override, parse_lora
 from tests.source.test_configs import meta_shapes
 from tests.source.test_single_file import WEIGHTS, bfl_file, weights_of
@@ -180,7 +180,7 @@ def test_an_adapter_is_read_once_for_all_rows_of_a_weight(
     read_tensor(merged, other)  # so that the first one's changes are kept no more
     asked: list[StoredChange] = []
     read = StoredChange.read
-    monkeypatch.setattr(StoredChange, "read", lambda self: asked.append(self) or read(self))
+    monkeypatch.setattr(StoredChange, "read", lambda self, weights: asked.append(self) or read(self, weights))
     entry = merged.tensors[name]
     pieces = [entry.read_rows(start, start + 40) for start in range(0, len(whole), 40)]
     torch.testing.assert_close(torch.cat(pieces), whole)
@@ -372,32 +372,15 @@ def test_dora_sets_the_length_of_every_row(tiny_flux: Path, tmp_path: Path, spel
     torch.testing.assert_close(after, before + 0.5 * (trained - before), rtol=1e-4, atol=1e-5)
 
 
-def test_dora_agrees_with_peft_s_own_merge(tiny_flux: Path, tmp_path: Path):
-    peft_library = pytest.importorskip("peft", reason="needs peft, which this is compared with")
-    weight = weights_of(tiny_flux)[f"{QKV[0]}.weight"].float()
-    layer = torch.nn.Linear(128, 128)
-    layer.weight.data = weight.clone()
-    model = torch.nn.ModuleDict({"to_q": layer})
-    config = peft_library.LoraConfig(
-        r=RANK, lora_alpha=8, use_dora=True, target_modules=["to_q"], init_lora_weights=False
-    )
-    adapted = peft_library.get_peft_model(model, config)
-    adapted.to_q.lora_magnitude_vector["default"].weight.data *= 1.3
-    state = {key: tensor.clone() for key, tensor in peft_library.get_peft_model_state_dict(adapted).items()}
-    expected = adapted.merge_and_unload().to_q.weight.detach()
-    block = QKV[0].removesuffix(".to_q")
-    named = {key.replace("base_model.model.", f"transformer.{block}."): t for key, t in state.items()}
-    named[f"transformer.{block}.to_q.alpha"] = torch.tensor(8.0)
-    save_file(named, tmp_path / "l.safetensors")
-    merged = merge_loras(open_source(tiny_flux), [(tmp_path / "l.safetensors", 1.0)])
-    torch.testing.assert_close(read_tensor(merged, f"{QKV[0]}.weight"), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_dora_with_lengths_of_columns_is_refused(tiny_flux: Path, tmp_path: Path):
+def test_dora_with_other_lengths_than_rows_or_columns_is_refused(tiny_flux: Path, tmp_path: Path):
     name = "transformer_blocks.0.ff.net.2"
-    tensors = {**peft({name: drawn(128, 512, 0)}), f"transformer.{name}.dora_scale": torch.ones(1, 512)}
-    error = refused(tiny_flux, tmp_path / "l.safetensors", tensors)
-    assert "512 lengths for 128 rows" in error.message
+    for shape in ((512,), (1, 500)):
+        tensors = {
+            **peft({name: drawn(128, 512, 0)}),
+            f"transformer.{name}.dora_scale": torch.ones(shape),
+        }
+        error = refused(tiny_flux, tmp_path / "l.safetensors", tensors)
+        assert f"of shape {list(shape)}, for 128 rows and 512 columns" in error.message
 
 
 def test_loha_is_the_product_of_two_products(tiny_flux: Path, tmp_path: Path):
@@ -497,10 +480,12 @@ def test_a_truncated_file_is_refused(tiny_flux: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     ("key", "kind"),
     [
-        ("lora_unet_x.lora_mid.weight", "middle matrix"),
+        ("lora_unet_x.lora_mid.weight", "LoCon with a Tucker core"),
         ("lora_unet_x.oft_blocks", "OFT"),
         ("lora_unet_x.lokr_t2", "Tucker core"),
-        ("diffusion_model.x.diff", "whole weight differences"),
+        ("lora_controlnet", "Stability's control LoRA"),
+        ("diffusion_model.x.set_weight", "to be put in place of its own"),
+        ("diffusion_model.x.reshape_weight", "a control LoRA, which widens an input"),
         ("unet:12:down", "it numbers 13 layers, and the model has 0"),
         ("something.else", "no part of a LoRA: something.else"),
     ],

@@ -1,0 +1,47 @@
+"""A converted model's weights, some rows at a time, for LoRAs whose change depends on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from svdq_cli.checkpoint import Checkpoint
+from svdq_cli.errors import InputError
+from svdq_cli.solve.rebuild import rebuilt_weight
+from svdq_cli.source.adapters import Adapter
+
+
+@dataclass(slots=True, eq=False)
+class CheckpointWeights:
+    """`WeightRows` of a checkpoint: of a 4-bit layer, what its codes and branch stand for. The last weight is kept."""
+
+    checkpoint: Checkpoint
+    _name: str = ""
+    _weight: Tensor | None = field(default=None)
+
+    def __call__(self, name: str, start: int, stop: int) -> Tensor:
+        if self._weight is None or self._name != name:
+            layer = name.removesuffix(".weight")
+            plan = next((plan for plan in self.checkpoint.layers if plan.name == layer), None)
+            self._weight = (
+                self.checkpoint.kept_tensor(name)
+                if plan is None
+                else rebuilt_weight(self.checkpoint.solution(plan))
+            )
+            self._name = name
+        return self._weight[start:stop]
+
+
+def require_same_base(adapter: Adapter) -> Adapter:
+    """The adapter. InputError for one that takes a part out of the 16-bit weights, which a converted model lacks."""
+    if adapter.changed_base is None:
+        return adapter
+    raise InputError(
+        f"{adapter.path}: {adapter.changed_base}: the adapter takes a part out of the 16-bit weights, and a converted "
+        "model has them no more",
+        hint="convert the 16-bit model with --lora, or make it a plain LoRA with peft: "
+        "save_pretrained(..., path_initial_model_for_weight_conversion=...)",
+        where=str(adapter.path),
+        kind="lora",
+    )
