@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
@@ -33,7 +33,7 @@ from svdq_cli.lora.places import (
     on_device,
 )
 from svdq_cli.lora.weights import require_same_base
-from svdq_cli.records import LayerPlan, LayerSolution, W4A4Plan
+from svdq_cli.records import LayerPlan, LayerSolution, W4A4Plan, W4A4Solution
 from svdq_cli.runtime.linear import RunningBranch
 from svdq_cli.runtime.replace import share_quantizers
 from svdq_cli.solve.rebuild import rebuilt_weight
@@ -167,17 +167,25 @@ def _shapes_of(model: nn.Module, layers: Mapping[str, tuple[str, nn.Module]]) ->
 
 
 def _factors(state: LoadedLoras, name: str, change: WeightChange, rank: int) -> LowRankUpdate:
-    layer = cast("_Converted", state.layers[name][1])
-    return factored(change, lambda: rebuilt_weight(layer.solution).cpu(), strength=1.0, rank=rank).update
+    return factored(change, partial(_base_weight, state, name), strength=1.0, rank=rank).update
 
 
 def _rows_of(state: LoadedLoras, name: str, start: int, stop: int) -> Tensor:
     """Rows of a weight as the model has it without LoRAs, in main memory."""
-    if (found := state.layers.get(name.removesuffix(".weight"))) is not None:
-        return rebuilt_weight(cast("_Converted", found[1]).solution)[start:stop].cpu()
+    if (layer := name.removesuffix(".weight")) in state.layers:
+        return _base_weight(state, layer)[start:stop]
     place = state.places.get(name)
     weight = place.base if isinstance(place, TensorPlace) else state.model.get_parameter(name)
     return weight.detach()[start:stop].cpu()
+
+
+def _base_weight(state: LoadedLoras, name: str) -> Tensor:
+    """A converted layer's weight (N, K) without LoRAs, whichever are on now, in main memory."""
+    solution, place = cast("_Converted", state.layers[name][1]).solution, state.places.get(name)
+    if isinstance(solution, W4A4Solution) and isinstance(place, BranchPlace):
+        down, up = (tensor.to(solution.codes.device) for tensor in (place.base.down, place.base.up))
+        solution = replace(solution, down=down, up=up)
+    return rebuilt_weight(solution).cpu()
 
 
 def _require_loaded(state: LoadedLoras, name: str) -> None:

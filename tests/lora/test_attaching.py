@@ -169,6 +169,25 @@ def test_layers_of_one_input_quantize_it_once_again_when_a_lora_is_gone(
     assert attention.to_q.quantizer is attention.to_k.quantizer
 
 
+@pytest.mark.parametrize("shape", [(128,), (1, 128)])
+def test_dora_is_measured_against_the_model_whatever_other_loras_are_on(
+    converted_flux: Callable[[str], Path], tmp_path: Path, shape: tuple[int, ...]
+):
+    """Its lengths are those of rows or columns of the model as it was trained on."""
+    base, other = converted_flux("int4") / "lite", lora_file(tmp_path, "other.safetensors")
+    scale = f"transformer.{QKV[1]}.dora_scale"
+    tensors = {**peft(small_lora({QKV[1]: (128, 128)})), scale: torch.full(shape, 0.7)}
+    dora, results = saved(tmp_path / "dora.safetensors", tensors), []
+    for first in ({}, {"other": 3.0}):
+        pipe = loaded(base, "reference")
+        svdq_cli.load_lora(pipe, other, "other")
+        svdq_cli.set_adapters(pipe, first)
+        svdq_cli.load_lora(pipe, dora, "dora")
+        svdq_cli.set_adapters(pipe, {"dora": 1.0})
+        results.append(layer_of(pipe, QKV[1])(probes(128)))
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+
+
 def test_a_pipeline_without_converted_layers_is_refused(tmp_path: Path):
     with pytest.raises(UsageError, match="no converted layers"):
         svdq_cli.set_adapters(SimpleNamespace(transformer=torch.nn.Linear(2, 2)), {})  # type: ignore[arg-type]
