@@ -14,7 +14,7 @@ from svdq_cli.machine import resolve_device
 from svdq_cli.placing import require_picture_place
 from svdq_cli.preparing import DEFAULT_OPTIONS, RunOptions, sampling_for
 from svdq_cli.recipe import Calibration, Recipe, default_recipe
-from svdq_cli.records import GenerateReport, Observer, ignore_events
+from svdq_cli.records import GenerateReport, Observer, following_seed, ignore_events
 from svdq_cli.writing import disk_errors, refuse_existing
 
 EVALUATION_SAMPLES = 16
@@ -27,7 +27,11 @@ def evaluation_recipe(checkpoint: Checkpoint, source: str) -> Recipe:
     made_with = (checkpoint.provenance or {}).get("recipe")
     known = Recipe.model_validate(made_with) if isinstance(made_with, Mapping) else default_recipe(source)
     base = known.calibration or Calibration()
-    update = {"prompts": None, "samples": EVALUATION_SAMPLES, "seed": base.seed + SEED_DISTANCE}
+    update = {
+        "prompts": None,
+        "samples": EVALUATION_SAMPLES,
+        "seed": following_seed(base.seed, SEED_DISTANCE),
+    }
     return known.model_copy(
         update={
             "model": known.model.model_copy(update={"source": source}),

@@ -41,6 +41,14 @@ Precision = Int4 | NvFp4
 # bfloat16; fixed in Nunchaku's fused kernel and in comfy-kitchen's op.
 GELU_SHIFT = 0.171875
 
+MAX_SEED = 2**64 - 1  # the largest that torch's generators take
+
+
+def following_seed(seed: int, distance: int) -> int:
+    """The seed so many after another one; 0 follows MAX_SEED."""
+    return (seed + distance) % (MAX_SEED + 1)
+
+
 Effort = Literal["datafree", "fast", "balanced", "best"]
 Smoothing = Literal["none", "closed-form", "grid"]
 # Beyond the paper, in the order in which they are taken; `scales` is part of gptq: it searches every group's scale.

@@ -40,6 +40,7 @@ from svdq_cli.records import (
     W4A4Plan,
     W4A4Solution,
     W4A16Plan,
+    following_seed,
     ignore_events,
 )
 from svdq_cli.runtime.hopper_operands import hopper_objection
@@ -333,7 +334,7 @@ def _random_weight(settings: BenchSettings, linear: Linear) -> Tensor:
 
 def _draw(seed: int, rows: int, columns: int) -> Tensor:
     """Standard normal, float32, drawn on the CPU so that every device gets the same numbers."""
-    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(following_seed(seed, 0)))
 
 
 def _require_rank(rank: int, shapes: ShapeSet) -> None:

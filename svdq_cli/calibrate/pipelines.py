@@ -86,7 +86,7 @@ def draw(
 ) -> list[Image]:
     """One picture per prompt. A picture depends on its prompt and seed, not on the batch it was drawn in.
 
-    `seeds` default to `settings.seed + i`. Events count pictures times steps.
+    `seeds` default to those of `settings`. Events count pictures times steps.
     """
     drawn = draw_each(
         pipe, prompts, settings=settings, seeds=seeds, stage=stage, observe=observe, on_step=on_step
@@ -199,7 +199,7 @@ def split_batches(
 ) -> tuple[Batch, ...]:
     if isinstance(prompts, str):
         raise TypeError("prompts is one string, not a sequence of strings")
-    chosen = tuple(seeds) if seeds is not None else tuple(settings.seed + i for i in range(len(prompts)))
+    chosen = tuple(seeds) if seeds is not None else tuple(map(settings.seed_of, range(len(prompts))))
     if len(chosen) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts but {len(chosen)} seeds")
     size = settings.batch_size

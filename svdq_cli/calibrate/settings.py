@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from svdq_cli.errors import InputError, UsageError
+from svdq_cli.records import MAX_SEED, following_seed
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _INPUTS = ("image", "mask", "frames")  # what a pipeline may read besides text
@@ -24,7 +25,7 @@ class PictureFile:
 
 @dataclass(frozen=True, slots=True)
 class DrawSettings:
-    """`None` leaves a setting to the pipeline. Picture i is seeded with `seed + i`, whatever its batch.
+    """`None` leaves a setting to the pipeline. Image i is seeded with `seed_of(i)`, whatever its batch.
 
     `true_cfg` above 1 draws with a second, unconditional pass (an empty negative prompt) where the pipeline has one.
     Pipelines that edit read `image` and `mask`: prompt i takes picture i of each, and they start over where there are
@@ -47,8 +48,12 @@ class DrawSettings:
         for name in ("steps", "height", "width", "batch_size"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}", hint=f"give {name} a value of 1 or more")
-        if self.seed < 0:
-            raise UsageError(f"seed is {self.seed}", hint="give a seed of 0 or more")
+        if not 0 <= self.seed <= MAX_SEED:
+            raise UsageError(f"seed is {self.seed}", hint=f"give a seed of 0 to {MAX_SEED}")
+
+    def seed_of(self, index: int) -> int:
+        """The seed of one image. The largest seed is followed by 0."""
+        return following_seed(self.seed, index)
 
 
 def picture_files(path: Path) -> tuple[PictureFile, ...]:

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from svdq_cli.records import MAX_SEED as MAX_SEED
+
 
 def _appendable(path: Path | None) -> Path | None:
     from svdq_cli.cli.summary import require_appendable

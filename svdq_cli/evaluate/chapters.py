@@ -63,7 +63,7 @@ def chapter_of(
     shown = show_pictures(
         found.gallery,
         shown_ways,
-        [(i, found.run.prompts[i], found.run.settings.seed + i) for i in by_psnr],
+        [(i, found.run.prompts[i], found.run.settings.seed_of(i)) for i in by_psnr],
         [_picture_figures(found, ways, i) for i in by_psnr],
         budget=budget,
     )
@@ -325,7 +325,7 @@ def _provenance(found: Evaluation, recipe: Recipe) -> Table:
         "source": recipe.model.source,
         "prompts": "" if drawn is None else str(drawn.prompts),
         "drawn with": f"{settings.steps} steps, guidance {settings.guidance}, {settings.width} x {settings.height} "
-        f"pixels, seeds {settings.seed} to {settings.seed + len(found.run.prompts) - 1}",
+        f"pixels, seeds {settings.seed} to {settings.seed_of(len(found.run.prompts) - 1)}",
     }
     made = found.run.checkpoint.provenance or {}
     said |= {f"made with: {key}": value for key, value in made.items() if isinstance(value, str)}

@@ -53,7 +53,7 @@ def _picture_figures(found: Evaluation) -> list[dict[str, object]]:
         {
             "index": index,
             "prompt": prompt,
-            "seed": found.run.settings.seed + index,
+            "seed": found.run.settings.seed_of(index),
             **{
                 way: {metric: figures[index] for metric, figures in scores.per_picture.items()}
                 for way, scores in found.scores.items()

@@ -27,7 +27,7 @@ from svdq_cli.errors import UsageError
 from svdq_cli.recipe.gates import CONDITION_PATTERN, METRICS, Gate, parse_gate
 from svdq_cli.recipe.problems import problems_of
 from svdq_cli.recipe.sizes import SIZE_HINT, SIZE_PATTERN, bytes_of_size
-from svdq_cli.records import Effort, Int4, NvFp4, Precision, SearchStep, Smoothing
+from svdq_cli.records import MAX_SEED, Effort, Int4, NvFp4, Precision, SearchStep, Smoothing
 
 DEFAULT_EFFORT: Effort = "balanced"
 DEFAULT_RANK = 32
@@ -59,7 +59,7 @@ Text = Annotated[str, Field(min_length=1), AfterValidator(_without_nul)]
 MAX_PATTERN = 512  # characters; the longest layer name of a known model has 65
 Pattern = Annotated[str, Field(min_length=1, max_length=MAX_PATTERN)]
 Count = Annotated[int, Field(ge=1)]
-Seed = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 
 
 def _size(value: object) -> int | str:

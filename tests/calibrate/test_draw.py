@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from svdq_cli.calibrate import DrawSettings, draw, load_source_pipeline
+from svdq_cli.calibrate.pipelines import split_batches
 from svdq_cli.errors import InputError, UsageError
 from svdq_cli.records import Event
 
@@ -91,7 +92,9 @@ def test_a_size_that_the_pipeline_rounds_is_refused(pipe: DiffusionPipeline):
     assert "width 16 and height 16" in str(caught.value.hint)
 
 
-@pytest.mark.parametrize("bad", [{"steps": 0}, {"batch_size": 0}, {"height": -8}, {"seed": -1}])
+@pytest.mark.parametrize(
+    "bad", [{"steps": 0}, {"batch_size": 0}, {"height": -8}, {"seed": -1}, {"seed": 2**64}]
+)
 def test_settings_that_draw_nothing_are_refused(bad: dict[str, int]):
     with pytest.raises(UsageError, match=next(iter(bad))):
         replace(SETTINGS, **bad)
@@ -136,3 +139,9 @@ def test_a_damaged_pipeline_folder_is_refused_with_a_cure(tiny_flux_copy: Path, 
         load_source_pipeline(tiny_flux_copy, dtype=torch.bfloat16)
     assert str(tiny_flux_copy) in caught.value.message
     assert caught.value.hint
+
+
+def test_the_seed_after_the_largest_is_0(pipe: DiffusionPipeline):
+    batches = split_batches(PROMPTS[:2], settings=replace(SETTINGS, seed=2**64 - 1, batch_size=2))
+    assert [batch.seeds for batch in batches] == [(2**64 - 1, 0)]
+    draw(pipe, PROMPTS[:2], settings=replace(SETTINGS, seed=2**64 - 1, steps=1))

@@ -148,6 +148,7 @@ def test_effort_datafree_as_an_option_drops_the_recipe_s_smoothing():
         ({"rank": 17}, "--rank: must be a multiple of 16, or auto, not 17"),
         ({"precision": "fp8"}, "--precision: must be int4 or nvfp4, not 'fp8'"),
         ({"seed": -1}, "--seed: must be 0 or more, not -1"),
+        ({"seed": 2**64}, f"--seed: must be {2**64 - 1} or less, not {2**64}"),
         ({"prompts": ""}, "--prompts: must not be empty"),
         ({"effort": "datafree", "smoothing": "grid"}, "--smoothing: grid smoothing needs calibration"),
     ],
