@@ -45,7 +45,7 @@ def image(pipe: Any, **options: Any) -> torch.Tensor:
     """One small image as numbers."""
     found = pipe(
         "a", num_inference_steps=1, height=32, width=32, generator=torch.Generator().manual_seed(0),
-        output_type="pt", **options,
+        guidance_scale=1.0, max_sequence_length=16, output_type="pt", **options,
     )  # fmt: skip
     return found.images
 
