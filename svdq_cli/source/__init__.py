@@ -12,12 +12,16 @@ from types import MappingProxyType
 from svdq_cli.errors import InputError
 from svdq_cli.source.adapters import adapter_file
 from svdq_cli.source.folders import (
+    INDEX_SUFFIX,
     component_files,
     index_component,
+    model_files,
+    one_shard,
     open_component,
     open_pipeline,
     pipeline_index,
     quantized_component,
+    shard_number,
     weight_files,
 )
 from svdq_cli.source.gguf_file import open_gguf
@@ -31,7 +35,7 @@ from svdq_cli.source.model import (
     source_digest,
     tensor_entry,
 )
-from svdq_cli.source.single_file import open_single_file
+from svdq_cli.source.single_file import has_original_names, open_single_file
 from svdq_cli.source.tensors import TensorEntry, is_finite
 
 __all__ = [
@@ -72,6 +76,10 @@ def open_source(path: Path, *, base: Path | None = None) -> Source:
         )
     if path.is_dir():
         return _open_folder(path, base)
+    if path.is_file() and (number := shard_number(path)):
+        raise one_shard(path, *number)
+    if path.name.endswith(INDEX_SUFFIX) and path.is_file():
+        return _open_folder(path.parent, base)
     if path.suffix == ".json" and path.is_file():
         return Source(path, None, "transformer", read_json(path), MappingProxyType({}))
     if path.suffix.lower() in _PICKLE_SUFFIXES and path.is_file():
@@ -99,7 +107,12 @@ def _open_folder(path: Path, base: Path | None) -> Source:
     if (path / "config.json").is_file():
         given = quantized_component(base) if base else "transformer"
         component = path.name if path.name in COMPONENTS else given
-        return open_component(path, pipeline=base, component=component)
+        source = open_component(path, pipeline=base, component=component)
+        if not has_original_names(source.tensors):
+            return source
+    # A model's own repository, or shards alone: one model under whatever names, in one file or several
+    if files := model_files(path):
+        return open_single_file(path, base=base, files=files)
     raise InputError(
         f"{path}: neither model_index.json nor config.json is in this folder",
         hint="give a diffusers pipeline folder (the one with model_index.json)",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from svdq_cli.source.quantized import refuse_quantized, refuse_quantized_config
 from svdq_cli.source.tensors import StoredTensor
 
 _WEIGHT_NAMES = ("diffusion_pytorch_model", "model")
+INDEX_SUFFIX = ".safetensors.index.json"
+_SHARD = re.compile(r"-(\d{1,6})-of-(\d{1,6})\.safetensors$")
 _PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth")
 
 
@@ -115,8 +118,13 @@ def _component(
 
 
 def _stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    return tensors_of_files(weight_files(folder))
+
+
+def tensors_of_files(files: Sequence[Path]) -> dict[str, StoredTensor]:
+    """The tensors of a model's shards. Raises InputError where one is in two of them."""
     tensors: dict[str, StoredTensor] = {}
-    for file in weight_files(folder):
+    for file in files:
         entries = read_header(file)
         if twice := sorted(tensors.keys() & entries.keys()):
             raise damaged(file, f"{twice[0]!r} is in another shard too")
@@ -125,13 +133,16 @@ def _stored_tensors(folder: Path) -> dict[str, StoredTensor]:
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:
-    """The safetensors files of a component folder: one file, or the shards its index names."""
+    """The safetensors files of a component folder: one file, the shards its index names, or a whole set of shards
+    without an index. Raises InputError where a shard is missing, or the weights are there in another way only."""
     for stem in _WEIGHT_NAMES:
-        index = folder / f"{stem}.safetensors.index.json"
+        index = folder / f"{stem}{INDEX_SUFFIX}"
         if index.is_file():
             return _shards(folder, index)
         if (folder / f"{stem}.safetensors").is_file():
             return (folder / f"{stem}.safetensors",)
+        if shards := sorted(folder.glob(f"{stem}-*-of-*.safetensors")):
+            return whole_set(shards)
     if variants := sorted(file for stem in _WEIGHT_NAMES for file in folder.glob(f"{stem}.*.safetensors")):
         raise InputError(
             f"{folder}: the weights are there as a variant only ({variants[0].name})",
@@ -142,6 +153,62 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     if pickles := sorted(file for pattern in _PICKLES for file in folder.glob(pattern)):
         raise pickled(pickles[0])
     return ()
+
+
+def shard_number(file: Path) -> tuple[int, int] | None:
+    """2 and 3 of `model-00002-of-00003.safetensors`; None for a file that is no shard, or the only one."""
+    found = _SHARD.search(file.name)
+    number, total = (int(found[1]), int(found[2])) if found else (1, 1)
+    return (number, total) if total > 1 else None
+
+
+def whole_set(files: Sequence[Path]) -> tuple[Path, ...]:
+    """The shards of one model in their order. Raises InputError where one is missing."""
+    found = {number: file for file in files if (number := shard_number(file)) is not None}
+    totals = sorted({total for _, total in found})
+    if len(totals) > 1:
+        raise InputError(
+            f"{files[0].parent}: shards of two sets, one of {totals[0]} and one of {totals[1]}",
+            hint="leave the files of one model in the folder",
+            where=str(files[0].parent),
+        )
+    missing = [n for total in totals for n in range(1, total + 1) if (n, total) not in found]
+    if missing:
+        some = ", ".join(str(number) for number in missing[:5]) + (", ..." if len(missing) > 5 else "")
+        raise InputError(
+            f"{files[0].parent}: of the {totals[0]} shards of this model {len(missing)} are missing (number {some})",
+            hint="download them again",
+            where=str(files[0].parent),
+            kind="not-found",
+        )
+    return tuple(sorted(files))
+
+
+def model_files(folder: Path) -> tuple[Path, ...]:
+    """The files of a folder that holds one model and nothing else, under whatever names: a set of shards, or one file.
+
+    Empty where there are no safetensors files. Raises InputError where there are several that are no set.
+    """
+    if files := weight_files(folder):
+        return files
+    files = tuple(sorted(folder.glob("*.safetensors")))
+    stems = {_SHARD.sub("", file.name) for file in files}
+    if len(files) > 1 and (len(stems) > 1 or None in map(shard_number, files)):
+        raise InputError(
+            f"{folder}: neither a pipeline nor one model: it holds {', '.join(file.name for file in files[:5])}",
+            hint="give one of these files, or a diffusers pipeline folder (the one with model_index.json)",
+            where=str(folder),
+        )
+    return whole_set(files) if len(files) > 1 or any(map(shard_number, files)) else files
+
+
+def one_shard(path: Path, number: int, total: int) -> InputError:
+    return InputError(
+        f"{path}: shard {number} of {total}: a part of a model",
+        hint=f"give the folder with all {total} shards: {path.parent}",
+        where=str(path),
+        kind="one-shard",
+    )
 
 
 def _shards(folder: Path, index: Path) -> tuple[Path, ...]:

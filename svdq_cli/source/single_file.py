@@ -7,7 +7,7 @@ what config they belong to. The weights stay on disk.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -17,8 +17,8 @@ from svdq_cli.source.classes import shapes_of
 from svdq_cli.source.companions import companions_in
 from svdq_cli.source.configs import KnownClass, class_of_names, known_class, published_config
 from svdq_cli.source.float8 import FLOAT8, float8_upconverted
-from svdq_cli.source.folders import quantized_component
-from svdq_cli.source.headers import read_header, read_json
+from svdq_cli.source.folders import quantized_component, tensors_of_files
+from svdq_cli.source.headers import read_json
 from svdq_cli.source.library_names import convert_by_library, published_pipeline
 from svdq_cli.source.model import ConfigFrom, Source
 from svdq_cli.source.names import Naming, convert_names
@@ -42,19 +42,27 @@ class _ModelPart:
     known: KnownClass | None  # None: the base says what class it is
 
 
-def open_single_file(path: Path, *, base: Path | None = None) -> Source:
-    """Index a single `.safetensors` file. `base`: a pipeline folder with the parts that the file lacks.
+def has_original_names(names: Collection[str]) -> bool:
+    """Whether these are the names of an original checkpoint that svdq has a table for."""
+    present = set(names)
+    return any(naming.signature <= present for naming in NAMINGS)
+
+
+def open_single_file(path: Path, *, base: Path | None = None, files: Sequence[Path] = ()) -> Source:
+    """Index a single `.safetensors` file, or the shards `files` of one. `base`: a pipeline folder with the parts that
+    the file lacks.
 
     Raises InputError: damaged, already quantized, not a known model, or not the base's model.
     """
-    header = read_header(path)
+    header = tensors_of_files(files or (path,))
     model = _model_tensors(header)
     refuse_quantized(path, model)
     stored, warnings = float8_upconverted(path, model)
     rest = {name: entry for name, entry in header.items() if name not in model}
     companions, prefixes = _companions(path, rest, base)
     left_out = Counter(name.split(".")[0] for name in rest if not name.startswith(prefixes))
-    source = source_of_tensors(path, stored, base=base, left_out=left_out, warnings=warnings)
+    kind = f"{len(files)} shards" if len(files) > 1 else "single file"
+    source = source_of_tensors(path, stored, base=base, left_out=left_out, warnings=warnings, kind=kind)
     own = f", with its own {', '.join(sorted(companions))}" if companions else ""
     return replace(source, companions=companions, kind=source.kind + own)
 
