@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from svdq_cli.blocks import places_of
+from svdq_cli.calibrate.prompt_files import PromptList, prompts_in
 from svdq_cli.calibrate.prompt_sets import find_prompt_set, prompts_of_set
-from svdq_cli.calibrate.prompts import choose_prompts, dataset_prompts, read_prompts
+from svdq_cli.calibrate.prompts import choose_prompts, dataset_prompts
 from svdq_cli.calibrate.settings import DrawSettings, PictureFile, picture_files
 from svdq_cli.encoders import require_encoders
 from svdq_cli.errors import UsageError
@@ -36,6 +37,7 @@ from svdq_cli.recipe import (
 from svdq_cli.records import (
     BlockSearch,
     ByteFacts,
+    Event,
     InspectLayer,
     LayerCounts,
     LayerPlan,
@@ -46,6 +48,7 @@ from svdq_cli.records import (
     ModelFacts,
     ModelPlan,
     Observer,
+    PromptFacts,
     RankFacts,
     SearchFacts,
     SolveSettings,
@@ -100,6 +103,7 @@ class Prepared:
     targets: tuple[Target, ...]  # one for each output, at least one
     settings: SolveSettings
     sampling: Sampling | None
+    prompts: ChosenPrompts | None = None  # of a run that uses any, once they were read
 
 
 def prepare(
@@ -182,22 +186,51 @@ def lora_files(recipe: Recipe, options: RunOptions) -> tuple[Path, ...]:
     return tuple(locate_file(lora.path, beside=options.beside) for lora in recipe.model.loras)
 
 
-def chosen_prompts(recipe: Recipe, options: RunOptions, observe: Observer) -> tuple[str, ...]:
-    """The texts that the calibration of a recipe samples, whose settings are filled in (`with_model_sampling`)."""
+@dataclass(frozen=True, slots=True)
+class ChosenPrompts:
+    """The prompts that a run uses, in their order, and where they come from."""
+
+    texts: tuple[str, ...]
+    facts: PromptFacts
+
+
+def chosen_prompts(recipe: Recipe, options: RunOptions, observe: Observer) -> ChosenPrompts:
+    """Of a recipe whose settings are filled in (`with_model_sampling`). Read once per run and carried from there on
+    (`Prepared.prompts`): a file may change, and a data set on the hub takes its time. A note says what was read.
+    UsageError for a recipe that names none."""
     wanted = recipe.calibration
-    assert wanted is not None
-    assert wanted.prompts is not None
-    assert wanted.samples is not None
-    match wanted.prompts:
-        case DatasetPrompts(dataset=name, config=None, split=None, column="prompt") | str(name) if (
-            known := find_prompt_set(name)
-        ):
-            texts = prompts_of_set(known)
-        case DatasetPrompts(dataset=name, config=config, split=split, column=column):
-            texts = dataset_prompts(name, config=config, split=split, column=column, limit=None)
-        case path:
-            texts = read_prompts(find_prompts(path, options.beside))
-    return choose_prompts(texts, samples=wanted.samples, seed=wanted.seed, observe=observe)
+    if wanted is None or wanted.prompts is None or wanted.samples is None:
+        raise UsageError("the recipe names no calibration prompts", hint="give --prompts FILE")
+    found = _prompt_list(wanted.prompts, options.beside)
+    texts = choose_prompts(found.texts, samples=wanted.samples, seed=wanted.seed, observe=observe)
+    facts = PromptFacts(found.origin, len(found.texts), len(texts))
+    count = (
+        f"{facts.used} prompts"
+        if facts.used == facts.available
+        else f"{facts.used} of {facts.available} prompts"
+    )
+    observe(Event("note", "prompts", detail=f"{count} from {facts.read_from}"))
+    return ChosenPrompts(texts, facts)
+
+
+def _prompt_list(wanted: str | DatasetPrompts, beside: Path | None) -> PromptList:
+    if isinstance(wanted, str):
+        if known := find_prompt_set(wanted):
+            return PromptList(prompts_of_set(known), known.name)
+        return prompts_in(find_prompts(wanted, beside))
+    name, plain = wanted.dataset, wanted.config is None and wanted.split is None
+    if plain and wanted.column is None and (known := find_prompt_set(name)):
+        return PromptList(prompts_of_set(known), known.name)
+    local = Path(find_source(name, beside)).expanduser()
+    if plain and (local.exists() or local.suffix):
+        return prompts_in(find_prompts(name, beside), column=wanted.column)
+    found = dataset_prompts(name, config=wanted.config, split=wanted.split, column=wanted.column)
+    return PromptList(found.texts, f"column {found.column} of {name}")
+
+
+def prompts_of(prepared: Prepared, options: RunOptions, observe: Observer) -> ChosenPrompts:
+    """The prompts that its recipe names: those that were read before, or read now."""
+    return prepared.prompts or chosen_prompts(prepared.recipe, options, observe)
 
 
 def with_model_sampling(recipe: Recipe, source: Source, *, held_out: bool = False) -> Recipe:
@@ -280,9 +313,13 @@ def warnings_of(prepared: Prepared, *, data_free: bool) -> tuple[str, ...]:
             "name the pipeline it belongs to with --base"
         )
     if data_free:
+        cure = (
+            "--effort fast, balanced or best calibrates"
+            if prepared.recipe.quantization.effort == "datafree"
+            else "name prompts with --prompts or a recipe, or give --calib"
+        )
         found.append(
-            "data-free: no calibration, so activations are not smoothed and quality is lower; "
-            "name prompts with --prompts or a recipe, or give --calib"
+            f"data-free: no calibration, so activations are not smoothed and quality is lower; {cure}"
         )
     if prepared.plan.family == STRUCTURAL:
         found.append(_structural_warning(prepared.plan))

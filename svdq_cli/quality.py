@@ -77,7 +77,7 @@ class Judge:
             update={"prompts": "calib_prompts/demo_eval.txt", "samples": prompts, "seed": JUDGE_SEED}
         )
         recipe = prepared.recipe.model_copy(update={"calibration": held_out})
-        self.prompts = chosen_prompts(recipe, options, _quiet)
+        self.prompts = chosen_prompts(recipe, options, _quiet).texts
         self.settings: DrawSettings = sampling_for(recipe, prepared.source).settings
         pipe = self._pipeline()
         self.reference: Sequence[Image] = draw(pipe, self.prompts, settings=self.settings)
@@ -164,7 +164,7 @@ def _calibrated(prepared: Prepared, options: RunOptions) -> Statistics:
         pipe,
         getattr(pipe, prepared.source.component),
         prepared.plan.inputs,
-        chosen_prompts(prepared.recipe, options, _quiet),
+        chosen_prompts(prepared.recipe, options, _quiet).texts,
         draw=prepared.sampling.settings,
         rows=prepared.sampling.rows,
     )

@@ -238,9 +238,10 @@ class LayerReport:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One step of progress. `done`/`total` count the stage's units (prompts, layers, pictures)."""
+    """One step of progress. `done`/`total` count the stage's units (prompts, layers, images). A note and a warning are
+    sentences, in `detail`."""
 
-    kind: Literal["start", "advance", "end", "warning"]
+    kind: Literal["start", "advance", "end", "note", "warning"]
     stage: str
     done: int = 0
     total: int = 0
@@ -404,6 +405,15 @@ class PlanSeconds:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptFacts:
+    """The prompts that a run reads, and how many of them it uses."""
+
+    read_from: str  # "column caption of p.csv"
+    available: int
+    used: int
+
+
+@dataclass(frozen=True, slots=True)
 class PlanReport:
     """What `--plan` predicts. Bytes are peaks: of the process, of torch's GPU allocator (None without a GPU), and of
     the disk, work folder included."""
@@ -422,6 +432,7 @@ class PlanReport:
     recipe: Mapping[str, object]
     warnings: tuple[str, ...]
     stages: PlanSeconds
+    prompts: PromptFacts | None = None  # None: it uses none
     command: str = "convert"
     status: str = "planned"
     schema: int = 1

@@ -87,11 +87,39 @@ def override(recipe: Recipe, given: Mapping[str, object]) -> Recipe:
         options["loras"] = (*recipe.model.loras, *(parse_lora(text) for text in loras))
     if options.get("prompts") is not None and recipe.calibration is None:
         recipe = with_default_calibration(recipe)
+    if column := cast("str | None", options.pop("prompt_column", None)):
+        options["prompts"] = _with_column(recipe, cast("str | None", options.get("prompts")), column)
     if out is not None or formats:
         options["outputs"] = _outputs(recipe, out, formats)
     recipe = with_overrides(recipe, **options)  # type: ignore[arg-type]
     gates = (*recipe.gates, *(parse_fail_if(condition) for condition in conditions))
     return recipe.model_copy(update={"gates": gates})
+
+
+def _with_column(recipe: Recipe, given: str | None, column: str) -> dict[str, str | None]:
+    """The prompts that are named, given or the recipe's, in a column of their own."""
+    named = given or (recipe.calibration.prompts if recipe.calibration else None)
+    match named:
+        case None:
+            raise UsageError(
+                f"--prompt-column {column}: no prompts are named",
+                hint="add --prompts FILE",
+                where="--prompt-column",
+            )
+        case str(path):
+            return {"dataset": path, "column": column}
+        case data_set:
+            return {**data_set.model_dump(), "column": column}
+
+
+def refuse_unused_prompts(recipe: Recipe, prompts: str | None) -> None:
+    """UsageError for prompts that were asked for in a conversion that would not look at them."""
+    if prompts is not None and recipe.quantization.effort == "datafree":
+        raise UsageError(
+            f"--prompts {prompts}: effort datafree does not calibrate, and would not read them",
+            hint="leave --prompts out, or choose --effort fast, balanced or best",
+            where="--prompts",
+        )
 
 
 def _outputs(recipe: Recipe, out: Path | None, formats: list[str]) -> list[Output]:

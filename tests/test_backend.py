@@ -134,7 +134,7 @@ def test_the_embedded_models_pictures_are_the_reference_backends(tmp_path: Path)
     convert(recipe, tmp_path / "int4", options=RunOptions(device="cpu"))
     checkpoint = open_checkpoint(tmp_path / "int4")
     drawing = with_model_sampling(evaluation_recipe(checkpoint, "demo"), checkpoint.source, held_out=True)
-    prompts = chosen_prompts(drawing, RunOptions(device="cpu"), ignore_events)[:2]
+    prompts = chosen_prompts(drawing, RunOptions(device="cpu"), ignore_events).texts[:2]
 
     def pictures(backend: Backend):
         pipe = load_pipeline(tmp_path / "int4", device="cpu")

@@ -47,7 +47,7 @@ def find_prompt_set(name: str) -> PromptSet | None:
 def prompts_of_set(wanted: PromptSet) -> tuple[str, ...]:
     """All its prompts, from the hub or its cache. Raises InputError where they can't be had."""
     if wanted.file is None:
-        return dataset_prompts(wanted.repository, split="train", column=wanted.column)
+        return dataset_prompts(wanted.repository, split="train", column=wanted.column).texts
     return prompts_by_picture(_fetched(wanted.repository, wanted.file))
 
 

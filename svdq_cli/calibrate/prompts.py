@@ -1,4 +1,4 @@
-"""Where calibration prompts come from: a text file, or a column of a data set."""
+"""Prompts out of a text file or a column of a data set, and which of them a run uses."""
 
 from __future__ import annotations
 
@@ -6,24 +6,22 @@ import hashlib
 import itertools
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from svdq_cli.calibrate.columns import column_of
 from svdq_cli.errors import EnvironmentLacksError, InputError, UsageError
 from svdq_cli.recipe import user_path
 from svdq_cli.records import Event, Observer, ignore_events
 
 MAX_PROMPT = 20_000  # characters; text encoders read some 500 tokens, about 2000 characters
-_READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
-def read_prompts(path: Path) -> tuple[str, ...]:
-    """One prompt a line, UTF-8. Blank lines and lines that start with '#' are skipped.
-
-    Raises InputError for a file that is missing, not UTF-8, or holds no prompt.
-    """
+def read_text(path: Path) -> str:
+    """A file as UTF-8 text. InputError where it is missing, not text, or can't be read."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise InputError(
             f"{path}: no such prompt file",
@@ -33,7 +31,7 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     except UnicodeDecodeError as error:
         raise InputError(
             f"{path}: not UTF-8 text (byte {error.start})",
-            hint="save the file as UTF-8",
+            hint="save the file as UTF-8 text: one prompt a line, or a .csv, .json or .jsonl file",
             where=str(path),
         ) from None
     except OSError as error:
@@ -42,14 +40,31 @@ def read_prompts(path: Path) -> tuple[str, ...]:
             hint="give a readable text file with one prompt a line",
             where=str(path),
         ) from None
-    prompts = tuple(_prompt_lines(path, text))
+
+
+def read_prompts(path: Path) -> tuple[str, ...]:
+    """One prompt a line, UTF-8. Blank lines and lines that start with '#' are skipped.
+
+    Raises InputError for a file that is missing, not UTF-8, or holds no prompt.
+    """
+    prompts = tuple(_prompt_lines(path, read_text(path)))
+    refuse_no_prompt(path, prompts)
+    return prompts
+
+
+def refuse_no_prompt(path: Path, prompts: Sequence[str]) -> None:
+    """InputError for an empty list, and for a prompt that can't be meant as one."""
     if not prompts:
         raise InputError(
             f"{path}: holds no prompt",
             hint="write one prompt a line; blank lines and lines that start with '#' do not count",
             where=str(path),
         )
-    return prompts
+    for number, prompt in enumerate(prompts, 1):
+        if wrong := _not_a_prompt(prompt):
+            raise InputError(
+                f"{path}: prompt {number}: {wrong}", hint="write prompts in plain text", where=str(path)
+            )
 
 
 def _prompt_lines(path: Path, text: str) -> Iterator[str]:
@@ -74,40 +89,54 @@ def _not_a_prompt(text: str) -> str | None:
     return None if control is None else f"a control character ({control!r})"
 
 
+@dataclass(frozen=True, slots=True)
+class ColumnPrompts:
+    """The prompts of a data set, and the column that they were in."""
+
+    texts: tuple[str, ...]
+    column: str
+
+
 def dataset_prompts(
     name_or_path: str,
     *,
     config: str | None = None,
     split: str | None = None,
-    column: str = "prompt",
+    column: str | None = None,
     limit: int | None = None,
-) -> tuple[str, ...]:
+) -> ColumnPrompts:
     """The first `limit` prompts of one column of a data set.
 
-    It is a hub name, or a local JSON, JSONL, CSV or Parquet file, or a folder of such files. Rows are streamed, so
-    that a large data set is not downloaded for a few prompts, and nothing is cached.
-    Without `split`, "train" is read, or the only split there is. Empty cells are skipped.
+    It is a hub name, a local Parquet file, or a folder of data files. Rows are streamed, so that a large data set is
+    not downloaded for a few prompts, and nothing is cached.
+    Without `split`, "train" is read, or the only split there is. Without `column`, one of the usual names
+    (`columns.USUAL_COLUMNS`). Empty cells are skipped.
     Raises InputError for a data set that can't be read and for a missing column.
     """
     if limit is not None and limit < 1:
         raise UsageError(f"limit is {limit}", hint="ask for 1 prompt or more")
     library = _datasets_library()
     try:
-        rows = _open_rows(library, name_or_path, config=config, split=split)
-        prompts = tuple(itertools.islice(_cells(rows, name_or_path, column), limit))
+        rows = iter(_open_rows(library, name_or_path, config=config, split=split))
+        first = next(rows, None)
+        chosen = column or "prompt"
+        if first is not None:
+            chosen = column_of(f"data set {name_or_path}", list(first), column)
+        cells = _cells(itertools.chain([] if first is None else [first], rows), name_or_path, chosen)
+        prompts = tuple(itertools.islice(cells, limit))
     except (library.exceptions.DatasetsError, OSError, ValueError, KeyError, RuntimeError) as error:
         raise InputError(
             f"data set {name_or_path}: can't be read: {_first_line(error)}",
-            hint="check the name, config and split, or give a local JSON, JSONL, CSV or Parquet file",
+            hint="check the name, config and split, or give a local .json, .jsonl, .csv or .parquet file",
             where=name_or_path,
         ) from error
     if not prompts:
         raise InputError(
-            f"data set {name_or_path}: column {column!r} holds no prompt",
+            f"data set {name_or_path}: column {chosen!r} holds no prompt",
             hint="name another column, config or split",
             where=name_or_path,
         )
-    return prompts
+    return ColumnPrompts(prompts, chosen)
 
 
 def choose_prompts(
@@ -117,7 +146,13 @@ def choose_prompts(
     if samples < 1:
         raise UsageError(f"samples is {samples}", hint="calibrate with 1 prompt or more")
     if len(texts) < samples:
-        observe(Event("warning", "calibrate", detail=f"{samples} prompts asked for, only {len(texts)} given"))
+        observe(
+            Event(
+                "warning",
+                "calibrate",
+                detail=f"{len(texts)} prompts are all there are, and {samples} (--samples) were to be used",
+            )
+        )
     if len(texts) <= samples:
         return tuple(texts)
     # Sorting by digest is a shuffle that no Python version changes
@@ -148,19 +183,12 @@ def _datasets_library() -> Any:
 
 def _open_rows(library: Any, name_or_path: str, *, config: str | None, split: str | None) -> Iterable[Any]:
     path = user_path(name_or_path)
-    reader = _READERS.get(path.suffix.lower())
-    if path.is_file() and reader is None:
-        raise InputError(
-            f"{path}: not a data set file that svdq reads",
-            hint="give JSON, JSONL, CSV or Parquet, or name a text file directly as `prompts`",
-            where=name_or_path,
-        )
-    if reader is not None and not path.exists():
-        raise InputError(
-            f"{path}: no such data set file", hint="check the path of the data set", where=name_or_path
-        )
-    if path.is_file():
-        return library.load_dataset(reader, data_files=str(path), split="train", streaming=True)
+    if path.suffix.lower() == ".parquet":
+        if not path.is_file():
+            raise InputError(
+                f"{path}: no such data set file", hint="check the path of the data set", where=name_or_path
+            )
+        return library.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
     source = str(path) if path.is_dir() else name_or_path
     found = library.load_dataset(source, config, split=split, streaming=True)
     return found if split is not None else _only_split(found, name_or_path)
@@ -179,13 +207,7 @@ def _only_split(splits: Mapping[str, Iterable[Any]], name_or_path: str) -> Itera
 
 def _cells(rows: Iterable[Any], name_or_path: str, column: str) -> Iterable[str]:
     for row in rows:
-        if column not in row:
-            raise InputError(
-                f"data set {name_or_path}: no column {column!r}",
-                hint=f"set column to one of {', '.join(row)}",
-                where=name_or_path,
-            )
-        cell = row[column]
+        cell = row.get(column)
         if cell is None:
             continue
         if not isinstance(cell, str):

@@ -80,7 +80,18 @@ Loras = Annotated[
 Prompts = Annotated[
     str | None,
     typer.Option(
-        metavar="FILE|NAME", help="Prompts, one a line; or MJHQ-30K, sDCI or PartiPrompts from the hub."
+        metavar="FILE|FOLDER|NAME",
+        help="Prompts: .txt (one a line), .csv, .tsv, .json, .jsonl or .parquet, a folder of captions next to images, "
+        "or MJHQ-30K, sDCI or PartiPrompts from the hub.",
+    ),
+]
+PromptColumn = Annotated[
+    str | None,
+    typer.Option(
+        "--prompt-column",
+        metavar="NAME",
+        help="Column that holds the prompts, where it is not called prompt, caption or text; "
+        "--prompts may then be any data set on the hub.",
     ),
 ]
 Samples = Annotated[int | None, typer.Option(help="How many of the prompts to draw.")]

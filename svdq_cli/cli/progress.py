@@ -68,6 +68,8 @@ def _plain_lines(*, verbose: bool) -> Observer:
         match event.kind:
             case "warning":
                 _say(f"warning: {event.detail}")
+            case "note":
+                _say(f"{event.stage}: {event.detail}")
             case "start":
                 shown[event.stage] = now
             case "end":
@@ -113,6 +115,9 @@ def _bars() -> Iterator[Observer]:
             if event.kind == "warning":
                 text = Text("warning: ", style="yellow").append(printable(event.detail), style="default")
                 bars.console.print(text)
+                return
+            if event.kind == "note":
+                bars.console.print(Text(printable(f"{event.stage}: {event.detail}")))
                 return
             if event.kind == "start" or event.stage not in tasks:
                 tasks[event.stage] = bars.add_task(event.stage, total=event.total or None, detail="")

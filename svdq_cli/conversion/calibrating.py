@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -40,9 +40,10 @@ from svdq_cli.preparing import (
     DEFAULT_OPTIONS,
     Prepared,
     RunOptions,
-    chosen_prompts,
+    Sampling,
     inputs_of,
     prepare,
+    prompts_of,
 )
 from svdq_cli.recipe import Recipe
 from svdq_cli.records import CalibrateReport, Event, ModelPlan, Observer, ignore_events
@@ -85,6 +86,8 @@ def calibrate(
         overwrite=options.overwrite,
         replaceable=is_calibration,
     )
+    require_drawable(prepared)
+    prepared = replace(prepared, prompts=prompts_of(prepared, options, observe))
     drawing = drawing_of(prepared, options, observe, source_sha256=source_digest(prepared.source))
     require_disk({out: drawing.bytes, folder: drawing.bytes})
 
@@ -109,9 +112,8 @@ def calibrate(
     )
 
 
-def drawing_of(prepared: Prepared, options: RunOptions, observe: Observer, *, source_sha256: str) -> Drawing:
-    """What the recipe's calibration draws. Raises UsageError without prompts, InputError where there is no pipeline to
-    draw with."""
+def require_drawable(prepared: Prepared) -> Sampling:
+    """What it samples. UsageError without prompts, InputError where there is no pipeline to generate with."""
     wanted = prepared.sampling
     if wanted is None:
         raise UsageError("the recipe names no calibration prompts", hint="give --prompts FILE")
@@ -121,7 +123,14 @@ def drawing_of(prepared: Prepared, options: RunOptions, observe: Observer, *, so
             hint="give the pipeline that it belongs to (--base FOLDER_OR_HUB_ID), or use --effort datafree",
             where=str(prepared.source.path),
         )
-    prompts = chosen_prompts(prepared.recipe, options, observe)
+    return wanted
+
+
+def drawing_of(prepared: Prepared, options: RunOptions, observe: Observer, *, source_sha256: str) -> Drawing:
+    """What the recipe's calibration draws. Raises as `require_drawable`, and InputError for prompts that can't be
+    read."""
+    wanted = require_drawable(prepared)
+    prompts = prompts_of(prepared, options, observe).texts
     settings = wanted.settings
     facts = CalibrationFacts(
         svdq_version=__version__,

@@ -16,6 +16,7 @@ import torch
 from svdq_cli.allocator import return_freed_memory
 from svdq_cli.calibrate.artefact import Calibration, open_calibration
 from svdq_cli.calibrate.budget import rows_within, statistics_bytes
+from svdq_cli.conversion.allocation import draws_for_gains
 from svdq_cli.conversion.backoff import Need, Way, need_of, open_ways, stored_itemsize, too_large, ways_on
 from svdq_cli.conversion.block_forecast import BlockForecast, block_forecast, passages_room
 from svdq_cli.conversion.calibrating import input_widths
@@ -30,6 +31,7 @@ from svdq_cli.preparing import (
     DEFAULT_OPTIONS,
     Prepared,
     RunOptions,
+    chosen_prompts,
     counts_of,
     disk_bytes,
     is_data_free,
@@ -42,7 +44,7 @@ from svdq_cli.preparing import (
     work_bytes,
 )
 from svdq_cli.recipe import Recipe, resolved
-from svdq_cli.records import PlanReport, PlanSeconds, SharedInput
+from svdq_cli.records import Event, PlanReport, PlanSeconds, PromptFacts, SharedInput
 from svdq_cli.solve.costs import Work, packed_bytes, solve_work, waiting_bytes
 from svdq_cli.speed import Speed, speed_of
 from svdq_cli.tokens import TokenCounts
@@ -118,6 +120,12 @@ def predict(
     started = time.monotonic()
     prepared = prepare(recipe, beside=options.beside)
     preparing = time.monotonic() - started
+    prompts: PromptFacts | None = None
+    told: list[Event] = []
+    if uses_prompts(prepared, calibration):
+        prompts = chosen_prompts(prepared.recipe, options, told.append).facts
+        assert prepared.sampling is not None
+        prepared = replace(prepared, sampling=replace(prepared.sampling, samples=prompts.used))
     data_free = is_data_free(recipe, calibration)
     device = resolve_device(options.device)
     artefact = open_calibration(calibration) if calibration and not data_free else None
@@ -142,9 +150,23 @@ def predict(
         ram_bytes=ram_bytes(job),
         vram_bytes=vram_bytes(job),
         recipe=resolved(prepared.recipe),
-        warnings=(*warnings_of(prepared, data_free=data_free), *_on_the_cpu(job)),
+        warnings=(
+            *warnings_of(prepared, data_free=data_free),
+            *(event.detail for event in told if event.kind == "warning"),
+            *_on_the_cpu(job),
+        ),
         stages=stages,
+        prompts=prompts,
     )
+
+
+def uses_prompts(prepared: Prepared, calibration: Path | None) -> bool:
+    """Whether a conversion draws pictures: for its statistics, its blocks, or the search for ranks. `calibration`:
+    statistics that were given."""
+    recipe = prepared.recipe
+    if recipe.calibration is None or is_data_free(recipe, calibration):
+        return False
+    return calibration is None or recipe.quantization.effort == "best" or draws_for_gains(prepared)
 
 
 # ------------------------------------------------------------------------------------------------- time

@@ -15,7 +15,7 @@ from svdq_cli.calibrate.pipelines import Batch, drawn_batches, split_batches
 from svdq_cli.calibrate.settings import DrawSettings
 from svdq_cli.conversion.fitting import run_as_it_fits
 from svdq_cli.loading import load_16bit_pipeline, load_without_denoiser
-from svdq_cli.preparing import Prepared, RunOptions, chosen_prompts
+from svdq_cli.preparing import Prepared, RunOptions, prompts_of
 from svdq_cli.reconstruct import Recording, Trajectory, blocks_of, record_trajectories, wiring_of
 from svdq_cli.records import Observer
 
@@ -92,7 +92,7 @@ def sample_settings(prepared: Prepared, sample: Sample) -> DrawSettings:
 def _batches(
     prepared: Prepared, sample: Sample, settings: DrawSettings, options: RunOptions, observe: Observer
 ) -> tuple[Batch, ...]:
-    prompts = chosen_prompts(prepared.recipe, options, observe)
+    prompts = prompts_of(prepared, options, observe).texts
     most = min(sample.pictures, sample.batches * settings.batch_size)
     return split_batches(prompts[:most], settings=settings)
 

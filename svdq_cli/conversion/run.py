@@ -8,7 +8,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from svdq_cli.conversion.block_forecast import tuned_bytes
 from svdq_cli.conversion.calibrating import BEGUN, draw_calibration, drawing_of
 from svdq_cli.conversion.finishing import Outputs, finished_outputs, gated, write_reports_beside
 from svdq_cli.conversion.fitting import reserved_ram
-from svdq_cli.conversion.predicting import forecast_of, require_memory
+from svdq_cli.conversion.predicting import forecast_of, require_memory, uses_prompts
 from svdq_cli.conversion.reconstructing import reconstructed, require_blocks_run
 from svdq_cli.conversion.sharing import CALIBRATED
 from svdq_cli.conversion.solving import (
@@ -47,7 +47,6 @@ from svdq_cli.preparing import (
     DEFAULT_OPTIONS,
     Prepared,
     RunOptions,
-    chosen_prompts,
     disk_bytes,
     inputs_of,
     is_data_free,
@@ -56,6 +55,7 @@ from svdq_cli.preparing import (
     lora_files,
     model_facts,
     prepare,
+    prompts_of,
     rank_facts,
     search_facts,
     sizes_of,
@@ -184,8 +184,10 @@ def begin(
     ) as digesting:  # prepare imports diffusers, on one core
         prepared = prepare(recipe, beside=options.beside, source=source)
         _require_weights_and_places(prepared, paths, calibration, overwrite=replaces)
+        data_free = is_data_free(recipe, calibration)
+        if uses_prompts(prepared, calibration):
+            prepared = replace(prepared, prompts=prompts_of(prepared, options, observe))
         digest = digesting.result()
-    data_free = is_data_free(recipe, calibration)
     return_freed_memory()  # of the digest: what a process holds counts against --max-ram
     job = Job(
         prepared=prepared,
@@ -290,9 +292,9 @@ def _calibration_identity(job: Job) -> Mapping[str, object] | None:
 
 def _drawn_identity(job: Job) -> Mapping[str, object]:
     """What pictures are drawn."""
-    prompts = chosen_prompts(job.recipe, job.options, ignore_events)
+    prompts = prompts_of(job.prepared, job.options, ignore_events)
     assert job.prepared.sampling is not None
-    return {"prompts sha256": prompts_digest(prompts), **settings_json(job.prepared.sampling.settings)}
+    return {"prompts sha256": prompts_digest(prompts.texts), **settings_json(job.prepared.sampling.settings)}
 
 
 @contextmanager

@@ -174,7 +174,7 @@ def _run(path: Path, recipe: Recipe, options: RunOptions, observe: Observer) -> 
     for note in origin.notes:
         observe(Event("warning", "evaluate", detail=note))
     recipe = with_model_sampling(recipe, origin.source, held_out=True)
-    prompts = chosen_prompts(recipe, options, observe)
+    prompts = chosen_prompts(recipe, options, observe).texts
     settings = sampling_for(recipe, origin.source, beside=options.beside).settings
     return Run(path, checkpoint, origin.source, origin, prompts, settings, resolve_device(options.device))
 

@@ -148,13 +148,13 @@ class DatasetPrompts(Section):
     """Prompts out of a data set, read through `datasets`."""
 
     dataset: Text
-    """A hub name, MJHQ-30K, sDCI or PartiPrompts, or the path of a local JSON, CSV or Parquet file."""
+    """A hub name, MJHQ-30K, sDCI or PartiPrompts, or the path of a local .csv, .tsv, .json, .jsonl or .parquet file."""
     config: Text | None = None
     """The configuration, for data sets that have several."""
     split: Text | None = None
     """The split to read; train, or the only one there is, when absent."""
-    column: Text = "prompt"
-    """The column that holds the prompt."""
+    column: Text | None = None
+    """The column that holds the prompt; prompt, caption, text or another usual name when absent."""
 
 
 def _prompts_kind(value: object) -> str:
@@ -476,7 +476,7 @@ def with_overrides(
     loras: Sequence[Lora] | None = None,
     dtype: str | None = None,
     seed: int | None = None,
-    prompts: str | Mapping[str, str] | None = None,
+    prompts: str | Mapping[str, str | None] | None = None,
     samples: int | None = None,
     steps: int | None = None,
     height: int | None = None,

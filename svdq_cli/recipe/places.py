@@ -7,10 +7,13 @@ among the lists that ship with svdq. Outputs always go where `-o` would put them
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from svdq_cli.errors import InputError
 from svdq_cli.resources import data_root
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w-]*")
 
 
 def user_path(text: str | Path) -> Path:
@@ -19,23 +22,38 @@ def user_path(text: str | Path) -> Path:
 
 
 def find_prompts(path: str | Path, beside: Path | None) -> Path:
-    """The prompt file. `beside` is the recipe's folder (None: no recipe). `calib_prompts/NAME` is also looked up among
-    the lists that ship with svdq. Raises InputError (kind "not-found") naming every place looked at."""
+    """The prompt file, or the folder of captions. `beside` is the recipe's folder (None: no recipe).
+    `calib_prompts/NAME` is also looked up among the lists that ship with svdq. Raises InputError (kind "not-found")
+    naming every place looked at."""
     places = _input_places(Path(path), beside)
     if Path(path).parts[:1] == ("calib_prompts",):
         places.append(data_root("calib_prompts").joinpath(*Path(path).parts[1:]))
     for place in places:
-        if os.path.isfile(
+        if os.path.exists(
             place
         ):  # False, too, for what the system takes for no name: a prompt instead of a file
             return place
     looked = ", ".join(str(place) for place in dict.fromkeys(places))
+    ships = "or calib_prompts/general.txt, which ships with svdq"
+    if _reads_like_a_prompt(str(path)):
+        raise InputError(
+            f"no prompt file {str(path)!r}: it reads like a prompt, and a file of prompts is wanted",
+            hint=f"write it into a text file, one prompt a line, and give that file, {ships}",
+            where=str(path),
+            kind="not-found",
+        )
+    hub = "; a data set on the hub also needs --prompt-column" if _HUB_ID.fullmatch(str(path)) else ""
     raise InputError(
         f"no prompt file {str(path)!r} (looked at: {looked})",
-        hint="give a text file with one prompt a line, or calib_prompts/general.txt, which ships with svdq",
+        hint=f"give a text file with one prompt a line, a table, a folder of captions, {ships}{hub}",
         where=str(path),
         kind="not-found",
     )
+
+
+def _reads_like_a_prompt(text: str) -> bool:
+    """Words, and no name of a file: neither a folder nor a suffix."""
+    return len(text.split()) > 1 and not re.search(r"[/\\]|\.\w{1,8}$", text)
 
 
 def find_source(source: str, beside: Path | None) -> str:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,45 +38,32 @@ def test_a_folder_is_not_a_prompt_file(tmp_path: Path):
 CAPTIONS = ["one", "two", "three"]
 
 
-def _as_csv(captions: list[str]) -> str:
-    return "n,caption\n" + "".join(f"{i},{text}\n" for i, text in enumerate(captions))
-
-
-def _as_jsonl(captions: list[str]) -> str:
-    return "".join(json.dumps({"n": i, "caption": text}) + "\n" for i, text in enumerate(captions))
-
-
-@pytest.mark.parametrize(("suffix", "encode"), [("csv", _as_csv), ("jsonl", _as_jsonl), ("json", _as_jsonl)])
-def test_a_local_file_is_a_data_set(write_text: WriteText, suffix: str, encode: Callable[[list[str]], str]):
-    path = write_text(f"captions.{suffix}", encode(CAPTIONS))
-    assert dataset_prompts(str(path), column="caption") == tuple(CAPTIONS)
-    assert dataset_prompts(str(path), column="caption", limit=2) == ("one", "two")
-
-
 def test_parquet_and_a_folder_are_data_sets(tmp_path: Path):
     import datasets
 
     datasets.Dataset.from_dict({"prompt": [*CAPTIONS, None, "  "]}).to_parquet(tmp_path / "train.parquet")
-    assert dataset_prompts(str(tmp_path / "train.parquet")) == tuple(CAPTIONS)
-    assert dataset_prompts(str(tmp_path)) == tuple(CAPTIONS)
-    assert dataset_prompts(str(tmp_path), split="train", limit=1) == ("one",)
+    assert dataset_prompts(str(tmp_path / "train.parquet")).texts == tuple(CAPTIONS)
+    assert dataset_prompts(str(tmp_path)).texts == tuple(CAPTIONS)
+    assert dataset_prompts(str(tmp_path), split="train", limit=1).texts == ("one",)
 
 
-def test_a_missing_column_is_answered_with_the_columns_there_are(write_text: WriteText):
-    path = write_text("captions.csv", _as_csv(CAPTIONS))
+def test_a_missing_column_is_answered_with_the_columns_there_are(tmp_path: Path):
+    import datasets
+
+    datasets.Dataset.from_dict({"n": [1], "title": ["one"]}).to_parquet(tmp_path / "p.parquet")
+    path = str(tmp_path / "p.parquet")
     with pytest.raises(InputError, match="no column 'prompt'") as caught:
-        dataset_prompts(str(path))
-    assert "n, caption" in str(caught.value.hint)
+        dataset_prompts(path, column="prompt")
+    assert "n, title" in str(caught.value.hint)
     with pytest.raises(InputError, match="'n' holds int"):
-        dataset_prompts(str(path), column="n")
+        dataset_prompts(path, column="n")
 
 
-def test_a_bad_data_set_is_refused_with_a_cure(write_text: WriteText, tmp_path: Path):
+def test_a_bad_data_set_is_refused_with_a_cure(tmp_path: Path):
+    (tmp_path / "damaged.parquet").write_bytes(b"PAR1 and nothing else")
     cases = {
-        str(tmp_path / "absent.jsonl"): "no such data set file",
-        str(write_text("damaged.jsonl", '{"prompt": "a"\n[[[')): "can't be read",
-        str(write_text("notes.txt", "a\n")): "not a data set file",
-        str(write_text("empty.jsonl", '{"prompt": null}\n{"prompt": ""}\n')): "holds no prompt",
+        str(tmp_path / "absent.parquet"): "no such data set file",
+        str(tmp_path / "damaged.parquet"): "can't be read",
         "nobody/nothing": "can't be read",
     }
     for name, says in cases.items():

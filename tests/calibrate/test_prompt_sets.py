@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from svdq_cli.calibrate.prompt_sets import find_prompt_set, prompts_by_picture, prompts_of_set
-from svdq_cli.calibrate.prompts import dataset_prompts
 from svdq_cli.errors import InputError
 from svdq_cli.preparing import RunOptions, chosen_prompts
 from svdq_cli.recipe import Calibration, DatasetPrompts, default_recipe
@@ -48,12 +47,6 @@ def test_other_content_is_refused(write_text: Callable[[str, str], Path], name: 
     assert caught.value.hint
 
 
-def test_a_table_on_disk_is_a_data_set(write_text: Callable[[str, str], Path]):
-    """PartiPrompts downloaded: the column is named `Prompt`."""
-    path = write_text("PartiPrompts.csv", 'Prompt,Category\nbond,Abstract\n"a cat, or two",Animals\n')
-    assert dataset_prompts(str(path), column="Prompt") == ("bond", "a cat, or two")
-
-
 @pytest.mark.parametrize("name", ["MJHQ-30K", "mjhq-30k", "sDCI", "PartiPrompts"])
 def test_sets_are_known_by_name_and_a_file_of_that_name_goes_before(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -63,7 +56,7 @@ def test_sets_are_known_by_name_and_a_file_of_that_name_goes_before(
     Path(name).write_text("a local prompt\n")
     assert find_prompt_set(name) is None
     recipe = default_recipe("demo", calibration=Calibration(prompts=name, samples=1))
-    assert chosen_prompts(recipe, RunOptions(), ignore_events) == ("a local prompt",)
+    assert chosen_prompts(recipe, RunOptions(), ignore_events).texts == ("a local prompt",)
 
 
 def test_a_set_that_is_not_here_is_named_with_the_command_that_fetches_it():

@@ -50,9 +50,8 @@ def test_missing_prompts_are_a_missing_input_that_names_every_place(places: tupl
     assert "calib_prompts/general.txt" in (error.hint or "")
 
 
-def test_a_folder_is_no_prompt_file(places: tuple[Path, Path]):
-    with pytest.raises(InputError):
-        find_prompts(str(places[1]), None)
+def test_a_folder_of_captions_is_found_too(places: tuple[Path, Path]):
+    assert find_prompts(str(places[1]), None) == places[1]
 
 
 def test_an_absolute_path_is_looked_for_only_there(places: tuple[Path, Path]):

@@ -10,6 +10,7 @@ def calibrate(
     source: opt.Source,
     out: opt.Out,
     prompts: opt.Prompts = None,
+    prompt_column: opt.PromptColumn = None,
     samples: opt.Samples = None,
     steps: opt.Steps = None,
     width: opt.Width = None,
@@ -42,6 +43,7 @@ def calibrate(
     recipe = override(
         with_default_calibration(recipe),
         prompts=prompts,
+        prompt_column=prompt_column,
         samples=samples,
         steps=steps,
         width=width,

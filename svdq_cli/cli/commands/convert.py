@@ -33,6 +33,7 @@ def convert(
     effort: opt.Effort = None,
     formats: opt.Formats = None,
     prompts: opt.Prompts = None,
+    prompt_column: opt.PromptColumn = None,
     samples: opt.Samples = None,
     steps: opt.Steps = None,
     width: opt.Width = None,
@@ -66,7 +67,7 @@ def convert(
     from svdq_cli.conversion.sharing import share_convert
     from svdq_cli.pipeline import convert as run_convert
     from svdq_cli.pipeline import predict
-    from svdq_cli.starting import outputs_of, rules_named
+    from svdq_cli.starting import outputs_of, refuse_unused_prompts, rules_named
 
     given: dict[str, object] = {
         "precision": precision,
@@ -76,6 +77,7 @@ def convert(
         "base": base,
         "loras": loras,
         "prompts": prompts,
+        "prompt_column": prompt_column,
         "samples": samples,
         "steps": steps,
         "width": width,
@@ -99,6 +101,7 @@ def convert(
 
         def convert_one(source: str) -> ConvertReport | PlanReport:
             recipe, run = recipe_for(source, options=how, **given)
+            refuse_unused_prompts(recipe, prompts)
             with rules_named(source):
                 if plan:
                     return predict(recipe, options=run, calibration=calib)

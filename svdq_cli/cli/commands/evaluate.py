@@ -25,10 +25,7 @@ def evaluate(
     base: opt.Base = None,
     loras: opt.Loras = None,
     prompts: opt.Prompts = None,
-    prompt_column: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="--prompts is a data set (a hub id or a table); its column."),
-    ] = None,
+    prompt_column: opt.PromptColumn = None,
     samples: opt.Samples = None,
     steps: opt.Steps = None,
     width: opt.Width = None,
@@ -59,7 +56,8 @@ def evaluate(
     judged = evaluation_recipe(open_checkpoint(checkpoint), model.source)
     recipe = override(
         judged.model_copy(update={"model": model, "gates": named.gates}),
-        prompts=prompts if prompt_column is None else {"dataset": prompts, "column": prompt_column},
+        prompts=prompts,
+        prompt_column=prompt_column,
         samples=samples,
         steps=steps,
         width=width,

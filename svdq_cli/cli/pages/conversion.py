@@ -96,6 +96,8 @@ def plan(console: Console, report: PlanReport) -> None:
     counts = report.layers
     table.add_row("layers", f"{counts.w4a4} W4A4, {counts.w4a16} W4A16, {counts.kept} kept at 16 bit")
     table.add_row("size", size_text(report.bytes.input, report.bytes.output, report.bytes.ratio))
+    if (prompts := report.prompts) is not None:
+        table.add_row("prompts", f"{prompts.used} of {prompts.available} from {prompts.read_from}")
     table.add_row("disk", bytes_text(report.disk_bytes))
     stages = report.stages
     parts = ", ".join(

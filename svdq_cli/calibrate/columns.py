@@ -1,0 +1,40 @@
+"""Which column of a table holds prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from svdq_cli.errors import InputError
+
+# What it is called in the data sets and trainers of the field, the likeliest first
+USUAL_COLUMNS = ("prompt", "prompts", "caption", "captions", "text", "description", "positive_prompt", "txt")
+
+
+def column_of(
+    path: Path | str, columns: Sequence[str], wanted: str | None, *, sole_is_enough: bool = True
+) -> str:
+    """The column that holds the prompts. InputError, naming those that there are, where it can't be told.
+
+    `sole_is_enough`: a table with one column of text needs no usual name (of a CSV file, that name could be a prompt).
+    """
+    if wanted is not None:
+        if wanted in columns:
+            return wanted
+        raise InputError(
+            f"{path}: no column {wanted!r}",
+            hint=f"set column to one of {', '.join(columns)}",
+            where=str(path),
+        )
+    by_name = {name.strip().casefold(): name for name in reversed(columns)}
+    usual = next((by_name[name] for name in USUAL_COLUMNS if name in by_name), None)
+    if usual is not None:
+        return usual
+    if len(columns) == 1 and sole_is_enough:
+        return columns[0]
+    raise InputError(
+        f"{path}: no column is called {', '.join(USUAL_COLUMNS[:-1])} or {USUAL_COLUMNS[-1]}",
+        hint=f"name the one that holds the prompts with --prompt-column; there are {', '.join(columns)}"
+        + ("; a list without a header is a .txt file" if len(columns) == 1 else ""),
+        where=str(path),
+    )
