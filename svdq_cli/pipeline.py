@@ -13,7 +13,7 @@ from pathlib import Path
 from svdq_cli.checking import check
 from svdq_cli.checkpoint import open_checkpoint
 from svdq_cli.conversion.calibrating import calibrate
-from svdq_cli.conversion.predicting import predict
+from svdq_cli.conversion.plan_report import predict
 from svdq_cli.conversion.run import convert
 from svdq_cli.origin import origin_of
 from svdq_cli.preparing import (

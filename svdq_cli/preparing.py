@@ -165,7 +165,7 @@ def observation(source: Source, sampling: Sampling | None = None) -> Observation
 
         if (readings := watch(model)) or source.pipeline is None:
             return readings
-        usual = sampling or sampling_for(default_recipe("model", calibration=Calibration()), source)
+        usual = sampling or usual_sampling(source)
         return watch_in_pipeline(source.pipeline, source.component, model, usual.settings)
 
     return observe
@@ -279,6 +279,11 @@ def sampling_for(recipe: Recipe, source: Source, *, beside: Path | None = None) 
         frames=wanted.frames,
     )
     return Sampling(settings, samples, wanted.rows, wanted.size_bytes)
+
+
+def usual_sampling(source: Source) -> Sampling:
+    """How a model is sampled where nobody says anything else."""
+    return sampling_for(default_recipe("model", calibration=Calibration()), source)
 
 
 def counts_of(prepared: Prepared, settings: DrawSettings) -> TokenCounts:

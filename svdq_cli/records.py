@@ -414,6 +414,36 @@ class PromptFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class GpuConversion:
+    """Whether a conversion fits a card, and what it is predicted to take there."""
+
+    fits: bool
+    seconds: tuple[float, float] | None  # the better end of the range, then the worse; None without rates
+    peak_bytes: int  # what it takes; the least that it needs, where that does not fit
+
+
+@dataclass(frozen=True, slots=True)
+class GpuGeneration:
+    """Whether generating one image with the converted model fits a card."""
+
+    fits: bool  # all components on the card at once
+    fits_with_offload: bool  # one component at a time
+    peak_bytes: int  # at once
+    offload_peak_bytes: int  # one at a time
+
+
+@dataclass(frozen=True, slots=True)
+class GpuFacts:
+    """What `--plan --gpu` predicts for a card that this machine need not have."""
+
+    name: str
+    memory_bytes: int
+    convert: GpuConversion
+    generate: GpuGeneration
+    basis: str  # where the figures come from
+
+
+@dataclass(frozen=True, slots=True)
 class PlanReport:
     """What `--plan` predicts. Bytes are peaks: of the process, of torch's GPU allocator (None without a GPU), and of
     the disk, work folder included."""
@@ -433,6 +463,7 @@ class PlanReport:
     warnings: tuple[str, ...]
     stages: PlanSeconds
     prompts: PromptFacts | None = None  # None: it uses none
+    gpu: GpuFacts | None = None  # of the card that --gpu names
     command: str = "convert"
     status: str = "planned"
     schema: int = 1

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from svdq_cli.graphics_cards import Card
     from svdq_cli.preparing import RunOptions
     from svdq_cli.recipe import Recipe
 
@@ -33,6 +34,22 @@ def run_options(
         max_ram=_size("--max-ram", max_ram),
         max_vram=_size("--max-vram", max_vram),
     )
+
+
+def card_of(gpu: str | None, *, planned: bool) -> Card | None:
+    """The card that --gpu names. It is for predictions: conversions run on the device that --device names."""
+    from svdq_cli.errors import UsageError
+    from svdq_cli.graphics_cards import card_named
+
+    if gpu is None:
+        return None
+    if not planned:
+        raise UsageError(
+            "--gpu names a card to predict for",
+            hint="add --plan; --device chooses where to convert",
+            where="--gpu",
+        )
+    return card_named(gpu)
 
 
 def _size(option: str, text: str | None) -> int | None:

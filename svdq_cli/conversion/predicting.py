@@ -1,11 +1,10 @@
-"""`--plan`: what a conversion will take of time, memory and disk, before a weight is read.
+"""What a conversion will take of time, memory and disk, before a weight is read.
 
 Counts come from the plan (`solve.costs`, `tokens`), rates from this machine (`speed`). Nothing here reads weights.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,8 +12,7 @@ from pathlib import Path
 
 import torch
 
-from svdq_cli.allocator import return_freed_memory
-from svdq_cli.calibrate.artefact import Calibration, open_calibration
+from svdq_cli.calibrate.artefact import Calibration
 from svdq_cli.calibrate.budget import rows_within, statistics_bytes
 from svdq_cli.conversion.allocation import draws_for_gains
 from svdq_cli.conversion.backoff import Need, Way, need_of, open_ways, stored_itemsize, too_large, ways_on
@@ -25,30 +23,18 @@ from svdq_cli.conversion.recording import can_record
 from svdq_cli.conversion.solving import SPARED, portions_at_once
 from svdq_cli.errors import OutOfResourcesError
 from svdq_cli.loading import compute_dtype
-from svdq_cli.machine import resolve_device
-from svdq_cli.overlap import torch_threads
 from svdq_cli.preparing import (
-    DEFAULT_OPTIONS,
     Prepared,
     RunOptions,
-    chosen_prompts,
     counts_of,
     disk_bytes,
     is_data_free,
-    layer_counts,
-    model_facts,
-    predicted_sizes,
-    prepare,
-    rank_facts,
-    warnings_of,
     work_bytes,
 )
-from svdq_cli.recipe import Recipe, resolved
-from svdq_cli.records import Event, PlanReport, PlanSeconds, PromptFacts, SharedInput
+from svdq_cli.records import PlanSeconds, SharedInput
 from svdq_cli.solve.costs import Work, packed_bytes, solve_work, waiting_bytes
-from svdq_cli.speed import Speed, speed_of
+from svdq_cli.speed import Speed
 from svdq_cli.tokens import TokenCounts
-from svdq_cli.writing import existing
 
 STARTING = (
     0.3  # what a pipeline's other parts take to import and build, over what diffusers and the plan take
@@ -111,53 +97,6 @@ def forecast_of(
     """What is to be predicted of a conversion that uses `artefact`'s statistics or, with `draws`, its own."""
     tokens = counts_of(prepared, prepared.sampling.settings) if prepared.sampling else None
     return Forecast(prepared, artefact, draws, device, options, tokens)
-
-
-def predict(
-    recipe: Recipe, *, calibration: Path | None = None, options: RunOptions = DEFAULT_OPTIONS
-) -> PlanReport:
-    """What a conversion would write and take, from names, shapes and this machine's speed."""
-    started = time.monotonic()
-    prepared = prepare(recipe, beside=options.beside)
-    preparing = time.monotonic() - started
-    prompts: PromptFacts | None = None
-    told: list[Event] = []
-    if uses_prompts(prepared, calibration):
-        prompts = chosen_prompts(prepared.recipe, options, told.append).facts
-        assert prepared.sampling is not None
-        prepared = replace(prepared, sampling=replace(prepared.sampling, samples=prompts.used))
-    data_free = is_data_free(recipe, calibration)
-    device = resolve_device(options.device)
-    artefact = open_calibration(calibration) if calibration and not data_free else None
-    draws = not data_free and artefact is None
-    job = forecast_of(prepared, artefact, draws=draws, device=device, options=options)
-    out = Path(recipe.outputs[0].path or "") if recipe.outputs else Path()
-    side_by_side = portions_at_once(device, data_free=data_free)
-    with torch_threads(1 if side_by_side else torch.get_num_threads()):
-        speed = speed_of(device, compute_dtype(device), existing(out))
-    return_freed_memory()  # of measuring: what this process holds now is what a conversion begins with
-    stages = stage_seconds(job, speed, preparing, at_once=max(1, side_by_side))
-    return PlanReport(
-        model=model_facts(prepared, None),
-        read_as=prepared.source.kind,
-        precision=recipe.quantization.precision,
-        effort=recipe.quantization.effort,
-        rank=rank_facts(prepared),
-        layers=layer_counts(prepared.plan),
-        bytes=predicted_sizes(prepared),
-        disk_bytes=peak_disk_bytes(job),
-        seconds=stages.total,
-        ram_bytes=ram_bytes(job),
-        vram_bytes=vram_bytes(job),
-        recipe=resolved(prepared.recipe),
-        warnings=(
-            *warnings_of(prepared, data_free=data_free),
-            *(event.detail for event in told if event.kind == "warning"),
-            *_on_the_cpu(job),
-        ),
-        stages=stages,
-        prompts=prompts,
-    )
 
 
 def uses_prompts(prepared: Prepared, calibration: Path | None) -> bool:
@@ -323,7 +262,7 @@ def _require_block_memory(job: Forecast) -> None:
     )
 
 
-def _on_the_cpu(job: Forecast) -> tuple[str, ...]:
+def on_the_cpu(job: Forecast) -> tuple[str, ...]:
     """A warning of layers that `--max-vram` leaves no room for."""
     moved = [portion for portion in _portions(job) if _planned(job, portion)[0].device != job.device]
     if not moved:

@@ -263,7 +263,7 @@ def test_what_a_recipe_says_wins_over_the_model_s_own():
 
 def test_images_that_the_pipeline_reads_are_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     import svdq_cli.preparing
-    from svdq_cli.conversion.predicting import predict
+    from svdq_cli.conversion.plan_report import predict
 
     (tmp_path / "one.png").write_bytes(b"png")
     asked: list[Path] = []

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from svdq_cli.cli import options as opt
-from svdq_cli.cli.parsing import rank_of, recipe_for, run_options, shared_run
+from svdq_cli.cli.parsing import card_of, rank_of, recipe_for, run_options, shared_run
 
 if TYPE_CHECKING:
     from svdq_cli.records import ConvertReport, PlanReport
@@ -46,6 +46,14 @@ def convert(
     plan: Annotated[
         bool, typer.Option("--plan", help="Predict layers, bytes, time, memory and disk; do nothing.")
     ] = False,
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            "--gpu",
+            metavar="CARD",
+            help='With --plan: whether it fits a card, by name ("RTX 4070") or memory (12GB).',
+        ),
+    ] = None,
     fail_if: opt.FailIf = None,
     device: opt.Device = "auto",
     work: opt.Work = None,
@@ -69,6 +77,7 @@ def convert(
     from svdq_cli.pipeline import predict
     from svdq_cli.starting import outputs_of, refuse_unused_prompts, rules_named
 
+    card = card_of(gpu, planned=plan)
     given: dict[str, object] = {
         "precision": precision,
         "rank": rank_of(rank),
@@ -104,7 +113,7 @@ def convert(
             refuse_unused_prompts(recipe, prompts)
             with rules_named(source):
                 if plan:
-                    return predict(recipe, options=run, calibration=calib)
+                    return predict(recipe, options=run, calibration=calib, card=card)
                 return run_convert(
                     recipe, outputs_of(recipe), calibration=calib, options=run, observe=observe
                 )

@@ -21,8 +21,15 @@ from svdq_cli.cli.pages.pieces import (
     vram_text,
 )
 from svdq_cli.cli.several import RecipeRun, SeveralReport
-from svdq_cli.records import CalibrateReport, ConvertReport, LoraReport, PlanReport, RepackReport
-from svdq_cli.wording import bytes_text
+from svdq_cli.records import (
+    CalibrateReport,
+    ConvertReport,
+    GpuFacts,
+    LoraReport,
+    PlanReport,
+    RepackReport,
+)
+from svdq_cli.wording import bytes_text, seconds_text
 
 
 def conversion(console: Console, report: ConvertReport, verbose: bool) -> None:
@@ -103,11 +110,41 @@ def plan(console: Console, report: PlanReport) -> None:
     parts = ", ".join(
         f"{name} {getattr(stages, name):.0f}" for name in ("prepare", "calibrate", "solve", "pack", "check")
     )
-    table.add_row("time", f"{report.seconds:.0f} s ({parts})")
+    table.add_row("time", f"{seconds_text(report.seconds)} ({parts} s)")
     table.add_row("memory", f"{bytes_text(report.ram_bytes)} RAM" + vram_text(report.vram_bytes))
     console.print(table)
+    if report.gpu is not None:
+        _on_card(console, report.gpu)
     for warning in report.warnings:
         console.print(f"warning: {warning}")
+
+
+def _on_card(console: Console, gpu: GpuFacts) -> None:
+    convert, generate = gpu.convert, gpu.generate
+    table = facts_table()
+    table.add_row("on", f"{gpu.name}, {gpu.memory_bytes / 2**30:.3g} GiB")
+    taken = ", ".join(
+        [bytes_text(convert.peak_bytes), *map(_range_text, [convert.seconds] if convert.seconds else [])]
+    )
+    table.add_row(
+        "convert", f"fits, {taken}" if convert.fits else f"does not fit: {bytes_text(convert.peak_bytes)}"
+    )
+    if generate.fits:
+        fits = f"fits whole, {bytes_text(generate.peak_bytes)}"
+    elif generate.fits_with_offload:
+        fits = (
+            f"fits with enable_model_cpu_offload(), {bytes_text(generate.offload_peak_bytes)} "
+            f"({bytes_text(generate.peak_bytes)} whole)"
+        )
+    else:
+        fits = f"does not fit: {bytes_text(generate.offload_peak_bytes)} with enable_model_cpu_offload()"
+    table.add_row("generate", fits)
+    table.add_row("basis", gpu.basis)
+    console.print(table)
+
+
+def _range_text(seconds: tuple[float, float]) -> str:
+    return f"{seconds_text(seconds[0])} to {seconds_text(seconds[1])}"
 
 
 def calibration(console: Console, report: CalibrateReport) -> None:
