@@ -96,7 +96,8 @@ def _stacks(model: nn.Module) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _linears_in(module: nn.Module) -> int:
+def _linears_in(module: nn.Module | None) -> int:
+    """0 for a member of a list that is left empty, as some autoencoders have one."""
     from torch import nn
 
-    return sum(isinstance(part, nn.Linear) for part in module.modules())
+    return 0 if module is None else sum(isinstance(part, nn.Linear) for part in module.modules())

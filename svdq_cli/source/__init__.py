@@ -35,6 +35,7 @@ from svdq_cli.source.model import (
     source_digest,
     tensor_entry,
 )
+from svdq_cli.source.other_files import refuse_other_components
 from svdq_cli.source.single_file import has_original_names, open_single_file
 from svdq_cli.source.tensors import TensorEntry, is_finite
 
@@ -81,7 +82,9 @@ def open_source(path: Path, *, base: Path | None = None) -> Source:
     if path.name.endswith(INDEX_SUFFIX) and path.is_file():
         return _open_folder(path.parent, base)
     if path.suffix == ".json" and path.is_file():
-        return Source(path, None, "transformer", read_json(path), MappingProxyType({}))
+        config = read_json(path)
+        refuse_other_components(path, config)
+        return Source(path, None, "transformer", config, MappingProxyType({}))
     if path.suffix.lower() in _PICKLE_SUFFIXES and path.is_file():
         raise pickled(path)
     if path.is_file():
@@ -104,7 +107,9 @@ def _open_folder(path: Path, base: Path | None) -> Source:
                 kind="needless-base",
             )
         return open_pipeline(path)
-    if (path / "config.json").is_file():
+    has_config = (path / "config.json").is_file()
+    refuse_other_components(path, read_json(path / "config.json") if has_config else None)
+    if has_config:
         given = quantized_component(base) if base else "transformer"
         component = path.name if path.name in COMPONENTS else given
         source = open_component(path, pipeline=base, component=component)

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from svdq_cli.errors import InputError
+from svdq_cli.source.other_files import other_kind
 from svdq_cli.source.tensors import DTYPE_BYTES, HASHED_AT_ONCE, StoredTensor
 
 _HEADER_LIMIT = 100_000_000  # bytes; the safetensors specification's own bound
@@ -71,12 +72,18 @@ def _header_text(path: Path, size: int) -> bytes:
     with path.open("rb") as file:
         prefix = file.read(8)
         if len(prefix) < 8:
+            if known := other_kind(prefix):
+                kind, cure = known
+                raise InputError(f"{path}: {kind}, not safetensors", hint=cure, where=str(path))
             raise damaged(path, "shorter than a safetensors header")
         if prefix.startswith(_PICKLE_MAGICS) and file.read(1) != b"{":
             raise pickled(path)
         file.seek(8)
         (length,) = struct.unpack("<Q", prefix)
         if length > min(_HEADER_LIMIT, size - 8):
+            if known := other_kind(prefix + file.read(56)):
+                kind, cure = known
+                raise InputError(f"{path}: {kind}, not safetensors", hint=cure, where=str(path))
             raise damaged(path, "its header is longer than the file; it is truncated or not safetensors")
         return file.read(length)
 

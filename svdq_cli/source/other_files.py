@@ -1,9 +1,9 @@
-"""Single files that are no diffusion model: what they are, told by their keys, and what to do with them."""
+"""Files and folders that are not a diffusion model: what they are, told by keys, names and first bytes."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,3 +57,68 @@ def refuse_other_files(path: Path, names: Iterable[str]) -> None:
                 where=str(path),
                 kind="unknown-family",
             )
+
+
+_OTHER_CLASSES = (  # of configs, by the start or a part of the class's name
+    (re.compile(r"^(Asymmetric)?Autoencoder|^VQModel|VAE|^ConsistencyDecoder"), "an autoencoder"),
+    (re.compile(r"ControlNet"), "a ControlNet"),
+    (re.compile(r"Scheduler$"), "a scheduler"),
+    (re.compile(r"Pipeline$"), "the index of a pipeline"),
+)
+_OTHER_CONFIGS = (
+    ("scheduler_config.json", "a scheduler"),
+    ("tokenizer_config.json", "a tokenizer"),
+    ("preprocessor_config.json", "an image processor"),
+)
+
+
+def refuse_other_components(path: Path, config: Mapping[str, object] | None) -> None:
+    """InputError for another part of a pipeline than its transformer or UNet. `path`: its folder, or a config file;
+    `config`: what `config.json` says, None where the folder has none."""
+    name = str((config or {}).get("_class_name") or "")
+    architectures = (config or {}).get("architectures")
+    found = next((what for pattern, what in _OTHER_CLASSES if pattern.search(name)), None)
+    if found is None and not name and isinstance(architectures, list) and architectures:
+        found, name = "a text encoder or another model of transformers", str(architectures[0])
+    if found is None and config is None:
+        found = next((what for file, what in _OTHER_CONFIGS if (path / file).is_file()), None)
+    if found is None:
+        return
+    folder = path if path.is_dir() else path.parent
+    above = next(
+        (parent for parent in (folder, folder.parent) if (parent / "model_index.json").is_file()), None
+    )
+    raise InputError(
+        f"{path}: {found}{f' ({name})' if name else ''}, not a diffusion model",
+        hint=f"give the pipeline that it is a part of: {above}" if above else "give the pipeline's folder",
+        where=str(path),
+        kind="unknown-family",
+    )
+
+
+_MAGICS = (
+    (b"\x89PNG", "an image"),
+    (b"\xff\xd8\xff", "an image"),
+    (b"GIF8", "an image"),
+    (b"RIFF", "an image or a sound"),
+    (b"%PDF", "a PDF"),
+    (b"\x1f\x8b", "a gzip archive"),
+    (b"\xfd7zXZ", "an archive"),
+    (b"7z\xbc\xaf", "an archive"),
+)
+
+
+def other_kind(start: bytes) -> tuple[str, str] | None:
+    """What a file is that begins so and is no safetensors, and what to do; None where that can't be told."""
+    model = "give a diffusers pipeline folder, or a .safetensors or .gguf file"
+    if start.startswith(b"version https://git-lfs"):
+        return (
+            "a Git LFS pointer instead of the file",
+            "fetch the file itself: `git lfs pull`, or `hf download`",
+        )
+    if re.match(rb"\s*<(!doctype|html|\?xml)", start, re.IGNORECASE):
+        return "a web page instead of the file", "download the file again, from its download link"
+    if kind := next((what for magic, what in _MAGICS if start.startswith(magic)), None):
+        return kind, model
+    text = start and all(byte in b"\t\r\n" or 32 <= byte < 127 for byte in start)
+    return ("a text file", model) if text else None

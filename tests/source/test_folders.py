@@ -140,3 +140,42 @@ def test_a_digest_that_is_not_wanted_any_more_ends(tiny_flux: Path):
     stop.set()
     with pytest.raises(CancelledError):
         source_digest(open_source(tiny_flux), stop)
+
+
+@pytest.mark.parametrize(
+    ("part", "what"),
+    [
+        ("vae", r"an autoencoder \(AutoencoderKL\), not a diffusion model"),
+        ("vae/config.json", r"an autoencoder \(AutoencoderKL\)"),
+        ("text_encoder", r"a text encoder or another model of transformers \(CLIPTextModel\)"),
+        ("scheduler", "a scheduler, not a diffusion model"),
+        ("tokenizer", "a tokenizer, not a diffusion model"),
+        ("model_index.json", r"the index of a pipeline \(FluxPipeline\)"),
+    ],
+)
+def test_another_part_of_a_pipeline_is_named_with_the_pipeline_to_give(tiny_flux: Path, part: str, what: str):
+    with pytest.raises(InputError, match=what) as caught:
+        open_source(tiny_flux / part)
+    assert caught.value.hint == f"give the pipeline that it is a part of: {tiny_flux}"
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"\x89PNG\r\n\x1a\n" + bytes(40), "an image, not safetensors"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+            "a Git LFS pointer instead of the file",
+        ),
+        (b"<!DOCTYPE html><html>Please log in</html>", "a web page instead of the file"),
+        (b"import torch\n\nprint('a script')\n", "a text file"),
+        (b"hello", "a text file"),
+        (b"\x07" * 40, "damaged"),
+    ],
+)
+def test_a_file_of_another_kind_is_called_by_its_name(tmp_path: Path, content: bytes, what: str):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=what) as caught:
+        open_source(path)
+    assert caught.value.hint
