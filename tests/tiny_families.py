@@ -137,7 +137,13 @@ def tiny_pixart() -> diffusers.PixArtSigmaPipeline:
     )
 
 
-def tiny_sana() -> diffusers.SanaPipeline:
+def tiny_sana_sprint() -> diffusers.SanaSprintPipeline:
+    parts = tiny_sana(qk_norm="rms_norm_across_heads", guidance_embeds=True).components
+    return diffusers.SanaSprintPipeline(**{**parts, "scheduler": diffusers.SCMScheduler()})
+
+
+def tiny_sana(**config: object) -> diffusers.SanaPipeline:
+    """`config`: what SANA 1.5 and SANA-Sprint have besides."""
     tokenizer = byte_tokenizer()
     return diffusers.SanaPipeline(
         tokenizer=tokenizer,
@@ -182,6 +188,7 @@ def tiny_sana() -> diffusers.SanaPipeline:
             caption_channels=TEXT_WIDTH,
             mlp_ratio=2,
             sample_size=16,
+            **config,
         ),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
     )
@@ -334,6 +341,29 @@ def tiny_flux_fill() -> diffusers.FluxFillPipeline:
     return diffusers.FluxFillPipeline(transformer=transformer, **_flux_parts())
 
 
+def tiny_chroma() -> diffusers.ChromaPipeline:
+    """Its modulation is computed by one small network for all blocks."""
+    parts = _flux_parts()
+    return diffusers.ChromaPipeline(
+        scheduler=parts["scheduler"],
+        vae=parts["vae"],
+        text_encoder=parts["text_encoder_2"],
+        tokenizer=parts["tokenizer_2"],
+        transformer=diffusers.ChromaTransformer2DModel(
+            in_channels=4 * LATENT_CHANNELS,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=64,
+            num_attention_heads=WIDTH // 64,
+            joint_attention_dim=TEXT_WIDTH,
+            axes_dims_rope=(16, 24, 24),
+            approximator_num_channels=64,
+            approximator_hidden_dim=WIDTH,
+            approximator_layers=2,
+        ),
+    )
+
+
 def _flux_parts() -> dict[str, object]:
     tokenizer, tokenizer_2 = clip_tokenizer(), t5_tokenizer()
     return {
@@ -392,11 +422,14 @@ PIPELINES: dict[str, Callable[[], diffusers.DiffusionPipeline]] = {
     "sd15": tiny_sd15,
     "pixart": tiny_pixart,
     "sana": tiny_sana,
+    "sana-1.5": lambda: tiny_sana(qk_norm="rms_norm_across_heads"),
+    "sana-sprint": tiny_sana_sprint,
     "sd3": tiny_sd3,
     "qwen-image": tiny_qwen_image,
     "qwen-image-edit": lambda: tiny_qwen_image(zero_cond_t=True),
     "z-image": tiny_z_image,
     "flux2": tiny_flux2,
+    "chroma": tiny_chroma,
     "flux-kontext": tiny_flux_kontext,
     "flux-fill": tiny_flux_fill,
     "wan": tiny_wan,

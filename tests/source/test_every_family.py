@@ -38,9 +38,10 @@ def test_diffusers_names(pipeline: Path, tmp_path: Path, prefix: str):
     assert_same_model(tmp_path / "model.safetensors", pipeline)
 
 
-@pytest.mark.parametrize(
-    "pipeline", ["sdxl", "sd15", "pixart", "sana", "sd3", "z-image", "flux2"], indirect=True
-)
+ORIGINAL = ["sdxl", "sd15", "pixart", "sana", "sana-1.5", "sana-sprint", "sd3", "z-image"]
+
+
+@pytest.mark.parametrize("pipeline", [*ORIGINAL, "flux2", "chroma", "wan"], indirect=True)
 def test_original_names(pipeline: Path, tmp_path: Path):
     source = open_source(pipeline)
     naming = next(n for n in NAMINGS if n.model_class == source.config["_class_name"])
