@@ -24,7 +24,7 @@ from svdq_cli.records import (
     ignore_events,
 )
 from svdq_cli.solve.rebuild import WeightError, bias_error, weight_error
-from svdq_cli.source import Source, TensorEntry, is_finite, read_tensor, tensor_entry
+from svdq_cli.source import Source, TensorEntry, is_finite, only, read_tensor, tensor_entry
 
 # Rounding and every search leave a cosine of 0.98 and more (the lowest of 1,218 layers of tiny models of all families,
 # calibrated on a handful of rows). Numbers in a wrong order have one of 0. In between, with room for layers that nobody
@@ -48,6 +48,7 @@ def check(path: Path, *, against: Source | None = None, observe: Observer = igno
     """Structure, finite values and, with the source at hand, how well each layer rebuilds its weight."""
     checkpoint = open_checkpoint(path)
     if against is not None:
+        against = only(against, checkpoint.source.components)
         require_same_model(checkpoint, against)
     problems, errors = _examined(checkpoint, against, observe)
     return CheckReport(

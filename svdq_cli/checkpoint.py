@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
 
@@ -23,19 +23,34 @@ from svdq_cli.formats import FORMATS
 from svdq_cli.formats.assembly import source_tensor, take_layer
 from svdq_cli.formats.branches import take_branch
 from svdq_cli.formats.contract import SIXTEEN_BIT, Branch, Format, PackedFacts, TensorSpec
-from svdq_cli.formats.headers import CONFIG, biases_of, header_metadata, json_value, ranks_of
+from svdq_cli.formats.headers import COMPONENT, CONFIG, biases_of, header_metadata, json_value, ranks_of
 from svdq_cli.formats.modules import (
     FileLayout,
     StoredModule,
+    joined_files,
     kept_shapes,
     known_layout,
     lay_out,
     layers_in_file,
+    with_name,
+    with_prefix,
 )
 from svdq_cli.planning.plan import Inventory, take_inventory
 from svdq_cli.planning.structure import STRUCTURAL
 from svdq_cli.records import LayerPlan, LayerSolution, Linear, ModelPlan, Precision, W4A4Plan
-from svdq_cli.source import COMPONENTS, Source, index_component, read_header, read_json, read_tensor
+from svdq_cli.source import (
+    Source,
+    denoiser_components,
+    denoiser_order,
+    index_component,
+    is_denoiser,
+    joined,
+    pipeline_index,
+    prefix_of,
+    read_header,
+    read_json,
+    read_tensor,
+)
 
 PROVENANCE = "svdq"  # key of the safetensors metadata
 TORCH_DTYPES = {
@@ -51,7 +66,8 @@ TORCH_DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A quantized model on disk, indexed from its headers. Names are those of the model, not of the file."""
+    """A quantized model on disk, indexed from its headers. Names are those of the model, not of the file. Several
+    denoisers of a pipeline are one checkpoint, under joint names (`source.denoisers`)."""
 
     source: Source  # the index: the stored tensors and the model's config
     format: Format
@@ -67,14 +83,20 @@ class Checkpoint:
     provenance: Mapping[str, object] | None
     file: FileLayout  # which of the file's modules and tensors hold what
     biases: Mapping[str, Tensor]  # by layer: what the file stores moved, as it was
+    alone: tuple[Checkpoint, ...] = ()  # each of several denoisers, under its own names
     _decoded: dict[str, LayerSolution] = field(default_factory=dict[str, LayerSolution], compare=False)
+
+    @property
+    def denoisers(self) -> tuple[Checkpoint, ...]:
+        """Every denoiser alone, under its own names."""
+        return self.alone or (self,)
 
     def plan(self) -> ModelPlan:
         """What became of the model's layers. Which of them share an input, a file does not say."""
         return ModelPlan(
             family=self.family,
             model_class=self.model_class,
-            component=self.source.component,
+            components=self.source.components,
             parameters=self.parameters,
             layers=self.layers,
             kept=self.kept,
@@ -164,9 +186,15 @@ def looks_like_checkpoint(path: Path) -> bool:
     if folder is None:
         return False
     try:
-        return "quantization_config" in read_json(folder / "config.json")
+        return _is_quantized(folder)
     except InputError:
         return False
+
+
+def component_in(pipeline: Path, denoiser: Checkpoint) -> str:
+    """Which component of a pipeline a checkpoint of one denoiser takes the place of."""
+    known = denoiser_components(pipeline)
+    return denoiser.source.component if denoiser.source.component in known else known[0]
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -174,9 +202,14 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return _open_file(path) if path.is_file() else _open_folder(path)
 
 
+def with_component(denoiser: Checkpoint, component: str) -> Checkpoint:
+    """The checkpoint of one denoiser as that component of a pipeline."""
+    return replace(denoiser, source=replace(denoiser.source, component=component))
+
+
 def _open_folder(path: Path) -> Checkpoint:
-    folder = _component_folder(path)
-    if folder is None:
+    folders = _component_folders(path)
+    if not folders:
         kind = "not-found" if not path.exists() else "input"
         raise InputError(
             f"{path}: {'no such file or folder' if kind == 'not-found' else 'not a checkpoint folder'}",
@@ -185,7 +218,12 @@ def _open_folder(path: Path) -> Checkpoint:
             kind=kind,
         )
     pipeline = path if (path / "model_index.json").is_file() else None
-    source = index_component(folder, pipeline=pipeline, component=folder.name if pipeline else "transformer")
+    return _joined([_open_component(path, folder, pipeline) for folder in folders])
+
+
+def _open_component(path: Path, folder: Path, pipeline: Path | None) -> Checkpoint:
+    component = folder.name if pipeline or is_denoiser(folder.name) else "transformer"
+    source = index_component(folder, pipeline=pipeline, component=component)
     section = source.config.get("quantization_config")
     if not isinstance(section, dict):
         raise InputError(
@@ -202,6 +240,41 @@ def _open_folder(path: Path) -> Checkpoint:
             where=str(folder),
         )
     return _indexed(source, fmt, config)
+
+
+def _joined(denoisers: list[Checkpoint]) -> Checkpoint:
+    """Several denoisers as one checkpoint. InputError where they differ in format, precision or dtype."""
+    first, *others = denoisers
+    if not others:
+        return first
+    precisions = {denoiser.precision for denoiser in denoisers} - {None}
+    for other in others:
+        if (other.format.name, other.dtype) != (first.format.name, first.dtype) or len(precisions) > 1:
+            raise InputError(
+                f"{first.source.path}: {first.source.component} and {other.source.component} differ in format, "
+                "precision or dtype",
+                hint="convert the pipeline whole",
+                where=other.source.component,
+            )
+    components = [denoiser.source.component for denoiser in denoisers]
+    prefixes = [prefix_of(components, component) for component in components]
+    pairs = list(zip(prefixes, denoisers, strict=True))
+    return replace(
+        first,
+        source=joined([denoiser.source for denoiser in denoisers]),
+        precision=next(iter(precisions), None),
+        rank=max((denoiser.rank for denoiser in denoisers if denoiser.rank is not None), default=None),
+        layers=tuple(with_name(plan, prefix + plan.name) for prefix, each in pairs for plan in each.layers),
+        kept=tuple(
+            replace(linear, name=prefix + linear.name) for prefix, each in pairs for linear in each.kept
+        ),
+        parameters=sum(denoiser.parameters for denoiser in denoisers),
+        state={prefix + name: shape for prefix, each in pairs for name, shape in each.state.items()},
+        file=joined_files([with_prefix(each.file, prefix) for prefix, each in pairs]),
+        biases={prefix + name: bias for prefix, each in pairs for name, bias in each.biases.items()},
+        alone=tuple(denoisers),
+        _decoded={},
+    )
 
 
 def _open_file(path: Path) -> Checkpoint:
@@ -221,7 +294,8 @@ def _open_file(path: Path) -> Checkpoint:
             hint=f"svdq reads {fmt.name} files that carry the model's config, as those of svdq convert do",
             where=str(path),
         )
-    source = Source(path, None, "transformer", config, tensors)
+    component = metadata.get(COMPONENT, "transformer")
+    source = Source(path, None, component if is_denoiser(component) else "transformer", config, tensors)
     said = {
         key: json_value(metadata, key) if text.startswith("{") else text for key, text in metadata.items()
     }
@@ -305,9 +379,24 @@ def _common_dtype(specs: Mapping[str, TensorSpec]) -> torch.dtype:
 
 
 def _component_folder(path: Path) -> Path | None:
-    if (path / "model_index.json").is_file():
-        return next((path / name for name in COMPONENTS if (path / name / "config.json").is_file()), None)
-    return path if (path / "config.json").is_file() else None
+    """The first of `_component_folders`."""
+    return next(iter(_component_folders(path)), None)
+
+
+def _component_folders(path: Path) -> list[Path]:
+    """The denoisers of a folder: those of a pipeline that are quantized, or the first where none is; or the folder
+    itself."""
+    if not (path / "model_index.json").is_file():
+        return [path] if (path / "config.json").is_file() else []
+    names = [name for name in pipeline_index(path) if is_denoiser(name)]
+    there = [
+        path / name for name in sorted(names, key=denoiser_order) if (path / name / "config.json").is_file()
+    ]
+    return [folder for folder in there if _is_quantized(folder)] or there[:1]
+
+
+def _is_quantized(folder: Path) -> bool:
+    return "quantization_config" in read_json(folder / "config.json")
 
 
 def _read_provenance(source: Source) -> Mapping[str, object] | None:

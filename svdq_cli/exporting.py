@@ -11,7 +11,7 @@ from torch import Tensor
 
 from svdq_cli.card import CARD_FILE, DerivedFacts, card_path, derived_card
 from svdq_cli.checking import find_problems
-from svdq_cli.checkpoint import Checkpoint, layer_of, open_checkpoint
+from svdq_cli.checkpoint import Checkpoint, component_in, layer_of, open_checkpoint, with_component
 from svdq_cli.errors import CheckFailedError, InputError, UsageError
 from svdq_cli.formats import format_named
 from svdq_cli.formats.assembly import moved_layers
@@ -29,7 +29,6 @@ from svdq_cli.records import (
     ignore_events,
 )
 from svdq_cli.runtime.linear import w4a16_rounded_weight
-from svdq_cli.source import quantized_component
 from svdq_cli.writing import (
     Contents,
     Target,
@@ -60,6 +59,11 @@ def export(
     started = time.monotonic()
     refuse_existing(out, overwrite=options.overwrite)
     checkpoint = open_checkpoint(path)
+    pipeline = base or checkpoint.source.pipeline
+    if (
+        pipeline is not None and len(checkpoint.denoisers) == 1
+    ):  # a file does not always say its component's name
+        checkpoint = with_component(checkpoint, component_in(pipeline, checkpoint))
     if problems := find_problems(checkpoint):
         first = problems[0]
         raise InputError(
@@ -71,10 +75,8 @@ def export(
     target = _target(checkpoint, fmt)
     require_places([out], folders=[not fmt.single_file], inputs=[path], overwrite=options.overwrite)
     require_disk({out: target.bytes(checkpoint.state)})
-    pipeline = base or checkpoint.source.pipeline
-    component = quantized_component(pipeline) if pipeline else checkpoint.source.component
     contents = Contents(
-        config=checkpoint.source.config,
+        configs=checkpoint.source.configs,
         state=checkpoint.state,
         solutions=_Solutions(checkpoint),
         kept=lambda name: _sixteen_bit(checkpoint, name),
@@ -82,7 +84,7 @@ def export(
     )
     observe(Event("start", "pack", 0, 1))
     with whole_output(out, overwrite=options.overwrite) as partial:
-        weights = write_target(partial, target, contents, pipeline=pipeline, component=component)
+        weights = write_target(partial, target, contents, pipeline=pipeline)
         _require_same(checkpoint, open_checkpoint(partial))
         report = RepackReport(
             source_format=checkpoint.format.name,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -13,7 +13,7 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import nn
 
 from svdq_cli.calibrate.pipelines import load_source_pipeline
-from svdq_cli.checkpoint import Checkpoint, open_checkpoint
+from svdq_cli.checkpoint import Checkpoint, component_in, open_checkpoint
 from svdq_cli.errors import EnvironmentLacksError, InputError, OutOfResourcesError, UsageError
 from svdq_cli.gpu.architectures import Architecture
 from svdq_cli.gpu.hopper_choice import HopperChoice, choose_hopper_mode, measured_modes
@@ -30,7 +30,7 @@ from svdq_cli.runtime.linear import quantized_linear
 from svdq_cli.runtime.operands import objection
 from svdq_cli.runtime.replace import fuse_feed_forwards, replace_linears, share_quantizers
 from svdq_cli.sampling import sampling_of, with_call_defaults
-from svdq_cli.source import Source, quantized_component, read_tensor
+from svdq_cli.source import Source, by_component, denoisers_of, read_tensor
 from svdq_cli.source.classes import model_class
 
 if TYPE_CHECKING:
@@ -118,10 +118,14 @@ def load_pipeline(
             where=str(path),
         )
     dtype = dtype or compute_dtype(chosen)
-    component = quantized_component(pipeline)
-    model, refused = load_model(checkpoint, dtype=dtype, backend=backend_facts)
-    pipe = load_source_pipeline(pipeline, dtype=dtype, device=chosen, components={component: model})
-    adopt_model(model, Origin.of(checkpoint, Path(path)))
+    models: dict[str, nn.Module] = {}
+    refused: dict[str, str] = {}
+    for denoiser in checkpoint.denoisers:
+        component = component_in(pipeline, denoiser)
+        models[component], objections = load_model(denoiser, dtype=dtype, backend=backend_facts)
+        refused |= objections
+        adopt_model(models[component], Origin.of(denoiser, Path(path)))
+    pipe = load_source_pipeline(pipeline, dtype=dtype, device=chosen, components=models)
     adopt_pipeline(pipe, pipeline)
     with_call_defaults(pipe, sampling_of(replace(checkpoint.source, pipeline=pipeline)))
     pipe.svdq_backend = _with_refused(backend_facts, refused)  # type: ignore[attr-defined]
@@ -136,16 +140,16 @@ def load_16bit_pipeline(source: Source, *, class_name: str, device: torch.device
 
 
 def load_without_denoiser(source: Source, *, class_name: str, device: torch.device) -> DiffusionPipeline:
-    """The source's pipeline with an empty denoiser, which knows its config and shapes but takes no memory.
+    """The source's pipeline with empty denoisers, which know their config and shapes but take no memory.
 
     A text encoder that the GPU has no room for stays in host memory, and its layers are brought there as they run.
     """
     assert source.pipeline is not None
     dtype = compute_dtype(device)
-    empty = _empty_denoiser(source, class_name, dtype)
-    pipe = load_source_pipeline(
-        source.pipeline, dtype=dtype, device=None, components={source.component: empty}
-    )
+    empty = {
+        denoiser.component: _empty_denoiser(denoiser, class_name, dtype) for denoiser in denoisers_of(source)
+    }
+    pipe = load_source_pipeline(source.pipeline, dtype=dtype, device=None, components=empty)
     for name, entries in source.companions.items():
         _replace_weights(getattr(pipe, name), {key: entry.read() for key, entry in entries.items()}, name)
     parts = [part for _, part in _other_parts(pipe, source)]
@@ -153,7 +157,7 @@ def load_without_denoiser(source: Source, *, class_name: str, device: torch.devi
     for part in crowded:
         cpu_offload(part, execution_device=device)
     if crowded:
-        _tell_device([empty, *(part for part in parts if part not in crowded)], device)
+        _tell_device([*empty.values(), *(part for part in parts if part not in crowded)], device)
     return pipe
 
 
@@ -179,27 +183,36 @@ def fill_denoiser(
     device: torch.device,
     room: Room | None = None,
 ) -> None:
-    """Puts the denoiser with its weights into a pipeline of `load_without_denoiser`: all of it on the device or, with
-    less `room` than that takes, block by block when they run. Raises OutOfResourcesError if it does not fit."""
-    model = _empty_denoiser(source, class_name, compute_dtype(device))
-    setattr(pipe, source.component, model)  # the one before it makes room
-    weights = _Weights(source, {name: tensor.dtype for name, tensor in model.state_dict().items()})
-    everything = Room(weights_bytes(model), 0)
-    try:
-        fill(model, weights, device=device, room=room or everything)
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise _does_not_fit(source.path, device) from error
-    if any(parameter.is_meta for parameter in model.parameters()):
+    """Puts the denoisers with their weights into a pipeline of `load_without_denoiser`: all of them on the device or,
+    with less `room` than that takes, block by block when they run. Raises OutOfResourcesError if they do not fit."""
+    models: dict[str, nn.Module] = {}
+    for denoiser in denoisers_of(source):
+        models[denoiser.component] = _empty_denoiser(denoiser, class_name, compute_dtype(device))
+        setattr(pipe, denoiser.component, models[denoiser.component])  # the one before it makes room
+    total = sum(map(weights_bytes, models.values()))
+    for denoiser in denoisers_of(source):
+        model = models[denoiser.component]
+        weights = _Weights(denoiser, {name: tensor.dtype for name, tensor in model.state_dict().items()})
+        own = weights_bytes(model)
+        share = room.share(own / total) if room and len(models) > 1 else room
+        try:
+            fill(model, weights, device=device, room=share or Room(own, 0))
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise _does_not_fit(source.path, device) from error
+    if any(parameter.is_meta for model in models.values() for parameter in model.parameters()):
         _tell_device((part for _, part in _other_parts(pipe, source)), device)
 
 
 def _other_parts(pipe: DiffusionPipeline, source: Source) -> list[tuple[str, nn.Module]]:
     parts = pipe.components.items()
-    return [(name, part) for name, part in parts if isinstance(part, nn.Module) and name != source.component]
+    return [
+        (name, part) for name, part in parts if isinstance(part, nn.Module) and name not in source.components
+    ]
 
 
 def _empty_denoiser(source: Source, class_name: str, dtype: torch.dtype) -> nn.Module:
-    model = _unfilled(source, class_name)
+    """`class_name`: where the config does not say it."""
+    model = _unfilled(source, str(source.config.get("_class_name") or class_name))
     _set_dtype(model, dtype)
     return model.eval().requires_grad_(False)
 
@@ -325,6 +338,14 @@ def load_model(
             where=empty[0],
         )
     return model.eval().requires_grad_(False), refused
+
+
+def replace_layers(
+    pipe: DiffusionPipeline, components: Sequence[str], layers: Mapping[str, nn.Module]
+) -> None:
+    """Set layers of a pipeline's denoisers by their joint names, as `replace_linears` sets those of one."""
+    for component, own in by_component(components, layers).items():
+        replace_linears(getattr(pipe, component), own)
 
 
 def _kernel_linear(solution: LayerSolution, mode: HopperMode | None, unsigned_from: int | None) -> nn.Module:

@@ -26,6 +26,10 @@ class Room:
     device: int
     host: int
 
+    def share(self, part: float) -> Room:
+        """The same part of both."""
+        return Room(int(self.device * part), int(self.host * part))
+
 
 class _Kept(Mapping[str, Tensor]):
     """`weights`, those of some modules read once and kept in host memory."""

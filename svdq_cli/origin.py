@@ -17,7 +17,7 @@ from svdq_cli.checkpoint import Checkpoint
 from svdq_cli.errors import InputError
 from svdq_cli.preparing import RunOptions, lora_files, source_of
 from svdq_cli.recipe import Lora, Recipe
-from svdq_cli.source import Source, adapter_file, file_sha256, read_json, source_digest
+from svdq_cli.source import Source, adapter_file, file_sha256, only, read_json, source_digest
 from svdq_cli.writing import report_path
 
 _MAX_REPORT = 64 << 20  # bytes of a report that is read
@@ -97,8 +97,11 @@ def origin_of(checkpoint: Checkpoint, recipe: Recipe, options: RunOptions) -> Or
     since = [given[index][0] for index in sorted(folded)]
     since += [_lora(lora, place) for lora, place in found if lora.how.startswith("folded")]
 
-    before = source_of(_with_loras(recipe, merged_first), options)
-    source = source_of(_with_loras(recipe, [*merged_first, *since]), options) if since else before
+    components = checkpoint.source.components
+    before = only(source_of(_with_loras(recipe, merged_first), options), components)
+    source = before
+    if since:
+        source = only(source_of(_with_loras(recipe, [*merged_first, *since]), options), components)
     require_same_model(checkpoint, source)
     names = tuple(lora for lora, _ in found)
     if lost := next((lora for lora, place in places.items() if place is None), None):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,9 +56,11 @@ from svdq_cli.records import (
     W4A4Plan,
 )
 from svdq_cli.sampling import sampling_of
-from svdq_cli.source import Source, component_files, merge_loras, open_source
+from svdq_cli.source import Source, component_files, merge_loras, open_source, pipeline_index
 from svdq_cli.tokens import TokenCounts, token_counts
 from svdq_cli.writing import Target, require_precision, target_of
+
+_DENOISER_CLASS = re.compile("Transformer|UNet|Prior")  # in the names of diffusers' classes
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,13 +163,13 @@ def observation(source: Source, sampling: Sampling | None = None) -> Observation
     """How a structural plan sees what layers read: arguments made up from the signature or, where those do not do, the
     pipeline's own."""
 
-    def observe(model: nn.Module) -> Mapping[str, Reading] | None:
+    def observe(model: nn.Module, denoiser: Source) -> Mapping[str, Reading] | None:
         from svdq_cli.calibrate.capture import watch_in_pipeline
 
         if (readings := watch(model)) or source.pipeline is None:
             return readings
         usual = sampling or usual_sampling(source)
-        return watch_in_pipeline(source.pipeline, source.component, model, usual.settings)
+        return watch_in_pipeline(source.pipeline, denoiser.component, model, usual.settings)
 
     return observe
 
@@ -317,6 +320,7 @@ def warnings_of(prepared: Prepared, *, data_free: bool) -> tuple[str, ...]:
             f"{prepared.source.path} is no whole pipeline, and so the output is only its {prepared.source.component}; "
             "name the pipeline it belongs to with --base"
         )
+    found += _denoisers_left_out(prepared.source)
     if data_free:
         cure = (
             "--effort fast, balanced or best calibrates"
@@ -333,6 +337,21 @@ def warnings_of(prepared: Prepared, *, data_free: bool) -> tuple[str, ...]:
     if unfit:
         found.append(f"{len(unfit)} block layers stay at 16 bit, the first is {unfit[0].name}")
     return tuple(found)
+
+
+def _denoisers_left_out(source: Source) -> Iterator[str]:
+    """Warnings of denoisers of the pipeline that are copied as they are."""
+    if source.pipeline is None:
+        return
+    for name, value in pipeline_index(source.pipeline).items():
+        kind = value[1] if isinstance(value, list) and len(value) == 2 else None
+        if name in source.components or not isinstance(kind, str) or not _DENOISER_CLASS.search(kind):
+            continue
+        size = sum(file.stat().st_size for file in (source.pipeline / name).glob("*.safetensors"))
+        yield (
+            f"{name} ({kind}, {size / 1e9:.2f} GB), another denoiser of the pipeline, is not converted: it stays as "
+            f"it is in {source.pipeline}"
+        )
 
 
 def _structural_warning(plan: ModelPlan) -> str:
@@ -379,7 +398,7 @@ def other_components_bytes(source: Source) -> int:
     """What is copied beside the quantized component: the pipeline's other components, or the base pipeline's."""
     if source.pipeline is None:
         return 0
-    return sum(file.stat().st_size for file in component_files(source.pipeline, skip=source.component))
+    return sum(file.stat().st_size for file in component_files(source.pipeline, skip=source.components))
 
 
 def layer_counts(plan: ModelPlan) -> LayerCounts:

@@ -20,6 +20,7 @@ from diffusers import DiffusionPipeline
 from PIL.Image import Image
 
 from svdq_cli.calibrate.collect import collect_stats
+from svdq_cli.calibrate.joint import joint_model
 from svdq_cli.calibrate.pipelines import draw
 from svdq_cli.calibrate.settings import DrawSettings
 from svdq_cli.conversion.allocation import RANKS, budget_of, candidates_of, choices_of, layer_gains, plan_with
@@ -29,14 +30,13 @@ from svdq_cli.conversion.weights import finite_tensor
 from svdq_cli.evaluate.images import compare
 from svdq_cli.evaluate.layers import layer_sqnr_db
 from svdq_cli.journal import SolvedLayers, WorkFolder
-from svdq_cli.loading import load_16bit_pipeline
+from svdq_cli.loading import load_16bit_pipeline, replace_layers
 from svdq_cli.locate import DEMO_SOURCES
 from svdq_cli.machine import resolve_device
 from svdq_cli.preparing import DEFAULT_OPTIONS, Prepared, RunOptions, chosen_prompts, prepare, sampling_for
 from svdq_cli.recipe import DEFAULT_RANK, Calibration, default_recipe, with_overrides
 from svdq_cli.records import ActivationStats, Event, LayerSolution, W4A4Solution
 from svdq_cli.runtime.linear import quantized_linear
-from svdq_cli.runtime.replace import replace_linears
 
 SQNR_PROMPTS = 16  # of the judging prompts, for activations that no step has seen
 JUDGE_SEED = 1000
@@ -83,7 +83,7 @@ class Judge:
         self.reference: Sequence[Image] = draw(pipe, self.prompts, settings=self.settings)
         self.stats: Mapping[str, ActivationStats] = collect_stats(
             pipe,
-            getattr(pipe, prepared.source.component),
+            joint_model(pipe, prepared.source.components),
             prepared.plan.inputs,
             self.prompts[:SQNR_PROMPTS],
             draw=self.settings,
@@ -99,7 +99,7 @@ class Judge:
         """(mean layer SQNR of the W4A4 layers, mean PSNR of the pictures), both in dB."""
         pipe = self._pipeline()
         layers = {name: quantized_linear(solution) for name, solution in solutions.items()}
-        replace_linears(getattr(pipe, self.prepared.source.component), layers)
+        replace_layers(pipe, self.prepared.source.components, layers)
         psnr = compare(self.reference, draw(pipe, self.prompts, settings=self.settings)).psnr.mean
         figures = [
             layer_sqnr_db(
@@ -162,7 +162,7 @@ def _calibrated(prepared: Prepared, options: RunOptions) -> Statistics:
     assert prepared.sampling is not None
     stats = collect_stats(
         pipe,
-        getattr(pipe, prepared.source.component),
+        joint_model(pipe, prepared.source.components),
         prepared.plan.inputs,
         chosen_prompts(prepared.recipe, options, _quiet).texts,
         draw=prepared.sampling.settings,

@@ -118,7 +118,9 @@ class ModelPlan:
 
     family: str
     model_class: str
-    component: str  # the pipeline's folder that holds the model: "transformer" or "unet"
+    components: tuple[
+        str, ...
+    ]  # the pipeline's folders that hold it: "transformer" or "unet", and others' beside it
     parameters: int
     layers: tuple[LayerPlan, ...]
     kept: tuple[Linear, ...]

@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import threading
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,13 +23,21 @@ from svdq_cli.errors import OutOfResourcesError, UsageError
 from svdq_cli.families.layouts.layout import ModelLayout
 from svdq_cli.formats.assembly import join_layers, kept_tensor, moved_biases
 from svdq_cli.formats.contract import Format
-from svdq_cli.formats.headers import BIASES, CONFIG, FORMAT, RANKS, as_text, biases_text
-from svdq_cli.formats.modules import FileLayout, KeptTensor, StoredModule, kept_shapes, known_layout, lay_out
+from svdq_cli.formats.headers import BIASES, COMPONENT, CONFIG, FORMAT, RANKS, as_text, biases_text
+from svdq_cli.formats.modules import (
+    FileLayout,
+    KeptTensor,
+    StoredModule,
+    files_of,
+    kept_shapes,
+    known_layout,
+    lay_out_denoisers,
+)
 from svdq_cli.overlap import cores, made_ahead
 from svdq_cli.planning.plan import restricted
 from svdq_cli.records import LayerSolution, ModelPlan, OutputFile, Precision, json_text
 from svdq_cli.sampling import SAMPLING_FILE
-from svdq_cli.source import TensorEntry, file_sha256, pipeline_index, weight_files
+from svdq_cli.source import COMPONENTS, TensorEntry, component_of, file_sha256, pipeline_index, weight_files
 from svdq_cli.tensor_file import DTYPE_OF_NAME, TensorSpec, write_tensors
 
 SHARD_BYTES = 10_000_000_000  # the most that diffusers itself puts into one file
@@ -44,11 +52,11 @@ _NOT_COPIED = shutil.ignore_patterns(
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One file to write: its format, and what becomes of the model in it."""
+    """One output to write: its format, and what becomes of the model in it."""
 
     format: Format
     layout: ModelLayout | None
-    file: FileLayout
+    file: FileLayout  # of all denoisers, under their joint names
     plan: ModelPlan  # of the model's layers, as far as this file holds them in 4 bits
     dtype: torch.dtype  # of everything that is stored in 16 bits
 
@@ -57,8 +65,20 @@ class Target:
         """The plan as the format sees it: its stored modules."""
         return replace(self.plan, layers=tuple(module.plan for module in self.file.modules))
 
+    def denoisers(self) -> dict[str, Target]:
+        """By component, what is written of every denoiser alone: stored under its own names, and without those that
+        have no 4-bit layer."""
+        files = files_of(self.file, self.plan.components)
+        return {
+            component: replace(
+                self, file=file, plan=restricted(self.plan, {layer.name for layer in file.layers})
+            )
+            for component, file in files.items()
+            if file.modules
+        }
+
     def metadata(self) -> dict[str, object]:
-        """What tells the runtime what is quantized. UsageError where the format can't say it."""
+        """What tells the runtime what is quantized, of one denoiser. UsageError where the format can't say it."""
         return self.format.metadata(self.stored_plan, self.dtype)
 
     def bytes(self, state: Mapping[str, tuple[int, ...]]) -> int:
@@ -94,10 +114,11 @@ def target_of(
     for layer in plan.w4a4:
         require_precision(fmt, layer.precision)
     layout = known_layout(fmt, plan.family)
-    file = lay_out(fmt, layout, plan.layers, state)
+    file = lay_out_denoisers(fmt, layout, plan, state)
     held = {layer.name for layer in file.layers}
     target = Target(fmt, layout, file, restricted(plan, held), dtype)
-    target.metadata()  # refuses now what the format could not say at the end
+    for denoiser in target.denoisers().values():
+        denoiser.metadata()  # refuses now what the format could not say at the end
     return target
 
 
@@ -105,7 +126,7 @@ def target_of(
 class Contents:
     """The numbers of a checkpoint, by the model's own names, and what is said of their making."""
 
-    config: Mapping[str, object]  # the model's, without any quantization
+    configs: Mapping[str, Mapping[str, object]]  # of every denoiser, by component, without any quantization
     state: Mapping[str, tuple[int, ...]]  # the model's tensors, name to shape
     solutions: Mapping[str, LayerSolution]
     kept: Callable[[str], Tensor]  # reads a tensor that is stored at 16 bit
@@ -132,18 +153,23 @@ def output_file(
 
 
 def write_target(
-    path: Path, target: Target, contents: Contents, *, pipeline: Path | None, component: str
+    path: Path, target: Target, contents: Contents, *, pipeline: Path | None
 ) -> tuple[Path, ...]:
-    """Write one output to `path`: the pipeline's folder with its component quantized (or that component's alone,
-    without a pipeline), or a single file. Returns the weight files. The bytes depend on the arguments alone.
+    """Write one output to `path`: the pipeline's folder with its denoisers quantized (or the only one's alone, without
+    a pipeline), or a single file. Returns the weight files. The bytes depend on the arguments alone.
     """
+    denoisers = target.denoisers()
     if target.format.single_file:
-        return _write_file(path, target, contents)
+        ((component, denoiser),) = denoisers.items()
+        return _write_file(path, component, denoiser, contents)
     path.mkdir(parents=True, exist_ok=True)
-    folder = path / component if pipeline else path
     if pipeline:
-        copy_pipeline(pipeline, path, skip=component)
-    return _write_component(folder, target, contents)
+        copy_pipeline(pipeline, path, skip=denoisers)
+    weights: list[Path] = []
+    for component, denoiser in denoisers.items():
+        folder = path / component if pipeline else path
+        weights += _write_component(folder, denoiser, contents, contents.configs[component])
+    return tuple(weights)
 
 
 def replace_weights(folder: Path, entries: Mapping[str, TensorEntry], read: Callable[[str], Tensor]) -> None:
@@ -158,32 +184,39 @@ def replace_weights(folder: Path, entries: Mapping[str, TensorEntry], read: Call
             writer.write(key, read(key))
 
 
-def _write_component(folder: Path, target: Target, contents: Contents) -> tuple[Path, ...]:
+def _write_component(
+    folder: Path, target: Target, contents: Contents, config: Mapping[str, object]
+) -> tuple[Path, ...]:
     folder.mkdir(exist_ok=True)
-    config = {**_with_class(target, contents), "quantization_config": target.metadata()}
+    config = {**_with_class(target, config), "quantization_config": target.metadata()}
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return _save(folder / WEIGHT_FILE, target, contents, {}, limit=SHARD_BYTES)
 
 
-def _write_file(path: Path, target: Target, contents: Contents) -> tuple[Path, ...]:
+def _write_file(path: Path, component: str, target: Target, contents: Contents) -> tuple[Path, ...]:
     fmt = target.format
-    config = _with_class(target, contents)
+    config = _with_class(target, contents.configs[component])
     biases: dict[str, Tensor] = {}
+
+    def own_name(layer: str) -> str:
+        return component_of(target.plan.components, layer)[1]
+
     for module in target.file.modules:
         biases |= moved_biases(module, contents.solutions)
     own = {
         CONFIG: config,
         FORMAT: fmt.name,
-        RANKS: {layer.name: layer.rank for layer in target.plan.w4a4},
-        BIASES: biases_text(biases),
+        RANKS: {own_name(layer.name): layer.rank for layer in target.plan.w4a4},
+        BIASES: biases_text({own_name(name): bias for name, bias in biases.items()}),
+        **({} if component in COMPONENTS else {COMPONENT: component}),
     }
     metadata = {**fmt.model_metadata(target.layout, config), **target.metadata(), **own}
     path.parent.mkdir(parents=True, exist_ok=True)
     return _save(path, target, contents, as_text(metadata))
 
 
-def _with_class(target: Target, contents: Contents) -> dict[str, object]:
-    config = {key: value for key, value in contents.config.items() if key != "quantization_config"}
+def _with_class(target: Target, given: Mapping[str, object]) -> dict[str, object]:
+    config = {key: value for key, value in given.items() if key != "quantization_config"}
     config.setdefault("_class_name", target.plan.model_class)
     return config
 
@@ -388,13 +421,13 @@ def disk_errors(path: Path, *, option: str = "-o") -> Generator[None, None, None
         raise
 
 
-def copy_pipeline(source: Path, target: Path, *, skip: str) -> None:
+def copy_pipeline(source: Path, target: Path, *, skip: Collection[str]) -> None:
     """Copy the other components, and how the model is sampled. The source's README stays behind: it describes another
     model."""
     index = pipeline_index(source)
     shutil.copyfile(source / "model_index.json", target / "model_index.json")
     for name in index:
-        if name != skip and not name.startswith("_") and (source / name).is_dir():
+        if name not in skip and not name.startswith("_") and (source / name).is_dir():
             shutil.copytree(source / name, target / name, ignore=_NOT_COPIED, copy_function=shutil.copyfile)
     for text in (*source.glob("LICENSE*"), *source.glob(SAMPLING_FILE)):
         shutil.copyfile(text, target / text.name)

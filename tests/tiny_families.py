@@ -49,7 +49,7 @@ def tiny_pipeline(family: str, folder: Path, *, seed: int = 0) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         pipe = PIPELINES[family]()
-        for name in ("transformer", "unet"):
+        for name in ("transformer", "transformer_2", "unet"):
             if (model := getattr(pipe, name, None)) is not None:
                 _keep_variance(model)
     pipe.to(dtype=torch.bfloat16)
@@ -376,8 +376,9 @@ def _flux_parts() -> dict[str, object]:
     }
 
 
-def tiny_wan() -> diffusers.WanPipeline:
-    """A video pipeline of a family that svdq has no file for."""
+def tiny_wan(*, two: bool = False) -> diffusers.WanPipeline:
+    """A video pipeline of a family that svdq has no file for. With two transformers, as Wan 2.2's, the first draws the
+    steps above 0.7 of the noise; they differ in depth, so that no test takes one for the other."""
     tokenizer = t5_tokenizer()
     return diffusers.WanPipeline(
         tokenizer=tokenizer,
@@ -403,17 +404,23 @@ def tiny_wan() -> diffusers.WanPipeline:
             scale_factor_temporal=2,
             scale_factor_spatial=2,
         ),
-        transformer=diffusers.WanTransformer3DModel(
-            num_attention_heads=2,
-            attention_head_dim=WIDTH // 2,
-            in_channels=LATENT_CHANNELS,
-            out_channels=LATENT_CHANNELS,
-            text_dim=TEXT_WIDTH,
-            freq_dim=32,
-            ffn_dim=2 * WIDTH,
-            num_layers=2,
-        ),
+        transformer=_wan(),
+        transformer_2=_wan(num_layers=1) if two else None,
+        boundary_ratio=0.7 if two else None,
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+    )
+
+
+def _wan(*, num_layers: int = 2) -> diffusers.WanTransformer3DModel:
+    return diffusers.WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=WIDTH // 2,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        text_dim=TEXT_WIDTH,
+        freq_dim=32,
+        ffn_dim=2 * WIDTH,
+        num_layers=num_layers,
     )
 
 
@@ -433,6 +440,7 @@ PIPELINES: dict[str, Callable[[], diffusers.DiffusionPipeline]] = {
     "flux-kontext": tiny_flux_kontext,
     "flux-fill": tiny_flux_fill,
     "wan": tiny_wan,
+    "wan-2.2": lambda: tiny_wan(two=True),
 }
 
 

@@ -18,6 +18,7 @@ from svdq_cli.calibrate.pipelines import load_source_pipeline, split_batches
 from svdq_cli.calibrate.settings import DrawSettings
 from svdq_cli.planning.structure import Reading
 from svdq_cli.planning.watching import watch_call
+from svdq_cli.source import is_denoiser, pipeline_index
 
 _PROMPT = "a photograph"
 
@@ -36,8 +37,13 @@ def watch_in_pipeline(
 
 def _arguments(folder: Path, component: str, model: nn.Module, settings: DrawSettings) -> Arguments:
     """Of the denoiser's first call, without their numbers."""
-    pipe = load_source_pipeline(folder, dtype=torch.float32, device=None, components={component: model})
-    given = first_call(pipe, model, split_batches([_PROMPT], settings=settings)[0], settings=settings)
+    # one that is called before this one ends the run: the plan does without
+    others = {name: None for name in pipeline_index(folder) if is_denoiser(name) and name != component}
+    pipe = load_source_pipeline(
+        folder, dtype=torch.float32, device=None, components={**others, component: model}
+    )
+    batch = split_batches([_PROMPT], settings=settings)[0]
+    given = first_call(pipe, [model], batch, settings=settings)
     if given is None:
         raise RuntimeError(f"{type(pipe).__name__} never called its {component}")
     return tree_map(_to_meta, given)

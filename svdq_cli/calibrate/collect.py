@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from svdq_cli.calibrate.encode import EncodedPrompts
+from svdq_cli.calibrate.joint import JointModel
 from svdq_cli.calibrate.pipelines import Batch, denoise, drawn_batches, split_batches
 from svdq_cli.calibrate.settings import DrawSettings
 from svdq_cli.errors import InputError, UsageError
@@ -46,9 +47,9 @@ def collect_stats(
 ) -> dict[str, ActivationStats]:
     """Statistics of every input over whole denoising trajectories, in the order of `inputs`, all in memory.
 
-    `model` is the pipeline's denoiser. At most `rows` rows an input; fewer where an input has fewer tokens. The same
-    arguments give the same bits. Raises InputError for a layer that the model lacks, that the pipeline never runs, or
-    whose input is NaN or infinite.
+    `model` is the pipeline's denoiser, or the `joint_model` of several. At most `rows` rows an input; fewer where an
+    input has fewer tokens. The same arguments give the same bits. Raises InputError for a layer that the model lacks,
+    that the pipeline never runs, or whose input is NaN or infinite.
     """
     if not prompts:
         raise UsageError("no prompt to calibrate with", hint="give at least one prompt")
@@ -82,7 +83,9 @@ def collect_parts(
         return
     sharing = _Sharing.of(model, inputs)
     with _hooked(sharing.layers, sharing.compare):
-        turns = _turns_per_picture(pipe, layers, left[0], draw, encoded)
+        # other denoisers have their turn in later steps: nothing less than all of them shows how often they run
+        whole = isinstance(model, JointModel)
+        turns = _turns_per_picture(pipe, layers, left[0], draw, encoded, whole=whole)
     tallies: dict[str, _Tally] = {}
     drawn = left[0]
 
@@ -263,10 +266,13 @@ def _turns_per_picture(
     batch: Batch,
     settings: DrawSettings,
     encoded: EncodedPrompts | None,
+    *,
+    whole: bool,
 ) -> dict[str, int]:
-    """How often each input will be called for one picture, known from one denoising step of the first batch.
+    """How often each input will be called for one picture, known from one denoising step of the first batch, or from
+    the `whole` of it.
 
-    In the order of the calls, so that the first bad activation is found where it arises. Costs one step, and finds
+    In the order of the calls, so that the first bad activation is found where it arises. Costs what it draws, and finds
     a layer that the pipeline never runs before the long work begins.
     """
     seen: dict[str, int] = {}
@@ -282,12 +288,16 @@ def _turns_per_picture(
         pipe._interrupt = True  # pyright: ignore[reportAttributeAccessIssue]
 
     with _hooked(layers, count):
-        denoise(pipe, batch, settings=settings, output_type="latent", encoded=encoded, on_step=stop)
+        on_step = None if whole else stop
+        denoise(pipe, batch, settings=settings, output_type="latent", encoded=encoded, on_step=on_step)
     for name in layers:
         if name not in seen:
             raise InputError(
-                f"layer {name}: the pipeline never ran it",
-                hint="keep it at 16 bit (keep: true in the recipe's layers), or correct its name in the family",
+                f"layer {name}: the pipeline never ran it"
+                + (f" in {settings.steps} step{'s' * (settings.steps > 1)}" if whole else ""),
+                hint="keep it at 16 bit (keep: true in the recipe's layers), or correct its name in the family"
+                if not whole
+                else "draw with more steps (--steps): denoisers take turns, each has its own part of them",
                 where=name,
             )
     steps = int(getattr(pipe, "num_timesteps", settings.steps))

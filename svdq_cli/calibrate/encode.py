@@ -11,6 +11,7 @@ from torch import nn
 
 from svdq_cli.calibrate.embeddings import METHOD, EncodedPrompts
 from svdq_cli.calibrate.first_call import first_call
+from svdq_cli.calibrate.joint import denoisers_in
 from svdq_cli.calibrate.pipelines import Batch
 from svdq_cli.calibrate.settings import DrawSettings
 
@@ -21,19 +22,19 @@ _ENCODERS = "text_encoder"  # diffusers numbers the others: text_encoder_2, text
 
 
 def encode_prompts(
-    pipe: DiffusionPipeline, component: str, batches: Sequence[Batch], *, settings: DrawSettings
+    pipe: DiffusionPipeline, batches: Sequence[Batch], *, settings: DrawSettings
 ) -> EncodedPrompts | None:
-    """Encodes the batches' prompts and frees the text encoders. The denoiser, `component`, may be an empty model.
+    """Encodes the batches' prompts and frees the text encoders. The denoisers may be empty models.
 
     None, and nothing is freed, for a pipeline that does not encode its prompts in one method.
     """
     if not hasattr(type(pipe), METHOD):
         return None
     encoded = EncodedPrompts()
-    denoiser: nn.Module = getattr(pipe, component)
+    denoisers = denoisers_in(pipe)
     for batch in batches:
         with encoded.recorded(pipe, batch):
-            first_call(pipe, denoiser, batch, settings=settings)
+            first_call(pipe, denoisers, batch, settings=settings)
     if not all(encoded.answers.values()):
         return None
     _free_encoders(pipe)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -24,18 +25,19 @@ class _Called(Exception):
 
 
 def first_call(
-    pipe: DiffusionPipeline, denoiser: nn.Module, batch: Batch, *, settings: DrawSettings
+    pipe: DiffusionPipeline, denoisers: Iterable[nn.Module], batch: Batch, *, settings: DrawSettings
 ) -> Arguments | None:
-    """What the pipeline gives its denoiser first; None where it draws without ever calling it."""
+    """What the pipeline gives the denoiser that it calls first; None where it draws without calling any."""
 
     def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         raise _Called((args, kwargs))
 
-    handle = denoiser.register_forward_pre_hook(stop, with_kwargs=True)
+    handles = [denoiser.register_forward_pre_hook(stop, with_kwargs=True) for denoiser in denoisers]
     try:
         denoise(pipe, batch, settings=settings, output_type="latent")
     except _Called as called:
         return called.arguments
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     return None

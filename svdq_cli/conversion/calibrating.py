@@ -25,6 +25,7 @@ from svdq_cli.calibrate.artefact import (
 from svdq_cli.calibrate.budget import rows_within, statistics_bytes
 from svdq_cli.calibrate.collect import Spread, collect_parts
 from svdq_cli.calibrate.encode import encode_prompts
+from svdq_cli.calibrate.joint import joint_model
 from svdq_cli.calibrate.parts import MergedStats, PartFolder
 from svdq_cli.calibrate.pipelines import Batch, split_batches
 from svdq_cli.calibrate.prompts import prompts_digest
@@ -179,13 +180,13 @@ def _draw(
     started = time.monotonic()
     left = [batch for batch in batches if batch.first not in parts]
     observe(Event("start", "encode", 0, len(left)))
-    encoded = encode_prompts(pipe, source.component, left, settings=settings)
+    encoded = encode_prompts(pipe, left, settings=settings)
     observe(Event("end", "encode", len(left), len(left), seconds=time.monotonic() - started))
 
     def collect() -> None:
         collect_parts(
             pipe,
-            getattr(pipe, source.component),
+            joint_model(pipe, source.components),
             plan.inputs,
             batches,
             draw=settings,

@@ -108,9 +108,7 @@ def _pack(
     weights: list[tuple[Path, ...]] = []
     source = prepared.source
     for target, partial in zip(prepared.targets, partials, strict=True):
-        weights.append(
-            write_target(partial, target, contents, pipeline=source.pipeline, component=source.component)
-        )
+        weights.append(write_target(partial, target, contents, pipeline=source.pipeline))
         if not target.format.single_file:
             for name in prepared.recipe.components:
                 quantize_encoder(partial / name, dtype=prepared.settings.dtype)

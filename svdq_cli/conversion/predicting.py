@@ -182,7 +182,9 @@ def other_bytes(job: Forecast) -> int:
     if pipeline is None:
         return 0
     files = pipeline.glob("*/*.safetensors")
-    return sum(file.stat().st_size for file in files if file.parent.name != job.prepared.source.component)
+    return sum(
+        file.stat().st_size for file in files if file.parent.name not in job.prepared.source.components
+    )
 
 
 # ------------------------------------------------------------------------------------------------- memory and disk

@@ -38,7 +38,8 @@ BLOCK_SAMPLE = Sample(pictures=32, batches=8, calls=8)  # the last quarter of th
 
 def can_record(prepared: Prepared) -> bool:
     """Whether there are prompts, and a whole pipeline to draw them with."""
-    return prepared.sampling is not None and prepared.source.pipeline is not None
+    several = len(prepared.source.components) > 1
+    return prepared.sampling is not None and prepared.source.pipeline is not None and not several
 
 
 def recorded(
@@ -70,7 +71,7 @@ def record_blocks(
     batches = _batches(prepared, sample, settings, options, observe)
     component = prepared.source.component
     pipe = load_without_denoiser(prepared.source, class_name=prepared.plan.model_class, device=device)
-    encoded = encode_prompts(pipe, component, batches, settings=settings)
+    encoded = encode_prompts(pipe, batches, settings=settings)
 
     def record() -> Recording:
         trajectories = _trajectories(prepared, pipe, batches, settings, sample.calls, encoded, observe)

@@ -390,7 +390,7 @@ def _contents(job: Job, solved: Solved) -> Contents:
         "calibration_sha256": solved.statistics.digest if solved.statistics else None,
     }
     return Contents(
-        config=source.config,
+        configs=source.configs,
         state=job.prepared.inventory.state,
         solutions=solved.solutions,
         kept=lambda name: finite_tensor(source, name),

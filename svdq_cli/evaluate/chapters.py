@@ -223,7 +223,7 @@ def _size_tables(found: Evaluation) -> list[Table]:
         ["", "16-bit", "converted", "smaller"],
         [
             [
-                found.run.source.component,
+                ", ".join(found.run.source.components),
                 bytes_text(sizes.input),
                 bytes_text(sizes.output),
                 f"{sizes.ratio:.2f}x",

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from svdq_cli import __version__
+from svdq_cli.calibrate.joint import joint_model
 from svdq_cli.calibrate.pipelines import draw_each
 from svdq_cli.calibrate.settings import DrawSettings, settings_json
 from svdq_cli.checkpoint import Checkpoint, open_checkpoint
@@ -27,7 +28,13 @@ from svdq_cli.evaluate.gallery import (
 from svdq_cli.evaluate.judging import JudgedLayers, judge_layers, keep_layers, kept_layers
 from svdq_cli.evaluate.metrics import Metrics, find_metrics
 from svdq_cli.evaluate.scoring import Scores, score_pairs, score_pictures
-from svdq_cli.loading import choose_backend, compute_dtype, load_16bit_pipeline, load_pipeline
+from svdq_cli.loading import (
+    choose_backend,
+    compute_dtype,
+    load_16bit_pipeline,
+    load_pipeline,
+    replace_layers,
+)
 from svdq_cli.machine import resolve_device
 from svdq_cli.origin import Origin, origin_of
 from svdq_cli.preparing import (
@@ -54,9 +61,8 @@ from svdq_cli.records import (
 from svdq_cli.runtime.linear import quantized_linear
 from svdq_cli.runtime.naive import naive_solution
 from svdq_cli.runtime.nf4 import nf4_linear, require_nf4
-from svdq_cli.runtime.replace import replace_linears
 from svdq_cli.solve.modulation import solve_w4a16
-from svdq_cli.source import Source, file_sha256, read_tensor, source_digest
+from svdq_cli.source import Source, file_sha256, only, read_tensor, source_digest
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -163,7 +169,7 @@ def draw_missing(
 
 def _run(path: Path, recipe: Recipe, options: RunOptions, observe: Observer) -> Run:
     checkpoint = open_checkpoint(path)
-    source = source_of(recipe, options)
+    source = only(source_of(recipe, options), checkpoint.source.components)
     if source.pipeline is None:
         raise InputError(
             f"{source.path}: evaluation draws pictures, and this is not a whole pipeline",
@@ -204,7 +210,7 @@ def _component_sizes(source: Source) -> dict[str, int]:
     return {
         file.relative_to(source.pipeline).as_posix(): file.stat().st_size
         for file in files
-        if file.parent.name != source.component
+        if file.parent.name not in source.components
     }
 
 
@@ -238,7 +244,7 @@ def _judged(
     if (found := kept_layers(path, run.checkpoint, run.source, prompts=len(prompts))) is not None:
         return found
     pipe = loaded()
-    model: nn.Module = getattr(pipe, run.source.component)
+    model = joint_model(pipe, run.source.components)
     found = judge_layers(pipe, model, run.checkpoint, run.source, prompts, run.settings, observe)
     keep_layers(path, found, prompts=len(prompts))
     return found
@@ -280,7 +286,7 @@ def _replace(pipe: DiffusionPipeline, run: Run, make: MakeLayer) -> None:
         weight = read_tensor(run.source, f"{plan.name}.weight").flatten(1)
         bias = read_tensor(run.source, f"{plan.name}.bias") if plan.linear.bias else None
         layers[plan.name] = make(run, plan, weight, bias).to(run.device)
-    replace_linears(getattr(pipe, run.source.component), layers)
+    replace_layers(pipe, run.source.components, layers)
 
 
 def _naive_layer(run: Run, plan: LayerPlan, weight: Tensor, bias: Tensor | None) -> nn.Module:

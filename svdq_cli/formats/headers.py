@@ -19,6 +19,7 @@ CONFIG = "config"  # the diffusers config of the model, by which any of these fi
 RANKS = "svdq_ranks"  # {layer: rank}: a stored module's rank may be the sum of several, or shared by parts of a layer
 BIASES = "svdq_biases"  # {layer: base64}: what `assembly.moved_biases` keeps
 FORMAT = "svdq_format"  # the name of the format
+COMPONENT = "svdq_component"  # the pipeline's component, where its name is none of the usual two
 
 _HEADER_LIMIT = 100_000_000  # bytes; the safetensors specification's own bound
 

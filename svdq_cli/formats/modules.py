@@ -6,7 +6,7 @@ of it is known before a number is: `assembly` moves the numbers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from svdq_cli.errors import InputError, UsageError
@@ -23,7 +23,8 @@ from svdq_cli.families.layouts.layout import (
     RowOrder,
 )
 from svdq_cli.formats.contract import PLAIN, Format, Traits
-from svdq_cli.records import Int4, LayerPlan, Linear, W4A4Plan, W4A16Plan
+from svdq_cli.records import Int4, LayerPlan, Linear, ModelPlan, W4A4Plan, W4A16Plan
+from svdq_cli.source import by_component, prefix_of
 
 TILE = 128  # rows and columns of the padded matrices that the engine reads
 
@@ -136,6 +137,72 @@ def lay_out(
         )
     kept |= {name: KeptTensor((name,)) for name in rest}
     return FileLayout(tuple(modules), {n: t for n, t in kept.items() if _at_16_bits(t, quantized)})
+
+
+def lay_out_denoisers(
+    fmt: Format, layout: ModelLayout | None, plan: ModelPlan, state: Mapping[str, tuple[int, ...]]
+) -> FileLayout:
+    """`lay_out` of every denoiser of a plan, all under their joint names. `state`: the tensors of all of them."""
+    layers = by_component(plan.components, {layer.name: layer for layer in plan.layers})
+    tensors = by_component(plan.components, state)
+    files: list[FileLayout] = []
+    for component in plan.components:
+        own = tuple(with_name(layer, name) for name, layer in layers[component].items())
+        file = lay_out(fmt, layout, own, tensors[component])
+        files.append(with_prefix(file, prefix_of(plan.components, component)))
+    return joined_files(files)
+
+
+def joined_files(files: Sequence[FileLayout]) -> FileLayout:
+    """Files of one pipeline as one, whose names must differ."""
+    return FileLayout(
+        tuple(module for file in files for module in file.modules),
+        {name: tensor for file in files for name, tensor in file.kept.items()},
+    )
+
+
+def with_prefix(file: FileLayout, prefix: str) -> FileLayout:
+    """The same file, a prefix before all names: the stored ones and the model's."""
+
+    def branch(layers: tuple[LayerPlan, ...]) -> tuple[LayerPlan, ...]:
+        return tuple(with_name(layer, prefix + layer.name) for layer in layers)
+
+    if not prefix:
+        return file
+    modules = tuple(
+        replace(
+            module,
+            plan=with_name(module.plan, prefix + module.name),
+            branches=tuple(map(branch, module.branches)),
+        )
+        for module in file.modules
+    )
+    kept = {
+        prefix + name: replace(tensor, sources=tuple(prefix + source for source in tensor.sources))
+        for name, tensor in file.kept.items()
+    }
+    return FileLayout(modules, kept)
+
+
+def files_of(file: FileLayout, components: Sequence[str]) -> dict[str, FileLayout]:
+    """The file of every denoiser, stored under its own names; the model's names stay the joint ones."""
+    modules = by_component(components, {module.name: module for module in file.modules})
+    kept = by_component(components, file.kept)
+    return {
+        component: FileLayout(
+            tuple(
+                replace(module, plan=with_name(module.plan, name))
+                for name, module in modules[component].items()
+            ),
+            kept[component],
+        )
+        for component in components
+    }
+
+
+def with_name(layer: LayerPlan, name: str) -> LayerPlan:
+    """The same plan, of a layer called `name`."""
+    return layer if layer.name == name else replace(layer, linear=replace(layer.linear, name=name))
 
 
 def layers_in_file(

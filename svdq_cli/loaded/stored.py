@@ -98,7 +98,9 @@ def require_saveable(
         )
     for stamp in origin.stamps:
         _require_unchanged_file(stamp)
-    _require_unchanged_weights(model, open_checkpoint(origin.path))
+    for denoiser in open_checkpoint(origin.path).denoisers:
+        if denoiser.source.files[0].absolute().parent == origin.folder:
+            _require_unchanged_weights(model, denoiser)
     return origin
 
 

@@ -59,6 +59,13 @@ def read_loras(checkpoint: Checkpoint, loras: Sequence[tuple[Path, float]]) -> t
     """The LoRAs (file, weight) that a checkpoint's model is to take. InputError as `read_adapter` raises it."""
     if not loras:
         raise UsageError("no LoRA is named", hint="give --lora FILE or --lora FILE:WEIGHT")
+    if len(checkpoint.denoisers) > 1:
+        raise UsageError(
+            f"{checkpoint.source.path}: svdq does not yet fold LoRAs into a pipeline with several denoisers "
+            f"({', '.join(checkpoint.source.components)})",
+            hint="merge them into the 16-bit pipeline with diffusers and convert that",
+            where=str(checkpoint.source.path),
+        )
     model = ModelShapes(checkpoint.source.path, checkpoint.model_class, checkpoint.state)
     return tuple(GivenLora(require_same_base(read_adapter(path, model)), weight) for path, weight in loras)
 

@@ -162,7 +162,7 @@ def _write(
     partial.mkdir()
     folder, pipeline = partial, checkpoint.source.pipeline
     if pipeline is not None:
-        copy_pipeline(pipeline, partial, skip=checkpoint.source.component)
+        copy_pipeline(pipeline, partial, skip=checkpoint.source.components)
         folder = partial / checkpoint.source.component
         folder.mkdir()
     config = {**checkpoint.source.config, "quantization_config": target.metadata()}

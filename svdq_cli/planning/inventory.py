@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from svdq_cli.errors import InputError
 from svdq_cli.families import Family
 from svdq_cli.records import Linear
-from svdq_cli.source import Source
+from svdq_cli.source import Source, denoisers_of
 from svdq_cli.source.classes import arguments_of, empty_instance
 
 if TYPE_CHECKING:
@@ -29,16 +29,35 @@ class Inventory:
 
 
 def take_inventory(source: Source, family: Family | None) -> Inventory:
-    """The inventory of the source's model class. `family` names the class where the config does not.
+    """The inventory of the source's model class, or of all its denoisers under their joint names. `family` names the
+    class where the config does not.
 
     Raises InputError (kind `unknown-family`) for a class that nobody here defines.
     """
     class_name, config = model_config(source, family)
-    return _inventory(class_name, config, str(source.path))
+    first = _inventory(class_name, config, str(source.path))
+    others = {part.component: take_inventory(part, family) for part in denoisers_of(source)[1:]}
+    return _joined(first, others) if others else first
+
+
+def _joined(first: Inventory, others: Mapping[str, Inventory]) -> Inventory:
+    """`others` by component; the class is the first's."""
+    linears, state, stacks = [*first.linears], dict(first.state), [*first.stacks]
+    for component, other in others.items():
+        linears += [replace(linear, name=f"{component}.{linear.name}") for linear in other.linears]
+        state |= {f"{component}.{name}": shape for name, shape in other.state.items()}
+        stacks += [f"{component}.{stack}" for stack in other.stacks]
+    return Inventory(
+        model_class=first.model_class,
+        linears=tuple(linears),
+        state=state,
+        parameters=first.parameters + sum(other.parameters for other in others.values()),
+        stacks=tuple(stacks),
+    )
 
 
 def empty_model(source: Source, family: Family | None) -> nn.Module:
-    """An instance of the source's model class on torch's meta device: shapes without memory."""
+    """An instance of the class of the source's (first) denoiser on torch's meta device: shapes without memory."""
     class_name, config = model_config(source, family)
     return empty_instance(class_name, config, str(source.path))
 

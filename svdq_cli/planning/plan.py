@@ -10,11 +10,18 @@ from typing import TYPE_CHECKING, Literal
 
 from svdq_cli.errors import InputError, RecipeError
 from svdq_cli.families import Family, family_named, find_family
-from svdq_cli.planning.inventory import Inventory, empty_model, take_inventory
+from svdq_cli.planning.inventory import Inventory, empty_model, model_config, take_inventory
 from svdq_cli.planning.matching import require_own_tensors
-from svdq_cli.planning.structure import STRUCTURAL, Reading, Roles, shared_input, structural_roles
+from svdq_cli.planning.structure import (
+    STRUCTURAL,
+    Reading,
+    Roles,
+    joined_roles,
+    shared_input,
+    structural_roles,
+)
 from svdq_cli.records import LayerPlan, Linear, ModelPlan, Precision, SharedInput, W4A4Plan, W4A16Plan
-from svdq_cli.source import Source
+from svdq_cli.source import Source, denoisers_of, prefix_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -65,7 +72,7 @@ class Group:
 
 
 LayerRule = LayerOverride | Skip | Include | Group
-Observation = Callable[["nn.Module"], Mapping[str, Reading] | None]
+Observation = Callable[["nn.Module", Source], Mapping[str, Reading] | None]
 
 
 def watch(model: nn.Module) -> Mapping[str, Reading] | None:
@@ -83,23 +90,20 @@ def plan_model(
     family: str = "auto",
     overrides: tuple[LayerRule, ...] = (),
     supports: Callable[[LayerPlan], str | None],
-    observe: Observation = watch,
+    observe: Observation = lambda model, source: watch(model),
 ) -> ModelPlan:
     """The plan of one model. A model without a family file, or `family` "structural", gets a structural plan.
 
     `supports` is the output format's say: None, or why it can't hold a layer; such a layer is kept at 16 bit.
-    `observe` runs an empty model to see what its layers read; only a structural plan asks.
+    `observe` runs an empty model (of a source with one denoiser) to see what its layers read; only a structural plan
+    asks.
     Raises InputError when names and rules disagree, RecipeError for an override that matches nothing.
     """
     where = str(source.path)
     known = _family_of(source, family)
     inventory = take_inventory(source, known)
     require_own_tensors(source, inventory)
-    if known:
-        roles = _resolve_rules(known, inventory, where)
-    else:
-        roles = structural_roles(inventory, observe(empty_model(source, None)))
-    roles = _with_rules(roles, inventory, overrides)
+    roles = _with_rules(_roles(source, family, observe), inventory, overrides)
     exceptions = tuple(rule for rule in overrides if isinstance(rule, LayerOverride))
 
     layers: list[LayerPlan] = []
@@ -130,12 +134,30 @@ def plan_model(
     return ModelPlan(
         family=known.name if known else STRUCTURAL,
         model_class=inventory.model_class,
-        component=source.component,
+        components=source.components,
         parameters=inventory.parameters,
         layers=tuple(layers),
         kept=tuple(kept),
         inputs=tuple(shared for group in roles.inputs if (shared := _only(group, planned)) is not None),
     )
+
+
+def _roles(source: Source, family: str, observe: Observation) -> Roles:
+    """Of every denoiser's layers, under their joint names. Denoisers of one class and config have the same."""
+    known: dict[tuple[str, str], Roles] = {}
+    found = Roles(frozenset(), frozenset(), ())
+    for part in denoisers_of(source):
+        own = _family_of(part, family)
+        config = model_config(part, own)
+        if config not in known:
+            inventory = take_inventory(part, own)
+            known[config] = (
+                _resolve_rules(own, inventory, str(part.path))
+                if own
+                else structural_roles(inventory, observe(empty_model(part, None), part))
+            )
+        found = joined_roles(found, known[config], prefix_of(source.components, part.component))
+    return found
 
 
 def _family_of(source: Source, wanted: str) -> Family | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from svdq_cli.planning.inventory import Inventory
@@ -62,6 +62,21 @@ def structural_roles(inventory: Inventory, readings: Mapping[str, Reading] | Non
             modulation = linear.name in w4a16
             groups[(block, modulation, reading.source) if reading else linear.name].append(linear.name)
     return Roles(frozenset(w4a4), frozenset(w4a16), tuple(shared_input(names) for names in groups.values()))
+
+
+def joined_roles(first: Roles, other: Roles, prefix: str) -> Roles:
+    """Both, the names of `other` with a prefix."""
+
+    def named(names: Iterable[str]) -> tuple[str, ...]:
+        return tuple(prefix + name for name in names)
+
+    inputs = tuple(
+        SharedInput(prefix + shared.name, named(shared.layers), tuple(map(named, shared.branches)))
+        for shared in other.inputs
+    )
+    return Roles(
+        first.w4a4.union(named(other.w4a4)), first.w4a16.union(named(other.w4a16)), (*first.inputs, *inputs)
+    )
 
 
 def shared_input(names: list[str]) -> SharedInput:

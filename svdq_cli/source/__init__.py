@@ -11,16 +11,19 @@ from types import MappingProxyType
 
 from svdq_cli.errors import InputError
 from svdq_cli.source.adapters import adapter_file
+from svdq_cli.source.denoisers import by_component, component_of, denoisers_of, joined, only, prefix_of
 from svdq_cli.source.folders import (
     INDEX_SUFFIX,
     component_files,
+    denoiser_components,
+    denoiser_order,
     index_component,
+    is_denoiser,
     model_files,
     one_shard,
     open_component,
     open_pipeline,
     pipeline_index,
-    quantized_component,
     shard_number,
     weight_files,
 )
@@ -44,14 +47,23 @@ __all__ = [
     "Source",
     "TensorEntry",
     "adapter_file",
+    "by_component",
     "component_files",
+    "component_of",
+    "denoiser_components",
+    "denoiser_order",
+    "denoisers_of",
     "described_config",
     "file_sha256",
     "index_component",
+    "is_denoiser",
     "is_finite",
+    "joined",
     "merge_loras",
+    "only",
     "open_source",
     "pipeline_index",
+    "prefix_of",
     "read_header",
     "read_json",
     "read_tensor",
@@ -110,8 +122,8 @@ def _open_folder(path: Path, base: Path | None) -> Source:
     has_config = (path / "config.json").is_file()
     refuse_other_components(path, read_json(path / "config.json") if has_config else None)
     if has_config:
-        given = quantized_component(base) if base else "transformer"
-        component = path.name if path.name in COMPONENTS else given
+        known = denoiser_components(base) if base else COMPONENTS
+        component = path.name if path.name in known else known[0]
         source = open_component(path, pipeline=base, component=component)
         if not has_original_names(source.tensors):
             return source

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from svdq_cli.errors import InputError
+from svdq_cli.source.denoisers import joined
 from svdq_cli.source.float8 import float8_upconverted
 from svdq_cli.source.headers import damaged, pickled, read_header, read_json
 from svdq_cli.source.model import COMPONENTS, Source
@@ -18,12 +19,17 @@ from svdq_cli.source.tensors import StoredTensor
 _WEIGHT_NAMES = ("diffusion_pytorch_model", "model")
 INDEX_SUFFIX = ".safetensors.index.json"
 _SHARD = re.compile(r"-(\d{1,6})-of-(\d{1,6})\.safetensors$")
+# What pipelines call their denoisers: transformer, transformer_2, unet, unconditional_transformer.
+_DENOISER = re.compile(r"([a-z]+_)?(transformer|unet)(_\d+)?")
 _PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth")
 
 
 def open_pipeline(path: Path) -> Source:
-    """A pipeline folder's transformer or UNet."""
-    component = quantized_component(path)
+    """A pipeline folder's transformer or UNet, or all of them."""
+    return joined([_denoiser(path, component) for component in denoiser_components(path)])
+
+
+def _denoiser(path: Path, component: str) -> Source:
     folder = path / component
     if not (folder / "config.json").is_file():
         raise InputError(
@@ -35,17 +41,35 @@ def open_pipeline(path: Path) -> Source:
 
 
 def quantized_component(pipeline: Path) -> str:
-    """The part of a pipeline that svdq quantizes. Raises InputError where there is none."""
+    """The first of `denoiser_components`."""
+    return denoiser_components(pipeline)[0]
+
+
+def denoiser_components(pipeline: Path) -> tuple[str, ...]:
+    """The parts of a pipeline that svdq quantizes: transformers and UNets, the first of them first (Wan 2.2 has
+    transformer and transformer_2). Raises InputError where there is none."""
     index = pipeline_index(pipeline)
-    for component in COMPONENTS:
-        if component in index:
-            return component
+    # a component that the pipeline does without is [null, null]
+    there = [name for name, value in index.items() if not isinstance(value, list) or value[:1] != [None]]
+    found = [name for name in there if is_denoiser(name)]
+    if found:
+        return tuple(sorted(found, key=denoiser_order))
     raise InputError(
         f"{pipeline}: this pipeline ({index.get('_class_name')}) has neither a transformer nor a unet",
         hint="svdq quantizes diffusion transformers and UNets",
         where=str(pipeline),
         kind="unknown-family",
     )
+
+
+def is_denoiser(component: str) -> bool:
+    """Whether a pipeline's component of that name is what svdq quantizes."""
+    return _DENOISER.fullmatch(component) is not None
+
+
+def denoiser_order(component: str) -> tuple[bool, str]:
+    """By which a pipeline's denoisers are sorted."""
+    return component not in COMPONENTS, component
 
 
 def pipeline_index(pipeline: Path) -> Mapping[str, object]:
@@ -63,11 +87,11 @@ def pipeline_index(pipeline: Path) -> Mapping[str, object]:
     return index
 
 
-def component_files(pipeline: Path, *, skip: str) -> Iterator[Path]:
-    """The files of all components but `skip`. Raises InputError for what no copy can be made of."""
+def component_files(pipeline: Path, *, skip: Collection[str]) -> Iterator[Path]:
+    """The files of all components but those to `skip`. Raises InputError for what no copy can be made of."""
     for name in pipeline_index(pipeline):
         folder = pipeline / name
-        if name != skip and not name.startswith("_") and folder.is_dir():
+        if name not in skip and not name.startswith("_") and folder.is_dir():
             yield from _plain_files(folder)
 
 

@@ -33,18 +33,30 @@ class Source:
 
     `pipeline` is the folder that holds the other components: the model's own, or the base pipeline of a single file;
     None where there is none. `tensors` is empty for a bare config. `companions` are other components (text encoders,
-    autoencoder) whose tensors take the place of those in `pipeline`.
+    autoencoder) whose tensors take the place of those in `pipeline`. A pipeline with several denoisers is one source:
+    see `source.denoisers` for what their layers are called.
     """
 
     path: Path
     pipeline: Path | None
-    component: str  # "transformer" or "unet"
+    component: str  # of the (first) denoiser: "transformer" or "unet"
     config: Mapping[str, object]
-    tensors: Mapping[str, TensorEntry]
+    tensors: Mapping[str, TensorEntry]  # of all denoisers
     companions: Mapping[str, Mapping[str, TensorEntry]] = field(default_factory=dict)
     kind: str = "diffusers folder"  # how the weights were stored, for people
     warnings: tuple[str, ...] = ()
     config_from: ConfigFrom = "folder"
+    further: Mapping[str, Mapping[str, object]] = field(default_factory=dict)  # other denoisers' configs
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """Of all denoisers, in order."""
+        return (self.component, *self.further)
+
+    @property
+    def configs(self) -> Mapping[str, Mapping[str, object]]:
+        """Of all denoisers, by component."""
+        return {self.component: self.config, **self.further}
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -73,12 +85,15 @@ def tensor_entry(source: Source, name: str) -> TensorEntry:
 
 
 def source_digest(source: Source, stop: threading.Event | None = None) -> str:
-    """sha256 of the model as it is read: its config, and the sha256 of every tensor under its diffusers name.
+    """sha256 of the model as it is read: its configs, and the sha256 of every tensor under its diffusers name.
 
     The same weights have the same digest in whatever file they lie, under whatever names. CancelledError once `stop` is
     set.
     """
     digest = hashlib.sha256(json.dumps(described_config(source.config), sort_keys=True).encode())
+    for component, config in source.further.items():
+        said = {component: described_config(config)}
+        digest.update(json.dumps(said, sort_keys=True).encode())
     for (name, entry), content in made_ahead(
         sorted(source.tensors.items()), lambda named: content_sha256(named[1]), threads=_HASHERS
     ):

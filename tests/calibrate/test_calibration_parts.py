@@ -117,7 +117,7 @@ def test_text_encoders_go_before_the_denoiser_runs(tiny_flux: Path, tmp_path: Pa
     pipe = load_source_pipeline(tiny_flux, dtype=torch.float32)
     model: nn.Module = cast(Any, pipe).transformer
     whole = collect_stats(pipe, model, INPUTS, PROMPTS[:2], draw=settings, rows=ROWS)
-    encoded = encode_prompts(pipe, "transformer", batches, settings=settings)
+    encoded = encode_prompts(pipe, batches, settings=settings)
     assert encoded is not None
     assert cast(Any, pipe).text_encoder is None
     assert cast(Any, pipe).text_encoder_2 is None
@@ -138,8 +138,8 @@ def test_text_encoders_go_before_the_denoiser_runs(tiny_flux: Path, tmp_path: Pa
 def test_a_pipelines_run_ends_at_its_first_call_of_the_denoiser(pipe: DiffusionPipeline):
     model: nn.Module = cast(Any, pipe).transformer
     batch = split_batches(PROMPTS[:1], settings=DRAW)[0]
-    assert first_call(pipe, nn.Linear(1, 1), batch, settings=DRAW) is None, "that one is never called"
-    given = first_call(pipe, model, batch, settings=DRAW)
+    assert first_call(pipe, [nn.Linear(1, 1)], batch, settings=DRAW) is None, "that one is never called"
+    given = first_call(pipe, [model], batch, settings=DRAW)
     assert given is not None
     args, kwargs = given
     assert not args
