@@ -76,7 +76,7 @@ def test_layers_planned_to_share_an_input_read_the_same_tensor(family: str, fold
     """Seen by hooks of this test's own, in one denoising step; every quantized layer is run."""
     prepared = prepare(recipe_for(folder))
     pipe = load_source_pipeline(folder, dtype=torch.float32)
-    model = getattr(pipe, prepared.plan.component)
+    model = getattr(pipe, prepared.source.component)
     read: dict[str, list[torch.Tensor]] = {}
     for layer in prepared.plan.layers:
 

@@ -1,0 +1,147 @@
+"""Wan 2.2: two transformers, each with its own steps, converted, checked and run as one model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from svdq_cli.calibrate.artefact import open_calibration
+from svdq_cli.checkpoint import open_checkpoint
+from svdq_cli.errors import InputError
+from svdq_cli.formats.headers import header_metadata
+from svdq_cli.loading import load_pipeline
+from svdq_cli.pipeline import calibrate, check, convert, inspect_checkpoint, inspect_source, predict
+from svdq_cli.preparing import RunOptions, prepare
+from svdq_cli.recipe import Recipe, default_recipe
+from svdq_cli.recipe.model import Calibration, Quantization
+from svdq_cli.records import ConvertReport
+from svdq_cli.source import denoisers_of, only, open_source, source_digest
+from tests.tiny_families import tiny_pipeline
+
+CPU = RunOptions(device="cpu")
+FIRST, SECOND = "blocks.0.attn1.to_q", "transformer_2.blocks.0.attn1.to_q"
+COMPONENTS = ("transformer", "transformer_2")
+
+
+@pytest.fixture(scope="module")
+def wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_pipeline("wan-2.2", tmp_path_factory.mktemp("two") / "wan")
+
+
+def recipe_for(folder: Path, **changes: object) -> Recipe:
+    prompts = folder.parent / "prompts.txt"
+    prompts.write_text("a red fox\na blue ship\n")
+    drawn = {"prompts": str(prompts), "samples": 2, "height": 32, "width": 32, "frames": 5, "steps": 4}
+    drawn |= {"max_sequence_length": 16, "rows": 128, "guidance": 3.0, **changes}
+    return default_recipe(
+        str(folder),
+        calibration=Calibration.model_validate(drawn),
+        quantization=Quantization.model_validate({"rank": 16, "smoothing": "closed-form"}),
+    )
+
+
+@pytest.fixture(scope="module")
+def calibration(wan: Path) -> Path:
+    calibrate(recipe_for(wan), wan.parent / "calib", options=CPU)
+    return wan.parent / "calib"
+
+
+@pytest.fixture(scope="module")
+def converted(wan: Path, calibration: Path) -> tuple[Path, ConvertReport]:
+    out = wan.parent / "out"
+    return out, convert(recipe_for(wan), out, calibration=calibration, options=CPU)
+
+
+def test_names_tell_the_denoisers_apart(wan: Path):
+    plan = prepare(recipe_for(wan)).plan
+    assert plan.components == COMPONENTS
+    names = [layer.name for layer in plan.layers]
+    assert len(set(names)) == len(names)
+    assert {FIRST, SECOND, "blocks.1.attn1.to_q"} <= set(names)
+    assert "transformer_2.blocks.1.attn1.to_q" not in names, "the second has one block"
+    queries = next(shared for shared in plan.inputs if shared.name == SECOND)
+    assert queries.layers == tuple(f"transformer_2.blocks.0.attn1.to_{each}" for each in "qkv")
+
+
+def test_each_denoiser_is_calibrated_on_its_own_steps(calibration: Path):
+    """Of four steps at 1000, 667, 334 and 1 one is above 0.7 of 1000; guidance makes two passes of each."""
+    opened = open_calibration(calibration)
+    tokens = 3 * 8 * 8  # 5 frames are 3 of the latents; 32 pixels, 4 a token
+    for name, steps in ((FIRST, 1), (SECOND, 3)):
+        stats = opened.stats(name)
+        assert stats.tokens_seen == 2 * steps * 2 * tokens
+        assert stats.rows.shape[0] == 128
+    assert not torch.equal(opened.stats(FIRST).abs_max, opened.stats(SECOND).abs_max)
+
+
+def test_a_denoiser_that_has_no_step_is_named(wan: Path, tmp_path: Path):
+    with pytest.raises(InputError, match=r"transformer_2\..*never ran it in 1 step$") as caught:
+        calibrate(recipe_for(wan, steps=1), tmp_path / "calib", options=CPU)
+    assert "more steps" in str(caught.value.hint)
+
+
+def test_sizes_and_counts_are_of_both(wan: Path, converted: tuple[Path, ConvertReport]):
+    out, report = converted
+    parameters = sum(
+        sum(tensor.numel() for tensor in load_file(file).values()) for file in open_source(wan).files
+    )
+    planned = predict(recipe_for(wan), options=CPU)
+    assert report.model.parameters == planned.model.parameters == parameters
+    assert report.bytes.input == planned.bytes.input == 2 * parameters
+    written = [out / name / "diffusion_pytorch_model.safetensors" for name in COMPONENTS]
+    assert report.outputs[0].bytes == sum(file.stat().st_size for file in written)
+    assert report.layers == planned.layers
+    assert SECOND in report.layer_sqnr_db.per_layer
+    assert not any("not converted" in warning for warning in report.warnings)
+
+
+def test_both_denoisers_are_checked_and_inspected(wan: Path, converted: tuple[Path, ConvertReport]):
+    out, _ = converted
+    source = open_source(wan)
+    found = check(out, against=source)
+    assert found.status == "ok"
+    assert found.layer_error is not None
+    assert {FIRST, SECOND} <= found.layer_error.keys()
+    names = [{layer.name: layer.role for layer in report.layers} for report in (inspect_checkpoint(out),)]
+    assert names[0] == {layer.name: layer.role for layer in inspect_source(recipe_for(wan)).layers}
+    assert json.loads((out / "transformer_2" / "config.json").read_text())["num_layers"] == 1
+
+
+def test_damage_in_the_second_denoiser_is_found(converted: tuple[Path, ConvertReport], tmp_path: Path):
+    out = shutil.copytree(converted[0], tmp_path / "damaged")
+    file = out / "transformer_2" / "diffusion_pytorch_model.safetensors"
+    tensors, metadata = load_file(file), header_metadata(file)
+    tensors["proj_out.bias"][0] = torch.nan
+    save_file(tensors, file, metadata)
+    found = check(out)
+    assert [problem.layer for problem in found.problems] == ["transformer_2.proj_out.bias"]
+
+
+def test_a_loaded_pipeline_runs_both_in_4_bits(converted: tuple[Path, ConvertReport]):
+    out, _ = converted
+    checkpoint = open_checkpoint(out)
+    pipe = cast("Any", load_pipeline(out, device="cpu"))
+    for component, denoiser in zip(COMPONENTS, checkpoint.denoisers, strict=True):
+        model = getattr(pipe, component)
+        assert all(hasattr(model.get_submodule(plan.name), "plan") for plan in denoiser.layers)
+    called: list[str] = []
+    for component in COMPONENTS:
+        getattr(pipe, component).register_forward_pre_hook(lambda *_, name=component: called.append(name))
+    video = pipe("a fox", num_inference_steps=4, height=32, width=32, num_frames=5, guidance_scale=1.0)
+    assert called == ["transformer", *["transformer_2"] * 3]
+    assert len(video.frames[0]) == 5
+
+
+def test_the_digest_counts_both_denoisers(wan: Path):
+    source = open_source(wan)
+    digests = {source_digest(source), *(source_digest(part) for part in denoisers_of(source))}
+    assert len(digests) == 3
+    second = only(source, ["transformer_2"])
+    assert second.components == ("transformer_2",)
+    assert f"{FIRST}.weight" in second.tensors, "alone, its layers have their own names"
