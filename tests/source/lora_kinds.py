@@ -10,6 +10,7 @@ The forward is the authority: lycoris-lora 4.1.3 merges LoHa and LoKr with alpha
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,13 @@ class TrainedLayer:
     x: Tensor
     before: Tensor
     after: Tensor
+
+    def as_rows(self) -> TrainedLayer:
+        """A convolution's pixels as the rows that a linear layer reads."""
+        if self.x.ndim == 2:
+            return self
+        rows = (tensor.movedim(1, -1).flatten(0, -2) for tensor in (self.x, self.before, self.after))
+        return TrainedLayer(*rows)
 
     def error(self, before: Tensor, after: Tensor) -> float:
         """Of another model's change from `before` to `after`, relative to the library's."""
@@ -87,7 +95,7 @@ PEFT: dict[str, PeftKind] = {
     "LoHa with patterns": _loha(alpha_pattern=_PATTERNS, rank_pattern={"to_.": 8, "proj_in": 2}),
     "LoKr": _lokr(),
     "LoKr, both factored": _lokr(r=2, decompose_both=True),
-    "LoKr, whole": _lokr(r=64),
+    "LoKr, whole": _lokr(r=64, alpha=200),
     "LoKr, whole with patterns": _lokr(
         r=64, alpha_pattern=_PATTERNS, rank_pattern={"to_.": 80, "proj_in": 90}
     ),
@@ -200,9 +208,11 @@ def _is_adapter_s(name: str) -> bool:
 
 def _shake(parameters: Mapping[str, nn.Parameter]) -> None:
     """Other numbers, of a size that the change is seen beside the weight and does not drown it."""
-    for parameter in parameters.values():
+    for name, parameter in parameters.items():
         size = float(parameter.detach().abs().mean())
-        parameter.data += (0.3 * size + 0.05) * torch.randn_like(parameter)
+        # a Kronecker product of two whole matrices has no ranks to add up
+        least = 0.25 if re.search(r"\blokr_w[12]\b", name) else 0.05
+        parameter.data += (0.3 * size + least) * torch.randn_like(parameter)
 
 
 @torch.no_grad()
