@@ -23,7 +23,15 @@ from svdq_cli.formats import FORMATS
 from svdq_cli.formats.assembly import source_tensor, take_layer
 from svdq_cli.formats.branches import take_branch
 from svdq_cli.formats.contract import SIXTEEN_BIT, Branch, Format, PackedFacts, TensorSpec
-from svdq_cli.formats.headers import COMPONENT, CONFIG, biases_of, header_metadata, json_value, ranks_of
+from svdq_cli.formats.headers import (
+    COMPONENT,
+    CONFIG,
+    SCHEDULER,
+    biases_of,
+    header_metadata,
+    json_value,
+    ranks_of,
+)
 from svdq_cli.formats.modules import (
     FileLayout,
     StoredModule,
@@ -295,7 +303,9 @@ def _open_file(path: Path) -> Checkpoint:
             where=str(path),
         )
     component = metadata.get(COMPONENT, "transformer")
-    source = Source(path, None, component if is_denoiser(component) else "transformer", config, tensors)
+    denoiser = component if is_denoiser(component) else "transformer"
+    scheduler = json_value(metadata, SCHEDULER) or {}
+    source = Source(path, None, denoiser, config, tensors, scheduler=scheduler)
     said = {
         key: json_value(metadata, key) if text.startswith("{") else text for key, text in metadata.items()
     }

@@ -29,6 +29,7 @@ from svdq_cli.records import (
     ignore_events,
 )
 from svdq_cli.runtime.linear import w4a16_rounded_weight
+from svdq_cli.source import needed_settings
 from svdq_cli.writing import (
     Contents,
     Target,
@@ -81,6 +82,7 @@ def export(
         solutions=_Solutions(checkpoint),
         kept=lambda name: _sixteen_bit(checkpoint, name),
         provenance=checkpoint.provenance,
+        scheduler=needed_settings(checkpoint.source),
     )
     observe(Event("start", "pack", 0, 1))
     with whole_output(out, overwrite=options.overwrite) as partial:

@@ -30,7 +30,8 @@ from svdq_cli.runtime.linear import quantized_linear
 from svdq_cli.runtime.operands import objection
 from svdq_cli.runtime.replace import fuse_feed_forwards, replace_linears, share_quantizers
 from svdq_cli.sampling import sampling_of, with_call_defaults
-from svdq_cli.source import Source, by_component, denoisers_of, read_tensor
+from svdq_cli.schedulers import scheduler_with
+from svdq_cli.source import Source, by_component, denoisers_of, has_settings, read_tensor
 from svdq_cli.source.classes import model_class
 
 if TYPE_CHECKING:
@@ -125,7 +126,8 @@ def load_pipeline(
         models[component], objections = load_model(denoiser, dtype=dtype, backend=backend_facts)
         refused |= objections
         adopt_model(models[component], Origin.of(denoiser, Path(path)))
-    pipe = load_source_pipeline(pipeline, dtype=dtype, device=chosen, components=models)
+    components = {**models, **_own_scheduler(checkpoint.source, pipeline)}
+    pipe = load_source_pipeline(pipeline, dtype=dtype, device=chosen, components=components)
     adopt_pipeline(pipe, pipeline)
     with_call_defaults(pipe, sampling_of(replace(checkpoint.source, pipeline=pipeline)))
     pipe.svdq_backend = _with_refused(backend_facts, refused)  # type: ignore[attr-defined]
@@ -149,7 +151,8 @@ def load_without_denoiser(source: Source, *, class_name: str, device: torch.devi
     empty = {
         denoiser.component: _empty_denoiser(denoiser, class_name, dtype) for denoiser in denoisers_of(source)
     }
-    pipe = load_source_pipeline(source.pipeline, dtype=dtype, device=None, components=empty)
+    components = {**empty, **_own_scheduler(source, source.pipeline)}
+    pipe = load_source_pipeline(source.pipeline, dtype=dtype, device=None, components=components)
     for name, entries in source.companions.items():
         _replace_weights(getattr(pipe, name), {key: entry.read() for key, entry in entries.items()}, name)
     parts = [part for _, part in _other_parts(pipe, source)]
@@ -159,6 +162,13 @@ def load_without_denoiser(source: Source, *, class_name: str, device: torch.devi
     if crowded:
         _tell_device([*empty.values(), *(part for part in parts if part not in crowded)], device)
     return pipe
+
+
+def _own_scheduler(source: Source, pipeline: Path) -> dict[str, object]:
+    """The scheduler that a model needs, where it needs another than its pipeline has."""
+    if has_settings(pipeline, source.scheduler):
+        return {}
+    return {"scheduler": scheduler_with(pipeline, source.scheduler)}
 
 
 def load_beside(

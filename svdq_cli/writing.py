@@ -10,7 +10,7 @@ import shutil
 import threading
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from svdq_cli.errors import OutOfResourcesError, UsageError
 from svdq_cli.families.layouts.layout import ModelLayout
 from svdq_cli.formats.assembly import join_layers, kept_tensor, moved_biases
 from svdq_cli.formats.contract import Format
-from svdq_cli.formats.headers import BIASES, COMPONENT, CONFIG, FORMAT, RANKS, as_text, biases_text
+from svdq_cli.formats.headers import BIASES, COMPONENT, CONFIG, FORMAT, RANKS, SCHEDULER, as_text, biases_text
 from svdq_cli.formats.modules import (
     FileLayout,
     KeptTensor,
@@ -37,7 +37,16 @@ from svdq_cli.overlap import cores, made_ahead
 from svdq_cli.planning.plan import restricted
 from svdq_cli.records import LayerSolution, ModelPlan, OutputFile, Precision, json_text
 from svdq_cli.sampling import SAMPLING_FILE
-from svdq_cli.source import COMPONENTS, TensorEntry, component_of, file_sha256, pipeline_index, weight_files
+from svdq_cli.schedulers import write_scheduler
+from svdq_cli.source import (
+    COMPONENTS,
+    TensorEntry,
+    component_of,
+    file_sha256,
+    has_settings,
+    pipeline_index,
+    weight_files,
+)
 from svdq_cli.tensor_file import DTYPE_OF_NAME, TensorSpec, write_tensors
 
 SHARD_BYTES = 10_000_000_000  # the most that diffusers itself puts into one file
@@ -131,6 +140,8 @@ class Contents:
     solutions: Mapping[str, LayerSolution]
     kept: Callable[[str], Tensor]  # reads a tensor that is stored at 16 bit
     provenance: Mapping[str, object] | None
+    # settings that the model needs of whatever scheduler it is run with
+    scheduler: Mapping[str, object] = field(default_factory=dict)
 
 
 def report_path(output: Path, fmt: Format) -> Path:
@@ -165,6 +176,8 @@ def write_target(
     path.mkdir(parents=True, exist_ok=True)
     if pipeline:
         copy_pipeline(pipeline, path, skip=denoisers)
+        if not has_settings(pipeline, contents.scheduler):
+            write_scheduler(path, pipeline, contents.scheduler)
     weights: list[Path] = []
     for component, denoiser in denoisers.items():
         folder = path / component if pipeline else path
@@ -209,6 +222,7 @@ def _write_file(path: Path, component: str, target: Target, contents: Contents) 
         RANKS: {own_name(layer.name): layer.rank for layer in target.plan.w4a4},
         BIASES: biases_text({own_name(name): bias for name, bias in biases.items()}),
         **({} if component in COMPONENTS else {COMPONENT: component}),
+        **({SCHEDULER: contents.scheduler} if contents.scheduler else {}),
     }
     metadata = {**fmt.model_metadata(target.layout, config), **target.metadata(), **own}
     path.parent.mkdir(parents=True, exist_ok=True)

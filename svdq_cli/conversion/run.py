@@ -74,7 +74,7 @@ from svdq_cli.records import (
     Observer,
     ignore_events,
 )
-from svdq_cli.source import file_sha256, source_digest
+from svdq_cli.source import file_sha256, needed_settings, source_digest
 from svdq_cli.writing import Contents, refuse_existing, remove_leftovers, require_disk
 
 _REPORTED = ("svdq_version", "versions", "source_sha256", "calibration_sha256", "loras_sha256")
@@ -394,6 +394,7 @@ def _contents(job: Job, solved: Solved) -> Contents:
         state=job.prepared.inventory.state,
         solutions=solved.solutions,
         kept=lambda name: finite_tensor(source, name),
+        scheduler=needed_settings(source),
         provenance={
             **provenance,
             "fingerprint": hashlib.sha256(json.dumps(provenance, sort_keys=True).encode()).hexdigest(),

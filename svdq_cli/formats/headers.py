@@ -18,6 +18,7 @@ from svdq_cli.formats.json_keys import json_object
 CONFIG = "config"  # the diffusers config of the model, by which any of these files is opened again
 RANKS = "svdq_ranks"  # {layer: rank}: a stored module's rank may be the sum of several, or shared by parts of a layer
 BIASES = "svdq_biases"  # {layer: base64}: what `assembly.moved_biases` keeps
+SCHEDULER = "svdq_scheduler"  # settings that the model needs of its pipeline's scheduler
 FORMAT = "svdq_format"  # the name of the format
 COMPONENT = "svdq_component"  # the pipeline's component, where its name is none of the usual two
 

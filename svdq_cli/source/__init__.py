@@ -39,6 +39,7 @@ from svdq_cli.source.model import (
     tensor_entry,
 )
 from svdq_cli.source.other_files import refuse_other_components
+from svdq_cli.source.prediction import has_settings, needed_settings, scheduler_config
 from svdq_cli.source.single_file import has_original_names, open_single_file
 from svdq_cli.source.tensors import TensorEntry, is_finite
 
@@ -55,11 +56,13 @@ __all__ = [
     "denoisers_of",
     "described_config",
     "file_sha256",
+    "has_settings",
     "index_component",
     "is_denoiser",
     "is_finite",
     "joined",
     "merge_loras",
+    "needed_settings",
     "only",
     "open_source",
     "pipeline_index",
@@ -67,6 +70,7 @@ __all__ = [
     "read_header",
     "read_json",
     "read_tensor",
+    "scheduler_config",
     "source_digest",
     "tensor_entry",
     "weight_files",

@@ -14,8 +14,8 @@ from pathlib import Path
 from torch import Tensor
 
 from svdq_cli.errors import InputError
-from svdq_cli.source.float8 import FLOAT8
 from svdq_cli.source.tensors import StoredTensor, is_finite
+from svdq_cli.source.upconverted import FLOAT8
 
 _MERGE_ELSEWHERE = "merge it into the model with the tool that trained it, and convert the result"
 _DAMAGED = "the file is damaged; download it again"

@@ -8,25 +8,32 @@ shape.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
+import torch
 from torch import Tensor
 
-from svdq_cli.source.folders import weight_files
-from svdq_cli.source.headers import read_header, read_json
+from svdq_cli.errors import InputError
+from svdq_cli.source.folders import component_tensors, pipeline_index
+from svdq_cli.source.markers import without_markers
 from svdq_cli.source.names import (
     Naming,
     Rule,
     block_numbers,
+    claim,
     convert_names,
     expanded,
     fused,
     numbered,
     renamed,
 )
-from svdq_cli.source.tensors import TensorEntry
+from svdq_cli.source.tensors import SIXTEEN_BIT_OR_MORE, Float8Tensor, StoredTensor, TensorEntry
+from svdq_cli.source.upconverted import Reading
+
+Entry = TypeVar("Entry", bound=TensorEntry)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,31 +155,109 @@ _PLACES: tuple[tuple[str, str, Naming], ...] = (
 )
 
 
+_SAMPLED = 24  # tensors of a component, and rows of each
+# Of the numbers that are the base's, rounded to 8 bits: all but those where the base was rounded to bfloat16 from what
+# the file was made of (one in a hundred). A text encoder that was trained for one epoch has half of them.
+_SAME_COMPONENT = 0.95
+PREFIXES = tuple(dict.fromkeys(prefix for prefix, _, _ in _PLACES))
+
+
+@dataclass(frozen=True, slots=True)
+class Companions:
+    """The base's components that a file holds, each with its tensors under the base's names; the prefixes below which
+    they lie in the file; and what is to be said of them."""
+
+    tensors: Mapping[str, Mapping[str, TensorEntry]] = field(default_factory=dict)
+    prefixes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
 def companions_in(
-    rest: Mapping[str, TensorEntry], base: Path
-) -> tuple[Mapping[str, Mapping[str, TensorEntry]], tuple[str, ...]]:
-    """The base's components that `rest` (what lies beside the diffusion model) holds, each with its tensors under the
-    base's names; and the prefixes that they have in the file."""
+    path: Path, rest: Mapping[str, Entry], base: Path | None, reading: Reading[Entry]
+) -> Companions:
+    """The base's components in `rest`, which is what lies in a file beside the diffusion model. `reading` brings stored
+    tensors to 16 bits.
+
+    A component in fewer bits is read as the model's tensors are, unless it is the base's own, rounded, which the base
+    has better. What svdq can't read stays the base's. Either is said.
+    """
+    if base is None:
+        return Companions()
     found: dict[str, Mapping[str, TensorEntry]] = {}
     prefixes: list[str] = []
-    present = read_json(base / "model_index.json")
+    warnings: list[str] = []
+    present = pipeline_index(base)
     for prefix, component, naming in _PLACES:
-        keys = [name for name in rest if name.startswith(prefix)]
-        if not keys or component in found or component not in present:
+        stored = {name.removeprefix(prefix): rest[name] for name in rest if name.startswith(prefix)}
+        if not stored or component in found or component not in present:
             continue
-        stored = {name.removeprefix(prefix): rest[name] for name in keys}
-        tensors = _as_base(naming, stored, _base_shapes(base / component))
-        if tensors is not None:
-            found[component] = tensors
+        of_base = component_tensors(base / component)
+        weights, _ = without_markers(stored, None)
+        try:
+            read = reading(path, weights)
+        except InputError as error:
+            if error.kind != "already-quantized" or not _has_names_of(naming, weights, of_base):
+                raise
+            scheme = error.message.removeprefix(f"{path}: this model is ")
+            warnings.append(_of_the_base(path, component, f"is {scheme}", base))
             prefixes.append(prefix)
-    return found, tuple(prefixes)
+            continue
+        tensors = _as_base(naming, read.tensors, {name: entry.shape for name, entry in of_base.items()})
+        if tensors is None:
+            continue
+        prefixes.append(prefix)
+        if read.lossy and (why := _why_the_base_is_better(tensors, of_base)):
+            warnings.append(_of_the_base(path, component, why, base))
+            continue
+        found[component] = tensors
+        warnings += [f"{component}: {warning}" for warning in read.lossy]
+    return Companions(found, tuple(prefixes), tuple(warnings))
 
 
-def _base_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in weight_files(folder) if folder.is_dir() else ():
-        shapes |= {name: entry.shape for name, entry in read_header(file).items()}
-    return shapes
+def _of_the_base(path: Path, component: str, why: str, base: Path) -> str:
+    return f"{path}: the output has the {component} of {base}, not the file's, which {why}"
+
+
+def _why_the_base_is_better(
+    tensors: Mapping[str, TensorEntry], of_base: Mapping[str, StoredTensor]
+) -> str | None:
+    """None where the base has the component in 8 bits itself, or has another one: a model's own is in place then."""
+    if any(entry.dtype not in SIXTEEN_BIT_OR_MORE for entry in of_base.values()):
+        return None
+    eight = [name for name, entry in tensors.items() if isinstance(entry, Float8Tensor) and entry.shape]
+    if not eight:
+        return "is quantized"
+    if _share_of_rounded(tensors, of_base, eight) < _SAME_COMPONENT:
+        return None
+    return "is the same one in 8 bits"
+
+
+def _share_of_rounded(
+    tensors: Mapping[str, TensorEntry], of_base: Mapping[str, StoredTensor], names: Sequence[str]
+) -> float:
+    """How many of the 8-bit numbers are the base's 16-bit ones rounded to the nearest, of some rows of some tensors."""
+    same = count = 0
+    for name in names[:: max(1, len(names) // _SAMPLED)]:
+        entry = tensors[name]
+        assert isinstance(entry, Float8Tensor)
+        codes = entry.stored.read_rows(0, _SAMPLED)
+        limits = torch.finfo(codes.dtype)
+        wanted = of_base[name].read_rows(0, _SAMPLED).float() / entry.scale_of_rows(0, _SAMPLED)
+        rounded = wanted.clamp(limits.min, limits.max).to(codes.dtype)
+        same += int((rounded.float() == codes.float()).sum())
+        count += codes.numel()
+    return same / max(1, count)
+
+
+def _has_names_of(
+    naming: Naming, stored: Mapping[str, TensorEntry], of_base: Mapping[str, TensorEntry]
+) -> bool:
+    """Whether these are tensors of that component: quantizers leave the names of norms and embeddings as they are."""
+    try:
+        converted, _ = convert_names(naming, stored)
+    except ValueError:  # a fused matrix in a packed shape, which has such a name
+        return True
+    return any(name in of_base or name.removeprefix("text_model.") in of_base for name in converted)
 
 
 def _as_base(
@@ -180,14 +265,15 @@ def _as_base(
 ) -> Mapping[str, TensorEntry] | None:
     """The stored tensors under the base's names; None where the base has one that they lack, or in another shape."""
     try:
-        converted, _ = convert_names(
-            naming, stored
-        )  # what is left over (position ids, logit scales) is no weight
+        # what is left over (position ids, logit scales) is no weight
+        converted, _ = convert_names(naming, stored)
     except ValueError:
         return None
-    wrapped = any(name.startswith("text_model.") for name in wanted)
-    if not wrapped:  # transformers 5.6 and later save CLIPTextModel without its wrapper's name
-        converted = {name.removeprefix("text_model."): entry for name, entry in converted.items()}
+    if not any(name.startswith("text_model.") for name in wanted):
+        # transformers 5.6 and later save CLIPTextModel without its wrapper's name
+        wrapped, converted = converted, {}
+        for name, entry in wrapped.items():
+            claim(converted, name.removeprefix("text_model."), entry)
     tensors = {
         name: _shaped(converted[name], shape, transposed=name == "text_projection.weight")
         for name, shape in wanted.items()

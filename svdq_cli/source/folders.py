@@ -10,11 +10,11 @@ from pathlib import Path
 
 from svdq_cli.errors import InputError
 from svdq_cli.source.denoisers import joined
-from svdq_cli.source.float8 import float8_upconverted
-from svdq_cli.source.headers import damaged, pickled, read_header, read_json
+from svdq_cli.source.headers import Header, damaged, pickled, read_json, read_whole_header
 from svdq_cli.source.model import COMPONENTS, Source
-from svdq_cli.source.quantized import refuse_quantized, refuse_quantized_config
+from svdq_cli.source.quantized import refuse_quantized_config
 from svdq_cli.source.tensors import StoredTensor
+from svdq_cli.source.upconverted import upconverted
 
 _WEIGHT_NAMES = ("diffusion_pytorch_model", "model")
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -124,9 +124,9 @@ def open_component(folder: Path, *, pipeline: Path | None, component: str) -> So
     """One component folder, at 16 bit or up-converted to it. Raises InputError for a quantized one, by name."""
     refuse_quantized_config(folder, read_json(folder / "config.json"))
     stored = _stored_tensors(folder)
-    refuse_quantized(folder, stored)
-    tensors, warnings = float8_upconverted(folder, stored)
-    return replace(_component(folder, pipeline, component, stored), tensors=tensors, warnings=warnings)
+    read = upconverted(folder, stored)
+    source = _component(folder, pipeline, component, stored)
+    return replace(source, tensors=read.tensors, warnings=read.warnings(folder))
 
 
 def index_component(folder: Path, *, pipeline: Path | None, component: str) -> Source:
@@ -142,18 +142,28 @@ def _component(
 
 
 def _stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    return tensors_of_files(weight_files(folder))
+    return dict(header_of_files(weight_files(folder)).tensors)
 
 
-def tensors_of_files(files: Sequence[Path]) -> dict[str, StoredTensor]:
-    """The tensors of a model's shards. Raises InputError where one is in two of them."""
+def component_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """What a component's headers name; nothing where its weights are not there as safetensors."""
+    try:
+        return _stored_tensors(folder) if folder.is_dir() else {}
+    except InputError:
+        return {}
+
+
+def header_of_files(files: Sequence[Path]) -> Header:
+    """The tensors of a model's shards, and what their headers say. Raises InputError where one is in two of them."""
     tensors: dict[str, StoredTensor] = {}
+    metadata: dict[str, str] = {}
     for file in files:
-        entries = read_header(file)
-        if twice := sorted(tensors.keys() & entries.keys()):
+        header = read_whole_header(file)
+        if twice := sorted(tensors.keys() & header.tensors.keys()):
             raise damaged(file, f"{twice[0]!r} is in another shard too")
-        tensors.update(entries)
-    return tensors
+        tensors.update(header.tensors)
+        metadata.update(header.metadata)
+    return Header(tensors, metadata)
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -15,13 +16,15 @@ from torch import Tensor
 from svdq_cli.errors import EnvironmentLacksError, InputError
 from svdq_cli.source.headers import damaged
 from svdq_cli.source.model import Source
-from svdq_cli.source.single_file import source_of_tensors
-from svdq_cli.source.tensors import TensorEntry
+from svdq_cli.source.single_file import source_of_file
+from svdq_cli.source.upconverted import Readable, is_no_weight
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
 
-_PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+_SIXTEEN_BIT = ("F16", "BF16")
+_WHOLE_NUMBERS = ("I8", "I16", "I32", "I64")
 _ORIGINAL_SHAPE = "comfy.gguf.orig_shape."  # of tensors that were reshaped to fit a quantization block
 
 
@@ -36,7 +39,7 @@ class GgufTensor:
 
     @property
     def dtype(self) -> str:
-        return self.kind if self.kind in _PLAIN else "F32"
+        return self.kind if self.kind in (*_SIXTEEN_BIT, *_WHOLE_NUMBERS) else "F32"
 
     def read(self) -> Tensor:
         return self._values().reshape(self.shape)
@@ -55,7 +58,8 @@ class GgufTensor:
         stored = _stored(self.file, self.origin)
         data = numpy.array(stored.data[start:stop])  # a copy: the file stays mapped read-only
         if self.kind in _PLAIN:
-            return torch.from_numpy(data.view(numpy.uint8)).view(_PLAIN[self.kind])
+            plain = torch.from_numpy(data.view(numpy.uint8)).view(_PLAIN[self.kind])
+            return plain if self.kind in _SIXTEEN_BIT else plain.float()
         return torch.from_numpy(dequantize(data, stored.tensor_type))
 
 
@@ -63,15 +67,22 @@ def open_gguf(path: Path, *, base: Path | None = None) -> Source:
     """Index a GGUF file. Raises InputError: damaged, of a kind that can't be dequantized, or not a known model;
     EnvironmentLacksError where the `gguf` package is missing."""
     reader = _reader(path)
-    for stored in reader.tensors:
-        _require_readable(path, stored)
-    tensors: dict[str, TensorEntry] = {
+    tensors = {
         stored.name: GgufTensor(path, stored.name, _shape(reader, stored), stored.tensor_type.name)
         for stored in reader.tensors
     }
-    kinds = Counter(entry.kind for entry in tensors.values() if isinstance(entry, GgufTensor))
+    return source_of_file(path, tensors, _dequantized, base=base, kind="GGUF")
+
+
+def _dequantized(path: Path, stored: Mapping[str, GgufTensor]) -> Readable:
+    """The tensors of a GGUF file as they are read. Raises InputError for a kind that can't be dequantized."""
+    no_weights = tuple(name for name, entry in stored.items() if is_no_weight(name, entry))
+    tensors = {name: entry for name, entry in stored.items() if name not in no_weights}
+    for entry in tensors.values():
+        _require_readable(path, _stored(path, entry.origin))
+    kinds = Counter(entry.kind for entry in tensors.values())
     quantized = {kind: count for kind, count in kinds.items() if kind not in _PLAIN}
-    return source_of_tensors(path, tensors, base=base, warnings=_warning(path, quantized), kind="GGUF")
+    return Readable(tensors, _warning(path, quantized), no_weights)
 
 
 @lru_cache(maxsize=2)
@@ -95,9 +106,13 @@ def _reader(path: Path) -> GGUFReader:
         raise damaged(path, f"not a readable GGUF file ({error})") from error
 
 
-@lru_cache(maxsize=1 << 14)
+@lru_cache(maxsize=2)
+def _by_name(path: Path) -> Mapping[str, Any]:
+    return {tensor.name: tensor for tensor in _reader(path).tensors}
+
+
 def _stored(path: Path, name: str) -> Any:
-    return next(tensor for tensor in _reader(path).tensors if tensor.name == name)
+    return _by_name(path)[name]
 
 
 def _shape(reader: GGUFReader, stored: Any) -> tuple[int, ...]:

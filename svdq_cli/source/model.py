@@ -33,8 +33,9 @@ class Source:
 
     `pipeline` is the folder that holds the other components: the model's own, or the base pipeline of a single file;
     None where there is none. `tensors` is empty for a bare config. `companions` are other components (text encoders,
-    autoencoder) whose tensors take the place of those in `pipeline`. A pipeline with several denoisers is one source:
-    see `source.denoisers` for what their layers are called.
+    autoencoder) whose tensors take the place of those in `pipeline`. `scheduler` are the settings that the model needs
+    of its pipeline's scheduler, whatever they are there: what it was trained to predict. A pipeline with several
+    denoisers is one source: see `source.denoisers` for what their layers are called.
     """
 
     path: Path
@@ -43,6 +44,7 @@ class Source:
     config: Mapping[str, object]
     tensors: Mapping[str, TensorEntry]  # of all denoisers
     companions: Mapping[str, Mapping[str, TensorEntry]] = field(default_factory=dict)
+    scheduler: Mapping[str, object] = field(default_factory=dict)
     kind: str = "diffusers folder"  # how the weights were stored, for people
     warnings: tuple[str, ...] = ()
     config_from: ConfigFrom = "folder"

@@ -10,8 +10,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
+from svdq_cli.errors import InputError
 from svdq_cli.source.tensors import Rows, RowsTensor, TensorEntry
+
+Entry = TypeVar("Entry", bound=TensorEntry)
+
+
+def claim(taken: dict[str, Entry], name: str, entry: Entry) -> None:
+    """Puts a stored tensor under the name that it has in the model. Raises InputError (kind `claimed-twice`) where
+    another stored key stands for the same tensor: which of the two is meant, nobody can tell."""
+    other = taken.setdefault(name, entry)
+    if other is not entry:
+        raise InputError(
+            f"{entry.file}: {other.origin} and {entry.origin} both stand for {name} of the model",
+            hint="remove the one that is not meant, or save the model again from the tool that made it",
+            where=entry.origin,
+            kind="claimed-twice",
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +117,8 @@ def convert_names(
 ) -> tuple[dict[str, TensorEntry], tuple[str, ...]]:
     """The checkpoint under diffusers' names, and the keys that no rule speaks of.
 
-    Raises ValueError naming the key whose rows can't be split as its rule says.
+    Raises ValueError naming the key whose rows can't be split as its rule says, InputError for two keys that stand for
+    one tensor.
     """
     rules = {rule.original: rule for rule in naming.rules(tuple(stored))}
     converted: dict[str, TensorEntry] = {}
@@ -114,7 +132,7 @@ def convert_names(
             unknown.append(key)
         for part in parts:
             target = ".".join(filter(None, (part.target, naming.suffixes.get(suffix, suffix))))
-            converted[target] = _rows_of(entry, part, key)
+            claim(converted, target, _rows_of(entry, part, key))
     return converted, tuple(unknown)
 
 

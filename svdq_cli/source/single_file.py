@@ -8,33 +8,43 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import TypeVar
 
 from svdq_cli.errors import InputError
 from svdq_cli.source.classes import shapes_of
-from svdq_cli.source.companions import companions_in
-from svdq_cli.source.configs import KnownClass, class_of_names, known_class, published_config
-from svdq_cli.source.float8 import FLOAT8, float8_upconverted
-from svdq_cli.source.folders import quantized_component, tensors_of_files
+from svdq_cli.source.companions import PREFIXES, companions_in
+from svdq_cli.source.configs import (
+    KNOWN_CLASSES,
+    KnownClass,
+    class_of_names,
+    known_class,
+    published_config,
+)
+from svdq_cli.source.folders import header_of_files, quantized_component
 from svdq_cli.source.headers import read_json
 from svdq_cli.source.library_names import convert_by_library, published_pipeline
+from svdq_cli.source.markers import Told, told_by, without_markers
 from svdq_cli.source.model import ConfigFrom, Source
 from svdq_cli.source.names import Naming, convert_names
 from svdq_cli.source.original_names import NAMINGS
 from svdq_cli.source.other_files import refuse_other_files
-from svdq_cli.source.quantized import refuse_quantized
-from svdq_cli.source.tensors import SIXTEEN_BIT_OR_MORE, StoredTensor, TensorEntry
+from svdq_cli.source.prediction import prediction_warnings
+from svdq_cli.source.prefixes import find_model
+from svdq_cli.source.tensors import TensorEntry
+from svdq_cli.source.upconverted import Reading, upconverted
 
-# What the diffusion model is called in a file: ComfyUI and LDM checkpoints, ComfyUI adapters' parents, saved pipelines
-_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "unet.", "")
 _DIFFUSERS_NAMES = "diffusers names"
 BASE_HINT = "name a diffusers pipeline of the same model: --base FOLDER_OR_HUB_ID (recipe: model.base)"
+_SIGNATURES = tuple(model.signature for model in (*NAMINGS, *KNOWN_CLASSES))
+
+Entry = TypeVar("Entry", bound=TensorEntry)
 
 
 @dataclass(frozen=True, slots=True)
-class _ModelPart:
+class _Model:
     """The diffusion model inside a file, under its own names without their prefix."""
 
     tensors: Mapping[str, TensorEntry]
@@ -54,86 +64,89 @@ def open_single_file(path: Path, *, base: Path | None = None, files: Sequence[Pa
 
     Raises InputError: damaged, already quantized, not a known model, or not the base's model.
     """
-    header = tensors_of_files(files or (path,))
-    model = _model_tensors(header)
-    refuse_quantized(path, model)
-    stored, warnings = float8_upconverted(path, model)
-    rest = {name: entry for name, entry in header.items() if name not in model}
-    companions, prefixes = _companions(path, rest, base)
-    left_out = Counter(name.split(".")[0] for name in rest if not name.startswith(prefixes))
+    header = header_of_files(files or (path,))
     kind = f"{len(files)} shards" if len(files) > 1 else "single file"
-    source = source_of_tensors(path, stored, base=base, left_out=left_out, warnings=warnings, kind=kind)
-    own = f", with its own {', '.join(sorted(companions))}" if companions else ""
-    return replace(source, companions=companions, kind=source.kind + own)
+    return source_of_file(path, header.tensors, upconverted, base=base, metadata=header.metadata, kind=kind)
 
 
-def _companions(
-    path: Path, rest: Mapping[str, StoredTensor], base: Path | None
-) -> tuple[Mapping[str, Mapping[str, TensorEntry]], tuple[str, ...]]:
-    """The text encoders and the autoencoder that the file holds, as far as the base has such components."""
-    if base is None:
-        return {}, ()
-    readable = {name: entry for name, entry in rest.items() if entry.dtype in (*SIXTEEN_BIT_OR_MORE, *FLOAT8)}
-    tensors, _ = float8_upconverted(path, readable)
-    return companions_in(tensors, base)
-
-
-def source_of_tensors(
+def source_of_file(
     path: Path,
-    stored: Mapping[str, TensorEntry],
+    stored: Mapping[str, Entry],
+    reading: Reading[Entry],
     *,
     base: Path | None,
-    warnings: tuple[str, ...],
-    left_out: Mapping[str, int] = MappingProxyType({}),
+    metadata: Mapping[str, str] = MappingProxyType({}),
     kind: str = "single file",
 ) -> Source:
-    """A source from tensors under whatever names their file has. `left_out` counts what else lies in the file."""
-    part = _model_part(path, stored, base)
-    tensors, names = _diffusers_tensors(path, part, base)
-    if part.known is None:
+    """A source from everything that a file holds, under whatever names. `reading` brings stored tensors to 16 bits."""
+    part = find_model(stored, _SIGNATURES, lambda: _base_names(base), PREFIXES)
+    naming, known = _recognized(part.tensors, base)
+    model_class = known.model_class if known else _base_class(base)
+    weights, inside = without_markers(part.tensors, model_class)
+    beside, on_top = without_markers(part.rest, model_class)
+    told = told_by({**on_top, **inside}, metadata, model_class)
+    read = reading(path, weights)
+    if known is None:
+        _require_known_to_base(path, part.tensors, stored, base)
+    tensors, names = _diffusers_tensors(path, _Model(read.tensors, naming, known), base)
+    if known is None:
         assert base is not None
         component, config = quantized_component(base), _component_config(base) or {}
         config_from: ConfigFrom = "base"
     else:
-        component = part.known.component
-        config, config_from = _config(path, part.known, tensors, base)
+        component = known.component
+        config, config_from = _config(path, known, tensors, base)
+    companions = companions_in(path, beside, base, reading)
+    left_out = Counter(name.split(".")[0] for name in beside if not name.startswith(companions.prefixes))
+    own = f", with its own {', '.join(sorted(companions.tensors))}" if companions.tensors else ""
     return Source(
         path=path,
         pipeline=base,
         component=component,
-        config=config,
+        config={**config, **told.config},
         config_from=config_from,
         tensors=tensors,
-        kind=f"{kind}, {names}",
-        warnings=(*warnings, *_left_out_warning(path, left_out, base)),
+        companions=companions.tensors,
+        scheduler=told.scheduler,
+        kind=f"{kind}, {names}{own}",
+        warnings=(
+            *read.warnings(path),
+            *_config_warning(path, told, config),
+            *prediction_warnings(path, told, base, config, tensors),
+            *companions.warnings,
+            *_left_out_warning(path, left_out, base),
+        ),
     )
 
 
-def _model_tensors(header: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """The tensors below the first prefix that the file uses; all of them where it uses none."""
-    for prefix in _PREFIXES:
-        if found := {name: entry for name, entry in header.items() if name.startswith(prefix)}:
-            return found
-    return {}
+def _base_names(base: Path | None) -> frozenset[str]:
+    """The names of the tensors of the base's class."""
+    config = _component_config(base) if base else None
+    return frozenset(shapes_of(config, where=str(base))) if config else frozenset()
 
 
-def _model_part(path: Path, stored: Mapping[str, TensorEntry], base: Path | None) -> _ModelPart:
-    prefix = next((p for p in _PREFIXES if any(name.startswith(p) for name in stored)), "")
-    tensors = {name.removeprefix(prefix): entry for name, entry in stored.items()}
+def _recognized(
+    tensors: Mapping[str, TensorEntry], base: Path | None
+) -> tuple[Naming | None, KnownClass | None]:
+    """The table and the class that the names tell. A base may be of a class whose names begin as a known one's do."""
     for naming in NAMINGS:
         if naming.signature <= tensors.keys():
-            return _ModelPart(tensors, naming, known_class(naming.model_class))
+            return naming, known_class(naming.model_class)
     known = class_of_names(tensors)
-    if known is None:
-        refuse_other_files(path, stored)
     config = _component_config(base) if base else None
-    if config is None and known is None:
-        raise _unknown_model(path, tensors, stored)
-    # A base has the config of any class, also of one whose names begin as a known one's do
-    if known is not None and config is not None and not _is_class(known, config):
-        wanted = shapes_of(config, where=str(base))
-        known = None if tensors.keys() == wanted.keys() else known
-    return _ModelPart(tensors, None, known)
+    if known is None or config is None or _is_class(known, config):
+        return None, known
+    weights, _ = without_markers(tensors, str(config.get("_class_name")))
+    return None, None if weights.keys() == _base_names(base) else known
+
+
+def _require_known_to_base(
+    path: Path, model: Mapping[str, TensorEntry], stored: Mapping[str, TensorEntry], base: Path | None
+) -> None:
+    """A base has the config of any class; whether these are its tensors is seen when the plan is made."""
+    refuse_other_files(path, [entry.origin for entry in (model or stored).values()])
+    if base is None or _component_config(base) is None:
+        raise _unknown_model(path, model, stored)
 
 
 def _unknown_model(
@@ -155,9 +168,7 @@ def _unknown_model(
     )
 
 
-def _diffusers_tensors(
-    path: Path, part: _ModelPart, base: Path | None
-) -> tuple[Mapping[str, TensorEntry], str]:
+def _diffusers_tensors(path: Path, part: _Model, base: Path | None) -> tuple[Mapping[str, TensorEntry], str]:
     """The tensors under diffusers' names, and what their own names are."""
     if part.naming is None and part.known is not None:
         return part.tensors, _DIFFUSERS_NAMES
@@ -266,8 +277,9 @@ def _component_config(base: Path) -> Mapping[str, object] | None:
     return {key: value for key, value in read_json(file).items() if key != "quantization_config"}
 
 
-def _base_class(base: Path) -> str:
-    return str((_component_config(base) or {}).get("_class_name"))
+def _base_class(base: Path | None) -> str:
+    config = _component_config(base) if base else None
+    return str((config or {}).get("_class_name"))
 
 
 def _wrong_base(path: Path, known: KnownClass, base: Path, found: str) -> InputError:
@@ -276,6 +288,16 @@ def _wrong_base(path: Path, known: KnownClass, base: Path, found: str) -> InputE
         hint=BASE_HINT,
         where=str(base),
         kind="wrong-base",
+    )
+
+
+def _config_warning(path: Path, told: Told, config: Mapping[str, object]) -> tuple[str, ...]:
+    """Where the markers say another thing than the base."""
+    changed = [f"{key}: {value}" for key, value in told.config.items() if config.get(key, value) != value]
+    if not changed:
+        return ()
+    return (
+        f"{path}: {' and '.join(told.by)} says {', '.join(changed)}, and the base does not; the file is believed",
     )
 
 

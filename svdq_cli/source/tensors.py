@@ -169,10 +169,45 @@ class Float8Tensor:
         codes = self.stored.read_rows(start, stop)
         if self.scale is None:
             return codes.to(torch.bfloat16)
+        return (codes.float() * self.scale_of_rows(start, stop)).to(torch.bfloat16)
+
+    def scale_of_rows(self, start: int, stop: int) -> Tensor:
+        """float32, of the number of axes that the rows have or none; 1 where there is no scale."""
+        if self.scale is None:
+            return torch.ones(())
         scale = self.scale.read().float()
-        if scale.numel() > 1:
-            scale = scale.reshape(-1, *[1] * (codes.ndim - 1))[start:stop]
-        return (codes.float() * scale).to(torch.bfloat16)
+        if scale.numel() == 1:
+            return scale.reshape(())
+        return scale.reshape(-1, *[1] * (len(self.shape) - 1))[start:stop]
+
+
+@dataclass(frozen=True, slots=True)
+class Float64Tensor:
+    """A 64-bit float, rounded to float32."""
+
+    stored: StoredTensor
+
+    @property
+    def file(self) -> Path:
+        return self.stored.file
+
+    @property
+    def origin(self) -> str:
+        return self.stored.origin
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stored.shape
+
+    @property
+    def dtype(self) -> str:
+        return "F32"
+
+    def read(self) -> Tensor:
+        return self.stored.read().float()
+
+    def read_rows(self, start: int, stop: int) -> Tensor:
+        return self.stored.read_rows(start, stop).float()
 
 
 @dataclass(frozen=True, slots=True)

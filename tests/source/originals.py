@@ -59,10 +59,14 @@ def original_state(naming: Naming, state: Mapping[str, Tensor]) -> dict[str, Ten
     )  # rules name layers or bare tensors
     suffix_of = {new: old for old, new in naming.suffixes.items()}
     original: dict[str, Tensor] = {}
+    written: set[str] = (
+        set()
+    )  # a rule for all layers below a name speaks again of those with rules of their own
     for layer, parts in original_layers(naming, layers).items():
         for suffix in ("weight", "bias", ""):
             names = [".".join(filter(None, (part.target, suffix))) for part in parts]
-            if all(name in state for name in names):
+            if all(name in state and name not in written for name in names):
+                written.update(names)
                 old = suffix_of.get(suffix, suffix) if "norm" in layer else suffix
                 original[".".join(filter(None, (layer, old)))] = _assembled(parts, [state[n] for n in names])
     return original

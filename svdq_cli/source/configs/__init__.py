@@ -15,7 +15,7 @@ from svdq_cli.source.configs.transformers import PIXART, QWEN_IMAGE, SANA, SD3, 
 from svdq_cli.source.configs.unet import UNET
 from svdq_cli.source.configs.wan import WAN
 
-__all__ = ["KnownClass", "class_of_names", "differences", "known_class", "published_config"]
+__all__ = ["KNOWN_CLASSES", "KnownClass", "class_of_names", "differences", "known_class", "published_config"]
 
 KNOWN_CLASSES: tuple[KnownClass, ...] = (
     FLUX1,

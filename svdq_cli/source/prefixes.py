@@ -1,0 +1,108 @@
+"""Which part of a file is the diffusion model: the names below a prefix, or below several that wrappers left."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from svdq_cli.source.names import claim
+from svdq_cli.source.tensors import TensorEntry
+
+Entry = TypeVar("Entry", bound=TensorEntry)
+
+# What a model is called where it is saved inside of something: ComfyUI and LDM (`model.diffusion_model.`), pipelines
+# (`transformer.`), DistributedDataParallel (`module.`), Lightning (`model.`), peft (`base_model.model.`), trainers.
+_WRAPPERS = frozenset(
+    (
+        *("model", "diffusion_model", "transformer", "unet", "denoiser", "dit"),
+        *("module", "net", "pipe", "base_model", "state_dict"),
+    )
+)
+_MOST_WRAPPERS = 6  # around one another
+# What torch.compile, FSDP and activation checkpointing put into names, above the model and inside of it
+_TRANSPARENT = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
+
+
+@dataclass(frozen=True, slots=True)
+class ModelPart(Generic[Entry]):
+    """The diffusion model inside a file, by names without their prefix, and the file's other tensors by theirs."""
+
+    prefix: str
+    tensors: Mapping[str, Entry]
+    rest: Mapping[str, Entry]
+
+
+def find_model(
+    stored: Mapping[str, Entry],
+    signatures: Iterable[Collection[str]],
+    known_names: Callable[[], Collection[str]] = tuple,
+    beside: tuple[str, ...] = (),
+) -> ModelPart[Entry]:
+    """The part of a file that is the diffusion model.
+
+    `signatures` are names that tell a model each, in the order of their weight: where one is whole below a prefix, that
+    is it. Else it is the prefix below which most of `known_names` lie or, where none does, most tensors. `beside` are
+    prefixes of what is never the model's. Raises InputError (kind `claimed-twice`) where two keys of the file
+    stand for one tensor.
+    """
+    names: dict[str, Entry] = {}
+    for key, entry in stored.items():
+        claim(names, _without_transparent(key), entry)
+    prefix = _by_signature(names, signatures)
+    if prefix is None:
+        prefix = _by_known_names(names, set(known_names()))
+    if prefix is None:
+        wrappings = Counter(prefix for name in names for prefix in _wrappings(name))
+        prefix = max(wrappings, key=lambda prefix: (wrappings[prefix], len(prefix)), default="")
+    tensors: dict[str, Entry] = {}
+    rest: dict[str, Entry] = {}
+    for name, entry in names.items():
+        if name.startswith(prefix) and not name.removeprefix(prefix).startswith(beside or ("\0",)):
+            tensors[name.removeprefix(prefix)] = entry
+        else:
+            rest[name] = entry
+    for name, entry in rest.items():
+        # A second model, or parts of one, below another wrapper: which of the two is meant, nobody can tell.
+        for other in (*_wrappings(name), ""):
+            if (inner := name.removeprefix(other)) in tensors:
+                claim(tensors, inner, entry)
+    return ModelPart(prefix, tensors, rest)
+
+
+def _without_transparent(key: str) -> str:
+    if "_orig_mod" not in key and "_wrapped_module" not in key:
+        return key
+    return ".".join(part for part in key.split(".") if part not in _TRANSPARENT)
+
+
+def _wrappings(name: str) -> tuple[str, ...]:
+    """Every run of wrappers that a name begins with, the longest first: "model.diffusion_model.", "model."."""
+    found: list[str] = []
+    end = 0
+    for part in name.split(".", _MOST_WRAPPERS)[:_MOST_WRAPPERS]:
+        end += len(part) + 1
+        if part not in _WRAPPERS or end > len(name):
+            break
+        found.append(name[:end])
+    return tuple(reversed(found))
+
+
+def _by_signature(names: Mapping[str, object], signatures: Iterable[Collection[str]]) -> str | None:
+    for signature in signatures:
+        known = min(signature)
+        for name in names:
+            prefix = name.removesuffix(known)
+            if not name.endswith(known) or (prefix and prefix not in _wrappings(name)):
+                continue
+            if all(prefix + other in names for other in signature):
+                return prefix
+    return None
+
+
+def _by_known_names(names: Iterable[str], known: Collection[str]) -> str | None:
+    found = Counter(
+        prefix for name in names for prefix in (*_wrappings(name), "") if name.removeprefix(prefix) in known
+    )
+    return max(found, key=lambda prefix: found[prefix], default=None)

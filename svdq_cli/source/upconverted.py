@@ -1,0 +1,134 @@
+"""What is stored in another type than the 16 and 32 bit floats that svdq works with, and how it is read.
+
+8-bit floats are found their scale, if they have one, and up-converted; 64-bit ones are rounded to 32. Integers are
+counters and positions beside the weights, which are left out, or the codes of a quantizer, which are refused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from svdq_cli.errors import InputError
+from svdq_cli.source.markers import LAYER_MARKERS
+from svdq_cli.source.quantized import already_quantized, refuse_quantized
+from svdq_cli.source.tensors import (
+    SIXTEEN_BIT_OR_MORE,
+    Float8Tensor,
+    Float64Tensor,
+    StoredTensor,
+    TensorEntry,
+)
+
+Entry = TypeVar("Entry", bound=TensorEntry)
+
+FLOAT8 = ("F8_E4M3", "F8_E5M2")
+_SCALES = ("scale_weight", "weight_scale")  # ComfyUI's two spellings
+# No quantizer packs into these
+_COUNTS = ("I64", "U64", "BOOL")
+_INTEGERS = (*_COUNTS, "I32", "U32", "I16", "U16", "I8", "U8")
+
+
+@dataclass(frozen=True, slots=True)
+class Readable:
+    """Tensors as floats of 16 or 32 bits; warnings of what storing them has lost; names of what is no weight."""
+
+    tensors: Mapping[str, TensorEntry]
+    lossy: tuple[str, ...] = ()
+    no_weights: tuple[str, ...] = ()
+
+    def warnings(self, path: Path) -> tuple[str, ...]:
+        if not self.no_weights:
+            return self.lossy
+        named = ", ".join(self.no_weights[:3]) + (", ..." if len(self.no_weights) > 3 else "")
+        count = len(self.no_weights)
+        return (
+            *self.lossy,
+            f"{path}: {count} tensors are whole numbers beside the weights and were left out: {named}",
+        )
+
+
+# From a file's tensors to what can be read of them
+Reading = Callable[[Path, Mapping[str, Entry]], Readable]
+
+
+def upconverted(path: Path, stored: Mapping[str, StoredTensor]) -> Readable:
+    """The tensors of a safetensors file or folder as they are read. Names stay as they are.
+
+    Raises InputError (kind `already-quantized`) for tensors of fewer bits, by the quantizer's name where it has one.
+    """
+    refuse_quantized(path, stored)
+    eight = {
+        name: Float8Tensor(entry, _scale_of(path, name, entry, stored))
+        for name, entry in stored.items()
+        if entry.dtype in FLOAT8
+    }
+    spent = {entry.scale.origin for entry in eight.values() if entry.scale is not None}
+    tensors: dict[str, TensorEntry] = {}
+    no_weights: list[str] = []
+    for name, entry in stored.items():
+        if name in eight:
+            tensors[name] = eight[name]
+        elif entry.origin in spent or name.endswith(LAYER_MARKERS):
+            continue
+        elif entry.dtype in SIXTEEN_BIT_OR_MORE:
+            tensors[name] = entry
+        elif entry.dtype == "F64":
+            tensors[name] = Float64Tensor(entry)
+        elif is_no_weight(name, entry):
+            no_weights.append(name)
+        else:
+            raise already_quantized(path, f"{name} is stored as {entry.dtype}", where=name)
+    return Readable(tensors, _float8_warning(path, eight), tuple(no_weights))
+
+
+def is_no_weight(name: str, entry: TensorEntry) -> bool:
+    """Whole numbers that are a counter, positions or a mask; not a weight in few bits, which is a matrix or called
+    one."""
+    if entry.dtype not in _INTEGERS or name.endswith((".weight", ".bias")):
+        return False
+    return entry.dtype in _COUNTS or max(entry.shape, default=1) == math.prod(entry.shape)
+
+
+def _scale_of(
+    path: Path, name: str, entry: StoredTensor, stored: Mapping[str, StoredTensor]
+) -> StoredTensor | None:
+    layer = name.removesuffix(".weight")
+    if layer == name:
+        return None
+    scales = [stored[f"{layer}.{word}"] for word in _SCALES if f"{layer}.{word}" in stored]
+    if len(scales) > 1:
+        raise InputError(
+            f"{path}: {scales[0].origin} and {scales[1].origin} are both there: one of them scales {entry.origin}",
+            hint="convert from the 16-bit model",
+            where=name,
+            kind="claimed-twice",
+        )
+    scale = scales[0] if scales else None
+    if scale is None or (scale.dtype in SIXTEEN_BIT_OR_MORE and _is_one_or_per_row(scale.shape, entry.shape)):
+        return scale
+    raise InputError(
+        f"{path}: {scale.origin} is {scale.dtype} of shape {list(scale.shape)}; svdq reads scales in 16 or 32 bits, "
+        "one per tensor or per output row",
+        hint="convert from the 16-bit model",
+        where=name,
+        kind="already-quantized",
+    )
+
+
+def _is_one_or_per_row(scale: tuple[int, ...], weight: tuple[int, ...]) -> bool:
+    return math.prod(scale) == 1 or (scale[:1] == weight[:1] and math.prod(scale) == weight[0])
+
+
+def _float8_warning(path: Path, eight: Mapping[str, Float8Tensor]) -> tuple[str, ...]:
+    if not eight:
+        return ()
+    scaled = sum(entry.scale is not None for entry in eight.values())
+    how = f"{scaled} of them times their scale" if scaled else "they have no scales"
+    return (
+        f"{path}: {len(eight)} tensors are 8-bit floats and were up-converted to bfloat16 ({how}); "
+        "what 8 bits have lost stays lost, so prefer the 16-bit model where there is one",
+    )
