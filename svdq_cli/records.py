@@ -494,9 +494,32 @@ class BaselineFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class OutputSqnr:
+    """Signal to quantization noise in dB of the whole model's output, on the inputs of the 16-bit trajectory: `step`
+    over all steps, `sum` of the outputs summed over the steps, as a sampler adds them up."""
+
+    step: float
+    sum: float
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFacts:
+    """What the 16-bit images look like. `meaningless`: so many show nothing that figures of them say nothing."""
+
+    black: int
+    nearly_uniform: int
+    alike: bool
+    meaningless: bool
+
+
+@dataclass(frozen=True, slots=True)
 class EvalReport:
     """The checkpoint's figures, those of the 16-bit model and of the baselines. `missing`: what could not be measured,
-    with the reason and the cure."""
+    with the reason and the cure.
+
+    `noise_floor_psnr_db`: the 16-bit model against itself. `own_noise_psnr_db`: the 4-bit model against itself, its
+    start noise off by one rounding; the intervals of PSNR and SSIM include it. `verdict`, `next`: sentences.
+    """
 
     images: int
     psnr_db: Summary
@@ -509,6 +532,11 @@ class EvalReport:
     baselines: Mapping[str, BaselineFacts]
     layer_sqnr_db: LayerSqnr
     noise_floor_psnr_db: float | None
+    own_noise_psnr_db: float | None
+    output_sqnr_db: OutputSqnr | None
+    sixteen_bit_images: ImageFacts
+    verdict: str
+    next: str
     missing: Mapping[str, str]
     seconds_per_picture: float | None
     seconds: float

@@ -15,11 +15,12 @@ from svdq_cli.card import CARD_FILE
 from svdq_cli.checkpoint import open_checkpoint
 from svdq_cli.drawing import evaluation_recipe
 from svdq_cli.evaluate.chapters import chapter_of
-from svdq_cli.evaluate.comparing import CONVERTED, NAIVE, SIXTEEN_BIT, Evaluation, compare_in, draw_missing
+from svdq_cli.evaluate.comparing import Evaluation, compare_in
 from svdq_cli.evaluate.gallery import read_picture
 from svdq_cli.evaluate.grid import picture_grid
 from svdq_cli.evaluate.images import summarize
 from svdq_cli.evaluate.page import PAGE_PICTURE_BYTES, Chapter, Page, Table, Way, render_page
+from svdq_cli.evaluate.passes import CONVERTED, NAIVE, SIXTEEN_BIT, draw_missing
 from svdq_cli.evaluate.plotting import search_of
 from svdq_cli.evaluate.reporting import PAGE_FILE, footer, write_figures, write_text
 from svdq_cli.evaluate.scoring import score_pairs
@@ -153,7 +154,9 @@ def _one_source(source: str, folder: Path, options: RunOptions, observe: Observe
     made = _conversions(source, folder, options, observe)
     judged = with_overrides(evaluation_recipe(open_checkpoint(folder / "int4"), source), samples=EVAL_PROMPTS)
     pictures = folder / "eval"
-    found = compare_in(pictures, folder / "int4", judged, options=options, observe=observe)
+    # the figures of chance are of no use in a demo, and take a third of its time
+    without = ("own-noise", "outputs")
+    found = compare_in(pictures, folder / "int4", judged, without=without, options=options, observe=observe)
     found = _with_nvfp4(found, folder / NVFP4, observe)
     search = search_of(folder / "int4")
     write_figures(pictures, found, search=search)

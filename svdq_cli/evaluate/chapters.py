@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import cast
 
 from svdq_cli.checkpoint import Checkpoint
-from svdq_cli.evaluate.comparing import CONVERTED, SIXTEEN_BIT, TITLES, Evaluation, facts_of
+from svdq_cli.evaluate.comparing import Evaluation, facts_of
 from svdq_cli.evaluate.images import PSNR_CAP_DB
 from svdq_cli.evaluate.page import Chapter, Figure, LayerRow, Plot, Table, Way, show_pictures
+from svdq_cli.evaluate.passes import CONVERTED, SIXTEEN_BIT, TITLES
 from svdq_cli.evaluate.plotting import conversion_report
 from svdq_cli.loading import choose_backend
 from svdq_cli.preparing import sizes_of
@@ -71,7 +72,9 @@ def chapter_of(
     return Chapter(
         key=key,
         title=title,
-        verdict=_verdict(found, ways, facts),
+        verdict=_verdict(found),
+        next=found.report.next,
+        warnings=found.report.warnings,
         figures=_figures(found),
         ways=shown_ways,
         scores=_scores(found, ways, facts),
@@ -102,13 +105,10 @@ def _ways(found: Evaluation, more: Sequence[Way]) -> list[Way]:
     return [own, *more, *(Way(key, TITLES[key]) for key in found.scores if key not in known)]
 
 
-def _verdict(found: Evaluation, ways: Sequence[Way], facts: Mapping[str, BaselineFacts]) -> str:
+def _verdict(found: Evaluation) -> str:
     report = found.report
-    own = f"{ways[0].title} keeps {_with_interval(report.psnr_db, 'dB')} PSNR to the 16-bit pictures"
-    others = [f"{way.title} {facts[way.key].psnr_db.mean:.1f} dB" for way in ways[1:]]
-    compared = f"; {', '.join(others)}" if others else ""
     missed = f" Gates missed: {'; '.join(report.gates_missed)}." if report.gates_missed else ""
-    return f"{own} over {report.images} prompts{compared}.{missed}"
+    return f"{report.verdict}{missed}"
 
 
 def _figures(found: Evaluation) -> list[Figure]:
@@ -178,13 +178,6 @@ def _cell(summary: Summary | None, digits: int) -> str:
         return text
     low, high = summary.ci95
     return f"{text} [{low:.{digits}f}, {high:.{digits}f}]"
-
-
-def _with_interval(summary: Summary, unit: str) -> str:
-    if summary.ci95 is None:
-        return f"{summary.mean:.1f} {unit}"
-    low, high = summary.ci95
-    return f"{summary.mean:.1f} {unit} (95 % interval {low:.1f} to {high:.1f})"
 
 
 def _picture_figures(found: Evaluation, ways: Sequence[Way], index: int) -> dict[str, str]:

@@ -4,39 +4,41 @@ from __future__ import annotations
 
 import importlib.metadata
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
 
 from svdq_cli import __version__
-from svdq_cli.calibrate.joint import joint_model
-from svdq_cli.calibrate.pipelines import draw_each
-from svdq_cli.calibrate.settings import DrawSettings, settings_json
-from svdq_cli.checkpoint import Checkpoint, open_checkpoint
-from svdq_cli.errors import EnvironmentLacksError, InputError
+from svdq_cli.calibrate.settings import settings_json
+from svdq_cli.checkpoint import open_checkpoint
+from svdq_cli.errors import InputError
 from svdq_cli.evaluate.gallery import (
     Gallery,
-    keep_picture,
-    note_time,
     open_gallery,
     seconds_per_picture,
 )
-from svdq_cli.evaluate.judging import JudgedLayers, judge_layers, keep_layers, kept_layers
+from svdq_cli.evaluate.images import summarize
+from svdq_cli.evaluate.judging import JudgedLayers
 from svdq_cli.evaluate.metrics import Metrics, find_metrics
-from svdq_cli.evaluate.scoring import Scores, score_pairs, score_pictures
-from svdq_cli.loading import (
-    choose_backend,
-    compute_dtype,
-    load_16bit_pipeline,
-    load_pipeline,
-    replace_layers,
+from svdq_cli.evaluate.passes import (
+    AGAIN,
+    CONVERTED,
+    NAIVE,
+    NF4,
+    NOISE_PICTURES,
+    NUDGED,
+    SIXTEEN_BIT,
+    Run,
+    Sampled,
+    sample_all,
 )
+from svdq_cli.evaluate.scoring import Scores, score_pairs, score_pictures
+from svdq_cli.evaluate.verdict import Evidence, next_step, verdict_of
+from svdq_cli.loading import choose_backend
 from svdq_cli.machine import resolve_device
-from svdq_cli.origin import Origin, origin_of
+from svdq_cli.origin import origin_of
 from svdq_cli.preparing import (
     DEFAULT_OPTIONS,
     RunOptions,
@@ -50,49 +52,14 @@ from svdq_cli.records import (
     BaselineFacts,
     EvalReport,
     Event,
-    LayerPlan,
+    ImageFacts,
     Observer,
     ReferenceFacts,
     Summary,
-    W4A4Plan,
     ignore_events,
     to_json,
 )
-from svdq_cli.runtime.linear import quantized_linear
-from svdq_cli.runtime.naive import naive_solution
-from svdq_cli.runtime.nf4 import nf4_linear, require_nf4
-from svdq_cli.solve.modulation import solve_w4a16
-from svdq_cli.source import Source, file_sha256, only, read_tensor, source_digest
-
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
-
-SQNR_PROMPTS = 8  # of the judged prompts; rows come from all their timesteps
-NOISE_PICTURES = 4  # redrawn with the 16-bit model to see its own run-to-run noise
-
-# Ways of drawing: the folders of the pictures. Baselines are called by their JSON keys.
-SIXTEEN_BIT, AGAIN, CONVERTED = "16bit", "16bit-again", "converted"
-NAIVE, NF4 = "rtn", "nf4"
-TITLES = {
-    SIXTEEN_BIT: "16-bit",
-    AGAIN: "16-bit again",
-    CONVERTED: "SVDQuant",
-    NAIVE: "naive 4-bit",
-    NF4: "bitsandbytes NF4",
-}
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Run:
-    """What is drawn, with what."""
-
-    path: Path
-    checkpoint: Checkpoint
-    source: Source  # the 16-bit model, with the LoRAs that the checkpoint holds
-    origin: Origin  # whether that is what the checkpoint was made from
-    prompts: tuple[str, ...]
-    settings: DrawSettings
-    device: torch.device
+from svdq_cli.source import Source, file_sha256, only, source_digest
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -114,57 +81,44 @@ def compare_in(
     path: Path,
     recipe: Recipe,
     *,
+    without: Collection[str] = (),
+    page: str | None = None,
     options: RunOptions = DEFAULT_OPTIONS,
     observe: Observer = ignore_events,
 ) -> Evaluation:
     """Draw what is missing in `folder` of the checkpoint at `path`, of the recipe's source and of the baselines; score
-    all of it. A folder with pictures of another run is refused.
+    all of it. A folder with pictures of another run is refused. `without`: passes to leave out
+    (`OPTIONAL_PASSES`). `page`: where the HTML report will be.
     """
     started = time.monotonic()
     run = _run(path, recipe, options, observe)
     facts = _facts(run)
     gallery = open_gallery(folder, facts, run.prompts, overwrite=options.overwrite)
-    layers = _draw_16bit_and_naive(run, gallery, observe)
-    missing = _draw_nf4(run, gallery, observe)
-    draw_missing(gallery, CONVERTED, run, lambda: _converted_pipeline(run), observe)
+    sampled = sample_all(run, gallery, without, observe)
     metrics = find_metrics(run.device, pictures=len(run.prompts))
-    ways = [CONVERTED, NAIVE, *([] if missing else [NF4])]
-    scores = {way: score_pairs(gallery, SIXTEEN_BIT, way, run.prompts, metrics, observe) for way in ways}
-    report = _report(run, gallery, scores, metrics, layers, missing=missing, started=started, observe=observe)
-    return Evaluation(run, facts, _gated(report, recipe), gallery, scores, metrics, layers)
+    ways = [CONVERTED, *(way for way in (NAIVE, NF4) if way not in sampled.missing)]
+    noise = _noise(run, gallery, sampled, observe)
+    scores = {
+        way: replace(score_pairs(gallery, SIXTEEN_BIT, way, run.prompts, metrics, observe), noise=noise)
+        for way in ways
+    }
+    report = _report(run, gallery, scores, metrics, sampled, page=page, started=started, observe=observe)
+    return Evaluation(run, facts, _gated(report, recipe), gallery, scores, metrics, sampled.layers)
 
 
-def draw_missing(
-    gallery: Gallery,
-    way: str,
-    run: Run,
-    load: Callable[[], DiffusionPipeline],
-    observe: Observer,
-    *,
-    count: int | None = None,
-) -> None:
-    """The pictures that are not there yet, of the first `count` prompts. `load` is called only where some are.
+_PAIRS_ONLY = Metrics({}, {}, None, {})
 
-    They are drawn in the batches of the whole run, which on some machines decide the last bits.
-    """
-    missing = set(gallery.missing(way, len(run.prompts[:count])))
-    if not missing:
-        return
-    pipe = load()
-    started = time.monotonic()
-    drawn = draw_each(
-        pipe,
-        run.prompts,
-        settings=run.settings,
-        stage=f"draw {TITLES.get(way, way)}",
-        observe=observe,
-        wanted=missing.__contains__,
+
+def _noise(run: Run, gallery: Gallery, sampled: Sampled, observe: Observer) -> Mapping[str, list[float]]:
+    """By metric, how far the figures of an image are apart between the checkpoint and the same with a nudge."""
+    prompts = run.prompts[:NOISE_PICTURES]
+    if "own_noise_psnr_db" in sampled.missing:
+        return {}
+    own, nudged = (
+        score_pairs(gallery, SIXTEEN_BIT, way, prompts, _PAIRS_ONLY, observe).per_picture
+        for way in (CONVERTED, NUDGED)
     )
-    kept = 0
-    for index, picture in drawn:
-        keep_picture(gallery, way, index, picture)
-        kept += 1
-    note_time(gallery, way, pictures=kept, seconds=time.monotonic() - started)
+    return {metric: [a - b for a, b in zip(own[metric], nudged[metric], strict=True)] for metric in own}
 
 
 def _run(path: Path, recipe: Recipe, options: RunOptions, observe: Observer) -> Run:
@@ -214,112 +168,42 @@ def _component_sizes(source: Source) -> dict[str, int]:
     }
 
 
-def _draw_16bit_and_naive(run: Run, gallery: Gallery, observe: Observer) -> JudgedLayers:
-    """What the 16-bit pipeline is loaded for: its pictures, its noise, what its layers read, and the naive baseline,
-    for which it is taken apart at last."""
-    pipe: DiffusionPipeline | None = None
-
-    def loaded() -> DiffusionPipeline:
-        nonlocal pipe
-        pipe = pipe or _sixteen_bit_pipeline(run)
-        return pipe
-
-    def naive() -> DiffusionPipeline:
-        with_naive = loaded()
-        _replace(with_naive, run, _naive_layer)
-        return with_naive
-
-    draw_missing(gallery, SIXTEEN_BIT, run, loaded, observe)
-    draw_missing(gallery, AGAIN, run, loaded, observe, count=NOISE_PICTURES)
-    layers = _judged(run, gallery, loaded, observe)
-    draw_missing(gallery, NAIVE, run, naive, observe)
-    return layers
-
-
-def _judged(
-    run: Run, gallery: Gallery, loaded: Callable[[], DiffusionPipeline], observe: Observer
-) -> JudgedLayers:
-    path = gallery.folder / "layers.safetensors"
-    prompts = run.prompts[:SQNR_PROMPTS]
-    if (found := kept_layers(path, run.checkpoint, run.source, prompts=len(prompts))) is not None:
-        return found
-    pipe = loaded()
-    model = joint_model(pipe, run.source.components)
-    found = judge_layers(pipe, model, run.checkpoint, run.source, prompts, run.settings, observe)
-    keep_layers(path, found, prompts=len(prompts))
-    return found
-
-
-def _draw_nf4(run: Run, gallery: Gallery, observe: Observer) -> dict[str, str]:
-    """The baseline of bitsandbytes, or why there is none."""
-    try:
-        require_nf4(run.device)
-    except EnvironmentLacksError as lack:
-        return {NF4: f"{lack.message}; {lack.hint}"}
-
-    def nf4() -> DiffusionPipeline:
-        pipe = _sixteen_bit_pipeline(run)
-        _replace(pipe, run, _nf4_layer)
-        return pipe
-
-    draw_missing(gallery, NF4, run, nf4, observe)
-    return {}
-
-
-def _sixteen_bit_pipeline(run: Run) -> DiffusionPipeline:
-    return load_16bit_pipeline(run.source, class_name=run.checkpoint.model_class, device=run.device)
-
-
-def _converted_pipeline(run: Run) -> DiffusionPipeline:
-    # a single file has no other components of its own
-    base = run.checkpoint.source.pipeline or run.source.pipeline
-    return load_pipeline(run.path, device=run.device, base=base)
-
-
-MakeLayer = Callable[[Run, LayerPlan, Tensor, Tensor | None], nn.Module]
-
-
-def _replace(pipe: DiffusionPipeline, run: Run, make: MakeLayer) -> None:
-    """The layers that the checkpoint converts, made from the 16-bit weights in another way."""
-    layers: dict[str, nn.Module] = {}
-    for plan in run.checkpoint.layers:
-        weight = read_tensor(run.source, f"{plan.name}.weight").flatten(1)
-        bias = read_tensor(run.source, f"{plan.name}.bias") if plan.linear.bias else None
-        layers[plan.name] = make(run, plan, weight, bias).to(run.device)
-    replace_layers(pipe, run.source.components, layers)
-
-
-def _naive_layer(run: Run, plan: LayerPlan, weight: Tensor, bias: Tensor | None) -> nn.Module:
-    """Rounded to nearest, nothing else."""
-    dtype = run.checkpoint.dtype
-    if isinstance(plan, W4A4Plan):
-        return quantized_linear(naive_solution(plan, weight, bias, dtype))
-    bias = None if bias is None else bias.float()
-    return quantized_linear(solve_w4a16(plan, weight.float(), bias, dtype=dtype))
-
-
-def _nf4_layer(run: Run, plan: LayerPlan, weight: Tensor, bias: Tensor | None) -> nn.Module:
-    return nf4_linear(weight, bias, dtype=compute_dtype(run.device))
-
-
 def _report(
     run: Run,
     gallery: Gallery,
     scores: Mapping[str, Scores],
     metrics: Metrics,
-    layers: JudgedLayers,
+    sampled: Sampled,
     *,
-    missing: Mapping[str, str],
+    page: str | None,
     started: float,
     observe: Observer,
 ) -> EvalReport:
     own = score_pictures(gallery, SIXTEEN_BIT, run.prompts, metrics)
-    noise = score_pairs(
-        gallery, SIXTEEN_BIT, AGAIN, run.prompts[:NOISE_PICTURES], Metrics({}, {}, None, {}), observe
-    )
-    floor = noise.summary("psnr_db")
+    missing, problems = sampled.missing, sampled.problems
+
+    def chance(first: str, second: str, figure: str) -> float | None:
+        """PSNR of two passes that should be the same."""
+        if figure in missing:
+            return None
+        found = score_pairs(gallery, first, second, run.prompts[:NOISE_PICTURES], _PAIRS_ONLY, observe)
+        return summarize(found.per_picture["psnr_db"]).mean
+
+    floor = chance(SIXTEEN_BIT, AGAIN, "noise_floor_psnr_db")
+    own_noise = chance(CONVERTED, NUDGED, "own_noise_psnr_db")
     facts = {way: facts_of(gallery, way, found) for way, found in scores.items()}
     converted = facts.pop(CONVERTED)
+    evidence = Evidence(
+        converted=scores[CONVERTED].per_picture["psnr_db"],
+        naive=scores[NAIVE].per_picture["psnr_db"] if NAIVE in scores else None,
+        noise=scores[CONVERTED].noise.get("psnr_db", ()),
+        floor_db=floor,
+        own_noise_db=own_noise,
+        problems=problems,
+        converted_problems=sampled.converted_problems,
+        objection=run.origin.objection,
+        data_free=(run.checkpoint.provenance or {}).get("calibration_sha256") is None,
+    )
     return EvalReport(
         images=len(run.prompts),
         psnr_db=converted.psnr_db,
@@ -332,14 +216,26 @@ def _report(
             own.summary("clip"), own.summary("image_reward"), seconds_per_picture(gallery, SIXTEEN_BIT)
         ),
         baselines=facts,
-        layer_sqnr_db=layers.sqnr,
-        noise_floor_psnr_db=None if floor is None else floor.mean,
+        layer_sqnr_db=sampled.layers.sqnr,
+        noise_floor_psnr_db=floor,
+        own_noise_psnr_db=own_noise,
+        output_sqnr_db=sampled.outputs,
+        sixteen_bit_images=ImageFacts(
+            problems.black, problems.nearly_uniform, problems.alike, problems.meaningless
+        ),
+        verdict=verdict_of(evidence),
+        next=next_step(evidence, checkpoint=str(run.path), page=page),
         missing={**metrics.missing, **missing},
         seconds_per_picture=converted.seconds_per_picture,
         seconds=time.monotonic() - started,
+        page=page,
         same_source=run.origin.same,
         loras=run.origin.loras,
-        warnings=run.origin.notes,
+        warnings=(
+            *run.origin.notes,
+            *problems.sentences("16-bit"),
+            *sampled.converted_problems.sentences("4-bit"),
+        ),
     )
 
 
@@ -362,13 +258,23 @@ def _always(scores: Scores, metric: str) -> Summary:
     return found
 
 
+_COMPARED = (
+    "psnr_db",
+    "ssim",
+    "lpips",
+    "fid",
+)  # sections of figures that compare images with the 16-bit ones
+
+
 def _gated(report: EvalReport, recipe: Recipe) -> EvalReport:
     """A gate on a figure that could not be measured is missed: nobody knows that it holds."""
     plain = to_json(report)
     missed: list[str] = []
     for gate in recipe.gates:
         value, section = figure_of(gate, plain), section_of(gate)
-        if value is not None and not gate.holds(value):
+        if value is not None and section in _COMPARED and report.sixteen_bit_images.meaningless:
+            missed.append(f"{gate} (is {value:.4g}, which means nothing: {report.warnings[-1]})")
+        elif value is not None and not gate.holds(value):
             missed.append(f"{gate} (is {value:.4g})")
         elif section in plain and plain[section] is None:
             missed.append(f"{gate} (not measured: {report.missing.get(section, 'no such figure')})")

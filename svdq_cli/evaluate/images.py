@@ -61,29 +61,37 @@ def ssim(a: Image, b: Image) -> float:
     return score.item()
 
 
-def summarize(figures: Sequence[float]) -> Summary:
-    """Mean, population standard deviation (0 for one figure), extremes, and a bootstrap interval of the mean."""
+def summarize(figures: Sequence[float], noise: Sequence[float] = ()) -> Summary:
+    """Mean, population standard deviation (0 for one figure), extremes, and a bootstrap interval of the mean.
+
+    `noise`: differences of a figure between two runs that nobody can tell apart; the interval includes them.
+    """
     values = torch.tensor(figures, dtype=torch.float64)
     return Summary(
         mean=values.mean().item(),
         std=values.std(correction=0).item(),
         min=values.min().item(),
         max=values.max().item(),
-        ci95=_mean_interval(values),
+        ci95=_mean_interval(values, torch.tensor(list(noise), dtype=torch.float64)),
     )
 
 
-def _mean_interval(values: Tensor) -> tuple[float, float] | None:
+def _mean_interval(values: Tensor, noise: Tensor) -> tuple[float, float] | None:
     """95 % confidence interval of the mean by the percentile bootstrap (Efron 1979), which assumes no distribution:
-    PSNR over pictures is skewed. Seeded, so that equal figures have equal intervals; None for a single figure."""
+    PSNR over pictures is skewed. Every figure that is drawn is moved by one of `noise`, up or down. Seeded, so that
+    equal figures have equal intervals; None for a single figure."""
     count = len(values)
     if count < 2:
         return None
     generator = torch.Generator().manual_seed(0)
-    means = torch.stack(
-        [values[torch.randint(count, (count,), generator=generator)].mean() for _ in range(BOOTSTRAP_SAMPLES)]
-    )
-    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    means: list[Tensor] = []
+    for _ in range(BOOTSTRAP_SAMPLES):
+        drawn = values[torch.randint(count, (count,), generator=generator)]
+        if len(noise):
+            moved = noise[torch.randint(len(noise), (count,), generator=generator)]
+            drawn = drawn + moved * (2 * torch.randint(2, (count,), generator=generator) - 1)
+        means.append(drawn.mean())
+    low, high = torch.quantile(torch.stack(means), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high
 
 
@@ -93,10 +101,10 @@ def _same_size_pixels(a: Image, b: Image) -> tuple[Tensor, Tensor]:
             f"pictures of {a.width} x {a.height} and {b.width} x {b.height} pixels cannot be compared",
             hint="draw both with the same height and width",
         )
-    return _pixels(a), _pixels(b)
+    return pixels_of(a), pixels_of(b)
 
 
-def _pixels(image: Image) -> Tensor:
+def pixels_of(image: Image) -> Tensor:
     """(3, H, W) float32, 0..255."""
     rgb = image.convert("RGB")
     flat = torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8)

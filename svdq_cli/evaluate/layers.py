@@ -37,7 +37,7 @@ def layer_sqnr_db(
         raise CheckFailedError(
             f"the {whose} layer {name} gives numbers that are not finite", where=name, kind="not-finite"
         )
-    return _ratio_db(signal, noise)
+    return ratio_db(signal, noise)
 
 
 def converted_output(rows: Tensor, solution: LayerSolution) -> Tensor:
@@ -49,7 +49,10 @@ def converted_output(rows: Tensor, solution: LayerSolution) -> Tensor:
             return w4a16_exact(rows, solution)
 
 
-def _ratio_db(signal: float, noise: float) -> float:
+def ratio_db(signal: float, noise: float) -> float:
+    """10 log10(signal / noise) within +-SQNR_CAP_DB; the worst of it where the noise is not finite."""
+    if not math.isfinite(noise):
+        return -SQNR_CAP_DB
     if noise == 0:
         return SQNR_CAP_DB
     if signal == 0:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from svdq_cli import __version__
 from svdq_cli.evaluate.chapters import chapter_of, description
-from svdq_cli.evaluate.comparing import CONVERTED, NAIVE, SIXTEEN_BIT, TITLES, Evaluation
+from svdq_cli.evaluate.comparing import Evaluation
 from svdq_cli.evaluate.gallery import read_picture
 from svdq_cli.evaluate.grid import picture_grid
 from svdq_cli.evaluate.page import PAGE_PICTURE_BYTES, Page, render_page
+from svdq_cli.evaluate.passes import CONVERTED, NAIVE, SIXTEEN_BIT, TITLES
 from svdq_cli.evaluate.plotting import Search, plot_evaluation
 from svdq_cli.recipe import Recipe
 from svdq_cli.records import json_text
@@ -64,11 +65,11 @@ def _picture_figures(found: Evaluation) -> list[dict[str, object]]:
 
 
 def _write_grid(path: Path, found: Evaluation) -> None:
-    naive, converted = found.report.baselines[NAIVE], found.report
+    naive = found.report.baselines.get(NAIVE)
     columns = {
         SIXTEEN_BIT: TITLES[SIXTEEN_BIT],
-        NAIVE: f"{TITLES[NAIVE]}\n{naive.psnr_db.mean:.1f} dB",
-        CONVERTED: f"{TITLES[CONVERTED]}\n{converted.psnr_db.mean:.1f} dB",
+        **({NAIVE: f"{TITLES[NAIVE]}\n{naive.psnr_db.mean:.1f} dB"} if naive else {}),
+        CONVERTED: f"{TITLES[CONVERTED]}\n{found.report.psnr_db.mean:.1f} dB",
     }
     rows = range(min(GRID_ROWS, len(found.run.prompts)))
     picture_grid(

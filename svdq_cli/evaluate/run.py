@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Generator
+from collections.abc import Collection, Generator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 from svdq_cli.conversion.working import as_stopped, say_what_is_kept
@@ -24,17 +23,19 @@ def evaluate(
     recipe: Recipe,
     *,
     report_folder: Path | None = None,
+    without: Collection[str] = (),
     options: RunOptions = DEFAULT_OPTIONS,
     observe: Observer = ignore_events,
 ) -> EvalReport:
     """Pictures of the 16-bit model (the recipe's source), of the baselines and of the checkpoint, at equal seeds.
 
     With `report_folder`: pictures, grid, figures, plots and the HTML report are kept there, and a run that was stopped
-    goes on where it stood.
+    goes on where it stood. `without`: passes to leave out (`OPTIONAL_PASSES`).
     """
     if report_folder is None:
         with tempfile.TemporaryDirectory(prefix="svdq-eval-") as folder:
-            return compare_in(Path(folder), path, recipe, options=options, observe=observe).report
+            found = compare_in(Path(folder), path, recipe, without=without, options=options, observe=observe)
+            return found.report
     # Imports matplotlib, which takes a while
     from svdq_cli.evaluate.plotting import search_of
     from svdq_cli.evaluate.reporting import PAGE_FILE, write_report
@@ -44,8 +45,10 @@ def evaluate(
         require_own_folder(report_folder)
         require_places([report_folder], folders=[True], inputs=[path], overwrite=False)
         search = search_of(path)  # refuses a damaged report now, not after the long work
-        found = compare_in(report_folder, path, recipe, options=options, observe=observe)
-        found = replace(found, report=replace(found.report, page=str(report_folder / PAGE_FILE)))
+        page = str(report_folder / PAGE_FILE)
+        found = compare_in(
+            report_folder, path, recipe, without=without, page=page, options=options, observe=observe
+        )
         write_report(report_folder, found, recipe, search=search)
     return found.report
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from PIL.Image import Image
 
@@ -17,14 +17,16 @@ BATCH = 8  # pictures that a network judges at once
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Figures of one way of drawing, picture by picture, by metric; FID is one figure for all."""
+    """Figures of one way of drawing, picture by picture, by metric; FID is one figure for all. `noise`: by metric, how
+    a figure differs between two runs that nobody can tell apart."""
 
     per_picture: Mapping[str, Sequence[float]]
     fid: float | None
+    noise: Mapping[str, Sequence[float]] = field(default_factory=dict[str, Sequence[float]])
 
     def summary(self, metric: str) -> Summary | None:
         figures = self.per_picture.get(metric)
-        return summarize(figures) if figures else None
+        return summarize(figures, self.noise.get(metric, ())) if figures else None
 
 
 def score_pairs(

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import svdq_cli.evaluate.passes
 from svdq_cli.checkpoint import open_checkpoint
 from svdq_cli.drawing import evaluation_recipe
 from svdq_cli.errors import CanceledRunError, UsageError
+from svdq_cli.evaluate.passes import passes_of_text
 from svdq_cli.evaluate.run import evaluate
 from svdq_cli.preparing import RunOptions
 from svdq_cli.recipe import Recipe, parse_fail_if
@@ -60,10 +62,16 @@ def test_an_evaluation_scores_the_checkpoint_and_its_baseline_and_goes_on_where_
     assert report.images == 2
     assert 15 < report.psnr_db.mean < 100
     assert report.psnr_db.ci95 is not None
-    assert report.psnr_db.min <= report.psnr_db.ci95[0] <= report.psnr_db.mean <= report.psnr_db.ci95[1]
+    assert report.psnr_db.ci95[0] <= report.psnr_db.mean <= report.psnr_db.ci95[1]
     assert report.noise_floor_psnr_db is not None
     assert report.noise_floor_psnr_db > report.psnr_db.mean
     assert len(report.layer_sqnr_db.per_layer) == 20
+    assert report.own_noise_psnr_db is not None
+    assert report.psnr_db.mean < report.own_noise_psnr_db
+    assert report.output_sqnr_db is not None
+    assert 3 < report.output_sqnr_db.step < report.output_sqnr_db.sum < 60
+    assert report.verdict in (folder / "report.html").read_text().replace("&#39;", "'")
+    assert report.next.startswith("calibrate")  # the checkpoint is data-free
     assert report.clip is None
     assert "hf download" in report.missing["clip"]
     assert json.loads((folder / "report.json").read_text()) == json.loads(json.dumps(to_json(report)))
@@ -75,7 +83,7 @@ def test_an_evaluation_scores_the_checkpoint_and_its_baseline_and_goes_on_where_
     def drawn(options: RunOptions) -> tuple[EvalReport, set[str]]:
         events: list[Event] = []
         again = evaluate(checkpoint, recipe, report_folder=folder, options=options, observe=events.append)
-        return again, {event.stage for event in events if event.stage.startswith(("draw", "calibrate"))}
+        return again, {event.stage for event in events if event.stage.startswith(("draw", "layer", "model"))}
 
     again, stages = drawn(CPU)
     assert stages == set()
@@ -88,6 +96,55 @@ def test_an_evaluation_scores_the_checkpoint_and_its_baseline_and_goes_on_where_
     assert again.psnr_db == report.psnr_db
     _, stages = drawn(replace(CPU, overwrite=True))
     assert {"draw 16-bit", "draw naive 4-bit", "draw SVDQuant"} <= stages
+
+
+def test_passes_can_be_left_out_and_made_later(checkpoint: Path, recipe: Recipe, tmp_path: Path):
+    folder = tmp_path / "report"
+    events: list[Event] = []
+    without = passes_of_text(["naive,floor", "own-noise,outputs"])
+    report = evaluate(
+        checkpoint, recipe, report_folder=folder, without=without, options=CPU, observe=events.append
+    )
+    assert {event.stage for event in events if event.stage.startswith(("draw", "model"))} == {
+        "draw 16-bit",
+        "draw SVDQuant",
+    }
+    assert (report.noise_floor_psnr_db, report.own_noise_psnr_db, report.output_sqnr_db) == (None, None, None)
+    assert report.baselines == {}
+    assert report.missing["noise_floor_psnr_db"] == "left out by --without floor"
+    assert "not compared with naive" in report.verdict
+    whole = evaluate(checkpoint, recipe, report_folder=folder, options=CPU)
+    assert whole.baselines["rtn"].psnr_db.mean > 0
+    assert whole.psnr_db.mean == report.psnr_db.mean
+    with pytest.raises(UsageError, match="--without converted"):
+        passes_of_text(["converted"])
+
+
+def test_figures_of_empty_images_are_no_good_news(
+    checkpoint: Path, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Said at once, in the report and on the page; a gate that they would meet is missed."""
+    keep = svdq_cli.evaluate.passes.keep_picture
+    blank = Image.new("RGB", (32, 32), (243, 242, 244))
+    monkeypatch.setattr(
+        svdq_cli.evaluate.passes,
+        "keep_picture",
+        lambda gallery, way, i, picture: keep(gallery, way, i, blank),
+    )
+    events: list[Event] = []
+    gated = recipe.model_copy(update={"gates": (parse_fail_if("psnr_db<20"),)})
+    folder = tmp_path / "report"
+    report = evaluate(checkpoint, gated, report_folder=folder, options=CPU, observe=events.append)
+    said = "2 of 2 16-bit images are nearly one color"
+    stages = [event.stage for event in events]
+    warned = next(i for i, event in enumerate(events) if event.kind == "warning" and event.detail == said)
+    assert warned < stages.index("draw naive 4-bit")
+    assert report.sixteen_bit_images.meaningless
+    assert report.verdict.startswith(f"No verdict: {said}")
+    assert said in report.warnings
+    assert report.status == "gate-missed"
+    assert "means nothing" in report.gates_missed[0]
+    assert said in (folder / "report.html").read_text()
 
 
 def test_more_samples_draw_only_the_new_ones_and_other_settings_are_refused(

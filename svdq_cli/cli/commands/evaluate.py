@@ -32,6 +32,13 @@ def evaluate(
     height: opt.Height = None,
     batch_size: opt.BatchSize = None,
     seed: opt.Seed = None,
+    without: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PASS,...",
+            help="Passes to leave out, of naive, floor, own-noise, outputs and nf4; --plan says what each is for.",
+        ),
+    ] = None,
     fail_if: opt.FailIf = None,
     device: opt.Device = "auto",
     resume: opt.Resume = False,
@@ -48,9 +55,11 @@ def evaluate(
     from svdq_cli.cli.progress import progress
     from svdq_cli.cli.summary import append_summary
     from svdq_cli.drawing import evaluation_recipe
+    from svdq_cli.evaluate.passes import passes_of_text
     from svdq_cli.evaluate.run import evaluate as run_evaluate
     from svdq_cli.starting import recipe_of
 
+    left_out = passes_of_text(without or [])
     named, beside = recipe_of(against)
     model = override(named, base=base, loras=loras).model
     judged = evaluation_recipe(open_checkpoint(checkpoint), model.source)
@@ -71,6 +80,7 @@ def evaluate(
             checkpoint,
             recipe,
             report_folder=report,
+            without=left_out,
             options=run_options(device, overwrite, beside, resume=resume),
             observe=observe,
         )

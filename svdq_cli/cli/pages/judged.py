@@ -28,11 +28,19 @@ def check(console: Console, report: CheckReport, verbose: bool) -> None:
 
 
 def evaluation(console: Console, report: EvalReport, verbose: bool) -> None:
-    """Means over the pictures, with the columns that something was measured for."""
+    """The verdict last, where the eye stays; means over the images before it, with the columns that something was
+    measured for."""
     table = Table(box=None, pad_edge=False)
     measured = [name for name in _LEARNED if getattr(report, name) is not None]
-    table.add_column("against the 16-bit pictures")
-    for title in ("PSNR", "95 % interval", "worst", "SSIM", *(_LEARNED[name] for name in measured)):
+    table.add_column("against the 16-bit images")
+    empty = report.sixteen_bit_images.meaningless
+    for title in (
+        "PSNR (means nothing here)" if empty else "PSNR",
+        "95 % interval",
+        "worst",
+        "SSIM",
+        *(_LEARNED[name] for name in measured),
+    ):
         table.add_column(title, justify="right")
     titles = {"rtn": "naive 4-bit (rtn)", "nf4": "bitsandbytes NF4"}
     ways = {titles.get(name, name): scores for name, scores in report.baselines.items()}
@@ -46,11 +54,13 @@ def evaluation(console: Console, report: EvalReport, verbose: bool) -> None:
             *(_learned(getattr(scores, name)) for name in measured),
         )
     console.print(table)
-    floor = report.noise_floor_psnr_db
-    repeats = "exactly (100 dB)" if floor is not None and floor >= 100 else f"to {floor:.1f} dB"
     console.print(
-        f"{report.images} pictures; the 16-bit model repeats itself {repeats}; {report.seconds:.1f} s"
+        f"{report.images} image{'s' * (report.images != 1)}, {report.seconds:.1f} s{_chance(report)}"
     )
+    if (outputs := report.output_sqnr_db) is not None:
+        console.print(
+            f"model output at equal inputs: {outputs.step:.1f} dB a step, {outputs.sum:.1f} dB summed over the steps"
+        )
     for name, why in report.missing.items():
         console.print(Text(f"no {name}: {why}"))
     sqnr = report.layer_sqnr_db
@@ -58,6 +68,21 @@ def evaluation(console: Console, report: EvalReport, verbose: bool) -> None:
     print_layers(console, sqnr, everything=verbose)
     if report.page:
         console.print(f"report, for a browser: {report.page}")
+    for warning in report.warnings:
+        console.print(Text(f"warning: {warning}", style="bold"))
+    console.print(Text(f"verdict: {report.verdict}", style="bold"))
+    console.print(Text(f"next: {report.next}"))
+
+
+def _chance(report: EvalReport) -> str:
+    """How much of a difference comes by chance."""
+    floor, own = report.noise_floor_psnr_db, report.own_noise_psnr_db
+    repeats = "" if floor is None else "exactly (100 dB)" if floor >= 100 else f"to {floor:.1f} dB"
+    said = f"; the 16-bit model repeats itself {repeats}" if repeats else ""
+    if own is not None:
+        nudge = "not at all" if own >= 100 else f"to {own:.1f} dB"
+        said += f"; one rounding in the start noise moves the 4-bit images {nudge}"
+    return said
 
 
 _LEARNED = {"lpips": "LPIPS", "clip": "CLIP", "image_reward": "ImageReward", "fid": "FID"}

@@ -70,11 +70,14 @@ class LayerRow:
 
 @dataclass(frozen=True, slots=True)
 class Chapter:
-    """One checkpoint against its source. `ways`: the 16-bit model, the checkpoint, then baselines."""
+    """One checkpoint against its source. `ways`: the 16-bit model, the checkpoint, then baselines. `warnings`: why the
+    figures may not be believed."""
 
     key: str  # for links; letters, digits and hyphens
     title: str
     verdict: str
+    next: str
+    warnings: Sequence[str]
     figures: Sequence[Figure]
     ways: Sequence[Way]
     scores: Table
