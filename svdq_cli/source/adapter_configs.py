@@ -32,8 +32,8 @@ ChangedBase = Literal["PiSSA", "OLoRA"]
 _READ_TYPES = ("LORA", "LOHA", "LOKR")
 _DEFAULT = 8  # peft's rank and alpha where a config says none
 _PATTERN_CHARACTERS = 1000  # a pattern may have
-_ONE_MATCH = 1.0  # seconds, of one pattern with one name
-_ALL_MATCHES = 10.0  # seconds
+_ONE_MATCH = 0.5  # seconds, of one pattern with one name
+_ALL_MATCHES = 5.0  # seconds
 _SAME_BASE = (
     "true",
     "false",
