@@ -7,7 +7,7 @@ from typing import Literal
 
 _PACKAGE = Path(__file__).resolve().parent
 
-DataFolder = Literal["configs", "calib_prompts", "kernels"]
+DataFolder = Literal["configs", "calib_prompts", "kernels", "docs"]
 
 
 def data_root(name: DataFolder) -> Path:

@@ -21,13 +21,18 @@ from svdq_cli.recipe import (
     Lora,
     Output,
     Recipe,
+    ShippedRecipe,
     at_its_rule,
+    copied_text,
     default_recipe,
     load_recipe,
     lora_of,
     output_of,
     parse_fail_if,
     recipe_template,
+    schema_address,
+    shipped_recipe,
+    shipped_recipes,
     user_path,
     with_overrides,
 )
@@ -44,10 +49,43 @@ class InitReport:
     schema: int = 1
 
 
+@dataclass(frozen=True, slots=True)
+class RecipeFacts:
+    name: str
+    about: str
+    source: str
+    precision: str
+    effort: str
+    output: str | None  # where it writes, from the current directory
+
+
+@dataclass(frozen=True, slots=True)
+class RecipesReport:
+    """The recipes that ship with svdq."""
+
+    recipes: tuple[RecipeFacts, ...]
+    command: str = "recipes"
+    status: str = "ok"
+    schema: int = 1
+
+
+def list_recipes() -> RecipesReport:
+    """`svdq recipes`."""
+    return RecipesReport(tuple(_facts_of(found) for found in shipped_recipes()))
+
+
+def _facts_of(found: ShippedRecipe) -> RecipeFacts:
+    recipe = load_recipe(found.path)
+    wanted, outputs = recipe.quantization, recipe.outputs
+    output = outputs[0].path if outputs else None
+    return RecipeFacts(found.name, found.about, recipe.model.source, wanted.precision, wanted.effort, output)
+
+
 def recipe_file(source: str) -> Path | None:
-    """The recipe that SOURCE names; None for a model."""
+    """The recipe that SOURCE names, by its path or as one of those that ship with svdq; None for a model."""
     path = user_path(source)
-    return path if path.suffix.lower() in (".yaml", ".yml") else None
+    shipped = None if path.exists() else shipped_recipe(source)
+    return shipped or (path if path.suffix.lower() in (".yaml", ".yml") else None)
 
 
 def recipe_of(source: str) -> tuple[Recipe, Path | None]:
@@ -187,9 +225,10 @@ def write_recipe(source: str, out: Path, *, overwrite: bool, **options: object) 
     """`svdq init`: a complete commented recipe for a model that is really there."""
     from svdq_cli.preparing import RunOptions, prepare, source_of, with_model_sampling
 
-    if recipe_file(str(out)) is None:
+    if out.suffix.lower() not in (".yaml", ".yml"):
         raise UsageError(f"{out}: a recipe's name ends in .yaml", hint=f"use -o {out}.yaml", where=str(out))
-    if given := recipe_file(source):
+    given, ready = recipe_file(source), shipped_recipe(source)
+    if given and (ready is None or any(value is not None for value in options.values())):
         raise UsageError(
             f"{given}: a recipe already",
             hint="give the model that it names, or edit this recipe",
@@ -197,6 +236,9 @@ def write_recipe(source: str, out: Path, *, overwrite: bool, **options: object) 
         )
     refuse_existing(out, overwrite=overwrite)
     require_places([out], folders=[False], inputs=[], overwrite=overwrite)
+    if ready is not None:
+        _write(out, copied_text(ready))
+        return InitReport(str(out), load_recipe(ready).model.family)
     recipe = override(with_default_calibration(default_recipe(source)), options)
     opened = source_of(recipe, RunOptions())
     output = Output(path=f"out/{_slug(source)}-{recipe.quantization.precision}")
@@ -204,12 +246,16 @@ def write_recipe(source: str, out: Path, *, overwrite: bool, **options: object) 
     prepared = prepare(recipe, source=opened)
     if prepared.plan.family == STRUCTURAL:
         recipe = _with_structure(recipe, prepared.plan, prepared.inventory)
+    _write(out, recipe_template(recipe, schema=schema_address()))
+    return InitReport(str(out), prepared.plan.family)
+
+
+def _write(out: Path, text: str) -> None:
     with disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         partial = out.with_name(f".{out.name}.partial")
-        partial.write_text(recipe_template(recipe), encoding="utf-8")
+        partial.write_text(text, encoding="utf-8")
         partial.replace(out)
-    return InitReport(str(out), prepared.plan.family)
 
 
 def _with_structure(recipe: Recipe, plan: ModelPlan, inventory: Inventory) -> Recipe:

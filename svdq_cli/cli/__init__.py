@@ -38,11 +38,14 @@ def run(arguments: list[str]) -> int:
     import typer
 
     from svdq_cli.cli.app import app
+    from svdq_cli.cli.completion import VARIABLE, answer
     from svdq_cli.cli.failures import refusal_of
     from svdq_cli.errors import UsageError
 
     try:
         command = typer.main.get_command(app)
+        if instruction := os.environ.get(VARIABLE):
+            return answer(command, instruction)
         # Not called as a whole: Typer would make exit code 130 of Ctrl-C and of SIGTERM, and say nothing.
         with command.make_context("svdq", list(arguments)) as context:
             result = command.invoke(context)

@@ -20,14 +20,17 @@ from svdq_cli.cli.commands import (
     inspect,
     lora,
     push,
+    recipes,
 )
+from svdq_cli.cli.help import Manual, ManualCommand, epilog_of, page_address
 
 app = typer.Typer(
     name="svdq",
     help="Convert diffusion models to 4-bit SVDQuant checkpoints: weights and activations in 4 bits, "
     "outliers in a 16-bit low-rank branch.",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=False,  # of typer's own, which says nothing where it can't tell the shell
+    epilog=f"Learn more: {page_address('quick-start.md')}",
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
@@ -35,28 +38,151 @@ app = typer.Typer(
 
 
 @app.callback(invoke_without_command=True)
-def root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    install_completion: Annotated[
+        bool, typer.Option("--install-completion", help="Complete svdq's commands in this shell from now on.")
+    ] = False,
+    show_completion: Annotated[
+        bool, typer.Option("--show-completion", help="Print the script that does so.")
+    ] = False,
+) -> None:
     if version:
         from svdq_cli import __version__
 
         print(f"svdq {__version__}")
         raise typer.Exit
+    if install_completion or show_completion:
+        from svdq_cli.cli.completion import install, script
+
+        print(install() if install_completion else script())
+        raise typer.Exit
 
 
-COMMANDS = {  # what `svdq --help` says of each has to fit beside its name in 80 columns
-    "demo": (demo.demo, "The whole job on the embedded model, with pictures and a table."),
-    "init": (init.init, "Write a complete, commented recipe for a model."),
-    "inspect": (inspect.inspect, "Show what a model or a checkpoint holds: layers and sizes."),
-    "calibrate": (calibrate.calibrate, "Draw prompts with the 16-bit model; keep the statistics."),
-    "convert": (convert.convert, "A 16-bit model becomes a 4-bit checkpoint."),
-    "export": (export.export, "Pack a checkpoint for another runtime, bit for bit."),
-    "lora": (lora.lora, "Fold LoRAs into a checkpoint without quantizing again."),
-    "check": (check.check, "Structure, finite values, weights against the source's."),
-    "eval": (evaluate.evaluate, "Draw with both models: PSNR, SSIM and more; a report."),
-    "generate": (generate.generate, "Draw one picture with a converted checkpoint."),
-    "push": (push.push, "Upload a checkpoint to the Hugging Face hub."),
-    "bench": (bench.bench, "Measure the speed of linear layers beside torch's own."),
-    "doctor": (doctor.doctor, "Show versions, GPU and backends, with self-tests."),
+COMMANDS = {
+    "demo": (
+        demo.demo,
+        Manual(
+            "The whole job on the embedded model, with images and a table.",
+            "quick-start.md",
+            ("svdq demo -o svdq-demo", "svdq demo --export model"),
+        ),
+    ),
+    "init": (
+        init.init,
+        Manual(
+            "Write a complete, commented recipe for a model.",
+            "quick-start.md",
+            ("svdq init black-forest-labs/FLUX.1-dev -o flux.yaml", "svdq init flux1-dev-int4 -o mine.yaml"),
+        ),
+    ),
+    "recipes": (
+        recipes.recipes,
+        Manual(
+            "List the recipes that ship with svdq.",
+            "using.md",
+            ("svdq recipes", "svdq convert flux1-dev-int4"),
+        ),
+    ),
+    "inspect": (
+        inspect.inspect,
+        Manual(
+            "Show what a model or a checkpoint holds: layers and sizes.",
+            "inputs.md",
+            ("svdq inspect my-finetune.safetensors", "svdq inspect out/model-int4 -v"),
+        ),
+    ),
+    "calibrate": (
+        calibrate.calibrate,
+        Manual(
+            "Run prompts through the 16-bit model; keep the statistics.",
+            "calibration.md",
+            (
+                "svdq calibrate model -o calib",
+                "svdq calibrate model --prompts captions.csv --samples 128 -o calib",
+            ),
+        ),
+    ),
+    "convert": (
+        convert.convert,
+        Manual(
+            "A 16-bit model becomes a 4-bit checkpoint.",
+            "using.md",
+            (
+                "svdq convert model -o out/model-int4",
+                "svdq convert flux1-dev-int4 --plan",
+                "svdq convert my-finetune.safetensors --base model --prompts captions/ -o out/mine-int4",
+                "svdq convert configs/flux1-dev-int4.yaml configs/flux1-dev-nvfp4.yaml --resume",
+            ),
+        ),
+    ),
+    "export": (
+        export.export,
+        Manual(
+            "Pack a checkpoint for another runtime, bit for bit.",
+            "formats/README.md",
+            ("svdq export out/model-int4 --to comfy -o model.safetensors",),
+        ),
+    ),
+    "lora": (
+        lora.lora,
+        Manual(
+            "Fold LoRAs into a checkpoint without quantizing again.",
+            "lora.md",
+            ("svdq lora out/model-int4 --lora style.safetensors:0.8 -o out/model-int4-style",),
+        ),
+    ),
+    "check": (
+        check.check,
+        Manual(
+            "Structure, finite values, weights against the source's.",
+            "using.md",
+            ("svdq check out/model-int4", "svdq check out/model-int4 --against model"),
+        ),
+    ),
+    "eval": (
+        evaluate.evaluate,
+        Manual(
+            "Generate with both models: PSNR, SSIM and more; a report.",
+            "evaluation.md",
+            (
+                "svdq eval out/model-int4 --against model --report report",
+                'svdq eval out/model-int4 --against model --prompts captions.csv --fail-if "psnr_db<20"',
+            ),
+        ),
+    ),
+    "generate": (
+        generate.generate,
+        Manual(
+            "Generate an image with a converted checkpoint.",
+            "using.md",
+            ('svdq generate out/model-int4 --prompt "a lighthouse at dusk" -o image.png',),
+        ),
+    ),
+    "push": (
+        push.push,
+        Manual(
+            "Upload a checkpoint to the Hugging Face hub.",
+            "using.md",
+            ("svdq push out/model-int4 owner/model-int4 --dry-run",),
+        ),
+    ),
+    "bench": (
+        bench.bench,
+        Manual(
+            "Measure the speed of linear layers next to torch's own.",
+            "gpu.md",
+            ("svdq bench", "svdq bench out/model-int4 --plot speed.png"),
+        ),
+    ),
+    "doctor": (
+        doctor.doctor,
+        Manual(
+            "Show what this machine can do, with self-tests.",
+            "troubleshooting.md",
+            ("svdq doctor", "svdq doctor -v"),
+        ),
+    ),
 }
-for _name, (_command, _short) in COMMANDS.items():
-    app.command(name=_name, short_help=_short)(_command)
+for _name, (_command, _manual) in COMMANDS.items():
+    app.command(name=_name, short_help=_manual.short, epilog=epilog_of(_manual), cls=ManualCommand)(_command)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,18 @@ def _appendable(path: Path | None) -> Path | None:
     from svdq_cli.cli.summary import require_appendable
 
     return require_appendable(path)
+
+
+def recipe_names(incomplete: str) -> list[str]:
+    """For the shell: recipes by name once a letter is typed, files before that."""
+    from svdq_cli.recipe.shipped import names_like
+
+    return list(names_like(incomplete)) if incomplete else []
+
+
+def _words(*words: str) -> Callable[[str], list[str]]:
+    """The shell completes an option's value to one of these."""
+    return lambda incomplete: [word for word in words if word.startswith(incomplete)]
 
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else there.")]
@@ -32,7 +45,13 @@ EventsFile = Annotated[
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress on stderr.")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="More detail: every layer.")]
 Device = Annotated[
-    str, typer.Option(metavar="cpu|cuda|cuda:N", help="Where to compute. auto: the GPU where there is one.")
+    str,
+    typer.Option(
+        metavar="cpu|cuda|cuda:N",
+        help="Where to compute (default: auto, the GPU where there is one).",
+        show_default=False,
+        autocompletion=_words("auto", "cpu", "cuda"),
+    ),
 ]
 Work = Annotated[
     Path | None,
@@ -48,24 +67,43 @@ MaxVram = Annotated[
     str | None, typer.Option("--max-vram", metavar="SIZE", help="GPU memory it may take, as 22GiB.")
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")]
-Seed = Annotated[int | None, typer.Option(help="Seed of calibration, search and pictures.")]
-Precision = Annotated[str | None, typer.Option(metavar="int4|nvfp4", help="4-bit number format.")]
+Seed = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="Seed of calibration and search (default: the recipe's, else 0)."),
+]
+ImageSeed = Annotated[
+    int | None, typer.Option("--seed", metavar="N", help="Seed of the images' start noise.")
+]
+Precision = Annotated[
+    str | None,
+    typer.Option(
+        metavar="int4|nvfp4",
+        help="4-bit number format (default: int4).",
+        autocompletion=_words("int4", "nvfp4"),
+    ),
+]
 Rank = Annotated[
     str | None,
     typer.Option(
-        metavar="N|auto", help="Rank of the 16-bit branch: a multiple of 16, or searched for each layer."
+        metavar="N|auto",
+        help="Rank of the 16-bit branch: a multiple of 16, or searched for each layer (default: 32).",
     ),
 ]
 Effort = Annotated[
     str | None,
     typer.Option(
-        metavar="datafree|fast|balanced|best", help="How hard to search (fast: the paper's search)."
+        metavar="datafree|fast|balanced|best",
+        help="How hard to search; fast is the paper's search (default: balanced).",
+        autocompletion=_words("datafree", "fast", "balanced", "best"),
     ),
 ]
 Formats = Annotated[
     list[str] | None,
     typer.Option(
-        "--format", metavar="nunchaku-lite|nunchaku|comfy|vllm-omni", help="Output format. Repeatable."
+        "--format",
+        metavar="nunchaku-lite|nunchaku|comfy|vllm-omni",
+        help="Output format, repeatable (default: nunchaku-lite, a diffusers folder).",
+        autocompletion=_words("nunchaku-lite", "nunchaku", "comfy", "vllm-omni"),
     ),
 ]
 Family = Annotated[str | None, typer.Option(help="Model family, where svdq can't tell.")]
@@ -94,11 +132,20 @@ PromptColumn = Annotated[
         "--prompts may then be any data set on the hub.",
     ),
 ]
-Samples = Annotated[int | None, typer.Option(help="How many of the prompts to draw.")]
-Steps = Annotated[int | None, typer.Option(help="Denoising steps for each picture.")]
-Width = Annotated[int | None, typer.Option(help="Picture width in pixels.")]
-Height = Annotated[int | None, typer.Option(help="Picture height in pixels.")]
-BatchSize = Annotated[int | None, typer.Option(help="Pictures drawn at once.")]
+Samples = Annotated[
+    int | None, typer.Option(metavar="N", help="How many of the prompts to use (default: 64; in eval 16).")
+]
+Steps = Annotated[
+    int | None, typer.Option(metavar="N", help="Denoising steps for each image (default: the model's own).")
+]
+Width = Annotated[int | None, typer.Option(metavar="PIXELS", help="Image width (default: the model's own).")]
+Height = Annotated[
+    int | None, typer.Option(metavar="PIXELS", help="Image height (default: the model's own).")
+]
+BatchSize = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="Images generated at once (default: 1; more for small models)."),
+]
 FailIf = Annotated[
     list[str] | None,
     typer.Option("--fail-if", metavar='"psnr_db<20"', help="Exit with 6 if this holds. Repeatable."),
@@ -107,7 +154,10 @@ Out = Annotated[Path, typer.Option("-o", "--output", help="Where to write.")]
 Source = Annotated[
     str,
     typer.Argument(
-        metavar="SOURCE", help="Recipe (.yaml), pipeline folder, .safetensors or .gguf file, hub id, or demo."
+        metavar="SOURCE",
+        help="Recipe (.yaml, or a name that svdq recipes lists), pipeline folder, .safetensors or .gguf file, hub id, "
+        "or demo.",
+        autocompletion=recipe_names,
     ),
 ]
 Checkpoint = Annotated[Path, typer.Argument(metavar="CKPT", help="A folder or file that svdq convert wrote.")]

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from svdq_cli.pushing import PushReport
     from svdq_cli.showcase import DemoReport, ExportReport
     from svdq_cli.showcase_lora import LoraDemoReport
-    from svdq_cli.starting import InitReport
+    from svdq_cli.starting import InitReport, RecipesReport
 
 
 def show(report: object, *, json: bool, verbose: bool = False) -> None:
@@ -77,10 +77,10 @@ def _show_page(report: object, verbose: bool) -> None:
             console.print(f"{report.path}: {report.width} x {report.height}, {report.seconds:.1f} s")
             console.print(f"backend: {report.backend}")
         case _:
-            _heavy(console, report)
+            _heavy(console, report, verbose)
 
 
-def _heavy(console: Console, report: object) -> None:
+def _heavy(console: Console, report: object, verbose: bool) -> None:
     """Reports whose modules import torch or diffusers; by name, so that the other commands need not wait for them."""
     match type(report).__name__:
         case "DemoReport":
@@ -88,7 +88,7 @@ def _heavy(console: Console, report: object) -> None:
         case "LoraDemoReport":
             demos.lora_demo(console, cast("LoraDemoReport", report))
         case "DoctorReport":
-            measured.doctor(console, cast("DoctorReport", report))
+            measured.doctor(console, cast("DoctorReport", report), verbose)
         case "BenchReport":
             measured.bench(console, cast("BenchReport", report))
         case "PushReport":
@@ -97,6 +97,8 @@ def _heavy(console: Console, report: object) -> None:
             init = cast("InitReport", report)
             console.print(f"{init.path}: a recipe for family {init.family}")
             console.print(f"next: {typed('svdq', 'convert', init.path)}")
+        case "RecipesReport":
+            sources.recipes(console, cast("RecipesReport", report), verbose)
         case "ExportReport":
             export = cast("ExportReport", report)
             console.print(

@@ -31,6 +31,13 @@ from svdq_cli.recipe.model import (
 )
 from svdq_cli.recipe.places import find_prompts, find_source, user_path
 from svdq_cli.recipe.reading import at_its_rule, load_recipe, parse_recipe
+from svdq_cli.recipe.shipped import (
+    ShippedRecipe,
+    copied_text,
+    schema_address,
+    shipped_recipe,
+    shipped_recipes,
+)
 from svdq_cli.recipe.sizes import SIZE_HINT, bytes_of_size
 from svdq_cli.recipe.template import recipe_template
 
@@ -52,9 +59,11 @@ __all__ = [
     "Quantization",
     "RankOverride",
     "Recipe",
+    "ShippedRecipe",
     "SkipOverride",
     "at_its_rule",
     "bytes_of_size",
+    "copied_text",
     "default_recipe",
     "embedded",
     "figure_of",
@@ -69,7 +78,10 @@ __all__ = [
     "parse_recipe",
     "recipe_template",
     "resolved",
+    "schema_address",
     "section_of",
+    "shipped_recipe",
+    "shipped_recipes",
     "user_path",
     "with_overrides",
 ]

@@ -19,7 +19,9 @@ def convert(
         list[str],
         typer.Argument(
             metavar="SOURCE...",
-            help="Recipe (.yaml), pipeline folder, .safetensors or .gguf file, hub id, or demo; or several recipes.",
+            help="Recipe (.yaml, or a name that svdq recipes lists), pipeline folder, .safetensors or .gguf file, "
+            "hub id, or demo; or several recipes.",
+            autocompletion=opt.recipe_names,
         ),
     ],
     out: Annotated[

@@ -31,7 +31,7 @@ def evaluate(
     width: opt.Width = None,
     height: opt.Height = None,
     batch_size: opt.BatchSize = None,
-    seed: opt.Seed = None,
+    seed: opt.ImageSeed = None,
     without: Annotated[
         list[str] | None,
         typer.Option(

@@ -17,7 +17,7 @@ def generate(
     steps: opt.Steps = None,
     width: opt.Width = None,
     height: opt.Height = None,
-    seed: opt.Seed = None,
+    seed: opt.ImageSeed = None,
     base: opt.Base = None,
     backend: Annotated[
         str,

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from svdq_cli.diagnosis import DoctorReport, SelfTest
 
 
-def doctor(console: Console, report: DoctorReport) -> None:
+def doctor(console: Console, report: DoctorReport, verbose: bool) -> None:
     facts = facts_table()
     facts.add_row("svdq", report.svdq_version)
     facts.add_row("python", report.python)

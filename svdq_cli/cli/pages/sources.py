@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -12,6 +13,9 @@ from rich.text import Text
 from svdq_cli.blocks import Place, in_blocks, places_of
 from svdq_cli.cli.pages.pieces import count_text, facts_table, size_text
 from svdq_cli.records import InspectLayer, InspectReport
+
+if TYPE_CHECKING:
+    from svdq_cli.starting import RecipesReport
 
 
 def inspection(console: Console, report: InspectReport, verbose: bool) -> None:
@@ -28,6 +32,18 @@ def inspection(console: Console, report: InspectReport, verbose: bool) -> None:
     console.print(_every_layer(report) if verbose else _by_stack(report))
     for warning in report.warnings:
         console.print(f"warning: {warning}")
+
+
+def recipes(console: Console, report: RecipesReport, verbose: bool) -> None:
+    """A line each; with `verbose` where the model comes from and where the checkpoint goes."""
+    table = Table(box=None, pad_edge=False, show_header=verbose)
+    for title in ("recipe", "what", *(("model", "output") if verbose else ())):
+        table.add_column(title, overflow="fold", no_wrap=title == "recipe")
+    for recipe in report.recipes:
+        more = (recipe.source, recipe.output or "") if verbose else ()
+        table.add_row(recipe.name, Text(recipe.about), *more)
+    console.print(table)
+    console.print("next: svdq convert NAME, or svdq init NAME -o mine.yaml to change one first")
 
 
 def _every_layer(report: InspectReport) -> Table:
