@@ -44,8 +44,8 @@ def test_what_lies_here_under_the_name_goes_before():
 
 
 def test_a_shipped_recipe_converts_by_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    words = "convert demo-int4 -o out --effort datafree --rank 16 --device cpu -q --json"
-    assert run(words.split()) == 0
+    words = ["convert", "demo-int4", "-o", "out", "--effort", "datafree", "--rank", "16", "--device", "cpu"]
+    assert run([*words, "-q", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["model"]["class"] == "FluxTransformer2DModel"
     assert (tmp_path / "out/model_index.json").is_file()
 
