@@ -237,7 +237,13 @@ def structure_problems(checkpoint: Checkpoint) -> list[CheckProblem]:
     problems = [CheckProblem(n, f"has dtype {checkpoint.source.tensors[n].dtype}") for n in foreign]
     packed = checkpoint.packed_specs()
     kept = checkpoint.kept_specs()
-    for name in sorted(found.keys() - packed.keys() - kept.keys()):
+    markers = checkpoint.marker_names()
+    problems += [
+        CheckProblem(name, "is missing, by which the runtime tells this variant of the model")
+        for name in markers
+        if name not in found
+    ]
+    for name in sorted(found.keys() - packed.keys() - kept.keys() - set(markers)):
         problems.append(CheckProblem(name, "is a tensor that does not belong to this checkpoint"))
     for name, shape in kept.items():
         if name not in found:

@@ -40,6 +40,7 @@ from svdq_cli.formats.modules import (
     known_layout,
     lay_out,
     layers_in_file,
+    marker_names,
     with_name,
     with_prefix,
 )
@@ -122,6 +123,11 @@ class Checkpoint:
     def kept_specs(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor that stays at 16 bit, by stored name."""
         return kept_shapes(self.file, self.state)
+
+    def marker_names(self) -> tuple[str, ...]:
+        """The empty tensors that must be there for the runtime to tell the variant."""
+        layout = known_layout(self.format, self.family)
+        return marker_names(layout, self.source.config) if self.format.single_file else ()
 
     def kept_names(self) -> tuple[str, ...]:
         """The model's tensors that stay at 16 bit."""

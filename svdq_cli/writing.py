@@ -25,6 +25,7 @@ from svdq_cli.formats.assembly import join_layers, kept_tensor, moved_biases
 from svdq_cli.formats.contract import Format
 from svdq_cli.formats.headers import BIASES, COMPONENT, CONFIG, FORMAT, RANKS, SCHEDULER, as_text, biases_text
 from svdq_cli.formats.modules import (
+    EMPTY,
     FileLayout,
     KeptTensor,
     StoredModule,
@@ -32,6 +33,7 @@ from svdq_cli.formats.modules import (
     kept_shapes,
     known_layout,
     lay_out_denoisers,
+    marker_names,
 )
 from svdq_cli.overlap import cores, made_ahead
 from svdq_cli.planning.plan import restricted
@@ -226,7 +228,8 @@ def _write_file(path: Path, component: str, target: Target, contents: Contents) 
     }
     metadata = {**fmt.model_metadata(target.layout, config), **target.metadata(), **own}
     path.parent.mkdir(parents=True, exist_ok=True)
-    return _save(path, target, contents, as_text(metadata))
+    markers = marker_names(target.layout, config)
+    return _save(path, target, contents, as_text(metadata), markers=markers)
 
 
 def _with_class(target: Target, given: Mapping[str, object]) -> dict[str, object]:
@@ -278,15 +281,25 @@ def _pieces(target: Target, contents: Contents) -> list[_Piece]:
     return [*modules, *others]
 
 
+def _empty(name: str) -> _Piece:
+    return _Piece({name: EMPTY}, lambda: {name: torch.empty(EMPTY.shape, dtype=EMPTY.dtype)})
+
+
 def _save(
-    path: Path, target: Target, contents: Contents, metadata: Mapping[str, str], *, limit: float = math.inf
+    path: Path,
+    target: Target,
+    contents: Contents,
+    metadata: Mapping[str, str],
+    *,
+    markers: Sequence[str] = (),
+    limit: float = math.inf,
 ) -> tuple[Path, ...]:
     """The weights as one file, or as shards beside one another where they are more than `limit` bytes. No more than
     three modules are in memory. Returns the files."""
     said = {"format": "pt", **metadata}
     if contents.provenance is not None:
         said[PROVENANCE] = json.dumps(contents.provenance, sort_keys=True)
-    shards = _shards(_pieces(target, contents), limit)
+    shards = _shards([*_pieces(target, contents), *map(_empty, markers)], limit)
     files = [path] if len(shards) == 1 else [_shard_name(path, n, len(shards)) for n in range(len(shards))]
     for file, pieces in zip(files, shards, strict=True):
         specs = {name: spec for piece in pieces for name, spec in piece.specs.items()}

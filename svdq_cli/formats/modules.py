@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
 from svdq_cli.errors import InputError, UsageError
 from svdq_cli.families.layouts import layout_of
 from svdq_cli.families.layouts.layout import (
@@ -25,6 +27,7 @@ from svdq_cli.families.layouts.layout import (
 from svdq_cli.formats.contract import PLAIN, Format, Traits
 from svdq_cli.records import Int4, LayerPlan, Linear, ModelPlan, W4A4Plan, W4A16Plan
 from svdq_cli.source import by_component, prefix_of
+from svdq_cli.tensor_file import TensorSpec
 
 TILE = 128  # rows and columns of the padded matrices that the engine reads
 
@@ -65,6 +68,9 @@ class KeptTensor:
     channels_last: bool = False
 
 
+EMPTY = TensorSpec((0,), torch.float32)  # of a marker
+
+
 @dataclass(frozen=True, slots=True)
 class FileLayout:
     """Everything a file holds."""
@@ -80,6 +86,12 @@ class FileLayout:
     def parts_of(self, layer: str) -> tuple[StoredModule, ...]:
         """The modules that hold a layer, in the order of its columns."""
         return tuple(m for m in self.modules if any(plan.name == layer for plan in m.layers))
+
+
+def marker_names(layout: ModelLayout | None, config: Mapping[str, object]) -> tuple[str, ...]:
+    """The empty tensors by which a file's runtime tells what the model's config says."""
+    markers = layout.markers if layout else ()
+    return tuple(marker.name for marker in markers if config.get(marker.value) is True)
 
 
 def kept_shapes(file: FileLayout, state: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:

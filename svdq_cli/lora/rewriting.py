@@ -14,7 +14,7 @@ from svdq_cli.checkpoint import Checkpoint, layer_of, specs_of_headers
 from svdq_cli.formats.assembly import join_layers, kept_tensor, moved_biases
 from svdq_cli.formats.branches import join_branches
 from svdq_cli.formats.headers import BIASES, RANKS, as_text, biases_text
-from svdq_cli.formats.modules import StoredModule, kept_shapes
+from svdq_cli.formats.modules import EMPTY, StoredModule, kept_shapes
 from svdq_cli.lora.edits import Edits
 from svdq_cli.lora.joining import JoinedBranches
 from svdq_cli.records import LayerPlan, LayerSolution, W4A4Plan
@@ -64,6 +64,8 @@ def write_changed(
     with write_tensors(path, specs, metadata) as writer:
         for name, tensor in changed_tensors(checkpoint, target, edits, joined):
             writer.write(name, tensor)
+        for name in checkpoint.marker_names():
+            writer.write(name, torch.empty(EMPTY.shape, dtype=EMPTY.dtype))
         for name in writer.missing:
             entry = old[name]
             assert isinstance(entry, StoredTensor)  # a checkpoint's tensors are read as they lie
@@ -113,6 +115,8 @@ def _specs(checkpoint: Checkpoint, target: Target) -> dict[str, TensorSpec]:
     }
     for name, shape in kept_shapes(target.file, checkpoint.state).items():
         specs[name] = TensorSpec(shape, found[name].dtype if name in found else checkpoint.dtype)
+    for name in checkpoint.marker_names():
+        specs[name] = EMPTY
     return specs
 
 

@@ -139,6 +139,14 @@ class ComfyArgument:
 
 
 @dataclass(frozen=True, slots=True)
+class Marker:
+    """An empty tensor by whose name the runtime tells a variant: there where the config's `value` is true."""
+
+    name: str
+    value: str
+
+
+@dataclass(frozen=True, slots=True)
 class ModelLayout:
     """How one family lies in one format. Tensors that no rule names keep their names, unless `names_all`."""
 
@@ -152,6 +160,7 @@ class ModelLayout:
     row_scales: bool = False  # the runtime wants an outer scale per row in every nvfp4 module
     pads: bool = False  # the runtime knows the true sizes and reads matrices padded to whole tiles
     runtime_class: str | None = None  # the runtime's name for the model class
+    markers: tuple[Marker, ...] = ()
     comfy_class: str | None = None  # ComfyUI's name, where its nodes build the model from the file alone
     comfy_constants: tuple[
         tuple[str, object], ...

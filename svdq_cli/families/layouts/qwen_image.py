@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from svdq_cli.families.layouts.layout import BlockLayout, ModelLayout, modulation, renamed, same, stacked
+from svdq_cli.families.layouts.layout import (
+    BlockLayout,
+    Marker,
+    ModelLayout,
+    modulation,
+    renamed,
+    same,
+    stacked,
+)
 
 _MLPS = (
     same("img_mlp.net.0.proj"),
@@ -35,6 +43,7 @@ NUNCHAKU = ModelLayout(
 COMFY = ModelLayout(
     family="qwen-image",
     format="comfy",
+    markers=(Marker("__index_timestep_zero__", "zero_cond_t"),),  # Qwen-Image-Edit 2511
     blocks=(
         BlockLayout(
             stack="transformer_blocks",
