@@ -551,6 +551,37 @@ class EvalReport:
 
 
 @dataclass(frozen=True, slots=True)
+class PassFacts:
+    """One pass of an evaluation. `key`: how `--without` names it; None for what can't be left out. `calls` of the
+    denoiser. `seconds`: the range; None where nothing is known of the speed."""
+
+    title: str
+    key: str | None
+    why: str
+    images: int
+    calls: int
+    seconds: tuple[float, float] | None
+
+
+@dataclass(frozen=True, slots=True)
+class EvalPlanReport:
+    """What `svdq eval --plan` predicts. `missing`: passes that would be left out, with the reason."""
+
+    images: int
+    steps: int
+    width: int
+    height: int
+    passes: tuple[PassFacts, ...]
+    seconds: tuple[float, float] | None
+    basis: str
+    missing: Mapping[str, str]
+    warnings: tuple[str, ...]
+    command: str = "eval"
+    status: str = "planned"
+    schema: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class CheckProblem:
     layer: str
     what: str
@@ -692,6 +723,7 @@ Report = (
     | LoraReport
     | PlanReport
     | EvalReport
+    | EvalPlanReport
     | CheckReport
     | InspectReport
     | CalibrateReport

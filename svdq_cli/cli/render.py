@@ -17,6 +17,7 @@ from svdq_cli.records import (
     CalibrateReport,
     CheckReport,
     ConvertReport,
+    EvalPlanReport,
     EvalReport,
     GenerateReport,
     InspectReport,
@@ -71,6 +72,8 @@ def _show_page(report: object, verbose: bool) -> None:
             sources.inspection(console, report, verbose)
         case CheckReport():
             judged.check(console, report, verbose)
+        case EvalPlanReport():
+            judged.evaluation_plan(console, report)
         case EvalReport():
             judged.evaluation(console, report, verbose)
         case GenerateReport():

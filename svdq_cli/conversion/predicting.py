@@ -153,17 +153,17 @@ def _calibrate_seconds(job: Forecast, speed: Speed) -> float:
     settings = wanted.settings
     passes = (wanted.samples * settings.steps + 1) * (2 if settings.true_cfg > 1 else 1)
     statistics = statistics_bytes(input_widths(prepared.plan), rows=wanted.rows)
-    return passes * _pass_seconds(job, speed) + _loading_seconds(job, speed) + 2 * statistics / speed.write
+    return passes * pass_seconds(job, speed) + _loading_seconds(job, speed) + 2 * statistics / speed.write
 
 
 def _reconstruct_seconds(job: Forecast, speed: Speed) -> float:
     """The pictures are drawn, both streams go through the blocks, and every block is tuned and kept."""
     blocks = job.blocks
-    drawing = blocks.pictures * blocks.steps * _pass_seconds(job, speed) + _loading_seconds(job, speed)
+    drawing = blocks.pictures * blocks.steps * pass_seconds(job, speed) + _loading_seconds(job, speed)
     return drawing + speed.solve.seconds(blocks.work) + blocks.kept / speed.write
 
 
-def _pass_seconds(job: Forecast, speed: Speed) -> float:
+def pass_seconds(job: Forecast, speed: Speed) -> float:
     """The denoiser, once for one picture."""
     flops, calls = 0.0, 0
     for layer in job.prepared.plan.layers:

@@ -46,7 +46,7 @@ TITLES = {
     SIXTEEN_BIT: "16-bit",
     AGAIN: "16-bit again",
     CONVERTED: "SVDQuant",
-    NUDGED: "SVDQuant, start noise off by one rounding",
+    NUDGED: "SVDQuant, nudged",
     NAIVE: "naive 4-bit",
     NF4: "bitsandbytes NF4",
 }
@@ -54,27 +54,27 @@ TITLES = {
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """`key`: how `--without` names it; None for what can't be left out. `most`: images at most; None: all.
-
-    `four_bit`: whether the converted layers run in it.
-    """
+    """`way`: the folder of its images; None where it keeps none. `key`: how `--without` names it; None for what can't
+    be left out. `most`: images at most; None: all. `four_bit`: whether 4-bit layers of svdq's run in it."""
 
     title: str
     why: str
+    way: str | None = None
     key: str | None = None
     most: int | None = None
     four_bit: bool = False
 
 
 PASSES = (
-    Pass("16-bit", "what all others are compared with"),
+    Pass(TITLES[SIXTEEN_BIT], "what all others are compared with", SIXTEEN_BIT),
     Pass(
-        "16-bit again",
+        TITLES[AGAIN],
         "how far the 16-bit model is from itself: no conversion can be closer",
+        AGAIN,
         key="floor",
         most=NOISE_PICTURES,
     ),
-    Pass("layer inputs", "what every layer reads, for its SQNR", most=SQNR_PROMPTS),
+    Pass("layer inputs", "what every layer reads, for its own figure", most=SQNR_PROMPTS),
     Pass(
         "model outputs",
         "the whole model at equal inputs: the figure that chance moves least",
@@ -82,13 +82,18 @@ PASSES = (
         most=OUTPUT_PROMPTS,
     ),
     Pass(
-        "naive 4-bit", "what plain rounding does: a conversion has to be better", key="naive", four_bit=True
+        TITLES[NAIVE],
+        "what plain rounding does: a conversion has to be better",
+        NAIVE,
+        key="naive",
+        four_bit=True,
     ),
-    Pass("bitsandbytes NF4", "another 4-bit method, where it is installed", key="nf4"),
-    Pass("SVDQuant", "the checkpoint", four_bit=True),
+    Pass(TITLES[NF4], "another 4-bit method, where it is installed", NF4, key="nf4"),
+    Pass(TITLES[CONVERTED], "the checkpoint", CONVERTED, four_bit=True),
     Pass(
-        "SVDQuant, start noise off by one rounding",
-        "how much of a difference is chance",
+        TITLES[NUDGED],
+        "from start noise off by one rounding: how much of a difference is chance",
+        NUDGED,
         key="own-noise",
         most=NOISE_PICTURES,
         four_bit=True,

@@ -15,6 +15,7 @@ from svdq_cli.checkpoint import open_checkpoint
 from svdq_cli.drawing import evaluation_recipe
 from svdq_cli.errors import CanceledRunError, UsageError
 from svdq_cli.evaluate.passes import passes_of_text
+from svdq_cli.evaluate.planning import plan_evaluation
 from svdq_cli.evaluate.run import evaluate
 from svdq_cli.preparing import RunOptions
 from svdq_cli.recipe import Recipe, parse_fail_if
@@ -118,6 +119,28 @@ def test_passes_can_be_left_out_and_made_later(checkpoint: Path, recipe: Recipe,
     assert whole.psnr_db.mean == report.psnr_db.mean
     with pytest.raises(UsageError, match="--without converted"):
         passes_of_text(["converted"])
+
+
+def test_a_plan_names_the_passes_that_a_run_makes(checkpoint: Path, recipe: Recipe, tmp_path: Path):
+    """And counts what is there as made."""
+    folder = tmp_path / "report"
+    events: list[Event] = []
+    plan = plan_evaluation(checkpoint, recipe, report_folder=folder, without=["floor"], options=CPU)
+    assert not folder.exists()
+    evaluate(checkpoint, recipe, report_folder=folder, without=["floor"], options=CPU, observe=events.append)
+    made = {
+        event.stage.removeprefix("draw ")
+        for event in events
+        if event.stage.startswith(("draw", "layer", "model"))
+    }
+    assert {each.title for each in plan.passes} == made
+    assert {each.images for each in plan.passes} == {2}
+    assert {each.calls for each in plan.passes} == {4}
+    assert plan.seconds is not None
+    assert 0 < plan.seconds[0] < plan.seconds[1]
+    assert plan.missing["floor"] == "left out by --without floor"
+    again = plan_evaluation(checkpoint, recipe, report_folder=folder, without=["floor"], options=CPU)
+    assert {each.images for each in again.passes if each.title.startswith(("16", "SVDQuant"))} == {0}
 
 
 def test_figures_of_empty_images_are_no_good_news(

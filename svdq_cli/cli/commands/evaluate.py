@@ -39,6 +39,10 @@ def evaluate(
             help="Passes to leave out, of naive, floor, own-noise, outputs and nf4; --plan says what each is for.",
         ),
     ] = None,
+    plan: Annotated[
+        bool,
+        typer.Option("--plan", help="Say the passes, what each is for and how long they take; do nothing."),
+    ] = False,
     fail_if: opt.FailIf = None,
     device: opt.Device = "auto",
     resume: opt.Resume = False,
@@ -56,6 +60,7 @@ def evaluate(
     from svdq_cli.cli.summary import append_summary
     from svdq_cli.drawing import evaluation_recipe
     from svdq_cli.evaluate.passes import passes_of_text
+    from svdq_cli.evaluate.planning import plan_evaluation
     from svdq_cli.evaluate.run import evaluate as run_evaluate
     from svdq_cli.starting import recipe_of
 
@@ -75,8 +80,9 @@ def evaluate(
         seed=seed,
         fail_if=fail_if,
     )
-    with progress(quiet=quiet, verbose=verbose, events=events) as observe:
-        result = run_evaluate(
+    run = plan_evaluation if plan else run_evaluate
+    with progress(quiet=quiet or plan, verbose=verbose, events=events) as observe:
+        result = run(
             checkpoint,
             recipe,
             report_folder=report,

@@ -7,7 +7,8 @@ from rich.table import Table
 from rich.text import Text
 
 from svdq_cli.cli.pages.pieces import WORST_LAYERS, db_text, print_layers
-from svdq_cli.records import CheckReport, EvalReport, Summary
+from svdq_cli.records import CheckReport, EvalPlanReport, EvalReport, Summary
+from svdq_cli.wording import seconds_text
 
 
 def check(console: Console, report: CheckReport, verbose: bool) -> None:
@@ -72,6 +73,28 @@ def evaluation(console: Console, report: EvalReport, verbose: bool) -> None:
         console.print(Text(f"warning: {warning}", style="bold"))
     console.print(Text(f"verdict: {report.verdict}", style="bold"))
     console.print(Text(f"next: {report.next}"))
+
+
+def evaluation_plan(console: Console, report: EvalPlanReport) -> None:
+    console.print(
+        f"{report.images} image{'s' * (report.images != 1)} of {report.width} x {report.height} pixels, "
+        f"{report.steps} steps"
+    )
+    table = Table(box=None, pad_edge=False)
+    table.add_column("pass", overflow="fold")
+    for title in ("images", "about", "--without"):
+        table.add_column(title, justify="left" if title == "--without" else "right", no_wrap=True)
+    table.add_column("what for", overflow="fold")
+    for one in report.passes:
+        table.add_row(one.title, str(one.images), _range(one.seconds), one.key or "", one.why)
+    console.print(table)
+    for name, why in report.missing.items():
+        console.print(Text(f"no {name}: {why}"))
+    console.print(Text(f"in all {_range(report.seconds)}: {report.basis}"))
+
+
+def _range(seconds: tuple[float, float] | None) -> str:
+    return "not known" if seconds is None else f"{seconds_text(seconds[0])} to {seconds_text(seconds[1])}"
 
 
 def _chance(report: EvalReport) -> str:
