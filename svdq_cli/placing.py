@@ -12,6 +12,7 @@ from svdq_cli.source import read_json
 from svdq_cli.writing import REPORT_FILE, disk_errors
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+ANIMATED_SUFFIXES = (".webp", ".gif", ".png")
 DEMO_REPORT = "report.json"
 MAX_NAME_BYTES = 200  # file systems allow 255, and the partial name is longer than the final one
 _OTHER = "choose another place with -o"
@@ -57,13 +58,26 @@ def require_places(
                 ) from error
 
 
-def require_picture_place(path: Path, *, inputs: Sequence[Path] = (), overwrite: bool) -> None:
-    """UsageError for a picture of an unknown type, or one that can't be written there."""
-    if path.suffix.lower() not in PICTURE_SUFFIXES:
+def require_picture_place(
+    path: Path, *, inputs: Sequence[Path] = (), overwrite: bool, animated: bool = False
+) -> None:
+    """UsageError for a picture of an unknown type, or one that can't be written there. `animated`: it may be a video,
+    as which Pillow writes some types."""
+    if path.suffix.lower() not in (*PICTURE_SUFFIXES, *(ANIMATED_SUFFIXES if animated else ())):
         raise UsageError(
             f"{path}: unknown picture type", hint="name the output .png, .jpg or .webp", where=str(path)
         )
     require_places([path], folders=[False], inputs=inputs, overwrite=overwrite)
+
+
+def require_animated(path: Path) -> None:
+    """UsageError for a type that holds a single picture, and no video."""
+    if path.suffix.lower() not in ANIMATED_SUFFIXES:
+        raise UsageError(
+            f"{path}: this model makes a video, and such a file holds one picture",
+            hint=f"name the output {', '.join(ANIMATED_SUFFIXES)} (animated), or give --frames 1",
+            where=str(path),
+        )
 
 
 def require_name(path: Path) -> None:

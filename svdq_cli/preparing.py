@@ -280,6 +280,7 @@ def sampling_for(recipe: Recipe, source: Source, *, beside: Path | None = None) 
         image=_pictures(wanted.image, beside),
         mask=_pictures(wanted.mask, beside),
         frames=wanted.frames,
+        strength=wanted.strength,
     )
     return Sampling(settings, samples, wanted.rows, wanted.size_bytes)
 

@@ -657,6 +657,7 @@ class GenerateReport:
     seconds: float
     width: int
     height: int
+    frames: int = 1  # more of a video
     command: str = "generate"
     status: str = "ok"
     schema: int = 1

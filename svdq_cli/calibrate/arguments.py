@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 INPUT_NAMES: Mapping[str, tuple[str, ...]] = {
     "image": ("image", "images"),
     "mask": ("mask_image", "mask"),
+    "strength": ("strength",),
     "frames": ("num_frames", "video_length", "frames"),
 }
 
@@ -39,11 +40,12 @@ def optional_arguments(
             )
         arguments["true_cfg_scale"] = settings.true_cfg
         arguments["negative_prompt"] = [""] * len(pictures)
-    for name, value in (("image", settings.image), ("mask", settings.mask), ("frames", settings.frames)):
+    for name, value in (("strength", settings.strength), ("frames", settings.frames)):
         if value:
-            read = (
-                value if isinstance(value, int) else _pictures(value, pictures, settings, mask=name == "mask")
-            )
+            arguments[_argument(name, accepted, pipeline)] = value
+    for name, files in (("image", settings.image), ("mask", settings.mask)):
+        if files:
+            read = _pictures(files, pictures, settings, mask=name == "mask")
             arguments[_argument(name, accepted, pipeline)] = read
     return arguments
 
@@ -70,7 +72,10 @@ def _as_large_as_asked(settings: DrawSettings) -> dict[str, Any]:
 def _argument(name: str, accepted: Collection[str], pipeline: str) -> str:
     found = next((argument for argument in INPUT_NAMES[name] if argument in accepted), None)
     if found is None:
-        raise UsageError(f"{pipeline} takes no {name}", hint=f"drop {name} from the recipe's calibration")
+        raise UsageError(
+            f"{pipeline} takes no {name}",
+            hint=f"leave it out: --{name}, or {name} in the recipe's calibration",
+        )
     return found
 
 
@@ -79,18 +84,19 @@ def _pictures(
 ) -> Image | list[Image]:
     """The pictures of a batch, scaled to the size that is drawn; one alone is not put into a list, which some
     pipelines take for several pictures of one prompt."""
-    read = [_open(files[index % len(files)], mask=mask) for index in indices]
+    read = [opened_image(files[index % len(files)], mask=mask) for index in indices]
     scaled = [picture.resize((settings.width, settings.height)) for picture in read]
     return scaled[0] if len(scaled) == 1 else scaled
 
 
-def _open(file: PictureFile, *, mask: bool) -> Image:
-    from PIL import Image, UnidentifiedImageError
+def opened_image(file: PictureFile, *, mask: bool = False) -> Image:
+    """In RGB, or gray for a mask, and upright. InputError for what is no image, or too large to be one."""
+    from PIL import Image, ImageOps
 
     try:
         with Image.open(file.path) as picture:
-            return picture.convert("L" if mask else "RGB")
-    except (OSError, UnidentifiedImageError) as error:
+            return ImageOps.exif_transpose(picture).convert("L" if mask else "RGB")
+    except (OSError, ValueError, Image.DecompressionBombError) as error:  # Pillow's own error is an OSError
         raise InputError(
             f"{file.path}: can't be read as a picture ({error})", hint="save it as PNG", where=file.path
         ) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from svdq_cli.calibrate.arguments import missing_inputs, optional_arguments
+from svdq_cli.calibrate.arguments import INPUT_NAMES, missing_inputs, optional_arguments
 from svdq_cli.calibrate.embeddings import EncodedPrompts
 from svdq_cli.calibrate.settings import DrawSettings
 from svdq_cli.errors import InputError, OutOfResourcesError, UsageError
@@ -129,6 +130,26 @@ def draw_each(
         for index, picture in enumerate(pictures, batch.first):
             _check_picture(picture, pipe, settings)
             yield index, picture
+
+
+def draw_one(
+    pipe: DiffusionPipeline, prompt: str, *, settings: DrawSettings, observe: Observer = ignore_events
+) -> list[Image]:
+    """The image of one prompt, or the frames of its video."""
+    drawn = drawn_batches(
+        pipe,
+        split_batches([prompt], settings=settings),
+        settings=settings,
+        total=1,
+        output_type="pil",
+        stage="draw",
+        observe=observe,
+    )
+    (found,) = next(iter(list(drawn)))
+    frames = found if isinstance(found, list) else [found]
+    for frame in frames:
+        _check_picture(frame, pipe, settings)
+    return frames
 
 
 def _check_picture(picture: Any, pipe: DiffusionPipeline, settings: DrawSettings) -> None:
@@ -249,13 +270,31 @@ def denoise(
             hint="lower the batch size or the picture size, or use --device cpu",
         ) from error
     except (TypeError, ValueError, AttributeError) as error:
-        if not (missing := missing_inputs(settings, accepted)):
+        if (refused := _as_usage_error(error, pipe, missing_inputs(settings, accepted))) is None:
             raise
-        raise UsageError(
-            f"{type(pipe).__name__} could not draw without {' and '.join(missing)}: {_first_line(error)}",
-            hint=f"name {' and '.join(missing)} under calibration in the recipe",
-        ) from error
+        raise refused from error
     return list(out.images if hasattr(out, "images") else out.frames)
+
+
+def _as_usage_error(
+    error: BaseException, pipe: DiffusionPipeline, missing: Sequence[str]
+) -> UsageError | None:
+    """What a pipeline said of its arguments, as the refusal it is; None for a bug. `missing`: inputs that it takes and
+    did not get."""
+    name, said = type(pipe).__name__, _first_line(error)
+    checked = isinstance(error, ValueError) and any(
+        frame.name == "check_inputs" for frame in traceback.extract_tb(error.__traceback__)
+    )
+    blamed = [one for one in missing if any(argument in said for argument in INPUT_NAMES[one])]
+    if checked and not blamed:
+        return UsageError(f"{name}: {said}", hint="give other sizes, inputs or settings")
+    if not (wanted := blamed or missing):
+        return None
+    return UsageError(
+        f"{name} could not draw without {' and '.join(wanted)}: {said}",
+        hint=f"give {' and '.join(f'--{one}' for one in wanted)} to generate and eval; a recipe names "
+        f"{' and '.join(wanted)} under calibration",
+    )
 
 
 def _step_callback(on_step: OnStep | None) -> Callable[..., dict[str, Any]] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from svdq_cli.errors import InputError, UsageError
 from svdq_cli.records import MAX_SEED, following_seed
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-_INPUTS = ("image", "mask", "frames")  # what a pipeline may read besides text
+_INPUTS = ("image", "mask", "strength", "frames")  # what a pipeline may read besides text
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +30,8 @@ class DrawSettings:
 
     `true_cfg` above 1 draws with a second, unconditional pass (an empty negative prompt) where the pipeline has one.
     Pipelines that edit read `image` and `mask`: prompt i takes picture i of each, and they start over where there are
-    fewer than prompts. Pipelines that draw videos make `frames` pictures a prompt.
+    fewer than prompts. `strength`, above 0 and at most 1, says how much of the image is made anew. Pipelines that make
+    videos make `frames` images a prompt.
     """
 
     steps: int
@@ -43,6 +45,7 @@ class DrawSettings:
     image: tuple[PictureFile, ...] = ()
     mask: tuple[PictureFile, ...] = ()
     frames: int | None = None
+    strength: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "height", "width", "batch_size"):
@@ -50,6 +53,22 @@ class DrawSettings:
                 raise UsageError(f"{name} is {getattr(self, name)}", hint=f"give {name} a value of 1 or more")
         if not 0 <= self.seed <= MAX_SEED:
             raise UsageError(f"seed is {self.seed}", hint=f"give a seed of 0 to {MAX_SEED}")
+
+        if self.strength is not None:
+            self._check_strength(self.strength)
+
+    def _check_strength(self, strength: float) -> None:
+        if not 0 < strength <= 1:
+            raise UsageError(f"strength is {strength}", hint="give a strength above 0 and at most 1")
+        if not self.image:
+            raise UsageError(
+                "a strength without an image", hint="give the image that is to be changed: --image FILE"
+            )
+        if int(self.steps * strength) < 1:
+            raise UsageError(
+                f"a strength of {strength} leaves none of {self.steps} steps",
+                hint=f"use {math.ceil(1 / strength)} steps or more, or a higher strength",
+            )
 
     def seed_of(self, index: int) -> int:
         """The seed of one image. The largest seed is followed by 0."""

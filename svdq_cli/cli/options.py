@@ -146,6 +146,20 @@ BatchSize = Annotated[
     int | None,
     typer.Option(metavar="N", help="Images generated at once (default: 1; more for small models)."),
 ]
+Image = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Image to start from, to edit or to fill in.",
+    ),
+]
+Mask = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="What of --image is made anew: white. For inpainting.")
+]
+Strength = Annotated[
+    float | None,
+    typer.Option(metavar="X", help="How much of --image is made anew, above 0 and at most 1."),
+]
 FailIf = Annotated[
     list[str] | None,
     typer.Option("--fail-if", metavar='"psnr_db<20"', help="Exit with 6 if this holds. Repeatable."),

@@ -192,6 +192,8 @@ class Calibration(Section):
     """A picture, or a folder of pictures, for pipelines that edit; prompt i reads picture i."""
     mask: Text | None = None
     """The same for the mask of pipelines that fill in."""
+    strength: Annotated[float, Field(gt=0, le=1)] | None = None
+    """How much of the image is made anew, for image-to-image pipelines; the pipeline's own when absent."""
     frames: Count | None = None
     """Frames a video, for pipelines that draw videos; the pipeline's own when absent."""
     batch_size: Count | None = None

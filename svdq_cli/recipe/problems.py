@@ -95,6 +95,8 @@ def _wrong_value(details: ErrorDetails) -> str:
     match details["type"]:
         case "greater_than_equal":
             return f"must be {context['ge']} or more, not {value}"
+        case "greater_than":
+            return f"must be above {context['gt']}, not {value}"
         case "less_than_equal":
             return f"must be {context['le']} or less, not {value}"
         case "multiple_of":

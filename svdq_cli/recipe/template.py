@@ -23,6 +23,7 @@ _UNSET = {  # what a key that may be absent would look like
     "max_sequence_length": 512,
     "image": "pictures/",
     "mask": "masks/",
+    "strength": 0.6,
     "frames": 17,
     "smoothing": "grid",
     "size_budget": "6.5GB",

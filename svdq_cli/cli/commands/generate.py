@@ -18,6 +18,12 @@ def generate(
     width: opt.Width = None,
     height: opt.Height = None,
     seed: opt.ImageSeed = None,
+    image: opt.Image = None,
+    mask: opt.Mask = None,
+    strength: opt.Strength = None,
+    frames: Annotated[
+        int | None, typer.Option(min=1, help="Frames of a video, for models that make them.")
+    ] = None,
     base: opt.Base = None,
     backend: Annotated[
         str,
@@ -33,19 +39,17 @@ def generate(
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
 ) -> None:
-    """Draw one picture with a converted checkpoint."""
+    """Generate one image with a converted checkpoint, or one video."""
     from svdq_cli.checkpoint import open_checkpoint
     from svdq_cli.cli import render
     from svdq_cli.cli.progress import progress
-    from svdq_cli.drawing import evaluation_recipe
+    from svdq_cli.drawing import Inputs, evaluation_recipe
     from svdq_cli.drawing import generate as run_generate
     from svdq_cli.locate import locate_base
 
     recipe = override(
         evaluation_recipe(open_checkpoint(checkpoint), str(checkpoint)),
         steps=steps,
-        width=width,
-        height=height,
         seed=0 if seed is None else seed,
     )
     with progress(quiet=quiet, verbose=verbose, events=events) as observe:
@@ -55,6 +59,9 @@ def generate(
             out,
             recipe=recipe,
             backend=backend,
+            width=width,
+            height=height,
+            inputs=Inputs(image, mask, strength, frames),
             base=locate_base(base) if base else None,
             options=run_options(device, overwrite),
             observe=observe,
