@@ -22,6 +22,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
         "--image",
         "--mask",
         "--strength",
+        "--frames",
         "--calib",
     ),
     "Quantization": ("--precision", "--rank", "--effort"),

@@ -22,7 +22,7 @@ def generate(
     mask: opt.Mask = None,
     strength: opt.Strength = None,
     frames: Annotated[
-        int | None, typer.Option(min=1, help="Frames of a video, for models that make them.")
+        int | None, typer.Option(metavar="N", min=1, help="Frames of a video (default: the model's own).")
     ] = None,
     base: opt.Base = None,
     backend: Annotated[
@@ -39,7 +39,7 @@ def generate(
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
 ) -> None:
-    """Generate one image with a converted checkpoint, or one video."""
+    """Generate one image, or one video, with a converted checkpoint."""
     from svdq_cli.checkpoint import open_checkpoint
     from svdq_cli.cli import render
     from svdq_cli.cli.progress import progress
