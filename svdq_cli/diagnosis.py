@@ -12,6 +12,8 @@ from typing import Literal
 import torch
 
 from svdq_cli import __version__
+from svdq_cli.cpu.build import find_compiler
+from svdq_cli.cpu.engine import engine, lack_of_engine
 from svdq_cli.errors import EnvironmentLacksError
 from svdq_cli.evaluate.layers import layer_sqnr_db
 from svdq_cli.formats import FORMATS
@@ -21,6 +23,7 @@ from svdq_cli.gpu.compile import compile_variant
 from svdq_cli.gpu.launch import CudaDevice, cuda_device
 from svdq_cli.locate import locate_source
 from svdq_cli.records import Int4, Linear, NvFp4, Precision, SharedInput, SolveSettings, W4A4Plan, W4A16Plan
+from svdq_cli.runtime.cpu_selftest import MOST, EngineCase, engine_cases
 from svdq_cli.runtime.selftest import KernelCase, kernel_cases
 from svdq_cli.solve.forward import SourceWeight
 from svdq_cli.solve.linear import solve_input
@@ -61,7 +64,7 @@ class DoctorReport:
 def diagnose() -> DoctorReport:
     """Never raises for what is merely missing: that is a line of the report."""
     layers = (_test_layer(precision) for precision in (Int4(), NvFp4(), None))
-    tests = (_test_embedded_model(), *layers, _test_compiler(), *_test_kernels())
+    tests = (_test_embedded_model(), *layers, *_test_engine(), _test_compiler(), *_test_kernels())
     return DoctorReport(
         svdq_version=__version__,
         python=platform.python_version(),
@@ -106,6 +109,34 @@ def _round_trip_sqnr(precision: Precision | None) -> float:
     (solution,) = (*solved.w4a4, *solved.w4a16)
     fmt = FORMATS[0]
     return layer_sqnr_db(weight, None, fmt.decode(plan, fmt.encode(solution)), rows)
+
+
+def _test_engine() -> Iterator[SelfTest]:
+    """Whether the CPU engine is here or can be compiled, and every one of its operations against its definition."""
+    started = time.monotonic()
+    if lack := lack_of_engine():
+        said = f"{lack.message}; {lack.hint}"
+        yield SelfTest("engine", "-", "-", "cpu", "unavailable", said, time.monotonic() - started)
+        return
+    compiler = find_compiler()
+    said = f"{engine().isa.name}, compiled by {compiler.name if compiler else 'another machine'}"
+    yield SelfTest("engine", "-", "-", "cpu", "ok", said, time.monotonic() - started)
+    yield from map(_run_on_cpu, engine_cases(torch.bfloat16))
+
+
+def _run_on_cpu(case: EngineCase) -> SelfTest:
+    started = time.monotonic()
+    try:
+        found = case.disagreement()
+        status = "ok" if found <= MOST else "failed"
+        said = (
+            f"equal to its definition but for {found:.1e} of the numbers"
+            if found
+            else "equal to its definition"
+        )
+    except Exception as error:
+        status, said = "failed", f"{type(error).__name__}: {error}"
+    return SelfTest(case.op, case.precision, case.mode, "cpu", status, said, time.monotonic() - started)
 
 
 def _test_compiler() -> SelfTest:
@@ -167,7 +198,7 @@ def _backend_here() -> str:
     try:
         cuda_device(torch.device("cuda"))
     except EnvironmentLacksError:
-        return "reference"
+        return "reference" if lack_of_engine() else "cpu"
     return "kernels"
 
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from svdq_cli.calibrate.pipelines import load_source_pipeline
 from svdq_cli.checkpoint import Checkpoint, component_in, open_checkpoint
+from svdq_cli.cpu.engine import engine
 from svdq_cli.errors import EnvironmentLacksError, InputError, OutOfResourcesError, UsageError
 from svdq_cli.gpu.architectures import Architecture
 from svdq_cli.gpu.hopper_choice import HopperChoice, choose_hopper_mode, measured_modes
@@ -23,6 +24,8 @@ from svdq_cli.loaded.methods import adopt_model, adopt_pipeline
 from svdq_cli.loaded.stored import Origin
 from svdq_cli.offload import Room, fill, fill_beside, weights_bytes
 from svdq_cli.records import Int4, LayerSolution, W4A4Solution
+from svdq_cli.runtime.cpu_fused import cpu_linear
+from svdq_cli.runtime.cpu_operands import cpu_objection
 from svdq_cli.runtime.fused import fused_linear
 from svdq_cli.runtime.hopper_fused import hopper_linear
 from svdq_cli.runtime.hopper_operands import hopper_objection
@@ -42,25 +45,28 @@ if TYPE_CHECKING:
 class Backend:
     """What computes the 4-bit layers of a loaded pipeline, and why this one."""
 
-    name: Literal["kernels", "reference"]
+    name: Literal["kernels", "cpu", "reference"]
     reason: str
     mode: HopperMode | None = None  # which of Hopper's own kernels run int4 layers; None: the portable ones
 
 
 HOPPER_BACKENDS = {f"kernels:{mode.label}": mode for mode in HopperMode}
-BACKENDS = ("auto", "kernels", *HOPPER_BACKENDS, "reference")
+BACKENDS = ("auto", "kernels", *HOPPER_BACKENDS, "cpu", "reference")
 
 
 def choose_backend(wanted: str, device: torch.device, dtype: torch.dtype) -> Backend:
-    """`auto` takes the CUDA kernels where they run, and says why where they don't. `dtype` is the checkpoint's.
+    """`auto` takes the CUDA kernels on a GPU, our engine on a CPU, and else plain torch; it says which and why. `dtype`
+    is the checkpoint's.
 
     On Hopper `kernels:MODE` asks for one of its own modes; without one the measured default is taken. Raises
-    EnvironmentLacksError for kernels on a machine that can't run them, UsageError for an unknown name.
+    EnvironmentLacksError for kernels, or the engine, on a machine that can't run them, UsageError for an unknown name.
     """
     if wanted not in BACKENDS:
         raise UsageError(f"unknown backend {wanted!r}", hint=f"use {', '.join(BACKENDS)}")
     if wanted == "reference":
         return Backend("reference", f"plain torch on {device}, as asked")
+    if wanted == "cpu" or (wanted == "auto" and device.type == "cpu"):
+        return _on_cpu(wanted, device)
     try:
         gpu = cuda_device(device)
         require_dtype(gpu, dtype)
@@ -69,6 +75,21 @@ def choose_backend(wanted: str, device: torch.device, dtype: torch.dtype) -> Bac
             raise
         return Backend("reference", f"plain torch on {device}: {lack.message}")
     return _on_kernels(gpu.architecture, HOPPER_BACKENDS.get(wanted))
+
+
+def _on_cpu(wanted: str, device: torch.device) -> Backend:
+    if device.type != "cpu":
+        raise EnvironmentLacksError(
+            f"the CPU engine can't run on {device}",
+            hint="use --device cpu, or --backend auto",
+            kind="not-a-cpu",
+        )
+    try:
+        return Backend("cpu", f"svdq's CPU engine, {engine().isa.name}")
+    except EnvironmentLacksError as lack:
+        if wanted == "cpu":
+            raise
+        return Backend("reference", f"plain torch on {device}: {lack.message}; {lack.hint}")
 
 
 def _on_kernels(kind: Architecture, asked: HopperMode | None) -> Backend:
@@ -325,18 +346,12 @@ def load_model(
     for plan in checkpoint.layers:
         solution = checkpoint.solution(plan)
         unsigned_from = checkpoint.unsigned_from(plan)
-        if backend.name == "reference" or (reason := objection(solution)):
-            if backend.name == "kernels":
-                refused[plan.name] = f"in plain torch: {reason}"
-            quantized[plan.name] = quantized_linear(solution, unsigned_from=unsigned_from)
-            continue
-        mode = backend.mode if _wants_hopper(solution, backend.mode) else None
-        if mode is not None and (reason := hopper_objection(solution)):
-            refused[plan.name] = f"on the portable kernels: {reason}"
-            mode = None
-        quantized[plan.name] = _kernel_linear(solution, mode, unsigned_from)
+        layer, reason = _layer(solution, backend, unsigned_from)
+        quantized[plan.name] = layer
+        if reason is not None:
+            refused[plan.name] = reason
     replace_linears(model, quantized)
-    if backend.name == "kernels":
+    if backend.name != "reference":
         fuse_feed_forwards(model)
         share_quantizers(model)
     kept = {name: checkpoint.kept_tensor(name).to(dtype) for name in checkpoint.kept_names()}
@@ -356,6 +371,32 @@ def replace_layers(
     """Set layers of a pipeline's denoisers by their joint names, as `replace_linears` sets those of one."""
     for component, own in by_component(components, layers).items():
         replace_linears(getattr(pipe, component), own)
+
+
+def _layer(
+    solution: LayerSolution, backend: Backend, unsigned_from: int | None
+) -> tuple[nn.Module, str | None]:
+    """The module that runs a solution, and what else runs it than the backend's own choice, and why."""
+    match backend.name:
+        case "reference":
+            reason = None
+        case "cpu":
+            if (reason := cpu_objection(solution)) is None:
+                return cpu_linear(solution, unsigned_from=unsigned_from), None
+        case "kernels":
+            if (reason := objection(solution)) is None:
+                return _on_gpu(solution, backend, unsigned_from)
+    plain = quantized_linear(solution, unsigned_from=unsigned_from)
+    return plain, None if reason is None else f"in plain torch: {reason}"
+
+
+def _on_gpu(
+    solution: LayerSolution, backend: Backend, unsigned_from: int | None
+) -> tuple[nn.Module, str | None]:
+    mode = backend.mode if _wants_hopper(solution, backend.mode) else None
+    if mode is not None and (reason := hopper_objection(solution)):
+        return _kernel_linear(solution, None, unsigned_from), f"on the portable kernels: {reason}"
+    return _kernel_linear(solution, mode, unsigned_from), None
 
 
 def _kernel_linear(solution: LayerSolution, mode: HopperMode | None, unsigned_from: int | None) -> nn.Module:

@@ -10,7 +10,7 @@ from pathlib import Path
 from svdq_cli import __version__
 from svdq_cli.errors import EnvironmentLacksError, InputError
 from svdq_cli.recipe import find_source, user_path
-from svdq_cli.resources import demo_model_folder
+from svdq_cli.resources import cache_folder, demo_model_folder
 from svdq_cli.sampling import SAMPLING_FILE
 from svdq_cli.source import COMPONENTS
 
@@ -100,9 +100,7 @@ def _demo_model() -> Path:
 
 def _outlier_variant() -> Path:
     """The stress variant of the demo model, made once per version in svdq's cache."""
-    from svdq_cli.gpu.compile import cache_folder
-
-    cache = cache_folder().parent
+    cache = cache_folder()
     folder = cache / f"demo-outliers-{__version__}"
     if not (folder / SAMPLING_FILE).is_file():  # a cache of an older state has none
         shutil.rmtree(folder, ignore_errors=True)

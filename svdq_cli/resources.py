@@ -1,7 +1,11 @@
-"""Where the data that ships with svdq lies: in a wheel (`svdq_cli/_data/`), or in a checkout beside the package."""
+"""Where the data that ships with svdq lies: in a wheel (`svdq_cli/_data/`), or in a checkout beside the package. And
+the user's folder for what can be made again."""
 
 from __future__ import annotations
 
+import os
+import sys
+import tempfile
 from pathlib import Path
 from typing import Literal
 
@@ -26,3 +30,25 @@ def demo_model_folder() -> Path:
 def demo_lora_file() -> Path:
     """The LoRA that was trained on the embedded model (`svdq_cli.demo.train_lora`)."""
     return demo_model_folder().parent / "pink.safetensors"
+
+
+def cache_folder() -> Path:
+    """Where svdq keeps what it can make again, such as compiled kernels: $SVDQ_CACHE, or the platform's place for
+    caches."""
+    if chosen := os.environ.get("SVDQ_CACHE"):
+        return Path(chosen)
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA", _home() / "AppData" / "Local"))
+    elif sys.platform == "darwin":
+        base = _home() / "Library" / "Caches"
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or _home() / ".cache")
+    return base / "svdq"
+
+
+def _home() -> Path:
+    """The user's folder. A container's bare user id has none: then one among the temporary files."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / f"svdq-{os.getuid()}"

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from svdq_cli import __version__
-from svdq_cli.gpu.compile import cache_folder
 from svdq_cli.records import Int4, Linear, W4A4Plan, W4A4Solution
+from svdq_cli.resources import cache_folder
 from svdq_cli.solve.costs import Rates
 from svdq_cli.solve.learned import STEPS, learn_smoothing
 from svdq_cli.solve.low_rank import OVERSAMPLE
@@ -188,7 +188,7 @@ def _cache_file(device: torch.device, dtype: torch.dtype, disk: Path) -> Path:
         os.stat(disk).st_dev,
     )
     key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
-    return cache_folder().parent / "speed" / f"{key}.json"
+    return cache_folder() / "speed" / f"{key}.json"
 
 
 def _keep(file: Path, text: str) -> None:

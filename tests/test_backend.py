@@ -58,12 +58,6 @@ def checkpoint(converted: Path) -> Checkpoint:
     return open_checkpoint(converted)
 
 
-def test_auto_takes_plain_torch_on_a_cpu_and_says_why():
-    found = choose_backend("auto", CPU, torch.bfloat16)
-    assert found.name == "reference"
-    assert found.reason == "plain torch on cpu: the kernels need an NVIDIA GPU, not cpu"
-
-
 def test_the_reference_backend_is_taken_when_asked_for():
     assert choose_backend("reference", CPU, torch.bfloat16) == Backend(
         "reference", "plain torch on cpu, as asked"
@@ -84,7 +78,7 @@ def test_kernels_on_a_gpu_that_is_not_there_are_refused():
 def test_an_unknown_backend_is_refused_with_the_names(converted: Path):
     with pytest.raises(UsageError, match="'triton'") as refusal:
         load_pipeline(converted, device="cpu", backend="triton")
-    assert refusal.value.hint == "use auto, kernels, kernels:exact, kernels:w4a8, kernels:fp8, reference"
+    assert refusal.value.hint == "use auto, kernels, kernels:exact, kernels:w4a8, kernels:fp8, cpu, reference"
 
 
 def test_the_model_on_the_kernels_computes_what_it_computes_in_plain_torch(checkpoint: Checkpoint):

@@ -7,14 +7,12 @@ import hashlib
 import json
 import os
 import re
-import sys
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from svdq_cli.gpu import nvrtc
-from svdq_cli.resources import data_root
+from svdq_cli.resources import cache_folder, data_root
 
 # No contraction of a * b + c into one rounding: where a kernel wants that, it says fmaf, and its twin does the same. A
 # code halfway between two others would otherwise be another than the definition's.
@@ -62,8 +60,8 @@ class Cubin:
 def compile_variant(variant: Variant, target: str, *, cache: Path | None = None) -> Cubin:
     """The machine code of `variant` for `target` ("sm_90a"), compiled unless the cache has it.
 
-    `cache` defaults to `cache_folder()`. Raises EnvironmentLacksError without NVRTC, nvrtc.CompileError for a source
-    that does not compile.
+    `cache` defaults to `cache_folder() / "kernels"`. Raises EnvironmentLacksError without NVRTC, nvrtc.CompileError for
+    a source that does not compile.
     """
     options = (
         f"--gpu-architecture={target}",
@@ -72,7 +70,7 @@ def compile_variant(variant: Variant, target: str, *, cache: Path | None = None)
     )
     source, headers = read_source(variant.kernel), read_headers()
     key = _key(source, headers, options)
-    path = (cache or cache_folder()) / f"{variant.entry}-{target}-{key}.cubin"
+    path = (cache or cache_folder() / "kernels") / f"{variant.entry}-{target}-{key}.cubin"
     facts = path.with_suffix(".json")
     if not (path.is_file() and facts.is_file()):
         compiled = nvrtc.compile_source(source, name=f"{variant.entry}.cu", headers=headers, options=options)
@@ -81,27 +79,6 @@ def compile_variant(variant: Variant, target: str, *, cache: Path | None = None)
         _write(path, compiled.cubin)
         _write(facts, json.dumps(asdict(usage)).encode())
     return Cubin(path, Usage(**json.loads(facts.read_text(encoding="utf-8"))))
-
-
-def cache_folder() -> Path:
-    """Where compiled kernels are kept: $SVDQ_CACHE, or the platform's place for caches."""
-    if chosen := os.environ.get("SVDQ_CACHE"):
-        return Path(chosen) / "kernels"
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA", _home() / "AppData" / "Local"))
-    elif sys.platform == "darwin":
-        base = _home() / "Library" / "Caches"
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or _home() / ".cache")
-    return base / "svdq" / "kernels"
-
-
-def _home() -> Path:
-    """The user's folder. A container's bare user id has none: then one among the temporary files."""
-    try:
-        return Path.home()
-    except RuntimeError:
-        return Path(tempfile.gettempdir()) / f"svdq-{os.getuid()}"
 
 
 @functools.cache

@@ -64,7 +64,7 @@ class FusedW4A4Linear(KernelW4A4Linear):
 
     @property
     def operands(self) -> W4A4Operands:
-        return W4A4Operands(self.quantizer.inverse_smooth, self.quantizer.down, *self._product)
+        return W4A4Operands(self.quantizer.smoothing, self.quantizer.down, *self._product)
 
     @property
     def _product(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -98,7 +98,7 @@ class FusedW4A4Linear(KernelW4A4Linear):
     def multiply_gelu_quantize(self, quantized: Quantized, m: int, after: KernelW4A4Linear) -> Quantized:
         return torch.ops.svdq.w4a4_gelu_quantize(
             *(*quantized, *self._product),
-            *(after.quantizer.inverse_smooth, after.quantizer.down),
+            *(after.quantizer.smoothing, after.quantizer.down),
             m=m,
             precision=self.plan.precision.name,
             unsigned=self.unsigned,

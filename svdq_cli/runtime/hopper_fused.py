@@ -50,7 +50,7 @@ class HopperW4A4Linear(KernelW4A4Linear):
 
     @property
     def operands(self) -> HopperOperands:
-        return HopperOperands(self.quantizer.inverse_smooth, self.quantizer.down, *self._product)
+        return HopperOperands(self.quantizer.smoothing, self.quantizer.down, *self._product)
 
     @property
     def _product(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -81,7 +81,7 @@ class HopperW4A4Linear(KernelW4A4Linear):
     def multiply_gelu_quantize(self, quantized: Quantized, m: int, after: KernelW4A4Linear) -> Quantized:
         return torch.ops.svdq.hopper_gelu_quantize(
             *(*quantized, *self._product),
-            *(after.quantizer.inverse_smooth, after.quantizer.down),
+            *(after.quantizer.smoothing, after.quantizer.down),
             m=m,
             next_unsigned=after.unsigned,
             shift=after.shift,

@@ -31,25 +31,28 @@ class InputQuantizer(nn.Module):
     quantizes again; torch.compile and inference mode don't.
     """
 
-    inverse_smooth: Tensor
+    smoothing: Tensor
     down: Tensor
 
     def __init__(
         self,
         kernel: Callable[..., Quantized],
-        inverse_smooth: Tensor,
+        smoothing: Tensor,
         down: Tensor,
         *,
         dtype: torch.dtype,
         readers: int = 1,
-        **options: str | bool | float,
+        takes_float32: bool = False,
+        **options: str | bool | float | None,
     ) -> None:
-        """`inverse_smooth` (K,) float32, `down` packed, `dtype` what activations are rounded to, `options` the
-        operator's."""
+        """`smoothing` (K,) as the operator reads it: the CUDA kernels' float32 reciprocals, the CPU engine's own
+        factors. `down` packed, `dtype` what activations are rounded to, `options` the operator's. `takes_float32`: the
+        operator does that rounding itself."""
         super().__init__()
-        self.register_buffer("inverse_smooth", inverse_smooth)
+        self.register_buffer("smoothing", smoothing)
         self.register_buffer("down", down)
         self.kernel, self.dtype, self.options = kernel, dtype, options
+        self.takes_float32 = takes_float32
         self.readers = tuple(range(readers))
         self._kept: _Kept | None = None
 
@@ -63,8 +66,9 @@ class InputQuantizer(nn.Module):
             waiting = tuple(other for other in kept.waiting if other != reader)
             self._kept = kept._replace(waiting=waiting) if waiting else None
             return kept.quantized
-        rows = x.reshape(-1, x.shape[-1]).to(self.dtype).contiguous()
-        quantized = self.kernel(rows, self.inverse_smooth, self.down, **self.options)
+        kept_wide = self.takes_float32 and x.dtype == torch.float32
+        rows = x.reshape(-1, x.shape[-1]).to(x.dtype if kept_wide else self.dtype).contiguous()
+        quantized = self.kernel(rows, self.smoothing, self.down, **self.options)
         waiting = tuple(other for other in self.readers if other != reader)
         self._kept = _Kept(x, version, quantized, waiting) if waiting else None
         return quantized
@@ -79,7 +83,11 @@ class InputQuantizer(nn.Module):
 
     def _like(self, down: Tensor, readers: int) -> InputQuantizer:
         return InputQuantizer(
-            self.kernel, self.inverse_smooth, down, dtype=self.dtype, readers=readers, **self.options
+            *(self.kernel, self.smoothing, down),
+            dtype=self.dtype,
+            readers=readers,
+            takes_float32=self.takes_float32,
+            **self.options,
         )
 
     def leave(self, reader: int) -> None:
@@ -91,14 +99,14 @@ class InputQuantizer(nn.Module):
         """Whether both make the same of every activation."""
         if (self.kernel, self.dtype, self.options) != (other.kernel, other.dtype, other.options):
             return False
-        mine, theirs = (self.inverse_smooth, self.down), (other.inverse_smooth, other.down)
+        mine, theirs = (self.smoothing, self.down), (other.smoothing, other.down)
         return all(
             a.device == b.device and a.shape == b.shape and torch.equal(a, b)
             for a, b in zip(mine, theirs, strict=True)
         )
 
     def extra_repr(self) -> str:
-        return f"in_features={self.inverse_smooth.shape[0]}, readers={len(self.readers)}"
+        return f"in_features={self.smoothing.shape[0]}, readers={len(self.readers)}"
 
 
 def _version(x: Tensor) -> int | None:

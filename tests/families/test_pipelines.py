@@ -15,6 +15,7 @@ from svdq_cli.loading import load_pipeline
 from svdq_cli.pipeline import calibrate, check, convert
 from svdq_cli.preparing import RunOptions, prepare, sampling_for
 from svdq_cli.recipe import Calibration, Quantization, Recipe, default_recipe
+from svdq_cli.runtime.cpu_fused import CpuW4A4Linear
 from svdq_cli.runtime.linear import W4A4Linear
 from svdq_cli.source import open_source
 from tests.tiny_families import tiny_pipeline
@@ -113,7 +114,7 @@ def test_calibrated_conversion_is_sound_and_draws(
     checkpoint = open_checkpoint(out)
     assert checkpoint.family == family
     model = getattr(pipe, checkpoint.source.component)
-    assert isinstance(model.get_submodule(report_first(out)), W4A4Linear)
+    assert isinstance(model.get_submodule(report_first(out)), CpuW4A4Linear | W4A4Linear)
     settings = sampling_for(evaluation_recipe(checkpoint, str(out)), checkpoint.source).settings
     (picture,) = draw(pipe, ["a red circle"], settings=settings)
     assert picture.size == (32, 32)

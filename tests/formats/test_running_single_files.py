@@ -14,6 +14,7 @@ from svdq_cli.errors import InputError
 from svdq_cli.loading import choose_backend, load_model, load_pipeline
 from svdq_cli.pipeline import inspect_checkpoint
 from svdq_cli.records import W4A4Solution
+from svdq_cli.runtime.cpu_fused import CpuW4A4Linear
 from svdq_cli.runtime.linear import W4A4Linear, w4a4_exact
 
 
@@ -23,7 +24,7 @@ def test_a_single_file_needs_a_base_and_says_so(converted_flux: Callable[[str], 
         load_pipeline(path, device="cpu")
     assert "--base" in str(caught.value.hint)
     pipe = load_pipeline(path, device="cpu", base=tiny_flux)
-    assert isinstance(pipe.transformer.transformer_blocks[0].attn.to_q, W4A4Linear)  # type: ignore[attr-defined]
+    assert isinstance(pipe.transformer.transformer_blocks[0].attn.to_q, CpuW4A4Linear | W4A4Linear)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("name", ["nunchaku", "comfy"])

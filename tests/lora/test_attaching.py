@@ -13,6 +13,7 @@ from torch import Tensor
 
 import svdq_cli
 from svdq_cli.checkpoint import open_checkpoint
+from svdq_cli.cpu.build import find_compiler
 from svdq_cli.errors import InputError, UsageError
 from svdq_cli.gpu.hopper_modes import HopperMode
 from svdq_cli.loading import Backend, load_model
@@ -26,8 +27,11 @@ from tests.source.test_loras import peft
 EVERY_PLACE = {**FOUR_BIT, **MODULATION, **SIXTEEN_BIT}
 
 
+BACKENDS = ["reference", "kernels", *(["cpu"] if find_compiler() else [])]
+
+
 def loaded(path: Path, backend: str) -> Any:
-    """A pipeline's converted model, on the CPU: the reference, or the twins of the kernels."""
+    """A pipeline's converted model, on the CPU: the reference, the CPU engine, or the twins of the kernels."""
     model, _ = load_model(
         open_checkpoint(path),
         dtype=torch.float32,
@@ -66,7 +70,7 @@ def same_state(pipe: Any, before: dict[str, Tensor]) -> bool:
     return before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.parametrize("backend", ["reference", "kernels"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_every_layer_computes_what_it_did_and_the_lora(
     converted_flux: Callable[[str], Path], tmp_path: Path, backend: str
 ):
@@ -93,7 +97,7 @@ def layer_of(pipe: Any, name: str) -> Any:
     return converted[name]
 
 
-@pytest.mark.parametrize("backend", ["reference", "kernels"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_lora_on_4_bit_layers_alone_is_the_folded_checkpoint(
     converted_flux: Callable[[str], Path], tmp_path: Path, backend: str
 ):
@@ -106,7 +110,7 @@ def test_a_lora_on_4_bit_layers_alone_is_the_folded_checkpoint(
     torch.testing.assert_close(drawn(pipe), drawn(loaded(tmp_path / "folded", backend)), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("backend", ["reference", "kernels"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_strengths_change_without_loading_and_removal_leaves_nothing(
     converted_flux: Callable[[str], Path], tmp_path: Path, backend: str
 ):

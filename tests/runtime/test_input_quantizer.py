@@ -167,7 +167,7 @@ def test_a_shared_quantizer_moves_and_counts_once(pair: tuple[Attention, Attenti
         return sum(tensor.nbytes for tensor in model.buffers())
 
     quantizer = shared.to_q.quantizer
-    assert bytes_of(alone) - bytes_of(shared) == 2 * (quantizer.down.nbytes + quantizer.inverse_smooth.nbytes)
+    assert bytes_of(alone) - bytes_of(shared) == 2 * (quantizer.down.nbytes + quantizer.smoothing.nbytes)
     moved = shared.half().to("meta")
     assert {(tensor.device.type, tensor.dtype) for tensor in moved.to_v.quantizer.buffers()} == {
         ("meta", torch.float32),

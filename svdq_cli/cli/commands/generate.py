@@ -28,7 +28,7 @@ def generate(
     backend: Annotated[
         str,
         typer.Option(
-            metavar="auto|kernels|kernels:MODE|reference",
+            metavar="auto|kernels|kernels:MODE|cpu|reference",
             help="What computes the 4-bit layers. MODE, on Hopper: exact, w4a8, fp8.",
         ),
     ] = "auto",

@@ -1,0 +1,142 @@
+// The 4-bit layers on a CPU, as C functions that svdq_cli/cpu/ calls. Compiled once for the instruction set that
+// SVDQ_VECTOR names; layouts.h says what lies where. Every result has the same bits on every instruction set, for any
+// number of threads, rows and batches.
+#include SVDQ_VECTOR
+
+#include "multiply.h"
+#include "parallel.h"
+#include "quantize.h"
+#include "w4a16.h"
+
+#include <memory>
+
+using namespace svdq;
+
+#ifdef _WIN32
+#define SVDQ_API extern "C" __declspec(dllexport)
+#else
+#define SVDQ_API extern "C" __attribute__((visibility("default")))
+#endif
+
+namespace {
+
+constexpr int64_t BYTES_OF_ROWS = 512 * 1024; // of codes that stay in the second cache while the weights pass by
+constexpr int64_t MOST_BLOCKS = 16;           // of rows a task
+constexpr double WORTH_A_THREAD = 2e6;        // multiplications below which waking another thread costs more than it saves
+
+int64_t worth(int64_t threads, double products)
+{
+    const double useful = products / WORTH_A_THREAD;
+    return useful < double(threads) ? (useful < 1.0 ? 1 : int64_t(useful)) : threads;
+}
+
+int64_t blocks_of(int64_t m) { return (m + BLOCK - 1) / BLOCK; }
+
+// Calls `of(precision, element)` with the types that two numbers name.
+template <class Of> void with_types(int32_t nvfp4, int32_t bfloat16, Of of)
+{
+    if (nvfp4)
+        bfloat16 ? of(NvFp4{}, BFloat16{}) : of(NvFp4{}, Float16{});
+    else
+        bfloat16 ? of(Int4{}, BFloat16{}) : of(Int4{}, Float16{});
+}
+
+template <class P, class E>
+void quantize_rows(const void* x, bool float32, int64_t m, const Quantizer& how, const Quantized& out, int64_t threads)
+{
+    const double products = double(m) * double(how.k) * double(how.rank + 64);
+    in_parallel(blocks_of(m), worth(threads, products), [&](int64_t block) {
+        const std::unique_ptr<float[]> sums(new float[BLOCK * how.rank + 1]);
+        quantize_block<Vector, P, E>(x, float32, m, block, how, out, sums.get());
+    });
+}
+
+// Rows of blocks `first`.. of the activation; the result's row 0 is the first of them.
+template <class P, class E>
+void multiply_rows(const Quantized& x, int64_t first, int64_t m, const Weights& w, const Result& to, int64_t threads)
+{
+    const int64_t kp = up_to(w.k, STEP), panels = (w.n + PANEL - 1) / PANEL, blocks = blocks_of(m);
+    threads = worth(threads, double(m) * double(w.n) * double(kp));
+    int64_t at_once = BYTES_OF_ROWS / (BLOCK * kp);
+    at_once = at_once < 1 ? 1 : at_once > MOST_BLOCKS ? MOST_BLOCKS : at_once;
+    const int64_t parts_of_m = (blocks + at_once - 1) / at_once;
+    // Enough parts that no thread waits long for the last one
+    int64_t parts_of_n = threads <= 1 ? 1 : (8 * threads + parts_of_m - 1) / parts_of_m;
+    const int64_t pairs = (panels + 1) / 2;
+    parts_of_n = parts_of_n > pairs ? pairs : parts_of_n;
+    const int64_t pairs_a_part = (pairs + parts_of_n - 1) / parts_of_n;
+    in_parallel(parts_of_m * parts_of_n, threads, [&](int64_t task) {
+        // Neighbors in time read the same weights
+        const int64_t from = task % parts_of_m * at_once, until = from + at_once < blocks ? from + at_once : blocks;
+        const int64_t begin = task / parts_of_m * pairs_a_part * 2, end = begin + pairs_a_part * 2;
+        for (int64_t panel = begin; panel < end && panel < panels; panel += 2) {
+            const int64_t wide = panels - panel < 2 ? 1 : 2;
+            for (int64_t block = from; block < until; ++block) {
+                const int64_t row = block * BLOCK, rows = m - row < BLOCK ? m - row : BLOCK;
+                multiply_block<Vector, P, E>(x, first + block, int(rows), w, panel, wide, to, row);
+            }
+        }
+    });
+}
+
+} // namespace
+
+// Where `team` is not null: GOMP_parallel of the OpenMP that torch uses.
+SVDQ_API void svdq_use_team(void* team)
+{
+    threads_of_torch().team = reinterpret_cast<Team>(team);
+    threads_of_torch().process = process_id();
+}
+
+SVDQ_API void svdq_quantize(const void* x, int32_t float32, int64_t m, const Quantizer* how, const Quantized* out,
+                            int32_t nvfp4, int32_t bfloat16, int64_t threads)
+{
+    with_types(nvfp4, bfloat16, [&](auto precision, auto element) {
+        quantize_rows<decltype(precision), decltype(element)>(x, float32, m, *how, *out, threads);
+    });
+}
+
+SVDQ_API void svdq_multiply(const Quantized* x, int64_t m, const Weights* weights, void* y, int32_t float32, int32_t nvfp4,
+                            int32_t bfloat16, int64_t threads)
+{
+    with_types(nvfp4, bfloat16, [&](auto precision, auto element) {
+        multiply_rows<decltype(precision), decltype(element)>(*x, 0, m, *weights, {y, bool(float32), nullptr, weights->n}, threads);
+    });
+}
+
+// One layer, `activation` of its 16-bit results, and the next layer's quantization. `between`: room for (rows_at_once, n)
+// 16-bit results, where rows_at_once is a multiple of 6.
+SVDQ_API void svdq_multiply_quantize(const Quantized* x, int64_t m, const Weights* weights, const uint16_t* activation,
+                                     const Quantizer* how, const Quantized* out, uint16_t* between, int64_t rows_at_once,
+                                     int32_t nvfp4, int32_t bfloat16, int64_t threads)
+{
+    with_types(nvfp4, bfloat16, [&](auto precision, auto element) {
+        using P = decltype(precision);
+        using E = decltype(element);
+        const int64_t kp = up_to(how->k, STEP), groups = kp / P::GROUP;
+        for (int64_t row = 0; row < m; row += rows_at_once) {
+            const int64_t rows = m - row < rows_at_once ? m - row : rows_at_once, block = row / BLOCK;
+            multiply_rows<P, E>(*x, block, rows, *weights, {between, false, activation, weights->n}, threads);
+            const Quantized part{out->codes + block * kp * BLOCK, out->scales + block * groups * BLOCK,
+                                 out->starts + block * groups * BLOCK, out->hidden + block * how->rank * BLOCK};
+            quantize_rows<P, E>(between, false, rows, *how, part, threads);
+        }
+    });
+}
+
+// `x` (m, k) and y (m, n) 16-bit. `wide`: room for (m, k) float32.
+SVDQ_API void svdq_w4a16(const uint16_t* x, int64_t m, const W4A16Weights* weights, float* wide, uint16_t* y, int32_t bfloat16,
+                         int64_t threads)
+{
+    with_types(0, bfloat16, [&](auto, auto element) {
+        using E = decltype(element);
+        for (int64_t i = 0; i < m * weights->k; ++i)
+            wide[i] = E::to_float(x[i]);
+        const int64_t vectors = (weights->n + Vector::LANES - 1) / Vector::LANES, some = 64 / Vector::LANES;
+        threads = worth(threads, 8.0 * double(m + 4) * double(weights->n) * double(weights->k));
+        in_parallel((vectors + some - 1) / some, threads, [&](int64_t task) {
+            for (int64_t at = task * some; at < (task + 1) * some && at < vectors; ++at)
+                w4a16_columns<Vector, E>(wide, m, *weights, at, y);
+        });
+    });
+}

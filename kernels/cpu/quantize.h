@@ -1,0 +1,204 @@
+// One block of 6 rows: smooth, quantize, project down, in one read of the input. Bit for bit what solve/quantizers.py
+// defines; hidden vectors are one chain of fmas over k, of each pair the odd k first.
+#pragma once
+#include "layouts.h"
+
+namespace svdq {
+
+constexpr int CHUNK = 512; // columns that are worked on at a time: 6 rows of them stay in the nearest cache
+constexpr int MOST_RANK = 4096;
+constexpr float E4M3_MOST = 448.0f;
+
+// 1 / scale; 0 where a group is zero, or so small that this would overflow.
+inline float reciprocal(float scale)
+{
+    const float inverse = 1.0f / scale;
+    return std::isinf(inverse) ? 0.0f : inverse;
+}
+
+template <class V> inline typename V::F rounded_to_e2m1(typename V::F x)
+{
+    // Adding 1.5 * 2^23 steps leaves whole steps, ties to even: steps of 0.5 below 2, of 1 below 4, then of 2
+    const auto size = V::magnitude(x);
+    const auto coarse = V::where_at_least(size, 4.0f, V::set(25165824.0f), V::set(12582912.0f));
+    const auto offset = V::where_at_least(size, 2.0f, coarse, V::set(6291456.0f));
+    const auto whole = V::subtract(V::add(x, offset), offset);
+    return V::larger(V::smaller(whole, V::set(6.0f)), V::set(-6.0f));
+}
+
+struct Group {
+    float scale;
+    int32_t start;
+};
+
+// Codes of one group of smoothed values that are 16-bit numbers.
+template <class V, class P, class E> inline Group quantize_group(const float* values, bool without_sign, int8_t* codes)
+{
+    constexpr int VECTORS = P::GROUP / V::LANES;
+    typename V::F loaded[VECTORS], most = V::zero();
+    for (int i = 0; i < VECTORS; ++i) {
+        loaded[i] = V::load(values + i * V::LANES);
+        most = V::larger(most, V::nan_to_infinity(V::magnitude(loaded[i])));
+    }
+    const float peak = V::peak(most);
+    if (std::isinf(peak)) { // the row's result is to be NaN
+        std::memset(codes, 0, P::GROUP);
+        return {NAN, 0};
+    }
+    auto sum = V::to_nearest(V::zero());
+    if constexpr (P::GROUP == 64) {
+        const float scale = peak * (without_sign ? 1.0f / 15.0f : 1.0f / 7.0f);
+        const auto inverse = V::set(reciprocal(scale)), most_code = V::set(without_sign ? 15.0f : 7.0f),
+                   least = V::set(without_sign ? 0.0f : -8.0f);
+        for (int i = 0; i < VECTORS; ++i) {
+            const auto clamped = V::larger(V::smaller(V::multiply(loaded[i], inverse), most_code), least);
+            const auto code = V::to_nearest(clamped);
+            sum = V::add(sum, code);
+            V::store_bytes(codes + i * V::LANES, code);
+        }
+        return {E::to_float(E::from_float(scale)), -P::OFFSET * V::total(sum)};
+    } else {
+        const float wanted = peak * (1.0f / 6.0f), scale = wanted > E4M3_MOST ? E4M3_MOST : wanted;
+        const auto inverse = V::set(reciprocal(scale));
+        for (int i = 0; i < VECTORS; ++i) {
+            const auto value = rounded_to_e2m1<V>(V::multiply(loaded[i], inverse));
+            const auto code = V::to_nearest(V::add(value, value));
+            sum = V::add(sum, code);
+            V::store_bytes(codes + i * V::LANES, code);
+        }
+        return {rounded_to_e4m3(scale), -P::OFFSET * V::total(sum)};
+    }
+}
+
+// (x + shift) / smooth, rounded to 16 bit after each step.
+template <class V, class E> inline void smooth_row(const uint16_t* x, const uint16_t* smooth, float added, float* values)
+{
+    const auto shift = V::set(added);
+    for (int i = 0; i < STEP; i += V::LANES) {
+        auto value = V::template load16<E>(x + i);
+        if (added != 0.0f)
+            value = V::template rounded<E>(V::add(value, shift));
+        value = V::template rounded<E>(V::divide(value, V::template load16<E>(smooth + i)));
+        V::store(values + i, value);
+    }
+}
+
+// `sums` [6][R] += x (6 rows of `columns`) times down^T.
+template <class V, class E>
+inline void add_hidden(const uint16_t (*x)[CHUNK], int64_t columns, const uint16_t* down, int64_t rank, float* sums)
+{
+    constexpr int WIDE = V::LANES == 16 ? 2 : 1; // vectors of ranks at a time
+    for (int64_t r = 0; r < rank; r += WIDE * V::LANES) {
+        const bool both = WIDE == 2 && r + V::LANES < rank;
+        typename V::F acc[BLOCK][2];
+        for (int m = 0; m < BLOCK; ++m) {
+            acc[m][0] = V::load(sums + m * rank + r);
+            acc[m][1] = both ? V::load(sums + m * rank + r + V::LANES) : V::zero();
+        }
+        const uint16_t* at = down + 2 * r;
+        if (both)
+            for (int64_t k = 0; k < columns; k += 2, at += 2 * rank) {
+                const auto first = V::template load_pair<E>(at), second = V::template load_pair<E>(at + 2 * V::LANES);
+#pragma GCC unroll 6
+                for (int m = 0; m < BLOCK; ++m) {
+                    uint32_t pair;
+                    std::memcpy(&pair, &x[m][k], 4);
+                    acc[m][0] = V::template add_product<E>(acc[m][0], first, pair);
+                    acc[m][1] = V::template add_product<E>(acc[m][1], second, pair);
+                }
+            }
+        else
+            for (int64_t k = 0; k < columns; k += 2, at += 2 * rank) {
+                const auto first = V::template load_pair<E>(at);
+#pragma GCC unroll 6
+                for (int m = 0; m < BLOCK; ++m) {
+                    uint32_t pair;
+                    std::memcpy(&pair, &x[m][k], 4);
+                    acc[m][0] = V::template add_product<E>(acc[m][0], first, pair);
+                }
+            }
+        for (int m = 0; m < BLOCK; ++m) {
+            V::store(sums + m * rank + r, acc[m][0]);
+            if (both)
+                V::store(sums + m * rank + r + V::LANES, acc[m][1]);
+        }
+    }
+}
+
+template <class V, class E> inline void read_row(const void* x, bool float32, int64_t at, int64_t columns, uint16_t* to)
+{
+    if (!float32) {
+        std::memcpy(to, static_cast<const uint16_t*>(x) + at, 2 * columns);
+        return;
+    }
+    const float* from = static_cast<const float*>(x) + at;
+    int64_t i = 0;
+    for (; i + V::LANES <= columns; i += V::LANES)
+        V::template store16<E>(to + i, V::load(from + i));
+    for (; i < columns; ++i)
+        to[i] = E::from_float(from[i]);
+}
+
+// Rows `6 block`.. of `x` (m, k), 16-bit or float32, into `out`. `sums`: room for [6][R].
+template <class V, class P, class E>
+inline void quantize_block(const void* x, bool float32, int64_t m, int64_t block, const Quantizer& how, const Quantized& out,
+                           float* sums)
+{
+    const int64_t k = how.k, kp = up_to(k, STEP), groups = kp / P::GROUP, first = block * BLOCK;
+    const int rows = int(m - first < BLOCK ? m - first : BLOCK);
+    alignas(64) uint16_t chunk[BLOCK][CHUNK];
+    alignas(64) float values[STEP];
+    alignas(64) int8_t codes[STEP];
+    std::memset(sums, 0, sizeof(float) * BLOCK * how.rank);
+    for (int row = rows; row < BLOCK; ++row)
+        std::memset(chunk[row], 0, sizeof chunk[row]);
+    uint32_t* packed = reinterpret_cast<uint32_t*>(out.codes + block * kp * BLOCK);
+    float* scales = out.scales + block * groups * BLOCK;
+    int32_t* starts = out.starts + block * groups * BLOCK;
+    for (int64_t begin = 0; begin < k; begin += CHUNK) {
+        const int64_t columns = k - begin < CHUNK ? k - begin : CHUNK, whole = columns / STEP * STEP;
+        for (int row = 0; row < BLOCK; ++row) {
+            if (row < rows)
+                read_row<V, E>(x, float32, (first + row) * k + begin, columns, chunk[row]);
+            for (int64_t at = 0; at < columns; at += STEP) {
+                if (row >= rows)
+                    std::memset(codes, 0, sizeof codes);
+                const bool without_sign = begin + at >= how.unsigned_from;
+                const float shift = without_sign ? how.shift : 0.0f;
+                if (row < rows && at < whole) {
+                    smooth_row<V, E>(chunk[row] + at, how.smooth + begin + at, shift, values);
+                } else if (row < rows) { // the last columns of a K that is not a multiple of 64
+                    uint16_t x_end[STEP] = {}, smooth_end[STEP];
+                    for (int i = 0; i < STEP; ++i)
+                        smooth_end[i] = E::from_float(1.0f);
+                    std::memcpy(x_end, chunk[row] + at, 2 * (columns - at));
+                    std::memcpy(smooth_end, how.smooth + begin + at, 2 * (columns - at));
+                    smooth_row<V, E>(x_end, smooth_end, shift, values);
+                    for (int64_t i = columns - at; i < STEP; ++i)
+                        values[i] = 0.0f;
+                }
+                for (int i = 0; i < STEP; i += P::GROUP) {
+                    const int64_t group = (begin + at + i) / P::GROUP;
+                    const Group made = row < rows ? quantize_group<V, P, E>(values + i, without_sign, codes + i) : Group{0.0f, 0};
+                    scales[group * BLOCK + row] = made.scale;
+                    starts[group * BLOCK + row] = made.start;
+                }
+                uint32_t* to = packed + (begin + at) / 4 * BLOCK + row;
+#pragma GCC unroll 16
+                for (int i = 0; i < STEP / 4; ++i) {
+                    uint32_t four;
+                    std::memcpy(&four, codes + 4 * i, 4);
+                    to[i * BLOCK] = four;
+                }
+            }
+        }
+        if (how.rank)
+            add_hidden<V, E>(chunk, columns, how.down + begin * how.rank, how.rank, sums);
+    }
+    uint16_t* hidden = out.hidden + block * how.rank * BLOCK;
+    for (int row = 0; row < BLOCK; ++row)
+        for (int64_t r = 0; r < how.rank; ++r)
+            hidden[(r / 2 * BLOCK + row) * 2 + r % 2] = E::from_float(sums[row * how.rank + r]);
+}
+
+} // namespace svdq

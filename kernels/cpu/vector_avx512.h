@@ -1,0 +1,145 @@
+// AVX-512 with VNNI: 16 lanes. With AVX512-BF16 also its dot product of pairs.
+#pragma once
+#include <immintrin.h>
+
+#include "numbers.h"
+
+namespace svdq {
+
+struct Vector {
+    static constexpr int LANES = 16;
+    static constexpr int TILE_ROWS = 6, TILE_VECTORS = 2; // 12 integer and 12 float sums in 32 registers
+
+    using F = __m512;
+    using I = __m512i;
+    using Codes = __m512i; // 4 consecutive k of each column, a byte each
+    using Sums = __m512i;
+
+    static F load(const float* from) { return _mm512_loadu_ps(from); }
+    static void store(float* to, F x) { _mm512_storeu_ps(to, x); }
+    static F set(float x) { return _mm512_set1_ps(x); }
+    static F zero() { return _mm512_setzero_ps(); }
+    static F add(F a, F b) { return _mm512_add_ps(a, b); }
+    static F subtract(F a, F b) { return _mm512_sub_ps(a, b); }
+    static F multiply(F a, F b) { return _mm512_mul_ps(a, b); }
+    static F divide(F a, F b) { return _mm512_div_ps(a, b); }
+    static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+    static F smaller(F a, F b) { return _mm512_min_ps(a, b); }
+    static F larger(F a, F b) { return _mm512_max_ps(a, b); }
+    static F magnitude(F a) { return _mm512_abs_ps(a); }
+    // a >= limit ? yes : no
+    static F where_at_least(F a, float limit, F yes, F no)
+    {
+        return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, set(limit), _CMP_GE_OQ), no, yes);
+    }
+    // The largest magnitude; infinity where a lane holds a NaN.
+    static float peak(F magnitudes) { return _mm512_reduce_max_ps(magnitudes); }
+    static F nan_to_infinity(F magnitudes)
+    {
+        const __mmask16 nan = _mm512_cmp_ps_mask(magnitudes, magnitudes, _CMP_UNORD_Q);
+        return _mm512_mask_blend_ps(nan, magnitudes, set(INFINITY));
+    }
+
+    static I to_nearest(F x) { return _mm512_cvtps_epi32(x); }
+    static I add(I a, I b) { return _mm512_add_epi32(a, b); }
+    static int32_t total(I x) { return _mm512_reduce_add_epi32(x); }
+    static void store_bytes(int8_t* to, I x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(x)); }
+
+    template <class E> static F load16(const uint16_t* from)
+    {
+        const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+        if constexpr (E::IS_BFLOAT16)
+            return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+        else
+            return _mm512_cvtph_ps(bits);
+    }
+    template <class E> static __m256i bits16(F x)
+    {
+        if constexpr (E::IS_BFLOAT16)
+            return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(rounded<E>(x)), 16));
+        else
+            return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    }
+    template <class E> static void store16(uint16_t* to, F x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), bits16<E>(x)); }
+    template <class E> static F rounded(F x)
+    {
+        if constexpr (!E::IS_BFLOAT16)
+            return _mm512_cvtph_ps(bits16<E>(x));
+        // Not vcvtneps2bf16, which takes subnormal numbers for zeros
+        const __m512i bits = _mm512_castps_si512(x);
+        const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+        const __m512i up = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+        const __m512i kept = _mm512_and_si512(up, _mm512_set1_epi32(int(0xffff0000u)));
+        const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+        return _mm512_castsi512_ps(_mm512_mask_blend_epi32(nan, kept, _mm512_set1_epi32(0x7fc00000)));
+    }
+    // e4m3 bits without a sign, times 2^-8: they are float16's but for the exponent's offset.
+    static F load_e4m3(const uint8_t* from)
+    {
+        const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+        return _mm512_cvtph_ps(_mm256_slli_epi16(_mm256_cvtepu8_epi16(bytes), 7));
+    }
+
+    // ---- pairs: two consecutive k of every lane, in 16 bit. acc + x1 y1, then + x0 y0, one fma each.
+    template <class E> struct Pair;
+    template <class E> static Pair<E> load_pair(const uint16_t* from);
+    template <class E> static F add_product(F sum, const Pair<E>& pair, uint32_t both);
+
+    // ---- sums of four products of bytes
+    static Codes load_codes(const uint8_t* from) { return _mm512_loadu_si512(from); }
+    static Codes low(Codes x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
+    static Codes high(Codes x) { return _mm512_and_si512(_mm512_srli_epi16(x, 4), _mm512_set1_epi8(15)); }
+    static Codes look_up(Codes x, const uint8_t* table)
+    {
+        const __m128i few = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
+        return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(few), x);
+    }
+    static Sums begin(int32_t start) { return _mm512_set1_epi32(start); }
+    static Sums dot(Sums sums, Codes weights, int32_t four) { return _mm512_dpbusd_epi32(sums, weights, _mm512_set1_epi32(four)); }
+    static F finish(Sums sums, int32_t) { return _mm512_cvtepi32_ps(sums); }
+    // Byte `index` of every lane
+    static F byte(Codes x, int index) { return _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srli_epi32(x, 8 * index), _mm512_set1_epi32(255))); }
+    static void prefetch(const void* at) { _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T0); }
+};
+
+#ifdef __AVX512BF16__
+template <> struct Vector::Pair<BFloat16> {
+    __m512i both;
+};
+template <> inline Vector::Pair<BFloat16> Vector::load_pair<BFloat16>(const uint16_t* from) { return {_mm512_loadu_si512(from)}; }
+template <> inline __m512 Vector::add_product<BFloat16>(F sum, const Pair<BFloat16>& pair, uint32_t both)
+{
+    return _mm512_dpbf16_ps(sum, (__m512bh)pair.both, (__m512bh)_mm512_set1_epi32(int(both)));
+}
+#else
+template <> struct Vector::Pair<BFloat16> {
+    F first, second;
+};
+template <> inline Vector::Pair<BFloat16> Vector::load_pair<BFloat16>(const uint16_t* from)
+{
+    const __m512i words = _mm512_loadu_si512(from);
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(words, 16)),
+            _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(int(0xffff0000u))))};
+}
+template <> inline __m512 Vector::add_product<BFloat16>(F sum, const Pair<BFloat16>& pair, uint32_t both)
+{
+    sum = fma(pair.second, set(float_of_bits(both & 0xffff0000u)), sum);
+    return fma(pair.first, set(float_of_bits(both << 16)), sum);
+}
+#endif
+
+template <> struct Vector::Pair<Float16> {
+    F first, second;
+};
+template <> inline Vector::Pair<Float16> Vector::load_pair<Float16>(const uint16_t* from)
+{
+    const __m512i words = _mm512_loadu_si512(from);
+    return {_mm512_cvtph_ps(_mm512_cvtepi32_epi16(words)), _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(words, 16)))};
+}
+template <> inline __m512 Vector::add_product<Float16>(F sum, const Pair<Float16>& pair, uint32_t both)
+{
+    sum = fma(pair.second, set(_cvtsh_ss(uint16_t(both >> 16))), sum);
+    return fma(pair.first, set(_cvtsh_ss(uint16_t(both))), sum);
+}
+
+} // namespace svdq

@@ -1,0 +1,160 @@
+"""Converted linears on the CPU engine."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from svdq_cli.errors import UsageError
+from svdq_cli.pack.cpu_panels import pack_down, pack_up
+from svdq_cli.records import GELU_SHIFT, LayerSolution, W4A4Solution, W4A16Solution
+from svdq_cli.runtime import cpu_operators  # noqa: F401  defines torch.ops.svdq.cpu_*
+from svdq_cli.runtime.cpu_operands import (
+    CpuOperands,
+    CpuW4A16Operands,
+    cpu_bias,
+    pack_cpu,
+    pack_cpu_w4a16,
+    unpack_cpu,
+    unpack_cpu_branch,
+    unpack_cpu_w4a16,
+)
+from svdq_cli.runtime.input_quantizer import InputQuantizer, Quantized
+from svdq_cli.runtime.kernel_linear import KernelLinear, KernelW4A4Linear
+from svdq_cli.runtime.linear import RunningBranch
+from svdq_cli.runtime.operands import tensors_of
+
+
+class CpuW4A4Linear(KernelW4A4Linear):
+    """`cpu_quantize_down`, then `cpu_w4a4_gemm`. `unsigned_from`: see `runtime.linear.w4a4_forward`."""
+
+    weight: Tensor
+    weight_scales: Tensor
+    outer: Tensor | None
+    shifted: Tensor | None
+    own_bias: Tensor | None  # (N,) 16-bit, as the file has it
+
+    def __init__(self, solution: W4A4Solution, *, unsigned_from: int | None = None) -> None:
+        packed = pack_cpu(solution, unsigned_from=unsigned_from)
+        shift = 0.0 if unsigned_from is None else GELU_SHIFT
+        quantizer = InputQuantizer(
+            *(torch.ops.svdq.cpu_quantize_down, packed.smooth, packed.down),
+            dtype=packed.up.dtype,
+            takes_float32=True,
+            precision=solution.plan.precision.name,
+            unsigned_from=unsigned_from,
+            shift=shift,
+        )
+        product = {name: each for name, each in tensors_of(packed).items() if name not in ("smooth", "down")}
+        super().__init__(solution.plan, quantizer, product, unsigned=unsigned_from is not None, shift=shift)
+        self.unsigned_from = unsigned_from
+        self.register_buffer("own_bias", solution.bias)
+
+    @property
+    def operands(self) -> CpuOperands:
+        return CpuOperands(self.quantizer.smoothing, self.quantizer.down, *self._product, self.shifted)
+
+    @property
+    def _product(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        return self.weight, self.weight_scales, self.up, self.outer, self.bias
+
+    @property
+    def solution(self) -> W4A4Solution:
+        return unpack_cpu(self.operands, self.plan, self.own_bias)
+
+    @property
+    def branch(self) -> RunningBranch:
+        return unpack_cpu_branch(self.operands, self.plan, self.own_bias)
+
+    def packed_branch(self, branch: RunningBranch) -> tuple[Tensor, Tensor, Tensor | None]:
+        return pack_down(branch.down), pack_up(branch.up), cpu_bias(branch.bias, self.shifted)
+
+    def set_branch(self, branch: RunningBranch) -> None:
+        super().set_branch(branch)
+        self.own_bias = branch.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        _refuse_gradients(x)
+        return super().forward(x)
+
+    def multiply(self, quantized: Quantized, m: int) -> Tensor:
+        return self._multiply(quantized, m, float32=False)
+
+    def finished(self, quantized: Quantized, x: Tensor) -> Tensor:
+        y = self._multiply(quantized, x.shape[:-1].numel(), float32=x.dtype == torch.float32)
+        return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
+
+    def _multiply(self, quantized: Quantized, m: int, *, float32: bool) -> Tensor:
+        return torch.ops.svdq.cpu_w4a4_gemm(
+            *(*quantized, *self._product),
+            m=m,
+            n=self.out_features,
+            k=self.in_features,
+            precision=self.plan.precision.name,
+            float32=float32,
+        )
+
+    def feeds(self, after: KernelW4A4Linear) -> bool:
+        same_kind = isinstance(after, CpuW4A4Linear) and after.plan.precision == self.plan.precision
+        return same_kind and after.in_features == self.out_features
+
+    def multiply_gelu_quantize(self, quantized: Quantized, m: int, after: KernelW4A4Linear) -> Quantized:
+        assert isinstance(after, CpuW4A4Linear)
+        return torch.ops.svdq.cpu_w4a4_gelu_quantize(
+            *(*quantized, *self._product),
+            *(after.quantizer.smoothing, after.quantizer.down),
+            m=m,
+            k=self.in_features,
+            precision=self.plan.precision.name,
+            next_unsigned_from=after.unsigned_from,
+            shift=after.shift,
+        )
+
+    def extra_repr(self) -> str:
+        precision = self.plan.precision.name
+        return f"in_features={self.in_features}, out_features={self.out_features}, {precision}, rank={self.plan.rank}"
+
+
+class CpuW4A16Linear(KernelLinear):
+    """A W4A16 layer in one operator."""
+
+    weight: Tensor
+    scales: Tensor
+    bias: Tensor | None
+
+    def __init__(self, solution: W4A16Solution) -> None:
+        super().__init__(solution.plan, tensors_of(pack_cpu_w4a16(solution)))
+        self.plan = solution.plan
+
+    @property
+    def solution(self) -> W4A16Solution:
+        return unpack_cpu_w4a16(CpuW4A16Operands(self.weight, self.scales, self.bias), self.plan)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _refuse_gradients(x)
+        rows = x.reshape(-1, self.in_features).to(self.scales.dtype).contiguous()
+        y = torch.ops.svdq.cpu_w4a16_linear(rows, self.weight, self.scales, self.bias, n=self.out_features)
+        return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, w4a16"
+
+
+def cpu_linear(
+    solution: LayerSolution, *, unsigned_from: int | None = None
+) -> CpuW4A4Linear | CpuW4A16Linear:
+    """The module that runs a solution on the engine. ValueError where `cpu_operands.cpu_objection` has one."""
+    match solution:
+        case W4A4Solution():
+            return CpuW4A4Linear(solution, unsigned_from=unsigned_from)
+        case W4A16Solution():
+            return CpuW4A16Linear(solution)
+
+
+def _refuse_gradients(x: Tensor) -> None:
+    if x.requires_grad and torch.is_grad_enabled():
+        raise UsageError(
+            "a converted layer computes no gradients",
+            hint="train on the 16-bit model, or run this one under torch.no_grad()",
+            kind="no-gradients",
+        )
