@@ -28,7 +28,7 @@ from svdq_cli.runtime.operands import tensors_of
 class CpuW4A4Linear(KernelW4A4Linear):
     """`cpu_quantize_down`, then `cpu_w4a4_gemm`. `unsigned_from`: see `runtime.linear.w4a4_forward`."""
 
-    weight: Tensor
+    weight_codes: Tensor
     weight_scales: Tensor
     outer: Tensor | None
     shifted: Tensor | None
@@ -56,7 +56,7 @@ class CpuW4A4Linear(KernelW4A4Linear):
 
     @property
     def _product(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-        return self.weight, self.weight_scales, self.up, self.outer, self.bias
+        return self.weight_codes, self.weight_scales, self.up, self.outer, self.bias
 
     @property
     def solution(self) -> W4A4Solution:
@@ -118,7 +118,7 @@ class CpuW4A4Linear(KernelW4A4Linear):
 class CpuW4A16Linear(KernelLinear):
     """A W4A16 layer in one operator."""
 
-    weight: Tensor
+    weight_codes: Tensor
     scales: Tensor
     bias: Tensor | None
 
@@ -128,12 +128,14 @@ class CpuW4A16Linear(KernelLinear):
 
     @property
     def solution(self) -> W4A16Solution:
-        return unpack_cpu_w4a16(CpuW4A16Operands(self.weight, self.scales, self.bias), self.plan)
+        return unpack_cpu_w4a16(CpuW4A16Operands(self.weight_codes, self.scales, self.bias), self.plan)
 
     def forward(self, x: Tensor) -> Tensor:
         _refuse_gradients(x)
         rows = x.reshape(-1, self.in_features).to(self.scales.dtype).contiguous()
-        y = torch.ops.svdq.cpu_w4a16_linear(rows, self.weight, self.scales, self.bias, n=self.out_features)
+        y = torch.ops.svdq.cpu_w4a16_linear(
+            rows, self.weight_codes, self.scales, self.bias, n=self.out_features
+        )
         return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:

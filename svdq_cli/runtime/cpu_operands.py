@@ -37,7 +37,7 @@ class CpuOperands:
 
     smooth: Tensor  # (K,) 16-bit
     down: Tensor
-    weight: Tensor
+    weight_codes: Tensor  # not `weight`, which would be taken for the 16-bit layer's
     weight_scales: Tensor
     up: Tensor
     outer: Tensor | None  # (NP,) float32 times 2^6, nvfp4 only
@@ -49,7 +49,7 @@ class CpuOperands:
 class CpuW4A16Operands:
     """A W4A16 layer."""
 
-    weight: Tensor
+    weight_codes: Tensor  # not `weight`, which would be taken for the 16-bit layer's
     scales: Tensor  # (NP/16, K/64, 2, 16): scales and zeros
     bias: Tensor | None  # (NP,) 16-bit
 
@@ -91,7 +91,7 @@ def pack_cpu(solution: W4A4Solution, *, unsigned_from: int | None = None) -> Cpu
     return CpuOperands(
         smooth=solution.smooth,
         down=pack_down(solution.down),
-        weight=pack_codes(padded_k),
+        weight_codes=pack_codes(padded_k),
         weight_scales=pack_scales(
             pad(scales, multiples=(PANEL, STEP // solution.plan.precision.group), fill=0)
         ),
@@ -112,7 +112,7 @@ def cpu_bias(bias: Tensor | None, shifted: Tensor | None) -> Tensor | None:
 def unpack_cpu(operands: CpuOperands, plan: W4A4Plan, bias: Tensor | None) -> W4A4Solution:
     """The inverse of `pack_cpu`. `bias`: the layer's own."""
     n, k, dtype = plan.linear.out_features, plan.linear.in_features, operands.up.dtype
-    nibbles = unpack_codes(operands.weight)[:n, :k]
+    nibbles = unpack_codes(operands.weight_codes)[:n, :k]
     scales = unpack_scales(operands.weight_scales)[:n, : k // plan.precision.group].contiguous()
     match plan.precision:
         case Int4():
@@ -144,7 +144,7 @@ def pack_cpu_w4a16(solution: W4A16Solution) -> CpuW4A16Operands:
         raise ValueError(f"{solution.plan.name}: {reason}")
     pairs = [pack_scales(_padded(part)) for part in (solution.scales, solution.zeros)]
     return CpuW4A16Operands(
-        weight=pack_codes(_padded(solution.codes)),
+        weight_codes=pack_codes(_padded(solution.codes)),
         scales=torch.stack(pairs, 2),
         bias=None if solution.bias is None else _padded(solution.bias),
     )
@@ -156,7 +156,7 @@ def unpack_cpu_w4a16(operands: CpuW4A16Operands, plan: W4A16Plan) -> W4A16Soluti
     scales, zeros = (unpack_scales(part.contiguous())[:n].contiguous() for part in operands.scales.unbind(2))
     return W4A16Solution(
         plan=plan,
-        codes=unpack_codes(operands.weight)[:n].contiguous(),
+        codes=unpack_codes(operands.weight_codes)[:n].contiguous(),
         scales=scales,
         zeros=zeros,
         bias=None if operands.bias is None else operands.bias[:n],

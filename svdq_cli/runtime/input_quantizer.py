@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +56,18 @@ class InputQuantizer(nn.Module):
         self.takes_float32 = takes_float32
         self.readers = tuple(range(readers))
         self._kept: _Kept | None = None
+
+    def __getstate__(self) -> dict[str, object]:
+        """Pickled, an operator of torch is its name."""
+        state: dict[str, object] = self.__dict__.copy()
+        if isinstance(self.kernel, torch._ops.OpOverloadPacket):
+            state["kernel"] = str(self.kernel)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if isinstance(name := state["kernel"], str):
+            state = {**state, "kernel": operator.attrgetter(name)(torch.ops)}
+        super().__setstate__(state)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> InputQuantizer:
         return super()._apply(keep_dtypes(fn), recurse)

@@ -319,7 +319,7 @@ def test_operators_keep_their_contract_with_torch(precision: Precision):
     tests = ("test_schema", "test_faketensor")
     inputs = (activations(40, 128), first.smooth, first.down)
     torch.library.opcheck(ops.cpu_quantize_down.default, inputs, {"precision": name}, test_utils=tests)
-    layer = (first.weight, first.weight_scales, first.up, first.outer, first.bias)
+    layer = (first.weight_codes, first.weight_scales, first.up, first.outer, first.bias)
     quantized = ops.cpu_quantize_down(*inputs, precision=name)
     how = {"m": 40, "k": 128, "precision": name}
     torch.library.opcheck(
@@ -335,7 +335,7 @@ def test_operators_keep_their_contract_with_torch(precision: Precision):
     assert isinstance(modulation, CpuW4A16Linear)
     torch.library.opcheck(
         ops.cpu_w4a16_linear.default,
-        (activations(3, 128), modulation.weight, modulation.scales, modulation.bias),
+        (activations(3, 128), modulation.weight_codes, modulation.scales, modulation.bias),
         {"n": 136},
         test_utils=tests,
     )
