@@ -41,9 +41,9 @@ from svdq_cli.formats.modules import (
     lay_out,
     layers_in_file,
     marker_names,
-    with_name,
     with_prefix,
 )
+from svdq_cli.planning.joint import with_name
 from svdq_cli.planning.plan import Inventory, take_inventory
 from svdq_cli.planning.structure import STRUCTURAL
 from svdq_cli.records import LayerPlan, LayerSolution, Linear, ModelPlan, Precision, W4A4Plan

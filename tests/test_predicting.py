@@ -125,7 +125,8 @@ def test_tuning_a_block_takes_the_memory_that_is_predicted(
     monkeypatch.setattr(tuning, "JUDGE_EVERY", 1)
     recipe = best_recipe(tiny_flux, tmp_path, height=side, width=side, max_sequence_length=text)
     prepared, cpu = prepare(recipe), torch.device("cpu")
-    recording = record_blocks(prepared, BLOCK_SAMPLE, options=CPU, device=cpu, observe=ignore_events)
+    recordings = record_blocks(prepared, BLOCK_SAMPLE, options=CPU, device=cpu, observe=ignore_events)
+    recording = recordings["transformer"]
     solutions = solved_in(tmp_path / "work", prepared)
     model, weights = load_beside(
         prepared.source, recording.wiring.order, class_name=prepared.plan.model_class, device=cpu
@@ -143,7 +144,8 @@ def test_tuning_a_block_takes_the_memory_that_is_predicted(
 def test_hidden_states_take_the_memory_that_is_predicted(tiny_flux: Path, tmp_path: Path):
     recipe = best_recipe(tiny_flux, tmp_path, height=32, width=32, max_sequence_length=32)
     prepared, cpu = prepare(recipe), torch.device("cpu")
-    recording = record_blocks(prepared, BLOCK_SAMPLE, options=CPU, device=cpu, observe=ignore_events)
+    recordings = record_blocks(prepared, BLOCK_SAMPLE, options=CPU, device=cpu, observe=ignore_events)
+    recording = recordings["transformer"]
     model, weights = load_beside(
         prepared.source, recording.wiring.order, class_name=prepared.plan.model_class, device=cpu
     )

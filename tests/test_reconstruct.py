@@ -213,13 +213,14 @@ def test_blocks_are_given_what_the_whole_model_gives_them(family: str, tmp_path:
         prompts=str(tmp_path / "prompts.txt"), samples=1, steps=2, height=32, width=32, max_sequence_length=16
     )
     prepared = prepare(default_recipe(str(source), calibration=calibration))
-    recording = record_blocks(
+    recordings = record_blocks(
         prepared,
         Sample(pictures=1, batches=1, calls=2),
         options=CPU,
         device=torch.device("cpu"),
         observe=ignore_events,
     )
+    recording = recordings[prepared.source.component]
     order = recording.wiring.order
     assert set(order) == set(blocks_of(prepared.plan))
     made_for = {"class_name": prepared.plan.model_class, "device": torch.device("cpu")}

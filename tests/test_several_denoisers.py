@@ -13,14 +13,17 @@ from safetensors.torch import load_file, save_file
 
 from svdq_cli.calibrate.artefact import open_calibration
 from svdq_cli.checkpoint import open_checkpoint
+from svdq_cli.conversion.allocation import GAIN_SAMPLE, layer_gains
+from svdq_cli.conversion.recording import recorded
 from svdq_cli.errors import InputError
+from svdq_cli.evaluate.run import evaluate
 from svdq_cli.formats.headers import header_metadata
 from svdq_cli.loading import load_pipeline
 from svdq_cli.pipeline import calibrate, check, convert, inspect_checkpoint, inspect_source, predict
 from svdq_cli.preparing import RunOptions, prepare
 from svdq_cli.recipe import Recipe, default_recipe
 from svdq_cli.recipe.model import Calibration, Quantization
-from svdq_cli.records import ConvertReport
+from svdq_cli.records import ConvertReport, Event, ignore_events
 from svdq_cli.source import denoisers_of, only, open_source, source_digest
 from tests.tiny_families import tiny_pipeline
 
@@ -146,3 +149,50 @@ def test_the_digest_counts_both_denoisers(wan: Path):
     second = only(source, ["transformer_2"])
     assert second.components == ("transformer_2",)
     assert f"{FIRST}.weight" in second.tensors, "alone, its layers have their own names"
+
+
+def test_blocks_of_both_are_tuned(wan: Path, tmp_path: Path):
+    recipe = recipe_for(wan).model_copy(update={"quantization": Quantization(effort="best", rank=16)})
+    blocks = convert(recipe, tmp_path / "out", options=CPU).search.blocks
+    assert blocks.keys() == {"blocks.0", "blocks.1", "transformer_2.blocks.0"}
+    assert all(search.after <= search.before for search in blocks.values())
+
+
+def test_ranks_weigh_each_denoiser_by_its_steps(wan: Path):
+    """Every layer has a gain; those of one step in four reach the image less often than those of three."""
+    prepared = prepare(recipe_for(wan))
+    gains = layer_gains(prepared, CPU, torch.device("cpu"), ignore_events)
+    assert gains.keys() == {plan.name for plan in prepared.plan.w4a4}
+    found = recorded(prepared, GAIN_SAMPLE, options=CPU, device=torch.device("cpu"), observe=ignore_events)
+    lengths = {name: {each.length for each in trajectories} for name, (_, trajectories) in found.items()}
+    assert lengths == {"transformer": {1}, "transformer_2": {3}}
+    assert {len(trajectories) for _, trajectories in found.values()} == {2}, "with the prompt and without"
+
+
+def test_a_video_is_judged_as_the_strip_of_its_frames(converted: tuple[Path, ConvertReport], wan: Path):
+    recipe = recipe_for(wan)
+    report = evaluate(converted[0], recipe, options=CPU)
+    assert report.images == 2
+    assert report.layer_sqnr_db.per_layer.keys() == converted[1].layer_sqnr_db.per_layer.keys()
+    assert report.psnr_db.mean > 20
+
+
+def test_a_run_that_stopped_is_gone_on_with(wan: Path, converted: tuple[Path, ConvertReport], tmp_path: Path):
+    """After some layers of the first denoiser: to the same bytes."""
+
+    class Stopped(Exception):
+        pass
+
+    def stop(event: Event) -> None:
+        if event.stage == "solve" and event.kind == "advance" and event.done >= 5:
+            raise Stopped
+
+    out, calibration = tmp_path / "out", wan.parent / "calib"
+    with pytest.raises(Stopped):
+        convert(recipe_for(wan), out, calibration=calibration, options=CPU, observe=stop)
+    assert not out.exists()
+    report = convert(
+        recipe_for(wan), out, calibration=calibration, options=RunOptions(device="cpu", resume=True)
+    )
+    assert 0 < report.layers_taken_over < len(report.layer_sqnr_db.per_layer)
+    assert report.outputs[0].sha256 == converted[1].outputs[0].sha256

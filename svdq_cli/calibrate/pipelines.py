@@ -106,7 +106,8 @@ def draw_each(
     on_step: OnStep | None = None,
     wanted: Callable[[int], bool] = lambda index: True,
 ) -> Iterator[tuple[int, Image]]:
-    """`draw`, picture by picture with its index, so that no more than a batch is held.
+    """`draw`, picture by picture with its index, so that no more than a batch is held. A video is one picture: its
+    frames, one below the other.
 
     Batches that hold no `wanted` picture are left out; the others are drawn whole, so that a picture is the same
     whatever was left out.
@@ -128,8 +129,10 @@ def draw_each(
     )
     for batch, pictures in zip(batches, drawn, strict=True):
         for index, picture in enumerate(pictures, batch.first):
-            _check_picture(picture, pipe, settings)
-            yield index, picture
+            frames: list[Image] = picture if isinstance(picture, list) else [picture]
+            for frame in frames:
+                _check_picture(frame, pipe, settings)
+            yield index, _strip(frames)
 
 
 def draw_one(
@@ -152,13 +155,21 @@ def draw_one(
     return frames
 
 
-def _check_picture(picture: Any, pipe: DiffusionPipeline, settings: DrawSettings) -> None:
-    """UsageError for what is not one picture of the size that was asked for."""
-    if isinstance(picture, list):
-        raise UsageError(
-            f"{type(pipe).__name__} draws videos; svdq judges and saves single pictures",
-            hint="run the checkpoint from Python: svdq_cli.load_pipeline(CKPT)",
-        )
+def _strip(frames: Sequence[Image]) -> Image:
+    """One image, or the frames of a video one below the other: figures of it are those of the whole video."""
+    if len(frames) == 1:
+        return frames[0]
+    from PIL import Image as pil
+
+    width, height = frames[0].size
+    strip = pil.new(frames[0].mode, (width, height * len(frames)))
+    for index, frame in enumerate(frames):
+        strip.paste(frame, (0, index * height))
+    return strip
+
+
+def _check_picture(picture: Image, pipe: DiffusionPipeline, settings: DrawSettings) -> None:
+    """UsageError for what is not an image of the size that was asked for."""
     if picture.size != (settings.width, settings.height):
         raise UsageError(
             f"asked for {settings.width}x{settings.height} pixels, {type(pipe).__name__} draws "

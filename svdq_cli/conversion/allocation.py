@@ -23,6 +23,7 @@ from svdq_cli.reconstruct import output_gains
 from svdq_cli.records import Event, ModelPlan, Observer, SharedInput, W4A4Plan
 from svdq_cli.solve.allocate import Candidate, Choice, allocate, allocate_against, output_error, uniform
 from svdq_cli.solve.ranks import rank_errors
+from svdq_cli.source import by_component, prefix_of
 from svdq_cli.writing import target_of
 
 RANKS = tuple(range(16, 129, 16))
@@ -103,10 +104,19 @@ def layer_gains(
     prepared: Prepared, options: RunOptions, device: torch.device, observe: Observer
 ) -> dict[str, float]:
     """How a W4A4 layer's noise reaches the model's output, measured on a few pictures."""
-    model, trajectories = recorded(prepared, GAIN_SAMPLE, options=options, device=device, observe=observe)
-    names = [plan.name for plan in prepared.plan.w4a4]
-    calls = [call for each in trajectories for call in each.calls]
-    return output_gains(model, names, calls, seed=prepared.settings.seed)
+    found = recorded(prepared, GAIN_SAMPLE, options=options, device=device, observe=observe)
+    names = by_component(prepared.source.components, {plan.name: None for plan in prepared.plan.w4a4})
+    lengths = {
+        component: sum(each.length for each in trajectories) for component, (_, trajectories) in found.items()
+    }
+    gains: dict[str, float] = {}
+    for component, (model, trajectories) in found.items():
+        calls = [call for each in trajectories for call in each.calls]
+        own = output_gains(model, list(names[component]), calls, seed=prepared.settings.seed)
+        prefix = prefix_of(prepared.source.components, component)
+        share = lengths[component] / sum(lengths.values())  # noise of more steps reaches the image more often
+        gains |= {prefix + name: share * gain for name, gain in own.items()}
+    return gains
 
 
 def choices_of(candidates: Sequence[Candidate], budget: int, *, rival: int | None) -> list[Choice]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -16,6 +17,7 @@ from svdq_cli.reconstruct import blocks_of
 from svdq_cli.reconstruct.costs import BlockSize, CallCounts, block_bytes, block_work
 from svdq_cli.records import W4A4Plan
 from svdq_cli.solve.costs import Work
+from svdq_cli.source import by_component
 from svdq_cli.tokens import TokenCounts, reads_text
 
 
@@ -64,7 +66,6 @@ def block_forecast(prepared: Prepared, options: RunOptions, device: torch.device
     batch = min(settings.batch_size, pictures)
     counts = counts_of(prepared, settings)
     sizes = {block: _size(prepared, counts, block, batch) for block in blocks_of(prepared.plan)}
-    inside = sum(size.kept + size.weights for size in sizes.values())
     return BlockForecast(
         sizes=sizes,
         calls=CallCounts(batches * (2 if settings.true_cfg > 1 else 1), min(sample.calls, settings.steps)),
@@ -72,9 +73,21 @@ def block_forecast(prepared: Prepared, options: RunOptions, device: torch.device
         steps=settings.steps,
         batch=batch,
         itemsize=compute_dtype(device).itemsize,
-        beside=prepared.plan.parameters - inside,
+        beside=max(_beside(prepared, sizes).values()),  # denoisers are tuned one after the other
         kept=tuned_bytes(prepared),
     )
+
+
+def _beside(prepared: Prepared, sizes: Mapping[str, BlockSize]) -> dict[str, int]:
+    """By component, the weights that lie beside its blocks."""
+    components = prepared.source.components
+    state = by_component(components, prepared.inventory.state)
+    inside = by_component(components, sizes)
+    return {
+        component: sum(map(prod, state[component].values()))
+        - sum(size.kept + size.weights for size in inside[component].values())
+        for component in components
+    }
 
 
 def passages_room(prepared: Prepared, options: RunOptions, device: torch.device) -> int:

@@ -6,7 +6,7 @@ operations at what NVIDIA publishes of the card, of which a range of shares is r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -113,17 +113,17 @@ def _generation(job: Forecast, settings: DrawSettings, usable: int) -> GpuGenera
     packed = prepared.targets[0].bytes(prepared.inventory.state)
     sampling = counts_of(prepared, settings).forward_bytes(batch=1, itemsize=2)
     pipeline = prepared.source.pipeline
-    others = _component_bytes(pipeline, prepared.source.component) if pipeline else {}
+    others = _component_bytes(pipeline, prepared.source.components) if pipeline else {}
     decoding = _decoding_bytes(pipeline, settings) if pipeline else 0
     together = packed + sum(others.values()) + max(sampling, decoding)
     alone = [packed + sampling, others.pop("vae", 0) + decoding, *others.values()]
     return GpuGeneration(together <= usable, max(alone) <= usable, together, max(alone))
 
 
-def _component_bytes(pipeline: Path, denoiser: str) -> dict[str, int]:
+def _component_bytes(pipeline: Path, denoisers: Collection[str]) -> dict[str, int]:
     """Weights of a pipeline's other components, as they are stored (text encoders in 16 bit)."""
     found: dict[str, int] = {}
-    for file in component_files(pipeline, skip=denoiser):
+    for file in component_files(pipeline, skip=denoisers):
         if file.suffix in (".safetensors", ".bin") and file.parent.name in pipeline_index(pipeline):
             found[file.parent.name] = found.get(file.parent.name, 0) + file.stat().st_size
     return found

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import gc
 import shutil
-from collections.abc import Collection, Iterable, Iterator
-from dataclasses import asdict, replace
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import cast
 
 import torch
@@ -23,10 +23,12 @@ from svdq_cli.errors import InputError, UsageError
 from svdq_cli.journal import BLOCKS, SolvedLayers, WorkFolder, report_json, report_of_json
 from svdq_cli.loading import load_beside
 from svdq_cli.machine import on_device
+from svdq_cli.planning.joint import plan_of
 from svdq_cli.preparing import Prepared, RunOptions
 from svdq_cli.reconstruct import Reconstruction, Shelf, TunedBlock, blocks_of, reconstruct
 from svdq_cli.records import BlockSearch, Event, LayerReport, LayerSolution, Observer
 from svdq_cli.solve.linear import measured
+from svdq_cli.source import denoisers_of, prefix_of
 
 
 def require_blocks_run(prepared: Prepared) -> None:
@@ -82,21 +84,46 @@ def _tuned(
     device: torch.device,
     observe: Observer,
 ) -> Iterator[TunedBlock]:
-    recording = record_blocks(prepared, BLOCK_SAMPLE, options=options, device=device, observe=observe)
-    gc.collect()  # the pipeline is done; modules with hooks refer to themselves
-    return_device_memory()
-    model, weights = load_beside(
-        prepared.source, recording.wiring.order, class_name=prepared.plan.model_class, device=device
-    )
-    folder = solved.work.passages
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
-    shelf = Shelf(folder, host_bytes=passages_room(prepared, options, device))
-    yield from reconstruct(
-        Reconstruction(model, weights, prepared.plan, solved, recording, shelf),
-        seed=prepared.settings.seed,
-        finished=finished,
-        observe=observe,
-    )
+    recordings = record_blocks(prepared, BLOCK_SAMPLE, options=options, device=device, observe=observe)
+    for denoiser in denoisers_of(prepared.source):
+        gc.collect()  # the pipeline, or the denoiser before, is done; modules with hooks refer to themselves
+        return_device_memory()
+        recording = recordings.pop(denoiser.component)
+        prefix = prefix_of(prepared.source.components, denoiser.component)
+        if all(prefix + block in finished for block in recording.wiring.order):
+            continue
+        model, weights = load_beside(
+            denoiser, recording.wiring.order, class_name=prepared.plan.model_class, device=device
+        )
+        folder = solved.work.passages
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+        shelf = Shelf(folder, host_bytes=passages_room(prepared, options, device))
+        plan = plan_of(prepared.plan, denoiser.component)
+        for tuned in reconstruct(
+            Reconstruction(model, weights, plan, _Own(solved, prefix), recording, shelf),
+            seed=prepared.settings.seed,
+            finished={block.removeprefix(prefix) for block in finished if block.startswith(prefix)},
+            observe=observe,
+        ):
+            named = {prefix + name: solution for name, solution in tuned.solutions.items()}
+            yield replace(tuned, name=prefix + tuned.name, solutions=named)
+
+
+@dataclass(frozen=True, slots=True)
+class _Own(Mapping[str, LayerSolution]):
+    """The solved layers of one denoiser, under its own names."""
+
+    solved: SolvedLayers
+    prefix: str
+
+    def __getitem__(self, name: str) -> LayerSolution:
+        return self.solved[self.prefix + name]
+
+    def __iter__(self) -> Iterator[str]:
+        return (name.removeprefix(self.prefix) for name in self.solved if name.startswith(self.prefix))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 def _again(

@@ -14,9 +14,11 @@ from svdq_cli.calibrate.encode import encode_prompts
 from svdq_cli.calibrate.pipelines import Batch, drawn_batches, split_batches
 from svdq_cli.calibrate.settings import DrawSettings
 from svdq_cli.conversion.fitting import run_as_it_fits
+from svdq_cli.errors import InputError
 from svdq_cli.loading import load_16bit_pipeline, load_without_denoiser
+from svdq_cli.planning.joint import plan_of
 from svdq_cli.preparing import Prepared, RunOptions, prompts_of
-from svdq_cli.reconstruct import Recording, Trajectory, blocks_of, record_trajectories, wiring_of
+from svdq_cli.reconstruct import Recording, Trajectory, blocks_of, record_each, wiring_of
 from svdq_cli.records import Observer
 
 if TYPE_CHECKING:
@@ -38,8 +40,7 @@ BLOCK_SAMPLE = Sample(pictures=32, batches=8, calls=8)  # the last quarter of th
 
 def can_record(prepared: Prepared) -> bool:
     """Whether there are prompts, and a whole pipeline to draw them with."""
-    several = len(prepared.source.components) > 1
-    return prepared.sampling is not None and prepared.source.pipeline is not None and not several
+    return prepared.sampling is not None and prepared.source.pipeline is not None
 
 
 def recorded(
@@ -49,13 +50,13 @@ def recorded(
     options: RunOptions,
     device: torch.device,
     observe: Observer,
-) -> tuple[nn.Module, list[Trajectory]]:
-    """The 16-bit model, whole on `device`, and its calls."""
+) -> dict[str, tuple[nn.Module, list[Trajectory]]]:
+    """By component, the 16-bit denoisers, whole on `device`, and their calls."""
     settings = sample_settings(prepared, sample)
     batches = _batches(prepared, sample, settings, options, observe)
     pipe = load_16bit_pipeline(prepared.source, class_name=prepared.plan.model_class, device=device)
     trajectories = _trajectories(prepared, pipe, batches, settings, sample.calls, None, observe)
-    return getattr(pipe, prepared.source.component), trajectories
+    return {component: (getattr(pipe, component), found) for component, found in trajectories.items()}
 
 
 def record_blocks(
@@ -65,18 +66,24 @@ def record_blocks(
     options: RunOptions,
     device: torch.device,
     observe: Observer,
-) -> Recording:
-    """The same calls with the wiring of the model's blocks; the model itself need not fit on the device, nor stay."""
+) -> dict[str, Recording]:
+    """The same calls with the wiring of the denoisers' blocks; denoisers need not fit on the device, nor stay."""
     settings = sample_settings(prepared, sample)
     batches = _batches(prepared, sample, settings, options, observe)
-    component = prepared.source.component
     pipe = load_without_denoiser(prepared.source, class_name=prepared.plan.model_class, device=device)
     encoded = encode_prompts(pipe, batches, settings=settings)
 
-    def record() -> Recording:
+    def record() -> dict[str, Recording]:
         trajectories = _trajectories(prepared, pipe, batches, settings, sample.calls, encoded, observe)
-        model = getattr(pipe, component)
-        return Recording(trajectories, wiring_of(model, blocks_of(prepared.plan), trajectories[0].calls[0]))
+        return {
+            component: Recording(
+                found, wiring_of(getattr(pipe, component), _blocks(component), found[0].calls[0])
+            )
+            for component, found in trajectories.items()
+        }
+
+    def _blocks(component: str) -> tuple[str, ...]:
+        return blocks_of(plan_of(prepared.plan, component))
 
     return run_as_it_fits(
         pipe, prepared, settings, record, device=device, options=options, stage="record", observe=observe
@@ -106,7 +113,9 @@ def _trajectories(
     most: int,
     encoded: EncodedPrompts | None,
     observe: Observer,
-) -> list[Trajectory]:
+) -> dict[str, list[Trajectory]]:
+    """By component. Raises InputError for a denoiser that is never called."""
+
     def drawing(batch: Batch) -> Callable[[], object]:
         return lambda: list(
             drawn_batches(
@@ -121,5 +130,13 @@ def _trajectories(
             )
         )
 
-    model = getattr(pipe, prepared.source.component)
-    return record_trajectories(model, map(drawing, batches), steps=settings.steps, most=most)
+    models = {component: getattr(pipe, component) for component in prepared.source.components}
+    found = record_each(models, map(drawing, batches), steps=settings.steps, most=most)
+    for component, trajectories in found.items():
+        if not trajectories:
+            raise InputError(
+                f"{component}: the pipeline never ran it in {settings.steps} step{'s' * (settings.steps > 1)}",
+                hint="draw with more steps (--steps): denoisers take turns, each has its own part of them",
+                where=component,
+            )
+    return found

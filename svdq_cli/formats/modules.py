@@ -25,6 +25,7 @@ from svdq_cli.families.layouts.layout import (
     RowOrder,
 )
 from svdq_cli.formats.contract import PLAIN, Format, Traits
+from svdq_cli.planning.joint import with_name
 from svdq_cli.records import Int4, LayerPlan, Linear, ModelPlan, W4A4Plan, W4A16Plan
 from svdq_cli.source import by_component, prefix_of
 from svdq_cli.tensor_file import TensorSpec
@@ -210,11 +211,6 @@ def files_of(file: FileLayout, components: Sequence[str]) -> dict[str, FileLayou
         )
         for component in components
     }
-
-
-def with_name(layer: LayerPlan, name: str) -> LayerPlan:
-    """The same plan, of a layer called `name`."""
-    return layer if layer.name == name else replace(layer, linear=replace(layer.linear, name=name))
 
 
 def layers_in_file(

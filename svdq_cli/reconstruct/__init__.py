@@ -1,7 +1,7 @@
 """The model itself, run with gradients: block reconstruction for the effort `best`, and what each layer's noise does to
 the output, for the ranks. Ours."""
 
-from svdq_cli.reconstruct.calls import Call, Trajectory, mapped, record_trajectories, tensors_of
+from svdq_cli.reconstruct.calls import Call, Trajectory, mapped, record_each, record_trajectories, tensors_of
 from svdq_cli.reconstruct.gains import output_gains
 from svdq_cli.reconstruct.run import Reconstruction, Recording, TunedBlock, blocks_of, reconstruct
 from svdq_cli.reconstruct.shelf import Shelf
@@ -19,6 +19,7 @@ __all__ = [
     "mapped",
     "output_gains",
     "reconstruct",
+    "record_each",
     "record_trajectories",
     "tensors_of",
     "wiring_of",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from torch import Tensor, nn
@@ -33,11 +34,25 @@ def record_trajectories(
     Of a trajectory at most `most` calls are kept, evenly spaced. A model that is called several times a step (true
     guidance, with and without the prompt) gives as many trajectories.
     """
-    return [
-        Trajectory(evenly_spaced(strand, most), len(strand))
-        for draw in draws
-        for strand in _strands(_calls_of(model, draw), steps)
-    ]
+    return record_each({"": model}, draws, steps=steps, most=most)[""]
+
+
+def record_each(
+    models: Mapping[str, nn.Module], draws: Iterable[Callable[[], object]], *, steps: int, most: int
+) -> dict[str, list[Trajectory]]:
+    """`record_trajectories` of all models of a pipeline at once, by name."""
+    found: dict[str, list[Trajectory]] = {name: [] for name in models}
+    for draw in draws:
+        calls = _calls_of(models, draw)
+        turns = len(list(groupby(name for name, _ in calls)))
+        in_turn = turns == len({name for name, _ in calls})  # each model has its part of the steps
+        for name in models:
+            own = [call for caller, call in calls if caller == name]
+            a_step = _calls_a_step(len(calls) if in_turn else len(own), steps)
+            found[name] += [
+                Trajectory(evenly_spaced(strand, most), len(strand)) for strand in _strands(own, a_step)
+            ]
+    return found
 
 
 def evenly_spaced(calls: Sequence[Call], most: int) -> tuple[Call, ...]:
@@ -71,24 +86,31 @@ def detached(value: Any) -> Any:
     return mapped(value, Tensor.detach)
 
 
-def _calls_of(model: nn.Module, draw: Callable[[], object]) -> list[Call]:
-    calls: list[Call] = []
+def _calls_of(models: Mapping[str, nn.Module], draw: Callable[[], object]) -> list[tuple[str, Call]]:
+    """Of all models, in the order in which they were made."""
+    calls: list[tuple[str, Call]] = []
 
-    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.append(Call(detached(args), detached(kwargs)))
+    def noting(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        return lambda module, args, kwargs: calls.append((name, Call(detached(args), detached(kwargs))))
 
-    handle = model.register_forward_pre_hook(note, with_kwargs=True)
+    handles = [
+        model.register_forward_pre_hook(noting(name), with_kwargs=True) for name, model in models.items()
+    ]
     try:
         draw()
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     return calls
 
 
-def _strands(calls: Sequence[Call], steps: int) -> list[Sequence[Call]]:
+def _calls_a_step(calls: int, steps: int) -> int:
+    return calls // steps if calls % steps == 0 else 1
+
+
+def _strands(calls: Sequence[Call], a_step: int) -> list[Sequence[Call]]:
     """Calls of one drawing, those that follow one another in time and have inputs of one shape together."""
-    each = len(calls) // steps if len(calls) % steps == 0 else 1
-    strands = [calls[first::each] for first in range(each)]
+    strands = [strand for first in range(a_step) if (strand := calls[first::a_step])]
     return [
         part
         for strand in strands
