@@ -249,6 +249,7 @@ class Event:
     total: int = 0
     detail: str = ""
     seconds: float | None = None
+    job: str = ""  # which of several conversions; empty for the only one
 
 
 Observer = Callable[[Event], None]

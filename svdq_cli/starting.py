@@ -7,7 +7,7 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from svdq_cli.errors import RecipeError, UsageError
 from svdq_cli.formats import format_named
@@ -36,8 +36,11 @@ from svdq_cli.recipe import (
     user_path,
     with_overrides,
 )
-from svdq_cli.records import ModelPlan
+from svdq_cli.records import ModelPlan, ignore_events
 from svdq_cli.writing import disk_errors, refuse_existing
+
+if TYPE_CHECKING:
+    from svdq_cli.preparing import RunOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,6 +221,24 @@ def outputs_of(recipe: Recipe) -> tuple[Path, ...]:
             hint="give every output of the recipe its path: -o is for recipes with one output",
             where=f"outputs[{index}].path",
         )
+    return paths
+
+
+def require_convertible(recipe: Recipe, options: RunOptions) -> tuple[Path, ...]:
+    """Refuses what a conversion would refuse before it reads a weight; returns its outputs. A model that has to be
+    downloaded first is not looked at."""
+    from svdq_cli.conversion.predicting import uses_prompts
+    from svdq_cli.locate import hub_id
+    from svdq_cli.preparing import chosen_prompts, prepare
+
+    paths = outputs_of(recipe)
+    if not options.resume:
+        for path in paths:
+            refuse_existing(path, overwrite=options.overwrite)
+    if hub_id(recipe.model.source, beside=options.beside) is None:
+        prepared = prepare(recipe, beside=options.beside)
+        if uses_prompts(prepared, None):
+            chosen_prompts(prepared.recipe, options, ignore_events)
     return paths
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from svdq_cli.calibrate.first_call import first_call
 from svdq_cli.calibrate.joint import denoisers_in
 from svdq_cli.calibrate.pipelines import Batch
 from svdq_cli.calibrate.settings import DrawSettings
+from svdq_cli.records import Event, Observer, ignore_events
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -22,7 +24,11 @@ _ENCODERS = "text_encoder"  # diffusers numbers the others: text_encoder_2, text
 
 
 def encode_prompts(
-    pipe: DiffusionPipeline, batches: Sequence[Batch], *, settings: DrawSettings
+    pipe: DiffusionPipeline,
+    batches: Sequence[Batch],
+    *,
+    settings: DrawSettings,
+    observe: Observer = ignore_events,
 ) -> EncodedPrompts | None:
     """Encodes the batches' prompts and frees the text encoders. The denoisers may be empty models.
 
@@ -32,9 +38,15 @@ def encode_prompts(
         return None
     encoded = EncodedPrompts()
     denoisers = denoisers_in(pipe)
+    started, total = time.monotonic(), sum(len(batch.prompts) for batch in batches)
+    observe(Event("start", "encode", 0, total))
+    done = 0
     for batch in batches:
         with encoded.recorded(pipe, batch):
             first_call(pipe, denoisers, batch, settings=settings)
+        done += len(batch.prompts)
+        observe(Event("advance", "encode", done, total, seconds=time.monotonic() - started))
+    observe(Event("end", "encode", total, total, seconds=time.monotonic() - started))
     if not all(encoded.answers.values()):
         return None
     _free_encoders(pipe)

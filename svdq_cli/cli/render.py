@@ -132,8 +132,13 @@ def exit_with(report: object) -> None:
             message = f"{len(problems)} problems, the first: {first.layer}: {first.what}"
             _fail(CheckFailedError.code, message, _check_cure(report))
         case SeveralReport(code=code) if code:
-            failed = sum(run.code != 0 for run in report.runs)
-            _fail(code, f"{failed} of {len(report.runs)} recipes failed", "the table says which, and why")
+            failed = [run.source for run in report.runs if run.code != 0]
+            said = f"{len(failed)} of {len(report.runs)} recipes failed: {', '.join(failed)}"
+            _fail(
+                code,
+                said,
+                "what is wrong with each is said above; svdq convert it alone for the whole message",
+            )
         case _:
             if missed := getattr(report, "gates_missed", ()):  # of a benchmark, whose records need torch
                 _fail(GateMissedError.code, f"gates missed: {'; '.join(missed)}", "the figures stand above")

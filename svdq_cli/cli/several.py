@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePath
 
 from svdq_cli.cli.failures import FailureReport, bug_report, failure_report, refusal_of
 from svdq_cli.errors import GateMissedError, InterruptedRunError, UsageError
@@ -55,17 +56,70 @@ def require_recipes(sources: Sequence[str], **options: object) -> None:
 
 
 def convert_each(
-    sources: Sequence[str], convert: Callable[[str], ConvertReport | PlanReport], observe: Observer
+    sources: Sequence[str],
+    convert: Callable[[str], ConvertReport | PlanReport],
+    observe: Observer,
+    *,
+    check: Callable[[str], object] = lambda source: None,
 ) -> SeveralReport:
-    """Run `convert` on every recipe. Ctrl-C and SIGTERM stop them all."""
+    """Run `check` on every recipe, and then `convert` on those that pass: what is wrong with the last is said before
+    the first is converted. Ctrl-C and SIGTERM stop them all."""
+    refused: dict[int, RecipeRun] = {}
+    for index, source in enumerate(sources):
+        if run := _checked(source, check):
+            refused[index] = run
+            _tell(run, observe)
     runs: list[RecipeRun] = []
-    for source in sources:
-        run = _run(source, convert)
-        runs.append(run)
-        if isinstance(run.report, FailureReport):
-            observe(Event("warning", "convert", detail=f"{source}: {run.report.error.message}"))
+    for index, source in enumerate(sources):
+        if index in refused:
+            runs.append(refused[index])
+            continue
+        runs.append(_run(source, convert))
+        _tell(runs[-1], observe)
     code = max((run.code for run in runs), key=_SEVERITY.index)
     return SeveralReport({0: "ok", 6: "gate-missed"}.get(code, "error"), code, tuple(runs))
+
+
+def refuse_second_writer(path: Path, source: str, writers: dict[Path, str]) -> None:
+    """UsageError where an earlier recipe writes there too. Notes the path in `writers`."""
+    first = writers.setdefault(path.absolute(), source)
+    if first != source:
+        raise UsageError(
+            f"{source}: {path} is an output of {first} too",
+            hint="give every recipe an output of its own",
+            where=source,
+            kind="output-exists",
+        )
+
+
+def job_names(sources: Sequence[str]) -> dict[str, str]:
+    """What progress calls each recipe: its file's name, or all of its path where two are called the same."""
+    names = [PurePath(source).stem for source in sources]
+    return {
+        source: source if names.count(name) > 1 else name for source, name in zip(sources, names, strict=True)
+    }
+
+
+def named(observe: Observer, job: str) -> Observer:
+    """The observer of one of several conversions: every event says which."""
+    return lambda event: observe(replace(event, job=job))
+
+
+def _tell(run: RecipeRun, observe: Observer) -> None:
+    if isinstance(run.report, FailureReport):
+        observe(Event("warning", "convert", detail=f"{run.source}: {run.report.error.message}"))
+
+
+def _checked(source: str, check: Callable[[str], object]) -> RecipeRun | None:
+    """The failure of a recipe that no conversion could begin with; None for any other. A bug is left to the run."""
+    try:
+        check(source)
+    except InterruptedRunError:
+        raise
+    except Exception as error:
+        refusal = refusal_of(error)
+        return RecipeRun(source, refusal.code, failure_report(refusal, "convert")) if refusal else None
+    return None
 
 
 def _run(source: str, convert: Callable[[str], ConvertReport | PlanReport]) -> RecipeRun:

@@ -47,7 +47,7 @@ from svdq_cli.preparing import (
     prompts_of,
 )
 from svdq_cli.recipe import Recipe
-from svdq_cli.records import CalibrateReport, Event, ModelPlan, Observer, ignore_events
+from svdq_cli.records import CalibrateReport, ModelPlan, Observer, ignore_events
 from svdq_cli.source import source_digest
 from svdq_cli.writing import refuse_existing, require_disk
 
@@ -177,11 +177,8 @@ def _draw(
     source, plan, settings = drawing.prepared.source, drawing.prepared.plan, drawing.settings
     device = resolve_device(options.device)
     pipe = load_without_denoiser(source, class_name=plan.model_class, device=device)
-    started = time.monotonic()
     left = [batch for batch in batches if batch.first not in parts]
-    observe(Event("start", "encode", 0, len(left)))
-    encoded = encode_prompts(pipe, left, settings=settings)
-    observe(Event("end", "encode", len(left), len(left), seconds=time.monotonic() - started))
+    encoded = encode_prompts(pipe, left, settings=settings, observe=observe)
 
     def collect() -> None:
         collect_parts(

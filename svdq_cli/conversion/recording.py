@@ -71,7 +71,7 @@ def record_blocks(
     settings = sample_settings(prepared, sample)
     batches = _batches(prepared, sample, settings, options, observe)
     pipe = load_without_denoiser(prepared.source, class_name=prepared.plan.model_class, device=device)
-    encoded = encode_prompts(pipe, batches, settings=settings)
+    encoded = encode_prompts(pipe, batches, settings=settings, observe=observe)
 
     def record() -> dict[str, Recording]:
         trajectories = _trajectories(prepared, pipe, batches, settings, sample.calls, encoded, observe)

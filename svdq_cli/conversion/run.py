@@ -17,6 +17,8 @@ import torch
 from svdq_cli import __version__
 from svdq_cli.allocator import return_freed_memory
 from svdq_cli.calibrate.artefact import MANIFEST, Calibration, open_calibration
+from svdq_cli.calibrate.parts import PartFolder
+from svdq_cli.calibrate.pipelines import split_batches
 from svdq_cli.calibrate.prompts import prompts_digest
 from svdq_cli.calibrate.settings import settings_json
 from svdq_cli.card import model_card
@@ -297,15 +299,28 @@ def _drawn_identity(job: Job) -> Mapping[str, object]:
     return {"prompts sha256": prompts_digest(prompts.texts), **settings_json(job.prepared.sampling.settings)}
 
 
+def _batch_count(job: Job) -> int:
+    """How many batches of images the calibration consists of."""
+    prompts, sampling = job.prepared.prompts, job.prepared.sampling
+    if prompts is None or sampling is None:
+        return 0
+    return len(split_batches(prompts.texts, settings=sampling.settings))
+
+
 @contextmanager
 def _work_of(job: Job) -> Iterator[WorkFolder]:
     """The job's work folder, once no leftovers of a killed run are in the way."""
     portions = len(job.prepared.plan.portions(data_free=job.data_free))
 
     def kept(work: WorkFolder) -> str:
-        said = f"{len(work.finished(LAYERS))} of {portions} solved portions"
-        blocks = len(work.finished(BLOCKS))
-        return f"{said} and {blocks} tuned block{'s' * (blocks > 1)}" if blocks else said
+        said = [f"{len(work.finished(LAYERS))} of {portions} solved portions"]
+        if (work.calibration / MANIFEST).is_file():
+            said = ["the calibration statistics", *said]
+        elif images := len(PartFolder(work.pictures)):
+            said = [f"{images} of {_batch_count(job)} batches of calibration images"]
+        if blocks := len(work.finished(BLOCKS)):
+            said.append(f"{blocks} tuned block{'s' * (blocks > 1)}")
+        return " and ".join(said)
 
     with kept_work(
         job.work, identity_of(job), options=job.options, stage="convert", kept=kept, observe=job.observe

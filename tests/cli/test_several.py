@@ -109,3 +109,27 @@ def test_a_signal_stops_them_all():
     with pytest.raises(InterruptedRunError):
         convert_each(["a.yaml", "b.yaml"], convert, ignore_events)
     assert tried == ["a.yaml"]
+
+
+def test_what_is_wrong_with_the_last_recipe_is_said_before_the_first_is_converted(
+    recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    good, typo, unmatched = recipe("good"), recipe("typo"), recipe("unmatched")
+    typo.write_text(typo.read_text().replace("rank:", "ranks:"))
+    unmatched.write_text(unmatched.read_text() + "layers: [{match: nowhere.*, rank: 32}]\n")
+    second = recipe("second")
+    second.write_text(good.read_text())
+    events = tmp_path / "events.jsonl"
+    files = [good, typo, unmatched, second]
+    assert run(["convert", *map(str, files), "-q", "--events", str(events), "--device", "cpu"]) == 2
+    told = [json.loads(line) for line in events.read_text().splitlines()]
+    first_work = next(index for index, event in enumerate(told) if event["kind"] == "start")
+    warned = [event["detail"] for event in told[:first_work]]
+    assert "unknown key 'ranks'" in warned[0]
+    assert "nowhere.*" in warned[1]
+    assert f"is an output of {good} too" in warned[2]
+    assert {event["job"] for event in told[first_work:]} == {"good"}
+    assert (tmp_path / "out/good").is_dir()
+    error = capsys.readouterr().err
+    assert f"3 of 4 recipes failed: {typo}, {unmatched}, {second}" in error
+    assert "table" not in error

@@ -72,12 +72,18 @@ def convert(
     """Search, quantize, pack and check: a 16-bit model becomes a 4-bit checkpoint."""
     from svdq_cli.cli import render
     from svdq_cli.cli.progress import progress
-    from svdq_cli.cli.several import convert_each, require_recipes
+    from svdq_cli.cli.several import (
+        convert_each,
+        job_names,
+        named,
+        refuse_second_writer,
+        require_recipes,
+    )
     from svdq_cli.cli.summary import append_summary
     from svdq_cli.conversion.sharing import share_convert
     from svdq_cli.pipeline import convert as run_convert
     from svdq_cli.pipeline import predict
-    from svdq_cli.starting import outputs_of, refuse_unused_prompts, rules_named
+    from svdq_cli.starting import outputs_of, refuse_unused_prompts, require_convertible, rules_named
 
     card = card_of(gpu, planned=plan)
     given: dict[str, object] = {
@@ -110,19 +116,29 @@ def convert(
                 share_convert(recipe, calibration=calib, options=run)
             return
 
+        jobs = job_names(sources) if len(sources) > 1 else {}
+        writers: dict[Path, str] = {}  # recipes by output
+
+        def check_one(source: str) -> None:
+            recipe, run = recipe_for(source, options=how, **given)
+            refuse_unused_prompts(recipe, prompts)
+            with rules_named(source):
+                for path in require_convertible(recipe, run):
+                    refuse_second_writer(path, source, writers)
+
         def convert_one(source: str) -> ConvertReport | PlanReport:
             recipe, run = recipe_for(source, options=how, **given)
             refuse_unused_prompts(recipe, prompts)
             with rules_named(source):
                 if plan:
                     return predict(recipe, options=run, calibration=calib, card=card)
-                return run_convert(
-                    recipe, outputs_of(recipe), calibration=calib, options=run, observe=observe
-                )
+                told = named(observe, jobs[source]) if jobs else observe
+                return run_convert(recipe, outputs_of(recipe), calibration=calib, options=run, observe=told)
 
         if len(sources) > 1:
             require_recipes(sources, **{"-o": out, "--calib": calib, "--work": work})
-            report = convert_each(sources, convert_one, observe)
+            ahead = {} if plan else {"check": check_one}
+            report = convert_each(sources, convert_one, observe, **ahead)
         else:
             report = convert_one(sources[0])
     append_summary(report, summary)
