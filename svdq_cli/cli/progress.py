@@ -189,11 +189,7 @@ def _bars() -> Iterator[Observer]:
                 )
             detail = "" if event.kind == "end" else escape(printable(event.detail))
             counted = f"{event.done}/{event.total} {_units(event)}".rstrip() if event.total else ""
-            times = (
-                f"{duration_text(now - began[title])}, {duration_text(left)} left" if left is not None else ""
-            )
-            if event.kind == "end":
-                elapsed = duration_text(now - began[title])
+            elapsed = duration_text(now - began[title])
             times = f"{duration_text(left)} left, {elapsed} so far" if left is not None else ""
             if event.kind == "end":
                 times = f"took {elapsed}"
