@@ -44,9 +44,12 @@ _CHECKERS = 2  # threads; few, because each holds a layer and the source's
 MAX_BIAS_ERROR = 0.05  # biases are only rounded to 16 bits; a permuted one is off by more than 1
 
 
-def check(path: Path, *, against: Source | None = None, observe: Observer = ignore_events) -> CheckReport:
-    """Structure, finite values and, with the source at hand, how well each layer rebuilds its weight."""
-    checkpoint = open_checkpoint(path)
+def check(
+    path: Path, *, against: Source | None = None, base: Path | None = None, observe: Observer = ignore_events
+) -> CheckReport:
+    """Structure, finite values and, with the source at hand, how well each layer rebuilds its weight. `base`: see
+    `open_checkpoint`."""
+    checkpoint = open_checkpoint(path, base=base or (against.pipeline if against else None))
     if against is not None:
         against = only(against, checkpoint.source.components)
         require_same_model(checkpoint, against)

@@ -32,6 +32,7 @@ from svdq_cli.formats.headers import (
     json_value,
     ranks_of,
 )
+from svdq_cli.formats.implied import implied_metadata
 from svdq_cli.formats.modules import (
     FileLayout,
     StoredModule,
@@ -49,6 +50,7 @@ from svdq_cli.planning.structure import STRUCTURAL
 from svdq_cli.records import LayerPlan, LayerSolution, Linear, ModelPlan, Precision, W4A4Plan
 from svdq_cli.source import (
     Source,
+    component_config,
     denoiser_components,
     denoiser_order,
     index_component,
@@ -192,10 +194,24 @@ class _ModuleTensors(Mapping[str, Tensor]):
         return sum(1 for _ in self)
 
 
+def format_of(path: Path) -> Format | None:
+    """The format of a checkpoint, by its metadata or, where a file has lost that, by its tensors; None for others."""
+    if path.is_file():
+        said = next((fmt for fmt in FORMATS if fmt.single_file and fmt.sniff(path)), None)
+        implied = None if said else _lost_metadata(path)
+        return implied[0] if implied else said
+    folder = _component_folder(path)
+    return _folder_format(folder) if folder else None
+
+
+def _folder_format(component: Path) -> Format | None:
+    return next((fmt for fmt in FORMATS if not fmt.single_file and fmt.sniff(component)), None)
+
+
 def looks_like_checkpoint(path: Path) -> bool:
     """Whether a path holds a quantized model (whatever tool wrote it)."""
     if path.is_file():
-        return any(fmt.single_file and fmt.sniff(path) for fmt in FORMATS)
+        return format_of(path) is not None
     folder = _component_folder(path)
     if folder is None:
         return False
@@ -211,9 +227,12 @@ def component_in(pipeline: Path, denoiser: Checkpoint) -> str:
     return denoiser.source.component if denoiser.source.component in known else known[0]
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
-    """Index a checkpoint. Raises InputError when it is not one, or of a format svdq does not read."""
-    return _open_file(path) if path.is_file() else _open_folder(path)
+def open_checkpoint(path: Path, *, base: Path | None = None) -> Checkpoint:
+    """Index a checkpoint. `base`: the pipeline that says which model a single file is whose header has lost that.
+
+    Raises InputError when it is not one, or of a format svdq does not read.
+    """
+    return _open_file(path, base) if path.is_file() else _open_folder(path)
 
 
 def with_component(denoiser: Checkpoint, component: str) -> Checkpoint:
@@ -246,7 +265,7 @@ def _open_component(path: Path, folder: Path, pipeline: Path | None) -> Checkpoi
             where=str(path),
         )
     config = cast("dict[str, object]", section)
-    fmt = next((fmt for fmt in FORMATS if not fmt.single_file and fmt.sniff(folder)), None)
+    fmt = _folder_format(folder)
     if fmt is None:
         raise InputError(
             f"{folder}: quantized by {config.get('quant_method', 'an unknown method')}, which svdq does not read",
@@ -291,22 +310,28 @@ def _joined(denoisers: list[Checkpoint]) -> Checkpoint:
     )
 
 
-def _open_file(path: Path) -> Checkpoint:
+def _open_file(path: Path, base: Path | None) -> Checkpoint:
     tensors = read_header(path)  # names a damaged file, or one that is no safetensors
     metadata = header_metadata(path)
     fmt = next((fmt for fmt in FORMATS if fmt.single_file and fmt.sniff(path)), None)
+    lost = None if fmt else _lost_metadata(path)
+    if lost is not None:
+        fmt = lost[0]
     if fmt is None:
         raise InputError(
             f"{path}: not a checkpoint of a format that svdq reads",
             hint="give a file that svdq convert wrote, or convert this model with svdq convert",
             where=str(path),
         )
-    config = json_value(metadata, CONFIG)
+    config = json_value(metadata, CONFIG) or (component_config(base) if base else None)
     if config is None:
         raise InputError(
-            f"{path}: the header does not say which model this is (it has no {CONFIG!r})",
-            hint=f"svdq reads {fmt.name} files that carry the model's config, as those of svdq convert do",
+            f"{path}: a {fmt.name} file whose header does not say which model it is: its metadata has no {CONFIG!r}; "
+            "tools that save a file again drop that",
+            hint="name the pipeline that it was made from: --base FOLDER_OR_HUB_ID "
+            "(svdq inspect, check, generate and eval), or take the file as svdq convert wrote it",
             where=str(path),
+            kind="needs-base",
         )
     component = metadata.get(COMPONENT, "transformer")
     denoiser = component if is_denoiser(component) else "transformer"
@@ -315,11 +340,25 @@ def _open_file(path: Path) -> Checkpoint:
     said = {
         key: json_value(metadata, key) if text.startswith("{") else text for key, text in metadata.items()
     }
-    return _indexed(source, fmt, said)
+    return _indexed(source, fmt, lost[1] if lost else said, ranks_said=lost is None)
 
 
-def _indexed(source: Source, fmt: Format, config: Mapping[str, object]) -> Checkpoint:
-    """What the headers say: the layers behind the stored modules, and where everything else lies."""
+def _lost_metadata(path: Path) -> tuple[Format, dict[str, object]] | None:
+    """What the tensors of a file say that svdq's header would, where the header is gone."""
+    try:
+        tensors = read_header(path)
+    except InputError:
+        return None
+    return implied_metadata(specs_of_headers(Source(path, None, "transformer", {}, tensors)))
+
+
+def _indexed(
+    source: Source, fmt: Format, config: Mapping[str, object], *, ranks_said: bool = True
+) -> Checkpoint:
+    """What the headers say: the layers behind the stored modules, and where everything else lies.
+
+    `ranks_said`: whether the header tells a layer's own rank from the sum of those of its stored parts.
+    """
     family = find_family(source.config)
     family_name = family.name if family else STRUCTURAL
     inventory = take_inventory(source, family)
@@ -330,6 +369,8 @@ def _indexed(source: Source, fmt: Format, config: Mapping[str, object]) -> Check
     linears = {linear.name: linear for linear in inventory.linears}
     stored = fmt.layer_plans(facts, specs)
     layers = layers_in_file(layout, stored, linears, inventory.state, ranks_of(metadata))
+    if not ranks_said and fmt.one_rank:
+        layers = tuple(_of_rank(layer, facts.rank) for layer in layers)
     dtype = facts.dtype or _common_dtype(specs)
     quantized = {plan.name for plan in layers}
     return Checkpoint(
@@ -348,6 +389,13 @@ def _indexed(source: Source, fmt: Format, config: Mapping[str, object]) -> Check
         file=_file_layout(fmt, layout, layers, inventory, source),
         biases=biases_of(metadata, dtype),
     )
+
+
+def _of_rank(layer: LayerPlan, rank: int | None) -> LayerPlan:
+    """A layer that is stored in parts has the rank of each of them in a file of one rank."""
+    if isinstance(layer, W4A4Plan) and rank is not None and layer.rank > rank:
+        return replace(layer, rank=rank)
+    return layer
 
 
 def specs_of_headers(source: Source) -> dict[str, TensorSpec]:

@@ -88,7 +88,7 @@ def generate(
     read = [file for file in (path, inputs.image, inputs.mask) if file is not None]
     require_picture_place(out, inputs=read, overwrite=options.overwrite, animated=True)
     started = time.monotonic()
-    source = open_checkpoint(path).source
+    source = open_checkpoint(path, base=base).source
     with_inputs = _with_inputs(recipe, inputs)
     settings = sampling_for(with_inputs, replace(source, pipeline=base or source.pipeline)).settings
     settings = replace(_sized(settings, width, height), batch_size=1)

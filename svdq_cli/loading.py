@@ -130,7 +130,7 @@ def load_pipeline(
     and guidance are its own. Raises InputError for a damaged or foreign checkpoint.
     """
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    checkpoint = open_checkpoint(Path(path))
+    checkpoint = open_checkpoint(Path(path), base=Path(base) if base is not None else None)
     backend_facts = choose_backend(backend, chosen, checkpoint.dtype)
     pipeline = Path(base) if base is not None else checkpoint.source.pipeline
     if pipeline is None:

@@ -20,6 +20,7 @@ from svdq_cli.preparing import (
     DEFAULT_OPTIONS,
     RunOptions,
     inspect_layer,
+    pipeline_of,
     predicted_sizes,
     prepare,
     sizes_of,
@@ -45,7 +46,8 @@ def check_against(
 
     Raises InputError (kind "wrong-source") for another model than the one that the checkpoint was made from.
     """
-    origin = origin_of(open_checkpoint(path), recipe, options)
+    checkpoint = open_checkpoint(path, base=pipeline_of(recipe, options))
+    origin = origin_of(checkpoint, recipe, options)
     report = check(path, against=origin.require_same(), observe=observe)
     for note in origin.notes:
         observe(Event("warning", "check", detail=note))
@@ -75,9 +77,9 @@ def inspect_source(recipe: Recipe, *, options: RunOptions = DEFAULT_OPTIONS) -> 
     )
 
 
-def inspect_checkpoint(path: Path) -> InspectReport:
-    """What a converted checkpoint holds, from its headers."""
-    checkpoint = open_checkpoint(path)
+def inspect_checkpoint(path: Path, *, base: Path | None = None) -> InspectReport:
+    """What a converted checkpoint holds, from its headers. `base`: see `open_checkpoint`."""
+    checkpoint = open_checkpoint(path, base=base)
     planned = {layer.name: layer for layer in checkpoint.layers}
     linears = [plan.linear for plan in checkpoint.layers] + list(checkpoint.kept)
     return InspectReport(

@@ -184,6 +184,14 @@ def source_of(recipe: Recipe, options: RunOptions) -> Source:
     return merge_loras(open_source(path, base=base), adapters)
 
 
+def pipeline_of(recipe: Recipe, options: RunOptions) -> Path | None:
+    """The pipeline folder of the 16-bit model that a recipe names: its base or, where that is one, its source."""
+    if recipe.model.base:
+        return locate_base(recipe.model.base, beside=options.beside)
+    path = locate_source(recipe.model.source, beside=options.beside, revision=recipe.model.revision)
+    return path if (path / "model_index.json").is_file() else None
+
+
 def lora_files(recipe: Recipe, options: RunOptions) -> tuple[Path, ...]:
     """The LoRAs that a recipe merges: files, or folders of peft's."""
     return tuple(locate_file(lora.path, beside=options.beside) for lora in recipe.model.loras)

@@ -122,8 +122,9 @@ def _noise(run: Run, gallery: Gallery, sampled: Sampled, observe: Observer) -> M
 
 
 def _run(path: Path, recipe: Recipe, options: RunOptions, observe: Observer) -> Run:
-    checkpoint = open_checkpoint(path)
-    source = only(source_of(recipe, options), checkpoint.source.components)
+    source = source_of(recipe, options)
+    checkpoint = open_checkpoint(path, base=source.pipeline)
+    source = only(source, checkpoint.source.components)
     if source.pipeline is None:
         raise InputError(
             f"{source.path}: evaluation draws pictures, and this is not a whole pipeline",

@@ -9,7 +9,7 @@ from typing import Literal, cast
 
 from torch import Tensor
 
-from svdq_cli.checkpoint import Checkpoint, open_checkpoint
+from svdq_cli.checkpoint import Checkpoint, format_of
 from svdq_cli.errors import InputError
 from svdq_cli.evaluate.judging import JudgedLayers
 from svdq_cli.evaluate.plots import (
@@ -58,8 +58,14 @@ def plot_evaluation(folder: Path, judged: JudgedLayers, *, search: Search) -> No
 
 def conversion_report(path: Path) -> Mapping[str, object]:
     """The JSON report that lies with the checkpoint at `path`; empty where there is none. Raises InputError."""
-    report = report_path(path, open_checkpoint(path).format)
-    return read_json(report) if report.is_file() else {}
+    report = _report_of(path)
+    return read_json(report) if report and report.is_file() else {}
+
+
+def _report_of(path: Path) -> Path | None:
+    """Where the report of a conversion lies; None where `path` is no checkpoint."""
+    fmt = format_of(path)
+    return report_path(path, fmt) if fmt else None
 
 
 def search_of(path: Path) -> Search:
@@ -67,7 +73,6 @@ def search_of(path: Path) -> Search:
 
     Empty where there is no report, or none with a search. Raises InputError for a damaged one.
     """
-    report = report_path(path, open_checkpoint(path).format)
     search = conversion_report(path).get("search")
     if search is None:
         return {}
@@ -79,9 +84,9 @@ def search_of(path: Path) -> Search:
         }
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(
-            f"{report}: not the report of a conversion: 'search' holds no steps_db of every layer",
+            f"{_report_of(path)}: not the report of a conversion: 'search' holds no steps_db of every layer",
             hint="restore the file, or remove it to evaluate without the steps of the search",
-            where=str(report),
+            where=str(_report_of(path)),
         ) from error
     return {name: db for name, db in steps.items() if len(db) > 1}
 

@@ -14,6 +14,7 @@ from svdq_cli.source.adapters import adapter_file
 from svdq_cli.source.denoisers import by_component, component_of, denoisers_of, joined, only, prefix_of
 from svdq_cli.source.folders import (
     INDEX_SUFFIX,
+    component_config,
     component_files,
     denoiser_components,
     denoiser_order,
@@ -49,6 +50,7 @@ __all__ = [
     "TensorEntry",
     "adapter_file",
     "by_component",
+    "component_config",
     "component_files",
     "component_of",
     "denoiser_components",

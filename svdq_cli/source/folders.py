@@ -72,6 +72,15 @@ def denoiser_order(component: str) -> tuple[bool, str]:
     return component not in COMPONENTS, component
 
 
+def component_config(pipeline: Path) -> Mapping[str, object] | None:
+    """The config of the part that svdq quantizes, as it was before any quantization; None where the pipeline lacks
+    it."""
+    file = pipeline / quantized_component(pipeline) / "config.json"
+    if not file.is_file():
+        return None
+    return {key: value for key, value in read_json(file).items() if key != "quantization_config"}
+
+
 def pipeline_index(pipeline: Path) -> Mapping[str, object]:
     """`model_index.json`. Raises InputError where a component's name would lead out of the folder."""
     path = pipeline / "model_index.json"

@@ -23,8 +23,7 @@ from svdq_cli.source.configs import (
     known_class,
     published_config,
 )
-from svdq_cli.source.folders import header_of_files, quantized_component
-from svdq_cli.source.headers import read_json
+from svdq_cli.source.folders import component_config, header_of_files, quantized_component
 from svdq_cli.source.library_names import convert_by_library, published_pipeline
 from svdq_cli.source.markers import Told, told_by, without_markers
 from svdq_cli.source.model import ConfigFrom, Source
@@ -91,7 +90,7 @@ def source_of_file(
     tensors, names = _diffusers_tensors(path, _Model(read.tensors, naming, known), base)
     if known is None:
         assert base is not None
-        component, config = quantized_component(base), _component_config(base) or {}
+        component, config = quantized_component(base), component_config(base) or {}
         config_from: ConfigFrom = "base"
     else:
         component = known.component
@@ -121,7 +120,7 @@ def source_of_file(
 
 def _base_names(base: Path | None) -> frozenset[str]:
     """The names of the tensors of the base's class."""
-    config = _component_config(base) if base else None
+    config = component_config(base) if base else None
     return frozenset(shapes_of(config, where=str(base))) if config else frozenset()
 
 
@@ -133,7 +132,7 @@ def _recognized(
         if naming.signature <= tensors.keys():
             return naming, known_class(naming.model_class)
     known = class_of_names(tensors)
-    config = _component_config(base) if base else None
+    config = component_config(base) if base else None
     if known is None or config is None or _is_class(known, config):
         return None, known
     weights, _ = without_markers(tensors, str(config.get("_class_name")))
@@ -145,7 +144,7 @@ def _require_known_to_base(
 ) -> None:
     """A base has the config of any class; whether these are its tensors is seen when the plan is made."""
     refuse_other_files(path, [entry.origin for entry in (model or stored).values()])
-    if base is None or _component_config(base) is None:
+    if base is None or component_config(base) is None:
         raise _unknown_model(path, model, stored)
 
 
@@ -204,7 +203,7 @@ def _named_by_base(
     Raises InputError (kind `unread-names`) where the names are neither. Whether the tensors are all of the model's is
     seen when the plan is made.
     """
-    config = _component_config(base) or {}
+    config = component_config(base) or {}
     wanted = shapes_of(config, where=str(base))
     if tensors.keys() == wanted.keys():
         return tensors, _DIFFUSERS_NAMES
@@ -258,7 +257,7 @@ def _base_config(path: Path, known: KnownClass, base: Path) -> Mapping[str, obje
     component = quantized_component(base)
     if component != known.component:
         raise _wrong_base(path, known, base, f"a pipeline with a {component}")
-    config = _component_config(base)
+    config = component_config(base)
     if config is not None and not _is_class(known, config):
         raise _wrong_base(path, known, base, f"a {config['_class_name']}")
     return config
@@ -269,16 +268,8 @@ def _is_class(known: KnownClass, config: Mapping[str, object]) -> bool:
     return found in (known.model_class, known.legacy_name, *known.relatives)
 
 
-def _component_config(base: Path) -> Mapping[str, object] | None:
-    """The base's config of the component that svdq quantizes, as it was before any quantization."""
-    file = base / quantized_component(base) / "config.json"
-    if not file.is_file():
-        return None
-    return {key: value for key, value in read_json(file).items() if key != "quantization_config"}
-
-
 def _base_class(base: Path | None) -> str:
-    config = _component_config(base) if base else None
+    config = component_config(base) if base else None
     return str((config or {}).get("_class_name"))
 
 

@@ -27,12 +27,13 @@ def check(
     from svdq_cli.cli import render
     from svdq_cli.cli.progress import progress
     from svdq_cli.cli.summary import append_summary
+    from svdq_cli.locate import locate_base
     from svdq_cli.pipeline import check as run_check
     from svdq_cli.pipeline import check_against
 
     with progress(quiet=quiet, verbose=verbose, events=events) as observe:
         if against is None:
-            report = run_check(checkpoint, observe=observe)
+            report = run_check(checkpoint, base=locate_base(base) if base else None, observe=observe)
         else:
             recipe, options = recipe_for(against, options=run_options("cpu", False), base=base, loras=loras)
             report = check_against(checkpoint, recipe, options=options, observe=observe)

@@ -62,12 +62,15 @@ def evaluate(
     from svdq_cli.evaluate.passes import passes_of_text
     from svdq_cli.evaluate.planning import plan_evaluation
     from svdq_cli.evaluate.run import evaluate as run_evaluate
+    from svdq_cli.preparing import pipeline_of
     from svdq_cli.starting import recipe_of
 
     left_out = passes_of_text(without or [])
     named, beside = recipe_of(against)
-    model = override(named, base=base, loras=loras).model
-    judged = evaluation_recipe(open_checkpoint(checkpoint), model.source)
+    known = override(named, base=base, loras=loras)
+    model = known.model
+    pipeline = pipeline_of(known, run_options(device, overwrite, beside))
+    judged = evaluation_recipe(open_checkpoint(checkpoint, base=pipeline), model.source)
     recipe = override(
         judged.model_copy(update={"model": model, "gates": named.gates}),
         prompts=prompts,

@@ -47,8 +47,9 @@ def generate(
     from svdq_cli.drawing import generate as run_generate
     from svdq_cli.locate import locate_base
 
+    pipeline = locate_base(base) if base else None
     recipe = override(
-        evaluation_recipe(open_checkpoint(checkpoint), str(checkpoint)),
+        evaluation_recipe(open_checkpoint(checkpoint, base=pipeline), str(checkpoint)),
         steps=steps,
         seed=0 if seed is None else seed,
     )
@@ -62,7 +63,7 @@ def generate(
             width=width,
             height=height,
             inputs=Inputs(image, mask, strength, frames),
-            base=locate_base(base) if base else None,
+            base=pipeline,
             options=run_options(device, overwrite),
             observe=observe,
         )

@@ -30,12 +30,13 @@ def inspect(
     from svdq_cli.checkpoint import looks_like_checkpoint
     from svdq_cli.cli import render
     from svdq_cli.cli.progress import progress
+    from svdq_cli.locate import locate_base
     from svdq_cli.pipeline import inspect_checkpoint, inspect_source
     from svdq_cli.starting import rules_named
 
     with progress(quiet=quiet, verbose=verbose, events=events), rules_named(target):
         if looks_like_checkpoint(Path(target)):
-            report = inspect_checkpoint(Path(target))
+            report = inspect_checkpoint(Path(target), base=locate_base(base) if base else None)
         else:
             recipe, run = recipe_for(
                 target,
