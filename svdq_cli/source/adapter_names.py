@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from svdq_cli.source.configs import class_of_names
+from svdq_cli.source.denoisers import by_component, component_of
 from svdq_cli.source.names import Part, RowRange, original_layers
 from svdq_cli.source.original_names import NAMINGS
 
@@ -69,6 +70,9 @@ class ModelShapes:
     path: Path
     class_name: str
     shapes: Mapping[str, tuple[int, ...]]
+    component: str = "transformer"
+    # of a pipeline with several denoisers: the others, whose layers' names stand behind theirs
+    further: tuple[str, ...] = ()
 
 
 def is_for_text_encoder(key: str) -> bool:
@@ -78,9 +82,20 @@ def is_for_text_encoder(key: str) -> bool:
 
 def places_of(model: ModelShapes) -> Places:
     """Every name that an adapter may call a layer of the model by, and the layers (or rows of layers) it means."""
-    layers = [name.removesuffix(".weight") for name in model.shapes if name.endswith(".weight")]
+    first, *others = by_component(("", *model.further), model.shapes).items()
+    places = dict(_places_in(first[1]))
+    for component, shapes in others:
+        for name, parts in _places_in(shapes).items():
+            there = tuple(Part(f"{component}.{part.target}", part.rows) for part in parts)
+            places |= {f"{component}.{name}": there, f"{component}_{name}": there}
+    return places
+
+
+def _places_in(shapes: Mapping[str, object]) -> Places:
+    """The places of one component, by names without it."""
+    layers = [name.removesuffix(".weight") for name in shapes if name.endswith(".weight")]
     dotted: dict[str, tuple[Part, ...]] = {layer: (Part(layer, _WHOLE),) for layer in layers}
-    known = class_of_names(model.shapes)
+    known = class_of_names(shapes)
     naming = next((n for n in NAMINGS if known is not None and n.model_class == known.model_class), None)
     if naming is not None:
         for original, parts in original_layers(naming, layers).items():
@@ -93,6 +108,13 @@ def places_of(model: ModelShapes) -> Places:
 def find_place(places: Places, name: str) -> tuple[Part, ...] | None:
     """What a layer of an adapter is in the model; None where it has no such layer."""
     return next((places[candidate] for candidate in _candidates(name) if candidate in places), None)
+
+
+def untouched_components(model: ModelShapes, tensors: Iterable[str]) -> tuple[str, ...]:
+    """The further components of which none of these tensors is, where one of the first is."""
+    components = ("", *model.further)
+    touched = {component_of(components, name)[0] for name in tensors}
+    return tuple(name for name in model.further if name not in touched) if "" in touched else ()
 
 
 def named_by_index(

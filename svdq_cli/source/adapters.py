@@ -39,6 +39,7 @@ from svdq_cli.source.adapter_names import (
     is_for_text_encoder,
     named_by_index,
     places_of,
+    untouched_components,
 )
 from svdq_cli.source.headers import Header, read_whole_header
 from svdq_cli.source.tensors import StoredTensor
@@ -110,7 +111,7 @@ def read_adapter(path: Path, model: ModelShapes) -> Adapter:
         layers=layers,
         left_out=tuple(key for key in header.tensors if is_for_text_encoder(key)),
         changed_base=None if trained is None else trained.changed_base,
-        notes=_notes(file, modules, layers, trained),
+        notes=_notes(file, model, modules, layers, trained),
     )
 
 
@@ -209,6 +210,7 @@ def _json_object(text: str) -> Mapping[str, object]:
 
 def _notes(
     file: Path,
+    model: ModelShapes,
     modules: Sequence[AdapterModule],
     layers: Sequence[AdaptedLayer],
     trained: TrainingConfig | None,
@@ -230,6 +232,11 @@ def _notes(
         )
         found.append(
             f"{file}: {which}: alpha is 0, or a matrix is all zeros ({some([i.name for i in idle])})"
+        )
+    if left := untouched_components(model, [name for layer in layers for name in layer.weights]):
+        found.append(
+            f"{file}: it changes {model.component} alone, and {' and '.join(left)} stays without it: only names that "
+            f"begin with {left[0]}. are for that one"
         )
     if trained is not None and trained.changed_base is not None:
         found.append(

@@ -78,7 +78,8 @@ class MergedTensor:
 def shapes_of(source: Source) -> ModelShapes:
     """What an adapter for this source must fit."""
     shapes = {name: entry.shape for name, entry in source.tensors.items()}
-    return ModelShapes(source.path, str(source.config.get("_class_name", source.path)), shapes)
+    name = str(source.config.get("_class_name", source.path))
+    return ModelShapes(source.path, name, shapes, source.component, source.components[1:])
 
 
 def merge_loras(source: Source, loras: Sequence[tuple[Path, float]]) -> Source:
