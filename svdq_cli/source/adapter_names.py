@@ -16,6 +16,7 @@ from svdq_cli.source.configs import class_of_names
 from svdq_cli.source.denoisers import by_component, component_of
 from svdq_cli.source.names import Part, RowRange, original_layers
 from svdq_cli.source.original_names import NAMINGS
+from svdq_cli.source.prefixes import TRANSPARENT, WRAPPERS
 
 Places = Mapping[str, tuple[Part, ...]]
 """By the names that an adapter may call a layer by: the model's layers, or rows of layers, that it means."""
@@ -33,13 +34,14 @@ _PREFIXES = (
         "transformer_",
         "diffusion_model_",
     ),
-    *("lora_unet.", "lora_transformer.", "lycoris.", "lora."),
-    *("base_model.model.", "base_model.", "model.", "module.", "net.", "dit.", "pipe.", "pipeline."),
-    *("diffusion_model.", "transformer.", "unet.", "denoiser."),
+    *(
+        f"{word}."
+        for word in ("lora_unet", "lora_transformer", "lycoris", "lora", "pipeline", *sorted(WRAPPERS))
+    ),
 )
-_MOST_PREFIXES = 6
+_MOST_PREFIXES = 8
 # What wrappers put between the parts of a name, wherever they stand
-_WRAPPED = re.compile(r"\b_(?:orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\.|(?<=_)_orig_mod_")
+_WRAPPED = re.compile(rf"\b(?:{'|'.join(sorted(TRANSPARENT))})\.|(?<=_)_orig_mod_")
 # Attention processors of older trainers have names of their own: XLabs' for FLUX, diffusers' for UNets
 _PROCESSORS = (
     (re.compile(r"(double_blocks\.\d+)\.processor\.(qkv|proj)_lora1"), r"\1.img_attn.\2"),

@@ -14,7 +14,7 @@ Entry = TypeVar("Entry", bound=TensorEntry)
 
 # What a model is called where it is saved inside of something: ComfyUI and LDM (`model.diffusion_model.`), pipelines
 # (`transformer.`), DistributedDataParallel (`module.`), Lightning (`model.`), peft (`base_model.model.`), trainers.
-_WRAPPERS = frozenset(
+WRAPPERS = frozenset(
     (
         *("model", "diffusion_model", "transformer", "unet", "denoiser", "dit"),
         *("module", "net", "pipe", "base_model", "state_dict"),
@@ -22,7 +22,7 @@ _WRAPPERS = frozenset(
 )
 _MOST_WRAPPERS = 6  # around one another
 # What torch.compile, FSDP and activation checkpointing put into names, above the model and inside of it
-_TRANSPARENT = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
+TRANSPARENT = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ def find_model(
 def _without_transparent(key: str) -> str:
     if "_orig_mod" not in key and "_wrapped_module" not in key:
         return key
-    return ".".join(part for part in key.split(".") if part not in _TRANSPARENT)
+    return ".".join(part for part in key.split(".") if part not in TRANSPARENT)
 
 
 def _wrappings(name: str) -> tuple[str, ...]:
@@ -83,7 +83,7 @@ def _wrappings(name: str) -> tuple[str, ...]:
     end = 0
     for part in name.split(".", _MOST_WRAPPERS)[:_MOST_WRAPPERS]:
         end += len(part) + 1
-        if part not in _WRAPPERS or end > len(name):
+        if part not in WRAPPERS or end > len(name):
             break
         found.append(name[:end])
     return tuple(reversed(found))
