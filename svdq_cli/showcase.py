@@ -163,12 +163,12 @@ def _one_source(source: str, folder: Path, options: RunOptions, observe: Observe
     _write_grid(folder / "grid.png", found)
     chapter = chapter_of(
         found,
-        judged,
         plots=pictures,
         title=source if source == "demo" else f"{source}, the stress variant with strong activation outliers",
         key=source.replace(":", "-"),
         more_ways=[Way(NVFP4, _TITLES[NVFP4])],
         budget=budget,
+        page_folder=folder.parent,
     )
     return _Told(_rows(source, found, made), chapter)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import cast
@@ -15,7 +16,6 @@ from svdq_cli.evaluate.passes import CONVERTED, SIXTEEN_BIT, TITLES
 from svdq_cli.evaluate.plotting import conversion_report
 from svdq_cli.loading import choose_backend
 from svdq_cli.preparing import sizes_of
-from svdq_cli.recipe import Recipe
 from svdq_cli.records import BaselineFacts, ByteFacts, Int4, Summary, W4A4Plan
 from svdq_cli.wording import bytes_text, seconds_text
 
@@ -46,16 +46,17 @@ _PLOTS = (
 
 def chapter_of(
     found: Evaluation,
-    recipe: Recipe,
     *,
     plots: Path,
     title: str,
     key: str = "evaluation",
     more_ways: Sequence[Way] = (),
     budget: int,
+    page_folder: Path,
 ) -> Chapter:
     """`plots`: the folder of the SVGs. `more_ways`: drawn in `found.gallery` and scored besides the usual ones; they
-    stand after the checkpoint. `budget`: bytes that the pictures may take."""
+    stand after the checkpoint. `budget`: bytes that the pictures may take. `page_folder`: where the
+    page will be."""
     ways = _ways(found, more_ways)
     shown_ways = [Way(SIXTEEN_BIT, TITLES[SIXTEEN_BIT]), *ways]
     by_psnr = sorted(
@@ -67,25 +68,26 @@ def chapter_of(
         [(i, found.run.prompts[i], found.run.settings.seed_of(i)) for i in by_psnr],
         [_picture_figures(found, ways, i) for i in by_psnr],
         budget=budget,
+        page_folder=page_folder,
     )
     facts = {way.key: facts_of(found.gallery, way.key, found.scores[way.key]) for way in ways}
     return Chapter(
         key=key,
         title=title,
         verdict=_verdict(found),
-        next=found.report.next,
+        next=_next(found),
         warnings=found.report.warnings,
         figures=_figures(found),
         ways=shown_ways,
         scores=_scores(found, ways, facts),
-        missing=found.report.missing,
+        missing={_MISSING.get(name, name): why for name, why in found.report.missing.items()},
         shown=shown,
         shown_note=_shown_note(found, len(shown)),
         plots=_plots(plots),
         tables=[*_size_tables(found), _speed_table(found, ways, facts), *_conversion_table(found)],
         layers=_layer_rows(found),
         recipe=_recipe_text(found),
-        provenance=_provenance(found, recipe),
+        provenance=_provenance(found),
     )
 
 
@@ -111,25 +113,49 @@ def _verdict(found: Evaluation) -> str:
     return f"{report.verdict}{missed}"
 
 
+def _next(found: Evaluation) -> str:
+    """As the report says it, but for whoever is looking at the page already."""
+    return found.report.next.replace(f"look at {found.report.page}", "look at the images below")
+
+
 def _figures(found: Evaluation) -> list[Figure]:
     report, sqnr = found.report, found.report.layer_sqnr_db
     sizes = _sizes(found.run.checkpoint)
     worst = min(sqnr.per_layer, key=sqnr.per_layer.__getitem__)
+    empty = report.sixteen_bit_images.meaningless
     figures = [
-        Figure("PSNR", f"{report.psnr_db.mean:.1f} dB", f"worst picture {report.psnr_db.min:.1f} dB"),
-        Figure("SSIM", f"{report.ssim.mean:.3f}", f"worst picture {report.ssim.min:.3f}"),
+        Figure(
+            "PSNR",
+            f"{report.psnr_db.mean:.1f} dB",
+            "means nothing: see the warning" if empty else f"worst image {report.psnr_db.min:.1f} dB",
+        ),
+        Figure(
+            "SSIM",
+            f"{report.ssim.mean:.3f}",
+            "means nothing: see the warning" if empty else f"worst image {report.ssim.min:.3f}",
+        ),
         Figure("smaller", f"{sizes.ratio:.2f}x", f"{bytes_text(sizes.input)} to {bytes_text(sizes.output)}"),
         Figure("layer SQNR", f"{sqnr.mean:.1f} dB", f"worst {sqnr.min:.1f} dB, {worst}"),
     ]
     if report.lpips is not None:
-        figures.insert(
-            2, Figure("LPIPS", f"{report.lpips.mean:.3f}", f"worst picture {report.lpips.max:.3f}")
-        )
+        figures.insert(2, Figure("LPIPS", f"{report.lpips.mean:.3f}", f"worst image {report.lpips.max:.3f}"))
     if (floor := report.noise_floor_psnr_db) is not None:
         exact = floor >= PSNR_CAP_DB
         value = "none" if exact else f"{floor:.1f} dB"
-        remark = "a second drawing has the same bits" if exact else "PSNR of a second drawing"
+        remark = "a second run has the same bits" if exact else "PSNR of a second run of the 16-bit model"
         figures.append(Figure("16-bit noise", value, remark))
+    if (own := report.own_noise_psnr_db) is not None:
+        figures.append(
+            Figure("4-bit noise", f"{own:.1f} dB", "PSNR to itself, start noise off by one rounding")
+        )
+    if (outputs := report.output_sqnr_db) is not None:
+        figures.append(
+            Figure(
+                "model output",
+                f"{outputs.sum:.1f} dB",
+                f"summed over the steps; {outputs.step:.1f} dB a step",
+            )
+        )
     return figures
 
 
@@ -163,10 +189,11 @@ def _scores(found: Evaluation, ways: Sequence[Way], facts: Mapping[str, Baseline
         fids = {way.title: facts[way.key].fid for way in ways}
         table = [[*row, "" if fids.get(row[0]) is None else f"{fids[row[0]]:.2f}"] for row in table]
     return Table(
-        "Against the 16-bit pictures, equal prompts and seeds",
-        ["drawn by", *columns],
+        "Against the 16-bit images, equal prompts and seeds",
+        ["made by", *columns],
         table,
-        "Mean ± standard deviation over pictures, in brackets the 95 % confidence interval of the mean (bootstrap).",
+        "Mean ± standard deviation over images, in brackets the 95 % confidence interval of the mean (bootstrap; with "
+        "the noise of the 4-bit model, where it was measured).",
     )
 
 
@@ -190,12 +217,12 @@ def _picture_figures(found: Evaluation, ways: Sequence[Way], index: int) -> dict
 
 def _shown_note(found: Evaluation, shown: int) -> str:
     total = len(found.run.prompts)
-    which = f"All {total} pictures" if shown == total else f"The {shown} of {total} pictures"
+    which = f"All {total} images" if shown == total else f"The {shown} of {total} images"
     order = "lowest PSNR first" if shown == total else "with the lowest PSNR, lowest first"
     return (
-        f"{which}, {order}. Drag the divider, or focus a picture and use the arrow keys. Difference maps show the "
-        "largest difference of the three channels, 8 times as bright; large pictures are reduced and compressed here, "
-        "the difference maps are made before. The full pictures lie in the report's folder."
+        f"{which}, {order}. Drag the divider, or focus an image and use the arrow keys. Difference maps show the "
+        "largest difference of the three channels, 8 times as bright. Large images are reduced and compressed here, "
+        "after the difference maps were made; the links lead to the whole ones in the report's folder."
     )
 
 
@@ -227,8 +254,8 @@ def _size_tables(found: Evaluation) -> list[Table]:
     weights = {linear.name: linear.in_features * linear.out_features for linear in linears}
     total = sum(weights.values())
     kinds = {
-        "W4A4: 4-bit weights and activations": [plan.name for plan in w4a4],
-        "W4A16: 4-bit weights": [plan.name for plan in checkpoint.layers if not isinstance(plan, W4A4Plan)],
+        "4-bit weights and activations": [plan.name for plan in w4a4],
+        "4-bit weights": [plan.name for plan in checkpoint.layers if not isinstance(plan, W4A4Plan)],
         "kept at 16 bit": [linear.name for linear in checkpoint.kept],
     }
     layers = Table(
@@ -249,14 +276,14 @@ def _speed_table(found: Evaluation, ways: Sequence[Way], facts: Mapping[str, Bas
     run = found.run
     backend = choose_backend("auto", run.device, run.checkpoint.dtype)
     return Table(
-        "Drawing speed",
-        ["drawn by", "for one picture", "speed against 16-bit"],
+        "Speed",
+        ["made by", "for one image", "speed against 16-bit"],
         [
             [title, seconds_text(taken), f"{base / taken:.2f}x" if base else ""]
             for title, taken in seconds.items()
             if taken
         ],
-        f"Backend: {backend.name} ({backend.reason}). As measured while the pictures were made, without warm-up or "
+        f"Backend: {backend.name} ({backend.reason}). As measured while the images were made, without warm-up or "
         "repetition: svdq bench measures speed. The "
         "reference backend computes what the 4-bit runtimes compute, not at their speed.",
     )
@@ -283,13 +310,14 @@ def _layer_rows(found: Evaluation) -> list[LayerRow]:
     rows: list[LayerRow] = []
     for name, db in sorted(sqnr.items(), key=lambda item: item[1]):
         plan = plans[name]
-        kind, rank = ("W4A4", str(plan.rank)) if isinstance(plan, W4A4Plan) else ("W4A16", "")
+        is_w4a4 = isinstance(plan, W4A4Plan)
+        kind, rank = ("weights, activations", str(plan.rank)) if is_w4a4 else ("weights", "")
         rows.append(LayerRow(name, kind, rank, f"{db:.1f}", max(0.0, db / best), search.get(name, "")))
     return rows
 
 
 def _searched(report: Mapping[str, object]) -> dict[str, str]:
-    """How each layer was found, in a few words: "grid a=0.50 b=0.25; learned, gptq"."""
+    """How each layer was found, in a few words: "smoothing by activations^0.50 / weights^0.25; learned, gptq"."""
     search = report.get("search")
     layers = search.get("layers") if isinstance(search, Mapping) else None
     if not isinstance(layers, Mapping):
@@ -297,7 +325,8 @@ def _searched(report: Mapping[str, object]) -> dict[str, str]:
     found: dict[str, str] = {}
     for name, layer in cast("Mapping[str, Mapping[str, object]]", layers).items():
         taken = layer.get("steps_taken")
-        parts = [str(layer.get("smoothing") or ""), ", ".join(taken) if isinstance(taken, list) else ""]
+        steps = ", ".join(taken) if isinstance(taken, list) else ""
+        parts = [_smoothing_text(str(layer.get("smoothing") or "")), steps]
         found[name] = "; ".join(part for part in parts if part)
     return found
 
@@ -309,22 +338,49 @@ def _recipe_text(found: Evaluation) -> str:
     return json.dumps(recipe, indent=2, ensure_ascii=False)
 
 
-def _provenance(found: Evaluation, recipe: Recipe) -> Table:
+def _provenance(found: Evaluation) -> Table:
     settings = found.run.settings
+    recipe = found.run.recipe
     drawn = recipe.calibration
     said = {
         "checkpoint": str(found.run.path),
         "format": found.run.checkpoint.format.name,
         "source": recipe.model.source,
         "prompts": "" if drawn is None else str(drawn.prompts),
-        "drawn with": f"{settings.steps} steps, guidance {settings.guidance}, {settings.width} x {settings.height} "
+        "sampled with": f"{settings.steps} steps, guidance {settings.guidance}, {settings.width} x {settings.height} "
         f"pixels, seeds {settings.seed} to {settings.seed_of(len(found.run.prompts) - 1)}",
     }
     made = found.run.checkpoint.provenance or {}
-    said |= {f"made with: {key}": value for key, value in made.items() if isinstance(value, str)}
+    said |= {_MADE.get(key, key): value for key, value in made.items() if isinstance(value, str)}
     for name, fact in found.facts.items():
         if name == "checkpoint" and isinstance(fact, Mapping):
             said |= {f"sha256 of {file}": str(digest) for file, digest in fact.items()}
         elif isinstance(fact, str):
             said["sha256 of the source" if name == "source" else name] = fact
-    return Table("Provenance", ["", ""], [[name, value] for name, value in said.items()])
+    return Table("Provenance", ["", ""], [[name, value] for name, value in said.items()], wraps=True)
+
+
+# In words, what figures and records are called in JSON
+_MISSING = {
+    "lpips": "LPIPS",
+    "clip": "CLIP score",
+    "image_reward": "ImageReward",
+    "fid": "FID",
+    "nf4": "bitsandbytes NF4",
+    "rtn": "naive 4-bit",
+    "noise_floor_psnr_db": "16-bit noise",
+    "own_noise_psnr_db": "4-bit noise",
+    "output_sqnr_db": "model output",
+}
+_MADE = {
+    "svdq_version": "converted by svdq",
+    "source_sha256": "sha256 of the model it was converted from",
+    "calibration_sha256": "sha256 of its calibration",
+    "fingerprint": "fingerprint (model, recipe and calibration)",
+}
+
+
+def _smoothing_text(stored: str) -> str:
+    """ "grid a=0.60 b=0.00" in words."""
+    found = re.fullmatch(r"grid a=([\d.]+) b=([\d.]+)", stored)
+    return f"smoothing by activations^{found[1]} / weights^{found[2]}" if found else stored

@@ -137,7 +137,8 @@ def _run(path: Path, recipe: Recipe, options: RunOptions, observe: Observer) -> 
     recipe = with_model_sampling(recipe, origin.source, held_out=True)
     prompts = chosen_prompts(recipe, options, observe).texts
     settings = sampling_for(recipe, origin.source, beside=options.beside).settings
-    return Run(path, checkpoint, origin.source, origin, prompts, settings, resolve_device(options.device))
+    device = resolve_device(options.device)
+    return Run(path, checkpoint, origin.source, origin, recipe, prompts, settings, device)
 
 
 def _facts(run: Run) -> dict[str, object]:

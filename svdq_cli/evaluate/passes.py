@@ -24,6 +24,7 @@ from svdq_cli.evaluate.own_noise import can_nudge, nudged_start
 from svdq_cli.evaluate.plausible import ImageProblems, look_at
 from svdq_cli.loading import compute_dtype, load_16bit_pipeline, load_pipeline, replace_layers
 from svdq_cli.origin import Origin
+from svdq_cli.recipe import Recipe
 from svdq_cli.records import Event, LayerPlan, Observer, OutputSqnr, W4A4Plan
 from svdq_cli.runtime.linear import quantized_linear
 from svdq_cli.runtime.naive import naive_solution
@@ -123,6 +124,7 @@ class Run:
     checkpoint: Checkpoint
     source: Source  # the 16-bit model, with the LoRAs that the checkpoint holds
     origin: Origin  # whether that is what the checkpoint was made from
+    recipe: Recipe  # how images are sampled, every setting named
     prompts: tuple[str, ...]
     settings: DrawSettings
     device: torch.device

@@ -13,19 +13,18 @@ from svdq_cli.evaluate.grid import picture_grid
 from svdq_cli.evaluate.page import PAGE_PICTURE_BYTES, Page, render_page
 from svdq_cli.evaluate.passes import CONVERTED, NAIVE, SIXTEEN_BIT, TITLES
 from svdq_cli.evaluate.plotting import Search, plot_evaluation
-from svdq_cli.recipe import Recipe
 from svdq_cli.records import json_text
 
 GRID_ROWS = 8  # prompts shown in the picture grid
 PAGE_FILE = "report.html"
 
 
-def write_report(folder: Path, found: Evaluation, recipe: Recipe, *, search: Search) -> None:
+def write_report(folder: Path, found: Evaluation, *, search: Search) -> None:
     """`write_figures`, a grid of pictures, and report.html."""
     write_figures(folder, found, search=search)
     _write_grid(folder / "grid.png", found)
     title = found.run.path.name
-    chapter = chapter_of(found, recipe, plots=folder, title=title, budget=PAGE_PICTURE_BYTES)
+    chapter = chapter_of(found, plots=folder, title=title, budget=PAGE_PICTURE_BYTES, page_folder=folder)
     page = Page(f"{title}: 4-bit against 16-bit", description(found), [chapter], [], footer())
     write_text(folder / PAGE_FILE, render_page(page))
 

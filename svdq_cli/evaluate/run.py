@@ -49,7 +49,7 @@ def evaluate(
         found = compare_in(
             report_folder, path, recipe, without=without, page=page, options=options, observe=observe
         )
-        write_report(report_folder, found, recipe, search=search)
+        write_report(report_folder, found, search=search)
     return found.report
 
 

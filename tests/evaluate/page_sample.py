@@ -35,7 +35,9 @@ def gallery_of(folder: Path, count: int, side: int = 24) -> Gallery:
 def page_of(gallery: Gallery, text: str, *, count: int = 1) -> Page:
     """Two chapters; every place that holds text from outside holds `text`."""
     figures = [{way.key: text for way in WAYS[1:]}] * count
-    shown = show_pictures(gallery, WAYS, [(i, text, 7) for i in range(count)], figures)
+    shown = show_pictures(
+        gallery, WAYS, [(i, text, 7) for i in range(count)], figures, page_folder=gallery.folder
+    )
     table = Table(text, (text, text), ((text, text),), text)
     chapters = [
         Chapter(

@@ -74,12 +74,15 @@ def test_the_page_loads_nothing(hostile: str):
     loading = {"src", "href", "srcset", "poster", "data", "action", "background"}
     targets = [
         value or ""
-        for _, attributes in outline.tags
+        for tag, attributes in outline.tags
         for name, value in attributes.items()
-        if name.split(":")[-1] in loading
+        if name.split(":")[-1] in loading and tag != "a"
     ]
     assert targets
     assert all(target.startswith(("data:image/", "#")) for target in targets)
+    # links load nothing until they are followed, and lead to the report's own folder
+    links = [attributes["href"] or "" for tag, attributes in outline.tags if tag == "a"]
+    assert all(re.fullmatch(r"#\w+|[\w%./-]+\.png", link) for link in links)
     style = hostile[hostile.index("<style>") : hostile.index("</style>")]
     assert not re.search(r"@import|url\(|https?:", style)
     assert outline.all("link") == []
@@ -116,9 +119,10 @@ def test_pictures_stop_at_the_budget(tmp_path: Path):
     gallery = gallery_of(tmp_path / "run", 6)  # so small that no size makes them smaller
     figures = [{way.key: "" for way in WAYS[1:]}] * 6
     prompts = [(i, "a prompt", i) for i in range(6)]
-    everything = show_pictures(gallery, WAYS, prompts, figures)
+    everything = show_pictures(gallery, WAYS, prompts, figures, page_folder=tmp_path)
     bytes_of_one = sum(map(len, (*everything[0].pictures.values(), *everything[0].differences.values())))
-    some = show_pictures(gallery, WAYS, prompts, figures, budget=3 * bytes_of_one + bytes_of_one // 2)
+    budget = 3 * bytes_of_one + bytes_of_one // 2
+    some = show_pictures(gallery, WAYS, prompts, figures, page_folder=tmp_path, budget=budget)
     assert (len(everything), len(some)) == (6, 3)
 
 
@@ -127,9 +131,9 @@ def test_pictures_are_reduced_before_any_is_left_out(tmp_path: Path):
     for way in WAYS:
         keep_picture(gallery, way.key, 0, Image.effect_noise((600, 600), 60))
     arguments = (gallery, WAYS, [(0, "a prompt", 0)], [{way.key: "" for way in WAYS[1:]}])
-    (large,) = show_pictures(*arguments)
+    (large,) = show_pictures(*arguments, page_folder=tmp_path)
     budget = sum(map(len, (*large.pictures.values(), *large.differences.values()))) // 2
-    (reduced,) = show_pictures(*arguments, budget=budget)
+    (reduced,) = show_pictures(*arguments, page_folder=tmp_path, budget=budget)
     assert decoded(large.pictures["16bit"]).size == (512, 512)
     assert decoded(reduced.pictures["16bit"]).width in SIDES[1:]
     assert (reduced.width, reduced.height) == (600, 600)  # what was drawn

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import pytest
 
@@ -31,9 +32,9 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("page")
+    folder = tmp_path_factory.mktemp("a page's own, 100 %")
     path = folder / "report.html"
-    path.write_text(render_page(page_of(gallery_of(folder / "run", 3), HOSTILE, count=3)), encoding="utf-8")
+    path.write_text(render_page(page_of(gallery_of(folder, 3), HOSTILE, count=3)), encoding="utf-8")
     return path
 
 
@@ -108,6 +109,63 @@ def test_the_choices_change_what_is_shown(browser: Any, page_file: Path):
     assert shown() == [("rtn", "differences")]
     assert not tab.locator("#one .exact").first.is_visible()
     assert tab.locator("#two .exact").first.is_visible()  # the other chapter has choices of its own
+
+
+def test_the_panes_say_what_they_are(browser: Any, page_file: Path):
+    tab = opened(browser, page_file, [])
+    labels = tab.locator("#one .pair").first.locator(".label")
+    assert visible_texts(labels) == ["16-bit", "SVDQuant int4"]
+    tab.locator("#one input[value=rtn]").check()
+    assert visible_texts(labels) == ["16-bit", "naive 4-bit"]
+    tab.locator("#one input[value=differences]").check()
+    assert visible_texts(labels) == ["naive 4-bit"]
+
+
+def test_an_image_is_shown_at_its_own_size_and_larger(browser: Any, page_file: Path):
+    tab = opened(browser, page_file, [])
+    image = tab.locator("#one .exact").first
+    width = "image => image.getBoundingClientRect().width"
+    fitted = image.evaluate(width)
+    assert fitted > 100
+    tab.locator("#one [data-choice=size][value='1']").check()
+    assert image.evaluate(width) == 24
+    tab.locator("#one [data-choice=size][value='3']").check()
+    assert image.evaluate(width) == 72
+    tab.locator("#one [data-choice=size][value=fit]").check()
+    assert image.evaluate(width) == fitted
+
+
+def test_the_links_lead_to_the_whole_images(browser: Any, page_file: Path):
+    tab = opened(browser, page_file, [])
+    links = tab.locator("#one .pair").first.locator("figcaption a")
+    files = [Path(unquote(urlsplit(link).path)) for link in links.evaluate_all("all => all.map(a => a.href)")]
+    assert [file.parent.name for file in files] == ["16bit", "converted", "rtn"]
+    assert all(file.is_file() for file in files)
+
+
+def test_a_white_image_has_an_edge_on_white_paper(browser: Any, page_file: Path):
+    tab = opened(browser, page_file, [], color_scheme="light")
+    edge, paper = (
+        tab.evaluate(f"getComputedStyle(document.querySelector('{where}')).{name}")
+        for where, name in ((".view", "borderTopColor"), ("body", "backgroundColor"))
+    )
+    assert contrast(edge, paper) > 1.3
+    assert tab.evaluate("getComputedStyle(document.querySelector('.view')).borderTopWidth") == "1px"
+
+
+def test_what_is_cut_off_on_a_phone_says_that_it_scrolls(browser: Any, page_file: Path):
+    tab = opened(browser, page_file, [], viewport=PHONE)
+    cut = "box => box.scrollWidth > box.clientWidth + 1"
+    boxes = tab.locator(".wide")
+    told = boxes.evaluate_all(f"all => all.map(box => [({cut})(box), box.classList.contains('scrolls')])")
+    assert [True, True] in told
+    assert all(is_cut == says for is_cut, says in told)
+    tab.set_viewport_size({"width": 1600, "height": 900})
+    assert not tab.locator(".wide.plot").first.evaluate("box => box.classList.contains('scrolls')")
+
+
+def visible_texts(found: Any) -> list[str]:
+    return [each.inner_text() for each in found.all() if each.is_visible()]
 
 
 def contrast(first: str, second: str) -> float:

@@ -25,18 +25,21 @@ class Figure:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """`note` stands below. The first cell of a row is its heading."""
+    """`note` stands below. The first cell of a row is its heading. `wraps`: cells hold long words, such as digests,
+    that may be broken anywhere."""
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     note: str = ""
+    wraps: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Shown:
     """One prompt's pictures as data URIs, by way of drawing. `differences` and `figures`: of all but the first way,
-    against the first."""
+    against the first. `links`: to the whole pictures, relative to the page. `reduced`: whether the data URIs hold
+    smaller copies."""
 
     prompt: str
     seed: int
@@ -45,6 +48,8 @@ class Shown:
     pictures: Mapping[str, str]
     differences: Mapping[str, str]
     figures: Mapping[str, str]
+    links: Mapping[str, str]
+    reduced: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+from urllib.parse import quote
 
 from PIL import Image, ImageChops, ImageOps
 
@@ -33,18 +36,20 @@ def show_pictures(
     prompts: Sequence[tuple[int, str, int]],
     figures: Sequence[dict[str, str]],
     *,
+    page_folder: Path,
     budget: int = PAGE_PICTURE_BYTES,
 ) -> list[Shown]:
     """The pictures of `prompts` (index, prompt, seed), in this order: all where `budget` bytes allow it, else as many
     as fit in the smallest size.
 
     The first of `ways` is the one that the others are compared with. `figures`: for each prompt, a text by way.
+    `page_folder`: where the page will be, which the links to the whole pictures start from.
     """
     shown: list[Shown] = []
     for side in SIDES:
         shown = []
         spent = 0
-        for item in _encoded(gallery, ways, prompts, figures, side):
+        for item in _encoded(gallery, ways, prompts, figures, side, page_folder):
             spent += sum(map(len, (*item.pictures.values(), *item.differences.values())))
             if spent > budget:
                 break
@@ -60,6 +65,7 @@ def _encoded(
     prompts: Sequence[tuple[int, str, int]],
     figures: Sequence[dict[str, str]],
     side: int,
+    page_folder: Path,
 ) -> Iterator[Shown]:
     for (index, prompt, seed), said in zip(prompts, figures, strict=True):
         drawn = {way.key: read_picture(gallery, way.key, index) for way in ways}
@@ -75,7 +81,13 @@ def _encoded(
                 for way, other in zip(ways[1:], others, strict=True)
             },
             figures=said,
+            links={key: _link(gallery.path(key, index), page_folder) for key in drawn},
+            reduced=max(reference.size) > side,
         )
+
+
+def _link(picture: Path, page_folder: Path) -> str:
+    return quote(Path(os.path.relpath(picture, page_folder)).as_posix())
 
 
 def difference_map(a: Image.Image, b: Image.Image) -> Image.Image:
