@@ -41,6 +41,13 @@ SCHEMES = (
     Scheme("NVFP4", (r"\.weight_scale_2$",)),
     Scheme("block-scaled FP8", (r"\.weight_scale_inv$",)),
     Scheme("HQQ", (r"\.W_q$",)),
+    Scheme("NVIDIA ModelOpt", (r"_quantizer\._(amax|scale|double_scale|pre_quant_scale)$",)),
+    Scheme("SDNQ", (r"\.svd_up$", r"\.svd_down$", r"\.scale$")),
+    Scheme("AQLM", (r"\.codebooks$", r"\.codes$")),
+    Scheme("VPTQ", (r"\.centroids(\.weight)?$", r"\.indices$")),
+    Scheme("HIGGS", (r"\.tables$", r"\.tables2$")),
+    Scheme("MLX", (r"\.scales$", r"\.biases$")),
+    Scheme("Marlin", (r"\.workspace$", r"\.B$", r"\.s$")),
     Scheme("torchao", (r"[._:](weight_)?q?data$", r"[._:](weight_)?scale$")),
 )
 _METHOD_NAMES = {

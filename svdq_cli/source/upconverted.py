@@ -27,6 +27,7 @@ Entry = TypeVar("Entry", bound=TensorEntry)
 
 FLOAT8 = ("F8_E4M3", "F8_E5M2")
 _SCALES = ("scale_weight", "weight_scale")  # ComfyUI's two spellings
+_FOREIGN_SCALES = ("scale", "scales", "weight_scales", "weight.scale", "weight._scale", "w_scale", *_SCALES)
 # No quantizer packs into these
 _COUNTS = ("I64", "U64", "BOOL")
 _INTEGERS = (*_COUNTS, "I32", "U32", "I16", "U16", "I8", "U8")
@@ -81,7 +82,9 @@ def upconverted(path: Path, stored: Mapping[str, StoredTensor]) -> Readable:
         elif is_no_weight(name, entry):
             no_weights.append(name)
         else:
-            raise already_quantized(path, f"{name} is stored as {entry.dtype}", where=name)
+            scale = _foreign_scale(name, stored)
+            how = f", {scale} goes with it" if scale else ""
+            raise already_quantized(path, f"{name} is stored as {entry.dtype}{how}", where=name)
     return Readable(tensors, _float8_warning(path, eight), tuple(no_weights))
 
 
@@ -108,6 +111,10 @@ def _scale_of(
             kind="claimed-twice",
         )
     scale = scales[0] if scales else None
+    if scale is None and (foreign := _foreign_scale(name, stored)):
+        raise already_quantized(
+            path, f"8-bit floats with scales as {foreign}, which svdq does not read", where=name
+        )
     if scale is None or (scale.dtype in SIXTEEN_BIT_OR_MORE and _is_one_or_per_row(scale.shape, entry.shape)):
         return scale
     raise InputError(
@@ -117,6 +124,12 @@ def _scale_of(
         where=name,
         kind="already-quantized",
     )
+
+
+def _foreign_scale(name: str, stored: Mapping[str, StoredTensor]) -> str | None:
+    """A key beside a weight that can only be its scale, in a spelling that svdq has no reading of."""
+    layer = name.removesuffix(".weight")
+    return next((key for word in _FOREIGN_SCALES if (key := f"{layer}.{word}") in stored), None)
 
 
 def _is_one_or_per_row(scale: tuple[int, ...], weight: tuple[int, ...]) -> bool:

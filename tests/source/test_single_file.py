@@ -219,6 +219,7 @@ def quantized_file(tiny_flux: Path, out: Path, added: Mapping[str, Tensor]) -> P
 
 
 BYTES = torch.zeros(4, dtype=torch.uint8)
+FLOAT8 = torch.zeros(4, 4, dtype=torch.float8_e4m3fn)
 WORDS = torch.zeros(4, dtype=torch.int32)
 SCHEMES: tuple[tuple[str, dict[str, Tensor]], ...] = (
     ("SVDQuant (nunchaku)", {"a.qweight": BYTES, "a.wscales": BYTES, "a.smooth": BYTES}),
@@ -232,6 +233,19 @@ SCHEMES: tuple[tuple[str, dict[str, Tensor]], ...] = (
     ("torchao", {"img_in._weight_qdata": BYTES, "img_in._weight_scale": BYTES}),
     ("compressed-tensors", {"img_in.weight_packed": WORDS, "img_in.weight_scale": BYTES}),
     ("NVFP4", {"img_in.weight": BYTES, "img_in.weight_scale": BYTES, "img_in.weight_scale_2": BYTES}),
+    ("NVIDIA ModelOpt", {"img_in.weight": BYTES, "img_in.weight_quantizer._amax": BYTES}),
+    ("SDNQ", {"a.weight": BYTES, "a.scale": BYTES, "a.svd_up": BYTES, "a.svd_down": BYTES}),
+    ("AQLM", {"a.codes": BYTES, "a.codebooks": BYTES, "a.scales": BYTES}),
+    ("HIGGS", {"a.weight": WORDS, "a.scales": BYTES, "a.tables": BYTES, "a.tables2": BYTES}),
+    ("MLX", {"img_in.weight": WORDS, "img_in.scales": BYTES, "img_in.biases": BYTES}),
+    (
+        "8-bit floats with scales as img_in.scale, which svdq does not read",
+        {"img_in.weight": FLOAT8, "img_in.scale": FLOAT8.float()},
+    ),
+    (
+        "img_in.weight is stored as I8, img_in.weight_scale goes with it",
+        {"img_in.weight": BYTES.to(torch.int8), "img_in.weight_scale": BYTES.float()},
+    ),
     (
         "ComfyUI mxfp8",
         {"img_in.comfy_quant": torch.frombuffer(bytearray(b'{"format": "mxfp8"}'), dtype=torch.uint8)},
