@@ -196,8 +196,10 @@ def companions_in(
         try:
             read = reading(path, weights)
         except InputError as error:
-            if error.kind != "already-quantized" or not _has_names_of(naming, weights, of_base):
+            if error.kind != "already-quantized":
                 raise
+            if not _has_names_of(naming, weights, of_base):
+                continue
             scheme = error.message.removeprefix(f"{path}: this model is ")
             warnings.append(_of_the_base(path, component, f"is {scheme}", base))
             prefixes.append(prefix)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
+from svdq_cli.errors import InputError
 from svdq_cli.loading import load_16bit_pipeline
 from svdq_cli.pipeline import convert
 from svdq_cli.recipe import default_recipe, with_overrides
@@ -198,3 +199,105 @@ def test_a_base_without_weights_of_a_part_keeps_the_file_s_part_out(
     opened = open_source(source.path, base=copy)
     assert "vae" not in opened.companions
     assert "first_stage_model" in opened.warnings[0]
+
+
+# ------------------------------------------------------------------------------------------------- in fewer bits
+
+
+def flux_with_t5(base: Path, t5: Mapping[str, Tensor], out: Path) -> Path:
+    model = original_state(FLUX1, weights_of(base))
+    file = {f"model.diffusion_model.{name}": tensor for name, tensor in model.items()}
+    save_file(file | {f"text_encoders.t5xxl.transformer.{name}": tensor for name, tensor in t5.items()}, out)
+    return out
+
+
+def in_8_bits(state: Mapping[str, Tensor], *, scaled: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """As ComfyUI stores text encoders, with its marker; and the same numbers at 16 bits."""
+    eight: dict[str, Tensor] = {"scaled_fp8": torch.zeros(0, dtype=torch.float8_e4m3fn)} if scaled else {}
+    sixteen: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if tensor.ndim < 2:
+            eight[name] = sixteen[name] = tensor
+            continue
+        scale = tensor.float().abs().max() / 448 if scaled else torch.tensor(1.0)
+        eight[name] = (tensor.float() / scale).to(torch.float8_e4m3fn)
+        sixteen[name] = (eight[name].float() * scale).bfloat16()
+        if scaled:
+            eight[name.removesuffix("weight") + "scale_weight"] = scale.reshape(())
+    return eight, sixteen
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["unscaled", "scaled"])
+def test_a_t5_that_is_the_base_s_in_8_bits_stays_the_base_s(tiny_flux: Path, tmp_path: Path, scaled: bool):
+    eight, _ = in_8_bits(component(tiny_flux, "text_encoder_2"), scaled=scaled)
+    opened = open_source(flux_with_t5(tiny_flux, eight, tmp_path / "all.safetensors"), base=tiny_flux)
+    assert opened.companions == {}
+    (warning,) = opened.warnings
+    assert "the text_encoder_2 of" in warning
+    assert "the same one in 8 bits" in warning
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["unscaled", "scaled"])
+def test_a_t5_of_its_own_in_8_bits_is_unscaled_and_said(tiny_flux: Path, tmp_path: Path, scaled: bool):
+    trained = moved(component(tiny_flux, "text_encoder_2"))
+    eight, sixteen = in_8_bits(trained, scaled=scaled)
+    opened = open_source(flux_with_t5(tiny_flux, eight, tmp_path / "all.safetensors"), base=tiny_flux)
+    assert_equal({name: entry.read() for name, entry in opened.companions["text_encoder_2"].items()}, sixteen)
+    (warning,) = opened.warnings
+    assert warning.startswith("text_encoder_2: ")
+    assert "8-bit floats" in warning
+
+
+def test_a_base_in_8_bits_itself_is_no_better_than_the_file(tiny_flux_copy: Path, tmp_path: Path):
+    eight, sixteen = in_8_bits(component(tiny_flux_copy, "text_encoder_2"), scaled=False)
+    file = flux_with_t5(tiny_flux_copy, eight, tmp_path / "all.safetensors")
+    save_file(eight, tiny_flux_copy / "text_encoder_2/model.safetensors")
+    opened = open_source(file, base=tiny_flux_copy)
+    assert_equal({name: entry.read() for name, entry in opened.companions["text_encoder_2"].items()}, sixteen)
+
+
+def mxfp8(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """8-bit floats with an exponent of their own for every 32 in a row, which ComfyUI's label names."""
+    layer = name.removesuffix("weight")
+    return {
+        name: tensor.to(torch.float8_e4m3fn),
+        layer + "weight_scale": torch.full((tensor.shape[0], tensor.shape[1] // 32), 127, dtype=torch.uint8),
+        layer + "comfy_quant": torch.frombuffer(bytearray(b'{"format": "mxfp8"}'), dtype=torch.uint8),
+    }
+
+
+@pytest.mark.parametrize(
+    ("quantized", "name"),
+    [
+        (mxfp8, "ComfyUI mxfp8"),
+        (
+            lambda name, tensor: {name: tensor.to(torch.int8), f"{name}_scale": tensor[:, :1].clone()},
+            "stored as I8",
+        ),
+        (lambda name, tensor: {f"{name}_packed": tensor.int()}, "compressed-tensors"),
+    ],
+    ids=["mxfp8", "int8", "compressed-tensors"],
+)
+def test_a_t5_that_svdq_can_t_read_stays_the_base_s_by_name(
+    tiny_flux: Path, tmp_path: Path, quantized: Callable[[str, Tensor], dict[str, Tensor]], name: str
+):
+    t5: dict[str, Tensor] = {}
+    for key, tensor in component(tiny_flux, "text_encoder_2").items():
+        t5 |= quantized(key, tensor) if ".SelfAttention.q." in key else {key: tensor}
+    opened = open_source(flux_with_t5(tiny_flux, t5, tmp_path / "all.safetensors"), base=tiny_flux)
+    assert opened.companions == {}
+    (warning,) = opened.warnings
+    assert name in warning
+    assert "the text_encoder_2 of" in warning
+
+
+def test_two_keys_for_one_tensor_of_a_text_encoder_are_an_error_that_names_both(
+    base: Path, tmp_path: Path, source: Source
+):
+    state = load_file(source.path)
+    norm = "final_layer_norm.weight"
+    state[f"{CLIP_L}_orig_mod.text_model.{norm}"] = state[f"{CLIP_L}text_model.{norm}"].clone()
+    save_file(state, tmp_path / "twice.safetensors")
+    with pytest.raises(InputError, match=rf"{CLIP_L}.*{norm} and {CLIP_L}.*{norm} both stand for") as caught:
+        open_source(tmp_path / "twice.safetensors", base=base)
+    assert caught.value.kind == "claimed-twice"

@@ -9,6 +9,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import dequantize, quantize
+from safetensors.torch import load_file
 from torch import Tensor
 
 from svdq_cli.errors import EnvironmentLacksError, InputError
@@ -130,3 +131,63 @@ def test_without_the_package_the_cure_is_named(
     with pytest.raises(EnvironmentLacksError) as caught:
         open_source(file)
     assert "pip install gguf" in str(caught.value.hint)
+
+
+# ------------------------------------------------------------------------------------------------- whole pipelines
+
+
+def whole_pipeline(bfl_state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As stable-diffusion.cpp's convert writes it."""
+    return {
+        **{f"model.diffusion_model.{name}": tensor for name, tensor in bfl_state.items()},
+        "vae.decoder.conv_in.weight": torch.zeros(32, 32),
+        "text_encoders.clip_l.transformer.text_model.embeddings.token_embedding.weight": torch.zeros(64, 128),
+    }
+
+
+def test_what_lies_beside_the_model_is_left_out_with_a_warning(
+    tiny_flux: Path, tmp_path: Path, bfl_state: dict[str, Tensor]
+):
+    found, alone = (
+        open_source(gguf_file(state, tmp_path / name, Kind.Q8_0), base=tiny_flux)
+        for name, state in (("whole.gguf", whole_pipeline(bfl_state)), ("alone.gguf", bfl_state))
+    )
+    assert source_digest(found) == source_digest(alone)
+    assert "text_encoders (1 tensors), vae (1 tensors)" in found.warnings[1]
+
+
+@pytest.mark.parametrize(("kind", "taken"), [(Kind.BF16, True), (Kind.Q8_0, False)])
+def test_a_text_encoder_is_taken_as_it_is_but_not_where_it_is_quantized(
+    tiny_flux: Path, tmp_path: Path, bfl_state: dict[str, Tensor], kind: Kind, taken: bool
+):
+    t5 = {
+        name: 2 * tensor for name, tensor in load_file(tiny_flux / "text_encoder_2/model.safetensors").items()
+    }
+    prefix = "text_encoders.t5xxl.transformer."
+    state = {**bfl_state, **{prefix + name: tensor for name, tensor in t5.items()}}
+    opened = open_source(gguf_file(state, tmp_path / "m.gguf", kind), base=tiny_flux)
+    if taken:
+        found = {name: entry.read().float() for name, entry in opened.companions["text_encoder_2"].items()}
+        assert all(torch.equal(found[name], tensor.float()) for name, tensor in t5.items())
+        assert opened.warnings == ()
+    else:
+        assert opened.companions == {}
+        assert "not the file's, which is quantized" in opened.warnings[1]
+
+
+def test_counters_and_float64_are_read_past_and_rounded(
+    tiny_flux: Path, tmp_path: Path, bfl_state: dict[str, Tensor]
+):
+    writer = GGUFWriter(str(tmp_path / "m.gguf"), "flux")
+    for name, tensor in bfl_state.items():
+        writer.add_tensor(name, tensor.double().numpy())
+    writer.add_tensor("position_ids", numpy.arange(77, dtype=numpy.int64))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    source = open_source(tmp_path / "m.gguf", base=tiny_flux)
+    assert torch.equal(
+        read_tensor(source, "proj_out.weight"), weights_of(tiny_flux)["proj_out.weight"].float()
+    )
+    assert "position_ids" in source.warnings[0]
