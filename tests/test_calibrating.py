@@ -15,7 +15,8 @@ import torch
 from svdq_cli.calibrate import open_calibration
 from svdq_cli.calibrate.budget import rows_within, statistics_bytes
 from svdq_cli.conversion.calibrating import calibrate, input_widths
-from svdq_cli.errors import CanceledRunError, UsageError
+from svdq_cli.conversion.run import convert
+from svdq_cli.errors import CanceledRunError, InterruptedRunError, Terminated, UsageError
 from svdq_cli.formats import format_named
 from svdq_cli.preparing import RunOptions
 from svdq_cli.recipe import Calibration, Recipe, default_recipe
@@ -32,6 +33,18 @@ def recipe(tiny_flux: Path, tmp_path: Path) -> Recipe:
     prompts.write_text(PROMPTS)
     wanted = Calibration(prompts=str(prompts), steps=2, height=16, width=16, samples=3, rows=64)
     return default_recipe(str(tiny_flux), calibration=wanted)
+
+
+def test_a_conversion_that_is_stopped_while_it_calibrates_says_what_is_kept(recipe: Recipe, tmp_path: Path):
+    """Not "0 of 26 solved portions": the images that were generated are there."""
+
+    def stop_in_the_second_picture(event: Event) -> None:
+        if event.stage == "calibrate" and event.done == 3:
+            raise Terminated
+
+    with pytest.raises(InterruptedRunError) as caught:
+        convert(recipe, tmp_path / "out", options=CPU, observe=stop_in_the_second_picture)
+    assert "keeps 1 of 3 batches of calibration images; --resume" in str(caught.value.hint)
 
 
 def _bytes(folder: Path) -> dict[str, bytes]:
@@ -115,7 +128,7 @@ def test_sigterm_ends_with_75_and_says_how_to_go_on(recipe: Recipe, tiny_flux: P
     while process.poll() is None and not (parts / "000000.safetensors").exists():
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=300)
     assert process.returncode == 75, said
     assert "batches of pictures" in said
     assert "--resume" in said

@@ -7,6 +7,9 @@ import json
 import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -134,29 +137,61 @@ def test_the_quick_starts_report_is_of_images_that_show_something(quick_start: P
     assert report["psnr_db"]["min"] > 20
 
 
-def test_the_workflows_commands_run_as_written(
-    tiny_flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for PYTHONPATH with svdq as pip unpacks its wheel: the package, and its data inside."""
+    folder = tmp_path_factory.mktemp("site-packages")
+    shutil.copytree(
+        ROOT / "svdq_cli", folder / "svdq_cli", ignore=shutil.ignore_patterns("__pycache__", "_data")
+    )
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    table = project.split("[tool.hatch.build.targets.wheel.force-include]")[1].split("[")[0]
+    for here, there in re.findall(r'"(.+)" = "(.+)"', table):
+        shutil.copytree(ROOT / here, folder / there)
+    return folder
+
+
+def test_the_workflows_commands_run_as_written_from_another_repository(
+    installed: Path, tiny_flux: Path, tmp_path: Path
 ):
-    """On a tiny model instead of the demo's, by the workflow's own variables. Publishing needs the hub: a dry run."""
-    recipe = tmp_path / "tiny.yaml"
-    recipe.write_text(
+    """With svdq installed and no clone of it around, on a recipe of that repository and a tiny model instead of the
+    demo's, by the workflow's own variables. Publishing needs the hub: a dry run."""
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "tiny.yaml").write_text(
         f"version: 1\nmodel: {{source: {tiny_flux}}}\nquantization: {{effort: datafree, rank: 16}}\n"
         f"calibration: {{prompts: calib_prompts/demo_eval.txt, samples: 1, steps: 1, height: 32, width: 32}}\n"
         f"outputs: [{{path: out/tiny}}]\n"
     )
-    monkeypatch.chdir(tmp_path)
-    values = {
-        "RECIPE": str(recipe),
+    variables = {
+        "RECIPE": "recipes/tiny.yaml",
         "SOURCE": str(tiny_flux),
         "CHECKPOINT": "out/tiny",
         "REPOSITORY": "owner/name --dry-run",
         "GITHUB_STEP_SUMMARY": "summary.md",
     }
-    for command in commands_of(ROOT / ".github/workflows/convert.yml"):
-        for name, value in values.items():
-            command = command.replace(f'"${name}"', value)
-        assert "$" not in command
-        assert run(shlex.split(command)[1:]) == 0, command
+    commands = list(commands_of(ROOT / ".github/workflows/convert.yml"))
+    assert len(commands) == 6
+    program = (
+        "import json, os, shlex, sys\n"
+        "import svdq_cli\n"
+        "from svdq_cli.cli import run\n"
+        "print(svdq_cli.__file__, file=sys.stderr)\n"
+        "for command in json.loads(sys.argv[1]):\n"
+        "    command = command.replace('\"', '') if 'REPOSITORY' in command else command\n"
+        "    words = shlex.split(os.path.expandvars(command))\n"
+        "    assert run([*words[1:], '-q']) == 0, command\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, json.dumps(commands)],
+        cwd=tmp_path,
+        env={**os.environ, **variables, "PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    assert str(installed) in done.stderr.splitlines()[0]
     summary = (tmp_path / "summary.md").read_text()
     assert [line for line in summary.splitlines() if line.startswith("### ")] == [
         "### svdq convert: ok",
@@ -165,6 +200,76 @@ def test_the_workflows_commands_run_as_written(
         "### svdq bench: ok",
         "### svdq push: planned",
     ]
+
+
+def test_an_installed_svdq_has_its_recipes_prompts_and_manual(installed: Path, tmp_path: Path):
+    program = (
+        "from svdq_cli.cli import run\n"
+        "assert run(['recipes']) == 0\n"
+        "assert run(['convert', '--help']) == 0\n"
+        "from svdq_cli.starting import recipe_of\n"
+        "from svdq_cli.recipe import find_prompts\n"
+        "recipe, beside = recipe_of('flux1-dev-int4')\n"
+        "print(find_prompts(recipe.calibration.prompts, beside))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(installed)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    lines = done.stdout.splitlines()
+    assert any(line.startswith("flux1-dev-int4 ") for line in lines)
+    (page,) = [line.split(": ")[1] for line in lines if line.startswith("Learn more: ")]
+    for path in (page, lines[-1]):
+        assert Path(path).is_relative_to(installed)
+        assert Path(path).is_file()
+
+
+@pytest.mark.parametrize("workflow", ["convert.yml", "nightly.yml"])
+def test_a_copied_workflow_installs_svdq_and_not_the_repository_that_it_is_in(workflow: str, tmp_path: Path):
+    """Its install step, with a `python` that shows what it is called with."""
+    text = (ROOT / ".github/workflows" / workflow).read_text(encoding="utf-8")
+    steps = re.findall(r"run: (python -m pip install .*)", text)
+    assert steps
+    (tmp_path / "python").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    for step in steps:
+        for name, code in (("", 1), ("git+https://example.org/svdq@v1", 0)):
+            done = subprocess.run(
+                ["bash", "-e", "-c", step],
+                env={"PATH": path, "SVDQ": name},
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            assert (done.returncode != 0) == bool(code)
+            assert ("set the variable SVDQ" in done.stderr) == bool(code)
+            if not code:
+                assert done.stdout.startswith(f"-m pip install {name} ")
+
+
+def test_the_page_on_ci_explains_every_line_of_the_workflow():
+    page = (ROOT / "docs/ci.md").read_text(encoding="utf-8").split("### convert.yml, line by line")[1]
+    workflow = (ROOT / ".github/workflows/convert.yml").read_text(encoding="utf-8")
+    variables = re.findall(r"^  ([A-Z]+):", workflow, re.MULTILINE)
+    steps = [f"step `{name}`" for name in re.findall(r"- name: (.*)", workflow)]
+    actions = re.findall(r"uses: ([\w/-]+)@", workflow)
+    assert variables
+    assert steps
+    assert actions
+    told = [
+        *(f"`{name}`" for name in variables),
+        *steps,
+        *actions,
+        "`runs-on`",
+        "permissions",
+        "workflow_dispatch",
+    ]
+    assert [line for line in told if line not in page] == []
 
 
 # ------------------------------------------------------------------------------------------------- kinds of errors

@@ -431,7 +431,7 @@ def test_a_signal_ends_a_run_cleanly(tiny_flux: Path, prompts: Path, tmp_path: P
     while time.monotonic() < deadline and not (events.is_file() and "advance" in events.read_text()):
         time.sleep(0.2)
     process.send_signal(number)
-    _, stderr = process.communicate(timeout=120)
+    _, stderr = process.communicate(timeout=300)
     assert process.returncode == code, stderr.decode()
     assert b"Traceback" not in stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["events.jsonl"]

@@ -59,6 +59,8 @@ def test_stdout_is_one_object_stderr_is_plain_and_provenance_is_complete(tiny_fl
 def test_a_signal_before_the_work_begins_is_told_apart_too(told: str, code: int, kind: str):
     program = (
         "import os, signal, sys\n"
+        # a shell starts what it puts into the background with Ctrl-C ignored, and children inherit that
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "import svdq_cli.diagnosis\n"
         f"svdq_cli.diagnosis.diagnose = lambda: os.kill(os.getpid(), signal.{told})\n"
         "sys.argv = ['svdq', 'doctor', '--json']\n"

@@ -78,11 +78,11 @@ _ENDLESS = r"(\w|\w\w|.)*(\w|\w\w|.)*(\w|.)*(\w|.)*[!?]"
 @pytest.mark.parametrize("pattern", [_ENDLESS, "a" * 2000])
 def test_a_pattern_that_takes_too_long_is_stopped_and_named(tiny_flux: Path, tmp_path: Path, pattern: str):
     folder = folder_of(tmp_path, {"alpha_pattern": {pattern: 8}})
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(InputError, match="takes too long to match") as caught:
         merge_loras(open_source(tiny_flux), [(folder, 1.0)])
     # Python's own engine does not end within a day
-    assert time.monotonic() - started < 10
+    assert time.process_time() - started < 10
     assert str(folder / "adapter_config.json") in caught.value.message
 
 
@@ -90,10 +90,10 @@ def test_a_pattern_that_takes_too_long_is_stopped_and_named(tiny_flux: Path, tmp
     "pattern", [r"(\w+\.?)+!", r"(\w+\.?)+[!?]", r"(.*)*!", r"((a|\w)*)*!", "(" * 99 + "a" + ")*" * 99]
 )
 def test_a_pattern_that_only_looks_endless_is_answered(tiny_flux: Path, tmp_path: Path, pattern: str):
-    started = time.monotonic()
+    started = time.process_time()
     folder = folder_of(tmp_path, {"alpha_pattern": {pattern: 8}})
     assert scale_of(tiny_flux, folder) == pytest.approx(1, rel=1e-4)
-    assert time.monotonic() - started < 10
+    assert time.process_time() - started < 10
 
 
 @pytest.mark.parametrize("pattern", ["(", "[", "*", r"\8", "(?P<a>.)(?P<a>.)"])
