@@ -11,6 +11,7 @@ from types import MappingProxyType
 
 from svdq_cli.errors import InputError
 from svdq_cli.source.adapters import adapter_file
+from svdq_cli.source.dduf import is_dduf, open_dduf
 from svdq_cli.source.denoisers import by_component, component_of, denoisers_of, joined, only, prefix_of
 from svdq_cli.source.folders import (
     INDEX_SUFFIX,
@@ -103,6 +104,8 @@ def open_source(path: Path, *, base: Path | None = None) -> Source:
         config = read_json(path)
         refuse_other_components(path, config)
         return Source(path, None, "transformer", config, MappingProxyType({}))
+    if path.is_file() and is_dduf(path):
+        return open_dduf(path, base=base)
     if path.suffix.lower() in _PICKLE_SUFFIXES and path.is_file():
         raise pickled(path)
     if path.is_file():

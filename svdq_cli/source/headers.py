@@ -40,11 +40,14 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     return dict(read_whole_header(path).tensors)
 
 
-def read_whole_header(path: Path) -> Header:
-    """Tensors and metadata of one safetensors file. Raises InputError for anything else, by name."""
+def read_whole_header(path: Path, *, at: tuple[int, int] | None = None) -> Header:
+    """Tensors and metadata of one safetensors file. Raises InputError for anything else, by name.
+
+    `at`: where it begins and how many bytes it has, inside of an archive that stores it as it is.
+    """
     try:
-        size = path.stat().st_size
-        text = _header_text(path, size)
+        start, size = at or (0, path.stat().st_size)
+        text = _header_text(path, start, size)
         header = json.loads(text, object_pairs_hook=_keys_once)
     except PermissionError as error:
         raise InputError(
@@ -63,13 +66,14 @@ def read_whole_header(path: Path) -> Header:
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise damaged(path, "its metadata is not a JSON object of texts")
-    entries = {name: _entry(path, name, facts, 8 + len(text)) for name, facts in header.items()}
+    entries = {name: _entry(path, name, facts, start + 8 + len(text)) for name, facts in header.items()}
     _require_no_gaps(path, entries, size - 8 - len(text))
     return Header({name: entry for name, (entry, _) in entries.items()}, metadata)
 
 
-def _header_text(path: Path, size: int) -> bytes:
+def _header_text(path: Path, start: int, size: int) -> bytes:
     with path.open("rb") as file:
+        file.seek(start)
         prefix = file.read(8)
         if len(prefix) < 8:
             if known := other_kind(prefix):
@@ -78,7 +82,7 @@ def _header_text(path: Path, size: int) -> bytes:
             raise damaged(path, "shorter than a safetensors header")
         if prefix.startswith(_PICKLE_MAGICS) and file.read(1) != b"{":
             raise pickled(path)
-        file.seek(8)
+        file.seek(start + 8)
         (length,) = struct.unpack("<Q", prefix)
         if length > min(_HEADER_LIMIT, size - 8):
             if known := other_kind(prefix + file.read(56)):
