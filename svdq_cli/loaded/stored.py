@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 from svdq_cli.checkpoint import Checkpoint, open_checkpoint
 from svdq_cli.errors import InputError, UsageError
+from svdq_cli.sampling import SAMPLING_FILE
 from svdq_cli.writing import REPORT_FILE, WEIGHT_FILE, disk_errors, sync_files
 
 ORIGIN = "svdq_origin"  # attribute of a loaded model: its `Origin`
 LORAS = "svdq_loras"  # attribute of a loaded model: its LoRAs (`lora.attaching`)
 _WEIGHTS = WEIGHT_FILE.removesuffix(".safetensors")
-_PAPERS = (REPORT_FILE, "README.md", "LICENSE*")
+_PAPERS = (REPORT_FILE, SAMPLING_FILE, "README.md", "LICENSE*")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -301,3 +301,5 @@ def test_a_loaded_pipeline_without_arguments_samples_as_its_model_wants(
         16,
     )
     assert type(pipe).__name__ == "FluxPipeline"
+    pipe.save_pretrained(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / SAMPLING_FILE).read_text()) == said
