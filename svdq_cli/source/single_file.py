@@ -94,7 +94,7 @@ def source_of_file(
         config_from: ConfigFrom = "base"
     else:
         component = known.component
-        config, config_from = _config(path, known, tensors, base)
+        config, config_from = _config(path, known, tensors, weights, base)
     companions = companions_in(path, beside, base, reading)
     left_out = Counter(name.split(".")[0] for name in beside if not name.startswith(companions.prefixes))
     own = f", with its own {', '.join(sorted(companions.tensors))}" if companions.tensors else ""
@@ -226,12 +226,16 @@ def _named_by_base(
 
 
 def _config(
-    path: Path, known: KnownClass, tensors: Mapping[str, TensorEntry], base: Path | None
+    path: Path,
+    known: KnownClass,
+    tensors: Mapping[str, TensorEntry],
+    original: Mapping[str, TensorEntry],
+    base: Path | None,
 ) -> tuple[Mapping[str, object], ConfigFrom]:
     """The base's config where there is one, else the published model's that has these shapes."""
     given = _base_config(path, known, base) if base else None
     if given is None:
-        config = published_config(known, tensors)
+        config = published_config(known, tensors, original)
         if config is None:
             raise InputError(
                 f"{path}: a {known.model_class}, whose config can't be told from its names and shapes alone",
@@ -240,11 +244,13 @@ def _config(
                 kind="needs-base",
             )
         return config, "shapes"
-    facts = known.facts(tensors)
-    for name in sorted(known.compared & given.keys()):
-        if given[name] != facts[name]:
+    facts, beside = known.facts(tensors), known.beside(original)
+    for name, value in sorted(
+        {**{name: facts[name] for name in known.compared & given.keys()}, **beside}.items()
+    ):
+        if given.get(name) != value:
             raise InputError(
-                f"{path}: {name} is {facts[name]} here and {given[name]} in the base {base}",
+                f"{path}: {name} is {value} here and {given.get(name)} in the base {base}",
                 hint=f"the base is another variant; {BASE_HINT}",
                 where=name,
                 kind="wrong-base",

@@ -11,15 +11,18 @@ from typing import Any
 import pytest
 import torch
 from diffusers import models
+from safetensors.torch import save_file
 
+from svdq_cli.errors import InputError
 from svdq_cli.planning.inventory import take_inventory
 from svdq_cli.planning.plan import plan_model
 from svdq_cli.records import Int4
 from svdq_cli.source import open_source
 from svdq_cli.source.configs import class_of_names, published_config
 from svdq_cli.source.names import convert_names
-from svdq_cli.source.original_names import FLUX1
-from tests.source.originals import MemoryTensor, real_keys
+from svdq_cli.source.original_names import FLUX1, SANA
+from tests.source.originals import MemoryTensor, original_state, real_keys
+from tests.tiny_families import tiny_pipeline
 
 FLUX = {"guidance_embeds": True}
 SD3_COMMON = {
@@ -141,7 +144,7 @@ def test_the_config_of_a_published_model_is_read_off_its_shapes(name: str):
     known = class_of_names(entries)
     assert known is not None
     assert known.model_class == class_name
-    found = published_config(known, entries)
+    found = published_config(known, entries, {})
     assert found is not None
     arguments = {key: value for key, value in found.items() if key != "_class_name"}
     assert meta_shapes(class_name, arguments) == shapes
@@ -150,6 +153,34 @@ def test_the_config_of_a_published_model_is_read_off_its_shapes(name: str):
         inferred = dict(getattr(models, class_name)(**arguments).config)
     for key in arguments.keys() | config.keys():
         assert _plain(inferred[key]) == _plain(given[key]), key
+
+
+@pytest.mark.parametrize(
+    ("positions", "side", "scale"),
+    [(1024, 32, None), (4096, 64, 1.0), (16384, 128, 2.0)],
+    ids=["1K", "2K", "4K"],
+)
+def test_the_size_of_sanas_images_is_told_by_positions_that_diffusers_computes_itself(
+    tmp_path: Path, positions: int, side: int, scale: float | None
+):
+    shapes = meta_shapes("SanaTransformer2DModel", {"num_layers": 1})
+    state = {name: torch.zeros(()).expand(shape) for name, shape in shapes.items()}
+    original = {name: tuple(tensor.shape) for name, tensor in original_state(SANA, state).items()}
+    path = sparse_file(tmp_path / "sana.safetensors", {**original, "pos_embed": (1, positions, 2240)})
+    config = open_source(path).config
+    assert (config["sample_size"], config["interpolation_scale"]) == (side, scale)
+
+
+def test_the_base_of_sanas_other_size_is_refused(tmp_path: Path):
+    base = tiny_pipeline("sana", tmp_path / "base")
+    source = open_source(base)
+    state = {name: entry.read() for name, entry in source.tensors.items()}
+    save_file(
+        {**original_state(SANA, state), "pos_embed": torch.zeros(1, 4096, 1)}, tmp_path / "2k.safetensors"
+    )
+    with pytest.raises(InputError, match=r"interpolation_scale is 1\.0 here and None in the base") as error:
+        open_source(tmp_path / "2k.safetensors", base=base)
+    assert error.value.kind == "wrong-base"
 
 
 def _plain(value: object) -> object:

@@ -40,11 +40,14 @@ def known_class(model_class: str) -> KnownClass:
     return next(known for known in KNOWN_CLASSES if known.model_class == model_class)
 
 
-def published_config(known: KnownClass, tensors: Shapes) -> Facts | None:
-    """The whole config, or None where the shapes are not those of a published model."""
+def published_config(known: KnownClass, tensors: Shapes, original: Shapes) -> Facts | None:
+    """The whole config, or None where the shapes are not those of a published model. `original`: the tensors under the
+    names that their file has, with those that diffusers' class has no place for."""
     facts = known.facts(tensors)
     rest = known.rest(facts)
-    return None if rest is None else {"_class_name": known.model_class, **rest, **facts}
+    if rest is None:
+        return None
+    return {"_class_name": known.model_class, **rest, **facts, **known.beside(original)}
 
 
 @dataclass(frozen=True, slots=True)

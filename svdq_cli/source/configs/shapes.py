@@ -25,6 +25,8 @@ class KnownClass:
     `facts` reads config values off the shapes. `rest` adds the values that shapes don't show, for models with those
     facts; it returns None where they are not those of a published model. Of a base pipeline's config, the `compared`
     facts must be the same (they tell variants apart); the `counted` ones need not: a pruned model has fewer blocks.
+    `beside` reads values off tensors of an original checkpoint that diffusers' class has no place for; a base must have
+    the same.
     `relatives` are classes whose tensors have the same names, so that only a base tells which one it is.
     """
 
@@ -37,6 +39,7 @@ class KnownClass:
     compared: frozenset[str] = frozenset({"in_channels"})
     legacy_name: str | None = None  # what older configs call the class
     relatives: frozenset[str] = frozenset()
+    beside: Callable[[Shapes], Facts] = lambda _: {}
     shown: Callable[[Shapes], Facts] = (
         lambda _: {}
     )  # facts that tell variants apart, but not their whole config value

@@ -82,6 +82,17 @@ def _sana_rest(facts: Facts) -> Facts | None:
     }
 
 
+# SANA's images of 2K and 4K: latents a side -> how far positions are apart. Smaller ones have none.
+_SANA_POSITIONS = {64: 1.0, 128: 2.0}
+
+
+def _sana_positions(original: Shapes) -> Facts:
+    side = round(size(original, "pos_embed", 1) ** 0.5)
+    if side in _SANA_POSITIONS:
+        return {"interpolation_scale": _SANA_POSITIONS[side], "sample_size": side}
+    return {"interpolation_scale": None} if side else {}
+
+
 def _z_image_facts(tensors: Shapes) -> Facts:
     return {
         "in_channels": size(tensors, "all_x_embedder.2-1.weight", 1) // 4,  # pixels of a 2x2 patch
@@ -148,6 +159,7 @@ SANA = KnownClass(
     _sana_facts,
     _sana_rest,
     frozenset({"num_layers"}),
+    beside=_sana_positions,
 )
 Z_IMAGE = KnownClass(
     "ZImageTransformer2DModel",
