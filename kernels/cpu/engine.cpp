@@ -44,10 +44,12 @@ template <class Of> void with_types(int32_t nvfp4, int32_t bfloat16, Of of)
 template <class P, class E>
 void quantize_rows(const void* x, bool float32, int64_t m, const Quantizer& how, const Quantized& out, int64_t threads)
 {
-    const double products = double(m) * double(how.k) * double(how.rank + 64);
-    in_parallel(blocks_of(m), worth(threads, products), [&](int64_t block) {
-        const std::unique_ptr<float[]> sums(new float[BLOCK * how.rank + 1]);
-        quantize_block<Vector, P, E>(x, float32, m, block, how, out, sums.get());
+    threads = worth(threads, double(m) * double(how.k) * double(how.rank + 64));
+    const int64_t blocks = blocks_of(m), together = blocks < 2 * MOST_TOGETHER * threads ? 1 : MOST_TOGETHER;
+    in_parallel((blocks + together - 1) / together, threads, [&](int64_t task) {
+        const int64_t block = task * together, count = blocks - block < together ? blocks - block : together;
+        const std::unique_ptr<float[]> sums(new float[count * BLOCK * how.rank + 1]);
+        quantize_blocks<Vector, P, E>(x, float32, m, block, int(count), how, out, sums.get());
     });
 }
 

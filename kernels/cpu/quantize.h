@@ -1,12 +1,12 @@
-// One block of 6 rows: smooth, quantize, project down, in one read of the input. Bit for bit what solve/quantizers.py
+// Blocks of 6 rows: smooth, quantize, project down, in one read of the input. Bit for bit what solve/quantizers.py
 // defines; hidden vectors are one chain of fmas over k, of each pair the odd k first.
 #pragma once
 #include "layouts.h"
 
 namespace svdq {
 
-constexpr int CHUNK = 512; // columns that are worked on at a time: 6 rows of them stay in the nearest cache
-constexpr int MOST_RANK = 4096;
+constexpr int CHUNK = 256;      // columns that are worked on at a time
+constexpr int MOST_TOGETHER = 4; // blocks, so that each read of `down` serves 24 rows; with 256 columns in the first cache
 constexpr float E4M3_MOST = 448.0f;
 
 // 1 / scale; 0 where a group is zero, or so small that this would overflow.
@@ -85,7 +85,7 @@ template <class V, class E> inline void smooth_row(const uint16_t* x, const uint
 
 // `sums` [6][R] += x (6 rows of `columns`) times down^T.
 template <class V, class E>
-inline void add_hidden(const uint16_t (*x)[CHUNK], int64_t columns, const uint16_t* down, int64_t rank, float* sums)
+inline void add_hidden(const uint16_t* const* x, int64_t columns, const uint16_t* down, int64_t rank, float* sums)
 {
     constexpr int WIDE = V::LANES == 16 ? 2 : 1; // vectors of ranks at a time
     for (int64_t r = 0; r < rank; r += WIDE * V::LANES) {
@@ -102,7 +102,7 @@ inline void add_hidden(const uint16_t (*x)[CHUNK], int64_t columns, const uint16
 #pragma GCC unroll 6
                 for (int m = 0; m < BLOCK; ++m) {
                     uint32_t pair;
-                    std::memcpy(&pair, &x[m][k], 4);
+                    std::memcpy(&pair, x[m] + k, 4);
                     acc[m][0] = V::template add_product<E>(acc[m][0], first, pair);
                     acc[m][1] = V::template add_product<E>(acc[m][1], second, pair);
                 }
@@ -113,7 +113,7 @@ inline void add_hidden(const uint16_t (*x)[CHUNK], int64_t columns, const uint16
 #pragma GCC unroll 6
                 for (int m = 0; m < BLOCK; ++m) {
                     uint32_t pair;
-                    std::memcpy(&pair, &x[m][k], 4);
+                    std::memcpy(&pair, x[m] + k, 4);
                     acc[m][0] = V::template add_product<E>(acc[m][0], first, pair);
                 }
             }
@@ -125,80 +125,92 @@ inline void add_hidden(const uint16_t (*x)[CHUNK], int64_t columns, const uint16
     }
 }
 
-template <class V, class E> inline void read_row(const void* x, bool float32, int64_t at, int64_t columns, uint16_t* to)
+// `columns` numbers of a row as 16-bit ones: where they lie, or rounded into `room`.
+template <class V, class E>
+inline const uint16_t* read_row(const void* x, bool float32, int64_t at, int64_t columns, uint16_t* room)
 {
-    if (!float32) {
-        std::memcpy(to, static_cast<const uint16_t*>(x) + at, 2 * columns);
-        return;
-    }
-    const float* from = static_cast<const float*>(x) + at;
+    if (!float32)
+        return static_cast<const uint16_t*>(x) + at;
+    const float* wide = static_cast<const float*>(x) + at;
     int64_t i = 0;
     for (; i + V::LANES <= columns; i += V::LANES)
-        V::template store16<E>(to + i, V::load(from + i));
+        V::template store16<E>(room + i, V::load(wide + i));
     for (; i < columns; ++i)
-        to[i] = E::from_float(from[i]);
+        room[i] = E::from_float(wide[i]);
+    return room;
 }
 
-// Rows `6 block`.. of `x` (m, k), 16-bit or float32, into `out`. `sums`: room for [6][R].
+// One step of 64 columns of one row: codes, and the scale and start of each group. `columns` < 64 at the end of a K that
+// is not a multiple of 64.
 template <class V, class P, class E>
-inline void quantize_block(const void* x, bool float32, int64_t m, int64_t block, const Quantizer& how, const Quantized& out,
-                           float* sums)
+inline void quantize_step(const uint16_t* x, int64_t columns, const uint16_t* smooth, bool without_sign, float shift, int8_t* codes,
+                          Group* groups)
 {
-    const int64_t k = how.k, kp = up_to(k, STEP), groups = kp / P::GROUP, first = block * BLOCK;
-    const int rows = int(m - first < BLOCK ? m - first : BLOCK);
-    alignas(64) uint16_t chunk[BLOCK][CHUNK];
     alignas(64) float values[STEP];
-    alignas(64) int8_t codes[STEP];
-    std::memset(sums, 0, sizeof(float) * BLOCK * how.rank);
-    for (int row = rows; row < BLOCK; ++row)
-        std::memset(chunk[row], 0, sizeof chunk[row]);
-    uint32_t* packed = reinterpret_cast<uint32_t*>(out.codes + block * kp * BLOCK);
-    float* scales = out.scales + block * groups * BLOCK;
-    int32_t* starts = out.starts + block * groups * BLOCK;
+    if (columns == STEP) {
+        smooth_row<V, E>(x, smooth, shift, values);
+    } else {
+        uint16_t x_end[STEP] = {}, smooth_end[STEP];
+        for (int i = 0; i < STEP; ++i)
+            smooth_end[i] = E::from_float(1.0f);
+        std::memcpy(x_end, x, 2 * columns);
+        std::memcpy(smooth_end, smooth, 2 * columns);
+        smooth_row<V, E>(x_end, smooth_end, shift, values);
+        for (int64_t i = columns; i < STEP; ++i)
+            values[i] = 0.0f;
+    }
+    for (int i = 0; i < STEP / P::GROUP; ++i)
+        groups[i] = quantize_group<V, P, E>(values + i * P::GROUP, without_sign, codes + i * P::GROUP);
+}
+
+// `count` blocks from `block` on of `x` (m, k), 16-bit or float32, into `out`. `sums`: room for [count][6][R].
+template <class V, class P, class E>
+inline void quantize_blocks(const void* x, bool float32, int64_t m, int64_t block, int count, const Quantizer& how,
+                            const Quantized& out, float* sums)
+{
+    constexpr int IN_STEP = STEP / P::GROUP;
+    const int64_t k = how.k, kp = up_to(k, STEP), groups = kp / P::GROUP;
+    alignas(64) uint16_t chunk[MOST_TOGETHER][BLOCK][CHUNK];
+    alignas(64) int8_t codes[BLOCK][STEP];
+    std::memset(sums, 0, sizeof(float) * count * BLOCK * how.rank);
+    std::memset(chunk, 0, sizeof chunk); // rows from m on
+    const uint16_t* rows[MOST_TOGETHER][BLOCK];
     for (int64_t begin = 0; begin < k; begin += CHUNK) {
-        const int64_t columns = k - begin < CHUNK ? k - begin : CHUNK, whole = columns / STEP * STEP;
-        for (int row = 0; row < BLOCK; ++row) {
-            if (row < rows)
-                read_row<V, E>(x, float32, (first + row) * k + begin, columns, chunk[row]);
+        const int64_t columns = k - begin < CHUNK ? k - begin : CHUNK;
+        for (int b = 0; b < count; ++b) {
+            const int64_t first = (block + b) * BLOCK;
+            for (int row = 0; row < BLOCK; ++row) {
+                uint16_t* room = chunk[b][row];
+                rows[b][row] = first + row < m ? read_row<V, E>(x, float32, (first + row) * k + begin, columns, room) : room;
+            }
+            uint32_t* packed = reinterpret_cast<uint32_t*>(out.codes + (block + b) * kp * BLOCK);
             for (int64_t at = 0; at < columns; at += STEP) {
-                if (row >= rows)
-                    std::memset(codes, 0, sizeof codes);
                 const bool without_sign = begin + at >= how.unsigned_from;
-                const float shift = without_sign ? how.shift : 0.0f;
-                if (row < rows && at < whole) {
-                    smooth_row<V, E>(chunk[row] + at, how.smooth + begin + at, shift, values);
-                } else if (row < rows) { // the last columns of a K that is not a multiple of 64
-                    uint16_t x_end[STEP] = {}, smooth_end[STEP];
-                    for (int i = 0; i < STEP; ++i)
-                        smooth_end[i] = E::from_float(1.0f);
-                    std::memcpy(x_end, chunk[row] + at, 2 * (columns - at));
-                    std::memcpy(smooth_end, how.smooth + begin + at, 2 * (columns - at));
-                    smooth_row<V, E>(x_end, smooth_end, shift, values);
-                    for (int64_t i = columns - at; i < STEP; ++i)
-                        values[i] = 0.0f;
-                }
-                for (int i = 0; i < STEP; i += P::GROUP) {
-                    const int64_t group = (begin + at + i) / P::GROUP;
-                    const Group made = row < rows ? quantize_group<V, P, E>(values + i, without_sign, codes + i) : Group{0.0f, 0};
-                    scales[group * BLOCK + row] = made.scale;
-                    starts[group * BLOCK + row] = made.start;
-                }
-                uint32_t* to = packed + (begin + at) / 4 * BLOCK + row;
-#pragma GCC unroll 16
-                for (int i = 0; i < STEP / 4; ++i) {
-                    uint32_t four;
-                    std::memcpy(&four, codes + 4 * i, 4);
-                    to[i * BLOCK] = four;
-                }
+                const int64_t here = columns - at < STEP ? columns - at : STEP, step = (begin + at) / STEP;
+                Group made[BLOCK][IN_STEP];
+                for (int row = 0; row < BLOCK; ++row)
+                    quantize_step<V, P, E>(rows[b][row] + at, here, how.smooth + begin + at, without_sign,
+                                           without_sign ? how.shift : 0.0f, codes[row], made[row]);
+                const int64_t group = (block + b) * groups + step * IN_STEP;
+                for (int i = 0; i < IN_STEP; ++i)
+                    for (int row = 0; row < BLOCK; ++row) {
+                        out.scales[(group + i) * BLOCK + row] = made[row][i].scale;
+                        out.starts[(group + i) * BLOCK + row] = made[row][i].start;
+                    }
+                uint32_t* to = packed + step * (STEP / 4) * BLOCK;
+                for (int i = 0; i < STEP / 4; ++i)
+                    for (int row = 0; row < BLOCK; ++row)
+                        std::memcpy(to + i * BLOCK + row, codes[row] + 4 * i, 4);
             }
         }
-        if (how.rank)
-            add_hidden<V, E>(chunk, columns, how.down + begin * how.rank, how.rank, sums);
+        for (int b = 0; b < count && how.rank; ++b)
+            add_hidden<V, E>(rows[b], columns, how.down + begin * how.rank, how.rank, sums + b * BLOCK * how.rank);
     }
     uint16_t* hidden = out.hidden + block * how.rank * BLOCK;
-    for (int row = 0; row < BLOCK; ++row)
-        for (int64_t r = 0; r < how.rank; ++r)
-            hidden[(r / 2 * BLOCK + row) * 2 + r % 2] = E::from_float(sums[row * how.rank + r]);
+    for (int b = 0; b < count; ++b, hidden += how.rank * BLOCK, sums += how.rank * BLOCK)
+        for (int row = 0; row < BLOCK; ++row)
+            for (int64_t r = 0; r < how.rank; ++r)
+                hidden[(r / 2 * BLOCK + row) * 2 + r % 2] = E::from_float(sums[row * how.rank + r]);
 }
 
 } // namespace svdq
