@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from svdq_cli.bench.report import BenchDevice
+from svdq_cli.cpu.engine import lack_of_engine
 from svdq_cli.errors import EnvironmentLacksError
 from svdq_cli.gpu.launch import cuda_device
 
@@ -33,7 +34,7 @@ def device_facts(device: torch.device) -> BenchDevice:
     return BenchDevice(
         name=_cpu_name(),
         sm=None,
-        backend="reference",
+        backend="reference" if lack_of_engine() else "cpu",
         driver=None,
         cuda=None,
         torch=str(torch.__version__),

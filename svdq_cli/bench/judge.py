@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from statistics import fmean
 
-from svdq_cli.bench.report import BenchReport, SpeedRatio
+from svdq_cli.bench.report import BenchReport, SpeedRatio, layer_ratios
 from svdq_cli.recipe import Gate, figure_of
 from svdq_cli.records import to_json
 
@@ -14,7 +14,7 @@ from svdq_cli.records import to_json
 def judged(report: BenchReport, gates: Sequence[Gate]) -> BenchReport:
     """The report with its speed ratio, marked with the gates that it misses. A gate on a figure that was not measured
     is missed."""
-    ratios = [row.ratio for row in report.rows if row.op == "w4a4 linear"]
+    ratios = [row.ratio for row in layer_ratios(report.rows)]
     report = replace(report, speed_ratio=SpeedRatio(fmean(ratios), min(ratios)) if ratios else None)
     plain = to_json(report)
     figures = {gate: figure_of(gate, plain) for gate in gates}

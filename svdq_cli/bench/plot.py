@@ -53,6 +53,6 @@ def _label(row: BenchRow) -> str:
 
 
 def _color(row: BenchRow) -> str:
-    if row.mode in ("kernels", "reference"):
+    if row.mode in ("kernels", "reference", "fused"):
         return OURS
-    return BASELINE if f"{row.mode} {row.op} {row.precision}" == row.baseline else OTHERS
+    return BASELINE if row.mode == "torch" and row.ratio == 1 else OTHERS

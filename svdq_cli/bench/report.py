@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+FUSED, NO_BRANCH, UNFUSED = "fused", "no-branch", "unfused-branch"  # modes of the CPU engine
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +24,7 @@ class BenchRow:
     layer: str  # the shape's name, or the first of the checkpoint's layers that have this shape
     op: str  # "linear", "w4a4 linear", "w4a16 linear", "gemm", "w4a4 gemm", "quantize and down"
     mode: str  # what computes it: "torch", "bitsandbytes", "reference", "kernels", "kernels + torch branch",
-    # "hopper exact", "hopper w4a8", "hopper fp8"
+    # "hopper exact", "hopper w4a8", "hopper fp8"; on the CPU engine "fused", "no-branch", "unfused-branch"
     precision: str
     m: int
     k: int
@@ -32,7 +35,8 @@ class BenchRow:
     baseline: str
     ratio: float  # the baseline's median over this one: above 1 is faster
     floor_us: float | None  # its least bytes over the measured speed of copying, where these decide the time
-    relative_error: float  # Frobenius norm, against the operation's own definition in float64
+    # Frobenius norm, against the operation's own definition in float64; None of a whole step
+    relative_error: float | None
     exactness: str
 
 
@@ -59,7 +63,7 @@ class StepRow:
     rank: int | None
     us: Microseconds
     ratio: float  # the 16-bit model's eager median over this one
-    peak_bytes: int | None  # of tensors, weights included; None on a CPU
+    peak_bytes: int | None  # of tensors, weights included; on a CPU, of the process, as the system counts it
     memory_ratio: float | None  # the 16-bit model's peak over this one
 
 
@@ -69,6 +73,14 @@ class SpeedRatio:
 
     mean: float
     min: float
+
+
+def layer_ratios(rows: Sequence[BenchRow]) -> list[BenchRow]:
+    """The rows that tell how fast whole W4A4 layers are, on the fastest backend that was measured, each once."""
+    first = rows[0].baseline if rows else None
+    ours = [row for row in rows if row.rank is not None and row.baseline == first]
+    fused = [row for row in ours if (row.op, row.mode) == ("linear", "fused")]
+    return fused or [row for row in ours if row.op == "w4a4 linear"]
 
 
 @dataclass(frozen=True, slots=True)

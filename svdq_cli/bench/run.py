@@ -14,15 +14,17 @@ import torch
 from torch import Tensor
 
 from svdq_cli.bench.baselines import gpu_baselines
+from svdq_cli.bench.cpu_operations import LINEAR, cpu_baselines, cpu_operations
 from svdq_cli.bench.device import device_facts, lack_of_kernels, load_average
 from svdq_cli.bench.hopper_operations import hopper_operations
 from svdq_cli.bench.kernel_operations import kernel_operations
 from svdq_cli.bench.operations import NAMES, Operation, reference_linear, torch_linear, without_branch
-from svdq_cli.bench.report import BenchReport, BenchRow
+from svdq_cli.bench.report import FUSED, BenchReport, BenchRow, StepRow
 from svdq_cli.bench.shapes import MODULATION_ROWS, LinearShape, ShapeSet
 from svdq_cli.bench.step import StepSettings, arithmetics, step_rows
 from svdq_cli.bench.timing import Call, bytes_per_microsecond, cache_bytes, copies_beyond_cache, measure
-from svdq_cli.bench.transformer import FLUX1_DEV_STEP
+from svdq_cli.bench.transformer import FLUX1_DEV_BLOCKS, FLUX1_DEV_STEP
+from svdq_cli.cpu.engine import lack_of_engine
 from svdq_cli.errors import EnvironmentLacksError, InputError, UsageError
 from svdq_cli.gpu.launch import cuda_device
 from svdq_cli.machine import on_device
@@ -43,6 +45,7 @@ from svdq_cli.records import (
     following_seed,
     ignore_events,
 )
+from svdq_cli.runtime.cpu_operands import cpu_objection
 from svdq_cli.runtime.hopper_operands import hopper_objection
 from svdq_cli.solve.linear import SourceWeight, solve_input
 
@@ -53,9 +56,10 @@ SECONDS_PER_ROW = 0.2
 CHECKPOINT_ROWS = {"cpu": 68 * 8, "cuda": 4096}  # M of a checkpoint's W4A4 layers: as in the sets of shapes
 BUSY = 0.5  # load average a core from which other work is worth a note
 ERROR_ROWS = 128  # rows of a result do not depend on each other: a sample tells its error
-# torch's own linear; ratios refer to the first: on a GPU the 16-bit model's arithmetic, on a CPU float32, as many CPUs
-# compute bfloat16 more slowly.
-BASELINES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}
+# torch's own linear, the 16-bit model's arithmetic first: a row's ratio refers to it. On a CPU our own layers get a row
+# for float32 too, as many CPUs compute bfloat16 more slowly.
+BASELINES = {"cpu": (torch.bfloat16, torch.float32), "cuda": (torch.bfloat16,)}
+SHORT = {torch.bfloat16: "torch-bf16", torch.float32: "torch-fp32"}  # as CPU rows call a baseline
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,13 +164,46 @@ def bench_layers(
 def with_steps(
     report: BenchReport, precisions: Sequence[Precision], *, settings: BenchSettings
 ) -> BenchReport:
-    """`report` with a whole step of a FLUX.1-shaped transformer. Raises EnvironmentLacksError without the kernels."""
-    if lack := lack_of_kernels(settings.device):
+    """`report` with a step of a FLUX.1-shaped transformer: the whole of it on a GPU, one block of either kind on a CPU.
+    Raises EnvironmentLacksError without the kernels or the CPU engine."""
+    device = settings.device
+    if device.type == "cpu":
+        if lack := lack_of_engine():
+            raise EnvironmentLacksError(
+                f"a step on a CPU needs svdq's engine: {lack.message}", hint=lack.hint, kind=lack.kind
+            )
+        how = StepSettings(FLUX1_DEV_BLOCKS, device, seconds=settings.seconds_per_row, on_engine=True)
+    elif lack := lack_of_kernels(device):
         raise EnvironmentLacksError(
             f"a whole step needs the CUDA kernels: {lack}", hint="leave out --step, or see svdq doctor"
         )
-    steps = step_rows(StepSettings(FLUX1_DEV_STEP, settings.device), arithmetics(precisions, settings.device))
-    return replace(report, steps=tuple(steps))
+    else:
+        how = StepSettings(FLUX1_DEV_STEP, device)
+    steps = tuple(step_rows(how, arithmetics(precisions, device)))
+    rows = [_step_as_row(step, how) for step in steps] if device.type == "cpu" else []
+    return replace(report, rows=(*report.rows, *rows), steps=steps)
+
+
+def _step_as_row(step: StepRow, how: StepSettings) -> BenchRow:
+    """A step among the rows of layers, M its tokens, K and N its width. Its error is no one operation's."""
+    tokens, width = how.shape.image_tokens + how.shape.text_tokens, how.shape.width
+    return BenchRow(
+        layer=how.shape.name,
+        op="transformer-step",
+        mode="torch" if step.rank is None else FUSED,
+        precision=step.precision,
+        m=tokens,
+        k=width,
+        n=width,
+        rank=step.rank,
+        us=step.us,
+        tflops=how.shape.operations / step.us.median / 1e6,
+        baseline=SHORT[torch.bfloat16],
+        ratio=step.ratio,
+        floor_us=None,
+        relative_error=None,
+        exactness="random weights: every layer as its own rows say",
+    )
 
 
 # ------------------------------------------------------------------------------------------ measuring
@@ -178,43 +215,58 @@ def _report(cases: Sequence[Case], settings: BenchSettings, observe: Observer) -
     observe(Event("start", "bench", 0, len(cases)))
     rows: list[BenchRow] = []
     lacking: dict[str, str] = {}  # baselines that fail here, and why
-    baselines: dict[tuple[int, int, int], float] = {}  # shape -> median of what its ratios refer to
+    # shape -> medians of what its ratios refer to, by the baselines' names
+    baselines: dict[tuple[int, int, int], dict[str, float]] = {}
     for done, case in enumerate(cases, start=1):
         linear = case.linear
         shape = (case.m, linear.in_features, linear.out_features)
         x = _draw(settings.seed, case.m, linear.in_features).to(settings.device)
         if shape not in baselines:
-            for operation in _baselines(case, settings):
-                row = _row(case, operation, x, settings, baselines.get(shape))
-                baselines.setdefault(shape, row.us.median)
+            medians = baselines.setdefault(shape, {})
+            for dtype, operation in _baselines(case, settings):
+                row = _row(case, operation, x, settings, medians)
+                medians[_baseline_name(dtype, settings.device)] = row.us.median
                 rows.append(row)
             rows.extend(_other_rows(case, x, settings, baselines[shape], lacking))
         for operation in _operations(case, settings):
-            rows.append(_row(case, operation, x, settings, baselines[shape]))
+            row = _row(case, operation, x, settings, baselines[shape])
+            rows += [row, *_beside_others(row, baselines[shape])]
         observe(Event("advance", "bench", done, len(cases), linear.name, time.monotonic() - started))
     observe(Event("end", "bench", len(cases), len(cases), seconds=time.monotonic() - started))
     return BenchReport(device_facts(settings.device), tuple(rows), _notes(settings, busy, lacking))
 
 
-def _baselines(case: Case, settings: BenchSettings) -> Iterator[Operation]:
+def _baseline_name(dtype: torch.dtype, device: torch.device) -> str:
+    return SHORT[dtype] if device.type == "cpu" else f"torch linear {NAMES[dtype]}"
+
+
+def _beside_others(row: BenchRow, medians: Mapping[str, float]) -> Iterator[BenchRow]:
+    """The same measurement of a whole layer of ours, beside the baselines that its ratio does not refer to."""
+    if (row.op, row.mode) != (LINEAR, FUSED):
+        return
+    for name, median in medians.items():
+        if name != row.baseline:
+            yield replace(row, baseline=name, ratio=median / row.us.median)
+
+
+def _baselines(case: Case, settings: BenchSettings) -> Iterator[tuple[torch.dtype, Operation]]:
     """torch's linear with a random weight of this shape."""
     linear = case.linear
     weight = _random_weight(settings, linear)
     bias = _draw(settings.seed + 2, 1, linear.out_features)[0].to(settings.device) if linear.bias else None
     for dtype in BASELINES[settings.device.type]:
-        yield torch_linear(weight, bias, dtype)
+        yield dtype, torch_linear(weight, bias, dtype)
 
 
 def _other_rows(
-    case: Case, x: Tensor, settings: BenchSettings, baseline_us: float, lacking: dict[str, str]
+    case: Case, x: Tensor, settings: BenchSettings, baselines: Mapping[str, float], lacking: dict[str, str]
 ) -> Iterator[BenchRow]:
-    """What others offer on a GPU. One that fails here is no fault of ours: `lacking` keeps its reason for the notes."""
-    if settings.device.type != "cuda":
-        return
+    """What others offer. One that fails here is no fault of ours: `lacking` keeps its reason for the notes."""
     weight = _random_weight(settings, case.linear)
-    for name, make in gpu_baselines(case.m):
+    others = gpu_baselines(case.m) if settings.device.type == "cuda" else cpu_baselines(case.m)
+    for name, make in others:
         try:
-            yield _row(case, make(weight), x, settings, baseline_us)
+            yield _row(case, make(weight), x, settings, baselines)
         except (RuntimeError, NotImplementedError, ImportError) as error:
             lacking[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
 
@@ -230,6 +282,9 @@ def _operations(case: Case, settings: BenchSettings) -> Iterator[Operation]:
                 yield from hopper_operations(solution, case.m)
             continue
         yield reference_linear(solution)
+        if settings.device.type == "cpu" and lack_of_engine() is None and cpu_objection(solution) is None:
+            yield from cpu_operations(solution, case.m)
+            continue
         if isinstance(solution, W4A4Solution) and solution.up.shape[1] > 0:
             yield reference_linear(without_branch(solution))
 
@@ -241,9 +296,10 @@ def _has_hopper_modes(solution: LayerSolution, device: torch.device) -> TypeGuar
 
 @torch.no_grad()
 def _row(
-    case: Case, operation: Operation, x: Tensor, settings: BenchSettings, baseline_us: float | None
+    case: Case, operation: Operation, x: Tensor, settings: BenchSettings, baselines: Mapping[str, float]
 ) -> BenchRow:
-    """`baseline_us` None: this row is the baseline."""
+    """`baselines`: medians by name, the one that ratios refer to first; empty where this row is it."""
+    name = next(iter(baselines), _baseline_name(BASELINES[settings.device.type][0], settings.device))
     x = x.to(operation.dtype)
     error = _relative_error(case.linear.name, operation, x)  # also fills the module's weight cache
     us = measure(
@@ -261,8 +317,8 @@ def _row(
         rank=operation.rank,
         us=us,
         tflops=2 * case.m * linear.in_features * linear.out_features / us.median / 1e6,
-        baseline=f"torch linear {NAMES[BASELINES[settings.device.type][0]]}",
-        ratio=1.0 if baseline_us is None else baseline_us / us.median,
+        baseline=name,
+        ratio=baselines[name] / us.median if baselines else 1.0,
         floor_us=None if operation.least_bytes is None else operation.least_bytes / settings.bytes_per_us,
         relative_error=error,
         exactness=operation.exactness,
@@ -369,6 +425,11 @@ def _notes(settings: BenchSettings, busy: float | None, lacking: Mapping[str, st
 
 
 def _where(device: torch.device) -> str:
+    if device.type == "cpu" and lack_of_engine() is None:
+        return (
+            "fused: the whole layer on svdq's CPU engine. no-branch: without its low-rank branch. unfused-branch: the "
+            "branch as operations of torch beside it. They say nothing about speed on a GPU."
+        )
     if device.type == "cpu":
         return (
             "Figures of the reference backend (plain torch) on a CPU. They say nothing about speed on a GPU."

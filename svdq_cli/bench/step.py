@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from svdq_cli.bench.report import StepRow
+from svdq_cli.bench.resident import peak_resident_bytes, resident_bytes
 from svdq_cli.bench.timing import measure
 from svdq_cli.bench.transformer import FluxShapedTransformer, Role, TransformerShape
 from svdq_cli.gpu.hopper_modes import HopperMode
 from svdq_cli.gpu.launch import cuda_device
 from svdq_cli.records import Int4, Linear, NvFp4, Precision, W4A4Plan, W4A4Solution, W4A16Plan, W4A16Solution
+from svdq_cli.runtime.cpu_fused import cpu_linear
 from svdq_cli.runtime.fused import fused_linear
 from svdq_cli.runtime.hopper_fused import HopperW4A4Linear
 from svdq_cli.runtime.kernel_linear import fused_feed_forward
@@ -31,6 +33,7 @@ class StepSettings:
     rank: int = 32
     seconds: float = 1.0
     compiled: bool = False  # also under torch.compile, which takes minutes to build
+    on_engine: bool = False  # on a CPU: our engine, not the twins of the kernels
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +62,9 @@ def step_rows(settings: StepSettings, models: Sequence[Arithmetic]) -> Iterator[
     """The 16-bit model comes first: ratios refer to its eager step. One model is in memory at a time."""
     baseline: StepRow | None = None
     for arithmetic in models:
+        before = resident_bytes()
         model = step_model(settings, arithmetic)
-        for row in _rows(model, arithmetic.name, settings, baseline):
+        for row in _rows(model, arithmetic.name, settings, baseline, before):
             baseline = baseline or row
             yield row
         del model
@@ -68,10 +72,13 @@ def step_rows(settings: StepSettings, models: Sequence[Arithmetic]) -> Iterator[
 
 
 @torch.no_grad()
-def _rows(model: nn.Module, name: str, settings: StepSettings, baseline: StepRow | None) -> Iterator[StepRow]:
+def _rows(
+    model: nn.Module, name: str, settings: StepSettings, baseline: StepRow | None, before: int
+) -> Iterator[StepRow]:
+    """`before`: bytes that were in memory without the model."""
     inputs = _inputs(settings)
     for mode, call in _ways(model, inputs, settings):
-        peak = _peak_bytes(call, settings.device)
+        peak = _peak_bytes(call, settings.device, before)
         us = measure([call], seconds=settings.seconds, device=settings.device)
         yield StepRow(
             model=settings.shape.name,
@@ -106,10 +113,11 @@ def _captured(model: nn.Module, inputs: tuple[Tensor, ...]) -> Callable[[], obje
     return graph.replay
 
 
-def _peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
-    """Of tensors, weights included, in one step; None on a CPU."""
+def _peak_bytes(call: Callable[[], object], device: torch.device, before: int) -> int:
+    """Of tensors, weights included, in one step; on a CPU what the process takes beyond `before`."""
     if device.type != "cuda":
-        return None
+        call()
+        return peak_resident_bytes(call) - before
     call()
     torch.cuda.reset_peak_memory_stats(device)
     call()
@@ -140,15 +148,16 @@ def _inputs(settings: StepSettings) -> tuple[Tensor, ...]:
 
 def step_model(settings: StepSettings, arithmetic: Arithmetic) -> nn.Module:
     device = settings.device
+    on_kernels = cpu_linear if settings.on_engine else fused_linear
 
     def linear(k: int, n: int, role: Role) -> nn.Module:
         if arithmetic.precision is None:
             return _sixteen_bit(k, n, device)
         if role == "w4a16":
-            return fused_linear(random_w4a16(k, n, device))
+            return on_kernels(random_w4a16(k, n, device))
         solution = random_w4a4(k, n, settings.rank, arithmetic.precision, device)
         if arithmetic.mode is None:
-            return fused_linear(solution)
+            return on_kernels(solution)
         return HopperW4A4Linear(solution, arithmetic.mode)
 
     def feed_forward(width: int, inner: int) -> nn.Module:

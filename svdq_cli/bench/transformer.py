@@ -31,8 +31,20 @@ class TransformerShape:
     image_tokens: int
     text_tokens: int
 
+    @property
+    def operations(self) -> int:
+        """Of the linear layers and attentions of one step, two for a multiplication and addition."""
+        tokens = self.image_tokens + self.text_tokens
+        linear = 2 * tokens * self.width * (4 * self.width + 2 * self.inner)
+        attention = 4 * tokens**2 * self.width
+        return (self.double + self.single) * (linear + attention)
+
 
 FLUX1_DEV_STEP = TransformerShape("flux1-dev at 1024 x 1024", 3072, 24, 12288, 19, 38, 4096, 512)
+# What a CPU measures in a minute: one block of either kind, at full width
+FLUX1_DEV_BLOCKS = TransformerShape(
+    "flux1-dev at 1024 x 1024, one block of either kind", 3072, 24, 12288, 1, 1, 4096, 512
+)
 
 
 class FluxShapedTransformer(nn.Module):

@@ -11,21 +11,24 @@ import pytest
 import torch
 from torch import nn
 
+from svdq_cli.bench.judge import judged
 from svdq_cli.bench.operations import reference_linear, w4a4_float64, w4a16_float64, without_branch
 from svdq_cli.bench.report import BenchReport, BenchRow, Microseconds
-from svdq_cli.bench.run import BenchSettings, bench_layers, bench_shapes, precisions_named
+from svdq_cli.bench.run import BenchSettings, bench_layers, bench_shapes, precisions_named, with_steps
 from svdq_cli.bench.shapes import DEMO, SHAPE_SETS, LinearShape, ShapeSet
 from svdq_cli.bench.timing import LEAST_SAMPLES, MOST_COPIES, copies_beyond_cache, measure
 from svdq_cli.checkpoint import Checkpoint, open_checkpoint
 from svdq_cli.cli import run
 from svdq_cli.cli.render import show
-from svdq_cli.errors import InputError, UsageError
+from svdq_cli.cpu.build import find_compiler
+from svdq_cli.errors import EnvironmentLacksError, InputError, UsageError
 from svdq_cli.pipeline import convert
 from svdq_cli.preparing import RunOptions
 from svdq_cli.recipe import default_recipe
 from svdq_cli.records import W4A4Plan, W4A4Solution, W4A16Solution, to_json
 from svdq_cli.runtime.linear import w4a4_exact, w4a16_exact
 
+pytestmark = pytest.mark.skipif(find_compiler() is None, reason="needs a C++ compiler")
 CPU = torch.device("cpu")
 QUICK = 1e-3  # seconds for each row: the least number of samples
 SMALL = ShapeSet(
@@ -50,6 +53,12 @@ LARGEST_ERROR = {
     ("w4a4 linear", "int4"): 2 * ONE_ROUNDING,  # hidden vector and result
     ("w4a4 linear", "nvfp4"): 2 * ONE_ROUNDING,
     ("w4a16 linear", "int4"): 2 * ONE_ROUNDING,  # weight and result
+    ("linear", "int4"): 2 * ONE_ROUNDING,  # the engine: hidden vector and result
+    ("linear", "nvfp4"): 2 * ONE_ROUNDING,
+    ("linear", "w4a16 int4"): 2 * ONE_ROUNDING,
+    ("quantize and down", "int4"): ONE_ROUNDING,  # hidden vector
+    ("quantize and down", "nvfp4"): ONE_ROUNDING,
+    ("gemm", "int8"): 0.0,  # integers
 }
 
 
@@ -85,9 +94,11 @@ def rows_of(report: BenchReport, op: str) -> list[BenchRow]:
 
 
 def assert_measured(row: BenchRow) -> None:
-    for value in (row.us.median, row.us.p10, row.us.p90, row.tflops, row.ratio, row.relative_error):
+    for value in (row.us.median, row.us.p10, row.us.p90, row.tflops, row.ratio):
         assert math.isfinite(value)
         assert value > 0
+    assert row.relative_error is not None
+    assert 0 <= row.relative_error < 0.1
     assert row.us.p10 <= row.us.median <= row.us.p90
 
 
@@ -112,36 +123,82 @@ def test_every_row_is_finite_and_positive(report: BenchReport):
 
 def test_every_shape_is_measured_in_every_way_beside_both_baselines(report: BenchReport):
     ways = {
-        (row.layer, row.op, row.precision, row.rank)
+        (row.layer, row.op, row.mode, row.precision, row.rank)
         for row in report.rows
         if (row.m, row.k, row.n) == (17, 256, 128)
     }
     assert ways == {
-        ("odd", "linear", "float32", None),
-        ("odd", "linear", "bfloat16", None),
-        *(("odd", "w4a4 linear", name, rank) for name in ("int4", "nvfp4") for rank in (16, 0)),
+        ("odd", "linear", "torch", "float32", None),
+        ("odd", "linear", "torch", "bfloat16", None),
+        ("odd", "gemm", "torch", "int8", None),
+        *(("odd", "w4a4 linear", "reference", name, 16) for name in ("int4", "nvfp4")),
+        *(("odd", "linear", "fused", name, 16) for name in ("int4", "nvfp4")),
+        *(("odd", "linear", "no-branch", name, 0) for name in ("int4", "nvfp4")),
+        *(("odd", "linear", "unfused-branch", name, 16) for name in ("int4", "nvfp4")),
+        *(("odd", "quantize and down", "fused", name, 16) for name in ("int4", "nvfp4")),
     }
     assert [(row.m, row.k, row.n) for row in rows_of(report, "w4a16 linear")] == [(3, 128, 384)]
 
 
 def test_ratios_refer_to_the_baseline_of_the_same_shape_and_run(report: BenchReport):
+    names = {"bfloat16": "torch-bf16", "float32": "torch-fp32"}
     of_shape = {
-        (row.m, row.k, row.n): row for row in report.rows if (row.op, row.precision) == ("linear", "float32")
+        (row.m, row.k, row.n, names[row.precision]): row for row in report.rows if row.precision in names
     }
     for row in report.rows:
-        assert row.baseline == "torch linear float32"
-        assert row.ratio == of_shape[row.m, row.k, row.n].us.median / row.us.median
+        baseline = of_shape[row.m, row.k, row.n, row.baseline]
+        assert row.ratio == baseline.us.median / row.us.median
+
+
+def test_the_engines_layers_stand_beside_both_of_torchs_dtypes(report: BenchReport):
+    fused = [row for row in report.rows if row.mode == "fused" and row.op == "linear"]
+    beside = {(row.layer, row.precision): set() for row in fused}
+    for row in fused:
+        beside[row.layer, row.precision].add(row.baseline)
+    assert all(names == {"torch-bf16", "torch-fp32"} for names in beside.values())
+    assert len(beside) == 5
+
+
+def test_gates_speak_of_the_engines_layers_against_bfloat16(report: BenchReport):
+    mine = [
+        row.ratio
+        for row in report.rows
+        if (row.mode, row.op, row.baseline) == ("fused", "linear", "torch-bf16") and row.rank
+    ]
+    found = judged(report, []).speed_ratio
+    assert found is not None
+    assert (found.mean, found.min) == (pytest.approx(sum(mine) / len(mine)), min(mine))
+
+
+def test_without_the_engine_the_reference_backend_is_measured(monkeypatch: pytest.MonkeyPatch):
+    lack = EnvironmentLacksError("no C++ compiler", hint="install one")
+    for module in ("run", "device"):
+        monkeypatch.setattr(f"svdq_cli.bench.{module}.lack_of_engine", lambda: lack)
+    shapes = replace(SMALL, shapes=SMALL.shapes[1:2])
+    settings = BenchSettings(CPU, seconds_per_row=QUICK)
+    found = bench_shapes(shapes, precisions=precisions_named("int4"), rank=16, settings=settings)
+    assert found.device.backend == "reference"
+    assert [(row.mode, row.rank) for row in found.rows if row.rank is not None] == [
+        ("reference", 16),
+        ("reference", 0),
+    ]
+    assert "Figures of the reference backend" in found.notes[0]
+    with pytest.raises(
+        EnvironmentLacksError, match="a step on a CPU needs svdq's engine: no C\\+\\+ compiler"
+    ):
+        with_steps(found, precisions_named("int4"), settings=settings)
 
 
 def test_errors_are_those_of_the_roundings_that_the_row_admits(report: BenchReport):
     for row in report.rows:
-        assert row.relative_error < LARGEST_ERROR[row.op, row.precision]
-        assert ("rounded to bfloat16" in row.exactness) == (row.precision != "float32")
+        assert row.relative_error is not None
+        assert row.relative_error <= LARGEST_ERROR[row.op, row.precision]
+        assert ("rounded to bfloat16" in row.exactness) == (row.precision not in ("float32", "int8"))
 
 
 def test_on_a_cpu_the_notes_say_that_this_is_no_gpu_figure(report: BenchReport):
     assert report.device.sm is None
-    assert report.device.backend == "reference"
+    assert report.device.backend == "cpu"
     assert "say nothing about speed on a GPU" in report.notes[0]
 
 
@@ -149,7 +206,8 @@ def test_without_rank_there_is_no_second_row_for_the_branch():
     settings = BenchSettings(CPU, m=2, seconds_per_row=QUICK)
     shapes = replace(SMALL, shapes=SMALL.shapes[:1])
     found = bench_shapes(shapes, precisions=precisions_named("int4"), rank=0, settings=settings)
-    assert [(row.m, row.rank) for row in rows_of(found, "w4a4 linear")] == [(2, 0)]
+    ours = [row for row in found.rows if row.rank is not None and row.baseline == "torch-bf16"]
+    assert [(row.m, row.mode, row.rank) for row in ours] == [(2, "reference", 0), (2, "fused", 0)]
 
 
 # ------------------------------------------------------------------------------------------ a checkpoint
@@ -169,7 +227,8 @@ def test_a_checkpoint_gives_rows_for_every_distinct_layer(checkpoint: Checkpoint
     assert {row.m for row in stored} == {5, 1}  # a modulation layer reads one row for each picture
     for row in found.rows:
         assert_measured(row)
-        assert row.relative_error < LARGEST_ERROR[row.op, row.precision]
+        assert row.relative_error is not None
+        assert row.relative_error <= LARGEST_ERROR[row.op, row.precision]
 
 
 def test_a_layer_that_is_not_finite_is_named_and_not_timed(checkpoint: Checkpoint):
@@ -240,7 +299,9 @@ def test_bench_of_a_checkpoint_prints_one_json_object(folder: Path, capsys: pyte
     captured = capsys.readouterr()
     found = json.loads(captured.out)
     assert (found["schema"], found["command"], captured.err) == (1, "bench", "")
-    assert {row["op"] for row in found["rows"]} == {"linear", "w4a4 linear", "w4a16 linear"}
+    assert {row["op"] for row in found["rows"]} == {
+        *("linear", "gemm", "quantize and down", "w4a4 linear", "w4a16 linear")
+    }
 
 
 def test_the_table_fits_80_columns_and_ends_with_the_notes(

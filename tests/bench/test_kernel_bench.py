@@ -25,7 +25,8 @@ from svdq_cli.bench.step import (
 )
 from svdq_cli.bench.timing import bytes_per_microsecond
 from svdq_cli.bench.transformer import FLUX1_DEV_STEP, TransformerShape
-from svdq_cli.errors import EnvironmentLacksError
+from svdq_cli.cli.render import show
+from svdq_cli.cpu.build import find_compiler
 from svdq_cli.gpu.hopper_modes import HopperMode
 from svdq_cli.records import Int4, NvFp4, Precision
 
@@ -143,7 +144,7 @@ def test_a_step_is_measured_in_16_bit_and_converted():
     assert rows[0].ratio == 1.0
     for row in rows:
         assert row.ratio == rows[0].us.median / row.us.median
-        assert row.peak_bytes is None
+        assert row.peak_bytes is not None
 
 
 def test_flux_dev_has_the_linears_of_the_published_model():
@@ -159,12 +160,22 @@ def test_flux_dev_has_the_linears_of_the_published_model():
     assert 11.7e9 < parameters < 11.9e9
 
 
-def test_a_step_without_a_gpu_is_refused():
+@pytest.mark.skipif(find_compiler() is None, reason="needs a C++ compiler")
+def test_a_step_on_a_cpu_is_a_row_with_time_and_memory(monkeypatch: pytest.MonkeyPatch):
+    small = TransformerShape("small", 128, 2, 256, 1, 1, 20, 12)
+    monkeypatch.setattr("svdq_cli.bench.run.FLUX1_DEV_BLOCKS", small)
     settings = BenchSettings(CPU, seconds_per_row=1e-3)
     shapes = ShapeSet("one", "one layer", (LinearShape("layer", 2, 128, 128),))
     report = bench_shapes(shapes, precisions=precisions_named("int4"), settings=settings)
-    with pytest.raises(EnvironmentLacksError, match="needs the CUDA kernels: the kernels need an NVIDIA GPU"):
-        with_steps(report, (Int4(),), settings=settings)
+    found = with_steps(report, (Int4(),), settings=settings)
+    steps = [row for row in found.rows if row.op == "transformer-step"]
+    assert [(row.mode, row.precision, row.baseline) for row in steps] == [
+        ("torch", "bfloat16", "torch-bf16"),
+        ("fused", "int4", "torch-bf16"),
+    ]
+    assert steps[1].ratio == steps[0].us.median / steps[1].us.median
+    assert all(step.peak_bytes is not None for step in found.steps)
+    show(found, json=False)
 
 
 # ------------------------------------------------------------------------------------------ report

@@ -32,7 +32,7 @@ def bench(
         int | None, typer.Option("--m", metavar="N", help="Tokens at once in W4A4 layers.")
     ] = None,
     step: Annotated[
-        bool, typer.Option(help="Also a whole step of a FLUX.1-shaped transformer (GPU only).")
+        bool, typer.Option(help="Also a step of a FLUX.1-shaped transformer; on a CPU, of two of its blocks.")
     ] = False,
     plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the rows as bars.")] = None,
     seconds: Annotated[float, typer.Option(help="How long to measure each row.")] = 0.2,

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from svdq_cli.bench.report import layer_ratios
 from svdq_cli.cli.pages.pieces import db_text
 from svdq_cli.wording import bytes_text
 
@@ -45,7 +46,7 @@ def demo(console: Console, report: DemoReport) -> None:
     console.print(
         f"\nPSNR and SSIM against the 16-bit pictures of {report.prompts} held-out prompts, equal seeds."
     )
-    w4a4 = [row for row in report.bench.rows if row.op == "w4a4 linear" and row.rank]
+    w4a4 = [row for row in layer_ratios(report.bench.rows) if row.rank]
     if w4a4:
         slowest, fastest = min(row.ratio for row in w4a4), max(row.ratio for row in w4a4)
         console.print(

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from svdq_cli.bench.report import FUSED, NO_BRANCH, UNFUSED
 from svdq_cli.cli.pages.pieces import facts_table
 
 if TYPE_CHECKING:
-    from svdq_cli.bench.report import BenchReport, StepRow
+    from svdq_cli.bench.report import BenchReport, BenchRow, StepRow
     from svdq_cli.diagnosis import DoctorReport, SelfTest
 
 
@@ -54,12 +55,13 @@ def bench(console: Console, report: BenchReport) -> None:
     for title in ("op", "precision", "M", "K", "N", "R", "us", "spread", "TFLOP/s", "ratio", "error"):
         table.add_column(title, justify="left" if title in ("op", "precision") else "right", no_wrap=True)
     shape = None
-    for row in report.rows:
+    layers = [row for row in report.rows if row.op != "transformer-step"]
+    for row in layers:
         if shape not in (None, (row.m, row.k, row.n)):
             table.add_row()
         shape = (row.m, row.k, row.n)
         table.add_row(
-            row.op.removesuffix(" linear") + (" unfused" if "+" in row.mode else ""),
+            _named(row),
             row.precision,
             *(str(size) for size in shape),
             "" if row.rank is None else str(row.rank),
@@ -67,11 +69,11 @@ def bench(console: Console, report: BenchReport) -> None:
             f"{(row.us.p90 - row.us.p10) / row.us.median:.0%}",
             f"{row.tflops:.2g}" if row.tflops < 10 else f"{row.tflops:.0f}",
             f"{row.ratio:.2f}",
-            f"{row.relative_error:.1e}",
+            "" if row.relative_error is None else f"{row.relative_error:.1e}",
         )
     console.print(table)
     console.print()
-    exact = {f"{row.op} {row.precision}, R {row.rank}": row.exactness for row in report.rows}
+    exact = {f"{row.op} {row.precision}, R {row.rank}": row.exactness for row in layers}
     for label, exactness in exact.items():
         console.print(f"{label.removesuffix(', R None')}: {exactness}")
     console.print()
@@ -79,6 +81,15 @@ def bench(console: Console, report: BenchReport) -> None:
         _steps(console, report.steps)
     for note in report.notes:
         console.print(note)
+
+
+def _named(row: BenchRow) -> str:
+    """Operation and way, where that is not the one of the whole table."""
+    if row.mode in (FUSED, NO_BRANCH, UNFUSED):
+        short = {NO_BRANCH: "no branch", UNFUSED: "unfused"}.get(row.mode, row.mode)
+        named = short if row.op == "linear" else "quantize"
+        return named if row.baseline == "torch-bf16" else f"{named}/fp32"
+    return row.op.removesuffix(" linear") + (" unfused" if "+" in row.mode else "")
 
 
 def _steps(console: Console, steps: Sequence[StepRow]) -> None:
