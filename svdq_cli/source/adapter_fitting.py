@@ -76,6 +76,14 @@ def _adapted(
     if module.algorithm is None and not _adds_to_matrix(module, parts, model):
         changes = any(bool(added.any()) for added in vectors.values())
         return AdaptedLayer(module.name, WholeUpdate.kind, None, {}, vectors, changes)
+    if module.algorithm is None and len(module.keys["difference"].shape) < 2:
+        raise refused(
+            file,
+            f"{module.name}: a difference of shape {list(module.keys['difference'].shape)}, and the weight is a matrix",
+            "the LoRA was trained on another variant of the model",
+            module.name,
+            kind="lora-mismatch",
+        )
     change = _sound_change(file, module, trained)
     layer = dict(_weight_rows(file, module, parts, change, model))
     _require_dora_sizes(file, module, change)

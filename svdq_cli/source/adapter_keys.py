@@ -101,6 +101,7 @@ _OTHER_KINDS = {
     },
 }
 _FLOATS = ("F64", "F32", "F16", "BF16", *FLOAT8)
+_INTEGERS = ("I64", "I32", "I16", "I8", "U8")  # some trainers store an alpha as the whole number that it is
 # A tensor's own name in a model, which an adapter file has where a trainer saved it whole
 _WHOLE = re.compile(r"\.(?:weight|bias|scale)$")
 
@@ -201,7 +202,7 @@ def require_whole(file: Path, modules: Sequence[AdapterModule], foreign: list[st
 def require_numbers(file: Path, module: AdapterModule) -> None:
     """Raises InputError for a tensor of a layer that is empty, no matrix where one is needed, or not finite."""
     for role, entry in module.keys.items():
-        if entry.dtype not in _FLOATS:
+        if entry.dtype not in _FLOATS and not (role == "alpha" and entry.dtype in _INTEGERS):
             raise refused(
                 file,
                 f"{module.name}: {entry.origin} is stored as {entry.dtype}, and svdq reads adapters in floats of 8 to "

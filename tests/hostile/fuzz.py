@@ -255,11 +255,10 @@ MODEL = ModelShapes(
         "transformer_blocks.0.attn.to_q.bias": (WIDTH,),
         "single_transformer_blocks.0.proj_out.weight": (WIDTH, 5 * WIDTH),
         "proj_out.weight": (WIDTH, WIDTH),
+        "transformer_blocks.0.attn.norm_q.weight": (WIDTH,),
     },
 )
-_LAYERS = {
-    name.removesuffix(".weight"): shape for name, shape in MODEL.shapes.items() if name.endswith(".weight")
-} | {
+_LAYERS = {name.removesuffix(".weight"): shape for name, shape in MODEL.shapes.items() if len(shape) == 2} | {
     "double_blocks.0.img_attn.qkv": (3 * WIDTH, WIDTH),
     "double_blocks.0.img_attn.proj": (WIDTH, WIDTH),
     "single_blocks.0.linear2": (WIDTH, 5 * WIDTH),
@@ -270,6 +269,7 @@ _STRANGE = (
     "nothing",
     "",
     "unet:3",
+    "transformer_blocks.0.attn.norm_q",
 )
 _PREFIXES = (
     "transformer.",
@@ -306,7 +306,11 @@ _ENDINGS = (
         ".hada_w2_a",
         ".hada_w2_b",
         ".oft_blocks",
+        ".vera_lambda_b",
         ".diff",
+        ".diff_b",
+        ".w_norm",
+        ".reshape_weight",
         ".lora_B.bias",
         "",
         ":up",
@@ -323,6 +327,16 @@ _CONFIGS = (
     '{"lora_alpha": {}}',
     '{"alpha_pattern": 5}',
     '{"lora_alpha": 2}',
+    '{"transformer.lora_alpha": 3, "transformer.alpha_pattern": {"to_[qk]": 2, "(.*)*!": 1}}',
+    '{"transformer.alpha_pattern": {"(": 1}}',
+    '{"transformer.rank_pattern": {"a{9999}{9999}{9999}": 1}, "transformer.alpha_pattern": [1]}',
+    '{"peft_type": "LOKR", "alpha": 1e400, "r": 0}',
+    '{"peft_type": ["LORA"]}',
+    '{"peft_type": "OFT"}',
+    '{"r": 2, "init_lora_weights": "pissa"}',
+    '{"r": 2, "init_lora_weights": "olora", "lora_alpha": 0}',
+    '{"r": 2, "init_lora_weights": {"a": []}}',
+    '{"modules_to_save": [null]}',
 )
 
 
@@ -333,6 +347,10 @@ def _factors(kind: str, rows: int, columns: int, rank: int) -> dict[str, tuple[i
             return {".lora_A.weight": (rank, columns), ".lora_B.weight": (rows, rank)}
         case "dora":
             return {**_factors("lora", rows, columns, rank), ".lora_magnitude_vector": (rows,)}
+        case "columns":
+            return {**_factors("lora", rows, columns, rank), ".dora_scale": (1, columns)}
+        case "whole":
+            return {".diff": (rows, columns), ".diff_b": (rows,)}
         case "kohya":
             return {".lora_down.weight": (rank, columns), ".lora_up.weight": (rows, rank), ".alpha": ()}
         case "loha":
@@ -351,7 +369,7 @@ def loras(draw: st.DrawFn) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     shapes: dict[str, tuple[int, ...]] = {}
     prefix = draw(st.sampled_from(_PREFIXES[:4]))
     for layer in draw(st.lists(st.sampled_from(sorted(_LAYERS)), min_size=1, max_size=2, unique=True)):
-        kind = draw(st.sampled_from(("lora", "dora", "kohya", "loha", "lokr")))
+        kind = draw(st.sampled_from(("lora", "dora", "columns", "whole", "kohya", "loha", "lokr")))
         name = f"lora_unet_{layer.replace('.', '_')}" if kind == "kohya" else prefix + layer
         for ending, shape in _factors(kind, *_LAYERS[layer], rank=draw(st.sampled_from((1, 2, 4)))).items():
             shapes[name + ending] = shape

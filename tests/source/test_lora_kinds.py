@@ -13,9 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from lycoris.modules import get_module, make_module
+from lycoris.modules.dylora import DyLoraModule
+from lycoris.modules.norms import NormModule
 from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from svdq_cli.errors import InputError
@@ -30,6 +33,7 @@ from tests.source.lora_kinds import (
     PEFT_WITH_BIAS,
     RANK,
     TrainedAdapter,
+    TrainedLayer,
     skeleton,
     train_with_lycoris,
     train_with_peft,
@@ -106,6 +110,45 @@ def test_linear_layers_compute_what_lycoris_do(flux: Source, tmp_path: Path, kin
 def test_pointwise_convolutions_compute_what_lycoris_do(unet: Source, tmp_path: Path, kind: str):
     model = skeleton(state_of(unet, POINTWISE), POINTWISE)
     require_same(unet, train_with_lycoris(LYCORIS[kind], model, POINTWISE, tmp_path / "l.safetensors"))
+
+
+def test_norms_compute_what_lycoris_do(unet: Source, tmp_path: Path):
+    name = "mid_block.attentions.0.norm"
+    norm = torch.nn.GroupNorm(8, 128)
+    weight, bias = (read_tensor(unet, f"{name}.{leaf}").float() for leaf in ("weight", "bias"))
+    norm.load_state_dict({"weight": weight, "bias": bias})
+    module = NormModule("", norm)
+    torch.manual_seed(0)
+    torch.nn.init.normal_(module.w_norm)
+    torch.nn.init.normal_(module.b_norm)
+    file, flat = tmp_path / "l.safetensors", f"lycoris_{name.replace('.', '_')}"
+    save_file({f"{flat}.{key}": tensor for key, tensor in module.state_dict().items()}, file)
+    merged = merge_loras(unet, [(file, 1.0)])
+    x = torch.randn(2, 128, 4, 4)
+    expected = module.eval()(x).detach()
+    weight, bias = (read_tensor(merged, f"{name}.{leaf}") for leaf in ("weight", "bias"))
+    found = F.group_norm(x, 8, weight, bias, eps=norm.eps)
+    assert float((found - expected).norm() / (expected - norm(x)).norm()) < TOLERANCE
+
+
+def test_dylora_is_read_as_lycoris_reads_its_file(flux: Source, tmp_path: Path):
+    """Its forward takes another rank at every call; what it saves is a LoRA, for LyCORIS too."""
+    name = LINEAR[0]
+    layer = skeleton(state_of(flux, [name]), [name]).get_submodule(name)
+    trained = DyLoraModule("", layer, lora_dim=8, alpha=ALPHA, block_size=4)
+    torch.manual_seed(0)
+    for parameter in trained.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    saved = {
+        f"lycoris_{name.replace('.', '_')}.{k}": v.detach().clone() for k, v in trained.state_dict().items()
+    }
+    save_file(saved, tmp_path / "l.safetensors")
+    cls, parts = get_module(saved, f"lycoris_{name.replace('.', '_')}")
+    read = make_module(cls, parts, "", layer)
+    assert read is not None
+    x = torch.randn(4, 128)
+    adapter = TrainedAdapter(tmp_path / "l.safetensors", {name: TrainedLayer(x, layer(x), read(x))})
+    require_same(flux, adapter)
 
 
 @pytest.mark.parametrize("kind", LYCORIS_REFUSED)
@@ -248,8 +291,6 @@ def test_a_peft_folder_without_its_config_says_that_alpha_is_taken_as_the_rank(f
 def test_a_renamed_peft_file_beside_its_config_is_read_with_it_whatever_its_dtype(
     flux: Source, tmp_path: Path, dtype: torch.dtype
 ):
-    from safetensors.torch import save_file
-
     adapter = train_with_peft(PEFT["LoRA"], skeleton(state_of(flux, LINEAR), LINEAR), LINEAR, tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_model.safetensors").unlink()

@@ -187,6 +187,17 @@ def test_an_adapter_is_read_once_for_all_rows_of_a_weight(
     assert len(asked) == 1
 
 
+@pytest.mark.parametrize(
+    "alpha", [torch.tensor(2), torch.tensor([2.0]), torch.tensor([[2.0]]), torch.tensor(2.0).half()]
+)
+def test_an_alpha_is_one_number_of_any_dtype_and_shape(tiny_flux: Path, tmp_path: Path, alpha: Tensor):
+    down, up = drawn(128, 128, 0)
+    name = f"lora_transformer_{QKV[0].replace('.', '_')}"
+    tensors = {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": alpha}
+    before, after = merged_weight(tiny_flux, tmp_path / "l.safetensors", tensors, f"{QKV[0]}.weight")
+    torch.testing.assert_close(after, before + 0.5 * (2 / RANK) * up @ down, rtol=1e-4, atol=1e-5)
+
+
 def test_two_loras_add_up(tiny_flux: Path, tmp_path: Path):
     save_file(peft(trained()), tmp_path / "lora.safetensors")
     file = tmp_path / "lora.safetensors"
