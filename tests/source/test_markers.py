@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, EDMEulerScheduler, EulerDiscreteScheduler
+from diffusers import DDIMScheduler, EDMEulerScheduler, EulerDiscreteScheduler, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from svdq_cli.checkpoint import open_checkpoint
 from svdq_cli.errors import InputError
+from svdq_cli.exporting import export
 from svdq_cli.loading import load_16bit_pipeline, load_pipeline
 from svdq_cli.pipeline import check, convert
 from svdq_cli.recipe import Output, default_recipe, with_overrides
@@ -293,6 +295,64 @@ def test_the_weights_are_those_of_the_folder_that_says_so_itself(
     assert open_source(v_prediction, base=folder).warnings == ()
     datafree(v_prediction, folder, tmp_path / "out")
     assert (tmp_path / "out/scheduler/scheduler_config.json").read_bytes() == config.read_bytes()
+
+
+def test_an_exported_file_sets_the_scheduler_of_the_base_that_it_is_given(
+    sdxl: Path, v_prediction: Path, tmp_path: Path
+):
+    datafree(v_prediction, sdxl, tmp_path / "noob.safetensors", single_file=True)
+    export(tmp_path / "noob.safetensors", "nunchaku-lite", tmp_path / "out", base=sdxl)
+    assert read_json(tmp_path / "out/scheduler/scheduler_config.json").items() >= SETTINGS.items()
+    export(tmp_path / "out", "nunchaku", tmp_path / "again.safetensors")
+    assert open_checkpoint(tmp_path / "again.safetensors").source.scheduler == SETTINGS
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"_class_name": "os.system"},
+        {"_class_name": "EDMEulerScheduler", "sigma_schedule": "none"},
+        {"prediction_type": "v_prediction", "beta_schedule": "none"},
+        {"prediction_type": "v_prediction", "num_train_timesteps": "many"},
+    ],
+)
+def test_settings_that_no_scheduler_takes_are_an_error(sdxl: Path, settings: dict[str, object]):
+    with pytest.raises(InputError) as caught:
+        scheduler_with(sdxl, settings)
+    assert "scheduler" in caught.value.message
+
+
+def sd2(folder: Path, *, prediction: str, spread: float) -> tuple[Path, Path]:
+    """A file of Stable Diffusion 2's layout, with biases of that spread near its output, and a base."""
+    model = UNet2DConditionModel(
+        block_out_channels=(8, 8, 8, 8), norm_num_groups=4, attention_head_dim=2, cross_attention_dim=1024
+    )  # fmt: skip
+    model.save_config(folder / "unet")
+    EulerDiscreteScheduler(prediction_type=prediction).save_pretrained(folder / "scheduler")
+    (folder / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline", "unet": ["a", "b"]}')
+    state = dict(model.state_dict())
+    state["up_blocks.3.attentions.2.transformer_blocks.0.norm1.bias"] = spread * torch.tensor([-1.0, 1.0] * 4)
+    return saved(state, folder / "model.safetensors"), folder
+
+
+@pytest.mark.parametrize(
+    ("prediction", "spread", "looks"),
+    [
+        ("epsilon", 0.2, "predicts v (768 pixels)"),
+        ("v_prediction", 0.02, "predicts epsilon (512 pixels)"),
+        ("epsilon", 0.02, ""),
+        ("v_prediction", 0.2, ""),
+    ],
+)
+def test_stable_diffusion_2_that_looks_otherwise_than_its_base_is_said(
+    tmp_path: Path, prediction: str, spread: float, looks: str
+):
+    """Its two kinds have the same shapes and no marker: nothing is changed on a guess."""
+    file, base = sd2(tmp_path, prediction=prediction, spread=spread)
+    source = open_source(file, base=base)
+    assert source.scheduler == {}
+    assert len(source.warnings) == bool(looks)
+    assert all(looks in warning for warning in source.warnings)
 
 
 @pytest.mark.parametrize("key", ["modelspec.prediction_type", "modelspec.predict_key"])
