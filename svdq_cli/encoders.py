@@ -71,6 +71,13 @@ def quantize_encoder(folder: Path, *, dtype: torch.dtype) -> None:
                 raise InputError(
                     f"{file}: {name} holds NaN or infinite values", hint="download it again", where=name
                 )
+            if not is_finite(tensor.to(dtype)):
+                raise InputError(
+                    f"{file}: {name} holds numbers above {torch.finfo(dtype).max:g}, the largest of {str(dtype)[6:]}",
+                    hint="convert with dtype: bfloat16 (model.dtype in the recipe)",
+                    where=name,
+                    kind="out-of-range",
+                )
             if _LINEAR.search(name) is None:
                 stored[name] = tensor.to(dtype)
             elif tensor.shape[1] % Int4.group:

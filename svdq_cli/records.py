@@ -170,6 +170,8 @@ class ActivationStats:
     second_moment: Tensor  # (K,) float32, mean of x squared per channel
     rows: Tensor  # (M, K) bfloat16, a sample spread evenly over prompts, timesteps and tokens
     tokens_seen: int
+    # the largest number in the output of each layer that reads the input; empty where nobody looked
+    output_peaks: Mapping[str, float] = field(default_factory=dict[str, float])
 
 
 # ---------------------------------------------------------------------------------------------------- solutions

@@ -15,7 +15,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -57,6 +57,9 @@ class InputEntry:
     tokens_seen: int
     file: str
     sha256: str
+    peak: float | None = None  # the input's largest number
+    # the same of each layer's output; older artefacts have neither
+    output_peaks: Mapping[str, float] = field(default_factory=dict[str, float])
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,6 +247,8 @@ def _entry(stats: ActivationStats, file: str) -> InputEntry:
         tokens_seen=stats.tokens_seen,
         file=file,
         sha256=_stats_sha256(stats),
+        peak=stats.abs_max.max().item(),
+        output_peaks=dict(stats.output_peaks),
     )
 
 

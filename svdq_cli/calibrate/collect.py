@@ -78,6 +78,7 @@ def collect_parts(
     `encoded`: the prompts' embeddings, where the text encoders are gone. Raises as `collect_stats` does.
     """
     layers = {item.name: _layer(model, item.layers[0]) for item in inputs}
+    readers = {(item.name, name): _layer(model, name) for item in inputs for name in item.layers}
     left = [batch for batch in batches if batch.first not in parts]
     if not left:
         return
@@ -97,6 +98,10 @@ def collect_parts(
     def record(name: str, activation: Tensor) -> None:
         _add(tallies[name], activation, batch=drawn, spread=spread, turns=turns[name])
 
+    def see(reader: tuple[str, str], output: Tensor) -> None:
+        peaks, peak = tallies[reader[0]].outputs, torch.linalg.vector_norm(output, math.inf).float()
+        peaks[reader[1]] = torch.maximum(peaks[reader[1]], peak) if reader[1] in peaks else peak
+
     def finish() -> None:
         _refuse_non_finite(tallies, layers)
         parts[drawn.first] = {name: _part(tally) for name, tally in tallies.items()}
@@ -113,7 +118,7 @@ def collect_parts(
         on_batch=begin,
         on_step=lambda step: _refuse_non_finite(tallies, layers),
     )
-    with _hooked(layers, record):
+    with _hooked(layers, record), _outputs_hooked(readers, see):
         for _ in pictures:
             finish()
 
@@ -126,6 +131,7 @@ class InputPart:
     squares: Tensor  # (K,) float64, sum of x squared
     rows: Tensor  # (M, K) bfloat16, by picture and turn
     tokens: int
+    output_peaks: Mapping[str, float]  # the largest number in the output of each layer that reads the input
 
 
 Part = Mapping[str, InputPart]  # by the name of the shared input
@@ -143,6 +149,9 @@ def merged(name: str, parts: Sequence[InputPart]) -> ActivationStats:
         second_moment=(squares / tokens).float(),
         rows=torch.cat([part.rows for part in parts]),
         tokens_seen=tokens,
+        output_peaks={
+            layer: max(part.output_peaks[layer] for part in parts) for layer in parts[0].output_peaks
+        },
     )
 
 
@@ -187,6 +196,7 @@ class _Tally:
     tokens: int = 0
     turns: dict[int, int] = field(default_factory=dict)  # picture -> turns taken
     rows: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # (picture, turn) -> (M, K) bfloat16
+    outputs: dict[str, Tensor] = field(default_factory=dict)  # layer -> the largest number it gave
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,7 +267,8 @@ def _part(tally: _Tally) -> InputPart:
     width = tally.abs_max.shape[0]
     kept = [tally.rows[key] for key in sorted(tally.rows)]  # by picture and turn, however they were batched
     rows = torch.cat(kept) if kept else torch.empty(0, width, dtype=torch.bfloat16)
-    return InputPart(tally.abs_max.cpu(), tally.squares.cpu(), rows.cpu(), tally.tokens)
+    peaks = {layer: peak.item() for layer, peak in tally.outputs.items()}
+    return InputPart(tally.abs_max.cpu(), tally.squares.cpu(), rows.cpu(), tally.tokens, peaks)
 
 
 def _turns_per_picture(
@@ -330,6 +341,25 @@ def _hooked(layers: Mapping[str, nn.Module], on_input: OnInput) -> Iterator[None
                 on_input(name, channels_last(x) if isinstance(module, nn.Conv2d) else x)
 
             handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _outputs_hooked(
+    layers: Mapping[tuple[str, str], nn.Module], on_output: Callable[[tuple[str, str], Tensor], None]
+) -> Iterator[None]:
+    """Calls `on_output` with what each layer, known by its input's name and its own, has computed."""
+    handles = []
+    try:
+        for reader, layer in layers.items():
+
+            def after(_: nn.Module, __: object, output: Tensor, reader: tuple[str, str] = reader) -> None:
+                on_output(reader, output.detach())
+
+            handles.append(layer.register_forward_hook(after))
         yield
     finally:
         for handle in handles:

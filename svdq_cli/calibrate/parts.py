@@ -4,11 +4,12 @@ A run that was stopped draws only what is missing; several processes fill one fo
 are taken in the order of the pictures, so the merged statistics have the same bits however the parts came about.
 
 Per input of a part `<name>/abs_max` (K,) float32, `<name>/squares` (K,) float64, `<name>/rows` (M, K) bfloat16 and
-`<name>/tokens`, an int64.
+`<name>/tokens`, an int64; in the metadata the peaks of outputs, by input and layer.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from svdq_cli.calibrate.collect import InputPart, Part, merged
 from svdq_cli.errors import InputError
 from svdq_cli.records import ActivationStats
 
+_PEAKS = "output_peaks"  # key of a part file's metadata
 _SUFFIX = ".safetensors"
 
 
@@ -45,7 +47,8 @@ class PartFolder(MutableMapping[int, Part]):
         partial = file.with_name(f".{file.name}.partial")
         with disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, partial)
+            peaks = {name: dict(each.output_peaks) for name, each in part.items()}
+            save_file(tensors, partial, metadata={_PEAKS: json.dumps(peaks)})
             sync(partial)
             partial.replace(file)
 
@@ -72,6 +75,7 @@ class _StoredPart(Mapping[str, InputPart]):
                 abs_max, squares, rows, tokens = (
                     stored.get_tensor(f"{name}/{key}") for key in ("abs_max", "squares", "rows", "tokens")
                 )
+                peaks = json.loads((stored.metadata() or {}).get(_PEAKS, "{}")).get(name, {})
         except (SafetensorError, OSError) as error:
             raise InputError(
                 f"{self.file}: can't read what was calibrated before: {error}",
@@ -79,7 +83,7 @@ class _StoredPart(Mapping[str, InputPart]):
                 where=str(self.file),
                 kind="damaged-file",
             ) from error
-        return InputPart(abs_max, squares, rows, int(tokens))
+        return InputPart(abs_max, squares, rows, int(tokens), peaks)
 
     def __iter__(self) -> Iterator[str]:
         with safe_open(self.file, framework="pt") as stored:

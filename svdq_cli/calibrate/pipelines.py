@@ -17,6 +17,7 @@ import torch
 
 from svdq_cli.calibrate.arguments import INPUT_NAMES, missing_inputs, optional_arguments
 from svdq_cli.calibrate.embeddings import EncodedPrompts
+from svdq_cli.calibrate.finite import finite_images, require_finite_latents
 from svdq_cli.calibrate.settings import DrawSettings
 from svdq_cli.errors import InputError, OutOfResourcesError, UsageError
 from svdq_cli.records import Event, Observer, ignore_events
@@ -264,7 +265,7 @@ def denoise(
         # on the CPU: a CUDA generator draws other numbers on another GPU model
         "generator": [torch.Generator("cpu").manual_seed(seed) for seed in batch.seeds],
         "output_type": output_type,
-        "callback_on_step_end": _step_callback(on_step),
+        "callback_on_step_end": _step_callback(on_step, images=output_type != "latent"),
         **optional_arguments(
             settings,
             accepted=accepted,
@@ -273,7 +274,7 @@ def denoise(
         ),
     }
     try:
-        with encoded.replayed(pipe, batch) if encoded else nullcontext():
+        with finite_images(pipe), encoded.replayed(pipe, batch) if encoded else nullcontext():
             out = call(**{name: value for name, value in arguments.items() if name in accepted})
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise OutOfResourcesError(
@@ -308,14 +309,18 @@ def _as_usage_error(
     )
 
 
-def _step_callback(on_step: OnStep | None) -> Callable[..., dict[str, Any]] | None:
-    if on_step is None:
+def _step_callback(on_step: OnStep | None, *, images: bool) -> Callable[..., dict[str, Any]] | None:
+    """`images`: latents must be finite. Calibration, which makes none, names the layer where they are not."""
+    if on_step is None and not images:
         return None
 
     def at_step_end(
         pipe: DiffusionPipeline, step: int, timestep: Any, tensors: dict[str, Any]
     ) -> dict[str, Any]:
-        on_step(step + 1)
+        if on_step is not None:
+            on_step(step + 1)
+        if images:
+            require_finite_latents(pipe, tensors.get("latents"), step + 1)
         return tensors
 
     return at_step_end

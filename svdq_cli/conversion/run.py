@@ -29,6 +29,7 @@ from svdq_cli.conversion.calibrating import BEGUN, draw_calibration, drawing_of
 from svdq_cli.conversion.finishing import Outputs, finished_outputs, gated, write_reports_beside
 from svdq_cli.conversion.fitting import reserved_ram
 from svdq_cli.conversion.predicting import forecast_of, require_memory, uses_prompts
+from svdq_cli.conversion.ranges import range_warnings
 from svdq_cli.conversion.reconstructing import reconstructed, require_blocks_run
 from svdq_cli.conversion.sharing import CALIBRATED
 from svdq_cli.conversion.solving import (
@@ -37,7 +38,7 @@ from svdq_cli.conversion.solving import (
     solved_elsewhere,
     solved_layers,
 )
-from svdq_cli.conversion.weights import finite_tensor
+from svdq_cli.conversion.weights import finite_tensor, require_in_range
 from svdq_cli.conversion.working import kept_work, work_beside
 from svdq_cli.errors import InputError
 from svdq_cli.journal import BLOCKS, LAYERS, Identity, WorkFolder, remove_finished
@@ -190,6 +191,8 @@ def begin(
         if uses_prompts(prepared, calibration):
             prepared = replace(prepared, prompts=prompts_of(prepared, options, observe))
         digest = digesting.result()
+    if prepared.settings.dtype is torch.float16:
+        require_in_range(source, torch.float16)
     return_freed_memory()  # of the digest: what a process holds counts against --max-ram
     job = Job(
         prepared=prepared,
@@ -339,6 +342,9 @@ def _solve(job: Job, work: WorkFolder) -> Solved:
     _tell_begun(job, work)
     statistics = None if job.data_free else _statistics(job, work)
     calibrated = time.monotonic()
+    if statistics is not None and isinstance(statistics.of, Calibration):
+        seen = statistics.of.manifest.inputs
+        job.warn(range_warnings(job.prepared.plan, seen, job.prepared.settings.dtype))
     prepared, warnings = allocated(
         job.prepared, statistics, job.device, job.observe, options=job.options, work=work
     )

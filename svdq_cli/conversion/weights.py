@@ -115,6 +115,36 @@ def finite_tensor(source: Source, name: str) -> torch.Tensor:
     return require_finite(read_tensor(source, name), name, source.tensors[name])
 
 
+def require_in_range(source: Source, dtype: torch.dtype) -> None:
+    """InputError for a tensor of the source with a number that `dtype` does not hold, before any work is done.
+
+    Every tensor is read once, unless its own dtype holds no larger number.
+    """
+    largest = torch.finfo(dtype).max
+    for name, entry in source.tensors.items():
+        stored = DTYPE_OF_NAME.get(entry.dtype)
+        if stored is None or not stored.is_floating_point or torch.finfo(stored).max <= largest:
+            continue
+        # `tensor_entry`, and not `entry`: with what LoRAs add
+        found = _largest(tensor_entry(source, name))
+        if largest < found < math.inf:  # NaN and infinity are called so when they are read
+            raise InputError(
+                f"{entry.file}: {name} holds {found:g}, and the largest number of {str(dtype)[6:]} is {largest:g}",
+                hint="convert with dtype: bfloat16 (model.dtype in the recipe)",
+                where=name,
+                kind="out-of-range",
+            )
+
+
+def _largest(entry: TensorEntry) -> float:
+    """The largest absolute number of a tensor, read some rows at a time."""
+    if not entry.shape or not math.prod(entry.shape):
+        return entry.read().abs().max().item() if not entry.shape else 0.0
+    step = max(1, READ_AT_ONCE // math.prod(entry.shape[1:]))
+    rows = (entry.read_rows(start, start + step) for start in range(0, entry.shape[0], step))
+    return max(max(-each.min().item(), each.max().item()) for each in rows)
+
+
 def require_finite(tensor: torch.Tensor, name: str, entry: TensorEntry) -> torch.Tensor:
     """`tensor`, read from `entry`. InputError where it holds NaN or infinity."""
     if not is_finite(tensor):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from svdq_cli.errors import CheckFailedError
 from svdq_cli.records import LayerSolution, W4A4Solution, W4A16Solution
-from svdq_cli.runtime.linear import w4a4_exact, w4a16_exact
+from svdq_cli.runtime.linear import w4a4_forward, w4a16_forward
 
 # Bounds of a ratio that JSON can't hold when signal or noise is zero; float32 outputs can't reach them
 # otherwise.
@@ -41,12 +41,12 @@ def layer_sqnr_db(
 
 
 def converted_output(rows: Tensor, solution: LayerSolution) -> Tensor:
-    """The converted layer's contract value on `rows` (M, K): (M, N) float32."""
+    """What the runtimes compute on `rows` (M, K), rounded where they round: (M, N) float32."""
     match solution:
         case W4A4Solution():
-            return w4a4_exact(rows, solution)
+            return w4a4_forward(rows.float(), solution)
         case W4A16Solution():
-            return w4a16_exact(rows, solution)
+            return w4a16_forward(rows.float(), solution)
 
 
 def ratio_db(signal: float, noise: float) -> float:

@@ -15,6 +15,7 @@ from svdq_cli.solve.quantizers import QuantizedWeight, dequantize_weight, fake_q
 # Calibration rows whose outputs are in memory at a time. A constant, and not what happens to fit: products of other
 # shapes are added up in another order, and the figures would depend on the machine's free memory.
 ROWS_AT_ONCE = 512
+MOST_DB = 150.0  # bounds of a ratio that JSON can't hold when the noise is zero or infinite
 _TINY = 1e-30
 
 
@@ -54,15 +55,43 @@ def relative_errors(
     """Noise over signal of each layer's output on rows `x` (M, K), all of which they share."""
     errors: dict[str, float] = {}
     for name, solution in solutions.items():
-        signal, noise = _output_sums(x, weights[name].weight, solution)
+        signal, noise = _output_sums(x, weights[name].weight, output_of(solution))
         errors[name] = float(noise / (signal + _TINY))
     return errors
 
 
 def output_sqnr_db(x: Tensor, weight: Tensor, solution: LayerSolution) -> float:
-    """Signal to quantization noise of a layer's output on rows `x` (M, K), in dB; `weight` (N, K) is the 16-bit
-    layer's."""
-    return decibels(*_output_sums(x, weight, solution))
+    """Signal to quantization noise of a layer's output on rows `x` (M, K), in dB, with the rounding of the runtimes;
+    `weight` (N, K) is the 16-bit layer's."""
+    bias = solution.bias
+    return decibels(*_output_sums(x, weight, output_as_run(solution), 0.0 if bias is None else bias.float()))
+
+
+def output_as_run(solution: LayerSolution) -> Callable[[Tensor], Tensor]:
+    """From rows (M, K) float32 to the layer's output (M, N) float32 as the runtimes round it: rows, hidden vector and
+    result are 16-bit, and so a number that 16 bits do not hold is infinite. With the bias."""
+    match solution:
+        case W4A4Solution():
+            dtype, precision = solution.up.dtype, solution.plan.precision
+            smooth, four_bit = solution.smooth.to(dtype), dequantized_weight(solution)
+            down, up = solution.down.float(), solution.up.float()
+
+            def output(x: Tensor) -> Tensor:
+                rows = x.to(dtype)
+                y = fake_quantize_activation(rows / smooth, precision) @ four_bit.T
+                if up.shape[1]:
+                    y = y + (rows.float() @ down.T).to(dtype).float() @ up.T
+                return _rounded(y, solution.bias, dtype)
+
+            return output
+        case W4A16Solution():
+            dtype = solution.scales.dtype
+            rebuilt = dequantize_w4a16(solution).to(dtype).float()
+            return lambda x: _rounded(x.to(dtype).float() @ rebuilt.T, solution.bias, dtype)
+
+
+def _rounded(y: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return (y if bias is None else y + bias.float()).to(dtype).float()
 
 
 def output_of(solution: LayerSolution) -> Callable[[Tensor], Tensor]:
@@ -82,12 +111,13 @@ def output_of(solution: LayerSolution) -> Callable[[Tensor], Tensor]:
             return lambda x: x @ rebuilt.T
 
 
-def _output_sums(x: Tensor, weight: Tensor, solution: LayerSolution) -> tuple[Tensor, Tensor]:
-    """(sum of y^2, sum of (y' - y)^2) over the outputs of rows `x`, exact y and the solution's y'. float64."""
-    output = output_of(solution)
+def _output_sums(
+    x: Tensor, weight: Tensor, output: Callable[[Tensor], Tensor], bias: Tensor | float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """(sum of y^2, sum of (y' - y - bias)^2) over the outputs of rows `x`, exact y and the solution's y'. float64."""
     signal = noise = torch.zeros((), dtype=torch.float64, device=x.device)
     for rows in x.split(ROWS_AT_ONCE):
-        of_signal, of_noise = _square_sums(rows @ weight.T, output(rows))
+        of_signal, of_noise = _square_sums(rows @ weight.T, output(rows) - bias)
         signal, noise = signal + of_signal, noise + of_noise
     return signal, noise
 
@@ -103,5 +133,8 @@ def _square_sums(exact: Tensor, approximate: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def decibels(signal: Tensor, noise: Tensor) -> float:
-    """10 log10(signal / noise) of two sums of squares; 150 for no noise at all."""
-    return float(10 * torch.log10((signal + _TINY) / (noise + _TINY)).clamp(max=150.0))
+    """10 log10(signal / noise) of two sums of squares; 150 for no noise at all, -150 for an output that is not
+    finite."""
+    if not bool(torch.isfinite(noise)):
+        return -MOST_DB
+    return float(10 * torch.log10((signal + _TINY) / (noise + _TINY)).clamp(max=MOST_DB))

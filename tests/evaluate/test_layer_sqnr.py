@@ -53,10 +53,11 @@ def test_chunks_do_not_change_the_figure(chunk):
     assert layer_sqnr_db(*layer, chunk=chunk) == pytest.approx(layer_sqnr_db(*layer), abs=1e-4)
 
 
-def test_a_weight_only_solution_of_its_own_weight_is_exact():
+def test_a_weight_only_solution_of_its_own_weight_is_off_by_the_rounding_of_16_bits():
     solution = w4a16()
     rows = torch.randn(20, K, generator=torch.Generator().manual_seed(2)).bfloat16()
-    assert layer_sqnr_db(w4a16_weight(solution), None, solution, rows) == SQNR_CAP_DB
+    # weight and result are rounded to 8 bits of significand: 2^-9 / sqrt(3) of a number is 59 dB, twice that 56
+    assert 54 < layer_sqnr_db(w4a16_weight(solution), None, solution, rows) < 60
 
 
 def test_a_layer_without_signal_is_bounded_below():
