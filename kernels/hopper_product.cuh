@@ -72,6 +72,14 @@ struct WeightCodes {
 };
 
 constexpr u32 SIGN_AND_MAGNITUDE = 0x87878787u;
+constexpr u32 ONE_A_BYTE = 0x01010101u;
+
+// The e4m3 numbers of four bytes of sign and magnitude: a negative code's magnitude is stored less 1. 0x87 becomes 0x88, which
+// is -8 (the smallest normal number); no byte carries into the next.
+__device__ __forceinline__ u32 signed_codes(u32 bytes)
+{
+    return bytes + (bytes >> 7 & ONE_A_BYTE);
+}
 
 // hopper_tiles.cuh says which bits stand where.
 __device__ __forceinline__ WeightCodes unpack(const uint4& packed)
@@ -80,8 +88,8 @@ __device__ __forceinline__ WeightCodes unpack(const uint4& packed)
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         const u32 both = word(packed, i);
-        codes.words[i / 2][i % 2 * 2] = both & SIGN_AND_MAGNITUDE;
-        codes.words[i / 2][i % 2 * 2 + 1] = (both >> 4 | both << 28) & SIGN_AND_MAGNITUDE;
+        codes.words[i / 2][i % 2 * 2] = signed_codes(both & SIGN_AND_MAGNITUDE);
+        codes.words[i / 2][i % 2 * 2 + 1] = signed_codes((both >> 4 | both << 28) & SIGN_AND_MAGNITUDE);
     }
     return codes;
 }

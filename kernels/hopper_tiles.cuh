@@ -9,9 +9,10 @@
 //                  `token_slot`, times TOKEN_UNIT
 //   hidden         [token tile][R/32][4][TOKENS]  8 16-bit floats
 //   weight         MODE_FP8: [feature tile][K/64][4][FEATURES] 16 e4m3 numbers. Else [feature tile][K/64][FEATURES/16][lane]
-//                  uint4 of 32 4-bit codes in -7..7 as sign and magnitude, for rows g and g + 8 of 16. Byte b of word i is
-//                  column 16 i + 4 t + b: the magnitude for row g in bits 0..2, its sign in bit 7; the magnitude for row
-//                  g + 8 in bits 4..6, and its sign in bit 3 of the next byte (of byte 0 for byte 3).
+//                  uint4 of 32 4-bit codes in -8..7 as sign and magnitude (that of a negative code less 1), for rows g and
+//                  g + 8 of 16. Byte b of word i is column 16 i + 4 t + b: the magnitude for row g in bits 0..2, its sign
+//                  in bit 7; the magnitude for row g + 8 in bits 4..6, and its sign in bit 3 of the next byte (of byte 0
+//                  for byte 3).
 //   weight_scales  MODE_FP8: (NP,) float32. Else [feature tile][K/64][FEATURES] 16-bit float
 //   up             [feature tile][R/32][4][FEATURES]  8 16-bit floats
 #pragma once
@@ -28,7 +29,8 @@ constexpr int FEATURES = 128;
 constexpr int CHUNKS = 4; // of 16 bytes in a row of a tile
 constexpr int RANK_STEP = 32;
 
-// Sign and magnitude in one byte are the e4m3 number magnitude * 2^-9 (a subnormal one): unpacking is masks and a rotation.
+// Sign and magnitude in one byte are the e4m3 number magnitude * 2^-9 (subnormal but for 8): unpacking is masks, a rotation, and
+// 1 for a negative code.
 // The factor of 2^9 rides on the tokens' scales.
 constexpr float TOKEN_UNIT = MODE == MODE_FP8 ? 1.0f : 512.0f;
 

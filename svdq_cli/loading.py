@@ -28,7 +28,6 @@ from svdq_cli.runtime.cpu_fused import cpu_linear
 from svdq_cli.runtime.cpu_operands import cpu_objection
 from svdq_cli.runtime.fused import fused_linear
 from svdq_cli.runtime.hopper_fused import hopper_linear
-from svdq_cli.runtime.hopper_operands import hopper_objection
 from svdq_cli.runtime.linear import quantized_linear
 from svdq_cli.runtime.operands import objection
 from svdq_cli.runtime.replace import fuse_feed_forwards, replace_linears, share_quantizers
@@ -385,18 +384,10 @@ def _layer(
                 return cpu_linear(solution, unsigned_from=unsigned_from), None
         case "kernels":
             if (reason := objection(solution)) is None:
-                return _on_gpu(solution, backend, unsigned_from)
+                mode = backend.mode if _wants_hopper(solution, backend.mode) else None
+                return _kernel_linear(solution, mode, unsigned_from), None
     plain = quantized_linear(solution, unsigned_from=unsigned_from)
     return plain, None if reason is None else f"in plain torch: {reason}"
-
-
-def _on_gpu(
-    solution: LayerSolution, backend: Backend, unsigned_from: int | None
-) -> tuple[nn.Module, str | None]:
-    mode = backend.mode if _wants_hopper(solution, backend.mode) else None
-    if mode is not None and (reason := hopper_objection(solution)):
-        return _kernel_linear(solution, None, unsigned_from), f"on the portable kernels: {reason}"
-    return _kernel_linear(solution, mode, unsigned_from), None
 
 
 def _kernel_linear(solution: LayerSolution, mode: HopperMode | None, unsigned_from: int | None) -> nn.Module:

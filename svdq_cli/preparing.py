@@ -143,7 +143,11 @@ def prepare(
     )
     dtype = torch.float16 if recipe.model.dtype == "float16" else torch.bfloat16
     settings = SolveSettings(
-        quantization.chosen_smoothing, quantization.seed, dtype, quantization.chosen_search
+        quantization.chosen_smoothing,
+        quantization.seed,
+        dtype,
+        quantization.chosen_search,
+        quantization.refinements,
     )
     inventory = take_inventory(source, find_family(source.config))
     targets = tuple(target_of(fmt, plan, inventory.state, dtype) for fmt in formats)

@@ -188,7 +188,7 @@ class W4A4Solution:
     smooth: Tensor  # (K,)     16-bit; the activation is divided by this
     down: Tensor  # (R, K)     16-bit; applied to the raw activation
     up: Tensor  # (N, R)       16-bit
-    codes: Tensor  # (N, K)    int8: int4 in [-7, 7], nvfp4 e2m1 nibbles 0..15
+    codes: Tensor  # (N, K)    int8: int4 in [-8, 7], nvfp4 e2m1 nibbles 0..15
     scales: Tensor  # (N, K/G) int4: 16-bit, nvfp4: float8_e4m3fn
     outer: Tensor | None  # nvfp4: (1,) or (N,) 16-bit; int4: None
     bias: Tensor | None  # (N,) 16-bit
@@ -216,6 +216,7 @@ class SolveSettings:
     seed: int
     dtype: dtype  # the 16-bit dtype of everything that is stored unquantized
     steps: tuple[SearchStep, ...] = ()  # taken after the smoothing search, where there are calibration rows
+    refinements: int = 4  # rounds of branch and codes without calibration, at most
 
 
 @dataclass(frozen=True, slots=True)

@@ -160,17 +160,6 @@ def test_the_model_runs_in_every_mode_of_hopper(checkpoint: Checkpoint, mode: Ho
     assert (result - wanted).norm() <= (0.01 if fuses else 0.2) * wanted.norm()
 
 
-def test_a_layer_that_hoppers_kernels_cannot_run_is_on_the_portable_ones_and_named(
-    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr("svdq_cli.runtime.hopper_operands.LARGEST_MAGNITUDE", 6)
-    backend = Backend("kernels", "", HopperMode.W4A8)
-    model, refused = load_model(checkpoint, dtype=torch.float32, backend=backend)
-    name, reason = next(iter(refused.items()))
-    assert reason.startswith("on the portable kernels: a code is -8")
-    assert isinstance(model.get_submodule(name), FusedW4A4Linear | FusedFeedForward)
-
-
 def test_a_mode_of_hopper_is_taken_when_asked_for_and_refused_elsewhere():
     found = _on_kernels(architecture("sm_90a"), HopperMode.W4A8)
     assert found.mode == HopperMode.W4A8

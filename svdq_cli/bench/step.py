@@ -179,7 +179,7 @@ def random_w4a4(k: int, n: int, rank: int, precision: Precision, device: torch.d
     size = k**-0.5
     match precision:
         case Int4():
-            codes = torch.randint(-7, 8, (n, k), device=device, dtype=torch.int8)
+            codes = torch.randint(-8, 8, (n, k), device=device, dtype=torch.int8)
             scales, outer = torch.full((n, k // 64), size / 4, device=device, dtype=DTYPE), None
         case NvFp4():
             codes = torch.randint(0, 16, (n, k), device=device, dtype=torch.int8)

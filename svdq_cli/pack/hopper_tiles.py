@@ -15,7 +15,6 @@ PIECE_BYTES = 16
 PIECES = 4  # of a row in a tile: 64 e4m3 numbers, or 32 of 16 bits
 GROUP = 64
 TOKENS_TOGETHER = 16  # whose scales are permuted
-LARGEST_MAGNITUDE = 7  # of a code with three bits beside its sign
 
 # ------------------------------------------------------------------------------------------ rows
 
@@ -84,16 +83,19 @@ def unpack_feature_scales(stored: Tensor) -> Tensor:
 
 
 def pack_signed_codes(codes: Tensor, *, tile: int) -> Tensor:
-    """Codes of weights, (N, K) in -7..7 -> (N/tile, K/64, tile/16, 32, 4) int32, as sign and magnitude.
+    """Codes of weights, (N, K) in -8..7 -> (N/tile, K/64, tile/16, 32, 4) int32, as sign and magnitude.
 
-    N % tile == 0, K % 64 == 0. ValueError for a -8, whose magnitude needs a fourth bit.
+    The magnitude of a negative code is stored less 1, so that -8 fits. N % tile == 0, K % 64 == 0. ValueError for codes
+    outside that range.
     """
     require_shape("codes", codes, (tile, GROUP))
-    if bool((codes.abs() > LARGEST_MAGNITUDE).any()):
-        raise ValueError(f"codes must be in -{LARGEST_MAGNITUDE}..{LARGEST_MAGNITUDE}")
+    if bool(((codes > 7) | (codes < -8)).any()):
+        raise ValueError("codes must be in -8..7")
     rows, columns = codes.shape
     parts = _signed_codes(rows, columns, tile).apply(codes.to(torch.int8))
-    magnitude, sign = parts.abs().to(torch.uint8), (parts < 0).to(torch.uint8)
+    negative = parts < 0
+    # ~code is -code - 1
+    magnitude, sign = torch.where(negative, ~parts, parts).to(torch.uint8), negative.to(torch.uint8)
     upper = magnitude[..., 0, :] | sign[..., 0, :] << 7
     lower = magnitude[..., 1, :] << 4 | sign[..., 1, :].roll(1, -1) << 3
     return (upper | lower).contiguous().view(torch.int32).reshape(rows // tile, columns // GROUP, -1, 32, 4)
@@ -112,7 +114,8 @@ def unpack_signed_codes(words: Tensor) -> Tensor:
 
 
 def _signed(magnitude: Tensor, sign: Tensor) -> Tensor:
-    return magnitude.to(torch.int8) * (1 - 2 * sign.to(torch.int8))
+    held = magnitude.to(torch.int8)
+    return torch.where(sign > 0, ~held, held)
 
 
 def _signed_codes(rows: int, columns: int, tile: int) -> Layout:

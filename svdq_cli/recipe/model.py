@@ -222,6 +222,8 @@ class Quantization(Section):
     """none, closed-form or grid, from where the search starts; chosen by the effort when absent."""
     search: Annotated[tuple[SearchStep, ...] | None, Field(strict=False)] = None
     """Steps after smoothing, of learned, gptq, scales (with gptq) and refit; chosen by the effort when absent."""
+    refinements: Annotated[int, Field(ge=0, le=20)] = 4
+    """Without calibration: rounds, at most, in which branch and codes are fitted to what the other leaves."""
     rank: Rank = DEFAULT_RANK
     """Rank of the 16-bit branch: a multiple of 16, or auto (searched per layer)."""
     size_budget: SizeBudget | None = None

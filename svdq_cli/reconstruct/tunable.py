@@ -74,14 +74,12 @@ class Tunable(nn.Module):
             down=down,
             up=self.up.detach().to(old.up.dtype),
             bias=None if self.bias is None else self.bias.detach().to(old.up.dtype),
-            scales=old.scales
-            if self.scales is None
-            else _positive(self.scales.detach()).to(old.scales.dtype),
+            scales=old.scales if self.scales is None else _nonzero(self.scales.detach()).to(old.scales.dtype),
         )
 
 
-def _positive(scales: Tensor) -> Tensor:
-    """A scale that crossed zero would turn its group around."""
+def _nonzero(scales: Tensor) -> Tensor:
+    """Scales (N, K/G) of either sign; 1 for one that tuning has brought to 0, where its group would be lost."""
     return torch.where(scales.abs() < 1e-30, torch.ones_like(scales), scales)
 
 

@@ -10,7 +10,6 @@ from torch import Tensor
 from svdq_cli.gpu.hopper import FEATURES, RANK_STEP
 from svdq_cli.gpu.hopper_modes import HopperMode
 from svdq_cli.pack.hopper_tiles import (
-    LARGEST_MAGNITUDE,
     pack_feature_scales,
     pack_rows,
     pack_signed_codes,
@@ -49,8 +48,6 @@ def hopper_objection(solution: LayerSolution) -> str | None:
         return reason
     if not (isinstance(solution, W4A4Solution) and isinstance(solution.plan.precision, Int4)):
         return "only int4 W4A4 layers have kernels of Hopper's own"
-    if bool((solution.codes < -LARGEST_MAGNITUDE).any()):
-        return "a code is -8, which has no sign and magnitude in four bits"
     return None
 
 

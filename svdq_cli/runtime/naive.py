@@ -7,14 +7,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from svdq_cli.records import W4A4Plan, W4A4Solution
-from svdq_cli.solve.quantizers import quantize_weight
+from svdq_cli.records import Int4, NvFp4, Precision, W4A4Plan, W4A4Solution
+from svdq_cli.solve.quantizers import QuantizedWeight, absmax, quantize_weight
 
 
 def naive_solution(plan: W4A4Plan, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> W4A4Solution:
     """Round to nearest with absmax scales, no smoothing, rank 0. `weight` (N, K), any float dtype."""
     out_features, in_features = weight.shape
-    quantized = quantize_weight(weight.float(), plan.precision, dtype=dtype)
+    quantized = published_rounding(weight.float(), plan.precision, dtype=dtype)
     return W4A4Solution(
         plan=replace(plan, rank=0),
         smooth=weight.new_ones(in_features, dtype=dtype),
@@ -25,3 +25,17 @@ def naive_solution(plan: W4A4Plan, weight: Tensor, bias: Tensor | None, dtype: t
         outer=quantized.outer,
         bias=None if bias is None else bias.to(dtype),
     )
+
+
+def published_rounding(weight: Tensor, precision: Precision, *, dtype: torch.dtype) -> QuantizedWeight:
+    """Round to nearest as other exporters do it: int4 codes -7 to 7 with scales (N, K/G) above zero. Loses more than
+    svdq's own rounding (`quantize_weight`). `weight` (N, K) float32."""
+    match precision:
+        case Int4(group=group):
+            groups = weight.unflatten(1, (-1, group))
+            scales = (absmax(groups) / 7).to(dtype)
+            scales.masked_fill_(scales == 0, 1)
+            codes = (groups / scales.float().unsqueeze(-1)).round_().clamp_(-7, 7)
+            return QuantizedWeight(codes.flatten(1).to(torch.int8), scales, None)
+        case NvFp4():
+            return quantize_weight(weight, precision, dtype=dtype)

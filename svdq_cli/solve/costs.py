@@ -19,6 +19,7 @@ from svdq_cli.records import (
     W4A4Plan,
     W4A16Plan,
 )
+from svdq_cli.solve import refine
 from svdq_cli.solve.forward import ROWS_AT_ONCE
 from svdq_cli.solve.improve import HELD_OUT, LEAST_ROWS
 from svdq_cli.solve.learned import OUTPUTS_PER_STEP, ROWS_PER_STEP, STEPS
@@ -82,10 +83,13 @@ def _w4a4_work(shapes: Shapes, width: int, settings: SolveSettings, rows: int, p
     n = sum(count for count, _ in shapes)
     size = n * width
     rounded = size * (NVFP4_ROUNDING if isinstance(precision, NvFp4) else 1)
-    final = _split(shapes, width, POWER_ITERATIONS) + Work(quantized=rounded, calls=200)
     report = Work(compared=size, calls=200) + (_output(n, width, rows) if rows else Work())
     if not rows:
-        return final + report
+        first = _split(shapes, width, refine.POWER_ITERATIONS) + Work(quantized=rounded, calls=200)
+        # each takes two products, rounds, and looks at what was lost, which is half of what a comparison does
+        more = _split(shapes, width, 0) + Work(quantized=rounded, compared=size / 2, calls=200)
+        return first + more * settings.refinements + report
+    final = _split(shapes, width, POWER_ITERATIONS) + Work(quantized=rounded, calls=200)
     search = min(rows, SEARCH_ROWS)
     point = _split(shapes, width, SEARCH_POWER_ITERATIONS) + Work(
         matmul=4 * search * size, quantized=rounded + size + search * width, calls=500
@@ -224,13 +228,33 @@ def solve_bytes(
     if isinstance(members[0], W4A4Plan):
         rank = max(plan.rank for plan in members if isinstance(plan, W4A4Plan))
         factors = 4 * (rank + OVERSAMPLE) * (branch + k)
-        phases.append(4 * branch * k + 3 * factors - total * k)  # the low-rank branch, before there are codes
-        phases.append(one + 2 * factors + _rounding_bytes(members[0].precision, big * k, compared))
+        if rows:
+            phases.append(
+                4 * branch * k + 3 * factors - total * k
+            )  # the low-rank branch, before there are codes
+            phases.append(one + 2 * factors + _rounding_bytes(members[0].precision, big * k, compared))
+        else:
+            phases += _refining_bytes(members[0].precision, one, branch, k, rank + OVERSAMPLE, compared)
         if rows:
             phases.append(stacked + _search_bytes(branch, k, min(rows, SEARCH_ROWS)))
     if rows >= LEAST_ROWS:
         phases += [stacked + _step_bytes(step, total, branch, k, rows) for step in settings.steps]
     return 4 * rows * k + total * k + max(phases)  # rows in float32, codes
+
+
+def _refining_bytes(
+    precision: Precision, weights: int, branch: int, k: int, columns: int, at_once: int
+) -> list[int]:
+    """Of the data-free rounds of branch and codes: the branch is found beside the codes of the best round, in 16-bit
+    weights; then these are rounded beside them. `columns`: of the basis that a branch is found in."""
+    factors = 4 * columns * (branch + k)
+    held = max(weights, 4 * branch * k) + 2 * branch * k
+    scales = 2 * branch * k * (2 if isinstance(precision, Int4) else 1) // precision.group
+    rounding = at_once * (13 if isinstance(precision, Int4) else 21)
+    return [
+        held + 3 * factors,
+        held + branch * k + 2 * factors + 4 * columns * branch + scales + rounding,
+    ]
 
 
 def _rounding_bytes(precision: Precision, numbers: int, at_once: int) -> int:

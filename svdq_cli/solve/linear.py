@@ -33,11 +33,13 @@ from svdq_cli.solve.improve import Task, Trail, improve
 from svdq_cli.solve.low_rank import split_low_rank
 from svdq_cli.solve.modulation import solve_w4a16
 from svdq_cli.solve.quantizers import (
+    QuantizedWeight,
     fake_quantize_activation,
     fake_quantize_weight,
     quantize_weight,
 )
 from svdq_cli.solve.rebuild import Residual, relative_error
+from svdq_cli.solve.refine import refined
 from svdq_cli.solve.smoothing import CLOSED_FORM, GRID, placed, smooth_factor
 
 SEARCH_ROWS = 512  # rows that score a grid point; the ranking is stable long before the report's figure is
@@ -69,7 +71,10 @@ def solve_input(
     reports: list[LayerReport] = []
     if w4a4_plans:
         smooth, label = choose_smoothing(shared, w4a4_plans, weights, stats, rows, settings)
-        solutions = _solve_w4a4(shared, w4a4_plans, weights, smooth, settings)
+        if stats is None:
+            solutions = _solve_data_free(shared, w4a4_plans, weights, settings)
+        else:
+            solutions = _solve_w4a4(shared, w4a4_plans, weights, smooth, settings)
         trail = Trail()
         if settings.steps and stats is not None and rows is not None:
             solutions, trail = _improve(shared, w4a4_plans, weights, stats, rows, settings, solutions)
@@ -227,21 +232,11 @@ def _solve_w4a4(
     settings: SolveSettings,
 ) -> dict[str, W4A4Solution]:
     """Branch, residual and codes for a given smoothing factor, in the order of `plans`."""
-    by_name = {plan.name: plan for plan in plans}
     solved: dict[str, W4A4Solution] = {}
-    for part in shared.branches:
-        members = [by_name[name] for name in part if name in by_name]
-        if not members:
-            continue
-        rank = members[0].rank
-        if any(plan.rank != rank for plan in members):
-            raise UsageError(
-                f"{', '.join(plan.name for plan in members)} share one down projection and need one rank",
-                hint="give them the same rank in the recipe's layers",
-            )
+    for members in _branches(shared, plans):
         up, down = split_low_rank(
             [weights[plan.name].weight for plan in members],
-            rank=rank,
+            rank=members[0].rank,
             seed=settings.seed,
             smooth=smooth if _smooths(smooth) else None,
         )
@@ -251,6 +246,45 @@ def _solve_w4a4(
                 plan, weights[plan.name], smooth, down, rows.to(settings.dtype), settings
             )
     return {plan.name: solved[plan.name] for plan in plans}
+
+
+def _solve_data_free(
+    shared: SharedInput,
+    plans: list[W4A4Plan],
+    weights: Mapping[str, SourceWeight],
+    settings: SolveSettings,
+) -> dict[str, W4A4Solution]:
+    """Branch and codes without a smoothing factor, fitted to each other, in the order of `plans`."""
+    solved: dict[str, W4A4Solution] = {}
+    for members in _branches(shared, plans):
+        sources = [weights[plan.name] for plan in members]
+        found = refined(
+            [source.weight for source in sources],
+            rank=members[0].rank,
+            seed=settings.seed,
+            precision=members[0].precision,
+            dtype=settings.dtype,
+            rounds=settings.refinements,
+        )
+        ups = found.up.split([plan.linear.out_features for plan in members])
+        for plan, source, up, quantized in zip(members, sources, ups, found.codes, strict=True):
+            smooth = torch.ones(plan.linear.in_features, dtype=settings.dtype, device=up.device)
+            solved[plan.name] = _solution(plan, source, smooth, found.down, up, quantized)
+    return {plan.name: solved[plan.name] for plan in plans}
+
+
+def _branches(shared: SharedInput, plans: Sequence[W4A4Plan]) -> Iterator[list[W4A4Plan]]:
+    """The layers of each branch. UsageError where they have several ranks."""
+    by_name = {plan.name: plan for plan in plans}
+    for part in shared.branches:
+        members = [by_name[name] for name in part if name in by_name]
+        if len({plan.rank for plan in members}) > 1:
+            raise UsageError(
+                f"{', '.join(plan.name for plan in members)} share one down projection and need one rank",
+                hint="give them the same rank in the recipe's layers",
+            )
+        if members:
+            yield members
 
 
 def _smooths(smooth: Tensor) -> bool:
@@ -264,15 +298,22 @@ def _finish(
     """Quantize what the *stored* branch leaves over, so that its rounding to 16 bits is corrected by the codes."""
     residual = Residual(source.weight, up.float(), down.float(), smooth if _smooths(smooth) else None)
     quantized = quantize_weight(residual, plan.precision, dtype=settings.dtype)
+    return _solution(plan, source, smooth.to(settings.dtype), down, up, quantized)
+
+
+def _solution(
+    plan: W4A4Plan, source: SourceWeight, smooth: Tensor, down: Tensor, up: Tensor, quantized: QuantizedWeight
+) -> W4A4Solution:
+    """The layer as it is stored: `smooth` (K,), `down` (R, K) and `up` (N, R) in the 16-bit dtype of its bias."""
     return W4A4Solution(
         plan=plan,
-        smooth=smooth.to(settings.dtype),
+        smooth=smooth,
         down=down.contiguous(),
         up=up.contiguous(),
         codes=quantized.codes,
         scales=quantized.scales,
         outer=quantized.outer,
-        bias=None if source.bias is None else source.bias.to(settings.dtype),
+        bias=None if source.bias is None else source.bias.to(smooth.dtype),
     )
 
 

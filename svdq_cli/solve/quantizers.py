@@ -2,7 +2,7 @@
 kernels do on the fly).
 
 Sources: SVDQuant (arXiv 2411.05007); number formats as read by Nunchaku and diffusers' `nunchaku_lite`:
-int4 is symmetric with one 16-bit scale per 64 inputs; nvfp4 is E2M1 with one e4m3 micro scale per 16 inputs and a
+int4 has one 16-bit scale of either sign per 64 inputs; nvfp4 is E2M1 with one e4m3 micro scale per 16 inputs and a
 16-bit outer scale.
 """
 
@@ -18,6 +18,10 @@ from torch import Tensor
 from svdq_cli.records import Int4, NvFp4, Precision
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # magnitude of codes 0..7; codes 8..15 are the negatives
+INT4_LEAST, INT4_MOST = -8, 7  # codes of weights
+# Of the scale with which a group's largest weight just becomes -8. Rounded to nearest, trained weights lose least with
+# 0.95 of it: a few are clipped, the many others gain resolution.
+INT4_SHARE = 0.95
 BLOCK = 1 << 19  # numbers that are worked on at a time
 E4M3_MAX = 448.0
 E4M3_TINY = 2.0**-9  # the smallest positive e4m3 number; a micro scale of zero would divide zero by zero
@@ -38,19 +42,18 @@ class Rows(Protocol):
 class QuantizedWeight:
     """W = codes * scales * outer. All in stored dtypes."""
 
-    codes: Tensor  # (N, K) int8: int4 in [-7, 7], nvfp4 nibbles 0..15
+    codes: Tensor  # (N, K) int8: int4 in [-8, 7], nvfp4 nibbles 0..15
     scales: Tensor  # (N, K/G)
     outer: Tensor | None  # nvfp4: (1,) or (N,)
 
 
 def quantize_weight(weight: Rows, precision: Precision, *, dtype: torch.dtype) -> QuantizedWeight:
-    """Round to nearest with absmax scales. `weight` (N, K) float32, `dtype` the stored 16-bit dtype. Rows are asked for
+    """Round to nearest. `weight` (N, K) float32, `dtype` the stored 16-bit dtype. Rows are asked for
     once for int4 and twice for nvfp4, whose outer scale is that of the whole."""
-    match precision:
-        case Int4():
-            return _int4_weight(weight, dtype)
-        case NvFp4():
-            return _nvfp4_weight(weight, dtype)
+    quantized = empty_quantized(weight, precision, dtype=dtype)
+    for rows in row_blocks(weight):
+        quantize_rows(weight[rows], quantized, rows, precision)
+    return quantized
 
 
 def dequantize_weight(quantized: QuantizedWeight, precision: Precision) -> Tensor:
@@ -70,12 +73,13 @@ def fake_quantize_weight(weight: Tensor, precision: Precision, *, dtype: torch.d
     """Quantize and dequantize, (N, K) float32, for scoring: as `quantize_weight` but for ties of e2m1, which round to
     even here (a few weights in a million differ)."""
     groups = _grouped(weight, precision.group)
-    peak = absmax(groups).unsqueeze(-1)
     match precision:
         case Int4():
-            scale = (peak / 7).to(dtype).float().clamp(min=1e-30)
-            rounded = torch.round(groups / scale).clamp_(-7, 7)
+            scale = int4_scales(groups, dtype).unsqueeze(-1).float()
+            rounded = torch.round(groups / scale).clamp_(INT4_LEAST, INT4_MOST)
+            scale = fitted_scales(groups, rounded, scale, dtype)
         case NvFp4():
+            peak = absmax(groups).unsqueeze(-1)
             outer = (
                 (peak.max() / (6 * E4M3_MAX)).clamp(min=torch.finfo(dtype).smallest_normal).to(dtype).float()
             )
@@ -153,30 +157,68 @@ def row_blocks(matrix: Rows) -> Iterator[slice]:
         yield slice(start, start + step)
 
 
-def _int4_weight(weight: Rows, dtype: torch.dtype) -> QuantizedWeight:
+def empty_quantized(weight: Rows, precision: Precision, *, dtype: torch.dtype) -> QuantizedWeight:
+    """Room for the codes and scales of a weight (N, K), which `quantize_rows` fills. nvfp4's outer scale is there
+    already: it is that of the whole."""
     n, k = weight.shape
-    codes = torch.empty(n, k, dtype=torch.int8, device=weight.device)
-    scales = torch.empty(n, k // Int4.group, dtype=dtype, device=weight.device)
-    for rows in row_blocks(weight):
-        groups = _grouped(weight[rows], Int4.group)
-        scale = (absmax(groups) / 7).to(dtype)
-        scales[rows] = scale.masked_fill_(scale == 0, 1)
-        codes[rows] = (groups / scale.float().unsqueeze(-1)).round_().clamp_(-7, 7).flatten(-2)
-    return QuantizedWeight(codes, scales, None)
+    return QuantizedWeight(
+        torch.empty(n, k, dtype=torch.int8, device=weight.device),
+        torch.empty(
+            n,
+            k // precision.group,
+            dtype=dtype if isinstance(precision, Int4) else torch.float8_e4m3fn,
+            device=weight.device,
+        ),
+        None if isinstance(precision, Int4) else _outer_scale(weight, dtype),
+    )
 
 
-def _nvfp4_weight(weight: Rows, dtype: torch.dtype) -> QuantizedWeight:
-    wanted = torch.cat([absmax(_grouped(weight[rows], NvFp4.group)) for rows in row_blocks(weight)]) / 6
+def quantize_rows(values: Tensor, quantized: QuantizedWeight, rows: slice, precision: Precision) -> Tensor:
+    """Rounds some rows of a weight, `values` (n, K) float32, to nearest. Codes and scales are put into `quantized` (of
+    `empty_quantized`); returns what they stand for, (n, K) float32."""
+    groups = _grouped(values, precision.group)
+    match precision:
+        case Int4():
+            dtype = quantized.scales.dtype
+            scale = int4_scales(groups, dtype).unsqueeze(-1).float()
+            codes = (groups / scale).round_().clamp_(INT4_LEAST, INT4_MOST)
+            scale = fitted_scales(groups, codes, scale, dtype)
+            quantized.codes[rows] = codes.flatten(-2)
+            quantized.scales[rows] = scale.squeeze(-1).to(dtype)
+            return codes.mul_(scale).flatten(-2)
+        case NvFp4():
+            assert quantized.outer is not None
+            outer = quantized.outer.float()
+            micro = (absmax(groups) / 6 / outer).clamp_(E4M3_TINY, E4M3_MAX).to(torch.float8_e4m3fn)
+            step = (micro.float() * outer).unsqueeze(-1)
+            codes = encode_e2m1(groups / step)
+            quantized.codes[rows] = codes.flatten(-2)
+            quantized.scales[rows] = micro
+            return decode_e2m1(codes).mul_(step).flatten(-2)
+
+
+def _outer_scale(weight: Rows, dtype: torch.dtype) -> Tensor:
+    peak = torch.stack([absmax(weight[rows].flatten()) for rows in row_blocks(weight)]).amax()
     # At least the smallest normal number: below it float16 would lose bits, or the whole layer to an outer scale of 0.
-    outer = (wanted.max() / E4M3_MAX).clamp(min=torch.finfo(dtype).smallest_normal).to(dtype)
-    outer = torch.where(wanted.max() == 0, torch.ones_like(outer), outer)
-    micro = (wanted / outer.float()).clamp(E4M3_TINY, E4M3_MAX).to(torch.float8_e4m3fn)
-    step = micro.float() * outer.float()
-    codes = torch.empty(*weight.shape, dtype=torch.int8, device=weight.device)
-    for rows in row_blocks(weight):
-        groups = _grouped(weight[rows], NvFp4.group)
-        codes[rows] = encode_e2m1(groups / step[rows].unsqueeze(-1)).flatten(-2)
-    return QuantizedWeight(codes, micro, outer.reshape(1))
+    outer = (peak / 6 / E4M3_MAX).clamp(min=torch.finfo(dtype).smallest_normal).to(dtype)
+    return torch.where(peak == 0, torch.ones_like(outer), outer).reshape(1)
+
+
+def int4_scales(groups: Tensor, dtype: torch.dtype, *, share: float = INT4_SHARE) -> Tensor:
+    """Scales (...) in `dtype` of int4 groups (..., G): the weight of largest magnitude becomes code -8, or more where
+    `share` is below 1. The scale takes that weight's sign, so that a step is 1/8 of it, where codes from -7 to 7 with
+    scales above zero have 1/7. 1 for a group of zeros."""
+    highest, lowest = groups.amax(-1), groups.amin(-1)
+    scale = (torch.where(highest > -lowest, highest, lowest) * (share / INT4_LEAST)).to(dtype)
+    return scale.masked_fill_(scale == 0, 1)
+
+
+def fitted_scales(groups: Tensor, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """The scales (..., 1) float32, exact in `dtype`, with which `codes` (..., G) are nearest to `groups` (..., G) by
+    least squares. `scales`, with which they were rounded, stay where that says nothing: of codes that are all 0."""
+    product, size = (groups * codes).sum(-1, keepdim=True), codes.square().sum(-1, keepdim=True)
+    fitted = (product / size).to(dtype).float()
+    return torch.where(torch.isfinite(fitted) & (fitted != 0), fitted, scales)
 
 
 def absmax(groups: Tensor) -> Tensor:

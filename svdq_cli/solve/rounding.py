@@ -18,10 +18,13 @@ from svdq_cli.records import Int4, NvFp4, Precision
 from svdq_cli.solve.quantizers import (
     E4M3_MAX,
     E4M3_TINY,
+    INT4_LEAST,
+    INT4_MOST,
     QuantizedWeight,
     absmax,
     decode_e2m1,
     encode_e2m1,
+    int4_scales,
     quantize_weight,
     row_blocks,
 )
@@ -186,26 +189,25 @@ def _as_known(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Int4Grid:
-    """codes * scale, codes -7 to 7."""
+    """codes * scale, codes -8 to 7; the scale has the sign with which the largest weight is negative."""
 
     dtype: torch.dtype
     factors: tuple[float, ...] = SCALE_FACTORS
     group: int = Int4.group
 
     def candidates(self, values: Tensor) -> Iterator[Parameters]:
-        peak = absmax(values)
         for share in self.factors:
-            scale = (peak * share / 7).to(self.dtype)
-            yield (scale.masked_fill_(scale == 0, 1),)
+            yield (int4_scales(values, self.dtype, share=share),)
 
     def round(self, values: Tensor, parameters: Parameters) -> tuple[Tensor, Tensor]:
-        codes = (values / parameters[0].float()).round_().clamp_(-7, 7)
+        codes = (values / parameters[0].float()).round_().clamp_(INT4_LEAST, INT4_MOST)
         return codes.to(torch.int8), codes.mul_(parameters[0].float())
 
     def error(self, values: Tensor, parameters: Parameters, importance: Tensor | None) -> Tensor:
         scale = parameters[0].float()
         exact = values / scale.unsqueeze(1)
-        return _norm(exact.round().clamp_(-7, 7).sub_(exact), importance).mul_(scale)
+        lost = exact.round().clamp_(INT4_LEAST, INT4_MOST).sub_(exact)
+        return _norm(lost, importance).mul_(scale.abs())
 
     def fitted(self, values: Tensor, parameters: Parameters, importance: Tensor | None) -> None:
         return None

@@ -71,7 +71,7 @@ def random_solution(
         smooth=positive(columns, around=1.0).to(dtype),
         down=normal(plan.rank, columns, std=columns**-0.5),
         up=normal(rows, plan.rank, std=plan.rank**-0.5),
-        codes=codes(0, 16, torch.int8) if floating else codes(-7, 8, torch.int8),
+        codes=codes(0, 16, torch.int8) if floating else codes(-8, 8, torch.int8),
         scales=scales.to(scale_dtype(plan, dtype)),
         outer=outer,
         bias=bias,

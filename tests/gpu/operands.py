@@ -178,7 +178,7 @@ def random_hopper_operands(
     """As `random_operands`, for Hopper's own kernels. The rank must be a multiple of 32."""
     draw = torch.Generator().manual_seed(seed)
     k, n, rank = shape.k, shape.n, shape.rank
-    codes = torch.randint(-7, 8, (n, k), generator=draw, dtype=torch.int8)
+    codes = torch.randint(-8, 8, (n, k), generator=draw, dtype=torch.int8)
     solution = W4A4Solution(
         plan=W4A4Plan(Linear("layer", k, n, bias=True), Int4(), rank),
         smooth=(torch.rand(k, generator=draw) + 0.5).to(dtype),

@@ -65,13 +65,13 @@ def test_unpacking_feature_scales_gives_them_back():
 
 
 def test_unpacking_signed_codes_gives_them_back():
-    codes = torch.randint(-7, 8, (256, 192), generator=torch.Generator().manual_seed(0), dtype=torch.int8)
+    codes = torch.randint(-8, 8, (256, 192), generator=torch.Generator().manual_seed(0), dtype=torch.int8)
     assert torch.equal(unpack_signed_codes(pack_signed_codes(codes, tile=128)), codes)
 
 
-def test_masks_and_a_rotation_make_fp8_numbers_of_a_word():
+def test_masks_a_rotation_and_a_carry_make_fp8_numbers_of_a_word():
     """Word i of lane (g, t): the columns 16 i + 4 t .. + 3 of rows g and, rotated by four bits, g + 8."""
-    codes = torch.randint(-7, 8, (128, 64), generator=torch.Generator().manual_seed(1), dtype=torch.int8)
+    codes = torch.randint(-8, 8, (128, 64), generator=torch.Generator().manual_seed(1), dtype=torch.int8)
     words = pack_signed_codes(codes, tile=128)
     for sixteen, g, t, i in ((0, 0, 0, 0), (3, 5, 2, 1), (7, 7, 3, 3)):
         word = int(words[0, 0, sixteen, 4 * g + t, i]) & 0xFFFFFFFF
@@ -81,12 +81,14 @@ def test_masks_and_a_rotation_make_fp8_numbers_of_a_word():
                 [(bits & 0x87878787) >> 8 * byte & 0xFF for byte in range(4)], dtype=torch.uint8
             )
             row, column = 16 * sixteen + 8 * r + g, 16 * i + 4 * t
+            held += held >> 7  # a negative code's magnitude is stored less 1
             values = held.view(torch.float8_e4m3fn).float() * 512
             assert torch.equal(values, codes[row, column : column + 4].float())
 
 
-def test_a_code_of_minus_8_is_refused():
+@pytest.mark.parametrize("code", [-9, 8])
+def test_a_code_outside_four_bits_is_refused(code: int):
     codes = torch.zeros(128, 64, dtype=torch.int8)
-    codes[3, 5] = -8
-    with pytest.raises(ValueError, match=r"-7\.\.7"):
+    codes[3, 5] = code
+    with pytest.raises(ValueError, match=r"-8\.\.7"):
         pack_signed_codes(codes, tile=128)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -61,9 +60,6 @@ def test_what_hoppers_kernels_cannot_run_is_named():
     good = random_w4a4(Int4(), n=128, k=128)
     assert hopper_objection(good) is None
     assert hopper_objection(random_w4a4(NvFp4())) == "only int4 W4A4 layers have kernels of Hopper's own"
-    lowest = good.codes.clone()
-    lowest[0, 0] = -8
-    assert "a code is -8" in str(hopper_objection(replace(good, codes=lowest)))
     assert hopper_objection(random_w4a4(Int4(), n=132)) == "out_features 132 is not a multiple of 8"
 
 

@@ -1,0 +1,104 @@
+"""A low-rank branch and the codes beside it, each fitted in turn to what the other leaves of the weight.
+
+The paper takes the branch from the weight alone (SVDQuant, arXiv 2411.05007, section 4.2): what rounding then loses has
+large directions of its own, which the same rank can hold. Taking the branch again from W - dequant(Q), and Q again from
+W - U D, is in LoftQ (arXiv 2310.08659). Ours: the branch goes half as far again as that (RELAX), which takes a third of
+the rounds, and each SVD begins where the last one ended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from svdq_cli.records import Precision
+from svdq_cli.solve.low_rank import find_low_rank
+from svdq_cli.solve.quantizers import QuantizedWeight, empty_quantized, quantize_rows, row_blocks
+from svdq_cli.solve.rebuild import Residual
+
+ROUNDS = 4
+RELAX = 0.5  # share of the rounding error that the branch is asked to take over beyond all of it
+LEAST_GAIN = 0.01  # a round that takes less off the error is the last one
+# The first branch need not be exact, and those that follow begin with its basis.
+POWER_ITERATIONS = 1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Refined:
+    """One branch of a layer, or of layers that share its `down`, with the codes of each layer."""
+
+    up: Tensor  # (sum of N, R), 16-bit
+    down: Tensor  # (R, K), 16-bit
+    codes: tuple[QuantizedWeight, ...]
+    error: float  # sum of squares of what is lost of the weights
+
+
+def refined(
+    weights: Sequence[Tensor],
+    *,
+    rank: int,
+    seed: int,
+    precision: Precision,
+    dtype: torch.dtype,
+    rounds: int = ROUNDS,
+) -> Refined:
+    """Branch and codes of `weights` (N_i, K) float32 that share one `down`, without smoothing.
+
+    Stored numbers are rounded to `dtype` before the error is taken. The best of at most `rounds` refinements after the
+    first.
+    """
+    # In 16 bits, which is finer than 4-bit codes by far and half the memory
+    targets = [weight.new_empty(weight.shape, dtype=torch.bfloat16) for weight in weights if rounds and rank]
+    start: Tensor | None = None
+    best: Refined | None = None
+    for turn in range(rounds + 1):
+        found = find_low_rank(
+            targets if turn else weights,
+            rank=rank,
+            seed=seed,
+            power_iterations=POWER_ITERATIONS,
+            start=start,
+        )
+        start, up, down = found.basis, found.up.to(dtype), found.down.to(dtype)
+        del found
+        last = turn == rounds or rank == 0
+        made = _rounded(weights, up, down, precision, dtype, targets=() if last else targets)
+        gain = 1.0 if best is None else 1 - made.error / max(best.error, 1e-30)
+        if best is None or gain > 0:
+            best = made
+        del made
+        if last or gain < LEAST_GAIN:
+            break
+    assert best is not None
+    return best
+
+
+def _rounded(
+    weights: Sequence[Tensor],
+    up: Tensor,
+    down: Tensor,
+    precision: Precision,
+    dtype: torch.dtype,
+    *,
+    targets: Sequence[Tensor],
+) -> Refined:
+    """What a branch leaves over, rounded. `targets` get what the next branch is to be near to: the weights less their
+    codes, and RELAX of what rounding lost besides."""
+    made: list[QuantizedWeight] = []
+    error = torch.zeros((), dtype=torch.float64, device=down.device)
+    parts = up.split([len(weight) for weight in weights])
+    for index, (weight, rows_up) in enumerate(zip(weights, parts, strict=True)):
+        residual = Residual(weight, rows_up.float(), down.float(), None)
+        quantized = empty_quantized(residual, precision, dtype=dtype)
+        for rows in row_blocks(weight):
+            left = residual[rows]
+            four_bit = quantize_rows(left, quantized, rows, precision)
+            lost = left.sub_(four_bit)
+            error += torch.linalg.vector_norm(lost, dim=1).double().square().sum()
+            if targets:
+                targets[index][rows] = torch.sub(weight[rows], four_bit, out=four_bit).add_(lost, alpha=RELAX)
+        made.append(quantized)
+    return Refined(up, down, tuple(made), float(error))
