@@ -14,7 +14,7 @@ from svdq_cli.conversion.recording import Sample, record_blocks
 from svdq_cli.loading import load_beside
 from svdq_cli.offload import filled_copy
 from svdq_cli.preparing import RunOptions, prepare
-from svdq_cli.recipe import Calibration, default_recipe
+from svdq_cli.recipe import Calibration, Quantization, default_recipe
 from svdq_cli.reconstruct import (
     Call,
     Reconstruction,
@@ -42,7 +42,8 @@ CPU = RunOptions(device="cpu")
 def solved(tiny_flux: Path, tmp_path_factory: pytest.TempPathFactory):
     from diffusers import FluxTransformer2DModel
 
-    prepared = prepare(default_recipe(str(tiny_flux)))
+    # Rounded once: branches and codes that were refined leave tuning nothing on weights as random as these.
+    prepared = prepare(default_recipe(str(tiny_flux), quantization=Quantization(refinements=0)))
     solutions = solved_in(tmp_path_factory.mktemp("solved") / "work", prepared)
     load = lambda: FluxTransformer2DModel.from_pretrained(tiny_flux / "transformer").float()  # noqa: E731
     return prepared, solutions, load
@@ -94,7 +95,7 @@ def test_tuned_blocks_lose_less_and_store_what_they_were_judged_with(
     assert tuned.keys() == {plan.name for plan in prepared.plan.w4a4}
     assert not list(tmp_path.iterdir())
     assert all(block.after <= block.before for block in blocks.values())
-    assert any(block.after < 0.95 * block.before for block in blocks.values())
+    assert any(block.after < 0.97 * block.before for block in blocks.values())
     for name, solution in tuned.items():
         before = solutions[name]
         assert solution.plan == before.plan
