@@ -38,7 +38,7 @@ def w4a16_plan(
 
 
 def model_plan(*layers: LayerPlan) -> ModelPlan:
-    return ModelPlan("flux", "FluxTransformer2DModel", "transformer", 0, layers, kept=(), inputs=())
+    return ModelPlan("flux", "FluxTransformer2DModel", ("transformer",), 0, layers, kept=(), inputs=())
 
 
 def random_solution(
