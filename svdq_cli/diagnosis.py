@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Literal
 
+import psutil
 import torch
 
 from svdq_cli import __version__
@@ -19,17 +23,29 @@ from svdq_cli.evaluate.layers import layer_sqnr_db
 from svdq_cli.formats import FORMATS
 from svdq_cli.gpu import nvrtc
 from svdq_cli.gpu.architectures import Architecture, architecture
-from svdq_cli.gpu.compile import compile_variant
+from svdq_cli.gpu.compile import cache_folder, compile_variant
 from svdq_cli.gpu.launch import CudaDevice, cuda_device
 from svdq_cli.locate import locate_source
+from svdq_cli.machine import available_ram
 from svdq_cli.records import Int4, Linear, NvFp4, Precision, SharedInput, SolveSettings, W4A4Plan, W4A16Plan
 from svdq_cli.runtime.cpu_selftest import MOST, EngineCase, engine_cases
 from svdq_cli.runtime.selftest import KernelCase, kernel_cases
 from svdq_cli.solve.forward import SourceWeight
 from svdq_cli.solve.linear import solve_input
 from svdq_cli.source import open_source
+from svdq_cli.wording import bytes_text
+from svdq_cli.writing import existing
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "datasets", "pydantic", "cupy")
+OPTIONAL = {  # what svdq does with them
+    "kernels": "diffusers' own 4-bit runtime",
+    "peft": "LoRAs on 16-bit pipelines",
+    "gguf": "models in GGUF files",
+    "compressed-tensors": "text encoders with 4-bit weights",
+    "lpips": "LPIPS in eval",
+    "torchvision": "FID in eval",
+    "bitsandbytes": "NF4 as a baseline in eval",
+}
 # Random Gaussian layers reach about 18 dB (int4) and 20 dB (nvfp4) at rank 16; half of that means broken arithmetic.
 LEAST_SQNR_DB = 10.0
 # What kernels are compiled for where there is no GPU to run them on
@@ -50,12 +66,31 @@ class SelfTest:
 
 
 @dataclass(frozen=True, slots=True)
+class MachineFacts:
+    """Bytes; `disk_free_bytes` by folder: where svdq was started, and its cache. `cores`: of the CPU."""
+
+    cores: int
+    ram_bytes: int
+    ram_free_bytes: int
+    vram_bytes: int | None
+    vram_free_bytes: int | None
+    disk_free_bytes: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
 class DoctorReport:
+    """`optional`: versions of packages that svdq does without. `hub_login`: whether a token for the Hugging Face hub is
+    stored here; it is not tried. `summary`: what this machine can do, in a sentence."""
+
     svdq_version: str
     python: str
     packages: Mapping[str, str | None]
+    optional: Mapping[str, str | None]
     device: Mapping[str, object]
+    machine: MachineFacts
+    hub_login: bool
     tests: tuple[SelfTest, ...]
+    summary: str
     status: str
     command: str = "doctor"
     schema: int = 1
@@ -65,14 +100,64 @@ def diagnose() -> DoctorReport:
     """Never raises for what is merely missing: that is a line of the report."""
     layers = (_test_layer(precision) for precision in (Int4(), NvFp4(), None))
     tests = (_test_embedded_model(), *layers, *_test_engine(), _test_compiler(), *_test_kernels())
+    device, machine = _device(), _machine()
     return DoctorReport(
         svdq_version=__version__,
         python=platform.python_version(),
         packages={name: _version(name) for name in PACKAGES},
-        device=_device(),
+        optional={name: _version(name) for name in OPTIONAL},
+        device=device,
+        machine=machine,
+        hub_login=_is_logged_in(),
         tests=tests,
+        summary=summary_of(device, machine, tests),
         status="failed" if any(test.status == "failed" for test in tests) else "ok",
     )
+
+
+def summary_of(device: Mapping[str, object], machine: MachineFacts, tests: Sequence[SelfTest]) -> str:
+    """What this machine can do, for a person who wants to know only that."""
+    if failed := [test for test in tests if test.status == "failed"]:
+        first = failed[0]
+        return (
+            f"{len(failed)} of {len(tests)} self-tests failed, the first {first.op} ({first.backend}): {first.detail}; "
+            "do not rely on what this machine computes"
+        )
+    ram = f"{bytes_text(machine.ram_free_bytes)} of RAM free"
+    match device["backend"]:
+        case "kernels":
+            memory = f", {bytes_text(machine.vram_bytes)}" if machine.vram_bytes else ""
+            return (
+                f"this machine converts models and generates with them on {device['name']}{memory}, by svdq's 4-bit "
+                f"kernels; {ram}"
+            )
+        case "cpu":
+            slow = "generates with them on the CPU, by svdq's 4-bit engine"
+        case _:
+            slow = "generates with them by the reference backend, which is slow"
+    why = (
+        f"its GPU ({device['name']}) can't run svdq's kernels" if device["sm"] else "torch sees no NVIDIA GPU"
+    )
+    return f"this machine converts models and {slow}; {why}; {ram}"
+
+
+def _machine() -> MachineFacts:
+    free, total = torch.cuda.mem_get_info() if torch.cuda.is_available() else (None, None)
+    folders = {str(Path.cwd()), str(existing(cache_folder()))}
+    return MachineFacts(
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        ram_bytes=psutil.virtual_memory().total,
+        ram_free_bytes=available_ram(),
+        vram_bytes=total,
+        vram_free_bytes=free,
+        disk_free_bytes={folder: shutil.disk_usage(folder).free for folder in sorted(folders)},
+    )
+
+
+def _is_logged_in() -> bool:
+    from huggingface_hub import get_token
+
+    return get_token() is not None
 
 
 def _test_embedded_model() -> SelfTest:

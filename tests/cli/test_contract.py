@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import torch
 from svdq_cli.cli import run
 from svdq_cli.cli.app import COMMANDS
 from svdq_cli.cli.render import show
-from svdq_cli.diagnosis import DoctorReport, SelfTest
+from svdq_cli.diagnosis import DoctorReport, MachineFacts, SelfTest, summary_of
 from svdq_cli.gpu.architectures import architecture
 from svdq_cli.runtime.selftest import kernel_cases
 
@@ -268,10 +270,62 @@ def test_the_table_of_doctor_names_every_operation_at_80_columns_and_without_a_t
         SelfTest(case.op, case.precision, case.mode, "kernels", "unavailable", "no GPU; " * 20, 0.0)
         for case in kernel_cases(torch.bfloat16, architecture("sm_90a"))
     )
-    show(DoctorReport("0", "3", {"torch": "2"}, {"name": "a card", "sm": None}, tests, "ok"), json=False)
+    report = diagnosed(tests)
+    show(report, json=False, verbose=True)
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     for test in tests:
         assert [test.op, test.precision, *test.mode.split(), test.backend, test.status] in rows
+    # Kernels of a GPU that is not here say nothing of this machine
+    show(report, json=False)
+    text = capsys.readouterr().out
+    assert tests[0].op not in text
+    assert f"{len(tests)} more can't run here; -v shows them" in text
+    assert text.endswith("\nThis machine can.\n")
+
+
+def diagnosed(tests: Sequence[SelfTest]) -> DoctorReport:
+    return DoctorReport(
+        svdq_version="0",
+        python="3",
+        packages={"torch": "2"},
+        optional={"lpips": None, "peft": "0.18"},
+        device={"name": "a card", "sm": None},
+        machine=MachineFacts(2, 8 << 30, 4 << 30, None, None, {"/": 1 << 30}),
+        hub_login=False,
+        tests=tuple(tests),
+        summary="this machine can",
+        status="ok",
+    )
+
+
+@pytest.mark.parametrize(
+    ("backend", "sm", "says"),
+    [
+        (
+            "kernels",
+            "89",
+            r"generates with them on a card, 12\.88 GB, by svdq's 4-bit kernels; 4\.29 GB of RAM free",
+        ),
+        ("cpu", None, "by svdq's 4-bit engine; torch sees no NVIDIA GPU"),
+        ("reference", "61", r"reference backend, which is slow; its GPU \(a card\) can't run svdq's kernels"),
+    ],
+)
+def test_doctor_ends_in_a_sentence_on_what_the_machine_can_do(backend: str, sm: str | None, says: str):
+    machine = MachineFacts(2, 8 << 30, 4 << 30, 12 << 30 if sm else None, 1 << 30 if sm else None, {})
+    device = {"name": "a card", "sm": sm, "backend": backend}
+    assert re.search(says, summary_of(device, machine, []))
+    broken = SelfTest("w4a4 linear", "int4", "-", backend, "failed", "2.1 dB", 0.0)
+    assert "1 of 1 self-tests failed, the first w4a4 linear" in summary_of(device, machine, [broken])
+
+
+def test_doctor_looks_at_memory_disk_optional_packages_and_the_hub_login(capsys: pytest.CaptureFixture[str]):
+    run(["doctor", "--json"])
+    report = said(capsys)
+    assert 0 < report["machine"]["ram_free_bytes"] <= report["machine"]["ram_bytes"]
+    assert report["machine"]["disk_free_bytes"]
+    assert {"peft", "lpips", "bitsandbytes", "gguf", "kernels"} <= report["optional"].keys()
+    assert report["hub_login"] in (True, False)
+    assert report["summary"]
 
 
 # ------------------------------------------------------------------------------------------------- refusals

@@ -13,13 +13,13 @@ def doctor(
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
 ) -> None:
-    """Show versions, GPU and backends, each with a one-second self-test."""
+    """Show what this machine can do: versions, GPU, memory, disk, and a self-test of every backend."""
     from svdq_cli.cli import render
     from svdq_cli.cli.progress import progress
     from svdq_cli.diagnosis import diagnose
 
     with progress(quiet=quiet, verbose=verbose, events=events):
         report = diagnose()
-    render.show(report, json=json)
+    render.show(report, json=json, verbose=verbose)
     if report.status != "ok":
         raise typer.Exit(4)

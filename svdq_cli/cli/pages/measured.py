@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from svdq_cli.bench.report import FUSED, NO_BRANCH, UNFUSED
 from svdq_cli.cli.pages.pieces import facts_table
+from svdq_cli.wording import bytes_text
 
 if TYPE_CHECKING:
     from svdq_cli.bench.report import BenchReport, BenchRow, StepRow
@@ -22,11 +24,30 @@ def doctor(console: Console, report: DoctorReport, verbose: bool) -> None:
     facts.add_row("python", report.python)
     for name, version in report.packages.items():
         facts.add_row(name, version or "not installed")
-    facts.add_row(
-        "device", f"{report.device['name']}" + (f", sm_{report.device['sm']}" if report.device["sm"] else "")
-    )
+    absent = [name for name, version in report.optional.items() if version is None]
+    present = [f"{name} {version}" for name, version in report.optional.items() if version]
+    facts.add_row("optional", ", ".join([*present, *(f"no {name}" for name in absent)]))
+    sm = f", sm_{report.device['sm']}" if report.device["sm"] else ""
+    facts.add_row("device", f"{report.device['name']}{sm}, {report.machine.cores} cores")
+    machine = report.machine
+    facts.add_row("RAM", _free_of(machine.ram_free_bytes, machine.ram_bytes))
+    if machine.vram_bytes is not None and machine.vram_free_bytes is not None:
+        facts.add_row("GPU memory", _free_of(machine.vram_free_bytes, machine.vram_bytes))
+    disks = [f"{bytes_text(free)} free in {folder}" for folder, free in machine.disk_free_bytes.items()]
+    facts.add_row("disk", "; ".join(disks))
+    facts.add_row("hub", "a token is stored" if report.hub_login else "not logged in (`hf auth login`)")
     console.print(facts)
-    _self_tests(console, report.tests)
+    # Kernels for a GPU that is not here say nothing of this machine
+    shown = [test for test in report.tests if verbose or test.status != "unavailable"]
+    _self_tests(console, shown)
+    if hidden := len(report.tests) - len(shown):
+        console.print(f"{hidden} more can't run here; -v shows them")
+    console.print()
+    console.print(Text(f"{report.summary[0].upper()}{report.summary[1:]}."))
+
+
+def _free_of(free: int, total: int) -> str:
+    return f"{bytes_text(free)} free of {bytes_text(total)}"
 
 
 def _self_tests(console: Console, tests: Sequence[SelfTest]) -> None:
