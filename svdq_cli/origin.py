@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Literal
 
@@ -17,7 +17,15 @@ from svdq_cli.checkpoint import Checkpoint
 from svdq_cli.errors import InputError
 from svdq_cli.preparing import RunOptions, lora_files, source_of
 from svdq_cli.recipe import Lora, Recipe
-from svdq_cli.source import Source, adapter_file, file_sha256, only, read_json, source_digest
+from svdq_cli.source import (
+    Source,
+    adapter_file,
+    denoiser_components,
+    file_sha256,
+    only,
+    read_json,
+    source_digest,
+)
 from svdq_cli.writing import report_path
 
 _MAX_REPORT = 64 << 20  # bytes of a report that is read
@@ -97,11 +105,11 @@ def origin_of(checkpoint: Checkpoint, recipe: Recipe, options: RunOptions) -> Or
     since = [given[index][0] for index in sorted(folded)]
     since += [_lora(lora, place) for lora, place in found if lora.how.startswith("folded")]
 
-    components = checkpoint.source.components
-    before = only(source_of(_with_loras(recipe, merged_first), options), components)
+    before = _as_converted(source_of(_with_loras(recipe, merged_first), options), checkpoint)
     source = before
     if since:
-        source = only(source_of(_with_loras(recipe, [*merged_first, *since]), options), components)
+        loras = [*merged_first, *since]
+        source = _as_converted(source_of(_with_loras(recipe, loras), options), checkpoint)
     require_same_model(checkpoint, source)
     names = tuple(lora for lora, _ in found)
     if lost := next((lora for lora, place in places.items() if place is None), None):
@@ -132,6 +140,16 @@ def origin_of(checkpoint: Checkpoint, recipe: Recipe, options: RunOptions) -> Or
         )
     extra = [lora.path for index, (lora, _) in enumerate(given) if index not in pairs.values()]
     return _judged(checkpoint, before, source, names, extra)
+
+
+def _as_converted(source: Source, checkpoint: Checkpoint) -> Source:
+    """The denoisers of a source that the checkpoint holds; a file with one is taken for the checkpoint's."""
+    components = checkpoint.source.components
+    found = only(source, components)
+    known = denoiser_components(source.pipeline) if source.pipeline else ()
+    if len(found.components) == len(components) == 1 and components[0] in known:
+        return replace(found, component=components[0])
+    return found
 
 
 def _judged(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -56,10 +56,20 @@ from svdq_cli.records import (
     W4A4Plan,
 )
 from svdq_cli.sampling import sampling_of
-from svdq_cli.source import Source, component_files, merge_loras, open_source, pipeline_index
+from svdq_cli.source import (
+    Source,
+    component_files,
+    denoiser_components,
+    merge_loras,
+    only,
+    open_source,
+    pipeline_index,
+)
 from svdq_cli.tokens import TokenCounts, token_counts
 from svdq_cli.writing import Target, require_precision, target_of
 
+# What Wan's own files and ComfyUI's call the second transformer of Wan 2.2.
+_LOW_NOISE = re.compile("low[-_ ]?noise", re.IGNORECASE)
 _DENOISER_CLASS = re.compile("Transformer|UNet|Prior")  # in the names of diffusers' classes
 
 
@@ -185,7 +195,30 @@ def source_of(recipe: Recipe, options: RunOptions) -> Source:
     path = locate_source(wanted.source, beside=options.beside, revision=wanted.revision)
     weights = (lora.weight for lora in wanted.loras)
     adapters = list(zip(lora_files(recipe, options), weights, strict=True))
-    return merge_loras(open_source(path, base=base), adapters)
+    return merge_loras(_with_denoiser(open_source(path, base=base), wanted.denoiser), adapters)
+
+
+def _with_denoiser(source: Source, wanted: str | None) -> Source:
+    """The source with the denoiser that a recipe names alone. A file with one of a pipeline's is taken for the one that
+    its name tells, or for the first, which is said."""
+    known = denoiser_components(source.pipeline) if source.pipeline else (source.component,)
+    if wanted is not None:
+        if wanted not in known:
+            raise UsageError(
+                f"{source.pipeline or source.path} has no denoiser {wanted!r}",
+                hint=f"it has {', '.join(known)}",
+                where="model.denoiser",
+            )
+        return only(source, [wanted]) if source.further else replace(source, component=wanted)
+    if source.pipeline == source.path or source.path.name in known or len(known) == 1 or source.further:
+        return source
+    told = known[1] if _LOW_NOISE.search(source.path.stem) else known[0]
+    others = [name for name in known if name != told]
+    said = (
+        f"{source.path} holds one of the {len(known)} denoisers of {source.pipeline}, and is taken for {told}; if it "
+        f"is {' or '.join(others)}, say so with --denoiser {others[0]}"
+    )
+    return replace(source, component=told, warnings=(*source.warnings, said))
 
 
 def pipeline_of(recipe: Recipe, options: RunOptions) -> Path | None:

@@ -124,6 +124,14 @@ def target_of(
     """
     for layer in plan.w4a4:
         require_precision(fmt, layer.precision)
+    if fmt.single_file and len(plan.components) > 1:
+        raise UsageError(
+            f"{fmt.name} stores one denoiser a file, and this pipeline has {' and '.join(plan.components)}",
+            hint="convert one after the other with --denoiser NAME, or export their folders (CKPT/NAME): runtimes that "
+            "read such files load each by itself",
+            where=plan.components[1],
+            kind="several-denoisers",
+        )
     layout = known_layout(fmt, plan.family)
     file = lay_out_denoisers(fmt, layout, plan, state)
     held = {layer.name for layer in file.layers}

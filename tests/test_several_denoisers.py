@@ -15,21 +15,23 @@ from svdq_cli.calibrate.artefact import open_calibration
 from svdq_cli.checkpoint import open_checkpoint
 from svdq_cli.conversion.allocation import GAIN_SAMPLE, layer_gains
 from svdq_cli.conversion.recording import recorded
-from svdq_cli.errors import InputError
+from svdq_cli.errors import InputError, UsageError
 from svdq_cli.evaluate.run import evaluate
 from svdq_cli.formats.headers import header_metadata
 from svdq_cli.loading import load_pipeline
 from svdq_cli.pipeline import calibrate, check, convert, inspect_checkpoint, inspect_source, predict
-from svdq_cli.preparing import RunOptions, prepare
+from svdq_cli.preparing import RunOptions, prepare, warnings_of
 from svdq_cli.recipe import Recipe, default_recipe
-from svdq_cli.recipe.model import Calibration, Quantization
+from svdq_cli.recipe.model import Calibration, Output, Quantization
+from svdq_cli.reconstruct import tuning
 from svdq_cli.records import ConvertReport, Event, ignore_events
-from svdq_cli.source import denoisers_of, only, open_source, source_digest
+from svdq_cli.source import denoisers_of, merge_loras, only, open_source, read_tensor, source_digest
 from tests.tiny_families import tiny_pipeline
 
 CPU = RunOptions(device="cpu")
 FIRST, SECOND = "blocks.0.attn1.to_q", "transformer_2.blocks.0.attn1.to_q"
 COMPONENTS = ("transformer", "transformer_2")
+LORA = {"A": (4, 128), "B": (128, 4)}
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +153,9 @@ def test_the_digest_counts_both_denoisers(wan: Path):
     assert f"{FIRST}.weight" in second.tensors, "alone, its layers have their own names"
 
 
-def test_blocks_of_both_are_tuned(wan: Path, tmp_path: Path):
+def test_blocks_of_both_are_tuned(wan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tuning, "STEPS", 4)
+    monkeypatch.setattr(tuning, "JUDGE_EVERY", 2)
     recipe = recipe_for(wan).model_copy(update={"quantization": Quantization(effort="best", rank=16)})
     blocks = convert(recipe, tmp_path / "out", options=CPU).search.blocks
     assert blocks.keys() == {"blocks.0", "blocks.1", "transformer_2.blocks.0"}
@@ -196,3 +200,77 @@ def test_a_run_that_stopped_is_gone_on_with(wan: Path, converted: tuple[Path, Co
     )
     assert 0 < report.layers_taken_over < len(report.layer_sqnr_db.per_layer)
     assert report.outputs[0].sha256 == converted[1].outputs[0].sha256
+
+
+def file_of(wan: Path, component: str, path: Path) -> Path:
+    shutil.copyfile(wan / component / "diffusion_pytorch_model.safetensors", path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("component", "file", "said"),
+    [
+        ("transformer", "wan2.2_t2v_high_noise_14B.safetensors", None),
+        ("transformer_2", "wan2.2_t2v_low_noise_14B.safetensors", None),
+        ("transformer_2", "merge.safetensors", "transformer_2"),
+    ],
+)
+def test_a_file_with_one_of_two_takes_its_place_and_the_other_is_spoken_of(
+    wan: Path, tmp_path: Path, component: str, file: str, said: str | None
+):
+    recipe = recipe_for(wan)
+    model = {"source": str(file_of(wan, component, tmp_path / file)), "base": str(wan), "denoiser": said}
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update=model)})
+    prepared = prepare(recipe)
+    assert prepared.source.components == (component,)
+    other = next(name for name in COMPONENTS if name != component)
+    warnings = warnings_of(prepared, data_free=False)
+    assert any(warning.startswith(f"{other} (WanTransformer3DModel") for warning in warnings)
+    assert any(f"taken for {component}" in warning for warning in warnings) == (said is None)
+
+
+def test_the_second_denoiser_is_converted_alone(wan: Path, tmp_path: Path):
+    """Its rows come from its own steps; the other runs in 16 bits meanwhile, and is copied."""
+    recipe = recipe_for(wan)
+    recipe = recipe.model_copy(
+        update={"model": recipe.model.model_copy(update={"denoiser": "transformer_2"})}
+    )
+    out = tmp_path / "out"
+    report = convert(recipe, out, options=CPU)
+    assert FIRST in report.layer_sqnr_db.per_layer, "alone, its layers have their own names"
+    checkpoint = open_checkpoint(out)
+    assert checkpoint.source.components == ("transformer_2",)
+    weights = Path("transformer") / "diffusion_pytorch_model.safetensors"
+    assert (out / weights).read_bytes() == (wan / weights).read_bytes()
+    assert check(out, against=open_source(wan)).status == "ok"
+
+
+def test_a_denoiser_that_is_not_there_is_refused(wan: Path):
+    recipe = recipe_for(wan)
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"denoiser": "unet"})})
+    with pytest.raises(UsageError, match="no denoiser 'unet'") as caught:
+        prepare(recipe)
+    assert caught.value.hint == "it has transformer, transformer_2"
+
+
+@pytest.mark.parametrize("fmt", ["comfy", "nunchaku"])
+def test_a_file_holds_one_denoiser(wan: Path, fmt: str):
+    recipe = recipe_for(wan).model_copy(update={"outputs": (Output(format=fmt, path="x.safetensors"),)})
+    with pytest.raises(UsageError, match="one denoiser a file") as caught:
+        prepare(recipe)
+    assert "--denoiser" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("denoiser", COMPONENTS)
+def test_a_lora_says_which_denoiser_it_changes(wan: Path, tmp_path: Path, denoiser: str):
+    layer = "blocks.0.attn1.to_q"
+    tensors = {f"transformer.{layer}.lora_{name}.weight": torch.ones(shape) for name, shape in LORA.items()}
+    save_file(tensors, tmp_path / "lora.safetensors")
+    source = open_source(wan)
+    whole = merge_loras(source, [(tmp_path / "lora.safetensors", 1.0)])
+    assert any("merged into transformer alone; transformer_2 stays" in text for text in whole.warnings)
+    one = merge_loras(only(source, [denoiser]), [(tmp_path / "lora.safetensors", 1.0)])
+    assert not any("alone" in text for text in one.warnings)
+    stored = {"transformer": FIRST, "transformer_2": SECOND}[denoiser]
+    before, after = read_tensor(source, f"{stored}.weight"), read_tensor(one, f"{layer}.weight")
+    torch.testing.assert_close(after, before.float() + 4)  # rank 4, all ones

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from svdq_cli.calibrate.encode import EncodedPrompts
-from svdq_cli.calibrate.joint import JointModel
+from svdq_cli.calibrate.joint import denoisers_in
 from svdq_cli.calibrate.pipelines import Batch, denoise, drawn_batches, split_batches
 from svdq_cli.calibrate.settings import DrawSettings
 from svdq_cli.errors import InputError, UsageError
@@ -84,8 +84,8 @@ def collect_parts(
         return
     sharing = _Sharing.of(model, inputs)
     with _hooked(sharing.layers, sharing.compare):
-        # other denoisers have their turn in later steps: nothing less than all of them shows how often they run
-        whole = isinstance(model, JointModel)
+        # several denoisers have their turns in other steps: nothing less than all of them shows how often they run
+        whole = len(denoisers_in(pipe)) > 1
         turns = _turns_per_picture(pipe, layers, left[0], draw, encoded, whole=whole)
     tallies: dict[str, _Tally] = {}
     drawn = left[0]

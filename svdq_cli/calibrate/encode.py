@@ -37,7 +37,7 @@ def encode_prompts(
     if not hasattr(type(pipe), METHOD):
         return None
     encoded = EncodedPrompts()
-    denoisers = denoisers_in(pipe)
+    denoisers = denoisers_in(pipe).values()
     started, total = time.monotonic(), sum(len(batch.prompts) for batch in batches)
     observe(Event("start", "encode", 0, total))
     done = 0

@@ -31,7 +31,7 @@ def joint_model(pipe: DiffusionPipeline, components: Sequence[str]) -> nn.Module
     return models[components[0]] if len(components) == 1 else JointModel(models)
 
 
-def denoisers_in(pipe: DiffusionPipeline) -> tuple[nn.Module, ...]:
-    """All denoisers that the pipeline has, converted together or not."""
+def denoisers_in(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
+    """All denoisers that the pipeline has, converted together or not, by component."""
     parts = pipe.components.items()
-    return tuple(part for name, part in parts if is_denoiser(name) and isinstance(part, nn.Module))
+    return {name: part for name, part in parts if is_denoiser(name) and isinstance(part, nn.Module)}

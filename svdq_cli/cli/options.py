@@ -111,6 +111,13 @@ Base = Annotated[
     str | None,
     typer.Option(metavar="FOLDER|HUB_ID", help="Pipeline with the parts that a single file lacks."),
 ]
+Denoiser = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Of a pipeline with several denoisers (Wan 2.2), the one to convert; or the one that a file holds.",
+    ),
+]
 Loras = Annotated[
     list[str] | None,
     typer.Option("--lora", metavar="FILE[:WEIGHT]", help="LoRA to merge into the model first. Repeatable."),

@@ -11,6 +11,7 @@ from torch import nn
 
 from svdq_cli.calibrate.embeddings import EncodedPrompts
 from svdq_cli.calibrate.encode import encode_prompts
+from svdq_cli.calibrate.joint import denoisers_in
 from svdq_cli.calibrate.pipelines import Batch, drawn_batches, split_batches
 from svdq_cli.calibrate.settings import DrawSettings
 from svdq_cli.conversion.fitting import run_as_it_fits
@@ -130,8 +131,8 @@ def _trajectories(
             )
         )
 
-    models = {component: getattr(pipe, component) for component in prepared.source.components}
-    found = record_each(models, map(drawing, batches), steps=settings.steps, most=most)
+    recorded = record_each(denoisers_in(pipe), map(drawing, batches), steps=settings.steps, most=most)
+    found = {component: recorded[component] for component in prepared.source.components}
     for component, trajectories in found.items():
         if not trajectories:
             raise InputError(

@@ -134,6 +134,8 @@ class Model(Section):
     """A diffusers pipeline folder, a .safetensors or .gguf checkpoint, a hub id, demo or demo:outliers."""
     base: Text | None = None
     """The pipeline (folder or hub id) with the parts that a single-file source lacks."""
+    denoiser: Text | None = None
+    """The one to convert of a pipeline's several, or the one that a file holds; a pipeline's all when absent."""
     family: Text = "auto"
     """The model family; auto reads it off the model's own config."""
     dtype: Literal["bfloat16", "float16"] = "bfloat16"
@@ -477,6 +479,7 @@ def with_overrides(
     rank: int | str | None = None,
     family: str | None = None,
     base: str | None = None,
+    denoiser: str | None = None,
     loras: Sequence[Lora] | None = None,
     dtype: str | None = None,
     seed: int | None = None,
@@ -506,7 +509,9 @@ def with_overrides(
     calibration = _put_over(recipe.calibration, prompts=prompts, seed=seed, **drawing)
     adapters = None if loras is None else [lora.model_dump() for lora in loras]
     plain = recipe.model_dump() | {
-        "model": _put_over(recipe.model, family=family, base=base, loras=adapters, dtype=dtype),
+        "model": _put_over(
+            recipe.model, family=family, base=base, denoiser=denoiser, loras=adapters, dtype=dtype
+        ),
         "calibration": calibration if recipe.calibration or prompts is not None else None,
         "quantization": _put_over(
             recipe.quantization, effort=effort, rank=rank, precision=precision, seed=seed

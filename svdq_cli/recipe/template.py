@@ -11,6 +11,7 @@ from svdq_cli.recipe.model import Recipe, Section
 
 _UNSET = {  # what a key that may be absent would look like
     "base": "black-forest-labs/FLUX.1-dev",
+    "denoiser": "transformer_2",
     "revision": "main",
     "prompts": "calib_prompts/general.txt",
     "samples": 64,

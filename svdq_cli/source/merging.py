@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from torch import Tensor, zeros
 from svdq_cli.errors import InputError
 from svdq_cli.source.adapter_names import ModelShapes
 from svdq_cli.source.adapters import Adapter, StoredChange, read_adapter
+from svdq_cli.source.denoisers import component_of
 from svdq_cli.source.model import Source
 from svdq_cli.source.tensors import TensorEntry
 from svdq_cli.source.weight_changes import WeightChange
@@ -96,11 +97,21 @@ def merge_loras(source: Source, loras: Sequence[tuple[Path, float]]) -> Source:
     warnings = list(source.warnings)
     for path, weight in loras:
         adapter = read_adapter(path, shapes_of(source))
-        warnings += adapter.warnings
+        warnings += [*adapter.warnings, *_untouched(source, adapter)]
         for name, change in (*adapter.weights.items(), *adapter.vectors.items()):
             tensors[name] = _merged(adapter, source.tensors, tensors, name, change, weight)
     kind = f"{source.kind}, {len(loras)} LoRA{'s' if len(loras) > 1 else ''} merged"
     return replace(source, tensors=tensors, warnings=tuple(warnings), kind=kind)
+
+
+def _untouched(source: Source, adapter: Adapter) -> Iterator[str]:
+    """A warning of denoisers that an adapter leaves as they are. Most files say nothing of which they are for."""
+    touched = {component_of(source.components, name)[0] for name in adapter.weights}
+    if untouched := [name for name in source.components if name not in touched]:
+        yield (
+            f"{adapter.path.name}: merged into {' and '.join(sorted(touched))} alone; {' and '.join(untouched)} "
+            f"stays without it (--denoiser {untouched[0]} converts that alone, with a LoRA of its own)"
+        )
 
 
 def _merged(

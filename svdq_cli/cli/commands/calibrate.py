@@ -19,6 +19,7 @@ def calibrate(
     seed: opt.Seed = None,
     family: opt.Family = None,
     base: opt.Base = None,
+    denoiser: opt.Denoiser = None,
     loras: opt.Loras = None,
     device: opt.Device = "auto",
     work: opt.Work = None,
@@ -39,7 +40,7 @@ def calibrate(
     from svdq_cli.starting import rules_named, with_default_calibration
 
     how = run_options(device, overwrite, work=work, resume=resume, max_ram=max_ram, max_vram=max_vram)
-    recipe, run = recipe_for(source, options=how, family=family, base=base, loras=loras)
+    recipe, run = recipe_for(source, options=how, family=family, base=base, denoiser=denoiser, loras=loras)
     recipe = override(
         with_default_calibration(recipe),
         prompts=prompts,

@@ -44,6 +44,7 @@ def convert(
     seed: opt.Seed = None,
     family: opt.Family = None,
     base: opt.Base = None,
+    denoiser: opt.Denoiser = None,
     loras: opt.Loras = None,
     plan: Annotated[
         bool, typer.Option("--plan", help="Predict layers, bytes, time, memory and disk; do nothing.")
@@ -92,6 +93,7 @@ def convert(
         "effort": effort,
         "family": family,
         "base": base,
+        "denoiser": denoiser,
         "loras": loras,
         "prompts": prompts,
         "prompt_column": prompt_column,

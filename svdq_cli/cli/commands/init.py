@@ -14,6 +14,7 @@ def init(
     effort: opt.Effort = None,
     family: opt.Family = None,
     base: opt.Base = None,
+    denoiser: opt.Denoiser = None,
     loras: opt.Loras = None,
     overwrite: opt.Overwrite = False,
     json: opt.Json = False,
@@ -36,6 +37,7 @@ def init(
             effort=effort,
             family=family,
             base=base,
+            denoiser=denoiser,
             loras=loras,
         )
     render.show(report, json=json)
