@@ -22,7 +22,7 @@ from svdq_cli.loading import load_pipeline
 from svdq_cli.pipeline import calibrate, check, convert, inspect_checkpoint, inspect_source, predict
 from svdq_cli.preparing import RunOptions, prepare, warnings_of
 from svdq_cli.recipe import Recipe, default_recipe
-from svdq_cli.recipe.model import Calibration, Output, Quantization
+from svdq_cli.recipe.model import Calibration, Quantization, output_of
 from svdq_cli.reconstruct import tuning
 from svdq_cli.records import ConvertReport, Event, ignore_events
 from svdq_cli.source import denoisers_of, merge_loras, only, open_source, read_tensor, source_digest
@@ -255,7 +255,7 @@ def test_a_denoiser_that_is_not_there_is_refused(wan: Path):
 
 @pytest.mark.parametrize("fmt", ["comfy", "nunchaku"])
 def test_a_file_holds_one_denoiser(wan: Path, fmt: str):
-    recipe = recipe_for(wan).model_copy(update={"outputs": (Output(format=fmt, path="x.safetensors"),)})
+    recipe = recipe_for(wan).model_copy(update={"outputs": (output_of(fmt, "x.safetensors"),)})
     with pytest.raises(UsageError, match="one denoiser a file") as caught:
         prepare(recipe)
     assert "--denoiser" in str(caught.value.hint)
