@@ -112,6 +112,24 @@ def test_pointwise_convolutions_compute_what_lycoris_do(unet: Source, tmp_path: 
     require_same(unet, train_with_lycoris(LYCORIS[kind], model, POINTWISE, tmp_path / "l.safetensors"))
 
 
+@pytest.mark.parametrize("kind", ["DoRA by rows", "DoRA by columns", "LoKr, DoRA by columns", "full"])
+def test_a_fused_layer_is_measured_as_the_one_layer_that_it_was(flux: Source, tmp_path: Path, kind: str):
+    """Under BFL's names q, k and v are one matrix, and so are their columns."""
+    parts = [f"transformer_blocks.0.attn.to_{x}" for x in "qkv"]
+    fused = {
+        f"double_blocks.0.img_attn.qkv.{leaf}": torch.cat(
+            [read_tensor(flux, f"{part}.{leaf}").float() for part in parts]
+        )
+        for leaf in ("weight", "bias")
+    }
+    layers = ["double_blocks.0.img_attn.qkv"]
+    adapter = train_with_lycoris(LYCORIS[kind], skeleton(fused, layers), layers, tmp_path / "l.safetensors")
+    merged = merge_loras(flux, [(adapter.path, 1.0)])
+    run = adapter.layers[layers[0]]
+    before, after = (torch.cat([computed(s, part, run.x) for part in parts], dim=1) for s in (flux, merged))
+    assert run.error(before, after) < TOLERANCE
+
+
 def test_norms_compute_what_lycoris_do(unet: Source, tmp_path: Path):
     name = "mid_block.attentions.0.norm"
     norm = torch.nn.GroupNorm(8, 128)

@@ -25,7 +25,10 @@ def lora(
     ] = None,
     approximate_rank: Annotated[
         int,
-        typer.Option(metavar="N", help="Rank that DoRA, and LoHa or LoKr of a higher one, are cut to."),
+        typer.Option(
+            metavar="N",
+            help="Rank that DoRA, whole differences, and LoHa or LoKr of a higher one, are cut to.",
+        ),
     ] = 64,
     skip_w4a16: Annotated[
         bool,
