@@ -14,6 +14,7 @@ from svdq_cli.resources import cache_folder, demo_model_folder
 from svdq_cli.sampling import SAMPLING_FILE
 from svdq_cli.source import COMPONENTS
 
+_OFFLINE = {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectionError", "ConnectError"}
 DEMO_SOURCES = ("demo", "demo:outliers")
 _HUB_ID = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
 # What a conversion reads and copies; single-file duplicates of the weights at a repository's top stay on the hub.
@@ -145,8 +146,7 @@ def _from_hub(name: str, revision: str | None, *, leave: tuple[str, ...] = ()) -
     except Exception as error:  # the hub's client raises many kinds: offline, gated, missing, rate limits
         wanted = f"{name}@{revision}" if revision else name
         raise InputError(
-            f"{wanted}: neither a local path nor to be had from the hub ({type(error).__name__}: "
-            f"{str(error).splitlines()[0] if str(error) else 'no reason given'})",
+            f"{wanted}: neither a local path nor to be had from the hub: {_hub_reason(error)}",
             hint=_hub_cure(name, error),
             where=name,
             kind="not-found",
@@ -161,6 +161,21 @@ def _from_hub(name: str, revision: str | None, *, leave: tuple[str, ...] = ()) -
     return folder
 
 
+def _hub_reason(error: Exception) -> str:
+    """What the hub client's error means, in words; its own first line for a kind that is not known here."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if "GatedRepoError" in kinds:
+        return "its license has to be accepted first"
+    if "RevisionNotFoundError" in kinds:
+        return "it has no such revision"
+    if "RepositoryNotFoundError" in kinds:
+        return "there is no such repository, or it is private"
+    if kinds & _OFFLINE:
+        return "it is not in the hub's cache here, and the hub can't be reached"
+    said = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {said[0] if said else 'no reason given'}"
+
+
 def _hub_cure(name: str, error: Exception) -> str:
     """What to do about the hub client's error. Its kinds are told by name: they have moved between its versions."""
     kinds = {kind.__name__ for kind in type(error).__mro__}
@@ -170,6 +185,6 @@ def _hub_cure(name: str, error: Exception) -> str:
         return "check the revision: a branch, a tag or a commit of that repository"
     if "RepositoryNotFoundError" in kinds:
         return "check the name; for a private repository run `hf auth login`"
-    if kinds & {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectionError", "ConnectError"}:
+    if kinds & _OFFLINE:
         return f"run `hf download {name} --local-dir DIR` where there is a connection, and give DIR"
     return "check the name and the connection, or give a local folder"

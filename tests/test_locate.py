@@ -102,6 +102,13 @@ def test_offline_the_cure_is_to_download_elsewhere(hub_cache: Path):
     assert "hf download nobody/nothing --local-dir DIR" in str(caught.value.hint)
 
 
+def test_offline_is_said_in_words_and_not_by_the_client_s_exception(hub_cache: Path):
+    with pytest.raises(InputError) as caught:
+        locate_source("owner/nothing")
+    assert "the hub can't be reached" in caught.value.message
+    assert "Error" not in caught.value.message
+
+
 @pytest.mark.parametrize(
     ("kind", "cure"),
     [

@@ -27,7 +27,8 @@ def inspection(console: Console, report: InspectReport, verbose: bool) -> None:
     facts.add_row(f"size{planned}", size_text(report.bytes.input, report.bytes.output, report.bytes.ratio))
     if report.provenance:
         for key in ("svdq_version", "source_sha256", "calibration_sha256", "fingerprint"):
-            facts.add_row(key, str(report.provenance.get(key)))
+            if (value := report.provenance.get(key)) is not None:
+                facts.add_row(key, str(value))
     console.print(facts)
     console.print(_every_layer(report) if verbose else _by_stack(report))
     for warning in report.warnings:
