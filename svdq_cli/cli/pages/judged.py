@@ -103,8 +103,8 @@ def _chance(report: EvalReport) -> str:
     repeats = "" if floor is None else "exactly (100 dB)" if floor >= 100 else f"to {floor:.1f} dB"
     said = f"; the 16-bit model repeats itself {repeats}" if repeats else ""
     if own is not None:
-        nudge = "not at all" if own >= 100 else f"to {own:.1f} dB"
-        said += f"; one rounding in the start noise moves the 4-bit images {nudge}"
+        nudge = "nothing" if own >= 100 else f"PSNR {own:.1f} dB"
+        said += f"; 4-bit images from start noise off by one rounding differ by {nudge}"
     return said
 
 
