@@ -156,7 +156,15 @@ def _one_source(source: str, folder: Path, options: RunOptions, observe: Observe
     pictures = folder / "eval"
     # the figures of chance are of no use in a demo, and take a third of its time
     without = ("own-noise", "outputs")
-    found = compare_in(pictures, folder / "int4", judged, without=without, options=options, observe=observe)
+    found = compare_in(
+        pictures,
+        folder / "int4",
+        judged,
+        without=without,
+        page=str(folder.parent / PAGE_FILE),
+        options=options,
+        observe=observe,
+    )
     found = _with_nvfp4(found, folder / NVFP4, observe)
     search = search_of(folder / "int4")
     write_figures(pictures, found, search=search)
