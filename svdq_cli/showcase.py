@@ -154,7 +154,7 @@ def _one_source(source: str, folder: Path, options: RunOptions, observe: Observe
     made = _conversions(source, folder, options, observe)
     judged = with_overrides(evaluation_recipe(open_checkpoint(folder / "int4"), source), samples=EVAL_PROMPTS)
     pictures = folder / "eval"
-    # the figures of chance are of no use in a demo, and take a third of its time
+    # passes that a demo of a minute does without
     without = ("own-noise", "outputs")
     found = compare_in(
         pictures,
