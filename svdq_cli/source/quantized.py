@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from svdq_cli.errors import InputError
-from svdq_cli.source.tensors import StoredTensor
+from svdq_cli.source.tensors import StoredTensor, entry_bytes
+from svdq_cli.tensor_file import bytes_of
 
 _HINT = "convert from the 16-bit model that it was made from"
 _SVDQUANT_HINT = f"{_HINT}; svdq export re-packs a finished checkpoint for another runtime"
@@ -56,6 +57,8 @@ _METHOD_NAMES = {
     "gptq": "GPTQ",
     "awq": "AWQ",
 }
+_LABEL_BYTES = 1 << 16  # of a layer's `comfy_quant`; ComfyUI's have 100
+_UNREADABLE = "quantization of an unreadable kind"
 _FLOAT8_FORMATS = (
     "float8_e4m3fn",
     "float8_e5m2",
@@ -100,8 +103,10 @@ def _first_match(pattern: str, names: Mapping[str, StoredTensor]) -> str | None:
 
 def _comfy_format(entry: StoredTensor) -> str:
     """What a layer's `comfy_quant` says: JSON text as bytes."""
+    if entry_bytes(entry) > _LABEL_BYTES:
+        return _UNREADABLE
     try:
-        said = json.loads(entry.read().numpy().tobytes())
+        said = json.loads(bytes_of(entry.read()).numpy().tobytes())
     except (ValueError, RecursionError):
-        return "quantization of an unreadable kind"
-    return str(said.get("format")) if isinstance(said, dict) else "quantization of an unreadable kind"
+        return _UNREADABLE
+    return str(said.get("format")) if isinstance(said, dict) else _UNREADABLE

@@ -27,7 +27,10 @@ from svdq_cli.errors import InputError, RecipeError, SvdqError
 from svdq_cli.recipe import Recipe, parse_recipe, resolved
 from svdq_cli.source.adapter_names import ModelShapes
 from svdq_cli.source.adapters import read_adapter
-from svdq_cli.source.headers import read_whole_header
+from svdq_cli.source.headers import Header, read_whole_header
+from svdq_cli.source.markers import told_by, without_markers
+from svdq_cli.source.prefixes import find_model
+from svdq_cli.source.upconverted import upconverted
 
 HANG = 5_000  # milliseconds that one case may take
 
@@ -176,7 +179,14 @@ dtypes = st.one_of(
     st.sampled_from(("F32", "BF16", "F16", "F64", "U8", "I64", "BOOL", "F8_E4M3", "F4", "C64", "")), st.none()
 )
 names = st.one_of(
-    st.sampled_from(("a", "b", "a.b", "", "\0", "\x1b[2J", "\ud800", "__metadata__")), st.text(max_size=6)
+    st.sampled_from(("a", "b", "a.b", "", "\0", "\x1b[2J", "\ud800", "__metadata__")),
+    st.lists(st.sampled_from(("model", "module", "_orig_mod", "vae", "a", "weight")), max_size=4).map(
+        ".".join
+    ),
+    st.sampled_from(
+        ("v_pred", "module.scaled_fp8", "edm_vpred.sigma_max", "a.scale_weight", "a.comfy_quant")
+    ),
+    st.text(max_size=6),
 )
 
 
@@ -188,7 +198,7 @@ def headers(draw: st.DrawFn) -> bytes:
     spoiled = draw(st.integers(0, 3))  # which of the tensors; most often none of them
     for index, name in enumerate(draw(st.lists(names, max_size=4, unique=draw(st.integers(0, 9)) > 0))):
         shape = draw(st.lists(st.integers(0, 3), max_size=3))
-        dtype = draw(st.sampled_from((("F32", 4), ("BF16", 2), ("U8", 1))))
+        dtype = draw(st.sampled_from((("F32", 4), ("BF16", 2), ("U8", 1), ("F8_E4M3", 1), ("F64", 8))))
         size = dtype[1] * torch.Size(shape).numel()
         facts: dict[str, Any] = {"dtype": dtype[0], "shape": shape, "data_offsets": [last, last + size]}
         last += size
@@ -241,6 +251,20 @@ def try_header(content: bytes) -> None:
         except InputError:  # a dtype that torch does not have
             continue
         assert tuple(tensor.shape) == entry.shape
+    try:
+        _read_as_model(path, header)
+    except InputError as error:
+        _require(str(path), error)
+
+
+def _read_as_model(path: Path, header: Header) -> None:
+    """What is left of a file without wrappers and markers is read, or refused."""
+    part = find_model(header.tensors, [{"a.weight"}], beside=("vae.",))
+    assert len(part.tensors) + len(part.rest) == len(header.tensors)
+    weights, markers = without_markers(part.tensors, "UNet2DConditionModel")
+    told_by(markers, header.metadata, "UNet2DConditionModel")
+    for entry in upconverted(path, weights).tensors.values():
+        assert tuple(entry.read().shape) == entry.shape
 
 
 # ------------------------------------------------------------------------------------------------- LoRA files
