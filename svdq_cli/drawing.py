@@ -89,8 +89,8 @@ def generate(
     require_picture_place(out, inputs=read, overwrite=options.overwrite, animated=True)
     started = time.monotonic()
     source = open_checkpoint(path, base=base).source
-    with_inputs = _with_inputs(recipe, inputs)
-    settings = sampling_for(with_inputs, replace(source, pipeline=base or source.pipeline)).settings
+    read_with = with_inputs(recipe, inputs)
+    settings = sampling_for(read_with, replace(source, pipeline=base or source.pipeline)).settings
     settings = replace(_sized(settings, width, height), batch_size=1)
     pipe = load_pipeline(path, device=resolve_device(options.device), backend=backend, base=base)
     facts: Backend = pipe.svdq_backend  # type: ignore[attr-defined]
@@ -120,11 +120,11 @@ def _save(frames: Sequence[Image], path: Path) -> None:
         frames[0].save(path, save_all=True, append_images=frames[1:], duration=1000 / VIDEO_FPS, loop=0)
 
 
-def _with_inputs(recipe: Recipe, inputs: Inputs) -> Recipe:
-    """Nothing is read but what is given: not the images of calibration, which the recipe may name."""
+def with_inputs(recipe: Recipe, inputs: Inputs) -> Recipe:
+    """The recipe with other images to read: those that are given and no others, not even a mask of the recipe's own."""
     if inputs.mask is not None and inputs.image is None:
         raise UsageError("a mask without an image", hint="give the image that it covers: --image FILE")
-    given = {
+    given: dict[str, object] = {
         "image": None if inputs.image is None else str(inputs.image.absolute()),
         "mask": None if inputs.mask is None else str(inputs.mask.absolute()),
         "strength": inputs.strength,

@@ -179,3 +179,20 @@ def test_what_does_not_go_together_is_refused_in_words(
     said = refused(capsys, converted("flux-fill"), out, "--image", image)
     assert "--mask" in str(said["hint"])
     assert "holds one picture" in str(refused(capsys, converted("wan"), tmp_path / "v.jpg")["message"])
+
+
+def test_eval_judges_with_the_image_that_is_given(
+    flux: Path, tiny_flux: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    def sixteen_bit(name: str, *words: str) -> bytes:
+        capsys.readouterr()
+        command = f"eval {flux} --against {tiny_flux} --samples 1 --steps 2 --report {tmp_path / name} --json"
+        assert run([*command.split(), "--without", "naive,floor,own-noise,outputs", *words]) == 0
+        assert json.loads(capsys.readouterr().out)["images"] == 1
+        (file,) = (tmp_path / name / "16bit").glob("*.png")
+        return Image.open(file).tobytes()
+
+    image = ("--image", str(images / "image.png"))
+    weak = sixteen_bit("weak", *image, "--strength", "0.5")
+    assert weak != sixteen_bit("strong", *image, "--strength", "1")
+    assert weak != sixteen_bit("text")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from svdq_cli.calibrate.joint import joint_model
 from svdq_cli.calibrate.pipelines import draw_each
 from svdq_cli.calibrate.settings import DrawSettings
+from svdq_cli.calibrate.siblings import reading_inputs
 from svdq_cli.checkpoint import Checkpoint
 from svdq_cli.errors import EnvironmentLacksError, UsageError
 from svdq_cli.evaluate.gallery import Gallery, keep_picture, note_time, read_picture
@@ -313,13 +314,14 @@ def _draw_nf4(run: Run, gallery: Gallery, observe: Observer) -> str | None:
 
 
 def _sixteen_bit_pipeline(run: Run) -> DiffusionPipeline:
-    return load_16bit_pipeline(run.source, class_name=run.checkpoint.model_class, device=run.device)
+    pipe = load_16bit_pipeline(run.source, class_name=run.checkpoint.model_class, device=run.device)
+    return reading_inputs(pipe, run.settings)
 
 
 def _converted_pipeline(run: Run) -> DiffusionPipeline:
     # a single file has no other components of its own
     base = run.checkpoint.source.pipeline or run.source.pipeline
-    return load_pipeline(run.path, device=run.device, base=base)
+    return reading_inputs(load_pipeline(run.path, device=run.device, base=base), run.settings)
 
 
 MakeLayer = Callable[[Run, LayerPlan, Tensor, Tensor | None], nn.Module]

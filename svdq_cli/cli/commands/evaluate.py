@@ -30,6 +30,9 @@ def evaluate(
     steps: opt.Steps = None,
     width: opt.Width = None,
     height: opt.Height = None,
+    image: opt.Image = None,
+    mask: opt.Mask = None,
+    strength: opt.Strength = None,
     batch_size: opt.BatchSize = None,
     seed: opt.ImageSeed = None,
     without: Annotated[
@@ -58,7 +61,7 @@ def evaluate(
     from svdq_cli.cli import render
     from svdq_cli.cli.progress import progress
     from svdq_cli.cli.summary import append_summary
-    from svdq_cli.drawing import evaluation_recipe
+    from svdq_cli.drawing import Inputs, evaluation_recipe, with_inputs
     from svdq_cli.evaluate.passes import passes_of_text
     from svdq_cli.evaluate.planning import plan_evaluation
     from svdq_cli.evaluate.run import evaluate as run_evaluate
@@ -83,6 +86,8 @@ def evaluate(
         seed=seed,
         fail_if=fail_if,
     )
+    if image is not None or mask is not None or strength is not None:
+        recipe = with_inputs(recipe, Inputs(image, mask, strength))
     run = plan_evaluation if plan else run_evaluate
     with progress(quiet=quiet or plan, verbose=verbose, events=events) as observe:
         result = run(
