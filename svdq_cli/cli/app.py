@@ -156,7 +156,10 @@ COMMANDS = {
         Manual(
             "Generate an image with a converted checkpoint.",
             "using.md",
-            ('svdq generate out/model-int4 --prompt "a lighthouse at dusk" -o image.png',),
+            (
+                'svdq generate out/model-int4 --prompt "a lighthouse at dusk" -o image.png',
+                'svdq generate out/model-int4 --prompt "an oil painting" --image photo.jpg --strength 0.6 -o image.png',
+            ),
         ),
     ),
     "push": (
