@@ -9,7 +9,7 @@ from typing import Any
 from typer.core import TyperCommand
 
 GROUPS: Mapping[str, tuple[str, ...]] = {
-    "Model": ("--family", "--base", "--lora", "--against"),
+    "Model": ("--family", "--denoiser", "--base", "--lora", "--against"),
     "Prompts and sampling": (
         "--prompt",
         "--prompts",
