@@ -186,8 +186,10 @@ def _loading(single: Sequence[str], *, pipeline: bool) -> Iterator[str]:
     yield "## How to load it"
     yield ""
     if pipeline:
-        yield "Where diffusers' 4-bit runtime runs (diffusers 0.42 and later with `kernels`, NVIDIA GPUs):"
+        yield "Where diffusers' 4-bit runtime runs (diffusers 0.42 and later with `kernels`; NVIDIA GPUs but Hopper's)."
+        yield "diffusers downloads its kernels from a repository on the Hub, and asks you to allow that code to run:"
         yield ""
+        yield from ("```sh", "export DIFFUSERS_TRUST_REMOTE_KERNELS=true", "```", "")
         yield from ("```python", "from diffusers import DiffusionPipeline", "")
         yield from ('pipe = DiffusionPipeline.from_pretrained("THIS_FOLDER_OR_REPOSITORY")', "```", "")
         yield "Anywhere, a CPU too:"
