@@ -41,6 +41,7 @@ class BlockRule:
     w4a16: tuple[
         str, ...
     ] = ()  # modulation linears; one name reads the same conditioning vector in every block
+    optional: bool = False  # a stack that some models of the family do without
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ _BLOCKS = tuple(
             alone("ff.net.0.proj"),
             alone("ff.net.2"),
         ),
+        optional=stack.startswith("mid_block"),  # SSD-1B has no attention there, KOALA 700M no middle block
     )
     for stack in _STACKS
 )

@@ -183,7 +183,7 @@ def _resolve_rules(family: Family, inventory: Inventory, where: str) -> Roles:
     unmatched: list[str] = []
     for block in family.blocks:
         prefixes = _block_prefixes(names, block.stack)
-        if not prefixes:
+        if not prefixes and not block.optional:
             unmatched.append(f"{block.stack}.0")
         for prefix in prefixes:
             for rule in block.w4a4:

@@ -117,6 +117,35 @@ def test_sd15_unet_rules_are_those_of_diffusers():
     assert_same(state, theirs.convert_ldm_unet_checkpoint(whole, {"layers_per_block": 2}))
 
 
+SDXL_STAGES = {
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "block_out_channels": (32, 64, 64),
+    "cross_attention_dim": 32,
+    "use_linear_projection": True,
+}
+SMALLER_SDXL = {
+    "SSD-1B": {
+        "transformer_layers_per_block": [0, 2, 4],
+        "reverse_transformer_layers_per_block": [[4, 4, 10], [2, 1, 1], 1],
+        "mid_block_type": "UNetMidBlock2D",
+    },
+    "Vega": {"transformer_layers_per_block": [1, 1, 2]},
+    "KOALA 700M": {"transformer_layers_per_block": [0, 2, 5], "layers_per_block": 1, "mid_block_type": None},
+}
+
+
+@pytest.mark.parametrize("name", SMALLER_SDXL)
+def test_unets_with_parts_cut_out_have_the_rules_of_ldm(name: str):
+    config = {"layers_per_block": 2, **SDXL_STAGES, **SMALLER_SDXL[name]}
+    state = state_of("UNet2DConditionModel", **config)
+    original = original_state(LDM_UNET, state)
+    whole = {f"model.diffusion_model.{key}": tensor for key, tensor in original.items()}
+    assert frozenset(original) >= LDM_UNET.signature
+    assert_same(ours(LDM_UNET, original), state)
+    assert_same(state, theirs.convert_ldm_unet_checkpoint(whole, config))
+
+
 @pytest.mark.parametrize(
     ("model_class", "config"),
     [

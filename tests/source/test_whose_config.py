@@ -16,6 +16,12 @@ from svdq_cli.source import open_source
 from tests.source.originals import real_keys
 from tests.source.test_configs import SD3_COMMON, SDXL, meta_shapes, sparse_file
 
+SSD_1B = {
+    **SDXL,
+    "transformer_layers_per_block": (0, 2, 4),
+    "reverse_transformer_layers_per_block": ((4, 4, 10), (2, 1, 1), 1),
+    "mid_block_type": "UNetMidBlock2D",
+}
 VEGA = {**SDXL, "transformer_layers_per_block": (1, 1, 2)}
 LAYERED = {"num_layers": 1, "use_additional_t_cond": True, "use_layer3d_rope": True}
 KLEIN = {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 24, "guidance_embeds": False}
@@ -42,10 +48,16 @@ def base_of(folder: Path, class_name: str, config: Mapping[str, Any]) -> Path:
     ("class_name", "config", "seen"),
     [
         ("UNet2DConditionModel", VEGA, "are missing"),
+        ("UNet2DConditionModel", SSD_1B, "are missing"),
         ("QwenImageTransformer2DModel", LAYERED, "addition_t_embedding"),
         ("WanVACETransformer3DModel", {"num_layers": 1, "vace_layers": [0]}, "vace_blocks"),
     ],
-    ids=["a UNet with fewer blocks", "a layered image model", "a video model with control"],
+    ids=[
+        "a UNet with fewer blocks",
+        "a UNet without attention in its middle",
+        "a layered image model",
+        "a video model with control",
+    ],
 )
 def test_a_variant_without_its_pipeline_needs_a_base(
     tmp_path: Path, class_name: str, config: dict[str, Any], seen: str

@@ -67,7 +67,7 @@ def _unet_rest(facts: Facts) -> Facts | None:
 UNET = KnownClass(
     "UNet2DConditionModel",
     "unet",
-    frozenset({"conv_in.weight", "mid_block.resnets.0.conv1.weight", "time_embedding.linear_1.weight"}),
+    frozenset({"conv_out.weight", "down_blocks.0.resnets.0.conv1.weight", "time_embedding.linear_1.weight"}),
     _unet_facts,
     _unet_rest,
     compared=frozenset({"in_channels", "cross_attention_dim"}),

@@ -158,7 +158,7 @@ def _ldm_attention_stages(keys: Sequence[str], layers: int) -> frozenset[int]:
 LDM_UNET = Naming(
     name="LDM names",
     model_class="UNet2DConditionModel",
-    signature=frozenset({"input_blocks.0.0.weight", "middle_block.0.in_layers.0.weight", "out.2.weight"}),
+    signature=frozenset({"input_blocks.0.0.weight", "input_blocks.1.0.in_layers.0.weight", "out.2.weight"}),
     rules=_ldm_rules,
     suffixes={},
 )
