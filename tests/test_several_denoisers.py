@@ -19,12 +19,14 @@ from svdq_cli.errors import InputError, UsageError
 from svdq_cli.evaluate.run import evaluate
 from svdq_cli.formats.headers import header_metadata
 from svdq_cli.loading import load_pipeline
+from svdq_cli.lora.fold import fold
 from svdq_cli.pipeline import calibrate, check, convert, inspect_checkpoint, inspect_source, predict
 from svdq_cli.preparing import RunOptions, prepare, warnings_of
 from svdq_cli.recipe import Recipe, default_recipe
 from svdq_cli.recipe.model import Calibration, Quantization, output_of
 from svdq_cli.reconstruct import tuning
 from svdq_cli.records import ConvertReport, Event, ignore_events
+from svdq_cli.solve.rebuild import rebuilt_weight
 from svdq_cli.source import denoisers_of, merge_loras, only, open_source, read_tensor, source_digest
 from tests.tiny_families import tiny_pipeline
 
@@ -274,3 +276,26 @@ def test_a_lora_says_which_denoiser_it_changes(wan: Path, tmp_path: Path, denois
     stored = {"transformer": FIRST, "transformer_2": SECOND}[denoiser]
     before, after = read_tensor(source, f"{stored}.weight"), read_tensor(one, f"{layer}.weight")
     torch.testing.assert_close(after, before.float() + 4)  # rank 4, all ones
+
+
+def test_a_lora_is_folded_into_one_of_them_by_its_folder(
+    converted: tuple[Path, ConvertReport], tmp_path: Path
+):
+    lora = tmp_path / "lora.safetensors"
+    layer = "transformer.blocks.0.attn1.to_q"
+    save_file({f"{layer}.lora_{name}.weight": torch.ones(shape) for name, shape in LORA.items()}, lora)
+    with pytest.raises(UsageError, match="a LoRA is for one of them") as caught:
+        fold(converted[0], [(lora, 1.0)], tmp_path / "both")
+    assert str(converted[0] / "transformer_2") in str(caught.value.hint)
+    out = shutil.copytree(converted[0], tmp_path / "out")
+    fold(converted[0] / "transformer_2", [(lora, 1.0)], tmp_path / "folded")
+    shutil.rmtree(out / "transformer_2")
+    shutil.copytree(tmp_path / "folded", out / "transformer_2")
+    assert check(out).status == "ok"
+    before, after = open_checkpoint(converted[0]), open_checkpoint(out)
+    plans = {plan.name: plan for plan in after.layers}
+    assert plans[FIRST] == next(plan for plan in before.layers if plan.name == FIRST)
+    changed = rebuilt_weight(after.solution(plans[SECOND])) - rebuilt_weight(
+        before.solution(next(plan for plan in before.layers if plan.name == SECOND))
+    )
+    torch.testing.assert_close(changed, torch.full((128, 128), 4.0), rtol=0.02, atol=0.02)

@@ -61,9 +61,10 @@ def read_loras(checkpoint: Checkpoint, loras: Sequence[tuple[Path, float]]) -> t
         raise UsageError("no LoRA is named", hint="give --lora FILE or --lora FILE:WEIGHT")
     if len(checkpoint.denoisers) > 1:
         raise UsageError(
-            f"{checkpoint.source.path}: svdq does not yet fold LoRAs into a pipeline with several denoisers "
-            f"({', '.join(checkpoint.source.components)})",
-            hint="merge them into the 16-bit pipeline with diffusers and convert that",
+            f"{checkpoint.source.path}: this pipeline has several denoisers "
+            f"({', '.join(checkpoint.source.components)}), and a LoRA is for one of them",
+            hint=f"give that one's folder, such as {checkpoint.source.path / checkpoint.source.components[-1]}, and "
+            "put what is written in its place",
             where=str(checkpoint.source.path),
         )
     model = ModelShapes(checkpoint.source.path, checkpoint.model_class, checkpoint.state)
