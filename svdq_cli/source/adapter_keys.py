@@ -189,7 +189,7 @@ def modules_of(file: Path, keys: Mapping[str, StoredTensor]) -> tuple[list[Adapt
 def require_whole(file: Path, modules: Sequence[AdapterModule], foreign: list[str]) -> None:
     """Raises InputError for keys that are no part of an adapter, layers that lack a half, and a file without any."""
     if foreign:
-        raise _foreign(file, foreign)
+        raise _foreign(file, foreign, alone=not modules)
     halves = [module.name for module in modules if not module.is_whole]
     if halves:
         raise refused(
@@ -261,7 +261,15 @@ def _role(key: str) -> tuple[str | None, str]:
     return None, key
 
 
-def _foreign(file: Path, keys: list[str]) -> InputError:
+def _foreign(file: Path, keys: list[str], *, alone: bool) -> InputError:
+    """The refusal of keys that are no part of an adapter; `alone`: the file has no others."""
+    if alone and all(_WHOLE.search(key) for key in keys):
+        return refused(
+            file,
+            f"its {len(keys)} keys are no part of a LoRA but whole tensors of a model: {some(keys)}",
+            "give a model as the source, not as --lora",
+            keys[0],
+        )
     if all(_WHOLE.search(key) for key in keys):
         return refused(
             file,
