@@ -172,7 +172,7 @@ def test_a_model_given_as_a_lora_and_a_lora_given_as_a_model(
     bfl: Path, lora: Path, tiny_flux: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     assert (
-        "whole tensors of the model"
+        "no part of a LoRA"
         in refused(capsys, f"convert {tiny_flux} --lora {bfl} -o {tmp_path / 'out'}", 3)["message"]
     )
     assert "--lora" in refused(capsys, f"convert {lora} -o {tmp_path / 'out'}", 3)["hint"]
