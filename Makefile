@@ -15,7 +15,7 @@ TORCH ?= torch==2.13.0
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench bench-convert bench-quality wheel
+.PHONY: help setup demo test lint bench bench-convert bench-quality check-cpu wheel
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,12 @@ bench-convert: $(STAMP) ## what --plan predicts against what conversions take, a
 
 bench-quality: $(STAMP) ## what each step of the search is worth, on the embedded model (half an hour)
 	$(BIN)/python -m svdq_cli.quality
+
+# The same 60 random layers on every instruction set, and under the sanitizers: equal digests, no report. NEON runs in
+# qemu-user where Debian's g++-aarch64-linux-gnu and qemu-user are installed.
+CASES ?= 60
+check-cpu: ## the CPU engine on every instruction set that is here, under ThreadSanitizer and AddressSanitizer
+	sh kernels/cpu/check.sh "$(CASES)"
 
 wheel: $(STAMP) ## sdist, and the wheel built from it, in dist/
 	rm -rf dist
