@@ -117,6 +117,7 @@ def _peak_bytes(call: Callable[[], object], device: torch.device, before: int) -
     """Of tensors, weights included, in one step; on a CPU what the process takes beyond `before`."""
     if device.type != "cuda":
         call()
+        resident_bytes()  # gives back what making the model took
         return peak_resident_bytes(call) - before
     call()
     torch.cuda.reset_peak_memory_stats(device)
