@@ -93,7 +93,10 @@ class DoubleBlock(nn.Module):
         streams = ((self.text, text), (self.image, image))
         parts = [stream.modulation(F.silu(condition)).chunk(6, dim=-1) for stream, _ in streams]
         qkv = [stream.qkv(modulated(x, *part[:2])) for (stream, x), part in zip(streams, parts, strict=True)]
-        mixed = attention(torch.cat(qkv), angles, self.heads)
+        both = torch.cat(qkv)
+        del qkv
+        mixed = attention(both, angles, self.heads)
+        del both
         found: list[Tensor] = []
         shares = mixed.split([text.shape[0], image.shape[0]])
         for (stream, x), share, part in zip(streams, shares, parts, strict=True):
@@ -125,28 +128,31 @@ def modulated(x: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
 
 def attention(qkv: Tensor, angles: Tensor, heads: int) -> Tensor:
     """(M, 3 width) -> (M, width), with RMS norms and rotary embedding of q and k."""
+    if qkv.device.type == "cpu":
+        return attention_by_rows(qkv, angles, heads)
     q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(1, 2, 0, 3)
     q, k = (rotated(F.rms_norm(part, part.shape[-1:]), angles) for part in (q, k))
-    if qkv.device.type == "cpu":
-        return attention_by_rows(q, k, v)
     return F.scaled_dot_product_attention(q[None], k[None], v[None])[0].transpose(0, 1).flatten(-2)
 
 
-def attention_by_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """(heads, M, head) -> (M, width). On a CPU torch's fused attention takes 2.4 times as long as its products do
-    (seen with torch 2.13, AVX512-BF16), and would hide what is measured here."""
-    heads, rows, size = q.shape
-    mixed = q.new_empty(rows, heads, size)
+def attention_by_rows(qkv: Tensor, angles: Tensor, heads: int) -> Tensor:
+    """The same, a head and some rows at a time. On a CPU torch's fused attention takes 2.4 times as long as its matrix
+    products do (seen with torch 2.13, AVX512-BF16), and would hide what is measured here."""
+    parts = qkv.unflatten(-1, (3, heads, -1))
+    rows, size = qkv.shape[0], parts.shape[-1]
+    mixed = qkv.new_empty(rows, heads, size)
     for head in range(heads):
-        for part in range(0, rows, ATTENTION_ROWS):
-            scores = q[head, part : part + ATTENTION_ROWS] @ k[head].T
-            shares = torch.softmax(scores.float() * size**-0.5, -1).to(v.dtype)
-            mixed[part : part + ATTENTION_ROWS, head] = shares @ v[head]
+        q, k = (rotated(F.rms_norm(parts[:, i, head], (size,)), angles) for i in (0, 1))
+        v = parts[:, 2, head]
+        for start in range(0, rows, ATTENTION_ROWS):
+            some = slice(start, start + ATTENTION_ROWS)
+            shares = torch.softmax((q[some] @ k.T).float() * size**-0.5, -1).to(v.dtype)
+            mixed[some, head] = shares @ v
     return mixed.flatten(-2)
 
 
 def rotated(x: Tensor, angles: Tensor) -> Tensor:
-    """x (heads, M, head) by angles (M, head / 2)."""
+    """x (..., M, head) by angles (M, head / 2)."""
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = angles.cos(), angles.sin()
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).to(x.dtype)

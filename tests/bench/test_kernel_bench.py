@@ -24,7 +24,7 @@ from svdq_cli.bench.step import (
     step_rows,
 )
 from svdq_cli.bench.timing import bytes_per_microsecond
-from svdq_cli.bench.transformer import FLUX1_DEV_STEP, TransformerShape
+from svdq_cli.bench.transformer import FLUX1_DEV_STEP, TransformerShape, attention_by_rows, rotated
 from svdq_cli.cli.render import show
 from svdq_cli.cpu.build import find_compiler
 from svdq_cli.gpu.hopper_modes import HopperMode
@@ -145,6 +145,15 @@ def test_a_step_is_measured_in_16_bit_and_converted():
     for row in rows:
         assert row.ratio == rows[0].us.median / row.us.median
         assert row.peak_bytes is not None
+
+
+def test_attention_by_rows_is_torchs_own():
+    draw = torch.Generator().manual_seed(0)
+    qkv, angles = torch.randn(700, 3 * 2 * 64, generator=draw), torch.rand(700, 32, generator=draw)
+    q, k, v = qkv.unflatten(-1, (3, 2, 64)).permute(1, 2, 0, 3)
+    q, k = (rotated(torch.nn.functional.rms_norm(part, (64,)), angles) for part in (q, k))
+    wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(0, 1).flatten(-2)
+    torch.testing.assert_close(attention_by_rows(qkv, angles, 2), wanted)
 
 
 def test_flux_dev_has_the_linears_of_the_published_model():
