@@ -119,7 +119,9 @@ class SingleBlock(nn.Module):
         mixed = attention(qkv, angles, self.heads)
         del qkv  # which holds the whole of the first layer's result
         inner = F.gelu(inner, approximate="tanh")
-        return x + gate * self.second(torch.cat((mixed, inner), -1))
+        both = torch.cat((mixed, inner), -1)
+        del mixed, inner
+        return x + gate * self.second(both)
 
 
 def modulated(x: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
