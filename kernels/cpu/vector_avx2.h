@@ -9,7 +9,7 @@ namespace svdq {
 
 struct Vector {
     static constexpr int LANES = 8;
-    static constexpr int TILE_ROWS = 6, TILE_VECTORS = 1; // 6 integer and 6 float sums in 16 registers
+    static constexpr int TILE_ROWS = 3, TILE_VECTORS = 2; // 6 integer and 6 float sums in 16 registers
 
     using F = __m256;
     using I = __m256i;
