@@ -115,10 +115,11 @@ def change_of(module: AdapterModule, trained: TrainingConfig | None) -> WeightCh
 
 
 def _is_by_columns(magnitude: StoredTensor, *, rows: int) -> bool:
-    """Whether DoRA's lengths are of columns. Their shape says it: (N, 1) and (N,) are of rows, (1, C) of columns. Only
-    peft stores the lengths of a convolution's rows as (1, N, 1, 1), under a name of its own."""
+    """Whether DoRA's lengths are of columns. Their shape says it: (N, 1) and (N,) are of rows, (1, C) of columns, and C
+    is 1 in a depthwise convolution. Only peft stores the lengths of a convolution's rows as (1, N, 1, 1), under a name
+    of its own."""
     shape = magnitude.shape
-    if len(shape) < 2 or shape[0] != 1 or shape[1] == 1:
+    if len(shape) < 2 or shape[0] != 1 or (shape[1] == 1 and rows == 1):
         return False
     named_by_peft = "lora_magnitude_vector" in magnitude.origin
     return not (named_by_peft and len(shape) > 2 and shape[1] == rows)

@@ -103,7 +103,7 @@ _OTHER_KINDS = {
 _FLOATS = ("F64", "F32", "F16", "BF16", *FLOAT8)
 _INTEGERS = ("I64", "I32", "I16", "I8", "U8")  # some trainers store an alpha as the whole number that it is
 # A tensor's own name in a model, which an adapter file has where a trainer saved it whole
-_WHOLE = re.compile(r"\.(?:weight|bias|scale)$")
+_WHOLE = re.compile(r"\.(?:weight|bias|scale|scale_weight|weight_scale)$|(?:^|\.)scaled_fp8$")
 
 
 @dataclass(slots=True)

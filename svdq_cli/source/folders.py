@@ -9,9 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from svdq_cli.errors import InputError
+from svdq_cli.source.classes import shapes_of
 from svdq_cli.source.denoisers import joined
 from svdq_cli.source.headers import Header, damaged, pickled, read_json, read_whole_header
 from svdq_cli.source.model import COMPONENTS, Source
+from svdq_cli.source.prefixes import find_model, is_wrapped
 from svdq_cli.source.quantized import refuse_quantized_config
 from svdq_cli.source.tensors import StoredTensor
 from svdq_cli.source.upconverted import upconverted
@@ -131,8 +133,9 @@ def _not_copyable(path: Path, what: str) -> InputError:
 
 def open_component(folder: Path, *, pipeline: Path | None, component: str) -> Source:
     """One component folder, at 16 bit or up-converted to it. Raises InputError for a quantized one, by name."""
-    refuse_quantized_config(folder, read_json(folder / "config.json"))
-    stored = _stored_tensors(folder)
+    config = read_json(folder / "config.json")
+    refuse_quantized_config(folder, config)
+    stored = _unwrapped(folder, config, _stored_tensors(folder))
     read = upconverted(folder, stored)
     source = _component(folder, pipeline, component, stored)
     return replace(source, tensors=read.tensors, warnings=read.warnings(folder))
@@ -142,6 +145,16 @@ def index_component(folder: Path, *, pipeline: Path | None, component: str) -> S
     """Index one component folder, quantized or not: its config and every tensor its headers name."""
     source = _component(folder, pipeline, component, _stored_tensors(folder))
     return replace(source, path=pipeline or folder)
+
+
+def _unwrapped(
+    folder: Path, config: Mapping[str, object], stored: Mapping[str, StoredTensor]
+) -> Mapping[str, StoredTensor]:
+    """The tensors by their names in the model, where a trainer saved the model inside of its wrappers."""
+    if not any(map(is_wrapped, stored)):
+        return stored
+    part = find_model(stored, (), lambda: shapes_of(config, where=str(folder)))
+    return stored if part.rest else part.tensors
 
 
 def _component(

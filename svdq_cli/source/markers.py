@@ -62,6 +62,7 @@ MARKERS = (
     Marker("edm_std", _UNET, scheduler={"_class_name": "EDMDPMSolverMultistepScheduler"}),
     *(Marker(key, _UNET) for key in _LDM_SCHEDULE),
 )
+MARKER_KEYS = frozenset(marker.key for marker in MARKERS)
 # Of single layers, by the end of their keys: activation scales and labels, of no use at 16 bit
 LAYER_MARKERS = (".scale_input", ".input_scale", ".comfy_quant")
 # Header metadata that says what a model predicts: the words of the specification, of sd-scripts and of ComfyUI

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from svdq_cli.source.markers import MARKER_KEYS
 from svdq_cli.source.names import claim
 from svdq_cli.source.tensors import TensorEntry
 
@@ -17,7 +18,7 @@ Entry = TypeVar("Entry", bound=TensorEntry)
 WRAPPERS = frozenset(
     (
         *("model", "diffusion_model", "transformer", "unet", "denoiser", "dit"),
-        *("module", "net", "pipe", "base_model", "state_dict"),
+        *("module", "net", "pipe", "pipeline", "base_model", "state_dict"),
     )
 )
 _MOST_WRAPPERS = 6  # around one another
@@ -27,7 +28,8 @@ TRANSPARENT = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapp
 
 @dataclass(frozen=True, slots=True)
 class ModelPart(Generic[Entry]):
-    """The diffusion model inside a file, by names without their prefix, and the file's other tensors by theirs."""
+    """The diffusion model inside a file, by names without their prefix, and the file's other tensors by names without
+    the wrappers that they share with it."""
 
     prefix: str
     tensors: Mapping[str, Entry]
@@ -45,11 +47,12 @@ def find_model(
     `signatures` are names that tell a model each, in the order of their weight: where one is whole below a prefix, that
     is it. Else it is the prefix below which most of `known_names` lie or, where none does, most tensors. `beside` are
     prefixes of what is never the model's. Raises InputError (kind `claimed-twice`) where two keys of the file
-    stand for one tensor.
+    stand for one tensor; a marker may be there twice.
     """
     names: dict[str, Entry] = {}
     for key, entry in stored.items():
         claim(names, _without_transparent(key), entry)
+    signatures = tuple(signatures)
     prefix = _by_signature(names, signatures)
     if prefix is None:
         prefix = _by_known_names(names, set(known_names()))
@@ -62,13 +65,31 @@ def find_model(
         if name.startswith(prefix) and not name.removeprefix(prefix).startswith(beside or ("\0",)):
             tensors[name.removeprefix(prefix)] = entry
         else:
-            rest[name] = entry
+            # What lies beside the model is wrapped as the model is, by all wrappers but the model's own
+            shared = next((wrappers for wrappers in _wrappings(name) if prefix.startswith(wrappers)), "")
+            inner = name.removeprefix(shared)
+            rest[name if inner in rest else inner] = entry
     for name, entry in rest.items():
         # A second model, or parts of one, below another wrapper: which of the two is meant, nobody can tell.
         for other in (*_wrappings(name), ""):
-            if (inner := name.removeprefix(other)) in tensors:
+            if (inner := name.removeprefix(other)) in tensors and inner not in MARKER_KEYS:
                 claim(tensors, inner, entry)
+    _refuse_second_inside(tensors, signatures)
     return ModelPart(prefix, tensors, rest)
+
+
+def _refuse_second_inside(tensors: dict[str, Entry], signatures: Iterable[Collection[str]]) -> None:
+    """Raises InputError where a whole model lies below a wrapper beside the bare names of another."""
+    wrapped = {name: entry for name, entry in tensors.items() if _wrappings(name)}
+    if second := _by_signature(wrapped, signatures):
+        for name, entry in wrapped.items():
+            if (inner := name.removeprefix(second)) in tensors and inner != name:
+                claim(tensors, inner, entry)
+
+
+def is_wrapped(key: str) -> bool:
+    """Whether a stored key has a wrapper's name before it or inside of it."""
+    return bool(_wrappings(key)) or _without_transparent(key) != key
 
 
 def _without_transparent(key: str) -> str:

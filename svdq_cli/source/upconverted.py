@@ -115,11 +115,13 @@ def _scale_of(
         raise already_quantized(
             path, f"8-bit floats with scales as {foreign}, which svdq does not read", where=name
         )
-    if scale is None or (scale.dtype in SIXTEEN_BIT_OR_MORE and _is_one_or_per_row(scale.shape, entry.shape)):
+    if scale is None or (
+        scale.dtype in (*SIXTEEN_BIT_OR_MORE, "F64") and _is_one_or_per_row(scale.shape, entry.shape)
+    ):
         return scale
     raise InputError(
-        f"{path}: {scale.origin} is {scale.dtype} of shape {list(scale.shape)}; svdq reads scales in 16 or 32 bits, "
-        "one per tensor or per output row",
+        f"{path}: {scale.origin} is {scale.dtype} of shape {list(scale.shape)}; svdq reads scales in "
+        "floats of 16 to 64 bits, one per tensor or per output row",
         hint="convert from the 16-bit model",
         where=name,
         kind="already-quantized",

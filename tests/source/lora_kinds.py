@@ -157,7 +157,12 @@ def skeleton(state: Mapping[str, Tensor], layers: Sequence[str]) -> nn.Module:
         weight = state[f"{name}.weight"].float()
         bias = state.get(f"{name}.bias")
         rows, columns = weight.shape[:2]
-        layer = nn.Linear(columns, rows) if weight.ndim == 2 else nn.Conv2d(columns, rows, 1)
+        if weight.ndim == 2:
+            layer = nn.Linear(columns, rows)
+        else:
+            # as in every model here: of one input per row (depthwise), or of all
+            groups, size = rows if columns == 1 else 1, weight.shape[-1]
+            layer = nn.Conv2d(columns * groups, rows, size, padding=size // 2, groups=groups)
         layer.weight.data = weight.clone()
         layer.register_parameter("bias", None if bias is None else nn.Parameter(bias.float().clone()))
         parent = root

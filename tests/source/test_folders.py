@@ -47,6 +47,22 @@ def test_shards_are_read_through_their_index(tiny_flux_copy: Path):
         open_source(tiny_flux_copy)
 
 
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "base_model.model._orig_mod."])
+def test_what_a_trainer_s_wrappers_put_before_names_is_taken_off(
+    tiny_flux: Path, tiny_flux_copy: Path, prefix: str
+):
+    weights = tiny_flux_copy / WEIGHTS
+    wrapped = {prefix + name: tensor for name, tensor in load_file(weights).items()}
+    names = sorted(wrapped)
+    weights.unlink()
+    for number in (1, 2):
+        shard = weights.with_name(f"{weights.stem}-0000{number}-of-00002.safetensors")
+        save_file({name: wrapped[name] for name in names[number - 1 :: 2]}, shard)
+    assert source_digest(open_source(tiny_flux_copy)) == source_digest(open_source(tiny_flux))
+    alone = open_source(weights.parent)
+    assert alone.tensors.keys() == open_source(tiny_flux).tensors.keys()
+
+
 def test_a_truncated_file_is_named(tiny_flux_copy: Path):
     weights = tiny_flux_copy / WEIGHTS
     weights.write_bytes(weights.read_bytes()[:-1000])

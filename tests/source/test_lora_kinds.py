@@ -80,7 +80,9 @@ def computed(source: Source, name: str, x: Tensor) -> Tensor:
     weight, bias = read_tensor(source, f"{name}.weight").float(), None
     if f"{name}.bias" in source.tensors:
         bias = read_tensor(source, f"{name}.bias").float()
-    return (F.linear if weight.ndim == 2 else F.conv2d)(x, weight, bias)
+    if weight.ndim == 2:
+        return F.linear(x, weight, bias)
+    return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=x.shape[1] // weight.shape[1])
 
 
 @pytest.mark.parametrize("kind", [*PEFT, *PEFT_WITH_BIAS, *PEFT_LINEAR, *PEFT_CHANGES_BASE])
@@ -110,6 +112,17 @@ def test_linear_layers_compute_what_lycoris_do(flux: Source, tmp_path: Path, kin
 def test_pointwise_convolutions_compute_what_lycoris_do(unet: Source, tmp_path: Path, kind: str):
     model = skeleton(state_of(unet, POINTWISE), POINTWISE)
     require_same(unet, train_with_lycoris(LYCORIS[kind], model, POINTWISE, tmp_path / "l.safetensors"))
+
+
+@pytest.mark.parametrize("kind", ["DoRA by rows", "DoRA by columns"])
+def test_depthwise_convolutions_compute_what_lycoris_do(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, kind: str
+):
+    """Each of their rows has one input, so that DoRA by columns has one length for all of them."""
+    source = open_source(tiny_pipeline("sana", tmp_path_factory.mktemp("sana")))
+    layers = ["transformer_blocks.0.ff.conv_depth"]
+    model = skeleton(state_of(source, layers), layers)
+    require_same(source, train_with_lycoris(LYCORIS[kind], model, layers, tmp_path / "l.safetensors"))
 
 
 @pytest.mark.parametrize("kind", ["DoRA by rows", "DoRA by columns", "LoKr, DoRA by columns", "full"])

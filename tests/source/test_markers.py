@@ -79,6 +79,7 @@ def ldm(sdxl: Path) -> dict[str, Tensor]:
         "module._orig_mod.",
         "model.module.",
         "base_model.model.model.diffusion_model._orig_mod.",
+        "pipeline.transformer.",
     ],
 )
 @pytest.mark.parametrize("names", ["original", "diffusers"])
@@ -117,6 +118,14 @@ def test_of_a_class_without_known_names_the_wrappers_are_taken_off_too(
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     beside = {"vae.decoder.conv_in.weight": torch.zeros(2, 2)}
     assert same_model(saved({**below(prefix, state), **beside}, tmp_path / "m.safetensors"), folder)
+
+
+def test_of_two_whole_models_neither_is_taken(tiny_flux: Path, bfl: dict[str, Tensor], tmp_path: Path):
+    for number, tensors in enumerate([{**bfl, **below(LDM, bfl)}, {**below("module.", bfl), **bfl}]):
+        file = saved(tensors, tmp_path / f"{number}.safetensors")
+        with pytest.raises(InputError, match="both stand for") as caught:
+            open_source(file, base=tiny_flux)
+        assert caught.value.kind == "claimed-twice"
 
 
 @pytest.mark.parametrize("second", ["", "diffusion_model.", "module.model."])
@@ -168,6 +177,17 @@ def test_the_marker_of_scaled_float8_may_stand_below_the_prefix(
     found, expected = (open_source(path, base=tiny_flux) for path in (file, twin))
     assert source_digest(found) == source_digest(expected)
     assert "8-bit floats" in found.warnings[0]
+
+
+def test_the_marker_may_be_there_twice_and_scales_have_64_bits(
+    tiny_flux: Path, bfl: dict[str, Tensor], tmp_path: Path
+):
+    eight, sixteen = scaled_float8(bfl)
+    exact = {key: scale.double() if key.endswith("scale_weight") else scale for key, scale in eight.items()}
+    file = saved({**below(LDM, exact), "scaled_fp8": EMPTY}, tmp_path / "eight.safetensors")
+    found = open_source(file, base=tiny_flux)
+    expected = open_source(saved(sixteen, tmp_path / "sixteen.safetensors"), base=tiny_flux)
+    assert source_digest(found) == source_digest(expected)
 
 
 def test_two_scales_of_one_weight_are_an_error_that_names_both(
@@ -266,6 +286,16 @@ def test_v_prediction_changes_the_scheduler_that_is_written(sdxl: Path, v_predic
     assert {key: after[key] for key in SETTINGS} == SETTINGS
     assert any("v_pred and ztsnr say" in warning for warning in report.warnings)
     assert check(tmp_path / "out", against=open_source(v_prediction, base=sdxl)).status == "ok"
+
+
+@pytest.mark.parametrize("marker", ["module.", "", f"module.{LDM}"])
+def test_what_lies_beside_a_model_is_wrapped_as_the_model_is(
+    sdxl: Path, ldm: dict[str, Tensor], tmp_path: Path, marker: str
+):
+    file = saved({**below("module.", ldm), **below(marker, V_PREDICTION)}, tmp_path / "m.safetensors")
+    source = open_source(file, base=sdxl)
+    assert source.scheduler == {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    assert not any("also holds" in warning for warning in source.warnings)
 
 
 def test_calibration_and_eval_draw_with_that_scheduler(sdxl: Path, v_prediction: Path):
