@@ -11,6 +11,7 @@ About five minutes of CPU time.
 from __future__ import annotations
 
 import argparse
+import json
 import random
 from pathlib import Path
 
@@ -129,12 +130,14 @@ def flow_matching_loss(transformer: nn.Module, clean: Tensor, text: Tensor, pool
 
 
 def save_lora(out: Path, loras: dict[str, LowRank]) -> None:
-    """Under peft's names, bfloat16."""
+    """Under peft's names, bfloat16, with the config that diffusers keeps in the header: alpha is the rank."""
     tensors: dict[str, Tensor] = {}
     for name, lora in loras.items():
         tensors[f"transformer.{name}.lora_A.weight"] = lora.down.detach().bfloat16().contiguous()
         tensors[f"transformer.{name}.lora_B.weight"] = lora.up.detach().bfloat16().contiguous()
-    save_file(tensors, out, metadata={"format": "pt"})
+    rank = max(lora.down.shape[0] for lora in loras.values())
+    config = {"transformer.peft_type": "LORA", "transformer.r": rank, "transformer.lora_alpha": rank}
+    save_file(tensors, out, metadata={"format": "pt", "lora_adapter_metadata": json.dumps(config)})
 
 
 def main() -> None:
