@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 # Read by the libraries when they are imported, hence before any of them
+# Of the processes that tests start, too: two threads of torch on cores that other tests use are slower than one
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["SVDQ_CACHE"] = os.path.join(tempfile.gettempdir(), f"svdq-tests-cache-{os.getuid()}")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import cast
@@ -82,8 +83,8 @@ def solve_into(
         left = job.longest_first(left)
     if team.size > 1:
         team.tell(LEFT, {"portions": [_key(portion) for portion in left]})
-    with done_behind() as keep:
-        solved = _solved(job, team.claims(LEFT, left), wait=keep.wait)
+    # Closed where it is left, or its threads would begin what follows until the garbage is collected.
+    with done_behind() as keep, closing(_solved(job, team.claims(LEFT, left), wait=keep.wait)) as solved:
         for portion, each in _observed(prepared, solved, held, observe):
             keep(partial(_keep, work, portion, each))
             del each  # or its codes would stay until the next portion is solved
@@ -105,10 +106,10 @@ def solve_share(
     team = options.team
     left = [portions[key] for key in cast("list[str]", team.hear(LEFT)["portions"])]
     job = Solving(prepared, statistics, device, options, ignore_events)
-    with done_behind() as keep:
-        for portion, solved in _solved(job, team.claims(LEFT, left), wait=keep.wait):
-            keep(partial(_keep, work, portion, solved))
-            del solved
+    with done_behind() as keep, closing(_solved(job, team.claims(LEFT, left), wait=keep.wait)) as solved:
+        for portion, each in solved:
+            keep(partial(_keep, work, portion, each))
+            del each
     team.done(LEFT)
 
 
@@ -196,7 +197,7 @@ class Solving:
 
 def _solved(
     job: Solving, portions: Iterable[SharedInput], *, wait: Callable[[], object] = lambda: None
-) -> Iterator[tuple[SharedInput, SolvedInput]]:
+) -> Generator[tuple[SharedInput, SolvedInput], None, None]:
     """Every portion, as it comes from the device that it was solved on: one after the other while the next one's
     weights are read, or some side by side (`portions_at_once`) as they are done, where there is memory for that. `wait`
     returns when the caller holds no memory for earlier ones."""
