@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from svdq_cli.errors import InputError
@@ -9,6 +10,9 @@ from svdq_cli.planning.inventory import Inventory
 from svdq_cli.source import Source
 from svdq_cli.source.configs import differences
 from svdq_cli.source.single_file import BASE_HINT
+
+# What diffusers' fuse_qkv_projections adds to an attention, whose own projections stay
+_FUSED_COPY = re.compile(r"\.to_(added_)?(qkv|kv)\.(weight|bias)$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +49,14 @@ def require_own_tensors(source: Source, inventory: Inventory) -> None:
 
 def _mismatch(source: Source, inventory: Inventory) -> _Mismatch | None:
     model = inventory.model_class
+    if attached := sorted(name for name in source.tensors if ".base_layer." in name):
+        return _Mismatch(
+            f"{_counted(attached, 'are of layers with an adapter on')}, the first is {attached[0]}: the model "
+            "was saved while a LoRA was loaded",
+            attached[0],
+            "save the model without the LoRA and give it as --lora; or, in diffusers, fuse_lora(), then "
+            "unload_lora_weights(), then save_pretrained()",
+        )
     if missing := [name for name in inventory.state if name not in source.tensors]:
         return _Mismatch(
             f"{_counted(missing, f'of {model} are missing')}, the first is {missing[0]}",
@@ -52,10 +64,12 @@ def _mismatch(source: Source, inventory: Inventory) -> _Mismatch | None:
             "the download is incomplete or config.json belongs to another model",
         )
     if extra := sorted(source.tensors.keys() - inventory.state.keys()):
+        what = f"{_counted(extra, f'do not belong to {model}')}, the first is {extra[0]}"
+        if all(_FUSED_COPY.search(name) for name in extra):
+            again = "it was saved after fuse_qkv_projections() and has q, k and v twice: load and save it in diffusers"
+            return _Mismatch(what, extra[0], again)
         return _Mismatch(
-            f"{_counted(extra, f'do not belong to {model}')}, the first is {extra[0]}",
-            extra[0],
-            "config.json belongs to another model, or an adapter was saved into the weights",
+            what, extra[0], "config.json belongs to another model, or an adapter was saved into the weights"
         )
     for name, shape in inventory.state.items():
         if (found := source.tensors[name].shape) != shape:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from peft import LoraConfig
 
 from svdq_cli.errors import InputError
 from svdq_cli.planning.plan import plan_model
@@ -15,6 +16,7 @@ from svdq_cli.records import Int4
 from svdq_cli.source import open_source
 from tests.source.originals import real_keys
 from tests.source.test_configs import SD3_COMMON, SDXL, meta_shapes, sparse_file
+from tests.tiny import tiny_flux_transformer
 
 SSD_1B = {
     **SDXL,
@@ -144,3 +146,34 @@ def test_a_folder_with_the_config_of_another_model_is_told_so(tmp_path: Path):
     error = refusal(tmp_path)
     assert error.where == "context_embedder.weight"
     assert "config.json belongs to another model" in str(error.hint)
+
+
+@pytest.mark.parametrize("fuse", [False, True], ids=["beside the weights", "fused into them"])
+def test_a_model_saved_with_a_lora_on_is_called_that(tmp_path: Path, fuse: bool):
+    model = tiny_flux_transformer()
+    model.add_adapter(LoraConfig(r=4, target_modules=["to_q"]))
+    if fuse:
+        model.fuse_lora()
+    model.save_pretrained(tmp_path)
+    error = refusal(tmp_path)
+    assert "saved while a LoRA was loaded" in str(error)
+    assert error.where == "single_transformer_blocks.0.attn.to_q.base_layer.bias"
+    assert "unload_lora_weights()" in str(error.hint)
+
+
+def test_what_that_hint_says_gives_a_model_that_is_read(tmp_path: Path):
+    model = tiny_flux_transformer()
+    model.add_adapter(LoraConfig(r=4, target_modules=["to_q"]))
+    model.fuse_lora()
+    model.unload_lora()
+    model.save_pretrained(tmp_path)
+    assert plan_model(open_source(tmp_path), precision=Int4(), rank=32, supports=lambda layer: None)
+
+
+def test_a_model_saved_with_fused_projections_is_called_that(tmp_path: Path):
+    model = tiny_flux_transformer()
+    model.fuse_qkv_projections()
+    model.save_pretrained(tmp_path)
+    error = refusal(tmp_path)
+    assert "6 tensors do not belong to FluxTransformer2DModel" in str(error)
+    assert "fuse_qkv_projections()" in str(error.hint)
