@@ -15,7 +15,7 @@ TORCH ?= torch==2.13.0
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench bench-convert bench-quality check-cpu wheel
+.PHONY: help setup demo test lint bench bench-convert bench-quality check-cpu findings wheel
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +49,9 @@ bench-quality: $(STAMP) ## what each step of the search is worth, on the embedde
 CASES ?= 60
 check-cpu: ## the CPU engine on every instruction set that is here, under ThreadSanitizer and AddressSanitizer
 	sh kernels/cpu/check.sh "$(CASES)"
+
+findings: ## the surprises about other software in findings/, each with pinned packages of its own (half an hour)
+	@failed=0; for script in findings/*.sh; do echo "== $$script"; sh "$$script" || failed=1; done; exit $$failed
 
 wheel: $(STAMP) ## sdist, and the wheel built from it, in dist/
 	rm -rf dist
