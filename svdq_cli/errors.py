@@ -22,6 +22,8 @@ class SvdqError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+        # Python 3.11 and later print these below the message: in a notebook nobody else shows the hint.
+        self.__notes__ = [hint] if hint else []
         self.where = where
         self.kind = kind or self.default_kind
         self.resumable = False  # whether the same command with --resume goes on from here

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from svdq_cli import __version__
 from svdq_cli.errors import EnvironmentLacksError, InputError
-from svdq_cli.recipe import find_source, user_path
+from svdq_cli.recipe import find_source, recipe_like, user_path
 from svdq_cli.resources import cache_folder, demo_model_folder
 from svdq_cli.sampling import SAMPLING_FILE
 from svdq_cli.source import COMPONENTS
@@ -52,9 +52,12 @@ def locate_source(text: str, *, beside: Path | None = None, revision: str | None
         )
     if hub := _HUB_ID.fullmatch(text):
         return _from_hub(hub["name"], hub["revision"] or revision)
+    meant = recipe_like(text)
     raise InputError(
         f"{text}: no such file or folder",
-        hint="give a diffusers pipeline folder, a .safetensors or .gguf file, a hub id such as owner/name, or demo",
+        hint=f"did you mean the recipe {meant}? svdq recipes lists them all"
+        if meant
+        else "give a diffusers pipeline folder, a .safetensors or .gguf file, a hub id such as owner/name, or demo",
         where=text,
         kind="not-found",
     )

@@ -228,6 +228,10 @@ def _of_values(path: Path, values: Iterable[object], column: str | None) -> Prom
 
 def _of_folder(folder: Path, column: str | None) -> PromptList:
     """Captions next to images, an image folder's metadata, or data files. InputError for a folder of anything else."""
+    if (folder / "model_index.json").is_file():
+        raise InputError(
+            f"{folder}: a model (a diffusers pipeline), not prompts", hint=_ONE_A_LINE, where=str(folder)
+        )
     metadata = next((folder / name for name in _METADATA if (folder / name).is_file()), None)
     if metadata is not None:
         return prompts_in(metadata, column=column)
@@ -243,7 +247,7 @@ def _of_folder(folder: Path, column: str | None) -> PromptList:
             return _of_captions(folder, captions, images=len(images))
     if any(file.suffix.lower() in _DATA_SUFFIXES for file in files):
         return _of_data_set(str(folder), column)
-    what = f"{len(images)} images without captions" if images else "no captions"
+    what = "images without captions" if images else "no captions"
     raise InputError(
         f"{folder}: holds {what}, and no file of prompts",
         hint=f"write what an image shows into a .txt file of its name, next to it; or {_ONE_A_LINE}",

@@ -150,7 +150,7 @@ def choose_prompts(
             Event(
                 "warning",
                 "calibrate",
-                detail=f"{len(texts)} prompts are all there are, and {samples} (--samples) were to be used",
+                detail=f"{len(texts)} found of the {samples} prompts that were to be used (--samples)",
             )
         )
     if len(texts) <= samples:

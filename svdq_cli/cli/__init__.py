@@ -32,6 +32,18 @@ def main() -> NoReturn:
 
 def run(arguments: list[str]) -> int:
     """Run one command and return its exit code; nothing escapes but bugs."""
+    try:
+        return _run(arguments)
+    except KeyboardInterrupt as error:
+        # Ctrl-C or SIGTERM that came while the command line itself was being imported.
+        from svdq_cli.cli.failures import refusal_of
+
+        if (refusal := refusal_of(error)) is None:
+            raise
+        return _refuse(refusal, arguments)
+
+
+def _run(arguments: list[str]) -> int:
     # Advice that these libraries print at import (missing torchvision, tensor cores) is not about the user's model.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")

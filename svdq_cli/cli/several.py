@@ -105,9 +105,14 @@ def named(observe: Observer, job: str) -> Observer:
     return lambda event: observe(replace(event, job=job))
 
 
+def said_of(source: str, message: str) -> str:
+    """A recipe's message with its name in front, which most messages begin with themselves."""
+    return message if message.startswith(source) else f"{source}: {message}"
+
+
 def _tell(run: RecipeRun, observe: Observer) -> None:
     if isinstance(run.report, FailureReport):
-        observe(Event("warning", "convert", detail=f"{run.source}: {run.report.error.message}"))
+        observe(Event("warning", "convert", detail=said_of(run.source, run.report.error.message)))
 
 
 def _checked(source: str, check: Callable[[str], object]) -> RecipeRun | None:

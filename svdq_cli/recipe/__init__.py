@@ -34,6 +34,7 @@ from svdq_cli.recipe.reading import at_its_rule, load_recipe, parse_recipe
 from svdq_cli.recipe.shipped import (
     ShippedRecipe,
     copied_text,
+    recipe_like,
     schema_address,
     shipped_recipe,
     shipped_recipes,
@@ -76,6 +77,7 @@ __all__ = [
     "parse_fail_if",
     "parse_gate",
     "parse_recipe",
+    "recipe_like",
     "recipe_template",
     "resolved",
     "schema_address",

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
 from svdq_cli.resources import data_root
@@ -43,6 +44,11 @@ def shipped_recipe(name: str) -> Path | None:
 def names_like(start: str) -> Iterator[str]:
     """The names that begin so, for the completion of a command."""
     return (file.stem for file in sorted(data_root("configs").glob("*.yaml")) if file.stem.startswith(start))
+
+
+def recipe_like(name: str) -> str | None:
+    """The name of a shipped recipe that a mistyped one is close to; None where none is."""
+    return next(iter(get_close_matches(name.lower(), list(names_like("")), n=1, cutoff=0.8)), None)
 
 
 def copied_text(path: Path) -> str:

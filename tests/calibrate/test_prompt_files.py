@@ -146,7 +146,7 @@ def test_what_is_no_file_of_prompts_is_refused_with_a_cure(
 
 def test_folders_without_captions_are_refused_with_a_cure(tmp_path: Path):
     (tmp_path / "1.png").touch()
-    with pytest.raises(InputError, match="1 images without captions") as caught:
+    with pytest.raises(InputError, match="holds images without captions") as caught:
         prompts_in(tmp_path)
     assert "next to it" in str(caught.value.hint)
     (tmp_path / "lists").mkdir()
@@ -204,7 +204,7 @@ def test_a_plan_reads_checks_and_counts_the_prompts(
     code, report = said(capsys, *plan, "--prompts", table)
     assert code == 0
     assert report["prompts"] == {"read_from": f"column caption of {table}", "available": 3, "used": 3}
-    assert any("3 prompts are all there are" in str(text) for text in report["warnings"])  # type: ignore[union-attr]
+    assert any("3 found of the" in str(text) for text in report["warnings"])  # type: ignore[union-attr]
     code, report = said(capsys, *plan, "--prompts", tmp_path / "nope.txt")
     assert (code, report["status"]) == (3, "error")
     code, report = said(capsys, *plan, "--prompts", table, "--prompt-column", "n")
@@ -252,3 +252,14 @@ def test_a_column_without_prompts_is_a_usage_error(tiny_flux: Path, tmp_path: Pa
 
     with pytest.raises(SvdqError, match="no prompts are named"):
         override(default_recipe("demo"), {"prompt_column": "caption"})
+
+
+def test_a_model_given_as_prompts_is_called_a_model(tiny_flux: Path):
+    with pytest.raises(InputError, match="not prompts"):
+        prompts_in(tiny_flux)
+
+
+def test_a_traceback_shows_the_hint_below_the_message(tiny_flux: Path):
+    with pytest.raises(InputError) as caught:
+        prompts_in(tiny_flux)
+    assert caught.value.hint in caught.value.__notes__

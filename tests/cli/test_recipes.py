@@ -70,3 +70,8 @@ def test_every_shipped_recipe_has_its_schema_line():
         assert recipe.path.read_text(encoding="utf-8").startswith(
             "# yaml-language-server: $schema=recipe.schema.json"
         )
+
+
+def test_a_mistyped_name_is_answered_with_the_recipe_that_it_is_close_to(capsys: pytest.CaptureFixture[str]):
+    assert run(["convert", "flux1-dev-in4", "--plan"]) == 3
+    assert "did you mean the recipe flux1-dev-int4?" in capsys.readouterr().err

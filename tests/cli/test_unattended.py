@@ -53,16 +53,30 @@ def test_stdout_is_one_object_stderr_is_plain_and_provenance_is_complete(tiny_fl
     assert stored["recipe"]["quantization"]["seed"] == 7  # type: ignore[index]
 
 
+WHILE_IT_IS_IMPORTED = """
+class Teller:
+    def find_spec(self, name, path=None, target=None):
+        if name == "svdq_cli.cli.app":
+            tell()
+sys.meta_path.insert(0, Teller())
+"""
+BEFORE_THE_WORK = """
+import svdq_cli.diagnosis
+svdq_cli.diagnosis.diagnose = tell
+"""
+
+
+@pytest.mark.parametrize("moment", [WHILE_IT_IS_IMPORTED, BEFORE_THE_WORK])
 @pytest.mark.parametrize(
     ("told", "code", "kind"), [("SIGTERM", 75, "interrupted"), ("SIGINT", 130, "canceled")]
 )
-def test_a_signal_before_the_work_begins_is_told_apart_too(told: str, code: int, kind: str):
+def test_a_signal_before_the_work_begins_is_told_apart_too(told: str, code: int, kind: str, moment: str):
     program = (
         "import os, signal, sys\n"
         # a shell starts what it puts into the background with Ctrl-C ignored, and children inherit that
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "import svdq_cli.diagnosis\n"
-        f"svdq_cli.diagnosis.diagnose = lambda: os.kill(os.getpid(), signal.{told})\n"
+        f"tell = lambda: os.kill(os.getpid(), signal.{told})\n"
+        f"{moment}"
         "sys.argv = ['svdq', 'doctor', '--json']\n"
         "from svdq_cli.cli import main\n"
         "main()\n"

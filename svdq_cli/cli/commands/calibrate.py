@@ -32,7 +32,7 @@ def calibrate(
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
 ) -> None:
-    """Draw prompts with the 16-bit model and keep its activation statistics, for any number of conversions."""
+    """Run prompts through the 16-bit model and keep its activation statistics, for any number of conversions."""
     from svdq_cli.cli import render
     from svdq_cli.cli.progress import progress
     from svdq_cli.conversion.sharing import share_calibrate

@@ -34,7 +34,7 @@ def demo(
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
 ) -> None:
-    """Run the whole job on the embedded model: calibrate, convert, check, evaluate; ends with pictures and a table."""
+    """Run the whole job on the embedded model: calibrate, convert, check, evaluate; ends with images and a table."""
     from svdq_cli.cli import render
     from svdq_cli.cli.progress import progress
 

@@ -19,7 +19,7 @@ def evaluate(
         typer.Option(
             "--report",
             metavar="DIR",
-            help="Keep pictures, figures and report.html there; a second run draws what is missing.",
+            help="Keep images, figures and report.html there; a second run generates what is missing.",
         ),
     ] = None,
     base: opt.Base = None,
@@ -56,7 +56,7 @@ def evaluate(
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
 ) -> None:
-    """Draw with both models at equal seeds: PSNR, SSIM, what other metrics are installed, and baselines beside them."""
+    """Generate with both models at equal seeds: PSNR, SSIM, what other metrics are installed, and baselines beside them."""
     from svdq_cli.checkpoint import open_checkpoint
     from svdq_cli.cli import render
     from svdq_cli.cli.progress import progress

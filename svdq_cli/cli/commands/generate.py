@@ -12,7 +12,7 @@ from svdq_cli.cli.parsing import override, run_options
 
 def generate(
     checkpoint: opt.Checkpoint,
-    prompt: Annotated[str, typer.Option(help="What to draw.")],
+    prompt: Annotated[str, typer.Option(help="What to generate.")],
     out: opt.Out,
     steps: opt.Steps = None,
     width: opt.Width = None,

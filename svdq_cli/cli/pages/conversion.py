@@ -20,7 +20,7 @@ from svdq_cli.cli.pages.pieces import (
     typed,
     vram_text,
 )
-from svdq_cli.cli.several import RecipeRun, SeveralReport
+from svdq_cli.cli.several import RecipeRun, SeveralReport, said_of
 from svdq_cli.records import (
     CalibrateReport,
     ConvertReport,
@@ -67,7 +67,7 @@ def several(console: Console, report: SeveralReport) -> None:
     for run in report.runs:
         match run.report:
             case FailureReport(error=error):
-                console.print(f"{run.source}: {error.message}" + (f" ({error.hint})" if error.hint else ""))
+                console.print(said_of(run.source, error.message) + (f" ({error.hint})" if error.hint else ""))
             case ConvertReport(gates_missed=missed) if missed:
                 console.print(f"{run.source}: gates missed: {'; '.join(missed)}")
             case _:
