@@ -29,7 +29,7 @@ def resolve_device(wanted: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise EnvironmentLacksError(
             f"no CUDA device {wanted!r} on this machine",
-            hint="use --device cpu; svdq doctor shows what is here, and --plan --gpu CARD predicts for a card of another machine",
+            hint="use --device cpu; svdq doctor shows what is here; convert --plan --gpu CARD predicts for any card",
         )
     return device
 

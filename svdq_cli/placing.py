@@ -65,7 +65,7 @@ def require_picture_place(
     as which Pillow writes some types."""
     if path.suffix.lower() not in (*PICTURE_SUFFIXES, *(ANIMATED_SUFFIXES if animated else ())):
         raise UsageError(
-            f"{path}: unknown picture type", hint="name the output .png, .jpg or .webp", where=str(path)
+            f"{path}: unknown image type", hint="name the output .png, .jpg or .webp", where=str(path)
         )
     require_places([path], folders=[False], inputs=inputs, overwrite=overwrite)
 

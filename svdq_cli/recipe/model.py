@@ -505,7 +505,7 @@ def with_overrides(
         given = ", ".join(
             "--" + name.replace("_", "-") for name, value in drawing.items() if value is not None
         )
-        raise UsageError(f"{given}: there is no calibration to draw for", hint="add --prompts FILE")
+        raise UsageError(f"{given}: nothing is calibrated without prompts", hint="add --prompts FILE")
     calibration = _put_over(recipe.calibration, prompts=prompts, seed=seed, **drawing)
     adapters = None if loras is None else [lora.model_dump() for lora in loras]
     plain = recipe.model_dump() | {
