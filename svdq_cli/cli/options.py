@@ -169,7 +169,11 @@ Strength = Annotated[
 ]
 FailIf = Annotated[
     list[str] | None,
-    typer.Option("--fail-if", metavar='"FIGURE<X"', help="Exit with 6 if this holds, such as psnr_db<20 or speed_ratio.min<1. Repeatable."),
+    typer.Option(
+        "--fail-if",
+        metavar='"FIGURE<X"',
+        help="Exit with 6 if this holds, such as psnr_db<20 or speed_ratio.min<1. Repeatable.",
+    ),
 ]
 Out = Annotated[Path, typer.Option("-o", "--output", help="Where to write.")]
 Source = Annotated[

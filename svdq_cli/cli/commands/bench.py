@@ -36,7 +36,9 @@ def bench(
     ] = False,
     plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the rows as bars.")] = None,
     seconds: Annotated[float, typer.Option(help="How long to measure each row.")] = 0.2,
-    seed: Annotated[int, typer.Option(metavar="N", help="Seed of random layers and inputs.", min=0, max=opt.MAX_SEED)] = 0,
+    seed: Annotated[
+        int, typer.Option(metavar="N", help="Seed of random layers and inputs.", min=0, max=opt.MAX_SEED)
+    ] = 0,
     fail_if: opt.FailIf = None,
     device: opt.Device = "auto",
     json: opt.Json = False,

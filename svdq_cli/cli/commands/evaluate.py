@@ -56,7 +56,7 @@ def evaluate(
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
 ) -> None:
-    """Generate with both models at equal seeds: PSNR, SSIM, what other metrics are installed, and baselines beside them."""
+    """Generate with both models at equal seeds: PSNR, SSIM, other installed metrics, and baselines beside them."""
     from svdq_cli.checkpoint import open_checkpoint
     from svdq_cli.cli import render
     from svdq_cli.cli.progress import progress
