@@ -139,7 +139,7 @@ def test_generate_writes_one_picture(converted: Path, tmp_path: Path):
     report = generate(converted, "a red circle", tmp_path / "one.png", recipe=recipe, options=CPU)
     assert (report.width, report.height) == (32, 32)
     assert leftovers(tmp_path) == ["one.png"]
-    with pytest.raises(UsageError, match="picture type"):
+    with pytest.raises(UsageError, match="unknown image type"):
         generate(converted, "a red circle", tmp_path / "one.txt", recipe=recipe, options=CPU)
 
 
