@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from svdq_cli.calibrate.pipelines import draw
 from svdq_cli.checkpoint import Checkpoint, open_checkpoint
+from svdq_cli.cpu.build import find_compiler
 from svdq_cli.drawing import evaluation_recipe
 from svdq_cli.errors import EnvironmentLacksError, UsageError
 from svdq_cli.evaluate.images import compare
@@ -20,6 +22,7 @@ from svdq_cli.pipeline import convert
 from svdq_cli.preparing import RunOptions, chosen_prompts, sampling_for, with_model_sampling
 from svdq_cli.recipe import Quantization, default_recipe
 from svdq_cli.records import ignore_events
+from svdq_cli.runtime.cpu_fused import CpuW4A4Linear, FeedForwardBesideAttention
 from svdq_cli.runtime.fused import FusedW4A4Linear, FusedW4A16Linear
 from svdq_cli.runtime.hopper_fused import HopperW4A4Linear
 from svdq_cli.runtime.kernel_linear import FusedFeedForward
@@ -94,6 +97,26 @@ def test_the_model_on_the_kernels_computes_what_it_computes_in_plain_torch(check
         wanted, found = reference(**inputs).sample, fused(**inputs).sample
     # Hidden vectors now and then round to the neighboring bfloat16, and codes of the next layer with them
     assert (found - wanted).norm() <= 0.01 * wanted.norm()
+
+
+@pytest.mark.skipif(find_compiler() is None, reason="needs a C++ compiler")
+def test_the_model_on_the_cpu_engine_computes_what_its_layers_compute_one_by_one(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+):
+    def loaded() -> nn.Module:
+        return load_model(checkpoint, dtype=torch.bfloat16, backend=Backend("cpu", ""))[0]
+
+    fused = loaded()
+    monkeypatch.setattr("svdq_cli.loading.fuse_feed_forwards", lambda _: 0)
+    layers = loaded()
+    block = fused.get_submodule("single_transformer_blocks.0")
+    assert isinstance(block.get_submodule("proj_out"), FeedForwardBesideAttention)
+    assert isinstance(layers.get_submodule("single_transformer_blocks.0.proj_mlp"), CpuW4A4Linear)
+    inputs = {
+        name: value if name.endswith("_ids") else value.bfloat16() for name, value in flux_inputs().items()
+    }
+    with torch.no_grad():
+        assert torch.equal(fused(**inputs).sample, layers(**inputs).sample)
 
 
 @pytest.mark.parametrize("mode", [None, HopperMode.EXACT], ids=["portable", "hopper"])

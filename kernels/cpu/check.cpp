@@ -105,25 +105,26 @@ uint64_t one(int index, int64_t threads)
     const int group = nvfp4 ? 16 : 64;
     const int64_t m = 1 + draw.below(40), k = nvfp4 ? 16 * (1 + draw.below(80)) : 64 * (1 + draw.below(20));
     const int64_t n = nvfp4 ? 16 * (1 + draw.below(24)) : 64 * (1 + draw.below(6)), rank = 16 * draw.below(4);
-    const int64_t last = 1 + draw.below(90);
-    const Layer first(draw, n, k, rank, nvfp4, bfloat16), second(draw, last, n, rank, nvfp4, bfloat16);
-    const int64_t start = nvfp4 || draw.below(2) ? n : 64 * draw.below(n / 64);
+    const int64_t last = 1 + draw.below(90), beside = 64 * draw.below(6), both = beside + n;
+    const Layer first(draw, n, k, rank, nvfp4, bfloat16), second(draw, last, both, rank, nvfp4, bfloat16);
+    const int64_t start = nvfp4 || draw.below(2) ? both : 64 * draw.below(both / 64);
     std::vector<uint16_t> table(65536); // any function will do
     for (size_t i = 0; i < table.size(); ++i)
         table[i] = uint16_t(i & 0x8000 ? 0x8000 : i);
-    const auto x = numbers(draw, m * k, bfloat16, 2.0f);
+    const auto x = numbers(draw, m * k, bfloat16, 2.0f), aside = numbers(draw, m * (beside + 3), bfloat16, 2.0f);
     std::vector<float> wide(x.size());
     for (size_t i = 0; i < x.size(); ++i)
         wide[i] = (bfloat16 ? BFloat16::to_float(x[i]) : Float16::to_float(x[i])) * 1.001f;
-    Input in(m, k, rank, group), between(m, n, rank, group);
+    Input in(m, k, rank, group), between(m, both, rank, group);
     const auto how = first.quantizer(k), next = second.quantizer(start);
     const auto put = in.where(), put_next = between.where();
-    svdq_quantize(float32 ? static_cast<const void*>(wide.data()) : x.data(), float32, m, &how, &put, nvfp4, bfloat16, threads);
+    svdq_quantize(float32 ? static_cast<const void*>(wide.data()) : x.data(), float32, k, m, &how, &put, nvfp4, bfloat16, threads);
     const auto one = first.weights(), two = second.weights();
     std::vector<uint16_t> y(m * n), z(m * last), room(12 * n);
     std::vector<float> exact(m * last);
     svdq_multiply(&put, m, &one, y.data(), 0, nvfp4, bfloat16, threads);
-    svdq_multiply_quantize(&put, m, &one, table.data(), &next, &put_next, room.data(), 12, nvfp4, bfloat16, threads);
+    svdq_multiply_quantize(&put, m, &one, table.data(), &next, &put_next, aside.data(), 0, beside, beside + 3, room.data(), 12, nvfp4,
+                          bfloat16, threads);
     svdq_multiply(&put_next, m, &two, z.data(), 0, nvfp4, bfloat16, threads);
     svdq_multiply(&put_next, m, &two, exact.data(), 1, nvfp4, bfloat16, threads);
     const int64_t k64 = up_to(k, 64), np = up_to(last, PANEL);

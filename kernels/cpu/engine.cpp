@@ -42,14 +42,14 @@ template <class Of> void with_types(int32_t nvfp4, int32_t bfloat16, Of of)
 }
 
 template <class P, class E>
-void quantize_rows(const void* x, bool float32, int64_t m, const Quantizer& how, const Quantized& out, int64_t threads)
+void quantize_rows(const Rows& before, const Rows& x, int64_t m, const Quantizer& how, const Quantized& out, int64_t threads)
 {
     threads = worth(threads, double(m) * double(how.k) * double(how.rank + 64));
     const int64_t blocks = blocks_of(m), together = blocks < 2 * MOST_TOGETHER * threads ? 1 : MOST_TOGETHER;
     in_parallel((blocks + together - 1) / together, threads, [&](int64_t task) {
         const int64_t block = task * together, count = blocks - block < together ? blocks - block : together;
         const std::unique_ptr<float[]> sums(new float[count * BLOCK * how.rank + 1]);
-        quantize_blocks<Vector, P, E>(x, float32, m, block, int(count), how, out, sums.get());
+        quantize_blocks<Vector, P, E>(before, x, m, block, int(count), how, out, sums.get());
     });
 }
 
@@ -90,11 +90,13 @@ SVDQ_API void svdq_use_team(void* team)
     threads_of_torch().process = process_id();
 }
 
-SVDQ_API void svdq_quantize(const void* x, int32_t float32, int64_t m, const Quantizer* how, const Quantized* out,
-                            int32_t nvfp4, int32_t bfloat16, int64_t threads)
+// `x` (m, k), its rows `stride` numbers apart.
+SVDQ_API void svdq_quantize(const void* x, int32_t float32, int64_t stride, int64_t m, const Quantizer* how,
+                            const Quantized* out, int32_t nvfp4, int32_t bfloat16, int64_t threads)
 {
     with_types(nvfp4, bfloat16, [&](auto precision, auto element) {
-        quantize_rows<decltype(precision), decltype(element)>(x, float32, m, *how, *out, threads);
+        const Rows rows{x, bool(float32), how->k, stride};
+        quantize_rows<decltype(precision), decltype(element)>(Rows{}, rows, m, *how, *out, threads);
     });
 }
 
@@ -106,12 +108,15 @@ SVDQ_API void svdq_multiply(const Quantized* x, int64_t m, const Weights* weight
     });
 }
 
-// One layer, `activation` of its 16-bit results, and the next layer's quantization. `between`: room for (rows_at_once, n)
-// 16-bit results, where rows_at_once is a multiple of 6.
+// One layer, `activation` of its 16-bit results, and the next layer's quantization. What the next layer reads before
+// them: `before` (m, before_columns), its rows before_stride numbers apart, 16-bit or float32; a multiple of 64 columns,
+// or none. `between`: room for (rows_at_once, n) 16-bit results, where rows_at_once is a multiple of 6.
 SVDQ_API void svdq_multiply_quantize(const Quantized* x, int64_t m, const Weights* weights, const uint16_t* activation,
-                                     const Quantizer* how, const Quantized* out, uint16_t* between, int64_t rows_at_once,
+                                     const Quantizer* how, const Quantized* out, const void* before, int32_t before_float32,
+                                     int64_t before_columns, int64_t before_stride, uint16_t* between, int64_t rows_at_once,
                                      int32_t nvfp4, int32_t bfloat16, int64_t threads)
 {
+    const int64_t before_bytes = before_stride * (before_float32 ? 4 : 2);
     with_types(nvfp4, bfloat16, [&](auto precision, auto element) {
         using P = decltype(precision);
         using E = decltype(element);
@@ -121,7 +126,8 @@ SVDQ_API void svdq_multiply_quantize(const Quantized* x, int64_t m, const Weight
             multiply_rows<P, E>(*x, block, rows, *weights, {between, false, activation, weights->n}, threads);
             const Quantized part{out->codes + block * kp * BLOCK, out->scales + block * groups * BLOCK,
                                  out->starts + block * groups * BLOCK, out->hidden + block * how->rank * BLOCK};
-            quantize_rows<P, E>(between, false, rows, *how, part, threads);
+            const Rows first{static_cast<const char*>(before) + row * before_bytes, bool(before_float32), before_columns, before_stride};
+            quantize_rows<P, E>(first, {between, false, weights->n, weights->n}, rows, *how, part, threads);
         }
     });
 }

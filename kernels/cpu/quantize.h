@@ -125,13 +125,21 @@ inline void add_hidden(const uint16_t* const* x, int64_t columns, const uint16_t
     }
 }
 
-// `columns` numbers of a row as 16-bit ones: where they lie, or rounded into `room`.
+// Rows to quantize, 16-bit or float32, `stride` numbers apart: the next `columns` of K.
+struct Rows {
+    const void* x;
+    bool float32;
+    int64_t columns, stride;
+};
+
+// `columns` numbers of a row from `column` on as 16-bit ones: where they lie, or rounded into `room`.
 template <class V, class E>
-inline const uint16_t* read_row(const void* x, bool float32, int64_t at, int64_t columns, uint16_t* room)
+inline const uint16_t* read_row(const Rows& from, int64_t row, int64_t column, int64_t columns, uint16_t* room)
 {
-    if (!float32)
-        return static_cast<const uint16_t*>(x) + at;
-    const float* wide = static_cast<const float*>(x) + at;
+    const int64_t at = row * from.stride + column;
+    if (!from.float32)
+        return static_cast<const uint16_t*>(from.x) + at;
+    const float* wide = static_cast<const float*>(from.x) + at;
     int64_t i = 0;
     for (; i + V::LANES <= columns; i += V::LANES)
         V::template store16<E>(room + i, V::load(wide + i));
@@ -163,9 +171,10 @@ inline void quantize_step(const uint16_t* x, int64_t columns, const uint16_t* sm
         groups[i] = quantize_group<V, P, E>(values + i * P::GROUP, without_sign, codes + i * P::GROUP);
 }
 
-// `count` blocks from `block` on of `x` (m, k), 16-bit or float32, into `out`. `sums`: room for [count][6][R].
+// `count` blocks from `block` on of m rows into `out`. A row is one of `before`, which has a multiple of 64 columns or
+// none, and then one of `x`. `sums`: room for [count][6][R].
 template <class V, class P, class E>
-inline void quantize_blocks(const void* x, bool float32, int64_t m, int64_t block, int count, const Quantizer& how,
+inline void quantize_blocks(const Rows& before, const Rows& x, int64_t m, int64_t block, int count, const Quantizer& how,
                             const Quantized& out, float* sums)
 {
     constexpr int IN_STEP = STEP / P::GROUP;
@@ -175,32 +184,35 @@ inline void quantize_blocks(const void* x, bool float32, int64_t m, int64_t bloc
     std::memset(sums, 0, sizeof(float) * count * BLOCK * how.rank);
     std::memset(chunk, 0, sizeof chunk); // rows from m on
     const uint16_t* rows[MOST_TOGETHER][BLOCK];
-    for (int64_t begin = 0; begin < k; begin += CHUNK) {
-        const int64_t columns = k - begin < CHUNK ? k - begin : CHUNK;
+    for (int64_t begin = 0, columns; begin < k; begin += columns) {
+        const bool early = begin < before.columns;
+        const Rows& from = early ? before : x;
+        const int64_t at = early ? begin : begin - before.columns, left = from.columns - at;
+        columns = left < CHUNK ? left : CHUNK;
         for (int b = 0; b < count; ++b) {
             const int64_t first = (block + b) * BLOCK;
             for (int row = 0; row < BLOCK; ++row) {
                 uint16_t* room = chunk[b][row];
-                rows[b][row] = first + row < m ? read_row<V, E>(x, float32, (first + row) * k + begin, columns, room) : room;
+                rows[b][row] = first + row < m ? read_row<V, E>(from, first + row, at, columns, room) : room;
             }
             uint32_t* packed = reinterpret_cast<uint32_t*>(out.codes + (block + b) * kp * BLOCK);
-            for (int64_t at = 0; at < columns; at += STEP) {
-                const bool without_sign = begin + at >= how.unsigned_from;
-                const int64_t here = columns - at < STEP ? columns - at : STEP, step = (begin + at) / STEP;
+            for (int64_t i = 0; i < columns; i += STEP) {
+                const bool without_sign = begin + i >= how.unsigned_from;
+                const int64_t here = columns - i < STEP ? columns - i : STEP, step = (begin + i) / STEP;
                 Group made[BLOCK][IN_STEP];
                 for (int row = 0; row < BLOCK; ++row)
-                    quantize_step<V, P, E>(rows[b][row] + at, here, how.smooth + begin + at, without_sign,
+                    quantize_step<V, P, E>(rows[b][row] + i, here, how.smooth + begin + i, without_sign,
                                            without_sign ? how.shift : 0.0f, codes[row], made[row]);
                 const int64_t group = (block + b) * groups + step * IN_STEP;
-                for (int i = 0; i < IN_STEP; ++i)
+                for (int g = 0; g < IN_STEP; ++g)
                     for (int row = 0; row < BLOCK; ++row) {
-                        out.scales[(group + i) * BLOCK + row] = made[row][i].scale;
-                        out.starts[(group + i) * BLOCK + row] = made[row][i].start;
+                        out.scales[(group + g) * BLOCK + row] = made[row][g].scale;
+                        out.starts[(group + g) * BLOCK + row] = made[row][g].start;
                     }
                 uint32_t* to = packed + step * (STEP / 4) * BLOCK;
-                for (int i = 0; i < STEP / 4; ++i)
+                for (int four = 0; four < STEP / 4; ++four)
                     for (int row = 0; row < BLOCK; ++row)
-                        std::memcpy(to + i * BLOCK + row, codes[row] + 4 * i, 4);
+                        std::memcpy(to + four * BLOCK + row, codes[row] + 4 * four, 4);
             }
         }
         for (int b = 0; b < count && how.rank; ++b)

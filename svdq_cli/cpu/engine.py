@@ -68,6 +68,7 @@ class Engine:
                 c_void_p,
                 c_int32,
                 c_int64,
+                c_int64,
                 POINTER(_Quantizer),
                 POINTER(_Quantized),
                 c_int32,
@@ -82,7 +83,8 @@ class Engine:
         self._multiply_quantize = _function(
             library.svdq_multiply_quantize,
             *(POINTER(_Quantized), c_int64, POINTER(_Weights), c_void_p, POINTER(_Quantizer)),
-            *(POINTER(_Quantized), c_void_p, c_int64, c_int32, c_int32, c_int64),
+            *(POINTER(_Quantized), c_void_p, c_int32, c_int64, c_int64),
+            *(c_void_p, c_int64, c_int32, c_int32, c_int64),
         )
         self._w4a16 = _function(
             library.svdq_w4a16,
@@ -100,13 +102,13 @@ class Engine:
         unsigned_from: int | None = None,
         shift: float = 0.0,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """`x` (M, K) contiguous, float32 or in the dtype of `smooth` -> codes, scales and hidden. Channels from
-        `unsigned_from` on, a multiple of 64, get `shift` added and codes without a sign."""
+        """`x` (M, K) in rows without gaps, float32 or in the dtype of `smooth` -> codes, scales and hidden. Channels
+        from `unsigned_from` on, a multiple of 64, get `shift` added and codes without a sign."""
         m, k = x.shape
         out = new_quantized(m, k, down.shape[1], smooth.dtype, precision)
         how = _quantizer(smooth, down, unsigned_from, shift)
         self._quantize(
-            *(x.data_ptr(), x.dtype == torch.float32, m, byref(how), byref(_quantized(*out))),
+            *(x.data_ptr(), x.dtype == torch.float32, x.stride(0), m, byref(how), byref(_quantized(*out))),
             *(isinstance(precision, NvFp4), smooth.dtype == torch.bfloat16, torch.get_num_threads()),
         )
         return out
@@ -149,6 +151,7 @@ class Engine:
         bias: Tensor | None,
         next_smooth: Tensor,
         next_down: Tensor,
+        before: Tensor | None = None,
         *,
         m: int,
         k: int,
@@ -156,16 +159,20 @@ class Engine:
         next_unsigned_from: int | None = None,
         shift: float = 0.0,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """One layer, GELU by tanh as torch computes it, the next layer's `quantize_down`."""
-        n = next_smooth.shape[0]
+        """One layer, GELU by tanh as torch computes it, the next layer's `quantize_down`. `before` (M, multiple of 64)
+        in rows without gaps, float32 or 16-bit: what the next layer reads before the GELU's results."""
+        columns = 0 if before is None else before.shape[1]
+        n = next_smooth.shape[0] - columns
         rows = max(BLOCK, min(m, BETWEEN_BYTES // (2 * n)) // BLOCK * BLOCK)
         between = up.new_empty(rows, n)
-        out = new_quantized(m, n, next_down.shape[1], up.dtype, precision)
+        out = new_quantized(m, columns + n, next_down.shape[1], up.dtype, precision)
         layer = _weights(weight, weight_scales, up, outer, bias, n, k)
         how = _quantizer(next_smooth, next_down, next_unsigned_from, shift)
         self._multiply_quantize(
             *(byref(_quantized(codes, scales, hidden)), m, byref(layer), gelu_table(up.dtype).data_ptr()),
-            *(byref(how), byref(_quantized(*out)), between.data_ptr(), rows),
+            *(byref(how), byref(_quantized(*out)), _address(before)),
+            *(before is not None and before.dtype == torch.float32, columns),
+            *(0 if before is None else before.stride(0), between.data_ptr(), rows),
             *(isinstance(precision, NvFp4), up.dtype == torch.bfloat16, torch.get_num_threads()),
         )
         return out

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from svdq_cli.errors import UsageError
-from svdq_cli.pack.cpu_panels import pack_down, pack_up
+from svdq_cli.pack.cpu_panels import STEP, pack_down, pack_up
 from svdq_cli.records import GELU_SHIFT, LayerSolution, W4A4Solution, W4A16Solution
 from svdq_cli.runtime import cpu_operators  # noqa: F401  defines torch.ops.svdq.cpu_*
 from svdq_cli.runtime.cpu_operands import (
@@ -20,7 +20,7 @@ from svdq_cli.runtime.cpu_operands import (
     unpack_cpu_w4a16,
 )
 from svdq_cli.runtime.input_quantizer import InputQuantizer, Quantized
-from svdq_cli.runtime.kernel_linear import KernelLinear, KernelW4A4Linear
+from svdq_cli.runtime.kernel_linear import FusedFeedForward, KernelLinear, KernelW4A4Linear
 from svdq_cli.runtime.linear import RunningBranch
 from svdq_cli.runtime.operands import tensors_of
 
@@ -40,7 +40,7 @@ class CpuW4A4Linear(KernelW4A4Linear):
         quantizer = InputQuantizer(
             *(torch.ops.svdq.cpu_quantize_down, packed.smooth, packed.down),
             dtype=packed.up.dtype,
-            takes_float32=True,
+            takes_any_rows=True,
             precision=solution.plan.precision.name,
             unsigned_from=unsigned_from,
             shift=shift,
@@ -98,11 +98,21 @@ class CpuW4A4Linear(KernelW4A4Linear):
         same_kind = isinstance(after, CpuW4A4Linear) and after.plan.precision == self.plan.precision
         return same_kind and after.in_features == self.out_features
 
-    def multiply_gelu_quantize(self, quantized: Quantized, m: int, after: KernelW4A4Linear) -> Quantized:
+    def beside_attention(self, after: KernelW4A4Linear) -> FusedFeedForward | None:
+        if not isinstance(after, CpuW4A4Linear) or after.plan.precision != self.plan.precision:
+            return None
+        width = after.in_features - self.out_features
+        return FeedForwardBesideAttention(self, after) if width > 0 and width % STEP == 0 else None
+
+    def multiply_gelu_quantize(
+        self, quantized: Quantized, m: int, after: KernelW4A4Linear, before: Tensor | None = None
+    ) -> Quantized:
         assert isinstance(after, CpuW4A4Linear)
+        if before is not None:
+            before = after.quantizer.rows(before)
         return torch.ops.svdq.cpu_w4a4_gelu_quantize(
             *(*quantized, *self._product),
-            *(after.quantizer.smoothing, after.quantizer.down),
+            *(after.quantizer.smoothing, after.quantizer.down, before),
             m=m,
             k=self.in_features,
             precision=self.plan.precision.name,
@@ -113,6 +123,29 @@ class CpuW4A4Linear(KernelW4A4Linear):
     def extra_repr(self) -> str:
         precision = self.plan.precision.name
         return f"in_features={self.in_features}, out_features={self.out_features}, {precision}, rank={self.plan.rank}"
+
+
+class FeedForwardBesideAttention(FusedFeedForward):
+    """The MLP of a block that runs beside its attention: a last layer of the attention's output and, after it, GELU by
+    tanh of a first layer. The MLP's activation is never written."""
+
+    def __init__(self, first: CpuW4A4Linear, second: CpuW4A4Linear) -> None:
+        super().__init__(first, second)
+        self.in_features = second.in_features - first.out_features + first.in_features
+        self.out_features = second.out_features
+
+    def _fused(self, x: Tensor) -> Tensor:
+        """`x` (..., attention's width + the first layer's in features)."""
+        width = self.second.in_features - self.first.out_features
+        attention, own = x.split([width, self.first.in_features], -1)
+        return self.joined(attention, self.first.quantize(own))
+
+    def joined(self, attention: Tensor, quantized: Quantized) -> Tensor:
+        """`attention` (..., its width), `quantized` what the first layer reads."""
+        assert isinstance(self.first, CpuW4A4Linear)
+        m = attention.shape[:-1].numel()
+        between = self.first.multiply_gelu_quantize(quantized, m, self.second, attention)
+        return self.second.finished(between, attention)
 
 
 class CpuW4A16Linear(KernelLinear):

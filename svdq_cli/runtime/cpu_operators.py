@@ -68,7 +68,7 @@ _define(
 )
 _define(
     "w4a4_gelu_quantize",
-    f"{_LAYER}, Tensor next_smooth, Tensor next_down, *, SymInt m, SymInt k, str precision, "
+    f"{_LAYER}, Tensor next_smooth, Tensor next_down, Tensor? before=None, *, SymInt m, SymInt k, str precision, "
     "int? next_unsigned_from=None, float shift=0.0",
     "(Tensor, Tensor, Tensor)",
     shapes=_fused_shapes,

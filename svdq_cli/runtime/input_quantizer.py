@@ -43,17 +43,17 @@ class InputQuantizer(nn.Module):
         *,
         dtype: torch.dtype,
         readers: int = 1,
-        takes_float32: bool = False,
+        takes_any_rows: bool = False,
         **options: str | bool | float | None,
     ) -> None:
         """`smoothing` (K,) as the operator reads it: the CUDA kernels' float32 reciprocals, the CPU engine's own
-        factors. `down` packed, `dtype` what activations are rounded to, `options` the operator's. `takes_float32`: the
-        operator does that rounding itself."""
+        factors. `down` packed, `dtype` what activations are rounded to, `options` the operator's. `takes_any_rows`: the
+        operator rounds float32 itself, and reads rows that lie apart."""
         super().__init__()
         self.register_buffer("smoothing", smoothing)
         self.register_buffer("down", down)
         self.kernel, self.dtype, self.options = kernel, dtype, options
-        self.takes_float32 = takes_float32
+        self.takes_any_rows = takes_any_rows
         self.readers = tuple(range(readers))
         self._kept: _Kept | None = None
 
@@ -79,12 +79,18 @@ class InputQuantizer(nn.Module):
             waiting = tuple(other for other in kept.waiting if other != reader)
             self._kept = kept._replace(waiting=waiting) if waiting else None
             return kept.quantized
-        kept_wide = self.takes_float32 and x.dtype == torch.float32
-        rows = x.reshape(-1, x.shape[-1]).to(x.dtype if kept_wide else self.dtype).contiguous()
-        quantized = self.kernel(rows, self.smoothing, self.down, **self.options)
+        quantized = self.kernel(self.rows(x), self.smoothing, self.down, **self.options)
         waiting = tuple(other for other in self.readers if other != reader)
         self._kept = _Kept(x, version, quantized, waiting) if waiting else None
         return quantized
+
+    def rows(self, x: Tensor) -> Tensor:
+        """An activation (..., K) as the rows (M, K) that the operator reads."""
+        rows = x.reshape(-1, x.shape[-1])
+        if not self.takes_any_rows:
+            return rows.to(self.dtype).contiguous()
+        rows = rows if rows.dtype == torch.float32 else rows.to(self.dtype)
+        return rows if rows.stride(-1) == 1 else rows.contiguous()
 
     def for_readers(self, readers: int) -> InputQuantizer:
         """The same for so many layers."""
@@ -99,7 +105,7 @@ class InputQuantizer(nn.Module):
             *(self.kernel, self.smoothing, down),
             dtype=self.dtype,
             readers=readers,
-            takes_float32=self.takes_float32,
+            takes_any_rows=self.takes_any_rows,
             **self.options,
         )
 

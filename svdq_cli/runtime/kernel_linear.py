@@ -73,6 +73,12 @@ class KernelW4A4Linear(KernelLinear, ABC):
     def multiply_gelu_quantize(self, quantized: Quantized, m: int, after: KernelW4A4Linear) -> Quantized:
         """This layer's product, GELU by tanh, and the input of the layer `after`."""
 
+    def beside_attention(self, after: KernelW4A4Linear) -> FusedFeedForward | None:
+        """This layer, GELU by tanh, and the layer `after`, which reads an attention's output before the GELU's, as one
+        module; None where no kernel runs them so. The module is called with what this layer reads in the place of the
+        GELU's result."""
+        return None
+
     def forward(self, x: Tensor) -> Tensor:
         return self.finished(self.quantize(x), x)
 

@@ -41,13 +41,17 @@ def fuse_feed_forwards(model: nn.Module) -> int:
     """Put one fused module in the place of every linear - GELU - linear whose linears run on the kernels.
 
     Known by its parts, as diffusers' FeedForward has them: `net` = a GELU by tanh with its `proj`, a dropout (which
-    does nothing when a model draws), and a linear. Returns how many were found.
+    does nothing when a model draws), and a linear. And as diffusers' single blocks have them, all of which run
+    `proj_out(cat(attn(x), act_mlp(proj_mlp(x))))`. Returns how many were found.
     """
     found = {name: fused for name, module in model.named_modules() if (fused := _fused_feed_forward(module))}
     for name, fused in found.items():
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, fused)
-    return len(found)
+    beside = [(module, fused) for module in model.modules() if (fused := _fused_beside_attention(module))]
+    for block, fused in beside:
+        block.proj_mlp, block.act_mlp, block.proj_out = nn.Identity(), nn.Identity(), fused
+    return len(found) + len(beside)
 
 
 def share_quantizers(model: nn.Module) -> int:
@@ -87,6 +91,14 @@ def _fused_feed_forward(module: nn.Module) -> nn.Module | None:
     if first is None:
         return None
     return fused_feed_forward(first, second)
+
+
+def _fused_beside_attention(block: nn.Module) -> nn.Module | None:
+    first, between, last = (getattr(block, name, None) for name in ("proj_mlp", "act_mlp", "proj_out"))
+    if not (isinstance(first, KernelW4A4Linear) and isinstance(last, KernelW4A4Linear)):
+        return None
+    by_tanh = isinstance(between, nn.GELU) and between.approximate == "tanh"
+    return first.beside_attention(last) if by_tanh and hasattr(block, "attn") else None
 
 
 def _check(name: str, layer: nn.Module, modules: Mapping[str, nn.Module]) -> None:

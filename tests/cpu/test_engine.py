@@ -291,6 +291,33 @@ def test_a_fused_feed_forward_is_its_two_layers_with_torchs_gelu_between(
     assert torch.equal(fused(x), two(F.gelu(one(x), approximate="tanh")))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("unsigned_from", [None, 64, 128])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_feed_forward_beside_an_attention_is_its_two_layers_with_torchs_gelu_between(
+    precision: Precision, unsigned_from: int | None, dtype: torch.dtype
+):
+    if unsigned_from is not None and not isinstance(precision, Int4):
+        pytest.skip("only int4 has codes without a sign")
+    first, second = random_w4a4(precision, n=320, k=192), random_w4a4(precision, n=72, k=448)
+    one, two = cpu_linear(first), cpu_linear(second, unsigned_from=unsigned_from)
+    assert isinstance(one, CpuW4A4Linear)
+    assert isinstance(two, CpuW4A4Linear)
+    fused = one.beside_attention(two)
+    assert fused is not None
+    attention, x = activations(2, 21, 128, dtype=dtype), activations(2, 21, 192, dtype=dtype)
+    # The engine's GELU is of the 16-bit number
+    inner = F.gelu(one(x).bfloat16(), approximate="tanh").to(dtype)
+    assert torch.equal(fused(torch.cat((attention, x), -1)), two(torch.cat((attention, inner), -1)))
+
+
+def test_only_whole_groups_of_attention_come_before_a_feed_forward():
+    one, two = cpu_linear(random_w4a4(NvFp4(), n=320, k=192)), cpu_linear(random_w4a4(NvFp4(), n=72, k=352))
+    assert isinstance(one, CpuW4A4Linear)
+    assert isinstance(two, CpuW4A4Linear)
+    assert one.beside_attention(two) is None
+
+
 def test_a_layer_takes_another_branch_and_its_own_back():
     for unsigned_from in (None, 64):
         layer, x = cpu_linear(random_w4a4(Int4()), unsigned_from=unsigned_from), activations(5, 192)
