@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from svdq_cli.bench.report import StepRow
 from svdq_cli.bench.resident import peak_resident_bytes, resident_bytes
 from svdq_cli.bench.timing import measure
-from svdq_cli.bench.transformer import FluxShapedTransformer, Role, TransformerShape
+from svdq_cli.bench.transformer import Attend, FluxShapedTransformer, Role, TransformerShape
 from svdq_cli.gpu.hopper_modes import HopperMode
 from svdq_cli.gpu.launch import cuda_device
 from svdq_cli.records import Int4, Linear, NvFp4, Precision, W4A4Plan, W4A4Solution, W4A16Plan, W4A16Solution
-from svdq_cli.runtime.cpu_fused import cpu_linear
+from svdq_cli.runtime.cpu_fused import CpuW4A4Linear, FeedForwardBesideAttention, cpu_linear
 from svdq_cli.runtime.fused import fused_linear
 from svdq_cli.runtime.hopper_fused import HopperW4A4Linear
 from svdq_cli.runtime.kernel_linear import fused_feed_forward
@@ -165,7 +165,48 @@ def step_model(settings: StepSettings, arithmetic: Arithmetic) -> nn.Module:
         first, second = linear(width, inner, "w4a4"), linear(inner, width, "w4a4")
         return fused_feed_forward(first, second) or nn.Sequential(first, nn.GELU(approximate="tanh"), second)
 
-    return FluxShapedTransformer(settings.shape, linear, feed_forward).eval().requires_grad_(False)
+    def single(width: int, inner: int) -> nn.Module:
+        assert arithmetic.precision is not None
+        return OnEngine(width, inner, settings.rank, arithmetic.precision)
+
+    converted = settings.on_engine and arithmetic.precision is not None
+    model = FluxShapedTransformer(settings.shape, linear, feed_forward, single if converted else None)
+    return model.eval().requires_grad_(False)
+
+
+class OnEngine(nn.Module):
+    """A single block as a converted model runs it on the CPU engine: q, k, v, and the MLP's first
+    layer, which read one quantized input; the MLP's activation is never written."""
+
+    def __init__(self, width: int, inner: int, rank: int, precision: Precision) -> None:
+        super().__init__()
+        cpu = torch.device("cpu")
+        first = random_w4a4(width, 3 * width + inner, rank, precision, cpu)
+        self.qkv = CpuW4A4Linear(rows_of(first, slice(0, 3 * width)))
+        self.rest = FeedForwardBesideAttention(
+            CpuW4A4Linear(rows_of(first, slice(3 * width, None))),
+            CpuW4A4Linear(random_w4a4(width + inner, width, rank, precision, cpu)),
+        )
+
+    def forward(self, read: Callable[[], Tensor], attend: Attend) -> Tensor:
+        x = read()
+        m, quantized = x.shape[0], self.qkv.quantize(x)
+        del x
+        return self.rest.joined(attend(self.qkv.multiply(quantized, m)), quantized)
+
+
+def rows_of(solution: W4A4Solution, rows: slice) -> W4A4Solution:
+    """Some out features of a layer."""
+    codes = solution.codes[rows]
+    linear = replace(solution.plan.linear, out_features=codes.shape[0])
+    return replace(
+        solution,
+        plan=replace(solution.plan, linear=linear),
+        up=solution.up[rows],
+        codes=codes,
+        scales=solution.scales[rows],
+        bias=None if solution.bias is None else solution.bias[rows],
+    )
 
 
 def _sixteen_bit(k: int, n: int, device: torch.device) -> nn.Linear:

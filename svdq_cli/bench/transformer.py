@@ -17,6 +17,10 @@ ATTENTION_ROWS = 512  # on a CPU: whose scores are in memory at a time
 Role = Literal["w4a4", "w4a16"]
 MakeLinear = Callable[[int, int, Role], nn.Module]  # in features, out features, role
 MakeFeedForward = Callable[[int, int], nn.Module]  # width, inner width: linear, GELU by tanh, linear
+Attend = Callable[[Tensor], Tensor]  # q, k and v (M, 3 width) -> (M, width)
+MakeSingle = Callable[
+    [int, int], nn.Module
+]  # width, inner width: a single block's layers, called as `Published` is
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,21 +55,30 @@ FLUX1_DEV_BLOCKS = TransformerShape(
 class FluxShapedTransformer(nn.Module):
     """All blocks; no embedders and no output layer (0.6 % of the parameters)."""
 
-    def __init__(self, shape: TransformerShape, linear: MakeLinear, feed_forward: MakeFeedForward) -> None:
+    def __init__(
+        self,
+        shape: TransformerShape,
+        linear: MakeLinear,
+        feed_forward: MakeFeedForward,
+        single: MakeSingle | None = None,
+    ) -> None:
+        """`single`: how a single block's layers are run; as published, without one."""
         super().__init__()
         self.double_blocks = nn.ModuleList(
             DoubleBlock(shape, linear, feed_forward) for _ in range(shape.double)
         )
-        self.single_blocks = nn.ModuleList(SingleBlock(shape, linear) for _ in range(shape.single))
+        make = single or (lambda width, inner: Published(width, inner, linear))
+        self.single_blocks = nn.ModuleList(SingleBlock(shape, linear, make) for _ in range(shape.single))
 
     def forward(self, image: Tensor, text: Tensor, condition: Tensor, angles: Tensor) -> Tensor:
         """(M, width), (T, width), (1, width), rotary angles (T + M, head / 2) -> (M, width)."""
         for block in self.double_blocks:
             image, text = block(image, text, condition, angles)
-        both = torch.cat((text, image))
+        words, both = text.shape[0], torch.cat((text, image))
+        del text, image
         for block in self.single_blocks:
             both = block(both, condition, angles)
-        return both[text.shape[0] :]
+        return both[words:]
 
 
 class Stream(nn.Module):
@@ -92,11 +105,12 @@ class DoubleBlock(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         streams = ((self.text, text), (self.image, image))
         parts = [stream.modulation(F.silu(condition)).chunk(6, dim=-1) for stream, _ in streams]
-        qkv = [stream.qkv(modulated(x, *part[:2])) for (stream, x), part in zip(streams, parts, strict=True)]
-        both = torch.cat(qkv)
-        del qkv
-        mixed = attention(both, angles, self.heads)
-        del both
+        qkv = image.new_empty(text.shape[0] + image.shape[0], 3 * image.shape[1])
+        places = qkv.split([text.shape[0], image.shape[0]])
+        for (stream, x), part, place in zip(streams, parts, places, strict=True):
+            place.copy_(stream.qkv(modulated(x, *part[:2])))
+        mixed = attention(qkv, angles, self.heads)
+        del qkv, places, place
         found: list[Tensor] = []
         shares = mixed.split([text.shape[0], image.shape[0]])
         for (stream, x), share, part in zip(streams, shares, parts, strict=True):
@@ -106,22 +120,37 @@ class DoubleBlock(nn.Module):
 
 
 class SingleBlock(nn.Module):
-    def __init__(self, shape: TransformerShape, linear: MakeLinear) -> None:
+    def __init__(self, shape: TransformerShape, linear: MakeLinear, single: MakeSingle) -> None:
         super().__init__()
-        self.heads, self.sizes = shape.heads, [3 * shape.width, shape.inner]
+        self.heads = shape.heads
         self.modulation = linear(shape.width, 3 * shape.width, "w4a16")
-        self.first = linear(shape.width, 3 * shape.width + shape.inner, "w4a4")
-        self.second = linear(shape.width + shape.inner, shape.width, "w4a4")
+        self.layers = single(shape.width, shape.inner)
 
     def forward(self, x: Tensor, condition: Tensor, angles: Tensor) -> Tensor:
         scale, offset, gate = self.modulation(F.silu(condition)).chunk(3, dim=-1)
-        qkv, inner = self.first(modulated(x, scale, offset)).split(self.sizes, dim=-1)
-        mixed = attention(qkv, angles, self.heads)
+        found = self.layers(
+            lambda: modulated(x, scale, offset), lambda qkv: attention(qkv, angles, self.heads)
+        )
+        return x + gate * found
+
+
+class Published(nn.Module):
+    """A single block's two layers as the model has them: q, k, v and the MLP's first layer are one."""
+
+    def __init__(self, width: int, inner: int, linear: MakeLinear) -> None:
+        super().__init__()
+        self.sizes = [3 * width, inner]
+        self.first = linear(width, sum(self.sizes), "w4a4")
+        self.second = linear(width + inner, width, "w4a4")
+
+    def forward(self, read: Callable[[], Tensor], attend: Attend) -> Tensor:
+        qkv, inner = self.first(read()).split(self.sizes, dim=-1)
+        mixed = attend(qkv)
         del qkv  # which holds the whole of the first layer's result
         inner = F.gelu(inner, approximate="tanh")
         both = torch.cat((mixed, inner), -1)
         del mixed, inner
-        return x + gate * self.second(both)
+        return self.second(both)
 
 
 def modulated(x: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
@@ -148,8 +177,8 @@ def attention_by_rows(qkv: Tensor, angles: Tensor, heads: int) -> Tensor:
         v = parts[:, 2, head]
         for start in range(0, rows, ATTENTION_ROWS):
             some = slice(start, start + ATTENTION_ROWS)
-            shares = torch.softmax((q[some] @ k.T).float() * size**-0.5, -1).to(v.dtype)
-            mixed[some, head] = shares @ v
+            scores = (q[some] @ k.T).float().mul_(size**-0.5)
+            mixed[some, head] = torch.softmax(scores, -1).to(v.dtype) @ v
     return mixed.flatten(-2)
 
 
