@@ -53,6 +53,7 @@ def check(
     if against is not None:
         against = only(against, checkpoint.source.components)
         require_same_model(checkpoint, against)
+        against = checkpoint.stored_biases(against)
     problems, errors = _examined(checkpoint, against, observe)
     return CheckReport(
         status="failed" if problems else "ok",
@@ -82,7 +83,7 @@ def require_same_model(checkpoint: Checkpoint, source: Source) -> None:
 def first_difference(checkpoint: Checkpoint, source: Source) -> str | None:
     """The first layer whose weight can't have been made from the source's, or None. Layers that can't be decoded say
     nothing of the source."""
-    notes = _weight_errors(checkpoint)
+    notes, source = _weight_errors(checkpoint), checkpoint.stored_biases(source)
 
     def differs(plan: LayerPlan) -> bool:
         found = _verdict(checkpoint, source, plan, notes.get(plan.name))

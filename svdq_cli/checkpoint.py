@@ -62,8 +62,10 @@ from svdq_cli.source import (
     read_json,
     read_tensor,
 )
+from svdq_cli.source.means import MovedMean, means_by_layer, moved_of_json, without_means
 
 PROVENANCE = "svdq"  # key of the safetensors metadata
+MOVED_MEANS = "means"  # key of the provenance: `source.means.moved_json`
 TORCH_DTYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
@@ -113,6 +115,20 @@ class Checkpoint:
             kept=self.kept,
             inputs=(),
         )
+
+    @property
+    def moved(self) -> tuple[MovedMean, ...]:
+        """The means of inputs that its biases hold. InputError where the header says that wrongly."""
+        return moved_of_json((self.provenance or {}).get(MOVED_MEANS))
+
+    def means(self) -> dict[str, Tensor]:
+        """By layer, (K,) float32: what its input is less than the 16-bit model's."""
+        linears = [*(layer.linear for layer in self.layers), *self.kept]
+        return means_by_layer(self.moved, {linear.name: linear.in_features for linear in linears})
+
+    def stored_biases(self, source: Source) -> Source:
+        """The model that the checkpoint was made from, with the biases that the checkpoint has."""
+        return without_means(source, self.moved, self.dtype)
 
     def packed_specs(self) -> dict[str, TensorSpec]:
         """Every packed tensor this checkpoint must hold, by stored name."""

@@ -21,7 +21,7 @@ from svdq_cli.gpu.hopper_choice import HopperChoice, choose_hopper_mode, measure
 from svdq_cli.gpu.hopper_modes import HopperMode
 from svdq_cli.gpu.launch import cuda_device, require_dtype
 from svdq_cli.loaded.methods import adopt_model, adopt_pipeline
-from svdq_cli.loaded.stored import Origin
+from svdq_cli.loaded.stored import MEANS, Origin
 from svdq_cli.offload import Room, fill, fill_beside, weights_bytes
 from svdq_cli.records import Int4, LayerSolution, W4A4Solution
 from svdq_cli.runtime.cpu_fused import cpu_linear
@@ -361,6 +361,8 @@ def load_model(
             hint="the download is incomplete; svdq check lists what is missing",
             where=empty[0],
         )
+    if means := checkpoint.means():
+        setattr(model, MEANS, means)
     return model.eval().requires_grad_(False), refused
 
 

@@ -52,7 +52,7 @@ def following_seed(seed: int, distance: int) -> int:
 Effort = Literal["datafree", "fast", "balanced", "best"]
 Smoothing = Literal["none", "closed-form", "grid"]
 # Beyond the paper, in the order in which they are taken; `scales` is part of gptq: it searches every group's scale.
-SearchStep = Literal["learned", "gptq", "scales", "refit"]
+SearchStep = Literal["means", "learned", "gptq", "scales", "refit"]
 
 # ---------------------------------------------------------------------------------------------------- the plan
 
@@ -172,6 +172,7 @@ class ActivationStats:
     tokens_seen: int
     # the largest number in the output of each layer that reads the input; empty where nobody looked
     output_peaks: Mapping[str, float] = field(default_factory=dict[str, float])
+    mean: Tensor | None = None  # (K,) float32: what all of these numbers are less than the 16-bit model's
 
 
 # ---------------------------------------------------------------------------------------------------- solutions

@@ -136,8 +136,9 @@ def _again(
     """A layer's report with the figures of its tuned solution."""
     shared = next(shared for shared in prepared.plan.inputs if report.name in shared.layers)
     weight = source_weight(prepared.source, solution.plan, device)
-    rows = statistics(shared.name).rows.to(device).float()
-    sqnr, error = measured(on_device(solution, device), weight, rows)
+    seen = statistics(shared.name)
+    rows = seen.rows.to(device).float()
+    sqnr, error = measured(on_device(solution, device), weight, rows, seen.mean)
     return replace(report, sqnr_db=sqnr, weight_error=error)
 
 

@@ -23,11 +23,13 @@ from svdq_cli.calibrate.prompts import prompts_digest
 from svdq_cli.calibrate.settings import settings_json
 from svdq_cli.card import model_card
 from svdq_cli.checking import WEIGHT_ERROR
+from svdq_cli.checkpoint import MOVED_MEANS
 from svdq_cli.conversion.allocation import allocated, draws_for_gains
 from svdq_cli.conversion.block_forecast import tuned_bytes
 from svdq_cli.conversion.calibrating import BEGUN, draw_calibration, drawing_of
 from svdq_cli.conversion.finishing import Outputs, finished_outputs, gated, write_reports_beside
 from svdq_cli.conversion.fitting import reserved_ram
+from svdq_cli.conversion.move_means import with_means_moved
 from svdq_cli.conversion.predicting import forecast_of, require_memory, uses_prompts
 from svdq_cli.conversion.ranges import range_warnings
 from svdq_cli.conversion.reconstructing import reconstructed, require_blocks_run
@@ -78,6 +80,7 @@ from svdq_cli.records import (
     ignore_events,
 )
 from svdq_cli.source import file_sha256, needed_settings, source_digest
+from svdq_cli.source.means import moved_json
 from svdq_cli.writing import Contents, refuse_existing, remove_leftovers, require_disk
 
 _REPORTED = ("svdq_version", "versions", "source_sha256", "calibration_sha256", "loras_sha256")
@@ -157,7 +160,12 @@ def convert(
         solved = _solve(job, work)
         contents = _contents(job, solved)
         with finished_outputs(
-            solved.prepared, job.paths, contents, overwrite=job.replaces, observe=observe
+            # checked against the source as it is: what a user gives to check and eval
+            replace(solved.prepared, source=job.prepared.source),
+            job.paths,
+            contents,
+            overwrite=job.replaces,
+            observe=observe,
         ) as outputs:
             report = gated(_report(job, solved, contents, outputs, started), recipe)
             card = model_card(report, pipeline=job.prepared.source.pipeline, beside=options.beside)
@@ -345,8 +353,11 @@ def _solve(job: Job, work: WorkFolder) -> Solved:
     if statistics is not None and isinstance(statistics.of, Calibration):
         seen = statistics.of.manifest.inputs
         job.warn(range_warnings(job.prepared.plan, seen, job.prepared.settings.dtype))
+    prepared, statistics = with_means_moved(job.prepared, statistics)
+    if prepared.source.moved:
+        job.warn((_MOVED,))
     prepared, warnings = allocated(
-        job.prepared, statistics, job.device, job.observe, options=job.options, work=work
+        prepared, statistics, job.device, job.observe, options=job.options, work=work
     )
     job.options.team.tell(CALIBRATED, {})
     job.warn(warnings)
@@ -378,6 +389,12 @@ def _solve(job: Job, work: WorkFolder) -> Solved:
     )
 
 
+_MOVED = (
+    "means of inputs were moved into biases: a LoRA that another runtime loads by itself lacks its part of them, so "
+    "merge LoRAs here (--lora) or with svdq lora"
+)
+
+
 def _tell_begun(job: Job, work: WorkFolder) -> None:
     """The other processes learn where the work is, and whether pictures are drawn for it."""
     draws = not (job.data_free or job.calibration or (work.calibration / MANIFEST).is_file())
@@ -401,7 +418,7 @@ def _statistics(job: Job, work: WorkFolder) -> Statistics:
 
 def _contents(job: Job, solved: Solved) -> Contents:
     """The numbers of the outputs, and what is said of their making."""
-    source = job.prepared.source
+    source = solved.prepared.source
     provenance: dict[str, object] = {
         "svdq_version": __version__,
         "recipe": embedded(
@@ -425,6 +442,7 @@ def _contents(job: Job, solved: Solved) -> Contents:
                 for path in lora_files(job.recipe, job.options)
                 if path.is_file()  # a folder of peft's is in the digest of the source
             },
+            **({MOVED_MEANS: moved_json(source.moved)} if source.moved else {}),
             WEIGHT_ERROR: {report.name: round(report.weight_error, 5) for report in solved.reports},
         },
     )

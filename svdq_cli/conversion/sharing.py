@@ -11,6 +11,7 @@ from pathlib import Path
 from svdq_cli.calibrate.artefact import open_calibration
 from svdq_cli.conversion.allocation import allocated
 from svdq_cli.conversion.calibrating import BEGUN, draw_share, drawing_of
+from svdq_cli.conversion.move_means import with_means_moved
 from svdq_cli.conversion.solving import Statistics, solve_share
 from svdq_cli.errors import SvdqError
 from svdq_cli.journal import WorkFolder
@@ -43,6 +44,7 @@ def share_convert(recipe: Recipe, *, calibration: Path | None, options: RunOptio
         opened = open_calibration(calibration or work.calibration)
         statistics = Statistics(opened.digest, opened)
     device = resolve_device(options.device)
+    prepared, statistics = with_means_moved(prepared, statistics)
     prepared, _ = allocated(prepared, statistics, device, ignore_events, options=options, work=work)
     solve_share(work, prepared, statistics, device, options=options)
 

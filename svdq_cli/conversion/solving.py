@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import cast
 
 import torch
+from torch import Tensor
 
 from svdq_cli.allocator import free_large_tensors_at_once, free_tensors_at_once, return_freed_memory
 from svdq_cli.calibrate.artefact import Calibration
@@ -35,6 +36,7 @@ from svdq_cli.records import (
 )
 from svdq_cli.solve.costs import NOMINAL, packed_bytes, solve_work, stored_bytes
 from svdq_cli.solve.linear import SolvedInput, solve_input
+from svdq_cli.solve.means import less_mean
 
 LEFT = "left"  # topic: the portions that are still to be solved
 MOST_AT_ONCE = 8  # portions; more would wait for the memory's speed, and take gigabytes of it
@@ -50,9 +52,13 @@ class Statistics:
 
     digest: str
     of: Mapping[str, ActivationStats] | Calibration
+    means: Mapping[str, Tensor] = field(
+        default_factory=dict[str, Tensor]
+    )  # by input: what it is less than it was
 
     def __call__(self, name: str) -> ActivationStats:
-        return self.of.stats(name) if isinstance(self.of, Calibration) else self.of[name]
+        seen = self.of.stats(name) if isinstance(self.of, Calibration) else self.of[name]
+        return less_mean(seen, self.means[name]) if name in self.means else seen
 
     def rows(self, name: str) -> int:
         """How many rows an input has."""

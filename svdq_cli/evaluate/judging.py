@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from svdq_cli.calibrate.collect import collect_stats
 from svdq_cli.calibrate.settings import DrawSettings
 from svdq_cli.checkpoint import Checkpoint
-from svdq_cli.evaluate.layers import layer_sqnr_db
+from svdq_cli.evaluate.layers import Moved, layer_sqnr_db
 from svdq_cli.planning.plan import plan_model
 from svdq_cli.planning.structure import shared_input
 from svdq_cli.records import Int4, LayerSqnr, Observer, SharedInput
@@ -53,14 +53,23 @@ def judge_layers(
     stats = collect_stats(pipe, model, inputs, prompts, draw=settings, rows=ROWS, observe=observe)
     per_layer: dict[str, float] = {}
     plans = {plan.name: plan for plan in checkpoint.layers}
+    stored, means = checkpoint.stored_biases(source), checkpoint.means()
     for shared in inputs:
         for name in shared.layers:
             weight = read_tensor(source, f"{name}.weight").flatten(1)
             bias = read_tensor(source, f"{name}.bias") if plans[name].linear.bias else None
             solution = checkpoint.solution(plans[name])
-            per_layer[name] = round(layer_sqnr_db(weight, bias, solution, stats[shared.name].rows), 3)
+            moved = moved_of(stored, means, name) if stored.moved else None
+            found = layer_sqnr_db(weight, bias, solution, stats[shared.name].rows, moved=moved)
+            per_layer[name] = round(found, 3)
     abs_max = {name: found.abs_max for name, found in stats.items()}
     return JudgedLayers(checkpoint, source, _summary(per_layer), inputs, abs_max)
+
+
+def moved_of(stored: Source, means: Mapping[str, Tensor], name: str) -> Moved:
+    """Of one layer. `stored`: the model with the biases of the conversion; `means`: of its layers' inputs."""
+    bias = f"{name}.bias"
+    return Moved(means.get(name), read_tensor(stored, bias) if bias in stored.tensors else None)
 
 
 def keep_layers(path: Path, judged: JudgedLayers, *, prompts: int) -> None:

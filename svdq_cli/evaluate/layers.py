@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,13 +17,29 @@ from svdq_cli.runtime.linear import w4a4_forward, w4a16_forward
 SQNR_CAP_DB = 150.0
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Moved:
+    """What a conversion moved into biases: the input of the converted layer is `mean` (K,) less, and what it should
+    give on that has `bias` (N,) for its own."""
+
+    mean: Tensor | None
+    bias: Tensor | None
+
+
 def layer_sqnr_db(
-    weight: Tensor, bias: Tensor | None, solution: LayerSolution, rows: Tensor, *, chunk: int = 1024
+    weight: Tensor,
+    bias: Tensor | None,
+    solution: LayerSolution,
+    rows: Tensor,
+    *,
+    moved: Moved | None = None,
+    chunk: int = 1024,
 ) -> float:
     """Signal to quantization noise, 10 log10(sum y^2 / sum (y - y')^2), y the exact layer's output on `rows`.
 
     `weight` (N, K), `bias` (N,) or None, `rows` (M, K) raw activations: any float dtype, one device with the
-    solution. `chunk` rows at a time, sums in float64. The bias counts as signal. Bounded by +-SQNR_CAP_DB.
+    solution. `moved`: where the solution reads and gives other numbers. `chunk` rows at a time, sums in float64. The
+    bias counts as signal. Bounded by +-SQNR_CAP_DB.
     Raises CheckFailedError, naming the layer, where an output is not finite.
     """
     signal = noise = 0.0
@@ -30,6 +47,9 @@ def layer_sqnr_db(
     for part in rows.split(chunk):
         exact = F.linear(part.float(), weight32, bias32)
         signal += exact.double().square().sum().item()
+        if moved is not None:
+            part = part.float() if moved.mean is None else part.float() - moved.mean
+            exact = F.linear(part, weight32, None if moved.bias is None else moved.bias.float())
         noise += (exact - converted_output(part, solution)).double().square().sum().item()
     if not math.isfinite(signal) or not math.isfinite(noise):
         name = solution.plan.name

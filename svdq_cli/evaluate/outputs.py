@@ -77,10 +77,36 @@ def record_outputs(
     return calls
 
 
+@dataclass(frozen=True, slots=True)
+class OutputErrors:
+    """Sums of squares over all outputs of a trajectory (`signal`) and their errors (`noise`), and of what these add up
+    to over the steps (`whole`, `lost`)."""
+
+    signal: float
+    noise: float
+    whole: float
+    lost: float
+
+    @property
+    def sqnr(self) -> OutputSqnr:
+        """Of one step's output, and of the sum over the steps."""
+        return OutputSqnr(
+            step=round(ratio_db(self.signal, self.noise), 3), sum=round(ratio_db(self.whole, self.lost), 3)
+        )
+
+
 def output_sqnr(
     models: Mapping[str, nn.Module], calls: Sequence[OutputCall], device: torch.device, *, steps: int
 ) -> OutputSqnr | None:
     """Of other denoisers, by component, on the same calls. None without calls, and where outputs can't be summed."""
+    found = output_errors(models, calls, device, steps=steps)
+    return found.sqnr if found else None
+
+
+def output_errors(
+    models: Mapping[str, nn.Module], calls: Sequence[OutputCall], device: torch.device, *, steps: int
+) -> OutputErrors | None:
+    """The same as sums of squares."""
     # calls of one step: guidance takes two
     each = len(calls) // steps if steps and len(calls) % steps == 0 else 1
     signal = noise = 0.0
@@ -103,7 +129,7 @@ def output_sqnr(
         return None
     whole = sum(exact.square().sum().item() for exact, _ in sums)
     lost = sum(error.square().sum().item() for _, error in sums)
-    return OutputSqnr(step=round(ratio_db(signal, noise), 3), sum=round(ratio_db(whole, lost), 3))
+    return OutputErrors(signal, noise, whole, lost)
 
 
 def keep_outputs(path: Path, found: OutputSqnr | None) -> None:

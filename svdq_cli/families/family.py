@@ -33,6 +33,43 @@ def together(*names: str, optional: bool = False) -> InputRule:
 
 
 @dataclass(frozen=True, slots=True)
+class Producer:
+    """A tensor that adds the same numbers to every row of an activation: a bias, or the shift of a modulation.
+
+    `pieces`: by how many times the activation's width the tensor holds, which of these pieces it is ({6: 0}: of six
+    the first).
+    """
+
+    tensor: str  # relative to the block
+    pieces: Mapping[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class MeanRule:
+    """An input whose mean can move into biases: every producer gives it away, and every reader takes it back.
+
+    `inputs`: what each of the inputs is read by, all readers of each; they all move by one vector. `first`: the
+    producers give only the first of the readers' columns.
+    """
+
+    inputs: tuple[tuple[str, ...], ...]
+    producers: tuple[Producer, ...]
+    first: bool = False
+
+
+def modulated(*readers: str, by: str, pieces: Mapping[int, int]) -> MeanRule:
+    """An input that a modulation shifts."""
+    return MeanRule((readers,), (Producer(by, pieces),))
+
+
+def attended(*readers: str, values: tuple[str, ...], first: bool = False) -> MeanRule:
+    """What softmax attention gives: its weights add up to 1, so it moves by what all values move by. `readers`: the
+    layer that reads it, one for each stream."""
+    inputs = tuple((reader,) for reader in readers)
+    return MeanRule(inputs, tuple(Producer(f"{value}.bias", {1: 0}) for value in values), first)
+
+
+@dataclass(frozen=True, slots=True)
 class BlockRule:
     """One stack of repeated blocks: `stack` is the path of its ModuleList, in which `*` stands for one path part."""
 
@@ -42,6 +79,7 @@ class BlockRule:
         str, ...
     ] = ()  # modulation linears; one name reads the same conditioning vector in every block
     optional: bool = False  # a stack that some models of the family do without
+    means: tuple[MeanRule, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ official config calls the class Transformer2DModel, which diffusers turns into P
 
 from __future__ import annotations
 
-from svdq_cli.families.family import BlockRule, Family, alone, together
+from svdq_cli.families.family import BlockRule, Family, alone, attended, modulated, together
 
 PIXART = Family(
     name="pixart",
@@ -23,6 +23,12 @@ PIXART = Family(
                 alone("attn2.to_out.0"),
                 alone("ff.net.0.proj"),
                 alone("ff.net.2"),
+            ),
+            means=(
+                modulated("attn1.to_q", "attn1.to_k", "attn1.to_v", by="scale_shift_table", pieces={6: 0}),
+                modulated("ff.net.0.proj", by="scale_shift_table", pieces={6: 3}),
+                attended("attn1.to_out.0", values=("attn1.to_v",)),
+                attended("attn2.to_out.0", values=("attn2.to_v",)),
             ),
         ),
     ),

@@ -6,7 +6,7 @@ can hold them; the 3x3 depthwise convolution between them stays at 16 bit.
 
 from __future__ import annotations
 
-from svdq_cli.families.family import BlockRule, Family, alone, together
+from svdq_cli.families.family import BlockRule, Family, alone, attended, modulated, together
 
 SANA = Family(
     name="sana",
@@ -23,6 +23,10 @@ SANA = Family(
                 alone("attn2.to_out.0"),
                 alone("ff.conv_inverted"),
                 alone("ff.conv_point"),
+            ),
+            means=(
+                modulated("ff.conv_inverted", by="scale_shift_table", pieces={6: 3}),
+                attended("attn2.to_out.0", values=("attn2.to_v",)),
             ),
         ),
     ),

@@ -6,7 +6,7 @@ a second self-attention of the image stream in its first blocks.
 
 from __future__ import annotations
 
-from svdq_cli.families.family import BlockRule, Family, alone, together
+from svdq_cli.families.family import BlockRule, Family, alone, attended, modulated, together
 
 SD3 = Family(
     name="sd3",
@@ -29,6 +29,22 @@ SD3 = Family(
                 alone("ff_context.net.2", optional=True),
             ),
             w4a16=("norm1.linear", "norm1_context.linear"),
+            means=(
+                modulated("attn.to_q", "attn.to_k", "attn.to_v", by="norm1.linear.bias", pieces={6: 0, 9: 0}),
+                # of the last block, which ends the stream, a scale and then the shift
+                modulated(
+                    "attn.add_q_proj",
+                    "attn.add_k_proj",
+                    "attn.add_v_proj",
+                    by="norm1_context.linear.bias",
+                    pieces={6: 0, 2: 1},
+                ),
+                modulated("attn2.to_q", "attn2.to_k", "attn2.to_v", by="norm1.linear.bias", pieces={9: 6}),
+                modulated("ff.net.0.proj", by="norm1.linear.bias", pieces={6: 3, 9: 3}),
+                modulated("ff_context.net.0.proj", by="norm1_context.linear.bias", pieces={6: 3}),
+                attended("attn.to_out.0", "attn.to_add_out", values=("attn.to_v", "attn.add_v_proj")),
+                attended("attn2.to_out.0", values=("attn2.to_v",)),
+            ),
         ),
     ),
     keep=("pos_embed.*", "context_embedder", "time_text_embed.*", "norm_out.linear", "proj_out"),

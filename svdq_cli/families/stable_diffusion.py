@@ -7,7 +7,7 @@ forward network is a GEGLU, whose two halves come from one projection.
 
 from __future__ import annotations
 
-from svdq_cli.families.family import BlockRule, Family, alone, together
+from svdq_cli.families.family import BlockRule, Family, alone, modulated, together
 
 _STACKS = (
     "down_blocks.*.attentions.*.transformer_blocks",
@@ -25,6 +25,7 @@ _BLOCKS = tuple(
             alone("ff.net.0.proj"),
             alone("ff.net.2"),
         ),
+        means=(modulated("ff.net.0.proj", by="norm3.bias", pieces={1: 0}),),
         optional=stack.startswith("mid_block"),  # SSD-1B has no attention there, KOALA 700M no middle block
     )
     for stack in _STACKS

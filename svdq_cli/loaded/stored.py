@@ -23,6 +23,7 @@ from svdq_cli.sampling import SAMPLING_FILE
 from svdq_cli.writing import REPORT_FILE, WEIGHT_FILE, disk_errors, sync_files
 
 ORIGIN = "svdq_origin"  # attribute of a loaded model: its `Origin`
+MEANS = "svdq_means"  # attribute of a loaded model: by layer, what its input is less than the 16-bit model's
 LORAS = "svdq_loras"  # attribute of a loaded model: its LoRAs (`lora.attaching`)
 _WEIGHTS = WEIGHT_FILE.removesuffix(".safetensors")
 _PAPERS = (REPORT_FILE, SAMPLING_FILE, "README.md", "LICENSE*")

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from svdq_cli.errors import InputError, UsageError
-from svdq_cli.loaded.stored import LORAS
+from svdq_cli.loaded.stored import LORAS, MEANS
 from svdq_cli.lora.factoring import APPROXIMATE_RANK, factored
+from svdq_cli.lora.means import vectors_of_means
 from svdq_cli.lora.places import (
     BesidePlace,
     BranchPlace,
@@ -95,9 +96,10 @@ def load_lora(
         else:
             changes[tensor] = change.read(weights)
     _require_vectors(state, adapter.vectors, Path(path))
-    for place in (*updates, *changes, *adapter.vectors):
+    vectors = _with_means(state, adapter.vectors, updates, changes)
+    for place in (*updates, *changes, *vectors):
         _add_place(state, place)
-    state.loras[name] = LoadedLora(updates, changes, adapter.vectors)
+    state.loras[name] = LoadedLora(updates, changes, vectors)
 
 
 def set_adapters(pipe: DiffusionPipeline, strengths: Mapping[str, float]) -> None:
@@ -186,6 +188,25 @@ def _base_weight(state: LoadedLoras, name: str) -> Tensor:
         down, up = (tensor.to(solution.codes.device) for tensor in (place.base.down, place.base.up))
         solution = replace(solution, down=down, up=up)
     return rebuilt_weight(solution).cpu()
+
+
+def _with_means(
+    state: LoadedLoras,
+    vectors: Mapping[str, Tensor],
+    updates: Mapping[str, LowRankUpdate],
+    changes: Mapping[str, WeightChange],
+) -> dict[str, Tensor]:
+    """A LoRA's biases, with its part of the means that the conversion moved into the model's."""
+    means = cast("Mapping[str, Tensor]", getattr(state.model, MEANS, {}))
+    found = dict(vectors)
+    added = vectors_of_means(updates, means)
+    for name, change in changes.items():
+        if (mean := means.get(layer := name.removesuffix(".weight"))) is not None:
+            before = _rows_of(state, name, 0, state.shapes[name][0]).float().flatten(1)
+            added[f"{layer}.bias"] = change.added_to(before) @ mean
+    for name, vector in added.items():
+        found[name] = found[name] + vector if name in found else vector
+    return found
 
 
 def _require_loaded(state: LoadedLoras, name: str) -> None:

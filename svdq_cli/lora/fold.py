@@ -16,6 +16,7 @@ from svdq_cli.formats.headers import header_metadata
 from svdq_cli.lora.edits import Edits, GivenLora, plan_edits, read_loras, table_of
 from svdq_cli.lora.factoring import APPROXIMATE_RANK
 from svdq_cli.lora.joining import JoinedBranches, join_loras
+from svdq_cli.lora.means import with_means
 from svdq_cli.lora.proof import require_folded
 from svdq_cli.lora.rewriting import header_of, new_target, write_changed
 from svdq_cli.machine import peak_memory
@@ -85,6 +86,7 @@ def fold(
         approximate_rank=settings.approximate_rank,
         one_rank=checkpoint.format.one_rank,
     )
+    edits = with_means(checkpoint, edits, joined)
     target = new_target(checkpoint, edits, joined)
     require_disk({out: target.bytes(checkpoint.state)})
     facts = facts_of(given)

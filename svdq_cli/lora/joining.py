@@ -37,7 +37,8 @@ class JoinedBranches:
     checkpoint: Checkpoint
     max_rank: int | None
     groups: Mapping[str, Group]  # by layer
-    added: Mapping[str, Sequence[Addition]]  # by the first layer of a group
+    updates: Mapping[str, Sequence[Updates]]  # by the first layer of a group, one for each LoRA
+    added: Mapping[str, Sequence[Addition]]  # the same at 16 bits
     cut: Mapping[tuple[Path, str], float]  # by LoRA and layer: relative error of what had to be cut to a rank
     ranks: Mapping[str, int]  # by layer, in the new file
     layer_error: dict[str, float] = field(default_factory=dict[str, float])  # what `max_rank` cut off
@@ -52,6 +53,10 @@ class JoinedBranches:
     def is_changed(self, layer: str) -> bool:
         """Whether anything but zeros is added to a layer's branch."""
         return bool(self.added[self.groups[layer][0].name])
+
+    def updates_of(self, layer: str) -> list[LowRankUpdate]:
+        """What each LoRA that touches a layer does to it, strength included."""
+        return [each[layer] for each in self.updates[self.groups[layer][0].name] if layer in each]
 
     def _of_group(self, group: Group) -> dict[str, Branch]:
         first = group[0].name
@@ -78,10 +83,10 @@ def join_loras(
     _require_max_rank(checkpoint, max_rank)
     groups = groups_of(checkpoint)
     cut: dict[tuple[Path, str], float] = {}
-    added: dict[str, Sequence[Addition]] = {}
+    updates: dict[str, Sequence[Updates]] = {}
     for group in dict.fromkeys(groups.values()):
-        updates = _updates(checkpoint, group, edits, approximate_rank, cut)
-        added[group[0].name] = additions(updates, checkpoint.dtype)
+        updates[group[0].name] = _updates(checkpoint, group, edits, approximate_rank, cut)
+    added = {name: additions(each, checkpoint.dtype) for name, each in updates.items()}
     ranks = {
         group[0].name: _new_rank(group[0].rank, added[group[0].name], max_rank)
         for group in dict.fromkeys(groups.values())
@@ -90,7 +95,7 @@ def join_loras(
         ranks = dict.fromkeys(ranks, max(ranks.values(), default=0))
     _require_rank(ranks)
     by_layer = {name: ranks[group[0].name] for name, group in groups.items()}
-    return JoinedBranches(checkpoint, max_rank, groups, added, cut, by_layer)
+    return JoinedBranches(checkpoint, max_rank, groups, updates, added, cut, by_layer)
 
 
 def groups_of(checkpoint: Checkpoint) -> dict[str, Group]:

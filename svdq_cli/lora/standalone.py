@@ -33,6 +33,7 @@ from svdq_cli.lora.factoring import factored
 from svdq_cli.lora.fold import DEFAULT_SETTINGS, FoldSettings, facts_of, open_sound, without_folders
 from svdq_cli.lora.folding import additions, extended, padded, whole_tiles
 from svdq_cli.lora.joining import join_loras
+from svdq_cli.lora.means import require_no_means
 from svdq_cli.machine import peak_memory
 from svdq_cli.placing import require_places
 from svdq_cli.preparing import DEFAULT_OPTIONS, RunOptions
@@ -67,6 +68,7 @@ def write_nunchaku_lora(
     given = read_loras(checkpoint, loras)
     edits = plan_edits(checkpoint, given, w4a16="skip" if settings.skip_w4a16 else "branch")
     _require_no_vectors(edits)
+    require_no_means(checkpoint, edits)
     joined = join_loras(
         checkpoint,
         edits,

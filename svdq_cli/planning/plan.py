@@ -182,7 +182,7 @@ def _resolve_rules(family: Family, inventory: Inventory, where: str) -> Roles:
     modulation: list[tuple[str, ...]] = [(name,) for name in family.w4a16]
     unmatched: list[str] = []
     for block in family.blocks:
-        prefixes = _block_prefixes(names, block.stack)
+        prefixes = block_prefixes(names, block.stack)
         if not prefixes and not block.optional:
             unmatched.append(f"{block.stack}.0")
         for prefix in prefixes:
@@ -217,7 +217,7 @@ def _resolve_rules(family: Family, inventory: Inventory, where: str) -> Roles:
     return Roles(frozenset(w4a4), frozenset(w4a16), (*inputs, *(shared_input(list(g)) for g in modulation)))
 
 
-def _block_prefixes(names: list[str], stack: str) -> list[str]:
+def block_prefixes(names: list[str], stack: str) -> list[str]:
     """The paths of a stack's blocks, in order: transformer_blocks.0, transformer_blocks.1, ... `*` in `stack` stands
     for one part of a path."""
     wanted = stack.split(".")

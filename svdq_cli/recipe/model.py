@@ -38,11 +38,13 @@ SMOOTHING_OF_EFFORT: dict[Effort, Smoothing] = {
     "best": "grid",
 }
 ALL_STEPS: tuple[SearchStep, ...] = get_args(SearchStep)
+# No effort moves means: a LoRA that a runtime loads by itself would lack its part of them.
+_USUAL_STEPS: tuple[SearchStep, ...] = tuple(step for step in ALL_STEPS if step != "means")
 STEPS_OF_EFFORT: dict[Effort, tuple[SearchStep, ...]] = {
     "datafree": (),
     "fast": (),  # the paper's search
-    "balanced": ALL_STEPS,
-    "best": ALL_STEPS,
+    "balanced": _USUAL_STEPS,
+    "best": _USUAL_STEPS,
 }
 
 OutputFormat = Literal["nunchaku-lite", "nunchaku", "comfy", "vllm-omni"]
@@ -223,7 +225,7 @@ class Quantization(Section):
     smoothing: Smoothing | None = None
     """none, closed-form or grid, from where the search starts; chosen by the effort when absent."""
     search: Annotated[tuple[SearchStep, ...] | None, Field(strict=False)] = None
-    """Steps after smoothing, of learned, gptq, scales (with gptq) and refit; chosen by the effort when absent."""
+    """Steps beyond the paper's, of means, learned, gptq, scales (with gptq) and refit; the effort's when absent."""
     refinements: Annotated[int, Field(ge=0, le=20)] = 4
     """Without calibration: rounds, at most, in which branch and codes are fitted to what the other leaves."""
     rank: Rank = DEFAULT_RANK

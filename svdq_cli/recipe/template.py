@@ -28,7 +28,7 @@ _UNSET = {  # what a key that may be absent would look like
     "frames": 17,
     "smoothing": "grid",
     "size_budget": "6.5GB",
-    "search": ["learned", "gptq", "scales", "refit"],
+    "search": ["means", "learned", "gptq", "scales", "refit"],
 }
 _EXAMPLES = {
     "layers": ('- {match: "transformer_blocks.*.ff.net.2", rank: 64}', "- {match: proj_out, keep: true}"),

@@ -127,7 +127,7 @@ def _step_work(step: str, shapes: Shapes, width: int, train: int, final: Work, p
                 factored=3 * width**3,
                 calls=(90 if dear else 30) * width,
             )
-        case "scales":  # counted with gptq, which is measured with them
+        case "scales" | "means":  # counted with gptq, which is measured with them; a sum over the rows
             return Work()
         case _:  # refit
             products = 8 * train * size + 2 * train * width**2 + 3 * width * size
@@ -284,7 +284,7 @@ def _step_bytes(step: str, n: int, branch: int, k: int, rows: int) -> int:
             return max(24 * n * k, 8 * n * k + 22 * drawn * k)
         case "gptq":
             return 20 * k * k + 12 * n * k
-        case "scales":
+        case "scales" | "means":
             return 0
         case _:  # refit
             missing = 8 * branch * k + 12 * branch * rows + 4 * (n - branch) * rows

@@ -50,21 +50,25 @@ def stacked_weights(plans: Sequence[W4A4Plan], weights: Mapping[str, SourceWeigh
 
 
 def relative_errors(
-    x: Tensor, solutions: Mapping[str, W4A4Solution], weights: Mapping[str, SourceWeight]
+    x: Tensor,
+    solutions: Mapping[str, W4A4Solution],
+    weights: Mapping[str, SourceWeight],
+    mean: Tensor | None = None,
 ) -> dict[str, float]:
-    """Noise over signal of each layer's output on rows `x` (M, K), all of which they share."""
+    """Noise over signal of each layer's output on rows `x` (M, K), all of which they share. `mean` (K,): what `x` is
+    less than the input whose output is the signal."""
     errors: dict[str, float] = {}
     for name, solution in solutions.items():
-        signal, noise = _output_sums(x, weights[name].weight, output_of(solution))
+        signal, noise = _output_sums(x, weights[name].weight, output_of(solution), mean=mean)
         errors[name] = float(noise / (signal + _TINY))
     return errors
 
 
-def output_sqnr_db(x: Tensor, weight: Tensor, solution: LayerSolution) -> float:
+def output_sqnr_db(x: Tensor, weight: Tensor, solution: LayerSolution, mean: Tensor | None = None) -> float:
     """Signal to quantization noise of a layer's output on rows `x` (M, K), in dB, with the rounding of the runtimes;
-    `weight` (N, K) is the 16-bit layer's."""
-    bias = solution.bias
-    return decibels(*_output_sums(x, weight, output_as_run(solution), 0.0 if bias is None else bias.float()))
+    `weight` (N, K) is the 16-bit layer's. `mean` as in `relative_errors`."""
+    bias = 0.0 if solution.bias is None else solution.bias.float()
+    return decibels(*_output_sums(x, weight, output_as_run(solution), bias, mean=mean))
 
 
 def output_as_run(solution: LayerSolution) -> Callable[[Tensor], Tensor]:
@@ -112,22 +116,29 @@ def output_of(solution: LayerSolution) -> Callable[[Tensor], Tensor]:
 
 
 def _output_sums(
-    x: Tensor, weight: Tensor, output: Callable[[Tensor], Tensor], bias: Tensor | float = 0.0
+    x: Tensor,
+    weight: Tensor,
+    output: Callable[[Tensor], Tensor],
+    bias: Tensor | float = 0.0,
+    *,
+    mean: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(sum of y^2, sum of (y' - y - bias)^2) over the outputs of rows `x`, exact y and the solution's y'. float64."""
+    """(sum of y^2, sum of (y' - y - bias)^2) over the outputs of rows `x`, exact y and the solution's y'; y^2 of rows
+    that are `mean` more. float64."""
     signal = noise = torch.zeros((), dtype=torch.float64, device=x.device)
+    moved = None if mean is None else mean.to(x.device) @ weight.T
     for rows in x.split(ROWS_AT_ONCE):
-        of_signal, of_noise = _square_sums(rows @ weight.T, output(rows) - bias)
+        of_signal, of_noise = _square_sums(rows @ weight.T, output(rows) - bias, moved)
         signal, noise = signal + of_signal, noise + of_noise
     return signal, noise
 
 
-def _square_sums(exact: Tensor, approximate: Tensor) -> tuple[Tensor, Tensor]:
-    """(sum of y^2, sum of (y' - y)^2), float64, some rows at a time."""
+def _square_sums(exact: Tensor, approximate: Tensor, moved: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(sum of (y + moved)^2, sum of (y' - y)^2), float64, some rows at a time."""
     signal = noise = torch.zeros((), dtype=torch.float64, device=exact.device)
     for rows in row_blocks(exact):
         wanted = exact[rows].double()
-        signal = signal + wanted.square().sum()
+        signal = signal + (wanted if moved is None else wanted + moved.double()).square().sum()
         noise = noise + (wanted - approximate[rows].double()).square().sum()
     return signal, noise
 

@@ -34,6 +34,7 @@ class Task:
     rows: Tensor  # (M, K) float32, in the order in which pictures were drawn
     dtype: torch.dtype
     seed: int
+    mean: Tensor | None = None  # (K,): what the rows are less than the 16-bit model's
 
     @property
     def plans(self) -> tuple[W4A4Plan, ...]:
@@ -88,7 +89,7 @@ def improve(
     train, judge = task.rows.tensor_split([task.rows.shape[0] * (HELD_OUT - 1) // HELD_OUT])
 
     def judged(solutions: Solutions) -> dict[str, float]:
-        return relative_errors(judge, solutions, task.weights)
+        return relative_errors(judge, solutions, task.weights, task.mean)
 
     def note(step: str, errors: Mapping[str, float]) -> float:
         for name, error in errors.items():
@@ -104,8 +105,8 @@ def improve(
         "refit": lambda: _refitted(task, train, best),
     }
     for step in steps:
-        if step == "scales":
-            continue  # taken with gptq
+        if step not in attempts:
+            continue  # scales are taken with gptq, means were moved before
         began = time.monotonic()
         tried = attempts[step]()
         if tried is None:

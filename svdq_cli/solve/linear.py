@@ -67,6 +67,7 @@ def solve_input(
     w4a16_plans = [plan for name in shared.layers if isinstance(plan := plans[name], W4A16Plan)]
     device = _device(weights)
     rows = None if stats is None else stats.rows.to(device).float()
+    mean = None if stats is None else stats.mean
     w4a4: list[W4A4Solution] = []
     reports: list[LayerReport] = []
     if w4a4_plans:
@@ -81,7 +82,7 @@ def solve_input(
         for name, solution in solutions.items():
             w4a4.append(solution)
             gains = {step: round(_decibels(error), 3) for step, error in trail.errors.get(name, {}).items()}
-            sqnr, error = measured(solution, weights[name], rows)
+            sqnr, error = measured(solution, weights[name], rows, mean)
             reports.append(
                 LayerReport(
                     name,
@@ -108,7 +109,7 @@ def solve_input(
     ]
     for solution in w4a16:
         name = solution.plan.name
-        sqnr, error = measured(solution, weights[name], rows)
+        sqnr, error = measured(solution, weights[name], rows, mean)
         reports.append(LayerReport(name, sqnr, None, error, None, {}, {}, device=device.type))
     return SolvedInput(tuple(w4a4), tuple(w4a16), tuple(reports))
 
@@ -160,7 +161,8 @@ def _improve(
 ) -> tuple[dict[str, W4A4Solution], Trail]:
     by_name = {plan.name: plan for plan in plans}
     branches = (tuple(by_name[name] for name in part if name in by_name) for part in shared.branches)
-    task = Task(tuple(part for part in branches if part), weights, rows, settings.dtype, settings.seed)
+    members = tuple(part for part in branches if part)
+    task = Task(members, weights, rows, settings.dtype, settings.seed, stats.mean)
     x_peak = stats.abs_max.to(rows.device).float()
     return improve(
         task,
@@ -317,12 +319,15 @@ def _solution(
     )
 
 
-def measured(solution: LayerSolution, source: SourceWeight, rows: Tensor | None) -> tuple[float, float]:
-    """(SQNR in dB of the output on `rows`, or of the weight without any; the weight error that checks expect)."""
+def measured(
+    solution: LayerSolution, source: SourceWeight, rows: Tensor | None, mean: Tensor | None = None
+) -> tuple[float, float]:
+    """(SQNR in dB of the output on `rows`, or of the weight without any; the weight error that checks expect). `mean`
+    (K,): what `rows` are less than the 16-bit model's, whose output is the signal."""
     error = relative_error(solution, source.weight)
     if rows is None:  # nothing was smoothed, and both are of the plain weight
         return _decibels(error**2), error
-    return output_sqnr_db(rows, source.weight, solution), error
+    return output_sqnr_db(rows, source.weight, solution, mean), error
 
 
 def evenly(rows: Tensor, count: int) -> Tensor:

@@ -6,18 +6,21 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
 from svdq_cli.errors import InputError
 from svdq_cli.overlap import made_ahead
 from svdq_cli.source.tensors import TensorEntry, content_sha256, entry_bytes
+
+if TYPE_CHECKING:
+    from svdq_cli.source.means import MovedMean
 
 COMPONENTS = ("transformer", "unet")
 # Threads that hash weights; few, because each holds a tensor.
@@ -49,6 +52,7 @@ class Source:
     warnings: tuple[str, ...] = ()
     config_from: ConfigFrom = "folder"
     further: Mapping[str, Mapping[str, object]] = field(default_factory=dict)  # other denoisers' configs
+    moved: Sequence[MovedMean] = ()  # means that its biases hold
 
     @property
     def components(self) -> tuple[str, ...]:
