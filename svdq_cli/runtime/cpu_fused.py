@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from svdq_cli.errors import UsageError
-from svdq_cli.pack.cpu_panels import STEP, pack_down, pack_up
+from svdq_cli.pack.cpu_panels import BLOCK, STEP, pack_down, pack_up
 from svdq_cli.records import GELU_SHIFT, LayerSolution, W4A4Solution, W4A16Solution
 from svdq_cli.runtime import cpu_operators  # noqa: F401  defines torch.ops.svdq.cpu_*
 from svdq_cli.runtime.cpu_operands import (
@@ -127,7 +127,9 @@ class CpuW4A4Linear(KernelW4A4Linear):
 
 class FeedForwardBesideAttention(FusedFeedForward):
     """The MLP of a block that runs beside its attention: a last layer of the attention's output and, after it, GELU by
-    tanh of a first layer. The MLP's activation is never written."""
+    tanh of a first layer. The MLP's activation is never written, and its codes are there for `ROWS` rows at a time."""
+
+    ROWS = 256 * BLOCK
 
     def __init__(self, first: CpuW4A4Linear, second: CpuW4A4Linear) -> None:
         super().__init__(first, second)
@@ -142,9 +144,20 @@ class FeedForwardBesideAttention(FusedFeedForward):
 
     def joined(self, attention: Tensor, quantized: Quantized) -> Tensor:
         """`attention` (..., its width), `quantized` what the first layer reads."""
+        rows = attention.reshape(-1, attention.shape[-1])
+        m = rows.shape[0]
+        if m <= self.ROWS or torch.compiler.is_compiling():
+            y = self._rows(rows, quantized)
+        else:
+            y = rows.new_empty(m, self.out_features)
+            for start in range(0, m, self.ROWS):
+                some = slice(start, start + self.ROWS)
+                y[some] = self._rows(rows[some], rows_of_quantized(quantized, start, self.ROWS))
+        return y.reshape(*attention.shape[:-1], self.out_features)
+
+    def _rows(self, attention: Tensor, quantized: Quantized) -> Tensor:
         assert isinstance(self.first, CpuW4A4Linear)
-        m = attention.shape[:-1].numel()
-        between = self.first.multiply_gelu_quantize(quantized, m, self.second, attention)
+        between = self.first.multiply_gelu_quantize(quantized, attention.shape[0], self.second, attention)
         return self.second.finished(between, attention)
 
 
@@ -173,6 +186,13 @@ class CpuW4A16Linear(KernelLinear):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, w4a16"
+
+
+def rows_of_quantized(quantized: Quantized, start: int, count: int) -> Quantized:
+    """Views of `count` rows from `start` on, both multiples of BLOCK."""
+    codes, scales, hidden = quantized
+    blocks = slice(start // BLOCK, (start + count) // BLOCK)
+    return codes[blocks], scales[:, blocks], hidden[blocks]
 
 
 def cpu_linear(

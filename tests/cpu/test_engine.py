@@ -23,7 +23,12 @@ from svdq_cli.errors import UsageError
 from svdq_cli.pack.cpu_panels import unpack_hidden, unpack_row_codes, unpack_row_scales
 from svdq_cli.records import Int4, NvFp4, Precision, W4A4Solution
 from svdq_cli.runtime.cpu_definition import defined_linear, defined_w4a16, quantized_rows
-from svdq_cli.runtime.cpu_fused import CpuW4A4Linear, CpuW4A16Linear, cpu_linear
+from svdq_cli.runtime.cpu_fused import (
+    CpuW4A4Linear,
+    CpuW4A16Linear,
+    FeedForwardBesideAttention,
+    cpu_linear,
+)
 from svdq_cli.runtime.cpu_operands import cpu_objection, pack_cpu
 from svdq_cli.runtime.cpu_selftest import MOST, engine_cases
 from svdq_cli.runtime.kernel_linear import FusedFeedForward, fused_feed_forward
@@ -309,6 +314,18 @@ def test_a_feed_forward_beside_an_attention_is_its_two_layers_with_torchs_gelu_b
     # The engine's GELU is of the 16-bit number
     inner = F.gelu(one(x).bfloat16(), approximate="tanh").to(dtype)
     assert torch.equal(fused(torch.cat((attention, x), -1)), two(torch.cat((attention, inner), -1)))
+
+
+def test_some_rows_at_a_time_of_a_feed_forward_beside_an_attention_are_all_of_its_rows(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    one, two = cpu_linear(random_w4a4(Int4(), n=320, k=192)), cpu_linear(random_w4a4(Int4(), n=72, k=448))
+    assert isinstance(one, CpuW4A4Linear)
+    assert isinstance(two, CpuW4A4Linear)
+    fused, x = FeedForwardBesideAttention(one, two), activations(2, 21, 128 + 192)
+    wanted = fused(x)
+    monkeypatch.setattr(FeedForwardBesideAttention, "ROWS", 12)
+    assert torch.equal(fused(x), wanted)
 
 
 def test_only_whole_groups_of_attention_come_before_a_feed_forward():
