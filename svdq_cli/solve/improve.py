@@ -18,8 +18,9 @@ from svdq_cli.solve.forward import SourceWeight, dequantized_weight, relative_er
 from svdq_cli.solve.learned import GPTQ_LEAVES, learn_smoothing
 from svdq_cli.solve.low_rank import split_low_rank
 from svdq_cli.solve.quantizers import QuantizedWeight, fake_quantize_activation
-from svdq_cli.solve.refit import RIDGE, refit_branch
+from svdq_cli.solve.refit import refit_branch, ridge_for
 from svdq_cli.solve.rounding import NO_SEARCH, SCALE_FACTORS, gptq_weight
+from svdq_cli.solve.second_moments import second_moments
 
 HELD_OUT = 8  # one row in eight judges: the last ones, which come from pictures that the others do not
 LEAST_ROWS = 64  # with fewer there is nothing to learn from and nothing to judge on
@@ -163,7 +164,7 @@ def _rounded(task: Task, train: Tensor, best: Solutions, factors: tuple[float, .
     """The same branches, what they leave over rounded by GPTQ with `factors` for the groups' scales. All layers see one
     input, so one Hessian serves all."""
     drawn = fake_quantize_activation(train / _smooth(best), task.precision)
-    hessian = drawn.T @ drawn / len(drawn)
+    hessian = second_moments(drawn)
     left = _residual(task, best)
     quantized = gptq_weight(
         left, hessian, task.precision, dtype=task.dtype, parts=task.counts, factors=factors
@@ -183,7 +184,7 @@ def _refitted(task: Task, train: Tensor, best: Solutions) -> Solutions | None:
         product = (ups @ down) * smooth
         four_bit = torch.cat([dequantized_weight(best[plan.name]) for plan in members])
         missing = train @ task.stacked(members).T - drawn @ four_bit.T - x @ product.T
-        found = refit_branch(x, missing, product, rank=members[0].rank, ridge=RIDGE, seed=task.seed)
+        found = refit_branch(x, missing, product, rank=members[0].rank, ridge=ridge_for(x), seed=task.seed)
         if found is None:
             continue
         up, new_down = found[0].to(task.dtype), (found[1] / smooth).to(task.dtype).contiguous()

@@ -9,8 +9,14 @@ import torch
 from torch import Tensor
 
 from svdq_cli.solve.low_rank import split_low_rank
+from svdq_cli.solve.second_moments import second_moments
 
 RIDGE = 0.1  # share of the mean second moment; between 0.05 and 0.3 the result hardly changes
+
+
+def ridge_for(rows: Tensor) -> float:
+    """The ridge for inputs (M, K): more than usual where there are fewer than ten rows a channel, or it fits chance."""
+    return max(RIDGE, rows.shape[1] / len(rows))
 
 
 def refit_branch(
@@ -23,7 +29,7 @@ def refit_branch(
     second moment, the best B is G^-T times the truncated SVD of G^-1 (C product^T + rows^T missing). None without a
     usable C.
     """
-    gram = rows.T @ rows
+    gram = second_moments(rows).mul_(len(rows))
     gram.diagonal().add_(ridge * gram.diagonal().mean())
     root, failed = torch.linalg.cholesky_ex(gram.double())
     if int(failed):
