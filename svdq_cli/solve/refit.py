@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from svdq_cli.solve.low_rank import split_low_rank
-from svdq_cli.solve.second_moments import second_moments
 
 RIDGE = 0.1  # share of the mean second moment; between 0.05 and 0.3 the result hardly changes
 
@@ -29,7 +28,7 @@ def refit_branch(
     second moment, the best B is G^-T times the truncated SVD of G^-1 (C product^T + rows^T missing). None without a
     usable C.
     """
-    gram = second_moments(rows).mul_(len(rows))
+    gram = rows.T @ rows
     gram.diagonal().add_(ridge * gram.diagonal().mean())
     root, failed = torch.linalg.cholesky_ex(gram.double())
     if int(failed):
