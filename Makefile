@@ -38,11 +38,11 @@ bench: $(STAMP) ## speed of converted layers on this machine
 	$(BIN)/python -m svdq_cli bench
 
 bench-convert: $(STAMP) ## what --plan predicts against what conversions take, and they against reading and SVD
-	$(BIN)/python -m svdq_cli.bench.plan_accuracy
-	$(BIN)/python -m svdq_cli.bench.streaming
+	$(BIN)/python -m tools.plan_accuracy
+	$(BIN)/python -m tools.streaming
 
 bench-quality: $(STAMP) ## what each step of the search is worth, on the embedded model (half an hour)
-	$(BIN)/python -m svdq_cli.quality
+	$(BIN)/python -m tools.bench_quality
 
 # The same 60 random layers on every instruction set, and under the sanitizers: equal digests, no report. NEON runs in
 # qemu-user where Debian's g++-aarch64-linux-gnu and qemu-user are installed.

@@ -79,7 +79,8 @@ from svdq_cli.gpu.hopper_choice import (  # noqa: E402
 )
 from svdq_cli.gpu.hopper_modes import HopperMode  # noqa: E402
 from svdq_cli.gpu.launch import cuda_device  # noqa: E402
-from svdq_cli.records import Int4, ignore_events, to_json  # noqa: E402
+from svdq_cli.records import Int4, ignore_events  # noqa: E402
+from svdq_cli.reports import to_json  # noqa: E402
 from svdq_cli.runtime.fused import FusedW4A4Linear  # noqa: E402
 from svdq_cli.runtime.selftest import kernel_cases  # noqa: E402
 
@@ -222,13 +223,16 @@ def modes(out: Path) -> Iterator[dict[str, object]]:
 
 def _psnr_to_exact(out: Path) -> dict[str, float]:
     """Mean PSNR of the embedded model's pictures in each mode against mode EXACT's."""
-    from svdq_cli.calibrate.pipelines import draw
-    from svdq_cli.checkpoint import open_checkpoint
-    from svdq_cli.drawing import demo_calibration, evaluation_recipe
+    from svdq_cli.checkpoint.reader import open_checkpoint
+    from svdq_cli.conversion.convert import convert
+    from svdq_cli.entrypoints.generate import demo_calibration
     from svdq_cli.evaluate.images import compare
-    from svdq_cli.loading import load_pipeline
-    from svdq_cli.pipeline import convert
-    from svdq_cli.preparing import RunOptions, chosen_prompts, draw_settings
+    from svdq_cli.inference.load import load_pipeline
+    from svdq_cli.pipelines.generate import draw
+    from svdq_cli.prepare.defaults import evaluation_recipe
+    from svdq_cli.prepare.options import RunOptions
+    from svdq_cli.prepare.prepare import draw_settings
+    from svdq_cli.prepare.prompts import chosen_prompts
     from svdq_cli.recipe import default_recipe
 
     folder, options = out / "embedded-int4", RunOptions(device="cuda", overwrite=True)

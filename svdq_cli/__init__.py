@@ -11,8 +11,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from svdq_cli.loading import load_pipeline
-    from svdq_cli.lora.attaching import load_lora, set_adapters, unload_lora
+    from svdq_cli.inference.load import load_pipeline
+    from svdq_cli.lora.attach import load_lora, set_adapters, unload_lora
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load_lora", "load_pipeline", "set_adapters", "unload_lora"]
@@ -20,11 +20,11 @@ __all__ = ["__version__", "load_lora", "load_pipeline", "set_adapters", "unload_
 
 def __getattr__(name: str) -> object:
     if name == "load_pipeline":
-        from svdq_cli.loading import load_pipeline
+        from svdq_cli.inference.load import load_pipeline
 
         return load_pipeline
     if name in ("load_lora", "set_adapters", "unload_lora"):
-        from svdq_cli.lora import attaching
+        from svdq_cli.lora import attach
 
-        return getattr(attaching, name)
+        return getattr(attach, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

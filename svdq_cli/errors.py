@@ -129,3 +129,8 @@ class CanceledRunError(InterruptedRunError):
 class Terminated(KeyboardInterrupt):
     """SIGTERM, raised where the signal met the program. As Ctrl-C's own exception, it is not an `Exception`: no
     library that tries one thing after the other takes it for a failed try."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its class where it has none: for messages that quote another library."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

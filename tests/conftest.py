@@ -71,8 +71,8 @@ def write_text(tmp_path: Path) -> Callable[[str, str], Path]:
 @pytest.fixture(scope="session")
 def converted_flux(tiny_flux: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """By precision, a folder that holds `lite/` and one `FORMAT.safetensors` for each other format."""
-    from svdq_cli.pipeline import convert
-    from svdq_cli.preparing import RunOptions
+    from svdq_cli.conversion.convert import convert
+    from svdq_cli.prepare.options import RunOptions
     from svdq_cli.recipe import Output, Quantization, default_recipe
 
     made: dict[str, Path] = {}

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from svdq_cli.conversion.solving import solve_into, solved_layers
-from svdq_cli.journal import WorkFolder
-from svdq_cli.preparing import Prepared
+from svdq_cli.conversion.solve_layers import solve_into, solved_layers
+from svdq_cli.conversion.work_folder import WorkFolder
+from svdq_cli.prepare.prepare import Prepared
 from svdq_cli.records import LayerSolution, ignore_events
 
 

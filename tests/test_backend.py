@@ -8,18 +8,20 @@ import pytest
 import torch
 from torch import nn
 
-from svdq_cli.calibrate.pipelines import draw
-from svdq_cli.checkpoint import Checkpoint, open_checkpoint
+from svdq_cli.checkpoint.reader import Checkpoint, open_checkpoint
+from svdq_cli.conversion.convert import convert
 from svdq_cli.cpu.build import find_compiler
-from svdq_cli.drawing import evaluation_recipe
 from svdq_cli.errors import EnvironmentLacksError, UsageError
 from svdq_cli.evaluate.images import compare
 from svdq_cli.gpu.architectures import architecture
 from svdq_cli.gpu.hopper_choice import ModeMeasurement
 from svdq_cli.gpu.hopper_modes import HopperMode
-from svdq_cli.loading import Backend, _on_kernels, choose_backend, load_model, load_pipeline
-from svdq_cli.pipeline import convert
-from svdq_cli.preparing import RunOptions, chosen_prompts, sampling_for, with_model_sampling
+from svdq_cli.inference.load import Backend, _on_kernels, choose_backend, load_model, load_pipeline
+from svdq_cli.pipelines.generate import draw
+from svdq_cli.prepare.defaults import evaluation_recipe
+from svdq_cli.prepare.options import RunOptions
+from svdq_cli.prepare.prompts import chosen_prompts
+from svdq_cli.prepare.sampling import sampling_for, with_model_sampling
 from svdq_cli.recipe import Quantization, default_recipe
 from svdq_cli.records import ignore_events
 from svdq_cli.runtime.cpu_fused import CpuW4A4Linear, FeedForwardBesideAttention
@@ -107,7 +109,7 @@ def test_the_model_on_the_cpu_engine_computes_what_its_layers_compute_one_by_one
         return load_model(checkpoint, dtype=torch.bfloat16, backend=Backend("cpu", ""))[0]
 
     fused = loaded()
-    monkeypatch.setattr("svdq_cli.loading.fuse_feed_forwards", lambda _: 0)
+    monkeypatch.setattr("svdq_cli.inference.load.fuse_feed_forwards", lambda _: 0)
     layers = loaded()
     block = fused.get_submodule("single_transformer_blocks.0")
     assert isinstance(block.get_submodule("proj_out"), FeedForwardBesideAttention)
@@ -197,5 +199,5 @@ def test_a_mode_of_hopper_is_taken_when_asked_for_and_refused_elsewhere():
 def test_hoppers_default_is_what_was_measured(monkeypatch: pytest.MonkeyPatch):
     measured = (ModeMeasurement("fp8", 50_000.0, 40.0), ModeMeasurement("exact", 60_000.0, 100.0))
     for found, mode in (((), None), (measured, HopperMode.FP8)):
-        monkeypatch.setattr("svdq_cli.loading.measured_modes", lambda found=found: found)
+        monkeypatch.setattr("svdq_cli.inference.load.measured_modes", lambda found=found: found)
         assert _on_kernels(architecture("sm_90a"), None).mode == mode

@@ -14,17 +14,20 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from svdq_cli.cli import run
-from svdq_cli.conversion import allocation, backoff, fitting, solving
-from svdq_cli.conversion import run as converting
+from svdq_cli.conversion import allocation, memory, memory_backoff, solve_layers
+from svdq_cli.conversion import convert as converting
 from svdq_cli.conversion.allocation import candidates_of
-from svdq_cli.conversion.backoff import Need, Way, where_it_fits
-from svdq_cli.conversion.solving import Statistics
+from svdq_cli.conversion.calibrate import calibrate
+from svdq_cli.conversion.convert import convert
+from svdq_cli.conversion.memory_backoff import Need, Way, where_it_fits
+from svdq_cli.conversion.solve_layers import Statistics
 from svdq_cli.errors import OutOfResourcesError, as_out_of_memory
-from svdq_cli.overlap import NoRoomBeside
-from svdq_cli.pipeline import calibrate, convert
-from svdq_cli.preparing import RunOptions, prepare
+from svdq_cli.prepare.options import RunOptions
+from svdq_cli.prepare.prepare import prepare
 from svdq_cli.recipe import Calibration, Quantization, Recipe, default_recipe
-from svdq_cli.records import ActivationStats, ConvertReport, Event, SharedInput, ignore_events
+from svdq_cli.records import ActivationStats, Event, SharedInput, ignore_events
+from svdq_cli.reports import ConvertReport
+from svdq_cli.system.threads import NoRoomBeside
 from tests.allocations import Allocations
 
 WEIGHTS = Path("transformer/diffusion_pytorch_model.safetensors")
@@ -57,14 +60,14 @@ def whole(tiny_flux: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[by
 def solve_with(monkeypatch: pytest.MonkeyPatch, allocator: Callable[[int], Allocations]) -> None:
     """Every portion is solved with an allocator of its own. `allocator` is told which attempt it is for, from 1."""
     attempts: Counter[str] = Counter()
-    solve = solving.solve_input
+    solve = solve_layers.solve_input
 
     def watched(portion: SharedInput, *args):
         attempts[portion.layers[0]] += 1
         with allocator(attempts[portion.layers[0]]):
             return solve(portion, *args)
 
-    monkeypatch.setattr(solving, "solve_input", watched)
+    monkeypatch.setattr(solve_layers, "solve_input", watched)
 
 
 @pytest.mark.parametrize("failing", [1, 20, 77])
@@ -148,7 +151,7 @@ def test_what_fits_on_no_gpu_is_solved_on_the_cpu_and_the_report_says_so(
     monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.setattr(converting, "resolve_device", lambda wanted: GPU)
-    monkeypatch.setattr(solving.RawWeight, "pinned", lambda weight: weight)  # takes a driver
+    monkeypatch.setattr(solve_layers.RawWeight, "pinned", lambda weight: weight)  # takes a driver
     said = Warnings()
     with GpuWithoutMemory():
         report = convert(recipe_for(tiny_flux), tmp_path / "out", options=ON_CPU, observe=said)
@@ -168,7 +171,7 @@ def test_a_limit_on_gpu_memory_moves_layers_to_the_cpu_without_a_try(
 ):
     monkeypatch.setattr(converting, "resolve_device", lambda wanted: GPU)
     monkeypatch.setattr(converting, "limit_vram", lambda device, most: None)  # takes a driver
-    monkeypatch.setattr(solving.RawWeight, "pinned", lambda weight: weight)
+    monkeypatch.setattr(solve_layers.RawWeight, "pinned", lambda weight: weight)
     said = Warnings()
     convert(recipe_for(tiny_flux), tmp_path / "out", options=RunOptions(max_vram=100), observe=said)
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == whole[0]
@@ -202,8 +205,8 @@ def test_host_memory_that_shrinks_ends_the_run_before_it_is_gone(
         return 1000 if kept.is_dir() and len(list(kept.glob("*.safetensors"))) >= 3 else GIB
 
     with monkeypatch.context() as short:
-        short.setattr(fitting, "available_ram", left)
-        short.setattr(backoff, "available_ram", left)
+        short.setattr(memory, "available_ram", left)
+        short.setattr(memory_backoff, "available_ram", left)
         with pytest.raises(
             OutOfResourcesError, match=r"solving it takes .* GB of memory, and 0\.00 GB are free"
         ) as seen:
@@ -217,7 +220,7 @@ def test_host_memory_that_shrinks_ends_the_run_before_it_is_gone(
 
 def test_a_portion_lets_go_of_what_it_can_before_it_takes_less_at_a_time(monkeypatch: pytest.MonkeyPatch):
     free = [100]
-    monkeypatch.setattr(fitting, "available_ram", lambda: free[0])
+    monkeypatch.setattr(memory, "available_ram", lambda: free[0])
 
     def let_go() -> None:
         free[0] += 50
@@ -238,13 +241,13 @@ def test_a_portion_lets_go_of_what_it_can_before_it_takes_less_at_a_time(monkeyp
 def test_a_limit_on_memory_that_is_enough_changes_nothing(
     tiny_flux: Path, whole: tuple[bytes, ConvertReport], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(solving, "free_tensors_at_once", lambda: None)  # or other tests would be slower
+    monkeypatch.setattr(solve_layers, "free_tensors_at_once", lambda: None)  # or other tests would be slower
     convert(recipe_for(tiny_flux), tmp_path / "out", options=RunOptions(device="cpu", max_ram=64 * GIB))
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == whole[0]
 
 
 def test_beside_others_a_portion_takes_no_less_and_waits_for_them_instead(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(fitting, "available_ram", lambda: 100)
+    monkeypatch.setattr(memory, "available_ram", lambda: 100)
 
     def solved(needed: int, *, fail: bool = False) -> Way:
         def attempt(way: Way) -> Way:
@@ -267,14 +270,14 @@ def test_beside_others_a_portion_takes_no_less_and_waits_for_them_instead(monkey
 def test_what_the_process_grows_by_is_not_counted_twice(monkeypatch: pytest.MonkeyPatch):
     """A portion that `--max-ram` had room for when the work began has it later, too."""
     held = [300 * 2**20]
-    monkeypatch.setattr(fitting, "resident_ram", lambda: held[0])
+    monkeypatch.setattr(memory, "resident_ram", lambda: held[0])
     options = RunOptions(device="cpu", max_ram=400 * 2**20)
-    reserved = fitting.reserved_ram()
-    before = fitting.free_ram(options)
-    held[0] += fitting.UNCOUNTED // 2
-    assert fitting.free_ram(options, reserved=reserved) == before
-    held[0] += fitting.UNCOUNTED
-    assert fitting.free_ram(options, reserved=reserved) == before - fitting.UNCOUNTED // 2
+    reserved = memory.reserved_ram()
+    before = memory.free_ram(options)
+    held[0] += memory.UNCOUNTED // 2
+    assert memory.free_ram(options, reserved=reserved) == before
+    held[0] += memory.UNCOUNTED
+    assert memory.free_ram(options, reserved=reserved) == before - memory.UNCOUNTED // 2
 
 
 def test_what_a_failed_drawing_held_is_gone_before_it_is_begun_again():
@@ -292,7 +295,7 @@ def test_what_a_failed_drawing_held_is_gone_before_it_is_begun_again():
     def observe(event: Event) -> None:
         alive.append(held[-1]() is not None)
 
-    assert fitting.first_that_fits(attempt, (1.0, 0.5, 0.0), stage="record", observe=observe) == 0
+    assert memory.first_that_fits(attempt, (1.0, 0.5, 0.0), stage="record", observe=observe) == 0
     assert alive == [False, False]
 
 

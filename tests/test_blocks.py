@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from svdq_cli.blocks import Place, blocks_of, in_blocks, places_of
+from svdq_cli.planning.blocks import Place, blocks_of, in_blocks, places_of
 
 FLUX = [
     "x_embedder",

@@ -14,11 +14,11 @@ import torch
 
 from svdq_cli.calibrate import open_calibration
 from svdq_cli.calibrate.budget import rows_within, statistics_bytes
-from svdq_cli.conversion.calibrating import calibrate, input_widths
-from svdq_cli.conversion.run import convert
+from svdq_cli.conversion.calibrate import calibrate, input_widths
+from svdq_cli.conversion.convert import convert
 from svdq_cli.errors import CanceledRunError, InterruptedRunError, Terminated, UsageError
 from svdq_cli.formats import format_named
-from svdq_cli.preparing import RunOptions
+from svdq_cli.prepare.options import RunOptions
 from svdq_cli.recipe import Calibration, Recipe, default_recipe
 from svdq_cli.records import Event, Int4
 from tests.full_size import FLUX_DEV, full_size_plan

@@ -9,11 +9,11 @@ import pytest
 from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 
-from svdq_cli.exporting import export
+from svdq_cli.conversion.convert import convert
+from svdq_cli.entrypoints.export import export
+from svdq_cli.entrypoints.push import push
 from svdq_cli.lora.fold import fold
-from svdq_cli.pipeline import convert
-from svdq_cli.preparing import RunOptions
-from svdq_cli.pushing import push
+from svdq_cli.prepare.options import RunOptions
 from svdq_cli.recipe import Output, Recipe, default_recipe, parse_fail_if, with_overrides
 from tests.lora.layers import FOUR_BIT, small_lora
 from tests.source.test_loras import peft

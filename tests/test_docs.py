@@ -20,14 +20,14 @@ import typer
 from PIL import Image
 
 from svdq_cli import errors
-from svdq_cli.calibrate.pipelines import draw, load_source_pipeline
-from svdq_cli.calibrate.settings import DrawSettings
 from svdq_cli.cli import run
 from svdq_cli.cli.app import app
-from svdq_cli.demo.judge import look
 from svdq_cli.evaluate.images import psnr_db
+from svdq_cli.pipelines.generate import draw, load_source_pipeline
+from svdq_cli.pipelines.settings import DrawSettings
 from svdq_cli.sampling import sampling_of
 from svdq_cli.source import open_source
+from tools.train_demo.judge import look
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -207,7 +207,7 @@ def test_an_installed_svdq_has_its_recipes_prompts_and_manual(installed: Path, t
         "from svdq_cli.cli import run\n"
         "assert run(['recipes']) == 0\n"
         "assert run(['convert', '--help']) == 0\n"
-        "from svdq_cli.starting import recipe_of\n"
+        "from svdq_cli.prepare.from_command_line import recipe_of\n"
         "from svdq_cli.recipe import find_prompts\n"
         "recipe, beside = recipe_of('flux1-dev-int4')\n"
         "print(find_prompts(recipe.calibration.prompts, beside))\n"

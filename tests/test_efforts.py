@@ -7,13 +7,15 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from svdq_cli.checkpoint import open_checkpoint
+from svdq_cli.checkpoint.check import check
+from svdq_cli.checkpoint.reader import open_checkpoint
+from svdq_cli.conversion.calibrate import calibrate
+from svdq_cli.conversion.convert import convert
 from svdq_cli.errors import UsageError
-from svdq_cli.pipeline import calibrate, check, convert
-from svdq_cli.preparing import RunOptions
+from svdq_cli.prepare.options import RunOptions
 from svdq_cli.recipe import Calibration, Output, Quantization, RankOverride, Recipe, default_recipe
 from svdq_cli.reconstruct import tuning
-from svdq_cli.records import ConvertReport
+from svdq_cli.reports import ConvertReport
 
 CPU = RunOptions(device="cpu")
 
@@ -162,7 +164,7 @@ def test_best_without_prompts_says_so_before_the_long_work(
     def never(*args: object) -> None:
         raise AssertionError("layers were solved")
 
-    monkeypatch.setattr("svdq_cli.conversion.run.solve_into", never)
+    monkeypatch.setattr("svdq_cli.conversion.convert.solve_into", never)
     with pytest.raises(UsageError, match="needs the whole pipeline and prompts"):
         convert(
             recipe_for(tiny_flux, None, effort="best"), tmp_path / "out", calibration=artefact, options=CPU

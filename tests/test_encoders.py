@@ -10,13 +10,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import T5EncoderModel
 
-from svdq_cli.calibrate.pipelines import draw
-from svdq_cli.calibrate.settings import DrawSettings
-from svdq_cli.encoders import pack_words, quantize_encoder, require_encoders, unpack_words
+from svdq_cli.checkpoint.text_encoders import (
+    pack_words,
+    quantize_encoder,
+    require_encoders,
+    unpack_words,
+)
+from svdq_cli.conversion.convert import convert
 from svdq_cli.errors import InputError, UsageError
-from svdq_cli.loading import load_pipeline
-from svdq_cli.pipeline import convert
-from svdq_cli.preparing import RunOptions, prepare
+from svdq_cli.inference.load import load_pipeline
+from svdq_cli.pipelines.generate import draw
+from svdq_cli.pipelines.settings import DrawSettings
+from svdq_cli.prepare.options import RunOptions
+from svdq_cli.prepare.prepare import prepare
 from svdq_cli.recipe import Output, Quantization, default_recipe
 
 WO = "encoder.block.0.layer.1.DenseReluDense.wo"

@@ -12,13 +12,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from svdq_cli.checkpoint import open_checkpoint
+from svdq_cli.checkpoint.check import check
+from svdq_cli.checkpoint.reader import open_checkpoint
 from svdq_cli.cli import run
+from svdq_cli.conversion.convert import convert
+from svdq_cli.entrypoints.export import export
 from svdq_cli.errors import InputError, UsageError
-from svdq_cli.exporting import export
-from svdq_cli.loading import load_pipeline
-from svdq_cli.pipeline import check, convert
-from svdq_cli.preparing import RunOptions
+from svdq_cli.inference.load import load_pipeline
+from svdq_cli.prepare.options import RunOptions
 from svdq_cli.recipe import Output, Quantization, default_recipe
 from svdq_cli.records import W4A4Solution, W4A16Solution
 from svdq_cli.runtime.linear import w4a16_rounded_weight

@@ -11,12 +11,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from svdq_cli.calibrate.artefact import open_calibration
-from svdq_cli.checkpoint import open_checkpoint
+from svdq_cli.checkpoint.reader import open_checkpoint
 from svdq_cli.cli import run
-from svdq_cli.drawing import evaluation_recipe, generate
+from svdq_cli.conversion.calibrate import calibrate
+from svdq_cli.conversion.convert import convert
+from svdq_cli.entrypoints.generate import generate
 from svdq_cli.errors import CheckFailedError, InputError
-from svdq_cli.pipeline import calibrate, convert
-from svdq_cli.preparing import RunOptions
+from svdq_cli.prepare.defaults import evaluation_recipe
+from svdq_cli.prepare.options import RunOptions
 from svdq_cli.recipe import Calibration, Quantization, Recipe, default_recipe
 
 CPU = RunOptions(device="cpu")

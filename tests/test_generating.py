@@ -12,8 +12,8 @@ from PIL import Image
 
 import svdq_cli
 from svdq_cli.cli import run
-from svdq_cli.pipeline import convert
-from svdq_cli.preparing import RunOptions
+from svdq_cli.conversion.convert import convert
+from svdq_cli.prepare.options import RunOptions
 from svdq_cli.recipe import Quantization, default_recipe
 from tests.tiny_families import tiny_pipeline
 

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from svdq_cli.errors import UsageError
-from svdq_cli.graphics_cards import CARDS, Card, card_named
+from svdq_cli.system.graphics_cards import CARDS, Card, card_named
 
 
 @pytest.mark.parametrize(

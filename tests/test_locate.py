@@ -12,9 +12,9 @@ import pytest
 from huggingface_hub import errors
 from safetensors.torch import load_file, save_file
 
+from svdq_cli.conversion.convert import convert
 from svdq_cli.errors import InputError
-from svdq_cli.locate import locate_base, locate_source, portable_name
-from svdq_cli.pipeline import convert
+from svdq_cli.prepare.locate import locate_base, locate_source, portable_name
 from svdq_cli.recipe import default_recipe, with_overrides
 from svdq_cli.source import open_source
 from tests.source.test_single_file import WEIGHTS, bfl_file

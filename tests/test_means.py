@@ -8,13 +8,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from svdq_cli.checkpoint import Checkpoint, open_checkpoint
+from svdq_cli.checkpoint.check import check
+from svdq_cli.checkpoint.reader import Checkpoint, open_checkpoint
+from svdq_cli.conversion.convert import convert
+from svdq_cli.entrypoints.export import export
 from svdq_cli.errors import InputError, UsageError
-from svdq_cli.exporting import export
 from svdq_cli.lora.fold import fold
 from svdq_cli.lora.standalone import write_nunchaku_lora
-from svdq_cli.pipeline import check, convert
-from svdq_cli.preparing import RunOptions
+from svdq_cli.prepare.options import RunOptions
 from svdq_cli.recipe import Calibration, Output, Quantization, default_recipe
 from svdq_cli.records import ActivationStats
 from svdq_cli.solve.means import common_mean, less_mean

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from svdq_cli.offload import Room, fill, weights_bytes
+from svdq_cli.system.offload import Room, fill, weights_bytes
 from tests.tiny import tiny_flux_transformer
 
 CPU = torch.device("cpu")

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from svdq_cli.cli import run
-from svdq_cli.conversion.on_card import CONTEXT
-from svdq_cli.graphics_cards import Card, card_named
-from svdq_cli.pipeline import predict
-from svdq_cli.preparing import RunOptions
+from svdq_cli.conversion.plan import predict
+from svdq_cli.conversion.plan_gpu import CONTEXT
+from svdq_cli.prepare.options import RunOptions
 from svdq_cli.recipe import Calibration, Quantization, Recipe, default_recipe
-from svdq_cli.records import GpuFacts
+from svdq_cli.reports import GpuFacts
+from svdq_cli.system.graphics_cards import Card, card_named
 
 CPU = RunOptions(device="cpu")
 

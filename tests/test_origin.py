@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from svdq_cli.checkpoint import open_checkpoint
+from svdq_cli.checkpoint.reader import open_checkpoint
 from svdq_cli.cli import run
 from svdq_cli.lora.fold import fold
-from svdq_cli.origin import origin_of
-from svdq_cli.preparing import DEFAULT_OPTIONS
+from svdq_cli.prepare.options import DEFAULT_OPTIONS
+from svdq_cli.prepare.origin import origin_of
 from svdq_cli.recipe import default_recipe
 from tests.lora.layers import FOUR_BIT, small_lora
 from tests.source.test_loras import peft

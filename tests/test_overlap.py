@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import pytest
 import torch
 
-from svdq_cli.overlap import (
+from svdq_cli.system.threads import (
     NoRoomBeside,
     cores,
     done_behind,

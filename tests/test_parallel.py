@@ -17,9 +17,9 @@ import torch.distributed as dist
 
 from svdq_cli.cli import run
 from svdq_cli.errors import InterruptedRunError
-from svdq_cli.parallel import ALONE, JoinedTeam
 from svdq_cli.records import Int4, Linear, SharedInput, SolveSettings, W4A4Plan
 from svdq_cli.solve.costs import NOMINAL, solve_work
+from svdq_cli.system.distributed import ALONE, JoinedTeam
 
 CALIBRATION = [
     "--prompts",

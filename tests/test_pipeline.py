@@ -10,22 +10,28 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from svdq_cli import writing as writing_module
-from svdq_cli.bench.generate_flux import generate_flux
 from svdq_cli.calibrate.artefact import open_calibration
-from svdq_cli.calibrate.pipelines import draw
-from svdq_cli.checkpoint import open_checkpoint
-from svdq_cli.drawing import evaluation_recipe, generate
+from svdq_cli.checkpoint.check import check
+from svdq_cli.checkpoint.reader import open_checkpoint, writer
+from svdq_cli.checkpoint.writer import WEIGHT_FILE
+from svdq_cli.conversion.calibrate import calibrate
+from svdq_cli.conversion.convert import convert
+from svdq_cli.conversion.plan import predict
+from svdq_cli.entrypoints.generate import generate
+from svdq_cli.entrypoints.inspect import inspect_checkpoint, inspect_source
 from svdq_cli.errors import CheckFailedError, InputError, OutOfResourcesError, UsageError
-from svdq_cli.loading import load_pipeline
-from svdq_cli.overlap import torch_threads
-from svdq_cli.pipeline import calibrate, check, convert, inspect_checkpoint, inspect_source, predict
-from svdq_cli.preparing import RunOptions, sampling_for
+from svdq_cli.inference.load import load_pipeline
+from svdq_cli.pipelines.generate import draw
+from svdq_cli.prepare.defaults import evaluation_recipe
+from svdq_cli.prepare.options import RunOptions
+from svdq_cli.prepare.sampling import sampling_for
 from svdq_cli.recipe import Calibration, Quantization, Recipe, default_recipe
 from svdq_cli.runtime.linear import W4A4Linear, W4A16Linear
 from svdq_cli.source import open_source, source_digest
-from svdq_cli.tensor_file import TensorWriter
-from svdq_cli.writing import WEIGHT_FILE
+from svdq_cli.storage import atomic
+from svdq_cli.storage.tensor_file import TensorWriter
+from svdq_cli.system.threads import torch_threads
+from tools.generate_flux import generate_flux
 
 WEIGHTS = Path("transformer/diffusion_pytorch_model.safetensors")
 CPU = RunOptions(device="cpu")
@@ -215,7 +221,7 @@ def test_too_small_a_disk_is_refused_before_the_work(
     class Usage:
         free = 1000
 
-    monkeypatch.setattr(writing_module.shutil, "disk_usage", lambda path: Usage)
+    monkeypatch.setattr(atomic.shutil, "disk_usage", lambda path: Usage)
     with pytest.raises(OutOfResourcesError, match=r"the disk has 0\.0 MB left"):
         convert(recipe_for(tiny_flux), tmp_path / "out", options=CPU)
     assert leftovers(tmp_path) == []
@@ -227,7 +233,7 @@ def test_a_disk_that_fills_while_writing_leaves_only_the_solved_layers(
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(writing_module, "write_tensors", full)
+    monkeypatch.setattr(writer, "write_tensors", full)
     with pytest.raises(OutOfResourcesError, match="the disk is full") as caught:
         convert(recipe_for(tiny_flux), tmp_path / "out", options=CPU)
     assert leftovers(tmp_path) == [".out.work"]

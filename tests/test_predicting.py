@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from svdq_cli.conversion.block_forecast import block_forecast
-from svdq_cli.conversion.recording import BLOCK_SAMPLE, record_blocks
+from svdq_cli.conversion.convert import convert
+from svdq_cli.conversion.plan import predict
+from svdq_cli.conversion.record import BLOCK_SAMPLE, record_blocks
 from svdq_cli.errors import OutOfResourcesError
-from svdq_cli.loading import load_beside
-from svdq_cli.machine import resident_ram
-from svdq_cli.pipeline import convert, predict
-from svdq_cli.preparing import RunOptions, prepare
+from svdq_cli.inference.load import load_beside
+from svdq_cli.prepare.options import RunOptions
+from svdq_cli.prepare.prepare import prepare
 from svdq_cli.recipe import Calibration, Quantization, Recipe, default_recipe
 from svdq_cli.reconstruct import Reconstruction, Shelf, reconstruct, tuning
 from svdq_cli.records import (
@@ -33,6 +34,7 @@ from svdq_cli.records import (
 from svdq_cli.solve.costs import NOMINAL, solve_bytes, solve_work
 from svdq_cli.solve.forward import SourceWeight
 from svdq_cli.solve.linear import solve_input
+from svdq_cli.system.machine import resident_ram
 from tests.allocations import Allocations
 from tests.solving import solved_in
 

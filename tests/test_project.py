@@ -11,7 +11,7 @@ import pytest
 
 import svdq_cli
 from svdq_cli.recipe import find_prompts, load_recipe
-from svdq_cli.resources import data_root
+from svdq_cli.storage.resources import data_root
 
 CONFIGS = sorted(data_root("configs").glob("*.yaml"))
 

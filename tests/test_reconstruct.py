@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch.utils._pytree import tree_flatten
 
-from svdq_cli.conversion.recording import Sample, record_blocks
-from svdq_cli.loading import load_beside
-from svdq_cli.offload import filled_copy
-from svdq_cli.preparing import RunOptions, prepare
+from svdq_cli.conversion.record import Sample, record_blocks
+from svdq_cli.inference.load import load_beside
+from svdq_cli.prepare.options import RunOptions
+from svdq_cli.prepare.prepare import prepare
 from svdq_cli.recipe import Calibration, Quantization, default_recipe
 from svdq_cli.reconstruct import (
     Call,
@@ -27,11 +27,12 @@ from svdq_cli.reconstruct import (
     tuning,
     wiring_of,
 )
+from svdq_cli.reconstruct.hidden_states import Stream
 from svdq_cli.reconstruct.objective import signals_of, trajectory_error
-from svdq_cli.reconstruct.stream import Stream
 from svdq_cli.reconstruct.tunable import frozen
 from svdq_cli.records import LayerSolution, W4A4Solution, ignore_events
 from svdq_cli.runtime.linear import w4a4_exact
+from svdq_cli.system.offload import filled_copy
 from tests.solving import solved_in
 from tests.tiny_families import tiny_pipeline
 

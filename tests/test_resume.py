@@ -17,12 +17,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from svdq_cli import writing
-from svdq_cli.conversion import run as converting
-from svdq_cli.conversion import solving
+from svdq_cli.checkpoint import writer
+from svdq_cli.checkpoint.check import check
+from svdq_cli.conversion import convert as converting
+from svdq_cli.conversion import solve_layers
+from svdq_cli.conversion.calibrate import calibrate
+from svdq_cli.conversion.convert import convert
 from svdq_cli.errors import InterruptedRunError, OutOfResourcesError, SvdqError, Terminated, UsageError
-from svdq_cli.pipeline import calibrate, check, convert
-from svdq_cli.preparing import RunOptions, prepare
+from svdq_cli.prepare.options import RunOptions
+from svdq_cli.prepare.prepare import prepare
 from svdq_cli.recipe import Calibration, Quantization, Recipe, default_recipe
 from svdq_cli.reconstruct import run as reconstructing_blocks
 from svdq_cli.reconstruct import tuning
@@ -86,13 +89,13 @@ def test_a_resumed_conversion_gives_the_same_bytes_and_solves_no_layer_twice(
     assert len(before) == 4
 
     solved: list[str] = []
-    solve = solving.solve_input
+    solve = solve_layers.solve_input
 
     def counted(shared, *args, **kwargs):
         solved.append(f"{shared.layers[0]}.safetensors")
         return solve(shared, *args, **kwargs)
 
-    monkeypatch.setattr(solving, "solve_input", counted)
+    monkeypatch.setattr(solve_layers, "solve_input", counted)
     report = convert(recipe_for(tiny_flux), tmp_path / "out", options=RESUME)
     assert before.isdisjoint(solved)
     portions = prepare(recipe_for(tiny_flux)).plan.portions(data_free=True)
@@ -288,7 +291,7 @@ def test_a_large_folder_is_sharded_as_diffusers_does(
     """The same tensors in several files with an index, which svdq and diffusers' own index reader open."""
     from diffusers.utils.hub_utils import _get_checkpoint_shard_files
 
-    monkeypatch.setattr(writing, "SHARD_BYTES", 100_000)
+    monkeypatch.setattr(writer, "SHARD_BYTES", 100_000)
     report = convert(recipe_for(tiny_flux), tmp_path / "out", options=CPU)
     index = tmp_path / "out" / f"{WEIGHTS}.index.json"
     files, _ = _get_checkpoint_shard_files(tmp_path / "out/transformer", str(index))
@@ -359,13 +362,13 @@ def test_an_interrupted_command_names_the_one_that_goes_on(
 ):
     from svdq_cli.cli import run
 
-    keep = solving.WorkFolder.keep
+    keep = solve_layers.WorkFolder.keep
 
     def kept_once(self, folder, name, *rest):
         keep(self, folder, name, *rest)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(solving.WorkFolder, "keep", kept_once)
+    monkeypatch.setattr(solve_layers.WorkFolder, "keep", kept_once)
     words = f"convert {tiny_flux} -o {tmp_path / 'out'} --effort datafree --rank 16 --device cpu --json -q"
     assert run(words.split()) == 130
     said = capsys.readouterr()
@@ -458,7 +461,7 @@ def test_a_run_that_is_killed_between_two_blocks_goes_on(
     code = f"""
 import os, signal
 from svdq_cli.conversion import reconstructing
-from svdq_cli.pipeline import convert
+from svdq_cli.entrypoints.inspect import convert
 from svdq_cli.reconstruct import tuning
 from tests.test_resume import CPU, Path, best_recipe
 tuning.STEPS, tuning.JUDGE_EVERY = 4, 2

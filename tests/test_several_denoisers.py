@@ -11,23 +11,30 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from svdq_cli.adapters.merge import merge_loras
 from svdq_cli.calibrate.artefact import open_calibration
-from svdq_cli.checkpoint import open_checkpoint
+from svdq_cli.checkpoint.check import check
+from svdq_cli.checkpoint.reader import open_checkpoint
 from svdq_cli.conversion.allocation import GAIN_SAMPLE, layer_gains
-from svdq_cli.conversion.recording import recorded
+from svdq_cli.conversion.calibrate import calibrate
+from svdq_cli.conversion.convert import convert
+from svdq_cli.conversion.plan import predict
+from svdq_cli.conversion.record import recorded
+from svdq_cli.entrypoints.inspect import inspect_checkpoint, inspect_source
 from svdq_cli.errors import InputError, UsageError
 from svdq_cli.evaluate.run import evaluate
 from svdq_cli.formats.headers import header_metadata
-from svdq_cli.loading import load_pipeline
+from svdq_cli.inference.load import load_pipeline
 from svdq_cli.lora.fold import fold
-from svdq_cli.pipeline import calibrate, check, convert, inspect_checkpoint, inspect_source, predict
-from svdq_cli.preparing import RunOptions, prepare, warnings_of
+from svdq_cli.prepare.options import RunOptions
+from svdq_cli.prepare.prepare import prepare, warnings_of
 from svdq_cli.recipe import Recipe, default_recipe
-from svdq_cli.recipe.model import Calibration, Quantization, output_of
+from svdq_cli.recipe.schema import Calibration, Quantization, output_of
 from svdq_cli.reconstruct import tuning
-from svdq_cli.records import ConvertReport, Event, ignore_events
+from svdq_cli.records import Event, ignore_events
+from svdq_cli.reports import ConvertReport
 from svdq_cli.solve.rebuild import rebuilt_weight
-from svdq_cli.source import denoisers_of, merge_loras, only, open_source, read_tensor, source_digest
+from svdq_cli.source import denoisers_of, only, open_source, read_tensor, source_digest
 from tests.tiny_families import tiny_pipeline
 
 CPU = RunOptions(device="cpu")

@@ -10,13 +10,14 @@ import torch
 
 from svdq_cli.calibrate.artefact import open_calibration
 from svdq_cli.cli import run
-from svdq_cli.conversion import solving
+from svdq_cli.conversion import solve_layers
+from svdq_cli.conversion.calibrate import calibrate
+from svdq_cli.conversion.convert import convert
 from svdq_cli.errors import CheckFailedError, UsageError
-from svdq_cli.pipeline import calibrate, convert
-from svdq_cli.preparing import RunOptions
+from svdq_cli.prepare.from_command_line import outputs_of, override
+from svdq_cli.prepare.options import RunOptions
 from svdq_cli.recipe import Calibration, Output, Quantization, Recipe, default_recipe, load_recipe
-from svdq_cli.starting import outputs_of, override
-from svdq_cli.tensor_file import TensorWriter
+from svdq_cli.storage.tensor_file import TensorWriter
 
 CPU = RunOptions(device="cpu")
 
@@ -58,13 +59,13 @@ def test_the_command_line_names_several_formats_after_one_output(
 
 def test_the_layers_are_solved_once(tiny_flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     calls: list[str] = []
-    solve = solving.solve_input
+    solve = solve_layers.solve_input
 
     def counted(shared, *args, **kwargs):
         calls.append(shared.layers[0])
         return solve(shared, *args, **kwargs)
 
-    monkeypatch.setattr(solving, "solve_input", counted)
+    monkeypatch.setattr(solve_layers, "solve_input", counted)
     paths = (tmp_path / "a.safetensors", tmp_path / "b.safetensors")
     convert(recipe_for(tiny_flux, ("nunchaku", paths[0]), ("comfy", paths[1])), paths, options=CPU)
     assert len(calls) == len(set(calls))

@@ -10,18 +10,20 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
-from svdq_cli.checkpoint import open_checkpoint
+from svdq_cli.checkpoint.check import check
+from svdq_cli.checkpoint.reader import open_checkpoint
 from svdq_cli.cli import run
+from svdq_cli.conversion.convert import convert
+from svdq_cli.entrypoints.init import write_recipe
 from svdq_cli.errors import InputError, RecipeError
 from svdq_cli.formats import format_named
-from svdq_cli.loading import Backend, load_model
-from svdq_cli.pipeline import check, convert
+from svdq_cli.inference.load import Backend, load_model
 from svdq_cli.planning.plan import Group, Include, LayerOverride, LayerRule, Skip, plan_model
-from svdq_cli.preparing import RunOptions, prepare
+from svdq_cli.prepare.options import RunOptions
+from svdq_cli.prepare.prepare import prepare
 from svdq_cli.recipe import Quantization, default_recipe, load_recipe
 from svdq_cli.records import Int4, ModelPlan, SharedInput
 from svdq_cli.source import open_source
-from svdq_cli.starting import write_recipe
 
 WIDTH, TEXT = 128, 256
 LITE = format_named("nunchaku-lite")

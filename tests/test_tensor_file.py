@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from svdq_cli.tensor_file import TensorSpec, bytes_of, save_tensors, write_tensors
+from svdq_cli.storage.tensor_file import TensorSpec, bytes_of, save_tensors, write_tensors
 
 TENSORS = {
     "b.weight": torch.randn(3, 5).bfloat16(),

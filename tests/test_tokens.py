@@ -10,8 +10,14 @@ import pytest
 
 from svdq_cli.families import find_family
 from svdq_cli.planning.plan import take_inventory
+from svdq_cli.sampling.token_counts import (
+    TokenCounts,
+    image_tokens,
+    latent_frames,
+    pixels_per_token,
+    token_counts,
+)
 from svdq_cli.source import Source, open_source
-from svdq_cli.tokens import TokenCounts, image_tokens, latent_frames, pixels_per_token, token_counts
 
 CONFIGS = Path(__file__).parent / "families" / "configs"
 

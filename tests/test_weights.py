@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from svdq_cli.conversion.weights import READ_AT_ONCE, raw_weight, reading_bytes, source_weight
+from svdq_cli.conversion.read_weights import READ_AT_ONCE, raw_weight, reading_bytes, source_weight
 from svdq_cli.errors import InputError
 from svdq_cli.records import Int4, Linear, W4A4Plan
 from svdq_cli.source import Source, open_source, read_header

@@ -27,7 +27,6 @@ from svdq_cli.bench.transformer import FLUX1_DEV_BLOCKS, FLUX1_DEV_STEP
 from svdq_cli.cpu.engine import lack_of_engine
 from svdq_cli.errors import EnvironmentLacksError, InputError, UsageError
 from svdq_cli.gpu.launch import cuda_device
-from svdq_cli.machine import on_device
 from svdq_cli.records import (
     Event,
     Int4,
@@ -48,6 +47,7 @@ from svdq_cli.records import (
 from svdq_cli.runtime.cpu_operands import cpu_objection
 from svdq_cli.runtime.hopper_operands import hopper_objection
 from svdq_cli.solve.linear import SourceWeight, solve_input
+from svdq_cli.system.machine import on_device
 
 PRECISIONS: dict[str, Precision] = {precision.name: precision for precision in (Int4(), NvFp4())}
 RANK = 16

@@ -11,9 +11,9 @@ from svdq_cli.calibrate.artefact import (
     save_calibration,
 )
 from svdq_cli.calibrate.collect import collect_stats
-from svdq_cli.calibrate.pipelines import draw, load_source_pipeline
 from svdq_cli.calibrate.prompts import choose_prompts, dataset_prompts, prompts_digest, read_prompts
-from svdq_cli.calibrate.settings import DrawSettings
+from svdq_cli.pipelines.generate import draw, load_source_pipeline
+from svdq_cli.pipelines.settings import DrawSettings
 
 __all__ = [
     "Calibration",

@@ -23,10 +23,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from svdq_cli.calibrate.settings import DrawSettings, settings_json, settings_of_json
 from svdq_cli.errors import InputError, OutOfResourcesError, UsageError
+from svdq_cli.pipelines.settings import DrawSettings, settings_json, settings_of_json
 from svdq_cli.records import ActivationStats
-from svdq_cli.tensor_file import save_tensors
+from svdq_cli.storage.tensor_file import save_tensors
 
 MANIFEST = "manifest.json"
 KIND = "svdq-calibration"

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from svdq_cli.calibrate.encode import EncodedPrompts
-from svdq_cli.calibrate.joint import denoisers_in
-from svdq_cli.calibrate.pipelines import Batch, denoise, drawn_batches, split_batches
-from svdq_cli.calibrate.settings import DrawSettings
 from svdq_cli.errors import InputError, UsageError
-from svdq_cli.pointwise import channels_last
+from svdq_cli.pipelines.encode import EncodedPrompts
+from svdq_cli.pipelines.generate import Batch, denoise, drawn_batches, split_batches
+from svdq_cli.pipelines.joint import denoisers_in
+from svdq_cli.pipelines.settings import DrawSettings
+from svdq_cli.planning.pointwise import channels_last
 from svdq_cli.records import ActivationStats, Observer, SharedInput, ignore_events
 
 if TYPE_CHECKING:

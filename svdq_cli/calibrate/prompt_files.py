@@ -18,8 +18,8 @@ from pathlib import Path
 from svdq_cli.calibrate.columns import column_of
 from svdq_cli.calibrate.prompt_sets import prompts_by_picture
 from svdq_cli.calibrate.prompts import dataset_prompts, read_prompts, read_text, refuse_no_prompt
-from svdq_cli.calibrate.settings import PICTURE_SUFFIXES
 from svdq_cli.errors import InputError, UsageError
+from svdq_cli.pipelines.settings import PICTURE_SUFFIXES
 
 CAPTION_SUFFIXES = (".txt", ".caption")  # kohya's trainers write either
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from svdq_cli.calibrate.columns import column_of
-from svdq_cli.errors import EnvironmentLacksError, InputError, UsageError
+from svdq_cli.errors import EnvironmentLacksError, InputError, UsageError, first_line
 from svdq_cli.recipe import user_path
 from svdq_cli.records import Event, Observer, ignore_events
 
@@ -126,7 +126,7 @@ def dataset_prompts(
         prompts = tuple(itertools.islice(cells, limit))
     except (library.exceptions.DatasetsError, OSError, ValueError, KeyError, RuntimeError) as error:
         raise InputError(
-            f"data set {name_or_path}: can't be read: {_first_line(error)}",
+            f"data set {name_or_path}: can't be read: {first_line(error)}",
             hint="check the name, config and split, or give a local .json, .jsonl, .csv or .parquet file",
             where=name_or_path,
         ) from error
@@ -218,7 +218,3 @@ def _cells(rows: Iterable[Any], name_or_path: str, column: str) -> Iterable[str]
             )
         if cell.strip():
             yield cell.strip()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 def main() -> NoReturn:
     """Entry point of `svdq`. Exit codes are those of the command-line contract."""
-    from svdq_cli.allocator import keep_freed_memory
     from svdq_cli.cli.streams import prepare_streams
+    from svdq_cli.system.allocator import keep_freed_memory
 
     keep_freed_memory()
     signal.signal(signal.SIGTERM, _stop)
@@ -81,7 +81,7 @@ def _run(arguments: list[str]) -> int:
 def _refuse(error: SvdqError, arguments: list[str]) -> int:
     """Say what, where and what to do: for people on stderr, for scripts as one JSON object on stdout."""
     from svdq_cli.cli.failures import failure_report
-    from svdq_cli.printable import printable
+    from svdq_cli.text import printable
 
     _show_failure(failure_report(error, _command(arguments)), arguments)
     print(f"svdq: {printable(error.message)}", file=sys.stderr)
@@ -108,7 +108,7 @@ def _show_failure(report: FailureReport, arguments: list[str]) -> None:
     """Where the arguments, which may be what is wrong, ask for it: JSON on stdout, and the summary."""
     from svdq_cli.cli.streams import printing
     from svdq_cli.cli.summary import append_summary
-    from svdq_cli.records import json_text
+    from svdq_cli.reports import json_text
 
     if "--json" in arguments:
         with printing():

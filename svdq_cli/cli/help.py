@@ -106,7 +106,7 @@ def epilog_of(manual: Manual) -> str:
 
 def page_address(page: str) -> str:
     """Where a page of the manual is on this machine; it goes with every installation."""
-    from svdq_cli.resources import data_root
+    from svdq_cli.storage.resources import data_root
 
     try:
         return str(data_root("docs") / page)

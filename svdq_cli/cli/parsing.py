@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from svdq_cli.graphics_cards import Card
-    from svdq_cli.preparing import RunOptions
+    from svdq_cli.prepare.options import RunOptions
     from svdq_cli.recipe import Recipe
+    from svdq_cli.system.graphics_cards import Card
 
 
 def run_options(
@@ -23,7 +23,7 @@ def run_options(
     max_ram: str | None = None,
     max_vram: str | None = None,
 ) -> RunOptions:
-    from svdq_cli.preparing import RunOptions
+    from svdq_cli.prepare.options import RunOptions
 
     return RunOptions(
         device=device,
@@ -39,7 +39,7 @@ def run_options(
 def card_of(gpu: str | None, *, planned: bool) -> Card | None:
     """The card that --gpu names. It is for predictions: conversions run on the device that --device names."""
     from svdq_cli.errors import UsageError
-    from svdq_cli.graphics_cards import card_named
+    from svdq_cli.system.graphics_cards import card_named
 
     if gpu is None:
         return None
@@ -71,7 +71,7 @@ def shared_run(options: RunOptions, *, several: bool) -> Iterator[RunOptions]:
     from dataclasses import replace
 
     from svdq_cli.errors import UsageError
-    from svdq_cli.parallel import joined, launched, local_rank
+    from svdq_cli.system.distributed import joined, launched, local_rank
 
     if several and launched():
         raise UsageError(
@@ -94,14 +94,14 @@ def recipe_for(source: str, *, options: RunOptions, **given: object) -> tuple[Re
     """The recipe a SOURCE means, with the command's options put over it, and where its relative paths start."""
     from dataclasses import replace
 
-    from svdq_cli.starting import recipe_of
+    from svdq_cli.prepare.from_command_line import recipe_of
 
     recipe, beside = recipe_of(source)
     return override(recipe, **given), replace(options, beside=beside)
 
 
 def override(recipe: Recipe, **given: object) -> Recipe:
-    from svdq_cli.starting import override as over
+    from svdq_cli.prepare.from_command_line import override as over
 
     return over(recipe, given)
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TextIO
 
 from svdq_cli.errors import UsageError
-from svdq_cli.parallel import ALONE, Team
-from svdq_cli.printable import printable
 from svdq_cli.records import Event, Observer
+from svdq_cli.system.distributed import ALONE, Team
+from svdq_cli.text import printable
 
 PLAIN_INTERVAL = 5.0  # seconds between plain lines of one stage
 MARGIN = 4  # columns that bars leave free

@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, NoReturn, cast
 
 from rich.console import Console
 
-from svdq_cli.cli.pages import conversion, demos, judged, measured, sources
-from svdq_cli.cli.pages.pieces import typed
+from svdq_cli.cli.pages import bench, conversion, demo, evaluation, inspect
+from svdq_cli.cli.pages.shared import typed
 from svdq_cli.cli.several import SeveralReport
 from svdq_cli.cli.streams import printing
 from svdq_cli.errors import CheckFailedError, GateMissedError
-from svdq_cli.printable import printable, printable_record
-from svdq_cli.records import (
+from svdq_cli.reports import (
     CalibrateReport,
     CheckReport,
     ConvertReport,
@@ -26,15 +25,15 @@ from svdq_cli.records import (
     RepackReport,
     json_text,
 )
-from svdq_cli.wording import bytes_text
+from svdq_cli.text import bytes_text, printable, printable_record
 
 if TYPE_CHECKING:
     from svdq_cli.bench.report import BenchReport
-    from svdq_cli.diagnosis import DoctorReport
-    from svdq_cli.pushing import PushReport
-    from svdq_cli.showcase import DemoReport, ExportReport
-    from svdq_cli.showcase_lora import LoraDemoReport
-    from svdq_cli.starting import InitReport, RecipesReport
+    from svdq_cli.entrypoints.demo import DemoReport, ExportReport
+    from svdq_cli.entrypoints.demo_lora import LoraDemoReport
+    from svdq_cli.entrypoints.doctor import DoctorReport
+    from svdq_cli.entrypoints.init import InitReport, RecipesReport
+    from svdq_cli.entrypoints.push import PushReport
 
 
 def show(report: object, *, json: bool, verbose: bool = False) -> None:
@@ -69,13 +68,13 @@ def _show_page(report: object, verbose: bool) -> None:
         case LoraReport():
             conversion.lora(console, report, verbose)
         case InspectReport():
-            sources.inspection(console, report, verbose)
+            inspect.inspection(console, report, verbose)
         case CheckReport():
-            judged.check(console, report, verbose)
+            evaluation.check(console, report, verbose)
         case EvalPlanReport():
-            judged.evaluation_plan(console, report)
+            evaluation.evaluation_plan(console, report)
         case EvalReport():
-            judged.evaluation(console, report, verbose)
+            evaluation.evaluation(console, report, verbose)
         case GenerateReport():
             console.print(f"{report.path}: {report.width} x {report.height}, {report.seconds:.1f} s")
             console.print(f"backend: {report.backend}")
@@ -87,13 +86,13 @@ def _heavy(console: Console, report: object, verbose: bool) -> None:
     """Reports whose modules import torch or diffusers; by name, so that the other commands need not wait for them."""
     match type(report).__name__:
         case "DemoReport":
-            demos.demo(console, cast("DemoReport", report))
+            demo.demo(console, cast("DemoReport", report))
         case "LoraDemoReport":
-            demos.lora_demo(console, cast("LoraDemoReport", report))
+            demo.lora_demo(console, cast("LoraDemoReport", report))
         case "DoctorReport":
-            measured.doctor(console, cast("DoctorReport", report), verbose)
+            bench.doctor(console, cast("DoctorReport", report), verbose)
         case "BenchReport":
-            measured.bench(console, cast("BenchReport", report))
+            bench.bench(console, cast("BenchReport", report))
         case "PushReport":
             _push(console, cast("PushReport", report))
         case "InitReport":
@@ -101,7 +100,7 @@ def _heavy(console: Console, report: object, verbose: bool) -> None:
             console.print(f"{init.path}: a recipe for family {init.family}")
             console.print(f"next: {typed('svdq', 'convert', init.path)}")
         case "RecipesReport":
-            sources.recipes(console, cast("RecipesReport", report), verbose)
+            inspect.recipes(console, cast("RecipesReport", report), verbose)
         case "ExportReport":
             export = cast("ExportReport", report)
             console.print(

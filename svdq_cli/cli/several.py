@@ -10,7 +10,8 @@ from pathlib import Path, PurePath
 
 from svdq_cli.cli.failures import FailureReport, bug_report, failure_report, refusal_of
 from svdq_cli.errors import GateMissedError, InterruptedRunError, UsageError
-from svdq_cli.records import ConvertReport, Event, Observer, PlanReport
+from svdq_cli.records import Event, Observer
+from svdq_cli.reports import ConvertReport, PlanReport
 
 # From the best to the worst: outputs that missed a gate are there, a bug says nothing of the outputs.
 _SEVERITY = (0, 6, 2, 3, 4, 5, 7, 1)
@@ -38,7 +39,7 @@ class SeveralReport:
 
 def require_recipes(sources: Sequence[str], **options: object) -> None:
     """UsageError where several sources are given and one is no recipe, or for options that mean one conversion."""
-    from svdq_cli.starting import recipe_file
+    from svdq_cli.prepare.from_command_line import recipe_file
 
     for source in sources:
         if recipe_file(source) is None:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import cast
 
 from svdq_cli.errors import UsageError
-from svdq_cli.markdown import cell, number, table
-from svdq_cli.records import to_json
+from svdq_cli.reports import to_json
+from svdq_cli.text import cell, number, table
 
 WORST_LAYERS = 5
 MAX_PROBLEMS = 20

@@ -10,21 +10,23 @@ from typing import Any, cast
 
 import torch
 
-from svdq_cli.conversion.backoff import Need, Way, need_of, stored_itemsize, where_it_fits
-from svdq_cli.conversion.recording import Sample, can_record, recorded
-from svdq_cli.conversion.solving import Statistics
-from svdq_cli.conversion.weights import StreamedWeights
+from svdq_cli.checkpoint.writer import target_of
+from svdq_cli.conversion.memory_backoff import Need, Way, need_of, stored_itemsize, where_it_fits
+from svdq_cli.conversion.read_weights import StreamedWeights
+from svdq_cli.conversion.record import Sample, can_record, recorded
+from svdq_cli.conversion.solve_layers import Statistics
+from svdq_cli.conversion.work_folder import CHOICES, WorkFolder
 from svdq_cli.errors import UsageError
-from svdq_cli.journal import CHOICES, WorkFolder
 from svdq_cli.planning.plan import restricted
-from svdq_cli.preparing import DEFAULT_OPTIONS, Prepared, RunOptions, predicted_sizes
+from svdq_cli.prepare.facts import predicted_sizes
+from svdq_cli.prepare.options import DEFAULT_OPTIONS, RunOptions
+from svdq_cli.prepare.prepare import Prepared
 from svdq_cli.recipe import DEFAULT_RANK, RankOverride
 from svdq_cli.reconstruct import output_gains
 from svdq_cli.records import Event, ModelPlan, Observer, SharedInput, W4A4Plan
 from svdq_cli.solve.allocate import Candidate, Choice, allocate, allocate_against, output_error, uniform
 from svdq_cli.solve.ranks import rank_errors
 from svdq_cli.source import by_component, prefix_of
-from svdq_cli.writing import target_of
 
 RANKS = tuple(range(16, 129, 16))
 GAIN_SAMPLE = Sample(pictures=8, batches=1, calls=8)  # shows how a layer's noise reaches the output

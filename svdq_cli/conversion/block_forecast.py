@@ -8,17 +8,18 @@ from math import prod
 
 import torch
 
-from svdq_cli.conversion.fitting import free_ram
-from svdq_cli.conversion.recording import BLOCK_SAMPLE, sample_settings
-from svdq_cli.journal import solved_bytes
-from svdq_cli.loading import compute_dtype
-from svdq_cli.preparing import Prepared, RunOptions, counts_of
+from svdq_cli.conversion.memory import free_ram
+from svdq_cli.conversion.record import BLOCK_SAMPLE, sample_settings
+from svdq_cli.conversion.work_folder import solved_bytes
+from svdq_cli.inference.load import compute_dtype
+from svdq_cli.prepare.options import RunOptions
+from svdq_cli.prepare.prepare import Prepared, counts_of
 from svdq_cli.reconstruct import blocks_of
 from svdq_cli.reconstruct.costs import BlockSize, CallCounts, block_bytes, block_work
 from svdq_cli.records import W4A4Plan
+from svdq_cli.sampling.token_counts import TokenCounts, reads_text
 from svdq_cli.solve.costs import Work
 from svdq_cli.source import by_component
-from svdq_cli.tokens import TokenCounts, reads_text
 
 
 @dataclass(frozen=True, slots=True)

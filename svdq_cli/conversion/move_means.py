@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from svdq_cli.conversion.solving import Statistics
+from svdq_cli.conversion.solve_layers import Statistics
 from svdq_cli.families import find_family
 from svdq_cli.planning.means import mean_places
-from svdq_cli.preparing import Prepared
+from svdq_cli.prepare.prepare import Prepared
 from svdq_cli.solve.means import common_mean
 from svdq_cli.source.means import MovedMean, means_by_layer, without_means
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from svdq_cli.cpu.instruction_sets import InstructionSet
 from svdq_cli.errors import EnvironmentLacksError
-from svdq_cli.resources import cache_folder, data_root
+from svdq_cli.storage.resources import cache_folder, data_root
 
 SOURCE = "engine.cpp"
 INSTALL_HINT = 'install a C++ compiler (g++ or clang++), or pip install "svdq[cpu]"'

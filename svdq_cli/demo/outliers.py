@@ -18,8 +18,9 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
 from svdq_cli.errors import UsageError
+from svdq_cli.storage.resources import demo_model_folder
 
-MODEL = Path(__file__).parent / "model"
+MODEL = demo_model_folder()
 FACTORS = (16.0, 32.0)  # powers of two, so that scaled bfloat16 weights stay exact
 CARD = """---
 license: apache-2.0

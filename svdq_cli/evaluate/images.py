@@ -11,7 +11,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from svdq_cli.errors import InputError
-from svdq_cli.records import Summary
+from svdq_cli.reports import Summary
 
 # Identical pictures have an infinite PSNR, which neither JSON nor a mean can hold. 100 dB is a mean squared
 # error of 6.5e-6: one 8-bit step in one of 150 000 channel values.

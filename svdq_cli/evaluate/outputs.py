@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from svdq_cli.calibrate.pipelines import draw
-from svdq_cli.calibrate.settings import DrawSettings
 from svdq_cli.evaluate.layers import ratio_db
+from svdq_cli.pipelines.generate import draw
+from svdq_cli.pipelines.settings import DrawSettings
 from svdq_cli.reconstruct import mapped, tensors_of
-from svdq_cli.records import Observer, OutputSqnr
+from svdq_cli.records import Observer
+from svdq_cli.reports import OutputSqnr
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

@@ -12,21 +12,22 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from svdq_cli.calibrate.joint import joint_model
-from svdq_cli.calibrate.pipelines import draw_each
-from svdq_cli.calibrate.settings import DrawSettings
-from svdq_cli.calibrate.siblings import reading_inputs
-from svdq_cli.checkpoint import Checkpoint
+from svdq_cli.checkpoint.reader import Checkpoint
 from svdq_cli.errors import EnvironmentLacksError, UsageError
 from svdq_cli.evaluate.gallery import Gallery, keep_picture, note_time, read_picture
-from svdq_cli.evaluate.judging import JudgedLayers, judge_layers, keep_layers, kept_layers
+from svdq_cli.evaluate.layer_sqnr import JudgedLayers, judge_layers, keep_layers, kept_layers
 from svdq_cli.evaluate.outputs import OutputCall, keep_outputs, kept_outputs, output_sqnr, record_outputs
 from svdq_cli.evaluate.own_noise import can_nudge, nudged_start
 from svdq_cli.evaluate.plausible import ImageProblems, look_at
-from svdq_cli.loading import compute_dtype, load_16bit_pipeline, load_pipeline, replace_layers
-from svdq_cli.origin import Origin
+from svdq_cli.inference.load import compute_dtype, load_16bit_pipeline, load_pipeline, replace_layers
+from svdq_cli.pipelines.generate import draw_each
+from svdq_cli.pipelines.joint import joint_model
+from svdq_cli.pipelines.settings import DrawSettings
+from svdq_cli.pipelines.siblings import reading_inputs
+from svdq_cli.prepare.origin import Origin
 from svdq_cli.recipe import Recipe
-from svdq_cli.records import Event, LayerPlan, Observer, OutputSqnr, W4A4Plan
+from svdq_cli.records import Event, LayerPlan, Observer, W4A4Plan
+from svdq_cli.reports import OutputSqnr
 from svdq_cli.runtime.linear import quantized_linear
 from svdq_cli.runtime.naive import naive_solution
 from svdq_cli.runtime.nf4 import nf4_linear, require_nf4

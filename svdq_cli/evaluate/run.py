@@ -7,15 +7,16 @@ from collections.abc import Collection, Generator
 from contextlib import contextmanager
 from pathlib import Path
 
-from svdq_cli.conversion.working import as_stopped, say_what_is_kept
+from svdq_cli.conversion.resume import as_stopped, say_what_is_kept
 from svdq_cli.errors import CanceledRunError, InterruptedRunError, OutOfResourcesError
-from svdq_cli.evaluate.comparing import compare_in
+from svdq_cli.evaluate.compare import compare_in
 from svdq_cli.evaluate.gallery import RUN_FILE, require_own_folder
-from svdq_cli.placing import require_places
-from svdq_cli.preparing import DEFAULT_OPTIONS, RunOptions
+from svdq_cli.prepare.options import DEFAULT_OPTIONS, RunOptions
 from svdq_cli.recipe import Recipe
-from svdq_cli.records import EvalReport, Observer, ignore_events
-from svdq_cli.writing import disk_errors
+from svdq_cli.records import Observer, ignore_events
+from svdq_cli.reports import EvalReport
+from svdq_cli.storage.atomic import disk_errors
+from svdq_cli.storage.output_paths import require_places
 
 
 def evaluate(
@@ -37,8 +38,8 @@ def evaluate(
             found = compare_in(Path(folder), path, recipe, without=without, options=options, observe=observe)
             return found.report
     # Imports matplotlib, which takes a while
-    from svdq_cli.evaluate.plotting import search_of
-    from svdq_cli.evaluate.reporting import PAGE_FILE, write_report
+    from svdq_cli.evaluate.plot import search_of
+    from svdq_cli.evaluate.write_report import PAGE_FILE, write_report
 
     with _pictures_kept(report_folder):
         # now, not after the models were read

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from svdq_cli.evaluate.images import PSNR_CAP_DB, summarize
 from svdq_cli.evaluate.plausible import ImageProblems
-from svdq_cli.records import Summary
+from svdq_cli.reports import Summary
 
 AS_CLOSE_DB = 1.0  # a difference of figures that nobody sees
 

@@ -24,7 +24,7 @@ from svdq_cli.records import (
     W4A4Solution,
     W4A16Solution,
 )
-from svdq_cli.tensor_file import TensorSpec
+from svdq_cli.storage.tensor_file import TensorSpec
 
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 _SHOWN = 8  # names in a message; the others are counted

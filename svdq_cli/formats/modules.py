@@ -28,7 +28,7 @@ from svdq_cli.formats.contract import PLAIN, Format, Traits
 from svdq_cli.planning.joint import with_name
 from svdq_cli.records import Int4, LayerPlan, Linear, ModelPlan, W4A4Plan, W4A16Plan
 from svdq_cli.source import by_component, prefix_of
-from svdq_cli.tensor_file import TensorSpec
+from svdq_cli.storage.tensor_file import TensorSpec
 
 TILE = 128  # rows and columns of the padded matrices that the engine reads
 

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from svdq_cli.gpu import nvrtc
-from svdq_cli.resources import cache_folder, data_root
+from svdq_cli.storage.resources import cache_folder, data_root
 
 # No contraction of a * b + c into one rounding: where a kernel wants that, it says fmaf, and its twin does the same. A
 # code halfway between two others would otherwise be another than the definition's.

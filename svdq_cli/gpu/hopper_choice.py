@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from svdq_cli.gpu.hopper_modes import HopperMode, hopper_mode
-from svdq_cli.resources import data_root
+from svdq_cli.storage.resources import data_root
 
 PORTABLE = "portable"  # the kernels that every card runs
 FILE_NAME = "measured_sm_90a.json"

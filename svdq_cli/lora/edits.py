@@ -10,15 +10,16 @@ from typing import Literal
 
 from torch import Tensor
 
-from svdq_cli.checkpoint import Checkpoint, layer_of
+from svdq_cli.adapters.changes import StoredChange, WeightRows
+from svdq_cli.adapters.fitting import AdaptedLayer
+from svdq_cli.adapters.names import ModelShapes
+from svdq_cli.adapters.read import Adapter, read_adapter
+from svdq_cli.adapters.updates import WeightChange
+from svdq_cli.checkpoint.reader import Checkpoint, layer_of
 from svdq_cli.errors import InputError, UsageError
 from svdq_cli.lora.weights import CheckpointWeights, require_same_base
-from svdq_cli.records import LoraKey, W4A4Plan, W4A16Plan
-from svdq_cli.source.adapter_changes import StoredChange, WeightRows
-from svdq_cli.source.adapter_fitting import AdaptedLayer
-from svdq_cli.source.adapter_names import ModelShapes
-from svdq_cli.source.adapters import Adapter, read_adapter
-from svdq_cli.source.weight_changes import WeightChange
+from svdq_cli.records import W4A4Plan, W4A16Plan
+from svdq_cli.reports import LoraKey
 
 # What becomes of a W4A16 layer that a LoRA changes: a 16-bit layer, what it was, or a layer with a branch of its own
 W4A16Choice = Literal["dense", "skip", "branch"]

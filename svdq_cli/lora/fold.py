@@ -8,40 +8,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
-from svdq_cli.card import CARD_FILE, DerivedFacts, card_path, derived_card
-from svdq_cli.checking import WEIGHT_ERROR, WEIGHT_ERROR_AT_MOST, structure_problems
-from svdq_cli.checkpoint import PROVENANCE, Checkpoint, layer_of, open_checkpoint
+from svdq_cli.checkpoint.check import WEIGHT_ERROR, WEIGHT_ERROR_AT_MOST, structure_problems
+from svdq_cli.checkpoint.reader import PROVENANCE, Checkpoint, layer_of, open_checkpoint
+from svdq_cli.checkpoint.writer import WEIGHT_FILE, Target, copy_pipeline, report_path, write_report
+from svdq_cli.conversion.card import CARD_FILE, DerivedFacts, card_path, derived_card
 from svdq_cli.errors import InputError
 from svdq_cli.formats.headers import header_metadata
+from svdq_cli.lora.check import require_folded
 from svdq_cli.lora.edits import Edits, GivenLora, plan_edits, read_loras, table_of
-from svdq_cli.lora.factoring import APPROXIMATE_RANK
-from svdq_cli.lora.joining import JoinedBranches, join_loras
+from svdq_cli.lora.factor import APPROXIMATE_RANK
+from svdq_cli.lora.join import JoinedBranches, join_loras
 from svdq_cli.lora.means import with_means
-from svdq_cli.lora.proof import require_folded
-from svdq_cli.lora.rewriting import header_of, new_target, write_changed
-from svdq_cli.machine import peak_memory
-from svdq_cli.placing import require_places
-from svdq_cli.preparing import DEFAULT_OPTIONS, RunOptions
-from svdq_cli.records import (
-    Event,
-    LoraFacts,
-    LoraReport,
-    Observer,
-    OutputFile,
-    W4A4Plan,
-    ignore_events,
-)
+from svdq_cli.lora.rewrite import header_of, new_target, write_changed
+from svdq_cli.prepare.options import DEFAULT_OPTIONS, RunOptions
+from svdq_cli.records import Event, Observer, W4A4Plan, ignore_events
+from svdq_cli.reports import LoraFacts, LoraReport, OutputFile
 from svdq_cli.source import file_sha256
-from svdq_cli.writing import (
-    WEIGHT_FILE,
-    Target,
-    copy_pipeline,
-    refuse_existing,
-    report_path,
-    require_disk,
-    whole_output,
-    write_report,
-)
+from svdq_cli.storage.atomic import refuse_existing, require_disk, whole_output
+from svdq_cli.storage.output_paths import require_places
+from svdq_cli.system.machine import peak_memory
 
 
 @dataclass(frozen=True, slots=True)

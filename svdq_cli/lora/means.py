@@ -11,11 +11,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from svdq_cli.checkpoint import Checkpoint, layer_of
+from svdq_cli.adapters.updates import LowRankUpdate
+from svdq_cli.checkpoint.reader import Checkpoint, layer_of
 from svdq_cli.errors import UsageError
 from svdq_cli.lora.edits import Edits
-from svdq_cli.lora.joining import JoinedBranches
-from svdq_cli.source.weight_changes import LowRankUpdate
+from svdq_cli.lora.join import JoinedBranches
 
 
 def of_mean(update: LowRankUpdate, mean: Tensor) -> Tensor:

@@ -21,27 +21,29 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from svdq_cli.checkpoint import Checkpoint
+from svdq_cli.checkpoint.reader import Checkpoint
+from svdq_cli.checkpoint.writer import report_path, write_report
 from svdq_cli.errors import CheckFailedError, UsageError
 from svdq_cli.formats.branches import join_branches, stored_rows
 from svdq_cli.formats.contract import Branch
 from svdq_cli.formats.modules import StoredModule
 from svdq_cli.formats.moves import same_bits, take_rows
 from svdq_cli.formats.nunchaku import encode_branch
+from svdq_cli.lora.branch_ops import additions, extended, padded, whole_tiles
 from svdq_cli.lora.edits import Contribution, Edits, plan_edits, read_loras, table_of
-from svdq_cli.lora.factoring import factored
+from svdq_cli.lora.factor import factored
 from svdq_cli.lora.fold import DEFAULT_SETTINGS, FoldSettings, facts_of, open_sound, without_folders
-from svdq_cli.lora.folding import additions, extended, padded, whole_tiles
-from svdq_cli.lora.joining import join_loras
+from svdq_cli.lora.join import join_loras
 from svdq_cli.lora.means import require_no_means
-from svdq_cli.machine import peak_memory
-from svdq_cli.placing import require_places
-from svdq_cli.preparing import DEFAULT_OPTIONS, RunOptions
-from svdq_cli.records import LoraReport, OutputFile, W4A4Plan, W4A16Plan
+from svdq_cli.prepare.options import DEFAULT_OPTIONS, RunOptions
+from svdq_cli.records import W4A4Plan, W4A16Plan
+from svdq_cli.reports import LoraReport, OutputFile
 from svdq_cli.solve.rebuild import rebuilt_weight
 from svdq_cli.source import file_sha256
-from svdq_cli.tensor_file import save_tensors
-from svdq_cli.writing import refuse_existing, report_path, whole_output, write_report
+from svdq_cli.storage.atomic import refuse_existing, whole_output
+from svdq_cli.storage.output_paths import require_places
+from svdq_cli.storage.tensor_file import save_tensors
+from svdq_cli.system.machine import peak_memory
 
 ENGINE_RANK = 32  # ranks that the engine takes for the base's when it scales the others by a strength
 _OF_MLP = re.compile(r"_fc[12]$")  # the engine sizes the buffer of fc2 by the rank of fc1

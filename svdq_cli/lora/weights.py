@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from svdq_cli.checkpoint import Checkpoint
+from svdq_cli.adapters.read import Adapter
+from svdq_cli.checkpoint.reader import Checkpoint
 from svdq_cli.errors import InputError
 from svdq_cli.solve.rebuild import rebuilt_weight
-from svdq_cli.source.adapters import Adapter
 
 
 @dataclass(slots=True, eq=False)

@@ -90,7 +90,7 @@ def _inventory(class_name: str, config: str, where: str) -> Inventory:
 def _linear(name: str, module: nn.Module) -> Linear | None:
     from torch import nn
 
-    from svdq_cli.pointwise import is_pointwise
+    from svdq_cli.planning.pointwise import is_pointwise
 
     bias = getattr(module, "bias", None) is not None
     if isinstance(module, nn.Linear):

@@ -77,7 +77,7 @@ Observation = Callable[["nn.Module", Source], Mapping[str, Reading] | None]
 
 def watch(model: nn.Module) -> Mapping[str, Reading] | None:
     """One forward pass of an empty model with arguments made up from its signature (`watching`)."""
-    from svdq_cli.planning.watching import watch as watch_model
+    from svdq_cli.planning.trace_inputs import watch as watch_model
 
     return watch_model(model)
 

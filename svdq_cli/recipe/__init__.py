@@ -4,7 +4,9 @@ This is the room's door; everything else in it is private to the room.
 """
 
 from svdq_cli.recipe.gates import Gate, figure_of, parse_fail_if, parse_gate, section_of
-from svdq_cli.recipe.model import (
+from svdq_cli.recipe.paths import find_prompts, find_source, user_path
+from svdq_cli.recipe.reading import at_its_rule, load_recipe, parse_recipe
+from svdq_cli.recipe.schema import (
     DEFAULT_EFFORT,
     DEFAULT_RANK,
     Calibration,
@@ -29,8 +31,6 @@ from svdq_cli.recipe.model import (
     resolved,
     with_overrides,
 )
-from svdq_cli.recipe.places import find_prompts, find_source, user_path
-from svdq_cli.recipe.reading import at_its_rule, load_recipe, parse_recipe
 from svdq_cli.recipe.shipped import (
     ShippedRecipe,
     copied_text,
@@ -39,8 +39,8 @@ from svdq_cli.recipe.shipped import (
     shipped_recipe,
     shipped_recipes,
 )
-from svdq_cli.recipe.sizes import SIZE_HINT, bytes_of_size
 from svdq_cli.recipe.template import recipe_template
+from svdq_cli.text import SIZE_HINT, bytes_of_size
 
 __all__ = [
     "DEFAULT_EFFORT",

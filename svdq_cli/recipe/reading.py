@@ -9,8 +9,8 @@ from pydantic import ValidationError
 
 from svdq_cli.errors import InputError, RecipeError
 from svdq_cli.recipe.document import MAX_BYTES, Document, read_document
-from svdq_cli.recipe.model import Recipe
 from svdq_cli.recipe.problems import Problem, problems_of
+from svdq_cli.recipe.schema import Recipe
 
 
 def load_recipe(path: str | Path) -> Recipe:

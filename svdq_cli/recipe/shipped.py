@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
-from svdq_cli.resources import data_root
+from svdq_cli.storage.resources import data_root
 
 SCHEMA_FILE = "recipe.schema.json"
 _NAME = re.compile(r"[a-z0-9][a-z0-9.-]*")

@@ -7,7 +7,7 @@ from typing import cast
 
 import yaml
 
-from svdq_cli.recipe.model import Recipe, Section
+from svdq_cli.recipe.schema import Recipe, Section
 
 _UNSET = {  # what a key that may be absent would look like
     "base": "black-forest-labs/FLUX.1-dev",

@@ -1,11 +1,11 @@
 """The model itself, run with gradients: block reconstruction for the effort `best`, and what each layer's noise does to
 the output, for the ranks. Ours."""
 
+from svdq_cli.reconstruct.block_graph import Wiring, wiring_of
 from svdq_cli.reconstruct.calls import Call, Trajectory, mapped, record_each, record_trajectories, tensors_of
 from svdq_cli.reconstruct.gains import output_gains
 from svdq_cli.reconstruct.run import Reconstruction, Recording, TunedBlock, blocks_of, reconstruct
-from svdq_cli.reconstruct.shelf import Shelf
-from svdq_cli.reconstruct.wiring import Wiring, wiring_of
+from svdq_cli.reconstruct.tensor_cache import Shelf
 
 __all__ = [
     "Call",

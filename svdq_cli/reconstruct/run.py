@@ -14,27 +14,20 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
-from svdq_cli import blocks
-from svdq_cli.allocator import return_freed_memory
-from svdq_cli.machine import on_device
-from svdq_cli.offload import filled_copy
+from svdq_cli.planning import blocks
+from svdq_cli.reconstruct.block_graph import Wiring
 from svdq_cli.reconstruct.calls import Call, Trajectory
-from svdq_cli.reconstruct.places import put, put_for_now
-from svdq_cli.reconstruct.shelf import Kept, Shelf
-from svdq_cli.reconstruct.stream import Stream
+from svdq_cli.reconstruct.hidden_states import Stream
+from svdq_cli.reconstruct.swap_modules import put, put_for_now
+from svdq_cli.reconstruct.tensor_cache import Kept, Shelf
 from svdq_cli.reconstruct.tunable import frozen
 from svdq_cli.reconstruct.tuning import Passage, Passages, tune_block
-from svdq_cli.reconstruct.wiring import Wiring
-from svdq_cli.records import (
-    BlockSearch,
-    Event,
-    LayerSolution,
-    ModelPlan,
-    Observer,
-    W4A4Solution,
-    ignore_events,
-)
+from svdq_cli.records import Event, LayerSolution, ModelPlan, Observer, W4A4Solution, ignore_events
+from svdq_cli.reports import BlockSearch
 from svdq_cli.runtime.linear import quantized_linear
+from svdq_cli.system.allocator import return_freed_memory
+from svdq_cli.system.machine import on_device
+from svdq_cli.system.offload import filled_copy
 
 
 @dataclass(frozen=True, slots=True, eq=False)

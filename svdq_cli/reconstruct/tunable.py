@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from svdq_cli.pointwise import channels_first, channels_last
+from svdq_cli.planning.pointwise import channels_first, channels_last
 from svdq_cli.records import Int4, SharedInput, W4A4Solution
 from svdq_cli.solve.quantizers import QuantizedWeight, dequantize_weight, fake_quantize_activation
 from svdq_cli.solve.smoothing import SMOOTH_RANGE

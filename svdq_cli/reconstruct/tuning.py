@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from svdq_cli.reconstruct.calls import tensors_of
 from svdq_cli.reconstruct.objective import signals_of, trajectory_error
-from svdq_cli.reconstruct.places import put_for_now
-from svdq_cli.reconstruct.shelf import Kept
+from svdq_cli.reconstruct.swap_modules import put_for_now
+from svdq_cli.reconstruct.tensor_cache import Kept
 from svdq_cli.reconstruct.tunable import TunableBlock, frozen
-from svdq_cli.records import BlockSearch, SharedInput, W4A4Solution
+from svdq_cli.records import SharedInput, W4A4Solution
+from svdq_cli.reports import BlockSearch
 
 STEPS = 150
 CALLS_PER_STEP = 3  # of one trajectory: enough pairs to see what stays from step to step

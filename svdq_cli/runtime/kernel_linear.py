@@ -8,10 +8,10 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from svdq_cli.offload import brought, is_hooked
 from svdq_cli.records import W4A4Plan, W4A4Solution, W4A16Plan
 from svdq_cli.runtime.input_quantizer import InputQuantizer, Quantized
 from svdq_cli.runtime.linear import RunningBranch, keep_dtypes
+from svdq_cli.system.offload import brought, is_hooked
 
 
 class KernelLinear(nn.Module):

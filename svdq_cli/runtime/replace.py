@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from svdq_cli.errors import InputError
-from svdq_cli.pointwise import channels_first, channels_last, is_pointwise
+from svdq_cli.planning.pointwise import channels_first, channels_last, is_pointwise
 from svdq_cli.runtime.kernel_linear import KernelW4A4Linear, fused_feed_forward
 
 

@@ -6,7 +6,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from svdq_cli.source import Source, pipeline_index, read_json
+from svdq_cli.source import Source, pipeline_index
+from svdq_cli.storage.json_files import read_json
 
 
 @dataclass(frozen=True, slots=True)

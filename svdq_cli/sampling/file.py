@@ -7,7 +7,8 @@ import re
 from collections.abc import Callable, Mapping
 
 from svdq_cli.errors import InputError
-from svdq_cli.source import Source, read_json
+from svdq_cli.source import Source
+from svdq_cli.storage.json_files import read_json
 
 SAMPLING_FILE = "svdq_sampling.json"
 _PROMPT_LIST = re.compile(r"calib_prompts/[\w-]+\.txt")  # ships with svdq: no file of this machine is named

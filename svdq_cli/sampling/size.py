@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import cast
 
+from svdq_cli.sampling.token_counts import latent_scale, vae_config
 from svdq_cli.source import Source
-from svdq_cli.tokens import latent_scale, vae_config
 
 USUAL_SIDE = 1024  # pixels
 _MULTIPLE = 8

@@ -10,7 +10,6 @@ from pathlib import Path
 from types import MappingProxyType
 
 from svdq_cli.errors import InputError
-from svdq_cli.source.adapters import adapter_file
 from svdq_cli.source.dduf import is_dduf, open_dduf
 from svdq_cli.source.denoisers import by_component, component_of, denoisers_of, joined, only, prefix_of
 from svdq_cli.source.folders import (
@@ -30,8 +29,7 @@ from svdq_cli.source.folders import (
     weight_files,
 )
 from svdq_cli.source.gguf_file import open_gguf
-from svdq_cli.source.headers import file_sha256, is_gguf, pickled, read_header, read_json
-from svdq_cli.source.merging import merge_loras
+from svdq_cli.source.headers import file_sha256, is_gguf, pickled, read_header
 from svdq_cli.source.model import (
     COMPONENTS,
     Source,
@@ -44,12 +42,12 @@ from svdq_cli.source.other_files import refuse_other_components
 from svdq_cli.source.prediction import has_settings, needed_settings, scheduler_config
 from svdq_cli.source.single_file import has_original_names, open_single_file
 from svdq_cli.source.tensors import TensorEntry, is_finite
+from svdq_cli.storage.json_files import read_json
 
 __all__ = [
     "COMPONENTS",
     "Source",
     "TensorEntry",
-    "adapter_file",
     "by_component",
     "component_config",
     "component_files",
@@ -64,14 +62,12 @@ __all__ = [
     "is_denoiser",
     "is_finite",
     "joined",
-    "merge_loras",
     "needed_settings",
     "only",
     "open_source",
     "pipeline_index",
     "prefix_of",
     "read_header",
-    "read_json",
     "read_tensor",
     "scheduler_config",
     "source_digest",

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast
 
-from svdq_cli.allocator import unwatched_garbage
 from svdq_cli.errors import InputError
+from svdq_cli.system.allocator import unwatched_garbage
 
 if TYPE_CHECKING:
     from torch import nn

@@ -11,14 +11,12 @@ from collections.abc import Mapping
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 
-from svdq_cli.errors import InputError
+from svdq_cli.errors import InputError, first_line
 from svdq_cli.source.other_files import other_kind
 from svdq_cli.source.tensors import DTYPE_BYTES, HASHED_AT_ONCE, StoredTensor
 
 _HEADER_LIMIT = 100_000_000  # bytes; the safetensors specification's own bound
-_JSON_LIMIT = 64 << 20  # bytes of a config or a shard index; the largest tokenizer.json has 20 MiB
 _PICKLE_MAGICS = (b"PK\x03\x04", *(bytes((0x80, protocol)) for protocol in range(2, 6)))  # zipped, or bare
 _BITS = {  # a value; those that svdq does not read too, for it names them when it refuses them
     **{dtype: 8 * size for dtype, size in DTYPE_BYTES.items()},
@@ -60,7 +58,7 @@ def read_whole_header(path: Path, *, at: tuple[int, int] | None = None) -> Heade
         ValueError,
         RecursionError,
     ) as error:  # ValueError: not UTF-8, not JSON, a number without end
-        raise damaged(path, f"unreadable header ({_first_line(error)})") from error
+        raise damaged(path, f"unreadable header ({first_line(error)})") from error
     if not isinstance(header, dict):
         raise damaged(path, "its header is not a JSON object")
     metadata = header.pop("__metadata__", {})
@@ -107,21 +105,6 @@ def is_gguf(path: Path) -> bool:
     """GGUF by its first bytes, whatever the file is called."""
     with path.open("rb") as file:
         return file.read(4) == _GGUF_MAGIC
-
-
-def read_json(path: Path) -> Mapping[str, object]:
-    """A JSON object from a file. Raises InputError."""
-    try:
-        if path.stat().st_size > _JSON_LIMIT:
-            raise ValueError(f"larger than {_JSON_LIMIT >> 20} MiB")
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(
-            f"{path}: not readable JSON: {_first_line(error)}", hint="restore the file", where=str(path)
-        ) from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: expected a JSON object", hint="restore the file", where=str(path))
-    return MappingProxyType(value)
 
 
 def file_sha256(*paths: Path, stop: threading.Event | None = None) -> str:
@@ -195,7 +178,3 @@ def _require_no_gaps(
         last = end
     if last != available:
         raise damaged(path, f"{available - last} bytes at its end belong to no tensor")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from svdq_cli.allocator import unwatched_garbage
 from svdq_cli.source.companions import TurnedTensor
 from svdq_cli.source.tensors import Rows, RowsTensor, TensorEntry
 from svdq_cli.source.traced import Traced, fit_splits, stand_ins
+from svdq_cli.system.allocator import unwatched_garbage
 
 _PREFIXES = ("", "net.")  # a conversion may tell the file by a prefix that has been taken off
 _NO_DENOISERS = ("controlnet", "animatediff", "autoencoder", "z-image-turbo-controlnet")

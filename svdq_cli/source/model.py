@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Literal
 from torch import Tensor
 
 from svdq_cli.errors import InputError
-from svdq_cli.overlap import made_ahead
 from svdq_cli.source.tensors import TensorEntry, content_sha256, entry_bytes
+from svdq_cli.system.threads import made_ahead
 
 if TYPE_CHECKING:
     from svdq_cli.source.means import MovedMean

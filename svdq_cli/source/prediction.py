@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from svdq_cli.errors import InputError
-from svdq_cli.source.headers import read_json
 from svdq_cli.source.markers import Told
 from svdq_cli.source.model import Source
 from svdq_cli.source.tensors import TensorEntry
+from svdq_cli.storage.json_files import read_json
 
 _PREDICTION = ("prediction_type", "rescale_betas_zero_snr")
 _PLAYGROUND = "playgroundai/playground-v2.5-1024px-aesthetic"

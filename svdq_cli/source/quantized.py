@@ -10,7 +10,7 @@ from pathlib import Path
 
 from svdq_cli.errors import InputError
 from svdq_cli.source.tensors import StoredTensor, entry_bytes
-from svdq_cli.tensor_file import bytes_of
+from svdq_cli.storage.tensor_file import bytes_of
 
 _HINT = "convert from the 16-bit model that it was made from"
 _SVDQUANT_HINT = f"{_HINT}; svdq export re-packs a finished checkpoint for another runtime"

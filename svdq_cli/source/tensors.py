@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from svdq_cli.errors import InputError
-from svdq_cli.tensor_file import DTYPE_OF_NAME, bytes_of, read_at, read_into
+from svdq_cli.storage.tensor_file import DTYPE_OF_NAME, bytes_of, read_at, read_into
 
 DTYPE_BYTES = {
     **dict.fromkeys(("F64", "I64", "U64"), 8),

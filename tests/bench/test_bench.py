@@ -11,21 +11,22 @@ import pytest
 import torch
 from torch import nn
 
-from svdq_cli.bench.judge import judged
+from svdq_cli.bench.gates import judged
 from svdq_cli.bench.operations import reference_linear, w4a4_float64, w4a16_float64, without_branch
 from svdq_cli.bench.report import BenchReport, BenchRow, Microseconds
 from svdq_cli.bench.run import BenchSettings, bench_layers, bench_shapes, precisions_named, with_steps
 from svdq_cli.bench.shapes import DEMO, SHAPE_SETS, LinearShape, ShapeSet
 from svdq_cli.bench.timing import LEAST_SAMPLES, MOST_COPIES, copies_beyond_cache, measure
-from svdq_cli.checkpoint import Checkpoint, open_checkpoint
+from svdq_cli.checkpoint.reader import Checkpoint, open_checkpoint
 from svdq_cli.cli import run
 from svdq_cli.cli.render import show
+from svdq_cli.conversion.convert import convert
 from svdq_cli.cpu.build import find_compiler
 from svdq_cli.errors import EnvironmentLacksError, InputError, UsageError
-from svdq_cli.pipeline import convert
-from svdq_cli.preparing import RunOptions
+from svdq_cli.prepare.options import RunOptions
 from svdq_cli.recipe import default_recipe
-from svdq_cli.records import W4A4Plan, W4A4Solution, W4A16Solution, to_json
+from svdq_cli.records import W4A4Plan, W4A4Solution, W4A16Solution
+from svdq_cli.reports import to_json
 from svdq_cli.runtime.linear import w4a4_exact, w4a16_exact
 
 pytestmark = pytest.mark.skipif(find_compiler() is None, reason="needs a C++ compiler")
@@ -262,7 +263,7 @@ def test_leaving_the_branch_out_changes_nothing_else(checkpoint: Checkpoint):
 
 
 def test_the_demo_shapes_are_those_of_the_embedded_model():
-    from svdq_cli.demo.denoiser import new_transformer
+    from tools.train_demo.denoiser import new_transformer
 
     found = {
         (module.in_features, module.out_features)

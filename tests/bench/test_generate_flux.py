@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from svdq_cli.bench.generate_flux import generate_flux
-from svdq_cli.pipeline import predict
+from svdq_cli.conversion.plan import predict
 from svdq_cli.recipe import default_recipe
+from tools.generate_flux import generate_flux
 
 
 def test_a_generated_folder_is_a_flux_with_outliers_and_is_made_again_byte_for_byte(tmp_path: Path):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from svdq_cli.resources import data_root
+from svdq_cli.storage.resources import data_root
 
 MEASURE = data_root("kernels") / "measure.py"
 # What svdq requires and a rented machine with torch and CuPy may lack

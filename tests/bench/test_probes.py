@@ -10,7 +10,7 @@ import torch
 from svdq_cli.bench import probes
 from svdq_cli.gpu.compile import Variant, compile_variant
 from svdq_cli.gpu.nvrtc import CompileError
-from svdq_cli.resources import data_root
+from svdq_cli.storage.resources import data_root
 from tests.gpu.test_compile import needs_nvrtc
 
 VARIANTS = [

@@ -14,11 +14,11 @@ from torch import nn
 from svdq_cli.calibrate import DrawSettings, collect_stats, load_source_pipeline
 from svdq_cli.calibrate.budget import rows_within, statistics_bytes
 from svdq_cli.calibrate.collect import Spread, collect_parts
-from svdq_cli.calibrate.encode import encode_prompts
-from svdq_cli.calibrate.first_call import first_call
 from svdq_cli.calibrate.parts import MergedStats, PartFolder
-from svdq_cli.calibrate.pipelines import Batch, split_batches
 from svdq_cli.errors import InputError, UsageError
+from svdq_cli.pipelines.encode import encode_prompts
+from svdq_cli.pipelines.first_call import first_call
+from svdq_cli.pipelines.generate import Batch, split_batches
 from svdq_cli.records import ActivationStats, Event, Observer, SharedInput, ignore_events
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from svdq_cli.calibrate import DrawSettings, draw, load_source_pipeline
-from svdq_cli.calibrate.pipelines import split_batches
 from svdq_cli.errors import InputError, UsageError
+from svdq_cli.pipelines.generate import split_batches
 from svdq_cli.records import Event
 
 if TYPE_CHECKING:

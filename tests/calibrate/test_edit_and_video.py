@@ -10,9 +10,12 @@ import torch
 from PIL import Image
 
 from svdq_cli.calibrate.artefact import open_calibration
+from svdq_cli.checkpoint.check import check
+from svdq_cli.conversion.calibrate import calibrate
+from svdq_cli.conversion.convert import convert
 from svdq_cli.errors import InputError, UsageError
-from svdq_cli.pipeline import calibrate, check, convert
-from svdq_cli.preparing import RunOptions, prepare
+from svdq_cli.prepare.options import RunOptions
+from svdq_cli.prepare.prepare import prepare
 from svdq_cli.recipe import Calibration, Quantization, Recipe, default_recipe
 from svdq_cli.source import open_source
 from tests.tiny_families import tiny_pipeline
@@ -137,7 +140,7 @@ def test_a_pipeline_shows_what_a_made_up_call_can_not(tmp_path: Path, monkeypatc
     folder = tiny_pipeline("qwen-image", tmp_path / "qwen-image")
     recipe = recipe_for(folder)
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"family": "structural"})})
-    monkeypatch.setattr("svdq_cli.preparing.watch", lambda model: None)
+    monkeypatch.setattr("svdq_cli.prepare.prepare.watch", lambda model: None)
     plan = prepare(recipe).plan
     groups = {shared.layers for shared in plan.inputs if len(shared.layers) > 1}
     assert tuple(f"transformer_blocks.0.attn.to_{name}" for name in "qkv") in groups

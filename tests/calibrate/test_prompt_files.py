@@ -11,7 +11,8 @@ import pytest
 from svdq_cli.calibrate.prompt_files import prompts_in
 from svdq_cli.cli import run
 from svdq_cli.errors import InputError, SvdqError, UsageError
-from svdq_cli.preparing import RunOptions, chosen_prompts
+from svdq_cli.prepare.options import RunOptions
+from svdq_cli.prepare.prompts import chosen_prompts
 from svdq_cli.recipe import Calibration, DatasetPrompts, default_recipe, find_prompts
 from svdq_cli.records import Event, ignore_events
 
@@ -230,16 +231,16 @@ def test_a_file_of_prompts_is_read_once_in_a_run(
     tiny_flux: Path, write_text: WriteText, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Its digest, the images, the search for ranks and the tuning of blocks all see the same prompts."""
-    from svdq_cli import preparing
+    from svdq_cli.prepare import prompts as chosen
 
     reads: list[Path] = []
-    real = preparing.prompts_in
+    real = chosen.prompts_in
 
     def counted(path: Path, *, column: str | None = None):
         reads.append(path)
         return real(path, column=column)
 
-    monkeypatch.setattr(preparing, "prompts_in", counted)
+    monkeypatch.setattr(chosen, "prompts_in", counted)
     path = write_text("p.txt", "one\ntwo\n")
     drawn = ["--samples", "2", "--steps", "1", "--width", "32", "--height", "32"]
     kept = ["-o", str(tmp_path / "out"), "--effort", "best", "--rank", "16", "--prompts", str(path)]
@@ -248,7 +249,7 @@ def test_a_file_of_prompts_is_read_once_in_a_run(
 
 
 def test_a_column_without_prompts_is_a_usage_error(tiny_flux: Path, tmp_path: Path):
-    from svdq_cli.starting import override
+    from svdq_cli.prepare.from_command_line import override
 
     with pytest.raises(SvdqError, match="no prompts are named"):
         override(default_recipe("demo"), {"prompt_column": "caption"})

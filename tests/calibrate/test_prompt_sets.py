@@ -10,7 +10,8 @@ import pytest
 
 from svdq_cli.calibrate.prompt_sets import find_prompt_set, prompts_by_picture, prompts_of_set
 from svdq_cli.errors import InputError
-from svdq_cli.preparing import RunOptions, chosen_prompts
+from svdq_cli.prepare.options import RunOptions
+from svdq_cli.prepare.prompts import chosen_prompts
 from svdq_cli.recipe import Calibration, DatasetPrompts, default_recipe
 from svdq_cli.records import ignore_events
 

@@ -19,7 +19,7 @@ import torch
 from svdq_cli.cli import run
 from svdq_cli.cli.app import COMMANDS
 from svdq_cli.cli.render import show
-from svdq_cli.diagnosis import DoctorReport, MachineFacts, SelfTest, summary_of
+from svdq_cli.entrypoints.doctor import DoctorReport, MachineFacts, SelfTest, summary_of
 from svdq_cli.gpu.architectures import architecture
 from svdq_cli.runtime.selftest import kernel_cases
 
@@ -444,7 +444,7 @@ def test_a_full_disk_is_exit_code_5(
     class Usage:
         free = 10
 
-    monkeypatch.setattr("svdq_cli.writing.shutil.disk_usage", lambda path: Usage)
+    monkeypatch.setattr("svdq_cli.checkpoint.writer.shutil.disk_usage", lambda path: Usage)
     error = refused(capsys, f"convert {tiny_flux} -o {tmp_path / 'out'} --effort datafree -q", 5)
     assert error["kind"] == "disk-full"
 

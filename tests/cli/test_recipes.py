@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from svdq_cli.cli import run
+from svdq_cli.prepare.from_command_line import recipe_file, recipe_of
 from svdq_cli.recipe import load_recipe, shipped_recipes
-from svdq_cli.resources import data_root
-from svdq_cli.starting import recipe_file, recipe_of
+from svdq_cli.storage.resources import data_root
 
 
 @pytest.fixture(autouse=True)

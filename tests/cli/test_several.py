@@ -12,7 +12,8 @@ import pytest
 from svdq_cli.cli import run
 from svdq_cli.cli.several import convert_each
 from svdq_cli.errors import InterruptedRunError
-from svdq_cli.records import ConvertReport, ignore_events
+from svdq_cli.records import ignore_events
+from svdq_cli.reports import ConvertReport
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 
 from svdq_cli.cli import run
 from svdq_cli.cli.summary import append_summary
-from svdq_cli.records import CheckProblem, CheckReport
+from svdq_cli.reports import CheckProblem, CheckReport
 
 
 def tables(text: str) -> Iterable[list[list[str]]]:

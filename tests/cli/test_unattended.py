@@ -14,7 +14,7 @@ import pytest
 from svdq_cli import __version__
 from svdq_cli.cli import run
 from svdq_cli.cli.streams import prepare_streams
-from svdq_cli.pipeline import inspect_checkpoint
+from svdq_cli.entrypoints.inspect import inspect_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -61,8 +61,8 @@ class Teller:
 sys.meta_path.insert(0, Teller())
 """
 BEFORE_THE_WORK = """
-import svdq_cli.diagnosis
-svdq_cli.diagnosis.diagnose = tell
+import svdq_cli.entrypoints.doctor
+svdq_cli.entrypoints.doctor.diagnose = tell
 """
 
 
@@ -91,8 +91,8 @@ def test_a_signal_before_the_work_begins_is_told_apart_too(told: str, code: int,
 
 def test_a_bug_is_exit_code_1_with_its_traceback_and_one_object_on_stdout():
     program = (
-        "import sys, svdq_cli.diagnosis\n"
-        "svdq_cli.diagnosis.diagnose = lambda: 1 / 0\n"
+        "import sys, svdq_cli.entrypoints.doctor\n"
+        "svdq_cli.entrypoints.doctor.diagnose = lambda: 1 / 0\n"
         "from svdq_cli.cli import run\n"
         "sys.exit(run(['doctor', '--json']))\n"
     )

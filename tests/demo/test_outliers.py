@@ -8,9 +8,9 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
-from svdq_cli.demo.accuracy import MODEL
-from svdq_cli.demo.denoiser import SIDE, WIDTH, image_ids
 from svdq_cli.demo.outliers import add_outliers, export_demo
+from tools.train_demo.accuracy import MODEL
+from tools.train_demo.denoiser import SIDE, WIDTH, image_ids
 
 
 def forward(transformer: FluxTransformer2DModel) -> Tensor:

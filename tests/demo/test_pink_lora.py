@@ -9,19 +9,19 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from svdq_cli.calibrate.pipelines import draw
-from svdq_cli.demo.judge import judge
+from svdq_cli.adapters.merge import merge_loras, shapes_of
+from svdq_cli.adapters.read import read_adapter
 from svdq_cli.demo.pink import in_pink, sample_pink_captions, sample_scenes, shows_pink
-from svdq_cli.demo.train_lora import train
 from svdq_cli.demo.world import caption_of, is_held_out, parse_caption, render
-from svdq_cli.loading import load_16bit_pipeline
-from svdq_cli.locate import locate_source
-from svdq_cli.preparing import sampling_for
+from svdq_cli.inference.load import load_16bit_pipeline
+from svdq_cli.pipelines.generate import draw
+from svdq_cli.prepare.locate import locate_source
+from svdq_cli.prepare.sampling import sampling_for
 from svdq_cli.recipe import Calibration, default_recipe
-from svdq_cli.resources import demo_lora_file
-from svdq_cli.source import Source, merge_loras, open_source
-from svdq_cli.source.adapters import read_adapter
-from svdq_cli.source.merging import shapes_of
+from svdq_cli.source import Source, open_source
+from svdq_cli.storage.resources import demo_lora_file
+from tools.train_demo.judge import judge
+from tools.train_demo.train_lora import train
 
 PICTURES = 6
 

@@ -5,11 +5,11 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 
-from svdq_cli.demo.accuracy import MODEL, TEXT_LENGTH, draw
-from svdq_cli.demo.judge import judge
 from svdq_cli.demo.outliers import export_demo
 from svdq_cli.demo.world import parse_caption, sample_captions
 from svdq_cli.errors import UsageError
+from tools.train_demo.accuracy import MODEL, TEXT_LENGTH, draw
+from tools.train_demo.judge import judge
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,9 @@
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportCallIssue=false
 """The answers that the text encoders are taught agree with the captions."""
 
-from svdq_cli.demo.reading import SPOTS, UNASKED, spot_answers, token_answers
-from svdq_cli.demo.text import new_clip_tokenizer, new_t5_tokenizer, token_ids, tokenize
 from svdq_cli.demo.world import OBJECT_COLORS, SHAPES, Scene, Thing, caption_of, sample_captions
+from tools.train_demo.reading import SPOTS, UNASKED, spot_answers, token_answers
+from tools.train_demo.text import new_clip_tokenizer, new_t5_tokenizer, token_ids, tokenize
 
 SCENE = Scene((Thing("small", "red", "circle"), Thing("large", "blue", "star")), "right of", "white")
 

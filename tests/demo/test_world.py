@@ -5,7 +5,6 @@ import random
 
 import pytest
 
-from svdq_cli.demo.judge import judge
 from svdq_cli.demo.world import (
     Scene,
     Thing,
@@ -18,6 +17,7 @@ from svdq_cli.demo.world import (
     write_prompt_lists,
 )
 from svdq_cli.errors import InputError
+from tools.train_demo.judge import judge
 
 
 def scenes(count: int) -> list[Scene]:

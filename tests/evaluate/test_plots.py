@@ -10,7 +10,6 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from svdq_cli.blocks import in_blocks, places_of
 from svdq_cli.evaluate.plots import (
     LayerRank,
     LayerSteps,
@@ -22,6 +21,7 @@ from svdq_cli.evaluate.plots import (
 )
 from svdq_cli.evaluate.plots.style import mark_blocks
 from svdq_cli.evaluate.spectra import spectra_of
+from svdq_cli.planning.blocks import in_blocks, places_of
 
 VERMILION = (0xD5, 0x5E, 0x00)  # refit; and what is before smoothing, or left over
 WORST = Subject("blocks.0.ff", sqnr_db=17.5, rank=16, why="worst")

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from svdq_cli.checkpoint import open_checkpoint
+from svdq_cli.checkpoint.reader import open_checkpoint
 from svdq_cli.errors import InputError
-from svdq_cli.evaluate.judging import JudgedLayers
-from svdq_cli.evaluate.plotting import plot_evaluation, search_of
+from svdq_cli.evaluate.layer_sqnr import JudgedLayers
+from svdq_cli.evaluate.plot import plot_evaluation, search_of
 from svdq_cli.planning.structure import shared_input
-from svdq_cli.records import LayerSqnr, W4A4Plan
+from svdq_cli.records import W4A4Plan
+from svdq_cli.reports import LayerSqnr
 from svdq_cli.source import open_source
 
 PLOTS = ["activations.png", "layers.png", "ranks.png", "singular_values.png"]

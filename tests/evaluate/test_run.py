@@ -12,15 +12,16 @@ import pytest
 from PIL import Image
 
 import svdq_cli.evaluate.passes
-from svdq_cli.checkpoint import open_checkpoint
-from svdq_cli.drawing import evaluation_recipe
+from svdq_cli.checkpoint.reader import open_checkpoint
 from svdq_cli.errors import CanceledRunError, UsageError
 from svdq_cli.evaluate.passes import passes_of_text
-from svdq_cli.evaluate.planning import plan_evaluation
+from svdq_cli.evaluate.plan import plan_evaluation
 from svdq_cli.evaluate.run import evaluate
-from svdq_cli.preparing import RunOptions
+from svdq_cli.prepare.defaults import evaluation_recipe
+from svdq_cli.prepare.options import RunOptions
 from svdq_cli.recipe import Recipe, parse_fail_if
-from svdq_cli.records import EvalReport, Event, to_json
+from svdq_cli.records import Event
+from svdq_cli.reports import EvalReport, to_json
 
 CPU = RunOptions(device="cpu")
 PROMPTS = "a red <b>circle</b>\na blue <b>square</b>\na small green <b>star</b>\n"

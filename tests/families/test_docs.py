@@ -10,8 +10,8 @@ import pytest
 from svdq_cli.errors import InputError
 from svdq_cli.families import FAMILIES, find_family
 from svdq_cli.recipe import load_recipe
-from svdq_cli.resources import data_root
 from svdq_cli.source import open_source
+from svdq_cli.storage.resources import data_root
 from tests.families.layer_table import CONFIGS, PAGES, plan_of_config, rewritten
 
 # W4A4 layers by block, W4A16 layers, kept ones (all linears less those, and 1x1 convolutions), published parameters

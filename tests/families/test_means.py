@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from svdq_cli.calibrate.settings import DrawSettings
 from svdq_cli.evaluate.outputs import output_sqnr, record_outputs
 from svdq_cli.families import find_family
-from svdq_cli.loading import load_16bit_pipeline
+from svdq_cli.inference.load import load_16bit_pipeline
+from svdq_cli.pipelines.settings import DrawSettings
 from svdq_cli.planning.means import mean_places
-from svdq_cli.preparing import prepare
+from svdq_cli.prepare.prepare import prepare
 from svdq_cli.recipe import default_recipe
 from svdq_cli.records import ignore_events
 from svdq_cli.source.means import MovedMean, without_means

@@ -8,12 +8,16 @@ import pytest
 import torch
 
 from svdq_cli.calibrate.artefact import open_calibration
-from svdq_cli.calibrate.pipelines import draw, load_source_pipeline
-from svdq_cli.checkpoint import open_checkpoint
-from svdq_cli.drawing import evaluation_recipe
-from svdq_cli.loading import load_pipeline
-from svdq_cli.pipeline import calibrate, check, convert
-from svdq_cli.preparing import RunOptions, prepare, sampling_for
+from svdq_cli.checkpoint.check import check
+from svdq_cli.checkpoint.reader import open_checkpoint
+from svdq_cli.conversion.calibrate import calibrate
+from svdq_cli.conversion.convert import convert
+from svdq_cli.inference.load import load_pipeline
+from svdq_cli.pipelines.generate import draw, load_source_pipeline
+from svdq_cli.prepare.defaults import evaluation_recipe
+from svdq_cli.prepare.options import RunOptions
+from svdq_cli.prepare.prepare import prepare
+from svdq_cli.prepare.sampling import sampling_for
 from svdq_cli.recipe import Calibration, Quantization, Recipe, default_recipe
 from svdq_cli.runtime.cpu_fused import CpuW4A4Linear
 from svdq_cli.runtime.linear import W4A4Linear

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from svdq_cli.calibrate.collect import collect_stats
-from svdq_cli.calibrate.pipelines import load_source_pipeline
-from svdq_cli.calibrate.settings import DrawSettings
 from svdq_cli.formats import format_named
+from svdq_cli.pipelines.generate import load_source_pipeline
+from svdq_cli.pipelines.settings import DrawSettings
 from svdq_cli.planning.plan import plan_model
-from svdq_cli.pointwise import is_pointwise
+from svdq_cli.planning.pointwise import is_pointwise
 from svdq_cli.records import Int4, ModelPlan, SolveSettings
 from svdq_cli.runtime.linear import quantized_linear
 from svdq_cli.runtime.replace import PointwiseConvolution, replace_linears

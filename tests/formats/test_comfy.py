@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from svdq_cli.checkpoint import open_checkpoint
+from svdq_cli.checkpoint.reader import open_checkpoint
 from svdq_cli.errors import InputError, UsageError
 from svdq_cli.formats import format_named
 from svdq_cli.formats.contract import Traits
@@ -153,7 +153,7 @@ def widened(solution: W4A4Solution) -> W4A4Solution:
 
 
 def test_nvfp4_is_refused_before_any_work(tiny_flux: Path, tmp_path: Path):
-    from svdq_cli.pipeline import convert
+    from svdq_cli.conversion.convert import convert
     from svdq_cli.recipe import Output, Quantization, default_recipe
 
     recipe = default_recipe(

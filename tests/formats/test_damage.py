@@ -13,9 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from svdq_cli.checkpoint.check import check
 from svdq_cli.cli import run
 from svdq_cli.errors import InputError
-from svdq_cli.pipeline import check
 from svdq_cli.source import open_source
 
 Damage = Callable[[dict[str, Tensor]], None]
@@ -62,8 +62,8 @@ PARTS = {
 @pytest.fixture(scope="module")
 def smoothed_flux(tiny_flux: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A conversion whose smoothing factors are not one everywhere."""
-    from svdq_cli.pipeline import convert
-    from svdq_cli.preparing import RunOptions
+    from svdq_cli.conversion.convert import convert
+    from svdq_cli.prepare.options import RunOptions
     from svdq_cli.recipe import Calibration, Output, Quantization, default_recipe
 
     folder = tmp_path_factory.mktemp("smoothed")

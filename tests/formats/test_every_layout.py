@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from svdq_cli.checkpoint import Checkpoint, open_checkpoint
+from svdq_cli.checkpoint.check import check
+from svdq_cli.checkpoint.reader import Checkpoint, open_checkpoint
+from svdq_cli.conversion.convert import convert
 from svdq_cli.families.layouts import LAYOUTS
 from svdq_cli.families.layouts.layout import HalvesSwapped, Interleaved, KeysAndValuesByHead
 from svdq_cli.formats import FORMATS, format_named
 from svdq_cli.formats.modules import row_sources
-from svdq_cli.pipeline import check, convert
-from svdq_cli.preparing import RunOptions
+from svdq_cli.prepare.options import RunOptions
 from svdq_cli.recipe import Output, Quantization, default_recipe
 from svdq_cli.records import W4A4Plan, W4A4Solution
 from svdq_cli.source import Source, open_source, read_tensor

@@ -8,12 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from svdq_cli.checking import find_problems
-from svdq_cli.checkpoint import open_checkpoint
-from svdq_cli.exporting import export
+from svdq_cli.checkpoint.check import check, find_problems
+from svdq_cli.checkpoint.reader import open_checkpoint
+from svdq_cli.conversion.convert import convert
+from svdq_cli.entrypoints.export import export
 from svdq_cli.formats.headers import header_metadata
 from svdq_cli.lora.fold import fold
-from svdq_cli.pipeline import check, convert
 from svdq_cli.recipe import Output, default_recipe, with_overrides
 from svdq_cli.source import open_source
 from tests.tiny_families import tiny_pipeline

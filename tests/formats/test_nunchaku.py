@@ -10,12 +10,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from svdq_cli.checkpoint.writer import target_of
 from svdq_cli.errors import InputError, UsageError
 from svdq_cli.formats import format_named
 from svdq_cli.formats.contract import Traits
 from svdq_cli.formats.modules import known_layout, lay_out
 from svdq_cli.records import GELU_SHIFT, Int4, Linear, NvFp4, Precision, W4A4Plan, W4A4Solution
-from svdq_cli.writing import target_of
 from tests.formats.solutions import random_solution, same_bits, w4a4_plan
 from tests.full_size import FLUX_DEV, full_size_plan
 
@@ -221,7 +221,7 @@ def test_the_shift_is_exact_in_bfloat16():
 
 @pytest.mark.parametrize("precision", ["int4", "nvfp4"])
 def test_lite_and_classic_of_one_conversion_hold_the_same_layers(converted_flux, precision: str):
-    from svdq_cli.checkpoint import open_checkpoint
+    from svdq_cli.checkpoint.reader import open_checkpoint
     from tests.formats.solutions import differing_fields
 
     lite = open_checkpoint(converted_flux(precision) / "lite")
@@ -257,7 +257,7 @@ def test_the_header_says_what_the_runtimes_build_the_model_from(converted_flux):
 
 def test_the_modulation_is_interleaved_with_one_added_to_its_scales(converted_flux):
     """Row 6 c + j of the stored bias is row c of vector j; vectors 1 and 4 are scales."""
-    from svdq_cli.checkpoint import open_checkpoint
+    from svdq_cli.checkpoint.reader import open_checkpoint
 
     path = converted_flux("int4") / "nunchaku.safetensors"
     stored = load_file(path)["transformer_blocks.0.norm1.linear.bias"]
@@ -274,7 +274,7 @@ def test_the_modulation_is_interleaved_with_one_added_to_its_scales(converted_fl
 def test_a_bias_changed_after_the_conversion_contradicts_the_header(converted_flux, tmp_path: Path):
     from safetensors.torch import save_file
 
-    from svdq_cli.checkpoint import open_checkpoint
+    from svdq_cli.checkpoint.reader import open_checkpoint
 
     path = converted_flux("int4") / "nunchaku.safetensors"
     tensors = load_file(path)
@@ -295,7 +295,7 @@ def test_without_the_headers_record_the_bias_comes_back_to_one_rounding(converte
     """A file of another tool: the shift is taken out of the bias again."""
     from safetensors.torch import save_file
 
-    from svdq_cli.checkpoint import open_checkpoint
+    from svdq_cli.checkpoint.reader import open_checkpoint
 
     path = converted_flux("int4") / "nunchaku.safetensors"
     with safe_open(path, framework="pt") as file:
@@ -313,8 +313,8 @@ def test_without_the_headers_record_the_bias_comes_back_to_one_rounding(converte
 
 
 def test_a_layer_that_stays_at_16_bits_is_refused_by_name(tiny_flux: Path, tmp_path: Path):
-    from svdq_cli.pipeline import convert
-    from svdq_cli.preparing import RunOptions
+    from svdq_cli.conversion.convert import convert
+    from svdq_cli.prepare.options import RunOptions
     from svdq_cli.recipe import KeepOverride, Output, Quantization, default_recipe
 
     quantization = Quantization.model_validate({"rank": 16, "effort": "datafree"})

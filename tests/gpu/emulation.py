@@ -20,9 +20,9 @@ from torch import Tensor
 
 from svdq_cli.gpu.architectures import Architecture, architecture
 from svdq_cli.gpu.compile import Variant
-from svdq_cli.gpu.compile_all import variants_of
 from svdq_cli.gpu.operations import Argument
-from svdq_cli.resources import data_root
+from svdq_cli.storage.resources import data_root
+from tools.compile_kernels import variants_of
 
 EMULATOR = Path(__file__).parent / "emulator"
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")

@@ -16,10 +16,10 @@ from svdq_cli.errors import EnvironmentLacksError
 from svdq_cli.gpu import hopper, nvrtc, variants
 from svdq_cli.gpu.architectures import ARCHITECTURES, Architecture, CodeMma, architecture, architecture_of
 from svdq_cli.gpu.compile import Usage, Variant, compile_variant, read_headers, read_source, usage_of
-from svdq_cli.gpu.compile_all import Compiled, blocks_that_fit, compile_all, faults_of, variants_of
 from svdq_cli.gpu.hopper_modes import HopperMode
 from svdq_cli.records import Int4, NvFp4
-from svdq_cli.resources import data_root
+from svdq_cli.storage.resources import data_root
+from tools.compile_kernels import Compiled, blocks_that_fit, compile_all, faults_of, variants_of
 
 
 def _nvrtc_is_here() -> bool:

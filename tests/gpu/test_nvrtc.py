@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from svdq_cli.diagnosis import diagnose
+from svdq_cli.entrypoints.doctor import diagnose
 from svdq_cli.errors import EnvironmentLacksError
 from svdq_cli.gpu import nvrtc
 from tests.gpu.emulation import COMPILER, needs_compiler

@@ -23,10 +23,10 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
+from svdq_cli.adapters.names import ModelShapes
+from svdq_cli.adapters.read import read_adapter
 from svdq_cli.errors import InputError, RecipeError, SvdqError
 from svdq_cli.recipe import Recipe, parse_recipe, resolved
-from svdq_cli.source.adapter_names import ModelShapes
-from svdq_cli.source.adapters import read_adapter
 from svdq_cli.source.headers import Header, read_whole_header
 from svdq_cli.source.markers import told_by, without_markers
 from svdq_cli.source.prefixes import find_model

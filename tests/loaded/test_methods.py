@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import svdq_cli
-from svdq_cli.checkpoint import open_checkpoint
-from svdq_cli.encoders import quantize_encoder
+from svdq_cli.checkpoint.reader import open_checkpoint
+from svdq_cli.checkpoint.text_encoders import quantize_encoder
 from svdq_cli.errors import InputError, SvdqError, UsageError
 from tests.lora.layers import QKV, small_lora
 from tests.lora.test_fold import saved
@@ -69,8 +69,8 @@ def test_a_saved_pipeline_is_the_checkpoint_byte_for_byte(
     checkpoint: Path, tmp_path: Path, change: Callable[[Any], Any], backend: str, monkeypatch: Any
 ):
     if backend != "reference":
-        twins = svdq_cli.loading.Backend("kernels", "a test")  # type: ignore[attr-defined]
-        monkeypatch.setattr("svdq_cli.loading.choose_backend", lambda *_: twins)
+        twins = svdq_cli.inference.load.Backend("kernels", "a test")  # type: ignore[attr-defined]
+        monkeypatch.setattr("svdq_cli.inference.load.choose_backend", lambda *_: twins)
     change(load(checkpoint)).save_pretrained(tmp_path / "saved")
     assert same_component(checkpoint / "transformer", tmp_path / "saved" / "transformer")
     assert (tmp_path / "saved" / "svdq_report.json").is_file()

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from svdq_cli.checkpoint import Checkpoint
+from svdq_cli.checkpoint.reader import Checkpoint
 from svdq_cli.records import W4A4Solution
 from svdq_cli.runtime.linear import w4a4_exact, w4a16_rounded_weight
 from tests.source.test_loras import RANK, Halves

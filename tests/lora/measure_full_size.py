@@ -16,14 +16,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from svdq_cli.checkpoint.writer import WEIGHT_FILE, Target, target_of
 from svdq_cli.formats import format_named
 from svdq_cli.formats.headers import CONFIG, RANKS, as_text
 from svdq_cli.formats.modules import kept_shapes
 from svdq_cli.lora.fold import fold
-from svdq_cli.preparing import RunOptions
+from svdq_cli.prepare.options import RunOptions
 from svdq_cli.records import Int4, ModelPlan
-from svdq_cli.tensor_file import TensorSpec, write_tensors
-from svdq_cli.writing import WEIGHT_FILE, Target, target_of
+from svdq_cli.storage.tensor_file import TensorSpec, write_tensors
 from tests.full_size import FLUX_DEV, full_size_plan
 
 GENERATOR = torch.Generator().manual_seed(0)

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 import svdq_cli
-from svdq_cli.checkpoint import open_checkpoint
+from svdq_cli.checkpoint.reader import open_checkpoint
 from svdq_cli.cpu.build import find_compiler
 from svdq_cli.errors import InputError, UsageError
 from svdq_cli.gpu.hopper_modes import HopperMode
-from svdq_cli.loading import Backend, load_model
+from svdq_cli.inference.load import Backend, load_model
 from svdq_cli.lora.fold import fold
 from svdq_cli.runtime.fused import FusedW4A4Linear
 from svdq_cli.runtime.hopper_fused import HopperW4A4Linear

@@ -12,13 +12,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from svdq_cli.checkpoint import open_checkpoint
+from svdq_cli.adapters.merge import merge_loras
+from svdq_cli.checkpoint.check import check
+from svdq_cli.checkpoint.reader import open_checkpoint
 from svdq_cli.cli import run
 from svdq_cli.errors import InputError, SvdqError, UsageError
 from svdq_cli.lora.fold import FoldSettings, fold
-from svdq_cli.pipeline import check
-from svdq_cli.records import LoraReport, W4A4Plan
-from svdq_cli.source import merge_loras, open_source
+from svdq_cli.records import W4A4Plan
+from svdq_cli.reports import LoraReport
+from svdq_cli.source import open_source
 from tests.lora.layers import (
     FOUR_BIT,
     MODULATION,

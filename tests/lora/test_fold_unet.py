@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from svdq_cli.checkpoint import open_checkpoint
+from svdq_cli.checkpoint.reader import open_checkpoint
 from svdq_cli.lora.fold import fold
 from tests.lora.layers import layer_output, probes, relative, small_lora
 from tests.lora.test_fold import saved

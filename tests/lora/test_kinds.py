@@ -10,11 +10,12 @@ import pytest
 from torch import Tensor
 
 import svdq_cli
-from svdq_cli.checkpoint import Checkpoint, open_checkpoint
+from svdq_cli.checkpoint.reader import Checkpoint, open_checkpoint
 from svdq_cli.errors import InputError
 from svdq_cli.lora.fold import FoldSettings, fold
 from svdq_cli.lora.weights import CheckpointWeights
-from svdq_cli.records import LoraReport, W4A4Plan
+from svdq_cli.records import W4A4Plan
+from svdq_cli.reports import LoraReport
 from tests.lora.layers import layer_output, relative
 from tests.lora.test_attaching import layer_of, loaded
 from tests.source.lora_kinds import (

@@ -13,7 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from svdq_cli.checkpoint import open_checkpoint
+from svdq_cli.adapters.updates import LowRankUpdate
+from svdq_cli.checkpoint.reader import open_checkpoint
 from svdq_cli.cli import run
 from svdq_cli.errors import UsageError
 from svdq_cli.families.layouts import layout_of
@@ -21,11 +22,10 @@ from svdq_cli.formats.branches import stacked_branches
 from svdq_cli.formats.contract import Branch
 from svdq_cli.formats.modules import FileLayout, StoredModule, lay_out
 from svdq_cli.formats.nunchaku import FORMAT, decode_branch
-from svdq_cli.lora.folding import additions, extended, padded, whole_tiles
+from svdq_cli.lora.branch_ops import additions, extended, padded, whole_tiles
 from svdq_cli.lora.standalone import block_tensors, modulation_tensors, write_nunchaku_lora
 from svdq_cli.pack.low_rank import unpack_down, unpack_up
 from svdq_cli.records import Int4, LayerPlan, Linear, W4A4Plan, W4A16Plan
-from svdq_cli.source.weight_changes import LowRankUpdate
 from tests.lora.layers import FOUR_BIT, MODULATION, SIXTEEN_BIT, small_lora
 from tests.lora.test_fold import saved
 from tests.source.test_loras import peft

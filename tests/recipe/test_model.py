@@ -25,7 +25,7 @@ from svdq_cli.recipe import (
     resolved,
     with_overrides,
 )
-from svdq_cli.resources import data_root
+from svdq_cli.storage.resources import data_root
 
 FULL = Recipe.model_validate(
     {

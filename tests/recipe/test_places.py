@@ -8,7 +8,7 @@ import pytest
 
 from svdq_cli.errors import InputError
 from svdq_cli.recipe import find_prompts, find_source
-from svdq_cli.resources import data_root
+from svdq_cli.storage.resources import data_root
 
 LIST = "calib_prompts/general.txt"
 

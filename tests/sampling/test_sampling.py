@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 import svdq_cli
+from svdq_cli.entrypoints.init import write_recipe
 from svdq_cli.errors import InputError
-from svdq_cli.preparing import prepare
+from svdq_cli.prepare.prepare import prepare
 from svdq_cli.recipe import Calibration, default_recipe, load_recipe
-from svdq_cli.resources import data_root, demo_model_folder
 from svdq_cli.sampling import SAMPLING_FILE, ModelSampling, sampling_of
 from svdq_cli.source import Source
-from svdq_cli.starting import write_recipe
+from svdq_cli.storage.resources import data_root, demo_model_folder
 
 UNET = "UNet2DConditionModel"
 EULER = {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"}
@@ -234,7 +234,7 @@ def test_a_sampling_file_out_of_bounds_is_refused_by_its_name(model: Make, wrong
 
 
 def test_an_exported_embedded_model_gets_a_recipe_that_it_can_be_sampled_with(tmp_path: Path):
-    from svdq_cli.showcase import export_model
+    from svdq_cli.entrypoints.demo import export_model
 
     export_model(tmp_path / "my-model", outliers=False, overwrite=False)
     write_recipe(str(tmp_path / "my-model"), tmp_path / "recipe.yaml", overwrite=False)
@@ -262,13 +262,15 @@ def test_what_a_recipe_says_wins_over_the_model_s_own():
 
 
 def test_images_that_the_pipeline_reads_are_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    import svdq_cli.preparing
-    from svdq_cli.conversion.plan_report import predict
+    import svdq_cli.prepare.sampling
+    from svdq_cli.conversion.plan import predict
 
     (tmp_path / "one.png").write_bytes(b"png")
     asked: list[Path] = []
-    real = svdq_cli.preparing.picture_files
-    monkeypatch.setattr(svdq_cli.preparing, "picture_files", lambda path: asked.append(path) or real(path))
+    real = svdq_cli.prepare.sampling.picture_files
+    monkeypatch.setattr(
+        svdq_cli.prepare.sampling, "picture_files", lambda path: asked.append(path) or real(path)
+    )
     predict(default_recipe("demo", calibration=Calibration(image=str(tmp_path), samples=2, steps=2)))
     assert asked == [tmp_path]
 

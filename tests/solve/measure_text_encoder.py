@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
 from svdq_cli.evaluate.layers import layer_sqnr_db
-from svdq_cli.recipe.model import ALL_STEPS
+from svdq_cli.recipe.schema import ALL_STEPS
 from svdq_cli.records import (
     ActivationStats,
     Int4,

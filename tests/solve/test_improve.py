@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from svdq_cli.recipe.model import STEPS_OF_EFFORT
+from svdq_cli.recipe.schema import STEPS_OF_EFFORT
 from svdq_cli.records import Effort, Int4, NvFp4, Precision, SearchStep, SolveSettings
 from svdq_cli.solve.forward import output_sqnr_db
 from svdq_cli.solve.linear import SolvedInput, solve_input

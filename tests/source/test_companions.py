@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
+from svdq_cli.conversion.convert import convert
 from svdq_cli.errors import InputError
-from svdq_cli.loading import load_16bit_pipeline
-from svdq_cli.pipeline import convert
+from svdq_cli.inference.load import load_16bit_pipeline
 from svdq_cli.recipe import default_recipe, with_overrides
 from svdq_cli.source import Source, open_source
 from svdq_cli.source.companions import LDM_VAE, OPEN_CLIP

@@ -11,8 +11,8 @@ import torch
 from huggingface_hub import export_folder_as_dduf
 from safetensors.torch import load_file
 
+from svdq_cli.conversion.convert import convert
 from svdq_cli.errors import InputError
-from svdq_cli.pipeline import convert
 from svdq_cli.recipe import default_recipe, with_overrides
 from svdq_cli.source import open_source, source_digest
 from tests.source.test_shards import write_shards

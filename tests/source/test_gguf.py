@@ -12,8 +12,9 @@ from gguf.quants import dequantize, quantize
 from safetensors.torch import load_file
 from torch import Tensor
 
+from svdq_cli.checkpoint.check import check
+from svdq_cli.conversion.convert import convert
 from svdq_cli.errors import EnvironmentLacksError, InputError
-from svdq_cli.pipeline import check, convert
 from svdq_cli.recipe import default_recipe, with_overrides
 from svdq_cli.source import open_source, read_tensor, source_digest
 from svdq_cli.source.original_names import FLUX1

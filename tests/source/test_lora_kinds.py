@@ -21,8 +21,9 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from svdq_cli.adapters.merge import merge_loras
 from svdq_cli.errors import InputError
-from svdq_cli.source import Source, merge_loras, open_source, read_tensor
+from svdq_cli.source import Source, open_source, read_tensor
 from tests.source.lora_kinds import (
     ALPHA,
     LYCORIS,

@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from svdq_cli.source import merge_loras, open_source, read_tensor
-from svdq_cli.source.adapter_names import ModelShapes
-from svdq_cli.source.adapters import Adapter, read_adapter
+from svdq_cli.adapters.merge import merge_loras, shapes_of
+from svdq_cli.adapters.names import ModelShapes
+from svdq_cli.adapters.read import Adapter, read_adapter
+from svdq_cli.source import open_source, read_tensor
 from svdq_cli.source.denoisers import joined
-from svdq_cli.source.merging import shapes_of
 from tests.source.test_configs import meta_shapes
 from tests.source.test_loras import BFL, QKV, drawn, weights_of
 from tests.tiny_families import tiny_pipeline

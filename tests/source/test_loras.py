@@ -11,13 +11,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from svdq_cli.adapters.changes import StoredChange
+from svdq_cli.adapters.merge import merge_loras
+from svdq_cli.checkpoint.check import check
+from svdq_cli.conversion.convert import convert
 from svdq_cli.errors import InputError, UsageError
-from svdq_cli.pipeline import check, convert
-from svdq_cli.preparing import DEFAULT_OPTIONS, source_of
+from svdq_cli.prepare.from_command_line import override, parse_lora
+from svdq_cli.prepare.options import DEFAULT_OPTIONS
+from svdq_cli.prepare.sources import source_of
 from svdq_cli.recipe import Lora, default_recipe, with_overrides
-from svdq_cli.source import Source, merge_loras, open_source, read_tensor, source_digest
-from svdq_cli.source.adapter_changes import StoredChange
-from svdq_cli.starting import override, parse_lora
+from svdq_cli.source import Source, open_source, read_tensor, source_digest
 from tests.source.test_configs import meta_shapes
 from tests.source.test_single_file import WEIGHTS, bfl_file, weights_of
 

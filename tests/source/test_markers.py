@@ -12,16 +12,18 @@ from diffusers import DDIMScheduler, EDMEulerScheduler, EulerDiscreteScheduler, 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from svdq_cli.checkpoint import open_checkpoint
+from svdq_cli.checkpoint.check import check
+from svdq_cli.checkpoint.reader import open_checkpoint
+from svdq_cli.conversion.convert import convert
+from svdq_cli.entrypoints.export import export
 from svdq_cli.errors import InputError
-from svdq_cli.exporting import export
-from svdq_cli.loading import load_16bit_pipeline, load_pipeline
-from svdq_cli.pipeline import check, convert
+from svdq_cli.inference.load import load_16bit_pipeline, load_pipeline
 from svdq_cli.recipe import Output, default_recipe, with_overrides
-from svdq_cli.records import ConvertReport
-from svdq_cli.schedulers import scheduler_with
-from svdq_cli.source import open_source, read_json, source_digest
+from svdq_cli.reports import ConvertReport
+from svdq_cli.sampling.schedulers import scheduler_with
+from svdq_cli.source import open_source, source_digest
 from svdq_cli.source.original_names import FLUX1, LDM_UNET
+from svdq_cli.storage.json_files import read_json
 from tests.source.originals import original_state
 from tests.source.test_single_file import weights_of
 from tests.tiny_families import tiny_pipeline

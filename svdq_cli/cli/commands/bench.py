@@ -48,7 +48,7 @@ def bench(
     verbose: opt.Verbose = False,
 ) -> None:
     """Measure speed and arithmetic error of linear layers, beside torch's own in the same run."""
-    from svdq_cli.bench.judge import judged
+    from svdq_cli.bench.gates import judged
     from svdq_cli.bench.plot import draw_plot
     from svdq_cli.bench.run import (
         RANK,
@@ -60,13 +60,13 @@ def bench(
         with_steps,
     )
     from svdq_cli.bench.shapes import default_shapes, shape_set
-    from svdq_cli.checkpoint import open_checkpoint
+    from svdq_cli.checkpoint.reader import open_checkpoint
     from svdq_cli.cli import render
     from svdq_cli.cli.progress import progress
     from svdq_cli.cli.summary import append_summary
-    from svdq_cli.machine import resolve_device
-    from svdq_cli.placing import require_picture_place
     from svdq_cli.recipe import parse_fail_if
+    from svdq_cli.storage.output_paths import require_picture_place
+    from svdq_cli.system.machine import resolve_device
 
     if plot is not None:
         require_picture_place(plot, overwrite=True)

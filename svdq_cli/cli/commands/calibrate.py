@@ -35,9 +35,9 @@ def calibrate(
     """Run prompts through the 16-bit model and keep its activation statistics, for any number of conversions."""
     from svdq_cli.cli import render
     from svdq_cli.cli.progress import progress
-    from svdq_cli.conversion.sharing import share_calibrate
-    from svdq_cli.pipeline import calibrate as run_calibrate
-    from svdq_cli.starting import rules_named, with_default_calibration
+    from svdq_cli.conversion.calibrate import calibrate as run_calibrate
+    from svdq_cli.conversion.workers import share_calibrate
+    from svdq_cli.prepare.from_command_line import rules_named, with_default_calibration
 
     how = run_options(device, overwrite, work=work, resume=resume, max_ram=max_ram, max_vram=max_vram)
     recipe, run = recipe_for(source, options=how, family=family, base=base, denoiser=denoiser, loras=loras)

@@ -24,12 +24,12 @@ def check(
     verbose: opt.Verbose = False,
 ) -> None:
     """Check structure, finite values and, against the source, the reconstruction of every layer."""
+    from svdq_cli.checkpoint.check import check as run_check
     from svdq_cli.cli import render
     from svdq_cli.cli.progress import progress
     from svdq_cli.cli.summary import append_summary
-    from svdq_cli.locate import locate_base
-    from svdq_cli.pipeline import check as run_check
-    from svdq_cli.pipeline import check_against
+    from svdq_cli.entrypoints.check import check_against
+    from svdq_cli.prepare.locate import locate_base
 
     with progress(quiet=quiet, verbose=verbose, events=events) as observe:
         if against is None:

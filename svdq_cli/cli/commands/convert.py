@@ -11,7 +11,7 @@ from svdq_cli.cli import options as opt
 from svdq_cli.cli.parsing import card_of, rank_of, recipe_for, run_options, shared_run
 
 if TYPE_CHECKING:
-    from svdq_cli.records import ConvertReport, PlanReport
+    from svdq_cli.reports import ConvertReport, PlanReport
 
 
 def convert(
@@ -81,10 +81,11 @@ def convert(
         require_recipes,
     )
     from svdq_cli.cli.summary import append_summary
-    from svdq_cli.conversion.sharing import share_convert
-    from svdq_cli.pipeline import convert as run_convert
-    from svdq_cli.pipeline import predict
-    from svdq_cli.starting import outputs_of, refuse_unused_prompts, require_convertible, rules_named
+    from svdq_cli.conversion.convert import convert as run_convert
+    from svdq_cli.conversion.plan import predict
+    from svdq_cli.conversion.preflight import require_convertible
+    from svdq_cli.conversion.workers import share_convert
+    from svdq_cli.prepare.from_command_line import outputs_of, refuse_unused_prompts, rules_named
 
     card = card_of(gpu, planned=plan)
     given: dict[str, object] = {

@@ -39,19 +39,19 @@ def demo(
     from svdq_cli.cli.progress import progress
 
     if export is not None:
-        from svdq_cli.showcase import export_model
+        from svdq_cli.entrypoints.demo import export_model
 
         render.show(export_model(export, outliers=outliers, overwrite=overwrite), json=json)
         return
     if lora:
-        from svdq_cli.showcase_lora import demo_lora
+        from svdq_cli.entrypoints.demo_lora import demo_lora
 
         with progress(quiet=quiet, verbose=verbose, events=events) as observe:
             told = demo_lora(out, options=run_options(device, overwrite), observe=observe)
         render.show(told, json=json)
         return
-    from svdq_cli.locate import DEMO_SOURCES
-    from svdq_cli.showcase import demo as run_demo
+    from svdq_cli.entrypoints.demo import demo as run_demo
+    from svdq_cli.prepare.locate import DEMO_SOURCES
 
     sources = ("demo:outliers",) if outliers else DEMO_SOURCES
     with progress(quiet=quiet, verbose=verbose, events=events) as observe:

@@ -16,7 +16,7 @@ def doctor(
     """Show what this machine can do: versions, GPU, memory, disk, and a self-test of every backend."""
     from svdq_cli.cli import render
     from svdq_cli.cli.progress import progress
-    from svdq_cli.diagnosis import diagnose
+    from svdq_cli.entrypoints.doctor import diagnose
 
     with progress(quiet=quiet, verbose=verbose, events=events):
         report = diagnose()

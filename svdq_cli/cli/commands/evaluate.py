@@ -57,16 +57,17 @@ def evaluate(
     verbose: opt.Verbose = False,
 ) -> None:
     """Generate with both models at equal seeds: PSNR, SSIM, other installed metrics, and baselines beside them."""
-    from svdq_cli.checkpoint import open_checkpoint
+    from svdq_cli.checkpoint.reader import open_checkpoint
     from svdq_cli.cli import render
     from svdq_cli.cli.progress import progress
     from svdq_cli.cli.summary import append_summary
-    from svdq_cli.drawing import Inputs, evaluation_recipe, with_inputs
+    from svdq_cli.entrypoints.generate import Inputs, with_inputs
     from svdq_cli.evaluate.passes import passes_of_text
-    from svdq_cli.evaluate.planning import plan_evaluation
+    from svdq_cli.evaluate.plan import plan_evaluation
     from svdq_cli.evaluate.run import evaluate as run_evaluate
-    from svdq_cli.preparing import pipeline_of
-    from svdq_cli.starting import recipe_of
+    from svdq_cli.prepare.defaults import evaluation_recipe
+    from svdq_cli.prepare.from_command_line import recipe_of
+    from svdq_cli.prepare.sources import pipeline_of
 
     left_out = passes_of_text(without or [])
     named, beside = recipe_of(against)

@@ -29,8 +29,8 @@ def export(
     """Pack a checkpoint for another runtime without quantizing again: exactly, or not at all."""
     from svdq_cli.cli import render
     from svdq_cli.cli.progress import progress
-    from svdq_cli.exporting import export as run_export
-    from svdq_cli.locate import locate_base
+    from svdq_cli.entrypoints.export import export as run_export
+    from svdq_cli.prepare.locate import locate_base
 
     pipeline = locate_base(base) if base else None
     with progress(quiet=quiet, verbose=verbose, events=events) as observe:

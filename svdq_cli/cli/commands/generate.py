@@ -40,12 +40,13 @@ def generate(
     verbose: opt.Verbose = False,
 ) -> None:
     """Generate one image, or one video, with a converted checkpoint."""
-    from svdq_cli.checkpoint import open_checkpoint
+    from svdq_cli.checkpoint.reader import open_checkpoint
     from svdq_cli.cli import render
     from svdq_cli.cli.progress import progress
-    from svdq_cli.drawing import Inputs, evaluation_recipe
-    from svdq_cli.drawing import generate as run_generate
-    from svdq_cli.locate import locate_base
+    from svdq_cli.entrypoints.generate import Inputs
+    from svdq_cli.entrypoints.generate import generate as run_generate
+    from svdq_cli.prepare.defaults import evaluation_recipe
+    from svdq_cli.prepare.locate import locate_base
 
     pipeline = locate_base(base) if base else None
     recipe = override(

@@ -25,7 +25,7 @@ def init(
     """Write a complete, commented recipe for a model."""
     from svdq_cli.cli import render
     from svdq_cli.cli.progress import progress
-    from svdq_cli.starting import write_recipe
+    from svdq_cli.entrypoints.init import write_recipe
 
     with progress(quiet=quiet, verbose=verbose, events=events):
         report = write_recipe(

@@ -28,12 +28,12 @@ def inspect(
     verbose: opt.Verbose = False,
 ) -> None:
     """Show family, layers and sizes; of a checkpoint also format, precision, rank and provenance."""
-    from svdq_cli.checkpoint import looks_like_checkpoint
+    from svdq_cli.checkpoint.reader import looks_like_checkpoint
     from svdq_cli.cli import render
     from svdq_cli.cli.progress import progress
-    from svdq_cli.locate import locate_base
-    from svdq_cli.pipeline import inspect_checkpoint, inspect_source
-    from svdq_cli.starting import rules_named
+    from svdq_cli.entrypoints.inspect import inspect_checkpoint, inspect_source
+    from svdq_cli.prepare.from_command_line import rules_named
+    from svdq_cli.prepare.locate import locate_base
 
     with progress(quiet=quiet, verbose=verbose, events=events), rules_named(target):
         if looks_like_checkpoint(Path(target)):

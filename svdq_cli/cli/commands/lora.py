@@ -54,7 +54,7 @@ def lora(
     from svdq_cli.errors import UsageError
     from svdq_cli.lora.fold import FoldSettings, fold
     from svdq_cli.lora.standalone import write_nunchaku_lora
-    from svdq_cli.starting import lora_files
+    from svdq_cli.prepare.from_command_line import lora_files
 
     settings = FoldSettings(max_rank, approximate_rank, skip_w4a16)
     if to not in (None, "nunchaku"):

@@ -28,7 +28,7 @@ def push(
     from svdq_cli.cli import render
     from svdq_cli.cli.progress import progress
     from svdq_cli.cli.summary import append_summary
-    from svdq_cli.pushing import push as run_push
+    from svdq_cli.entrypoints.push import push as run_push
 
     with progress(quiet=quiet, verbose=verbose, events=events) as observe:
         report = run_push(checkpoint, repository, private=private, dry_run=dry_run, observe=observe)

@@ -15,7 +15,7 @@ def recipes(
     it to be changed."""
     from svdq_cli.cli import render
     from svdq_cli.cli.progress import progress
-    from svdq_cli.starting import list_recipes
+    from svdq_cli.entrypoints.init import list_recipes
 
     with progress(quiet=quiet, verbose=verbose, events=events):
         report = list_recipes()

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from svdq_cli.cli.failures import FailureReport
-from svdq_cli.cli.pages.pieces import (
+from svdq_cli.cli.pages.shared import (
     WORST_LAYERS,
     count_text,
     facts_table,
@@ -21,15 +21,8 @@ from svdq_cli.cli.pages.pieces import (
     vram_text,
 )
 from svdq_cli.cli.several import RecipeRun, SeveralReport, said_of
-from svdq_cli.records import (
-    CalibrateReport,
-    ConvertReport,
-    GpuFacts,
-    LoraReport,
-    PlanReport,
-    RepackReport,
-)
-from svdq_cli.wording import bytes_text, seconds_text
+from svdq_cli.reports import CalibrateReport, ConvertReport, GpuFacts, LoraReport, PlanReport, RepackReport
+from svdq_cli.text import bytes_text, seconds_text
 
 
 def conversion(console: Console, report: ConvertReport, verbose: bool) -> None:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from PIL.Image import Image
 
-from svdq_cli.calibrate.pipelines import quiet_loading
 from svdq_cli.errors import EnvironmentLacksError
 from svdq_cli.evaluate.metrics.metric import PictureMetric
+from svdq_cli.pipelines.generate import quiet_loading
 
 MODEL = "openai/clip-vit-large-patch14"  # torchmetrics' default, and that of published figures
 

@@ -15,8 +15,8 @@ from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
-from svdq_cli.blocks import Place, in_blocks, places_of
 from svdq_cli.evaluate.plots.style import GREY, HEAD, LETTER, ON_BRIGHT, SMALL, WIDTH, head, save, themed
+from svdq_cli.planning.blocks import Place, in_blocks, places_of
 
 LayerRank = int | Literal["w4a16", "16-bit"]
 

@@ -11,7 +11,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from svdq_cli.blocks import in_blocks, places_of
 from svdq_cli.evaluate.plots.ranks import LayerRank
 from svdq_cli.evaluate.plots.style import (
     BLUE,
@@ -31,6 +30,7 @@ from svdq_cli.evaluate.plots.style import (
     save,
     themed,
 )
+from svdq_cli.planning.blocks import in_blocks, places_of
 
 _STYLES = {"learned": (SKY, "^"), "gptq": (BLUE, "D"), "refit": (VERMILION, "o")}
 _OTHERS = ((ORANGE, "s"), (GREEN, "v"), (PURPLE, "P"))  # steps of checkpoints from other versions

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from svdq_cli.blocks import Place
+from svdq_cli.planning.blocks import Place
 
 # Okabe and Ito's palette, which color-blind readers can tell apart; where it is used, markers or line styles differ too
 BLUE, ORANGE, GREEN, VERMILION, SKY, PURPLE = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#56b4e9", "#cc79a7"

@@ -1,0 +1,135 @@
+"""LoRAs merged into a source: weights stay on disk, and each is changed when it is read."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor, zeros
+
+from svdq_cli.adapters.names import ModelShapes
+from svdq_cli.adapters.read import Adapter, StoredChange, read_adapter
+from svdq_cli.adapters.updates import WeightChange
+from svdq_cli.errors import InputError
+from svdq_cli.source.denoisers import component_of
+from svdq_cli.source.model import Source
+from svdq_cli.source.tensors import TensorEntry
+
+_LAST = threading.local()  # the tensor that a thread has read rows of last, and its changes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MergedTensor:
+    """A tensor plus what adapters add to it, each times its strength, in float32: rounding to 16 bit would lose what a
+    small update adds. Every change is that of the tensor as it was, so that their order says nothing."""
+
+    entry: TensorEntry
+    changes: tuple[tuple[StoredChange | Tensor, float], ...]  # a Tensor: of a bias or a norm
+    model: Mapping[str, TensorEntry]  # every tensor as it was
+
+    @property
+    def file(self) -> Path:
+        return self.entry.file
+
+    @property
+    def origin(self) -> str:
+        return self.entry.origin
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.entry.shape
+
+    @property
+    def dtype(self) -> str:
+        return "F32"
+
+    def read(self) -> Tensor:
+        return self.read_rows(0, self.shape[0])
+
+    def read_rows(self, start: int, stop: int) -> Tensor:
+        before = self.entry.read_rows(start, stop).float()
+        added = zeros(before.shape)
+        for change, strength in self._changes():
+            if isinstance(change, Tensor):
+                added += strength * change[start:stop]
+            else:
+                of_rows = change.of_rows([(start, stop)])
+                added += (strength * of_rows.added_to(before.flatten(1))).reshape(before.shape)
+        return before + added
+
+    def _rows_of(self, name: str, start: int, stop: int) -> Tensor:
+        entry = self.model[name]
+        return (entry.entry if isinstance(entry, MergedTensor) else entry).read_rows(start, stop)
+
+    def _changes(self) -> Sequence[tuple[WeightChange | Tensor, float]]:
+        """As they are read, kept until the thread asks for another tensor's: a matrix is read some rows at a time, and
+        LoKr's factors take as long to make as the rest of it."""
+        if getattr(_LAST, "tensor", None) is not self:
+            _LAST.tensor = _LAST.changes = None
+            _LAST.changes = [
+                (change if isinstance(change, Tensor) else change.read(self._rows_of), strength)
+                for change, strength in self.changes
+            ]
+            _LAST.tensor = self
+        return _LAST.changes
+
+
+def shapes_of(source: Source) -> ModelShapes:
+    """What an adapter for this source must fit."""
+    shapes = {name: entry.shape for name, entry in source.tensors.items()}
+    name = str(source.config.get("_class_name", source.path))
+    return ModelShapes(source.path, name, shapes, source.component, source.components[1:])
+
+
+def merge_loras(source: Source, loras: Sequence[tuple[Path, float]]) -> Source:
+    """The source with LoRAs (file, weight) merged, in this order. Raises InputError as `read_adapter` does."""
+    if not loras:
+        return source
+    if not source.tensors:
+        raise InputError(
+            f"{source.path}: there are no weights here to merge a LoRA into",
+            hint="give the model's folder or file",
+            where=str(source.path),
+        )
+    tensors = dict(source.tensors)
+    warnings = list(source.warnings)
+    for path, weight in loras:
+        adapter = read_adapter(path, shapes_of(source))
+        warnings += [*adapter.warnings, *_untouched(source, adapter)]
+        for name, change in (*adapter.weights.items(), *adapter.vectors.items()):
+            tensors[name] = _merged(adapter, source.tensors, tensors, name, change, weight)
+    kind = f"{source.kind}, {len(loras)} LoRA{'s' if len(loras) > 1 else ''} merged"
+    return replace(source, tensors=tensors, warnings=tuple(warnings), kind=kind)
+
+
+def _untouched(source: Source, adapter: Adapter) -> Iterator[str]:
+    """A warning of denoisers that an adapter leaves as they are. Most files say nothing of which they are for."""
+    touched = {component_of(source.components, name)[0] for name in adapter.weights}
+    if untouched := [name for name in source.components if name not in touched]:
+        yield (
+            f"{adapter.path.name}: merged into {' and '.join(sorted(touched))} alone; {' and '.join(untouched)} "
+            f"stays without it (--denoiser {untouched[0]} converts that alone, with a LoRA of its own)"
+        )
+
+
+def _merged(
+    adapter: Adapter,
+    model: Mapping[str, TensorEntry],
+    tensors: Mapping[str, TensorEntry],
+    name: str,
+    change: StoredChange | Tensor,
+    weight: float,
+) -> MergedTensor:
+    entry = tensors.get(name)
+    if entry is None:  # weights are known to be there
+        raise InputError(
+            f"{adapter.path}: it changes {name}, and the model has no bias there",
+            hint="the LoRA was trained on a variant of the model",
+            where=name,
+            kind="lora-mismatch",
+        )
+    if isinstance(entry, MergedTensor):
+        return MergedTensor(entry.entry, (*entry.changes, (change, weight)), model)
+    return MergedTensor(entry, ((change, weight),), model)

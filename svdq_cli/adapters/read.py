@@ -1,0 +1,234 @@
+"""LoRA files: whatever trainer wrote them, which layers of a model they change, and by what.
+
+A key that finds no place is an error, never skipped. `adapter_keys` sorts the keys, `adapter_names` knows how layers
+are called, `adapter_configs` what the trainer said next to the file, `adapter_fitting` puts the layers into the model,
+`adapter_changes` reads their numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from svdq_cli.adapters.changes import StoredChange, lokr_rank
+from svdq_cli.adapters.configs import WEIGHT_FILE, TrainingConfig, config_beside, config_in_header
+from svdq_cli.adapters.fitting import AdaptedLayer, fitted_layers
+from svdq_cli.adapters.keys import AdapterModule, modules_of, refuse_other_kinds, refused, require_whole, some
+from svdq_cli.adapters.names import (
+    ModelShapes,
+    Places,
+    find_place,
+    is_for_text_encoder,
+    named_by_index,
+    places_of,
+    untouched_components,
+)
+from svdq_cli.errors import InputError
+from svdq_cli.source.headers import Header, read_whole_header
+from svdq_cli.source.tensors import StoredTensor
+
+# Where a model reads its image; what was trained on more channels (control, inpainting) is wider here, and only here
+_INPUTS = (
+    "x_embedder",
+    "conv_in",
+    "pos_embed.proj",
+    "patch_embed.proj",
+    "patch_embedding",
+    "img_in",
+    "proj_in",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """A LoRA file that fits a model, at full strength; and what it holds for other components."""
+
+    path: Path
+    layers: tuple[AdaptedLayer, ...]
+    left_out: tuple[str, ...]  # keys for the text encoders
+    changed_base: str | None = None  # PiSSA, OLoRA: what its training took out of the model first
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def weights(self) -> Mapping[str, StoredChange]:
+        """What is added to each weight, by the model's tensor name."""
+        return {name: change for layer in self.layers for name, change in layer.weights.items()}
+
+    @property
+    def vectors(self) -> Mapping[str, Tensor]:
+        """What is added to each bias and norm, by the model's tensor name."""
+        return {name: added for layer in self.layers for name, added in layer.vectors.items()}
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        if not self.left_out:
+            return self.notes
+        return (
+            f"{self.path}: {len(self.left_out)} tensors are for the text encoders, which stay as they are",
+            *self.notes,
+        )
+
+
+def read_adapter(path: Path, model: ModelShapes) -> Adapter:
+    """The LoRA in a file, or in a folder of peft's, for `model`.
+
+    Raises InputError: damaged, an adapter of another kind, made for another model, or with keys that have no place.
+    """
+    file = adapter_file(path)
+    header = read_whole_header(file)
+    trained = config_in_header(file, header.metadata) or config_beside(
+        file, named_by_peft=any(key.startswith("base_model.model.") for key in header.tensors)
+    )
+    if trained is not None:
+        trained.require_readable()
+    keys = _model_keys(file, header, model)
+    refuse_other_kinds(file, keys)
+    modules, foreign = modules_of(file, keys)
+    places = places_of(model)
+    _refuse_wider(file, modules, places, model)
+    require_whole(file, modules, foreign)
+    _refuse_rank_stabilized_lokr(file, modules, header.metadata)
+    layers = fitted_layers(file, modules, places, model, trained)
+    return Adapter(
+        path=file,
+        layers=layers,
+        left_out=tuple(key for key in header.tensors if is_for_text_encoder(key)),
+        changed_base=None if trained is None else trained.changed_base,
+        notes=_notes(file, model, modules, layers, trained),
+    )
+
+
+# ------------------------------------------------------------------------------------------------- the file
+
+
+def adapter_file(path: Path) -> Path:
+    """The weight file of a LoRA: the file itself, or the one in a folder of peft's. InputError where there is none."""
+    if path.is_dir():
+        file = path / WEIGHT_FILE
+        if not file.is_file():
+            raise InputError(
+                f"{path}: no {WEIGHT_FILE} in this folder",
+                hint="give the LoRA's .safetensors file itself",
+                where=str(path),
+                kind="not-found",
+            )
+        return file
+    if not path.is_file():
+        raise InputError(
+            f"{path}: no such LoRA file",
+            hint="write --lora FILE or --lora FILE:WEIGHT",
+            where=str(path),
+            kind="not-found",
+        )
+    return path
+
+
+def _model_keys(file: Path, header: Header, model: ModelShapes) -> dict[str, StoredTensor]:
+    """The tensors for the diffusion model; numbered layers under their names."""
+    try:
+        numbered = named_by_index(header.tensors, header.metadata, model)
+    except ValueError as error:
+        raise refused(
+            file,
+            f"made for another model: {error}",
+            "give a LoRA that was trained on this model's family",
+            str(file),
+            kind="lora-mismatch",
+        ) from error
+    return {
+        numbered.get(key, key): entry for key, entry in header.tensors.items() if not is_for_text_encoder(key)
+    }
+
+
+def _refuse_wider(file: Path, modules: Sequence[AdapterModule], places: Places, model: ModelShapes) -> None:
+    """A LoRA of a model that reads more channels than this one: FLUX.1 Control or Fill, an inpainting UNet."""
+    for module in modules:
+        parts, down = find_place(places, module.name), module.keys.get("down")
+        if down is None or parts is None or not parts[0].target.startswith(_INPUTS):
+            continue
+        target, columns = parts[0].target, math.prod(down.shape[1:])
+        known = math.prod(model.shapes[f"{target}.weight"][1:])
+        if columns > known:
+            raise refused(
+                file,
+                f"control LoRA: it widens an input: {module.name} reads {columns} numbers, and {target} of this "
+                f"model {known}",
+                "a LoRA can't give a model more inputs: convert the model that it was trained on (a control, fill or "
+                "inpainting model), with the LoRA merged there",
+                module.name,
+                kind="lora-mismatch",
+            )
+
+
+def _refuse_rank_stabilized_lokr(
+    file: Path, modules: Sequence[AdapterModule], metadata: Mapping[str, str]
+) -> None:
+    """LyCORIS scales LoKr of whole matrices by 1, but trains it by the root of its rank with rs_lora, and then saves
+    that rank to the power of 3/2 as its alpha: no reader knows of it, LyCORIS itself included."""
+    said = _json_object(metadata.get("ss_network_args", "")).get("rs_lora")
+    for module in modules:
+        if module.algorithm != "LoKr" or "alpha" not in module.keys or lokr_rank(module) is not None:
+            continue
+        alpha = module.read("alpha").double().flatten()
+        rank = float(alpha[0].abs()) ** (2 / 3) if alpha.numel() == 1 else 0.0
+        if str(said).lower() == "true" or (
+            float(alpha[0]) % 1 != 0 and rank > 1.5 and abs(rank - round(rank)) < 2**-8 * rank
+        ):
+            raise refused(
+                file,
+                f"{module.name}: LoKr of whole matrices that was trained with rs_lora, which LyCORIS scales in one way "
+                "when it trains and in another when it loads",
+                "merge it into the model with the tool that trained it, and convert the result",
+                module.name,
+            )
+
+
+def _json_object(text: str) -> Mapping[str, object]:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _notes(
+    file: Path,
+    model: ModelShapes,
+    modules: Sequence[AdapterModule],
+    layers: Sequence[AdaptedLayer],
+    trained: TrainingConfig | None,
+) -> tuple[str, ...]:
+    """What a user should know of a file that can be merged."""
+    found: list[str] = []
+    untold = [module for module in modules if module.is_peft_s and "alpha" not in module.keys]
+    if untold and trained is None:
+        found.append(
+            f"{file}: neither the file nor an adapter_config.json beside it tells alpha, which is taken as the rank "
+            "(a scale of 1); a peft folder has it, as has --lora FILE:WEIGHT with a weight of alpha / rank"
+        )
+    idle = [layer for layer in layers if not layer.changes]
+    if idle:
+        which = (
+            "it changes nothing"
+            if len(idle) == len(layers)
+            else f"{len(idle)} of {len(layers)} layers change nothing"
+        )
+        found.append(
+            f"{file}: {which}: alpha is 0, or a matrix is all zeros ({some([i.name for i in idle])})"
+        )
+    if left := untouched_components(model, [name for layer in layers for name in layer.weights]):
+        found.append(
+            f"{file}: it changes {model.component} alone, and {' and '.join(left)} stays without it: only names that "
+            f"begin with {left[0]}. are for that one"
+        )
+    if trained is not None and trained.changed_base is not None:
+        found.append(
+            f"{file}: {trained.changed_base}: its training took a part out of every weight that it adapts, and so does "
+            "svdq, as peft does when it loads it"
+        )
+    return tuple(found)

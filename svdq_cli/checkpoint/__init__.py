@@ -1,0 +1,1 @@
+"""Converted checkpoints: read, written, checked."""

@@ -1,0 +1,121 @@
+"""Of `svdq check` and `svdq eval`."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from svdq_cli.cli.pages.shared import WORST_LAYERS, db_text, print_layers
+from svdq_cli.reports import CheckReport, EvalPlanReport, EvalReport, Summary
+from svdq_cli.text import seconds_text
+
+
+def check(console: Console, report: CheckReport, verbose: bool) -> None:
+    if report.problems:
+        for problem in report.problems[: None if verbose else 10]:
+            console.print(Text(f"{problem.layer}: {problem.what}"))
+        return
+    console.print(f"ok: {report.layers} layers, format {report.format}")
+    if report.layer_error:
+        if report.same_source:
+            console.print("the 16-bit model is the one it was made from (same digest)")
+        console.print("relative error of the rebuilt weight, worst first:")
+        worst = sorted(report.layer_error.items(), key=lambda item: -item[1])
+        for name, error in worst if verbose else worst[:WORST_LAYERS]:
+            console.print(Text(f"  {error:7.4f}  {name}"))
+    else:
+        console.print("structure and finite values; --against SOURCE also compares the weights")
+
+
+def evaluation(console: Console, report: EvalReport, verbose: bool) -> None:
+    """The verdict last, where the eye stays; means over the images before it, with the columns that something was
+    measured for."""
+    table = Table(box=None, pad_edge=False)
+    measured = [name for name in _LEARNED if getattr(report, name) is not None]
+    table.add_column("against the 16-bit images")
+    empty = report.sixteen_bit_images.meaningless
+    for title in (
+        "PSNR (means nothing here)" if empty else "PSNR",
+        "95 % interval",
+        "worst",
+        "SSIM",
+        *(_LEARNED[name] for name in measured),
+    ):
+        table.add_column(title, justify="right")
+    titles = {"rtn": "naive 4-bit (rtn)", "nf4": "bitsandbytes NF4"}
+    ways = {titles.get(name, name): scores for name, scores in report.baselines.items()}
+    for title, scores in {"converted": report, **ways}.items():
+        table.add_row(
+            title,
+            db_text(scores.psnr_db),
+            _interval(scores.psnr_db),
+            f"{scores.psnr_db.min:.1f} dB",
+            f"{scores.ssim.mean:.3f}",
+            *(_learned(getattr(scores, name)) for name in measured),
+        )
+    console.print(table)
+    console.print(
+        f"{report.images} image{'s' * (report.images != 1)}, {report.seconds:.1f} s{_chance(report)}"
+    )
+    if (outputs := report.output_sqnr_db) is not None:
+        console.print(
+            f"model output at equal inputs: {outputs.step:.1f} dB a step, {outputs.sum:.1f} dB summed over the steps"
+        )
+    for name, why in report.missing.items():
+        console.print(Text(f"no {name}: {why}"))
+    sqnr = report.layer_sqnr_db
+    console.print(f"layer SQNR on these prompts: mean {sqnr.mean:.1f} dB, worst {sqnr.min:.1f} dB")
+    print_layers(console, sqnr, everything=verbose)
+    if report.page:
+        console.print(f"report, for a browser: {report.page}")
+    for warning in report.warnings:
+        console.print(Text(f"warning: {warning}", style="bold"))
+    console.print(Text(f"verdict: {report.verdict}", style="bold"))
+    console.print(Text(f"next: {report.next}"))
+
+
+def evaluation_plan(console: Console, report: EvalPlanReport) -> None:
+    console.print(
+        f"{report.images} image{'s' * (report.images != 1)} of {report.width} x {report.height} pixels, "
+        f"{report.steps} steps"
+    )
+    table = Table(box=None, pad_edge=False)
+    table.add_column("pass", overflow="fold")
+    for title in ("images", "about", "--without"):
+        table.add_column(title, justify="left" if title == "--without" else "right", no_wrap=True)
+    table.add_column("what for", overflow="fold")
+    for one in report.passes:
+        table.add_row(one.title, str(one.images), _range(one.seconds), one.key or "", one.why)
+    console.print(table)
+    for name, why in report.missing.items():
+        console.print(Text(f"no {name}: {why}"))
+    console.print(Text(f"in all {_range(report.seconds)}: {report.basis}"))
+
+
+def _range(seconds: tuple[float, float] | None) -> str:
+    return "not known" if seconds is None else f"{seconds_text(seconds[0])} to {seconds_text(seconds[1])}"
+
+
+def _chance(report: EvalReport) -> str:
+    """How much of a difference comes by chance."""
+    floor, own = report.noise_floor_psnr_db, report.own_noise_psnr_db
+    repeats = "" if floor is None else "exactly (100 dB)" if floor >= 100 else f"to {floor:.1f} dB"
+    said = f"; the 16-bit model repeats itself {repeats}" if repeats else ""
+    if own is not None:
+        nudge = "nothing" if own >= 100 else f"PSNR {own:.1f} dB"
+        said += f"; 4-bit images from start noise off by one rounding differ by {nudge}"
+    return said
+
+
+_LEARNED = {"lpips": "LPIPS", "clip": "CLIP", "image_reward": "ImageReward", "fid": "FID"}
+
+
+def _learned(figure: Summary | float | None) -> str:
+    if figure is None:
+        return ""
+    return f"{figure:.2f}" if isinstance(figure, (int, float)) else f"{figure.mean:.3f}"
+
+
+def _interval(summary: Summary) -> str:
+    return "" if summary.ci95 is None else "{:.1f} to {:.1f}".format(*summary.ci95)

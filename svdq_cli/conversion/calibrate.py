@@ -1,0 +1,227 @@
+"""`svdq calibrate`: the 16-bit model draws the calibration prompts, and what its layers read is kept.
+
+The text encoders run first and are freed. The denoiser is whole on the device where it fits, else its blocks are
+brought there when they run. What every batch of pictures adds is kept in the work folder, so that a run that is stopped
+goes on with the next batch, and merged when all are there: the bits do not depend on where weights lay or when a run
+stopped.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from svdq_cli import __version__
+from svdq_cli.calibrate.artefact import (
+    CalibrationFacts,
+    CalibrationManifest,
+    is_calibration,
+    save_calibration,
+)
+from svdq_cli.calibrate.budget import rows_within, statistics_bytes
+from svdq_cli.calibrate.collect import Spread, collect_parts
+from svdq_cli.calibrate.parts import MergedStats, PartFolder
+from svdq_cli.calibrate.prompts import prompts_digest
+from svdq_cli.conversion.memory import run_as_it_fits
+from svdq_cli.conversion.resume import kept_work, wait_for_files, work_beside
+from svdq_cli.conversion.work_folder import Identity, WorkFolder, remove_finished
+from svdq_cli.errors import InputError, UsageError
+from svdq_cli.inference.load import load_without_denoiser
+from svdq_cli.pipelines.encode import encode_prompts
+from svdq_cli.pipelines.generate import Batch, split_batches
+from svdq_cli.pipelines.joint import joint_model
+from svdq_cli.pipelines.settings import DrawSettings, settings_json
+from svdq_cli.prepare.facts import inputs_of
+from svdq_cli.prepare.options import DEFAULT_OPTIONS, RunOptions
+from svdq_cli.prepare.prepare import Prepared, prepare, prompts_of
+from svdq_cli.prepare.sampling import Sampling
+from svdq_cli.recipe import Recipe
+from svdq_cli.records import ModelPlan, Observer, ignore_events
+from svdq_cli.reports import CalibrateReport
+from svdq_cli.source import source_digest
+from svdq_cli.storage.atomic import refuse_existing, require_disk
+from svdq_cli.storage.output_paths import require_places
+from svdq_cli.system.machine import resolve_device
+
+BEGUN = "begun"  # topic: where the work is
+DRAWN = "drawn"  # topic: a process has drawn its pictures
+
+
+@dataclass(frozen=True, slots=True)
+class Drawing:
+    """What is drawn for a calibration, and what is kept of it."""
+
+    prepared: Prepared
+    prompts: tuple[str, ...]
+    settings: DrawSettings
+    rows: int  # of every input
+    facts: CalibrationFacts
+
+    @property
+    def bytes(self) -> int:
+        """What the statistics take at most."""
+        return statistics_bytes(input_widths(self.prepared.plan), rows=self.rows)
+
+
+def calibrate(
+    recipe: Recipe, out: Path, *, options: RunOptions = DEFAULT_OPTIONS, observe: Observer = ignore_events
+) -> CalibrateReport:
+    """Draw the calibration prompts with the 16-bit model and keep what its layers saw."""
+    started = time.monotonic()
+    folder = work_beside(out, options)
+    remove_finished(folder)
+    refuse_existing(out, overwrite=options.overwrite)
+    prepared = prepare(recipe, beside=options.beside, every_layer=True)
+    require_places(
+        [out],
+        folders=[True],
+        inputs=inputs_of(prepared, None),
+        overwrite=options.overwrite,
+        replaceable=is_calibration,
+    )
+    require_drawable(prepared)
+    prepared = replace(prepared, prompts=prompts_of(prepared, options, observe))
+    drawing = drawing_of(prepared, options, observe, source_sha256=source_digest(prepared.source))
+    require_disk({out: drawing.bytes, folder: drawing.bytes})
+
+    def kept(work: WorkFolder) -> str:
+        return f"{len(PartFolder(work.pictures))} of {len(_batches(drawing))} batches of pictures"
+
+    with kept_work(
+        folder, _identity(drawing, options), options=options, stage="calibrate", kept=kept, observe=observe
+    ) as work:
+        begun = {"work": str(work.path.resolve()), "source_sha256": drawing.facts.source_sha256}
+        options.team.tell(BEGUN, begun)
+        manifest = draw_calibration(out, drawing, work, options=options, observe=observe)
+    return CalibrateReport(
+        path=str(out),
+        inputs=len(manifest.inputs),
+        prompts=manifest.facts.prompts_count,
+        steps=manifest.facts.settings.steps,
+        tokens_seen=sum(entry.tokens_seen for entry in manifest.inputs),
+        bytes=manifest.bytes,
+        digest=manifest.digest,
+        seconds=time.monotonic() - started,
+    )
+
+
+def require_drawable(prepared: Prepared) -> Sampling:
+    """What it samples. UsageError without prompts, InputError where there is no pipeline to generate with."""
+    wanted = prepared.sampling
+    if wanted is None:
+        raise UsageError("the recipe names no calibration prompts", hint="give --prompts FILE")
+    if prepared.source.pipeline is None:
+        raise InputError(
+            f"{prepared.source.path}: calibration draws pictures, and this is one component, not a pipeline",
+            hint="give the pipeline that it belongs to (--base FOLDER_OR_HUB_ID), or use --effort datafree",
+            where=str(prepared.source.path),
+        )
+    return wanted
+
+
+def drawing_of(prepared: Prepared, options: RunOptions, observe: Observer, *, source_sha256: str) -> Drawing:
+    """What the recipe's calibration draws. Raises as `require_drawable`, and InputError for prompts that can't be
+    read."""
+    wanted = require_drawable(prepared)
+    prompts = prompts_of(prepared, options, observe).texts
+    settings = wanted.settings
+    facts = CalibrationFacts(
+        svdq_version=__version__,
+        model_class=prepared.plan.model_class,
+        family=prepared.plan.family,
+        source_sha256=source_sha256,
+        settings=settings,
+        prompts_sha256=prompts_digest(prompts),
+        prompts_count=len(prompts),
+    )
+    rows = rows_within(input_widths(prepared.plan), rows=wanted.rows, budget=wanted.size_bytes)
+    return Drawing(prepared, prompts, settings, rows, facts)
+
+
+def draw_calibration(
+    out: Path, drawing: Drawing, work: WorkFolder, *, options: RunOptions, observe: Observer
+) -> CalibrationManifest:
+    """Draws what the work folder lacks, and writes the artefact from all of it. Other processes take their part of the
+    pictures in `draw_share`."""
+    draw_share(drawing, work, options=options, observe=observe)
+    options.team.gather(DRAWN)
+    parts = PartFolder(work.pictures)
+    wait_for_files(work.path, lambda: [b.first for b in _batches(drawing) if b.first not in parts])
+    names = [shared.name for shared in drawing.prepared.plan.inputs]
+    manifest = save_calibration(out, MergedStats(parts, names), drawing.facts, overwrite=options.overwrite)
+    for first in list(parts):
+        del parts[first]
+    return manifest
+
+
+def draw_share(drawing: Drawing, work: WorkFolder, *, options: RunOptions, observe: Observer) -> None:
+    """Draws this process's share of the pictures, as far as the work folder lacks them."""
+    parts = PartFolder(work.pictures)
+    mine = options.team.share(_batches(drawing))
+    if any(batch.first not in parts for batch in mine):
+        _draw(drawing, mine, parts, options, observe)
+    options.team.done(DRAWN)
+
+
+def _draw(
+    drawing: Drawing, batches: Sequence[Batch], parts: PartFolder, options: RunOptions, observe: Observer
+) -> None:
+    source, plan, settings = drawing.prepared.source, drawing.prepared.plan, drawing.settings
+    device = resolve_device(options.device)
+    pipe = load_without_denoiser(source, class_name=plan.model_class, device=device)
+    left = [batch for batch in batches if batch.first not in parts]
+    encoded = encode_prompts(pipe, left, settings=settings, observe=observe)
+
+    def collect() -> None:
+        collect_parts(
+            pipe,
+            joint_model(pipe, source.components),
+            plan.inputs,
+            batches,
+            draw=settings,
+            spread=Spread(drawing.rows, len(drawing.prompts), settings.seed),
+            parts=parts,
+            encoded=encoded,
+            observe=observe,
+        )
+
+    run_as_it_fits(
+        pipe,
+        drawing.prepared,
+        settings,
+        collect,
+        device=device,
+        options=options,
+        stage="calibrate",
+        observe=observe,
+    )
+
+
+def _batches(drawing: Drawing) -> tuple[Batch, ...]:
+    return split_batches(drawing.prompts, settings=drawing.settings)
+
+
+def _identity(drawing: Drawing, options: RunOptions) -> Identity:
+    """Everything that a batch's statistics depend on."""
+    return {
+        "svdq version": __version__,
+        "torch version": torch.__version__,
+        "device": resolve_device(options.device).type,
+        "model sha256": drawing.facts.source_sha256,
+        "calibration": {
+            "prompts sha256": drawing.facts.prompts_sha256,
+            "rows": drawing.rows,
+            **settings_json(drawing.settings),
+        },
+        "inputs": [shared.name for shared in drawing.prepared.plan.inputs],
+    }
+
+
+def input_widths(plan: ModelPlan) -> list[int]:
+    """K of every shared input."""
+    widths = {layer.name: layer.linear.in_features for layer in plan.layers}
+    return [widths[shared.layers[0]] for shared in plan.inputs]

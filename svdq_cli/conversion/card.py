@@ -1,0 +1,201 @@
+"""The model card of a checkpoint, converted or made from another one: `README.md` with the header that the hub reads.
+
+The same checkpoint has the same card: nothing in it tells where or how fast it was made.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any
+
+from svdq_cli import __version__
+from svdq_cli.checkpoint.reader import Checkpoint
+from svdq_cli.prepare.locate import hub_id
+from svdq_cli.reports import ConvertReport, LoraFacts, to_json
+from svdq_cli.storage.json_files import read_json
+from svdq_cli.text import cell, number, table
+
+CARD_FILE = "README.md"
+WORST_LAYERS = 5
+_MAX_BYTES = 1 << 20  # of a card that is read
+_CARRIED_OVER = ("license", "license_name", "license_link", "pipeline_tag", "language")
+_OF_THE_BASE = (*_CARRIED_OVER, "base_model")  # what a card made from a checkpoint's card repeats
+_WORD = re.compile(r"[\w .:/+-]{1,200}")  # what a license, a tag or a link consists of
+_PAPER = "https://arxiv.org/abs/2411.05007"
+_PROVENANCE = (
+    "The header of the weights holds recipe, versions and sha256 of all inputs; `svdq inspect` shows them."
+)
+
+
+def card_path(file: Path) -> Path:
+    """Where the card of a single file lies: CKPT.README.md beside it."""
+    return file.with_name(f"{file.name}.{CARD_FILE}")
+
+
+def model_card(report: ConvertReport, *, pipeline: Path | None, beside: Path | None = None) -> str:
+    """The card of an output. `pipeline`: the source's folder, whose license is carried over; `beside`: the recipe's."""
+    name = hub_id(str(_model(report)["source"]), beside=beside)
+    tags = [report.precision, *(output.format for output in report.outputs)]
+    said = _header_of(pipeline / CARD_FILE, _CARRIED_OVER) if pipeline else {}
+    lines = [_header(said, name, pipeline, tags), "", *_body(report, name)]
+    return "\n".join(lines) + "\n"
+
+
+@dataclass(frozen=True, slots=True)
+class DerivedFacts:
+    """A checkpoint that was made from another one: exported, or with LoRAs folded in."""
+
+    format: str
+    single_file: bool
+    bytes: int  # of its weight file
+    loras: tuple[LoraFacts, ...] = ()
+
+
+def derived_card(checkpoint: Checkpoint, facts: DerivedFacts) -> str:
+    """The card of an output that was made from `checkpoint`, whose license and base model it repeats."""
+    path, pipeline = checkpoint.source.path, checkpoint.source.pipeline
+    said = _header_of(card_path(path) if path.is_file() else path / CARD_FILE, _OF_THE_BASE)
+    base_model = said.pop("base_model", None)
+    precision = checkpoint.precision.name if checkpoint.precision else "int4"
+    tags = [precision, facts.format, *(["lora"] if facts.loras else [])]
+    lines = [_header(said, base_model, pipeline, tags), "", *_derived_body(checkpoint, facts, base_model)]
+    return "\n".join(lines) + "\n"
+
+
+def _derived_body(checkpoint: Checkpoint, facts: DerivedFacts, base_model: str | None) -> Iterator[str]:
+    precision = checkpoint.precision.name if checkpoint.precision else "int4"
+    yield from _title(base_model, checkpoint.model_class, precision, " with LoRAs" if facts.loras else "")
+    yield f"svdq {__version__} from a checkpoint in format {checkpoint.format.name}, without quantizing again."
+    yield ""
+    counts = f"{len(checkpoint.plan().w4a4)} W4A4, {len(checkpoint.plan().w4a16)} W4A16"
+    rows = [("model", f"{checkpoint.model_class}, {checkpoint.parameters} parameters"), ("layers", counts)]
+    yield from table(("", ""), [*rows, ("precision", precision), ("size", f"{facts.bytes} bytes")])
+    yield ""
+    if facts.loras:
+        yield "LoRAs in the low-rank branch. Their own licenses apply too."
+        yield ""
+        named = [(PurePath(lora.path).name, f"{lora.weight:g}", lora.sha256) for lora in facts.loras]
+        yield from table(("LoRA", "weight", "sha256"), named)
+        yield ""
+    yield from _loading([facts.format] if facts.single_file else [], pipeline=not facts.single_file)
+    yield ""
+    yield _PROVENANCE
+
+
+def _header(said: dict[str, Any], base_model: str | None, pipeline: Path | None, tags: Sequence[str]) -> str:
+    from huggingface_hub import ModelCardData
+
+    license_file = pipeline is not None and any(pipeline.glob("LICENSE*"))
+    if "license" not in said and license_file:  # one that goes along, and whose name nobody said
+        said |= {"license": "other", "license_link": "LICENSE"}
+    data = ModelCardData(
+        base_model=base_model,
+        library_name="diffusers",
+        tags=["svdquant", "quantized", *tags],
+        pipeline_tag=said.pop("pipeline_tag", None) or _pipeline_tag(pipeline),
+        **({"base_model_relation": "quantized"} if base_model else {}),
+        **said,
+    )
+    return f"---\n{data.to_yaml()}\n---"
+
+
+def _header_of(path: Path, keys: Sequence[str]) -> dict[str, Any]:
+    """What a card says under some keys, to be repeated. A card that can't be read says nothing."""
+    if not path.is_file() or path.stat().st_size > _MAX_BYTES:
+        return {}
+    from huggingface_hub import ModelCard
+
+    try:
+        said = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
+    except Exception:  # someone else's YAML: whatever is wrong with it, the license can't be read from it
+        return {}
+    return {key: value for key in keys if isinstance(value := said.get(key), str) and _WORD.fullmatch(value)}
+
+
+def _pipeline_tag(pipeline: Path | None) -> str:
+    """What the pipeline's class draws, from its name."""
+    index = pipeline / "model_index.json" if pipeline else None
+    name = str(read_json(index).get("_class_name")) if index and index.is_file() else ""
+    if re.search("Video|Wan|LTX|Mochi", name):
+        return "text-to-video"
+    return (
+        "image-to-image" if re.search("Img2Img|Kontext|Edit|Fill|Inpaint|Control", name) else "text-to-image"
+    )
+
+
+def _title(base_model: str | None, model_class: str, precision: str, more: str = "") -> Iterator[str]:
+    """The first lines of the body, up to "made with"."""
+    source = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else cell(model_class)
+    yield f"# {cell((base_model or model_class).rpartition('/')[2])}, SVDQuant {precision}{more}"
+    yield ""
+    yield f"{source} with 4-bit weights and activations and a 16-bit low-rank branch ([SVDQuant]({_PAPER})), made with"
+
+
+def _body(report: ConvertReport, base_model: str | None) -> Iterator[str]:
+    yield from _title(base_model, report.model.model_class, report.precision)
+    yield f"svdq {report.svdq_version}."
+    yield ""
+    yield from table(("", ""), list(_facts(report)))
+    yield ""
+    single = [output.format for output in report.outputs if output.path.endswith(".safetensors")]
+    yield from _loading(single, pipeline=len(single) < len(report.outputs))
+    yield ""
+    worst = sorted(report.layer_sqnr_db.per_layer.items(), key=lambda item: item[1])[:WORST_LAYERS]
+    yield from table(("worst layers", "SQNR (dB)"), [(name, number(value)) for name, value in worst])
+    yield ""
+    yield _PROVENANCE
+
+
+def _facts(report: ConvertReport) -> Iterator[tuple[object, ...]]:
+    rank, sqnr, counts = report.rank, report.layer_sqnr_db, report.layers
+    yield "model", f"{report.model.model_class}, {report.model.parameters} parameters"
+    yield (
+        "size",
+        f"{report.bytes.output} bytes, {report.bytes.ratio:.2f} times smaller than at 16 bit",
+    )
+    yield "precision", report.precision
+    yield (
+        "rank",
+        rank.max if rank.min == rank.max else f"{rank.min} to {rank.max}, {rank.mean:.1f} on average",
+    )
+    yield "effort", f"{report.effort}{', without calibration' if report.data_free else ''}"
+    yield "layers", f"{counts.w4a4} W4A4, {counts.w4a16} W4A16, {counts.kept} kept at 16 bit"
+    on = "of weights" if report.data_free else "of outputs, on calibration rows"
+    yield f"layer SQNR {on}", f"{sqnr.mean:.1f} dB on average, {sqnr.min:.1f} dB at worst"
+    for gate, condition in _gates(report).items():
+        missed = next((text for text in report.gates_missed if text.startswith(f"{gate} ")), None)
+        yield f"gate {gate} {condition}", f"missed: {missed}" if missed else "met, or judged by svdq eval"
+
+
+def _gates(report: ConvertReport) -> Mapping[str, object]:
+    gates = report.recipe.get("gates")
+    return gates if isinstance(gates, Mapping) else {}
+
+
+def _model(report: ConvertReport) -> Mapping[str, object]:
+    model = to_json(report)["recipe"]["model"]  # type: ignore[index]
+    assert isinstance(model, Mapping)
+    return model
+
+
+def _loading(single: Sequence[str], *, pipeline: bool) -> Iterator[str]:
+    """`single`: the formats of the outputs that are single files; `pipeline`: whether one is a pipeline folder."""
+    yield "## How to load it"
+    yield ""
+    if pipeline:
+        yield "Where diffusers' 4-bit runtime runs (diffusers 0.42 and later with `kernels`; NVIDIA GPUs but Hopper's)."
+        yield "diffusers downloads its kernels from a repository on the Hub, and asks you to allow that code to run:"
+        yield ""
+        yield from ("```sh", "export DIFFUSERS_TRUST_REMOTE_KERNELS=true", "```", "")
+        yield from ("```python", "from diffusers import DiffusionPipeline", "")
+        yield from ('pipe = DiffusionPipeline.from_pretrained("THIS_FOLDER_OR_REPOSITORY")', "```", "")
+        yield "Anywhere, a CPU too:"
+        base = ""
+    else:
+        yield f"In the runtime that reads {cell(single[0])} files; in diffusers, on a CPU too:"
+        base = ', base="PIPELINE_FOLDER"'
+    yield ""
+    yield from ("```python", "import svdq_cli", "", f'pipe = svdq_cli.load_pipeline("PATH"{base})', "```")

@@ -1,0 +1,469 @@
+"""`svdq convert`: search, quantize, pack, check. What is finished is kept, so that a run that dies is gone on with."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from svdq_cli import __version__
+from svdq_cli.calibrate.artefact import MANIFEST, Calibration, open_calibration
+from svdq_cli.calibrate.parts import PartFolder
+from svdq_cli.calibrate.prompts import prompts_digest
+from svdq_cli.checkpoint.check import WEIGHT_ERROR
+from svdq_cli.checkpoint.reader import MOVED_MEANS
+from svdq_cli.checkpoint.writer import Contents
+from svdq_cli.conversion.allocation import allocated, draws_for_gains
+from svdq_cli.conversion.block_forecast import tuned_bytes
+from svdq_cli.conversion.calibrate import BEGUN, draw_calibration, drawing_of
+from svdq_cli.conversion.card import model_card
+from svdq_cli.conversion.memory import reserved_ram
+from svdq_cli.conversion.move_means import with_means_moved
+from svdq_cli.conversion.predict import disk_bytes, forecast_of, require_memory, uses_prompts, work_bytes
+from svdq_cli.conversion.publish import Outputs, finished_outputs, gated, write_reports_beside
+from svdq_cli.conversion.ranges import range_warnings
+from svdq_cli.conversion.read_weights import finite_tensor, require_in_range
+from svdq_cli.conversion.resume import kept_work, work_beside
+from svdq_cli.conversion.solve_layers import Statistics, solve_into, solved_elsewhere, solved_layers
+from svdq_cli.conversion.tune_blocks import reconstructed, require_blocks_run
+from svdq_cli.conversion.work_folder import BLOCKS, LAYERS, Identity, WorkFolder, remove_finished
+from svdq_cli.conversion.workers import CALIBRATED
+from svdq_cli.errors import InputError
+from svdq_cli.pipelines.generate import split_batches
+from svdq_cli.pipelines.settings import settings_json
+from svdq_cli.prepare.facts import (
+    inputs_of,
+    layer_counts,
+    layer_sqnr,
+    model_facts,
+    rank_facts,
+    search_facts,
+    sizes_of,
+)
+from svdq_cli.prepare.locate import portable_name
+from svdq_cli.prepare.options import DEFAULT_OPTIONS, RunOptions
+from svdq_cli.prepare.prepare import Prepared, is_data_free, prepare, prompts_of, warnings_of
+from svdq_cli.prepare.sources import lora_files, source_of
+from svdq_cli.recipe import Recipe, embedded, resolved
+from svdq_cli.records import Event, LayerReport, LayerSolution, Observer, ignore_events
+from svdq_cli.reports import BlockSearch, ConvertReport, ConvertSeconds
+from svdq_cli.source import file_sha256, needed_settings, source_digest
+from svdq_cli.source.means import moved_json
+from svdq_cli.storage.atomic import refuse_existing, remove_leftovers, require_disk
+from svdq_cli.storage.output_paths import require_name, require_places
+from svdq_cli.system.allocator import return_freed_memory
+from svdq_cli.system.machine import limit_vram, peak_memory, resolve_device
+from svdq_cli.system.threads import made_meanwhile
+
+_REPORTED = ("svdq_version", "versions", "source_sha256", "calibration_sha256", "loras_sha256")
+NAMING = "naming.json"  # in the work folder: the outputs of a run that has begun to give them their names
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A conversion before its first layer: what is known of it, and how it is run."""
+
+    prepared: Prepared
+    paths: tuple[Path, ...]  # one for each output
+    digest: str  # of the source's weights
+    calibration: Calibration | None  # the artefact that was given
+    data_free: bool
+    device: torch.device
+    options: RunOptions
+    observe: Observer
+    reserved: int  # bytes of host memory, of `reserved_ram`
+    replaces: bool = False  # outputs that stand there already
+    warnings: list[str] = field(default_factory=list[str])
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.prepared.recipe
+
+    @property
+    def tunes_blocks(self) -> bool:
+        return self.recipe.quantization.effort == "best" and not self.data_free
+
+    @property
+    def draws_again(self) -> bool:
+        """Whether it draws pictures of its own even where the statistics were given: for its blocks or its ranks."""
+        return self.tunes_blocks or draws_for_gains(self.prepared)
+
+    @property
+    def work(self) -> Path:
+        """Beside the first output, hidden, unless the user says where."""
+        return work_beside(self.paths[0], self.options)
+
+    def warn(self, warnings: tuple[str, ...]) -> None:
+        for warning in warnings:
+            self.warnings.append(warning)
+            self.observe(Event("warning", "convert", detail=warning))
+
+
+@dataclass(frozen=True, slots=True)
+class Solved:
+    """All layers, and how they came to be."""
+
+    prepared: Prepared  # with the ranks that were searched
+    solutions: Mapping[str, LayerSolution]
+    reports: list[LayerReport]
+    blocks: Mapping[str, BlockSearch]
+    statistics: Statistics | None
+    taken_over: int  # layers that an earlier run had solved
+    calibrate_seconds: float
+    solve_seconds: float
+
+
+def convert(
+    recipe: Recipe,
+    out: Path | tuple[Path, ...],
+    *,
+    calibration: Path | None = None,
+    options: RunOptions = DEFAULT_OPTIONS,
+    observe: Observer = ignore_events,
+) -> ConvertReport:
+    """Search, quantize, pack, check. `out`: one path for each of the recipe's outputs.
+
+    All outputs are packed from one search. None appears under its name before all are whole and checked. What is
+    finished is kept in a work folder, from which `options.resume` goes on; it is removed with the last step.
+    """
+    started = time.monotonic()
+    job = begin(recipe, (out,) if isinstance(out, Path) else out, calibration, options, observe)
+    with _work_of(job) as work:
+        solved = _solve(job, work)
+        contents = _contents(job, solved)
+        with finished_outputs(
+            # checked against the source as it is: what a user gives to check and eval
+            replace(solved.prepared, source=job.prepared.source),
+            job.paths,
+            contents,
+            overwrite=job.replaces,
+            observe=observe,
+        ) as outputs:
+            report = gated(_report(job, solved, contents, outputs, started), recipe)
+            card = model_card(report, pipeline=job.prepared.source.pipeline, beside=options.beside)
+            outputs.write_reports(report, card)
+            work.keep_json(NAMING, _names(job.paths))
+        write_reports_beside(job.prepared.targets, job.paths, report, card)
+    return report
+
+
+def begin(
+    recipe: Recipe,
+    paths: tuple[Path, ...],
+    calibration: Path | None,
+    options: RunOptions,
+    observe: Observer,
+) -> Job:
+    """Everything that can be refused before the first layer is, is refused here."""
+    for path in paths:
+        require_name(path)
+    remove_finished(work_beside(paths[0], options))
+    replaces = _replaces(paths, options)
+    for path in paths:
+        refuse_existing(path, overwrite=replaces)
+    source = source_of(recipe, options)
+    with made_meanwhile(
+        partial(source_digest, source)
+    ) as digesting:  # prepare imports diffusers, on one core
+        prepared = prepare(recipe, beside=options.beside, source=source)
+        _require_weights_and_places(prepared, paths, calibration, overwrite=replaces)
+        data_free = is_data_free(recipe, calibration)
+        if uses_prompts(prepared, calibration):
+            prepared = replace(prepared, prompts=prompts_of(prepared, options, observe))
+        digest = digesting.result()
+    if prepared.settings.dtype is torch.float16:
+        require_in_range(source, torch.float16)
+    return_freed_memory()  # of the digest: what a process holds counts against --max-ram
+    job = Job(
+        prepared=prepared,
+        paths=paths,
+        digest=digest,
+        calibration=None if data_free or calibration is None else _made_for(prepared, calibration, digest),
+        data_free=data_free,
+        device=resolve_device(options.device),
+        options=options,
+        observe=observe,
+        reserved=reserved_ram(),
+        replaces=replaces,
+    )
+    if job.tunes_blocks:
+        require_blocks_run(prepared)
+    draws = not data_free and job.calibration is None
+    require_memory(forecast_of(prepared, job.calibration, draws=draws, device=job.device, options=options))
+    limit_vram(job.device, options.max_vram)
+    require_disk({paths[0]: disk_bytes(prepared), job.work: _work_bytes(job)})
+    job.warn(warnings_of(prepared, data_free=data_free))
+    if data_free and calibration is not None:
+        job.warn((f"{calibration}: not used, for effort datafree takes no calibration",))
+    return job
+
+
+def _require_weights_and_places(
+    prepared: Prepared, paths: tuple[Path, ...], calibration: Path | None, *, overwrite: bool
+) -> None:
+    """InputError for a model without weights, UsageError for outputs that can't be written where they are to be."""
+    if not prepared.source.tensors:
+        raise InputError(
+            f"{prepared.source.path}: there are no weights here, only a config",
+            hint="give the folder that holds the weights",
+            where=str(prepared.source.path),
+        )
+    require_places(
+        paths,
+        folders=[not target.format.single_file for target in prepared.targets],
+        inputs=inputs_of(prepared, calibration),
+        overwrite=overwrite,
+    )
+
+
+def _replaces(paths: tuple[Path, ...], options: RunOptions) -> bool:
+    """Whether outputs that stand there may be replaced: as the user says, or where this very run was killed while its
+    outputs got their names, one after another."""
+    naming = work_beside(paths[0], options) / NAMING
+    begun = options.resume and naming.is_file()
+    return options.overwrite or (begun and json.loads(naming.read_text(encoding="utf-8")) == _names(paths))
+
+
+def _names(paths: tuple[Path, ...]) -> list[str]:
+    return [str(path.absolute()) for path in paths]
+
+
+def _work_bytes(job: Job) -> int:
+    """What is still to be written into the work folder."""
+    there = sum(file.stat().st_size for file in job.work.rglob("*") if file.is_file())
+    tuned = tuned_bytes(job.prepared) if job.tunes_blocks else 0
+    return max(0, work_bytes(job.prepared.plan, job.prepared.settings.dtype) + tuned - there)
+
+
+def _made_for(prepared: Prepared, path: Path, digest: str) -> Calibration:
+    """An artefact. InputError for one of other weights."""
+    opened = open_calibration(path)
+    made_for = opened.manifest.facts
+    if made_for.source_sha256 != digest:
+        raise InputError(
+            f"{path}: this calibration was made with other weights ({made_for.model_class}, "
+            f"sha256 {str(made_for.source_sha256)[:12]}), not with {prepared.source.path} ({digest[:12]})",
+            hint="run svdq calibrate on this model",
+            where=str(path),
+        )
+    return opened
+
+
+# ------------------------------------------------------------------------------------------------- the work folder
+
+
+def identity_of(job: Job) -> Identity:
+    """Everything that a solved layer depends on. Work of one identity can be gone on with, to the same bytes."""
+    recipe = embedded(job.recipe, source="")
+    return {
+        "svdq version": __version__,
+        "torch version": torch.__version__,
+        "device": job.device.type,
+        "model sha256": job.digest,
+        "calibration": _calibration_identity(job),
+        "recipe": {key: value for key, value in recipe.items() if key != "version"},
+        "formats": [target.format.name for target in job.prepared.targets],
+    }
+
+
+def _calibration_identity(job: Job) -> Mapping[str, object] | None:
+    if job.data_free:
+        return None
+    if job.calibration is not None:
+        artefact = {"sha256": job.calibration.digest}
+        return {**artefact, **_drawn_identity(job)} if job.draws_again else artefact
+    return _drawn_identity(job)
+
+
+def _drawn_identity(job: Job) -> Mapping[str, object]:
+    """What pictures are drawn."""
+    prompts = prompts_of(job.prepared, job.options, ignore_events)
+    assert job.prepared.sampling is not None
+    return {"prompts sha256": prompts_digest(prompts.texts), **settings_json(job.prepared.sampling.settings)}
+
+
+def _batch_count(job: Job) -> int:
+    """How many batches of images the calibration consists of."""
+    prompts, sampling = job.prepared.prompts, job.prepared.sampling
+    if prompts is None or sampling is None:
+        return 0
+    return len(split_batches(prompts.texts, settings=sampling.settings))
+
+
+@contextmanager
+def _work_of(job: Job) -> Iterator[WorkFolder]:
+    """The job's work folder, once no leftovers of a killed run are in the way."""
+    portions = len(job.prepared.plan.portions(data_free=job.data_free))
+
+    def kept(work: WorkFolder) -> str:
+        said = [f"{len(work.finished(LAYERS))} of {portions} solved portions"]
+        if (work.calibration / MANIFEST).is_file():
+            said = ["the calibration statistics", *said]
+        elif images := len(PartFolder(work.pictures)):
+            said = [f"{images} of {_batch_count(job)} batches of calibration images"]
+        if blocks := len(work.finished(BLOCKS)):
+            said.append(f"{blocks} tuned block{'s' * (blocks > 1)}")
+        return " and ".join(said)
+
+    with kept_work(
+        job.work, identity_of(job), options=job.options, stage="convert", kept=kept, observe=job.observe
+    ) as work:
+        if job.options.resume or job.options.overwrite:
+            for path in job.paths:
+                remove_leftovers(path)
+        yield work
+
+
+# ------------------------------------------------------------------------------------------------- the layers
+
+
+def _solve(job: Job, work: WorkFolder) -> Solved:
+    began = time.monotonic()
+    _tell_begun(job, work)
+    statistics = None if job.data_free else _statistics(job, work)
+    calibrated = time.monotonic()
+    if statistics is not None and isinstance(statistics.of, Calibration):
+        seen = statistics.of.manifest.inputs
+        job.warn(range_warnings(job.prepared.plan, seen, job.prepared.settings.dtype))
+    prepared, statistics = with_means_moved(job.prepared, statistics)
+    if prepared.source.moved:
+        job.warn((_MOVED,))
+    prepared, warnings = allocated(
+        prepared, statistics, job.device, job.observe, options=job.options, work=work
+    )
+    job.options.team.tell(CALIBRATED, {})
+    job.warn(warnings)
+    taken_over = solve_into(
+        work, prepared, statistics, job.device, job.observe, options=job.options, reserved=job.reserved
+    )
+    solutions, reports = solved_layers(prepared.plan, work, data_free=job.data_free)
+    job.warn(solved_elsewhere(reports, job.device))
+    blocks: dict[str, BlockSearch] = {}
+    if job.tunes_blocks and statistics is not None:
+        solutions, reports, blocks = reconstructed(
+            prepared,
+            statistics,
+            solutions,
+            reports,
+            options=job.options,
+            device=job.device,
+            observe=job.observe,
+        )
+    return Solved(
+        prepared=prepared,
+        solutions=solutions,
+        reports=reports,
+        blocks=blocks,
+        statistics=statistics,
+        taken_over=taken_over,
+        calibrate_seconds=calibrated - began,
+        solve_seconds=time.monotonic() - calibrated,
+    )
+
+
+_MOVED = (
+    "means of inputs were moved into biases: a LoRA that another runtime loads by itself lacks its part of them, so "
+    "merge LoRAs here (--lora) or with svdq lora"
+)
+
+
+def _tell_begun(job: Job, work: WorkFolder) -> None:
+    """The other processes learn where the work is, and whether pictures are drawn for it."""
+    draws = not (job.data_free or job.calibration or (work.calibration / MANIFEST).is_file())
+    begun = {"work": str(work.path.resolve()), "source_sha256": job.digest, "draws": draws}
+    job.options.team.tell(BEGUN, begun)
+
+
+def _statistics(job: Job, work: WorkFolder) -> Statistics:
+    """Of the artefact that was given, or drawn into the work folder once."""
+    opened = job.calibration
+    if opened is None:
+        if not (work.calibration / MANIFEST).is_file():
+            drawing = drawing_of(job.prepared, job.options, job.observe, source_sha256=job.digest)
+            draw_calibration(work.calibration, drawing, work, options=job.options, observe=job.observe)
+        opened = open_calibration(work.calibration)
+    return Statistics(opened.digest, opened)
+
+
+# ------------------------------------------------------------------------------------------------- what comes out
+
+
+def _contents(job: Job, solved: Solved) -> Contents:
+    """The numbers of the outputs, and what is said of their making."""
+    source = solved.prepared.source
+    provenance: dict[str, object] = {
+        "svdq_version": __version__,
+        "recipe": embedded(
+            job.recipe, source=portable_name(job.recipe.model.source, job.digest, beside=job.options.beside)
+        ),
+        "source_sha256": job.digest,
+        "calibration_sha256": solved.statistics.digest if solved.statistics else None,
+    }
+    return Contents(
+        configs=source.configs,
+        state=job.prepared.inventory.state,
+        solutions=solved.solutions,
+        kept=lambda name: finite_tensor(source, name),
+        scheduler=needed_settings(source),
+        provenance={
+            **provenance,
+            "fingerprint": hashlib.sha256(json.dumps(provenance, sort_keys=True).encode()).hexdigest(),
+            "versions": _versions(),
+            "loras_sha256": {
+                path.name: file_sha256(path)
+                for path in lora_files(job.recipe, job.options)
+                if path.is_file()  # a folder of peft's is in the digest of the source
+            },
+            **({MOVED_MEANS: moved_json(source.moved)} if source.moved else {}),
+            WEIGHT_ERROR: {report.name: round(report.weight_error, 5) for report in solved.reports},
+        },
+    )
+
+
+def _versions() -> dict[str, str]:
+    """What the numbers depend on beside svdq; outside of the fingerprint, which names the intent."""
+    return {
+        name: importlib.metadata.version(name)
+        for name in ("torch", "diffusers", "transformers", "safetensors")
+    }
+
+
+def _report(job: Job, solved: Solved, contents: Contents, outputs: Outputs, started: float) -> ConvertReport:
+    prepared, recipe = solved.prepared, job.recipe
+    assert contents.provenance is not None
+    return ConvertReport(
+        status="ok",
+        outputs=outputs.files,
+        model=model_facts(prepared, job.digest),
+        read_as=prepared.source.kind,
+        precision=recipe.quantization.precision,
+        effort="datafree" if job.data_free else recipe.quantization.effort,
+        data_free=job.data_free,
+        rank=rank_facts(prepared),
+        layers=layer_counts(prepared.plan),
+        layer_sqnr_db=layer_sqnr(solved.reports),
+        search=search_facts(solved.reports, solved.blocks),
+        bytes=sizes_of(prepared.inventory.state, outputs.files[0].bytes),
+        seconds=ConvertSeconds(
+            calibrate=solved.calibrate_seconds,
+            solve=solved.solve_seconds,
+            pack=outputs.pack_seconds,
+            check=outputs.check_seconds,
+            total=time.monotonic() - started,
+        ),
+        peak=peak_memory(),
+        fingerprint=str(contents.provenance["fingerprint"]),
+        provenance={key: contents.provenance[key] for key in _REPORTED},
+        svdq_version=__version__,
+        recipe=resolved(recipe),
+        warnings=tuple(job.warnings),
+        layers_taken_over=solved.taken_over,
+    )

@@ -1,0 +1,93 @@
+"""`--plan`: the report of what a conversion would write and take, on this machine and on a card that `--gpu` names."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from svdq_cli.calibrate.artefact import open_calibration
+from svdq_cli.conversion.machine_speed import speed_of
+from svdq_cli.conversion.plan_gpu import on_card
+from svdq_cli.conversion.predict import (
+    forecast_of,
+    on_the_cpu,
+    peak_disk_bytes,
+    ram_bytes,
+    stage_seconds,
+    uses_prompts,
+    vram_bytes,
+)
+from svdq_cli.conversion.solve_layers import portions_at_once
+from svdq_cli.inference.load import compute_dtype
+from svdq_cli.prepare.facts import layer_counts, model_facts, predicted_sizes, rank_facts
+from svdq_cli.prepare.options import DEFAULT_OPTIONS, RunOptions
+from svdq_cli.prepare.prepare import is_data_free, prepare, warnings_of
+from svdq_cli.prepare.prompts import chosen_prompts
+from svdq_cli.prepare.sampling import usual_sampling
+from svdq_cli.recipe import Recipe, resolved
+from svdq_cli.records import Event
+from svdq_cli.reports import PlanReport, PromptFacts
+from svdq_cli.storage.atomic import existing
+from svdq_cli.system.allocator import return_freed_memory
+from svdq_cli.system.graphics_cards import Card
+from svdq_cli.system.machine import resolve_device
+from svdq_cli.system.threads import torch_threads
+
+
+def predict(
+    recipe: Recipe,
+    *,
+    calibration: Path | None = None,
+    options: RunOptions = DEFAULT_OPTIONS,
+    card: Card | None = None,
+) -> PlanReport:
+    """What a conversion would write and take, from names, shapes and this machine's speed.
+
+    `card`: also what converting and generating would take on it; this machine need not have it.
+    """
+    started = time.monotonic()
+    prepared = prepare(recipe, beside=options.beside)
+    preparing = time.monotonic() - started
+    prompts: PromptFacts | None = None
+    told: list[Event] = []
+    if uses_prompts(prepared, calibration):
+        prompts = chosen_prompts(prepared.recipe, options, told.append).facts
+        assert prepared.sampling is not None
+        prepared = replace(prepared, sampling=replace(prepared.sampling, samples=prompts.used))
+    data_free = is_data_free(recipe, calibration)
+    device = resolve_device(options.device)
+    artefact = open_calibration(calibration) if calibration and not data_free else None
+    draws = not data_free and artefact is None
+    job = forecast_of(prepared, artefact, draws=draws, device=device, options=options)
+    out = Path(recipe.outputs[0].path or "") if recipe.outputs else Path()
+    side_by_side = portions_at_once(device, data_free=data_free)
+    with torch_threads(1 if side_by_side else torch.get_num_threads()):
+        speed = speed_of(device, compute_dtype(device), existing(out))
+    return_freed_memory()  # of measuring: what this process holds now is what a conversion begins with
+    stages = stage_seconds(job, speed, preparing, at_once=max(1, side_by_side))
+    settings = (prepared.sampling or usual_sampling(prepared.source)).settings
+    return PlanReport(
+        model=model_facts(prepared, None),
+        read_as=prepared.source.kind,
+        precision=recipe.quantization.precision,
+        effort=recipe.quantization.effort,
+        rank=rank_facts(prepared),
+        layers=layer_counts(prepared.plan),
+        bytes=predicted_sizes(prepared),
+        disk_bytes=peak_disk_bytes(job),
+        seconds=stages.total,
+        ram_bytes=ram_bytes(job),
+        vram_bytes=vram_bytes(job),
+        recipe=resolved(prepared.recipe),
+        warnings=(
+            *warnings_of(prepared, data_free=data_free),
+            *(event.detail for event in told if event.kind == "warning"),
+            *on_the_cpu(job),
+        ),
+        stages=stages,
+        prompts=prompts,
+        gpu=on_card(job, card, settings, speed, preparing=preparing) if card else None,
+    )

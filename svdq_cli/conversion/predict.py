@@ -1,0 +1,362 @@
+"""What a conversion will take of time, memory and disk, before a weight is read.
+
+Counts come from the plan (`solve.costs`, `tokens`), rates from this machine (`speed`). Nothing here reads weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from svdq_cli.calibrate.artefact import Calibration
+from svdq_cli.calibrate.budget import rows_within, statistics_bytes
+from svdq_cli.conversion.allocation import draws_for_gains
+from svdq_cli.conversion.block_forecast import BlockForecast, block_forecast, passages_room
+from svdq_cli.conversion.calibrate import input_widths
+from svdq_cli.conversion.machine_speed import Speed
+from svdq_cli.conversion.memory import free_ram, free_vram, reserved_ram
+from svdq_cli.conversion.memory_backoff import (
+    Need,
+    Way,
+    need_of,
+    open_ways,
+    stored_itemsize,
+    too_large,
+    ways_on,
+)
+from svdq_cli.conversion.record import can_record
+from svdq_cli.conversion.solve_layers import SPARED, portions_at_once
+from svdq_cli.conversion.work_folder import solved_bytes
+from svdq_cli.errors import OutOfResourcesError
+from svdq_cli.inference.load import compute_dtype
+from svdq_cli.prepare.facts import other_components_bytes
+from svdq_cli.prepare.options import RunOptions
+from svdq_cli.prepare.prepare import Prepared, counts_of, is_data_free
+from svdq_cli.records import (
+    ModelPlan,
+    SharedInput,
+)
+from svdq_cli.reports import PlanSeconds
+from svdq_cli.sampling.token_counts import TokenCounts
+from svdq_cli.solve.costs import Work, packed_bytes, solve_work, waiting_bytes
+
+STARTING = (
+    0.3  # what a pipeline's other parts take to import and build, over what diffusers and the plan take
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """One conversion to be predicted."""
+
+    prepared: Prepared
+    artefact: Calibration | None  # statistics that were given
+    draws: bool  # whether it draws its own
+    device: torch.device
+    options: RunOptions
+    tokens: TokenCounts | None  # of an image of the recipe's calibration; None where it has none
+
+    @property
+    def data_free(self) -> bool:
+        return self.artefact is None and not self.draws
+
+    def rows(self, shared: SharedInput) -> int:
+        """Calibration rows of an input, 0 for data-free."""
+        if self.artefact is not None:
+            entries = self.artefact.manifest.inputs
+            return next((entry.rows for entry in entries if entry.name == shared.name), 0)
+        wanted = self.prepared.sampling
+        if not self.draws or wanted is None:
+            return 0
+        kept = rows_within(input_widths(self.prepared.plan), rows=wanted.rows, budget=wanted.size_bytes)
+        return min(kept, wanted.samples * wanted.settings.steps * self.by_layer[shared.layers[0]])
+
+    @property
+    def by_layer(self) -> Mapping[str, int]:
+        """Tokens that each layer reads for one image. Of a recipe with prompts."""
+        assert self.tokens is not None
+        return self.tokens.by_layer
+
+    @property
+    def tunes_blocks(self) -> bool:
+        """Whether it reconstructs blocks."""
+        calibrated = self.draws or self.artefact is not None
+        wanted = self.prepared.recipe.quantization.effort == "best"
+        return wanted and calibrated and can_record(self.prepared)
+
+    @property
+    def blocks(self) -> BlockForecast:
+        """Of a conversion that reconstructs blocks."""
+        return block_forecast(self.prepared, self.options, self.device)
+
+
+def forecast_of(
+    prepared: Prepared,
+    artefact: Calibration | None,
+    *,
+    draws: bool,
+    device: torch.device,
+    options: RunOptions,
+) -> Forecast:
+    """What is to be predicted of a conversion that uses `artefact`'s statistics or, with `draws`, its own."""
+    tokens = counts_of(prepared, prepared.sampling.settings) if prepared.sampling else None
+    return Forecast(prepared, artefact, draws, device, options, tokens)
+
+
+def uses_prompts(prepared: Prepared, calibration: Path | None) -> bool:
+    """Whether a conversion draws pictures: for its statistics, its blocks, or the search for ranks. `calibration`:
+    statistics that were given."""
+    recipe = prepared.recipe
+    if recipe.calibration is None or is_data_free(recipe, calibration):
+        return False
+    return calibration is None or recipe.quantization.effort == "best" or draws_for_gains(prepared)
+
+
+# ------------------------------------------------------------------------------------------------- time
+
+
+def stage_seconds(job: Forecast, speed: Speed, preparing: float, *, at_once: int = 1) -> PlanSeconds:
+    """`preparing`: what it took to make the plan, which the conversion does once more. `at_once`: portions that are
+    solved side by side, each at this `speed`."""
+    prepared = job.prepared
+    source, packed = prepared.source.bytes, sum(t.bytes(prepared.inventory.state) for t in prepared.targets)
+    digest = source / speed.hashed + source / speed.read
+    calibrate = _calibrate_seconds(job, speed) + STARTING * preparing if job.draws else 0.0
+    kept = work_bytes(prepared.plan, prepared.settings.dtype)
+    solve = speed.solve.seconds(_solve_work(job)) / at_once + kept / speed.write
+    if job.tunes_blocks:
+        solve += _reconstruct_seconds(job, speed)
+    weights = sum(layer.linear.in_features * layer.linear.out_features for layer in prepared.plan.layers)
+    # to unpack takes as long as to compare; two threads do either
+    unpacked = len(prepared.targets) * speed.solve.seconds(Work(compared=weights)) / min(2, at_once)
+    pack = unpacked + disk_bytes(prepared) / speed.write + packed / speed.hashed
+    check = 2 * unpacked + (len(prepared.targets) * source + packed) / speed.read
+    begun = max(preparing, digest)  # at once
+    total = begun + calibrate + solve + pack + check
+    return PlanSeconds(begun, calibrate, solve, pack, check, total)
+
+
+def _solve_work(job: Forecast) -> Work:
+    plans = {layer.name: layer for layer in job.prepared.plan.layers}
+    total = Work()
+    for shared in job.prepared.plan.inputs:
+        rows = job.rows(shared)
+        total += solve_work(shared, plans, job.prepared.settings, rows=rows)
+        if (
+            job.prepared.recipe.quantization.rank == "auto"
+        ):  # the search for ranks is about as long as the paper's
+            total += solve_work(shared, plans, replace(job.prepared.settings, steps=()), rows=rows)
+    return total
+
+
+def _calibrate_seconds(job: Forecast, speed: Speed) -> float:
+    """All pictures and one step to see what runs; loading and keeping of what is read and kept."""
+    prepared = job.prepared
+    wanted = prepared.sampling
+    assert wanted is not None
+    settings = wanted.settings
+    passes = (wanted.samples * settings.steps + 1) * (2 if settings.true_cfg > 1 else 1)
+    statistics = statistics_bytes(input_widths(prepared.plan), rows=wanted.rows)
+    return passes * pass_seconds(job, speed) + _loading_seconds(job, speed) + 2 * statistics / speed.write
+
+
+def _reconstruct_seconds(job: Forecast, speed: Speed) -> float:
+    """The pictures are drawn, both streams go through the blocks, and every block is tuned and kept."""
+    blocks = job.blocks
+    drawing = blocks.pictures * blocks.steps * pass_seconds(job, speed) + _loading_seconds(job, speed)
+    return drawing + speed.solve.seconds(blocks.work) + blocks.kept / speed.write
+
+
+def pass_seconds(job: Forecast, speed: Speed) -> float:
+    """The denoiser, once for one picture."""
+    flops, calls = 0.0, 0
+    for layer in job.prepared.plan.layers:
+        flops += 2 * job.by_layer[layer.name] * layer.linear.in_features * layer.linear.out_features
+        calls += 15  # of torch: the layer, its hook, and its share of norms, activations and attention
+    return flops / speed.forward + calls / speed.solve.calls
+
+
+def _loading_seconds(job: Forecast, speed: Speed) -> float:
+    return (job.prepared.source.bytes + other_bytes(job)) / speed.read
+
+
+def other_bytes(job: Forecast) -> int:
+    """Of the pipeline's other components, as they are stored."""
+    pipeline = job.prepared.source.pipeline
+    if pipeline is None:
+        return 0
+    files = pipeline.glob("*/*.safetensors")
+    return sum(
+        file.stat().st_size for file in files if file.parent.name not in job.prepared.source.components
+    )
+
+
+# ------------------------------------------------------------------------------------------------- memory and disk
+
+
+def ram_bytes(job: Forecast) -> int:
+    """Peak of the process: what it holds now, with everything imported, and the largest stage's needs. A conversion
+    that `--max-ram` leaves less than that makes do with less."""
+    stages = [0, *_solving_bytes(job)]
+    if job.draws:
+        stages += _drawing_stages(job, cpu=job.device.type == "cpu")
+    if job.tunes_blocks:
+        blocks, on_cpu = job.blocks, job.device.type == "cpu"
+        stages += _drawing_stages(job, cpu=on_cpu, batch=blocks.batch)
+        waiting = min(blocks.passed_bytes, passages_room(job.prepared, job.options, job.device))
+        stages.append(waiting + (blocks.device_bytes if on_cpu else 0))
+    peak = reserved_ram() + max(stages)
+    return peak if job.options.max_ram is None else min(peak, job.options.max_ram)
+
+
+def _solving_bytes(job: Forecast) -> list[int]:
+    """Of every portion with what waits beside it; or of the largest that are solved side by side, as many as there is
+    memory for."""
+    portions = _portions(job)
+    needs = [_planned(job, portion)[1].ram for portion in portions]
+    at_once = portions_at_once(job.device, data_free=job.data_free)
+    if not at_once:
+        return [need + _waiting_bytes(job, each) for need, each in zip(needs, portions, strict=True)]
+    room = (1 - SPARED) * free_ram(job.options)
+    largest = sorted(needs, reverse=True)[:at_once]
+    plans = {layer.name: layer for layer in job.prepared.plan.layers}
+    written = max(packed_bytes(portion, plans) for portion in portions)
+    fitting = [sum(largest[:count]) + written for count in range(1, at_once + 1)]
+    return [max((needed for needed in fitting if needed <= room), default=fitting[0])]
+
+
+def vram_bytes(job: Forecast) -> int | None:
+    """Peak of torch's allocator; None without a GPU."""
+    if job.device.type != "cuda":
+        return None
+    stages = [_planned(job, portion)[1].vram for portion in _portions(job)]
+    if job.draws:
+        stages += _drawing_stages(job, cpu=True)
+    if job.tunes_blocks:
+        stages += [*_drawing_stages(job, cpu=True, batch=job.blocks.batch), job.blocks.device_bytes]
+    peak = max(stages)
+    return peak if job.options.max_vram is None else min(peak, job.options.max_vram)
+
+
+def require_memory(job: Forecast) -> None:
+    """OutOfResourcesError for a portion that can't be solved in the memory there is, `--max-ram` and `--max-vram` kept.
+    The same for tuning a block. (What calibration may take is settled where the model is loaded.)"""
+    for portion in _portions(job):
+        needs = _needs(job, portion)
+        if not open_ways(ways_on(job.device), needs.__getitem__, job.options):
+            raise too_large(portion.layers[0], needs.__getitem__, job.device, job.options)
+    if job.tunes_blocks:
+        _require_block_memory(job)
+
+
+def _require_block_memory(job: Forecast) -> None:
+    needed, cpu = job.blocks.device_bytes, job.device.type == "cpu"
+    if needed <= (free_ram(job.options) if cpu else free_vram(job.device, job.options)):
+        return
+    option, limit = ("--max-ram", job.options.max_ram) if cpu else ("--max-vram", job.options.max_vram)
+    held = reserved_ram() if cpu and limit is not None else 0
+    there = (
+        f"{option} allows {limit / 1e9:.2f} GB"
+        if limit is not None
+        else f"too little is free on {job.device}"
+    )
+    raise OutOfResourcesError(
+        f"{next(iter(job.blocks.sizes))}: tuning it takes {(held + needed) / 1e9:.2f} GB, and {there}",
+        hint=f"lower batch_size or the picture size under calibration, raise {option}, or use --effort balanced",
+        where="quantization.effort",
+        kind="out-of-memory",
+    )
+
+
+def on_the_cpu(job: Forecast) -> tuple[str, ...]:
+    """A warning of layers that `--max-vram` leaves no room for."""
+    moved = [portion for portion in _portions(job) if _planned(job, portion)[0].device != job.device]
+    if not moved:
+        return ()
+    count = sum(len(portion.layers) for portion in moved)
+    return (
+        f"{count} layers will be solved on the CPU, which takes longer than is predicted: --max-vram has no room for "
+        f"them (the first is {moved[0].layers[0]})",
+    )
+
+
+def _portions(job: Forecast) -> tuple[SharedInput, ...]:
+    return job.prepared.plan.portions(data_free=job.data_free)
+
+
+def _needs(job: Forecast, portion: SharedInput) -> dict[Way, Need]:
+    plans = {name: job.prepared.plan.layer(name) for name in portion.layers}
+    need = partial(
+        need_of,
+        portion=portion,
+        plans=plans,
+        settings=job.prepared.settings,
+        rows=job.rows(portion),
+        itemsize=stored_itemsize(job.prepared),
+    )
+    return {way: need(way) for way in ways_on(job.device)}
+
+
+def _planned(job: Forecast, portion: SharedInput) -> tuple[Way, Need]:
+    """The fastest way that fits, or the most sparing one where none does; and what it needs."""
+    needs = _needs(job, portion)
+    ways = ways_on(job.device)
+    way = (*open_ways(ways, needs.__getitem__, job.options), ways[-1])[0]
+    return way, needs[way]
+
+
+def _waiting_bytes(job: Forecast, portion: SharedInput) -> int:
+    plans = {name: job.prepared.plan.layer(name) for name in portion.layers}
+    pinned = job.device.type == "cuda"
+    return waiting_bytes(portion, plans, itemsize=stored_itemsize(job.prepared), pinned=pinned)
+
+
+def _drawing_stages(job: Forecast, *, cpu: bool, batch: int | None = None) -> list[int]:
+    """The text encoders with the rest of the pipeline, then the denoiser with its activations. `cpu`: whether they
+    compute where the memory is asked for; `batch`: pictures drawn at a time, where it is not the recipe's."""
+    itemsize = compute_dtype(job.device).itemsize
+    others = other_bytes(job) * itemsize // 2  # stored in 16 bits
+    prepared = job.prepared
+    if not cpu:
+        return [others]
+    assert prepared.sampling is not None
+    assert job.tokens is not None
+    size = batch or prepared.sampling.settings.batch_size
+    activations = job.tokens.forward_bytes(batch=size, itemsize=itemsize)
+    denoiser = prepared.plan.parameters * itemsize
+    return [others, denoiser + activations]
+
+
+def peak_disk_bytes(job: Forecast) -> int:
+    """What lies on the disk at its fullest: statistics that were drawn, twice while the parts of batches are merged; or
+    once, with the solved layers and the outputs."""
+    wanted = job.prepared.sampling
+    statistics = 0
+    if job.draws and wanted is not None:
+        statistics = sum(
+            8 * width + 2 * width * job.rows(shared)
+            for width, shared in zip(input_widths(job.prepared.plan), job.prepared.plan.inputs, strict=True)
+        )
+    kept = work_bytes(job.prepared.plan, job.prepared.settings.dtype)
+    spilled = 0
+    if job.tunes_blocks:
+        kept += job.blocks.kept
+        spilled = job.blocks.passed_bytes - passages_room(job.prepared, job.options, job.device)
+    return max(2 * statistics, statistics + kept + max(spilled, disk_bytes(job.prepared)))
+
+
+def disk_bytes(prepared: Prepared) -> int:
+    """What all outputs take together, the other components of a pipeline's copy included."""
+    state = prepared.inventory.state
+    folders = [target for target in prepared.targets if not target.format.single_file]
+    packed = sum(target.bytes(state) for target in prepared.targets)
+    return packed + len(folders) * other_components_bytes(prepared.source)
+
+
+def work_bytes(plan: ModelPlan, dtype: torch.dtype) -> int:
+    """What the solved layers of a plan take in the work folder."""
+    return sum(solved_bytes(layer, dtype) for layer in plan.layers)

@@ -1,0 +1,35 @@
+"""What would stop a conversion, found before hours of work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from svdq_cli.recipe import (
+    Recipe,
+)
+from svdq_cli.records import ignore_events
+from svdq_cli.storage.atomic import refuse_existing
+
+if TYPE_CHECKING:
+    from svdq_cli.prepare.options import RunOptions
+from svdq_cli.prepare.from_command_line import outputs_of
+
+
+def require_convertible(recipe: Recipe, options: RunOptions) -> tuple[Path, ...]:
+    """Refuses what a conversion would refuse before it reads a weight; returns its outputs. A model that has to be
+    downloaded first is not looked at."""
+    from svdq_cli.conversion.predict import uses_prompts
+    from svdq_cli.prepare.locate import hub_id
+    from svdq_cli.prepare.prepare import prepare
+    from svdq_cli.prepare.prompts import chosen_prompts
+
+    paths = outputs_of(recipe)
+    if not options.resume:
+        for path in paths:
+            refuse_existing(path, overwrite=options.overwrite)
+    if hub_id(recipe.model.source, beside=options.beside) is None:
+        prepared = prepare(recipe, beside=options.beside)
+        if uses_prompts(prepared, None):
+            chosen_prompts(prepared.recipe, options, ignore_events)
+    return paths

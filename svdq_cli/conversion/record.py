@@ -1,0 +1,144 @@
+"""What is seen of the 16-bit model while it draws a few pictures, for steps that need more than rows of activations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from svdq_cli.conversion.memory import run_as_it_fits
+from svdq_cli.errors import InputError
+from svdq_cli.inference.load import load_16bit_pipeline, load_without_denoiser
+from svdq_cli.pipelines.embeddings import EncodedPrompts
+from svdq_cli.pipelines.encode import encode_prompts
+from svdq_cli.pipelines.generate import Batch, drawn_batches, split_batches
+from svdq_cli.pipelines.joint import denoisers_in
+from svdq_cli.pipelines.settings import DrawSettings
+from svdq_cli.planning.joint import plan_of
+from svdq_cli.prepare.options import RunOptions
+from svdq_cli.prepare.prepare import Prepared, prompts_of
+from svdq_cli.reconstruct import Recording, Trajectory, blocks_of, record_each, wiring_of
+from svdq_cli.records import Observer
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What is drawn, and what is kept of it: the first `pictures` of the calibration's prompts in `batches` batches (or
+    fewer pictures, where the recipe's batch size asks for smaller batches), and at most `calls` calls of each batch."""
+
+    pictures: int
+    batches: int
+    calls: int
+
+
+BLOCK_SAMPLE = Sample(pictures=32, batches=8, calls=8)  # the last quarter of the batches judges
+
+
+def can_record(prepared: Prepared) -> bool:
+    """Whether there are prompts, and a whole pipeline to draw them with."""
+    return prepared.sampling is not None and prepared.source.pipeline is not None
+
+
+def recorded(
+    prepared: Prepared,
+    sample: Sample,
+    *,
+    options: RunOptions,
+    device: torch.device,
+    observe: Observer,
+) -> dict[str, tuple[nn.Module, list[Trajectory]]]:
+    """By component, the 16-bit denoisers, whole on `device`, and their calls."""
+    settings = sample_settings(prepared, sample)
+    batches = _batches(prepared, sample, settings, options, observe)
+    pipe = load_16bit_pipeline(prepared.source, class_name=prepared.plan.model_class, device=device)
+    trajectories = _trajectories(prepared, pipe, batches, settings, sample.calls, None, observe)
+    return {component: (getattr(pipe, component), found) for component, found in trajectories.items()}
+
+
+def record_blocks(
+    prepared: Prepared,
+    sample: Sample,
+    *,
+    options: RunOptions,
+    device: torch.device,
+    observe: Observer,
+) -> dict[str, Recording]:
+    """The same calls with the wiring of the denoisers' blocks; denoisers need not fit on the device, nor stay."""
+    settings = sample_settings(prepared, sample)
+    batches = _batches(prepared, sample, settings, options, observe)
+    pipe = load_without_denoiser(prepared.source, class_name=prepared.plan.model_class, device=device)
+    encoded = encode_prompts(pipe, batches, settings=settings, observe=observe)
+
+    def record() -> dict[str, Recording]:
+        trajectories = _trajectories(prepared, pipe, batches, settings, sample.calls, encoded, observe)
+        return {
+            component: Recording(
+                found, wiring_of(getattr(pipe, component), _blocks(component), found[0].calls[0])
+            )
+            for component, found in trajectories.items()
+        }
+
+    def _blocks(component: str) -> tuple[str, ...]:
+        return blocks_of(plan_of(prepared.plan, component))
+
+    return run_as_it_fits(
+        pipe, prepared, settings, record, device=device, options=options, stage="record", observe=observe
+    )
+
+
+def sample_settings(prepared: Prepared, sample: Sample) -> DrawSettings:
+    """How a sample is drawn."""
+    assert prepared.sampling is not None
+    settings = prepared.sampling.settings
+    return replace(settings, batch_size=max(1, min(settings.batch_size, sample.pictures // sample.batches)))
+
+
+def _batches(
+    prepared: Prepared, sample: Sample, settings: DrawSettings, options: RunOptions, observe: Observer
+) -> tuple[Batch, ...]:
+    prompts = prompts_of(prepared, options, observe).texts
+    most = min(sample.pictures, sample.batches * settings.batch_size)
+    return split_batches(prompts[:most], settings=settings)
+
+
+def _trajectories(
+    prepared: Prepared,
+    pipe: DiffusionPipeline,
+    batches: Sequence[Batch],
+    settings: DrawSettings,
+    most: int,
+    encoded: EncodedPrompts | None,
+    observe: Observer,
+) -> dict[str, list[Trajectory]]:
+    """By component. Raises InputError for a denoiser that is never called."""
+
+    def drawing(batch: Batch) -> Callable[[], object]:
+        return lambda: list(
+            drawn_batches(
+                pipe,
+                [batch],
+                settings=settings,
+                total=len(batch.prompts),
+                output_type="latent",
+                stage="record",
+                observe=observe,
+                encoded=encoded,
+            )
+        )
+
+    recorded = record_each(denoisers_in(pipe), map(drawing, batches), steps=settings.steps, most=most)
+    found = {component: recorded[component] for component in prepared.source.components}
+    for component, trajectories in found.items():
+        if not trajectories:
+            raise InputError(
+                f"{component}: the pipeline never ran it in {settings.steps} step{'s' * (settings.steps > 1)}",
+                hint="draw with more steps (--steps): denoisers take turns, each has its own part of them",
+                where=component,
+            )
+    return found

@@ -1,0 +1,107 @@
+"""A long job and its work folder: what is kept when the job is stopped, and what is said of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from svdq_cli.conversion.work_folder import Identity, WorkFolder, open_work
+from svdq_cli.errors import (
+    CanceledRunError,
+    CheckFailedError,
+    InputError,
+    InterruptedRunError,
+    RecipeError,
+    SvdqError,
+    Terminated,
+    UsageError,
+    as_out_of_memory,
+)
+from svdq_cli.prepare.options import RunOptions
+from svdq_cli.records import Event, Observer
+from svdq_cli.storage.atomic import disk_errors
+
+VISIBLE_WITHIN = 90.0  # seconds; NFS looks again after 60 at the latest
+
+
+@contextmanager
+def kept_work(
+    path: Path,
+    identity: Identity,
+    *,
+    options: RunOptions,
+    stage: str,
+    kept: Callable[[WorkFolder], str],
+    observe: Observer,
+) -> Iterator[WorkFolder]:
+    """The job's work folder. It goes when the work is done, and when the same command could only fail again; it stays,
+    with a word on how to go on, whatever else ends the run.
+
+    `kept`: what the folder holds, in words ("3 of 7 solved portions"). `stage` names the job in events.
+    """
+    with (
+        disk_errors(path),
+        open_work(path, identity, resume=options.resume, overwrite=options.overwrite) as work,
+    ):
+        try:
+            with disk_errors(path):  # here too, so that the error says what is kept
+                yield work
+        except BaseException as error:
+            stopped = as_stopped(error)
+            if work.is_empty or _fails_again(error, work):
+                work.remove()
+            else:
+                said = f"{work.path} keeps {kept(work)}; --resume goes on from there"
+                say_what_is_kept(stopped, said, stage, observe)
+            if stopped is error:
+                raise
+            raise stopped from error
+        work.finish()
+
+
+def work_beside(output: Path, options: RunOptions) -> Path:
+    """Where a job's work lies: hidden beside its (first) output, unless the user says where."""
+    return options.work or output.with_name(f".{output.name}.work")
+
+
+def wait_for_files(folder: Path, missing: Callable[[], Sequence[object]]) -> None:
+    """Until other processes' files are there: a shared file system may show them late. InputError if they never are."""
+    until = time.monotonic() + VISIBLE_WITHIN
+    while names := missing():
+        if time.monotonic() > until:
+            raise InputError(
+                f"{folder}: what another process made of {names[0]} is not here",
+                hint="all processes need one work folder: put the output, or --work, on a shared file system",
+                where=str(folder),
+            )
+        time.sleep(1)
+
+
+def _fails_again(error: BaseException, work: WorkFolder) -> bool:
+    """Whether the same command would end the same way, so that there is nothing to go on with. Statistics that were
+    drawn serve other runs too; they are never thrown away."""
+    about_the_work = isinstance(error, SvdqError) and str(error.where).startswith(str(work.path))
+    refused = isinstance(error, (UsageError, RecipeError, InputError, CheckFailedError))
+    return refused and not about_the_work and not work.calibration.exists()
+
+
+def as_stopped(error: BaseException) -> BaseException:
+    """The interruptions as errors that can carry a message."""
+    match error:
+        case Terminated():
+            return InterruptedRunError("told to stop (SIGTERM); nothing was left under a final name")
+        case KeyboardInterrupt():
+            return CanceledRunError("interrupted; nothing was left under a final name")
+        case _:
+            return as_out_of_memory(error) or error
+
+
+def say_what_is_kept(error: BaseException, said: str, stage: str, observe: Observer) -> None:
+    """In the error's hint; for a bug, which has none, as a warning."""
+    if not isinstance(error, SvdqError):
+        observe(Event("warning", stage, detail=said))
+        return
+    error.resumable = True
+    error.hint = f"{error.hint}; {said}" if error.hint else said

@@ -1,0 +1,323 @@
+"""All layers of a model, solved portion by portion; each is kept in the work folder as soon as it is."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from svdq_cli.calibrate.artefact import Calibration
+from svdq_cli.conversion.memory import free_ram, reserved_ram
+from svdq_cli.conversion.memory_backoff import Need, Way, need_of, stored_itemsize, ways_on, where_it_fits
+from svdq_cli.conversion.read_weights import RawWeight, StreamedWeights, read_ahead
+from svdq_cli.conversion.resume import wait_for_files
+from svdq_cli.conversion.work_folder import (
+    LAYERS,
+    SolvedLayers,
+    WorkFolder,
+    quoted,
+    report_json,
+    report_of_json,
+)
+from svdq_cli.errors import InputError
+from svdq_cli.prepare.options import DEFAULT_OPTIONS, RunOptions
+from svdq_cli.prepare.prepare import Prepared
+from svdq_cli.records import (
+    ActivationStats,
+    Event,
+    LayerPlan,
+    LayerReport,
+    LayerSolution,
+    ModelPlan,
+    Observer,
+    SharedInput,
+    ignore_events,
+)
+from svdq_cli.solve.costs import NOMINAL, packed_bytes, solve_work, stored_bytes
+from svdq_cli.solve.linear import SolvedInput, solve_input
+from svdq_cli.solve.means import less_mean
+from svdq_cli.system.allocator import free_large_tensors_at_once, free_tensors_at_once, return_freed_memory
+from svdq_cli.system.machine import on_device
+from svdq_cli.system.threads import cores, done_behind, made_ahead, made_side_by_side
+
+LEFT = "left"  # topic: the portions that are still to be solved
+MOST_AT_ONCE = 8  # portions; more would wait for the memory's speed, and take gigabytes of it
+CPU = torch.device("cpu")
+# Of the memory that is free at first, so much is left alone when others are begun beside a portion: for codes that wait
+# to be written, and for what predictions are off. A portion alone may take all of it.
+SPARED = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """Calibration statistics, drawn just now or opened from an artefact."""
+
+    digest: str
+    of: Mapping[str, ActivationStats] | Calibration
+    means: Mapping[str, Tensor] = field(
+        default_factory=dict[str, Tensor]
+    )  # by input: what it is less than it was
+
+    def __call__(self, name: str) -> ActivationStats:
+        seen = self.of.stats(name) if isinstance(self.of, Calibration) else self.of[name]
+        return less_mean(seen, self.means[name]) if name in self.means else seen
+
+    def rows(self, name: str) -> int:
+        """How many rows an input has."""
+        if isinstance(self.of, Calibration):
+            return next((entry.rows for entry in self.of.manifest.inputs if entry.name == name), 0)
+        return self.of[name].rows.shape[0]
+
+
+def solve_into(
+    work: WorkFolder,
+    prepared: Prepared,
+    statistics: Statistics | None,
+    device: torch.device,
+    observe: Observer,
+    *,
+    options: RunOptions = DEFAULT_OPTIONS,
+    reserved: int | None = None,
+) -> int:
+    """Every layer that the work folder does not hold yet. Returns how many it held. Other processes take their part of
+    the layers in `solve_share`. `reserved`: `reserved_ram` when the run was accepted. Raises OutOfResourcesError for a
+    layer that fits in no memory."""
+    data_free = statistics is None
+    portions = prepared.plan.portions(data_free=data_free)
+    left = [portion for portion in portions if not _is_finished(work, portion, observe)]
+    held = len(prepared.plan.layers) - sum(len(portion.layers) for portion in left)
+    team, job = options.team, Solving(prepared, statistics, device, options, observe, reserved)
+    if team.size > 1 or portions_at_once(device, data_free=data_free):
+        left = job.longest_first(left)
+    if team.size > 1:
+        team.tell(LEFT, {"portions": [_key(portion) for portion in left]})
+    # Closed where it is left, or its threads would begin what follows until the garbage is collected.
+    with done_behind() as keep, closing(_solved(job, team.claims(LEFT, left), wait=keep.wait)) as solved:
+        for portion, each in _observed(prepared, solved, held, observe):
+            keep(partial(_keep, work, portion, each))
+            del each  # or its codes would stay until the next portion is solved
+    team.gather(LEFT)
+    wait_for_files(work.path, lambda: [_key(each) for each in left if not work.has(LAYERS, _key(each))])
+    return held
+
+
+def solve_share(
+    work: WorkFolder,
+    prepared: Prepared,
+    statistics: Statistics | None,
+    device: torch.device,
+    *,
+    options: RunOptions,
+) -> None:
+    """What a process other than the first does of `solve_into`."""
+    portions = {_key(each): each for each in prepared.plan.portions(data_free=statistics is None)}
+    team = options.team
+    left = [portions[key] for key in cast("list[str]", team.hear(LEFT)["portions"])]
+    job = Solving(prepared, statistics, device, options, ignore_events)
+    with done_behind() as keep, closing(_solved(job, team.claims(LEFT, left), wait=keep.wait)) as solved:
+        for portion, each in solved:
+            keep(partial(_keep, work, portion, each))
+            del each
+    team.done(LEFT)
+
+
+def solved_elsewhere(reports: Sequence[LayerReport], device: torch.device) -> tuple[str, ...]:
+    """What to warn of where layers were not solved on `device`."""
+    names = [report.name for report in reports if report.device != device.type]
+    if not names:
+        return ()
+    return (
+        f"GPU memory was too small for {len(names)} of {len(reports)} layers, which were solved on the CPU: "
+        f"{', '.join(names)}. Their lowest bits are the CPU's",
+    )
+
+
+def _key(portion: SharedInput) -> str:
+    """Its name in the work folder."""
+    return portion.layers[0]
+
+
+def _keep(work: WorkFolder, portion: SharedInput, solved: SolvedInput) -> None:
+    """Codes are packed two a byte where they were solved, so that half as many bytes leave a GPU."""
+    solutions, about = _solutions(solved), {"reports": [report_json(report) for report in solved.reports]}
+    try:
+        work.keep(LAYERS, _key(portion), solutions, about)
+    except torch.OutOfMemoryError:  # the next portion has taken what a GPU had left
+        work.keep(LAYERS, _key(portion), [on_device(each, CPU) for each in solutions], about)
+
+
+def _solutions(solved: SolvedInput) -> tuple[LayerSolution, ...]:
+    return (*solved.w4a4, *solved.w4a16)
+
+
+def solved_layers(
+    plan: ModelPlan, work: WorkFolder, *, data_free: bool
+) -> tuple[SolvedLayers, list[LayerReport]]:
+    """Everything that `solve_into` left in the work folder, the reports in the plan's order of portions."""
+    plans = {layer.name: layer for layer in plan.layers}
+    portions = plan.portions(data_free=data_free)
+    places = {name: (LAYERS, _key(each), plans[name]) for each in portions for name in each.layers}
+    reports = [report for each in portions for report in _kept_reports(work, each)]
+    return SolvedLayers(work, places), reports
+
+
+@dataclass(frozen=True)
+class Solving:
+    """What every portion is solved with."""
+
+    prepared: Prepared
+    statistics: Statistics | None
+    device: torch.device
+    options: RunOptions
+    observe: Observer
+    reserved: int | None = None  # as `free_ram` takes it
+
+    @cached_property
+    def plans(self) -> Mapping[str, LayerPlan]:
+        return {layer.name: layer for layer in self.prepared.plan.layers}
+
+    @cached_property
+    def itemsize(self) -> int:
+        return stored_itemsize(self.prepared)
+
+    def rows(self, portion: SharedInput) -> int:
+        """Calibration rows, 0 for data-free."""
+        return self.statistics.rows(portion.name) if self.statistics else 0
+
+    def need(self, portion: SharedInput, way: Way) -> Need:
+        rows, settings = self.rows(portion), self.prepared.settings
+        return need_of(way, portion, self.plans, settings, rows=rows, itemsize=self.itemsize)
+
+    def stored(self, portion: SharedInput) -> int:
+        """Bytes of its weights as they are read ahead."""
+        return stored_bytes(portion, self.plans, itemsize=self.itemsize, pinned=self.device.type == "cuda")
+
+    def read(self, portion: SharedInput) -> dict[str, RawWeight]:
+        return read_ahead(self.prepared.source, self.plans, self.device, portion)
+
+    def longest_first(self, portions: Iterable[SharedInput]) -> list[SharedInput]:
+        def cost(portion: SharedInput) -> float:
+            work = solve_work(portion, self.plans, self.prepared.settings, rows=self.rows(portion))
+            return NOMINAL.seconds(work)
+
+        return sorted(portions, key=cost, reverse=True)
+
+
+def _solved(
+    job: Solving, portions: Iterable[SharedInput], *, wait: Callable[[], object] = lambda: None
+) -> Generator[tuple[SharedInput, SolvedInput], None, None]:
+    """Every portion, as it comes from the device that it was solved on: one after the other while the next one's
+    weights are read, or some side by side (`portions_at_once`) as they are done, where there is memory for that. `wait`
+    returns when the caller holds no memory for earlier ones."""
+    options = job.options
+    if options.max_ram is not None:
+        free_tensors_at_once()
+    return_freed_memory()
+    reserved = reserved_ram() if job.reserved is None else job.reserved
+    at_first = (1 - SPARED) * free_ram(options, reserved=reserved)
+
+    def solving(portions: Sequence[SharedInput]) -> int:
+        return sum(job.need(each, ways_on(job.device)[0]).ram for each in portions)
+
+    def read_beside(busy: Sequence[SharedInput], following: SharedInput) -> bool:
+        return solving(busy) + sum(map(job.stored, [*busy, following])) <= at_first
+
+    def solved_beside(busy: Sequence[SharedInput], following: SharedInput) -> bool:
+        written = max(packed_bytes(each, job.plans) for each in busy)
+        return solving([*busy, following]) + written <= at_first
+
+    def solve(portion: SharedInput, raw: dict[str, RawWeight], alone: bool = True) -> SolvedInput:
+        def let_go() -> None:
+            raw.clear()
+            wait()
+            return_freed_memory()
+
+        if alone and options.max_ram is not None:
+            wait()  # what is being written leaves no room that is sure to be there
+        return where_it_fits(
+            _key(portion),
+            lambda way: _solved_so(way, job, portion, raw),
+            partial(job.need, portion),
+            device=job.device,
+            options=options,
+            observe=job.observe,
+            let_go=let_go,
+            reserved=reserved,
+            alone=alone,
+        )
+
+    if at_once := portions_at_once(job.device, data_free=job.statistics is None):
+        if options.max_ram is None:
+            free_large_tensors_at_once()
+        yield from made_side_by_side(
+            portions, lambda each, alone: solve(each, {}, alone), threads=at_once, beside=solved_beside
+        )
+        return_freed_memory()
+    else:
+        for portion, raw in made_ahead(portions, job.read, beside=read_beside):
+            yield portion, solve(portion, raw)
+            return_freed_memory()
+
+
+def portions_at_once(device: torch.device, *, data_free: bool) -> int:
+    """How many portions are solved side by side, memory allowing, each by a thread with one core; 0 for one after the
+    other by the main thread with all cores.
+
+    A CPU does so without calibration: most of the work is small operations and products with few columns, which more
+    cores do not make faster, and with one core each the sums come out the same on every machine. With calibration a
+    portion can take minutes, and only the main thread can be interrupted.
+    """
+    return cores(MOST_AT_ONCE) if data_free and device.type == "cpu" else 0
+
+
+def _solved_so(way: Way, job: Solving, portion: SharedInput, raw: dict[str, RawWeight]) -> SolvedInput:
+    """`raw`: weights that were read ahead. Each is let go when it is in float32 on the device."""
+    streamed = StreamedWeights(job.prepared.source, job.plans, portion.layers, way.device)
+    if way.streamed:
+        weights = streamed
+    else:
+        weights = {
+            name: raw.pop(name).on(way.device) if name in raw else streamed[name] for name in portion.layers
+        }
+    stats = job.statistics(portion.name) if job.statistics else None
+    return solve_input(portion, job.plans, weights, stats, job.prepared.settings)
+
+
+def _observed(
+    prepared: Prepared, solved: Iterable[tuple[SharedInput, SolvedInput]], held: int, observe: Observer
+) -> Iterator[tuple[SharedInput, SolvedInput]]:
+    """The same, told as progress once the caller is done with each. `held` layers were solved by an earlier run."""
+    done, total = held, len(prepared.plan.layers)
+    observe(Event("start", "solve", done, total))
+    if held:
+        observe(Event("advance", "solve", done, total, f"{held} layers taken over from an earlier run"))
+    started = time.monotonic()
+    for portion, each in solved:
+        detail = f"{_key(portion)}  {each.reports[0].sqnr_db:.1f} dB"
+        yield portion, each
+        del each  # before the next one is waited for
+        done += len(portion.layers)
+        observe(Event("advance", "solve", done, total, detail, time.monotonic() - started))
+    observe(Event("end", "solve", total, total, seconds=time.monotonic() - started))
+
+
+def _is_finished(work: WorkFolder, portion: SharedInput, observe: Observer) -> bool:
+    """A damaged file is none: what it held is solved again, and that is said."""
+    if quoted(_key(portion)) not in work.taken_over:
+        return False
+    try:
+        return {report.name for report in _kept_reports(work, portion)} == set(portion.layers)
+    except (InputError, KeyError, TypeError, ValueError) as error:
+        observe(Event("warning", "solve", detail=f"{_key(portion)} is solved again: {error}"))
+        return False
+
+
+def _kept_reports(work: WorkFolder, portion: SharedInput) -> list[LayerReport]:
+    said = cast("list[dict[str, object]]", work.about(LAYERS, _key(portion))["reports"])
+    return [report_of_json(each) for each in said]

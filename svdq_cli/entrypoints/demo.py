@@ -1,0 +1,300 @@
+"""`svdq demo`: the whole job on the embedded model and on its stress variant, shown as pictures and a table."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from svdq_cli.bench.report import BenchReport
+from svdq_cli.bench.run import BenchSettings, bench_layers
+from svdq_cli.checkpoint.reader import open_checkpoint
+from svdq_cli.conversion.calibrate import calibrate
+from svdq_cli.conversion.card import CARD_FILE
+from svdq_cli.conversion.convert import convert
+from svdq_cli.evaluate.compare import Evaluation, compare_in
+from svdq_cli.evaluate.gallery import read_picture
+from svdq_cli.evaluate.grid import picture_grid
+from svdq_cli.evaluate.images import summarize
+from svdq_cli.evaluate.page import PAGE_PICTURE_BYTES, Chapter, Page, Table, Way, render_page
+from svdq_cli.evaluate.passes import CONVERTED, NAIVE, SIXTEEN_BIT, draw_missing
+from svdq_cli.evaluate.plot import search_of
+from svdq_cli.evaluate.report_page import chapter_of
+from svdq_cli.evaluate.score import score_pairs
+from svdq_cli.evaluate.write_report import PAGE_FILE, footer, write_figures, write_text
+from svdq_cli.inference.load import load_pipeline
+from svdq_cli.prepare.defaults import evaluation_recipe
+from svdq_cli.prepare.locate import DEMO_SOURCES, locate_source
+from svdq_cli.prepare.options import DEFAULT_OPTIONS, RunOptions
+from svdq_cli.recipe import Calibration, Output, default_recipe, with_overrides
+from svdq_cli.records import Observer, ignore_events
+from svdq_cli.reports import ConvertReport, Summary, json_text
+from svdq_cli.storage.atomic import disk_errors, refuse_existing, whole_folder
+from svdq_cli.storage.output_paths import DEMO_REPORT, is_demo_folder, require_places
+from svdq_cli.system.machine import resolve_device
+
+DEMO_RANK = 16
+EVAL_PROMPTS = 16
+GRID_ROWS = 6
+_CARD_TITLE = "\n# svdq demo model"  # of the embedded model's and of the stress variant's card
+BENCH_SECONDS = 0.05  # a row: enough to show the order of magnitude
+NVFP4 = "nvfp4"
+_TITLES = {
+    SIXTEEN_BIT: "16-bit",
+    NAIVE: "naive int4",
+    CONVERTED: "SVDQuant int4",
+    NVFP4: "SVDQuant nvfp4",
+}
+_PAGE_TITLE = "svdq demo"
+_PAGE_LEAD = (
+    "The embedded model, a small FLUX.1-class pipeline that was really trained, converted to 4 bits and compared "
+    "with its 16-bit self on prompts that were used neither for training nor for calibration."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class DemoRow:
+    """One line of the demo's table. `bytes` are the transformer's, `seconds` what the conversion took."""
+
+    source: str
+    model: str
+    psnr_db: Summary | None
+    ssim: Summary | None
+    layer_sqnr_db: float | None
+    bytes: int
+    seconds: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class DemoReport:
+    """What `svdq demo` made and measured. PSNR and SSIM are against the 16-bit pictures of the same source."""
+
+    folder: str
+    page: str
+    grids: tuple[str, ...]
+    checkpoints: tuple[str, ...]
+    prompts: int
+    rows: tuple[DemoRow, ...]
+    bench: BenchReport
+    seconds: float
+    command: str = "demo"
+    status: str = "ok"
+    schema: int = 1
+
+
+def demo(
+    out: Path,
+    *,
+    sources: tuple[str, ...] = DEMO_SOURCES,
+    options: RunOptions = DEFAULT_OPTIONS,
+    observe: Observer = ignore_events,
+) -> DemoReport:
+    """Calibrate once, convert to int4 and nvfp4, check, evaluate on held-out prompts; for each of `sources`."""
+    started = time.monotonic()
+    folders = [out / source.replace(":", "-") for source in sources]
+    checkpoints = [folder / precision for folder in folders for precision in ("int4", NVFP4)]
+    budget = PAGE_PICTURE_BYTES // len(sources)
+    with _own_folder(out, overwrite=options.overwrite):
+        told = [
+            _one_source(source, folder, options, observe, budget=budget)
+            for source, folder in zip(sources, folders, strict=True)
+        ]
+        speed = _bench(checkpoints[0], options, observe)
+        report = DemoReport(
+            str(out),
+            str(out / PAGE_FILE),
+            tuple(str(folder / "grid.png") for folder in folders),
+            tuple(map(str, checkpoints)),
+            EVAL_PROMPTS,
+            tuple(row for each in told for row in each.rows),
+            speed,
+            time.monotonic() - started,
+        )
+        page = Page(_PAGE_TITLE, _PAGE_LEAD, [each.chapter for each in told], [_speed(speed)], footer())
+        write_text(out / PAGE_FILE, render_page(page))
+        write_text(out / DEMO_REPORT, json_text(report) + "\n")
+    return report
+
+
+@contextmanager
+def _own_folder(out: Path, *, overwrite: bool) -> Generator[None, None, None]:
+    """The demo's folder, removed again if the demo does not get to its end. What is in it is whole or absent."""
+    refuse_existing(out, overwrite=overwrite)
+    require_places([out], folders=[True], inputs=[], overwrite=overwrite, replaceable=is_demo_folder)
+    with disk_errors(out):
+        if out.exists():
+            shutil.rmtree(out)
+        out.mkdir(parents=True)
+        try:
+            yield
+        except BaseException:
+            shutil.rmtree(out, ignore_errors=True)
+            raise
+
+
+def _bench(checkpoint: Path, options: RunOptions, observe: Observer) -> BenchReport:
+    """The checkpoint's layers on the backend that is here, against torch's own linear."""
+    opened = open_checkpoint(checkpoint)
+    settings = BenchSettings(resolve_device(options.device), seconds_per_row=BENCH_SECONDS)
+    return bench_layers(opened.layers, opened.solution, settings=settings, observe=observe)
+
+
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """What is told of one source: lines of the table, and a chapter of the page."""
+
+    rows: tuple[DemoRow, ...]
+    chapter: Chapter
+
+
+def _one_source(source: str, folder: Path, options: RunOptions, observe: Observer, *, budget: int) -> _Told:
+    """Convert, draw, judge. `budget`: bytes of the page for pictures."""
+    folder.mkdir(parents=True)
+    made = _conversions(source, folder, options, observe)
+    judged = with_overrides(evaluation_recipe(open_checkpoint(folder / "int4"), source), samples=EVAL_PROMPTS)
+    pictures = folder / "eval"
+    # passes that a demo of a minute does without
+    without = ("own-noise", "outputs")
+    found = compare_in(
+        pictures,
+        folder / "int4",
+        judged,
+        without=without,
+        page=str(folder.parent / PAGE_FILE),
+        options=options,
+        observe=observe,
+    )
+    found = _with_nvfp4(found, folder / NVFP4, observe)
+    search = search_of(folder / "int4")
+    write_figures(pictures, found, search=search)
+    _write_grid(folder / "grid.png", found)
+    chapter = chapter_of(
+        found,
+        plots=pictures,
+        title=source if source == "demo" else f"{source}, the stress variant with strong activation outliers",
+        key=source.replace(":", "-"),
+        more_ways=[Way(NVFP4, _TITLES[NVFP4])],
+        budget=budget,
+        page_folder=folder.parent,
+    )
+    return _Told(_rows(source, found, made), chapter)
+
+
+def _conversions(
+    source: str, folder: Path, options: RunOptions, observe: Observer
+) -> Mapping[str, ConvertReport]:
+    """int4 and nvfp4 from one calibration, by precision."""
+    recipe = with_overrides(default_recipe(source, calibration=Calibration()), rank=DEMO_RANK)
+    calibrate(recipe, folder / "calibration", options=options, observe=observe)
+    return {
+        precision: convert(
+            with_overrides(recipe, precision=precision, outputs=[Output(path=str(folder / precision))]),
+            folder / precision,
+            calibration=folder / "calibration",
+            options=options,
+            observe=observe,
+        )
+        for precision in ("int4", NVFP4)
+    }
+
+
+def _with_nvfp4(found: Evaluation, checkpoint: Path, observe: Observer) -> Evaluation:
+    """The evaluation of the int4 checkpoint with the other one drawn beside it."""
+    run, gallery = found.run, found.gallery
+    draw_missing(gallery, NVFP4, run, lambda: load_pipeline(checkpoint, device=run.device), observe)
+    scores = score_pairs(gallery, SIXTEEN_BIT, NVFP4, run.prompts, found.metrics, observe)
+    return replace(found, scores={**found.scores, NVFP4: scores})
+
+
+def _write_grid(path: Path, found: Evaluation) -> None:
+    titles = {
+        way: title if way == SIXTEEN_BIT else f"{title}\n{_summary(found, way, 'psnr_db').mean:.1f} dB"
+        for way, title in _TITLES.items()
+    }
+    columns = [
+        (title, [read_picture(found.gallery, way, row) for row in range(GRID_ROWS)])
+        for way, title in titles.items()
+    ]
+    picture_grid(columns, found.run.prompts[:GRID_ROWS]).save(path)
+
+
+def _rows(source: str, found: Evaluation, made: Mapping[str, ConvertReport]) -> tuple[DemoRow, ...]:
+    sizes = made["int4"].bytes
+    precision_of = {CONVERTED: "int4", NVFP4: NVFP4}
+    rows = [DemoRow(source, _TITLES[SIXTEEN_BIT], None, None, None, sizes.input, None)]
+    for way in (NAIVE, CONVERTED, NVFP4):
+        conversion = made[precision_of[way]] if way in precision_of else None
+        rows.append(
+            DemoRow(
+                source,
+                _TITLES[way],
+                _summary(found, way, "psnr_db"),
+                _summary(found, way, "ssim"),
+                conversion.layer_sqnr_db.mean if conversion else None,
+                conversion.bytes.output if conversion else sizes.output,
+                conversion.seconds.total if conversion else None,
+            )
+        )
+    return tuple(rows)
+
+
+def _summary(found: Evaluation, way: str, metric: str) -> Summary:
+    return summarize(found.scores[way].per_picture[metric])
+
+
+def _speed(bench: BenchReport) -> Table:
+    """The converted layers against torch's own linear."""
+    device = bench.device
+    return Table(
+        "Speed of converted layers",
+        ["layer", "op", "precision", "M, K, N", "rank", "median", "against torch"],
+        [
+            [
+                row.layer,
+                row.op,
+                row.precision,
+                f"{row.m}, {row.k}, {row.n}",
+                "" if row.rank is None else str(row.rank),
+                f"{row.us.median:.0f} us",
+                f"{row.ratio:.2f}x",
+            ]
+            for row in bench.rows
+        ],
+        f"{device.name}, {device.backend} backend, torch {device.torch}. {BENCH_SECONDS} s a row: the order of "
+        "magnitude. The reference backend computes what the 4-bit runtimes compute, not at their speed.",
+    )
+
+
+def _is_exported_model(path: Path) -> bool:
+    """By its card: the pipeline's own files are like any other's."""
+    card = path / CARD_FILE
+    ours = card.is_file() and _CARD_TITLE in card.read_text(encoding="utf-8", errors="replace")
+    return ours or not any(path.iterdir())
+
+
+@dataclass(frozen=True, slots=True)
+class ExportReport:
+    path: str
+    outliers: bool
+    bytes: int
+    command: str = "demo"
+    status: str = "ok"
+    schema: int = 1
+
+
+def export_model(out: Path, *, outliers: bool, overwrite: bool) -> ExportReport:
+    """Write the embedded model, or its stress variant, as an ordinary diffusers pipeline folder."""
+    from svdq_cli.demo.outliers import export_demo
+
+    locate_source("demo")  # refuses in words where the installation lacks the model
+    refuse_existing(out, overwrite=overwrite)
+    require_places([out], folders=[True], inputs=[], overwrite=overwrite, replaceable=_is_exported_model)
+    with whole_folder(out, overwrite=overwrite) as partial:
+        export_demo(partial / "model", outliers=outliers)
+        for item in (partial / "model").iterdir():
+            item.rename(partial / item.name)
+        (partial / "model").rmdir()
+    return ExportReport(str(out), outliers, sum(f.stat().st_size for f in out.rglob("*") if f.is_file()))

@@ -1,0 +1,54 @@
+"""`svdq inspect`: what becomes of each layer of a 16-bit model, or what is in a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from svdq_cli.checkpoint.reader import open_checkpoint
+from svdq_cli.prepare.facts import inspect_layer, predicted_sizes, sizes_of
+from svdq_cli.prepare.options import DEFAULT_OPTIONS, RunOptions
+from svdq_cli.prepare.prepare import prepare
+from svdq_cli.recipe import Recipe
+from svdq_cli.reports import InspectReport
+
+
+def inspect_source(recipe: Recipe, *, options: RunOptions = DEFAULT_OPTIONS) -> InspectReport:
+    """What becomes of each layer of a 16-bit model."""
+    prepared = prepare(recipe, beside=options.beside)
+    planned = {layer.name: layer for layer in prepared.plan.layers}
+    input_of = {name: shared.name for shared in prepared.plan.inputs for name in shared.layers}
+    return InspectReport(
+        kind="source",
+        family=prepared.plan.family,
+        model_class=prepared.plan.model_class,
+        format=prepared.targets[0].format.name,
+        precision=recipe.quantization.precision,
+        rank=int(recipe.quantization.rank),
+        parameters=prepared.plan.parameters,
+        layers=tuple(
+            inspect_layer(linear, planned.get(linear.name), input_of) for linear in prepared.inventory.linears
+        ),
+        bytes=predicted_sizes(prepared),
+        provenance=None,
+        read_as=prepared.source.kind,
+        warnings=prepared.source.warnings,
+    )
+
+
+def inspect_checkpoint(path: Path, *, base: Path | None = None) -> InspectReport:
+    """What a converted checkpoint holds, from its headers. `base`: see `open_checkpoint`."""
+    checkpoint = open_checkpoint(path, base=base)
+    planned = {layer.name: layer for layer in checkpoint.layers}
+    linears = [plan.linear for plan in checkpoint.layers] + list(checkpoint.kept)
+    return InspectReport(
+        kind="checkpoint",
+        family=checkpoint.family,
+        model_class=checkpoint.model_class,
+        format=checkpoint.format.name,
+        precision=checkpoint.precision.name if checkpoint.precision else None,
+        rank=checkpoint.rank,
+        parameters=checkpoint.parameters,
+        layers=tuple(inspect_layer(linear, planned.get(linear.name)) for linear in linears),
+        bytes=sizes_of(checkpoint.state, checkpoint.source.bytes),
+        provenance=checkpoint.provenance,
+    )

@@ -1,0 +1,102 @@
+"""What a diffusers pipeline is called with: the settings in the words of its own signature."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from svdq_cli.errors import InputError, UsageError
+from svdq_cli.pipelines.settings import DrawSettings, PictureFile
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+# What pipelines call the inputs that a recipe may name; the first that a pipeline takes is meant.
+INPUT_NAMES: Mapping[str, tuple[str, ...]] = {
+    "image": ("image", "images"),
+    "mask": ("mask_image", "mask"),
+    "strength": ("strength",),
+    "frames": ("num_frames", "video_length", "frames"),
+}
+
+
+def optional_arguments(
+    settings: DrawSettings, *, accepted: Collection[str], pipeline: str, pictures: Sequence[int]
+) -> dict[str, Any]:
+    """Everything beyond prompt, steps, size and generator. `pictures`: indices of the pictures to draw.
+
+    Raises UsageError, naming it, for a setting that the pipeline has no argument for.
+    """
+    arguments: dict[str, Any] = _as_large_as_asked(settings)
+    if settings.guidance is not None:
+        arguments["guidance_scale"] = settings.guidance
+    if settings.max_sequence_length is not None:
+        arguments["max_sequence_length"] = settings.max_sequence_length
+    if settings.true_cfg > 1:
+        if "true_cfg_scale" not in accepted:
+            raise UsageError(
+                f"{pipeline} has no true classifier-free guidance",
+                hint="leave true_cfg at 1 and set guidance instead",
+            )
+        arguments["true_cfg_scale"] = settings.true_cfg
+        arguments["negative_prompt"] = [""] * len(pictures)
+    for name, value in (("strength", settings.strength), ("frames", settings.frames)):
+        if value:
+            arguments[_argument(name, accepted, pipeline)] = value
+    for name, files in (("image", settings.image), ("mask", settings.mask)):
+        if files:
+            read = _pictures(files, pictures, settings, mask=name == "mask")
+            arguments[_argument(name, accepted, pipeline)] = read
+    return arguments
+
+
+def missing_inputs(settings: DrawSettings, accepted: Collection[str]) -> list[str]:
+    """Recipe keys of inputs that the pipeline takes and that were not given."""
+    given = {"image": settings.image, "mask": settings.mask, "frames": settings.frames}
+    return [
+        name for name, value in given.items() if not value and any(n in accepted for n in INPUT_NAMES[name])
+    ]
+
+
+def _as_large_as_asked(settings: DrawSettings) -> dict[str, Any]:
+    """Pipelines that round the size to one of their own (PixArt, SANA) or scale to an area (FLUX.1 Kontext) are told
+    not to: activations come from pictures of the size that the recipe names, and from prompts as they are written."""
+    return {
+        "use_resolution_binning": False,
+        "max_area": settings.height * settings.width,
+        "_auto_resize": False,
+        "clean_caption": False,
+    }
+
+
+def _argument(name: str, accepted: Collection[str], pipeline: str) -> str:
+    found = next((argument for argument in INPUT_NAMES[name] if argument in accepted), None)
+    if found is None:
+        raise UsageError(
+            f"{pipeline} takes no {name}",
+            hint=f"leave it out: --{name}, or {name} in the recipe's calibration",
+        )
+    return found
+
+
+def _pictures(
+    files: tuple[PictureFile, ...], indices: Sequence[int], settings: DrawSettings, *, mask: bool
+) -> Image | list[Image]:
+    """The pictures of a batch, scaled to the size that is drawn; one alone is not put into a list, which some
+    pipelines take for several pictures of one prompt."""
+    read = [opened_image(files[index % len(files)], mask=mask) for index in indices]
+    scaled = [picture.resize((settings.width, settings.height)) for picture in read]
+    return scaled[0] if len(scaled) == 1 else scaled
+
+
+def opened_image(file: PictureFile, *, mask: bool = False) -> Image:
+    """In RGB, or gray for a mask, and upright. InputError for what is no image, or too large to be one."""
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(file.path) as picture:
+            return ImageOps.exif_transpose(picture).convert("L" if mask else "RGB")
+    except (OSError, ValueError, Image.DecompressionBombError) as error:  # Pillow's own error is an OSError
+        raise InputError(
+            f"{file.path}: can't be read as a picture ({error})", hint="save it as PNG", where=file.path
+        ) from error

@@ -1,0 +1,62 @@
+"""The text encoders' turn: every prompt is encoded before the denoiser is loaded, then they make room for it."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from svdq_cli.pipelines.embeddings import METHOD, EncodedPrompts
+from svdq_cli.pipelines.first_call import first_call
+from svdq_cli.pipelines.generate import Batch
+from svdq_cli.pipelines.joint import denoisers_in
+from svdq_cli.pipelines.settings import DrawSettings
+from svdq_cli.records import Event, Observer, ignore_events
+
+if TYPE_CHECKING:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+_ENCODERS = "text_encoder"  # diffusers numbers the others: text_encoder_2, text_encoder_3
+
+
+def encode_prompts(
+    pipe: DiffusionPipeline,
+    batches: Sequence[Batch],
+    *,
+    settings: DrawSettings,
+    observe: Observer = ignore_events,
+) -> EncodedPrompts | None:
+    """Encodes the batches' prompts and frees the text encoders. The denoisers may be empty models.
+
+    None, and nothing is freed, for a pipeline that does not encode its prompts in one method.
+    """
+    if not hasattr(type(pipe), METHOD):
+        return None
+    encoded = EncodedPrompts()
+    denoisers = denoisers_in(pipe).values()
+    started, total = time.monotonic(), sum(len(batch.prompts) for batch in batches)
+    observe(Event("start", "encode", 0, total))
+    done = 0
+    for batch in batches:
+        with encoded.recorded(pipe, batch):
+            first_call(pipe, denoisers, batch, settings=settings)
+        done += len(batch.prompts)
+        observe(Event("advance", "encode", done, total, seconds=time.monotonic() - started))
+    observe(Event("end", "encode", total, total, seconds=time.monotonic() - started))
+    if not all(encoded.answers.values()):
+        return None
+    _free_encoders(pipe)
+    return encoded
+
+
+def _free_encoders(pipe: DiffusionPipeline) -> None:
+    for name, part in pipe.components.items():
+        if name.startswith(_ENCODERS) and isinstance(part, nn.Module):
+            setattr(pipe, name, None)
+    gc.collect()  # modules with hooks refer to themselves
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,43 @@
+"""A pipeline's run up to where it first calls its denoiser, which need not have weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from svdq_cli.pipelines.generate import Batch, denoise
+from svdq_cli.pipelines.settings import DrawSettings
+
+if TYPE_CHECKING:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # args and kwargs
+
+
+class _Called(Exception):
+    """Ends the run."""
+
+    def __init__(self, arguments: Arguments) -> None:
+        super().__init__()
+        self.arguments = arguments
+
+
+def first_call(
+    pipe: DiffusionPipeline, denoisers: Iterable[nn.Module], batch: Batch, *, settings: DrawSettings
+) -> Arguments | None:
+    """What the pipeline gives the denoiser that it calls first; None where it draws without calling any."""
+
+    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise _Called((args, kwargs))
+
+    handles = [denoiser.register_forward_pre_hook(stop, with_kwargs=True) for denoiser in denoisers]
+    try:
+        denoise(pipe, batch, settings=settings, output_type="latent")
+    except _Called as called:
+        return called.arguments
+    finally:
+        for handle in handles:
+            handle.remove()
+    return None

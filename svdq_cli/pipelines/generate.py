@@ -1,0 +1,420 @@
+"""The border with diffusers: loading a 16-bit pipeline, and drawing with it the same way everywhere."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from svdq_cli.errors import InputError, OutOfResourcesError, UsageError, first_line
+from svdq_cli.pipelines.arguments import INPUT_NAMES, missing_inputs, optional_arguments
+from svdq_cli.pipelines.embeddings import EncodedPrompts
+from svdq_cli.pipelines.finite import finite_images, require_finite_latents
+from svdq_cli.pipelines.settings import DrawSettings
+from svdq_cli.records import Event, Observer, ignore_events
+
+if TYPE_CHECKING:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+    from PIL.Image import Image
+
+OnStep = Callable[[int], None]  # called with the number of denoising steps done, 1 and up
+
+_LIBRARIES = ("diffusers", "transformers")  # anything else in model_index.json would run code from the folder
+
+
+def load_source_pipeline(
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    device: str | torch.device | None = "cpu",
+    components: Mapping[str, object] | None = None,
+) -> DiffusionPipeline:
+    """A pipeline folder on a device (None: every part where it is), in eval mode, with its progress bars off.
+
+    `components` are used as they are instead of being read from the folder. Reads safetensors only, never the
+    network, and runs no code from the folder.
+    Raises InputError where a component is missing, damaged or unknown; OutOfResourcesError if the device is too small.
+    """
+    pipeline_class = _checked_class(folder, given=(components or {}).keys())
+    try:
+        with quiet_loading():
+            # DiffusionPipeline.from_pretrained loads components that are optional arguments of the class (Wan's
+            # transformers) from the folder, whatever it is given for them
+            pipe = pipeline_class.from_pretrained(
+                str(folder),
+                torch_dtype=dtype,  # deprecated, but diffusers before `dtype` would ignore that and load float32
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                **(components or {}),
+            )
+        if device is not None:
+            pipe.to(device)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise OutOfResourcesError(
+            f"{folder}: the pipeline does not fit on {device}",
+            hint="close other programs, or use --device cpu",
+            where=str(folder),
+        ) from error
+    except Exception as error:
+        # from_pretrained raises whatever its parts raise: OSError, ValueError, KeyError, SafetensorError, ...
+        raise InputError(
+            f"{folder}: diffusers can't load this pipeline: {first_line(error)}",
+            hint="download the folder again, and check that this diffusers version knows the model",
+            where=str(folder),
+        ) from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw(
+    pipe: DiffusionPipeline,
+    prompts: Sequence[str],
+    *,
+    settings: DrawSettings,
+    seeds: Sequence[int] | None = None,
+    stage: str = "draw",
+    observe: Observer = ignore_events,
+    on_step: OnStep | None = None,
+) -> list[Image]:
+    """One picture per prompt. A picture depends on its prompt and seed, not on the batch it was drawn in.
+
+    `seeds` default to those of `settings`. Events count pictures times steps.
+    """
+    drawn = draw_each(
+        pipe, prompts, settings=settings, seeds=seeds, stage=stage, observe=observe, on_step=on_step
+    )
+    return [picture for _, picture in drawn]
+
+
+def draw_each(
+    pipe: DiffusionPipeline,
+    prompts: Sequence[str],
+    *,
+    settings: DrawSettings,
+    seeds: Sequence[int] | None = None,
+    stage: str = "draw",
+    observe: Observer = ignore_events,
+    on_step: OnStep | None = None,
+    wanted: Callable[[int], bool] = lambda index: True,
+) -> Iterator[tuple[int, Image]]:
+    """`draw`, picture by picture with its index, so that no more than a batch is held. A video is one picture: its
+    frames, one below the other.
+
+    Batches that hold no `wanted` picture are left out; the others are drawn whole, so that a picture is the same
+    whatever was left out.
+    """
+    batches = [
+        batch
+        for batch in split_batches(prompts, settings=settings, seeds=seeds)
+        if any(wanted(batch.first + i) for i in range(len(batch.prompts)))
+    ]
+    drawn = drawn_batches(
+        pipe,
+        batches,
+        settings=settings,
+        total=len(prompts),
+        output_type="pil",
+        stage=stage,
+        observe=observe,
+        on_step=on_step,
+    )
+    for batch, pictures in zip(batches, drawn, strict=True):
+        for index, picture in enumerate(pictures, batch.first):
+            frames: list[Image] = picture if isinstance(picture, list) else [picture]
+            for frame in frames:
+                _check_picture(frame, pipe, settings)
+            yield index, _strip(frames)
+
+
+def draw_one(
+    pipe: DiffusionPipeline, prompt: str, *, settings: DrawSettings, observe: Observer = ignore_events
+) -> list[Image]:
+    """The image of one prompt, or the frames of its video."""
+    drawn = drawn_batches(
+        pipe,
+        split_batches([prompt], settings=settings),
+        settings=settings,
+        total=1,
+        output_type="pil",
+        stage="draw",
+        observe=observe,
+    )
+    (found,) = next(iter(list(drawn)))
+    frames = found if isinstance(found, list) else [found]
+    for frame in frames:
+        _check_picture(frame, pipe, settings)
+    return frames
+
+
+def _strip(frames: Sequence[Image]) -> Image:
+    """One image, or the frames of a video one below the other: figures of it are those of the whole video."""
+    if len(frames) == 1:
+        return frames[0]
+    from PIL import Image as pil
+
+    width, height = frames[0].size
+    strip = pil.new(frames[0].mode, (width, height * len(frames)))
+    for index, frame in enumerate(frames):
+        strip.paste(frame, (0, index * height))
+    return strip
+
+
+def _check_picture(picture: Image, pipe: DiffusionPipeline, settings: DrawSettings) -> None:
+    """UsageError for what is not an image of the size that was asked for."""
+    if picture.size != (settings.width, settings.height):
+        raise UsageError(
+            f"asked for {settings.width}x{settings.height} pixels, {type(pipe).__name__} draws "
+            f"{picture.width}x{picture.height}",
+            hint=f"use width {picture.width} and height {picture.height}",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Pictures that are drawn together. `first` is the index of the first one among all pictures."""
+
+    first: int
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+
+
+def drawn_batches(
+    pipe: DiffusionPipeline,
+    batches: Sequence[Batch],
+    *,
+    settings: DrawSettings,
+    total: int,
+    output_type: str,
+    stage: str,
+    observe: Observer,
+    encoded: EncodedPrompts | None = None,
+    on_batch: Callable[[Batch], None] | None = None,
+    on_step: OnStep | None = None,
+) -> Iterator[list[Any]]:
+    """Draws batch after batch, with events. `on_batch` is called before each.
+
+    `total`: pictures of the whole stage; those that are not in `batches` count as drawn before. `encoded` holds the
+    prompts' embeddings where the pipeline has no text encoders any more.
+    """
+    steps = settings.steps
+    drawn = total - sum(len(batch.prompts) for batch in batches)
+    with _steps_observed(stage, drawn * steps, total * steps, observe) as advance:
+        for batch in batches:
+            before, size = drawn * steps, len(batch.prompts)
+
+            def step_done(step: int, before: int = before, size: int = size) -> None:
+                if on_step is not None:
+                    on_step(step)
+                # schedulers of second order take more than `steps` steps
+                advance(before + size * min(step, steps))
+
+            if on_batch is not None:
+                on_batch(batch)
+            yield denoise(
+                pipe, batch, settings=settings, output_type=output_type, encoded=encoded, on_step=step_done
+            )
+            drawn += size
+            advance(drawn * steps)
+
+
+def split_batches(
+    prompts: Sequence[str], *, settings: DrawSettings, seeds: Sequence[int] | None = None
+) -> tuple[Batch, ...]:
+    if isinstance(prompts, str):
+        raise TypeError("prompts is one string, not a sequence of strings")
+    chosen = tuple(seeds) if seeds is not None else tuple(map(settings.seed_of, range(len(prompts))))
+    if len(chosen) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts but {len(chosen)} seeds")
+    size = settings.batch_size
+    return tuple(
+        Batch(first, tuple(prompts[first : first + size]), chosen[first : first + size])
+        for first in range(0, len(prompts), size)
+    )
+
+
+def denoise(
+    pipe: DiffusionPipeline,
+    batch: Batch,
+    *,
+    settings: DrawSettings,
+    output_type: str,
+    encoded: EncodedPrompts | None = None,
+    on_step: OnStep | None = None,
+) -> list[Any]:
+    """Draws one batch. `output_type` "latent" stops before the autoencoder. `encoded` stands for the text encoders.
+
+    Passes only what the pipeline's __call__ takes. A pipeline without step callbacks never calls `on_step`.
+    """
+    call = cast(Callable[..., Any], pipe)
+    accepted = inspect.signature(type(pipe).__call__).parameters
+    arguments = {
+        "prompt": list(batch.prompts),
+        "num_inference_steps": settings.steps,
+        "height": settings.height,
+        "width": settings.width,
+        # on the CPU: a CUDA generator draws other numbers on another GPU model
+        "generator": [torch.Generator("cpu").manual_seed(seed) for seed in batch.seeds],
+        "output_type": output_type,
+        "callback_on_step_end": _step_callback(on_step, images=output_type != "latent"),
+        **optional_arguments(
+            settings,
+            accepted=accepted,
+            pipeline=type(pipe).__name__,
+            pictures=range(batch.first, batch.first + len(batch.prompts)),
+        ),
+    }
+    try:
+        with finite_images(pipe), encoded.replayed(pipe, batch) if encoded else nullcontext():
+            out = call(**{name: value for name, value in arguments.items() if name in accepted})
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise OutOfResourcesError(
+            f"out of memory drawing {len(batch.prompts)} pictures of {settings.width}x{settings.height} at a time",
+            hint="lower the batch size or the picture size, or use --device cpu",
+        ) from error
+    except (TypeError, ValueError, AttributeError) as error:
+        if (refused := _as_usage_error(error, pipe, missing_inputs(settings, accepted))) is None:
+            raise
+        raise refused from error
+    return list(out.images if hasattr(out, "images") else out.frames)
+
+
+def _as_usage_error(
+    error: BaseException, pipe: DiffusionPipeline, missing: Sequence[str]
+) -> UsageError | None:
+    """What a pipeline said of its arguments, as the refusal it is; None for a bug. `missing`: inputs that it takes and
+    did not get."""
+    name, said = type(pipe).__name__, first_line(error)
+    checked = isinstance(error, ValueError) and any(
+        frame.name == "check_inputs" for frame in traceback.extract_tb(error.__traceback__)
+    )
+    blamed = [one for one in missing if any(argument in said for argument in INPUT_NAMES[one])]
+    if checked and not blamed:
+        return UsageError(f"{name}: {said}", hint="give other sizes, inputs or settings")
+    if not (wanted := blamed or missing):
+        return None
+    return UsageError(
+        f"{name} could not draw without {' and '.join(wanted)}: {said}",
+        hint=f"give {' and '.join(f'--{one}' for one in wanted)} to generate and eval; a recipe names "
+        f"{' and '.join(wanted)} under calibration",
+    )
+
+
+def _step_callback(on_step: OnStep | None, *, images: bool) -> Callable[..., dict[str, Any]] | None:
+    """`images`: latents must be finite. Calibration, which makes none, names the layer where they are not."""
+    if on_step is None and not images:
+        return None
+
+    def at_step_end(
+        pipe: DiffusionPipeline, step: int, timestep: Any, tensors: dict[str, Any]
+    ) -> dict[str, Any]:
+        if on_step is not None:
+            on_step(step + 1)
+        if images:
+            require_finite_latents(pipe, tensors.get("latents"), step + 1)
+        return tensors
+
+    return at_step_end
+
+
+@contextmanager
+def _steps_observed(stage: str, done: int, total: int, observe: Observer) -> Iterator[Callable[[int], None]]:
+    """Events of one stage that counts pictures times steps. Yields `advance(done)`; repeating a count is silent."""
+    started = time.monotonic()
+    last = done
+
+    def advance(done: int) -> None:
+        nonlocal last
+        if done > last:
+            last = done
+            observe(Event("advance", stage, done, total, seconds=time.monotonic() - started))
+
+    observe(Event("start", stage, done, total))
+    yield advance
+    observe(Event("end", stage, total, total, seconds=time.monotonic() - started))
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Turns the loading bars of diffusers and transformers off, and back on if they were on; no deprecation notes."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    was_on = [log for log in (diffusers_logging, transformers_logging) if log.is_progress_bar_enabled()]
+    for log in was_on:
+        log.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        for log in was_on:
+            log.enable_progress_bar()
+
+
+def _checked_class(folder: Path, *, given: Collection[str]) -> type[DiffusionPipeline]:
+    """The class of the pipeline in a folder. Refuses early, and with a better message than diffusers', what can't be a
+    pipeline folder. Components that are `given` need not be there."""
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise InputError(
+            f"{folder}: not a diffusers pipeline folder (it has no model_index.json)",
+            hint="give the folder that save_pretrained wrote or that was downloaded whole",
+            where=str(folder),
+        )
+    try:
+        parts = json.loads(index.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(
+            f"{index}: not valid JSON ({error})", hint="download the folder again", where=str(index)
+        ) from None
+    if not isinstance(parts, dict):
+        raise InputError(f"{index}: not a JSON object", hint="download the folder again", where=str(index))
+    pipeline_class = _named_class(index, parts.get("_class_name"))
+    for name, value in parts.items():
+        # a component is [library, class]; [null, null] is one that the pipeline does without
+        if name.startswith("_") or name in given:
+            continue
+        if isinstance(value, list) and len(value) == 2 and value[0] is not None:
+            _check_component(folder, name, str(value[0]))
+    return pipeline_class
+
+
+def _named_class(index: Path, name: object) -> type[DiffusionPipeline]:
+    import diffusers
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+    found = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if not (inspect.isclass(found) and issubclass(found, DiffusionPipeline)):
+        raise InputError(
+            f"{index}: _class_name {name!r} is not a pipeline of diffusers {diffusers.__version__}",
+            hint="upgrade diffusers; svdq runs no pipeline code from the folder itself",
+            where=str(index),
+        )
+    return found
+
+
+def _check_component(folder: Path, name: str, library: str) -> None:
+    import diffusers.pipelines
+
+    if library not in _LIBRARIES and not hasattr(diffusers.pipelines, library):
+        raise InputError(
+            f"{folder}: component {name!r} comes from {library!r}; svdq runs no code from the folder",
+            hint=f"use a pipeline whose parts come from {' and '.join(_LIBRARIES)}",
+            where=str(folder / name),
+        )
+    if not (folder / name).is_dir():
+        raise InputError(
+            f"{folder}: component {name!r} is missing",
+            hint=f"download the folder again; {name}/ should stand beside model_index.json",
+            where=str(folder / name),
+        )

@@ -1,0 +1,99 @@
+"""Facts of a prepared model, as reports have them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from svdq_cli.prepare.prepare import Prepared
+from svdq_cli.records import (
+    LayerPlan,
+    LayerReport,
+    Linear,
+    ModelPlan,
+    W4A4Plan,
+)
+from svdq_cli.reports import (
+    BlockSearch,
+    ByteFacts,
+    InspectLayer,
+    LayerCounts,
+    LayerSearch,
+    LayerSqnr,
+    ModelFacts,
+    RankFacts,
+    SearchFacts,
+)
+from svdq_cli.source import Source, component_files
+
+
+def predicted_sizes(prepared: Prepared) -> ByteFacts:
+    """Of the first output."""
+    state = prepared.inventory.state
+    return sizes_of(state, prepared.targets[0].bytes(state))
+
+
+def inputs_of(prepared: Prepared, calibration: Path | None) -> tuple[Path, ...]:
+    """The files and folders that a conversion reads."""
+    source = prepared.source
+    return tuple(path for path in (source.path, source.pipeline, calibration) if path is not None)
+
+
+def sizes_of(state: Mapping[str, tuple[int, ...]], output: int) -> ByteFacts:
+    """`input` counts every tensor at 16 bit, whatever the source stores, so that the ratio means what it says."""
+    count = 2 * sum(torch.Size(shape).numel() for shape in state.values())
+    return ByteFacts(count, output, count / output)
+
+
+def other_components_bytes(source: Source) -> int:
+    """What is copied beside the quantized component: the pipeline's other components, or the base pipeline's."""
+    if source.pipeline is None:
+        return 0
+    return sum(file.stat().st_size for file in component_files(source.pipeline, skip=source.components))
+
+
+def layer_counts(plan: ModelPlan) -> LayerCounts:
+    return LayerCounts(len(plan.w4a4), len(plan.w4a16), len(plan.kept))
+
+
+def rank_facts(prepared: Prepared) -> RankFacts:
+    ranks = [layer.rank for layer in prepared.plan.w4a4] or [0]
+    return RankFacts(prepared.recipe.quantization.rank, min(ranks), sum(ranks) / len(ranks), max(ranks))
+
+
+def model_facts(prepared: Prepared, digest: str | None) -> ModelFacts:
+    plan = prepared.plan
+    return ModelFacts(plan.family, plan.model_class, plan.parameters, digest)
+
+
+def layer_sqnr(reports: list[LayerReport]) -> LayerSqnr:
+    per_layer = {report.name: round(report.sqnr_db, 3) for report in reports}
+    return LayerSqnr(sum(per_layer.values()) / len(per_layer), min(per_layer.values()), per_layer)
+
+
+def search_facts(reports: list[LayerReport], blocks: Mapping[str, BlockSearch]) -> SearchFacts:
+    layers = {
+        report.name: LayerSearch(
+            report.rank,
+            report.smoothing,
+            report.steps_db,
+            report.steps_seconds,
+            report.steps_taken,
+            report.fallback,
+            report.device,
+        )
+        for report in reports
+    }
+    return SearchFacts(layers, blocks)
+
+
+def inspect_layer(
+    linear: Linear, plan: LayerPlan | None, input_of: Mapping[str, str] | None = None
+) -> InspectLayer:
+    """`input_of`: the name of the shared input of every quantized layer, where a plan knows it."""
+    role = "kept" if plan is None else "w4a4" if isinstance(plan, W4A4Plan) else "w4a16"
+    rank = plan.rank if isinstance(plan, W4A4Plan) else None
+    shared = (input_of or {}).get(linear.name)
+    return InspectLayer(linear.name, linear.in_features, linear.out_features, role, rank, shared)

@@ -1,0 +1,270 @@
+"""Is a 16-bit model the one that a checkpoint was made from? Its digest says so, and so do those of LoRAs.
+
+`svdq check` and `svdq eval` ask before they compare anything: a good checkpoint beside another model, or beside its own
+model without the LoRA that was folded in, would otherwise look like a bad one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePath
+from typing import Literal
+
+from svdq_cli.adapters.read import adapter_file
+from svdq_cli.checkpoint.check import first_difference, require_same_model
+from svdq_cli.checkpoint.reader import Checkpoint
+from svdq_cli.checkpoint.writer import report_path
+from svdq_cli.errors import InputError
+from svdq_cli.prepare.options import RunOptions
+from svdq_cli.prepare.sources import lora_files, source_of
+from svdq_cli.recipe import Lora, Recipe
+from svdq_cli.source import Source, denoiser_components, file_sha256, only, source_digest
+from svdq_cli.storage.json_files import read_json
+
+_MAX_REPORT = 64 << 20  # bytes of a report that is read
+
+
+@dataclass(frozen=True, slots=True)
+class NamedLora:
+    """A LoRA that a checkpoint says it holds. `sha256`: of its file; None where that was not recorded."""
+
+    name: str
+    weight: float
+    sha256: str | None
+    how: Literal["merged before the conversion", "folded in after it"]
+
+    @property
+    def option(self) -> str:
+        """How the command line names it."""
+        return f"--lora {self.name}:{self.weight:g}"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Origin:
+    """A 16-bit model next to a checkpoint that claims to be made from one.
+
+    `source`: the model with the LoRAs of the checkpoint merged, as far as they were given or found.
+    `same`: whether that is what the checkpoint was made from, by its digest; None where the checkpoint records none.
+    `found`: LoRAs that nobody gave, and whose files were found by their digests.
+    `objection`, `hint`: why it is another model and what to do, for people; None where nothing speaks against it.
+    `note`: what else to know of the comparison.
+    `digest`: sha256 of `source` (`source_digest`), where it was computed.
+    """
+
+    source: Source
+    same: bool | None
+    found: tuple[NamedLora, ...] = ()
+    objection: str | None = None
+    hint: str | None = None
+    note: str | None = None
+    digest: str | None = None
+
+    @property
+    def loras(self) -> tuple[str, ...]:
+        """The LoRAs in `found`, as the command line names them."""
+        return tuple(f"{lora.name}:{lora.weight:g}" for lora in self.found)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What to say of the comparison before its figures; empty where there is nothing to say."""
+        read = [
+            f"{lora.name}:{lora.weight:g} was {lora.how}, and is merged into the 16-bit model here"
+            for lora in self.found
+        ]
+        spoken = f"{self.objection}; {self.hint}" if self.objection else None
+        return (*read, *(text for text in (spoken, self.note) if text))
+
+    def require_same(self) -> Source:
+        """The source. Raises InputError (kind "wrong-source") where it is another model."""
+        if self.objection is None:
+            return self.source
+        raise InputError(self.objection, hint=self.hint, where=str(self.source.path), kind="wrong-source")
+
+
+def origin_of(checkpoint: Checkpoint, recipe: Recipe, options: RunOptions) -> Origin:
+    """The recipe's model next to the checkpoint. Reads all of its weights once, for the digest.
+
+    Raises InputError (kind "shape-mismatch") for a model whose layers are not those of the checkpoint.
+    """
+    given = _given(recipe, options)
+    needed = _named_loras(checkpoint)
+    pairs = _matched(needed, given)
+    missing = [lora for lora in needed if lora not in pairs]
+    places = {lora: _find(lora, checkpoint, recipe, options) for lora in missing}
+    found = [(lora, place) for lora, place in places.items() if place is not None]
+    folded = {pairs[lora] for lora in pairs if lora.how.startswith("folded")}
+    merged_first = [lora for index, (lora, _) in enumerate(given) if index not in folded]
+    merged_first += [_lora(lora, place) for lora, place in found if not lora.how.startswith("folded")]
+    since = [given[index][0] for index in sorted(folded)]
+    since += [_lora(lora, place) for lora, place in found if lora.how.startswith("folded")]
+
+    before = _as_converted(source_of(_with_loras(recipe, merged_first), options), checkpoint)
+    source = before
+    if since:
+        loras = [*merged_first, *since]
+        source = _as_converted(source_of(_with_loras(recipe, loras), options), checkpoint)
+    require_same_model(checkpoint, source)
+    names = tuple(lora for lora, _ in found)
+    if lost := next((lora for lora, place in places.items() if place is None), None):
+        if any(PurePath(lora.path).name == lost.name for lora, _ in given):
+            return Origin(
+                source,
+                same=False,
+                found=names,
+                objection=f"{lost.name} is given here as another file than the one that was {lost.how}",
+                hint=f"give the file with sha256 {str(lost.sha256)[:12]}",
+            )
+        return Origin(
+            source,
+            same=False,
+            found=names,
+            objection=f"the checkpoint holds the LoRA {lost.name} (weight {lost.weight:g}, {lost.how}), "
+            f"and {source.path} is compared without it",
+            hint=f"add {lost.option}",
+        )
+    if wrong := next((lora for lora, index in pairs.items() if given[index][0].weight != lora.weight), None):
+        return Origin(
+            source,
+            same=False,
+            found=names,
+            objection=f"{wrong.name} was {wrong.how} with weight {wrong.weight:g}, "
+            f"and is given here with {given[pairs[wrong]][0].weight:g}",
+            hint=f"give it as {wrong.option}",
+        )
+    extra = [lora.path for index, (lora, _) in enumerate(given) if index not in pairs.values()]
+    return _judged(checkpoint, before, source, names, extra)
+
+
+def _as_converted(source: Source, checkpoint: Checkpoint) -> Source:
+    """The denoisers of a source that the checkpoint holds; a file with one is taken for the checkpoint's."""
+    components = checkpoint.source.components
+    found = only(source, components)
+    known = denoiser_components(source.pipeline) if source.pipeline else ()
+    if len(found.components) == len(components) == 1 and components[0] in known:
+        return replace(found, component=components[0])
+    return found
+
+
+def _judged(
+    checkpoint: Checkpoint, before: Source, source: Source, found: tuple[NamedLora, ...], extra: Sequence[str]
+) -> Origin:
+    """By the digest; where that differs, by the weights. `before`: without the LoRAs that were folded in later."""
+    recorded = (checkpoint.provenance or {}).get("source_sha256")
+    if not isinstance(recorded, str):
+        return Origin(source, same=None, found=found)
+    digest = source_digest(before)
+    known = digest if source is before else None
+    if digest == recorded:
+        return Origin(source, same=True, found=found, digest=known)
+    # The same model as float32 and as bfloat16 has two digests. Its weights are the same to a rounding.
+    differs = first_difference(checkpoint, source)
+    if differs is None:
+        note = f"{source.path} has another digest than the model it was made from, and the same weights to a rounding"
+        return Origin(source, same=False, found=found, note=note, digest=known)
+    other = f", and the checkpoint holds no LoRA {PurePath(extra[0]).name}" if extra else ""
+    return Origin(
+        source,
+        same=False,
+        found=found,
+        objection=f"{source.path} is another 16-bit model than the one it was made from (sha256 {digest[:12]}, "
+        f"and it was made from {recorded[:12]}; {differs} differs){other}",
+        hint="leave the LoRA out"
+        if extra
+        else "give the model that it was made from; svdq inspect shows what it records",
+        digest=known,
+    )
+
+
+# ------------------------------------------------------------------------------------------------- LoRAs
+
+
+def _given(recipe: Recipe, options: RunOptions) -> list[tuple[Lora, str]]:
+    """The recipe's LoRAs with the sha256 of their files. Raises InputError for one that is missing."""
+    return [
+        (lora, file_sha256(adapter_file(file)))
+        for lora, file in zip(recipe.model.loras, lora_files(recipe, options), strict=True)
+    ]
+
+
+def _named_loras(checkpoint: Checkpoint) -> list[NamedLora]:
+    """What the header says, which anybody may have written."""
+    made = checkpoint.provenance or {}
+    digests = made.get("loras_sha256")
+    named = [
+        NamedLora(name, weight, digest, "merged before the conversion")
+        for name, weight, _ in _entries(_section(made, "recipe", "model").get("loras"), "path")
+        for digest in [digests.get(name) if isinstance(digests, Mapping) else None]
+    ]
+    named += [
+        NamedLora(name, weight, digest, "folded in after it")
+        for name, weight, digest in _entries(made.get("folded_loras"), "name")
+    ]
+    return named
+
+
+def _section(plain: Mapping[str, object], *keys: str) -> Mapping[str, object]:
+    for key in keys:
+        value = plain.get(key)
+        if not isinstance(value, Mapping):
+            return {}
+        plain = value
+    return plain
+
+
+def _entries(listed: object, name_key: str) -> Iterator[tuple[str, float, str | None]]:
+    for entry in listed if isinstance(listed, list) else []:
+        if isinstance(entry, Mapping):
+            name, weight, digest = entry.get(name_key), entry.get("weight"), entry.get("sha256")
+            if isinstance(name, str) and isinstance(weight, (int, float)):
+                yield PurePath(name).name, float(weight), digest if isinstance(digest, str) else None
+
+
+def _matched(needed: Sequence[NamedLora], given: Sequence[tuple[Lora, str]]) -> dict[NamedLora, int]:
+    """Which of the LoRAs that were given stands for which that is needed: by digest, else by name."""
+    pairs: dict[NamedLora, int] = {}
+    for lora in needed:
+        for index, (candidate, digest) in enumerate(given):
+            same = digest == lora.sha256 if lora.sha256 else PurePath(candidate.path).name == lora.name
+            if same and index not in pairs.values():
+                pairs[lora] = index
+                break
+    return pairs
+
+
+def _find(lora: NamedLora, checkpoint: Checkpoint, recipe: Recipe, options: RunOptions) -> Path | None:
+    """The LoRA's file: where the checkpoint's report says, or next to the checkpoint, the model, or here."""
+    if lora.sha256 is None:
+        return None
+    model = Path(recipe.model.source).expanduser()
+    folders = [Path(), checkpoint.source.path.parent, model.parent, options.beside or Path()]
+    for place in [*_reported_places(lora, checkpoint), *(folder / lora.name for folder in folders)]:
+        if os.path.isfile(place) and file_sha256(place) == lora.sha256:
+            return place
+    return None
+
+
+def _reported_places(lora: NamedLora, checkpoint: Checkpoint) -> Iterator[Path]:
+    """From the report next to the checkpoint: of `svdq lora`, or of the conversion."""
+    report = report_path(checkpoint.source.path, checkpoint.format)
+    if not report.is_file() or report.stat().st_size > _MAX_REPORT:
+        return
+    try:
+        plain = read_json(report)
+    except InputError:
+        return
+    for listed in (plain.get("loras"), _section(plain, "recipe", "model").get("loras")):
+        for entry in listed if isinstance(listed, list) else []:
+            path = entry.get("path") if isinstance(entry, Mapping) else None
+            if isinstance(path, str) and PurePath(path).name == lora.name:
+                yield Path(path)
+
+
+def _lora(named: NamedLora, place: Path) -> Lora:
+    return Lora(path=str(place.absolute()), weight=named.weight)
+
+
+def _with_loras(recipe: Recipe, loras: Sequence[Lora]) -> Recipe:
+    model = recipe.model.model_copy(update={"loras": tuple(loras)})
+    return recipe.model_copy(update={"model": model})

@@ -1,0 +1,203 @@
+"""A recipe meets its model: everything that is known before a weight is read, and the facts reports share."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from svdq_cli.checkpoint.text_encoders import require_encoders
+from svdq_cli.checkpoint.writer import Target, require_precision, target_of
+from svdq_cli.errors import UsageError
+from svdq_cli.families import find_family
+from svdq_cli.formats import format_named
+from svdq_cli.formats.contract import Format
+from svdq_cli.pipelines.settings import DrawSettings
+from svdq_cli.planning.blocks import places_of
+from svdq_cli.planning.plan import Inventory, Observation, plan_model, restricted, take_inventory, watch
+from svdq_cli.planning.rules import plan_rules
+from svdq_cli.planning.structure import STRUCTURAL, Reading
+from svdq_cli.prepare.options import RunOptions
+from svdq_cli.prepare.prompts import ChosenPrompts, chosen_prompts
+from svdq_cli.prepare.sampling import Sampling, sampling_for, usual_sampling, with_model_sampling
+from svdq_cli.prepare.sources import source_of
+from svdq_cli.recipe import (
+    DEFAULT_RANK,
+    Recipe,
+)
+from svdq_cli.records import (
+    LayerPlan,
+    ModelPlan,
+    Observer,
+    SolveSettings,
+)
+from svdq_cli.sampling.token_counts import TokenCounts, token_counts
+from svdq_cli.source import Source, pipeline_index
+
+_DENOISER_CLASS = re.compile("Transformer|UNet|Prior")  # in the names of diffusers' classes
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A recipe that met its model: everything that is known before a weight is read.
+
+    `recipe` names every setting of its calibration: where the user's is silent, the model's own. `sampling` is None
+    where nothing is calibrated.
+    """
+
+    recipe: Recipe
+    source: Source
+    inventory: Inventory
+    plan: ModelPlan  # everything that any of the outputs quantizes
+    targets: tuple[Target, ...]  # one for each output, at least one
+    settings: SolveSettings
+    sampling: Sampling | None
+    prompts: ChosenPrompts | None = None  # of a run that uses any, once they were read
+
+
+def prepare(
+    recipe: Recipe, *, beside: Path | None = None, every_layer: bool = False, source: Source | None = None
+) -> Prepared:
+    """Find the model, resolve the family's rules, choose the format. Reads headers only.
+
+    `source`: the recipe's (`source_of`), where it is open already.
+    `every_layer`: plan what any format could hold, for a calibration that serves them all.
+    """
+    quantization = recipe.quantization
+    formats = [format_named(output.format) for output in recipe.outputs] or [format_named("nunchaku-lite")]
+    for fmt in formats:
+        require_precision(fmt, quantization.number_format)
+    source = source or source_of(recipe, RunOptions(beside=beside))
+    recipe = with_model_sampling(recipe, source)
+    calibrates = recipe.calibration is not None and (every_layer or quantization.effort != "datafree")
+    sampling = sampling_for(recipe, source, beside=beside) if calibrates else None
+    if recipe.components and all(fmt.single_file for fmt in formats):
+        raise UsageError(
+            f"components: {', '.join(recipe.components)} would be lost: single files hold no text encoder",
+            hint="drop components, or add an output in format nunchaku-lite",
+            where="components",
+        )
+    require_encoders(source.pipeline, recipe.components)
+    plan = plan_model(
+        source,
+        precision=quantization.number_format,
+        rank=DEFAULT_RANK if quantization.rank == "auto" else quantization.rank,  # until it is searched
+        family=recipe.model.family,
+        overrides=plan_rules(recipe.layers),
+        supports=lambda layer: None if every_layer else _objection(formats, layer),
+        observe=observation(source, sampling),
+    )
+    dtype = torch.float16 if recipe.model.dtype == "float16" else torch.bfloat16
+    settings = SolveSettings(
+        quantization.chosen_smoothing,
+        quantization.seed,
+        dtype,
+        quantization.chosen_search,
+        quantization.refinements,
+    )
+    inventory = take_inventory(source, find_family(source.config))
+    targets = tuple(target_of(fmt, plan, inventory.state, dtype) for fmt in formats)
+    if not every_layer:
+        plan = restricted(plan, {layer.name for target in targets for layer in target.plan.layers})
+    return Prepared(recipe, source, inventory, plan, targets, settings, sampling)
+
+
+def _objection(formats: Sequence[Format], layer: LayerPlan) -> str | None:
+    """Why none of the formats can hold a layer, or None. A format that can't mix holds all of its modules or refuses
+    the model, by name and not by leaving a layer out."""
+    objections = [fmt.objection(layer) if fmt.mixes else None for fmt in formats]
+    return None if None in objections else objections[0]
+
+
+def observation(source: Source, sampling: Sampling | None = None) -> Observation:
+    """How a structural plan sees what layers read: arguments made up from the signature or, where those do not do, the
+    pipeline's own."""
+
+    def observe(model: nn.Module, denoiser: Source) -> Mapping[str, Reading] | None:
+        from svdq_cli.pipelines.capture import watch_in_pipeline
+
+        if (readings := watch(model)) or source.pipeline is None:
+            return readings
+        usual = sampling or usual_sampling(source)
+        return watch_in_pipeline(source.pipeline, denoiser.component, model, usual.settings)
+
+    return observe
+
+
+def prompts_of(prepared: Prepared, options: RunOptions, observe: Observer) -> ChosenPrompts:
+    """The prompts that its recipe names: those that were read before, or read now."""
+    return prepared.prompts or chosen_prompts(prepared.recipe, options, observe)
+
+
+def counts_of(prepared: Prepared, settings: DrawSettings) -> TokenCounts:
+    """Tokens of every layer of the model where images are generated with `settings`."""
+    return token_counts(
+        prepared.source,
+        prepared.inventory.linears,
+        height=settings.height,
+        width=settings.width,
+        frames=settings.frames,
+        max_sequence_length=settings.max_sequence_length,
+        vectors={layer.name for layer in prepared.plan.w4a16},
+    )
+
+
+# ------------------------------------------------------------------------------------------------- facts for reports
+
+
+def is_data_free(recipe: Recipe, calibration: Path | None) -> bool:
+    return recipe.quantization.effort == "datafree" or (recipe.calibration is None and calibration is None)
+
+
+def warnings_of(prepared: Prepared, *, data_free: bool) -> tuple[str, ...]:
+    found = list(prepared.source.warnings)
+    if prepared.source.pipeline is None and not all(t.format.single_file for t in prepared.targets):
+        found.append(
+            f"{prepared.source.path} is no whole pipeline, and so the output is only its {prepared.source.component}; "
+            "name the pipeline it belongs to with --base"
+        )
+    found += _denoisers_left_out(prepared.source)
+    if data_free:
+        cure = (
+            "--effort fast, balanced or best calibrates"
+            if prepared.recipe.quantization.effort == "datafree"
+            else "name prompts with --prompts or a recipe, or give --calib"
+        )
+        found.append(
+            f"data-free: no calibration, so activations are not smoothed and quality is lower; {cure}"
+        )
+    if prepared.plan.family == STRUCTURAL:
+        found.append(_structural_warning(prepared.plan))
+    places = places_of([linear.name for linear in prepared.inventory.linears])
+    unfit = [linear for linear in prepared.plan.kept if places[linear.name].stack]
+    if unfit:
+        found.append(f"{len(unfit)} block layers stay at 16 bit, the first is {unfit[0].name}")
+    return tuple(found)
+
+
+def _denoisers_left_out(source: Source) -> Iterator[str]:
+    """Warnings of denoisers of the pipeline that are copied as they are."""
+    if source.pipeline is None:
+        return
+    for name, value in pipeline_index(source.pipeline).items():
+        kind = value[1] if isinstance(value, list) and len(value) == 2 else None
+        if name in source.components or not isinstance(kind, str) or not _DENOISER_CLASS.search(kind):
+            continue
+        size = sum(file.stat().st_size for file in (source.pipeline / name).glob("*.safetensors"))
+        yield (
+            f"{name} ({kind}, {size / 1e9:.2f} GB), another denoiser of the pipeline, is not converted: it stays as "
+            f"it is in {source.pipeline}"
+        )
+
+
+def _structural_warning(plan: ModelPlan) -> str:
+    seen = any(len(shared.layers) > 1 for shared in plan.inputs)
+    return (
+        f"svdq has no family file for {plan.model_class}: it is planned by its structure"
+        + ("" if seen else ", and no forward pass showed which layers share an input or are modulation")
+        + "; svdq init writes the plan as rules to check and edit"
+    )

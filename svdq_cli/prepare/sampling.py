@@ -1,0 +1,84 @@
+"""How a recipe's model is sampled: the recipe's settings over the model's own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from svdq_cli.pipelines.settings import DrawSettings, PictureFile, picture_files
+from svdq_cli.recipe import (
+    Calibration,
+    Recipe,
+    default_recipe,
+    find_source,
+)
+from svdq_cli.sampling import sampling_of
+from svdq_cli.source import Source
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """What calibration generates with the 16-bit model, and what it keeps of it."""
+
+    settings: DrawSettings
+    samples: int  # images, at most
+    rows: int  # activation rows kept of every layer input
+    size_bytes: int  # that all statistics may take
+
+
+def with_model_sampling(recipe: Recipe, source: Source, *, held_out: bool = False) -> Recipe:
+    """The recipe with every setting of its calibration that it leaves open filled in with the model's own.
+
+    `held_out`: for evaluation, with prompts that calibration does not see.
+    """
+    wanted = recipe.calibration
+    if wanted is None:
+        return recipe
+    own = sampling_of(source, loras=[lora.path for lora in recipe.model.loras])
+    of_model = {
+        "prompts": own.held_out_prompts if held_out else own.prompts,
+        "samples": own.samples,
+        "steps": own.steps,
+        "height": own.height,
+        "width": own.width,
+        "batch_size": own.batch_size,
+        "max_sequence_length": own.max_sequence_length,
+    }
+    if wanted.guidance is None and wanted.true_cfg is None:
+        of_model |= {"guidance": own.guidance, "true_cfg": own.true_cfg}
+    filled = {name: value for name, value in of_model.items() if getattr(wanted, name) is None}
+    return recipe.model_copy(update={"calibration": wanted.model_copy(update=filled)})
+
+
+def sampling_for(recipe: Recipe, source: Source, *, beside: Path | None = None) -> Sampling:
+    """What the calibration of a recipe samples. Images that the pipeline reads are hashed here, once."""
+    wanted = with_model_sampling(recipe, source).calibration
+    assert wanted is not None
+    samples, steps, height, width, batch = (
+        int(value or 0)
+        for value in (wanted.samples, wanted.steps, wanted.height, wanted.width, wanted.batch_size)
+    )
+    settings = DrawSettings(
+        steps=steps,
+        guidance=wanted.guidance,
+        height=height,
+        width=width,
+        seed=wanted.seed,
+        max_sequence_length=wanted.max_sequence_length,
+        batch_size=batch,
+        true_cfg=wanted.true_cfg or 1.0,
+        image=_pictures(wanted.image, beside),
+        mask=_pictures(wanted.mask, beside),
+        frames=wanted.frames,
+        strength=wanted.strength,
+    )
+    return Sampling(settings, samples, wanted.rows, wanted.size_bytes)
+
+
+def usual_sampling(source: Source) -> Sampling:
+    """How a model is sampled where nobody says anything else."""
+    return sampling_for(default_recipe("model", calibration=Calibration()), source)
+
+
+def _pictures(path: str | None, beside: Path | None) -> tuple[PictureFile, ...]:
+    return picture_files(Path(find_source(path, beside)).expanduser()) if path else ()

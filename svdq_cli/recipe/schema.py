@@ -1,0 +1,585 @@
+"""The recipe's sections as frozen records: names, types, bounds and defaults. The docstrings under the fields are the
+comments of `svdq init` and the descriptions of the JSON Schema."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import PurePath
+from typing import Annotated, Literal, cast, get_args
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    Tag,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from svdq_cli.errors import UsageError
+from svdq_cli.recipe.gates import CONDITION_PATTERN, METRICS, Gate, parse_gate
+from svdq_cli.recipe.problems import problems_of
+from svdq_cli.records import MAX_SEED, Effort, Int4, NvFp4, Precision, SearchStep, Smoothing
+from svdq_cli.text import SIZE_HINT, SIZE_PATTERN, bytes_of_size
+
+DEFAULT_EFFORT: Effort = "balanced"
+DEFAULT_RANK = 32
+SMOOTHING_OF_EFFORT: dict[Effort, Smoothing] = {
+    "datafree": "none",
+    "fast": "grid",
+    "balanced": "grid",
+    "best": "grid",
+}
+ALL_STEPS: tuple[SearchStep, ...] = get_args(SearchStep)
+# No effort moves means: a LoRA that a runtime loads by itself would lack its part of them.
+_USUAL_STEPS: tuple[SearchStep, ...] = tuple(step for step in ALL_STEPS if step != "means")
+STEPS_OF_EFFORT: dict[Effort, tuple[SearchStep, ...]] = {
+    "datafree": (),
+    "fast": (),  # the paper's search
+    "balanced": _USUAL_STEPS,
+    "best": _USUAL_STEPS,
+}
+
+OutputFormat = Literal["nunchaku-lite", "nunchaku", "comfy", "vllm-omni"]
+
+
+def _without_nul(value: str) -> str:
+    if "\0" in value:
+        hint = "write it without \\0: no file name and no layer has one"
+        raise PydanticCustomError("nul", "must not hold a NUL character", {"hint": hint})
+    return value
+
+
+Text = Annotated[str, Field(min_length=1), AfterValidator(_without_nul)]
+MAX_PATTERN = 512  # characters; the longest layer name of a known model has 65
+Pattern = Annotated[str, Field(min_length=1, max_length=MAX_PATTERN)]
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
+
+
+def _size(value: object) -> int | str:
+    """A size as it was written."""
+    if isinstance(value, int | str) and not isinstance(value, bool) and bytes_of_size(value):
+        return value
+    raise PydanticCustomError(
+        "size",
+        "must be a number of bytes, or one with its unit, not {value}",
+        {"value": repr(value), "hint": SIZE_HINT},
+    )
+
+
+SizeBudget = Annotated[
+    int | str,
+    PlainValidator(_size),
+    WithJsonSchema(
+        {"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "pattern": SIZE_PATTERN}]}
+    ),
+]
+Pixels = Annotated[int, Field(ge=8, multiple_of=8)]
+
+
+class Section(BaseModel):
+    """A mapping of the recipe: only known keys, exact types, never changed after reading."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _knows_every_key(cls, value: object) -> object:
+        """Unknown keys, with the names that would have been right."""
+        if isinstance(value, dict):
+            given = cast("dict[str, object]", value)
+            unknown = [key for key in given if key not in cls.model_fields]
+            if unknown:
+                known = [key for key in cls.model_fields if key not in given]
+                raise PydanticCustomError("unknown_keys", "unknown key", {"keys": unknown, "known": known})
+        return cast(object, value)
+
+
+def _multiple_of_16_or_auto(value: object) -> object:
+    if value == "auto" or (
+        isinstance(value, int) and not isinstance(value, bool) and value > 0 and value % 16 == 0
+    ):
+        return value
+    hint = "the 4-bit runtimes take ranks 16, 32, 48, 64, ..."
+    raise PydanticCustomError(
+        "rank", "must be a multiple of 16, or auto, not {value}", {"value": repr(value), "hint": hint}
+    )
+
+
+FixedRank = Annotated[int, Field(ge=16, multiple_of=16)]
+Rank = Annotated[FixedRank | Literal["auto"], BeforeValidator(_multiple_of_16_or_auto)]
+
+
+class Lora(Section):
+    """An adapter that is merged into the model before it is quantized."""
+
+    path: Text
+    """A LoRA's .safetensors file, or the folder that peft saved it in."""
+    weight: float = 1.0
+    """How strong it is: 1 is as it was trained."""
+
+
+class Model(Section):
+    """What is converted."""
+
+    source: Text
+    """A diffusers pipeline folder, a .safetensors or .gguf checkpoint, a hub id, demo or demo:outliers."""
+    base: Text | None = None
+    """The pipeline (folder or hub id) with the parts that a single-file source lacks."""
+    denoiser: Text | None = None
+    """The one to convert of a pipeline's several, or the one that a file holds; a pipeline's all when absent."""
+    family: Text = "auto"
+    """The model family; auto reads it off the model's own config."""
+    dtype: Literal["bfloat16", "float16"] = "bfloat16"
+    """The 16-bit type of everything that is not quantized."""
+    revision: Text | None = None
+    """The revision of a hub id: a branch, tag or commit."""
+    loras: Annotated[tuple[Lora, ...], Field(strict=False)] = ()
+    """LoRAs that are merged first, in this order: {path, weight}."""
+
+
+class DatasetPrompts(Section):
+    """Prompts out of a data set, read through `datasets`."""
+
+    dataset: Text
+    """A hub name, MJHQ-30K, sDCI or PartiPrompts, or the path of a local .csv, .tsv, .json, .jsonl or .parquet file."""
+    config: Text | None = None
+    """The configuration, for data sets that have several."""
+    split: Text | None = None
+    """The split to read; train, or the only one there is, when absent."""
+    column: Text | None = None
+    """The column that holds the prompt; prompt, caption, text or another usual name when absent."""
+
+
+def _prompts_kind(value: object) -> str:
+    return "dataset prompts" if isinstance(value, (dict, DatasetPrompts)) else "prompt file"
+
+
+Prompts = Annotated[
+    Annotated[Text, Tag("prompt file")] | Annotated[DatasetPrompts, Tag("dataset prompts")],
+    Discriminator(_prompts_kind),
+]
+
+
+class Calibration(Section):
+    """The prompts that are drawn with the 16-bit model to see its activations."""
+
+    prompts: Prompts | None = None
+    """A text file with one prompt a line, or {dataset, config, split, column}; suiting the model when absent."""
+    samples: Count | None = None
+    """How many prompts are sampled; 64 when absent, 96 for models of few steps."""
+    steps: Count | None = None
+    """Denoising steps for each; the model's own when absent, at most 20."""
+    guidance: Annotated[float, Field(ge=0)] | None = None
+    """Guidance scale; the model's own when absent."""
+    true_cfg: Annotated[float, Field(ge=0)] | None = None
+    """Scale of guidance with a second, negative pass; the model's own when guidance is absent too."""
+    height: Pixels | None = None
+    """Picture height in pixels; the model's own when absent."""
+    width: Pixels | None = None
+    """Picture width in pixels; the model's own when absent."""
+    seed: Seed = 0
+    """Seed of the first picture's noise; the next picture has the next seed."""
+    max_sequence_length: Count | None = None
+    """Text tokens a prompt is padded to, where the pipeline has a choice."""
+    image: Text | None = None
+    """A picture, or a folder of pictures, for pipelines that edit; prompt i reads picture i."""
+    mask: Text | None = None
+    """The same for the mask of pipelines that fill in."""
+    strength: Annotated[float, Field(gt=0, le=1)] | None = None
+    """How much of the image is made anew, for image-to-image pipelines; the pipeline's own when absent."""
+    frames: Count | None = None
+    """Frames a video, for pipelines that draw videos; the pipeline's own when absent."""
+    batch_size: Count | None = None
+    """Prompts sampled at once, speed for memory; 1 when absent, more for very small models."""
+    rows: Count = 4096
+    """Activation rows kept of every layer input, for the search."""
+    size_budget: SizeBudget = "20GB"
+    """Bytes that the statistics may take: fewer rows are kept where all of them would take more."""
+
+    @property
+    def size_bytes(self) -> int:
+        """`size_budget` in bytes."""
+        size = bytes_of_size(self.size_budget)
+        assert size is not None  # the field's own check
+        return size
+
+
+class Quantization(Section):
+    """What the weights become, and how hard that is searched for."""
+
+    precision: Literal["int4", "nvfp4"] = "int4"
+    """int4 (any tensor-core GPU) or nvfp4 (Blackwell)."""
+    effort: Effort = DEFAULT_EFFORT
+    """datafree (no calibration), fast, balanced or best."""
+    smoothing: Smoothing | None = None
+    """none, closed-form or grid, from where the search starts; chosen by the effort when absent."""
+    search: Annotated[tuple[SearchStep, ...] | None, Field(strict=False)] = None
+    """Steps beyond the paper's, of means, learned, gptq, scales (with gptq) and refit; the effort's when absent."""
+    refinements: Annotated[int, Field(ge=0, le=20)] = 4
+    """Without calibration: rounds, at most, in which branch and codes are fitted to what the other leaves."""
+    rank: Rank = DEFAULT_RANK
+    """Rank of the 16-bit branch: a multiple of 16, or auto (searched per layer)."""
+    size_budget: SizeBudget | None = None
+    """Bytes the weights may take, such as 6.5GB: the layers that lose the most quality per byte stay at 16 bit."""
+    seed: Seed = 0
+    """Seed of the randomized search."""
+
+    @model_validator(mode="after")
+    def _smoothing_needs_data(self) -> Quantization:
+        if self.effort == "datafree" and self.smoothing not in (None, "none"):
+            raise PydanticCustomError(
+                "at_key",
+                "{smoothing} smoothing needs calibration, which effort datafree goes without",
+                {
+                    "key": "smoothing",
+                    "smoothing": self.smoothing,
+                    "hint": "drop the key, or choose effort fast",
+                },
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _scales_are_searched_by_gptq(self) -> Quantization:
+        if self.search is not None and "scales" in self.search and "gptq" not in self.search:
+            raise PydanticCustomError(
+                "at_key",
+                "scales are searched inside GPTQ, which search leaves out",
+                {"key": "search", "hint": "add gptq, or drop scales"},
+            )
+        return self
+
+    @property
+    def chosen_smoothing(self) -> Smoothing:
+        """The recipe's word, else the effort's."""
+        return self.smoothing or SMOOTHING_OF_EFFORT[self.effort]
+
+    @property
+    def chosen_search(self) -> tuple[SearchStep, ...]:
+        """The recipe's word, else the effort's, in the order in which steps are taken."""
+        wanted = STEPS_OF_EFFORT[self.effort] if self.search is None else self.search
+        return tuple(step for step in ALL_STEPS if step in wanted)
+
+    @property
+    def size_bytes(self) -> int | None:
+        """`size_budget` in bytes."""
+        return None if self.size_budget is None else bytes_of_size(self.size_budget)
+
+    @property
+    def number_format(self) -> Precision:
+        """The precision as the record that everything downstream matches on."""
+        match self.precision:
+            case "int4":
+                return Int4()
+            case "nvfp4":
+                return NvFp4()
+
+
+class RankOverride(Section):
+    """Layers that get their own rank."""
+
+    match: Pattern
+    """Glob over layer names, for example transformer_blocks.*.ff.net.2."""
+    rank: FixedRank
+
+
+class KeepOverride(Section):
+    """Layers that stay at 16 bit."""
+
+    match: Pattern
+    """Glob over layer names."""
+    keep: Literal[True]
+
+
+class SkipOverride(Section):
+    """Modules that stay at 16 bit with all their layers."""
+
+    match: Pattern
+    """Glob over module names, for example transformer_blocks.0."""
+    skip: Literal[True]
+
+
+class IncludeOverride(Section):
+    """Layers that are quantized although the family, or the model's structure, says otherwise."""
+
+    match: Pattern
+    """Glob over layer names."""
+    include: Literal["w4a4", "w4a16"]
+    """w4a4 (weights and activations in 4 bits) or w4a16 (weights only, for modulation layers)."""
+
+
+class GroupOverride(Section):
+    """W4A4 layers that read the same activation: they share statistics and a smoothing factor."""
+
+    match: Pattern
+    """Glob over the modules that hold the layers, for example transformer_blocks.*.attn; a part of a path a star."""
+    group: Annotated[tuple[Text, ...], Field(strict=False, min_length=1)]
+    """Names of the layers within the module."""
+
+
+_OVERRIDE_KINDS = ("rank", "keep", "skip", "include", "group")  # the key that tells them apart
+
+
+def _override_kind(value: object) -> str:
+    keys = (
+        cast("dict[str, object]", value)
+        if isinstance(value, dict)
+        else type(cast("Section", value)).model_fields
+    )
+    return next((kind for kind in _OVERRIDE_KINDS if kind in keys), "rank")
+
+
+_RULE_HINT = "write {match: ..., rank: 64}, or keep: true, skip: true, include: w4a4, group: [...]"
+
+
+def _one_kind(value: object) -> object:
+    if isinstance(value, dict):
+        given = cast("dict[str, object]", value)
+        unknown = [key for key in given if key not in ("match", *_OVERRIDE_KINDS)]
+        if unknown:
+            known = {"keys": unknown, "known": ["match", *_OVERRIDE_KINDS]}
+            raise PydanticCustomError("unknown_keys", "unknown key", known)
+        chosen = [kind for kind in _OVERRIDE_KINDS if kind in given]
+        if len(chosen) != 1:
+            said = (
+                f"says {' and '.join(chosen)} at once"
+                if chosen
+                else "does not say what becomes of the layers"
+            )
+            raise PydanticCustomError("override", "the entry {said}", {"said": said, "hint": _RULE_HINT})
+    elif not isinstance(value, Section):
+        raise PydanticCustomError("override", "must be a section of keys and values", {"hint": _RULE_HINT})
+    return cast(object, value)
+
+
+LayerOverride = Annotated[
+    Annotated[RankOverride, Tag("rank")]
+    | Annotated[KeepOverride, Tag("keep")]
+    | Annotated[SkipOverride, Tag("skip")]
+    | Annotated[IncludeOverride, Tag("include")]
+    | Annotated[GroupOverride, Tag("group")],
+    Discriminator(_override_kind),
+]
+
+
+class Output(Section):
+    """One file or folder to write."""
+
+    format: OutputFormat = "nunchaku-lite"
+    """nunchaku-lite (a diffusers pipeline folder), nunchaku, comfy or vllm-omni (single files)."""
+    path: Text | None = None
+    """Where, relative to the current directory; absent where -o says it."""
+
+
+def _gates(value: object) -> tuple[Gate, ...]:
+    """`{metric: condition}` as gates; gates as they are."""
+    if isinstance(value, tuple):
+        return cast("tuple[Gate, ...]", value)
+    if not isinstance(value, dict):
+        raise PydanticCustomError("dict_type", "must be a section")
+    return tuple(_gate(metric, condition) for metric, condition in cast("dict[str, object]", value).items())
+
+
+def _gate(metric: str, condition: object) -> Gate:
+    try:
+        return parse_gate(metric, str(condition))
+    except UsageError as error:
+        context = {"key": metric, "what": error.message, "hint": error.hint or ""}
+        raise PydanticCustomError("at_key", "{what}", context) from error
+
+
+def _gates_as_written(gates: tuple[Gate, ...]) -> dict[str, str]:
+    return {gate.metric: gate.condition for gate in gates}
+
+
+Gates = Annotated[
+    tuple[Gate, ...],
+    PlainValidator(_gates),
+    PlainSerializer(_gates_as_written),
+    WithJsonSchema(
+        {
+            "type": "object",
+            "properties": {metric: {"type": "string", "pattern": CONDITION_PATTERN} for metric in METRICS},
+            "additionalProperties": False,
+        }
+    ),
+]
+
+
+class Recipe(Section):
+    """A conversion: a model, how it is calibrated and quantized, and what is written."""
+
+    version: Literal[1]
+    """The version of this file's grammar."""
+    model: Model
+    """What is converted."""
+    calibration: Calibration | None = None
+    """The prompts that are drawn with the 16-bit model to see its activations. Without: data-free, less exact."""
+    quantization: Quantization = Quantization()
+    """What the weights become, and how hard that is searched for."""
+    layers: Annotated[
+        tuple[Annotated[LayerOverride, BeforeValidator(_one_kind)], ...], Field(strict=False)
+    ] = ()
+    """Layer rules, later ones win: {match: GLOB} with rank: 64, keep: true, skip: true, include: w4a4, group: [...]."""
+    components: dict[Text, Literal["w4a16"]] = {}
+    """Text encoders to quantize in a pipeline folder: {text_encoder_2: w4a16}; T5 only."""
+    outputs: Annotated[tuple[Output, ...], Field(strict=False)] = ()
+    """What is written: {format, path}."""
+    gates: Gates = ()
+    """Conditions on the figures; a missed one ends with exit code 6. For example {psnr_db: ">= 20"}."""
+
+    @model_validator(mode="after")
+    def _outputs_are_apart(self) -> Recipe:
+        paths = [output.path for output in self.outputs if output.path is not None]
+        for index, path in enumerate(paths):
+            if path in paths[:index]:
+                context = {"key": "outputs", "path": path, "hint": "give every output its own path"}
+                raise PydanticCustomError("at_key", "two outputs have the path {path}", context)
+        return self
+
+
+def default_recipe(
+    source: str,
+    *,
+    calibration: Calibration | None = None,
+    quantization: Quantization | None = None,
+    outputs: Sequence[Output] = (),
+) -> Recipe:
+    """The recipe of a bare model; without `calibration` it is converted data-free. UsageError for a source that is no
+    text at all."""
+    try:
+        model = Model(source=source)
+    except ValidationError as error:
+        problem = problems_of(error)[0]
+        hint = problem.hint or "give a model's folder, file or hub id"
+        raise UsageError(f"SOURCE {problem.message}", hint=hint, where="SOURCE") from error
+    return Recipe(
+        version=1,
+        model=model,
+        calibration=calibration,
+        quantization=quantization or Quantization(),
+        outputs=tuple(outputs),
+    )
+
+
+def with_overrides(
+    recipe: Recipe,
+    *,
+    precision: str | None = None,
+    effort: str | None = None,
+    smoothing: str | None = None,
+    rank: int | str | None = None,
+    family: str | None = None,
+    base: str | None = None,
+    denoiser: str | None = None,
+    loras: Sequence[Lora] | None = None,
+    dtype: str | None = None,
+    seed: int | None = None,
+    prompts: str | Mapping[str, str | None] | None = None,
+    samples: int | None = None,
+    steps: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    batch_size: int | None = None,
+    outputs: Sequence[Output] | None = None,
+) -> Recipe:
+    """The recipe with options put over it (None: not given). `seed` is that of calibration and of the search.
+
+    `prompts`, a file or {dataset, column}, gives a recipe without calibration one. Effort `datafree` also drops the
+    recipe's own smoothing. Raises UsageError naming the option.
+    """
+    drawing = {"samples": samples, "steps": steps, "height": height, "width": width, "batch_size": batch_size}
+    if (
+        recipe.calibration is None
+        and prompts is None
+        and any(value is not None for value in drawing.values())
+    ):
+        given = ", ".join(
+            "--" + name.replace("_", "-") for name, value in drawing.items() if value is not None
+        )
+        raise UsageError(f"{given}: nothing is calibrated without prompts", hint="add --prompts FILE")
+    calibration = _put_over(recipe.calibration, prompts=prompts, seed=seed, **drawing)
+    adapters = None if loras is None else [lora.model_dump() for lora in loras]
+    plain = recipe.model_dump() | {
+        "model": _put_over(
+            recipe.model, family=family, base=base, denoiser=denoiser, loras=adapters, dtype=dtype
+        ),
+        "calibration": calibration if recipe.calibration or prompts is not None else None,
+        "quantization": _put_over(
+            recipe.quantization, effort=effort, rank=rank, precision=precision, seed=seed
+        )
+        | ({"smoothing": smoothing} if smoothing is not None or effort == "datafree" else {}),
+        "outputs": [output.model_dump() for output in (recipe.outputs if outputs is None else outputs)],
+    }
+    try:
+        return Recipe.model_validate(plain)
+    except ValidationError as error:
+        raise _option_error(error) from error
+
+
+def _put_over(section: Section | None, **options: object) -> dict[str, object]:
+    """A section's values with the options that were given over them."""
+    given = {name: value for name, value in options.items() if value is not None}
+    return (section.model_dump() if section else {}) | given
+
+
+def _option_error(error: ValidationError) -> UsageError:
+    problem = problems_of(error)[0]
+    names: Iterable[str] = (
+        part for part in reversed(problem.location) if isinstance(part, str) and part.isidentifier()
+    )
+    option = "--" + next(iter(names), "?").replace("_", "-")
+    return UsageError(f"{option}: {problem.message}", hint=problem.hint, where=option)
+
+
+def output_of(format: str, path: str | None) -> Output:
+    """An output that the command line names; without a path, one that is only planned. Raises UsageError."""
+    try:
+        return Output.model_validate({"format": format, "path": path})
+    except ValidationError as error:
+        raise UsageError(
+            f"-o {problems_of(error)[0].message}", hint="name a file or a folder", where="-o"
+        ) from error
+
+
+def lora_of(path: str, weight: float = 1.0) -> Lora:
+    """A LoRA that the command line names. Raises UsageError."""
+    try:
+        return Lora(path=path, weight=weight)
+    except ValidationError as error:
+        hint = "write --lora FILE or --lora FILE:0.8"
+        raise UsageError(f"--lora {problems_of(error)[0].message}", hint=hint, where="--lora") from error
+
+
+def resolved(recipe: Recipe) -> dict[str, object]:
+    """The recipe as plain JSON with every default filled in; it parses back."""
+    plain = recipe.model_dump(mode="json")
+    plain["quantization"]["smoothing"] = recipe.quantization.chosen_smoothing
+    plain["quantization"]["search"] = list(recipe.quantization.chosen_search)
+    return plain
+
+
+def embedded(recipe: Recipe, *, source: str) -> dict[str, object]:
+    """What a checkpoint says about its making: `resolved` without `outputs`, `gates` and the base pipeline, which do
+    not shape its bytes, with `source` for the model's name and without the folders that LoRAs lay in. So the same
+    conversion of the same weights is the same file, wherever and in whatever kind of file they lay."""
+    kept = {key: value for key, value in resolved(recipe).items() if key not in ("outputs", "gates")}
+    loras = [{"path": PurePath(lora.path).name, "weight": lora.weight} for lora in recipe.model.loras]
+    model = {**recipe.model.model_dump(mode="json"), "source": source, "base": None, "loras": loras}
+    return {**kept, "model": model}
+
+
+def json_schema() -> dict[str, object]:
+    """The JSON Schema of a recipe, for editors (committed as configs/recipe.schema.json)."""
+    dialect = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+    return {**dialect, **Recipe.model_json_schema(), "title": "svdq recipe, version 1"}

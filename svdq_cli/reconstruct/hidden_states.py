@@ -1,0 +1,91 @@
+"""A model gone through block by block, in all recorded calls at once, though only one block has weights.
+
+Each call is run from its start again, but blocks that were gone through only say what they returned then: what lies
+between the blocks (embeddings, a UNet's convolutions) is computed again, and no block twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from svdq_cli.reconstruct.block_graph import Wiring
+from svdq_cli.reconstruct.calls import Call, mapped
+from svdq_cli.reconstruct.tensor_cache import Kept, Shelf
+
+
+class Stream:
+    """What blocks have returned so far in the 16-bit model, or in the 4-bit one, as far as it is still needed.
+
+    `model`: whole but for the blocks, whose weights it does not need. `calls`: of that model.
+    """
+
+    def __init__(self, model: nn.Module, wiring: Wiring, calls: Sequence[Call], shelf: Shelf) -> None:
+        self._model, self._wiring, self._calls, self._shelf = model, wiring, calls, shelf
+        self._returned: list[dict[str, Kept]] = [{} for _ in calls]
+        self._shapes: list[dict[str, Any]] = [{} for _ in calls]  # of what is not needed any more
+
+    @torch.no_grad()
+    def given(self, block: str, index: int, device: torch.device) -> Call:
+        """What `block` is given in one of the calls."""
+        call = self._calls[index]
+        forwards = {path: self._recalling(path, index, device) for path in self._before(block)}
+        with _standing_in(self._model, {**forwards, block: _enter}):
+            try:
+                self._model(*call.args, **call.kwargs)
+            except _Entered as entered:
+                return entered.call
+        raise RuntimeError(f"{block} does not run in call {index}, though it ran in the first one")
+
+    def keep(self, block: str, index: int, output: object) -> Kept:
+        """What `block` returned in one of the calls."""
+        kept = self._returned[index][block] = self._shelf.keep(output)
+        return kept
+
+    def forget(self, block: str, index: int) -> None:
+        """What no block behind `block` needs is dropped."""
+        position = self._wiring.order.index(block)
+        for path in list(self._returned[index]):
+            if not self._wiring.needs(path, after=position):
+                self._shapes[index][path] = self._returned[index].pop(path).shapes()
+
+    def _before(self, block: str) -> Sequence[str]:
+        return self._wiring.order[: self._wiring.order.index(block)]
+
+    def _recalling(self, path: str, index: int, device: torch.device) -> Callable[..., Any]:
+        def recall(*args: Any, **kwargs: Any) -> Any:
+            if (kept := self._returned[index].get(path)) is not None:
+                return kept.on(device)
+            shapes = self._shapes[index][path]  # the numbers reach no block that is still to come
+            return mapped(shapes, lambda tensor: torch.zeros_like(tensor, device=device))
+
+        return recall
+
+
+class _Entered(Exception):
+    """The block that was waited for has been reached; the rest of the model need not run."""
+
+    def __init__(self, call: Call) -> None:
+        super().__init__()
+        self.call = call
+
+
+def _enter(*args: Any, **kwargs: Any) -> Any:
+    raise _Entered(Call(args, kwargs))
+
+
+@contextmanager
+def _standing_in(model: nn.Module, forwards: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+    """Modules that for now compute something else than their own `forward`."""
+    modules = [model.get_submodule(path) for path in forwards]
+    for module, forward in zip(modules, forwards.values(), strict=True):
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward

@@ -1,0 +1,515 @@
+"""What commands return. Field names are the JSON keys of the command-line contract."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import Field, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, cast
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """One figure over pictures: mean, population standard deviation, extremes, and the 95 % confidence interval of the
+    mean (low, high), None for a single picture."""
+
+    mean: float
+    std: float
+    min: float
+    max: float
+    ci95: tuple[float, float] | None
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFile:
+    format: str
+    path: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    family: str
+    model_class: str = field(metadata={"json": "class"})
+    parameters: int
+    source_sha256: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class RankFacts:
+    requested: int | str
+    min: int
+    mean: float
+    max: int
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCounts:
+    w4a4: int
+    w4a16: int
+    kept: int
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSearch:
+    """How a layer came to be. `steps_db`: SQNR on held-out rows at the start (the paper's search) and after each step
+    that was tried; one that did not raise it over all layers of the input was not taken. Seconds are those of all
+    layers of the shared input."""
+
+    rank: int | None
+    smoothing: str | None
+    steps_db: Mapping[str, float]
+    steps_seconds: Mapping[str, float]
+    steps_taken: tuple[str, ...]
+    fallback: tuple[str, ...]  # why steps could not be tried
+    device: str  # where it was solved: "cpu" or "cuda"
+
+
+@dataclass(frozen=True, slots=True)
+class BlockSearch:
+    """Held-out noise over signal of a block's output before and after reconstruction."""
+
+    before: float
+    after: float
+
+
+@dataclass(frozen=True, slots=True)
+class SearchFacts:
+    layers: Mapping[str, LayerSearch]
+    blocks: Mapping[str, BlockSearch]  # empty but for effort best
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSqnr:
+    mean: float
+    min: float
+    per_layer: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class ByteFacts:
+    """Bytes of the quantized model component: input and output weights, and their ratio."""
+
+    input: int
+    output: int
+    ratio: float
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertSeconds:
+    calibrate: float
+    solve: float
+    pack: float
+    check: float
+    total: float
+
+
+@dataclass(frozen=True, slots=True)
+class PeakFacts:
+    ram_bytes: int
+    vram_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertReport:
+    status: str
+    outputs: tuple[OutputFile, ...]
+    model: ModelFacts
+    read_as: str  # how the source was stored: "diffusers folder", "single file, original (BFL) names", ...
+    precision: str
+    effort: str
+    data_free: bool
+    rank: RankFacts
+    layers: LayerCounts
+    layer_sqnr_db: LayerSqnr
+    search: SearchFacts
+    bytes: ByteFacts
+    seconds: ConvertSeconds
+    peak: PeakFacts
+    fingerprint: str
+    svdq_version: str
+    recipe: Mapping[str, object]
+    warnings: tuple[str, ...]
+    gates_missed: tuple[str, ...] = ()
+    layers_taken_over: int = 0  # solved by an earlier run that this one went on from
+    provenance: Mapping[str, object] = field(
+        default_factory=dict[str, object]
+    )  # versions, sha256 of all inputs
+    command: str = "convert"
+    schema: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class PlanSeconds:
+    """What each stage of a conversion is predicted to take."""
+
+    prepare: float  # reading the model's headers, importing its class, the digest of its weights
+    calibrate: float
+    solve: float
+    pack: float
+    check: float
+    total: float
+
+
+@dataclass(frozen=True, slots=True)
+class PromptFacts:
+    """The prompts that a run reads, and how many of them it uses."""
+
+    read_from: str  # "column caption of p.csv"
+    available: int
+    used: int
+
+
+@dataclass(frozen=True, slots=True)
+class GpuConversion:
+    """Whether a conversion fits a card, and what it is predicted to take there."""
+
+    fits: bool
+    seconds: tuple[float, float] | None  # the better end of the range, then the worse; None without rates
+    peak_bytes: int  # what it takes; the least that it needs, where that does not fit
+
+
+@dataclass(frozen=True, slots=True)
+class GpuGeneration:
+    """Whether generating one image with the converted model fits a card."""
+
+    fits: bool  # all components on the card at once
+    fits_with_offload: bool  # one component at a time
+    peak_bytes: int  # at once
+    offload_peak_bytes: int  # one at a time
+
+
+@dataclass(frozen=True, slots=True)
+class GpuFacts:
+    """What `--plan --gpu` predicts for a card that this machine need not have."""
+
+    name: str
+    memory_bytes: int
+    convert: GpuConversion
+    generate: GpuGeneration
+    basis: str  # where the figures come from
+
+
+@dataclass(frozen=True, slots=True)
+class PlanReport:
+    """What `--plan` predicts. Bytes are peaks: of the process, of torch's GPU allocator (None without a GPU), and of
+    the disk, work folder included."""
+
+    model: ModelFacts
+    read_as: str  # how the source was stored: "diffusers folder", "single file, original (BFL) names", ...
+    precision: str
+    effort: str
+    rank: RankFacts
+    layers: LayerCounts
+    bytes: ByteFacts
+    disk_bytes: int
+    seconds: float
+    ram_bytes: int
+    vram_bytes: int | None
+    recipe: Mapping[str, object]
+    warnings: tuple[str, ...]
+    stages: PlanSeconds
+    prompts: PromptFacts | None = None  # None: it uses none
+    gpu: GpuFacts | None = None  # of the card that --gpu names
+    command: str = "convert"
+    status: str = "planned"
+    schema: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceFacts:
+    """Figures of the 16-bit pictures themselves, which need no other picture to compare with."""
+
+    clip: Summary | None
+    image_reward: Summary | None
+    seconds_per_picture: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class BaselineFacts:
+    """One way of drawing against the 16-bit pictures. None: not measured, `EvalReport.missing` says why."""
+
+    psnr_db: Summary
+    ssim: Summary
+    lpips: Summary | None
+    clip: Summary | None
+    image_reward: Summary | None
+    fid: float | None
+    seconds_per_picture: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class OutputSqnr:
+    """Signal to quantization noise in dB of the whole model's output, on the inputs of the 16-bit trajectory: `step`
+    over all steps, `sum` of the outputs summed over the steps, as a sampler adds them up."""
+
+    step: float
+    sum: float
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFacts:
+    """What the 16-bit images look like. `meaningless`: so many show nothing that figures of them say nothing."""
+
+    black: int
+    nearly_uniform: int
+    alike: bool
+    meaningless: bool
+
+
+@dataclass(frozen=True, slots=True)
+class EvalReport:
+    """The checkpoint's figures, those of the 16-bit model and of the baselines. `missing`: what could not be measured,
+    with the reason and the cure.
+
+    `noise_floor_psnr_db`: the 16-bit model against itself. `own_noise_psnr_db`: the 4-bit model against itself, its
+    start noise off by one rounding; the intervals of PSNR and SSIM include it. `verdict`, `next`: sentences.
+    """
+
+    images: int
+    psnr_db: Summary
+    ssim: Summary
+    lpips: Summary | None
+    clip: Summary | None
+    image_reward: Summary | None
+    fid: float | None
+    reference: ReferenceFacts
+    baselines: Mapping[str, BaselineFacts]
+    layer_sqnr_db: LayerSqnr
+    noise_floor_psnr_db: float | None
+    own_noise_psnr_db: float | None
+    output_sqnr_db: OutputSqnr | None
+    sixteen_bit_images: ImageFacts
+    verdict: str
+    next: str
+    missing: Mapping[str, str]
+    seconds_per_picture: float | None
+    seconds: float
+    page: str | None = None  # the HTML report
+    same_source: bool | None = None  # see CheckReport; what speaks against it is in `warnings`
+    loras: tuple[str, ...] = ()  # the same
+    warnings: tuple[str, ...] = ()
+    gates_missed: tuple[str, ...] = ()
+    command: str = "eval"
+    status: str = "ok"
+    schema: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class PassFacts:
+    """One pass of an evaluation. `key`: how `--without` names it; None for what can't be left out. `calls` of the
+    denoiser. `seconds`: the range; None where nothing is known of the speed."""
+
+    title: str
+    key: str | None
+    why: str
+    images: int
+    calls: int
+    seconds: tuple[float, float] | None
+
+
+@dataclass(frozen=True, slots=True)
+class EvalPlanReport:
+    """What `svdq eval --plan` predicts. `missing`: passes that would be left out, with the reason."""
+
+    images: int
+    steps: int
+    width: int
+    height: int
+    passes: tuple[PassFacts, ...]
+    seconds: tuple[float, float] | None
+    basis: str
+    missing: Mapping[str, str]
+    warnings: tuple[str, ...]
+    command: str = "eval"
+    status: str = "planned"
+    schema: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class CheckProblem:
+    layer: str
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
+class CheckReport:
+    """`layer_error`: relative Frobenius error of the reconstructed weight per layer; None without a source.
+    `same_source`: whether the source is the one that the checkpoint was made from, by its digest; None without a
+    source, and where the checkpoint records no digest. `loras`: LoRAs (FILE:WEIGHT) that were found by the checkpoint's
+    own record and merged into the source."""
+
+    status: str
+    format: str
+    layers: int
+    problems: tuple[CheckProblem, ...]
+    layer_error: Mapping[str, float] | None
+    same_source: bool | None = None
+    loras: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    command: str = "check"
+    schema: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class InspectLayer:
+    name: str
+    in_features: int = field(metadata={"json": "in"})
+    out_features: int = field(metadata={"json": "out"})
+    role: Literal["w4a4", "w4a16", "kept"]
+    rank: int | None
+    input: str | None = None  # the layer whose input it shares (itself, where it is alone); None where kept
+
+
+@dataclass(frozen=True, slots=True)
+class InspectReport:
+    kind: Literal["source", "checkpoint"]
+    family: str
+    model_class: str = field(metadata={"json": "class"})
+    format: str | None
+    precision: str | None
+    rank: int | None
+    parameters: int
+    layers: tuple[InspectLayer, ...]
+    bytes: ByteFacts
+    provenance: Mapping[str, object] | None
+    read_as: str | None = None  # of a source: how its weights are stored
+    warnings: tuple[str, ...] = ()
+    command: str = "inspect"
+    status: str = "ok"
+    schema: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrateReport:
+    path: str
+    inputs: int
+    prompts: int
+    steps: int
+    tokens_seen: int
+    bytes: int
+    digest: str
+    seconds: float
+    command: str = "calibrate"
+    status: str = "ok"
+    schema: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateReport:
+    path: str
+    backend: str
+    seconds: float
+    width: int
+    height: int
+    frames: int = 1  # more of a video
+    command: str = "generate"
+    status: str = "ok"
+    schema: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class RepackReport:
+    source_format: str
+    outputs: tuple[OutputFile, ...]
+    layers: int
+    warnings: tuple[str, ...]
+    seconds: float
+    command: str = "export"
+    status: str = "ok"
+    schema: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class LoraFacts:
+    """A LoRA that was folded: its file, the weight that it was given, the sha256 of the file."""
+
+    path: str
+    weight: float
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class LoraKey:
+    """What became of one layer of a LoRA file. `applied`: it is in the low-rank branch; `merged`: added to a 16-bit
+    weight. `error`: of what had to be cut to a rank, relative to the change (Frobenius norm)."""
+
+    lora: str
+    key: str
+    layers: tuple[str, ...]  # of the model
+    kind: str | None
+    rank: int | None
+    how: Literal["applied", "merged", "not applicable"]
+    error: float | None
+    why: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class LoraReport:
+    """`layer_error`: what --max-rank cut off each layer's branch, relative to it (Frobenius norm)."""
+
+    source_format: str
+    outputs: tuple[OutputFile, ...]
+    loras: tuple[LoraFacts, ...]
+    keys: tuple[LoraKey, ...]
+    rank: Mapping[str, int]  # "before" and "after": the largest of the file
+    bytes: Mapping[str, int]  # "before" and "after", of the weight file
+    layer_error: Mapping[str, float]
+    warnings: tuple[str, ...]
+    seconds: float
+    peak: PeakFacts
+    command: str = "lora"
+    status: str = "ok"
+    schema: int = 1
+
+
+Report = (
+    ConvertReport
+    | RepackReport
+    | LoraReport
+    | PlanReport
+    | EvalReport
+    | EvalPlanReport
+    | CheckReport
+    | InspectReport
+    | CalibrateReport
+    | GenerateReport
+)
+
+
+def to_json(report: object) -> dict[str, object]:
+    """A report record as the JSON object of the contract (`schema` and `command` first)."""
+    plain = _fields(report)
+    first = {key: plain.pop(key) for key in ("schema", "command", "status") if key in plain}
+    return {**first, **plain}
+
+
+def json_text(report: object) -> str:
+    """JSON that every parser reads: a figure that is no finite number is null, a file name that is no UTF-8 escaped."""
+    text = json.dumps(to_json(report), indent=1, ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _fields(record: object) -> dict[str, object]:
+    known = cast("dict[str, Field[object]]", getattr(record, "__dataclass_fields__", {}))
+    return {
+        str(about.metadata.get("json", name)): _plain(getattr(record, name)) for name, about in known.items()
+    }
+
+
+def _plain(value: object) -> object:
+    if hasattr(value, "__dataclass_fields__"):
+        return _fields(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in cast("Mapping[object, object]", value).items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain(item) for item in cast("tuple[object, ...]", value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value

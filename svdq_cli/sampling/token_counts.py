@@ -1,0 +1,175 @@
+"""How many tokens each layer of a denoiser reads, and the memory one forward pass takes: from configs alone."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from svdq_cli.planning.blocks import places_of
+from svdq_cli.records import Linear
+from svdq_cli.source import Source
+from svdq_cli.storage.json_files import read_json
+
+TEXT_TOKENS = 512  # T5's and Qwen's usual padding, where the recipe does not say
+CLIP_TOKENS = 77
+# diffusers' names of layers that read the text alone, in models with a stream for each
+TEXT_LAYERS = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff_context")
+# and of those that read it as keys and values, where the text is not a stream of its own
+CROSS_ATTENTION = (".attn2.to_k", ".attn2.to_v")
+# Feature maps of a UNet's level that are alive at once: input, normalized input, output, and the skip connection
+_MAPS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class TokenCounts:
+    """Tokens that the layers of one denoiser read for one image or video."""
+
+    by_layer: Mapping[str, int]  # linear layers; 1 for those that read one vector
+    blocks: Mapping[
+        str, tuple[Linear, ...]
+    ]  # layers of each block, by its path; a layer outside all by its name
+    maps: int  # numbers in a UNet's feature maps; 0 for a transformer
+
+    def forward_bytes(self, *, batch: int, itemsize: int) -> int:
+        """Activations that are alive at once while `batch` images are generated.
+
+        At most all inputs and outputs of the block that takes most, a float32 copy of its widest layer's input for
+        statistics, and a UNet's feature maps.
+        """
+        block = max(map(self._block_numbers, self.blocks.values()), default=0)
+        widest = max(map(self._widest_numbers, self.blocks.values()), default=0)
+        return batch * ((block + self.maps) * itemsize + 4 * widest)
+
+    def _block_numbers(self, linears: Sequence[Linear]) -> int:
+        return sum(
+            self.by_layer[linear.name] * (linear.in_features + linear.out_features) for linear in linears
+        )
+
+    def _widest_numbers(self, linears: Sequence[Linear]) -> int:
+        return max(
+            self.by_layer[linear.name] * max(linear.in_features, linear.out_features) for linear in linears
+        )
+
+
+def token_counts(
+    source: Source,
+    linears: Sequence[Linear],
+    *,
+    height: int,
+    width: int,
+    frames: int | None = None,
+    max_sequence_length: int | None = None,
+    vectors: Collection[str] = (),
+) -> TokenCounts:
+    """Tokens of every linear of the source's model at a size in pixels.
+
+    `frames`: of a video. `vectors`: layers that read one vector for an image, such as modulations.
+    """
+    text = text_tokens(source, max_sequence_length)
+    image = image_tokens(source, height=height, width=width) * latent_frames(source, frames)
+    names = [linear.name for linear in linears]
+    places = places_of(names)
+    blocks: dict[str, list[Linear]] = defaultdict(list)
+    for linear in linears:
+        blocks[places[linear.name].path or linear.name].append(linear)
+    levels = _level_channels(source)
+    counts: dict[str, int] = {}
+    for members in blocks.values():
+        own_stream = any(reads_text(linear.name) for linear in members)
+        cross = not own_stream and any(linear.name.endswith(CROSS_ATTENTION) for linear in members)
+        joint = not levels and not own_stream and not cross
+        for linear in members:
+            if linear.name in vectors or (levels and _reads_time(linear)):
+                counts[linear.name] = 1
+            elif reads_text(linear.name) or (cross and linear.name.endswith(CROSS_ATTENTION)):
+                counts[linear.name] = text
+            else:
+                seen = max(1, image >> (2 * _level(linear.name, len(levels))))
+                counts[linear.name] = seen + (text if joint else 0)
+    maps = sum(_MAPS * channels * (image >> (2 * level)) for level, channels in enumerate(levels))
+    return TokenCounts(counts, {path: tuple(members) for path, members in blocks.items()}, maps)
+
+
+def image_tokens(source: Source, *, height: int, width: int) -> int:
+    """Tokens of an image of `height` x `width` pixels in the source's model; of a UNet, in its widest level."""
+    side = pixels_per_token(source)
+    return max(1, -(-height // side) * -(-width // side))
+
+
+def text_tokens(source: Source, max_sequence_length: int | None) -> int:
+    """Tokens of a prompt."""
+    if max_sequence_length is not None:
+        return max_sequence_length
+    return CLIP_TOKENS if source.component == "unet" else TEXT_TOKENS
+
+
+def reads_text(layer: str) -> bool:
+    """Whether a layer reads the text's stream, in models that have one for it."""
+    return any(part in TEXT_LAYERS for part in layer.split("."))
+
+
+def pixels_per_token(source: Source) -> int:
+    """A side in pixels: the autoencoder's downscaling times the model's own patches.
+
+    A model with four times the autoencoder's channels reads latents that its pipeline has packed two by two.
+    """
+    vae = vae_config(source.pipeline)
+    scale = latent_scale(vae)
+    channels = vae.get("latent_channels") or vae.get("z_dim")
+    packed = isinstance(channels, int) and source.config.get("in_channels") == 4 * channels
+    patch = source.config.get("patch_size")
+    if isinstance(patch, (list, tuple)) and patch:  # of a video: frames, height, width
+        patch = patch[-1]
+    return scale * (2 if packed else patch if isinstance(patch, int) else 1)
+
+
+def latent_frames(source: Source, frames: int | None) -> int:
+    """Frames that the denoiser sees of a video's `frames`: its autoencoder keeps the first and joins the others."""
+    if frames is None:
+        return 1
+    vae = vae_config(source.pipeline)
+    joined = vae.get("temperal_downsample")  # so spelled by AutoencoderKLWan
+    ratio = (
+        2 ** sum(map(bool, joined))
+        if isinstance(joined, (list, tuple))
+        else vae.get("temporal_compression_ratio")
+    )
+    return 1 + (frames - 1) // (ratio if isinstance(ratio, int) and ratio > 0 else 1)
+
+
+def latent_scale(vae: Mapping[str, object]) -> int:
+    """Pixels a side of one latent pixel, from the autoencoder's config."""
+    levels = vae.get("block_out_channels") or vae.get("encoder_block_out_channels") or vae.get("dim_mult")
+    return 2 ** (len(cast("Sequence[object]", levels)) - 1) if isinstance(levels, (list, tuple)) else 8
+
+
+def _level_channels(source: Source) -> tuple[int, ...]:
+    """Channels of a UNet's levels, the widest image first; none for a transformer."""
+    channels = source.config.get("block_out_channels") if source.component == "unet" else None
+    return tuple(channels) if isinstance(channels, (list, tuple)) else ()
+
+
+def _level(layer: str, levels: int) -> int:
+    """How often a UNet has halved the image where a layer reads it: `down_blocks.1` once, `mid_block` as often as it
+    does."""
+    part, _, rest = layer.partition(".")
+    number = rest.partition(".")[0]
+    if levels and part == "mid_block":
+        return levels - 1
+    if not levels or not number.isdecimal():
+        return 0
+    return {"down_blocks": int(number), "up_blocks": levels - 1 - int(number)}.get(part, 0)
+
+
+def _reads_time(linear: Linear) -> bool:
+    """Whether a linear of a UNet reads the time's (or the size's) embedding: all outside the attentions do."""
+    return linear.kind == "linear" and ".attentions." not in linear.name
+
+
+def vae_config(pipeline: Path | None) -> Mapping[str, object]:
+    """The config of a pipeline's autoencoder; empty where there is none."""
+    config = pipeline / "vae" / "config.json" if pipeline else None
+    return read_json(config) if config and config.is_file() else {}

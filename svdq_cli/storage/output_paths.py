@@ -1,0 +1,120 @@
+"""Where outputs may stand: seen before the work, so that hours later nothing but a full disk can be in the way."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from svdq_cli.errors import UsageError
+from svdq_cli.storage.atomic import disk_errors
+from svdq_cli.storage.json_files import read_json
+
+REPORT_FILE = "svdq_report.json"
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+ANIMATED_SUFFIXES = (".webp", ".gif", ".png")
+DEMO_REPORT = "report.json"
+MAX_NAME_BYTES = 200  # file systems allow 255, and the partial name is longer than the final one
+_OTHER = "choose another place with -o"
+
+
+def is_output_folder(path: Path) -> bool:
+    """Whether svdq wrote this folder as the output of a conversion, or nothing is in it."""
+    return (path / REPORT_FILE).is_file() or not any(path.iterdir())
+
+
+def is_demo_folder(path: Path) -> bool:
+    """Whether `svdq demo` wrote this folder, or nothing is in it."""
+    report = path / DEMO_REPORT
+    ours = report.is_file() and read_json(report).get("command") == "demo"
+    return ours or not any(path.iterdir())
+
+
+def require_places(
+    outputs: Sequence[Path],
+    *,
+    folders: Sequence[bool],
+    inputs: Sequence[Path],
+    overwrite: bool,
+    replaceable: Callable[[Path], bool] = is_output_folder,
+) -> None:
+    """UsageError for an output that can't be written, or whose writing would destroy something else.
+
+    `folders`: which of the outputs are folders. `inputs`: files and folders that the command reads. `replaceable`:
+    whether `overwrite` may replace a folder that stands there.
+    """
+    for index, (path, is_folder) in enumerate(zip(outputs, folders, strict=True)):
+        with disk_errors(path):
+            try:
+                require_name(path)
+                _require_apart(path, inputs, "is read by this command")
+                _require_apart(path, outputs[:index], "is another output")
+                if overwrite and path.is_dir() and not (is_folder and replaceable(path)):
+                    raise _not_ours(path)
+                _require_writable(path)
+            except OSError as error:
+                raise UsageError(
+                    f"{path}: can't write there: {error.strerror}", hint=_OTHER, where=str(path)
+                ) from error
+
+
+def require_picture_place(
+    path: Path, *, inputs: Sequence[Path] = (), overwrite: bool, animated: bool = False
+) -> None:
+    """UsageError for a picture of an unknown type, or one that can't be written there. `animated`: it may be a video,
+    as which Pillow writes some types."""
+    if path.suffix.lower() not in (*PICTURE_SUFFIXES, *(ANIMATED_SUFFIXES if animated else ())):
+        raise UsageError(
+            f"{path}: unknown image type", hint="name the output .png, .jpg or .webp", where=str(path)
+        )
+    require_places([path], folders=[False], inputs=inputs, overwrite=overwrite)
+
+
+def require_animated(path: Path) -> None:
+    """UsageError for a type that holds a single picture, and no video."""
+    if path.suffix.lower() not in ANIMATED_SUFFIXES:
+        raise UsageError(
+            f"{path}: this model makes a video, and such a file holds one picture",
+            hint=f"name the output {', '.join(ANIMATED_SUFFIXES)} (animated), or give --frames 1",
+            where=str(path),
+        )
+
+
+def require_name(path: Path) -> None:
+    """UsageError for a path that can't be an output's: `.`, `/`, a name too long for a file system."""
+    name = path.name
+    if "\0" in str(path) or name in ("", "..") or len(name.encode(errors="surrogateescape")) > MAX_NAME_BYTES:
+        raise UsageError(
+            f"{path}: no name for an output (one of at most {MAX_NAME_BYTES} bytes is)",
+            hint=_OTHER,
+            where=str(path),
+        )
+
+
+def _require_apart(path: Path, others: Sequence[Path], what: str) -> None:
+    """Neither the same, nor one inside the other, whatever links lead there."""
+    own = Path(os.path.realpath(path))  # Path.resolve refuses circles
+    for other in others:
+        there = Path(os.path.realpath(other))
+        if own == there or own in there.parents or there in own.parents:
+            raise UsageError(
+                f"{path}: would be written into or over {other}, which {what}", hint=_OTHER, where=str(path)
+            )
+
+
+def _not_ours(path: Path) -> UsageError:
+    """`--overwrite` replaces outputs of svdq: not a folder of someone's own, nor a folder by a file."""
+    return UsageError(
+        f"{path}: a folder that this command has not written, which --overwrite does not replace",
+        hint="remove it yourself, or choose another place with -o",
+        where=str(path),
+    )
+
+
+def _require_writable(path: Path) -> None:
+    parent = next(place for place in path.absolute().parents if os.path.lexists(place))
+    if not parent.is_dir():
+        raise UsageError(f"{path}: can't write there: {parent} is no folder", hint=_OTHER, where=str(path))
+    with tempfile.TemporaryDirectory(dir=parent, prefix=".svdq-probe-"):
+        pass

@@ -1,0 +1,1 @@
+"""Scripts for developers: benchmarks, accuracy of predictions, training of the demo. Not in the wheel."""
