@@ -460,12 +460,12 @@ def test_a_run_that_is_killed_between_two_blocks_goes_on(
     """What host memory had no room for lies in files, which the killed run leaves behind."""
     code = f"""
 import os, signal
-from svdq_cli.conversion import reconstructing
-from svdq_cli.entrypoints.inspect import convert
+from svdq_cli.conversion import tune_blocks
+from svdq_cli.conversion.convert import convert
 from svdq_cli.reconstruct import tuning
 from tests.test_resume import CPU, Path, best_recipe
 tuning.STEPS, tuning.JUDGE_EVERY = 4, 2
-reconstructing.passages_room = lambda *_: 0
+tune_blocks.passages_room = lambda *_: 0
 def kill(event):
     if event.stage == "reconstruct" and event.kind == "advance":
         os.kill(os.getpid(), signal.SIGKILL)
