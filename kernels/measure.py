@@ -225,22 +225,21 @@ def _psnr_to_exact(out: Path) -> dict[str, float]:
     """Mean PSNR of the embedded model's pictures in each mode against mode EXACT's."""
     from svdq_cli.checkpoint.reader import open_checkpoint
     from svdq_cli.conversion.convert import convert
-    from svdq_cli.entrypoints.generate import demo_calibration
     from svdq_cli.evaluate.images import compare
     from svdq_cli.inference.load import load_pipeline
     from svdq_cli.pipelines.generate import draw
     from svdq_cli.prepare.defaults import evaluation_recipe
     from svdq_cli.prepare.options import RunOptions
-    from svdq_cli.prepare.prepare import draw_settings
     from svdq_cli.prepare.prompts import chosen_prompts
-    from svdq_cli.recipe import default_recipe
+    from svdq_cli.prepare.sampling import sampling_for, with_model_sampling
+    from svdq_cli.recipe import Calibration, default_recipe
 
     folder, options = out / "embedded-int4", RunOptions(device="cuda", overwrite=True)
-    convert(default_recipe("demo", calibration=demo_calibration()), folder, options=options)
+    convert(default_recipe("demo", calibration=Calibration()), folder, options=options)
     checkpoint = open_checkpoint(folder)
-    recipe = evaluation_recipe(checkpoint, "demo")
-    prompts = chosen_prompts(recipe, options, ignore_events)[:PICTURES]
-    settings = draw_settings(recipe, checkpoint.source)
+    recipe = with_model_sampling(evaluation_recipe(checkpoint, "demo"), checkpoint.source, held_out=True)
+    prompts = chosen_prompts(recipe, options, ignore_events).texts[:PICTURES]
+    settings = sampling_for(recipe, checkpoint.source).settings
 
     def pictures(backend: str):
         return draw(load_pipeline(folder, device=GPU, backend=backend), prompts, settings=settings)

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from svdq_cli.calibrate.artefact import open_calibration
+from svdq_cli.checkpoint import writer
 from svdq_cli.checkpoint.check import check
-from svdq_cli.checkpoint.reader import open_checkpoint, writer
+from svdq_cli.checkpoint.reader import open_checkpoint
 from svdq_cli.checkpoint.writer import WEIGHT_FILE
 from svdq_cli.conversion.calibrate import calibrate
 from svdq_cli.conversion.convert import convert

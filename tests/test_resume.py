@@ -17,8 +17,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from svdq_cli.checkpoint import writer
 from svdq_cli.checkpoint.check import check
-from svdq_cli.checkpoint.reader import writer
 from svdq_cli.conversion import convert as converting
 from svdq_cli.conversion import solve_layers
 from svdq_cli.conversion.calibrate import calibrate

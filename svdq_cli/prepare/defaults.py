@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from svdq_cli.checkpoint.reader import Checkpoint
 from svdq_cli.recipe import Calibration, Recipe, default_recipe
 from svdq_cli.records import following_seed
 
-if TYPE_CHECKING:
-    pass
-
-
 EVALUATION_SAMPLES = 16
-
-
 SEED_DISTANCE = 1000  # from the seeds of calibration
 
 
