@@ -28,11 +28,12 @@ demo: $(STAMP) ## the whole job on the embedded model: pictures, figures, report
 test: $(STAMP) ## the tests
 	$(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist worksteal
 
-lint: $(STAMP) ## ruff, pyright, and the floors of the architecture
+lint: $(STAMP) ## ruff, pyright, the floors of the architecture, and how the package is built in numbers
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+	$(BIN)/python -m tools.house
 
 bench: $(STAMP) ## speed of converted layers on this machine
 	$(BIN)/python -m svdq_cli bench

@@ -1,0 +1,220 @@
+"""Measures how the package is built, and fails where a number has grown: `python -m tools.house` (in `make lint`).
+
+A room is a folder of the package, or a module that lies beside them. An arrow goes from one room to another that it
+imports, anywhere in the code. A circle is a set of rooms that all reach each other. A function is long beyond 60 lines,
+its signature and docstring included. A public function or method that takes or returns a tensor names shapes in its
+docstring, or its class does, or, where it has no docstring, the Protocol whose method it is: letters or numbers in
+parentheses such as `(M, K)`, or the words "any shape" or "scalar".
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+PACKAGE = "svdq_cli"
+LONGEST = 60
+
+# The most that each number may be. A change that lowers one writes it here; one that raises it says why.
+LIMITS = {
+    "loose_modules": 4,
+    "rooms": 31,
+    "arrows": 210,
+    "circles": 0,
+    "long_functions": 7,
+    "without_shapes": 149,
+}
+TITLES = {
+    "loose_modules": "modules at the package's top",
+    "rooms": "rooms",
+    "arrows": "import arrows between rooms",
+    "circles": "circles of rooms",
+    "long_functions": f"functions over {LONGEST} lines",
+    "without_shapes": "public functions with tensors and no shape in the docstring",
+}
+
+_AXES = "batch|blocks|channels|columns|fragments|frames|heads|height|layers|prompts|rows|samples|steps|tokens|width"
+_FIRST = rf"(?:\.\.\.|\*|[A-Z][\w']{{0,2}}|\d+|{_AXES})"
+_SHAPE = re.compile(rf"\({_FIRST}(?:\s*[-+*/]+\s*[\w']+)*,[\w\s.,'*/+()-]*\)|\bany shape\b|\bscalar\b")
+
+
+@dataclass(frozen=True, slots=True)
+class House:
+    """What was counted. Functions are "path:line name (lines)"."""
+
+    loose_modules: list[str]
+    rooms: list[str]
+    arrows: list[str]
+    circles: list[str]
+    long_functions: list[str]
+    without_shapes: list[str]
+    tensor_functions: int
+    modules: int
+    lines: int
+
+
+def measure(root: Path) -> House:
+    """The numbers of the package below `root`, a checkout of the repository."""
+    package = root / PACKAGE
+    sources = {path.relative_to(package): path.read_text("utf-8") for path in sorted(package.rglob("*.py"))}
+    trees = {path: ast.parse(text) for path, text in sources.items()}
+    # The package's own __init__ and __main__ only hand out names: they are doors, not rooms.
+    own = {path: tree for path, tree in trees.items() if not str(path).startswith("__")}
+    rooms = sorted({_room(path) for path in own})
+    arrows = {(_room(path), target) for path, tree in own.items() for target in _imports(tree, rooms)}
+    arrows = {(source, target) for source, target in arrows if source != target}
+    functions = {path: tuple(_functions(tree)) for path, tree in trees.items()}
+    contracts = {
+        found.node.name
+        for every in functions.values()
+        for found in every
+        if found.of_protocol and _SHAPE.search(found.docstring)
+    }
+    long_functions: list[str] = []
+    without_shapes: list[str] = []
+    tensor_functions = 0
+    for path, every in functions.items():
+        for found in every:
+            node = found.node
+            lines = (node.end_lineno or node.lineno) - node.lineno + 1
+            place = f"{PACKAGE}/{path.as_posix()}:{node.lineno} {node.name}"
+            if lines > LONGEST:
+                long_functions.append(f"{place} ({lines})")
+            if found.public and _has_tensors(node):
+                tensor_functions += 1
+                inherits = not found.docstring and found.of_class and node.name in contracts
+                if not inherits and not _SHAPE.search(found.docstring + found.of_class):
+                    without_shapes.append(place)
+    return House(
+        loose_modules=[
+            path.stem for path in sources if len(path.parts) == 1 and not path.stem.startswith("__")
+        ],
+        rooms=rooms,
+        arrows=[f"{source} -> {target}" for source, target in sorted(arrows)],
+        circles=_circles(rooms, arrows),
+        long_functions=long_functions,
+        without_shapes=without_shapes,
+        tensor_functions=tensor_functions,
+        modules=len(sources),
+        lines=sum(text.count("\n") for text in sources.values()),
+    )
+
+
+def _room(path: Path) -> str:
+    return path.parts[0].removesuffix(".py")
+
+
+def _imports(tree: ast.Module, rooms: list[str]) -> Iterator[str]:
+    """Rooms that a module imports; the package has no relative imports (ruff holds it to that)."""
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == PACKAGE and len(parts) > 1 and parts[1] in rooms:
+                yield parts[1]
+
+
+def _circles(rooms: list[str], arrows: set[tuple[str, str]]) -> list[str]:
+    """Sets of rooms that reach each other, as "a, b"."""
+    reach = {room: {target for source, target in arrows if source == room} for room in rooms}
+    for middle in rooms:
+        for room in rooms:
+            if middle in reach[room]:
+                reach[room] |= reach[middle]
+    sets = {
+        frozenset(other for other in rooms if other in reach[room] and room in reach[other]) for room in rooms
+    }
+    return sorted(", ".join(sorted(found)) for found in sets if found)
+
+
+Node = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+@dataclass(frozen=True, slots=True)
+class Function:
+    """A function, and the class around it. `public`: it and its class have public names, and no function holds it."""
+
+    node: Node
+    public: bool
+    docstring: str
+    of_class: str  # the docstring of its class, or that there is none; empty outside of classes
+    of_protocol: bool
+
+
+def _functions(tree: ast.Module) -> Iterator[Function]:
+    pending: list[tuple[ast.AST, bool, ast.ClassDef | None]] = [(tree, True, None)]
+    while pending:
+        around, seen, owner = pending.pop()
+        for child in ast.iter_child_nodes(around):
+            if isinstance(child, Node):
+                of_class = (ast.get_docstring(owner) or "no docstring") if owner else ""
+                protocol = owner is not None and any("Protocol" in ast.unparse(base) for base in owner.bases)
+                public = seen and not child.name.startswith("_")
+                yield Function(child, public, ast.get_docstring(child) or "", of_class, protocol)
+                pending.append((child, False, None))
+            elif isinstance(child, ast.ClassDef):
+                pending.append((child, seen and not child.name.startswith("_"), child))
+            else:
+                pending.append((child, seen, owner))
+
+
+def _has_tensors(function: Node) -> bool:
+    """Whether a parameter or the result is a tensor, an optional one or a tuple of some. Tensors by name in a mapping,
+    and callables, are other things."""
+    every = (*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs)
+    return any(_is_tensor(note) for note in (*(argument.annotation for argument in every), function.returns))
+
+
+def _is_tensor(note: ast.expr | None) -> bool:
+    match note:
+        case ast.Name(id="Tensor") | ast.Attribute(attr="Tensor"):
+            return True
+        case ast.BinOp(left=left, op=ast.BitOr(), right=right):
+            return _is_tensor(left) or _is_tensor(right)
+        case ast.Subscript(value=ast.Name(id="tuple" | "list"), slice=ast.Tuple(elts=parts)):
+            return any(_is_tensor(part) for part in parts)
+        case ast.Subscript(
+            value=ast.Name(id="tuple" | "list" | "Sequence" | "Iterator" | "Iterable"), slice=part
+        ):
+            return _is_tensor(part)
+        case _:
+            return False
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("root", nargs="?", type=Path, default=Path(__file__).parent.parent, help="a checkout")
+    parser.add_argument("--json", action="store_true", help="everything that was counted, as JSON")
+    parser.add_argument("--list", choices=tuple(TITLES), help="what one number counts, a line each")
+    options = parser.parse_args()
+    house = measure(options.root)
+    counts = {key: len(getattr(house, key)) for key in TITLES}
+    grown = [key for key, count in counts.items() if count > LIMITS[key]]
+    if options.json:
+        print(json.dumps({"counts": counts, "limits": LIMITS, "grown": grown, **asdict(house)}, indent=1))
+    elif options.list:
+        print("\n".join(getattr(house, options.list)))
+    else:
+        for key, title in TITLES.items():
+            print(f"{title:<62}{counts[key]:>5}   at most {LIMITS[key]}")
+        print(
+            f"{house.modules} modules, {house.lines} lines, {house.tensor_functions} public functions with tensors"
+        )
+    for key in grown:
+        print(f"house: {TITLES[key]}: {counts[key]}, more than {LIMITS[key]}", file=sys.stderr)
+        print(f"  what they are: python -m tools.house --list {key}", file=sys.stderr)
+    return 1 if grown else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
