@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+QKV_ROWS = 2048  # of a double block's picture that are written beside the prompt's at a time
 ATTENTION_ROWS = 256  # on a CPU: whose scores are in memory at a time
 Role = Literal["w4a4", "w4a16"]
 MakeLinear = Callable[[int, int, Role], nn.Module]  # in features, out features, role
@@ -108,15 +109,22 @@ class DoubleBlock(nn.Module):
         qkv = image.new_empty(text.shape[0] + image.shape[0], 3 * image.shape[1])
         places = qkv.split([text.shape[0], image.shape[0]])
         for (stream, x), part, place in zip(streams, parts, places, strict=True):
-            place.copy_(stream.qkv(modulated(x, *part[:2])))
+            for rows, target in zip(x.split(QKV_ROWS), place.split(QKV_ROWS), strict=True):
+                target.copy_(stream.qkv(modulated(rows, *part[:2])))
         mixed = attention(qkv, angles, self.heads)
-        del qkv, places, place
-        found: list[Tensor] = []
+        del qkv, places, place, target
         shares = mixed.split([text.shape[0], image.shape[0]])
-        for (stream, x), share, part in zip(streams, shares, parts, strict=True):
-            x = x + part[2] * stream.out(share)
-            found.append(x + part[5] * stream.feed_forward(modulated(x, *part[3:5])))
-        return found[1], found[0]
+        del mixed
+        text, image = (
+            x + part[2] * stream.out(share)
+            for (stream, x), share, part in zip(streams, shares, parts, strict=True)
+        )
+        del shares, streams, x
+        text, image = (
+            x + part[5] * stream.feed_forward(modulated(x, *part[3:5]))
+            for stream, x, part in zip((self.text, self.image), (text, image), parts, strict=True)
+        )
+        return image, text
 
 
 class SingleBlock(nn.Module):
@@ -170,15 +178,20 @@ def attention_by_rows(qkv: Tensor, angles: Tensor, heads: int) -> Tensor:
     """The same, a head and some rows at a time, over q. On a CPU torch's fused attention takes 2.4 times as long as its
     matrix products do (seen with torch 2.13, AVX512-BF16), and would hide what is measured here."""
     parts = qkv.unflatten(-1, (3, heads, -1))
-    rows, size = qkv.shape[0], parts.shape[-1]
     for head in range(heads):
-        q, k = (rotated(F.rms_norm(parts[:, i, head], (size,)), angles) for i in (0, 1))
-        v = parts[:, 2, head]
-        for start in range(0, rows, ATTENTION_ROWS):
-            some = slice(start, start + ATTENTION_ROWS)
-            scores = (q[some] @ k.T).float().mul_(size**-0.5)
-            parts[some, 0, head] = torch.softmax(scores, -1).to(v.dtype) @ v
-    return parts[:, 0].flatten(-2)
+        q, k, v = parts[:, :, head].unbind(1)
+        attend_in_place(q, k, v, angles)
+    return parts[:, 0].flatten(-2).contiguous()
+
+
+def attend_in_place(q: Tensor, k: Tensor, v: Tensor, angles: Tensor) -> None:
+    """One head (M, size): the result over q."""
+    rows, size = q.shape
+    turned, keys = (rotated(F.rms_norm(part, (size,)), angles) for part in (q, k))
+    for start in range(0, rows, ATTENTION_ROWS):
+        some = slice(start, start + ATTENTION_ROWS)
+        scores = (turned[some] @ keys.T).float().mul_(size**-0.5)
+        q[some] = torch.softmax(scores, -1).to(v.dtype) @ v
 
 
 def rotated(x: Tensor, angles: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -23,6 +25,8 @@ from svdq_cli.runtime.input_quantizer import InputQuantizer, Quantized
 from svdq_cli.runtime.kernel_linear import FusedFeedForward, KernelLinear, KernelW4A4Linear
 from svdq_cli.runtime.linear import RunningBranch
 from svdq_cli.runtime.operands import tensors_of
+
+ROWS_AT_ONCE = 256 * BLOCK  # of a feed-forward
 
 
 class CpuW4A4Linear(KernelW4A4Linear):
@@ -104,6 +108,17 @@ class CpuW4A4Linear(KernelW4A4Linear):
         width = after.in_features - self.out_features
         return FeedForwardBesideAttention(self, after) if width > 0 and width % STEP == 0 else None
 
+    def parts(self, quantized: Quantized, m: int) -> Iterator[tuple[slice, Quantized]]:
+        """So that a feed-forward's codes take a third of the memory at 4608 rows, and less of the caches."""
+        if m <= ROWS_AT_ONCE or torch.compiler.is_compiling():
+            yield slice(0, m), quantized
+            return
+        codes, scales, hidden = quantized
+        for start in range(0, m, ROWS_AT_ONCE):
+            some = slice(start, min(start + ROWS_AT_ONCE, m))
+            blocks = slice(start // BLOCK, -(-some.stop // BLOCK))
+            yield some, (codes[blocks], scales[:, blocks], hidden[blocks])
+
     def multiply_gelu_quantize(
         self, quantized: Quantized, m: int, after: KernelW4A4Linear, before: Tensor | None = None
     ) -> Quantized:
@@ -127,9 +142,7 @@ class CpuW4A4Linear(KernelW4A4Linear):
 
 class FeedForwardBesideAttention(FusedFeedForward):
     """The MLP of a block that runs beside its attention: a last layer of the attention's output and, after it, GELU by
-    tanh of a first layer. The MLP's activation is never written, and its codes are there for `ROWS` rows at a time."""
-
-    ROWS = 256 * BLOCK
+    tanh of a first layer. The MLP's activation is never written."""
 
     def __init__(self, first: CpuW4A4Linear, second: CpuW4A4Linear) -> None:
         super().__init__(first, second)
@@ -142,23 +155,9 @@ class FeedForwardBesideAttention(FusedFeedForward):
         attention, own = x.split([width, self.first.in_features], -1)
         return self.joined(attention, self.first.quantize(own))
 
-    def joined(self, attention: Tensor, quantized: Quantized) -> Tensor:
-        """`attention` (..., its width), `quantized` what the first layer reads."""
-        rows = attention.reshape(-1, attention.shape[-1])
-        m = rows.shape[0]
-        if m <= self.ROWS or torch.compiler.is_compiling():
-            y = self._rows(rows, quantized)
-        else:
-            y = rows.new_empty(m, self.out_features)
-            for start in range(0, m, self.ROWS):
-                some = slice(start, start + self.ROWS)
-                y[some] = self._rows(rows[some], rows_of_quantized(quantized, start, self.ROWS))
-        return y.reshape(*attention.shape[:-1], self.out_features)
-
-    def _rows(self, attention: Tensor, quantized: Quantized) -> Tensor:
+    def _between(self, rows: Tensor, quantized: Quantized) -> Quantized:
         assert isinstance(self.first, CpuW4A4Linear)
-        between = self.first.multiply_gelu_quantize(quantized, attention.shape[0], self.second, attention)
-        return self.second.finished(between, attention)
+        return self.first.multiply_gelu_quantize(quantized, rows.shape[0], self.second, rows)
 
 
 class CpuW4A16Linear(KernelLinear):
@@ -186,13 +185,6 @@ class CpuW4A16Linear(KernelLinear):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, w4a16"
-
-
-def rows_of_quantized(quantized: Quantized, start: int, count: int) -> Quantized:
-    """Views of `count` rows from `start` on, both multiples of BLOCK."""
-    codes, scales, hidden = quantized
-    blocks = slice(start // BLOCK, (start + count) // BLOCK)
-    return codes[blocks], scales[:, blocks], hidden[blocks]
 
 
 def cpu_linear(

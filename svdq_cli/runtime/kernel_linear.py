@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 from torch import Tensor, nn
@@ -73,6 +73,10 @@ class KernelW4A4Linear(KernelLinear, ABC):
     def multiply_gelu_quantize(self, quantized: Quantized, m: int, after: KernelW4A4Linear) -> Quantized:
         """This layer's product, GELU by tanh, and the input of the layer `after`."""
 
+    def parts(self, quantized: Quantized, m: int) -> Iterator[tuple[slice, Quantized]]:
+        """The rows of a quantized input that are worth computing at a time, and what is quantized of them."""
+        yield slice(0, m), quantized
+
     def beside_attention(self, after: KernelW4A4Linear) -> FusedFeedForward | None:
         """This layer, GELU by tanh, and the layer `after`, which reads an attention's output before the GELU's, as one
         module; None where no kernel runs them so. The module is called with what this layer reads in the place of the
@@ -118,8 +122,26 @@ class FusedFeedForward(nn.Module):
         return self._fused(x)
 
     def _fused(self, x: Tensor) -> Tensor:
-        quantized, m = self.first.quantize(x), x.shape[:-1].numel()
-        return self.second.finished(self.first.multiply_gelu_quantize(quantized, m, self.second), x)
+        return self.joined(x, self.first.quantize(x))
+
+    def joined(self, x: Tensor, quantized: Quantized) -> Tensor:
+        """The result, in the dtype and with the rows of `x` (..., any). `quantized`: what the first layer reads."""
+        rows = x.reshape(-1, x.shape[-1])
+        m = rows.shape[0]
+        y: Tensor | None = None
+        for some, part in self.first.parts(quantized, m):
+            found = self.second.finished(self._between(rows[some], part), rows[some])
+            if found.shape[0] == m:
+                y = found
+            else:
+                y = found.new_empty(m, self.second.out_features) if y is None else y
+                y[some] = found
+        assert y is not None
+        return y.reshape(*x.shape[:-1], self.second.out_features)
+
+    def _between(self, rows: Tensor, quantized: Quantized) -> Quantized:
+        """What the second layer reads of some rows of `joined`'s x."""
+        return self.first.multiply_gelu_quantize(quantized, rows.shape[0], self.second)
 
 
 def fused_feed_forward(first: nn.Module, second: nn.Module) -> FusedFeedForward | None:

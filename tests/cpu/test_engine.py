@@ -316,16 +316,18 @@ def test_a_feed_forward_beside_an_attention_is_its_two_layers_with_torchs_gelu_b
     assert torch.equal(fused(torch.cat((attention, x), -1)), two(torch.cat((attention, inner), -1)))
 
 
-def test_some_rows_at_a_time_of_a_feed_forward_beside_an_attention_are_all_of_its_rows(
-    monkeypatch: pytest.MonkeyPatch,
-):
+def test_some_rows_at_a_time_of_a_feed_forward_are_all_of_its_rows(monkeypatch: pytest.MonkeyPatch):
     one, two = cpu_linear(random_w4a4(Int4(), n=320, k=192)), cpu_linear(random_w4a4(Int4(), n=72, k=448))
     assert isinstance(one, CpuW4A4Linear)
     assert isinstance(two, CpuW4A4Linear)
-    fused, x = FeedForwardBesideAttention(one, two), activations(2, 21, 128 + 192)
-    wanted = fused(x)
-    monkeypatch.setattr(FeedForwardBesideAttention, "ROWS", 12)
-    assert torch.equal(fused(x), wanted)
+    last = cpu_linear(random_w4a4(Int4(), n=192, k=320))
+    assert isinstance(last, CpuW4A4Linear)
+    both = FeedForwardBesideAttention(one, two), FusedFeedForward(one, last)
+    inputs = activations(2, 21, 128 + 192), activations(2, 21, 192)
+    wanted = [fused(x) for fused, x in zip(both, inputs, strict=True)]
+    monkeypatch.setattr("svdq_cli.runtime.cpu_fused.ROWS_AT_ONCE", 12)
+    for fused, x, y in zip(both, inputs, wanted, strict=True):
+        assert torch.equal(fused(x), y)
 
 
 def test_only_whole_groups_of_attention_come_before_a_feed_forward():
