@@ -225,7 +225,7 @@ def _psnr_to_exact(out: Path) -> dict[str, float]:
     """Mean PSNR of the embedded model's pictures in each mode against mode EXACT's."""
     from svdq_cli.checkpoint.reader import open_checkpoint
     from svdq_cli.conversion.convert import convert
-    from svdq_cli.evaluate.images import compare
+    from svdq_cli.evaluation.images import compare
     from svdq_cli.inference.load import load_pipeline
     from svdq_cli.pipelines.generate import draw
     from svdq_cli.prepare.defaults import evaluation_recipe

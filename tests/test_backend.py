@@ -12,7 +12,7 @@ from svdq_cli.checkpoint.reader import Checkpoint, open_checkpoint
 from svdq_cli.conversion.convert import convert
 from svdq_cli.cpu.build import find_compiler
 from svdq_cli.errors import EnvironmentLacksError, UsageError
-from svdq_cli.evaluate.images import compare
+from svdq_cli.evaluation.images import compare
 from svdq_cli.gpu.architectures import architecture
 from svdq_cli.gpu.hopper_choice import ModeMeasurement
 from svdq_cli.gpu.hopper_modes import HopperMode

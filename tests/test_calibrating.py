@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from svdq_cli.calibrate import open_calibration
-from svdq_cli.calibrate.budget import rows_within, statistics_bytes
+from svdq_cli.calibration import open_calibration
+from svdq_cli.calibration.budget import rows_within, statistics_bytes
 from svdq_cli.conversion.calibrate import calibrate, input_widths
 from svdq_cli.conversion.convert import convert
 from svdq_cli.errors import CanceledRunError, InterruptedRunError, Terminated, UsageError

@@ -22,7 +22,7 @@ from PIL import Image
 from svdq_cli import errors
 from svdq_cli.cli import run
 from svdq_cli.cli.app import app
-from svdq_cli.evaluate.images import psnr_db
+from svdq_cli.evaluation.images import psnr_db
 from svdq_cli.pipelines.generate import draw, load_source_pipeline
 from svdq_cli.pipelines.settings import DrawSettings
 from svdq_cli.sampling import sampling_of

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from svdq_cli.calibrate.artefact import open_calibration
+from svdq_cli.calibration.artefact import open_calibration
 from svdq_cli.checkpoint import writer
 from svdq_cli.checkpoint.check import check
 from svdq_cli.checkpoint.reader import open_checkpoint
@@ -91,7 +91,7 @@ def test_one_calibration_serves_both_precisions_without_running_the_model(
     def never(*args: object, **kwargs: object) -> None:
         raise AssertionError("the model was run")
 
-    monkeypatch.setattr("svdq_cli.calibrate.collect.collect_stats", never)
+    monkeypatch.setattr("svdq_cli.calibration.collect.collect_stats", never)
     report = convert(
         recipe_for(tiny_flux, prompts, precision), tmp_path / "out", calibration=artefact, options=CPU
     )

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from svdq_cli.adapters.merge import merge_loras
-from svdq_cli.calibrate.artefact import open_calibration
+from svdq_cli.calibration.artefact import open_calibration
 from svdq_cli.checkpoint.check import check
 from svdq_cli.checkpoint.reader import open_checkpoint
 from svdq_cli.conversion.allocation import GAIN_SAMPLE, layer_gains
@@ -22,7 +22,7 @@ from svdq_cli.conversion.plan import predict
 from svdq_cli.conversion.record import recorded
 from svdq_cli.entrypoints.inspect import inspect_checkpoint, inspect_source
 from svdq_cli.errors import InputError, UsageError
-from svdq_cli.evaluate.run import evaluate
+from svdq_cli.evaluation.run import evaluate
 from svdq_cli.formats.headers import header_metadata
 from svdq_cli.inference.load import load_pipeline
 from svdq_cli.lora.fold import fold

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from svdq_cli.calibrate.artefact import open_calibration
+from svdq_cli.calibration.artefact import open_calibration
 from svdq_cli.cli import run
 from svdq_cli.conversion import solve_layers
 from svdq_cli.conversion.calibrate import calibrate

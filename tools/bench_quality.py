@@ -23,7 +23,7 @@ from diffusers import DiffusionPipeline
 from PIL.Image import Image
 from torch import Tensor
 
-from svdq_cli.calibrate.collect import collect_stats
+from svdq_cli.calibration.collect import collect_stats
 from svdq_cli.conversion.allocation import (
     allocated,
 )
@@ -32,10 +32,10 @@ from svdq_cli.conversion.read_weights import finite_tensor
 from svdq_cli.conversion.solve_layers import Statistics, solve_into, solved_layers
 from svdq_cli.conversion.tune_blocks import reconstructed
 from svdq_cli.conversion.work_folder import SolvedLayers, WorkFolder
-from svdq_cli.evaluate.images import psnr_db
-from svdq_cli.evaluate.layer_sqnr import moved_of
-from svdq_cli.evaluate.layers import layer_sqnr_db
-from svdq_cli.evaluate.outputs import OutputCall, output_errors, record_outputs
+from svdq_cli.evaluation.images import psnr_db
+from svdq_cli.evaluation.layer_sqnr import moved_of
+from svdq_cli.evaluation.layers import layer_sqnr_db
+from svdq_cli.evaluation.outputs import OutputCall, output_errors, record_outputs
 from svdq_cli.inference.load import load_16bit_pipeline, replace_layers
 from svdq_cli.pipelines.generate import draw
 from svdq_cli.pipelines.joint import joint_model

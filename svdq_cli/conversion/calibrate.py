@@ -16,16 +16,16 @@ from pathlib import Path
 import torch
 
 from svdq_cli import __version__
-from svdq_cli.calibrate.artefact import (
+from svdq_cli.calibration.artefact import (
     CalibrationFacts,
     CalibrationManifest,
     is_calibration,
     save_calibration,
 )
-from svdq_cli.calibrate.budget import rows_within, statistics_bytes
-from svdq_cli.calibrate.collect import Spread, collect_parts
-from svdq_cli.calibrate.parts import MergedStats, PartFolder
-from svdq_cli.calibrate.prompts import prompts_digest
+from svdq_cli.calibration.budget import rows_within, statistics_bytes
+from svdq_cli.calibration.collect import Spread, collect_parts
+from svdq_cli.calibration.parts import MergedStats, PartFolder
+from svdq_cli.calibration.prompts import prompts_digest
 from svdq_cli.conversion.memory import run_as_it_fits
 from svdq_cli.conversion.resume import kept_work, wait_for_files, work_beside
 from svdq_cli.conversion.work_folder import Identity, WorkFolder, remove_finished

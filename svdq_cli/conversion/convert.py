@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 
 from svdq_cli import __version__
-from svdq_cli.calibrate.artefact import MANIFEST, Calibration, open_calibration
-from svdq_cli.calibrate.parts import PartFolder
-from svdq_cli.calibrate.prompts import prompts_digest
+from svdq_cli.calibration.artefact import MANIFEST, Calibration, open_calibration
+from svdq_cli.calibration.parts import PartFolder
+from svdq_cli.calibration.prompts import prompts_digest
 from svdq_cli.checkpoint.check import WEIGHT_ERROR
 from svdq_cli.checkpoint.reader import MOVED_MEANS
 from svdq_cli.checkpoint.writer import Contents

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from svdq_cli.calibrate.artefact import open_calibration
+from svdq_cli.calibration.artefact import open_calibration
 from svdq_cli.conversion.machine_speed import speed_of
 from svdq_cli.conversion.plan_gpu import on_card
 from svdq_cli.conversion.predict import (

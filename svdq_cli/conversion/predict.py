@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from svdq_cli.calibrate.artefact import Calibration
-from svdq_cli.calibrate.budget import rows_within, statistics_bytes
+from svdq_cli.calibration.artefact import Calibration
+from svdq_cli.calibration.budget import rows_within, statistics_bytes
 from svdq_cli.conversion.allocation import draws_for_gains
 from svdq_cli.conversion.block_forecast import BlockForecast, block_forecast, passages_room
 from svdq_cli.conversion.calibrate import input_widths

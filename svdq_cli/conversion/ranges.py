@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from svdq_cli.calibrate.artefact import InputEntry
+from svdq_cli.calibration.artefact import InputEntry
 from svdq_cli.records import ModelPlan
 
 _SPARE = 2.0  # other prompts and 4-bit layers reach further than what calibration saw

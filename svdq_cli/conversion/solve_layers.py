@@ -12,7 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from svdq_cli.calibrate.artefact import Calibration
+from svdq_cli.calibration.artefact import Calibration
 from svdq_cli.conversion.memory import free_ram, reserved_ram
 from svdq_cli.conversion.memory_backoff import Need, Way, need_of, stored_itemsize, ways_on, where_it_fits
 from svdq_cli.conversion.read_weights import RawWeight, StreamedWeights, read_ahead

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from svdq_cli.calibrate.artefact import open_calibration
+from svdq_cli.calibration.artefact import open_calibration
 from svdq_cli.conversion.allocation import allocated
 from svdq_cli.conversion.calibrate import BEGUN, draw_share, drawing_of
 from svdq_cli.conversion.move_means import with_means_moved

@@ -15,16 +15,16 @@ from svdq_cli.checkpoint.reader import open_checkpoint
 from svdq_cli.conversion.calibrate import calibrate
 from svdq_cli.conversion.card import CARD_FILE
 from svdq_cli.conversion.convert import convert
-from svdq_cli.evaluate.compare import Evaluation, compare_in
-from svdq_cli.evaluate.gallery import read_picture
-from svdq_cli.evaluate.grid import picture_grid
-from svdq_cli.evaluate.images import summarize
-from svdq_cli.evaluate.page import PAGE_PICTURE_BYTES, Chapter, Page, Table, Way, render_page
-from svdq_cli.evaluate.passes import CONVERTED, NAIVE, SIXTEEN_BIT, draw_missing
-from svdq_cli.evaluate.plot import search_of
-from svdq_cli.evaluate.report_page import chapter_of
-from svdq_cli.evaluate.score import score_pairs
-from svdq_cli.evaluate.write_report import PAGE_FILE, footer, write_figures, write_text
+from svdq_cli.evaluation.compare import Evaluation, compare_in
+from svdq_cli.evaluation.gallery import read_picture
+from svdq_cli.evaluation.grid import picture_grid
+from svdq_cli.evaluation.images import summarize
+from svdq_cli.evaluation.page import PAGE_PICTURE_BYTES, Chapter, Page, Table, Way, render_page
+from svdq_cli.evaluation.passes import CONVERTED, NAIVE, SIXTEEN_BIT, draw_missing
+from svdq_cli.evaluation.plot import search_of
+from svdq_cli.evaluation.report_page import chapter_of
+from svdq_cli.evaluation.score import score_pairs
+from svdq_cli.evaluation.write_report import PAGE_FILE, footer, write_figures, write_text
 from svdq_cli.inference.load import load_pipeline
 from svdq_cli.prepare.defaults import evaluation_recipe
 from svdq_cli.prepare.locate import DEMO_SOURCES, locate_source

@@ -14,8 +14,8 @@ from svdq_cli.adapters.merge import merge_loras
 from svdq_cli.checkpoint.reader import open_checkpoint
 from svdq_cli.conversion.convert import convert
 from svdq_cli.demo.pink import sample_pink_captions
-from svdq_cli.evaluate.grid import picture_grid
-from svdq_cli.evaluate.images import compare
+from svdq_cli.evaluation.grid import picture_grid
+from svdq_cli.evaluation.images import compare
 from svdq_cli.inference.load import load_16bit_pipeline, load_pipeline
 from svdq_cli.lora.fold import fold
 from svdq_cli.pipelines.generate import draw

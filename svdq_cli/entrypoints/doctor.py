@@ -19,7 +19,7 @@ from svdq_cli import __version__
 from svdq_cli.cpu.build import find_compiler
 from svdq_cli.cpu.engine import engine, lack_of_engine
 from svdq_cli.errors import EnvironmentLacksError
-from svdq_cli.evaluate.layers import layer_sqnr_db
+from svdq_cli.evaluation.layers import layer_sqnr_db
 from svdq_cli.formats import FORMATS
 from svdq_cli.gpu import nvrtc
 from svdq_cli.gpu.architectures import Architecture, architecture

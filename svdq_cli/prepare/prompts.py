@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from svdq_cli.calibrate.prompt_files import PromptList, prompts_in
-from svdq_cli.calibrate.prompt_sets import find_prompt_set, prompts_of_set
-from svdq_cli.calibrate.prompts import choose_prompts, dataset_prompts
+from svdq_cli.calibration.prompt_files import PromptList, prompts_in
+from svdq_cli.calibration.prompt_sets import find_prompt_set, prompts_of_set
+from svdq_cli.calibration.prompts import choose_prompts, dataset_prompts
 from svdq_cli.errors import UsageError
 from svdq_cli.prepare.options import RunOptions
 from svdq_cli.recipe import (

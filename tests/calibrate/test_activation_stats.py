@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from svdq_cli.calibrate import DrawSettings, collect_stats, draw, load_source_pipeline
+from svdq_cli.calibration import DrawSettings, collect_stats, draw, load_source_pipeline
 from svdq_cli.errors import InputError, UsageError
 from svdq_cli.records import ActivationStats, Event, SharedInput
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from svdq_cli.calibrate import (
+from svdq_cli.calibration import (
     Calibration,
     CalibrationFacts,
     DrawSettings,
@@ -227,5 +227,5 @@ def test_a_name_of_another_model_is_refused(saved: Path):
 
 
 def test_opening_a_calibration_does_not_import_diffusers():
-    code = "import sys, svdq_cli.calibrate.artefact; sys.exit(any(m in sys.modules for m in ('diffusers', 'datasets')))"
+    code = "import sys, svdq_cli.calibration.artefact; sys.exit(any(m in sys.modules for m in ('diffusers', 'datasets')))"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from svdq_cli.calibrate import DrawSettings, collect_stats, load_source_pipeline
-from svdq_cli.calibrate.budget import rows_within, statistics_bytes
-from svdq_cli.calibrate.collect import Spread, collect_parts
-from svdq_cli.calibrate.parts import MergedStats, PartFolder
+from svdq_cli.calibration import DrawSettings, collect_stats, load_source_pipeline
+from svdq_cli.calibration.budget import rows_within, statistics_bytes
+from svdq_cli.calibration.collect import Spread, collect_parts
+from svdq_cli.calibration.parts import MergedStats, PartFolder
 from svdq_cli.errors import InputError, UsageError
 from svdq_cli.pipelines.encode import encode_prompts
 from svdq_cli.pipelines.first_call import first_call

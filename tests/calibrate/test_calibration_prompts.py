@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from svdq_cli.calibrate import choose_prompts, dataset_prompts, prompts_digest, read_prompts
+from svdq_cli.calibration import choose_prompts, dataset_prompts, prompts_digest, read_prompts
 from svdq_cli.errors import InputError, UsageError
 from svdq_cli.records import Event
 

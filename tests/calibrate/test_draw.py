@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from svdq_cli.calibrate import DrawSettings, draw, load_source_pipeline
+from svdq_cli.calibration import DrawSettings, draw, load_source_pipeline
 from svdq_cli.errors import InputError, UsageError
 from svdq_cli.pipelines.generate import split_batches
 from svdq_cli.records import Event

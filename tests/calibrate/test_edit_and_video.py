@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from svdq_cli.calibrate.artefact import open_calibration
+from svdq_cli.calibration.artefact import open_calibration
 from svdq_cli.checkpoint.check import check
 from svdq_cli.conversion.calibrate import calibrate
 from svdq_cli.conversion.convert import convert

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from svdq_cli.calibrate.prompt_files import prompts_in
+from svdq_cli.calibration.prompt_files import prompts_in
 from svdq_cli.cli import run
 from svdq_cli.errors import InputError, SvdqError, UsageError
 from svdq_cli.prepare.options import RunOptions

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from svdq_cli.calibrate.prompt_sets import find_prompt_set, prompts_by_picture, prompts_of_set
+from svdq_cli.calibration.prompt_sets import find_prompt_set, prompts_by_picture, prompts_of_set
 from svdq_cli.errors import InputError
 from svdq_cli.prepare.options import RunOptions
 from svdq_cli.prepare.prompts import chosen_prompts

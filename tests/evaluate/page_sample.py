@@ -6,8 +6,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from svdq_cli.evaluate.gallery import Gallery, keep_picture, open_gallery
-from svdq_cli.evaluate.page import (
+from svdq_cli.evaluation.gallery import Gallery, keep_picture, open_gallery
+from svdq_cli.evaluation.page import (
     Chapter,
     Figure,
     LayerRow,

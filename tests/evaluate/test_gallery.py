@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from svdq_cli.errors import InputError, UsageError
-from svdq_cli.evaluate.gallery import (
+from svdq_cli.evaluation.gallery import (
     keep_picture,
     note_time,
     open_gallery,

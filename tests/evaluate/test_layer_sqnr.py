@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from svdq_cli.errors import CheckFailedError
-from svdq_cli.evaluate.layers import SQNR_CAP_DB, layer_sqnr_db
+from svdq_cli.evaluation.layers import SQNR_CAP_DB, layer_sqnr_db
 from svdq_cli.records import Int4, Linear, NvFp4, W4A4Plan, W4A16Plan, W4A16Solution
 from svdq_cli.runtime.linear import w4a4_exact, w4a16_weight
 from svdq_cli.runtime.naive import naive_solution

@@ -15,10 +15,10 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
 from svdq_cli.errors import EnvironmentLacksError
-from svdq_cli.evaluate.metrics import find_metrics
-from svdq_cli.evaluate.metrics.clip import load_clip
-from svdq_cli.evaluate.metrics.fid import load_fid
-from svdq_cli.evaluate.metrics.metric import require_package, rgb_batch
+from svdq_cli.evaluation.metrics import find_metrics
+from svdq_cli.evaluation.metrics.clip import load_clip
+from svdq_cli.evaluation.metrics.fid import load_fid
+from svdq_cli.evaluation.metrics.metric import require_package, rgb_batch
 from tests.tiny import clip_tokenizer
 
 CPU = torch.device("cpu")

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from svdq_cli.evaluate.outputs import OutputCall, output_sqnr
-from svdq_cli.evaluate.own_noise import SPACING_OF_16_BIT, nudged, nudged_start
+from svdq_cli.evaluation.outputs import OutputCall, output_sqnr
+from svdq_cli.evaluation.own_noise import SPACING_OF_16_BIT, nudged, nudged_start
 
 CPU = torch.device("cpu")
 

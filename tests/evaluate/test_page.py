@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from svdq_cli.evaluate.gallery import keep_picture, open_gallery
-from svdq_cli.evaluate.page import render_page, show_pictures
-from svdq_cli.evaluate.page.pictures import SIDES, data_uri, difference_map
+from svdq_cli.evaluation.gallery import keep_picture, open_gallery
+from svdq_cli.evaluation.page import render_page, show_pictures
+from svdq_cli.evaluation.page.pictures import SIDES, data_uri, difference_map
 from tests.evaluate.page_sample import HOSTILE, WAYS, gallery_of, page_of
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from PIL import Image, ImageChops
 
-from svdq_cli.evaluate.grid import picture_grid
+from svdq_cli.evaluation.grid import picture_grid
 
 RED, BLUE = (200, 30, 30), (30, 30, 200)
 PROMPTS = ["a small red circle on yellow", "a large blue square left of a small green triangle on white"]

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from svdq_cli.errors import InputError
-from svdq_cli.evaluate.images import PSNR_CAP_DB, compare, psnr_db, ssim, summarize
+from svdq_cli.evaluation.images import PSNR_CAP_DB, compare, psnr_db, ssim, summarize
 
 
 def gray(level: int, size: tuple[int, int] = (96, 96)) -> Image.Image:

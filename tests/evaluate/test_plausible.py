@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from svdq_cli.evaluate.plausible import look_at
+from svdq_cli.evaluation.plausible import look_at
 
 SIDE = 96
 

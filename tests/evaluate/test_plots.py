@@ -10,7 +10,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from svdq_cli.evaluate.plots import (
+from svdq_cli.evaluation.plots import (
     LayerRank,
     LayerSteps,
     Subject,
@@ -19,8 +19,8 @@ from svdq_cli.evaluate.plots import (
     plot_ranks,
     plot_singular_values,
 )
-from svdq_cli.evaluate.plots.style import mark_blocks
-from svdq_cli.evaluate.spectra import spectra_of
+from svdq_cli.evaluation.plots.style import mark_blocks
+from svdq_cli.evaluation.spectra import spectra_of
 from svdq_cli.planning.blocks import in_blocks, places_of
 
 VERMILION = (0xD5, 0x5E, 0x00)  # refit; and what is before smoothing, or left over

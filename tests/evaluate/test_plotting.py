@@ -12,8 +12,8 @@ import torch
 
 from svdq_cli.checkpoint.reader import open_checkpoint
 from svdq_cli.errors import InputError
-from svdq_cli.evaluate.layer_sqnr import JudgedLayers
-from svdq_cli.evaluate.plot import plot_evaluation, search_of
+from svdq_cli.evaluation.layer_sqnr import JudgedLayers
+from svdq_cli.evaluation.plot import plot_evaluation, search_of
 from svdq_cli.planning.structure import shared_input
 from svdq_cli.records import W4A4Plan
 from svdq_cli.reports import LayerSqnr

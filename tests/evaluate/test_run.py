@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-import svdq_cli.evaluate.passes
+import svdq_cli.evaluation.passes
 from svdq_cli.checkpoint.reader import open_checkpoint
 from svdq_cli.errors import CanceledRunError, UsageError
-from svdq_cli.evaluate.passes import passes_of_text
-from svdq_cli.evaluate.plan import plan_evaluation
-from svdq_cli.evaluate.run import evaluate
+from svdq_cli.evaluation.passes import passes_of_text
+from svdq_cli.evaluation.plan import plan_evaluation
+from svdq_cli.evaluation.run import evaluate
 from svdq_cli.prepare.defaults import evaluation_recipe
 from svdq_cli.prepare.options import RunOptions
 from svdq_cli.recipe import Recipe, parse_fail_if
@@ -150,10 +150,10 @@ def test_figures_of_empty_images_are_no_good_news(
     checkpoint: Path, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Said at once, in the report and on the page; a gate that they would meet is missed."""
-    keep = svdq_cli.evaluate.passes.keep_picture
+    keep = svdq_cli.evaluation.passes.keep_picture
     blank = Image.new("RGB", (32, 32), (243, 242, 244))
     monkeypatch.setattr(
-        svdq_cli.evaluate.passes,
+        svdq_cli.evaluation.passes,
         "keep_picture",
         lambda gallery, way, i, picture: keep(gallery, way, i, blank),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from svdq_cli.evaluate.spectra import LEADING, spectra_of
+from svdq_cli.evaluation.spectra import LEADING, spectra_of
 
 N, K, R = 24, 40, 4
 

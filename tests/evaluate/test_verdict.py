@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from svdq_cli.evaluate.images import summarize
-from svdq_cli.evaluate.plausible import ImageProblems
-from svdq_cli.evaluate.verdict import Evidence, next_step, verdict_of
+from svdq_cli.evaluation.images import summarize
+from svdq_cli.evaluation.plausible import ImageProblems
+from svdq_cli.evaluation.verdict import Evidence, next_step, verdict_of
 
 SOUND = ImageProblems(images=8, black=0, nearly_uniform=0, alike=False)
 NAIVE = [38.0, 40.0, 37.0, 41.0, 39.0, 38.5, 39.5, 40.5]

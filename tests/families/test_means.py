@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from svdq_cli.evaluate.outputs import output_sqnr, record_outputs
+from svdq_cli.evaluation.outputs import output_sqnr, record_outputs
 from svdq_cli.families import find_family
 from svdq_cli.inference.load import load_16bit_pipeline
 from svdq_cli.pipelines.settings import DrawSettings

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from svdq_cli.calibrate.artefact import open_calibration
+from svdq_cli.calibration.artefact import open_calibration
 from svdq_cli.checkpoint.check import check
 from svdq_cli.checkpoint.reader import open_checkpoint
 from svdq_cli.conversion.calibrate import calibrate

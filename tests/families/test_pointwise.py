@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from svdq_cli.calibrate.collect import collect_stats
+from svdq_cli.calibration.collect import collect_stats
 from svdq_cli.formats import format_named
 from svdq_cli.pipelines.generate import load_source_pipeline
 from svdq_cli.pipelines.settings import DrawSettings

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
-from svdq_cli.evaluate.layers import layer_sqnr_db
+from svdq_cli.evaluation.layers import layer_sqnr_db
 from svdq_cli.recipe.schema import ALL_STEPS
 from svdq_cli.records import (
     ActivationStats,

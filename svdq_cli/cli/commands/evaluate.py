@@ -62,9 +62,9 @@ def evaluate(
     from svdq_cli.cli.progress import progress
     from svdq_cli.cli.summary import append_summary
     from svdq_cli.entrypoints.generate import Inputs, with_inputs
-    from svdq_cli.evaluate.passes import passes_of_text
-    from svdq_cli.evaluate.plan import plan_evaluation
-    from svdq_cli.evaluate.run import evaluate as run_evaluate
+    from svdq_cli.evaluation.passes import passes_of_text
+    from svdq_cli.evaluation.plan import plan_evaluation
+    from svdq_cli.evaluation.run import evaluate as run_evaluate
     from svdq_cli.prepare.defaults import evaluation_recipe
     from svdq_cli.prepare.from_command_line import recipe_of
     from svdq_cli.prepare.sources import pipeline_of

@@ -1,0 +1,272 @@
+"""The same prompts and seeds drawn by the 16-bit model, by the baselines and by the checkpoint, and compared."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import time
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from svdq_cli import __version__
+from svdq_cli.checkpoint.reader import open_checkpoint
+from svdq_cli.errors import InputError
+from svdq_cli.evaluation.gallery import (
+    Gallery,
+    open_gallery,
+    seconds_per_picture,
+)
+from svdq_cli.evaluation.images import summarize
+from svdq_cli.evaluation.layer_sqnr import JudgedLayers
+from svdq_cli.evaluation.metrics import Metrics, find_metrics
+from svdq_cli.evaluation.passes import (
+    AGAIN,
+    CONVERTED,
+    NAIVE,
+    NF4,
+    NOISE_PICTURES,
+    NUDGED,
+    SIXTEEN_BIT,
+    Run,
+    Sampled,
+    sample_all,
+)
+from svdq_cli.evaluation.score import Scores, score_pairs, score_pictures
+from svdq_cli.evaluation.verdict import Evidence, next_step, verdict_of
+from svdq_cli.inference.load import choose_backend
+from svdq_cli.pipelines.settings import settings_json
+from svdq_cli.prepare.options import DEFAULT_OPTIONS, RunOptions
+from svdq_cli.prepare.origin import origin_of
+from svdq_cli.prepare.prompts import chosen_prompts
+from svdq_cli.prepare.sampling import sampling_for, with_model_sampling
+from svdq_cli.prepare.sources import source_of
+from svdq_cli.recipe import Recipe, figure_of, section_of
+from svdq_cli.records import Event, Observer, ignore_events
+from svdq_cli.reports import BaselineFacts, EvalReport, ImageFacts, ReferenceFacts, Summary, to_json
+from svdq_cli.source import Source, file_sha256, only, source_digest
+from svdq_cli.system.machine import resolve_device
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Evaluation:
+    """The figures of an evaluation, and what they were taken from. `scores` by way of drawing; `facts`: what the
+    pictures depend on besides the prompts."""
+
+    run: Run
+    facts: Mapping[str, object]
+    report: EvalReport
+    gallery: Gallery
+    scores: Mapping[str, Scores]
+    metrics: Metrics
+    layers: JudgedLayers
+
+
+def compare_in(
+    folder: Path,
+    path: Path,
+    recipe: Recipe,
+    *,
+    without: Collection[str] = (),
+    page: str | None = None,
+    options: RunOptions = DEFAULT_OPTIONS,
+    observe: Observer = ignore_events,
+) -> Evaluation:
+    """Draw what is missing in `folder` of the checkpoint at `path`, of the recipe's source and of the baselines; score
+    all of it. A folder with pictures of another run is refused. `without`: passes to leave out
+    (`OPTIONAL_PASSES`). `page`: where the HTML report will be.
+    """
+    started = time.monotonic()
+    run = _run(path, recipe, options, observe)
+    facts = _facts(run)
+    gallery = open_gallery(folder, facts, run.prompts, overwrite=options.overwrite)
+    sampled = sample_all(run, gallery, without, observe)
+    metrics = find_metrics(run.device, pictures=len(run.prompts))
+    ways = [CONVERTED, *(way for way in (NAIVE, NF4) if way not in sampled.missing)]
+    noise = _noise(run, gallery, sampled, observe)
+    scores = {
+        way: replace(score_pairs(gallery, SIXTEEN_BIT, way, run.prompts, metrics, observe), noise=noise)
+        for way in ways
+    }
+    report = _report(run, gallery, scores, metrics, sampled, page=page, started=started, observe=observe)
+    return Evaluation(run, facts, _gated(report, recipe), gallery, scores, metrics, sampled.layers)
+
+
+_PAIRS_ONLY = Metrics({}, {}, None, {})
+
+
+def _noise(run: Run, gallery: Gallery, sampled: Sampled, observe: Observer) -> Mapping[str, list[float]]:
+    """By metric, how far the figures of an image are apart between the checkpoint and the same with a nudge."""
+    prompts = run.prompts[:NOISE_PICTURES]
+    if "own_noise_psnr_db" in sampled.missing:
+        return {}
+    own, nudged = (
+        score_pairs(gallery, SIXTEEN_BIT, way, prompts, _PAIRS_ONLY, observe).per_picture
+        for way in (CONVERTED, NUDGED)
+    )
+    return {metric: [a - b for a, b in zip(own[metric], nudged[metric], strict=True)] for metric in own}
+
+
+def _run(path: Path, recipe: Recipe, options: RunOptions, observe: Observer) -> Run:
+    source = source_of(recipe, options)
+    checkpoint = open_checkpoint(path, base=source.pipeline)
+    source = only(source, checkpoint.source.components)
+    if source.pipeline is None:
+        raise InputError(
+            f"{source.path}: evaluation draws pictures, and this is not a whole pipeline",
+            hint="give the pipeline folder that the checkpoint was made from, or --base for the parts that are missing",
+            where=str(source.path),
+        )
+    origin = origin_of(checkpoint, recipe, options)
+    for note in origin.notes:
+        observe(Event("warning", "evaluate", detail=note))
+    recipe = with_model_sampling(recipe, origin.source, held_out=True)
+    prompts = chosen_prompts(recipe, options, observe).texts
+    settings = sampling_for(recipe, origin.source, beside=options.beside).settings
+    device = resolve_device(options.device)
+    return Run(path, checkpoint, origin.source, origin, recipe, prompts, settings, device)
+
+
+def _facts(run: Run) -> dict[str, object]:
+    """What the pictures depend on besides the prompts."""
+    settings = settings_json(run.settings)
+    del settings["batch_size"]  # a picture does not depend on the batch it was drawn in
+    gpu = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "cpu"
+    return {
+        "checkpoint": {file.name: file_sha256(file) for file in run.checkpoint.source.files},
+        "source": run.origin.digest or source_digest(run.source),
+        "other components": _component_sizes(run.source),
+        "settings": settings,
+        "device": gpu,
+        "backend": choose_backend("auto", run.device, run.checkpoint.dtype).name,
+        "svdq": __version__,
+        **{name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")},
+    }
+
+
+def _component_sizes(source: Source) -> dict[str, int]:
+    """Bytes of the weight files of text encoders and autoencoder: they are rarely swapped, and long to digest."""
+    if source.pipeline is None:
+        return {}
+    files = sorted(source.pipeline.glob("*/*.safetensors"))
+    return {
+        file.relative_to(source.pipeline).as_posix(): file.stat().st_size
+        for file in files
+        if file.parent.name not in source.components
+    }
+
+
+def _report(
+    run: Run,
+    gallery: Gallery,
+    scores: Mapping[str, Scores],
+    metrics: Metrics,
+    sampled: Sampled,
+    *,
+    page: str | None,
+    started: float,
+    observe: Observer,
+) -> EvalReport:
+    own = score_pictures(gallery, SIXTEEN_BIT, run.prompts, metrics)
+    missing, problems = sampled.missing, sampled.problems
+
+    def chance(first: str, second: str, figure: str) -> float | None:
+        """PSNR of two passes that should be the same."""
+        if figure in missing:
+            return None
+        found = score_pairs(gallery, first, second, run.prompts[:NOISE_PICTURES], _PAIRS_ONLY, observe)
+        return summarize(found.per_picture["psnr_db"]).mean
+
+    floor = chance(SIXTEEN_BIT, AGAIN, "noise_floor_psnr_db")
+    own_noise = chance(CONVERTED, NUDGED, "own_noise_psnr_db")
+    facts = {way: facts_of(gallery, way, found) for way, found in scores.items()}
+    converted = facts.pop(CONVERTED)
+    evidence = Evidence(
+        converted=scores[CONVERTED].per_picture["psnr_db"],
+        naive=scores[NAIVE].per_picture["psnr_db"] if NAIVE in scores else None,
+        noise=scores[CONVERTED].noise.get("psnr_db", ()),
+        floor_db=floor,
+        own_noise_db=own_noise,
+        problems=problems,
+        converted_problems=sampled.converted_problems,
+        objection=run.origin.objection,
+        data_free=(run.checkpoint.provenance or {}).get("calibration_sha256") is None,
+    )
+    return EvalReport(
+        images=len(run.prompts),
+        psnr_db=converted.psnr_db,
+        ssim=converted.ssim,
+        lpips=converted.lpips,
+        clip=converted.clip,
+        image_reward=converted.image_reward,
+        fid=converted.fid,
+        reference=ReferenceFacts(
+            own.summary("clip"), own.summary("image_reward"), seconds_per_picture(gallery, SIXTEEN_BIT)
+        ),
+        baselines=facts,
+        layer_sqnr_db=sampled.layers.sqnr,
+        noise_floor_psnr_db=floor,
+        own_noise_psnr_db=own_noise,
+        output_sqnr_db=sampled.outputs,
+        sixteen_bit_images=ImageFacts(
+            problems.black, problems.nearly_uniform, problems.alike, problems.meaningless
+        ),
+        verdict=verdict_of(evidence),
+        next=next_step(evidence, checkpoint=str(run.path), page=page),
+        missing={**metrics.missing, **missing},
+        seconds_per_picture=converted.seconds_per_picture,
+        seconds=time.monotonic() - started,
+        page=page,
+        same_source=run.origin.same,
+        loras=run.origin.loras,
+        warnings=(
+            *run.origin.notes,
+            *problems.sentences("16-bit"),
+            *sampled.converted_problems.sentences("4-bit"),
+        ),
+    )
+
+
+def facts_of(gallery: Gallery, way: str, scores: Scores) -> BaselineFacts:
+    """One way of drawing as a report has it."""
+    return BaselineFacts(
+        psnr_db=_always(scores, "psnr_db"),
+        ssim=_always(scores, "ssim"),
+        lpips=scores.summary("lpips"),
+        clip=scores.summary("clip"),
+        image_reward=scores.summary("image_reward"),
+        fid=scores.fid,
+        seconds_per_picture=seconds_per_picture(gallery, way),
+    )
+
+
+def _always(scores: Scores, metric: str) -> Summary:
+    found = scores.summary(metric)
+    assert found is not None
+    return found
+
+
+_COMPARED = (
+    "psnr_db",
+    "ssim",
+    "lpips",
+    "fid",
+)  # sections of figures that compare images with the 16-bit ones
+
+
+def _gated(report: EvalReport, recipe: Recipe) -> EvalReport:
+    """A gate on a figure that could not be measured is missed: nobody knows that it holds."""
+    plain = to_json(report)
+    missed: list[str] = []
+    for gate in recipe.gates:
+        value, section = figure_of(gate, plain), section_of(gate)
+        if value is not None and section in _COMPARED and report.sixteen_bit_images.meaningless:
+            missed.append(f"{gate} (is {value:.4g}, which means nothing: {report.warnings[-1]})")
+        elif value is not None and not gate.holds(value):
+            missed.append(f"{gate} (is {value:.4g})")
+        elif section in plain and plain[section] is None:
+            missed.append(f"{gate} (not measured: {report.missing.get(section, 'no such figure')})")
+    if not missed:
+        return report
+    return replace(report, status="gate-missed", gates_missed=tuple(missed))

@@ -1,0 +1,49 @@
+"""CLIP score (Hessel et al. 2021): how well a picture fits its prompt; 0 to 100, higher is better."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from PIL.Image import Image
+
+from svdq_cli.errors import EnvironmentLacksError
+from svdq_cli.evaluation.metrics.metric import PictureMetric
+from svdq_cli.pipelines.generate import quiet_loading
+
+MODEL = "openai/clip-vit-large-patch14"  # torchmetrics' default, and that of published figures
+
+
+def load_clip(device: torch.device, *, model: str = MODEL) -> PictureMetric:
+    """100 max(0, cosine) of the picture's and the prompt's embedding, as torchmetrics defines it.
+
+    `model`: a hub id in the cache, or a folder. Raises EnvironmentLacksError where its weights are not there.
+    """
+    from transformers import CLIPModel, CLIPProcessor
+
+    try:
+        with quiet_loading():
+            network = CLIPModel.from_pretrained(model, local_files_only=True)
+            processor = CLIPProcessor.from_pretrained(model, local_files_only=True)
+    except OSError as error:
+        raise EnvironmentLacksError(
+            f"CLIP score needs the weights of {model}", hint=f"hf download {model}", where=model
+        ) from error
+    network = network.to(device).eval()  # pyright: ignore[reportArgumentType]
+    tokens = network.text_model.config.max_position_embeddings
+
+    @torch.no_grad()
+    def clip_score(pictures: Sequence[Image], prompts: Sequence[str]) -> list[float]:
+        inputs = processor(
+            text=list(prompts),
+            images=[picture.convert("RGB") for picture in pictures],
+            return_tensors="pt",
+            padding=True,
+            truncation=True,
+            max_length=tokens,
+        ).to(device)
+        found = network(**inputs)
+        cosine = (found.image_embeds * found.text_embeds).sum(-1)  # both are of length 1
+        return (100 * cosine).clamp(min=0).tolist()
+
+    return clip_score

@@ -1,0 +1,47 @@
+"""FID (Heusel et al. 2017) of converted against 16-bit pictures: 0 where their distributions agree, lower is better."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+import torch
+from PIL.Image import Image
+
+from svdq_cli.errors import EnvironmentLacksError
+from svdq_cli.evaluation.metrics.metric import hub_checkpoint, require_package, require_weights, rgb_batch
+
+LEAST_PICTURES = 2048  # as many as Inception has features: the covariance of fewer is singular
+_INSTALL = "pip install 'svdq[metrics]'"
+_WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
+_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{_WEIGHTS}"
+
+
+class Fid(Protocol):
+    """Over batches of (reference pictures, other pictures)."""
+
+    def __call__(self, pairs: Iterable[tuple[Sequence[Image], Sequence[Image]]]) -> float: ...
+
+
+def load_fid(device: torch.device, *, pictures: int) -> Fid:
+    """Features of Inception v3 as the original has them (torch-fidelity). Raises EnvironmentLacksError, also where
+    there are too few pictures for the figure to mean something."""
+    if pictures < LEAST_PICTURES:
+        raise EnvironmentLacksError(
+            f"FID of {pictures} pictures means nothing", hint=f"draw {LEAST_PICTURES} or more with --samples"
+        )
+    require_package("torch_fidelity", metric="FID", install=_INSTALL)
+    metric = require_package("torchmetrics.image.fid", metric="FID", install=_INSTALL)
+    path = hub_checkpoint(_WEIGHTS)
+    require_weights(path, metric="FID", fetch=f"curl -L --create-dirs -o {path} {_URL}")
+    distance = metric.FrechetInceptionDistance(feature=LEAST_PICTURES).to(device)
+
+    @torch.no_grad()
+    def fid(pairs: Iterable[tuple[Sequence[Image], Sequence[Image]]]) -> float:
+        distance.reset()
+        for reference, other in pairs:
+            distance.update(rgb_batch(reference).to(device), real=True)
+            distance.update(rgb_batch(other).to(device), real=False)
+        return max(0.0, float(distance.compute()))  # rounding may leave a little less than 0
+
+    return fid

@@ -1,0 +1,102 @@
+"""`svdq eval --plan`: which passes there would be, what each is for, and how long they take; nothing is sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+from svdq_cli.checkpoint.reader import open_checkpoint
+from svdq_cli.conversion.machine_speed import speed_of
+from svdq_cli.conversion.predict import forecast_of, pass_seconds
+from svdq_cli.errors import EnvironmentLacksError
+from svdq_cli.evaluation.gallery import RUN_FILE, Gallery
+from svdq_cli.evaluation.passes import PASSES, Pass
+from svdq_cli.inference.load import choose_backend, compute_dtype
+from svdq_cli.prepare.options import DEFAULT_OPTIONS, RunOptions
+from svdq_cli.prepare.prepare import prepare
+from svdq_cli.prepare.prompts import chosen_prompts
+from svdq_cli.prepare.sampling import with_model_sampling
+from svdq_cli.prepare.sources import source_of
+from svdq_cli.recipe import Recipe
+from svdq_cli.records import Observer, ignore_events
+from svdq_cli.reports import EvalPlanReport, PassFacts
+from svdq_cli.runtime.nf4 import require_nf4
+from svdq_cli.source import only
+from svdq_cli.storage.atomic import existing
+from svdq_cli.system.machine import resolve_device
+
+# Times are ranges, as factors of what the layers' products take at this machine's measured rate. Not in the products:
+# attention, the autoencoder, the text encoders, and whatever else the machine does.
+SIXTEEN_BIT_RANGE = (0.5, 2.5)
+REFERENCE_RANGE = (0.5, 4.0)  # of the 4-bit layers in plain torch, which quantize activations besides
+
+
+def plan_evaluation(
+    path: Path,
+    recipe: Recipe,
+    *,
+    report_folder: Path | None = None,
+    without: Collection[str] = (),
+    options: RunOptions = DEFAULT_OPTIONS,
+    observe: Observer = ignore_events,
+) -> EvalPlanReport:
+    """What `evaluate` with the same arguments would do; images that `report_folder` holds already are not counted."""
+    checkpoint = open_checkpoint(path)
+    source = only(source_of(recipe, options), checkpoint.source.components)
+    recipe = with_model_sampling(recipe, source, held_out=True)
+    prompts = len(chosen_prompts(recipe, options, observe).texts)
+    prepared = prepare(recipe, beside=options.beside, every_layer=True, source=source)
+    assert prepared.sampling is not None
+    settings, device = prepared.sampling.settings, resolve_device(options.device)
+    job = forecast_of(prepared, None, draws=True, device=device, options=options)
+    once = pass_seconds(job, speed_of(device, compute_dtype(device), existing(report_folder or Path())))
+    each = settings.steps * (2 if settings.true_cfg > 1 else 1)  # calls of the denoiser for an image
+    on_kernels = choose_backend("auto", device, checkpoint.dtype).name == "kernels"
+    lacking = _lacking(device.type)
+    found: list[PassFacts] = []
+    for wanted in PASSES:
+        images = _images(wanted, prompts, settings.batch_size, report_folder)
+        if wanted.key in without or wanted.key in lacking:
+            continue
+        calls = images * each
+        low, high = REFERENCE_RANGE if wanted.four_bit else SIXTEEN_BIT_RANGE
+        # no 4-bit kernel's rate was measured here
+        seconds = None if wanted.four_bit and on_kernels else (low * calls * once, high * calls * once)
+        found.append(PassFacts(wanted.title, wanted.key, wanted.why, images, calls, seconds))
+    known = [each.seconds for each in found if each.seconds is not None]
+    return EvalPlanReport(
+        images=prompts,
+        steps=settings.steps,
+        width=settings.width,
+        height=settings.height,
+        passes=tuple(found),
+        seconds=(sum(low for low, _ in known), sum(high for _, high in known))
+        if len(known) == len(found)
+        else None,
+        basis=f"the layers' products at the rate of this machine's {device.type}, measured; attention, autoencoder and "
+        "text encoders are in the range",
+        missing={**{key: f"left out by --without {key}" for key in without}, **lacking},
+        warnings=source.warnings,
+    )
+
+
+def _images(wanted: Pass, prompts: int, batch: int, folder: Path | None) -> int:
+    """What a pass samples: whole batches, less what is there."""
+    count = prompts if wanted.most is None else min(prompts, wanted.most)
+    if wanted.way is None:
+        return count
+    there = folder is not None and (folder / RUN_FILE).is_file()
+    missing = Gallery(folder).missing(wanted.way, count) if folder is not None and there else range(count)
+    batches = {index // batch for index in missing}
+    return sum(min(batch, prompts - first * batch) for first in batches)
+
+
+def _lacking(device: str) -> dict[str, str]:
+    """Passes that can't be made here, and why."""
+    import torch
+
+    try:
+        require_nf4(torch.device(device))
+    except EnvironmentLacksError as lack:
+        return {"nf4": f"{lack.message}; {lack.hint}"}
+    return {}

@@ -1,0 +1,387 @@
+"""An evaluation as a chapter of the HTML report."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import cast
+
+from svdq_cli.checkpoint.reader import Checkpoint
+from svdq_cli.evaluation.compare import Evaluation, facts_of
+from svdq_cli.evaluation.images import PSNR_CAP_DB
+from svdq_cli.evaluation.page import Chapter, Figure, LayerRow, Plot, Table, Way, show_pictures
+from svdq_cli.evaluation.passes import CONVERTED, SIXTEEN_BIT, TITLES
+from svdq_cli.evaluation.plot import conversion_report
+from svdq_cli.inference.load import choose_backend
+from svdq_cli.prepare.facts import sizes_of
+from svdq_cli.records import Int4, W4A4Plan
+from svdq_cli.reports import BaselineFacts, ByteFacts, Summary
+from svdq_cli.text import bytes_text, seconds_text
+
+SHOWN = 64  # pictures of a chapter, if the page's budget allows
+_PLOTS = (
+    (
+        "layers",
+        "SQNR by layer",
+        "A point is one layer's output against its 16-bit twin's; below, what each step of the search added to it.",
+    ),
+    (
+        "ranks",
+        "Ranks",
+        "A cell is a layer: blocks from left to right, a row each place in a block.",
+    ),
+    (
+        "singular_values",
+        "Singular values",
+        "Of the worst and of typical layers: what smoothing moves into the weight, what the branch takes out again.",
+    ),
+    (
+        "activations",
+        "Activations",
+        "Of the same layers: the largest magnitude of every input channel, which the 4-bit activations have to span.",
+    ),
+)
+
+
+def chapter_of(
+    found: Evaluation,
+    *,
+    plots: Path,
+    title: str,
+    key: str = "evaluation",
+    more_ways: Sequence[Way] = (),
+    budget: int,
+    page_folder: Path,
+) -> Chapter:
+    """`plots`: the folder of the SVGs. `more_ways`: drawn in `found.gallery` and scored besides the usual ones; they
+    stand after the checkpoint. `budget`: bytes that the pictures may take. `page_folder`: where the
+    page will be."""
+    ways = _ways(found, more_ways)
+    shown_ways = [Way(SIXTEEN_BIT, TITLES[SIXTEEN_BIT]), *ways]
+    by_psnr = sorted(
+        range(len(found.run.prompts)), key=found.scores[CONVERTED].per_picture["psnr_db"].__getitem__
+    )[:SHOWN]
+    shown = show_pictures(
+        found.gallery,
+        shown_ways,
+        [(i, found.run.prompts[i], found.run.settings.seed_of(i)) for i in by_psnr],
+        [_picture_figures(found, ways, i) for i in by_psnr],
+        budget=budget,
+        page_folder=page_folder,
+    )
+    facts = {way.key: facts_of(found.gallery, way.key, found.scores[way.key]) for way in ways}
+    return Chapter(
+        key=key,
+        title=title,
+        verdict=_verdict(found),
+        next=_next(found),
+        warnings=found.report.warnings,
+        figures=_figures(found),
+        ways=shown_ways,
+        scores=_scores(found, ways, facts),
+        missing={_MISSING.get(name, name): why for name, why in found.report.missing.items()},
+        shown=shown,
+        shown_note=_shown_note(found, len(shown)),
+        plots=_plots(plots),
+        tables=[*_size_tables(found), _speed_table(found, ways, facts), *_conversion_table(found)],
+        layers=_layer_rows(found),
+        recipe=_recipe_text(found),
+        provenance=_provenance(found),
+    )
+
+
+def description(found: Evaluation) -> str:
+    """What was evaluated, in a line."""
+    checkpoint = found.run.checkpoint
+    precision = (checkpoint.precision or Int4()).name
+    rank = f", rank {checkpoint.rank}" if checkpoint.rank is not None else ""
+    return f"{checkpoint.model_class} in {precision}{rank}, format {checkpoint.format.name}."
+
+
+def _ways(found: Evaluation, more: Sequence[Way]) -> list[Way]:
+    """The checkpoint first, the baselines last."""
+    precision = (found.run.checkpoint.precision or Int4()).name
+    own = Way(CONVERTED, f"{TITLES[CONVERTED]} {precision}")
+    known = {CONVERTED, *(way.key for way in more)}
+    return [own, *more, *(Way(key, TITLES[key]) for key in found.scores if key not in known)]
+
+
+def _verdict(found: Evaluation) -> str:
+    report = found.report
+    missed = f" Gates missed: {'; '.join(report.gates_missed)}." if report.gates_missed else ""
+    return f"{report.verdict}{missed}"
+
+
+def _next(found: Evaluation) -> str:
+    """As the report says it, but for whoever is looking at the page already."""
+    return found.report.next.replace(f"look at {found.report.page}", "look at the images below")
+
+
+def _figures(found: Evaluation) -> list[Figure]:
+    report, sqnr = found.report, found.report.layer_sqnr_db
+    sizes = _sizes(found.run.checkpoint)
+    worst = min(sqnr.per_layer, key=sqnr.per_layer.__getitem__)
+    empty = report.sixteen_bit_images.meaningless
+    figures = [
+        Figure(
+            "PSNR",
+            f"{report.psnr_db.mean:.1f} dB",
+            "means nothing: see the warning" if empty else f"worst image {report.psnr_db.min:.1f} dB",
+        ),
+        Figure(
+            "SSIM",
+            f"{report.ssim.mean:.3f}",
+            "means nothing: see the warning" if empty else f"worst image {report.ssim.min:.3f}",
+        ),
+        Figure("smaller", f"{sizes.ratio:.2f}x", f"{bytes_text(sizes.input)} to {bytes_text(sizes.output)}"),
+        Figure("layer SQNR", f"{sqnr.mean:.1f} dB", f"worst {sqnr.min:.1f} dB, {worst}"),
+    ]
+    if report.lpips is not None:
+        figures.insert(2, Figure("LPIPS", f"{report.lpips.mean:.3f}", f"worst image {report.lpips.max:.3f}"))
+    if (floor := report.noise_floor_psnr_db) is not None:
+        exact = floor >= PSNR_CAP_DB
+        value = "none" if exact else f"{floor:.1f} dB"
+        remark = "a second run has the same bits" if exact else "PSNR of a second run of the 16-bit model"
+        figures.append(Figure("16-bit noise", value, remark))
+    if (own := report.own_noise_psnr_db) is not None:
+        figures.append(
+            Figure("4-bit noise", f"{own:.1f} dB", "PSNR to itself, start noise off by one rounding")
+        )
+    if (outputs := report.output_sqnr_db) is not None:
+        figures.append(
+            Figure(
+                "model output",
+                f"{outputs.sum:.1f} dB",
+                f"summed over the steps; {outputs.step:.1f} dB a step",
+            )
+        )
+    return figures
+
+
+def _sizes(checkpoint: Checkpoint) -> ByteFacts:
+    """Of the quantized component, as the conversion's report counts them: whole files."""
+    return sizes_of(checkpoint.state, sum(file.stat().st_size for file in checkpoint.source.files))
+
+
+def _scores(found: Evaluation, ways: Sequence[Way], facts: Mapping[str, BaselineFacts]) -> Table:
+    """Means over the pictures; columns that nothing was measured for are left out."""
+    own = found.report.reference
+    rows = {TITLES[SIXTEEN_BIT]: {"CLIP score": own.clip, "ImageReward": own.image_reward}}
+    for way in ways:
+        fact = facts[way.key]
+        rows[way.title] = {
+            "PSNR (dB)": fact.psnr_db,
+            "SSIM": fact.ssim,
+            "LPIPS": fact.lpips,
+            "CLIP score": fact.clip,
+            "ImageReward": fact.image_reward,
+        }
+    digits = {"PSNR (dB)": 2, "SSIM": 4, "LPIPS": 4, "CLIP score": 2, "ImageReward": 3}
+    columns = [name for name in digits if any(row.get(name) is not None for row in rows.values())]
+    table = [
+        [title, *(_cell(row.get(name), digits[name]) for name in columns)]
+        for title, row in rows.items()
+        if any(row.values())
+    ]
+    if any(fact.fid is not None for fact in facts.values()):
+        columns.append("FID")
+        fids = {way.title: facts[way.key].fid for way in ways}
+        table = [[*row, "" if fids.get(row[0]) is None else f"{fids[row[0]]:.2f}"] for row in table]
+    return Table(
+        "Against the 16-bit images, equal prompts and seeds",
+        ["made by", *columns],
+        table,
+        "Mean ± standard deviation over images, in brackets the 95 % confidence interval of the mean (bootstrap; with "
+        "the noise of the 4-bit model, where it was measured).",
+    )
+
+
+def _cell(summary: Summary | None, digits: int) -> str:
+    if summary is None:
+        return ""
+    text = f"{summary.mean:.{digits}f} ± {summary.std:.{digits}f}"
+    if summary.ci95 is None:
+        return text
+    low, high = summary.ci95
+    return f"{text} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def _picture_figures(found: Evaluation, ways: Sequence[Way], index: int) -> dict[str, str]:
+    return {
+        way.key: f"{found.scores[way.key].per_picture['psnr_db'][index]:.1f} dB, "
+        f"SSIM {found.scores[way.key].per_picture['ssim'][index]:.3f}"
+        for way in ways
+    }
+
+
+def _shown_note(found: Evaluation, shown: int) -> str:
+    total = len(found.run.prompts)
+    which = f"All {total} images" if shown == total else f"The {shown} of {total} images"
+    order = "lowest PSNR first" if shown == total else "with the lowest PSNR, lowest first"
+    return (
+        f"{which}, {order}. Drag the divider, or focus an image and use the arrow keys. Difference maps show the "
+        "largest difference of the three channels, 8 times as bright. Large images are reduced and compressed here, "
+        "after the difference maps were made; the links lead to the whole ones in the report's folder."
+    )
+
+
+def _plots(folder: Path) -> list[Plot]:
+    return [
+        Plot(title, (folder / f"{name}.svg").read_text(encoding="utf-8"), text)
+        for name, title, text in _PLOTS
+        if (folder / f"{name}.svg").is_file()
+    ]
+
+
+def _size_tables(found: Evaluation) -> list[Table]:
+    checkpoint = found.run.checkpoint
+    sizes = _sizes(checkpoint)
+    w4a4 = [plan for plan in checkpoint.layers if isinstance(plan, W4A4Plan)]
+    size = Table(
+        "Size of the quantized component",
+        ["", "16-bit", "converted", "smaller"],
+        [
+            [
+                ", ".join(found.run.source.components),
+                bytes_text(sizes.input),
+                bytes_text(sizes.output),
+                f"{sizes.ratio:.2f}x",
+            ]
+        ],
+    )
+    linears = [*(plan.linear for plan in checkpoint.layers), *checkpoint.kept]
+    weights = {linear.name: linear.in_features * linear.out_features for linear in linears}
+    total = sum(weights.values())
+    kinds = {
+        "4-bit weights and activations": [plan.name for plan in w4a4],
+        "4-bit weights": [plan.name for plan in checkpoint.layers if not isinstance(plan, W4A4Plan)],
+        "kept at 16 bit": [linear.name for linear in checkpoint.kept],
+    }
+    layers = Table(
+        "What became of the linear layers",
+        ["", "layers", "of their weights"],
+        [
+            [kind, str(len(names)), f"{sum(weights[name] for name in names) / total:.1%}"]
+            for kind, names in kinds.items()
+        ],
+    )
+    return [size, layers]
+
+
+def _speed_table(found: Evaluation, ways: Sequence[Way], facts: Mapping[str, BaselineFacts]) -> Table:
+    seconds = {TITLES[SIXTEEN_BIT]: found.report.reference.seconds_per_picture}
+    seconds |= {way.title: facts[way.key].seconds_per_picture for way in ways}
+    base = seconds[TITLES[SIXTEEN_BIT]]
+    run = found.run
+    backend = choose_backend("auto", run.device, run.checkpoint.dtype)
+    return Table(
+        "Speed",
+        ["made by", "for one image", "speed against 16-bit"],
+        [
+            [title, seconds_text(taken), f"{base / taken:.2f}x" if base else ""]
+            for title, taken in seconds.items()
+            if taken
+        ],
+        f"Backend: {backend.name} ({backend.reason}). As measured while the images were made, without warm-up or "
+        "repetition: svdq bench measures speed. The "
+        "reference backend computes what the 4-bit runtimes compute, not at their speed.",
+    )
+
+
+def _conversion_table(found: Evaluation) -> list[Table]:
+    """What the conversion took, where its report lies with the checkpoint."""
+    report = conversion_report(found.run.path)
+    seconds = report.get("seconds")
+    if not isinstance(seconds, Mapping):
+        return []
+    rows = [[str(stage), seconds_text(float(taken))] for stage, taken in seconds.items()]
+    peak = report.get("peak")
+    if isinstance(peak, Mapping) and isinstance(peak.get("ram_bytes"), int):
+        rows.append(["peak RAM", bytes_text(peak["ram_bytes"])])
+    return [Table("The conversion", ["stage", "took"], rows)]
+
+
+def _layer_rows(found: Evaluation) -> list[LayerRow]:
+    sqnr = found.report.layer_sqnr_db.per_layer
+    best = max(max(sqnr.values()), 1.0)
+    plans = {plan.name: plan for plan in found.run.checkpoint.layers}
+    search = _searched(conversion_report(found.run.path))
+    rows: list[LayerRow] = []
+    for name, db in sorted(sqnr.items(), key=lambda item: item[1]):
+        plan = plans[name]
+        is_w4a4 = isinstance(plan, W4A4Plan)
+        kind, rank = ("weights, activations", str(plan.rank)) if is_w4a4 else ("weights", "")
+        rows.append(LayerRow(name, kind, rank, f"{db:.1f}", max(0.0, db / best), search.get(name, "")))
+    return rows
+
+
+def _searched(report: Mapping[str, object]) -> dict[str, str]:
+    """How each layer was found, in a few words: "smoothing by activations^0.50 / weights^0.25; learned, gptq"."""
+    search = report.get("search")
+    layers = search.get("layers") if isinstance(search, Mapping) else None
+    if not isinstance(layers, Mapping):
+        return {}
+    found: dict[str, str] = {}
+    for name, layer in cast("Mapping[str, Mapping[str, object]]", layers).items():
+        taken = layer.get("steps_taken")
+        steps = ", ".join(taken) if isinstance(taken, list) else ""
+        parts = [_smoothing_text(str(layer.get("smoothing") or "")), steps]
+        found[name] = "; ".join(part for part in parts if part)
+    return found
+
+
+def _recipe_text(found: Evaluation) -> str:
+    recipe = (found.run.checkpoint.provenance or {}).get("recipe")
+    if recipe is None:
+        return "The checkpoint does not carry a recipe: another tool made it."
+    return json.dumps(recipe, indent=2, ensure_ascii=False)
+
+
+def _provenance(found: Evaluation) -> Table:
+    settings = found.run.settings
+    recipe = found.run.recipe
+    drawn = recipe.calibration
+    said = {
+        "checkpoint": str(found.run.path),
+        "format": found.run.checkpoint.format.name,
+        "source": recipe.model.source,
+        "prompts": "" if drawn is None else str(drawn.prompts),
+        "sampled with": f"{settings.steps} steps, guidance {settings.guidance}, {settings.width} x {settings.height} "
+        f"pixels, seeds {settings.seed} to {settings.seed_of(len(found.run.prompts) - 1)}",
+    }
+    made = found.run.checkpoint.provenance or {}
+    said |= {_MADE.get(key, key): value for key, value in made.items() if isinstance(value, str)}
+    for name, fact in found.facts.items():
+        if name == "checkpoint" and isinstance(fact, Mapping):
+            said |= {f"sha256 of {file}": str(digest) for file, digest in fact.items()}
+        elif isinstance(fact, str):
+            said["sha256 of the source" if name == "source" else name] = fact
+    return Table("Provenance", ["", ""], [[name, value] for name, value in said.items()], wraps=True)
+
+
+# In words, what figures and records are called in JSON
+_MISSING = {
+    "lpips": "LPIPS",
+    "clip": "CLIP score",
+    "image_reward": "ImageReward",
+    "fid": "FID",
+    "nf4": "bitsandbytes NF4",
+    "rtn": "naive 4-bit",
+    "noise_floor_psnr_db": "16-bit noise",
+    "own_noise_psnr_db": "4-bit noise",
+    "output_sqnr_db": "model output",
+}
+_MADE = {
+    "svdq_version": "converted by svdq",
+    "source_sha256": "sha256 of the model it was converted from",
+    "calibration_sha256": "sha256 of its calibration",
+    "fingerprint": "fingerprint (model, recipe and calibration)",
+}
+
+
+def _smoothing_text(stored: str) -> str:
+    """ "grid a=0.60 b=0.00" in words."""
+    found = re.fullmatch(r"grid a=([\d.]+) b=([\d.]+)", stored)
+    return f"smoothing by activations^{found[1]} / weights^{found[2]}" if found else stored

@@ -1,0 +1,71 @@
+"""Evaluate: is the checkpoint as good as its source?"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Collection, Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+from svdq_cli.conversion.resume import as_stopped, say_what_is_kept
+from svdq_cli.errors import CanceledRunError, InterruptedRunError, OutOfResourcesError
+from svdq_cli.evaluation.compare import compare_in
+from svdq_cli.evaluation.gallery import RUN_FILE, require_own_folder
+from svdq_cli.prepare.options import DEFAULT_OPTIONS, RunOptions
+from svdq_cli.recipe import Recipe
+from svdq_cli.records import Observer, ignore_events
+from svdq_cli.reports import EvalReport
+from svdq_cli.storage.atomic import disk_errors
+from svdq_cli.storage.output_paths import require_places
+
+
+def evaluate(
+    path: Path,
+    recipe: Recipe,
+    *,
+    report_folder: Path | None = None,
+    without: Collection[str] = (),
+    options: RunOptions = DEFAULT_OPTIONS,
+    observe: Observer = ignore_events,
+) -> EvalReport:
+    """Pictures of the 16-bit model (the recipe's source), of the baselines and of the checkpoint, at equal seeds.
+
+    With `report_folder`: pictures, grid, figures, plots and the HTML report are kept there, and a run that was stopped
+    goes on where it stood. `without`: passes to leave out (`OPTIONAL_PASSES`).
+    """
+    if report_folder is None:
+        with tempfile.TemporaryDirectory(prefix="svdq-eval-") as folder:
+            found = compare_in(Path(folder), path, recipe, without=without, options=options, observe=observe)
+            return found.report
+    # Imports matplotlib, which takes a while
+    from svdq_cli.evaluation.plot import search_of
+    from svdq_cli.evaluation.write_report import PAGE_FILE, write_report
+
+    with _pictures_kept(report_folder):
+        # now, not after the models were read
+        require_own_folder(report_folder)
+        require_places([report_folder], folders=[True], inputs=[path], overwrite=False)
+        search = search_of(path)  # refuses a damaged report now, not after the long work
+        page = str(report_folder / PAGE_FILE)
+        found = compare_in(
+            report_folder, path, recipe, without=without, page=page, options=options, observe=observe
+        )
+        write_report(report_folder, found, search=search)
+    return found.report
+
+
+@contextmanager
+def _pictures_kept(folder: Path) -> Generator[None, None, None]:
+    """What stops the run says that the pictures drawn so far are kept."""
+    try:
+        with disk_errors(folder, option="--report"):
+            yield
+    except BaseException as error:
+        stopped = as_stopped(error)
+        may_go_on = isinstance(stopped, (CanceledRunError, InterruptedRunError, OutOfResourcesError))
+        if may_go_on and (folder / RUN_FILE).is_file():
+            said = f"{folder} keeps the pictures drawn so far, and the same command goes on from there"
+            say_what_is_kept(stopped, said, "evaluate", ignore_events)
+        if stopped is error:
+            raise
+        raise stopped from error

@@ -1,0 +1,77 @@
+"""What an evaluation leaves in its folder: figures, grid, plots, and the HTML report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from svdq_cli import __version__
+from svdq_cli.evaluation.compare import Evaluation
+from svdq_cli.evaluation.gallery import read_picture
+from svdq_cli.evaluation.grid import picture_grid
+from svdq_cli.evaluation.page import PAGE_PICTURE_BYTES, Page, render_page
+from svdq_cli.evaluation.passes import CONVERTED, NAIVE, SIXTEEN_BIT, TITLES
+from svdq_cli.evaluation.plot import Search, plot_evaluation
+from svdq_cli.evaluation.report_page import chapter_of, description
+from svdq_cli.reports import json_text
+
+GRID_ROWS = 8  # prompts shown in the picture grid
+PAGE_FILE = "report.html"
+
+
+def write_report(folder: Path, found: Evaluation, *, search: Search) -> None:
+    """`write_figures`, a grid of pictures, and report.html."""
+    write_figures(folder, found, search=search)
+    _write_grid(folder / "grid.png", found)
+    title = found.run.path.name
+    chapter = chapter_of(found, plots=folder, title=title, budget=PAGE_PICTURE_BYTES, page_folder=folder)
+    page = Page(f"{title}: 4-bit against 16-bit", description(found), [chapter], [], footer())
+    write_text(folder / PAGE_FILE, render_page(page))
+
+
+def write_figures(folder: Path, found: Evaluation, *, search: Search) -> None:
+    """report.json, pictures.json (the figures of every picture), prompts.txt and the plots."""
+    write_text(folder / "report.json", json_text(found.report) + "\n")
+    write_text(folder / "pictures.json", json.dumps(_picture_figures(found), indent=1, ensure_ascii=False))
+    write_text(folder / "prompts.txt", "\n".join(found.run.prompts) + "\n")
+    plot_evaluation(folder, found.layers, search=search)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Whole: a page that is being read is never half a file."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def footer() -> str:
+    return f"Written by svdq {__version__}. This file needs no network: pictures, plots and script are part of it."
+
+
+def _picture_figures(found: Evaluation) -> list[dict[str, object]]:
+    return [
+        {
+            "index": index,
+            "prompt": prompt,
+            "seed": found.run.settings.seed_of(index),
+            **{
+                way: {metric: figures[index] for metric, figures in scores.per_picture.items()}
+                for way, scores in found.scores.items()
+            },
+        }
+        for index, prompt in enumerate(found.run.prompts)
+    ]
+
+
+def _write_grid(path: Path, found: Evaluation) -> None:
+    naive = found.report.baselines.get(NAIVE)
+    columns = {
+        SIXTEEN_BIT: TITLES[SIXTEEN_BIT],
+        **({NAIVE: f"{TITLES[NAIVE]}\n{naive.psnr_db.mean:.1f} dB"} if naive else {}),
+        CONVERTED: f"{TITLES[CONVERTED]}\n{found.report.psnr_db.mean:.1f} dB",
+    }
+    rows = range(min(GRID_ROWS, len(found.run.prompts)))
+    picture_grid(
+        [(title, [read_picture(found.gallery, way, row) for row in rows]) for way, title in columns.items()],
+        [found.run.prompts[row] for row in rows],
+    ).save(path)
