@@ -227,5 +227,6 @@ def test_a_name_of_another_model_is_refused(saved: Path):
 
 
 def test_opening_a_calibration_does_not_import_diffusers():
-    code = "import sys, svdq_cli.calibration.artefact; sys.exit(any(m in sys.modules for m in ('diffusers', 'datasets')))"
+    loaded = "any(name in sys.modules for name in ('diffusers', 'datasets'))"
+    code = f"import sys, svdq_cli.calibration.artefact; sys.exit({loaded})"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
