@@ -218,22 +218,32 @@ class SolveSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class LayerSearch:
+    """How a layer's solution was found; each field is a key of the JSON reports.
+
+    `steps_db`: SQNR on held-out rows at the start (the paper's search) and after each step that was tried; a step that
+    did not raise it over all layers of the input was not taken. Seconds are those of all layers of the shared input.
+    """
+
+    rank: int | None
+    smoothing: str | None  # "grid a=0.50 b=0.25", None for W4A16
+    steps_db: Mapping[str, float]
+    steps_seconds: Mapping[str, float]
+    steps_taken: tuple[str, ...]
+    fallback: tuple[str, ...]  # why steps could not be tried
+    device: str  # where it was solved: "cpu" or "cuda", which differ in the lowest bits
+
+
+@dataclass(frozen=True, slots=True)
 class LayerReport:
     """How well a solved layer reproduces the 16-bit layer's output on the calibration rows (or, without any, on its
-    weight)."""
+    weight), and how the solution was found."""
 
     name: str
     sqnr_db: float
-    rank: int | None
-    weight_error: (
-        float  # Frobenius norm of the rebuilt weight's error over the weight's, in smoothed coordinates
-    )
-    smoothing: str | None  # "grid a=0.50 b=0.25", None for W4A16
-    steps_db: Mapping[str, float]  # SQNR on held-out rows at the start and after each step that was tried
-    steps_seconds: Mapping[str, float]  # time of each step, for all layers of the shared input
-    steps_taken: tuple[str, ...] = ()  # those that paid
-    fallback: tuple[str, ...] = ()  # why steps could not be tried
-    device: str = field(kw_only=True)  # where it was solved: "cpu" or "cuda", which differ in the lowest bits
+    # Frobenius norm of the rebuilt weight's error over the weight's, in smoothed coordinates
+    weight_error: float
+    search: LayerSearch
 
 
 # ---------------------------------------------------------------------------------------------------- progress

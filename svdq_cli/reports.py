@@ -7,10 +7,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import Literal, cast
 
-if TYPE_CHECKING:
-    pass
+from svdq_cli.records import LayerSearch
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,21 +53,6 @@ class LayerCounts:
     w4a4: int
     w4a16: int
     kept: int
-
-
-@dataclass(frozen=True, slots=True)
-class LayerSearch:
-    """How a layer came to be. `steps_db`: SQNR on held-out rows at the start (the paper's search) and after each step
-    that was tried; one that did not raise it over all layers of the input was not taken. Seconds are those of all
-    layers of the shared input."""
-
-    rank: int | None
-    smoothing: str | None
-    steps_db: Mapping[str, float]
-    steps_seconds: Mapping[str, float]
-    steps_taken: tuple[str, ...]
-    fallback: tuple[str, ...]  # why steps could not be tried
-    device: str  # where it was solved: "cpu" or "cuda"
 
 
 @dataclass(frozen=True, slots=True)

@@ -129,7 +129,7 @@ def solve_share(
 
 def solved_elsewhere(reports: Sequence[LayerReport], device: torch.device) -> tuple[str, ...]:
     """What to warn of where layers were not solved on `device`."""
-    names = [report.name for report in reports if report.device != device.type]
+    names = [report.name for report in reports if report.search.device != device.type]
     if not names:
         return ()
     return (

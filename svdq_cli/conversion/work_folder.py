@@ -36,6 +36,7 @@ from svdq_cli.records import (
     Int4,
     LayerPlan,
     LayerReport,
+    LayerSearch,
     LayerSolution,
     NvFp4,
     W4A4Plan,
@@ -385,11 +386,13 @@ def report_json(report: LayerReport) -> dict[str, object]:
 
 def report_of_json(said: Mapping[str, object]) -> LayerReport:
     """The inverse of `report_json`."""
-    values = {
+    values = dict(said)
+    search = cast("Mapping[str, object]", values.pop("search"))
+    plain = {
         key: tuple(cast("list[str]", value)) if isinstance(value, list) else value
-        for key, value in said.items()
+        for key, value in search.items()
     }
-    return LayerReport(**values)  # type: ignore[arg-type]
+    return LayerReport(**values, search=LayerSearch(**plain))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,6 @@ from svdq_cli.reports import (
     ByteFacts,
     InspectLayer,
     LayerCounts,
-    LayerSearch,
     LayerSqnr,
     ModelFacts,
     RankFacts,
@@ -74,19 +73,7 @@ def layer_sqnr(reports: list[LayerReport]) -> LayerSqnr:
 
 
 def search_facts(reports: list[LayerReport], blocks: Mapping[str, BlockSearch]) -> SearchFacts:
-    layers = {
-        report.name: LayerSearch(
-            report.rank,
-            report.smoothing,
-            report.steps_db,
-            report.steps_seconds,
-            report.steps_taken,
-            report.fallback,
-            report.device,
-        )
-        for report in reports
-    }
-    return SearchFacts(layers, blocks)
+    return SearchFacts({report.name: report.search for report in reports}, blocks)
 
 
 def inspect_layer(

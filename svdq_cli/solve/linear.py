@@ -19,6 +19,7 @@ from svdq_cli.errors import UsageError
 from svdq_cli.records import (
     ActivationStats,
     LayerReport,
+    LayerSearch,
     LayerSolution,
     Precision,
     SharedInput,
@@ -83,20 +84,16 @@ def solve_input(
             w4a4.append(solution)
             gains = {step: round(_decibels(error), 3) for step, error in trail.errors.get(name, {}).items()}
             sqnr, error = measured(solution, weights[name], rows, mean)
-            reports.append(
-                LayerReport(
-                    name,
-                    sqnr,
-                    solution.plan.rank,
-                    error,
-                    label,
-                    gains,
-                    trail.seconds,
-                    tuple(trail.taken),
-                    tuple(trail.fallback),
-                    device=device.type,
-                )
+            search = LayerSearch(
+                rank=solution.plan.rank,
+                smoothing=label,
+                steps_db=gains,
+                steps_seconds=trail.seconds,
+                steps_taken=tuple(trail.taken),
+                fallback=tuple(trail.fallback),
+                device=device.type,
             )
+            reports.append(LayerReport(name, sqnr, error, search))
     w4a16 = [
         solve_w4a16(
             plan,
@@ -110,7 +107,8 @@ def solve_input(
     for solution in w4a16:
         name = solution.plan.name
         sqnr, error = measured(solution, weights[name], rows, mean)
-        reports.append(LayerReport(name, sqnr, None, error, None, {}, {}, device=device.type))
+        search = LayerSearch(None, None, {}, {}, (), (), device=device.type)
+        reports.append(LayerReport(name, sqnr, error, search))
     return SolvedInput(tuple(w4a4), tuple(w4a16), tuple(reports))
 
 

@@ -55,7 +55,7 @@ def held_out_db(
         SolveSettings("closed-form", 0, torch.bfloat16, steps),
     )
     found = output_sqnr_db(inputs(kind, 2048, 7), weight, solved.w4a4[0])
-    return found, list(solved.reports[0].steps_db.values())
+    return found, list(solved.reports[0].search.steps_db.values())
 
 
 @pytest.mark.parametrize("precision", [Int4(), NvFp4()], ids=["int4", "nvfp4"])

@@ -45,7 +45,7 @@ def test_balanced_beats_the_papers_search_on_fresh_rows(precision: Precision):
     # on the trained layers this was developed with the gain is 2 dB; this small world gives at least half of that
     assert fresh_db(balanced) > fresh_db(fast) + 1.0
     for report in balanced.reports:
-        assert list(report.steps_db) == ["start", "learned", "gptq", "refit"]
+        assert list(report.search.steps_db) == ["start", "learned", "gptq", "refit"]
 
 
 @BOTH
@@ -55,7 +55,7 @@ def test_balanced_with_too_few_rows_is_fast(precision: Precision):
         solved(precision, "fast", rows).w4a4, solved(precision, "balanced", rows).w4a4, strict=True
     ):
         assert torch.equal(one.codes, other.codes)
-    (reason,) = solved(precision, "balanced", rows).reports[0].fallback
+    (reason,) = solved(precision, "balanced", rows).reports[0].search.fallback
     assert reason == "40 calibration rows, 64 are needed to learn and to judge"
 
 
@@ -78,7 +78,7 @@ def test_odd_activations_leave_balanced_finite(precision: Precision, kind: str):
     noise = sum(10 ** (-r.sqnr_db / 10) for r in balanced.reports)
     assert noise <= 1.05 * sum(10 ** (-r.sqnr_db / 10) for r in solved(precision, "fast", rows).reports)
     if kind == "zeros":
-        assert "gptq: the activations say nothing to go by" in balanced.reports[0].fallback
+        assert "gptq: the activations say nothing to go by" in balanced.reports[0].search.fallback
 
 
 @BOTH
