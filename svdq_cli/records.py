@@ -122,6 +122,9 @@ class ModelPlan:
     layers: tuple[LayerPlan, ...]
     kept: tuple[Linear, ...]
     inputs: tuple[SharedInput, ...]  # cover all of `layers`
+    kept_because: Mapping[str, str] = field(
+        default_factory=dict[str, str]
+    )  # of some kept layers: why, by name
 
     @property
     def w4a4(self) -> tuple[W4A4Plan, ...]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from svdq_cli.checkpoint.reader import open_checkpoint
 from svdq_cli.prepare.facts import inspect_layer, predicted_sizes, sizes_of
 from svdq_cli.prepare.options import DEFAULT_OPTIONS, RunOptions
+from svdq_cli.prepare.plan_warnings import plan_warnings
 from svdq_cli.prepare.prepare import prepare
 from svdq_cli.recipe import Recipe
 from svdq_cli.reports import InspectReport
@@ -31,7 +32,7 @@ def inspect_source(recipe: Recipe, *, options: RunOptions = DEFAULT_OPTIONS) -> 
         bytes=predicted_sizes(prepared),
         provenance=None,
         read_as=prepared.source.kind,
-        warnings=prepared.source.warnings,
+        warnings=(*prepared.source.warnings, *plan_warnings(prepared.plan, prepared.inventory)),
     )
 
 

@@ -1,17 +1,16 @@
 """A pipeline's own arguments for its denoiser, without running it: the denoiser is an empty model that stops the run.
 
-What `watching` can't put together from names and widths (packed shapes, masks, position tables) the pipeline makes from
-a prompt. Its text encoders are loaded and run, the denoiser's weights are not.
+What `made_arguments` can't put together from names and widths (packed shapes, masks, position tables) the pipeline
+makes from a prompt. Its text encoders are loaded and run, the denoiser's weights are not.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch import nn
 
 from svdq_cli.pipelines.first_call import Arguments, first_call
 from svdq_cli.pipelines.generate import load_source_pipeline, split_batches
@@ -21,6 +20,7 @@ from svdq_cli.planning.trace_inputs import watch_call
 from svdq_cli.source import is_denoiser, pipeline_index
 
 _PROMPT = "a photograph"
+_SIDE = 256  # pixels
 
 
 def watch_in_pipeline(
@@ -36,18 +36,15 @@ def watch_in_pipeline(
 
 
 def _arguments(folder: Path, component: str, model: nn.Module, settings: DrawSettings) -> Arguments:
-    """Of the denoiser's first call, without their numbers."""
+    """Of the denoiser's first call, for a small image: what layers read is the same at any size."""
     # one that is called before this one ends the run: the plan does without
     others = {name: None for name in pipeline_index(folder) if is_denoiser(name) and name != component}
     pipe = load_source_pipeline(
         folder, dtype=torch.float32, device=None, components={**others, component: model}
     )
-    batch = split_batches([_PROMPT], settings=settings)[0]
-    given = first_call(pipe, [model], batch, settings=settings)
+    small = replace(settings, height=min(settings.height, _SIDE), width=min(settings.width, _SIDE))
+    batch = split_batches([_PROMPT], settings=small)[0]
+    given = first_call(pipe, [model], batch, settings=small)
     if given is None:
         raise RuntimeError(f"{type(pipe).__name__} never called its {component}")
-    return tree_map(_to_meta, given)
-
-
-def _to_meta(value: Any) -> Any:
-    return value.to("meta") if isinstance(value, Tensor) else value
+    return given

@@ -76,7 +76,7 @@ Observation = Callable[["nn.Module", Source], Mapping[str, Reading] | None]
 
 
 def watch(model: nn.Module) -> Mapping[str, Reading] | None:
-    """One forward pass of an empty model with arguments made up from its signature (`watching`)."""
+    """One forward pass of an empty model with arguments made up from its signature (`trace_inputs`)."""
     from svdq_cli.planning.trace_inputs import watch as watch_model
 
     return watch_model(model)
@@ -108,6 +108,7 @@ def plan_model(
 
     layers: list[LayerPlan] = []
     kept: list[Linear] = []
+    reasons = dict(roles.kept)
     objections: list[str] = []
     for linear in inventory.linears:
         override = _override_for(linear.name, exceptions)
@@ -119,6 +120,9 @@ def plan_model(
         objection = supports(wanted) if wanted else None
         if objection:
             objections.append(f"{linear.name}: {objection}")
+            reasons[linear.name] = objection
+        elif override and override.keep:
+            reasons[linear.name] = "a rule of the recipe keeps it"
         if wanted is None or (override and override.keep) or objection is not None:
             kept.append(linear)
         else:
@@ -138,6 +142,7 @@ def plan_model(
         parameters=inventory.parameters,
         layers=tuple(layers),
         kept=tuple(kept),
+        kept_because={linear.name: reasons[linear.name] for linear in kept if linear.name in reasons},
         inputs=tuple(shared for group in roles.inputs if (shared := _only(group, planned)) is not None),
     )
 
@@ -252,14 +257,14 @@ def _included(roles: Roles, names: list[str], role: Literal["w4a4", "w4a16"]) ->
     base = _without(roles, new)
     inputs = (*base.inputs, *(shared_input([name]) for name in new))
     if role == "w4a4":
-        return Roles(base.w4a4.union(new), base.w4a16, inputs)
-    return Roles(base.w4a4, base.w4a16.union(new), inputs)
+        return replace(base, w4a4=base.w4a4.union(new), inputs=inputs)
+    return replace(base, w4a16=base.w4a16.union(new), inputs=inputs)
 
 
 def _without(roles: Roles, names: list[str]) -> Roles:
     gone = set(names)
     inputs = tuple(left for shared in roles.inputs if (left := _only(shared, set(shared.layers) - gone)))
-    return Roles(roles.w4a4 - gone, roles.w4a16 - gone, inputs)
+    return replace(roles, w4a4=roles.w4a4 - gone, w4a16=roles.w4a16 - gone, inputs=inputs)
 
 
 def _grouped(roles: Roles, rule: Group, inventory: Inventory) -> Roles:
@@ -283,7 +288,7 @@ def _grouped(roles: Roles, rule: Group, inventory: Inventory) -> Roles:
         if len({sizes[name] for name in names}) > 1:
             raise _no_group(names, rule, "their input sizes differ")
         rest = tuple(left for s in roles.inputs if (left := _only(s, set(s.layers) - set(names))))
-        roles = Roles(roles.w4a4, roles.w4a16, (*rest, shared_input(names)))
+        roles = replace(roles, inputs=(*rest, shared_input(names)))
     return roles
 
 

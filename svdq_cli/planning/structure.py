@@ -1,8 +1,9 @@
 """The structural plan: what becomes of the layers of a model that no family file describes.
 
-Layers of repeated blocks become W4A4, those among them that read one conditioning vector (modulation) W4A16, and what
-stands outside the blocks stays at 16 bit. Which layers read the same activation is seen in one forward pass
-(`watching`); where none could be run, every layer is taken alone, and names tell the modulation.
+Layers of repeated blocks become W4A4, those among them that read conditioning vectors or only modulate W4A16. What
+chooses experts, networks that make the modulation of all blocks, and what stands outside the blocks stay at 16 bit. All
+of this is seen in one forward pass (`trace_inputs`); where none could be run, every layer is taken alone, and names
+tell the modulation.
 """
 
 from __future__ import annotations
@@ -10,26 +11,37 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from svdq_cli.planning.inventory import Inventory
-from svdq_cli.records import Linear, SharedInput
+from svdq_cli.records import SharedInput
 
 STRUCTURAL = "structural"  # the family name of such a plan
 
-# Names that diffusers gives to projections of a conditioning vector: norm1.linear, img_mod.1, adaLN_modulation.0, ...
-_MODULATION = re.compile(
-    r"(^|\.)((norm\w*\.(linear\w*|fc))|\w*(mod|modulation)\w*(\.\w+)*|ada\w*(\.\w+)*|\w*time_emb_proj)$",
-    re.IGNORECASE,
-)
+# Why a layer of a block stays at 16 bit
+ROUTER = "it chooses experts: an error there sends tokens to other weights"
+MAKES_CONDITIONS = "it makes the modulation of all blocks from timestep or guidance"
+
+# Words of names that diffusers gives to projections of a conditioning vector: img_mod.1, adaLN_modulation.0. Whole
+# words, because "mode", "model", "module" and "adapter" are other things.
+_MODULATION_WORDS = frozenset({"mod", "modulation", "adaln", "adanorm"})
+_MODULATION_PATH = re.compile(r"(^|\.)(norm\w*\.(linear\w*|fc)|\w*time_emb_proj)$")
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What a layer read in a forward pass."""
+    """What a layer read in a forward pass, and what became of its output."""
 
     source: int  # equal for layers that read the very same tensor
-    tokens: int  # rows of one batch entry; a conditioning vector has 1
+    tokens: int  # rows of one image; a conditioning vector has 1
+    of_image: bool = (
+        True  # the latents are among what it is computed from; False: of text or conditions alone
+    )
+    chooses: bool = False  # its output chooses experts
+    modulates: bool = (
+        False  # it reads conditioning vectors, or its output only scales, shifts or gates channels
+    )
+    conditions: bool = False  # many rows that come from timestep, guidance and the like alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,29 +51,53 @@ class Roles:
     w4a4: frozenset[str]
     w4a16: frozenset[str]
     inputs: tuple[SharedInput, ...]
+    kept: Mapping[str, str] = field(default_factory=dict[str, str])  # layers of blocks, and why they stay
 
 
 def structural_roles(inventory: Inventory, readings: Mapping[str, Reading] | None) -> Roles:
     """Roles of every layer by structure. `readings` None: no forward pass could be run.
 
-    1x1 convolutions stay at 16 bit unless a recipe includes them. So do layers that read one tensor in many blocks:
-    the keys and values of a cross-attention, which cost little and which published recipes keep.
+    1x1 convolutions stay at 16 bit unless a recipe includes them. Keys and values of text are treated as any other
+    layer, however many blocks read the same text.
     """
     members = [
-        (linear, block)
+        (linear.name, block)
         for linear in inventory.linears
         if linear.kind == "linear" and (block := block_of(linear.name, inventory.stacks))
     ]
-    w4a16 = {linear.name for linear, _ in members if _is_modulation(linear, readings)}
-    common = _read_in_many_blocks(members, readings or {})
-    w4a4 = {linear.name for linear, _ in members} - w4a16 - common
+    seen = _with_siblings([name for name, _ in members], readings or {})
+    w4a16 = set[str]()
+    kept: dict[str, str] = {}
+    for name, _ in members:
+        reading = seen.get(name)
+        if reading is None:
+            w4a16 |= {name} if _named_as_modulation(name) else set()
+        elif reading.chooses:
+            kept[name] = ROUTER
+        elif reading.conditions:
+            kept[name] = MAKES_CONDITIONS
+        elif reading.modulates:
+            w4a16.add(name)
+    w4a4 = {name for name, _ in members} - w4a16 - kept.keys()
     groups: dict[object, list[str]] = defaultdict(list)
-    for linear, block in members:
-        if linear.name in w4a4 | w4a16:
-            reading = (readings or {}).get(linear.name)
-            modulation = linear.name in w4a16
-            groups[(block, modulation, reading.source) if reading else linear.name].append(linear.name)
-    return Roles(frozenset(w4a4), frozenset(w4a16), tuple(shared_input(names) for names in groups.values()))
+    for name, block in members:
+        if name in w4a4 | w4a16:
+            reading = (readings or {}).get(name)
+            groups[(block, name in w4a16, reading.source) if reading else name].append(name)
+    return Roles(
+        frozenset(w4a4), frozenset(w4a16), tuple(shared_input(names) for names in groups.values()), kept
+    )
+
+
+def _with_siblings(names: list[str], readings: Mapping[str, Reading]) -> dict[str, Reading]:
+    """The readings, and for layers that the pass left out (experts that no token went to) those of layers at the same
+    place of other blocks."""
+    by_place = {_NUMBER.sub(".*", name): reading for name, reading in readings.items()}
+    found = {name: readings.get(name) or by_place.get(_NUMBER.sub(".*", name)) for name in names}
+    return {name: reading for name, reading in found.items() if reading is not None}
+
+
+_NUMBER = re.compile(r"\.\d+(?=\.|$)")
 
 
 def joined_roles(first: Roles, other: Roles, prefix: str) -> Roles:
@@ -75,7 +111,10 @@ def joined_roles(first: Roles, other: Roles, prefix: str) -> Roles:
         for shared in other.inputs
     )
     return Roles(
-        first.w4a4.union(named(other.w4a4)), first.w4a16.union(named(other.w4a16)), (*first.inputs, *inputs)
+        first.w4a4.union(named(other.w4a4)),
+        first.w4a16.union(named(other.w4a16)),
+        (*first.inputs, *inputs),
+        {**first.kept, **{prefix + name: why for name, why in other.kept.items()}},
     )
 
 
@@ -92,21 +131,6 @@ def block_of(name: str, stacks: tuple[str, ...]) -> str | None:
     return None
 
 
-def _is_modulation(linear: Linear, readings: Mapping[str, Reading] | None) -> bool:
-    if readings is not None and linear.name in readings:
-        return readings[linear.name].tokens == 1
-    return _MODULATION.search(linear.name) is not None
-
-
-def _read_in_many_blocks(members: list[tuple[Linear, str]], readings: Mapping[str, Reading]) -> set[str]:
-    blocks: dict[int, set[str]] = defaultdict(set)
-    for linear, block in members:
-        if linear.name in readings:
-            blocks[readings[linear.name].source].add(block)
-    return {
-        linear.name
-        for linear, _ in members
-        if linear.name in readings
-        and readings[linear.name].tokens > 1
-        and len(blocks[readings[linear.name].source]) > 1
-    }
+def _named_as_modulation(name: str) -> bool:
+    words = re.split(r"[._]", ".".join(name.split(".")[-2:]).lower())
+    return not _MODULATION_WORDS.isdisjoint(words) or _MODULATION_PATH.search(name) is not None

@@ -1,153 +1,279 @@
-"""One forward pass of a model without memory, to see which linear layers read the same tensor.
+"""One forward pass of a model without weights, to see what its linear layers read and what becomes of what they give.
 
-The model and its arguments live on torch's meta device: shapes flow, numbers do not, so that a model of any size takes
-a second. The arguments of an unknown `forward` are put together from its parameters' names, which diffusers keeps
-uniform, and from the config's widths; the first combination that runs through is taken.
+The model's weights have no memory and the inputs are made up (`weightless`, `made_arguments`), so that a model of any
+size takes seconds. Seen are: which layers read the same tensor, how many tokens an image has there, whether a layer's
+input comes from the image, from the text, or only from the timestep and the like, and whether its output does anything
+but scale, shift and gate whole channels, or choose experts.
 """
 
 from __future__ import annotations
 
 import inspect
-import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 
+from svdq_cli.planning.class_arguments import CONFIG_CHANGES, OF_CLASS
+from svdq_cli.planning.made_arguments import WidthMismatch, calls
 from svdq_cli.planning.pointwise import channels_last, is_pointwise
 from svdq_cli.planning.structure import Reading
+from svdq_cli.planning.weightless import Weightless
 
-_SIDE = 32  # latent pixels: a multiple of every usual patch size
-_IMAGE_TOKENS = 64
-_TEXT_TOKENS = 16
-_MAX_TRIES = 200
-
-_LATENTS = re.compile(r"^(hidden_states|sample|x|latents|latent_model_input)$")
-_TEXT = re.compile(r"^(encoder_hidden_states|context|cap_feats|text_embeds?|prompt_embeds)$")
-_TIME = re.compile(r"^(t|timesteps?|time_step|sigma)$")
-_CHANNEL_KEYS = ("in_channels", "in_dim", "input_dim", "num_channels", "in_channel")
-_TEXT_KEY = re.compile(
-    r"joint_attention_dim|cross_attention_dim|caption|text|cap_feat|encoder|context|condition"
-)
+_MAX_WIDTHS = 12  # corrections of widths in one call
 
 
 def watch(model: nn.Module) -> dict[str, Reading] | None:
     """What every linear of a meta-device model reads; None where no forward pass could be put together."""
-    config = dict(getattr(model, "config", {}))
-    model.eval()
-    for arguments in itertools.islice(_candidates(model, config), _MAX_TRIES):
-        try:
-            return watch_call(model, arguments)
-        except Exception:  # any model's own way to refuse wrong shapes; the next combination is tried
-            continue
+    kind = type(model).__name__
+    with _config_changed(model, CONFIG_CHANGES.get(kind, {})):
+        for call in calls(model, OF_CLASS.get(kind, {})):
+            for _ in range(_MAX_WIDTHS):
+                try:
+                    return watch_call(model, call.arguments()) or None
+                except WidthMismatch as mismatch:
+                    if not call.world.correct(mismatch):
+                        break
+                except Exception:  # any model's own way to refuse wrong shapes; the next call is tried
+                    break
     return None
 
 
 def watch_call(
     model: nn.Module, arguments: Mapping[str, Any], positional: tuple[Any, ...] = ()
 ) -> dict[str, Reading]:
-    """The readings of one call. Raises whatever the model raises."""
-    seen: list[Tensor] = []  # kept alive, so that an identity is never given twice
-    readings: dict[str, Reading] = {}
-    handles = []
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) or is_pointwise(module):
+    """The readings of one call. `model`: weights on the meta device; its small tensors are given values, in place.
 
-            def before(layer: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
-                if not args or name in readings:
-                    return
-                seen.append(args[0])
-                x = channels_last(args[0]) if isinstance(layer, nn.Conv2d) else args[0]
-                rows = x.numel() // x.shape[-1]
-                readings[name] = Reading(id(args[0]), rows // x.shape[0] if x.ndim > 1 else 1)
-
-            handles.append(module.register_forward_pre_hook(before))
+    Raises WidthMismatch where a layer reads another number of channels than its weights have, and whatever the model
+    raises.
+    """
+    model.eval()
+    flow = Dataflow(model, arguments, positional)
+    flow.materialize_small(model)
+    handles = [hook for name, module in model.named_modules() for hook in flow.hooks(name, module)]
     try:
-        with torch.no_grad(), torch.device("meta"):
+        with torch.no_grad(), flow:
             model(*positional, **arguments)
     finally:
         for handle in handles:
             handle.remove()
-    return readings
+    return flow.readings()
 
 
-def _candidates(model: nn.Module, config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Arguments of `forward`, the likeliest first."""
-    parameters = inspect.signature(model.forward).parameters
-    fixed: dict[str, Any] = {
-        name: value for name in parameters if (value := _conditioning(name, config)) is not None
-    }
-    for name, parameter in parameters.items():
-        if parameter.default is inspect.Parameter.empty and "mask" in name:
-            fixed[name] = _meta(1, _TEXT_TOKENS).bool()
-    if "return_dict" in parameters:
-        fixed["return_dict"] = False
-    latents = next((name for name in parameters if _LATENTS.match(name)), None)
-    text = next((name for name in parameters if _TEXT.match(name)), None)
-    widths = _text_widths(config) if text else [0]
-    for shape, width in itertools.product(_latent_shapes(config), widths):
-        arguments = dict(fixed)
-        if latents:
-            arguments[latents] = _meta(*shape)
-        if text:
-            arguments[text] = _meta(1, _TEXT_TOKENS, width)
-        yield arguments
+class Dataflow(Weightless):
+    """Follows the inputs of a call, and the outputs of its linear layers, through every operation."""
 
-
-def _conditioning(name: str, config: Mapping[str, Any]) -> Tensor | int | None:
-    """What a conditioning argument of that name takes, where the name says it."""
-    if _TIME.match(name):
-        return _meta(1)
-    if name == "guidance":
-        return _meta(1) if config.get("guidance_embeds") else None
-    if name in ("pooled_projections", "pooled_prompt_embeds"):
-        width = config.get("pooled_projection_dim")
-        return _meta(1, width) if isinstance(width, int) else None
-    if name == "class_labels":
-        return _meta(1).long()
-    if name in ("num_frames", "height", "width"):
-        return {"num_frames": 1, "height": _IMAGE_TOKENS // 8, "width": 8}[
-            name
-        ]  # as many tokens as are given
-    if name in ("original_size", "target_size", "crop_coords"):
-        return _meta(1, 2)
-    if name in ("img_ids", "txt_ids"):
-        axes = config.get("axes_dims_rope")
-        tokens = _IMAGE_TOKENS if name == "img_ids" else _TEXT_TOKENS
-        return _meta(tokens, len(axes)) if isinstance(axes, (list, tuple)) else None
-    return None
-
-
-def _latent_shapes(config: Mapping[str, Any]) -> list[tuple[int, ...]]:
-    """Pictures, packed tokens and videos, with each width that the config may mean."""
-    channels = [value for key in _CHANNEL_KEYS if isinstance(value := config.get(key), int)]
-    channels += [width for width in _widths(config) if width not in channels]
-    return [
-        shape
-        for width in channels[:6]
-        for shape in (
-            (1, _IMAGE_TOKENS, width),
-            (1, width, _SIDE, _SIDE),
-            (1, width, 4, _SIDE, _SIDE),
-            (1, 4, width, _SIDE, _SIDE),
+    def __init__(
+        self, model: nn.Module, arguments: Mapping[str, Any], positional: tuple[Any, ...] = ()
+    ) -> None:
+        super().__init__()
+        names = [*inspect.signature(model.forward).parameters]
+        given = {**dict(zip(names, positional, strict=False)), **arguments}
+        self._latents = next(
+            (name for name in names if not _POSITIONS.search(name) and _rows_of(given.get(name)) > 1),
+            names[0],
         )
-    ]
+        self._batch = _batch_of(given.get(self._latents))
+        self._origins: Any = WeakIdKeyDictionary()  # tensor -> names of the arguments that it comes from
+        self._outputs: Any = WeakIdKeyDictionary()  # tensor -> the layers of whose output it is a part
+        self._numbers: Any = WeakIdKeyDictionary()  # tensor -> its number, by which inputs are told apart
+        self._seen: dict[str, tuple[int, int, frozenset[str]]] = {}
+        self._uses: dict[str, set[str]] = {}
+        self._rows: dict[str, int] = {}
+        self._vectors: set[str] = set()
+        for name, value in given.items():
+            if not _POSITIONS.search(name):
+                for leaf in tree_leaves(value):
+                    if isinstance(leaf, Tensor):
+                        self._origins[leaf] = frozenset([name])
+                if _rows_of(value) <= self._batch:
+                    self._vectors.add(name)
+
+    def hooks(self, name: str, module: nn.Module) -> Iterator[Any]:
+        """Hooks that note what a layer reads and gives, and check the width of what any layer reads."""
+        axis, width = _wanted(module)
+
+        def check(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else next(iter(kwargs.values()), None)
+            if isinstance(x, Tensor) and x.ndim > 1 and x.shape[axis] != width:
+                raise WidthMismatch(x.shape[axis], width)
+
+        if width:
+            yield module.register_forward_pre_hook(check, with_kwargs=True)
+        if isinstance(module, nn.Linear) or is_pointwise(module):
+
+            def note(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+                self._note(name, layer, args[0] if args else kwargs["input"], output)
+
+            yield module.register_forward_hook(note, with_kwargs=True)
+
+    def _note(self, name: str, layer: nn.Module, x: Tensor, output: Tensor) -> None:
+        if name not in self._seen:
+            if x not in self._numbers:
+                self._numbers[x] = len(self._seen)
+            y = channels_last(x) if isinstance(layer, nn.Conv2d) else x
+            origins = self._origins.get(x, frozenset())
+            # tokens may happen to be equal, a vector that was repeated for every token is one vector
+            rows = y.numel() // y.shape[-1] if origins - self._vectors else _distinct_rows(y)
+            self._seen[name] = (self._numbers[x], rows, origins)
+            self._rows[name] = rows
+            self._uses[name] = set()
+        self._outputs[output] = frozenset([name])
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        origins = frozenset().union(*(self._origins.get(x, frozenset()) for x in given))
+        if origins:
+            changed = [args[0]] if func._schema.is_mutable and isinstance(args[0], Tensor) else []  # pyright: ignore[reportFunctionMemberAccess]
+            for x in [*made, *changed, *(x._base for x in changed if x._base is not None)]:
+                self._origins[x] = origins | self._origins.get(x, frozenset())
+        self._follow(func, given, made)
+        return result
+
+    def _follow(self, func: Callable[..., Any], given: Sequence[Tensor], made: Sequence[Tensor]) -> None:
+        """What one operation does with outputs of layers."""
+        followed = [(x, layers) for x in given if (layers := self._outputs.get(x))]
+        if not followed:
+            return
+        name = func._schema.name.removeprefix("aten::").rstrip("_")  # pyright: ignore[reportFunctionMemberAccess]
+        everyone = frozenset().union(*(layers for _, layers in followed))
+        if _CHOOSES.fullmatch(name):
+            self._use(everyone, "chooses")
+        elif _SAME.fullmatch(name):
+            for x in made:
+                self._outputs[x] = everyone | self._outputs.get(x, frozenset())
+        elif _COMBINES.fullmatch(name):
+            wide = max((_rows_as(x, followed[0][0]) for x in given), default=0)
+            own = {layer for layer in everyone if self._rows[layer] * 2 <= wide}
+            self._use(frozenset(own), "modulates")
+            few = frozenset(layer for layer in everyone - own if self._rows[layer] <= _FEW * self._batch)
+            self._use(everyone - own - few, "is read")
+            for x in made:
+                if few:
+                    self._outputs[x] = few
+        elif not _LOOKS.fullmatch(name):
+            self._use(everyone, "is read")
+
+    def _use(self, layers: frozenset[str], use: str) -> None:
+        for layer in layers:
+            self._uses[layer].add(use)
+
+    def readings(self) -> dict[str, Reading]:
+        found: dict[str, Reading] = {}
+        for name, (source, rows, origins) in self._seen.items():
+            tokens = -(-rows // self._batch)
+            uses = self._uses[name]
+            of_tokens = bool(origins - self._vectors)
+            of_image = self._latents in origins
+            # an expert that one token of the image went to reads no conditioning vector
+            read_as_vector = not of_image and (tokens == 1 or not of_tokens)
+            gives_vector = uses == {"modulates"} and (tokens == 1 or not of_image)
+            vector = tokens <= _FEW and (read_as_vector or gives_vector)
+            found[name] = Reading(
+                source,
+                tokens,
+                of_image=of_image,
+                chooses="chooses" in uses,
+                modulates=vector,
+                conditions=not vector and bool(origins) and not of_tokens,
+            )
+        return found
 
 
-def _text_widths(config: Mapping[str, Any]) -> list[int]:
-    likely = [value for key, value in config.items() if _TEXT_KEY.search(key) and isinstance(value, int)]
-    return list(dict.fromkeys([*likely, *_widths(config)]))[:8]
+# Arguments that say where tokens are, how many and which count, but nothing of what they are.
+_POSITIONS = re.compile(
+    r"(img|txt|image|text|position|segment)_ids|rope|rotary|mask|ind(ic|ex)es|shape|coords|sizes?$|lens$"
+)
+_FEW = 8  # rows of an image that may still be conditioning vectors: one a frame, one a noise level
+
+# Operations whose result is the same values in another form, or a function of each value alone.
+_SAME = re.compile(
+    "view|_unsafe_view|reshape|_reshape_alias|unsqueeze|squeeze|expand|permute|transpose|t|slice|select|split|"
+    "split_with_sizes|unbind|chunk|narrow|clone|_to_copy|alias|detach|contiguous|repeat|repeat_interleave|index|"
+    "index_select|gather|cat|stack|where|masked_fill|unflatten|flatten|movedim|silu|gelu|tanh|sigmoid|relu|softplus|"
+    "exp|neg|abs|clamp|softmax|_softmax|_log_softmax|native_dropout|copy|lift_fresh|div|pow|sqrt|rsqrt|roll|flip|"
+    "as_strided|constant_pad_nd"
+)
+_COMBINES = re.compile("mul|add|sub|addcmul|addcdiv|rsub|lerp")
+_CHOOSES = re.compile("topk|sort|argsort|argmax|max|kthvalue")
+# Operations that only ask about a tensor.
+_LOOKS = re.compile(
+    "is_nonzero|equal|eq|ne|isnan|isinf|all|any|sym_size|zeros_like|ones_like|empty_like|new_zeros"
+)
 
 
-def _widths(config: Mapping[str, Any]) -> list[int]:
-    """Numbers of the config that could be a width, the hidden size (heads times head width) first."""
-    heads, head = config.get("num_attention_heads"), config.get("attention_head_dim")
-    hidden = [heads * head] if isinstance(heads, int) and isinstance(head, int) else []
-    found = [v for v in config.values() if isinstance(v, int) and not isinstance(v, bool) and v >= 4]
-    return list(dict.fromkeys([*hidden, *found]))
+def _rows_as(x: Tensor, like: Tensor) -> int:
+    """How many rows of `like`'s channels `x` has; a vector of the last axis's width is one row."""
+    channels = like.shape[-1] if like.ndim and like.shape[-1] > 1 else max((s for s in like.shape), default=1)
+    return x.numel() // max(1, channels)
 
 
-def _meta(*shape: int) -> Tensor:
-    return torch.empty(*shape, device="meta")
+def _distinct_rows(x: Tensor) -> int:
+    """Rows of a layer's input that differ: a vector that was repeated for every token is one."""
+    rows = x.detach().reshape(-1, x.shape[-1]).double()
+    weights = torch.linspace(1.0, 2.0, rows.shape[-1], dtype=rows.dtype).sin()
+    return int(torch.unique(rows @ weights).numel()) if rows.numel() else 0
+
+
+def _rows_of(value: Any) -> int:
+    """Tokens, or pixels, of an argument; 1 for one vector."""
+    leaves = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and leaf.numel()]
+    return max((_rows_of_tensor(leaf) for leaf in leaves), default=0)
+
+
+def _rows_of_tensor(x: Tensor) -> int:
+    if not x.is_floating_point():
+        return x.numel()
+    return x.numel() // x.shape[-1] if x.ndim > 1 else 1
+
+
+def _batch_of(latents: Any) -> int:
+    """Images in a call."""
+    if isinstance(latents, (list, tuple)):
+        return max(1, len(latents))
+    return latents.shape[0] if isinstance(latents, Tensor) and latents.ndim > 1 else 1
+
+
+def _wanted(module: nn.Module) -> tuple[int, int]:
+    """Axis and number of the channels that a layer's weights want; (0, 0) where that is not known."""
+    match module:
+        case nn.Linear():
+            return -1, module.in_features
+        case nn.Conv1d() | nn.Conv2d() | nn.Conv3d():
+            return 1, module.in_channels
+        # not of subclasses, which may turn what they read
+        case nn.LayerNorm() | nn.RMSNorm() if type(module) in (nn.LayerNorm, nn.RMSNorm):
+            return -1, module.normalized_shape[-1]
+        case _:
+            weight = getattr(module, "weight", None)
+            norm = (
+                type(module).__name__.endswith("RMSNorm") and isinstance(weight, Tensor) and weight.ndim == 1
+            )
+            return (-1, weight.shape[0]) if norm and isinstance(weight, Tensor) else (0, 0)
+
+
+@contextmanager
+def _config_changed(model: nn.Module, changes: Mapping[str, Any]) -> Iterator[None]:
+    """The model's config with other values, for one pass."""
+    config = getattr(model, "_internal_dict", None)
+    if not changes or config is None:
+        yield
+        return
+    model._internal_dict = type(config)({**config, **changes})
+    try:
+        yield
+    finally:
+        model._internal_dict = config

@@ -17,11 +17,11 @@ from svdq_cli.families import find_family
 from svdq_cli.formats import format_named
 from svdq_cli.formats.contract import Format
 from svdq_cli.pipelines.settings import DrawSettings
-from svdq_cli.planning.blocks import places_of
 from svdq_cli.planning.plan import Inventory, Observation, plan_model, restricted, take_inventory, watch
 from svdq_cli.planning.rules import plan_rules
-from svdq_cli.planning.structure import STRUCTURAL, Reading
+from svdq_cli.planning.structure import Reading
 from svdq_cli.prepare.options import RunOptions
+from svdq_cli.prepare.plan_warnings import plan_warnings
 from svdq_cli.prepare.prompts import ChosenPrompts, chosen_prompts
 from svdq_cli.prepare.sampling import Sampling, sampling_for, usual_sampling, with_model_sampling
 from svdq_cli.prepare.sources import source_of
@@ -170,13 +170,7 @@ def warnings_of(prepared: Prepared, *, data_free: bool) -> tuple[str, ...]:
         found.append(
             f"data-free: no calibration, so activations are not smoothed and quality is lower; {cure}"
         )
-    if prepared.plan.family == STRUCTURAL:
-        found.append(_structural_warning(prepared.plan))
-    places = places_of([linear.name for linear in prepared.inventory.linears])
-    unfit = [linear for linear in prepared.plan.kept if places[linear.name].stack]
-    if unfit:
-        found.append(f"{len(unfit)} block layers stay at 16 bit, the first is {unfit[0].name}")
-    return tuple(found)
+    return (*found, *plan_warnings(prepared.plan, prepared.inventory))
 
 
 def _denoisers_left_out(source: Source) -> Iterator[str]:
@@ -192,12 +186,3 @@ def _denoisers_left_out(source: Source) -> Iterator[str]:
             f"{name} ({kind}, {size / 1e9:.2f} GB), another denoiser of the pipeline, is not converted: it stays as "
             f"it is in {source.pipeline}"
         )
-
-
-def _structural_warning(plan: ModelPlan) -> str:
-    seen = any(len(shared.layers) > 1 for shared in plan.inputs)
-    return (
-        f"svdq has no family file for {plan.model_class}: it is planned by its structure"
-        + ("" if seen else ", and no forward pass showed which layers share an input or are modulation")
-        + "; svdq init writes the plan as rules to check and edit"
-    )

@@ -1,0 +1,59 @@
+"""What a user is to know of a plan: how it was made, and which weights stay at 16 bit, and why."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from math import prod
+
+from svdq_cli.planning.blocks import places_of
+from svdq_cli.planning.inventory import Inventory
+from svdq_cli.planning.structure import STRUCTURAL
+from svdq_cli.records import Linear, ModelPlan
+
+_MANY_WEIGHTS = 0.05  # of all, from which on it is said that they stay at 16 bit
+
+
+def plan_warnings(plan: ModelPlan, inventory: Inventory) -> tuple[str, ...]:
+    """The same for `inspect`, `convert --plan` and `convert`."""
+    structural = [_structural_warning(plan)] if plan.family == STRUCTURAL else []
+    return (*structural, *_kept_in_blocks(plan, inventory), *_weights_without_a_layer(plan, inventory))
+
+
+def _structural_warning(plan: ModelPlan) -> str:
+    seen = any(len(shared.layers) > 1 for shared in plan.inputs)
+    return (
+        f"svdq has no family file for {plan.model_class}: it is planned by its structure"
+        + ("" if seen else ", and no forward pass showed which layers share an input or are modulation")
+        + "; svdq init writes the plan as rules to check and edit"
+    )
+
+
+def _kept_in_blocks(plan: ModelPlan, inventory: Inventory) -> Iterator[str]:
+    """A warning for each reason why layers of blocks stay at 16 bit."""
+    places = places_of([linear.name for linear in inventory.linears])
+    by_reason: dict[str, list[Linear]] = defaultdict(list)
+    for linear in plan.kept:
+        if places[linear.name].stack:
+            by_reason[plan.kept_because.get(linear.name, "")].append(linear)
+    for reason, linears in by_reason.items():
+        share = sum(linear.in_features * linear.out_features for linear in linears) / plan.parameters
+        count = "1 block layer" if len(linears) == 1 else f"{len(linears)} block layers"
+        yield (
+            f"{count} ({share:.1%} of the weights) kept at 16 bit, the first is {linears[0].name}"
+            f"{': ' if reason else ''}{reason}"
+        )
+
+
+def _weights_without_a_layer(plan: ModelPlan, inventory: Inventory) -> Iterator[str]:
+    """A warning where many weights are no linear layer's, such as stacked tensors of experts."""
+    weights = {f"{linear.name}.weight" for linear in inventory.linears}
+    stacked = {name: prod(s) for name, s in inventory.state.items() if len(s) == 3 and name not in weights}
+    share = sum(stacked.values()) / plan.parameters
+    if share >= _MANY_WEIGHTS:
+        largest = max(stacked, key=lambda name: stacked[name])
+        yield (
+            f"{share:.0%} of the weights are {len(stacked)} stacked tensors of experts or the like, which are no "
+            f"linear layers, so that no output format holds them in 4 bits: they stay at 16 bit. The largest is "
+            f"{largest} {list(inventory.state[largest])}"
+        )
