@@ -13,8 +13,8 @@ from torch import Tensor
 
 from svdq_cli.cli import run
 from svdq_cli.source.original_names import FLUX1
+from tests.adapters.test_loras import kohya_bfl, trained
 from tests.source.originals import original_state
-from tests.source.test_loras import kohya_bfl, trained
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 DATA_FREE = "--effort datafree --rank 16 -q --json"

@@ -12,7 +12,7 @@ from svdq_cli.families import FAMILIES, find_family
 from svdq_cli.recipe import load_recipe
 from svdq_cli.source import open_source
 from svdq_cli.storage.resources import data_root
-from tests.families.layer_table import CONFIGS, PAGES, plan_of_config, rewritten
+from tools.layer_table import CONFIGS, PAGES, plan_of_config, rewritten
 
 # W4A4 layers by block, W4A16 layers, kept ones (all linears less those, and 1x1 convolutions), published parameters
 PUBLISHED = {
@@ -58,7 +58,7 @@ def test_a_model_that_fits_no_kernel_is_refused_with_the_reason():
 
 @pytest.mark.parametrize("page", sorted(PAGES.glob("*.md")), ids=lambda page: page.stem)
 def test_the_tables_of_a_page_are_current(page: Path):
-    """After a change: python -m tests.families.layer_table"""
+    """After a change: python -m tools.layer_table"""
     text = page.read_text(encoding="utf-8")
     assert text == rewritten(text)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from svdq_cli.checkpoint.reader import Checkpoint
 from svdq_cli.records import W4A4Solution
 from svdq_cli.runtime.linear import w4a4_exact, w4a16_rounded_weight
-from tests.source.test_loras import RANK, Halves
+from tests.adapters.test_loras import RANK, Halves
 
 # Layers of the tiny FLUX.1 that every kind of place is among: q, k, v of one input, single layers, the single block's
 # split proj_out, a W4A16 modulation, and layers that stay at 16 bits

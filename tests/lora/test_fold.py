@@ -21,6 +21,18 @@ from svdq_cli.lora.fold import FoldSettings, fold
 from svdq_cli.records import W4A4Plan
 from svdq_cli.reports import LoraReport
 from svdq_cli.source import open_source
+from tests.adapters.test_loras import (
+    NAMES,
+    Halves,
+    drawn,
+    kohya_diffusers,
+    kohya_unet,
+    peft,
+    trained,
+    unet_adapter,
+)
+from tests.adapters.test_loras import sd15 as sd15  # a fixture
+from tests.entrypoints.test_export import converted_alone
 from tests.lora.layers import (
     FOUR_BIT,
     MODULATION,
@@ -32,18 +44,6 @@ from tests.lora.layers import (
     relative,
     small_lora,
 )
-from tests.source.test_loras import (
-    NAMES,
-    Halves,
-    drawn,
-    kohya_diffusers,
-    kohya_unet,
-    peft,
-    trained,
-    unet_adapter,
-)
-from tests.source.test_loras import sd15 as sd15  # a fixture
-from tests.test_exporting import converted_alone
 
 # The promise: on the layer's output, with the LoRA a fraction of it. bfloat16 rounds the LoRA's own factors to 0.2 %.
 TOLERANCE = 1e-3

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from svdq_cli.checkpoint.reader import open_checkpoint
 from svdq_cli.lora.fold import fold
+from tests.adapters.test_loras import Halves, kohya_unet, numbered, old_diffusers
+from tests.entrypoints.test_export import converted_alone
 from tests.lora.layers import layer_output, probes, relative, small_lora
 from tests.lora.test_fold import saved
-from tests.source.test_loras import Halves, kohya_unet, numbered, old_diffusers
-from tests.test_exporting import converted_alone
 from tests.tiny_families import tiny_pipeline
 
 BLOCKS = (

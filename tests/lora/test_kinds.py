@@ -16,9 +16,7 @@ from svdq_cli.lora.fold import FoldSettings, fold
 from svdq_cli.lora.weights import CheckpointWeights
 from svdq_cli.records import W4A4Plan
 from svdq_cli.reports import LoraReport
-from tests.lora.layers import layer_output, relative
-from tests.lora.test_attaching import layer_of, loaded
-from tests.source.lora_kinds import (
+from tests.adapters.kinds import (
     LYCORIS,
     LYCORIS_REFUSED,
     PEFT,
@@ -33,7 +31,9 @@ from tests.source.lora_kinds import (
     train_with_lycoris,
     train_with_peft,
 )
-from tests.test_exporting import converted_alone
+from tests.entrypoints.test_export import converted_alone
+from tests.lora.layers import layer_output, relative
+from tests.lora.test_attach import layer_of, loaded
 from tests.tiny_families import tiny_pipeline
 
 Kinds = Mapping[str, PeftKind | LyCORISKind]

@@ -26,9 +26,9 @@ from svdq_cli.lora.branch_ops import additions, extended, padded, whole_tiles
 from svdq_cli.lora.standalone import block_tensors, modulation_tensors, write_nunchaku_lora
 from svdq_cli.pack.low_rank import unpack_down, unpack_up
 from svdq_cli.records import Int4, LayerPlan, Linear, W4A4Plan, W4A16Plan
+from tests.adapters.test_loras import peft
 from tests.lora.layers import FOUR_BIT, MODULATION, SIXTEEN_BIT, small_lora
 from tests.lora.test_fold import saved
-from tests.source.test_loras import peft
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "lorafold_flux_h128_r16.safetensors"
 # The layers of the golden block: hidden 128, MLP 128, rank 16

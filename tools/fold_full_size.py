@@ -1,6 +1,6 @@
 """What folding a LoRA into a checkpoint of FLUX.1-dev's size takes. By hand, with 15 GB of disk:
 
-    python -m tests.lora.measure_full_size FOLDER [--rank 32] [--format nunchaku-lite]
+    python -m tools.fold_full_size FOLDER [--rank 32] [--format nunchaku-lite]
 
 The checkpoint has the true names, shapes and bytes (6.8 GB at rank 32) and random numbers; the LoRA adapts every W4A4
 layer. Prints the report's seconds and peak memory. The checkpoint is kept for the next run.

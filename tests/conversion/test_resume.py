@@ -319,7 +319,7 @@ def killed_after(command: list[str], events: Path, seconds: float) -> int:
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1]), "OMP_NUM_THREADS": "1"}
+    return {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2]), "OMP_NUM_THREADS": "1"}
 
 
 # SVDQ_KILLS=10 takes ten
@@ -463,7 +463,7 @@ import os, signal
 from svdq_cli.conversion import tune_blocks
 from svdq_cli.conversion.convert import convert
 from svdq_cli.reconstruct import tuning
-from tests.test_resume import CPU, Path, best_recipe
+from tests.conversion.test_resume import CPU, Path, best_recipe
 tuning.STEPS, tuning.JUDGE_EVERY = 4, 2
 tune_blocks.passages_room = lambda *_: 0
 def kill(event):

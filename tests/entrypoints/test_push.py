@@ -88,7 +88,7 @@ def pushed(hub: Hub, *words: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_none"}
     return subprocess.run(
         [sys.executable, "-m", "svdq_cli", "push", *words, "--json"],
-        cwd=Path(__file__).resolve().parents[1],
+        cwd=Path(__file__).resolve().parents[2],
         env=environment,
         capture_output=True,
         text=True,

@@ -15,7 +15,7 @@ from torch import Tensor
 from svdq_cli.adapters.merge import merge_loras
 from svdq_cli.errors import InputError
 from svdq_cli.source import open_source, read_tensor
-from tests.source.test_loras import QKV, RANK, drawn, kohya_diffusers, peft, refused, weights_of
+from tests.adapters.test_loras import QKV, RANK, drawn, kohya_diffusers, peft, refused, weights_of
 
 LAYER = QKV[0]
 

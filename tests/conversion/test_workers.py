@@ -50,7 +50,7 @@ def _start(arguments: list[str], folder: Path, rank: int, port: int) -> subproce
     return subprocess.Popen(
         [sys.executable, "-m", "svdq_cli", *arguments, "--device", "cpu"],
         cwd=folder,
-        env=_environment(rank, port) | {"PYTHONPATH": str(Path(__file__).parent.parent)},
+        env=_environment(rank, port) | {"PYTHONPATH": str(Path(__file__).parents[2])},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -20,9 +20,9 @@ from svdq_cli.inference.load import Backend, load_model
 from svdq_cli.lora.fold import fold
 from svdq_cli.runtime.fused import FusedW4A4Linear
 from svdq_cli.runtime.hopper_fused import HopperW4A4Linear
+from tests.adapters.test_loras import peft
 from tests.lora.layers import FOUR_BIT, MODULATION, QKV, SIXTEEN_BIT, probes, relative, small_lora
 from tests.lora.test_fold import saved
-from tests.source.test_loras import peft
 
 EVERY_PLACE = {**FOUR_BIT, **MODULATION, **SIXTEEN_BIT}
 

@@ -16,8 +16,8 @@ from svdq_cli.adapters.names import ModelShapes
 from svdq_cli.adapters.read import Adapter, read_adapter
 from svdq_cli.source import open_source, read_tensor
 from svdq_cli.source.denoisers import joined
+from tests.adapters.test_loras import BFL, QKV, drawn, weights_of
 from tests.source.test_configs import meta_shapes
-from tests.source.test_loras import BFL, QKV, drawn, weights_of
 from tests.tiny_families import tiny_pipeline
 
 WAN = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 64, "ffn_dim": 256, "text_dim": 64}

@@ -1,6 +1,6 @@
 """The layer tables of docs/families, written from the family files and the published configs.
 
-`python -m tests.families.layer_table` rewrites them; a test compares them.
+`python -m tools.layer_table` rewrites them; a test compares them.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from svdq_cli.planning.plan import plan_model
 from svdq_cli.records import Int4, Linear, ModelPlan
 from svdq_cli.source import open_source
 
-CONFIGS = Path(__file__).parent / "configs"
-PAGES = Path(__file__).parents[2] / "docs" / "families"
+CONFIGS = Path(__file__).parents[1] / "tests" / "families" / "configs"
+PAGES = Path(__file__).parents[1] / "docs" / "families"
 _TABLE = re.compile(r"(<!-- layers of (?P<model>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 

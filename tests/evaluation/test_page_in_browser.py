@@ -11,7 +11,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 from svdq_cli.evaluation.page import render_page
-from tests.evaluate.page_sample import HOSTILE, gallery_of, page_of
+from tests.evaluation.page_sample import HOSTILE, gallery_of, page_of
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 PHONE = {"width": 390, "height": 844}

@@ -15,8 +15,8 @@ from svdq_cli.entrypoints.push import push
 from svdq_cli.lora.fold import fold
 from svdq_cli.prepare.options import RunOptions
 from svdq_cli.recipe import Output, Recipe, default_recipe, parse_fail_if, with_overrides
+from tests.adapters.test_loras import peft
 from tests.lora.layers import FOUR_BIT, small_lora
-from tests.source.test_loras import peft
 
 CARD = """\
 ---

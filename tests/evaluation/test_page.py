@@ -15,7 +15,7 @@ from PIL import Image
 from svdq_cli.evaluation.gallery import keep_picture, open_gallery
 from svdq_cli.evaluation.page import render_page, show_pictures
 from svdq_cli.evaluation.page.pictures import SIDES, data_uri, difference_map
-from tests.evaluate.page_sample import HOSTILE, WAYS, gallery_of, page_of
+from tests.evaluation.page_sample import HOSTILE, WAYS, gallery_of, page_of
 
 
 class Outline(HTMLParser):

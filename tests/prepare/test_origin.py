@@ -16,8 +16,8 @@ from svdq_cli.lora.fold import fold
 from svdq_cli.prepare.options import DEFAULT_OPTIONS
 from svdq_cli.prepare.origin import origin_of
 from svdq_cli.recipe import default_recipe
+from tests.adapters.test_loras import peft
 from tests.lora.layers import FOUR_BIT, small_lora
-from tests.source.test_loras import peft
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from svdq_cli.adapters.merge import merge_loras
 from svdq_cli.errors import InputError
 from svdq_cli.source import Source, open_source, read_tensor
-from tests.source.lora_kinds import (
+from tests.adapters.kinds import (
     ALPHA,
     LYCORIS,
     LYCORIS_REFUSED,

