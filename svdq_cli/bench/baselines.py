@@ -29,24 +29,39 @@ def gpu_baselines(m: int) -> Iterator[tuple[str, Make]]:
 class TinyGemm(nn.Module):
     """torch's own 4-bit weights with 16-bit activations."""
 
-    def __init__(self, packed: Tensor, scales_and_zeros: Tensor) -> None:
+    def __init__(self, multiply: Callable[..., Tensor], packed: Tensor, scales_and_zeros: Tensor) -> None:
         super().__init__()
+        self.multiply = multiply
         self.register_buffer("packed", packed)
         self.register_buffer("scales_and_zeros", scales_and_zeros)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch._weight_int4pack_mm(
-            x, self.get_buffer("packed"), GROUP, self.get_buffer("scales_and_zeros")
-        )
+        return self.multiply(x, self.get_buffer("packed"), GROUP, self.get_buffer("scales_and_zeros"))
 
 
 def weight_only_int4(weight: Tensor) -> Operation:
-    """Codes 0..15, weight = (code - 8) * scale + zero, one scale for 64 columns."""
-    groups = weight.float().unflatten(-1, (-1, GROUP))
-    scales = (groups.abs().amax(-1) / 7).bfloat16()
-    codes = (groups / scales.float().unsqueeze(-1)).round().clamp(-7, 7).flatten(-2)
+    """`weight` (N, K); codes 0..15, weight = (code - 8) * scale + zero, one scale for 64 columns."""
+    codes, scales = _weight_codes(weight)
     shifted = (codes + 8).to(torch.uint8)
     packed = torch._convert_weight_to_int4pack(shifted[:, 0::2] << 4 | shifted[:, 1::2], 8)
+    return _weight_only(torch._weight_int4pack_mm, packed, codes, scales)
+
+
+def weight_only_int4_on_cpu(weight: Tensor) -> Operation:
+    """The same of a weight (N, K) on a CPU, which has operators of its own, as torchao calls them."""
+    codes, scales = _weight_codes(weight)
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu((codes + 8).to(torch.int32), 1)
+    return _weight_only(torch.ops.aten._weight_int4pack_mm_for_cpu, packed, codes, scales)
+
+
+def _weight_codes(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes -7..7 (N, K) and scales (N, K/64)."""
+    groups = weight.float().unflatten(-1, (-1, GROUP))
+    scales = (groups.abs().amax(-1) / 7).bfloat16()
+    return (groups / scales.float().unsqueeze(-1)).round().clamp(-7, 7).flatten(-2), scales
+
+
+def _weight_only(multiply: Callable[..., Tensor], packed: Tensor, codes: Tensor, scales: Tensor) -> Operation:
     pairs = torch.stack((scales, torch.zeros_like(scales)), -1).transpose(0, 1).contiguous()
     values = codes.unflatten(-1, (-1, GROUP)).double() * scales.double().unsqueeze(-1)
     return Operation(
@@ -55,7 +70,7 @@ def weight_only_int4(weight: Tensor) -> Operation:
         "w4a16 int4",
         None,
         torch.bfloat16,
-        TinyGemm(packed, pairs),
+        TinyGemm(multiply, packed, pairs),
         lambda x: x.double() @ values.flatten(-2).T,
         "4-bit weights, bfloat16 activations; result rounded to bfloat16",
     )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from svdq_cli.bench.baselines import Make, int8_mm
+from svdq_cli.bench.baselines import Make, int8_mm, weight_only_int4_on_cpu
+from svdq_cli.bench.ggml import ggml_product, ggml_products
 from svdq_cli.bench.operations import NAMES, Operation, w4a4_float64, w4a16_float64, without_branch
 from svdq_cli.bench.report import FUSED, NO_BRANCH, UNFUSED
 from svdq_cli.pack.cpu_panels import unpack_hidden
@@ -34,8 +36,11 @@ def cpu_operations(solution: LayerSolution, m: int) -> Iterator[Operation]:
 
 def cpu_baselines(m: int) -> Iterator[tuple[str, Make]]:
     """What torch itself offers beside its float linears, for M rows, by name."""
+    yield "torch._weight_int4pack_mm_for_cpu", weight_only_int4_on_cpu
     if m > 1:
         yield "torch._int_mm", int8_mm
+        for name, kind, repacked in ggml_products():
+            yield name, partial(ggml_product, kind=kind, repacked=repacked)
 
 
 class UnfusedBranch(nn.Module):
