@@ -6,11 +6,12 @@ import math
 from dataclasses import dataclass
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from svdq_cli.errors import CheckFailedError
-from svdq_cli.records import LayerSolution, W4A4Solution, W4A16Solution
-from svdq_cli.runtime.linear import w4a4_forward, w4a16_forward
+from svdq_cli.records import LayerSolution
+from svdq_cli.runtime.cpu_fused import engine_linear
+from svdq_cli.runtime.linear import quantized_linear
 
 # Bounds of a ratio that JSON can't hold when signal or noise is zero; float32 outputs can't reach them
 # otherwise.
@@ -43,6 +44,7 @@ def layer_sqnr_db(
     Raises CheckFailedError, naming the layer, where an output is not finite.
     """
     signal = noise = 0.0
+    converted = converted_layer(solution)
     weight32, bias32 = weight.float(), None if bias is None else bias.float()
     for part in rows.split(chunk):
         exact = F.linear(part.float(), weight32, bias32)
@@ -50,7 +52,7 @@ def layer_sqnr_db(
         if moved is not None:
             part = part.float() if moved.mean is None else part.float() - moved.mean
             exact = F.linear(part, weight32, None if moved.bias is None else moved.bias.float())
-        noise += (exact - converted_output(part, solution)).double().square().sum().item()
+        noise += (exact - converted(part.float())).double().square().sum().item()
     if not math.isfinite(signal) or not math.isfinite(noise):
         name = solution.plan.name
         whose = "converted" if math.isfinite(signal) else "16-bit"
@@ -60,13 +62,9 @@ def layer_sqnr_db(
     return ratio_db(signal, noise)
 
 
-def converted_output(rows: Tensor, solution: LayerSolution) -> Tensor:
-    """What the runtimes compute on `rows` (M, K), rounded where they round: (M, N) float32."""
-    match solution:
-        case W4A4Solution():
-            return w4a4_forward(rows.float(), solution)
-        case W4A16Solution():
-            return w4a16_forward(rows.float(), solution)
+def converted_layer(solution: LayerSolution) -> nn.Module:
+    """What the runtimes compute on rows (M, K) float32, rounded where they round: (M, N) float32."""
+    return engine_linear(solution) or quantized_linear(solution)
 
 
 def ratio_db(signal: float, noise: float) -> float:

@@ -28,6 +28,7 @@ from svdq_cli.prepare.origin import Origin
 from svdq_cli.recipe import Recipe
 from svdq_cli.records import Event, LayerPlan, Observer, W4A4Plan
 from svdq_cli.reports import OutputSqnr
+from svdq_cli.runtime.cpu_fused import engine_linear
 from svdq_cli.runtime.linear import quantized_linear
 from svdq_cli.runtime.naive import naive_solution
 from svdq_cli.runtime.nf4 import nf4_linear, require_nf4
@@ -342,9 +343,11 @@ def _naive_layer(run: Run, plan: LayerPlan, weight: Tensor, bias: Tensor | None)
     """Rounded to nearest, nothing else."""
     dtype = run.checkpoint.dtype
     if isinstance(plan, W4A4Plan):
-        return quantized_linear(naive_solution(plan, weight, bias, dtype))
-    bias = None if bias is None else bias.float()
-    return quantized_linear(solve_w4a16(plan, weight.float(), bias, dtype=dtype))
+        solution = naive_solution(plan, weight, bias, dtype)
+    else:
+        bias = None if bias is None else bias.float()
+        solution = solve_w4a16(plan, weight.float(), bias, dtype=dtype)
+    return (engine_linear(solution) if run.device.type == "cpu" else None) or quantized_linear(solution)
 
 
 def _nf4_layer(run: Run, plan: LayerPlan, weight: Tensor, bias: Tensor | None) -> nn.Module:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from svdq_cli.cpu.engine import lack_of_engine
 from svdq_cli.errors import UsageError
 from svdq_cli.pack.cpu_panels import BLOCK, STEP, pack_down, pack_up
 from svdq_cli.records import GELU_SHIFT, LayerSolution, W4A4Solution, W4A16Solution
@@ -15,6 +16,7 @@ from svdq_cli.runtime.cpu_operands import (
     CpuOperands,
     CpuW4A16Operands,
     cpu_bias,
+    cpu_objection,
     pack_cpu,
     pack_cpu_w4a16,
     unpack_cpu,
@@ -196,6 +198,17 @@ def cpu_linear(
             return CpuW4A4Linear(solution, unsigned_from=unsigned_from)
         case W4A16Solution():
             return CpuW4A16Linear(solution)
+
+
+def engine_linear(solution: LayerSolution) -> CpuW4A4Linear | CpuW4A16Linear | None:
+    """The module that runs a solution in main memory, several times faster than plain torch and with results within
+    one rounding of its; None where there is no engine, or it can't run this layer."""
+    on_cpu = solution.codes.device.type == "cpu"
+    return (
+        cpu_linear(solution)
+        if on_cpu and lack_of_engine() is None and cpu_objection(solution) is None
+        else None
+    )
 
 
 def _refuse_gradients(x: Tensor) -> None:
