@@ -63,9 +63,10 @@ def predict(
     draws = not data_free and artefact is None
     job = forecast_of(prepared, artefact, draws=draws, device=device, options=options)
     out = Path(recipe.outputs[0].path or "") if recipe.outputs else Path()
-    side_by_side = portions_at_once(device, data_free=data_free)
+    side_by_side = portions_at_once(device)
     with torch_threads(1 if side_by_side else torch.get_num_threads()):
         speed = speed_of(device, compute_dtype(device), existing(out))
+    speed = replace(speed, forward=speed.forward * max(1, side_by_side))  # which has all cores
     return_freed_memory()  # of measuring: what this process holds now is what a conversion begins with
     stages = stage_seconds(job, speed, preparing, at_once=max(1, side_by_side))
     settings = (prepared.sampling or usual_sampling(prepared.source)).settings

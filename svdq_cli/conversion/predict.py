@@ -218,7 +218,7 @@ def _solving_bytes(job: Forecast) -> list[int]:
     memory for."""
     portions = _portions(job)
     needs = [_planned(job, portion)[1].ram for portion in portions]
-    at_once = portions_at_once(job.device, data_free=job.data_free)
+    at_once = portions_at_once(job.device)
     if not at_once:
         return [need + _waiting_bytes(job, each) for need, each in zip(needs, portions, strict=True)]
     room = (1 - SPARED) * free_ram(job.options)

@@ -93,7 +93,7 @@ def solve_into(
     left = [portion for portion in portions if not _is_finished(work, portion, observe)]
     held = len(prepared.plan.layers) - sum(len(portion.layers) for portion in left)
     team, job = options.team, Solving(prepared, statistics, device, options, observe, reserved)
-    if team.size > 1 or portions_at_once(device, data_free=data_free):
+    if team.size > 1 or portions_at_once(device):
         left = job.longest_first(left)
     if team.size > 1:
         team.tell(LEFT, {"portions": [_key(portion) for portion in left]})
@@ -252,7 +252,7 @@ def _solved(
             alone=alone,
         )
 
-    if at_once := portions_at_once(job.device, data_free=job.statistics is None):
+    if at_once := portions_at_once(job.device):
         if options.max_ram is None:
             free_large_tensors_at_once()
         yield from made_side_by_side(
@@ -265,15 +265,15 @@ def _solved(
             return_freed_memory()
 
 
-def portions_at_once(device: torch.device, *, data_free: bool) -> int:
+def portions_at_once(device: torch.device) -> int:
     """How many portions are solved side by side, memory allowing, each by a thread with one core; 0 for one after the
     other by the main thread with all cores.
 
-    A CPU does so without calibration: most of the work is small operations and products with few columns, which more
-    cores do not make faster, and with one core each the sums come out the same on every machine. With calibration a
-    portion can take minutes, and only the main thread can be interrupted.
+    A CPU does so: most of the work is small operations and products with few columns, which more cores do not make
+    faster (and beside other work slower, for they wait for one another), and with one core each the sums come out the
+    same on every machine.
     """
-    return cores(MOST_AT_ONCE) if data_free and device.type == "cpu" else 0
+    return cores(MOST_AT_ONCE) if device.type == "cpu" else 0
 
 
 def _solved_so(way: Way, job: Solving, portion: SharedInput, raw: dict[str, RawWeight]) -> SolvedInput:

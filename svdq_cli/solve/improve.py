@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from svdq_cli.overlap import end_if_left
 from svdq_cli.records import Precision, SearchStep, W4A4Plan, W4A4Solution
 from svdq_cli.solve.forward import SourceWeight, dequantized_weight, relative_errors, stacked_weights
 from svdq_cli.solve.learned import GPTQ_LEAVES, learn_smoothing
@@ -108,6 +109,7 @@ def improve(
     for step in steps:
         if step not in attempts:
             continue  # scales are taken with gptq, means were moved before
+        end_if_left()
         began = time.monotonic()
         tried = attempts[step]()
         if tried is None:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from svdq_cli.overlap import end_if_left
 from svdq_cli.records import Int4, NvFp4, Precision
 from svdq_cli.solve.quantizers import E4M3_MAX, E4M3_TINY, round_e2m1_to_even
 
@@ -50,6 +51,7 @@ def learn_smoothing(
     optimizer = torch.optim.Adam([log_s], lr=LEARNING_RATE)
     missing = weight - branch(start)
     for step in range(STEPS):
+        end_if_left()
         if step and step % BRANCH_EVERY == 0:
             with torch.no_grad():
                 missing = weight - branch(log_s.detach().exp())

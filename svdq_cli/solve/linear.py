@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from svdq_cli.errors import UsageError
+from svdq_cli.overlap import end_if_left
 from svdq_cli.records import (
     ActivationStats,
     LayerReport,
@@ -141,6 +142,7 @@ def choose_smoothing(
             errors = [0.0] * len(GRID)
             for stack in stacks_of(shared, plans, weights, sample):
                 for index, point in enumerate(GRID):
+                    end_if_left()
                     errors[index] += _search_error(stack, factor(point), sample, precision, settings)
                 del stack  # before the next one is made
             best = min(range(len(GRID)), key=errors.__getitem__)

@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from svdq_cli.overlap import end_if_left
 from svdq_cli.records import Int4, NvFp4, Precision
 from svdq_cli.solve.quantizers import (
     E4M3_MAX,
@@ -89,6 +90,7 @@ def gptq(weight: Tensor, hessian: Tensor, grid: Grid, *, damping: float = DAMPIN
     codes: list[Tensor] = []
     chosen: list[Parameters] = []
     for start in range(0, len(work), BLOCK):
+        end_if_left()
         end = start + BLOCK
         block, factor = work[start:end], inverse[start:end, start:end]
         errors = torch.zeros_like(block)

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Generator, Iterable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import TypeVar
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
+_OWN = threading.local()  # of a thread that makes something: the event that ends it
 
 
 def made_ahead(
@@ -54,8 +55,9 @@ def made_side_by_side(
     than `threads` are being made or wait for the caller. Where `beside(busy, following)` finds no room for one more, it
     waits until enough of the others are taken; where `make` finds none, which was not `alone` when it was begun and
     raises NoRoomBeside, until all of them are, and nothing is begun beside it then. What else `make` raises is raised
-    here."""
-    maker = _threads(threads, "beside")
+    here. Where the caller leaves before the end, what is still being made ends at its next `end_if_left`."""
+    left = threading.Event()
+    maker = _threads(threads, "beside", left)
     busy: dict[Future[Made], Item] = {}
     crowded: list[Item] = []
     coming = iter(items)
@@ -79,6 +81,7 @@ def made_side_by_side(
                 yield from _some_done(busy, crowded)
             busy[maker.submit(make, item, not busy)] = item
     finally:
+        left.set()
         maker.shutdown(wait=True, cancel_futures=True)
 
 
@@ -134,13 +137,26 @@ def _some_done(
         yield item, future.result()
 
 
-def _threads(count: int, name: str) -> ThreadPoolExecutor:
+def end_if_left() -> None:
+    """CancelledError in a thread whose work nobody waits for any more. Work of minutes asks now and then, because only
+    the main thread is told of an interruption."""
+    left = getattr(_OWN, "left", None)
+    if left is not None and left.is_set():
+        raise CancelledError
+
+
+def _threads(count: int, name: str, left: threading.Event | None = None) -> ThreadPoolExecutor:
     """Threads in which torch has one core each: with as many as the caller's, they would wait for one another and burn
     time while they wait."""
     import torch
 
     torch.get_num_threads()  # settles the caller's own, which a thread without any would take from the last one set
-    return ThreadPoolExecutor(count, name, torch.set_num_threads, (1,))
+
+    def begin() -> None:
+        torch.set_num_threads(1)
+        _OWN.left = left
+
+    return ThreadPoolExecutor(count, name, begin)
 
 
 class Behind:

@@ -98,12 +98,14 @@ def test_the_same_with_calibration(tiny_flux: Path, tmp_path: Path, monkeypatch:
     )
     statistics = tmp_path / "statistics"
     calibrate(recipe, statistics, options=ON_CPU)
-    convert(recipe, tmp_path / "whole", calibration=statistics, options=ON_CPU)
+    whole = convert(recipe, tmp_path / "whole", calibration=statistics, options=ON_CPU)
     solve_with(monkeypatch, lambda attempt: Allocations(failing={400} if attempt == 1 else ()))
     said = Warnings()
     convert(recipe, tmp_path / "out", calibration=statistics, options=ON_CPU, observe=said)
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
-    assert said[0].startswith(f"{FIRST}: solving it on the CPU: CUDA out of memory")
+    layer, _, what = said[0].partition(": ")
+    assert layer in whole.search.layers
+    assert what.startswith("solving it on the CPU: CUDA out of memory")
 
 
 def test_the_search_for_ranks_backs_off_too(tiny_flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

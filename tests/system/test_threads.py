@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import CancelledError
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from svdq_cli.system.threads import (
     NoRoomBeside,
     cores,
     done_behind,
+    end_if_left,
     made_ahead,
     made_meanwhile,
     made_side_by_side,
@@ -221,3 +224,26 @@ def test_what_is_made_meanwhile_is_there_in_the_end_and_an_error_of_the_block_st
     ):
         raise ValueError("the block's own")
     assert seen == [True]
+
+
+def test_what_nobody_waits_for_any_more_ends_at_its_next_question():
+    begun, ended = threading.Event(), threading.Event()
+
+    def make(item: int, alone: bool) -> int:
+        if item == 0:
+            return item
+        begun.set()
+        try:
+            while True:
+                end_if_left()
+                time.sleep(0.01)
+        except CancelledError:
+            ended.set()
+            raise
+
+    made = made_side_by_side([0, 1], make, threads=2)
+    assert next(made) == (0, 0)
+    assert begun.wait(10)
+    made.close()  # would wait for ever
+    assert ended.is_set()
+    end_if_left()  # of the caller's own thread nobody asks it
