@@ -28,7 +28,8 @@ def naive_solution(plan: W4A4Plan, weight: Tensor, bias: Tensor | None, dtype: t
 
 
 def published_rounding(weight: Tensor, precision: Precision, *, dtype: torch.dtype) -> QuantizedWeight:
-    """Round to nearest as other exporters do it: int4 codes -7 to 7 with scales (N, K/G) above zero. Loses more than
+    """Round to nearest as other exporters do it: int4 codes -7 to 7 with scales (N, K/G) above zero, nvfp4
+    with the scale that makes a group's largest weight 6. Loses more than
     svdq's own rounding (`quantize_weight`). `weight` (N, K) float32."""
     match precision:
         case Int4(group=group):
@@ -38,4 +39,4 @@ def published_rounding(weight: Tensor, precision: Precision, *, dtype: torch.dty
             codes = (groups / scales.float().unsqueeze(-1)).round_().clamp_(-7, 7)
             return QuantizedWeight(codes.flatten(1).to(torch.int8), scales, None)
         case NvFp4():
-            return quantize_weight(weight, precision, dtype=dtype)
+            return quantize_weight(weight, precision, dtype=dtype, nvfp4_shares=(1.0,))

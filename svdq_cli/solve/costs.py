@@ -25,7 +25,7 @@ from svdq_cli.solve.improve import HELD_OUT, LEAST_ROWS
 from svdq_cli.solve.learned import OUTPUTS_PER_STEP, ROWS_PER_STEP, STEPS
 from svdq_cli.solve.linear import SEARCH_POWER_ITERATIONS, SEARCH_ROWS
 from svdq_cli.solve.low_rank import OVERSAMPLE, POWER_ITERATIONS
-from svdq_cli.solve.quantizers import BLOCK
+from svdq_cli.solve.quantizers import BLOCK, NVFP4_SHARES
 from svdq_cli.solve.smoothing import GRID
 
 
@@ -83,13 +83,14 @@ def _w4a4_work(shapes: Shapes, width: int, settings: SolveSettings, rows: int, p
     n = sum(count for count, _ in shapes)
     size = n * width
     rounded = size * (NVFP4_ROUNDING if isinstance(precision, NvFp4) else 1)
+    nearest = rounded * (len(NVFP4_SHARES) if isinstance(precision, NvFp4) else 1)
     report = Work(compared=size, calls=200) + (_output(n, width, rows) if rows else Work())
     if not rows:
-        first = _split(shapes, width, refine.POWER_ITERATIONS) + Work(quantized=rounded, calls=200)
+        first = _split(shapes, width, refine.POWER_ITERATIONS) + Work(quantized=nearest, calls=200)
         # each takes two products, rounds, and looks at what was lost, which is half of what a comparison does
-        more = _split(shapes, width, 0) + Work(quantized=rounded, compared=size / 2, calls=200)
+        more = _split(shapes, width, 0) + Work(quantized=nearest, compared=size / 2, calls=200)
         return first + more * settings.refinements + report
-    final = _split(shapes, width, POWER_ITERATIONS) + Work(quantized=rounded, calls=200)
+    final = _split(shapes, width, POWER_ITERATIONS) + Work(quantized=nearest, calls=200)
     search = min(rows, SEARCH_ROWS)
     point = _split(shapes, width, SEARCH_POWER_ITERATIONS) + Work(
         matmul=4 * search * size, quantized=rounded + size + search * width, calls=500

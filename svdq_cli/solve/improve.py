@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from svdq_cli.overlap import end_if_left
 from svdq_cli.records import Precision, SearchStep, W4A4Plan, W4A4Solution
 from svdq_cli.solve.forward import SourceWeight, dequantized_weight, relative_errors, stacked_weights
 from svdq_cli.solve.learned import GPTQ_LEAVES, learn_smoothing
@@ -22,6 +21,7 @@ from svdq_cli.solve.quantizers import QuantizedWeight, fake_quantize_activation
 from svdq_cli.solve.refit import refit_branch, ridge_for
 from svdq_cli.solve.rounding import NO_SEARCH, SCALE_FACTORS, gptq_weight
 from svdq_cli.solve.second_moments import second_moments
+from svdq_cli.system.threads import end_if_left
 
 HELD_OUT = 8  # one row in eight judges: the last ones, which come from pictures that the others do not
 LEAST_ROWS = 64  # with fewer there is nothing to learn from and nothing to judge on

@@ -12,9 +12,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from svdq_cli.overlap import end_if_left
 from svdq_cli.records import Int4, NvFp4, Precision
 from svdq_cli.solve.quantizers import E4M3_MAX, E4M3_TINY, round_e2m1_to_even
+from svdq_cli.system.threads import end_if_left
 
 # Five times as many numbers a step, or twice the steps, change the result by less than 0.05 dB.
 STEPS = 60

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from svdq_cli.errors import UsageError
-from svdq_cli.overlap import end_if_left
 from svdq_cli.records import (
     ActivationStats,
     LayerReport,
@@ -43,6 +42,7 @@ from svdq_cli.solve.quantizers import (
 from svdq_cli.solve.rebuild import Residual, relative_error
 from svdq_cli.solve.refine import refined
 from svdq_cli.solve.smoothing import CLOSED_FORM, GRID, placed, smooth_factor
+from svdq_cli.system.threads import end_if_left
 
 SEARCH_ROWS = 512  # rows that score a grid point; the ranking is stable long before the report's figure is
 SEARCH_POWER_ITERATIONS = 1  # a rougher SVD ranks the same

@@ -22,6 +22,10 @@ INT4_LEAST, INT4_MOST = -8, 7  # codes of weights
 # Of the scale with which a group's largest weight just becomes -8. Rounded to nearest, trained weights lose least with
 # 0.95 of it: a few are clipped, the many others gain resolution.
 INT4_SHARE = 0.95
+# Of the micro scale with which a group's largest weight just becomes 6. At 1.5 times that it becomes 4, where E2M1 is
+# half as coarse (Four Over Six, arXiv 2512.02010): each group takes the one that loses least.
+NVFP4_SHARES = (1.0, 1.5, 1.2, 0.9)
+NVFP4_PIECES = 3  # of a block, one after the other: what is tried and compared takes memory
 BLOCK = 1 << 19  # numbers that are worked on at a time
 E4M3_MAX = 448.0
 E4M3_TINY = 2.0**-9  # the smallest positive e4m3 number; a micro scale of zero would divide zero by zero
@@ -47,12 +51,18 @@ class QuantizedWeight:
     outer: Tensor | None  # nvfp4: (1,) or (N,)
 
 
-def quantize_weight(weight: Rows, precision: Precision, *, dtype: torch.dtype) -> QuantizedWeight:
+def quantize_weight(
+    weight: Rows,
+    precision: Precision,
+    *,
+    dtype: torch.dtype,
+    nvfp4_shares: tuple[float, ...] = NVFP4_SHARES,
+) -> QuantizedWeight:
     """Round to nearest. `weight` (N, K) float32, `dtype` the stored 16-bit dtype. Rows are asked for
     once for int4 and twice for nvfp4, whose outer scale is that of the whole."""
     quantized = empty_quantized(weight, precision, dtype=dtype)
     for rows in row_blocks(weight):
-        quantize_rows(weight[rows], quantized, rows, precision)
+        quantize_rows(weight[rows], quantized, rows, precision, nvfp4_shares=nvfp4_shares)
     return quantized
 
 
@@ -70,8 +80,8 @@ def dequantize_weight(quantized: QuantizedWeight, precision: Precision) -> Tenso
 
 
 def fake_quantize_weight(weight: Tensor, precision: Precision, *, dtype: torch.dtype) -> Tensor:
-    """Quantize and dequantize, (N, K) float32, for scoring: as `quantize_weight` but for ties of e2m1, which round to
-    even here (a few weights in a million differ)."""
+    """Quantize and dequantize, (N, K) float32, for scoring: as `quantize_weight`, but nvfp4 with the scale alone with
+    which a group's largest weight becomes 6, and with ties to even."""
     groups = _grouped(weight, precision.group)
     match precision:
         case Int4():
@@ -173,9 +183,17 @@ def empty_quantized(weight: Rows, precision: Precision, *, dtype: torch.dtype) -
     )
 
 
-def quantize_rows(values: Tensor, quantized: QuantizedWeight, rows: slice, precision: Precision) -> Tensor:
+def quantize_rows(
+    values: Tensor,
+    quantized: QuantizedWeight,
+    rows: slice,
+    precision: Precision,
+    *,
+    nvfp4_shares: tuple[float, ...] = NVFP4_SHARES,
+) -> Tensor:
     """Rounds some rows of a weight, `values` (n, K) float32, to nearest. Codes and scales are put into `quantized` (of
-    `empty_quantized`); returns what they stand for, (n, K) float32."""
+    `empty_quantized`); returns what they stand for, (n, K) float32. `nvfp4_shares`: the micro scales to choose from, as
+    shares of the one with which a group's largest weight becomes 6."""
     groups = _grouped(values, precision.group)
     match precision:
         case Int4():
@@ -188,13 +206,43 @@ def quantize_rows(values: Tensor, quantized: QuantizedWeight, rows: slice, preci
             return codes.mul_(scale).flatten(-2)
         case NvFp4():
             assert quantized.outer is not None
-            outer = quantized.outer.float()
-            micro = (absmax(groups) / 6 / outer).clamp_(E4M3_TINY, E4M3_MAX).to(torch.float8_e4m3fn)
-            step = (micro.float() * outer).unsqueeze(-1)
-            codes = encode_e2m1(groups / step)
-            quantized.codes[rows] = codes.flatten(-2)
-            quantized.scales[rows] = micro
-            return decode_e2m1(codes).mul_(step).flatten(-2)
+            outer, found = quantized.outer.float(), torch.empty_like(values)
+            step = max(1, len(values) // NVFP4_PIECES)
+            for start in range(0, len(values), step):
+                piece = slice(start, start + step)
+                codes, micro, stands_for = _nearest_e2m1(groups[piece], outer, nvfp4_shares)
+                quantized.codes[rows][piece] = codes.flatten(-2)
+                quantized.scales[rows][piece] = micro.view(torch.float8_e4m3fn)
+                found[piece] = stands_for.flatten(-2)
+            return found
+
+
+def _nearest_e2m1(groups: Tensor, outer: Tensor, shares: tuple[float, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """(codes (..., G), micro scales (...) as bytes, what they stand for (..., G)) of groups, with the one of
+    `shares` that is nearest to each in squares."""
+    peak = absmax(groups)
+    best: tuple[Tensor, Tensor, Tensor] | None = None
+    least = peak
+    for share in shares:
+        micro = (peak * (share / 6) / outer).clamp_(E4M3_TINY, E4M3_MAX).to(torch.float8_e4m3fn)
+        step = (micro.float() * outer).unsqueeze(-1)
+        codes = encode_e2m1(groups / step)
+        values = decode_e2m1(codes).mul_(step)
+        error = torch.linalg.vector_norm(values - groups, dim=-1)
+        found = (codes, micro.view(torch.uint8), values)
+        if best is None:
+            best, least = found, error
+            continue
+        better = error < least
+        wide = better.unsqueeze(-1)
+        best = (
+            torch.where(wide, codes, best[0]),
+            torch.where(better, found[1], best[1]),
+            torch.where(wide, values, best[2]),
+        )
+        least = torch.where(better, error, least)
+    assert best is not None
+    return best
 
 
 def _outer_scale(weight: Rows, dtype: torch.dtype) -> Tensor:

@@ -14,7 +14,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from svdq_cli.overlap import end_if_left
 from svdq_cli.records import Int4, NvFp4, Precision
 from svdq_cli.solve.quantizers import (
     E4M3_MAX,
@@ -29,10 +28,13 @@ from svdq_cli.solve.quantizers import (
     quantize_weight,
     row_blocks,
 )
+from svdq_cli.system.threads import end_if_left
 
 # Candidates for a group's scale, as factors of the one that just reaches its extreme. Below 1 the largest weights are
 # clipped and the others gain resolution.
 SCALE_FACTORS = (1.0, 0.70, 0.75, 0.80, 0.85, 0.90, 0.95, 1.03)
+# E2M1 is finer below 4: a scale with which the largest weight becomes that, or what lies between, may lose less.
+NVFP4_FACTORS = (*SCALE_FACTORS, 1.2, 1.35, 1.5)
 NO_SEARCH = (1.0,)
 DAMPING = 0.01  # share of the mean diagonal added to the Hessian, as in GPTQ
 BLOCK = 64  # columns between two updates of the rest of the matrix; a multiple of every group size
@@ -322,5 +324,6 @@ def gptq_weight(
         case NvFp4():
             each = [quantize_weight(part, precision, dtype=dtype).outer for part in weight.split(parts)]
             outer = torch.cat([o.expand(n) for o, n in zip(each, parts, strict=True) if o is not None])
-            found = gptq(weight, hessian, NvFp4Grid(outer.float(), factors))
+            wide = NVFP4_FACTORS if factors == SCALE_FACTORS else factors
+            found = gptq(weight, hessian, NvFp4Grid(outer.float(), wide))
     return None if found is None else QuantizedWeight(found.codes, found.parameters[0], outer)
