@@ -103,7 +103,7 @@ def test_dequantized_weights_are_within_half_a_step(precision: Precision, shape:
     quantized = quantize_weight(weight, precision, dtype=torch.bfloat16)
     error = (dequantize_weight(quantized, precision) - weight).unflatten(1, (-1, precision.group)).abs()
     peak = weight.unflatten(1, (-1, precision.group)).abs().amax(-1, keepdim=True)
-    # nvfp4: half of the widest step, 2/5 of the peak where it becomes 5, and a scale rounded to e4m3. int4: half a step is
+    # nvfp4: half of the widest step, 2/5 of the peak where it becomes 5, and a scale in e4m3. int4: half a step is
     # 0.95/16 of the peak, but a weight of the other sign that is as large is clipped at 7 of 8/0.95 steps.
     widest = peak * (1 - 7 * 0.95 / 8) * 1.1 if isinstance(precision, Int4) else peak / 5 * 1.1
     assert bool((error <= widest).all())
