@@ -13,6 +13,8 @@ from svdq_cli.checkpoint.reader import Checkpoint, open_checkpoint
 from svdq_cli.conversion.convert import convert
 from svdq_cli.entrypoints.export import export
 from svdq_cli.errors import InputError, UsageError
+from svdq_cli.inference.load import load_pipeline
+from svdq_cli.lora.attach import load_lora, set_adapters
 from svdq_cli.lora.fold import fold
 from svdq_cli.lora.standalone import write_nunchaku_lora
 from svdq_cli.prepare.options import RunOptions
@@ -98,6 +100,23 @@ def test_a_folded_lora_has_its_part_of_the_mean(moved: Path, tmp_path: Path, fil
         x = mean + torch.randn(16, len(mean), generator=torch.Generator().manual_seed(1))
         expected = layer_output(before, name, x - mean) + 0.5 * x @ down.T @ up.T
         assert relative(layer_output(after, name, x - mean), expected) < 5e-3, name
+
+
+def test_a_loaded_lora_has_its_part_of_the_mean(moved: Path, tmp_path: Path):
+    halves = small_lora({READER: FOUR_BIT[READER]})
+    lora = tmp_path / "lora.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in peft(halves).items()}, lora)
+    pipe = load_pipeline(moved / "lite", device=torch.device("cpu"), backend="reference")
+    layer = pipe.transformer.get_submodule(READER)
+    before = layer.branch.bias.float()
+    load_lora(pipe, lora, "style")
+    set_adapters(pipe, {"style": 0.5})
+    down, up = halves[READER]
+    mean = mean_of(open_checkpoint(moved / "lite"), READER)
+    expected = 0.5 * mean @ down.T @ up.T
+    assert relative(layer.branch.bias.float() - before, expected) < 0.02  # biases are rounded to 16 bits
+    set_adapters(pipe, {})
+    assert torch.equal(layer.branch.bias.float(), before)
 
 
 def test_a_lora_file_for_a_base_without_means_is_refused(moved: Path, tmp_path: Path):
