@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from svdq_cli.errors import InputError
 
 # What it is called in the data sets and trainers of the field, the likeliest first
-USUAL_COLUMNS = ("prompt", "prompts", "caption", "captions", "text", "description", "positive_prompt", "txt")
+USUAL_COLUMNS = (
+    "prompt",
+    "prompts",
+    "caption",
+    "captions",
+    "text",
+    "description",
+    "positive_prompt",
+    "txt",
+    "instruction",  # data sets of edits
+    "messages",  # chats, as fine-tuning libraries keep them
+    "conversations",
+)
+_USERS = ("user", "human")
 
 
 def column_of(
@@ -38,3 +51,28 @@ def column_of(
         + ("; a list without a header is a .txt file" if len(columns) == 1 else ""),
         where=str(path),
     )
+
+
+def text_of(cell: object) -> str | None:
+    """The prompt in a table's cell, or None where there is none.
+
+    A text is itself; of several captions of one image the first counts, and of a chat what the user says first: lists
+    of `{"role", "content"}` or `{"from", "value"}`, whose content may be a list of parts of which some are text.
+    """
+    if isinstance(cell, str):
+        return cell
+    if not isinstance(cell, list) or not cell:
+        return None
+    if isinstance(cell[0], str):
+        return next((text for text in cell if isinstance(text, str) and text.strip()), "")
+    turns = [turn for turn in cell if isinstance(turn, Mapping)]
+    said = next((turn for turn in turns if turn.get("role", turn.get("from")) in _USERS), None)
+    return None if said is None else _content_of(said.get("content", said.get("value")))
+
+
+def _content_of(content: object) -> str | None:
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else []
+    texts = [part.get("text") for part in parts if isinstance(part, Mapping)]
+    return " ".join(text for text in texts if isinstance(text, str)) or None

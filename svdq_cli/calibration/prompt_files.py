@@ -15,9 +15,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from svdq_cli.calibration.columns import column_of
+from svdq_cli.calibration.columns import column_of, text_of
 from svdq_cli.calibration.prompt_sets import prompts_by_picture
 from svdq_cli.calibration.prompts import dataset_prompts, read_prompts, read_text, refuse_no_prompt
+from svdq_cli.calibration.shards import samples_of
 from svdq_cli.errors import InputError, UsageError
 from svdq_cli.pipelines.settings import PICTURE_SUFFIXES
 
@@ -30,7 +31,7 @@ _OTHER_SUFFIXES = {
     **{suffix: "an image" for suffix in (*PICTURE_SUFFIXES, ".gif", ".avif")},
     **{suffix: "a model or a LoRA" for suffix in _WEIGHT_SUFFIXES},
     **{suffix: "a spreadsheet" for suffix in (".xlsx", ".xls", ".ods")},
-    **{suffix: "an archive" for suffix in (".zip", ".tar", ".gz", ".7z", ".arrow")},
+    **{suffix: "an archive" for suffix in (".zip", ".gz", ".7z", ".arrow")},
 }
 _CURES = {
     "an image": "write what to generate as text, one prompt a line; images to edit are the recipe's `image`",
@@ -72,6 +73,8 @@ def prompts_in(path: Path, *, column: str | None = None) -> PromptList:
             return _of_json(path, column)
         case ".parquet":
             return _of_data_set(str(path), column)
+        case ".tar":
+            return _of_shards((path,), column)
         case ".yaml" | ".yml":
             return _of_yaml(path, column)
         case _:
@@ -150,13 +153,14 @@ def _of_rows(path: Path, rows: Iterable[Mapping[str, object]], column: str | Non
         cell = row[chosen]
         if cell is None:
             continue
-        if not isinstance(cell, str):
+        prompt = text_of(cell)
+        if prompt is None:
             raise InputError(
                 f"{path}: column {chosen!r} holds {type(cell).__name__}, not text",
                 hint=f"name the column that holds the prompts with --prompt-column; there are {', '.join(row)}",
                 where=str(path),
             )
-        if text := " ".join(cell.split()):
+        if text := " ".join(prompt.split()):
             texts.append(text)
     refuse_no_prompt(path, texts)
     return PromptList(tuple(texts), f"column {chosen} of {path}")
@@ -236,6 +240,8 @@ def _of_folder(folder: Path, column: str | None) -> PromptList:
     if metadata is not None:
         return prompts_in(metadata, column=column)
     files = sorted(file for file in folder.rglob("*") if file.is_file() and not _is_hidden(file, folder))
+    if files and all(file.suffix.lower() == ".tar" for file in files):
+        return _of_shards(files, column)
     images = {file.with_suffix("") for file in files if file.suffix.lower() in PICTURE_SUFFIXES}
     captions = [file for file in files if file.suffix.lower() in CAPTION_SUFFIXES]
     if column is None and captions:
@@ -258,6 +264,29 @@ def _of_folder(folder: Path, column: str | None) -> PromptList:
 def _of_data_set(name: str, column: str | None) -> PromptList:
     found = dataset_prompts(name, column=column)
     return PromptList(found.texts, f"column {found.column} of {name}")
+
+
+def _of_shards(files: Sequence[Path], column: str | None) -> PromptList:
+    """Captions of webdataset shards: a sample's .txt or .caption, else a key of its .json."""
+    captions: list[str] = []
+    rows: list[Mapping[str, object]] = []
+    for file in files:
+        for sample in samples_of(file):
+            if sample.caption is not None and column is None:
+                captions.append(" ".join(sample.caption.split()))
+            elif sample.facts is not None:
+                rows.append(sample.facts)
+        if len(captions) + len(rows) > _MAX_CAPTIONS:
+            raise _unreadable(file, f"more than {_MAX_CAPTIONS} samples")
+    if captions or not rows:
+        refuse_no_prompt(files[0], [text for text in captions if text])
+        return PromptList(tuple(text for text in captions if text), f"captions in {_named(files)}")
+    found = _of_rows(files[0], rows, column)
+    return PromptList(found.texts, f"{found.origin.partition(' of ')[0]} of {_named(files)}")
+
+
+def _named(files: Sequence[Path]) -> str:
+    return str(files[0]) if len(files) == 1 else f"{files[0].parent} ({len(files)} shards)"
 
 
 def _is_hidden(file: Path, folder: Path) -> bool:

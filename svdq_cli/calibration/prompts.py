@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import itertools
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from svdq_cli.calibration.columns import column_of
+from svdq_cli.calibration.columns import column_of, text_of
 from svdq_cli.errors import EnvironmentLacksError, InputError, UsageError, first_line
 from svdq_cli.recipe import user_path
 from svdq_cli.records import Event, Observer, ignore_events
@@ -117,13 +119,13 @@ def dataset_prompts(
         raise UsageError(f"limit is {limit}", hint="ask for 1 prompt or more")
     library = _datasets_library()
     try:
-        rows = iter(_open_rows(library, name_or_path, config=config, split=split))
-        first = next(rows, None)
-        chosen = column or "prompt"
-        if first is not None:
-            chosen = column_of(f"data set {name_or_path}", list(first), column)
-        cells = _cells(itertools.chain([] if first is None else [first], rows), name_or_path, chosen)
-        prompts = tuple(itertools.islice(cells, limit))
+        with _closed(iter(_open_rows(library, name_or_path, config=config, split=split))) as rows:
+            first = next(rows, None)
+            chosen = column or "prompt"
+            if first is not None:
+                chosen = column_of(f"data set {name_or_path}", list(first), column)
+            cells = _cells(itertools.chain([] if first is None else [first], rows), name_or_path, chosen)
+            prompts = tuple(itertools.islice(cells, limit))
     except (library.exceptions.DatasetsError, OSError, ValueError, KeyError, RuntimeError) as error:
         raise InputError(
             f"data set {name_or_path}: can't be read: {first_line(error)}",
@@ -137,6 +139,18 @@ def dataset_prompts(
             where=name_or_path,
         )
     return ColumnPrompts(prompts, chosen)
+
+
+@contextmanager
+def _closed(rows: Iterator[Any]) -> Iterator[Iterator[Any]]:
+    """Rows that are let go of at the end. Readers of Parquet that are left half read have to be gone before Python
+    ends, or their threads end the process by a signal (apache/arrow issue 45214); they are in a cycle."""
+    try:
+        yield rows
+    finally:
+        if isinstance(rows, Generator):
+            rows.close()
+        gc.collect()
 
 
 def choose_prompts(
@@ -210,11 +224,12 @@ def _cells(rows: Iterable[Any], name_or_path: str, column: str) -> Iterable[str]
         cell = row.get(column)
         if cell is None:
             continue
-        if not isinstance(cell, str):
+        prompt = text_of(cell)
+        if prompt is None:
             raise InputError(
                 f"data set {name_or_path}: column {column!r} holds {type(cell).__name__}, not text",
                 hint=f"set column to one that holds text; there are {', '.join(row)}",
                 where=name_or_path,
             )
-        if cell.strip():
-            yield cell.strip()
+        if prompt.strip():
+            yield prompt.strip()

@@ -126,8 +126,8 @@ Prompts = Annotated[
     str | None,
     typer.Option(
         metavar="FILE|FOLDER|NAME",
-        help="Prompts: .txt (one a line), .csv, .tsv, .json, .jsonl or .parquet, a folder of captions next to images, "
-        "or MJHQ-30K, sDCI or PartiPrompts from the hub.",
+        help="Prompts: .txt (one a line), .csv, .tsv, .json, .jsonl, .parquet or .tar (webdataset), a folder of "
+        "captions next to images, or MJHQ-30K, sDCI or PartiPrompts from the hub.",
     ),
 ]
 PromptColumn = Annotated[

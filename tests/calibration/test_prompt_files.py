@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Callable
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -264,3 +268,93 @@ def test_a_traceback_shows_the_hint_below_the_message(tiny_flux: Path):
     with pytest.raises(InputError) as caught:
         prompts_in(tiny_flux)
     assert caught.value.hint in caught.value.__notes__
+
+
+# ------------------------------------------------------------------------------------------ as trainers keep them
+
+
+def shard(path: Path, members: Mapping[str, bytes]) -> Path:
+    """A webdataset shard with these files in it, in their order."""
+    with tarfile.open(path, "w") as archive:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return path
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [{"role": "system", "content": "be brief"}, {"role": "user", "content": PROMPTS[0]}]},
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": PROMPTS[0]}]}
+            ]
+        },
+        {"conversations": [{"from": "human", "value": PROMPTS[0]}, {"from": "gpt", "value": "done"}]},
+        {"instruction": PROMPTS[0], "input_image": "a.png", "edited_image": "b.png"},
+        {"captions": [PROMPTS[0], "another caption of the image"]},
+    ],
+    ids=["chat", "chat with an image", "chat of from and value", "edit", "several captions"],
+)
+def test_chats_edits_and_several_captions_give_the_first_text_of_the_user(row: object, write_text: WriteText):
+    assert prompts_in(write_text("p.jsonl", json.dumps(row))).texts == PROMPTS[:1]
+
+
+def test_webdataset_shards_give_the_captions_of_their_samples(tmp_path: Path):
+    first = {
+        "a/0001.jpg": b"jpg",
+        "a/0001.txt": PROMPTS[0].encode(),
+        "a/0001.json": b"{}",
+        "a/0002.jpg": b"jpg",
+    }
+    shard(tmp_path / "00000.tar", first)
+    shard(tmp_path / "00001.tar", {"0003.seg.png": b"png", "0003.caption": PROMPTS[1].encode()})
+    assert prompts_in(tmp_path / "00000.tar").texts == PROMPTS[:1]
+    found = prompts_in(tmp_path)
+    assert (found.texts, found.origin) == (PROMPTS, f"captions in {tmp_path} (2 shards)")
+
+
+def test_a_shard_whose_captions_are_in_its_json_is_read_by_column(tmp_path: Path):
+    facts = [json.dumps({"caption": text, "url": "u"}).encode() for text in PROMPTS]
+    path = shard(
+        tmp_path / "s.tar", {"1.json": facts[0], "1.jpg": b"jpg", "2.json": facts[1], "2.txt": b"other"}
+    )
+    assert prompts_in(path, column="caption").texts == PROMPTS
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [({"1.txt": b"\xff\xfe\x00"}, "not a caption"), ({"1.json": b"{"}, "not readable JSON")],
+)
+def test_a_shard_that_is_damaged_names_the_member(tmp_path: Path, members: Mapping[str, bytes], message: str):
+    path = shard(tmp_path / "s.tar", members)
+    with pytest.raises(InputError, match=message) as caught:
+        prompts_in(path)
+    assert caught.value.where == f"{path}:{next(iter(members))}"
+
+
+def test_a_compressed_archive_is_no_shard(tmp_path: Path):
+    (tmp_path / "s.tar").write_bytes(b"\x1f\x8b" + bytes(600))
+    with pytest.raises(InputError, match="tar archive"):
+        prompts_in(tmp_path / "s.tar")
+
+
+def test_a_table_that_is_refused_does_not_take_python_with_it(tmp_path: Path):
+    """Arrow reads ahead in threads; one that is still there when Python ends ends it with a signal."""
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.table({"caption": [1, 2], "width": [1, 2]})
+    pyarrow.parquet.write_table(table, tmp_path / "p.parquet")
+    program = (
+        "from pathlib import Path; from svdq_cli.calibration.prompt_files import prompts_in\n"
+        f"try: prompts_in(Path({str(tmp_path / 'p.parquet')!r}))\n"
+        "except Exception as error: kept = error; print(error)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert "holds int, not text" in done.stdout
+    assert (done.returncode, done.stderr) == (0, "")
