@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 TEXT = 12  # text tokens
+_GRID = 8  # tokens along each side of an image
 _PRIMES = (1009, 1013, 1019, 1021, 1031, 1033, 1039, 1049, 1051, 1061, 1063, 1069, 1087, 1091, 1093, 1097)
 
 
@@ -89,7 +90,7 @@ class World:
     def grid(self) -> tuple[int, int, int]:
         """Tokens in time, height, width."""
         if "N" in self.extent.layout:
-            return self.extent.frames, self.extent.side // 2, self.extent.side // 2
+            return self.extent.frames, _GRID, _GRID
         time, rows, columns = self.patch
         return (
             max(1, self.extent.frames // time),
@@ -228,7 +229,11 @@ def extents(model: nn.Module) -> list[Extent]:
         if video
         else ["BNC", "BCHW", "BNC", "BCFHW", "BCN", "BFHWC"],
     }[type(first)]
-    sizes = ((16, 4), (32, 5), (64, 9))
+    config = dict(getattr(model, "config", {}))
+    patch = World(config, Extent("BCHW", 0)).patch
+    # few tokens where the size of one is known; a UNet halves the image several times
+    first = _GRID * patch[1] if "patch_size" in config else 2 * _GRID
+    sizes = ((first, 4), (32, 5), (64, 9))
     return [
         Extent(layout, side, frames if video or "F" in layout else 1)
         for side, frames in sizes

@@ -132,5 +132,5 @@ def block_of(name: str, stacks: tuple[str, ...]) -> str | None:
 
 
 def _named_as_modulation(name: str) -> bool:
-    words = re.split(r"[._]", ".".join(name.split(".")[-2:]).lower())
+    words = re.split(r"[._]", ".".join(name.split(".")[-3:]).lower())
     return not _MODULATION_WORDS.isdisjoint(words) or _MODULATION_PATH.search(name) is not None
