@@ -125,6 +125,7 @@ class ModelPlan:
     kept_because: Mapping[str, str] = field(
         default_factory=dict[str, str]
     )  # of some kept layers: why, by name
+    by_names: bool = False  # names alone tell the roles: no family file does, and no forward pass showed them
 
     @property
     def w4a4(self) -> tuple[W4A4Plan, ...]:

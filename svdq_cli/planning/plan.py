@@ -142,6 +142,7 @@ def plan_model(
         parameters=inventory.parameters,
         layers=tuple(layers),
         kept=tuple(kept),
+        by_names=roles.by_names,
         kept_because={linear.name: reasons[linear.name] for linear in kept if linear.name in reasons},
         inputs=tuple(shared for group in roles.inputs if (shared := _only(group, planned)) is not None),
     )

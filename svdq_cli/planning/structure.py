@@ -52,6 +52,7 @@ class Roles:
     w4a16: frozenset[str]
     inputs: tuple[SharedInput, ...]
     kept: Mapping[str, str] = field(default_factory=dict[str, str])  # layers of blocks, and why they stay
+    by_names: bool = False  # no forward pass showed them, nor does a family file
 
 
 def structural_roles(inventory: Inventory, readings: Mapping[str, Reading] | None) -> Roles:
@@ -85,7 +86,11 @@ def structural_roles(inventory: Inventory, readings: Mapping[str, Reading] | Non
             reading = (readings or {}).get(name)
             groups[(block, name in w4a16, reading.source) if reading else name].append(name)
     return Roles(
-        frozenset(w4a4), frozenset(w4a16), tuple(shared_input(names) for names in groups.values()), kept
+        frozenset(w4a4),
+        frozenset(w4a16),
+        tuple(shared_input(names) for names in groups.values()),
+        kept,
+        readings is None,
     )
 
 
@@ -115,6 +120,7 @@ def joined_roles(first: Roles, other: Roles, prefix: str) -> Roles:
         first.w4a16.union(named(other.w4a16)),
         (*first.inputs, *inputs),
         {**first.kept, **{prefix + name: why for name, why in other.kept.items()}},
+        first.by_names or other.by_names,
     )
 
 

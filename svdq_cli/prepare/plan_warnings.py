@@ -21,10 +21,13 @@ def plan_warnings(plan: ModelPlan, inventory: Inventory) -> tuple[str, ...]:
 
 
 def _structural_warning(plan: ModelPlan) -> str:
-    seen = any(len(shared.layers) > 1 for shared in plan.inputs)
     return (
         f"svdq has no family file for {plan.model_class}: it is planned by its structure"
-        + ("" if seen else ", and no forward pass showed which layers share an input or are modulation")
+        + (
+            ", and no forward pass showed which layers share an input or are modulation"
+            if plan.by_names
+            else ""
+        )
         + "; svdq init writes the plan as rules to check and edit"
     )
 
