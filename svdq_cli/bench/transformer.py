@@ -18,7 +18,7 @@ ATTENTION_ROWS = 256  # on a CPU: whose scores are in memory at a time
 Role = Literal["w4a4", "w4a16"]
 MakeLinear = Callable[[int, int, Role], nn.Module]  # in features, out features, role
 MakeFeedForward = Callable[[int, int], nn.Module]  # width, inner width: linear, GELU by tanh, linear
-Attend = Callable[[Tensor], Tensor]  # q, k and v (M, 3 width) -> (M, width)
+Attend = Callable[[Tensor], Tensor]  # q, k and v of some heads (M, 3 widths) -> (M, width)
 MakeSingle = Callable[
     [int, int], nn.Module
 ]  # width, inner width: a single block's layers, called as `Published` is
@@ -97,7 +97,7 @@ class Stream(nn.Module):
 class DoubleBlock(nn.Module):
     def __init__(self, shape: TransformerShape, linear: MakeLinear, feed_forward: MakeFeedForward) -> None:
         super().__init__()
-        self.heads = shape.heads
+        self.head_size = shape.width // shape.heads
         self.text = Stream(shape, linear, feed_forward)
         self.image = Stream(shape, linear, feed_forward)
 
@@ -111,7 +111,7 @@ class DoubleBlock(nn.Module):
         for (stream, x), part, place in zip(streams, parts, places, strict=True):
             for rows, target in zip(x.split(QKV_ROWS), place.split(QKV_ROWS), strict=True):
                 target.copy_(stream.qkv(modulated(rows, *part[:2])))
-        mixed = attention(qkv, angles, self.heads)
+        mixed = attention(qkv, angles, self.head_size)
         del qkv, places, place, target
         shares = mixed.split([text.shape[0], image.shape[0]])
         del mixed
@@ -130,14 +130,14 @@ class DoubleBlock(nn.Module):
 class SingleBlock(nn.Module):
     def __init__(self, shape: TransformerShape, linear: MakeLinear, single: MakeSingle) -> None:
         super().__init__()
-        self.heads = shape.heads
+        self.head_size = shape.width // shape.heads
         self.modulation = linear(shape.width, 3 * shape.width, "w4a16")
         self.layers = single(shape.width, shape.inner)
 
     def forward(self, x: Tensor, condition: Tensor, angles: Tensor) -> Tensor:
         scale, offset, gate = self.modulation(F.silu(condition)).chunk(3, dim=-1)
         found = self.layers(
-            lambda: modulated(x, scale, offset), lambda qkv: attention(qkv, angles, self.heads)
+            lambda: modulated(x, scale, offset), lambda qkv: attention(qkv, angles, self.head_size)
         )
         return x + gate * found
 
@@ -165,20 +165,20 @@ def modulated(x: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:]) * (1 + scale) + offset
 
 
-def attention(qkv: Tensor, angles: Tensor, heads: int) -> Tensor:
+def attention(qkv: Tensor, angles: Tensor, head_size: int) -> Tensor:
     """(M, 3 width) -> (M, width), with RMS norms and rotary embedding of q and k."""
     if qkv.device.type == "cpu":
-        return attention_by_rows(qkv, angles, heads)
-    q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(1, 2, 0, 3)
+        return attention_by_rows(qkv, angles, head_size)
+    q, k, v = qkv.unflatten(-1, (3, -1, head_size)).permute(1, 2, 0, 3)
     q, k = (rotated(F.rms_norm(part, part.shape[-1:]), angles) for part in (q, k))
     return F.scaled_dot_product_attention(q[None], k[None], v[None])[0].transpose(0, 1).flatten(-2)
 
 
-def attention_by_rows(qkv: Tensor, angles: Tensor, heads: int) -> Tensor:
+def attention_by_rows(qkv: Tensor, angles: Tensor, head_size: int) -> Tensor:
     """The same, a head and some rows at a time, over q. On a CPU torch's fused attention takes 2.4 times as long as its
     matrix products do (seen with torch 2.13, AVX512-BF16), and would hide what is measured here."""
-    parts = qkv.unflatten(-1, (3, heads, -1))
-    for head in range(heads):
+    parts = qkv.unflatten(-1, (3, -1, head_size))
+    for head in range(parts.shape[2]):
         q, k, v = parts[:, :, head].unbind(1)
         attend_in_place(q, k, v, angles)
     return parts[:, 0].flatten(-2).contiguous()
