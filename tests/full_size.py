@@ -37,6 +37,6 @@ def full_size_plan(
         source,
         precision=precision,
         rank=rank,
-        supports=lambda layer: fmt.objection(layer) if fmt.mixes else None,
+        supports=lambda layer: fmt.unsupported_reason(layer) if fmt.mixes else None,
     )
     return plan, take_inventory(source, find_family(source.config))

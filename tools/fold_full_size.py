@@ -16,10 +16,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from svdq_cli.checkpoint.file_layout import kept_shapes
 from svdq_cli.checkpoint.writer import WEIGHT_FILE, Target, target_of
 from svdq_cli.formats import format_named
 from svdq_cli.formats.headers import CONFIG, RANKS, as_text
-from svdq_cli.formats.modules import kept_shapes
 from svdq_cli.lora.fold import fold
 from svdq_cli.prepare.options import RunOptions
 from svdq_cli.records import Int4, ModelPlan

@@ -38,7 +38,7 @@ def plan_of_config(model: str, *, of_lite: bool = False) -> ModelPlan:
         open_source(CONFIGS / f"{model}.json"),
         precision=Int4(),
         rank=32,
-        supports=lite.objection if of_lite else lambda layer: None,
+        supports=lite.unsupported_reason if of_lite else lambda layer: None,
     )
 
 

@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from svdq_cli.checkpoint.reader import TORCH_DTYPES, Checkpoint, open_checkpoint, specs_of_headers
+from svdq_cli.checkpoint.detect import TORCH_DTYPES, specs_of_headers
+from svdq_cli.checkpoint.reader import Checkpoint, open_checkpoint
 from svdq_cli.errors import CheckFailedError, InputError
-from svdq_cli.formats.contract import differences
+from svdq_cli.formats.soundness import differences
 from svdq_cli.records import Event, LayerPlan, Observer, ignore_events
 from svdq_cli.reports import CheckProblem, CheckReport
 from svdq_cli.solve.rebuild import WeightError, bias_error, weight_error

@@ -16,13 +16,22 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from svdq_cli.checkpoint.assembly import source_tensor, take_layer
+from svdq_cli.checkpoint.branches import take_branch
+from svdq_cli.checkpoint.detect import (
+    component_folders,
+    file_format,
+    folder_format,
+    lost_metadata,
+    specs_of_headers,
+)
+from svdq_cli.checkpoint.file_layout import FileLayout, StoredModule, joined_files, kept_shapes, with_prefix
+from svdq_cli.checkpoint.match_layout import known_layout, lay_out, layers_in_file, marker_names
 from svdq_cli.errors import InputError, UsageError
 from svdq_cli.families import find_family
 from svdq_cli.families.layouts.layout import ModelLayout
-from svdq_cli.formats import FORMATS
-from svdq_cli.formats.assembly import source_tensor, take_layer
-from svdq_cli.formats.branches import take_branch
-from svdq_cli.formats.contract import SIXTEEN_BIT, Branch, Format, PackedFacts, TensorSpec
+from svdq_cli.formats import NAMES
+from svdq_cli.formats.contract import Branch, Format, PackedFacts
 from svdq_cli.formats.headers import (
     COMPONENT,
     CONFIG,
@@ -32,18 +41,7 @@ from svdq_cli.formats.headers import (
     json_value,
     ranks_of,
 )
-from svdq_cli.formats.implied import implied_metadata
-from svdq_cli.formats.modules import (
-    FileLayout,
-    StoredModule,
-    joined_files,
-    kept_shapes,
-    known_layout,
-    lay_out,
-    layers_in_file,
-    marker_names,
-    with_prefix,
-)
+from svdq_cli.formats.soundness import SIXTEEN_BIT
 from svdq_cli.planning.joint import with_name
 from svdq_cli.planning.plan import Inventory, take_inventory
 from svdq_cli.planning.structure import STRUCTURAL
@@ -52,29 +50,18 @@ from svdq_cli.source import (
     Source,
     component_config,
     denoiser_components,
-    denoiser_order,
     index_component,
     is_denoiser,
     joined,
-    pipeline_index,
     prefix_of,
     read_header,
     read_tensor,
 )
 from svdq_cli.source.means import MovedMean, means_by_layer, moved_of_json, without_means
-from svdq_cli.storage.json_files import read_json
+from svdq_cli.storage.tensor_file import TensorSpec
 
 PROVENANCE = "svdq"  # key of the safetensors metadata
 MOVED_MEANS = "means"  # key of the provenance: `source.means.moved_json`
-TORCH_DTYPES = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "I32": torch.int32,
-    "F8_E4M3": torch.float8_e4m3fn,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,33 +197,6 @@ class _ModuleTensors(Mapping[str, Tensor]):
         return sum(1 for _ in self)
 
 
-def format_of(path: Path) -> Format | None:
-    """The format of a checkpoint, by its metadata or, where a file has lost that, by its tensors; None for others."""
-    if path.is_file():
-        said = next((fmt for fmt in FORMATS if fmt.single_file and fmt.sniff(path)), None)
-        implied = None if said else _lost_metadata(path)
-        return implied[0] if implied else said
-    folder = _component_folder(path)
-    return _folder_format(folder) if folder else None
-
-
-def _folder_format(component: Path) -> Format | None:
-    return next((fmt for fmt in FORMATS if not fmt.single_file and fmt.sniff(component)), None)
-
-
-def looks_like_checkpoint(path: Path) -> bool:
-    """Whether a path holds a quantized model (whatever tool wrote it)."""
-    if path.is_file():
-        return format_of(path) is not None
-    folder = _component_folder(path)
-    if folder is None:
-        return False
-    try:
-        return _is_quantized(folder)
-    except InputError:
-        return False
-
-
 def component_in(pipeline: Path, denoiser: Checkpoint) -> str:
     """Which component of a pipeline a checkpoint of one denoiser takes the place of."""
     known = denoiser_components(pipeline)
@@ -257,7 +217,7 @@ def with_component(denoiser: Checkpoint, component: str) -> Checkpoint:
 
 
 def _open_folder(path: Path) -> Checkpoint:
-    folders = _component_folders(path)
+    folders = component_folders(path)
     if not folders:
         kind = "not-found" if not path.exists() else "input"
         raise InputError(
@@ -281,11 +241,11 @@ def _open_component(path: Path, folder: Path, pipeline: Path | None) -> Checkpoi
             where=str(path),
         )
     config = cast("dict[str, object]", section)
-    fmt = _folder_format(folder)
+    fmt = folder_format(folder)
     if fmt is None:
         raise InputError(
             f"{folder}: quantized by {config.get('quant_method', 'an unknown method')}, which svdq does not read",
-            hint=f"svdq reads {', '.join(fmt.name for fmt in FORMATS)}",
+            hint=f"svdq reads {', '.join(NAMES)}",
             where=str(folder),
         )
     return _indexed(source, fmt, config)
@@ -329,8 +289,8 @@ def _joined(denoisers: list[Checkpoint]) -> Checkpoint:
 def _open_file(path: Path, base: Path | None) -> Checkpoint:
     tensors = read_header(path)  # names a damaged file, or one that is no safetensors
     metadata = header_metadata(path)
-    fmt = next((fmt for fmt in FORMATS if fmt.single_file and fmt.sniff(path)), None)
-    lost = None if fmt else _lost_metadata(path)
+    fmt = file_format(path)
+    lost = None if fmt else lost_metadata(path)
     if lost is not None:
         fmt = lost[0]
     if fmt is None:
@@ -357,15 +317,6 @@ def _open_file(path: Path, base: Path | None) -> Checkpoint:
         key: json_value(metadata, key) if text.startswith("{") else text for key, text in metadata.items()
     }
     return _indexed(source, fmt, lost[1] if lost else said, ranks_said=lost is None)
-
-
-def _lost_metadata(path: Path) -> tuple[Format, dict[str, object]] | None:
-    """What the tensors of a file say that svdq's header would, where the header is gone."""
-    try:
-        tensors = read_header(path)
-    except InputError:
-        return None
-    return implied_metadata(specs_of_headers(Source(path, None, "transformer", {}, tensors)))
 
 
 def _indexed(
@@ -414,15 +365,6 @@ def _of_rank(layer: LayerPlan, rank: int | None) -> LayerPlan:
     return layer
 
 
-def specs_of_headers(source: Source) -> dict[str, TensorSpec]:
-    """Shapes and dtypes of all tensors, from the headers."""
-    return {
-        name: TensorSpec(entry.shape, TORCH_DTYPES[entry.dtype])
-        for name, entry in source.tensors.items()
-        if entry.dtype in TORCH_DTYPES
-    }
-
-
 def layer_of(tensor: str) -> str:
     """The module a plain tensor belongs to: "proj_out.weight" -> "proj_out"."""
     return tensor.removesuffix(".weight").removesuffix(".bias")
@@ -456,27 +398,6 @@ def _common_dtype(specs: Mapping[str, TensorSpec]) -> torch.dtype:
     """The 16-bit dtype that most tensors have."""
     seen = Counter(spec.dtype for spec in specs.values() if spec.dtype in SIXTEEN_BIT)
     return seen.most_common(1)[0][0] if seen else torch.bfloat16
-
-
-def _component_folder(path: Path) -> Path | None:
-    """The first of `_component_folders`."""
-    return next(iter(_component_folders(path)), None)
-
-
-def _component_folders(path: Path) -> list[Path]:
-    """The denoisers of a folder: those of a pipeline that are quantized, or the first where none is; or the folder
-    itself."""
-    if not (path / "model_index.json").is_file():
-        return [path] if (path / "config.json").is_file() else []
-    names = [name for name in pipeline_index(path) if is_denoiser(name)]
-    there = [
-        path / name for name in sorted(names, key=denoiser_order) if (path / name / "config.json").is_file()
-    ]
-    return [folder for folder in there if _is_quantized(folder)] or there[:1]
-
-
-def _is_quantized(folder: Path) -> bool:
-    return "quantization_config" in read_json(folder / "config.json")
 
 
 def _read_provenance(source: Source) -> Mapping[str, object] | None:

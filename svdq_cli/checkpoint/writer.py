@@ -14,23 +14,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from svdq_cli.checkpoint.assembly import join_layers, kept_tensor
+from svdq_cli.checkpoint.biases import moved_biases
+from svdq_cli.checkpoint.file_layout import EMPTY, FileLayout, KeptTensor, StoredModule, files_of, kept_shapes
+from svdq_cli.checkpoint.match_layout import known_layout, lay_out_denoisers, marker_names
 from svdq_cli.checkpoint.reader import PROVENANCE
 from svdq_cli.errors import UsageError
 from svdq_cli.families.layouts.layout import ModelLayout
-from svdq_cli.formats.assembly import join_layers, kept_tensor, moved_biases
 from svdq_cli.formats.contract import Format
 from svdq_cli.formats.headers import BIASES, COMPONENT, CONFIG, FORMAT, RANKS, SCHEDULER, as_text, biases_text
-from svdq_cli.formats.modules import (
-    EMPTY,
-    FileLayout,
-    KeptTensor,
-    StoredModule,
-    files_of,
-    kept_shapes,
-    known_layout,
-    lay_out_denoisers,
-    marker_names,
-)
 from svdq_cli.planning.plan import restricted
 from svdq_cli.records import LayerSolution, ModelPlan, Precision
 from svdq_cli.reports import OutputFile, json_text

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from svdq_cli.formats import NAMES
 from svdq_cli.records import MAX_SEED as MAX_SEED
 
 
@@ -101,9 +102,9 @@ Formats = Annotated[
     list[str] | None,
     typer.Option(
         "--format",
-        metavar="nunchaku-lite|nunchaku|comfy|vllm-omni",
+        metavar="|".join(NAMES),
         help="Output format, repeatable (default: nunchaku-lite, a diffusers folder).",
-        autocompletion=_words("nunchaku-lite", "nunchaku", "comfy", "vllm-omni"),
+        autocompletion=_words(*NAMES),
     ),
 ]
 Family = Annotated[str | None, typer.Option(help="Model family, where svdq can't tell.")]

@@ -20,7 +20,7 @@ from svdq_cli.cpu.build import find_compiler
 from svdq_cli.cpu.engine import engine, lack_of_engine
 from svdq_cli.errors import EnvironmentLacksError
 from svdq_cli.evaluation.layers import layer_sqnr_db
-from svdq_cli.formats import FORMATS
+from svdq_cli.formats import DEFAULT, format_named
 from svdq_cli.gpu import nvrtc
 from svdq_cli.gpu.architectures import Architecture, architecture
 from svdq_cli.gpu.compile import cache_folder, compile_variant
@@ -192,7 +192,7 @@ def _round_trip_sqnr(precision: Precision | None) -> float:
     settings = SolveSettings("none", 0, torch.bfloat16)
     solved = solve_input(shared, {"layer": plan}, {"layer": SourceWeight(weight, None)}, None, settings)
     (solution,) = (*solved.w4a4, *solved.w4a16)
-    fmt = FORMATS[0]
+    fmt = format_named(DEFAULT)
     return layer_sqnr_db(weight, None, fmt.decode(plan, fmt.encode(solution)), rows)
 
 

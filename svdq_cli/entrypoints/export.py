@@ -9,7 +9,9 @@ from pathlib import Path
 
 from torch import Tensor
 
+from svdq_cli.checkpoint.biases import moved_layers
 from svdq_cli.checkpoint.check import find_problems
+from svdq_cli.checkpoint.lossless import same_bits
 from svdq_cli.checkpoint.reader import (
     Checkpoint,
     component_in,
@@ -29,9 +31,7 @@ from svdq_cli.checkpoint.writer import (
 from svdq_cli.conversion.card import CARD_FILE, DerivedFacts, card_path, derived_card
 from svdq_cli.errors import CheckFailedError, InputError, UsageError
 from svdq_cli.formats import format_named
-from svdq_cli.formats.assembly import moved_layers
 from svdq_cli.formats.contract import Format
-from svdq_cli.formats.moves import same_bits
 from svdq_cli.prepare.options import DEFAULT_OPTIONS, RunOptions
 from svdq_cli.records import Event, LayerSolution, Observer, W4A4Plan, W4A16Solution, ignore_events
 from svdq_cli.reports import RepackReport
@@ -128,7 +128,7 @@ def _target(checkpoint: Checkpoint, fmt: Format) -> Target:
     held = {layer.name for layer in target.plan.layers}
     for layer in checkpoint.layers:
         if layer.name not in held and isinstance(layer, W4A4Plan):
-            reason = fmt.objection(layer) or "its place there is among layers that stay at 16 bits"
+            reason = fmt.unsupported_reason(layer) or "its place there is among layers that stay at 16 bits"
             raise UsageError(
                 f"{layer.name}: {fmt.name} can't hold this 4-bit layer: {reason}",
                 hint="convert the model from its source for this format",

@@ -9,7 +9,8 @@ from typing import Literal, cast
 
 from torch import Tensor
 
-from svdq_cli.checkpoint.reader import Checkpoint, format_of
+from svdq_cli.checkpoint.detect import format_of
+from svdq_cli.checkpoint.reader import Checkpoint
 from svdq_cli.checkpoint.writer import report_path
 from svdq_cli.errors import InputError
 from svdq_cli.evaluation.layer_sqnr import JudgedLayers

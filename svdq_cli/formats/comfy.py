@@ -14,22 +14,12 @@ import torch
 from torch import Tensor
 
 from svdq_cli.errors import InputError, UsageError
-from svdq_cli.formats import tiled
-from svdq_cli.formats.contract import (
-    PLAIN,
-    Branch,
-    Format,
-    PackedFacts,
-    TensorSpec,
-    Traits,
-    no_model_metadata,
-    require_16_bit,
-    require_sound,
-    require_sound_tensors,
-)
+from svdq_cli.formats.contract import PLAIN, Branch, Format, PackedFacts, Traits
 from svdq_cli.formats.headers import FORMAT as FORMAT_KEY
 from svdq_cli.formats.headers import header_metadata
+from svdq_cli.formats.implied import suffixes_of
 from svdq_cli.formats.json_keys import json_object
+from svdq_cli.formats.soundness import require_16_bit, require_sound, require_sound_tensors, sixteen_bit_dtype
 from svdq_cli.pack.kitchen import (
     COLUMNS,
     ROWS,
@@ -51,6 +41,7 @@ from svdq_cli.records import (
     W4A4Solution,
     W4A16Plan,
 )
+from svdq_cli.storage.tensor_file import TensorSpec
 
 NAME = "comfy"
 MARKER = "comfy_quant"
@@ -67,151 +58,130 @@ _HEADER = {
 }
 
 
-def objection(layer: LayerPlan) -> str | None:
-    """Why comfy-kitchen can't run this module in 4 bits, or None."""
-    match layer:
-        case W4A16Plan():
-            return "comfy keeps modulation layers at 16 bits"
-        case W4A4Plan(precision=NvFp4()):
-            return "comfy has no nvfp4 with a low-rank branch"
-        case W4A4Plan(rank=rank) if rank < 1:
-            return f"rank {rank} is not positive"
-        case _:
-            pass
-    rows, columns = layer.linear.out_features, layer.linear.in_features
-    if rows % ROWS:
-        return f"out_features {rows} is not a multiple of {ROWS}"
-    if columns % COLUMNS:
-        return f"in_features {columns} is not a multiple of {COLUMNS}"
-    return None
+class Comfy(Format):
+    """A file for comfy-kitchen's op."""
+
+    name = NAME
+    precisions = (Int4(),)
+    unsigned_after_gelu = True
+    one_rank = False
+
+    def unsupported_reason(self, layer: LayerPlan) -> str | None:
+        """Why comfy-kitchen can't run this module in 4 bits, or None."""
+        match layer:
+            case W4A16Plan():
+                return "comfy keeps modulation layers at 16 bits"
+            case W4A4Plan(precision=NvFp4()):
+                return "comfy has no nvfp4 with a low-rank branch"
+            case W4A4Plan(rank=rank) if rank < 1:
+                return f"rank {rank} is not positive"
+            case _:
+                pass
+        rows, columns = layer.linear.out_features, layer.linear.in_features
+        if rows % ROWS:
+            return f"out_features {rows} is not a multiple of {ROWS}"
+        if columns % COLUMNS:
+            return f"in_features {columns} is not a multiple of {COLUMNS}"
+        return None
+
+    def tensor_specs(
+        self, layer: LayerPlan, dtype: torch.dtype, traits: Traits = PLAIN
+    ) -> dict[str, TensorSpec]:
+        plan = _w4a4(layer)
+        rows, columns = plan.linear.out_features, plan.linear.in_features
+        specs = {
+            "weight": TensorSpec((rows // ROWS, columns // COLUMNS, 32, 128), torch.int8),
+            "weight_scale": TensorSpec((rows // ROWS, columns // COLUMNS, ROWS), dtype),
+            "smooth_factor": TensorSpec((columns,), dtype),
+            "proj_down": TensorSpec((columns, plan.rank), dtype),
+            "proj_up": TensorSpec((rows // ROWS, plan.rank, ROWS), dtype),
+            MARKER: TensorSpec((len(_marker(traits)),), torch.uint8),
+        }
+        if plan.linear.bias:
+            specs["bias"] = TensorSpec((rows,), dtype)
+        return specs
+
+    def encode(self, solution: LayerSolution, traits: Traits = PLAIN) -> dict[str, Tensor]:
+        if reason := self.unsupported_reason(solution.plan):
+            raise ValueError(f"{solution.plan.name}: {reason}")
+        require_sound(solution)
+        if not isinstance(solution, W4A4Solution):
+            raise ValueError(f"{solution.plan.name} is no W4A4 layer")
+        tensors = {
+            "weight": pack_kitchen_codes(solution.codes),
+            "weight_scale": pack_kitchen_rows(solution.scales),
+            "smooth_factor": solution.smooth.clone(),
+            **self.encode_branch(Branch(solution.down, solution.up)),
+            MARKER: text_bytes(_marker(traits)),
+        }
+        if solution.bias is not None:
+            tensors["bias"] = solution.bias.clone()
+        return tensors
+
+    def decode(
+        self, layer: LayerPlan, tensors: Mapping[str, Tensor], traits: Traits = PLAIN
+    ) -> LayerSolution:
+        plan = _w4a4(layer)
+        _require_marker(plan, tensors, traits)
+        sixteen = {suffix: tensor for suffix, tensor in tensors.items() if suffix != MARKER}
+        specs = self.tensor_specs(layer, sixteen_bit_dtype(sixteen), traits)
+        require_sound_tensors(
+            layer, {suffix: spec for suffix, spec in specs.items() if suffix != MARKER}, sixteen
+        )
+        branch = self.decode_branch(tensors)
+        return W4A4Solution(
+            plan=plan,
+            smooth=tensors["smooth_factor"].clone(),
+            down=branch.down,
+            up=branch.up,
+            codes=unpack_kitchen_codes(tensors["weight"]),
+            scales=unpack_kitchen_rows(tensors["weight_scale"]),
+            outer=None,
+            bias=tensors["bias"].clone() if "bias" in tensors else None,
+        )
+
+    def encode_branch(self, branch: Branch, traits: Traits = PLAIN) -> dict[str, Tensor]:
+        return {"proj_down": branch.down.T.contiguous(), "proj_up": pack_kitchen_rows(branch.up)}
+
+    def decode_branch(self, tensors: Mapping[str, Tensor], traits: Traits = PLAIN) -> Branch:
+        return Branch(tensors["proj_down"].T.contiguous(), unpack_kitchen_rows(tensors["proj_up"]))
+
+    def metadata(self, plan: ModelPlan, dtype: torch.dtype) -> dict[str, object]:
+        require_16_bit(self.name, dtype)
+        if not plan.w4a4:
+            raise UsageError("comfy needs W4A4 layers, and the plan has none")
+        return {**_HEADER, "repacked_layer_count": str(len(plan.w4a4))}
+
+    def parse_metadata(self, config: Mapping[str, object]) -> PackedFacts:
+        """The header says nothing that the tensors do not."""
+        return PackedFacts((), (), Int4(), None, None)
+
+    def layer_plans(self, facts: PackedFacts, specs: Mapping[str, TensorSpec]) -> tuple[LayerPlan, ...]:
+        plans: list[LayerPlan] = []
+        for key in specs:
+            name, _, suffix = key.rpartition(".")
+            if suffix != MARKER:
+                continue
+            weight, up = specs.get(f"{name}.weight"), specs.get(f"{name}.proj_up")
+            if weight is None or up is None or len(weight.shape) != 4 or len(up.shape) != 3:
+                raise InputError(
+                    f"{name}: weight and proj_up of a {LAYOUT} module must have four and three axes",
+                    where=name,
+                    hint="the file is damaged, or packed in another layout of comfy-kitchen",
+                )
+            linear = Linear(name, weight.shape[1] * COLUMNS, weight.shape[0] * ROWS, f"{name}.bias" in specs)
+            plans.append(W4A4Plan(linear, Int4(), up.shape[1]))
+        return tuple(plans)
+
+    def recognizes(self, path: Path) -> bool:
+        header = header_metadata(path) if path.is_file() else {}
+        return header.get(FORMAT_KEY) == NAME or header.get("target_dtype") == ALGORITHM
+
+    def implied_metadata(self, specs: Mapping[str, TensorSpec]) -> dict[str, object] | None:
+        return {} if {MARKER, "proj_down", "smooth_factor"} <= suffixes_of(specs) else None
 
 
-def tensor_specs(layer: LayerPlan, dtype: torch.dtype, traits: Traits = PLAIN) -> dict[str, TensorSpec]:
-    """Exactly the tensors of one module, by suffix."""
-    plan = _w4a4(layer)
-    rows, columns = plan.linear.out_features, plan.linear.in_features
-    specs = {
-        "weight": TensorSpec((rows // ROWS, columns // COLUMNS, 32, 128), torch.int8),
-        "weight_scale": TensorSpec((rows // ROWS, columns // COLUMNS, ROWS), dtype),
-        "smooth_factor": TensorSpec((columns,), dtype),
-        "proj_down": TensorSpec((columns, plan.rank), dtype),
-        "proj_up": TensorSpec((rows // ROWS, plan.rank, ROWS), dtype),
-        MARKER: TensorSpec((len(_marker(traits)),), torch.uint8),
-    }
-    if plan.linear.bias:
-        specs["bias"] = TensorSpec((rows,), dtype)
-    return specs
-
-
-def encode(solution: LayerSolution, traits: Traits = PLAIN) -> dict[str, Tensor]:
-    """One module as its stored tensors. ValueError where it does not fit or contradicts its plan."""
-    if reason := objection(solution.plan):
-        raise ValueError(f"{solution.plan.name}: {reason}")
-    require_sound(solution)
-    if not isinstance(solution, W4A4Solution):
-        raise ValueError(f"{solution.plan.name} is no W4A4 layer")
-    tensors = {
-        "weight": pack_kitchen_codes(solution.codes),
-        "weight_scale": pack_kitchen_rows(solution.scales),
-        "smooth_factor": solution.smooth.clone(),
-        **encode_branch(Branch(solution.down, solution.up)),
-        MARKER: text_bytes(_marker(traits)),
-    }
-    if solution.bias is not None:
-        tensors["bias"] = solution.bias.clone()
-    return tensors
-
-
-def decode(layer: LayerPlan, tensors: Mapping[str, Tensor], traits: Traits = PLAIN) -> LayerSolution:
-    """The inverse of `encode`. InputError, with the module and the tensor, for anything but the exact tensors."""
-    plan = _w4a4(layer)
-    _require_marker(plan, tensors, traits)
-    sixteen = {suffix: tensor for suffix, tensor in tensors.items() if suffix != MARKER}
-    specs = tensor_specs(layer, tiled.sixteen_bit_dtype(sixteen), traits)
-    require_sound_tensors(
-        layer, {suffix: spec for suffix, spec in specs.items() if suffix != MARKER}, sixteen
-    )
-    branch = decode_branch(tensors)
-    return W4A4Solution(
-        plan=plan,
-        smooth=tensors["smooth_factor"].clone(),
-        down=branch.down,
-        up=branch.up,
-        codes=unpack_kitchen_codes(tensors["weight"]),
-        scales=unpack_kitchen_rows(tensors["weight_scale"]),
-        outer=None,
-        bias=tensors["bias"].clone() if "bias" in tensors else None,
-    )
-
-
-def encode_branch(branch: Branch, traits: Traits = PLAIN) -> dict[str, Tensor]:
-    """The branch of a module as its stored tensors."""
-    return {"proj_down": branch.down.T.contiguous(), "proj_up": pack_kitchen_rows(branch.up)}
-
-
-def decode_branch(tensors: Mapping[str, Tensor], traits: Traits = PLAIN) -> Branch:
-    """The inverse of `encode_branch`; `tensors` may hold others of the module too."""
-    return Branch(tensors["proj_down"].T.contiguous(), unpack_kitchen_rows(tensors["proj_up"]))
-
-
-def metadata(plan: ModelPlan, dtype: torch.dtype) -> dict[str, object]:
-    """The header. UsageError where the format can't hold the plan."""
-    require_16_bit(NAME, dtype)
-    if not plan.w4a4:
-        raise UsageError("comfy needs W4A4 layers, and the plan has none")
-    return {**_HEADER, "repacked_layer_count": str(len(plan.w4a4))}
-
-
-def parse_metadata(config: Mapping[str, object]) -> PackedFacts:
-    """The header says nothing that the tensors do not."""
-    return PackedFacts((), (), Int4(), None, None)
-
-
-def layer_plans(facts: PackedFacts, specs: Mapping[str, TensorSpec]) -> tuple[LayerPlan, ...]:
-    """The stored modules, from their tensors alone; `specs` by full name."""
-    plans: list[LayerPlan] = []
-    for key in specs:
-        name, _, suffix = key.rpartition(".")
-        if suffix != MARKER:
-            continue
-        weight, up = specs.get(f"{name}.weight"), specs.get(f"{name}.proj_up")
-        if weight is None or up is None or len(weight.shape) != 4 or len(up.shape) != 3:
-            raise InputError(
-                f"{name}: weight and proj_up of a {LAYOUT} module must have four and three axes",
-                where=name,
-                hint="the file is damaged, or packed in another layout of comfy-kitchen",
-            )
-        linear = Linear(name, weight.shape[1] * COLUMNS, weight.shape[0] * ROWS, f"{name}.bias" in specs)
-        plans.append(W4A4Plan(linear, Int4(), up.shape[1]))
-    return tuple(plans)
-
-
-def sniff(path: Path) -> bool:
-    """Whether `path` is a file of this format."""
-    header = header_metadata(path) if path.is_file() else {}
-    return header.get(FORMAT_KEY) == NAME or header.get("target_dtype") == ALGORITHM
-
-
-FORMAT = Format(
-    name=NAME,
-    single_file=True,
-    own_names=False,
-    mixes=True,
-    precisions=(Int4(),),
-    unsigned_after_gelu=True,
-    one_rank=False,
-    objection=objection,
-    tensor_specs=tensor_specs,
-    encode=encode,
-    decode=decode,
-    encode_branch=encode_branch,
-    decode_branch=decode_branch,
-    metadata=metadata,
-    model_metadata=no_model_metadata,
-    parse_metadata=parse_metadata,
-    layer_plans=layer_plans,
-    sniff=sniff,
-)
+FORMAT = Comfy()
 
 
 def _marker(traits: Traits) -> str:

@@ -20,20 +20,16 @@ from torch import Tensor
 from svdq_cli.errors import InputError, UsageError
 from svdq_cli.families.layouts.layout import ComfyArgument, ModelLayout
 from svdq_cli.formats import tiled
-from svdq_cli.formats.contract import (
-    PLAIN,
-    Branch,
-    Format,
-    PackedFacts,
-    TensorSpec,
-    Traits,
+from svdq_cli.formats.contract import PLAIN, Branch, Format, PackedFacts, Traits
+from svdq_cli.formats.headers import header_metadata
+from svdq_cli.formats.implied import suffixes_of, widest_branch
+from svdq_cli.formats.json_keys import bad_key, json_object, optional_section
+from svdq_cli.formats.soundness import (
     require_16_bit,
     require_one_value,
     require_sound_tensors,
+    sixteen_bit_dtype,
 )
-from svdq_cli.formats.headers import header_metadata
-from svdq_cli.formats.json_keys import bad_key, json_object, optional_section
-from svdq_cli.formats.tiled import objection
 from svdq_cli.pack.scales import pack_vector, unpack_vector
 from svdq_cli.records import (
     Int4,
@@ -47,10 +43,11 @@ from svdq_cli.records import (
     W4A4Solution,
     W4A16Plan,
 )
+from svdq_cli.storage.tensor_file import TensorSpec
 
 QUANTIZATION = "quantization_config"
 METHOD = "svdquant"
-DEFAULT_RANK = 32  # of files that say none
+UNSAID_RANK = 32  # of files that say none
 WEIGHT_DTYPES: dict[str, Precision] = {"int4": Int4(), "fp4_e2m1_all": NvFp4()}
 # Python spelling -> that of the C++ engine, where they differ
 ENGINE_NAMES = {
@@ -63,155 +60,156 @@ _Value = TypeVar("_Value", Tensor, TensorSpec)
 _PYTHON_NAMES = {engine: python for python, engine in ENGINE_NAMES.items()}
 
 
-def tensor_specs(layer: LayerPlan, dtype: torch.dtype, traits: Traits = PLAIN) -> dict[str, TensorSpec]:
-    """Exactly the tensors of one module, by suffix."""
-    specs = tiled.tensor_specs(layer, dtype)
-    if isinstance(layer, W4A4Plan):
-        specs["smooth_factor_orig"] = specs["smooth_factor"]
-        if isinstance(layer.precision, NvFp4):
-            rows = layer.linear.out_features
-            specs |= {_outer_name(traits): TensorSpec((rows if traits.row_scales else 1,), dtype)}
-    return _spelled(specs, ENGINE_NAMES if traits.engine_names else {})
+class Nunchaku(Format):
+    """Nunchaku's own file."""
 
+    name = "nunchaku"
+    precisions = (Int4(), NvFp4())
+    mixes = False
+    unsigned_after_gelu = True
 
-def encode(solution: LayerSolution, traits: Traits = PLAIN) -> dict[str, Tensor]:
-    """One module as its stored tensors. ValueError where it does not fit or contradicts its plan."""
-    tensors = tiled.encode(solution)
-    if isinstance(solution, W4A4Solution):
-        tensors["smooth_factor_orig"] = tensors["smooth_factor"].clone()
-        if solution.outer is not None:
-            if (solution.outer.numel() > 1) != traits.row_scales and solution.plan.linear.out_features > 1:
-                raise ValueError(f"{solution.plan.name}: the outer scale has {solution.outer.numel()} values")
-            outer = pack_vector(solution.outer) if traits.row_scales else solution.outer.clone()
-            tensors[_outer_name(traits)] = outer
-    return _spelled(tensors, ENGINE_NAMES if traits.engine_names else {})
+    def unsupported_reason(self, layer: LayerPlan) -> str | None:
+        return tiled.unsupported_reason(layer)
 
+    def tensor_specs(
+        self, layer: LayerPlan, dtype: torch.dtype, traits: Traits = PLAIN
+    ) -> dict[str, TensorSpec]:
+        specs = tiled.tensor_specs(layer, dtype)
+        if isinstance(layer, W4A4Plan):
+            specs["smooth_factor_orig"] = specs["smooth_factor"]
+            if isinstance(layer.precision, NvFp4):
+                rows = layer.linear.out_features
+                specs |= {_outer_name(traits): TensorSpec((rows if traits.row_scales else 1,), dtype)}
+        return _spelled(specs, ENGINE_NAMES if traits.engine_names else {})
 
-def decode(layer: LayerPlan, tensors: Mapping[str, Tensor], traits: Traits = PLAIN) -> LayerSolution:
-    """The inverse of `encode`. InputError, with the module and the tensor, for anything but the exact tensors."""
-    dtype = tiled.sixteen_bit_dtype(tensors)
-    require_sound_tensors(layer, tensor_specs(layer, dtype, traits), tensors)
-    plain = _spelled(tensors, _PYTHON_NAMES if traits.engine_names else {})
-    outer = None
-    if isinstance(layer, W4A4Plan) and isinstance(layer.precision, NvFp4):
-        stored = plain[_outer_name(traits)]
-        outer = unpack_vector(stored) if traits.row_scales else stored.clone()
-    return tiled.decode(layer, plain, outer)
+    def encode(self, solution: LayerSolution, traits: Traits = PLAIN) -> dict[str, Tensor]:
+        tensors = tiled.encode(solution)
+        if isinstance(solution, W4A4Solution):
+            tensors["smooth_factor_orig"] = tensors["smooth_factor"].clone()
+            if solution.outer is not None:
+                if (
+                    solution.outer.numel() > 1
+                ) != traits.row_scales and solution.plan.linear.out_features > 1:
+                    raise ValueError(
+                        f"{solution.plan.name}: the outer scale has {solution.outer.numel()} values"
+                    )
+                outer = pack_vector(solution.outer) if traits.row_scales else solution.outer.clone()
+                tensors[_outer_name(traits)] = outer
+        return _spelled(tensors, ENGINE_NAMES if traits.engine_names else {})
 
+    def decode(
+        self, layer: LayerPlan, tensors: Mapping[str, Tensor], traits: Traits = PLAIN
+    ) -> LayerSolution:
+        dtype = sixteen_bit_dtype(tensors)
+        require_sound_tensors(layer, self.tensor_specs(layer, dtype, traits), tensors)
+        plain = _spelled(tensors, _PYTHON_NAMES if traits.engine_names else {})
+        outer = None
+        if isinstance(layer, W4A4Plan) and isinstance(layer.precision, NvFp4):
+            stored = plain[_outer_name(traits)]
+            outer = unpack_vector(stored) if traits.row_scales else stored.clone()
+        return tiled.decode(layer, plain, outer)
 
-def encode_branch(branch: Branch, traits: Traits = PLAIN) -> dict[str, Tensor]:
-    """The branch of a module as its stored tensors."""
-    return _spelled(tiled.encode_branch(branch), ENGINE_NAMES if traits.engine_names else {})
+    def encode_branch(self, branch: Branch, traits: Traits = PLAIN) -> dict[str, Tensor]:
+        return _spelled(tiled.encode_branch(branch), ENGINE_NAMES if traits.engine_names else {})
 
+    def decode_branch(self, tensors: Mapping[str, Tensor], traits: Traits = PLAIN) -> Branch:
+        names = ENGINE_NAMES if traits.engine_names else {}
+        return tiled.decode_branch(
+            {name: tensors[names.get(name, name)] for name in ("proj_down", "proj_up")}
+        )
 
-def decode_branch(tensors: Mapping[str, Tensor], traits: Traits = PLAIN) -> Branch:
-    """The inverse of `encode_branch`; `tensors` may hold others of the module too."""
-    names = ENGINE_NAMES if traits.engine_names else {}
-    return tiled.decode_branch({name: tensors[names.get(name, name)] for name in ("proj_down", "proj_up")})
-
-
-def metadata(plan: ModelPlan, dtype: torch.dtype) -> dict[str, object]:
-    """`quantization_config` of the header. UsageError where the format can't hold the plan."""
-    require_16_bit("nunchaku", dtype)
-    if not plan.w4a4:
-        raise UsageError("nunchaku needs W4A4 layers, and the plan has none")
-    require_one_value("nunchaku", "precision", plan.w4a4, lambda layer: layer.precision.name)
-    require_one_value("nunchaku", "rank", plan.w4a4, lambda layer: layer.rank)
-    precision = plan.w4a4[0].precision
-    name = next(name for name, known in WEIGHT_DTYPES.items() if known == precision)
-    micro = "fp8_e4m3_nan" if isinstance(precision, NvFp4) else None
-    weight_scale = None if micro is None else [None, micro]
-    return {
-        QUANTIZATION: {
-            "method": METHOD,
-            "weight": {"dtype": name, "scale_dtype": weight_scale, "group_size": precision.group},
-            "activation": {"dtype": name, "scale_dtype": micro, "group_size": precision.group},
-            "rank": plan.w4a4[0].rank,
+    def metadata(self, plan: ModelPlan, dtype: torch.dtype) -> dict[str, object]:
+        require_16_bit(self.name, dtype)
+        if not plan.w4a4:
+            raise UsageError("nunchaku needs W4A4 layers, and the plan has none")
+        require_one_value(self.name, "precision", plan.w4a4, lambda layer: layer.precision.name)
+        require_one_value(self.name, "rank", plan.w4a4, lambda layer: layer.rank)
+        precision = plan.w4a4[0].precision
+        name = _weight_dtype(precision)
+        micro = "fp8_e4m3_nan" if isinstance(precision, NvFp4) else None
+        weight_scale = None if micro is None else [None, micro]
+        return {
+            QUANTIZATION: {
+                "method": METHOD,
+                "weight": {"dtype": name, "scale_dtype": weight_scale, "group_size": precision.group},
+                "activation": {"dtype": name, "scale_dtype": micro, "group_size": precision.group},
+                "rank": plan.w4a4[0].rank,
+            }
         }
-    }
+
+    def model_metadata(self, layout: ModelLayout | None, config: Mapping[str, object]) -> dict[str, object]:
+        """What the runtime's loaders and its ComfyUI nodes build the model from."""
+        found: dict[str, object] = {"comfy_config": {}}
+        if layout is not None and layout.runtime_class is not None:
+            found["model_class"] = layout.runtime_class
+        if layout is not None and layout.comfy_class is not None:
+            arguments = {argument.name: _comfy_value(argument, config) for argument in layout.comfy_arguments}
+            found["comfy_config"] = {
+                "model_class": layout.comfy_class,
+                "model_config": {**dict(layout.comfy_constants), **arguments},
+            }
+        return found
+
+    def parse_metadata(self, config: Mapping[str, object]) -> PackedFacts:
+        section = optional_section(config, QUANTIZATION)
+        if section is None:
+            raise bad_key(QUANTIZATION, "is missing")
+        if section.get("method", METHOD) != METHOD:
+            raise bad_key("method", f"is {section.get('method')!r} instead of {METHOD!r}")
+        weight = optional_section(section, "weight")
+        dtype = (weight or {}).get("dtype")
+        if not isinstance(dtype, str) or dtype not in WEIGHT_DTYPES:
+            raise bad_key("weight.dtype", f"is {dtype!r} instead of {' or '.join(map(repr, WEIGHT_DTYPES))}")
+        rank = section.get("rank", UNSAID_RANK)
+        if not isinstance(rank, int) or isinstance(rank, bool):
+            raise bad_key("rank", "must be a whole number")
+        return PackedFacts((), (), WEIGHT_DTYPES[dtype], rank, None)
+
+    def layer_plans(self, facts: PackedFacts, specs: Mapping[str, TensorSpec]) -> tuple[LayerPlan, ...]:
+        plans: list[LayerPlan] = []
+        for key, spec in specs.items():
+            if not key.endswith(".qweight"):
+                continue
+            name = key.removesuffix(".qweight")
+            if len(spec.shape) != 2:
+                raise InputError(
+                    f"{name}: qweight has the shape {spec.shape} instead of two axes", where=name
+                )
+            rows, half = spec.shape
+            bias = f"{name}.bias" in specs
+            if f"{name}.wzeros" in specs:
+                plans.append(W4A16Plan(Linear(name, half * 2, rows * 4, bias)))
+            elif facts.precision is not None:
+                plans.append(
+                    W4A4Plan(Linear(name, half * 2, rows, bias), facts.precision, _rank(name, specs, facts))
+                )
+        return tuple(plans)
+
+    def recognizes(self, path: Path) -> bool:
+        text = header_metadata(path).get(QUANTIZATION) if path.is_file() else None
+        try:
+            section = json_object(json.loads(text)) if text is not None else None
+        except ValueError:
+            return False
+        return section is not None and "quant_method" not in section and "weight" in section
+
+    def implied_metadata(self, specs: Mapping[str, TensorSpec]) -> dict[str, object] | None:
+        suffixes = suffixes_of(specs)
+        if not {"qweight", "wscales"} <= suffixes or not suffixes & {"smooth_factor_orig", "smooth_orig"}:
+            return None
+        # Modulation layers (W4A16) have 16-bit scales in either precision
+        eight = any(
+            spec.dtype == torch.float8_e4m3fn for name, spec in specs.items() if name.endswith(".wscales")
+        )
+        dtype = _weight_dtype(NvFp4() if eight else Int4())
+        return {QUANTIZATION: {"method": METHOD, "weight": {"dtype": dtype}, "rank": widest_branch(specs)}}
 
 
-def model_metadata(layout: ModelLayout | None, config: Mapping[str, object]) -> dict[str, object]:
-    """What the runtime's loaders and its ComfyUI nodes build the model from."""
-    found: dict[str, object] = {"comfy_config": {}}
-    if layout is not None and layout.runtime_class is not None:
-        found["model_class"] = layout.runtime_class
-    if layout is not None and layout.comfy_class is not None:
-        arguments = {argument.name: _comfy_value(argument, config) for argument in layout.comfy_arguments}
-        found["comfy_config"] = {
-            "model_class": layout.comfy_class,
-            "model_config": {**dict(layout.comfy_constants), **arguments},
-        }
-    return found
+FORMAT = Nunchaku()
 
 
-def parse_metadata(config: Mapping[str, object]) -> PackedFacts:
-    """What a header says. InputError that names the key where it says nothing clear."""
-    section = optional_section(config, QUANTIZATION)
-    if section is None:
-        raise bad_key(QUANTIZATION, "is missing")
-    if section.get("method", METHOD) != METHOD:
-        raise bad_key("method", f"is {section.get('method')!r} instead of {METHOD!r}")
-    weight = optional_section(section, "weight")
-    dtype = (weight or {}).get("dtype")
-    if not isinstance(dtype, str) or dtype not in WEIGHT_DTYPES:
-        raise bad_key("weight.dtype", f"is {dtype!r} instead of {' or '.join(map(repr, WEIGHT_DTYPES))}")
-    rank = section.get("rank", DEFAULT_RANK)
-    if not isinstance(rank, int) or isinstance(rank, bool):
-        raise bad_key("rank", "must be a whole number")
-    return PackedFacts((), (), WEIGHT_DTYPES[dtype], rank, None)
-
-
-def layer_plans(facts: PackedFacts, specs: Mapping[str, TensorSpec]) -> tuple[LayerPlan, ...]:
-    """The stored modules, from their tensors alone; `specs` by full name."""
-    plans: list[LayerPlan] = []
-    for key, spec in specs.items():
-        if not key.endswith(".qweight"):
-            continue
-        name = key.removesuffix(".qweight")
-        if len(spec.shape) != 2:
-            raise InputError(f"{name}: qweight has the shape {spec.shape} instead of two axes", where=name)
-        rows, half = spec.shape
-        bias = f"{name}.bias" in specs
-        if f"{name}.wzeros" in specs:
-            plans.append(W4A16Plan(Linear(name, half * 2, rows * 4, bias)))
-        elif facts.precision is not None:
-            plans.append(
-                W4A4Plan(Linear(name, half * 2, rows, bias), facts.precision, _rank(name, specs, facts))
-            )
-    return tuple(plans)
-
-
-def sniff(path: Path) -> bool:
-    """Whether `path` is a file of this format."""
-    text = header_metadata(path).get(QUANTIZATION) if path.is_file() else None
-    try:
-        section = json_object(json.loads(text)) if text is not None else None
-    except ValueError:
-        return False
-    return section is not None and "quant_method" not in section and "weight" in section
-
-
-FORMAT = Format(
-    name="nunchaku",
-    single_file=True,
-    own_names=False,
-    mixes=False,
-    precisions=(Int4(), NvFp4()),
-    unsigned_after_gelu=True,
-    one_rank=True,
-    objection=objection,
-    tensor_specs=tensor_specs,
-    encode=encode,
-    decode=decode,
-    encode_branch=encode_branch,
-    decode_branch=decode_branch,
-    metadata=metadata,
-    model_metadata=model_metadata,
-    parse_metadata=parse_metadata,
-    layer_plans=layer_plans,
-    sniff=sniff,
-)
+def _weight_dtype(precision: Precision) -> str:
+    return next(name for name, known in WEIGHT_DTYPES.items() if known == precision)
 
 
 def _outer_name(traits: Traits) -> str:
@@ -227,7 +225,7 @@ def _rank(name: str, specs: Mapping[str, TensorSpec], facts: PackedFacts) -> int
     for suffix in ("lora_down", "proj_down"):
         if found := specs.get(f"{name}.{suffix}"):
             return found.shape[-1]
-    return facts.rank or DEFAULT_RANK
+    return facts.rank or UNSAID_RANK
 
 
 def _comfy_value(argument: ComfyArgument, config: Mapping[str, object]) -> object:

@@ -28,21 +28,17 @@ from torch import Tensor
 
 from svdq_cli.errors import InputError, UsageError
 from svdq_cli.formats import tiled
-from svdq_cli.formats.contract import (
-    PLAIN,
+from svdq_cli.formats.contract import PLAIN, Branch, Format, PackedFacts, Traits
+from svdq_cli.formats.json_keys import bad_key, json_object, module_paths, optional_section, whole_number
+from svdq_cli.formats.soundness import (
     SIXTEEN_BIT,
-    Format,
-    PackedFacts,
-    TensorSpec,
-    Traits,
     dtype_name,
-    no_model_metadata,
     outer_of_both,
     require_16_bit,
     require_one_value,
     require_sound_tensors,
+    sixteen_bit_dtype,
 )
-from svdq_cli.formats.json_keys import bad_key, json_object, module_paths, optional_section, whole_number
 from svdq_cli.pack.scales import pack_vector, unpack_vector
 from svdq_cli.records import (
     Int4,
@@ -56,130 +52,135 @@ from svdq_cli.records import (
     W4A4Solution,
     W4A16Plan,
 )
+from svdq_cli.storage.tensor_file import TensorSpec
 
 METHOD = "nunchaku_lite"
 
 
-def objection(layer: LayerPlan) -> str | None:
-    """Why diffusers or the kernels behind this format can't run `layer`, or None."""
-    if layer.linear.kind == "conv1x1":
-        return "it is a 1x1 convolution, and diffusers replaces linear layers only"
-    return tiled.objection(layer)
+class NunchakuLite(Format):
+    """A diffusers folder."""
+
+    name = "nunchaku-lite"
+    precisions = (Int4(), NvFp4())
+    single_file = False
+    own_names = True
+
+    def unsupported_reason(self, layer: LayerPlan) -> str | None:
+        """Why diffusers or the kernels behind this format can't run `layer`, or None."""
+        if layer.linear.kind == "conv1x1":
+            return "it is a 1x1 convolution, and diffusers replaces linear layers only"
+        return tiled.unsupported_reason(layer)
+
+    def tensor_specs(
+        self, layer: LayerPlan, dtype: torch.dtype, traits: Traits = PLAIN
+    ) -> dict[str, TensorSpec]:
+        specs = tiled.tensor_specs(layer, dtype)
+        if isinstance(layer, W4A4Plan) and isinstance(layer.precision, NvFp4):
+            rows = layer.linear.out_features
+            specs |= {"wcscales": TensorSpec((rows,), dtype), "wtscale": TensorSpec((1,), dtype)}
+        return specs
+
+    def encode(self, solution: LayerSolution, traits: Traits = PLAIN) -> dict[str, Tensor]:
+        tensors = tiled.encode(solution)
+        if isinstance(solution, W4A4Solution) and solution.outer is not None:
+            tensors |= _encode_outer(solution, solution.outer)
+        return tensors
+
+    def decode(
+        self, layer: LayerPlan, tensors: Mapping[str, Tensor], traits: Traits = PLAIN
+    ) -> LayerSolution:
+        """The inverse of `encode`. InputError, with the layer and the tensor, for anything but the exact tensors.
+
+        An nvfp4 outer scale of (N,) that is one everywhere comes back as (1,): the same numbers.
+        """
+        require_sound_tensors(layer, self.tensor_specs(layer, sixteen_bit_dtype(tensors)), tensors)
+        outer = None
+        if isinstance(layer, W4A4Plan) and isinstance(layer.precision, NvFp4):
+            outer = _decode_outer(layer, tensors)
+        return tiled.decode(layer, tensors, outer)
+
+    def encode_branch(self, branch: Branch, traits: Traits = PLAIN) -> dict[str, Tensor]:
+        return tiled.encode_branch(branch)
+
+    def decode_branch(self, tensors: Mapping[str, Tensor], traits: Traits = PLAIN) -> Branch:
+        return tiled.decode_branch(tensors)
+
+    def metadata(self, plan: ModelPlan, dtype: torch.dtype) -> dict[str, object]:
+        """The `quantization_config` object of config.json. UsageError where the format can't hold the plan."""
+        self._require_storable(plan, dtype)
+        config: dict[str, object] = {"quant_method": METHOD, "compute_dtype": dtype_name(dtype)}
+        if plan.w4a4:
+            precision = plan.w4a4[0].precision
+            config["svdq_w4a4"] = {
+                "precision": precision.name,
+                "group_size": precision.group,
+                "rank": plan.w4a4[0].rank,
+                "targets": [layer.name for layer in plan.w4a4],
+            }
+        if plan.w4a16:
+            config["awq_w4a16"] = {
+                "precision": "int4",
+                "group_size": W4A16Plan.group,
+                "targets": [layer.name for layer in plan.w4a16],
+            }
+        return config
+
+    def parse_metadata(self, config: Mapping[str, object]) -> PackedFacts:
+        if config.get("quant_method") != METHOD:
+            raise bad_key("quant_method", f"is {config.get('quant_method')!r} instead of {METHOD!r}")
+        dtype = _named_dtype(config.get("compute_dtype", "bfloat16"))
+        w4a4, w4a16 = optional_section(config, "svdq_w4a4"), optional_section(config, "awq_w4a16")
+        if w4a4 is None and w4a16 is None:
+            raise bad_key("svdq_w4a4", "and awq_w4a16 are both missing")
+        w4a4_names, w4a16_names, precision, rank = (), (), None, None
+        if w4a4 is not None:
+            w4a4_names = module_paths(w4a4, "targets", where="svdq_w4a4")
+            precision, rank = _precision(w4a4), whole_number(w4a4, "rank", where="svdq_w4a4")
+        if w4a16 is not None:
+            w4a16_names = module_paths(w4a16, "targets", where="awq_w4a16")
+            if (w4a16.get("precision"), w4a16.get("group_size")) != ("int4", W4A16Plan.group):
+                raise bad_key("awq_w4a16", f"must be int4 with a group_size of {W4A16Plan.group}")
+        twice = [name for name, count in Counter(w4a4_names + w4a16_names).items() if count > 1]
+        if twice:
+            raise bad_key("targets", f"names a layer twice: {', '.join(twice)}")
+        return PackedFacts(w4a4_names, w4a16_names, precision, rank, dtype)
+
+    def layer_plans(self, facts: PackedFacts, specs: Mapping[str, TensorSpec]) -> tuple[LayerPlan, ...]:
+        plans: list[LayerPlan] = []
+        for name in facts.w4a4:
+            rows, half_columns = _matrix_shape(specs, name)
+            linear = Linear(name, half_columns * 2, rows, f"{name}.bias" in specs)
+            if facts.precision is None or facts.rank is None:
+                raise ValueError(f"{name}: W4A4 layers without a precision or a rank")
+            plans.append(W4A4Plan(linear, facts.precision, facts.rank))
+        for name in facts.w4a16:
+            quarter_rows, half_columns = _matrix_shape(specs, name)
+            plans.append(W4A16Plan(Linear(name, half_columns * 2, quarter_rows * 4, f"{name}.bias" in specs)))
+        return tuple(plans)
+
+    def recognizes(self, path: Path) -> bool:
+        """Whether `path` is a pipeline folder, or the folder of one component, that holds this format."""
+        configs = [path / "config.json", *sorted(path.glob("*/config.json"))] if path.is_dir() else []
+        return any(_names_this_method(config) for config in configs if config.is_file())
+
+    def _require_storable(self, plan: ModelPlan, dtype: torch.dtype) -> None:
+        require_16_bit(self.name, dtype)
+        if not plan.layers:
+            raise UsageError(
+                "nunchaku-lite needs at least one quantized layer, and the plan keeps all of them"
+            )
+        for layer in plan.layers:
+            if reason := self.unsupported_reason(layer):
+                raise UsageError(
+                    f"{layer.name}: nunchaku-lite can't hold it: {reason}",
+                    where=layer.name,
+                    hint="keep the layer in 16 bits",
+                )
+        require_one_value(self.name, "precision", plan.w4a4, lambda layer: layer.precision.name)
+        require_one_value(self.name, "rank", plan.w4a4, lambda layer: layer.rank)
 
 
-def tensor_specs(layer: LayerPlan, dtype: torch.dtype, traits: Traits = PLAIN) -> dict[str, TensorSpec]:
-    """Exactly the tensors of one layer, by suffix."""
-    specs = tiled.tensor_specs(layer, dtype)
-    if isinstance(layer, W4A4Plan) and isinstance(layer.precision, NvFp4):
-        rows = layer.linear.out_features
-        specs |= {"wcscales": TensorSpec((rows,), dtype), "wtscale": TensorSpec((1,), dtype)}
-    return specs
-
-
-def encode(solution: LayerSolution, traits: Traits = PLAIN) -> dict[str, Tensor]:
-    """One solved layer as its stored tensors. ValueError where it does not fit or contradicts its plan."""
-    tensors = tiled.encode(solution)
-    if isinstance(solution, W4A4Solution) and solution.outer is not None:
-        tensors |= _encode_outer(solution, solution.outer)
-    return tensors
-
-
-def decode(layer: LayerPlan, tensors: Mapping[str, Tensor], traits: Traits = PLAIN) -> LayerSolution:
-    """The inverse of `encode`. InputError, with the layer and the tensor, for anything but the exact tensors.
-
-    An nvfp4 outer scale of (N,) that is one everywhere comes back as (1,): the same numbers.
-    """
-    require_sound_tensors(layer, tensor_specs(layer, tiled.sixteen_bit_dtype(tensors)), tensors)
-    outer = None
-    if isinstance(layer, W4A4Plan) and isinstance(layer.precision, NvFp4):
-        outer = _decode_outer(layer, tensors)
-    return tiled.decode(layer, tensors, outer)
-
-
-def metadata(plan: ModelPlan, dtype: torch.dtype) -> dict[str, object]:
-    """The `quantization_config` object of config.json. UsageError where the format can't hold the plan."""
-    _require_storable(plan, dtype)
-    config: dict[str, object] = {"quant_method": METHOD, "compute_dtype": dtype_name(dtype)}
-    if plan.w4a4:
-        precision = plan.w4a4[0].precision
-        config["svdq_w4a4"] = {
-            "precision": precision.name,
-            "group_size": precision.group,
-            "rank": plan.w4a4[0].rank,
-            "targets": [layer.name for layer in plan.w4a4],
-        }
-    if plan.w4a16:
-        config["awq_w4a16"] = {
-            "precision": "int4",
-            "group_size": W4A16Plan.group,
-            "targets": [layer.name for layer in plan.w4a16],
-        }
-    return config
-
-
-def parse_metadata(config: Mapping[str, object]) -> PackedFacts:
-    """What a `quantization_config` object says. InputError that names the key where it says nothing clear."""
-    if config.get("quant_method") != METHOD:
-        raise bad_key("quant_method", f"is {config.get('quant_method')!r} instead of {METHOD!r}")
-    dtype = _named_dtype(config.get("compute_dtype", "bfloat16"))
-    w4a4, w4a16 = optional_section(config, "svdq_w4a4"), optional_section(config, "awq_w4a16")
-    if w4a4 is None and w4a16 is None:
-        raise bad_key("svdq_w4a4", "and awq_w4a16 are both missing")
-    w4a4_names, w4a16_names, precision, rank = (), (), None, None
-    if w4a4 is not None:
-        w4a4_names = module_paths(w4a4, "targets", where="svdq_w4a4")
-        precision, rank = _precision(w4a4), whole_number(w4a4, "rank", where="svdq_w4a4")
-    if w4a16 is not None:
-        w4a16_names = module_paths(w4a16, "targets", where="awq_w4a16")
-        if (w4a16.get("precision"), w4a16.get("group_size")) != ("int4", W4A16Plan.group):
-            raise bad_key("awq_w4a16", f"must be int4 with a group_size of {W4A16Plan.group}")
-    twice = [name for name, count in Counter(w4a4_names + w4a16_names).items() if count > 1]
-    if twice:
-        raise bad_key("targets", f"names a layer twice: {', '.join(twice)}")
-    return PackedFacts(w4a4_names, w4a16_names, precision, rank, dtype)
-
-
-def layer_plans(facts: PackedFacts, specs: Mapping[str, TensorSpec]) -> tuple[LayerPlan, ...]:
-    """The plans of all quantized layers; `specs` of the checkpoint's tensors by full name."""
-    plans: list[LayerPlan] = []
-    for name in facts.w4a4:
-        rows, half_columns = _matrix_shape(specs, name)
-        linear = Linear(name, half_columns * 2, rows, f"{name}.bias" in specs)
-        if facts.precision is None or facts.rank is None:
-            raise ValueError(f"{name}: W4A4 layers without a precision or a rank")
-        plans.append(W4A4Plan(linear, facts.precision, facts.rank))
-    for name in facts.w4a16:
-        quarter_rows, half_columns = _matrix_shape(specs, name)
-        plans.append(W4A16Plan(Linear(name, half_columns * 2, quarter_rows * 4, f"{name}.bias" in specs)))
-    return tuple(plans)
-
-
-def sniff(path: Path) -> bool:
-    """Whether `path` is a pipeline folder, or the folder of one component, that holds this format."""
-    configs = [path / "config.json", *sorted(path.glob("*/config.json"))] if path.is_dir() else []
-    return any(_names_this_method(config) for config in configs if config.is_file())
-
-
-FORMAT = Format(
-    name="nunchaku-lite",
-    single_file=False,
-    own_names=True,
-    mixes=True,
-    precisions=(Int4(), NvFp4()),
-    unsigned_after_gelu=False,
-    one_rank=True,
-    objection=objection,
-    tensor_specs=tensor_specs,
-    encode=encode,
-    decode=decode,
-    encode_branch=tiled.encode_branch,
-    decode_branch=tiled.decode_branch,
-    metadata=metadata,
-    model_metadata=no_model_metadata,
-    parse_metadata=parse_metadata,
-    layer_plans=layer_plans,
-    sniff=sniff,
-)
+FORMAT = NunchakuLite()
 
 
 # ---------------------------------------------------------------------------------------------------- tensors
@@ -206,21 +207,6 @@ def _matrix_shape(specs: Mapping[str, TensorSpec], layer: str) -> tuple[int, int
 
 
 # --------------------------------------------------------------------------------------------------- metadata
-
-
-def _require_storable(plan: ModelPlan, dtype: torch.dtype) -> None:
-    require_16_bit("nunchaku-lite", dtype)
-    if not plan.layers:
-        raise UsageError("nunchaku-lite needs at least one quantized layer, and the plan keeps all of them")
-    for layer in plan.layers:
-        if reason := objection(layer):
-            raise UsageError(
-                f"{layer.name}: nunchaku-lite can't hold it: {reason}",
-                where=layer.name,
-                hint="keep the layer in 16 bits",
-            )
-    require_one_value("nunchaku-lite", "precision", plan.w4a4, lambda layer: layer.precision.name)
-    require_one_value("nunchaku-lite", "rank", plan.w4a4, lambda layer: layer.rank)
 
 
 def _precision(section: Mapping[str, object]) -> Precision:

@@ -3,21 +3,13 @@ each of them stores in its own way."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from svdq_cli.formats.contract import (
-    PLAIN,
-    SIXTEEN_BIT,
-    Branch,
-    TensorSpec,
-    Traits,
-    require_sound,
-    scale_dtype,
-)
+from svdq_cli.formats.contract import Branch
+from svdq_cli.formats.soundness import require_sound, scale_dtype
 from svdq_cli.pack.codes import pack_codes, unpack_codes
 from svdq_cli.pack.low_rank import pack_down, pack_up, unpack_down, unpack_up
 from svdq_cli.pack.scales import (
@@ -44,11 +36,12 @@ from svdq_cli.records import (
     W4A16Plan,
     W4A16Solution,
 )
+from svdq_cli.storage.tensor_file import TensorSpec
 
 MAX_RANK = 1024  # the kernels take at most 64 low-rank scales, one per 16 ranks
 
 
-def objection(layer: LayerPlan) -> str | None:
+def unsupported_reason(layer: LayerPlan) -> str | None:
     """Why the kernels behind this format can't run `layer`, or None."""
     rows, columns = layer.linear.out_features, layer.linear.in_features
     match layer:
@@ -91,7 +84,7 @@ def tensor_specs(layer: LayerPlan, dtype: torch.dtype) -> dict[str, TensorSpec]:
 
 def encode(solution: LayerSolution) -> dict[str, Tensor]:
     """One module as its stored tensors. ValueError where it does not fit or contradicts its plan."""
-    if reason := objection(solution.plan):
+    if reason := unsupported_reason(solution.plan):
         raise ValueError(f"{solution.plan.name}: {reason}")
     require_sound(solution)
     match solution:
@@ -110,20 +103,14 @@ def decode(layer: LayerPlan, tensors: Mapping[str, Tensor], outer: Tensor | None
             return _decode_w4a16(layer, tensors)
 
 
-def encode_branch(branch: Branch, traits: Traits = PLAIN) -> dict[str, Tensor]:
+def encode_branch(branch: Branch) -> dict[str, Tensor]:
     """The branch of a module as its stored tensors."""
     return {"proj_down": pack_down(branch.down), "proj_up": pack_up(branch.up)}
 
 
-def decode_branch(tensors: Mapping[str, Tensor], traits: Traits = PLAIN) -> Branch:
+def decode_branch(tensors: Mapping[str, Tensor]) -> Branch:
     """The inverse of `encode_branch`; `tensors` may hold others of the module too."""
     return Branch(down=unpack_down(tensors["proj_down"]), up=unpack_up(tensors["proj_up"]))
-
-
-def sixteen_bit_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
-    """The 16-bit dtype that most of a module's tensors have, so that an error names the one that differs."""
-    seen = Counter(tensor.dtype for tensor in tensors.values() if tensor.dtype in SIXTEEN_BIT)
-    return seen.most_common(1)[0][0] if seen else torch.bfloat16
 
 
 def _encode_w4a4(solution: W4A4Solution) -> dict[str, Tensor]:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from svdq_cli.adapters.updates import LowRankUpdate
+from svdq_cli.checkpoint.lossless import same_bits
 from svdq_cli.formats.contract import Branch
-from svdq_cli.formats.moves import same_bits
 
 RANK_TILE = 16  # kernels read ranks in tiles of so many
 

@@ -10,12 +10,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from svdq_cli.checkpoint.reader import Checkpoint, layer_of, specs_of_headers
+from svdq_cli.checkpoint.assembly import join_layers, kept_tensor
+from svdq_cli.checkpoint.biases import moved_biases
+from svdq_cli.checkpoint.branches import join_branches
+from svdq_cli.checkpoint.detect import specs_of_headers
+from svdq_cli.checkpoint.file_layout import EMPTY, StoredModule, kept_shapes
+from svdq_cli.checkpoint.reader import Checkpoint, layer_of
 from svdq_cli.checkpoint.writer import Target, target_of
-from svdq_cli.formats.assembly import join_layers, kept_tensor, moved_biases
-from svdq_cli.formats.branches import join_branches
 from svdq_cli.formats.headers import BIASES, RANKS, as_text, biases_text
-from svdq_cli.formats.modules import EMPTY, StoredModule, kept_shapes
 from svdq_cli.lora.edits import Edits
 from svdq_cli.lora.join import JoinedBranches
 from svdq_cli.records import LayerPlan, LayerSolution, W4A4Plan

@@ -21,14 +21,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from svdq_cli.checkpoint.branches import join_branches, stored_rows
+from svdq_cli.checkpoint.file_layout import StoredModule
+from svdq_cli.checkpoint.lossless import same_bits, take_rows
 from svdq_cli.checkpoint.reader import Checkpoint
 from svdq_cli.checkpoint.writer import report_path, write_report
 from svdq_cli.errors import CheckFailedError, UsageError
-from svdq_cli.formats.branches import join_branches, stored_rows
 from svdq_cli.formats.contract import Branch
-from svdq_cli.formats.modules import StoredModule
-from svdq_cli.formats.moves import same_bits, take_rows
-from svdq_cli.formats.nunchaku import encode_branch
+from svdq_cli.formats.nunchaku import FORMAT
 from svdq_cli.lora.branch_ops import additions, extended, padded, whole_tiles
 from svdq_cli.lora.edits import Contribution, Edits, plan_edits, read_loras, table_of
 from svdq_cli.lora.factor import factored
@@ -118,7 +118,7 @@ def block_tensors(modules: Sequence[StoredModule], stored: Mapping[str, Branch])
         if isinstance(module.plan, W4A4Plan):
             rank = max(branch.rank for branch in _same_mlp(module.name, stored))
             branch = padded({module.name: stored[module.name]}, rank=rank)[module.name]
-            for suffix, tensor in encode_branch(branch, module.traits).items():
+            for suffix, tensor in FORMAT.encode_branch(branch, module.traits).items():
                 tensors[f"{module.name}.{suffix}"] = tensor.contiguous()
     return tensors
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from svdq_cli.errors import RecipeError, UsageError
-from svdq_cli.formats import format_named
+from svdq_cli.formats import DEFAULT, format_named
 from svdq_cli.prepare.locate import locate_file
 from svdq_cli.recipe import (
     Calibration,
@@ -123,7 +123,7 @@ def _outputs(recipe: Recipe, out: Path | None, formats: list[str]) -> list[Outpu
         )
     named = recipe.outputs[0] if recipe.outputs else None
     path = str(out) if out is not None else named.path if named else None
-    formats = formats or [named.format if named else "nunchaku-lite"]
+    formats = formats or [named.format if named else DEFAULT]
     if len(formats) == 1 or path is None:
         return [output_of(name, path) for name in formats]
     paths = {

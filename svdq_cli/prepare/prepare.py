@@ -14,7 +14,7 @@ from svdq_cli.checkpoint.text_encoders import require_encoders
 from svdq_cli.checkpoint.writer import Target, require_precision, target_of
 from svdq_cli.errors import UsageError
 from svdq_cli.families import find_family
-from svdq_cli.formats import format_named
+from svdq_cli.formats import DEFAULT, format_named
 from svdq_cli.formats.contract import Format
 from svdq_cli.pipelines.settings import DrawSettings
 from svdq_cli.planning.plan import Inventory, Observation, plan_model, restricted, take_inventory, watch
@@ -68,7 +68,7 @@ def prepare(
     `every_layer`: plan what any format could hold, for a calibration that serves them all.
     """
     quantization = recipe.quantization
-    formats = [format_named(output.format) for output in recipe.outputs] or [format_named("nunchaku-lite")]
+    formats = [format_named(output.format) for output in recipe.outputs] or [format_named(DEFAULT)]
     for fmt in formats:
         require_precision(fmt, quantization.number_format)
     source = source or source_of(recipe, RunOptions(beside=beside))
@@ -88,7 +88,7 @@ def prepare(
         rank=DEFAULT_RANK if quantization.rank == "auto" else quantization.rank,  # until it is searched
         family=recipe.model.family,
         overrides=plan_rules(recipe.layers),
-        supports=lambda layer: None if every_layer else _objection(formats, layer),
+        supports=lambda layer: None if every_layer else _unsupported_reason(formats, layer),
         observe=observation(source, sampling),
     )
     dtype = torch.float16 if recipe.model.dtype == "float16" else torch.bfloat16
@@ -106,11 +106,11 @@ def prepare(
     return Prepared(recipe, source, inventory, plan, targets, settings, sampling)
 
 
-def _objection(formats: Sequence[Format], layer: LayerPlan) -> str | None:
+def _unsupported_reason(formats: Sequence[Format], layer: LayerPlan) -> str | None:
     """Why none of the formats can hold a layer, or None. A format that can't mix holds all of its modules or refuses
     the model, by name and not by leaving a layer out."""
-    objections = [fmt.objection(layer) if fmt.mixes else None for fmt in formats]
-    return None if None in objections else objections[0]
+    reasons = [fmt.unsupported_reason(layer) if fmt.mixes else None for fmt in formats]
+    return None if None in reasons else reasons[0]
 
 
 def observation(source: Source, sampling: Sampling | None = None) -> Observation:

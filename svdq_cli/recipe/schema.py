@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePath
-from typing import Annotated, Literal, cast, get_args
+from typing import TYPE_CHECKING, Annotated, Literal, cast, get_args
 
 from pydantic import (
     AfterValidator,
@@ -24,6 +24,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from svdq_cli.errors import UsageError
+from svdq_cli.formats import DEFAULT, NAMES
 from svdq_cli.recipe.gates import CONDITION_PATTERN, METRICS, Gate, parse_gate
 from svdq_cli.recipe.problems import problems_of
 from svdq_cli.records import MAX_SEED, Effort, Int4, NvFp4, Precision, SearchStep, Smoothing
@@ -47,7 +48,11 @@ STEPS_OF_EFFORT: dict[Effort, tuple[SearchStep, ...]] = {
     "best": _USUAL_STEPS,
 }
 
-OutputFormat = Literal["nunchaku-lite", "nunchaku", "comfy", "vllm-omni"]
+# One of `formats.NAMES`; pydantic, editors and error messages get the list.
+if TYPE_CHECKING:
+    OutputFormat = str
+else:
+    OutputFormat = Literal[NAMES]
 
 
 def _without_nul(value: str) -> str:
@@ -375,8 +380,8 @@ LayerOverride = Annotated[
 class Output(Section):
     """One file or folder to write."""
 
-    format: OutputFormat = "nunchaku-lite"
-    """nunchaku-lite (a diffusers pipeline folder), nunchaku, comfy or vllm-omni (single files)."""
+    format: OutputFormat = DEFAULT
+    """Which runtime it is for: nunchaku-lite writes a diffusers pipeline folder, the others a single file."""
     path: Text | None = None
     """Where, relative to the current directory; absent where -o says it."""
 

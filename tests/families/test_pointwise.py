@@ -46,9 +46,9 @@ def test_they_are_planned_with_their_channels(sana: Path):
 
 
 def test_nunchaku_lite_keeps_them_and_says_why(sana: Path):
-    objection = format_named("nunchaku-lite").objection(plan_of(sana).layer(CONVOLUTIONS[0]))
-    assert objection is not None
-    assert "1x1 convolution" in objection
+    reason = format_named("nunchaku-lite").unsupported_reason(plan_of(sana).layer(CONVOLUTIONS[0]))
+    assert reason is not None
+    assert "1x1 convolution" in reason
 
 
 def test_statistics_and_solution_stand_for_the_convolution(sana: Path):

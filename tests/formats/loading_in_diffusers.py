@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from svdq_cli.formats import format_named
-from svdq_cli.formats.nunchaku_lite import objection
+from svdq_cli.formats.nunchaku_lite import FORMAT
 from svdq_cli.records import (
     Int4,
     LayerPlan,
@@ -115,7 +115,7 @@ def plan_blocks(model: nn.Module, precision: Precision) -> ModelPlan:
             continue
         linear = Linear(name, module.in_features, module.out_features, module.bias is not None)
         plan = W4A16Plan(linear) if ".norm" in name else W4A4Plan(linear, precision, RANK)
-        assert objection(plan) is None
+        assert FORMAT.unsupported_reason(plan) is None
         plans.append(plan)
     return model_plan(*plans)
 

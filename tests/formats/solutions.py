@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from svdq_cli.formats.contract import scale_dtype
+from svdq_cli.formats.soundness import scale_dtype
 from svdq_cli.records import (
     LayerPlan,
     LayerSolution,

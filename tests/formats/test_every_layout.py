@@ -11,11 +11,11 @@ from torch import Tensor
 
 from svdq_cli.checkpoint.check import check
 from svdq_cli.checkpoint.reader import Checkpoint, open_checkpoint
+from svdq_cli.checkpoint.row_orders import row_sources
 from svdq_cli.conversion.convert import convert
 from svdq_cli.families.layouts import LAYOUTS
 from svdq_cli.families.layouts.layout import HalvesSwapped, Interleaved, KeysAndValuesByHead
-from svdq_cli.formats import FORMATS, format_named
-from svdq_cli.formats.modules import row_sources
+from svdq_cli.formats import all_formats, format_named
 from svdq_cli.prepare.options import RunOptions
 from svdq_cli.recipe import Output, Quantization, default_recipe
 from svdq_cli.records import W4A4Plan, W4A4Solution
@@ -119,7 +119,7 @@ def test_the_check_rebuilds_every_layer(converted, model_of, family: str, name: 
 
 
 def test_every_single_file_format_has_a_layout():
-    assert {layout.format for layout in LAYOUTS} == {fmt.name for fmt in FORMATS if not fmt.own_names}
+    assert {layout.format for layout in LAYOUTS} == {fmt.name for fmt in all_formats() if not fmt.own_names}
 
 
 # ------------------------------------------------------------------------------------------------- single rules

@@ -20,7 +20,7 @@ from torch import Tensor
 from svdq_cli.checkpoint.writer import Contents, target_of, write_target
 from svdq_cli.families import find_family
 from svdq_cli.families.layouts import LAYOUTS
-from svdq_cli.formats import FORMATS, format_named
+from svdq_cli.formats import all_formats, format_named
 from svdq_cli.records import Int4, LayerPlan, LayerSolution, NvFp4, W4A4Solution, W4A16Plan, W4A16Solution
 from tests.full_size import full_size_plan
 
@@ -34,7 +34,7 @@ def cases() -> Iterator[str]:
     """ "model/format/precision/dtype"; float16 of one family, as no rule of a layout asks for the dtype."""
     for model, config in MODELS.items():
         family = find_family(config)
-        for fmt in FORMATS:
+        for fmt in all_formats():
             held = any((each.family, each.format) == (family and family.name, fmt.name) for each in LAYOUTS)
             if not (fmt.own_names or held):
                 continue

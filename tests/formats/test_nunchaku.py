@@ -10,11 +10,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from svdq_cli.checkpoint.match_layout import known_layout, lay_out
 from svdq_cli.checkpoint.writer import target_of
 from svdq_cli.errors import InputError, UsageError
 from svdq_cli.formats import format_named
 from svdq_cli.formats.contract import Traits
-from svdq_cli.formats.modules import known_layout, lay_out
 from svdq_cli.records import GELU_SHIFT, Int4, Linear, NvFp4, Precision, W4A4Plan, W4A4Solution
 from tests.formats.solutions import random_solution, same_bits, w4a4_plan
 from tests.full_size import FLUX_DEV, full_size_plan
@@ -70,8 +70,8 @@ def test_a_module_has_the_bytes_of_the_reference_exporter(name: str, row_scales:
 def test_the_folded_shift_is_closer_to_the_float_layer_than_the_reference_exporters():
     """We fold the shift with the codes that are stored, the reference with the float weight: what rounding left over in
     each row then stays in its output."""
+    from svdq_cli.checkpoint.assembly import join_layers
     from svdq_cli.families.layouts.layout import BlockLayout, ModelLayout, renamed
-    from svdq_cli.formats.assembly import join_layers
 
     solution, _ = golden_solution("e2e_int4_shift_128x128_r16")
     file = load_file(GOLDEN / "e2e_int4_shift_128x128_r16.safetensors")

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from svdq_cli.errors import InputError, UsageError
-from svdq_cli.formats import FORMATS, format_named
-from svdq_cli.formats.contract import TensorSpec, specs_of
+from svdq_cli.formats import DEFAULT, format_named
+from svdq_cli.formats.soundness import specs_of
 from svdq_cli.records import (
     Int4,
     LayerPlan,
@@ -25,6 +25,7 @@ from svdq_cli.records import (
     W4A16Plan,
     W4A16Solution,
 )
+from svdq_cli.storage.tensor_file import TensorSpec
 from tests.formats.solutions import (
     differing_fields,
     model_plan,
@@ -227,7 +228,7 @@ def test_a_solution_that_contradicts_its_plan_is_refused() -> None:
     ],
 )
 def test_a_layer_that_does_not_fit_the_kernels_gets_a_reason(plan: LayerPlan, reason: str | None) -> None:
-    assert LITE.objection(plan) == reason
+    assert LITE.unsupported_reason(plan) == reason
     if reason is not None:
         with pytest.raises(UsageError, match=reason) as refusal:
             LITE.metadata(model_plan(plan), torch.bfloat16)
@@ -336,20 +337,20 @@ def test_predicted_bytes_are_the_bytes_that_are_stored() -> None:
 def test_a_checkpoint_is_recognized_by_its_config(tmp_path: Path) -> None:
     component = tmp_path / "pipe" / "transformer"
     component.mkdir(parents=True)
-    assert not LITE.sniff(tmp_path / "pipe")
-    assert not LITE.sniff(tmp_path / "nowhere")
+    assert not LITE.recognizes(tmp_path / "pipe")
+    assert not LITE.recognizes(tmp_path / "nowhere")
     config = component / "config.json"
     for text in ("not JSON", "[]", "{}", '{"quantization_config": {"quant_method": "gguf"}}'):
         config.write_text(text)
-        assert not LITE.sniff(tmp_path / "pipe")
-        assert not LITE.sniff(config)
+        assert not LITE.recognizes(tmp_path / "pipe")
+        assert not LITE.recognizes(config)
     config.write_text('{"quantization_config": {"quant_method": "nunchaku_lite"}}')
-    assert LITE.sniff(tmp_path / "pipe")
-    assert LITE.sniff(component)
+    assert LITE.recognizes(tmp_path / "pipe")
+    assert LITE.recognizes(component)
 
 
 def test_formats_are_found_by_name_only() -> None:
-    assert FORMATS[0].name == "nunchaku-lite"  # the default
+    assert DEFAULT == "nunchaku-lite"
     with pytest.raises(UsageError, match="unknown format 'nunchaku_lite'") as refusal:
         format_named("nunchaku_lite")
     assert refusal.value.hint == "did you mean 'nunchaku-lite'?"

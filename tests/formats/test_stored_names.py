@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from svdq_cli.checkpoint.assembly import join_layers, take_layer
+from svdq_cli.checkpoint.match_layout import lay_out
 from svdq_cli.checkpoint.writer import target_of
 from svdq_cli.families.layouts.layout import BlockLayout, ModelLayout, same
 from svdq_cli.formats import format_named
-from svdq_cli.formats.assembly import join_layers, take_layer
-from svdq_cli.formats.modules import lay_out
 from svdq_cli.records import Int4, Linear, NvFp4, Precision, W4A4Plan, W4A4Solution
 from tests.formats.solutions import differing_fields, same_bits
 from tests.full_size import full_size_plan

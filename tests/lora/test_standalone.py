@@ -14,14 +14,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from svdq_cli.adapters.updates import LowRankUpdate
+from svdq_cli.checkpoint.branches import stacked_branches
+from svdq_cli.checkpoint.file_layout import FileLayout, StoredModule
+from svdq_cli.checkpoint.match_layout import lay_out
 from svdq_cli.checkpoint.reader import open_checkpoint
 from svdq_cli.cli import run
 from svdq_cli.errors import UsageError
 from svdq_cli.families.layouts import layout_of
-from svdq_cli.formats.branches import stacked_branches
 from svdq_cli.formats.contract import Branch
-from svdq_cli.formats.modules import FileLayout, StoredModule, lay_out
-from svdq_cli.formats.nunchaku import FORMAT, decode_branch
+from svdq_cli.formats.nunchaku import FORMAT
 from svdq_cli.lora.branch_ops import additions, extended, padded, whole_tiles
 from svdq_cli.lora.standalone import block_tensors, modulation_tensors, write_nunchaku_lora
 from svdq_cli.pack.low_rank import unpack_down, unpack_up
@@ -100,7 +101,7 @@ def test_the_golden_file_byte_for_byte():
     for module in file.modules:
         if isinstance(module.plan, W4A4Plan):
             suffixes = ("lora_down", "lora_up")
-            found = decode_branch({s: base[f"{module.name}.{s}"] for s in suffixes}, module.traits)
+            found = FORMAT.decode_branch({s: base[f"{module.name}.{s}"] for s in suffixes}, module.traits)
             stored[module.name] = with_lora(module, found, updates)
     norms = {name: Branch(updates[name].down, updates[name].up) for name in NORMS}
     made = {**block_tensors(file.modules, stored), **modulation_tensors(file.modules, norms)}

@@ -33,7 +33,7 @@ FLUX_DEV = {
 
 def plan_of(path: Path, *overrides: LayerOverride, rank: int = 32) -> ModelPlan:
     return plan_model(
-        open_source(path), precision=Int4(), rank=rank, overrides=overrides, supports=LITE.objection
+        open_source(path), precision=Int4(), rank=rank, overrides=overrides, supports=LITE.unsupported_reason
     )
 
 

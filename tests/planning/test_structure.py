@@ -89,7 +89,7 @@ def plan_of(folder: Path, *rules: LayerRule, family: str = "auto") -> ModelPlan:
         rank=16,
         family=family,
         overrides=rules,
-        supports=LITE.objection,
+        supports=LITE.unsupported_reason,
     )
 
 

@@ -8,15 +8,14 @@ import typer
 
 from svdq_cli.cli import options as opt
 from svdq_cli.cli.parsing import run_options
+from svdq_cli.formats import NAMES
 
 
 def export(
     checkpoint: opt.Checkpoint,
     to: Annotated[
         str,
-        typer.Option(
-            "--to", metavar="nunchaku-lite|nunchaku|comfy|vllm-omni", help="The format to pack for."
-        ),
+        typer.Option("--to", metavar="|".join(NAMES), help="The format to pack for."),
     ],
     out: opt.Out,
     base: opt.Base = None,

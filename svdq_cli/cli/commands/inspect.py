@@ -28,7 +28,7 @@ def inspect(
     verbose: opt.Verbose = False,
 ) -> None:
     """Show family, layers and sizes; of a checkpoint also format, precision, rank and provenance."""
-    from svdq_cli.checkpoint.reader import looks_like_checkpoint
+    from svdq_cli.checkpoint.detect import looks_like_checkpoint
     from svdq_cli.cli import render
     from svdq_cli.cli.progress import progress
     from svdq_cli.entrypoints.inspect import inspect_checkpoint, inspect_source

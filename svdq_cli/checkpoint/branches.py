@@ -12,11 +12,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from svdq_cli.checkpoint.file_layout import TILE, StoredModule
+from svdq_cli.checkpoint.lossless import block_diagonal, same_bits, take_rows
+from svdq_cli.checkpoint.row_orders import row_sources
 from svdq_cli.errors import InputError, UsageError
 from svdq_cli.families.layouts.layout import Interleaved
 from svdq_cli.formats.contract import Branch
-from svdq_cli.formats.modules import TILE, StoredModule, row_sources
-from svdq_cli.formats.moves import block_diagonal, same_bits, take_rows
 from svdq_cli.pack.padding import pad
 from svdq_cli.records import LayerPlan, W4A4Plan
 

@@ -1,111 +1,39 @@
-"""Which modules a file holds, and which layers of the model each of them holds: a family's layout met a plan.
+"""A family's layout meets a plan: which modules a file holds, and which layers of the model each of them holds.
 
-A stored module is one layer under its own name, several stacked by rows (a fused q, k, v), or some columns of one. All
-of it is known before a number is: `assembly` moves the numbers.
+All of it is known before a number is: `checkpoint.assembly` moves the numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
-import torch
-
+from svdq_cli.checkpoint.file_layout import (
+    FileLayout,
+    KeptTensor,
+    StoredModule,
+    joined_files,
+    padded,
+    with_prefix,
+)
 from svdq_cli.errors import InputError, UsageError
 from svdq_cli.families.layouts import layout_of
 from svdq_cli.families.layouts.layout import (
-    STACKED,
     BlockLayout,
-    HalvesSwapped,
-    Interleaved,
     KeptRule,
-    KeysAndValuesByHead,
     ModelLayout,
     ModuleRule,
-    RowOrder,
 )
-from svdq_cli.formats.contract import PLAIN, Format, Traits
+from svdq_cli.formats.contract import Format, Traits
 from svdq_cli.planning.joint import with_name
 from svdq_cli.records import Int4, LayerPlan, Linear, ModelPlan, W4A4Plan, W4A16Plan
 from svdq_cli.source import by_component, prefix_of
-from svdq_cli.storage.tensor_file import TensorSpec
-
-TILE = 128  # rows and columns of the padded matrices that the engine reads
-
-
-@dataclass(frozen=True, slots=True)
-class StoredModule:
-    """One quantized module of a file and the layers whose numbers it holds."""
-
-    plan: LayerPlan  # under its stored name: its sizes, precision and rank in the file
-    branches: tuple[tuple[LayerPlan, ...], ...]  # by shared down projection, in the order of their rows
-    order: RowOrder = STACKED
-    columns: tuple[int, int] | None = None  # of the layer's columns; None for all
-    carries_bias: bool = True  # False for all but the last part of a layer that is cut by columns
-    one_plus: tuple[int, ...] = ()  # blocks of `Interleaved` whose bias is stored one larger
-    pads: bool = False
-    traits: Traits = PLAIN
-
-    @property
-    def name(self) -> str:
-        return self.plan.name
-
-    @property
-    def layers(self) -> tuple[LayerPlan, ...]:
-        return tuple(layer for branch in self.branches for layer in branch)
-
-    def rows_of(self, layer: LayerPlan) -> int:
-        """How many rows the layer has in this module, padding included."""
-        rows = layer.linear.out_features
-        return _padded(rows) if self.pads else rows
-
-
-@dataclass(frozen=True, slots=True)
-class KeptTensor:
-    """A stored 16-bit tensor: the model's tensors under one another, their rows in `order`."""
-
-    sources: tuple[str, ...]
-    order: RowOrder = STACKED
-    channels_last: bool = False
-
-
-EMPTY = TensorSpec((0,), torch.float32)  # of a marker
-
-
-@dataclass(frozen=True, slots=True)
-class FileLayout:
-    """Everything a file holds."""
-
-    modules: tuple[StoredModule, ...]
-    kept: Mapping[str, KeptTensor]  # by stored name
-
-    @property
-    def layers(self) -> tuple[LayerPlan, ...]:
-        """The layers of the model that the file holds in 4 bits, each once."""
-        return tuple({layer.name: layer for module in self.modules for layer in module.layers}.values())
-
-    def parts_of(self, layer: str) -> tuple[StoredModule, ...]:
-        """The modules that hold a layer, in the order of its columns."""
-        return tuple(m for m in self.modules if any(plan.name == layer for plan in m.layers))
 
 
 def marker_names(layout: ModelLayout | None, config: Mapping[str, object]) -> tuple[str, ...]:
     """The empty tensors by which a file's runtime tells what the model's config says."""
     markers = layout.markers if layout else ()
     return tuple(marker.name for marker in markers if config.get(marker.value) is True)
-
-
-def kept_shapes(file: FileLayout, state: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor that a file stores at 16 bits, by stored name. `state`: the model's tensors."""
-    found: dict[str, tuple[int, ...]] = {}
-    for name, tensor in file.kept.items():
-        shapes = [state[source] for source in tensor.sources]
-        rest = shapes[0][1:]
-        if tensor.channels_last:
-            rest = (*rest[1:], rest[0])
-        joined = (sum(shape[0] for shape in shapes),) if shapes[0] else ()
-        found[name] = (*joined, *rest)
-    return found
 
 
 def known_layout(fmt: Format, family: str) -> ModelLayout | None:
@@ -125,7 +53,9 @@ def lay_out(
     """
     planned = {layer.name: layer for layer in layers}
     if layout is None:
-        own = tuple(StoredModule(layer, ((layer,),)) for layer in layers if fmt.objection(layer) is None)
+        own = tuple(
+            StoredModule(layer, ((layer,),)) for layer in layers if fmt.unsupported_reason(layer) is None
+        )
         names = {module.name for module in own}
         return FileLayout(own, {n: KeptTensor((n,)) for n in state if _module_of(n) not in names})
     modules: list[StoredModule] = []
@@ -164,53 +94,6 @@ def lay_out_denoisers(
         file = lay_out(fmt, layout, own, tensors[component])
         files.append(with_prefix(file, prefix_of(plan.components, component)))
     return joined_files(files)
-
-
-def joined_files(files: Sequence[FileLayout]) -> FileLayout:
-    """Files of one pipeline as one, whose names must differ."""
-    return FileLayout(
-        tuple(module for file in files for module in file.modules),
-        {name: tensor for file in files for name, tensor in file.kept.items()},
-    )
-
-
-def with_prefix(file: FileLayout, prefix: str) -> FileLayout:
-    """The same file, a prefix before all names: the stored ones and the model's."""
-
-    def branch(layers: tuple[LayerPlan, ...]) -> tuple[LayerPlan, ...]:
-        return tuple(with_name(layer, prefix + layer.name) for layer in layers)
-
-    if not prefix:
-        return file
-    modules = tuple(
-        replace(
-            module,
-            plan=with_name(module.plan, prefix + module.name),
-            branches=tuple(map(branch, module.branches)),
-        )
-        for module in file.modules
-    )
-    kept = {
-        prefix + name: replace(tensor, sources=tuple(prefix + source for source in tensor.sources))
-        for name, tensor in file.kept.items()
-    }
-    return FileLayout(modules, kept)
-
-
-def files_of(file: FileLayout, components: Sequence[str]) -> dict[str, FileLayout]:
-    """The file of every denoiser, stored under its own names; the model's names stay the joint ones."""
-    modules = by_component(components, {module.name: module for module in file.modules})
-    kept = by_component(components, file.kept)
-    return {
-        component: FileLayout(
-            tuple(
-                replace(module, plan=with_name(module.plan, name))
-                for name, module in modules[component].items()
-            ),
-            kept[component],
-        )
-        for component in components
-    }
 
 
 def layers_in_file(
@@ -315,7 +198,7 @@ def _module(
     branches = tuple(tuple(planned[name] for name in branch) for branch in names)
     columns, last = _columns(rule, prefix, state)
     module = _sized(fmt, layout, rule, stored, branches, columns, last)
-    if reason := fmt.objection(module.plan):
+    if reason := fmt.unsupported_reason(module.plan):
         if fmt.mixes:
             return None
         raise UsageError(
@@ -362,11 +245,11 @@ def _sized(
         engine_names=layout.dialect == "engine",
     )
     pads = layout.pads and quantized_activation
-    rows = [_padded(p.linear.out_features) if pads else p.linear.out_features for p in layers]
+    rows = [padded(p.linear.out_features) if pads else p.linear.out_features for p in layers]
     width = first.linear.in_features if columns is None else columns[1] - columns[0]
     own_bias = last and any(layer.linear.bias for layer in layers)
     bias = own_bias or unsigned or bool(rule.one_plus) or (layout.always_bias and quantized_activation)
-    linear = Linear(stored, _padded(width) if pads else width, sum(rows), bias)
+    linear = Linear(stored, padded(width) if pads else width, sum(rows), bias)
     one_plus = rule.one_plus if isinstance(first, W4A16Plan) else ()
     return StoredModule(
         plan=_stored_plan(linear, branches),
@@ -435,38 +318,3 @@ def _at_16_bits(tensor: KeptTensor, quantized: set[str]) -> bool:
 
 def _module_of(tensor: str) -> str:
     return tensor.removesuffix(".weight").removesuffix(".bias")
-
-
-def _padded(size: int) -> int:
-    return -(-size // TILE) * TILE
-
-
-# ---------------------------------------------------------------------------------------------------- row orders
-
-
-def row_sources(order: RowOrder, rows: int) -> list[int] | None:
-    """Which stacked row each stored row is; None where none moves. ValueError where the rows do not divide."""
-    match order:
-        case Interleaved(parts=parts) if parts > 1:
-            size = _divided(rows, parts)
-            return [part * size + row for row in range(size) for part in range(parts)]
-        case HalvesSwapped():
-            half = _divided(rows, 2)
-            return [*range(half, rows), *range(half)]
-        case KeysAndValuesByHead(width=width):
-            size = _divided(rows, 3)
-            heads = range(0, size, width) if size % width == 0 else None
-            if heads is None:
-                raise ValueError(f"{size} keys do not divide into heads of {width}")
-            pairs = (
-                start + offset + row for offset in heads for start in (size, 2 * size) for row in range(width)
-            )
-            return [*range(size), *pairs]
-        case _:
-            return None
-
-
-def _divided(rows: int, parts: int) -> int:
-    if rows % parts:
-        raise ValueError(f"{rows} rows do not divide into {parts} parts")
-    return rows // parts
