@@ -31,7 +31,7 @@ def plan_of(tmp_path: Path):
             precision=Int4(),
             rank=32,
             family="structural",
-            supports=LITE.objection,
+            supports=LITE.unsupported_reason,
         )
 
     return plan
