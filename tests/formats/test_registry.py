@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from pydantic import ValidationError
+
 from svdq_cli.families.layouts import LAYOUTS
 from svdq_cli.formats import DEFAULT, NAMES, all_formats
-from svdq_cli.recipe import json_schema
+from svdq_cli.recipe import Output
 from tests.formats.test_damage import PARTS
 
 ROOT = Path(__file__).parents[2]
@@ -28,8 +31,10 @@ def test_every_module_of_a_format_is_registered_under_its_own_name():
 
 
 def test_recipes_take_exactly_these():
-    (output,) = [value for key, value in json_schema()["$defs"].items() if key == "Output"]
-    assert output["properties"]["format"]["enum"] == list(NAMES)
+    validate = Output.model_validate
+    assert [validate({"format": name}).format for name in NAMES] == list(NAMES)
+    with pytest.raises(ValidationError, match="'nunchaku-lite'"):
+        validate({"format": "another"})
 
 
 def test_the_docs_have_a_row_and_a_page_for_each():
