@@ -194,7 +194,7 @@ def measure(
 ) -> None:
     """Solve and judge every variant of one source at one precision."""
     recipe = default_recipe(source, calibration=Calibration())
-    recipe = with_overrides(recipe, precision=precision, rank=16)
+    recipe = with_overrides(recipe, {"quantization.precision": precision, "quantization.rank": 16})
     judge = Judge(prepare(recipe), prompts, pictures, options)
     drawn = _calibrated(judge.prepared, options)
     for name in variants:

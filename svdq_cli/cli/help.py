@@ -8,24 +8,18 @@ from typing import Any
 
 from typer.core import TyperCommand
 
+# The headings in order, with the options of single commands under them; those of `options` name their own.
 GROUPS: Mapping[str, tuple[str, ...]] = {
-    "Model": ("--family", "--denoiser", "--base", "--lora", "--against"),
+    "Model": ("--lora", "--against"),
     "Prompts and sampling": (
         "--prompt",
-        "--prompts",
-        "--prompt-column",
-        "--samples",
-        "--steps",
-        "--width",
-        "--height",
-        "--batch-size",
         "--image",
         "--mask",
         "--strength",
         "--frames",
         "--calib",
     ),
-    "Quantization": ("--precision", "--rank", "--effort"),
+    "Quantization": (),
     "Output": (
         "--output",
         "--format",
@@ -40,7 +34,6 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
         "--gpu",
         "--device",
         "--backend",
-        "--seed",
         "--work",
         "--resume",
         "--max-ram",
@@ -64,6 +57,8 @@ class Manual:
 
 def group_of(option: Any) -> str:
     """The heading that an option is listed under."""
+    if (named := getattr(option, "rich_help_panel", None)) is not None:
+        return str(named)
     return next((title for title, names in GROUPS.items() if set(names) & set(option.opts)), REST)
 
 

@@ -1,10 +1,19 @@
-"""Options that mean the same in every command."""
+"""Options that mean the same in every command.
+
+Those that set keys of the recipe stand first, each once: type, flag, help, heading, the keys that it sets and the
+commands that it is `on`. A command takes all of its own through `recipe_options`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from types import MappingProxyType
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -29,6 +38,194 @@ def _words(*words: str) -> Callable[[str], list[str]]:
     """The shell completes an option's value to one of these."""
     return lambda incomplete: [word for word in words if word.startswith(incomplete)]
 
+
+@dataclass(frozen=True, slots=True)
+class Sets:
+    """The keys of the recipe that an option sets, and the commands that have it. `read`: from the typed value to the
+    recipe's."""
+
+    keys: tuple[str, ...]
+    on: tuple[str, ...]
+    read: Callable[[Any], object]
+
+
+def sets(*keys: str, on: str, read: Callable[[Any], object] = lambda value: value) -> Sets:
+    """`on`: names of commands, with spaces between them."""
+    return Sets(keys, tuple(on.split()), read)
+
+
+def _whole_number_or_word(text: str) -> int | str:
+    """`--rank 32` or `--rank auto`; anything else is for the recipe's own check to refuse."""
+    return int(text) if text.isdecimal() else text
+
+
+# ------------------------------------------------------------------------------------- what sets keys of the recipe
+
+Precision = Annotated[
+    str | None,
+    typer.Option(
+        metavar="int4|nvfp4",
+        help="4-bit number format (default: int4).",
+        autocompletion=_words("int4", "nvfp4"),
+        rich_help_panel="Quantization",
+    ),
+    sets("quantization.precision", on="convert init inspect"),
+]
+Rank = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N|auto",
+        help="Rank of the 16-bit branch: a multiple of 16, or searched for each layer (default: 32).",
+        rich_help_panel="Quantization",
+    ),
+    sets("quantization.rank", on="convert init inspect", read=_whole_number_or_word),
+]
+Effort = Annotated[
+    str | None,
+    typer.Option(
+        metavar="datafree|fast|balanced|best",
+        help="How hard to search; fast is the paper's search (default: balanced).",
+        autocompletion=_words("datafree", "fast", "balanced", "best"),
+        rich_help_panel="Quantization",
+    ),
+    sets("quantization.effort", on="convert init"),
+]
+Formats = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--format",
+        metavar="|".join(NAMES),
+        help="Output format, repeatable (default: nunchaku-lite, a diffusers folder).",
+        autocompletion=_words(*NAMES),
+        rich_help_panel="Output",
+    ),
+    sets("outputs.format", on="convert inspect"),
+]
+Prompts = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE|FOLDER|NAME",
+        help="Prompts: .txt (one a line), .csv, .tsv, .json, .jsonl, .parquet or .tar (webdataset), a folder of "
+        "captions next to images, or MJHQ-30K, sDCI or PartiPrompts from the hub.",
+        rich_help_panel="Prompts and sampling",
+    ),
+    sets("calibration.prompts", on="convert calibrate eval"),
+]
+PromptColumn = Annotated[
+    str | None,
+    typer.Option(
+        "--prompt-column",
+        metavar="NAME",
+        help="Column that holds the prompts, where it is not called prompt, caption or text; "
+        "--prompts may then be any data set on the hub.",
+        rich_help_panel="Prompts and sampling",
+    ),
+    sets("calibration.prompts.column", on="convert calibrate eval"),
+]
+Samples = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="How many of the prompts to use (default: 64; in eval 16).",
+        rich_help_panel="Prompts and sampling",
+    ),
+    sets("calibration.samples", on="convert calibrate eval"),
+]
+Steps = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Denoising steps for each image (default: the model's own).",
+        rich_help_panel="Prompts and sampling",
+    ),
+    sets("calibration.steps", on="convert calibrate eval generate"),
+]
+Width = Annotated[
+    int | None,
+    typer.Option(
+        metavar="PIXELS",
+        help="Image width (default: the model's own).",
+        rich_help_panel="Prompts and sampling",
+    ),
+    sets("calibration.width", on="convert calibrate eval"),
+]
+Height = Annotated[
+    int | None,
+    typer.Option(
+        metavar="PIXELS",
+        help="Image height (default: the model's own).",
+        rich_help_panel="Prompts and sampling",
+    ),
+    sets("calibration.height", on="convert calibrate eval"),
+]
+BatchSize = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Images generated at once (default: 1; more for small models).",
+        rich_help_panel="Prompts and sampling",
+    ),
+    sets("calibration.batch_size", on="convert calibrate eval"),
+]
+Seed = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Seed of calibration and search (default: the recipe's, else 0).",
+        rich_help_panel="Run",
+    ),
+    sets("calibration.seed", "quantization.seed", on="convert calibrate"),
+]
+ImageSeed = Annotated[
+    int | None,
+    typer.Option("--seed", metavar="N", help="Seed of the images' start noise.", rich_help_panel="Run"),
+    sets("calibration.seed", "quantization.seed", on="eval generate"),
+]
+Family = Annotated[
+    str | None,
+    typer.Option(help="Model family, where svdq can't tell.", rich_help_panel="Model"),
+    sets("model.family", on="convert calibrate init inspect"),
+]
+Base = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FOLDER|HUB_ID",
+        help="Pipeline with the parts that a single file lacks.",
+        rich_help_panel="Model",
+    ),
+    sets("model.base", on="convert calibrate init inspect check eval generate export"),
+]
+Denoiser = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Of a pipeline with several denoisers (Wan 2.2), the one to convert; or the one that a file holds.",
+        rich_help_panel="Model",
+    ),
+    sets("model.denoiser", on="convert calibrate init inspect"),
+]
+Loras = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lora",
+        metavar="FILE[:WEIGHT]",
+        help="LoRA to merge into the model first. Repeatable.",
+        rich_help_panel="Model",
+    ),
+    sets("model.loras", on="convert calibrate init inspect check eval"),
+]
+FailIf = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--fail-if",
+        metavar='"FIGURE<X"',
+        help="Exit with 6 if this holds, such as psnr_db<20 or speed_ratio.min<1. Repeatable.",
+        rich_help_panel="Reporting",
+    ),
+    sets("gates", on="convert eval"),
+]
+
+# ------------------------------------------------------------------------------------- of the command line alone
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else there.")]
 SummaryFile = Annotated[
@@ -68,92 +265,6 @@ MaxVram = Annotated[
     str | None, typer.Option("--max-vram", metavar="SIZE", help="GPU memory it may take, as 22GiB.")
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")]
-Seed = Annotated[
-    int | None,
-    typer.Option(metavar="N", help="Seed of calibration and search (default: the recipe's, else 0)."),
-]
-ImageSeed = Annotated[
-    int | None, typer.Option("--seed", metavar="N", help="Seed of the images' start noise.")
-]
-Precision = Annotated[
-    str | None,
-    typer.Option(
-        metavar="int4|nvfp4",
-        help="4-bit number format (default: int4).",
-        autocompletion=_words("int4", "nvfp4"),
-    ),
-]
-Rank = Annotated[
-    str | None,
-    typer.Option(
-        metavar="N|auto",
-        help="Rank of the 16-bit branch: a multiple of 16, or searched for each layer (default: 32).",
-    ),
-]
-Effort = Annotated[
-    str | None,
-    typer.Option(
-        metavar="datafree|fast|balanced|best",
-        help="How hard to search; fast is the paper's search (default: balanced).",
-        autocompletion=_words("datafree", "fast", "balanced", "best"),
-    ),
-]
-Formats = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--format",
-        metavar="|".join(NAMES),
-        help="Output format, repeatable (default: nunchaku-lite, a diffusers folder).",
-        autocompletion=_words(*NAMES),
-    ),
-]
-Family = Annotated[str | None, typer.Option(help="Model family, where svdq can't tell.")]
-Base = Annotated[
-    str | None,
-    typer.Option(metavar="FOLDER|HUB_ID", help="Pipeline with the parts that a single file lacks."),
-]
-Denoiser = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME",
-        help="Of a pipeline with several denoisers (Wan 2.2), the one to convert; or the one that a file holds.",
-    ),
-]
-Loras = Annotated[
-    list[str] | None,
-    typer.Option("--lora", metavar="FILE[:WEIGHT]", help="LoRA to merge into the model first. Repeatable."),
-]
-Prompts = Annotated[
-    str | None,
-    typer.Option(
-        metavar="FILE|FOLDER|NAME",
-        help="Prompts: .txt (one a line), .csv, .tsv, .json, .jsonl, .parquet or .tar (webdataset), a folder of "
-        "captions next to images, or MJHQ-30K, sDCI or PartiPrompts from the hub.",
-    ),
-]
-PromptColumn = Annotated[
-    str | None,
-    typer.Option(
-        "--prompt-column",
-        metavar="NAME",
-        help="Column that holds the prompts, where it is not called prompt, caption or text; "
-        "--prompts may then be any data set on the hub.",
-    ),
-]
-Samples = Annotated[
-    int | None, typer.Option(metavar="N", help="How many of the prompts to use (default: 64; in eval 16).")
-]
-Steps = Annotated[
-    int | None, typer.Option(metavar="N", help="Denoising steps for each image (default: the model's own).")
-]
-Width = Annotated[int | None, typer.Option(metavar="PIXELS", help="Image width (default: the model's own).")]
-Height = Annotated[
-    int | None, typer.Option(metavar="PIXELS", help="Image height (default: the model's own).")
-]
-BatchSize = Annotated[
-    int | None,
-    typer.Option(metavar="N", help="Images generated at once (default: 1; more for small models)."),
-]
 Image = Annotated[
     Path | None,
     typer.Option(
@@ -168,14 +279,6 @@ Strength = Annotated[
     float | None,
     typer.Option(metavar="X", help="How much of --image is made anew, above 0 and at most 1."),
 ]
-FailIf = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--fail-if",
-        metavar='"FIGURE<X"',
-        help="Exit with 6 if this holds, such as psnr_db<20 or speed_ratio.min<1. Repeatable.",
-    ),
-]
 Out = Annotated[Path, typer.Option("-o", "--output", help="Where to write.")]
 Source = Annotated[
     str,
@@ -187,3 +290,49 @@ Source = Annotated[
     ),
 ]
 Checkpoint = Annotated[Path, typer.Argument(metavar="CKPT", help="A folder or file that svdq convert wrote.")]
+
+# ------------------------------------------------------------------------------------- the table's reader
+
+Given = Mapping[str, object]  # what was typed, by the recipe's keys
+NOTHING: Given = MappingProxyType({})
+
+
+def recipe_options_on(command: str) -> dict[str, tuple[object, Sets]]:
+    """The options of a command that set keys of the recipe, in order: by parameter the annotation, and what it sets."""
+    found: dict[str, tuple[object, Sets]] = {}
+    for name, option in globals().items():
+        for setting in get_args(option)[1:]:
+            if isinstance(setting, Sets) and command in setting.on:
+                found[re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()] = option, setting
+    return found
+
+
+def recipe_options(command: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Puts the options that are `on` a command in the place of its parameter `given`, for typer to read; the
+    function is called with what was typed of them, by the recipe's keys, as `given`."""
+    options = recipe_options_on(command)
+
+    def decorated(function: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def run(**typed: object) -> None:
+            given: dict[str, object] = {}
+            for name, (_, setting) in options.items():
+                value = typed.pop(name)
+                if value is not None and value != []:
+                    given |= {key: setting.read(value) for key in setting.keys}
+            function(**typed, given=given)
+
+        parameters: list[inspect.Parameter] = []
+        for parameter in inspect.signature(function, eval_str=True).parameters.values():
+            if parameter.name != "given":
+                parameters.append(parameter.replace(kind=parameter.KEYWORD_ONLY))
+                continue
+            parameters += (
+                inspect.Parameter(name, parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+                for name, (annotation, _) in options.items()
+            )
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return run
+
+    return decorated

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -90,22 +90,34 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def recipe_for(source: str, *, options: RunOptions, **given: object) -> tuple[Recipe, RunOptions]:
-    """The recipe a SOURCE means, with the command's options put over it, and where its relative paths start."""
+def recipe_for(
+    source: str, given: Mapping[str, object], *, options: RunOptions, calibrated: bool = False
+) -> tuple[Recipe, RunOptions]:
+    """The recipe a SOURCE means, with what was typed put over it, and where its relative paths start. `calibrated`: it
+    calibrates even where the recipe itself says nothing of that."""
     from dataclasses import replace
 
-    from svdq_cli.prepare.from_command_line import recipe_of
+    from svdq_cli.prepare.from_command_line import override, recipe_of, with_default_calibration
 
     recipe, beside = recipe_of(source)
-    return override(recipe, **given), replace(options, beside=beside)
+    if calibrated:
+        recipe = with_default_calibration(recipe)
+    return override(recipe, given), replace(options, beside=beside)
 
 
-def override(recipe: Recipe, **given: object) -> Recipe:
-    from svdq_cli.prepare.from_command_line import override as over
+def of_the_model(given: Mapping[str, object]) -> dict[str, object]:
+    """What was typed of the model: its base, its LoRAs."""
+    return {key: value for key, value in given.items() if key.startswith("model.")}
 
-    return over(recipe, given)
+
+def beyond_the_model(given: Mapping[str, object]) -> dict[str, object]:
+    """What was typed of anything else."""
+    return {key: value for key, value in given.items() if not key.startswith("model.")}
 
 
-def rank_of(text: str | None) -> int | str | None:
-    """`--rank 32` or `--rank auto`; anything else is for the recipe's own check to refuse."""
-    return int(text) if text is not None and text.isdecimal() else text
+def base_of(given: Mapping[str, object]) -> Path | None:
+    """The pipeline that --base names, on this machine."""
+    from svdq_cli.prepare.locate import locate_base
+
+    base = given.get("model.base")
+    return None if base is None else locate_base(str(base))

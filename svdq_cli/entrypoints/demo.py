@@ -154,7 +154,9 @@ def _one_source(source: str, folder: Path, options: RunOptions, observe: Observe
     """Convert, draw, judge. `budget`: bytes of the page for pictures."""
     folder.mkdir(parents=True)
     made = _conversions(source, folder, options, observe)
-    judged = with_overrides(evaluation_recipe(open_checkpoint(folder / "int4"), source), samples=EVAL_PROMPTS)
+    judged = with_overrides(
+        evaluation_recipe(open_checkpoint(folder / "int4"), source), {"calibration.samples": EVAL_PROMPTS}
+    )
     pictures = folder / "eval"
     # passes that a demo of a minute does without
     without = ("own-noise", "outputs")
@@ -187,11 +189,16 @@ def _conversions(
     source: str, folder: Path, options: RunOptions, observe: Observer
 ) -> Mapping[str, ConvertReport]:
     """int4 and nvfp4 from one calibration, by precision."""
-    recipe = with_overrides(default_recipe(source, calibration=Calibration()), rank=DEMO_RANK)
+    recipe = with_overrides(
+        default_recipe(source, calibration=Calibration()), {"quantization.rank": DEMO_RANK}
+    )
     calibrate(recipe, folder / "calibration", options=options, observe=observe)
     return {
         precision: convert(
-            with_overrides(recipe, precision=precision, outputs=[Output(path=str(folder / precision))]),
+            with_overrides(
+                recipe,
+                {"quantization.precision": precision, "outputs": [Output(path=str(folder / precision))]},
+            ),
             folder / precision,
             calibration=folder / "calibration",
             options=options,

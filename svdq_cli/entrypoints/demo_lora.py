@@ -79,7 +79,9 @@ def demo_lora(
     refuse_existing(out, overwrite=options.overwrite)
     require_places([out], folders=[True], inputs=[], overwrite=options.overwrite, replaceable=is_demo_folder)
     with whole_folder(out, overwrite=options.overwrite) as partial:
-        recipe = with_overrides(default_recipe(SOURCE, calibration=Calibration()), rank=RANK)
+        recipe = with_overrides(
+            default_recipe(SOURCE, calibration=Calibration()), {"quantization.rank": RANK}
+        )
         convert(recipe, partial / "int4", options=options, observe=observe)
         folded = fold(
             partial / "int4", [(lora, 1.0)], partial / "int4-pink", options=options, observe=observe

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -72,8 +73,9 @@ def _facts_of(found: ShippedRecipe) -> RecipeFacts:
     return RecipeFacts(found.name, found.about, recipe.model.source, wanted.precision, wanted.effort, output)
 
 
-def write_recipe(source: str, out: Path, *, overwrite: bool, **options: object) -> InitReport:
-    """`svdq init`: a complete commented recipe for a model that is really there."""
+def write_recipe(source: str, out: Path, options: Mapping[str, object], *, overwrite: bool) -> InitReport:
+    """`svdq init`: a complete commented recipe for a model that is really there. `options`: what was typed, by the
+    recipe's keys."""
     from svdq_cli.prepare.options import RunOptions
     from svdq_cli.prepare.prepare import prepare
     from svdq_cli.prepare.sampling import with_model_sampling
@@ -82,7 +84,7 @@ def write_recipe(source: str, out: Path, *, overwrite: bool, **options: object) 
     if out.suffix.lower() not in (".yaml", ".yml"):
         raise UsageError(f"{out}: a recipe's name ends in .yaml", hint=f"use -o {out}.yaml", where=str(out))
     given, ready = recipe_file(source), shipped_recipe(source)
-    if given and (ready is None or any(value is not None for value in options.values())):
+    if given and (ready is None or options):
         raise UsageError(
             f"{given}: a recipe already",
             hint="give the model that it names, or edit this recipe",

@@ -66,20 +66,23 @@ def with_default_calibration(recipe: Recipe) -> Recipe:
 
 
 def override(recipe: Recipe, given: Mapping[str, object]) -> Recipe:
-    """Command-line options over the recipe: options win. `out`, `formats` and `fail_if` are the command line's own."""
-    options = dict(given)
-    out = cast("Path | None", options.pop("out", None))
-    formats = cast("list[str] | None", options.pop("formats", None)) or []
-    conditions = cast("list[str] | None", options.pop("fail_if", None)) or []
-    if loras := cast("list[str] | None", options.pop("loras", None)):
-        options["loras"] = (*recipe.model.loras, *(parse_lora(text) for text in loras))
-    if options.get("prompts") is not None and recipe.calibration is None:
+    """Command-line options over the recipe, by the recipe's keys: options win. Some values are in the command line's
+    own words: `model.loras` and `gates` add to the recipe's, `calibration.prompts.column` goes with its prompts,
+    `outputs.path` and `outputs.format` name its outputs."""
+    values = dict(given)
+    out = cast("Path | None", values.pop("outputs.path", None))
+    formats = cast("list[str] | None", values.pop("outputs.format", None)) or []
+    conditions = cast("list[str] | None", values.pop("gates", None)) or []
+    if loras := cast("list[str] | None", values.pop("model.loras", None)):
+        values["model.loras"] = (*recipe.model.loras, *(parse_lora(text) for text in loras))
+    if values.get("calibration.prompts") is not None and recipe.calibration is None:
         recipe = with_default_calibration(recipe)
-    if column := cast("str | None", options.pop("prompt_column", None)):
-        options["prompts"] = _with_column(recipe, cast("str | None", options.get("prompts")), column)
+    if column := cast("str | None", values.pop("calibration.prompts.column", None)):
+        prompts = cast("str | None", values.get("calibration.prompts"))
+        values["calibration.prompts"] = _with_column(recipe, prompts, column)
     if out is not None or formats:
-        options["outputs"] = _outputs(recipe, out, formats)
-    recipe = with_overrides(recipe, **options)  # type: ignore[arg-type]
+        values["outputs"] = _outputs(recipe, out, formats)
+    recipe = with_overrides(recipe, values)
     gates = (*recipe.gates, *(parse_fail_if(condition) for condition in conditions))
     return recipe.model_copy(update={"gates": gates})
 
@@ -100,8 +103,9 @@ def _with_column(recipe: Recipe, given: str | None, column: str) -> dict[str, st
             return {**data_set.model_dump(), "column": column}
 
 
-def refuse_unused_prompts(recipe: Recipe, prompts: str | None) -> None:
+def refuse_unused_prompts(recipe: Recipe, given: Mapping[str, object]) -> None:
     """UsageError for prompts that were asked for in a conversion that would not look at them."""
+    prompts = given.get("calibration.prompts")
     if prompts is not None and recipe.quantization.effort == "datafree":
         raise UsageError(
             f"--prompts {prompts}: effort datafree does not calibrate, and would not read them",

@@ -4,6 +4,7 @@ This is the room's door; everything else in it is private to the room.
 """
 
 from svdq_cli.recipe.gates import Gate, figure_of, parse_fail_if, parse_gate, section_of
+from svdq_cli.recipe.overrides import with_overrides
 from svdq_cli.recipe.paths import find_prompts, find_source, user_path
 from svdq_cli.recipe.reading import at_its_rule, load_recipe, parse_recipe
 from svdq_cli.recipe.schema import (
@@ -29,7 +30,6 @@ from svdq_cli.recipe.schema import (
     lora_of,
     output_of,
     resolved,
-    with_overrides,
 )
 from svdq_cli.recipe.shipped import (
     ShippedRecipe,

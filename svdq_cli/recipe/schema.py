@@ -3,7 +3,7 @@ comments of `svdq init` and the descriptions of the JSON Schema."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Annotated, Literal, cast, get_args
 
@@ -475,76 +475,6 @@ def default_recipe(
         quantization=quantization or Quantization(),
         outputs=tuple(outputs),
     )
-
-
-def with_overrides(
-    recipe: Recipe,
-    *,
-    precision: str | None = None,
-    effort: str | None = None,
-    smoothing: str | None = None,
-    rank: int | str | None = None,
-    family: str | None = None,
-    base: str | None = None,
-    denoiser: str | None = None,
-    loras: Sequence[Lora] | None = None,
-    dtype: str | None = None,
-    seed: int | None = None,
-    prompts: str | Mapping[str, str | None] | None = None,
-    samples: int | None = None,
-    steps: int | None = None,
-    height: int | None = None,
-    width: int | None = None,
-    batch_size: int | None = None,
-    outputs: Sequence[Output] | None = None,
-) -> Recipe:
-    """The recipe with options put over it (None: not given). `seed` is that of calibration and of the search.
-
-    `prompts`, a file or {dataset, column}, gives a recipe without calibration one. Effort `datafree` also drops the
-    recipe's own smoothing. Raises UsageError naming the option.
-    """
-    drawing = {"samples": samples, "steps": steps, "height": height, "width": width, "batch_size": batch_size}
-    if (
-        recipe.calibration is None
-        and prompts is None
-        and any(value is not None for value in drawing.values())
-    ):
-        given = ", ".join(
-            "--" + name.replace("_", "-") for name, value in drawing.items() if value is not None
-        )
-        raise UsageError(f"{given}: nothing is calibrated without prompts", hint="add --prompts FILE")
-    calibration = _put_over(recipe.calibration, prompts=prompts, seed=seed, **drawing)
-    adapters = None if loras is None else [lora.model_dump() for lora in loras]
-    plain = recipe.model_dump() | {
-        "model": _put_over(
-            recipe.model, family=family, base=base, denoiser=denoiser, loras=adapters, dtype=dtype
-        ),
-        "calibration": calibration if recipe.calibration or prompts is not None else None,
-        "quantization": _put_over(
-            recipe.quantization, effort=effort, rank=rank, precision=precision, seed=seed
-        )
-        | ({"smoothing": smoothing} if smoothing is not None or effort == "datafree" else {}),
-        "outputs": [output.model_dump() for output in (recipe.outputs if outputs is None else outputs)],
-    }
-    try:
-        return Recipe.model_validate(plain)
-    except ValidationError as error:
-        raise _option_error(error) from error
-
-
-def _put_over(section: Section | None, **options: object) -> dict[str, object]:
-    """A section's values with the options that were given over them."""
-    given = {name: value for name, value in options.items() if value is not None}
-    return (section.model_dump() if section else {}) | given
-
-
-def _option_error(error: ValidationError) -> UsageError:
-    problem = problems_of(error)[0]
-    names: Iterable[str] = (
-        part for part in reversed(problem.location) if isinstance(part, str) and part.isidentifier()
-    )
-    option = "--" + next(iter(names), "?").replace("_", "-")
-    return UsageError(f"{option}: {problem.message}", hint=problem.hint, where=option)
 
 
 def output_of(format: str, path: str | None) -> Output:

@@ -145,11 +145,10 @@ def test_merging_before_or_after_writing_the_model_is_the_same_conversion(tiny_f
     save_file(state, tmp_path / "merged.safetensors")
     common = {"effort": "datafree", "rank": 16}
     lora = Lora(path=str(tmp_path / "lora.safetensors"), weight=0.25)
-    first = with_overrides(default_recipe(str(tiny_flux)), loras=[lora], **common)  # type: ignore[arg-type]
+    first = with_overrides(default_recipe(str(tiny_flux)), {"model.loras": [lora], **common})  # type: ignore[arg-type]
     second = with_overrides(
         default_recipe(str(tmp_path / "merged.safetensors")),
-        base=str(tiny_flux),
-        **common,  # type: ignore[arg-type]
+        {"model.base": str(tiny_flux), **common},  # type: ignore[arg-type]
     )
     convert(first, tmp_path / "a")
     convert(second, tmp_path / "b")
@@ -538,8 +537,8 @@ def test_a_weight_that_is_no_number_is_bad_usage(text: str):
 
 
 def test_loras_of_the_command_line_come_after_the_recipe_s():
-    recipe = with_overrides(default_recipe("demo"), loras=[Lora(path="first")])
-    assert [lora.path for lora in override(recipe, {"loras": ["second:0.5"]}).model.loras] == [
+    recipe = with_overrides(default_recipe("demo"), {"model.loras": [Lora(path="first")]})
+    assert [lora.path for lora in override(recipe, {"model.loras": ["second:0.5"]}).model.loras] == [
         "first",
         "second",
     ]

@@ -256,7 +256,7 @@ def test_a_column_without_prompts_is_a_usage_error(tiny_flux: Path, tmp_path: Pa
     from svdq_cli.prepare.from_command_line import override
 
     with pytest.raises(SvdqError, match="no prompts are named"):
-        override(default_recipe("demo"), {"prompt_column": "caption"})
+        override(default_recipe("demo"), {"calibration.prompts.column": "caption"})
 
 
 def test_a_model_given_as_prompts_is_called_a_model(tiny_flux: Path):

@@ -31,7 +31,9 @@ The source's own words.
 
 
 def recipe_for(source: Path) -> Recipe:
-    return with_overrides(default_recipe(str(source)), effort="datafree", rank=16)
+    return with_overrides(
+        default_recipe(str(source)), {"quantization.effort": "datafree", "quantization.rank": 16}
+    )
 
 
 def card_of(source: Path, out: Path) -> ModelCard:

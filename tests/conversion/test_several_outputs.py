@@ -105,17 +105,17 @@ def test_the_same_file_is_written_twice_byte_for_byte(tiny_flux: Path, tmp_path:
 
 def test_options_over_outputs():
     plain = default_recipe("model")
-    assert [str(path) for path in outputs_of(override(plain, {"out": Path("x")}))] == ["x"]
-    chosen = override(plain, {"out": Path("x"), "formats": ["nunchaku", "comfy"]})
+    assert [str(path) for path in outputs_of(override(plain, {"outputs.path": Path("x")}))] == ["x"]
+    chosen = override(plain, {"outputs.path": Path("x"), "outputs.format": ["nunchaku", "comfy"]})
     assert [str(path) for path in outputs_of(chosen)] == ["x.nunchaku.safetensors", "x.comfy.safetensors"]
     with pytest.raises(UsageError, match="twice"):
-        override(plain, {"out": Path("x"), "formats": ["comfy", "comfy"]})
+        override(plain, {"outputs.path": Path("x"), "outputs.format": ["comfy", "comfy"]})
     two = recipe_for(Path("model"), ("nunchaku-lite", Path("a")), ("comfy", Path("b")))
     assert len(outputs_of(override(two, {}))) == 2
     with pytest.raises(UsageError, match="names 2 outputs"):
-        override(two, {"out": Path("x")})
+        override(two, {"outputs.path": Path("x")})
     with pytest.raises(UsageError, match="no output is named"):
-        outputs_of(override(plain, {"formats": ["comfy"]}))
+        outputs_of(override(plain, {"outputs.format": ["comfy"]}))
 
 
 def recipe_with(folder: Path, outputs: str) -> Recipe:
@@ -126,7 +126,7 @@ def recipe_with(folder: Path, outputs: str) -> Recipe:
 
 def test_a_recipe_may_leave_its_outputs_path_to_the_command(tmp_path: Path):
     recipe = recipe_with(tmp_path, "[{format: comfy}]")
-    said = override(recipe, {"out": Path("x.safetensors")})
+    said = override(recipe, {"outputs.path": Path("x.safetensors")})
     assert [(output.format, output.path) for output in said.outputs] == [("comfy", "x.safetensors")]
     with pytest.raises(UsageError, match="no output is named") as refused:
         outputs_of(recipe)

@@ -23,7 +23,7 @@ MARKER = "__index_timestep_zero__"  # by which ComfyUI tells Qwen-Image-Edit 251
 
 def comfy_file(source: Path, out: Path) -> Path:
     recipe = default_recipe(str(source), outputs=[Output(format="comfy", path=str(out))])
-    convert(with_overrides(recipe, effort="datafree", rank=16), out)
+    convert(with_overrides(recipe, {"quantization.effort": "datafree", "quantization.rank": 16}), out)
     return out
 
 

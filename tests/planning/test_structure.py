@@ -148,7 +148,7 @@ def test_it_converts_and_checks_with_no_code_of_its_own(odd: Path, tmp_path: Pat
 
 def test_init_writes_the_plan_as_rules_that_give_the_same_plan(odd: Path, tmp_path: Path):
     out = tmp_path / "recipe.yaml"
-    write_recipe(str(odd), out, overwrite=False)
+    write_recipe(str(odd), out, {}, overwrite=False)
     text = out.read_text()
     assert "{match: trunk.*.query, include: w4a4}" in text
     assert "{match: trunk.*.shift, include: w4a16}" in text

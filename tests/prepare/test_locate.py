@@ -67,7 +67,9 @@ def test_the_recipe_s_revision_is_used(hub_cache: Path):
 
 
 def test_a_hub_id_converts_like_its_folder_and_keeps_its_name(hub_cache: Path, tmp_path: Path):
-    recipe = with_overrides(default_recipe("someone/tiny-flux@v1"), effort="datafree", rank=16)
+    recipe = with_overrides(
+        default_recipe("someone/tiny-flux@v1"), {"quantization.effort": "datafree", "quantization.rank": 16}
+    )
     report = convert(recipe, tmp_path / "out")
     assert report.read_as == "diffusers folder"
     header = (tmp_path / "out" / WEIGHTS).read_bytes()[:20000]
@@ -150,5 +152,10 @@ def test_the_same_weights_under_other_folders_are_the_same_bytes(
         config = folder / "transformer/config.json"
         if name == "b":  # where it was saved from says nothing of the model
             config.write_text(json.dumps({**json.loads(config.read_text()), "_name_or_path": "/elsewhere"}))
-        convert(with_overrides(default_recipe(str(folder)), effort="datafree", rank=16), tmp_path / name)
+        convert(
+            with_overrides(
+                default_recipe(str(folder)), {"quantization.effort": "datafree", "quantization.rank": 16}
+            ),
+            tmp_path / name,
+        )
     assert (tmp_path / "a" / WEIGHTS).read_bytes() == (tmp_path / "b" / WEIGHTS).read_bytes()

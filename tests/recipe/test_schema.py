@@ -111,7 +111,17 @@ def test_a_recipe_never_changes_after_reading():
 
 def test_options_win_over_the_recipe():
     outputs = [Output(path="elsewhere")]
-    recipe = with_overrides(FULL, precision="int4", effort="fast", rank=48, seed=7, outputs=outputs)
+    recipe = with_overrides(
+        FULL,
+        {
+            "quantization.precision": "int4",
+            "quantization.effort": "fast",
+            "quantization.rank": 48,
+            "calibration.seed": 7,
+            "quantization.seed": 7,
+            "outputs": outputs,
+        },
+    )
     assert recipe.quantization == Quantization(
         precision="int4", effort="fast", smoothing="closed-form", rank=48, seed=7
     )
@@ -122,38 +132,54 @@ def test_options_win_over_the_recipe():
 
 
 def test_what_no_option_speaks_of_stays():
-    assert with_overrides(FULL) == FULL
-    recipe = with_overrides(FULL, rank=16)
+    assert with_overrides(FULL, {}) == FULL
+    recipe = with_overrides(FULL, {"quantization.rank": 16})
     assert recipe.layers == (RankOverride(match="*.attn.*", rank=16), KeepOverride(match="null", keep=True))
     assert recipe.gates == (Gate("psnr_db.min", ">=", 18.25), Gate("ssim", ">", 0.9))
 
 
 def test_prompts_given_as_an_option_calibrate_a_bare_model():
-    calibration = with_overrides(BARE, prompts="p.txt", samples=4, seed=3).calibration
+    calibration = with_overrides(
+        BARE,
+        {
+            "calibration.prompts": "p.txt",
+            "calibration.samples": 4,
+            "calibration.seed": 3,
+            "quantization.seed": 3,
+        },
+    ).calibration
     assert calibration == Calibration(prompts="p.txt", samples=4, seed=3)
 
 
 def test_samples_without_a_calibration_are_refused():
     with pytest.raises(UsageError, match="--samples: nothing is calibrated without prompts"):
-        with_overrides(BARE, samples=4)
+        with_overrides(BARE, {"calibration.samples": 4})
+
+
+def test_a_key_that_the_recipe_does_not_have_is_refused():
+    with pytest.raises(UsageError, match="--rnak: unknown key"):
+        with_overrides(BARE, {"quantization.rnak": 16})
 
 
 def test_effort_datafree_as_an_option_drops_the_recipe_s_smoothing():
-    assert with_overrides(FULL, effort="datafree").quantization.chosen_smoothing == "none"
+    assert with_overrides(FULL, {"quantization.effort": "datafree"}).quantization.chosen_smoothing == "none"
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rank": 17}, "--rank: must be a multiple of 16, or auto, not 17"),
-        ({"precision": "fp8"}, "--precision: must be int4 or nvfp4, not 'fp8'"),
-        ({"seed": -1}, "--seed: must be 0 or more, not -1"),
-        ({"seed": 2**64}, f"--seed: must be {2**64 - 1} or less, not {2**64}"),
-        ({"prompts": ""}, "--prompts: must not be empty"),
-        ({"effort": "datafree", "smoothing": "grid"}, "--smoothing: grid smoothing needs calibration"),
+        ({"quantization.rank": 17}, "--rank: must be a multiple of 16, or auto, not 17"),
+        ({"quantization.precision": "fp8"}, "--precision: must be int4 or nvfp4, not 'fp8'"),
+        ({"calibration.seed": -1}, "--seed: must be 0 or more, not -1"),
+        ({"quantization.seed": 2**64}, f"--seed: must be {2**64 - 1} or less, not {2**64}"),
+        ({"calibration.prompts": ""}, "--prompts: must not be empty"),
+        (
+            {"quantization.effort": "datafree", "quantization.smoothing": "grid"},
+            "--smoothing: grid smoothing needs calibration",
+        ),
     ],
 )
 def test_a_bad_option_is_bad_usage_and_named(options: dict[str, str | int], message: str):
     with pytest.raises(UsageError) as caught:
-        with_overrides(CALIBRATED, **options)  # type: ignore[arg-type]
+        with_overrides(CALIBRATED, options)
     assert message in caught.value.message

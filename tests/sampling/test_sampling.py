@@ -237,7 +237,7 @@ def test_an_exported_embedded_model_gets_a_recipe_that_it_can_be_sampled_with(tm
     from svdq_cli.entrypoints.demo import export_model
 
     export_model(tmp_path / "my-model", outliers=False, overwrite=False)
-    write_recipe(str(tmp_path / "my-model"), tmp_path / "recipe.yaml", overwrite=False)
+    write_recipe(str(tmp_path / "my-model"), tmp_path / "recipe.yaml", {}, overwrite=False)
     wanted = load_recipe(tmp_path / "recipe.yaml").calibration
     assert wanted is not None
     assert (wanted.height, wanted.width, wanted.steps, wanted.guidance, wanted.batch_size) == (

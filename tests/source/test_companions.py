@@ -149,7 +149,10 @@ def test_an_sdxl_checkpoint_brings_its_own_text_encoders_and_autoencoder(source:
 
 
 def test_they_are_written_into_the_output(source: Source, base: Path, tmp_path: Path):
-    recipe = with_overrides(default_recipe(str(source.path)), base=str(base), effort="datafree", rank=16)
+    recipe = with_overrides(
+        default_recipe(str(source.path)),
+        {"model.base": str(base), "quantization.effort": "datafree", "quantization.rank": 16},
+    )
     convert(recipe, tmp_path / "out")
     for name in source.companions:
         assert_equal(component(tmp_path / "out", name), moved(component(base, name)))

@@ -32,7 +32,10 @@ def test_it_is_the_same_model_as_its_folder(dduf: Path, tiny_flux: Path, tmp_pat
     assert source_digest(open_source(dduf)) == source_digest(open_source(tiny_flux))
     made: list[bytes] = []
     for name, source, base in (("file", dduf, str(tiny_flux)), ("folder", tiny_flux, None)):
-        recipe = with_overrides(default_recipe(str(source)), effort="datafree", rank=16, base=base)
+        recipe = with_overrides(
+            default_recipe(str(source)),
+            {"quantization.effort": "datafree", "quantization.rank": 16, "model.base": base},
+        )
         convert(recipe, tmp_path / name)
         made.append((tmp_path / name / WEIGHTS).read_bytes())
     assert made[0] == made[1]

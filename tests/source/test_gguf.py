@@ -108,7 +108,10 @@ def test_k_quants_are_read_in_torch_s_order_of_sizes(
 
 def test_a_gguf_file_converts_and_checks(tiny_flux: Path, tmp_path: Path, bfl_state: dict[str, Tensor]):
     file = gguf_file(bfl_state, tmp_path / "m.gguf", Kind.Q8_0)
-    recipe = with_overrides(default_recipe(str(file)), effort="datafree", rank=16, base=str(tiny_flux))
+    recipe = with_overrides(
+        default_recipe(str(file)),
+        {"quantization.effort": "datafree", "quantization.rank": 16, "model.base": str(tiny_flux)},
+    )
     report = convert(recipe, tmp_path / "out")
     assert any("Q8_0" in warning for warning in report.warnings)
     # against the 16-bit model, not only against the file that it was made from

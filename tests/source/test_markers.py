@@ -276,7 +276,12 @@ def datafree(source: Path, base: Path | None, out: Path, *, single_file: bool = 
     outputs = [Output(format="nunchaku", path=str(out))] if single_file else []
     recipe = default_recipe(str(source), outputs=outputs)
     given = str(base) if base else None
-    return convert(with_overrides(recipe, effort="datafree", rank=16, base=given), out)
+    return convert(
+        with_overrides(
+            recipe, {"quantization.effort": "datafree", "quantization.rank": 16, "model.base": given}
+        ),
+        out,
+    )
 
 
 def test_v_prediction_changes_the_scheduler_that_is_written(sdxl: Path, v_prediction: Path, tmp_path: Path):

@@ -74,7 +74,12 @@ def float8_files(folder: Path, out: Path, *, scaled: bool, dtype: torch.dtype) -
 def converted_bytes(source: Path, base: Path | None, out: Path) -> bytes:
     """The weight file of a data-free conversion."""
     recipe = with_overrides(
-        default_recipe(str(source)), effort="datafree", rank=16, base=str(base) if base else None
+        default_recipe(str(source)),
+        {
+            "quantization.effort": "datafree",
+            "quantization.rank": 16,
+            "model.base": str(base) if base else None,
+        },
     )
     convert(recipe, out)
     return (out / WEIGHTS).read_bytes()
@@ -118,15 +123,17 @@ def test_calibration_of_a_single_file_draws_with_the_base(tiny_flux: Path, tmp_p
     for name, source, base in (("folder", tiny_flux, None), ("file", file, str(tiny_flux))):
         recipe = with_overrides(
             default_recipe(str(source)),
-            effort="fast",
-            smoothing="closed-form",
-            rank=16,
-            prompts=str(prompts),
-            samples=2,
-            steps=2,
-            height=32,
-            width=32,
-            base=base,
+            {
+                "quantization.effort": "fast",
+                "quantization.smoothing": "closed-form",
+                "quantization.rank": 16,
+                "calibration.prompts": str(prompts),
+                "calibration.samples": 2,
+                "calibration.steps": 2,
+                "calibration.height": 32,
+                "calibration.width": 32,
+                "model.base": base,
+            },
         )
         assert not convert(recipe, tmp_path / name).data_free
         weights.append((tmp_path / name / WEIGHTS).read_bytes())

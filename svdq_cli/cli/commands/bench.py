@@ -23,10 +23,18 @@ def bench(
         ),
     ] = None,
     precision: Annotated[
-        str | None, typer.Option(metavar="int4|nvfp4", help="4-bit number format (else: both).")
+        str | None,
+        typer.Option(
+            metavar="int4|nvfp4", help="4-bit number format (else: both).", rich_help_panel="Quantization"
+        ),
     ] = None,
     rank: Annotated[
-        int | None, typer.Option(metavar="N", help="Rank of the 16-bit branch, a multiple of 16 (else: 16).")
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Rank of the 16-bit branch, a multiple of 16 (else: 16).",
+            rich_help_panel="Quantization",
+        ),
     ] = None,
     rows: Annotated[
         int | None, typer.Option("--m", metavar="N", help="Tokens at once in W4A4 layers.")
@@ -37,7 +45,14 @@ def bench(
     plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the rows as bars.")] = None,
     seconds: Annotated[float, typer.Option(help="How long to measure each row.")] = 0.2,
     seed: Annotated[
-        int, typer.Option(metavar="N", help="Seed of random layers and inputs.", min=0, max=opt.MAX_SEED)
+        int,
+        typer.Option(
+            metavar="N",
+            help="Seed of random layers and inputs.",
+            rich_help_panel="Run",
+            min=0,
+            max=opt.MAX_SEED,
+        ),
     ] = 0,
     fail_if: opt.FailIf = None,
     device: opt.Device = "auto",

@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 from svdq_cli.cli import options as opt
-from svdq_cli.cli.parsing import override, recipe_for, run_options, shared_run
+from svdq_cli.cli.parsing import recipe_for, run_options, shared_run
 
 
+@opt.recipe_options("calibrate")
 def calibrate(
     source: opt.Source,
     out: opt.Out,
-    prompts: opt.Prompts = None,
-    prompt_column: opt.PromptColumn = None,
-    samples: opt.Samples = None,
-    steps: opt.Steps = None,
-    width: opt.Width = None,
-    height: opt.Height = None,
-    batch_size: opt.BatchSize = None,
-    seed: opt.Seed = None,
-    family: opt.Family = None,
-    base: opt.Base = None,
-    denoiser: opt.Denoiser = None,
-    loras: opt.Loras = None,
+    given: opt.Given = opt.NOTHING,
     device: opt.Device = "auto",
     work: opt.Work = None,
     resume: opt.Resume = False,
@@ -37,21 +27,10 @@ def calibrate(
     from svdq_cli.cli.progress import progress
     from svdq_cli.conversion.calibrate import calibrate as run_calibrate
     from svdq_cli.conversion.workers import share_calibrate
-    from svdq_cli.prepare.from_command_line import rules_named, with_default_calibration
+    from svdq_cli.prepare.from_command_line import rules_named
 
     how = run_options(device, overwrite, work=work, resume=resume, max_ram=max_ram, max_vram=max_vram)
-    recipe, run = recipe_for(source, options=how, family=family, base=base, denoiser=denoiser, loras=loras)
-    recipe = override(
-        with_default_calibration(recipe),
-        prompts=prompts,
-        prompt_column=prompt_column,
-        samples=samples,
-        steps=steps,
-        width=width,
-        height=height,
-        batch_size=batch_size,
-        seed=seed,
-    )
+    recipe, run = recipe_for(source, given, options=how, calibrated=True)
     with (
         shared_run(run, several=False) as run,
         progress(quiet=quiet, verbose=verbose, events=events, team=run.team) as observe,

@@ -7,16 +7,16 @@ from typing import Annotated
 import typer
 
 from svdq_cli.cli import options as opt
-from svdq_cli.cli.parsing import recipe_for, run_options
+from svdq_cli.cli.parsing import base_of, recipe_for, run_options
 
 
+@opt.recipe_options("check")
 def check(
     checkpoint: opt.Checkpoint,
     against: Annotated[
         str | None, typer.Option(metavar="SOURCE", help="The 16-bit model it was made from.")
     ] = None,
-    base: opt.Base = None,
-    loras: opt.Loras = None,
+    given: opt.Given = opt.NOTHING,
     json: opt.Json = False,
     summary: opt.SummaryFile = None,
     events: opt.EventsFile = None,
@@ -29,13 +29,12 @@ def check(
     from svdq_cli.cli.progress import progress
     from svdq_cli.cli.summary import append_summary
     from svdq_cli.entrypoints.check import check_against
-    from svdq_cli.prepare.locate import locate_base
 
     with progress(quiet=quiet, verbose=verbose, events=events) as observe:
         if against is None:
-            report = run_check(checkpoint, base=locate_base(base) if base else None, observe=observe)
+            report = run_check(checkpoint, base=base_of(given), observe=observe)
         else:
-            recipe, options = recipe_for(against, options=run_options("cpu", False), base=base, loras=loras)
+            recipe, options = recipe_for(against, given, options=run_options("cpu", False))
             report = check_against(checkpoint, recipe, options=options, observe=observe)
     append_summary(report, summary)
     render.show(report, json=json, verbose=verbose)

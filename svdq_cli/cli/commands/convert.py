@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from svdq_cli.cli import options as opt
-from svdq_cli.cli.parsing import card_of, rank_of, recipe_for, run_options, shared_run
+from svdq_cli.cli.parsing import card_of, recipe_for, run_options, shared_run
 
 if TYPE_CHECKING:
     from svdq_cli.reports import ConvertReport, PlanReport
 
 
+@opt.recipe_options("convert")
 def convert(
     sources: Annotated[
         list[str],
@@ -30,22 +31,7 @@ def convert(
     calib: Annotated[
         Path | None, typer.Option("--calib", metavar="CALIB", help="A finished svdq calibrate folder.")
     ] = None,
-    precision: opt.Precision = None,
-    rank: opt.Rank = None,
-    effort: opt.Effort = None,
-    formats: opt.Formats = None,
-    prompts: opt.Prompts = None,
-    prompt_column: opt.PromptColumn = None,
-    samples: opt.Samples = None,
-    steps: opt.Steps = None,
-    width: opt.Width = None,
-    height: opt.Height = None,
-    batch_size: opt.BatchSize = None,
-    seed: opt.Seed = None,
-    family: opt.Family = None,
-    base: opt.Base = None,
-    denoiser: opt.Denoiser = None,
-    loras: opt.Loras = None,
+    given: opt.Given = opt.NOTHING,
     plan: Annotated[
         bool, typer.Option("--plan", help="Predict layers, bytes, time, memory and disk; do nothing.")
     ] = False,
@@ -57,7 +43,6 @@ def convert(
             help='With --plan: whether it fits a card, by name ("RTX 4070") or memory (12GB).',
         ),
     ] = None,
-    fail_if: opt.FailIf = None,
     device: opt.Device = "auto",
     work: opt.Work = None,
     resume: opt.Resume = False,
@@ -88,26 +73,7 @@ def convert(
     from svdq_cli.prepare.from_command_line import outputs_of, refuse_unused_prompts, rules_named
 
     card = card_of(gpu, planned=plan)
-    given: dict[str, object] = {
-        "precision": precision,
-        "rank": rank_of(rank),
-        "effort": effort,
-        "family": family,
-        "base": base,
-        "denoiser": denoiser,
-        "loras": loras,
-        "prompts": prompts,
-        "prompt_column": prompt_column,
-        "samples": samples,
-        "steps": steps,
-        "width": width,
-        "height": height,
-        "batch_size": batch_size,
-        "seed": seed,
-        "out": out,
-        "formats": formats,
-        "fail_if": fail_if,
-    }
+    given = {**given, "outputs.path": out}
     how = run_options(device, overwrite, work=work, resume=resume, max_ram=max_ram, max_vram=max_vram)
     with (
         shared_run(how, several=len(sources) > 1) as how,
@@ -115,7 +81,7 @@ def convert(
     ):
         if not how.team.leads:
             if not plan:
-                recipe, run = recipe_for(sources[0], options=how, **given)
+                recipe, run = recipe_for(sources[0], given, options=how)
                 share_convert(recipe, calibration=calib, options=run)
             return
 
@@ -123,15 +89,15 @@ def convert(
         writers: dict[Path, str] = {}  # recipes by output
 
         def check_one(source: str) -> None:
-            recipe, run = recipe_for(source, options=how, **given)
-            refuse_unused_prompts(recipe, prompts)
+            recipe, run = recipe_for(source, given, options=how)
+            refuse_unused_prompts(recipe, given)
             with rules_named(source):
                 for path in require_convertible(recipe, run):
                     refuse_second_writer(path, source, writers)
 
         def convert_one(source: str) -> ConvertReport | PlanReport:
-            recipe, run = recipe_for(source, options=how, **given)
-            refuse_unused_prompts(recipe, prompts)
+            recipe, run = recipe_for(source, given, options=how)
+            refuse_unused_prompts(recipe, given)
             with rules_named(source):
                 if plan:
                     return predict(recipe, options=run, calibration=calib, card=card)

@@ -8,9 +8,10 @@ from typing import Annotated
 import typer
 
 from svdq_cli.cli import options as opt
-from svdq_cli.cli.parsing import override, run_options
+from svdq_cli.cli.parsing import beyond_the_model, of_the_model, run_options
 
 
+@opt.recipe_options("eval")
 def evaluate(
     checkpoint: opt.Checkpoint,
     against: Annotated[str, typer.Option(metavar="SOURCE", help="The 16-bit model to compare with.")],
@@ -22,19 +23,10 @@ def evaluate(
             help="Keep images, figures and report.html there; a second run generates what is missing.",
         ),
     ] = None,
-    base: opt.Base = None,
-    loras: opt.Loras = None,
-    prompts: opt.Prompts = None,
-    prompt_column: opt.PromptColumn = None,
-    samples: opt.Samples = None,
-    steps: opt.Steps = None,
-    width: opt.Width = None,
-    height: opt.Height = None,
+    given: opt.Given = opt.NOTHING,
     image: opt.Image = None,
     mask: opt.Mask = None,
     strength: opt.Strength = None,
-    batch_size: opt.BatchSize = None,
-    seed: opt.ImageSeed = None,
     without: Annotated[
         list[str] | None,
         typer.Option(
@@ -46,7 +38,6 @@ def evaluate(
         bool,
         typer.Option("--plan", help="Say the passes, what each is for and how long they take; do nothing."),
     ] = False,
-    fail_if: opt.FailIf = None,
     device: opt.Device = "auto",
     resume: opt.Resume = False,
     overwrite: opt.Overwrite = False,
@@ -66,27 +57,16 @@ def evaluate(
     from svdq_cli.evaluation.plan import plan_evaluation
     from svdq_cli.evaluation.run import evaluate as run_evaluate
     from svdq_cli.prepare.defaults import evaluation_recipe
-    from svdq_cli.prepare.from_command_line import recipe_of
+    from svdq_cli.prepare.from_command_line import override, recipe_of
     from svdq_cli.prepare.sources import pipeline_of
 
     left_out = passes_of_text(without or [])
     named, beside = recipe_of(against)
-    known = override(named, base=base, loras=loras)
-    model = known.model
+    known = override(named, of_the_model(given))
     pipeline = pipeline_of(known, run_options(device, overwrite, beside))
-    judged = evaluation_recipe(open_checkpoint(checkpoint, base=pipeline), model.source)
-    recipe = override(
-        judged.model_copy(update={"model": model, "gates": named.gates}),
-        prompts=prompts,
-        prompt_column=prompt_column,
-        samples=samples,
-        steps=steps,
-        width=width,
-        height=height,
-        batch_size=batch_size,
-        seed=seed,
-        fail_if=fail_if,
-    )
+    judged = evaluation_recipe(open_checkpoint(checkpoint, base=pipeline), known.model.source)
+    judged = judged.model_copy(update={"model": known.model, "gates": named.gates})
+    recipe = override(judged, beyond_the_model(given))
     if image is not None or mask is not None or strength is not None:
         recipe = with_inputs(recipe, Inputs(image, mask, strength))
     run = plan_evaluation if plan else run_evaluate

@@ -7,10 +7,11 @@ from typing import Annotated
 import typer
 
 from svdq_cli.cli import options as opt
-from svdq_cli.cli.parsing import run_options
+from svdq_cli.cli.parsing import base_of, run_options
 from svdq_cli.formats import NAMES
 
 
+@opt.recipe_options("export")
 def export(
     checkpoint: opt.Checkpoint,
     to: Annotated[
@@ -18,7 +19,7 @@ def export(
         typer.Option("--to", metavar="|".join(NAMES), help="The format to pack for."),
     ],
     out: opt.Out,
-    base: opt.Base = None,
+    given: opt.Given = opt.NOTHING,
     overwrite: opt.Overwrite = False,
     json: opt.Json = False,
     events: opt.EventsFile = None,
@@ -29,11 +30,9 @@ def export(
     from svdq_cli.cli import render
     from svdq_cli.cli.progress import progress
     from svdq_cli.entrypoints.export import export as run_export
-    from svdq_cli.prepare.locate import locate_base
 
-    pipeline = locate_base(base) if base else None
     with progress(quiet=quiet, verbose=verbose, events=events) as observe:
         report = run_export(
-            checkpoint, to, out, base=pipeline, options=run_options("cpu", overwrite), observe=observe
+            checkpoint, to, out, base=base_of(given), options=run_options("cpu", overwrite), observe=observe
         )
     render.show(report, json=json)

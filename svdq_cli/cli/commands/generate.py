@@ -7,24 +7,23 @@ from typing import Annotated
 import typer
 
 from svdq_cli.cli import options as opt
-from svdq_cli.cli.parsing import override, run_options
+from svdq_cli.cli.parsing import base_of, beyond_the_model, run_options
 
 
+@opt.recipe_options("generate")
 def generate(
     checkpoint: opt.Checkpoint,
     prompt: Annotated[str, typer.Option(help="What to generate.")],
     out: opt.Out,
-    steps: opt.Steps = None,
+    given: opt.Given = opt.NOTHING,
     width: opt.Width = None,
     height: opt.Height = None,
-    seed: opt.ImageSeed = None,
     image: opt.Image = None,
     mask: opt.Mask = None,
     strength: opt.Strength = None,
     frames: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Frames of a video (default: the model's own).")
     ] = None,
-    base: opt.Base = None,
     backend: Annotated[
         str,
         typer.Option(
@@ -46,13 +45,12 @@ def generate(
     from svdq_cli.entrypoints.generate import Inputs
     from svdq_cli.entrypoints.generate import generate as run_generate
     from svdq_cli.prepare.defaults import evaluation_recipe
-    from svdq_cli.prepare.locate import locate_base
+    from svdq_cli.prepare.from_command_line import override
 
-    pipeline = locate_base(base) if base else None
+    pipeline = base_of(given)
     recipe = override(
         evaluation_recipe(open_checkpoint(checkpoint, base=pipeline), str(checkpoint)),
-        steps=steps,
-        seed=0 if seed is None else seed,
+        {"calibration.seed": 0, **beyond_the_model(given)},
     )
     with progress(quiet=quiet, verbose=verbose, events=events) as observe:
         report = run_generate(

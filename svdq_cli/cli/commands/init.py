@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 from svdq_cli.cli import options as opt
-from svdq_cli.cli.parsing import rank_of
 
 
+@opt.recipe_options("init")
 def init(
     source: opt.Source,
     out: opt.Out,
-    precision: opt.Precision = None,
-    rank: opt.Rank = None,
-    effort: opt.Effort = None,
-    family: opt.Family = None,
-    base: opt.Base = None,
-    denoiser: opt.Denoiser = None,
-    loras: opt.Loras = None,
+    given: opt.Given = opt.NOTHING,
     overwrite: opt.Overwrite = False,
     json: opt.Json = False,
     events: opt.EventsFile = None,
@@ -28,16 +22,5 @@ def init(
     from svdq_cli.entrypoints.init import write_recipe
 
     with progress(quiet=quiet, verbose=verbose, events=events):
-        report = write_recipe(
-            source,
-            out,
-            overwrite=overwrite,
-            precision=precision,
-            rank=rank_of(rank),
-            effort=effort,
-            family=family,
-            base=base,
-            denoiser=denoiser,
-            loras=loras,
-        )
+        report = write_recipe(source, out, given, overwrite=overwrite)
     render.show(report, json=json)

@@ -8,20 +8,15 @@ from typing import Annotated
 import typer
 
 from svdq_cli.cli import options as opt
-from svdq_cli.cli.parsing import rank_of, recipe_for, run_options
+from svdq_cli.cli.parsing import base_of, recipe_for, run_options
 
 
+@opt.recipe_options("inspect")
 def inspect(
     target: Annotated[
         str, typer.Argument(metavar="SOURCE|CKPT", help="A 16-bit model or a converted checkpoint.")
     ],
-    precision: opt.Precision = None,
-    rank: opt.Rank = None,
-    formats: opt.Formats = None,
-    family: opt.Family = None,
-    base: opt.Base = None,
-    denoiser: opt.Denoiser = None,
-    loras: opt.Loras = None,
+    given: opt.Given = opt.NOTHING,
     json: opt.Json = False,
     events: opt.EventsFile = None,
     quiet: opt.Quiet = False,
@@ -33,22 +28,11 @@ def inspect(
     from svdq_cli.cli.progress import progress
     from svdq_cli.entrypoints.inspect import inspect_checkpoint, inspect_source
     from svdq_cli.prepare.from_command_line import rules_named
-    from svdq_cli.prepare.locate import locate_base
 
     with progress(quiet=quiet, verbose=verbose, events=events), rules_named(target):
         if looks_like_checkpoint(Path(target)):
-            report = inspect_checkpoint(Path(target), base=locate_base(base) if base else None)
+            report = inspect_checkpoint(Path(target), base=base_of(given))
         else:
-            recipe, run = recipe_for(
-                target,
-                precision=precision,
-                rank=rank_of(rank),
-                family=family,
-                base=base,
-                denoiser=denoiser,
-                loras=loras,
-                formats=formats,
-                options=run_options("cpu", False),
-            )
+            recipe, run = recipe_for(target, given, options=run_options("cpu", False))
             report = inspect_source(recipe, options=run)
     render.show(report, json=json, verbose=verbose)
