@@ -70,23 +70,23 @@ from svdq_cli.bench.step import (  # noqa: E402
 )
 from svdq_cli.bench.transformer import FLUX1_DEV_STEP  # noqa: E402
 from svdq_cli.errors import EnvironmentLacksError  # noqa: E402
-from svdq_cli.gpu import architectures  # noqa: E402
-from svdq_cli.gpu.hopper_choice import (  # noqa: E402
+from svdq_cli.experimental.hopper.choice import (  # noqa: E402
     FILE_NAME,
     PORTABLE,
     ModeMeasurement,
     choose_hopper_mode,
 )
-from svdq_cli.gpu.hopper_modes import HopperMode  # noqa: E402
+from svdq_cli.experimental.hopper.modes import HopperMode  # noqa: E402
+from svdq_cli.experimental.hopper.selftest import kernel_cases  # noqa: E402
+from svdq_cli.gpu import architectures  # noqa: E402
 from svdq_cli.gpu.launch import cuda_device  # noqa: E402
 from svdq_cli.records import Int4, ignore_events  # noqa: E402
 from svdq_cli.reports import to_json  # noqa: E402
 from svdq_cli.runtime.fused import FusedW4A4Linear  # noqa: E402
-from svdq_cli.runtime.selftest import kernel_cases  # noqa: E402
 
 GPU = torch.device("cuda", 0)
 RANK = 32
-TESTS = ("tests/gpu/test_on_device.py", "tests/gpu/test_hopper_on_device.py", "-q", "-p", "no:cacheprovider")
+TESTS = ("tests/gpu/test_on_device.py", "tests/experimental/hopper/test_on_device.py", "-q", "-p", "no:cacheprovider")
 # What pictures of a mode are drawn with and compared by, where diffusers is installed
 PICTURES = 8
 

@@ -19,10 +19,11 @@ from pathlib import Path
 import torch
 
 from svdq_cli.errors import EnvironmentLacksError
-from svdq_cli.gpu import hopper, nvrtc, variants
+from svdq_cli.experimental.hopper import operations as hopper
+from svdq_cli.experimental.hopper.modes import HopperMode
+from svdq_cli.gpu import nvrtc, variants
 from svdq_cli.gpu.architectures import ARCHITECTURES, Architecture, architecture
 from svdq_cli.gpu.compile import Usage, Variant, compile_variant
-from svdq_cli.gpu.hopper_modes import HopperMode
 from svdq_cli.records import Int4, NvFp4
 
 MOST_RANK = 512  # larger ones repeat the chunks of smaller ones

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from svdq_cli.bench.kernel_operations import Product, quantize_operation
 from svdq_cli.bench.operations import NAMES, Operation, w4a4_float64, without_branch
-from svdq_cli.gpu.hopper_modes import HopperMode
-from svdq_cli.pack.hopper_tiles import unpack_rows
+from svdq_cli.experimental.hopper.linear import HopperW4A4Linear
+from svdq_cli.experimental.hopper.modes import HopperMode
+from svdq_cli.experimental.hopper.operands import requantized_rows
+from svdq_cli.experimental.hopper.reference import quantize_rows
+from svdq_cli.experimental.hopper.tiles import unpack_rows
 from svdq_cli.records import W4A4Solution
-from svdq_cli.runtime.hopper_fused import HopperW4A4Linear
-from svdq_cli.runtime.hopper_operands import requantized_rows
-from svdq_cli.runtime.hopper_twins import quantize_rows
 from svdq_cli.runtime.linear import w4a4_weight
 
 

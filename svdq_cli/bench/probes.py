@@ -26,7 +26,7 @@ PROMOTIONS = {"none": 0, "row scale": 1, "row and column scale": 2}
 def exactness(gpu: CudaDevice) -> Iterator[dict[str, object]]:
     """Sums of int4 codes held in e4m3, for both readings of the descriptor's offsets: the right one is exact.
 
-    Codings of rows and columns: kernels/hopper_gemm.cu has subnormal rows (the weight) and normal columns.
+    Codings of rows and columns: hopper_gemm.cu has subnormal rows (the weight) and normal columns.
     """
     for coding in (("subnormal", "normal"), ("normal", "normal"), ("subnormal", "subnormal")):
         for pattern in ("random", "all largest", "alternating", "random unsigned", "all largest unsigned"):

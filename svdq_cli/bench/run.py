@@ -26,6 +26,7 @@ from svdq_cli.bench.timing import Call, bytes_per_microsecond, cache_bytes, copi
 from svdq_cli.bench.transformer import FLUX1_DEV_BLOCKS, FLUX1_DEV_STEP
 from svdq_cli.cpu.engine import lack_of_engine
 from svdq_cli.errors import EnvironmentLacksError, InputError, UsageError
+from svdq_cli.experimental.hopper.operands import unsupported_reason as hopper_reason
 from svdq_cli.gpu.launch import cuda_device
 from svdq_cli.records import (
     Event,
@@ -45,7 +46,6 @@ from svdq_cli.records import (
     ignore_events,
 )
 from svdq_cli.runtime.cpu_operands import cpu_objection
-from svdq_cli.runtime.hopper_operands import hopper_objection
 from svdq_cli.solve.linear import SourceWeight, solve_input
 from svdq_cli.system.machine import on_device
 
@@ -291,7 +291,7 @@ def _operations(case: Case, settings: BenchSettings) -> Iterator[Operation]:
 
 def _has_hopper_modes(solution: LayerSolution, device: torch.device) -> TypeGuard[W4A4Solution]:
     modes = cuda_device(device).architecture.hopper_modes
-    return modes and isinstance(solution, W4A4Solution) and hopper_objection(solution) is None
+    return modes and isinstance(solution, W4A4Solution) and hopper_reason(solution) is None
 
 
 @torch.no_grad()

@@ -14,12 +14,12 @@ from svdq_cli.bench.report import StepRow
 from svdq_cli.bench.resident import peak_resident_bytes, resident_bytes
 from svdq_cli.bench.timing import measure
 from svdq_cli.bench.transformer import Attend, FluxShapedTransformer, Role, TransformerShape
-from svdq_cli.gpu.hopper_modes import HopperMode
+from svdq_cli.experimental.hopper.linear import HopperW4A4Linear
+from svdq_cli.experimental.hopper.modes import HopperMode
 from svdq_cli.gpu.launch import cuda_device
 from svdq_cli.records import Int4, Linear, NvFp4, Precision, W4A4Plan, W4A4Solution, W4A16Plan, W4A16Solution
 from svdq_cli.runtime.cpu_fused import CpuW4A4Linear, FeedForwardBesideAttention, cpu_linear
 from svdq_cli.runtime.fused import fused_linear
-from svdq_cli.runtime.hopper_fused import HopperW4A4Linear
 from svdq_cli.runtime.kernel_linear import fused_feed_forward
 
 DTYPE = torch.bfloat16

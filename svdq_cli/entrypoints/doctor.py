@@ -20,6 +20,7 @@ from svdq_cli.cpu.build import find_compiler
 from svdq_cli.cpu.engine import engine, lack_of_engine
 from svdq_cli.errors import EnvironmentLacksError
 from svdq_cli.evaluation.layers import layer_sqnr_db
+from svdq_cli.experimental.hopper.selftest import kernel_cases
 from svdq_cli.formats import DEFAULT, format_named
 from svdq_cli.gpu import nvrtc
 from svdq_cli.gpu.architectures import Architecture, architecture
@@ -28,7 +29,7 @@ from svdq_cli.gpu.launch import CudaDevice, cuda_device
 from svdq_cli.prepare.locate import locate_source
 from svdq_cli.records import Int4, Linear, NvFp4, Precision, SharedInput, SolveSettings, W4A4Plan, W4A16Plan
 from svdq_cli.runtime.cpu_selftest import MOST, EngineCase, engine_cases
-from svdq_cli.runtime.selftest import KernelCase, kernel_cases
+from svdq_cli.runtime.selftest import KernelCase
 from svdq_cli.solve.forward import SourceWeight
 from svdq_cli.solve.linear import solve_input
 from svdq_cli.source import open_source

@@ -25,7 +25,7 @@ class Architecture:
     bfloat16: bool
     shared_kb: int  # of a multiprocessor: CUDA C++ Programming Guide, technical specifications per compute capability
     block_scaled: bool = False  # mxf4nvf4 mma
-    hopper_modes: bool = False  # kernels/hopper_*.cu
+    hopper_modes: bool = False  # kernels/experimental/hopper/hopper_*.cu
 
 
 # Every kernel compiles for every one of these; tests/gpu holds it.

@@ -21,7 +21,7 @@ _OPTIONS = ("--std=c++17", "--fmad=false", "--ptxas-options=-v")
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One kernel with its compile-time constants: the file `kernels/<kernel>.cu`, whose entry has the file's name."""
+    """One kernel with its compile-time constants: `<kernel>.cu` in `kernels/`, whose entry has the file's name."""
 
     kernel: str  # may name a folder: "probes/mma_rate"
     defines: tuple[tuple[str, int], ...]
@@ -81,17 +81,22 @@ def compile_variant(variant: Variant, target: str, *, cache: Path | None = None)
     return Cubin(path, Usage(**json.loads(facts.read_text(encoding="utf-8"))))
 
 
+def kernel_files(ending: str) -> tuple[Path, ...]:
+    """The kernels' sources (".cu") or shared parts (".cuh"), with those of `kernels/experimental/`; each name once."""
+    root = data_root("kernels")
+    return tuple(sorted((*root.glob(f"*{ending}"), *root.glob(f"experimental/*/*{ending}"))))
+
+
 @functools.cache
 def read_source(kernel: str) -> str:
-    return (data_root("kernels") / f"{kernel}.cu").read_text(encoding="utf-8")
+    sources = {path.stem: path for path in kernel_files(".cu")}
+    return sources.get(kernel, data_root("kernels") / f"{kernel}.cu").read_text(encoding="utf-8")
 
 
 @functools.cache
 def read_headers() -> Mapping[str, str]:
     """The shared parts, by the name they are included by."""
-    return {
-        path.name: path.read_text(encoding="utf-8") for path in sorted(data_root("kernels").glob("*.cuh"))
-    }
+    return {path.name: path.read_text(encoding="utf-8") for path in kernel_files(".cuh")}
 
 
 def _key(source: str, headers: Mapping[str, str], options: tuple[str, ...]) -> str:

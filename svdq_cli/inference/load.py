@@ -15,9 +15,10 @@ from torch import nn
 from svdq_cli.checkpoint.reader import Checkpoint, component_in, open_checkpoint
 from svdq_cli.cpu.engine import engine
 from svdq_cli.errors import EnvironmentLacksError, InputError, OutOfResourcesError, UsageError
+from svdq_cli.experimental.hopper.choice import HopperChoice, choose_hopper_mode, measured_modes
+from svdq_cli.experimental.hopper.linear import hopper_linear
+from svdq_cli.experimental.hopper.modes import HopperMode
 from svdq_cli.gpu.architectures import Architecture
-from svdq_cli.gpu.hopper_choice import HopperChoice, choose_hopper_mode, measured_modes
-from svdq_cli.gpu.hopper_modes import HopperMode
 from svdq_cli.gpu.launch import cuda_device, require_dtype
 from svdq_cli.inference.diffusers_methods import adopt_model, adopt_pipeline
 from svdq_cli.inference.save import MEANS, Origin
@@ -26,9 +27,8 @@ from svdq_cli.records import Int4, LayerSolution, W4A4Solution
 from svdq_cli.runtime.cpu_fused import cpu_linear
 from svdq_cli.runtime.cpu_operands import cpu_objection
 from svdq_cli.runtime.fused import fused_linear
-from svdq_cli.runtime.hopper_fused import hopper_linear
 from svdq_cli.runtime.linear import quantized_linear
-from svdq_cli.runtime.operands import objection
+from svdq_cli.runtime.operands import unsupported_reason
 from svdq_cli.runtime.replace import fuse_feed_forwards, replace_linears, share_quantizers
 from svdq_cli.sampling import sampling_of, with_call_defaults
 from svdq_cli.sampling.schedulers import scheduler_with
@@ -385,7 +385,7 @@ def _layer(
             if (reason := cpu_objection(solution)) is None:
                 return cpu_linear(solution, unsigned_from=unsigned_from), None
         case "kernels":
-            if (reason := objection(solution)) is None:
+            if (reason := unsupported_reason(solution)) is None:
                 mode = backend.mode if _wants_hopper(solution, backend.mode) else None
                 return _kernel_linear(solution, mode, unsigned_from), None
     plain = quantized_linear(solution, unsigned_from=unsigned_from)

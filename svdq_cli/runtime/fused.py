@@ -21,8 +21,7 @@ from svdq_cli.runtime.linear import RunningBranch, shift_in_product, w4a4_weight
 from svdq_cli.runtime.operands import (
     W4A4Operands,
     W4A16Operands,
-    pack_bias,
-    pack_branch,
+    pack_running,
     pack_w4a4,
     pack_w4a16,
     product_tensors,
@@ -64,11 +63,15 @@ class FusedW4A4Linear(KernelW4A4Linear):
 
     @property
     def operands(self) -> W4A4Operands:
-        return W4A4Operands(self.quantizer.smoothing, self.quantizer.down, *self._product)
-
-    @property
-    def _product(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-        return self.weight, self.weight_scales, self.up, self.outer, self.bias
+        return W4A4Operands(
+            self.quantizer.smoothing,
+            self.quantizer.down,
+            self.weight,
+            self.weight_scales,
+            self.up,
+            self.outer,
+            self.bias,
+        )
 
     @property
     def solution(self) -> W4A4Solution:
@@ -79,12 +82,11 @@ class FusedW4A4Linear(KernelW4A4Linear):
         return unpack_branch(self.operands, self.plan)
 
     def packed_branch(self, branch: RunningBranch) -> tuple[Tensor, Tensor, Tensor | None]:
-        bias = None if branch.bias is None else pack_bias(branch.bias)
-        return (*pack_branch(branch.down, branch.up), bias)
+        return pack_running(branch)
 
     def multiply(self, quantized: Quantized, m: int) -> Tensor:
         return torch.ops.svdq.w4a4_gemm(
-            *(*quantized, *self._product),
+            *(*quantized, *self.product),
             m=m,
             n=self.out_features,
             precision=self.plan.precision.name,
@@ -97,7 +99,7 @@ class FusedW4A4Linear(KernelW4A4Linear):
 
     def multiply_gelu_quantize(self, quantized: Quantized, m: int, after: KernelW4A4Linear) -> Quantized:
         return torch.ops.svdq.w4a4_gelu_quantize(
-            *(*quantized, *self._product),
+            *(*quantized, *self.product),
             *(after.quantizer.smoothing, after.quantizer.down),
             m=m,
             precision=self.plan.precision.name,
@@ -202,7 +204,7 @@ def fused_linear(
     solution: LayerSolution, *, unsigned_from: int | None = None
 ) -> FusedW4A4Linear | FusedW4A16Linear | SplitLinear:
     """The module that runs a solution on the kernels. `unsigned_from`: see `runtime.linear.w4a4_forward`. ValueError
-    where `runtime.operands.objection` has one."""
+    where `runtime.operands.unsupported_reason` has one."""
     match solution:
         case W4A4Solution():
             if unsigned_from:

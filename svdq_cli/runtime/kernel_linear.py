@@ -46,7 +46,13 @@ class KernelW4A4Linear(KernelLinear, ABC):
         0..15, after `shift` has been added to it."""
         super().__init__(plan, product)
         self.plan, self.unsigned, self.shift = plan, unsigned, shift
+        self._product_names = tuple(product)
         self.quantizer, self.reader = quantizer, 0
+
+    @property
+    def product(self) -> tuple[Tensor | None, ...]:
+        """What the second kernel reads of the layer, in the order of its parameters."""
+        return tuple([getattr(self, name) for name in self._product_names])
 
     @property
     @abstractmethod

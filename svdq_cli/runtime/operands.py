@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -58,9 +59,9 @@ class W4A4Operands:
     bias: Tensor | None  # (NP,) 16-bit
 
     @property
-    def product(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    def product(self) -> tuple[Tensor | None, ...]:
         """What the GEMM reads, in the order of its parameters."""
-        return self.weight, self.weight_scales, self.up, self.outer, self.bias
+        return tuple(product_tensors(self).values())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,7 +73,7 @@ class W4A16Operands:
     bias: Tensor | None
 
 
-def objection(solution: LayerSolution) -> str | None:
+def unsupported_reason(solution: LayerSolution) -> str | None:
     """Why the kernels can't run a layer, or None."""
     n, k = solution.codes.shape
     if k % STEP:
@@ -88,8 +89,8 @@ def objection(solution: LayerSolution) -> str | None:
 
 
 def pack_w4a4(solution: W4A4Solution) -> W4A4Operands:
-    """ValueError where `objection` has one."""
-    if reason := objection(solution):
+    """ValueError where `unsupported_reason` has one."""
+    if reason := unsupported_reason(solution):
         raise ValueError(f"{solution.plan.name}: {reason}")
     match solution.plan.precision:
         case Int4():
@@ -107,7 +108,7 @@ def pack_w4a4(solution: W4A4Solution) -> W4A4Operands:
         weight_scales=scales,
         up=up,
         outer=outer,
-        bias=None if solution.bias is None else pack_bias(solution.bias),
+        bias=None if solution.bias is None else _padded(solution.bias),
     )
 
 
@@ -119,9 +120,9 @@ def pack_branch(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
-def pack_bias(bias: Tensor) -> Tensor:
-    """(N,) padded to whole blocks."""
-    return _padded(bias)
+def pack_running(branch: RunningBranch) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Another branch of a layer and its bias, (N,) padded to whole blocks."""
+    return (*pack_branch(branch.down, branch.up), None if branch.bias is None else _padded(branch.bias))
 
 
 def unpack_w4a4(operands: W4A4Operands, plan: W4A4Plan) -> W4A4Solution:
@@ -150,19 +151,32 @@ def unpack_w4a4(operands: W4A4Operands, plan: W4A4Plan) -> W4A4Solution:
     )
 
 
-def unpack_branch(operands: W4A4Operands, plan: W4A4Plan) -> RunningBranch:
-    """What lies beside the codes."""
+class HasBranch(Protocol):
+    """A layer's operands on any of the CUDA kernels."""
+
+    @property
+    def down(self) -> Tensor: ...
+    @property
+    def up(self) -> Tensor: ...
+    @property
+    def bias(self) -> Tensor | None: ...
+
+
+def unpack_branch(
+    operands: HasBranch, plan: W4A4Plan, *, rows: Callable[[Tensor], Tensor] = unpack_up_fragments
+) -> RunningBranch:
+    """A layer's branch, (R, K) and (N, R), and its bias (N,). `rows`: how `up` is unpacked."""
     n = plan.linear.out_features
     return RunningBranch(
         down=unpack_down_fragments(operands.down)[: plan.rank],
-        up=crop(unpack_up_fragments(operands.up), shape=(n, plan.rank)).contiguous(),
+        up=crop(rows(operands.up), shape=(n, plan.rank)).contiguous(),
         bias=None if operands.bias is None else operands.bias[:n],
     )
 
 
 def pack_w4a16(solution: W4A16Solution) -> W4A16Operands:
-    """ValueError where `objection` has one."""
-    if reason := objection(solution):
+    """ValueError where `unsupported_reason` has one."""
+    if reason := unsupported_reason(solution):
         raise ValueError(f"{solution.plan.name}: {reason}")
     pairs = torch.stack((solution.scales, solution.zeros), -1)
     return W4A16Operands(

@@ -6,19 +6,19 @@ records.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from svdq_cli.gpu import operations
-from svdq_cli.gpu.hopper_modes import hopper_mode
 from svdq_cli.gpu.launch import device_at
 from svdq_cli.records import Int4, NvFp4, Precision
 from svdq_cli.runtime import twins
 
 _PRECISIONS: dict[str, Precision] = {precision.name: precision for precision in (Int4(), NvFp4())}
+_RECORDS: dict[str, Callable[[str], object]] = {"precision": _PRECISIONS.__getitem__}
 _library = torch.library.Library("svdq", "DEF")
 
 
@@ -30,30 +30,29 @@ def define(
     kernel: Callable[..., Any],
     twin: Callable[..., Any],
     shapes: Callable[..., Any],
+    records: Mapping[str, Callable[[str], object]] = _RECORDS,
 ) -> None:
-    """`torch.ops.svdq.<name>`. Parameters after `*` are passed by keyword to all three."""
+    """`torch.ops.svdq.<name>`. Parameters after `*` are passed by keyword to all three.
+
+    `records`: of parameters that name a record, how it is found: operators take words and numbers only.
+    """
+
+    def with_records(options: dict[str, Any]) -> dict[str, Any]:
+        return {name: records[name](value) if name in records else value for name, value in options.items()}
 
     def on_gpu(first: Tensor, *others: Any, **options: Any) -> Any:
-        return kernel(device_at(first.device.index), first, *others, **_with_records(options))
+        return kernel(device_at(first.device.index), first, *others, **with_records(options))
 
     def on_cpu(*tensors: Any, **options: Any) -> Any:
-        return twin(*tensors, **_with_records(options))
+        return twin(*tensors, **with_records(options))
 
     def under_compile(*tensors: Any, **options: Any) -> Any:
-        return shapes(*tensors, **_with_records(options))
+        return shapes(*tensors, **with_records(options))
 
     _library.define(f"{name}({parameters}) -> {returns}", tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, on_gpu, "CUDA")
     _library.impl(name, on_cpu, "CPU")
     torch.library.register_fake(f"svdq::{name}", under_compile, lib=_library)
-
-
-def _with_records(options: dict[str, Any]) -> dict[str, Any]:
-    if "precision" in options:
-        options["precision"] = _PRECISIONS[options["precision"]]
-    if "mode" in options:
-        options["mode"] = hopper_mode(options["mode"])
-    return options
 
 
 def _quantized_shapes(x: Tensor, inverse_smooth: Tensor, down: Tensor, *, precision: Precision, **_: Any):

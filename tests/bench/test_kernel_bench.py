@@ -27,7 +27,7 @@ from svdq_cli.bench.timing import bytes_per_microsecond
 from svdq_cli.bench.transformer import FLUX1_DEV_STEP, TransformerShape, attention_by_rows, rotated
 from svdq_cli.cli.render import show
 from svdq_cli.cpu.build import find_compiler
-from svdq_cli.gpu.hopper_modes import HopperMode
+from svdq_cli.experimental.hopper.modes import HopperMode
 from svdq_cli.records import Int4, NvFp4, Precision
 
 CPU = torch.device("cpu")

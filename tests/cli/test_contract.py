@@ -20,8 +20,8 @@ from svdq_cli.cli import run
 from svdq_cli.cli.app import COMMANDS
 from svdq_cli.cli.render import show
 from svdq_cli.entrypoints.doctor import DoctorReport, MachineFacts, SelfTest, summary_of
+from svdq_cli.experimental.hopper.selftest import kernel_cases
 from svdq_cli.gpu.architectures import architecture
-from svdq_cli.runtime.selftest import kernel_cases
 
 PROMPTS = "a red circle\na blue square\na green star\n"
 CONVERT_KEYS = {

@@ -19,9 +19,8 @@ import pytest
 from torch import Tensor
 
 from svdq_cli.gpu.architectures import Architecture, architecture
-from svdq_cli.gpu.compile import Variant
+from svdq_cli.gpu.compile import Variant, kernel_files
 from svdq_cli.gpu.operations import Argument
-from svdq_cli.storage.resources import data_root
 from tools.compile_kernels import variants_of
 
 EMULATOR = Path(__file__).parent / "emulator"
@@ -83,7 +82,7 @@ def _library(variant: Variant):
 def build(variant: Variant) -> Path:
     """The library of one variant, built once for each state of the sources."""
     digest = hashlib.sha256(variant.label.encode())
-    for path in (*sorted(EMULATOR.iterdir()), *sorted(data_root("kernels").glob("*.cu*"))):
+    for path in (*sorted(EMULATOR.iterdir()), *kernel_files(".cu"), *kernel_files(".cuh")):
         digest.update(path.read_bytes())
     folder = Path(tempfile.gettempdir()) / f"svdq-emulated-kernels-{os.getuid()}"
     folder.mkdir(exist_ok=True)
@@ -105,7 +104,7 @@ def build(variant: Variant) -> Path:
 def staged_sources() -> Path:
     """The kernels without what the emulator replaces: an include looks beside the including file first."""
     folder = Path(tempfile.mkdtemp(prefix="svdq-kernel-sources-"))
-    for path in data_root("kernels").glob("*.cu*"):
+    for path in (*kernel_files(".cu"), *kernel_files(".cuh")):
         if not (EMULATOR / path.name).exists():
             shutil.copy(path, folder)
     return folder

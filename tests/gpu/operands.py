@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from svdq_cli.experimental.hopper.modes import HopperMode
+from svdq_cli.experimental.hopper.operands import HopperOperands, pack_hopper
 from svdq_cli.gpu import operations
-from svdq_cli.gpu.hopper_modes import HopperMode
 from svdq_cli.gpu.operations import Launcher
 from svdq_cli.pack.kernel_tiles import (
     pack_column_micro_scales,
@@ -23,7 +24,6 @@ from svdq_cli.pack.kernel_tiles import (
 from svdq_cli.pack.padding import pad
 from svdq_cli.records import Int4, Linear, NvFp4, Precision, W4A4Plan, W4A4Solution
 from svdq_cli.runtime import twins
-from svdq_cli.runtime.hopper_operands import HopperOperands, pack_hopper
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,10 +13,19 @@ import pytest
 import torch
 
 from svdq_cli.errors import EnvironmentLacksError
-from svdq_cli.gpu import hopper, nvrtc, variants
+from svdq_cli.experimental.hopper import operations as hopper
+from svdq_cli.experimental.hopper.modes import HopperMode
+from svdq_cli.gpu import nvrtc, variants
 from svdq_cli.gpu.architectures import ARCHITECTURES, Architecture, CodeMma, architecture, architecture_of
-from svdq_cli.gpu.compile import Usage, Variant, compile_variant, read_headers, read_source, usage_of
-from svdq_cli.gpu.hopper_modes import HopperMode
+from svdq_cli.gpu.compile import (
+    Usage,
+    Variant,
+    compile_variant,
+    kernel_files,
+    read_headers,
+    read_source,
+    usage_of,
+)
 from svdq_cli.records import Int4, NvFp4
 from svdq_cli.storage.resources import data_root
 from tools.compile_kernels import Compiled, blocks_that_fit, compile_all, faults_of, variants_of
@@ -100,7 +109,7 @@ def test_every_kernel_compiles_without_spills_and_fits_its_blocks(
 
 def kernels_for(kind: Architecture) -> set[str]:
     """The names of kernels/*.cu that are for an architecture."""
-    names = {path.stem for path in data_root("kernels").glob("*.cu")}
+    names = {path.stem for path in kernel_files(".cu")}
     return {name for name in names if kind.hopper_modes or not name.startswith("hopper_")}
 
 
@@ -218,7 +227,7 @@ def test_a_card_that_no_code_runs_on_is_refused(capability: tuple[int, int]):
 def test_sources_need_no_headers_but_their_own():
     """NVRTC wheels bring no CUDA headers."""
     own = set(read_headers())
-    kernels = [path.stem for path in data_root("kernels").glob("*.cu")]
+    kernels = [path.stem for path in kernel_files(".cu")]
     for text in (*map(read_source, kernels), *read_headers().values()):
         included = {line.split('"')[1] for line in text.splitlines() if line.startswith("#include")}
         assert included <= own

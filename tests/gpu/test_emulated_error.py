@@ -6,10 +6,11 @@ import pytest
 from torch import Tensor
 
 from svdq_cli.bench.operations import w4a4_float64, without_branch
-from svdq_cli.gpu import hopper, operations
-from svdq_cli.gpu.hopper_modes import HopperMode
+from svdq_cli.experimental.hopper import operations as hopper
+from svdq_cli.experimental.hopper.modes import HopperMode
+from svdq_cli.experimental.hopper.operands import pack_hopper
+from svdq_cli.gpu import operations
 from svdq_cli.records import Int4, NvFp4, Precision, W4A4Solution
-from svdq_cli.runtime.hopper_operands import pack_hopper
 from svdq_cli.runtime.operands import pack_w4a4
 from tests.gpu.emulation import EmulatedDevice, needs_compiler
 from tests.runtime.test_fused import activations, random_w4a4

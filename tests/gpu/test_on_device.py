@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from svdq_cli.errors import EnvironmentLacksError
+from svdq_cli.experimental.hopper.selftest import kernel_cases
 from svdq_cli.gpu import operations
 from svdq_cli.gpu.architectures import Architecture, architecture
 from svdq_cli.gpu.launch import CudaDevice, cuda_device
 from svdq_cli.records import Int4, NvFp4, Precision
 from svdq_cli.runtime import operators, twins  # noqa: F401  operators defines torch.ops.svdq
-from svdq_cli.runtime.selftest import KernelCase, kernel_cases
+from svdq_cli.runtime.selftest import KernelCase
 from tests.gpu.operands import (
     SHAPES,
     Shape,

@@ -13,9 +13,10 @@ from svdq_cli.conversion.convert import convert
 from svdq_cli.cpu.build import find_compiler
 from svdq_cli.errors import EnvironmentLacksError, UsageError
 from svdq_cli.evaluation.images import compare
+from svdq_cli.experimental.hopper.choice import ModeMeasurement
+from svdq_cli.experimental.hopper.linear import HopperW4A4Linear
+from svdq_cli.experimental.hopper.modes import HopperMode
 from svdq_cli.gpu.architectures import architecture
-from svdq_cli.gpu.hopper_choice import ModeMeasurement
-from svdq_cli.gpu.hopper_modes import HopperMode
 from svdq_cli.inference.load import Backend, _on_kernels, choose_backend, load_model, load_pipeline
 from svdq_cli.pipelines.generate import draw
 from svdq_cli.prepare.defaults import evaluation_recipe
@@ -26,7 +27,6 @@ from svdq_cli.recipe import Quantization, default_recipe
 from svdq_cli.records import ignore_events
 from svdq_cli.runtime.cpu_fused import CpuW4A4Linear, FeedForwardBesideAttention
 from svdq_cli.runtime.fused import FusedW4A4Linear, FusedW4A16Linear
-from svdq_cli.runtime.hopper_fused import HopperW4A4Linear
 from svdq_cli.runtime.kernel_linear import FusedFeedForward
 from svdq_cli.runtime.linear import W4A4Linear
 from tests.tiny import LATENT_CHANNELS, TEXT_WIDTH

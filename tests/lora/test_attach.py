@@ -15,11 +15,11 @@ import svdq_cli
 from svdq_cli.checkpoint.reader import open_checkpoint
 from svdq_cli.cpu.build import find_compiler
 from svdq_cli.errors import InputError, UsageError
-from svdq_cli.gpu.hopper_modes import HopperMode
+from svdq_cli.experimental.hopper.linear import HopperW4A4Linear
+from svdq_cli.experimental.hopper.modes import HopperMode
 from svdq_cli.inference.load import Backend, load_model
 from svdq_cli.lora.fold import fold
 from svdq_cli.runtime.fused import FusedW4A4Linear
-from svdq_cli.runtime.hopper_fused import HopperW4A4Linear
 from tests.adapters.test_loras import peft
 from tests.lora.layers import FOUR_BIT, MODULATION, QKV, SIXTEEN_BIT, probes, relative, small_lora
 from tests.lora.test_fold import saved

@@ -9,7 +9,8 @@ import torch
 from accelerate import cpu_offload
 from torch import Tensor, nn
 
-from svdq_cli.gpu.hopper_modes import HopperMode
+from svdq_cli.experimental.hopper.linear import hopper_linear
+from svdq_cli.experimental.hopper.modes import HopperMode
 from svdq_cli.records import Int4, Linear, NvFp4, Precision, W4A4Plan, W4A4Solution, W4A16Plan, W4A16Solution
 from svdq_cli.runtime.fused import (
     FusedW4A4Linear,
@@ -18,11 +19,10 @@ from svdq_cli.runtime.fused import (
     fused_linear,
     split_columns,
 )
-from svdq_cli.runtime.hopper_fused import hopper_linear
 from svdq_cli.runtime.kernel_linear import FusedFeedForward, fused_feed_forward
 from svdq_cli.runtime.linear import w4a4_exact, w4a4_forward, w4a16_forward
 from svdq_cli.runtime.naive import naive_solution
-from svdq_cli.runtime.operands import objection, pack_w4a4, pack_w4a16, unpack_w4a4, unpack_w4a16
+from svdq_cli.runtime.operands import pack_w4a4, pack_w4a16, unpack_w4a4, unpack_w4a16, unsupported_reason
 from svdq_cli.runtime.replace import fuse_feed_forwards
 
 CPU = torch.device("cpu")
@@ -108,9 +108,12 @@ def test_unpacking_a_w4a16_layer_gives_back_its_numbers(dtype: torch.dtype):
 
 def test_what_the_kernels_cannot_run_is_named():
     good = random_w4a4(Int4(), n=128, k=128)
-    assert objection(good) is None
-    assert objection(random_w4a4(Int4(), n=132)) == "out_features 132 is not a multiple of 8"
-    assert objection(replace(good, codes=good.codes[:, :96])) == "in_features 96 is not a multiple of 64"
+    assert unsupported_reason(good) is None
+    assert unsupported_reason(random_w4a4(Int4(), n=132)) == "out_features 132 is not a multiple of 8"
+    assert (
+        unsupported_reason(replace(good, codes=good.codes[:, :96]))
+        == "in_features 96 is not a multiple of 64"
+    )
     tiny = replace(good, smooth=good.smooth * 2.0**-110)
     with pytest.raises(ValueError, match="layer: a smoothing factor is outside"):
         pack_w4a4(tiny)

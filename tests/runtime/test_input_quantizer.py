@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from svdq_cli.gpu.hopper_modes import HopperMode
+from svdq_cli.experimental.hopper.linear import HopperW4A4Linear
+from svdq_cli.experimental.hopper.modes import HopperMode
 from svdq_cli.records import Int4, W4A4Solution
 from svdq_cli.runtime.fused import FusedW4A4Linear
-from svdq_cli.runtime.hopper_fused import HopperW4A4Linear
 from svdq_cli.runtime.kernel_linear import KernelW4A4Linear
 from svdq_cli.runtime.replace import share_quantizers
 from tests.runtime.test_fused import activations, random_w4a4

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from svdq_cli.runtime.selftest import kernel_cases
+from svdq_cli.experimental.hopper.selftest import kernel_cases
 from tests.gpu.emulation import HOPPER, EmulatedDevice, needs_compiler
 
 CPU = torch.device("cpu")

@@ -1,4 +1,4 @@
-// In the place of kernels/hopper.cuh.
+// In the place of kernels/experimental/hopper/hopper.cuh.
 #pragma once
 #include "matrix_descriptor.cuh"
 

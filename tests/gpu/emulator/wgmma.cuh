@@ -1,4 +1,4 @@
-// In the place of kernels/wgmma.cuh. Products are computed when they are waited for, from what shared memory holds then.
+// In the place of kernels/experimental/hopper/wgmma.cuh. Products are computed when they are waited for, from what shared memory holds then.
 #pragma once
 #include "matrix_descriptor.cuh"
 

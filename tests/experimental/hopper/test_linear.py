@@ -9,18 +9,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from svdq_cli.gpu.hopper_choice import (
+from svdq_cli.experimental.hopper.choice import (
     FILE_NAME,
     PORTABLE,
     ModeMeasurement,
     choose_hopper_mode,
     measured_modes,
 )
-from svdq_cli.gpu.hopper_modes import HopperMode, hopper_mode
+from svdq_cli.experimental.hopper.linear import HopperW4A4Linear
+from svdq_cli.experimental.hopper.modes import HopperMode, hopper_mode
+from svdq_cli.experimental.hopper.operands import pack_hopper, unpack_hopper, unsupported_reason
 from svdq_cli.records import Int4, NvFp4, W4A4Solution
 from svdq_cli.runtime.fused import fused_linear
-from svdq_cli.runtime.hopper_fused import HopperW4A4Linear
-from svdq_cli.runtime.hopper_operands import hopper_objection, pack_hopper, unpack_hopper
 from svdq_cli.runtime.kernel_linear import FusedFeedForward, fused_feed_forward
 from svdq_cli.runtime.linear import w4a4_exact
 from tests.runtime.test_fused import activations, assert_same_numbers, random_w4a4
@@ -58,9 +58,9 @@ def test_fp8_weights_are_not_given_back_as_codes():
 
 def test_what_hoppers_kernels_cannot_run_is_named():
     good = random_w4a4(Int4(), n=128, k=128)
-    assert hopper_objection(good) is None
-    assert hopper_objection(random_w4a4(NvFp4())) == "only int4 W4A4 layers have kernels of Hopper's own"
-    assert hopper_objection(random_w4a4(Int4(), n=132)) == "out_features 132 is not a multiple of 8"
+    assert unsupported_reason(good) is None
+    assert unsupported_reason(random_w4a4(NvFp4())) == "only int4 W4A4 layers have kernels of Hopper's own"
+    assert unsupported_reason(random_w4a4(Int4(), n=132)) == "out_features 132 is not a multiple of 8"
 
 
 @pytest.mark.parametrize("mode", MODES)

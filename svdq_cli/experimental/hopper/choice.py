@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from svdq_cli.gpu.hopper_modes import HopperMode, hopper_mode
+from svdq_cli.experimental.hopper.modes import HopperMode, hopper_mode
 from svdq_cli.storage.resources import data_root
 
 PORTABLE = "portable"  # the kernels that every card runs

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from svdq_cli.gpu.hopper import FEATURES, RANK_STEP
-from svdq_cli.gpu.hopper_modes import HopperMode
-from svdq_cli.pack.hopper_tiles import (
+from svdq_cli.experimental.hopper.modes import HopperMode
+from svdq_cli.experimental.hopper.operations import FEATURES, RANK_STEP
+from svdq_cli.experimental.hopper.tiles import (
     pack_feature_scales,
     pack_rows,
     pack_signed_codes,
@@ -17,17 +17,18 @@ from svdq_cli.pack.hopper_tiles import (
     unpack_rows,
     unpack_signed_codes,
 )
-from svdq_cli.pack.kernel_tiles import pack_down_fragments, unpack_down_fragments
-from svdq_cli.pack.padding import crop, pad
+from svdq_cli.pack.kernel_tiles import pack_down_fragments
+from svdq_cli.pack.padding import pad
 from svdq_cli.records import Int4, LayerSolution, W4A4Plan, W4A4Solution
 from svdq_cli.runtime.linear import RunningBranch, w4a4_weight
-from svdq_cli.runtime.operands import objection
+from svdq_cli.runtime.operands import product_tensors, unpack_branch
+from svdq_cli.runtime.operands import unsupported_reason as portable_reason
 from svdq_cli.solve.quantizers import E4M3_MAX
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HopperOperands:
-    """Shapes: `pack.hopper_tiles`, with N padded to 128 and R to 32."""
+    """Shapes: `experimental.hopper.tiles`, with N padded to 128 and R to 32."""
 
     inverse_smooth: Tensor  # (K,) float32
     down: Tensor
@@ -37,14 +38,14 @@ class HopperOperands:
     bias: Tensor | None  # (NP,) 16-bit
 
     @property
-    def product(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def product(self) -> tuple[Tensor | None, ...]:
         """What the GEMM reads, in the order of its parameters."""
-        return self.weight, self.weight_scales, self.up, self.bias
+        return tuple(product_tensors(self).values())
 
 
-def hopper_objection(solution: LayerSolution) -> str | None:
+def unsupported_reason(solution: LayerSolution) -> str | None:
     """Why Hopper's own kernels can't run a layer, or None."""
-    if reason := objection(solution):
+    if reason := portable_reason(solution):
         return reason
     if not (isinstance(solution, W4A4Solution) and isinstance(solution.plan.precision, Int4)):
         return "only int4 W4A4 layers have kernels of Hopper's own"
@@ -52,8 +53,8 @@ def hopper_objection(solution: LayerSolution) -> str | None:
 
 
 def pack_hopper(solution: W4A4Solution, mode: HopperMode) -> HopperOperands:
-    """ValueError where `hopper_objection` has one."""
-    if reason := hopper_objection(solution):
+    """ValueError where `unsupported_reason` has one."""
+    if reason := unsupported_reason(solution):
         raise ValueError(f"{solution.plan.name}: {reason}")
     weight, scales = _weight(solution, mode)
     down, up = pack_hopper_branch(solution.down, solution.up)
@@ -63,7 +64,7 @@ def pack_hopper(solution: W4A4Solution, mode: HopperMode) -> HopperOperands:
         weight=weight,
         weight_scales=scales,
         up=up,
-        bias=None if solution.bias is None else pack_hopper_bias(solution.bias),
+        bias=None if solution.bias is None else _padded(solution.bias),
     )
 
 
@@ -75,19 +76,10 @@ def pack_hopper_branch(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
-def pack_hopper_bias(bias: Tensor) -> Tensor:
-    """(N,) padded to whole tiles."""
-    return _padded(bias)
-
-
-def unpack_hopper_branch(operands: HopperOperands, plan: W4A4Plan) -> RunningBranch:
-    """What lies beside the weights, in every mode."""
-    n = plan.linear.out_features
-    return RunningBranch(
-        down=unpack_down_fragments(operands.down)[: plan.rank],
-        up=crop(unpack_rows(operands.up), shape=(n, plan.rank)).contiguous(),
-        bias=None if operands.bias is None else operands.bias[:n],
-    )
+def pack_running(branch: RunningBranch) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Another branch of a layer and its bias, (N,) padded to whole tiles."""
+    bias = None if branch.bias is None else _padded(branch.bias)
+    return (*pack_hopper_branch(branch.down, branch.up), bias)
 
 
 def unpack_hopper(operands: HopperOperands, plan: W4A4Plan) -> W4A4Solution:
@@ -95,7 +87,7 @@ def unpack_hopper(operands: HopperOperands, plan: W4A4Plan) -> W4A4Solution:
     if operands.weight.dtype != torch.int32:
         raise ValueError(f"{plan.name}: mode fp8 has rounded the weight; the checkpoint's codes are gone")
     n, dtype = plan.linear.out_features, operands.up.dtype
-    branch = unpack_hopper_branch(operands, plan)
+    branch = unpack_branch(operands, plan, rows=unpack_rows)
     return W4A4Solution(
         plan=plan,
         smooth=(1 / operands.inverse_smooth).to(dtype),

@@ -11,11 +11,14 @@ import torch
 from torch import Tensor
 
 from svdq_cli.errors import EnvironmentLacksError
-from svdq_cli.gpu import hopper
-from svdq_cli.gpu.hopper_modes import HopperMode
+from svdq_cli.experimental.hopper import operations as hopper
+from svdq_cli.experimental.hopper import (
+    operators,  # noqa: F401  defines torch.ops.svdq
+    reference,
+)
+from svdq_cli.experimental.hopper.modes import HopperMode
+from svdq_cli.experimental.hopper.operands import HopperOperands
 from svdq_cli.gpu.launch import CudaDevice, cuda_device
-from svdq_cli.runtime import hopper_operators, hopper_twins  # noqa: F401  hopper_operators defines torch.ops.svdq
-from svdq_cli.runtime.hopper_operands import HopperOperands
 from tests.gpu.operands import SHAPES, Shape, assert_agrees, on_device, random_hopper_operands, random_rows
 
 GPU = torch.device("cuda", 0)
@@ -56,7 +59,7 @@ def shapes() -> list[Shape]:
 def test_a_layer_is_its_twins(shape: Shape, mode: HopperMode, gpu: CudaDevice):
     layer = layer_on_gpu(shape, mode, seed=shape.m)
     x = random_rows(shape, torch.bfloat16, seed=shape.m).to(GPU)
-    wanted = hopper_twins.quantize_down(x, layer.inverse_smooth, layer.down, mode=mode)
+    wanted = reference.quantize_down(x, layer.inverse_smooth, layer.down, mode=mode)
     found = hopper.quantize_down(gpu, x, layer.inverse_smooth, layer.down, mode=mode)
     assert torch.equal(found[0], wanted[0])
     assert torch.equal(found[1], wanted[1])
@@ -64,7 +67,7 @@ def test_a_layer_is_its_twins(shape: Shape, mode: HopperMode, gpu: CudaDevice):
         assert_agrees(found[2], wanted[2], slack=1e-4)
     how = {"m": shape.m, "n": shape.n, "mode": mode}
     y = hopper.gemm(gpu, *wanted, *layer.product, **how)
-    twin = hopper_twins.gemm(*wanted, *layer.product, **how)
+    twin = reference.gemm(*wanted, *layer.product, **how)
     if mode == HopperMode.EXACT:
         assert_agrees(y, twin, exact=shape.rank == 0, slack=1e-4)
     else:
@@ -76,10 +79,10 @@ def test_gelu_quantize_is_its_twin(shape: Shape, gpu: CudaDevice):
     layer = layer_on_gpu(shape, HopperMode.EXACT, seed=1)
     after = layer_on_gpu(Shape(shape.m, shape.n, 256, 32), HopperMode.EXACT, seed=2)
     x = random_rows(shape, torch.bfloat16, seed=1).to(GPU)
-    quantized = hopper_twins.quantize_down(x, layer.inverse_smooth, layer.down, mode=HopperMode.EXACT)
+    quantized = reference.quantize_down(x, layer.inverse_smooth, layer.down, mode=HopperMode.EXACT)
     tensors = (*quantized, *layer.product, after.inverse_smooth, after.down)
     found = hopper.gelu_quantize(gpu, *tensors, m=shape.m)
-    twin = hopper_twins.gelu_quantize(*tensors, m=shape.m)
+    twin = reference.gelu_quantize(*tensors, m=shape.m)
     assert (found[0] != twin[0]).float().mean() < 0.02
     assert (found[1] != twin[1]).float().mean() < 0.01
     assert_agrees(found[2], twin[2], differing=0.05, slack=1e-3)

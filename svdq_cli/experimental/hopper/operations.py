@@ -1,6 +1,8 @@
-"""Hopper's own int4 kernels (kernels/hopper_*.cu) as functions on torch tensors, beside those of `gpu.operations`.
+"""Hopper's own int4 kernels (kernels/experimental/hopper/) as functions on torch tensors, beside those of
+`gpu.operations`.
 
-Layouts: `pack.hopper_tiles`. The size of a tile of tokens travels in the shapes of what `quantize_down` returns.
+Layouts: `experimental.hopper.tiles`. The size of a tile of tokens travels in the shapes of what `quantize_down`
+returns.
 """
 
 from __future__ import annotations
@@ -10,9 +12,9 @@ import functools
 import torch
 from torch import Tensor
 
+from svdq_cli.experimental.hopper.modes import HopperMode
 from svdq_cli.gpu import variants
 from svdq_cli.gpu.compile import Variant
-from svdq_cli.gpu.hopper_modes import HopperMode
 from svdq_cli.gpu.operations import STEP, Launcher, aligned, splits_of
 
 FEATURES = 128  # rows of a weight's tile
@@ -39,7 +41,7 @@ def padded_tokens(m: int) -> int:
 
 
 def stage_bytes(mode: HopperMode, tokens: int) -> int:
-    """One stage of the ring (kernels/hopper_pipeline.cuh): two groups of codes on both sides, and their scales."""
+    """One stage of the ring (hopper_pipeline.cuh): two groups of codes on both sides, and their scales."""
     match mode:
         case HopperMode.EXACT:
             group = tokens * (STEP + 4) + FEATURES * (STEP // 2 + 2)
@@ -51,7 +53,7 @@ def stage_bytes(mode: HopperMode, tokens: int) -> int:
 
 
 def dynamic_shared(mode: HopperMode, tokens: int, stages: int) -> int:
-    """Stages, the two warpgroups' staging of a result, barriers (kernels/hopper_block.cuh)."""
+    """Stages, the two warpgroups' staging of a result, barriers (hopper_block.cuh)."""
     staging, barriers = 2 * tokens * (64 * 2 + 16), -(-2 * stages * 8 // 128) * 128
     return stages * stage_bytes(mode, tokens) + staging + barriers
 
@@ -127,7 +129,7 @@ def quantize_down(
     unsigned: bool = False,
     shift: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """kernels/hopper_quantize_down.cu. `x` (M, K) contiguous, `down` of a rank that is a multiple of 32. `unsigned` in
+    """hopper_quantize_down.cu. `x` (M, K) contiguous, `down` of a rank that is a multiple of 32. `unsigned` in
     mode EXACT only. Returns packed codes, token scales and hidden."""
     (m, k), rank = x.shape, 8 * down.shape[1]
     tokens, mp = token_tile(m), padded_tokens(m)
@@ -151,7 +153,7 @@ def quantize_down(
 
 
 def reduce_hidden(launcher: Launcher, partial: Tensor, hidden: Tensor) -> None:
-    """kernels/hopper_reduce_hidden.cu. `partial` (splits, MP, R) float32; fills `hidden`."""
+    """hopper_reduce_hidden.cu. `partial` (splits, MP, R) float32; fills `hidden`."""
     splits, mp, rank = partial.shape
     threads = REDUCE_WARPS * variants.LANES
     launcher.launch(
@@ -176,7 +178,7 @@ def gemm(
     n: int,
     mode: HopperMode,
 ) -> Tensor:
-    """kernels/hopper_gemm.cu. Returns y (M, N) in the dtype of `up`."""
+    """hopper_gemm.cu. Returns y (M, N) in the dtype of `up`."""
     y = up.new_empty(m, n)
     if m == 0:
         return y
@@ -208,7 +210,7 @@ def gelu_quantize(
     next_unsigned: bool = False,
     shift: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """kernels/hopper_gelu_quantize.cu, both layers in mode EXACT. Returns the next layer's codes, scales and hidden."""
+    """hopper_gelu_quantize.cu, both layers in mode EXACT. Returns the next layer's codes, scales and hidden."""
     token_tiles, groups, _, tokens, _ = codes.shape
     feature_tiles, rank_steps = up.shape[:2]
     n, next_rank, mp = next_inverse_smooth.shape[0], 8 * next_down.shape[1], token_tiles * tokens

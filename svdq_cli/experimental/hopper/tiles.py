@@ -1,6 +1,6 @@
 """The layouts of Hopper's own kernels: whole tiles, as one copy brings them to shared memory.
 
-`kernels/hopper_tiles.cuh` states each layout. A tile holds 16-byte pieces of its rows, piece by piece: all rows' first
+`hopper_tiles.cuh` states each layout. A tile holds 16-byte pieces of its rows, piece by piece: all rows' first
 16 bytes, then all rows' second 16 bytes. Rows must already be padded to whole tiles (`pack.padding`).
 """
 

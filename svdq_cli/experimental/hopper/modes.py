@@ -6,7 +6,7 @@ from enum import IntEnum
 
 
 class HopperMode(IntEnum):
-    """What multiplies on sm_90a. The values are those of kernels/hopper_tiles.cuh."""
+    """What multiplies on sm_90a. The values are those of kernels/experimental/hopper/hopper_tiles.cuh."""
 
     EXACT = 0  # 4-bit codes on both sides, as the checkpoint says
     W4A8 = 1  # the checkpoint's 4-bit weights; activations e4m3, one scale a token

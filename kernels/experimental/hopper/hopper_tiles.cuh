@@ -1,5 +1,5 @@
 // Where the numbers lie that Hopper's own kernels read: whole tiles, in the order in which they are copied to shared memory.
-// svdq_cli/pack/hopper_tiles.py packs them.
+// svdq_cli/experimental/hopper/tiles.py packs them.
 //
 // A tile is TOKENS rows of an activation or FEATURES rows of a weight, by 64 columns of codes or 32 ranks. In it lie four
 // columns of 16 bytes a row, one column after the other: eight rows of a column are a core matrix of wgmma.
@@ -20,7 +20,7 @@
 #include "hopper.cuh"
 #include "wgmma.cuh"
 
-// What multiplies (-D MODE). svdq_cli/gpu/hopper_modes.py says what each computes.
+// What multiplies (-D MODE). svdq_cli/experimental/hopper/modes.py says what each computes.
 #define MODE_EXACT 0 // 4-bit codes on both sides, a scale for 64 columns of each
 #define MODE_W4A8 1  // 4-bit weights with their scales; activations e4m3 with one scale a token
 #define MODE_FP8 2   // e4m3 on both sides, one scale a row

@@ -1,26 +1,25 @@
-"""Converted int4 linears on Hopper's own kernels. On a CPU the same modules run the kernels' twins."""
+"""Converted int4 linears on Hopper's own kernels. On a CPU the same modules run the kernels' references."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from svdq_cli.gpu.hopper_modes import HopperMode
-from svdq_cli.records import GELU_SHIFT, W4A4Solution
-from svdq_cli.runtime import hopper_operators  # noqa: F401  defines torch.ops.svdq.hopper_*
-from svdq_cli.runtime.fused import SplitLinear, split_columns, with_shifted_bias
-from svdq_cli.runtime.hopper_operands import (
+from svdq_cli.experimental.hopper import operators  # noqa: F401  defines torch.ops.svdq.hopper_*
+from svdq_cli.experimental.hopper.modes import HopperMode
+from svdq_cli.experimental.hopper.operands import (
     HopperOperands,
     pack_hopper,
-    pack_hopper_bias,
-    pack_hopper_branch,
+    pack_running,
     unpack_hopper,
-    unpack_hopper_branch,
 )
+from svdq_cli.experimental.hopper.tiles import unpack_rows
+from svdq_cli.records import GELU_SHIFT, W4A4Solution
+from svdq_cli.runtime.fused import SplitLinear, split_columns, with_shifted_bias
 from svdq_cli.runtime.input_quantizer import InputQuantizer, Quantized
 from svdq_cli.runtime.kernel_linear import KernelW4A4Linear
 from svdq_cli.runtime.linear import RunningBranch
-from svdq_cli.runtime.operands import product_tensors
+from svdq_cli.runtime.operands import product_tensors, unpack_branch
 
 
 class HopperW4A4Linear(KernelW4A4Linear):
@@ -50,11 +49,14 @@ class HopperW4A4Linear(KernelW4A4Linear):
 
     @property
     def operands(self) -> HopperOperands:
-        return HopperOperands(self.quantizer.smoothing, self.quantizer.down, *self._product)
-
-    @property
-    def _product(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        return self.weight, self.weight_scales, self.up, self.bias
+        return HopperOperands(
+            self.quantizer.smoothing,
+            self.quantizer.down,
+            self.weight,
+            self.weight_scales,
+            self.up,
+            self.bias,
+        )
 
     @property
     def solution(self) -> W4A4Solution:
@@ -63,15 +65,14 @@ class HopperW4A4Linear(KernelW4A4Linear):
 
     @property
     def branch(self) -> RunningBranch:
-        return unpack_hopper_branch(self.operands, self.plan)
+        return unpack_branch(self.operands, self.plan, rows=unpack_rows)
 
     def packed_branch(self, branch: RunningBranch) -> tuple[Tensor, Tensor, Tensor | None]:
-        bias = None if branch.bias is None else pack_hopper_bias(branch.bias)
-        return (*pack_hopper_branch(branch.down, branch.up), bias)
+        return pack_running(branch)
 
     def multiply(self, quantized: Quantized, m: int) -> Tensor:
         return torch.ops.svdq.hopper_gemm(
-            *quantized, *self._product, m=m, n=self.out_features, mode=self.mode.label
+            *quantized, *self.product, m=m, n=self.out_features, mode=self.mode.label
         )
 
     def feeds(self, after: KernelW4A4Linear) -> bool:
@@ -80,7 +81,7 @@ class HopperW4A4Linear(KernelW4A4Linear):
 
     def multiply_gelu_quantize(self, quantized: Quantized, m: int, after: KernelW4A4Linear) -> Quantized:
         return torch.ops.svdq.hopper_gelu_quantize(
-            *(*quantized, *self._product),
+            *(*quantized, *self.product),
             *(after.quantizer.smoothing, after.quantizer.down),
             m=m,
             next_unsigned=after.unsigned,

@@ -1,11 +1,11 @@
-"""The layouts of Hopper's own kernels: inverses, and single numbers where kernels/hopper_tiles.cuh says they stand."""
+"""The layouts of Hopper's own kernels: inverses, and single numbers where hopper_tiles.cuh says they stand."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from svdq_cli.pack.hopper_tiles import (
+from svdq_cli.experimental.hopper.tiles import (
     pack_feature_scales,
     pack_rows,
     pack_signed_codes,

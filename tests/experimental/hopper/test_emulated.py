@@ -11,18 +11,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from svdq_cli.gpu import hopper
-from svdq_cli.gpu.compile import Variant
-from svdq_cli.gpu.hopper_modes import HopperMode
-from svdq_cli.pack.hopper_tiles import (
+from svdq_cli.experimental.hopper import operations as hopper
+from svdq_cli.experimental.hopper import reference
+from svdq_cli.experimental.hopper.modes import HopperMode
+from svdq_cli.experimental.hopper.tiles import (
     pack_feature_scales,
     pack_rows,
     pack_signed_codes,
     pack_token_scales,
     unpack_rows,
 )
+from svdq_cli.gpu.compile import Variant
 from svdq_cli.records import GELU_SHIFT
-from svdq_cli.runtime import hopper_twins, twins
+from svdq_cli.runtime import twins
 from tests.gpu.emulation import EmulatedDevice, build, needs_compiler
 from tests.gpu.operands import SHAPES, Shape, assert_agrees, random_hopper_operands, random_rows
 
@@ -94,7 +95,7 @@ def test_quantize_down_is_its_twin(quantizer: tuple[HopperMode, int, int]):
         shape = replace(shape, rank=rank)
         layer = random_hopper_operands(shape, mode, BF16, seed=seed)
         x = random_rows(shape, BF16, seed=seed)
-        twin = hopper_twins.quantize_down(x, layer.inverse_smooth, layer.down, mode=mode)
+        twin = reference.quantize_down(x, layer.inverse_smooth, layer.down, mode=mode)
         found = hopper.quantize_down(DEVICES[seed % 2], x, layer.inverse_smooth, layer.down, mode=mode)
         assert torch.equal(found[0], twin[0]), shape
         assert torch.equal(found[1], twin[1]), shape
@@ -106,14 +107,14 @@ def test_exact_codes_and_scales_are_those_of_the_portable_kernels():
     shape = Shape(33, 192, 128, 32)
     layer = random_hopper_operands(shape, HopperMode.EXACT, BF16, seed=3)
     x = random_rows(shape, BF16, seed=3)
-    codes, scales, _ = hopper_twins.quantize_down(x, layer.inverse_smooth, layer.down, mode=HopperMode.EXACT)
+    codes, scales, _ = reference.quantize_down(x, layer.inverse_smooth, layer.down, mode=HopperMode.EXACT)
     rows = twins.pad(x, multiples=(hopper.padded_tokens(33), 1), fill=0)
     portable = twins.quantize_rows(
         rows, layer.inverse_smooth, precision=twins.Int4(), unsigned=False, shift=0.0
     )
     nibbles = twins.unpack_row_codes(portable[0])
     assert torch.equal(unpack_rows(codes).view(torch.float8_e4m3fn).float(), twins._signed(nibbles))
-    restored = hopper_twins.unpack_token_scales(scales) * hopper_twins.CODE_UNIT
+    restored = reference.unpack_token_scales(scales) * reference.CODE_UNIT
     assert torch.equal(restored, twins.unpack_row_scales(portable[1]).float())
 
 
@@ -124,7 +125,7 @@ def test_splitting_k_over_blocks_changes_only_the_order_of_sums():
     mode = HopperMode.EXACT
     wide = EmulatedDevice(multiprocessors=8)
     found = hopper.quantize_down(wide, x, layer.inverse_smooth, layer.down, mode=mode)
-    twin = hopper_twins.quantize_down(x, layer.inverse_smooth, layer.down, mode=mode)
+    twin = reference.quantize_down(x, layer.inverse_smooth, layer.down, mode=mode)
     assert torch.equal(found[0], twin[0])
     assert torch.equal(found[1], twin[1])
     assert_agrees(found[2], twin[2])
@@ -151,10 +152,10 @@ def test_gemm_is_its_twin(mode: HopperMode):
     for seed, shape in enumerate(hopper_shapes()):
         layer = random_hopper_operands(shape, mode, BF16, seed=seed)
         x = random_rows(shape, BF16, seed=seed)
-        quantized = hopper_twins.quantize_down(x, layer.inverse_smooth, layer.down, mode=mode)
+        quantized = reference.quantize_down(x, layer.inverse_smooth, layer.down, mode=mode)
         how = {"m": shape.m, "n": shape.n, "mode": mode}
         y = hopper.gemm(DEVICES[seed % 2], *quantized, *layer.product, **how)
-        twin = hopper_twins.gemm(*quantized, *layer.product, **how)
+        twin = reference.gemm(*quantized, *layer.product, **how)
         if mode == HopperMode.EXACT:
             assert_agrees(y, twin, exact=shape.rank == 0)
         else:
@@ -166,10 +167,10 @@ def test_gemm_in_float16_is_its_twin():
     for seed, shape in enumerate((Shape(7, 192, 136, 32), Shape(127, 128, 128, 0))):
         layer = random_hopper_operands(shape, mode, FP16, seed=seed)
         x = random_rows(shape, FP16, seed=seed)
-        quantized = hopper_twins.quantize_down(x, layer.inverse_smooth, layer.down, mode=mode)
+        quantized = reference.quantize_down(x, layer.inverse_smooth, layer.down, mode=mode)
         how = {"m": shape.m, "n": shape.n, "mode": mode}
         y = hopper.gemm(DEVICES[seed], *quantized, *layer.product, **how)
-        assert_agrees(y, hopper_twins.gemm(*quantized, *layer.product, **how), exact=shape.rank == 0)
+        assert_agrees(y, reference.gemm(*quantized, *layer.product, **how), exact=shape.rank == 0)
 
 
 @pytest.mark.parametrize("unsigned", [False, True])
@@ -190,7 +191,7 @@ def test_group_sums_are_exact_integers_in_a_narrow_accumulator(unsigned: bool):
         y = hopper.gemm(
             DEVICES[0],
             pack_rows(codes.to(torch.float8_e4m3fn).view(torch.uint8), tile=tile),
-            pack_token_scales(ones / hopper_twins.CODE_UNIT, tile=tile),
+            pack_token_scales(ones / reference.CODE_UNIT, tile=tile),
             torch.zeros(1, 0, 4, tile, 8, dtype=FP16),
             pack_signed_codes(columns.to(torch.int8), tile=n),
             pack_feature_scales(torch.ones(n, 1, dtype=FP16), tile=n),
@@ -217,12 +218,12 @@ def test_gelu_quantize_is_its_twin():
         layer = random_hopper_operands(shape, HopperMode.EXACT, BF16, seed=seed)
         after = random_hopper_operands(next_shape, HopperMode.EXACT, BF16, seed=seed + 1)
         x = random_rows(shape, BF16, seed=seed)
-        quantized = hopper_twins.quantize_down(x, layer.inverse_smooth, layer.down, mode=HopperMode.EXACT)
+        quantized = reference.quantize_down(x, layer.inverse_smooth, layer.down, mode=HopperMode.EXACT)
         unsigned = hopper.token_tile(shape.m) == hopper.TOKENS  # one build for each tile
         how = {"m": shape.m, "next_unsigned": unsigned, "shift": GELU_SHIFT if unsigned else 0.0}
         tensors = (*quantized, *layer.product, after.inverse_smooth, after.down)
         found = hopper.gelu_quantize(DEVICES[seed % 2], *tensors, **how)
-        twin = hopper_twins.gelu_quantize(*tensors, **how)
+        twin = reference.gelu_quantize(*tensors, **how)
         # One rounding of y or of the GELU apart moves a code by one, or a scale by its last bit
         assert share_of_different(found[0], twin[0]) < 0.02, shape
         assert share_of_different(found[1], twin[1]) < 0.01, shape

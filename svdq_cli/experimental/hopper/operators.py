@@ -6,15 +6,16 @@ from typing import Any
 
 from torch import Tensor
 
-from svdq_cli.gpu import hopper
-from svdq_cli.gpu.hopper_modes import HopperMode
-from svdq_cli.runtime import hopper_twins
+from svdq_cli.experimental.hopper import operations, reference
+from svdq_cli.experimental.hopper.modes import HopperMode, hopper_mode
 from svdq_cli.runtime.operators import define
 
 
 def _quantized_shapes(x: Tensor, inverse_smooth: Tensor, down: Tensor, *, mode: HopperMode, **_: Any):
     (m, k), rank = x.shape, 8 * down.shape[1]
-    return hopper.new_quantized(x, hopper.padded_tokens(m), k, rank, mode=mode, tokens=hopper.token_tile(m))
+    return operations.new_quantized(
+        x, operations.padded_tokens(m), k, rank, mode=mode, tokens=operations.token_tile(m)
+    )
 
 
 def _product_shape(*tensors: Any, m: int, n: int, **_: Any):
@@ -25,7 +26,7 @@ def _product_shape(*tensors: Any, m: int, n: int, **_: Any):
 def _fused_shapes(*tensors: Any, **_: Any):
     codes, up, next_inverse_smooth, next_down = tensors[0], tensors[5], tensors[7], tensors[8]
     rank, tokens = 8 * next_down.shape[1], codes.shape[3]
-    return hopper.new_quantized(
+    return operations.new_quantized(
         up, codes.shape[0] * tokens, next_inverse_smooth.shape[0], rank, mode=HopperMode.EXACT, tokens=tokens
     )
 
@@ -38,24 +39,26 @@ define(
     "hopper_quantize_down",
     "Tensor x, Tensor inverse_smooth, Tensor down, *, str mode, bool unsigned=False, float shift=0.0",
     "(Tensor, Tensor, Tensor)",
-    kernel=hopper.quantize_down,
-    twin=hopper_twins.quantize_down,
+    kernel=operations.quantize_down,
+    twin=reference.quantize_down,
     shapes=_quantized_shapes,
+    records={"mode": hopper_mode},
 )
 define(
     "hopper_gemm",
     f"{_LAYER}, *, SymInt m, SymInt n, str mode",
     "Tensor",
-    kernel=hopper.gemm,
-    twin=hopper_twins.gemm,
+    kernel=operations.gemm,
+    twin=reference.gemm,
     shapes=_product_shape,
+    records={"mode": hopper_mode},
 )
 define(
     "hopper_gelu_quantize",
     f"{_LAYER}, Tensor next_inverse_smooth, Tensor next_down, *, SymInt m, bool next_unsigned=False, "
     "float shift=0.0",
     "(Tensor, Tensor, Tensor)",
-    kernel=hopper.gelu_quantize,
-    twin=hopper_twins.gelu_quantize,
+    kernel=operations.gelu_quantize,
+    twin=reference.gelu_quantize,
     shapes=_fused_shapes,
 )

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from svdq_cli.gpu.hopper import STAGE_GROUPS, STEP, padded_tokens, token_tile
-from svdq_cli.gpu.hopper_modes import HopperMode
-from svdq_cli.pack.hopper_tiles import (
+from svdq_cli.experimental.hopper.modes import HopperMode
+from svdq_cli.experimental.hopper.operations import STAGE_GROUPS, STEP, padded_tokens, token_tile
+from svdq_cli.experimental.hopper.tiles import (
     pack_rows,
     pack_token_scales,
     unpack_feature_scales,
