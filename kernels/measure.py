@@ -86,7 +86,13 @@ from svdq_cli.runtime.fused import FusedW4A4Linear  # noqa: E402
 
 GPU = torch.device("cuda", 0)
 RANK = 32
-TESTS = ("tests/gpu/test_on_device.py", "tests/experimental/hopper/test_on_device.py", "-q", "-p", "no:cacheprovider")
+TESTS = (
+    "tests/gpu/test_on_device.py",
+    "tests/experimental/hopper/test_on_device.py",
+    "-q",
+    "-p",
+    "no:cacheprovider",
+)
 # What pictures of a mode are drawn with and compared by, where diffusers is installed
 PICTURES = 8
 

@@ -12,7 +12,7 @@
 // are cut into chunks of RANK_CHUNK; only the first chunk's blocks quantize.
 // -D: ELEMENT_BF16, PRECISION_NVFP4, QUANTIZED_UNSIGNED, RANK_CHUNK (0, 16, .., 64), WARPS.
 // Compute capability: 8.0 with bfloat16, 7.5 with float16. Deterministic: sums have one order.
-// Twin: svdq_cli/runtime/twins.py, quantize_down.
+// Reference: svdq_cli/runtime/ops/quantize_down.py.
 #include "hidden_sums.cuh"
 #include "quantize.cuh"
 

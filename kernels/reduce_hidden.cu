@@ -6,7 +6,7 @@
 //   hidden   layout of fragments.cuh
 //
 // One warp per 16 x 16 tile; grid: tiles / WARPS, rounded up. -D: ELEMENT_BF16, WARPS.
-// Compute capability: 8.0 with bfloat16, 7.5 with float16. Twin: svdq_cli/runtime/twins.py, reduce_hidden.
+// Compute capability: 8.0 with bfloat16, 7.5 with float16. Reference: svdq_cli/runtime/ops/reduce_hidden.py.
 #include "fragments.cuh"
 
 extern "C" __global__ void __launch_bounds__(WARPS* LANES)

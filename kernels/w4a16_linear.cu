@@ -12,7 +12,7 @@
 // Grid: (NP / COLUMNS, M / 16 rounded up). A block makes 16 rows by COLUMNS columns; its warps split K and add up in a
 // fixed order. The weight is read once for each 16 rows, so this is for M of a few dozen at most.
 // -D: ELEMENT_BF16, COLUMNS (a multiple of 16), WARPS.
-// Compute capability: 8.0 with bfloat16, 7.5 with float16. Deterministic. Twin: svdq_cli/runtime/twins.py, w4a16_linear.
+// Compute capability: 8.0 with bfloat16, 7.5 with float16. Deterministic. Reference: svdq_cli/runtime/ops/w4a16_linear.py.
 #include "fragments.cuh"
 
 constexpr int TILES = COLUMNS / 16;

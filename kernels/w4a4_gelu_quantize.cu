@@ -11,7 +11,7 @@
 //   partial  (NP / BLOCK_N, MP, next_rank) float32
 //
 // Grid and -D as w4a4_gemm, and QUANTIZED_UNSIGNED. Compute capability: 8.0 with bfloat16, 7.5 with float16.
-// Deterministic: sums have one order. Twin: svdq_cli/runtime/twins.py, w4a4_gelu_quantize.
+// Deterministic: sums have one order. Reference: svdq_cli/runtime/ops/w4a4_gelu_quantize.py.
 #include "product.cuh"
 #include "gemm_pipeline.cuh"
 #include "gelu.cuh"

@@ -12,7 +12,7 @@
 // exact, their sums float32. The result is rounded once. Deterministic.
 // -D: ELEMENT_BF16, PRECISION_NVFP4, BLOCK_SCALED (sm_120a), CODES_UNSIGNED, CODE_MMA (multiply_int4.cuh), BLOCK_M,
 // BLOCK_N, STAGES, MIN_BLOCKS (that share a multiprocessor).
-// Compute capability: 8.0 with bfloat16, 7.5 with float16. Twin: svdq_cli/runtime/twins.py, w4a4_gemm.
+// Compute capability: 8.0 with bfloat16, 7.5 with float16. Reference: svdq_cli/runtime/ops/w4a4_gemm.py.
 #include "product.cuh"
 #include "gemm_pipeline.cuh"
 

@@ -25,6 +25,7 @@ from svdq_cli.gpu import nvrtc, variants
 from svdq_cli.gpu.architectures import ARCHITECTURES, Architecture, architecture
 from svdq_cli.gpu.compile import Usage, Variant, compile_variant
 from svdq_cli.records import Int4, NvFp4
+from svdq_cli.runtime import ops
 
 MOST_RANK = 512  # larger ones repeat the chunks of smaller ones
 # A multiprocessor's 32-bit registers, and how many a thread's are rounded up to (all architectures here): CUDA C++
@@ -62,19 +63,19 @@ def variants_of(kind: Architecture) -> tuple[Variant, ...]:
 
 
 def _portable(dtype: torch.dtype, kind: Architecture) -> Iterator[Variant]:
-    yield variants.reduce_hidden(dtype)
-    yield variants.w4a16_linear(dtype)
+    yield ops.reduce_hidden.variant(dtype)
+    yield ops.w4a16_linear.variant(dtype)
     for rank in range(0, MOST_RANK + 1, 16):
-        yield variants.quantize_down(dtype, NvFp4(), rank=rank)
+        yield ops.quantize_down.variant(dtype, NvFp4(), rank=rank)
         for unsigned in (False, True):
-            yield variants.quantize_down(dtype, Int4(), rank=rank, unsigned=unsigned)
+            yield ops.quantize_down.variant(dtype, Int4(), rank=rank, unsigned=unsigned)
     for block_m in (variants.SMALL_BLOCK_M, variants.BLOCK_M):
-        yield variants.w4a4_gemm(dtype, NvFp4(), kind, block_m=block_m)
-        yield variants.w4a4_gelu_quantize(dtype, NvFp4(), kind, block_m=block_m)
+        yield ops.w4a4_gemm.variant(dtype, NvFp4(), kind, block_m=block_m)
+        yield ops.w4a4_gelu_quantize.variant(dtype, NvFp4(), kind, block_m=block_m)
         for unsigned in (False, True):
-            yield variants.w4a4_gemm(dtype, Int4(), kind, block_m=block_m, unsigned=unsigned)
+            yield ops.w4a4_gemm.variant(dtype, Int4(), kind, block_m=block_m, unsigned=unsigned)
             for following in (False, True):
-                yield variants.w4a4_gelu_quantize(
+                yield ops.w4a4_gelu_quantize.variant(
                     dtype, Int4(), kind, block_m=block_m, unsigned=unsigned, next_unsigned=following
                 )
 

@@ -15,7 +15,7 @@ from svdq_cli.bench.report import FUSED, NO_BRANCH, UNFUSED
 from svdq_cli.pack.cpu_panels import unpack_hidden
 from svdq_cli.records import Int4, LayerSolution, W4A4Solution, W4A16Solution
 from svdq_cli.runtime.cpu_fused import CpuW4A4Linear, CpuW4A16Linear, cpu_linear
-from svdq_cli.runtime.input_quantizer import Quantized
+from svdq_cli.runtime.ops.records import Quantized
 
 LINEAR, QUANTIZE = "linear", "quantize and down"
 

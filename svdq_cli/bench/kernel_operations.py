@@ -11,8 +11,8 @@ from svdq_cli.bench.operations import NAMES, Operation, w4a4_float64, w4a16_floa
 from svdq_cli.pack.kernel_tiles import unpack_hidden_fragments
 from svdq_cli.records import Int4, LayerSolution, W4A4Solution, W4A16Solution
 from svdq_cli.runtime.fused import FusedW4A4Linear, FusedW4A16Linear
-from svdq_cli.runtime.input_quantizer import Quantized
 from svdq_cli.runtime.kernel_linear import KernelW4A4Linear
+from svdq_cli.runtime.ops.records import Quantized
 
 
 def kernel_operations(solution: LayerSolution, m: int) -> Iterator[Operation]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from svdq_cli.gpu import nvrtc
 from svdq_cli.storage.resources import cache_folder, data_root
 
-# No contraction of a * b + c into one rounding: where a kernel wants that, it says fmaf, and its twin does the same. A
+# No contraction of a * b + c into one rounding: where a kernel wants that, it says fmaf, and its reference does so. A
 # code halfway between two others would otherwise be another than the definition's.
 _OPTIONS = ("--std=c++17", "--fmad=false", "--ptxas-options=-v")
 

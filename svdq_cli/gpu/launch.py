@@ -15,7 +15,7 @@ from svdq_cli.errors import EnvironmentLacksError
 from svdq_cli.gpu import nvrtc
 from svdq_cli.gpu.architectures import Architecture, architecture_of
 from svdq_cli.gpu.compile import Variant, compile_variant
-from svdq_cli.gpu.operations import Argument
+from svdq_cli.gpu.launcher import Argument
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,11 +1,6 @@
-"""Compile-time constants of every kernel: the one place where tile sizes are chosen.
-
-Every launch asks for its variant, so each is put together once.
-"""
+"""Compile-time constants that kernels share: the one place where tile sizes are chosen."""
 
 from __future__ import annotations
-
-import functools
 
 import torch
 
@@ -50,54 +45,10 @@ def rank_chunk(rank: int) -> int:
     return -(-rank // (16 * chunks)) * 16
 
 
-@functools.cache
-def quantize_down(dtype: torch.dtype, precision: Precision, *, rank: int, unsigned: bool = False) -> Variant:
-    return _variant(
-        "quantize_down",
-        dtype,
-        PRECISION_NVFP4=isinstance(precision, NvFp4),
-        QUANTIZED_UNSIGNED=unsigned,
-        RANK_CHUNK=rank_chunk(rank),
-        WARPS=QUANTIZE_WARPS,
-    )
-
-
-@functools.cache
-def reduce_hidden(dtype: torch.dtype) -> Variant:
-    return _variant("reduce_hidden", dtype, WARPS=REDUCE_WARPS)
-
-
-@functools.cache
-def w4a4_gemm(
-    dtype: torch.dtype, precision: Precision, kind: Architecture, *, block_m: int, unsigned: bool = False
-) -> Variant:
-    """`unsigned`: the activation's int4 codes are 0..15."""
-    return _variant("w4a4_gemm", dtype, **_gemm("w4a4_gemm", precision, kind, block_m, unsigned))
-
-
-@functools.cache
-def w4a4_gelu_quantize(
-    dtype: torch.dtype,
-    precision: Precision,
-    kind: Architecture,
-    *,
-    block_m: int,
-    unsigned: bool = False,
-    next_unsigned: bool = False,
-) -> Variant:
-    kernel = "w4a4_gelu_quantize"
-    constants = _gemm(kernel, precision, kind, block_m, unsigned)
-    return _variant(kernel, dtype, **constants, QUANTIZED_UNSIGNED=next_unsigned)
-
-
-@functools.cache
-def w4a16_linear(dtype: torch.dtype) -> Variant:
-    return _variant("w4a16_linear", dtype, COLUMNS=W4A16_COLUMNS, WARPS=W4A16_WARPS)
-
-
-def _gemm(
+def gemm_constants(
     kernel: str, precision: Precision, kind: Architecture, block_m: int, unsigned: bool
 ) -> dict[str, int]:
+    """Those of a kernel with a 4-bit product. `unsigned`: the activation's int4 codes are 0..15."""
     tile = {"BLOCK_M": block_m, "BLOCK_N": BLOCK_N}
     if isinstance(precision, NvFp4):
         codes = {"PRECISION_NVFP4": 1, "BLOCK_SCALED": kind.block_scaled}
@@ -109,6 +60,7 @@ def _gemm(
     return {**tile, **codes, "STAGES": STAGES, "MIN_BLOCKS": 1}
 
 
-def _variant(kernel: str, dtype: torch.dtype, **defines: int) -> Variant:
+def variant_of(kernel: str, dtype: torch.dtype, **defines: int) -> Variant:
+    """A kernel with its constants, in a 16-bit dtype."""
     constants = {"ELEMENT_BF16": dtype == torch.bfloat16, **defines}
     return Variant(kernel, tuple((name, int(value)) for name, value in constants.items()))

@@ -23,10 +23,11 @@ from svdq_cli.runtime.cpu_operands import (
     unpack_cpu_branch,
     unpack_cpu_w4a16,
 )
-from svdq_cli.runtime.input_quantizer import InputQuantizer, Quantized
+from svdq_cli.runtime.input_quantizer import InputQuantizer
 from svdq_cli.runtime.kernel_linear import FusedFeedForward, KernelLinear, KernelW4A4Linear
 from svdq_cli.runtime.linear import RunningBranch
 from svdq_cli.runtime.operands import tensors_of
+from svdq_cli.runtime.ops.records import Quantized
 
 ROWS_AT_ONCE = 256 * BLOCK  # of a feed-forward
 

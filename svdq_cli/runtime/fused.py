@@ -1,4 +1,4 @@
-"""Converted linears on the CUDA kernels. On a CPU the same modules run the kernels' twins."""
+"""Converted linears on the CUDA kernels. On a CPU the same modules run the kernels' references."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from svdq_cli.records import (
     W4A4Solution,
     W4A16Solution,
 )
-from svdq_cli.runtime import operators  # noqa: F401  defines torch.ops.svdq
-from svdq_cli.runtime.input_quantizer import InputQuantizer, Quantized
+from svdq_cli.runtime import ops  # noqa: F401  defines torch.ops.svdq
+from svdq_cli.runtime.input_quantizer import InputQuantizer
 from svdq_cli.runtime.kernel_linear import KernelLinear, KernelW4A4Linear
 from svdq_cli.runtime.linear import RunningBranch, shift_in_product, w4a4_weight
 from svdq_cli.runtime.operands import (
@@ -30,6 +30,7 @@ from svdq_cli.runtime.operands import (
     unpack_w4a4,
     unpack_w4a16,
 )
+from svdq_cli.runtime.ops.records import Quantized
 
 
 def with_shifted_bias(solution: W4A4Solution) -> W4A4Solution:

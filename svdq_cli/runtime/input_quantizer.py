@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from svdq_cli.runtime.linear import keep_dtypes
-
-Quantized = tuple[Tensor, Tensor, Tensor]  # packed codes, scales, hidden
+from svdq_cli.runtime.ops.records import Quantized
 
 
 class _Kept(NamedTuple):

@@ -9,8 +9,9 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from svdq_cli.records import W4A4Plan, W4A4Solution, W4A16Plan
-from svdq_cli.runtime.input_quantizer import InputQuantizer, Quantized
+from svdq_cli.runtime.input_quantizer import InputQuantizer
 from svdq_cli.runtime.linear import RunningBranch, keep_dtypes
+from svdq_cli.runtime.ops.records import Quantized
 from svdq_cli.system.offload import brought, is_hooked
 
 

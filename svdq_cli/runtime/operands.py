@@ -36,6 +36,7 @@ from svdq_cli.records import (
     W4A16Solution,
 )
 from svdq_cli.runtime.linear import RunningBranch
+from svdq_cli.runtime.ops.records import InputOperands, Product
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -59,9 +60,14 @@ class W4A4Operands:
     bias: Tensor | None  # (NP,) 16-bit
 
     @property
-    def product(self) -> tuple[Tensor | None, ...]:
-        """What the GEMM reads, in the order of its parameters."""
-        return tuple(product_tensors(self).values())
+    def product(self) -> Product:
+        """What the GEMM reads."""
+        return Product(self.weight, self.weight_scales, self.up, self.outer, self.bias)
+
+    @property
+    def input(self) -> InputOperands:
+        """What the first kernel reads."""
+        return InputOperands(self.inverse_smooth, self.down)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,4 +1,4 @@
-"""A second's proof that each kernel runs here: every operation, precision and mode against its twin."""
+"""A second's proof that each kernel runs here: every operation, precision and mode against its reference."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from svdq_cli.gpu import operations, variants
+from svdq_cli.gpu import variants
 from svdq_cli.gpu.architectures import Architecture
 from svdq_cli.gpu.compile import Variant
-from svdq_cli.gpu.operations import Launcher
+from svdq_cli.gpu.launcher import Launcher
 from svdq_cli.records import (
     GELU_SHIFT,
     Int4,
@@ -23,12 +23,12 @@ from svdq_cli.records import (
     W4A16Plan,
     W4A16Solution,
 )
-from svdq_cli.runtime import twins
+from svdq_cli.runtime import ops  # defines torch.ops.svdq
 from svdq_cli.runtime.naive import naive_solution
 from svdq_cli.runtime.operands import W4A4Operands, W4A16Operands, pack_w4a4, pack_w4a16, tensors_of
 
 M, K, N, RANK = 130, 256, 256, 32  # two blocks of rows, one of them almost empty
-# Kernel and twin differ where a sum in another order rounds to the neighboring 16-bit number, or a code to its own.
+# Kernel and reference differ where a sum in another order rounds to the neighboring 16-bit number or code.
 MOST_ERROR = 2e-3
 MOST_CODES = 0.02  # share that may differ, where the quantizer's input is itself such a sum
 
@@ -41,7 +41,7 @@ class KernelCase:
     precision: str
     mode: str
     variant: Callable[[Architecture], Variant]
-    disagreement: Callable[[Launcher, torch.device], float]  # with the twin: a share or a relative error
+    disagreement: Callable[[Launcher, torch.device], float]  # with the reference: a share or a relative error
     most: float
 
 
@@ -61,12 +61,12 @@ def _quantize_case(precision: Precision, dtype: torch.dtype, unsigned: bool) -> 
         layer = _layer(precision, dtype, device)
         x = sample_rows(dtype, device, unsigned)
         how = {"precision": precision, "unsigned": unsigned, "shift": GELU_SHIFT if unsigned else 0.0}
-        ours = operations.quantize_down(launcher, x, layer.inverse_smooth, layer.down, **how)
-        theirs = twins.quantize_down(x, layer.inverse_smooth, layer.down, **how)
+        ours = ops.quantize_down.launch(launcher, x, layer.inverse_smooth, layer.down, **how)
+        theirs = ops.quantize_down.reference(x, layer.inverse_smooth, layer.down, **how)
         return quantized_disagreement(ours, theirs)
 
     def variant(kind: Architecture) -> Variant:
-        return variants.quantize_down(dtype, precision, rank=RANK, unsigned=unsigned)
+        return ops.quantize_down.variant(dtype, precision, rank=RANK, unsigned=unsigned)
 
     return KernelCase("quantize_down", precision.name, _mode(unsigned), variant, disagreement, MOST_ERROR)
 
@@ -76,11 +76,13 @@ def _gemm_case(precision: Precision, dtype: torch.dtype, unsigned: bool) -> Kern
         layer = _layer(precision, dtype, device)
         quantized = _quantized(layer, precision, dtype, device, unsigned)
         how = {"m": M, "n": N, "precision": precision, "unsigned": unsigned}
-        ours = operations.w4a4_gemm(launcher, *quantized, *layer.product, **how)
-        return relative_error(ours, twins.w4a4_gemm(*quantized, *layer.product, **how))
+        ours = ops.w4a4_gemm.launch(launcher, quantized, layer.product, **how)
+        return relative_error(ours, ops.w4a4_gemm.reference(quantized, layer.product, **how))
 
     def variant(kind: Architecture) -> Variant:
-        return variants.w4a4_gemm(dtype, precision, kind, block_m=variants.block_rows(M), unsigned=unsigned)
+        return ops.w4a4_gemm.variant(
+            dtype, precision, kind, block_m=variants.block_rows(M), unsigned=unsigned
+        )
 
     return KernelCase("w4a4_gemm", precision.name, _mode(unsigned), variant, disagreement, MOST_ERROR)
 
@@ -95,12 +97,12 @@ def _fused_case(precision: Precision, dtype: torch.dtype, unsigned: bool) -> Ker
             "next_unsigned": unsigned,
             "shift": GELU_SHIFT if unsigned else 0.0,
         }
-        tensors = (*quantized, *layer.product, layer.inverse_smooth, layer.down)
-        ours = operations.w4a4_gelu_quantize(launcher, *tensors, **how)
-        return quantized_disagreement(ours, twins.w4a4_gelu_quantize(*tensors, **how))
+        tensors = (quantized, layer.product, layer.input)
+        ours = ops.w4a4_gelu_quantize.launch(launcher, *tensors, **how)
+        return quantized_disagreement(ours, ops.w4a4_gelu_quantize.reference(*tensors, **how))
 
     def variant(kind: Architecture) -> Variant:
-        return variants.w4a4_gelu_quantize(
+        return ops.w4a4_gelu_quantize.variant(
             dtype, precision, kind, block_m=variants.block_rows(M), next_unsigned=unsigned
         )
 
@@ -114,11 +116,11 @@ def _w4a16_case(dtype: torch.dtype) -> KernelCase:
         x = sample_rows(dtype, device, unsigned=False)[:3]
         tensors = (x, layer.weight, layer.scales, layer.bias)
         return relative_error(
-            operations.w4a16_linear(launcher, *tensors, n=N), twins.w4a16_linear(*tensors, n=N)
+            ops.w4a16_linear.launch(launcher, *tensors, n=N), ops.w4a16_linear.reference(*tensors, n=N)
         )
 
     def variant(kind: Architecture) -> Variant:
-        return variants.w4a16_linear(dtype)
+        return ops.w4a16_linear.variant(dtype)
 
     return KernelCase("w4a16_linear", "int4", "-", variant, disagreement, MOST_ERROR)
 
@@ -157,7 +159,9 @@ def _quantized(
     layer: W4A4Operands, precision: Precision, dtype: torch.dtype, device: torch.device, unsigned: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     x = sample_rows(dtype, device, unsigned)
-    return twins.quantize_down(x, layer.inverse_smooth, layer.down, precision=precision, unsigned=unsigned)
+    return ops.quantize_down.reference(
+        x, layer.inverse_smooth, layer.down, precision=precision, unsigned=unsigned
+    )
 
 
 def sample_rows(dtype: torch.dtype, device: torch.device, unsigned: bool) -> Tensor:

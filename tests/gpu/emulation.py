@@ -20,7 +20,7 @@ from torch import Tensor
 
 from svdq_cli.gpu.architectures import Architecture, architecture
 from svdq_cli.gpu.compile import Variant, kernel_files
-from svdq_cli.gpu.operations import Argument
+from svdq_cli.gpu.launcher import Argument
 from tools.compile_kernels import variants_of
 
 EMULATOR = Path(__file__).parent / "emulator"

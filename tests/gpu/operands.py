@@ -11,8 +11,7 @@ from torch import Tensor
 
 from svdq_cli.experimental.hopper.modes import HopperMode
 from svdq_cli.experimental.hopper.operands import HopperOperands, pack_hopper
-from svdq_cli.gpu import operations
-from svdq_cli.gpu.operations import Launcher
+from svdq_cli.gpu.launcher import Launcher
 from svdq_cli.pack.kernel_tiles import (
     pack_column_micro_scales,
     pack_column_scales,
@@ -23,7 +22,8 @@ from svdq_cli.pack.kernel_tiles import (
 )
 from svdq_cli.pack.padding import pad
 from svdq_cli.records import Int4, Linear, NvFp4, Precision, W4A4Plan, W4A4Solution
-from svdq_cli.runtime import twins
+from svdq_cli.runtime import ops  # defines torch.ops.svdq
+from svdq_cli.runtime.ops.records import InputOperands, Product
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +64,12 @@ class Operands:
     bias: Tensor | None
 
     @property
-    def gemm(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-        return self.weight, self.weight_scales, self.up, self.outer, self.bias
+    def gemm(self) -> Product:
+        return Product(self.weight, self.weight_scales, self.up, self.outer, self.bias)
+
+    @property
+    def input(self) -> InputOperands:
+        return InputOperands(self.inverse_smooth, self.down)
 
 
 def random_operands(shape: Shape, precision: Precision, dtype: torch.dtype, *, seed: int) -> Operands:
@@ -135,15 +139,15 @@ def assert_w4a4_layer_is_its_twins(
     """Both kernels of a random layer: codes and scales to the bit, an int4 product without a branch too."""
     layer = on_device(random_operands(shape, precision, dtype, seed=seed), device)
     x = random_rows(shape, dtype, seed=seed).to(device)
-    wanted = twins.quantize_down(x, layer.inverse_smooth, layer.down, precision=precision)
-    found = operations.quantize_down(launcher, x, layer.inverse_smooth, layer.down, precision=precision)
+    wanted = ops.quantize_down.reference(x, layer.inverse_smooth, layer.down, precision=precision)
+    found = ops.quantize_down.launch(launcher, x, layer.inverse_smooth, layer.down, precision=precision)
     assert torch.equal(found[0], wanted[0])
     assert torch.equal(found[1], wanted[1])
     if shape.rank:
         assert_agrees(found[2], wanted[2], slack=slack)
     how = {"m": shape.m, "n": shape.n, "precision": precision}
-    y = operations.w4a4_gemm(launcher, *wanted, *layer.gemm, **how)
-    twin = twins.w4a4_gemm(*wanted, *layer.gemm, **how)
+    y = ops.w4a4_gemm.launch(launcher, wanted, layer.gemm, **how)
+    twin = ops.w4a4_gemm.reference(wanted, layer.gemm, **how)
     assert_agrees(y, twin, exact=shape.rank == 0 and isinstance(precision, Int4), slack=slack)
 
 

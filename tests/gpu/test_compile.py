@@ -27,6 +27,7 @@ from svdq_cli.gpu.compile import (
     usage_of,
 )
 from svdq_cli.records import Int4, NvFp4
+from svdq_cli.runtime import ops
 from svdq_cli.storage.resources import data_root
 from tools.compile_kernels import Compiled, blocks_that_fit, compile_all, faults_of, variants_of
 
@@ -69,24 +70,24 @@ def hopper_variants() -> Iterator[Variant]:
 def portable(kind: Architecture) -> Iterator[Variant]:
     dtype = torch.bfloat16 if kind.bfloat16 else torch.float16
     large, small = variants.BLOCK_M, variants.SMALL_BLOCK_M
-    yield variants.quantize_down(dtype, Int4(), rank=32)
-    yield variants.reduce_hidden(dtype)
-    yield variants.w4a16_linear(dtype)
-    yield variants.w4a4_gemm(dtype, Int4(), kind, block_m=large)
-    yield variants.w4a4_gemm(dtype, NvFp4(), kind, block_m=large)
-    yield variants.w4a4_gelu_quantize(dtype, Int4(), kind, block_m=large, next_unsigned=True)
+    yield ops.quantize_down.variant(dtype, Int4(), rank=32)
+    yield ops.reduce_hidden.variant(dtype)
+    yield ops.w4a16_linear.variant(dtype)
+    yield ops.w4a4_gemm.variant(dtype, Int4(), kind, block_m=large)
+    yield ops.w4a4_gemm.variant(dtype, NvFp4(), kind, block_m=large)
+    yield ops.w4a4_gelu_quantize.variant(dtype, Int4(), kind, block_m=large, next_unsigned=True)
     if kind.target in ("sm_86", "sm_89"):
         return
-    yield variants.quantize_down(dtype, Int4(), rank=64, unsigned=True)
-    yield variants.quantize_down(dtype, NvFp4(), rank=64)
-    yield variants.w4a4_gelu_quantize(dtype, NvFp4(), kind, block_m=large)
-    yield variants.w4a4_gemm(torch.float16, Int4(), kind, block_m=large, unsigned=True)
+    yield ops.quantize_down.variant(dtype, Int4(), rank=64, unsigned=True)
+    yield ops.quantize_down.variant(dtype, NvFp4(), rank=64)
+    yield ops.w4a4_gelu_quantize.variant(dtype, NvFp4(), kind, block_m=large)
+    yield ops.w4a4_gemm.variant(torch.float16, Int4(), kind, block_m=large, unsigned=True)
     if kind.bfloat16:
-        yield variants.w4a4_gemm(torch.float16, Int4(), kind, block_m=small)
+        yield ops.w4a4_gemm.variant(torch.float16, Int4(), kind, block_m=small)
     if kind.code_mma == CodeMma.S4_K64:
-        yield variants.w4a4_gemm(dtype, Int4(), replace(kind, code_mma=CodeMma.S8_K32), block_m=large)
+        yield ops.w4a4_gemm.variant(dtype, Int4(), replace(kind, code_mma=CodeMma.S8_K32), block_m=large)
     if kind.block_scaled:
-        yield variants.w4a4_gemm(dtype, NvFp4(), replace(kind, block_scaled=False), block_m=large)
+        yield ops.w4a4_gemm.variant(dtype, NvFp4(), replace(kind, block_scaled=False), block_m=large)
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +145,7 @@ def test_two_blocks_share_a_multiprocessor_where_that_is_asked_for(
 )
 def test_what_a_variant_should_not_need_is_named(usage: dict[str, int], fault: str):
     kind = architecture("sm_75")
-    variant = variants.w4a4_gemm(torch.float16, Int4(), kind, block_m=variants.BLOCK_M)
+    variant = ops.w4a4_gemm.variant(torch.float16, Int4(), kind, block_m=variants.BLOCK_M)
     sound = Usage(registers=128, spill_bytes=0, stack_bytes=0, shared_bytes=26112, serialized=False)
     assert not list(faults_of(variant, sound, kind))
     assert list(faults_of(variant, replace(sound, **usage), kind)) == [fault]
@@ -165,13 +166,13 @@ def test_the_assemblers_warning_of_serialized_products_is_seen():
 
 @needs_nvrtc
 def test_a_compiled_kernel_comes_from_the_cache_until_its_constants_change(tmp_path: Path):
-    first = compile_variant(variants.reduce_hidden(torch.float16), "sm_80", cache=tmp_path)
+    first = compile_variant(ops.reduce_hidden.variant(torch.float16), "sm_80", cache=tmp_path)
     written = first.path.stat().st_mtime_ns
-    assert compile_variant(variants.reduce_hidden(torch.float16), "sm_80", cache=tmp_path) == first
+    assert compile_variant(ops.reduce_hidden.variant(torch.float16), "sm_80", cache=tmp_path) == first
     assert first.path.stat().st_mtime_ns == written
     others = {
-        compile_variant(variants.reduce_hidden(torch.bfloat16), "sm_80", cache=tmp_path).path,
-        compile_variant(variants.reduce_hidden(torch.float16), "sm_86", cache=tmp_path).path,
+        compile_variant(ops.reduce_hidden.variant(torch.bfloat16), "sm_80", cache=tmp_path).path,
+        compile_variant(ops.reduce_hidden.variant(torch.float16), "sm_86", cache=tmp_path).path,
     }
     assert len(others | {first.path}) == 3
     assert first.path.read_bytes()[:4] == b"\x7fELF"
@@ -198,7 +199,7 @@ def test_what_does_not_compile_shows_the_compilers_words():
 
 @needs_nvrtc
 def test_the_block_scaled_product_is_refused_where_the_instruction_is_not():
-    variant = variants.w4a4_gemm(torch.bfloat16, NvFp4(), architecture("sm_120a"), block_m=128)
+    variant = ops.w4a4_gemm.variant(torch.bfloat16, NvFp4(), architecture("sm_120a"), block_m=128)
     with pytest.raises(nvrtc.CompileError, match="compile for sm_120a"):
         compile_variant(variant, "sm_90a", cache=Path("unused"))
 

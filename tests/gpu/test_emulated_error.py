@@ -9,8 +9,8 @@ from svdq_cli.bench.operations import w4a4_float64, without_branch
 from svdq_cli.experimental.hopper import operations as hopper
 from svdq_cli.experimental.hopper.modes import HopperMode
 from svdq_cli.experimental.hopper.operands import pack_hopper
-from svdq_cli.gpu import operations
 from svdq_cli.records import Int4, NvFp4, Precision, W4A4Solution
+from svdq_cli.runtime import ops
 from svdq_cli.runtime.operands import pack_w4a4
 from tests.gpu.emulation import EmulatedDevice, needs_compiler
 from tests.runtime.test_fused import activations, random_w4a4
@@ -30,9 +30,9 @@ def definition(x: Tensor, solution: W4A4Solution) -> Tensor:
 
 def portable(x: Tensor, solution: W4A4Solution) -> Tensor:
     layer, precision, device = pack_w4a4(solution), solution.plan.precision, EmulatedDevice()
-    quantized = operations.quantize_down(device, x, layer.inverse_smooth, layer.down, precision=precision)
+    quantized = ops.quantize_down.launch(device, x, layer.inverse_smooth, layer.down, precision=precision)
     how = {"m": x.shape[0], "n": N, "precision": precision}
-    return operations.w4a4_gemm(device, *quantized, *layer.product, **how)
+    return ops.w4a4_gemm.launch(device, quantized, layer.product, **how)
 
 
 def hopper_exact(x: Tensor, solution: W4A4Solution) -> Tensor:

@@ -9,9 +9,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from svdq_cli.gpu import operations, variants
+from svdq_cli.gpu import variants
 from svdq_cli.gpu.architectures import architecture
 from svdq_cli.gpu.compile import Variant
+from svdq_cli.gpu.launcher import splits_of
 from svdq_cli.pack.kernel_tiles import (
     pack_column_scales,
     pack_row_codes,
@@ -20,7 +21,8 @@ from svdq_cli.pack.kernel_tiles import (
     unpack_hidden_fragments,
 )
 from svdq_cli.records import GELU_SHIFT, Int4, NvFp4, Precision
-from svdq_cli.runtime import twins
+from svdq_cli.runtime import ops  # defines torch.ops.svdq
+from svdq_cli.runtime.ops.records import Product
 from tests.gpu.emulation import EmulatedDevice, build, needs_compiler
 from tests.gpu.operands import (
     SHAPES,
@@ -75,21 +77,21 @@ def built() -> None:
 def _variants() -> Iterator[Variant]:
     for name, (precision, unsigned, dtype) in QUANTIZERS.items():
         for rank in range(0, 129, 16) if name == "int4" else OTHER_RANKS[name]:
-            yield variants.quantize_down(dtype, precision, rank=rank, unsigned=unsigned)
+            yield ops.quantize_down.variant(dtype, precision, rank=rank, unsigned=unsigned)
     for dtype in (BF16, FP16):
-        yield variants.reduce_hidden(dtype)
-        yield variants.w4a16_linear(dtype)
+        yield ops.reduce_hidden.variant(dtype)
+        yield ops.w4a16_linear.variant(dtype)
     for name, (precision, unsigned, dtype, target) in PRODUCTS.items():
         kind = architecture(target)
         if isinstance(precision, Int4) and target in INTEGER_TARGETS:
             small = variants.block_rows(1)
             for u in (False, True):
-                yield variants.w4a4_gemm(FP16, precision, kind, block_m=small, unsigned=u)
+                yield ops.w4a4_gemm.variant(FP16, precision, kind, block_m=small, unsigned=u)
         for block_m in map(variants.block_rows, (1, 129)):
             how = {"block_m": block_m, "unsigned": unsigned}
-            yield variants.w4a4_gemm(dtype, precision, kind, **how)
+            yield ops.w4a4_gemm.variant(dtype, precision, kind, **how)
             if name in FUSED:
-                yield variants.w4a4_gelu_quantize(dtype, precision, kind, next_unsigned=FUSED[name], **how)
+                yield ops.w4a4_gelu_quantize.variant(dtype, precision, kind, next_unsigned=FUSED[name], **how)
 
 
 # ------------------------------------------------------------------------------------------ quantize_down
@@ -106,9 +108,9 @@ def test_quantize_down_is_its_twin(name: str):
         x = random_rows(shape, dtype, seed=seed)
         x = x.abs() if unsigned else x
         how = {"precision": precision, "unsigned": unsigned, "shift": shift}
-        twin = twins.quantize_down(x, layer.inverse_smooth, layer.down, **how)
+        twin = ops.quantize_down.reference(x, layer.inverse_smooth, layer.down, **how)
         device = devices("sm_80")[seed % 2]
-        codes, scales, hidden = operations.quantize_down(device, x, layer.inverse_smooth, layer.down, **how)
+        codes, scales, hidden = ops.quantize_down.launch(device, x, layer.inverse_smooth, layer.down, **how)
         assert torch.equal(codes, twin[0]), shape
         assert torch.equal(scales, twin[1]), shape
         if shape.rank:
@@ -121,11 +123,11 @@ def test_splitting_k_over_blocks_changes_only_the_order_of_sums(precision: Preci
     layer = random_operands(shape, precision, BF16, seed=0)
     x = random_rows(shape, BF16, seed=0)
     wide = EmulatedDevice(multiprocessors=8)
-    assert operations.splits_of(wide, 4, shape.k) == 2
-    codes, scales, hidden = operations.quantize_down(
+    assert splits_of(wide, 4, shape.k) == 2
+    codes, scales, hidden = ops.quantize_down.launch(
         wide, x, layer.inverse_smooth, layer.down, precision=precision
     )
-    twin = twins.quantize_down(x, layer.inverse_smooth, layer.down, precision=precision)
+    twin = ops.quantize_down.reference(x, layer.inverse_smooth, layer.down, precision=precision)
     assert torch.equal(codes, twin[0])
     assert torch.equal(scales, twin[1])
     assert_agrees(hidden, twin[2])
@@ -138,9 +140,9 @@ def test_a_nan_in_the_input_is_not_lost(precision: Precision):
     x = random_rows(shape, BF16, seed=1)
     x[3, 70] = float("nan")
     device = EmulatedDevice()
-    quantized = operations.quantize_down(device, x, layer.inverse_smooth, layer.down, precision=precision)
+    quantized = ops.quantize_down.launch(device, x, layer.inverse_smooth, layer.down, precision=precision)
     quantized[2].zero_()  # the branch brings a NaN of its own
-    y = operations.w4a4_gemm(device, *quantized, *layer.gemm, m=7, n=128, precision=precision)
+    y = ops.w4a4_gemm.launch(device, quantized, layer.gemm, m=7, n=128, precision=precision)
     assert y[3].isnan().all()
     assert not y[torch.arange(7) != 3].isnan().any()
 
@@ -163,11 +165,11 @@ def test_an_input_that_begins_at_an_odd_place_and_an_empty_one():
     whole[3:] = random_rows(shape, BF16, seed=1).flatten()
     x = whole[3:].view(7, 128)
     assert x.data_ptr() % 16
-    found = operations.quantize_down(device, x, layer.inverse_smooth, layer.down, precision=Int4())
-    wanted = operations.quantize_down(device, x.clone(), layer.inverse_smooth, layer.down, precision=Int4())
+    found = ops.quantize_down.launch(device, x, layer.inverse_smooth, layer.down, precision=Int4())
+    wanted = ops.quantize_down.launch(device, x.clone(), layer.inverse_smooth, layer.down, precision=Int4())
     assert torch.equal(found[0], wanted[0])
-    nothing = operations.quantize_down(device, x[:0], layer.inverse_smooth, layer.down, precision=Int4())
-    y = operations.w4a4_gemm(device, *nothing, *layer.gemm, m=0, n=128, precision=Int4())
+    nothing = ops.quantize_down.launch(device, x[:0], layer.inverse_smooth, layer.down, precision=Int4())
+    y = ops.w4a4_gemm.launch(device, nothing, layer.gemm, m=0, n=128, precision=Int4())
     assert y.shape == (0, 128)
 
 
@@ -181,8 +183,8 @@ def test_reduce_hidden_is_its_twin(dtype: torch.dtype):
         splits, mp, rank = 1 + case % 7, 32 * (1 + case % 5), 16 * (1 + case % 8)
         partial = torch.randn(splits, mp, rank, generator=draw)
         hidden = torch.zeros(rank // 16, mp // 16, 32, 8, dtype=dtype)
-        operations.reduce_hidden(EmulatedDevice(), partial, hidden)
-        assert torch.equal(unpack_hidden_fragments(hidden), twins.reduce_hidden(partial).to(dtype))
+        ops.reduce_hidden.launch(EmulatedDevice(), partial, hidden)
+        assert torch.equal(unpack_hidden_fragments(hidden), ops.reduce_hidden.reference(partial).to(dtype))
 
 
 # ------------------------------------------------------------------------------------------ w4a4_gemm
@@ -194,15 +196,15 @@ def test_w4a4_gemm_is_its_twin(name: str):
     for seed, shape in enumerate(SHAPES):
         layer = random_operands(shape, precision, dtype, seed=seed)
         x = random_rows(shape, dtype, seed=seed)
-        quantized = twins.quantize_down(
+        quantized = ops.quantize_down.reference(
             *(x.abs() if unsigned else x, layer.inverse_smooth, layer.down),
             precision=precision,
             unsigned=unsigned,
         )
         how = {"m": shape.m, "n": shape.n, "precision": precision, "unsigned": unsigned}
         device = devices(target)[seed % 2]
-        y = operations.w4a4_gemm(device, *quantized, *layer.gemm, **how)
-        twin = twins.w4a4_gemm(*quantized, *layer.gemm, **how)
+        y = ops.w4a4_gemm.launch(device, quantized, layer.gemm, **how)
+        twin = ops.w4a4_gemm.reference(quantized, layer.gemm, **how)
         # Without a branch every int4 operation has one order
         assert_agrees(y, twin, exact=shape.rank == 0 and isinstance(precision, Int4))
 
@@ -231,15 +233,16 @@ def test_group_sums_are_exact_integers(target: str, unsigned: bool):
         bias = (-exact).half()
         padded = torch.cat((row, torch.zeros(31, k, dtype=torch.long))).to(torch.int8)
         ones = torch.ones(32, 1, dtype=torch.float16)
-        y = operations.w4a4_gemm(
+        y = ops.w4a4_gemm.launch(
             EmulatedDevice(architecture(target)),
-            *(pack_row_codes(padded), pack_row_scales(ones), torch.zeros(0, 2, 32, 8, dtype=torch.float16)),
-            *(
+            (pack_row_codes(padded), pack_row_scales(ones), torch.zeros(0, 2, 32, 8, dtype=torch.float16)),
+            Product(
                 pack_weight_codes(columns.to(torch.int8)),
                 pack_column_scales(ones[:1].expand(n, 1).contiguous()),
+                torch.zeros(0, n // 16, 32, 8, dtype=torch.float16),
+                outer=None,
+                bias=bias,
             ),
-            torch.zeros(0, n // 16, 32, 8, dtype=torch.float16),
-            *(None, bias),
             **{"m": 1, "n": n, "precision": Int4(), "unsigned": unsigned},
         )
         assert torch.equal(y[0].double(), exact + bias.double())
@@ -259,13 +262,13 @@ def test_w4a4_gelu_quantize_is_its_twin(name: str):
             Shape(shape.m, shape.n, 128, (48, 0, 32, 128)[seed % 4]), precision, dtype, seed=seed + 1
         )
         x = random_rows(shape, dtype, seed=seed)
-        quantized = twins.quantize_down(x, layer.inverse_smooth, layer.down, precision=precision)
+        quantized = ops.quantize_down.reference(x, layer.inverse_smooth, layer.down, precision=precision)
         how = {"m": shape.m, "precision": precision, "next_unsigned": next_unsigned}
         how["shift"] = GELU_SHIFT if next_unsigned else 0.0
-        arguments = (*quantized, *layer.gemm, after.inverse_smooth, after.down)
+        arguments = (quantized, layer.gemm, after.input)
         device = devices(target)[seed % 2]
-        codes, scales, hidden = operations.w4a4_gelu_quantize(device, *arguments, **how)
-        twin = twins.w4a4_gelu_quantize(*arguments, **how)
+        codes, scales, hidden = ops.w4a4_gelu_quantize.launch(device, *arguments, **how)
+        twin = ops.w4a4_gelu_quantize.reference(*arguments, **how)
         # One rounding of y or of the GELU apart moves a code by one, or a scale by its last bit
         assert (codes != twin[0]).float().mean() < 0.02, shape
         assert (scales != twin[1]).float().mean() < 0.01, shape
@@ -282,8 +285,8 @@ def test_w4a16_linear_is_its_twin(dtype: torch.dtype):
         x = random_rows(shape, dtype, seed=seed)
         weight, scales, bias = random_w4a16(shape, dtype, seed=seed)
         device = devices("sm_80")[seed % 2]
-        y = operations.w4a16_linear(device, x, weight, scales, bias, n=shape.n)
-        assert_agrees(y, twins.w4a16_linear(x, weight, scales, bias, n=shape.n))
+        y = ops.w4a16_linear.launch(device, x, weight, scales, bias, n=shape.n)
+        assert_agrees(y, ops.w4a16_linear.reference(x, weight, scales, bias, n=shape.n))
 
 
 # ------------------------------------------------------------------------------------------ the emulator itself

@@ -10,11 +10,10 @@ from torch import Tensor
 
 from svdq_cli.errors import EnvironmentLacksError
 from svdq_cli.experimental.hopper.selftest import kernel_cases
-from svdq_cli.gpu import operations
 from svdq_cli.gpu.architectures import Architecture, architecture
 from svdq_cli.gpu.launch import CudaDevice, cuda_device
 from svdq_cli.records import Int4, NvFp4, Precision
-from svdq_cli.runtime import operators, twins  # noqa: F401  operators defines torch.ops.svdq
+from svdq_cli.runtime import ops  # defines torch.ops.svdq
 from svdq_cli.runtime.selftest import KernelCase
 from tests.gpu.operands import (
     SHAPES,
@@ -87,8 +86,8 @@ def test_a_w4a16_layer_is_its_twin(shape: Shape, gpu: CudaDevice, dtype: torch.d
     weight, scales, bias = random_w4a16(shape, dtype, seed=shape.m)
     x = random_rows(shape, dtype, seed=shape.m).to(GPU)
     tensors = (x, weight.to(GPU), scales.to(GPU), None if bias is None else bias.to(GPU))
-    found = operations.w4a16_linear(gpu, *tensors, n=shape.n)
-    assert_agrees(found, twins.w4a16_linear(*tensors, n=shape.n), slack=1e-4)
+    found = ops.w4a16_linear.launch(gpu, *tensors, n=shape.n)
+    assert_agrees(found, ops.w4a16_linear.reference(*tensors, n=shape.n), slack=1e-4)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -98,8 +97,8 @@ def test_many_launches_give_the_same_bits(precision: Precision, gpu: CudaDevice,
     x = random_rows(shape, dtype, seed=1).to(GPU)
 
     def layer_once() -> Tensor:
-        quantized = operations.quantize_down(gpu, x, layer.inverse_smooth, layer.down, precision=precision)
-        return operations.w4a4_gemm(gpu, *quantized, *layer.gemm, m=shape.m, n=shape.n, precision=precision)
+        quantized = ops.quantize_down.launch(gpu, x, layer.inverse_smooth, layer.down, precision=precision)
+        return ops.w4a4_gemm.launch(gpu, quantized, layer.gemm, m=shape.m, n=shape.n, precision=precision)
 
     first = layer_once()
     different = torch.zeros((), dtype=torch.long, device=GPU)
@@ -132,12 +131,12 @@ def test_kernels_run_on_torchs_current_stream(gpu: CudaDevice, dtype: torch.dtyp
     shape = Shape(129, 320, 256, 32)
     weight, scales, bias = (None if t is None else t.to(GPU) for t in random_w4a16(shape, dtype, seed=1))
     source = random_rows(shape, dtype, seed=1).to(GPU)
-    wanted = operations.w4a16_linear(gpu, source, weight, scales, bias, n=shape.n)  # type: ignore[arg-type]
+    wanted = ops.w4a16_linear.launch(gpu, source, weight, scales, bias, n=shape.n)  # type: ignore[arg-type]
     x = torch.zeros_like(source)
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
         torch.cuda._sleep(50_000_000)
         x.copy_(source)
-        found = operations.w4a16_linear(gpu, x, weight, scales, bias, n=shape.n)  # type: ignore[arg-type]
+        found = ops.w4a16_linear.launch(gpu, x, weight, scales, bias, n=shape.n)  # type: ignore[arg-type]
     torch.cuda.synchronize()
     assert torch.equal(found, wanted)

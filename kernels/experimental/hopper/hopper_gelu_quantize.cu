@@ -11,7 +11,7 @@
 //   next_codes, next_scales: layouts of hopper_tiles.cuh, for K = N       partial  (NP / 128, MP, next_rank) float32
 //
 // Grid and -D as hopper_gemm, and QUANTIZED_UNSIGNED. Compute capability: 9.0 (sm_90a). Deterministic.
-// Twin: svdq_cli/experimental/hopper/reference.py, hopper_gelu_quantize.
+// Reference: svdq_cli/experimental/hopper/reference.py, hopper_gelu_quantize.
 #include "hopper_block.cuh"
 #include "gelu.cuh"
 #include "hopper_quantize.cuh"

@@ -13,7 +13,7 @@
 // multiprocessor. Dynamic shared memory: DYNAMIC_SHARED bytes.
 // Exactness: svdq_cli/experimental/hopper/modes.py. The result is rounded once. Deterministic.
 // -D: ELEMENT_BF16, MODE, TOKENS (128 or 192), STAGES, DYNAMIC_SHARED.
-// Compute capability: 9.0 (sm_90a). Twin: svdq_cli/experimental/hopper/reference.py, hopper_gemm.
+// Compute capability: 9.0 (sm_90a). Reference: svdq_cli/experimental/hopper/reference.py, hopper_gemm.
 #include "hopper_block.cuh"
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)

@@ -14,7 +14,7 @@
 // running blocks fit into it.
 // -D: ELEMENT_BF16, MODE, TOKENS, QUANTIZED_UNSIGNED (MODE_EXACT), RANK_CHUNK (0, 16, .., 64), WARPS, MIN_BLOCKS (that
 // share a multiprocessor).
-// Compute capability: 9.0 (sm_90a). Deterministic. Twin: svdq_cli/experimental/hopper/reference.py, hopper_quantize_down.
+// Compute capability: 9.0 (sm_90a). Deterministic. Reference: svdq_cli/experimental/hopper/reference.py, hopper_quantize_down.
 #include "hidden_sums.cuh"
 #include "hopper_quantize.cuh"
 

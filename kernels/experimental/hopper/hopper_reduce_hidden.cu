@@ -5,7 +5,7 @@
 //   partial  (splits, MP, R) float32, R a multiple of 32, MP of TOKENS      hidden  layout of hopper_tiles.cuh
 //
 // One thread for 8 ranks of a row; grid: rows * R / 8 / (32 WARPS), rounded up. -D: ELEMENT_BF16, MODE, TOKENS, WARPS.
-// Compute capability: 9.0 (sm_90a). Twin: svdq_cli/runtime/twins.py, reduce_hidden.
+// Compute capability: 9.0 (sm_90a). Reference: svdq_cli/runtime/ops/reduce_hidden.py.
 #include "hopper_tiles.cuh"
 
 extern "C" __global__ void __launch_bounds__(WARPS* LANES)

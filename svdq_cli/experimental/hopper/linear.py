@@ -16,10 +16,11 @@ from svdq_cli.experimental.hopper.operands import (
 from svdq_cli.experimental.hopper.tiles import unpack_rows
 from svdq_cli.records import GELU_SHIFT, W4A4Solution
 from svdq_cli.runtime.fused import SplitLinear, split_columns, with_shifted_bias
-from svdq_cli.runtime.input_quantizer import InputQuantizer, Quantized
+from svdq_cli.runtime.input_quantizer import InputQuantizer
 from svdq_cli.runtime.kernel_linear import KernelW4A4Linear
 from svdq_cli.runtime.linear import RunningBranch
 from svdq_cli.runtime.operands import product_tensors, unpack_branch
+from svdq_cli.runtime.ops.records import Quantized
 
 
 class HopperW4A4Linear(KernelW4A4Linear):

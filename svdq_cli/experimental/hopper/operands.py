@@ -21,7 +21,7 @@ from svdq_cli.pack.kernel_tiles import pack_down_fragments
 from svdq_cli.pack.padding import pad
 from svdq_cli.records import Int4, LayerSolution, W4A4Plan, W4A4Solution
 from svdq_cli.runtime.linear import RunningBranch, w4a4_weight
-from svdq_cli.runtime.operands import product_tensors, unpack_branch
+from svdq_cli.runtime.operands import unpack_branch
 from svdq_cli.runtime.operands import unsupported_reason as portable_reason
 from svdq_cli.solve.quantizers import E4M3_MAX
 
@@ -38,9 +38,9 @@ class HopperOperands:
     bias: Tensor | None  # (NP,) 16-bit
 
     @property
-    def product(self) -> tuple[Tensor | None, ...]:
+    def product(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """What the GEMM reads, in the order of its parameters."""
-        return tuple(product_tensors(self).values())
+        return self.weight, self.weight_scales, self.up, self.bias
 
 
 def unsupported_reason(solution: LayerSolution) -> str | None:

@@ -1,5 +1,5 @@
 """Hopper's own int4 kernels (kernels/experimental/hopper/) as functions on torch tensors, beside those of
-`gpu.operations`.
+`runtime.ops`.
 
 Layouts: `experimental.hopper.tiles`. The size of a tile of tokens travels in the shapes of what `quantize_down`
 returns.
@@ -15,7 +15,8 @@ from torch import Tensor
 from svdq_cli.experimental.hopper.modes import HopperMode
 from svdq_cli.gpu import variants
 from svdq_cli.gpu.compile import Variant
-from svdq_cli.gpu.operations import STEP, Launcher, aligned, splits_of
+from svdq_cli.gpu.launcher import Launcher, aligned, splits_of
+from svdq_cli.pack.kernel_tiles import STEP
 
 FEATURES = 128  # rows of a weight's tile
 TOKENS, SMALL_TOKENS = 192, 128  # of an activation's

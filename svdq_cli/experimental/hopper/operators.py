@@ -1,4 +1,4 @@
-"""Hopper's own kernels as torch operators, `torch.ops.svdq.hopper_*`: on a GPU the kernel, on a CPU its twin."""
+"""Hopper's own kernels as torch operators, `torch.ops.svdq.hopper_*`: on a GPU the kernel, on a CPU its reference."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from svdq_cli.experimental.hopper import operations, reference
 from svdq_cli.experimental.hopper.modes import HopperMode, hopper_mode
-from svdq_cli.runtime.operators import define
+from svdq_cli.runtime.ops.define import define
 
 
 def _quantized_shapes(x: Tensor, inverse_smooth: Tensor, down: Tensor, *, mode: HopperMode, **_: Any):
@@ -39,8 +39,8 @@ define(
     "hopper_quantize_down",
     "Tensor x, Tensor inverse_smooth, Tensor down, *, str mode, bool unsigned=False, float shift=0.0",
     "(Tensor, Tensor, Tensor)",
-    kernel=operations.quantize_down,
-    twin=reference.quantize_down,
+    launch=operations.quantize_down,
+    reference=reference.quantize_down,
     shapes=_quantized_shapes,
     records={"mode": hopper_mode},
 )
@@ -48,8 +48,8 @@ define(
     "hopper_gemm",
     f"{_LAYER}, *, SymInt m, SymInt n, str mode",
     "Tensor",
-    kernel=operations.gemm,
-    twin=reference.gemm,
+    launch=operations.gemm,
+    reference=reference.gemm,
     shapes=_product_shape,
     records={"mode": hopper_mode},
 )
@@ -58,7 +58,7 @@ define(
     f"{_LAYER}, Tensor next_inverse_smooth, Tensor next_down, *, SymInt m, bool next_unsigned=False, "
     "float shift=0.0",
     "(Tensor, Tensor, Tensor)",
-    kernel=operations.gelu_quantize,
-    twin=reference.gelu_quantize,
+    launch=operations.gelu_quantize,
+    reference=reference.gelu_quantize,
     shapes=_fused_shapes,
 )

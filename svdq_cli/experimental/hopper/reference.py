@@ -1,7 +1,7 @@
-"""What Hopper's own kernels compute, in plain torch: one function for each, as `runtime.twins` has them for the others.
+"""What Hopper's own kernels compute, in plain torch: one function for each, as `runtime.ops` has them for the others.
 
 Mode EXACT is the kernels' arithmetic to the bit where sums have an order. In the other modes the tensor core adds 32
-products at a time in about 14 bits; the twins add exactly there, and differ by about 1e-4 of the largest product.
+products at a time in about 14 bits; the references add exactly there, and differ by about 1e-4 of the largest product.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from svdq_cli.experimental.hopper.tiles import (
 )
 from svdq_cli.pack.padding import pad
 from svdq_cli.records import Int4
-from svdq_cli.runtime.twins import grouped_product, hidden_rows
+from svdq_cli.runtime.ops.arithmetic import grouped_product, hidden_rows
 from svdq_cli.solve.quantizers import E4M3_MAX, quantize_activation
 
 CODE_UNIT = 2.0**-9  # what a weight's code is worth as an e4m3 number, but in mode FP8

@@ -11,7 +11,7 @@ from svdq_cli.experimental.hopper.modes import HopperMode
 from svdq_cli.experimental.hopper.operands import HopperOperands, pack_hopper
 from svdq_cli.gpu.architectures import Architecture
 from svdq_cli.gpu.compile import Variant
-from svdq_cli.gpu.operations import Launcher
+from svdq_cli.gpu.launcher import Launcher
 from svdq_cli.records import Int4
 from svdq_cli.runtime.operands import tensors_of
 from svdq_cli.runtime.selftest import (

@@ -22,8 +22,11 @@ from svdq_cli.experimental.hopper.tiles import (
     unpack_rows,
 )
 from svdq_cli.gpu.compile import Variant
-from svdq_cli.records import GELU_SHIFT
-from svdq_cli.runtime import twins
+from svdq_cli.pack.kernel_tiles import unpack_row_codes, unpack_row_scales
+from svdq_cli.pack.padding import pad
+from svdq_cli.records import GELU_SHIFT, Int4
+from svdq_cli.runtime import ops  # defines torch.ops.svdq
+from svdq_cli.runtime.ops.arithmetic import quantize_rows, signed
 from tests.gpu.emulation import EmulatedDevice, build, needs_compiler
 from tests.gpu.operands import SHAPES, Shape, assert_agrees, random_hopper_operands, random_rows
 
@@ -108,14 +111,12 @@ def test_exact_codes_and_scales_are_those_of_the_portable_kernels():
     layer = random_hopper_operands(shape, HopperMode.EXACT, BF16, seed=3)
     x = random_rows(shape, BF16, seed=3)
     codes, scales, _ = reference.quantize_down(x, layer.inverse_smooth, layer.down, mode=HopperMode.EXACT)
-    rows = twins.pad(x, multiples=(hopper.padded_tokens(33), 1), fill=0)
-    portable = twins.quantize_rows(
-        rows, layer.inverse_smooth, precision=twins.Int4(), unsigned=False, shift=0.0
-    )
-    nibbles = twins.unpack_row_codes(portable[0])
-    assert torch.equal(unpack_rows(codes).view(torch.float8_e4m3fn).float(), twins._signed(nibbles))
+    rows = pad(x, multiples=(hopper.padded_tokens(33), 1), fill=0)
+    portable = quantize_rows(rows, layer.inverse_smooth, precision=Int4(), unsigned=False, shift=0.0)
+    nibbles = unpack_row_codes(portable[0])
+    assert torch.equal(unpack_rows(codes).view(torch.float8_e4m3fn).float(), signed(nibbles))
     restored = reference.unpack_token_scales(scales) * reference.CODE_UNIT
-    assert torch.equal(restored, twins.unpack_row_scales(portable[1]).float())
+    assert torch.equal(restored, unpack_row_scales(portable[1]).float())
 
 
 def test_splitting_k_over_blocks_changes_only_the_order_of_sums():
@@ -246,7 +247,7 @@ def test_reduce_hidden_is_its_twin():
         partial = torch.randn(splits, tiles * tile, rank, generator=draw)
         hidden = torch.zeros(tiles, rank // 32, 4, tile, 8, dtype=BF16)
         hopper.reduce_hidden(DEVICES[case % 2], partial, hidden)
-        assert torch.equal(unpack_rows(hidden), twins.reduce_hidden(partial).to(BF16))
+        assert torch.equal(unpack_rows(hidden), ops.reduce_hidden.reference(partial).to(BF16))
 
 
 def test_an_empty_input_gives_an_empty_result():
