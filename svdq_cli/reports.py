@@ -11,6 +11,8 @@ from typing import Literal, cast
 
 from svdq_cli.records import LayerSearch
 
+INLINE = {"json": None}  # a mapping whose keys stand in the JSON object itself
+
 
 @dataclass(frozen=True, slots=True)
 class Summary:
@@ -206,26 +208,28 @@ class PlanReport:
     schema: int = 1
 
 
+# By key of `svdq_cli.metrics`: over the images, or of all of them in one. None: not measured.
+Figures = Mapping[str, Summary | float | None]
+
+
 @dataclass(frozen=True, slots=True)
 class ReferenceFacts:
-    """Figures of the 16-bit pictures themselves, which need no other picture to compare with."""
+    """Figures of the 16-bit images themselves, which need no other image to compare with."""
 
-    clip: Summary | None
-    image_reward: Summary | None
+    figures: Figures = field(metadata=INLINE)
     seconds_per_picture: float | None
 
 
 @dataclass(frozen=True, slots=True)
 class BaselineFacts:
-    """One way of drawing against the 16-bit pictures. None: not measured, `EvalReport.missing` says why."""
+    """Images of one origin against the 16-bit ones. None: not measured, `EvalReport.missing` says why."""
 
-    psnr_db: Summary
-    ssim: Summary
-    lpips: Summary | None
-    clip: Summary | None
-    image_reward: Summary | None
-    fid: float | None
+    figures: Figures = field(metadata=INLINE)
     seconds_per_picture: float | None
+
+    def summary(self, key: str) -> Summary:
+        """Of a figure that is always measured."""
+        return _summary(self.figures, key)
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,12 +261,7 @@ class EvalReport:
     """
 
     images: int
-    psnr_db: Summary
-    ssim: Summary
-    lpips: Summary | None
-    clip: Summary | None
-    image_reward: Summary | None
-    fid: float | None
+    figures: Figures = field(metadata=INLINE)
     reference: ReferenceFacts
     baselines: Mapping[str, BaselineFacts]
     layer_sqnr_db: LayerSqnr
@@ -283,6 +282,20 @@ class EvalReport:
     command: str = "eval"
     status: str = "ok"
     schema: int = 1
+
+    @property
+    def psnr_db(self) -> Summary:
+        return _summary(self.figures, "psnr_db")
+
+    @property
+    def ssim(self) -> Summary:
+        return _summary(self.figures, "ssim")
+
+
+def _summary(figures: Figures, key: str) -> Summary:
+    found = figures[key]
+    assert isinstance(found, Summary)
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -482,9 +495,11 @@ def json_text(report: object) -> str:
 
 def _fields(record: object) -> dict[str, object]:
     known = cast("dict[str, Field[object]]", getattr(record, "__dataclass_fields__", {}))
-    return {
-        str(about.metadata.get("json", name)): _plain(getattr(record, name)) for name, about in known.items()
-    }
+    plain: dict[str, object] = {}
+    for name, about in known.items():
+        key, value = about.metadata.get("json", name), _plain(getattr(record, name))
+        plain |= cast("dict[str, object]", value) if key is None else {str(key): value}
+    return plain
 
 
 def _plain(value: object) -> object:

@@ -24,7 +24,7 @@ LONGEST = 60
 # The most that each number may be. A change that lowers one writes it here; one that raises it says why.
 LIMITS = {
     "loose_modules": 4,
-    "rooms": 31,
+    "rooms": 32,  # metrics/ stands below recipe/, whose gates speak of every metric
     "arrows": 210,
     "circles": 0,
     "long_functions": 7,

@@ -8,18 +8,14 @@ from pathlib import Path
 from typing import cast
 
 from svdq_cli.errors import UsageError
+from svdq_cli.metrics import METRICS
 from svdq_cli.reports import to_json
 from svdq_cli.text import cell, number, table
 
 WORST_LAYERS = 5
 MAX_PROBLEMS = 20
-_FIGURES = {  # keys of reports -> what they are called, in this order
-    "psnr_db": "PSNR (dB)",
-    "ssim": "SSIM",
-    "lpips": "LPIPS",
-    "clip": "CLIP score",
-    "layer_sqnr_db": "layer SQNR (dB)",
-}
+# Keys of reports -> what they are called, in this order
+_FIGURES = {key: metric.heading for key, metric in METRICS.items()} | {"layer_sqnr_db": "layer SQNR (dB)"}
 
 
 def append_summary(report: object, path: Path | None) -> None:

@@ -20,7 +20,6 @@ from svdq_cli.evaluation.gallery import (
 )
 from svdq_cli.evaluation.images import summarize
 from svdq_cli.evaluation.layer_sqnr import JudgedLayers
-from svdq_cli.evaluation.metrics import Metrics, find_metrics
 from svdq_cli.evaluation.passes import (
     AGAIN,
     CONVERTED,
@@ -33,9 +32,10 @@ from svdq_cli.evaluation.passes import (
     Sampled,
     sample_all,
 )
-from svdq_cli.evaluation.score import Scores, score_pairs, score_pictures
+from svdq_cli.evaluation.score import Loaded, Scores, load_metrics, score_pairs, score_pictures
 from svdq_cli.evaluation.verdict import Evidence, next_step, verdict_of
 from svdq_cli.inference.load import choose_backend
+from svdq_cli.metrics import METRICS
 from svdq_cli.pipelines.settings import settings_json
 from svdq_cli.prepare.options import DEFAULT_OPTIONS, RunOptions
 from svdq_cli.prepare.origin import origin_of
@@ -44,7 +44,7 @@ from svdq_cli.prepare.sampling import sampling_for, with_model_sampling
 from svdq_cli.prepare.sources import source_of
 from svdq_cli.recipe import Recipe, figure_of, section_of
 from svdq_cli.records import Event, Observer, ignore_events
-from svdq_cli.reports import BaselineFacts, EvalReport, ImageFacts, ReferenceFacts, Summary, to_json
+from svdq_cli.reports import BaselineFacts, EvalReport, ImageFacts, ReferenceFacts, to_json
 from svdq_cli.source import Source, file_sha256, only, source_digest
 from svdq_cli.system.machine import resolve_device
 
@@ -59,7 +59,7 @@ class Evaluation:
     report: EvalReport
     gallery: Gallery
     scores: Mapping[str, Scores]
-    metrics: Metrics
+    metrics: Loaded
     layers: JudgedLayers
 
 
@@ -82,9 +82,9 @@ def compare_in(
     facts = _facts(run)
     gallery = open_gallery(folder, facts, run.prompts, overwrite=options.overwrite)
     sampled = sample_all(run, gallery, without, observe)
-    metrics = find_metrics(run.device, pictures=len(run.prompts))
+    metrics = load_metrics(run.device, pictures=len(run.prompts))
     ways = [CONVERTED, *(way for way in (NAIVE, NF4) if way not in sampled.missing)]
-    noise = _noise(run, gallery, sampled, observe)
+    noise = _noise(run, gallery, sampled, metrics, observe)
     scores = {
         way: replace(score_pairs(gallery, SIXTEEN_BIT, way, run.prompts, metrics, observe), noise=noise)
         for way in ways
@@ -93,16 +93,15 @@ def compare_in(
     return Evaluation(run, facts, _gated(report, recipe), gallery, scores, metrics, sampled.layers)
 
 
-_PAIRS_ONLY = Metrics({}, {}, None, {})
-
-
-def _noise(run: Run, gallery: Gallery, sampled: Sampled, observe: Observer) -> Mapping[str, list[float]]:
+def _noise(
+    run: Run, gallery: Gallery, sampled: Sampled, metrics: Loaded, observe: Observer
+) -> Mapping[str, list[float]]:
     """By metric, how far the figures of an image are apart between the checkpoint and the same with a nudge."""
     prompts = run.prompts[:NOISE_PICTURES]
     if "own_noise_psnr_db" in sampled.missing:
         return {}
     own, nudged = (
-        score_pairs(gallery, SIXTEEN_BIT, way, prompts, _PAIRS_ONLY, observe).per_picture
+        score_pairs(gallery, SIXTEEN_BIT, way, prompts, metrics.without_networks(), observe).per_picture
         for way in (CONVERTED, NUDGED)
     )
     return {metric: [a - b for a, b in zip(own[metric], nudged[metric], strict=True)] for metric in own}
@@ -161,7 +160,7 @@ def _report(
     run: Run,
     gallery: Gallery,
     scores: Mapping[str, Scores],
-    metrics: Metrics,
+    metrics: Loaded,
     sampled: Sampled,
     *,
     page: str | None,
@@ -175,7 +174,9 @@ def _report(
         """PSNR of two passes that should be the same."""
         if figure in missing:
             return None
-        found = score_pairs(gallery, first, second, run.prompts[:NOISE_PICTURES], _PAIRS_ONLY, observe)
+        found = score_pairs(
+            gallery, first, second, run.prompts[:NOISE_PICTURES], metrics.without_networks(), observe
+        )
         return summarize(found.per_picture["psnr_db"]).mean
 
     floor = chance(SIXTEEN_BIT, AGAIN, "noise_floor_psnr_db")
@@ -195,15 +196,8 @@ def _report(
     )
     return EvalReport(
         images=len(run.prompts),
-        psnr_db=converted.psnr_db,
-        ssim=converted.ssim,
-        lpips=converted.lpips,
-        clip=converted.clip,
-        image_reward=converted.image_reward,
-        fid=converted.fid,
-        reference=ReferenceFacts(
-            own.summary("clip"), own.summary("image_reward"), seconds_per_picture(gallery, SIXTEEN_BIT)
-        ),
+        figures=converted.figures,
+        reference=ReferenceFacts(own.figures("image"), seconds_per_picture(gallery, SIXTEEN_BIT)),
         baselines=facts,
         layer_sqnr_db=sampled.layers.sqnr,
         noise_floor_psnr_db=floor,
@@ -230,38 +224,17 @@ def _report(
 
 def facts_of(gallery: Gallery, way: str, scores: Scores) -> BaselineFacts:
     """One way of drawing as a report has it."""
-    return BaselineFacts(
-        psnr_db=_always(scores, "psnr_db"),
-        ssim=_always(scores, "ssim"),
-        lpips=scores.summary("lpips"),
-        clip=scores.summary("clip"),
-        image_reward=scores.summary("image_reward"),
-        fid=scores.fid,
-        seconds_per_picture=seconds_per_picture(gallery, way),
-    )
-
-
-def _always(scores: Scores, metric: str) -> Summary:
-    found = scores.summary(metric)
-    assert found is not None
-    return found
-
-
-_COMPARED = (
-    "psnr_db",
-    "ssim",
-    "lpips",
-    "fid",
-)  # sections of figures that compare images with the 16-bit ones
+    return BaselineFacts(scores.figures("pair", "image", "all images"), seconds_per_picture(gallery, way))
 
 
 def _gated(report: EvalReport, recipe: Recipe) -> EvalReport:
     """A gate on a figure that could not be measured is missed: nobody knows that it holds."""
     plain = to_json(report)
+    compared = {key for key, metric in METRICS.items() if metric.kind != "image"}
     missed: list[str] = []
     for gate in recipe.gates:
         value, section = figure_of(gate, plain), section_of(gate)
-        if value is not None and section in _COMPARED and report.sixteen_bit_images.meaningless:
+        if value is not None and section in compared and report.sixteen_bit_images.meaningless:
             missed.append(f"{gate} (is {value:.4g}, which means nothing: {report.warnings[-1]})")
         elif value is not None and not gate.holds(value):
             missed.append(f"{gate} (is {value:.4g})")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,11 +10,12 @@ from PIL.Image import Image
 from torch import Tensor
 
 from svdq_cli.errors import InputError
+from svdq_cli.metrics.psnr import PSNR_CAP_DB, psnr_db
+from svdq_cli.metrics.ssim import ssim
 from svdq_cli.reports import Summary
 
-# Identical pictures have an infinite PSNR, which neither JSON nor a mean can hold. 100 dB is a mean squared
-# error of 6.5e-6: one 8-bit step in one of 150 000 channel values.
-PSNR_CAP_DB = 100.0
+__all__ = ["PSNR_CAP_DB", "PictureScores", "compare", "psnr_db", "ssim", "summarize"]
+
 BOOTSTRAP_SAMPLES = 2000
 
 
@@ -38,27 +38,6 @@ def compare(reference: Sequence[Image], other: Sequence[Image]) -> PictureScores
     return PictureScores(
         psnr=summarize([psnr_db(a, b) for a, b in pairs]), ssim=summarize([ssim(a, b) for a, b in pairs])
     )
-
-
-def psnr_db(a: Image, b: Image) -> float:
-    """Peak signal to noise, 10 log10(255^2 / mse) over all pixels and channels, at most PSNR_CAP_DB."""
-    pixels_a, pixels_b = _same_size_pixels(a, b)
-    mse = (pixels_a - pixels_b).square().mean(dtype=torch.float64).item()
-    return min(PSNR_CAP_DB, 10 * math.log10(255**2 / mse)) if mse > 0 else PSNR_CAP_DB
-
-
-def ssim(a: Image, b: Image) -> float:
-    """Structural similarity (Wang et al. 2004; Gaussian window, 11 pixels, sigma 1.5), 1.0 if equal."""
-    from torchmetrics.functional.image import structural_similarity_index_measure
-
-    pixels_a, pixels_b = _same_size_pixels(a, b)
-    if min(a.size) < 11:
-        raise InputError(f"a picture of {a.width} x {a.height} is smaller than SSIM's window of 11 pixels")
-    # float64: a variance is the difference of two near equal numbers, and float32 gives equal flat pictures 0.99998
-    batch_a, batch_b = ((pixels.double() / 255).unsqueeze(0) for pixels in (pixels_a, pixels_b))
-    score = structural_similarity_index_measure(batch_a, batch_b, data_range=1.0)
-    assert isinstance(score, Tensor)
-    return score.item()
 
 
 def summarize(figures: Sequence[float], noise: Sequence[float] = ()) -> Summary:
@@ -93,19 +72,3 @@ def _mean_interval(values: Tensor, noise: Tensor) -> tuple[float, float] | None:
         means.append(drawn.mean())
     low, high = torch.quantile(torch.stack(means), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high
-
-
-def _same_size_pixels(a: Image, b: Image) -> tuple[Tensor, Tensor]:
-    if a.size != b.size:
-        raise InputError(
-            f"pictures of {a.width} x {a.height} and {b.width} x {b.height} pixels cannot be compared",
-            hint="draw both with the same height and width",
-        )
-    return pixels_of(a), pixels_of(b)
-
-
-def pixels_of(image: Image) -> Tensor:
-    """(3, H, W) float32, 0..255."""
-    rgb = image.convert("RGB")
-    flat = torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8)
-    return flat.reshape(rgb.height, rgb.width, 3).permute(2, 0, 1).float()

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from svdq_cli.evaluation.images import pixels_of
+from svdq_cli.metrics.metric import pixels_of
 
 # Levels of 255. A flat area of a real image varies by its noise and shading; a blank one of the embedded model has a
 # standard deviation of 9, so that 32 levels hold 99.9 % of it.

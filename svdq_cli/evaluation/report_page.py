@@ -15,9 +15,10 @@ from svdq_cli.evaluation.page import Chapter, Figure, LayerRow, Plot, Table, Way
 from svdq_cli.evaluation.passes import CONVERTED, SIXTEEN_BIT, TITLES
 from svdq_cli.evaluation.plot import conversion_report
 from svdq_cli.inference.load import choose_backend
+from svdq_cli.metrics import METRICS
 from svdq_cli.prepare.facts import sizes_of
 from svdq_cli.records import Int4, W4A4Plan
-from svdq_cli.reports import BaselineFacts, ByteFacts, Summary
+from svdq_cli.reports import BaselineFacts, ByteFacts, Figures, Summary
 from svdq_cli.text import bytes_text, seconds_text
 
 SHOWN = 64  # pictures of a chapter, if the page's budget allows
@@ -138,8 +139,8 @@ def _figures(found: Evaluation) -> list[Figure]:
         Figure("smaller", f"{sizes.ratio:.2f}x", f"{bytes_text(sizes.input)} to {bytes_text(sizes.output)}"),
         Figure("layer SQNR", f"{sqnr.mean:.1f} dB", f"worst {sqnr.min:.1f} dB, {worst}"),
     ]
-    if report.lpips is not None:
-        figures.insert(2, Figure("LPIPS", f"{report.lpips.mean:.3f}", f"worst image {report.lpips.max:.3f}"))
+    if isinstance(lpips := report.figures["lpips"], Summary):
+        figures.insert(2, Figure("LPIPS", f"{lpips.mean:.3f}", f"worst image {lpips.max:.3f}"))
     if (floor := report.noise_floor_psnr_db) is not None:
         exact = floor >= PSNR_CAP_DB
         value = "none" if exact else f"{floor:.1f} dB"
@@ -167,40 +168,28 @@ def _sizes(checkpoint: Checkpoint) -> ByteFacts:
 
 def _scores(found: Evaluation, ways: Sequence[Way], facts: Mapping[str, BaselineFacts]) -> Table:
     """Means over the pictures; columns that nothing was measured for are left out."""
-    own = found.report.reference
-    rows = {TITLES[SIXTEEN_BIT]: {"CLIP score": own.clip, "ImageReward": own.image_reward}}
-    for way in ways:
-        fact = facts[way.key]
-        rows[way.title] = {
-            "PSNR (dB)": fact.psnr_db,
-            "SSIM": fact.ssim,
-            "LPIPS": fact.lpips,
-            "CLIP score": fact.clip,
-            "ImageReward": fact.image_reward,
-        }
-    digits = {"PSNR (dB)": 2, "SSIM": 4, "LPIPS": 4, "CLIP score": 2, "ImageReward": 3}
-    columns = [name for name in digits if any(row.get(name) is not None for row in rows.values())]
+    rows: dict[str, Figures] = {TITLES[SIXTEEN_BIT]: found.report.reference.figures}
+    rows |= {way.title: facts[way.key].figures for way in ways}
+    columns = [key for key in METRICS if any(row.get(key) is not None for row in rows.values())]
     table = [
-        [title, *(_cell(row.get(name), digits[name]) for name in columns)]
+        [title, *(_cell(row.get(key), METRICS[key].digits) for key in columns)]
         for title, row in rows.items()
-        if any(row.values())
+        if any(value is not None for value in row.values())
     ]
-    if any(fact.fid is not None for fact in facts.values()):
-        columns.append("FID")
-        fids = {way.title: facts[way.key].fid for way in ways}
-        table = [[*row, "" if fids.get(row[0]) is None else f"{fids[row[0]]:.2f}"] for row in table]
     return Table(
         "Against the 16-bit images, equal prompts and seeds",
-        ["made by", *columns],
+        ["made by", *(METRICS[key].heading for key in columns)],
         table,
         "Mean ± standard deviation over images, in brackets the 95 % confidence interval of the mean (bootstrap; with "
         "the noise of the 4-bit model, where it was measured).",
     )
 
 
-def _cell(summary: Summary | None, digits: int) -> str:
+def _cell(summary: Summary | float | None, digits: int) -> str:
     if summary is None:
         return ""
+    if not isinstance(summary, Summary):
+        return f"{summary:.{digits}f}"
     text = f"{summary.mean:.{digits}f} ± {summary.std:.{digits}f}"
     if summary.ci95 is None:
         return text
@@ -363,10 +352,7 @@ def _provenance(found: Evaluation) -> Table:
 
 # In words, what figures and records are called in JSON
 _MISSING = {
-    "lpips": "LPIPS",
-    "clip": "CLIP score",
-    "image_reward": "ImageReward",
-    "fid": "FID",
+    **{key: metric.title for key, metric in METRICS.items()},
     "nf4": "bitsandbytes NF4",
     "rtn": "naive 4-bit",
     "noise_floor_psnr_db": "16-bit noise",

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from PIL.Image import Image
 
+from svdq_cli.errors import EnvironmentLacksError
 from svdq_cli.evaluation.gallery import Gallery, read_picture
-from svdq_cli.evaluation.images import psnr_db, ssim, summarize
-from svdq_cli.evaluation.metrics import Metrics
+from svdq_cli.evaluation.images import summarize
+from svdq_cli.metrics import METRICS, Measure, Measured, MetricKind
 from svdq_cli.records import Event, Observer
 from svdq_cli.reports import Summary
 
@@ -17,54 +19,83 @@ BATCH = 8  # pictures that a network judges at once
 
 
 @dataclass(frozen=True, slots=True)
+class Loaded:
+    """What can be measured here. `missing`: the other metrics by key, with the reason and the cure."""
+
+    measures: Mapping[str, Measure]
+    missing: Mapping[str, str]
+
+    def of_kind(self, *kinds: MetricKind) -> dict[str, Measure]:
+        return {key: measure for key, measure in self.measures.items() if METRICS[key].kind in kinds}
+
+    def without_networks(self) -> Loaded:
+        """Those that are always there."""
+        return Loaded({key: found for key, found in self.measures.items() if METRICS[key].always}, {})
+
+
+def load_metrics(device: torch.device, *, pictures: int) -> Loaded:
+    """Loads what is installed. `pictures`: how many there will be, which FID depends on."""
+    measures: dict[str, Measure] = {}
+    missing: dict[str, str] = {}
+    for key, metric in METRICS.items():
+        try:
+            measures[key] = metric.load(device, pictures)
+        except EnvironmentLacksError as lack:
+            missing[key] = f"{lack.message}; {lack.hint}"
+    return Loaded(measures, missing)
+
+
+@dataclass(frozen=True, slots=True)
 class Scores:
-    """Figures of one way of drawing, picture by picture, by metric; FID is one figure for all. `noise`: by metric, how
-    a figure differs between two runs that nobody can tell apart."""
+    """Figures of one way of sampling, image by image, by metric, and those that all images have in one. `noise`: by
+    metric, how a figure differs between two runs that nobody can tell apart."""
 
     per_picture: Mapping[str, Sequence[float]]
-    fid: float | None
+    whole: Mapping[str, float] = field(default_factory=dict[str, float])
     noise: Mapping[str, Sequence[float]] = field(default_factory=dict[str, Sequence[float]])
 
     def summary(self, metric: str) -> Summary | None:
         figures = self.per_picture.get(metric)
         return summarize(figures, self.noise.get(metric, ())) if figures else None
 
+    def figures(self, *kinds: MetricKind) -> dict[str, Summary | float | None]:
+        """Every metric of these kinds as reports have it; None where it was not measured."""
+        return {
+            key: self.whole.get(key) if metric.kind == "all images" else self.summary(key)
+            for key, metric in METRICS.items()
+            if metric.kind in kinds
+        }
+
 
 def score_pairs(
-    gallery: Gallery, reference: str, way: str, prompts: Sequence[str], metrics: Metrics, observe: Observer
+    gallery: Gallery, reference: str, way: str, prompts: Sequence[str], metrics: Loaded, observe: Observer
 ) -> Scores:
-    """`way` against `reference`: PSNR, SSIM and what `metrics` has."""
-    found: dict[str, list[float]] = {
-        name: [] for name in ("psnr_db", "ssim", *metrics.pairs, *metrics.pictures)
-    }
+    """`way` against `reference`, by everything that `metrics` has."""
+    each = metrics.of_kind("pair", "image")
+    found: dict[str, list[float]] = {key: [] for key in each}
     stage = f"score {way}"
     observe(Event("start", stage, 0, len(prompts)))
     for first, said in _batches(prompts):
-        exact, drawn = _read(gallery, reference, first, said), _read(gallery, way, first, said)
-        found["psnr_db"] += map(psnr_db, exact, drawn)
-        found["ssim"] += map(ssim, exact, drawn)
-        for name, pair_metric in metrics.pairs.items():
-            found[name] += pair_metric(exact, drawn)
-        for name, metric in metrics.pictures.items():
-            found[name] += metric(drawn, said)
+        batch = _read_pairs(gallery, reference, way, first, said)
+        for key, measure in each.items():
+            found[key] += measure([batch])
         observe(Event("advance", stage, first + len(said), len(prompts)))
-    fid = None
-    if metrics.fid is not None:
-        fid = metrics.fid(
-            (_read(gallery, reference, i, said), _read(gallery, way, i, said))
-            for i, said in _batches(prompts)
-        )
+    whole = {
+        key: measure(_read_pairs(gallery, reference, way, i, said) for i, said in _batches(prompts))[0]
+        for key, measure in metrics.of_kind("all images").items()
+    }
     observe(Event("end", stage, len(prompts), len(prompts)))
-    return Scores(found, fid)
+    return Scores(found, whole)
 
 
-def score_pictures(gallery: Gallery, way: str, prompts: Sequence[str], metrics: Metrics) -> Scores:
-    """What can be said of pictures without others to compare them with."""
-    found: dict[str, list[float]] = {name: [] for name in metrics.pictures}
-    for name, metric in metrics.pictures.items():
-        for first, said in _batches(prompts):
-            found[name] += metric(_read(gallery, way, first, said), said)
-    return Scores(found, None)
+def score_pictures(gallery: Gallery, way: str, prompts: Sequence[str], metrics: Loaded) -> Scores:
+    """What can be said of images without others to compare them with."""
+    return Scores(
+        {
+            key: measure(_read_pairs(gallery, way, way, first, said) for first, said in _batches(prompts))
+            for key, measure in metrics.of_kind("image").items()
+        }
+    )
 
 
 def _batches(prompts: Sequence[str]) -> Iterator[tuple[int, Sequence[str]]]:
@@ -73,3 +104,9 @@ def _batches(prompts: Sequence[str]) -> Iterator[tuple[int, Sequence[str]]]:
 
 def _read(gallery: Gallery, way: str, first: int, prompts: Sequence[str]) -> list[Image]:
     return [read_picture(gallery, way, index) for index in range(first, first + len(prompts))]
+
+
+def _read_pairs(gallery: Gallery, reference: str, way: str, first: int, prompts: Sequence[str]) -> Measured:
+    images = _read(gallery, way, first, prompts)
+    exact = images if reference == way else _read(gallery, reference, first, prompts)
+    return Measured(exact, images, prompts)

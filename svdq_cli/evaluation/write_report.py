@@ -67,7 +67,7 @@ def _write_grid(path: Path, found: Evaluation) -> None:
     naive = found.report.baselines.get(NAIVE)
     columns = {
         SIXTEEN_BIT: TITLES[SIXTEEN_BIT],
-        **({NAIVE: f"{TITLES[NAIVE]}\n{naive.psnr_db.mean:.1f} dB"} if naive else {}),
+        **({NAIVE: f"{TITLES[NAIVE]}\n{naive.summary('psnr_db').mean:.1f} dB"} if naive else {}),
         CONVERTED: f"{TITLES[CONVERTED]}\n{found.report.psnr_db.mean:.1f} dB",
     }
     rows = range(min(GRID_ROWS, len(found.run.prompts)))

@@ -6,7 +6,6 @@ import inspect
 import json
 import time
 import traceback
-import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from svdq_cli.pipelines.embeddings import EncodedPrompts
 from svdq_cli.pipelines.finite import finite_images, require_finite_latents
 from svdq_cli.pipelines.settings import DrawSettings
 from svdq_cli.records import Event, Observer, ignore_events
+from svdq_cli.system.quiet import quiet_loading
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -341,24 +341,6 @@ def _steps_observed(stage: str, done: int, total: int, observe: Observer) -> Ite
     observe(Event("start", stage, done, total))
     yield advance
     observe(Event("end", stage, total, total, seconds=time.monotonic() - started))
-
-
-@contextmanager
-def quiet_loading() -> Iterator[None]:
-    """Turns the loading bars of diffusers and transformers off, and back on if they were on; no deprecation notes."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    was_on = [log for log in (diffusers_logging, transformers_logging) if log.is_progress_bar_enabled()]
-    for log in was_on:
-        log.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        for log in was_on:
-            log.enable_progress_bar()
 
 
 def _checked_class(folder: Path, *, given: Collection[str]) -> type[DiffusionPipeline]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 from svdq_cli.errors import UsageError
+from svdq_cli.metrics import METRICS as IMAGE_METRICS
 from svdq_cli.recipe.problems import nearest
 
 Operator = Literal[">=", ">", "<=", "<", "==", "!="]
@@ -26,19 +27,11 @@ _OPPOSITE: dict[Operator, Operator] = {">=": "<", ">": "<=", "<=": ">", "<": ">=
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 CONDITION_PATTERN = rf"^\s*(>=|<=|==|!=|>|<)\s*({_NUMBER})\s*$"
 
+_PER_IMAGE = [key for key, metric in IMAGE_METRICS.items() if metric.kind != "all images"]
 # What a gate may speak of -> where the figure stands in the JSON of `svdq convert`, `svdq eval` or `svdq bench`.
 METRICS: dict[str, str] = {
-    **{
-        f"{figure}.{part}": f"{figure}.{part}"
-        for figure in ("psnr_db", "ssim", "lpips", "clip", "image_reward")
-        for part in ("mean", "min", "max")
-    },
-    "psnr_db": "psnr_db.mean",
-    "ssim": "ssim.mean",
-    "lpips": "lpips.mean",
-    "clip": "clip.mean",
-    "image_reward": "image_reward.mean",
-    "fid": "fid",
+    **{f"{figure}.{part}": f"{figure}.{part}" for figure in _PER_IMAGE for part in ("mean", "min", "max")},
+    **{key: f"{key}.mean" if key in _PER_IMAGE else key for key in IMAGE_METRICS},
     "layer_sqnr_db": "layer_sqnr_db.mean",
     "layer_sqnr_db.mean": "layer_sqnr_db.mean",
     "layer_sqnr_db.min": "layer_sqnr_db.min",

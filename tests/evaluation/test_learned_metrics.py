@@ -15,10 +15,11 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
 from svdq_cli.errors import EnvironmentLacksError
-from svdq_cli.evaluation.metrics import find_metrics
-from svdq_cli.evaluation.metrics.clip import load_clip
-from svdq_cli.evaluation.metrics.fid import load_fid
-from svdq_cli.evaluation.metrics.metric import require_package, rgb_batch
+from svdq_cli.evaluation.score import load_metrics
+from svdq_cli.metrics import METRICS, Measured
+from svdq_cli.metrics.clip import load_clip
+from svdq_cli.metrics.fid import load_fid
+from svdq_cli.metrics.metric import require_package, rgb_batch
 from tests.tiny import clip_tokenizer
 
 CPU = torch.device("cpu")
@@ -66,15 +67,20 @@ def test_clip_score_is_100_times_the_cosine_of_the_two_projections(tiny_clip: Pa
             seen = model.visual_projection(model.vision_model(inputs.pixel_values).pooler_output)
             read = model.text_projection(model.text_model(inputs.input_ids).pooler_output)
         expected.append(max(0.0, 100 * torch.cosine_similarity(seen, read).item()))
-    assert load_clip(CPU, model=str(tiny_clip))(pictures(), PROMPTS) == pytest.approx(expected, abs=1e-3)
+    assert load_clip(CPU, model=str(tiny_clip))([Measured([], pictures(), PROMPTS)]) == pytest.approx(
+        expected, abs=1e-3
+    )
     assert max(expected) > 5  # and the other, below zero, is clamped
     assert min(expected) == 0
 
 
 def test_a_picture_has_the_same_clip_score_in_any_batch(tiny_clip: Path):
     score = load_clip(CPU, model=str(tiny_clip))
-    alone = [score([picture], [prompt])[0] for picture, prompt in zip(pictures(), PROMPTS, strict=True)]
-    assert score(pictures(), PROMPTS) == pytest.approx(alone, abs=1e-3)
+    alone = [
+        score([Measured([], [picture], [prompt])])[0]
+        for picture, prompt in zip(pictures(), PROMPTS, strict=True)
+    ]
+    assert score([Measured([], pictures(), PROMPTS)]) == pytest.approx(alone, abs=1e-3)
     assert all(0 <= figure <= 100 for figure in alone)
 
 
@@ -101,10 +107,11 @@ def test_fid_of_few_pictures_is_no_figure():
 
 
 def test_every_metric_is_measured_or_missing_with_a_cure():
-    found = find_metrics(CPU, pictures=4)
-    there = {*found.pairs, *found.pictures, *(["fid"] if found.fid else [])}
-    assert there | set(found.missing) == {"lpips", "clip", "image_reward", "fid"}
-    assert not there & set(found.missing)
+    found = load_metrics(CPU, pictures=4)
+    assert [*METRICS] == ["psnr_db", "ssim", "lpips", "clip", "image_reward", "fid"]
+    assert found.measures.keys() | found.missing.keys() == METRICS.keys()
+    assert not found.measures.keys() & found.missing.keys()
+    assert found.without_networks().measures.keys() == {"psnr_db", "ssim"}
     assert "hf download openai/clip" in found.missing["clip"]
     assert all("; " in why for why in found.missing.values())
 

@@ -76,7 +76,7 @@ def test_an_evaluation_scores_the_checkpoint_and_its_baseline_and_goes_on_where_
     page = unescape((folder / "report.html").read_text())
     assert report.verdict in page
     assert report.next
-    assert report.clip is None
+    assert report.figures["clip"] is None
     assert "hf download" in report.missing["clip"]
     assert json.loads((folder / "report.json").read_text()) == json.loads(json.dumps(to_json(report)))
     page = (folder / "report.html").read_text()
@@ -118,7 +118,7 @@ def test_passes_can_be_left_out_and_made_later(checkpoint: Path, recipe: Recipe,
     assert report.missing["noise_floor_psnr_db"] == "left out by --without floor"
     assert "not compared with naive" in report.verdict
     whole = evaluate(checkpoint, recipe, report_folder=folder, options=CPU)
-    assert whole.baselines["rtn"].psnr_db.mean > 0
+    assert whole.baselines["rtn"].summary("psnr_db").mean > 0
     assert whole.psnr_db.mean == report.psnr_db.mean
     with pytest.raises(UsageError, match="--without converted"):
         passes_of_text(["converted"])

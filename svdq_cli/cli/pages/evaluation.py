@@ -7,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from svdq_cli.cli.pages.shared import WORST_LAYERS, db_text, print_layers
+from svdq_cli.metrics import METRICS, Metric
 from svdq_cli.reports import CheckReport, EvalPlanReport, EvalReport, Summary
 from svdq_cli.text import seconds_text
 
@@ -32,7 +33,9 @@ def evaluation(console: Console, report: EvalReport, verbose: bool) -> None:
     """The verdict last, where the eye stays; means over the images before it, with the columns that something was
     measured for."""
     table = Table(box=None, pad_edge=False)
-    measured = [name for name in _LEARNED if getattr(report, name) is not None]
+    measured = [
+        metric for key, metric in METRICS.items() if not metric.always and report.figures[key] is not None
+    ]
     table.add_column("against the 16-bit images")
     empty = report.sixteen_bit_images.meaningless
     for title in (
@@ -40,19 +43,22 @@ def evaluation(console: Console, report: EvalReport, verbose: bool) -> None:
         "95 % interval",
         "worst",
         "SSIM",
-        *(_LEARNED[name] for name in measured),
+        *(metric.title for metric in measured),
     ):
         table.add_column(title, justify="right")
     titles = {"rtn": "naive 4-bit (rtn)", "nf4": "bitsandbytes NF4"}
-    ways = {titles.get(name, name): scores for name, scores in report.baselines.items()}
-    for title, scores in {"converted": report, **ways}.items():
+    ways = {titles.get(name, name): scores.figures for name, scores in report.baselines.items()}
+    for title, figures in {"converted": report.figures, **ways}.items():
+        psnr, ssim = figures["psnr_db"], figures["ssim"]
+        assert isinstance(psnr, Summary)
+        assert isinstance(ssim, Summary)
         table.add_row(
             title,
-            db_text(scores.psnr_db),
-            _interval(scores.psnr_db),
-            f"{scores.psnr_db.min:.1f} dB",
-            f"{scores.ssim.mean:.3f}",
-            *(_learned(getattr(scores, name)) for name in measured),
+            db_text(psnr),
+            _interval(psnr),
+            f"{psnr.min:.1f} dB",
+            f"{ssim.mean:.3f}",
+            *(_learned(metric, figures[metric.key]) for metric in measured),
         )
     console.print(table)
     console.print(
@@ -108,13 +114,10 @@ def _chance(report: EvalReport) -> str:
     return said
 
 
-_LEARNED = {"lpips": "LPIPS", "clip": "CLIP", "image_reward": "ImageReward", "fid": "FID"}
-
-
-def _learned(figure: Summary | float | None) -> str:
+def _learned(metric: Metric, figure: Summary | float | None) -> str:
     if figure is None:
         return ""
-    return f"{figure:.2f}" if isinstance(figure, (int, float)) else f"{figure.mean:.3f}"
+    return metric.text(figure.mean if isinstance(figure, Summary) else figure)
 
 
 def _interval(summary: Summary) -> str:

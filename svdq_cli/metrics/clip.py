@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
-from PIL.Image import Image
+from typing import TYPE_CHECKING
 
 from svdq_cli.errors import EnvironmentLacksError
-from svdq_cli.evaluation.metrics.metric import PictureMetric
-from svdq_cli.pipelines.generate import quiet_loading
+from svdq_cli.metrics.metric import Measure, Measured, Metric
+from svdq_cli.system.quiet import quiet_loading
+
+if TYPE_CHECKING:
+    import torch
 
 MODEL = "openai/clip-vit-large-patch14"  # torchmetrics' default, and that of published figures
 
 
-def load_clip(device: torch.device, *, model: str = MODEL) -> PictureMetric:
+def load_clip(device: torch.device, *, model: str = MODEL) -> Measure:
     """100 max(0, cosine) of the picture's and the prompt's embedding, as torchmetrics defines it.
 
     `model`: a hub id in the cache, or a folder. Raises EnvironmentLacksError where its weights are not there.
     """
+    import torch
     from transformers import CLIPModel, CLIPProcessor
 
     try:
@@ -33,10 +34,10 @@ def load_clip(device: torch.device, *, model: str = MODEL) -> PictureMetric:
     tokens = network.text_model.config.max_position_embeddings
 
     @torch.no_grad()
-    def clip_score(pictures: Sequence[Image], prompts: Sequence[str]) -> list[float]:
+    def clip_score(batch: Measured) -> list[float]:
         inputs = processor(
-            text=list(prompts),
-            images=[picture.convert("RGB") for picture in pictures],
+            text=list(batch.prompts),
+            images=[picture.convert("RGB") for picture in batch.images],
             return_tensors="pt",
             padding=True,
             truncation=True,
@@ -46,4 +47,15 @@ def load_clip(device: torch.device, *, model: str = MODEL) -> PictureMetric:
         cosine = (found.image_embeds * found.text_embeds).sum(-1)  # both are of length 1
         return (100 * cosine).clamp(min=0).tolist()
 
-    return clip_score
+    return lambda batches: [figure for batch in batches for figure in clip_score(batch)]
+
+
+METRIC = Metric(
+    key="clip",
+    title="CLIP score",
+    kind="image",
+    better="higher",
+    load=lambda device, images: load_clip(device),
+    place=3,
+    digits=2,
+)

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import torch
-from PIL.Image import Image
-
-from svdq_cli.evaluation.metrics.metric import (
-    PairMetric,
+from svdq_cli.metrics.metric import (
+    Measure,
+    Measured,
+    Metric,
     hub_checkpoint,
     require_package,
     require_weights,
     rgb_batch,
 )
 
+if TYPE_CHECKING:
+    import torch
+
 _INSTALL = "pip install 'svdq[metrics]'"
 _BACKBONE = "alexnet-owt-7be5be79.pth"  # lpips brings its own linear weights, torchvision the AlexNet
 _FETCH = "python -c \"import torchvision; torchvision.models.alexnet(weights='DEFAULT')\""
 
 
-def load_lpips(device: torch.device) -> PairMetric:
+def load_lpips(device: torch.device) -> Measure:
     """Version 0.1 on AlexNet, which the SVDQuant paper's figures use too. Raises EnvironmentLacksError."""
+    import torch
+
     require_package("torchvision", metric="LPIPS", install=_INSTALL)
     package = require_package("lpips", metric="LPIPS", install=_INSTALL)
     require_weights(hub_checkpoint(_BACKBONE), metric="LPIPS", fetch=_FETCH)
@@ -31,10 +35,21 @@ def load_lpips(device: torch.device) -> PairMetric:
         network = package.LPIPS(net="alex", verbose=False).to(device).eval()
 
     @torch.no_grad()
-    def lpips(reference: Sequence[Image], other: Sequence[Image]) -> list[float]:
+    def lpips(batch: Measured) -> list[float]:
         first, second = (
-            rgb_batch(pictures).to(device).float() / 127.5 - 1 for pictures in (reference, other)
+            rgb_batch(pictures).to(device).float() / 127.5 - 1 for pictures in (batch.reference, batch.images)
         )
         return network(first, second).flatten().tolist()
 
-    return lpips
+    return lambda batches: [figure for batch in batches for figure in lpips(batch)]
+
+
+METRIC = Metric(
+    key="lpips",
+    title="LPIPS",
+    kind="pair",
+    better="lower",
+    load=lambda device, images: load_lpips(device),
+    place=2,
+    digits=4,
+)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-
-import torch
-from PIL.Image import Image
+from typing import TYPE_CHECKING
 
 from svdq_cli.errors import EnvironmentLacksError
-from svdq_cli.evaluation.metrics.metric import PictureMetric, require_package, require_weights
+from svdq_cli.metrics.metric import Measure, Metric, require_package, require_weights
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
 
 _INSTALL = "pip install image-reward"  # not part of svdq[metrics]: it wants old versions of other packages
 _FOLDER = Path("~/.cache/ImageReward")  # where the package itself looks
@@ -19,8 +20,10 @@ _FETCH = (
 )
 
 
-def load_image_reward(device: torch.device) -> PictureMetric:
+def load_image_reward(device: torch.device) -> Measure:
     """ImageReward-v1.0. Raises EnvironmentLacksError."""
+    import torch
+
     package = require_package("ImageReward", metric="ImageReward", install=_INSTALL)
     for name in ("ImageReward.pt", "med_config.json"):
         require_weights(_FOLDER.expanduser() / name, metric="ImageReward", fetch=_FETCH)
@@ -33,9 +36,20 @@ def load_image_reward(device: torch.device) -> PictureMetric:
         ) from error
 
     @torch.no_grad()
-    def image_reward(pictures: Sequence[Image], prompts: Sequence[str]) -> list[float]:
-        return [
-            float(network.score(prompt, picture)) for prompt, picture in zip(prompts, pictures, strict=True)
-        ]
+    def image_reward(prompt: str, image: Image) -> float:
+        return float(network.score(prompt, image))
 
-    return image_reward
+    return lambda batches: [
+        image_reward(*each) for batch in batches for each in zip(batch.prompts, batch.images, strict=True)
+    ]
+
+
+METRIC = Metric(
+    key="image_reward",
+    title="ImageReward",
+    kind="image",
+    better="higher",
+    load=lambda device, images: load_image_reward(device),
+    place=4,
+    digits=3,
+)

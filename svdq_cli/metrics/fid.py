@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Protocol
-
-import torch
-from PIL.Image import Image
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from svdq_cli.errors import EnvironmentLacksError
-from svdq_cli.evaluation.metrics.metric import hub_checkpoint, require_package, require_weights, rgb_batch
+from svdq_cli.metrics.metric import (
+    Measure,
+    Measured,
+    Metric,
+    hub_checkpoint,
+    require_package,
+    require_weights,
+    rgb_batch,
+)
+
+if TYPE_CHECKING:
+    import torch
 
 LEAST_PICTURES = 2048  # as many as Inception has features: the covariance of fewer is singular
 _INSTALL = "pip install 'svdq[metrics]'"
@@ -17,15 +25,11 @@ _WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
 _URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{_WEIGHTS}"
 
 
-class Fid(Protocol):
-    """Over batches of (reference pictures, other pictures)."""
-
-    def __call__(self, pairs: Iterable[tuple[Sequence[Image], Sequence[Image]]]) -> float: ...
-
-
-def load_fid(device: torch.device, *, pictures: int) -> Fid:
+def load_fid(device: torch.device, *, pictures: int) -> Measure:
     """Features of Inception v3 as the original has them (torch-fidelity). Raises EnvironmentLacksError, also where
     there are too few pictures for the figure to mean something."""
+    import torch
+
     if pictures < LEAST_PICTURES:
         raise EnvironmentLacksError(
             f"FID of {pictures} pictures means nothing", hint=f"draw {LEAST_PICTURES} or more with --samples"
@@ -37,11 +41,22 @@ def load_fid(device: torch.device, *, pictures: int) -> Fid:
     distance = metric.FrechetInceptionDistance(feature=LEAST_PICTURES).to(device)
 
     @torch.no_grad()
-    def fid(pairs: Iterable[tuple[Sequence[Image], Sequence[Image]]]) -> float:
+    def fid(batches: Iterable[Measured]) -> list[float]:
         distance.reset()
-        for reference, other in pairs:
-            distance.update(rgb_batch(reference).to(device), real=True)
-            distance.update(rgb_batch(other).to(device), real=False)
-        return max(0.0, float(distance.compute()))  # rounding may leave a little less than 0
+        for batch in batches:
+            distance.update(rgb_batch(batch.reference).to(device), real=True)
+            distance.update(rgb_batch(batch.images).to(device), real=False)
+        return [max(0.0, float(distance.compute()))]  # rounding may leave a little less than 0
 
     return fid
+
+
+METRIC = Metric(
+    key="fid",
+    title="FID",
+    kind="all images",
+    better="lower",
+    load=lambda device, images: load_fid(device, pictures=images),
+    place=5,
+    digits=2,
+)
