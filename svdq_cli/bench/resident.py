@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import gc
-import sys
 import threading
 from collections.abc import Callable
 
 import psutil
 
+from svdq_cli.system.allocator import return_freed_memory
+
 EVERY = 0.002  # seconds between two looks
-LARGE = 2**20  # bytes
-_M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 
 def resident_bytes() -> int:
     """In memory now, after everything that nobody holds was given back."""
     gc.collect()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)
+    return_freed_memory()
     return psutil.Process().memory_info().rss
 
 
 def peak_resident_bytes(call: Callable[[], object]) -> int:
-    """The most that was in memory while `call` ran, as looked at every two milliseconds. From here on the C library
-    gives large tensors back to the system when they are freed: what it would keep for later depends on what ran before,
-    and no GPU's allocator counts it either."""
-    _give_back_what_is_freed()
+    """The most that was in memory while `call` ran, as looked at every two milliseconds. It counts what the C library
+    keeps of freed tensors (see `system.allocator.free_tensors_at_once`)."""
     process, done = psutil.Process(), threading.Event()
     most = process.memory_info().rss
 
@@ -45,9 +39,3 @@ def peak_resident_bytes(call: Callable[[], object]) -> int:
         done.set()
         watcher.join()
     return most
-
-
-def _give_back_what_is_freed() -> None:
-    if sys.platform == "linux":
-        with contextlib.suppress(AttributeError):  # another C library
-            ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, LARGE)

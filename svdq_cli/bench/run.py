@@ -172,7 +172,12 @@ def with_steps(
             raise EnvironmentLacksError(
                 f"a step on a CPU needs svdq's engine: {lack.message}", hint=lack.hint, kind=lack.kind
             )
-        how = StepSettings(FLUX1_DEV_BLOCKS, device, seconds=settings.seconds_per_row, on_engine=True)
+        how = StepSettings(
+            *(FLUX1_DEV_BLOCKS, device),
+            seconds=settings.seconds_per_row,
+            on_engine=True,
+            own_processes=True,
+        )
     elif lack := lack_of_kernels(device):
         raise EnvironmentLacksError(
             f"a whole step needs the CUDA kernels: {lack}", hint="leave out --step, or see svdq doctor"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import math
+import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,6 +23,7 @@ from svdq_cli.records import Int4, Linear, NvFp4, Precision, W4A4Plan, W4A4Solut
 from svdq_cli.runtime.cpu_fused import CpuW4A4Linear, FeedForwardBesideAttention, cpu_linear
 from svdq_cli.runtime.fused import fused_linear
 from svdq_cli.runtime.kernel_linear import fused_feed_forward
+from svdq_cli.system.allocator import free_tensors_at_once
 
 DTYPE = torch.bfloat16
 HEAD_GROUPS = 3  # of a converted single block, whose q, k and v are in memory at a time
@@ -36,6 +39,7 @@ class StepSettings:
     seconds: float = 1.0
     compiled: bool = False  # also under torch.compile, which takes minutes to build
     on_engine: bool = False  # on a CPU: our engine, not the twins of the kernels
+    own_processes: bool = False  # so that memory is the model's alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,25 +65,51 @@ def arithmetics(precisions: Sequence[Precision], device: torch.device) -> tuple[
 
 
 def step_rows(settings: StepSettings, models: Sequence[Arithmetic]) -> Iterator[StepRow]:
-    """The 16-bit model comes first: ratios refer to its eager step. One model is in memory at a time."""
+    """The 16-bit model comes first: ratios refer to its eager step. One model is in memory at a time; with
+    `own_processes` each has a process of its own."""
     baseline: StepRow | None = None
-    if settings.device.type == "cpu":
-        _load_libraries(settings, models)
     for arithmetic in models:
-        before = resident_bytes()
-        model = step_model(settings, arithmetic)
-        for row in _rows(model, arithmetic.name, settings, baseline, before):
+        rows = _rows_apart if settings.own_processes else _rows_of
+        for row in rows(settings, arithmetic):
             baseline = baseline or row
-            yield row
-        del model
-        _forget()
+            yield _beside(row, baseline)
+
+
+def _rows_apart(settings: StepSettings, arithmetic: Arithmetic) -> list[StepRow]:
+    """In a process that has done nothing else and gives back what is freed: what the C library kept of other work is
+    no model's memory."""
+    process = multiprocessing.get_context("spawn")
+    threads = torch.get_num_threads()
+    with ProcessPoolExecutor(1, mp_context=process, initializer=_begin, initargs=(threads,)) as alone:
+        return alone.submit(_rows_of, settings, arithmetic).result()
+
+
+def _begin(threads: int) -> None:
+    free_tensors_at_once()
+    torch.set_num_threads(threads)
+
+
+def _rows_of(settings: StepSettings, arithmetic: Arithmetic) -> list[StepRow]:
+    if settings.device.type == "cpu":
+        _load_libraries(settings, arithmetic)
+    before = resident_bytes()
+    model = step_model(settings, arithmetic)
+    rows = list(_rows(model, arithmetic.name, settings, before))
+    del model
+    _forget()
+    return rows
+
+
+def _beside(row: StepRow, baseline: StepRow) -> StepRow:
+    memory = baseline.peak_bytes / row.peak_bytes if baseline.peak_bytes and row.peak_bytes else None
+    return replace(
+        row, ratio=baseline.us.median / row.us.median, memory_ratio=None if row is baseline else memory
+    )
 
 
 @torch.no_grad()
-def _rows(
-    model: nn.Module, name: str, settings: StepSettings, baseline: StepRow | None, before: int
-) -> Iterator[StepRow]:
-    """`before`: bytes that were in memory without the model."""
+def _rows(model: nn.Module, name: str, settings: StepSettings, before: int) -> Iterator[StepRow]:
+    """`before`: bytes that were in memory without the model. Ratios are not known yet."""
     inputs = _inputs(settings)
     for mode, call in _ways(model, inputs, settings):
         peak = _peak_bytes(call, settings.device, before)
@@ -90,9 +120,9 @@ def _rows(
             mode=mode,
             rank=None if name == "bfloat16" else settings.rank,
             us=us,
-            ratio=baseline.us.median / us.median if baseline else 1.0,
+            ratio=1.0,
             peak_bytes=peak,
-            memory_ratio=baseline.peak_bytes / peak if baseline and baseline.peak_bytes and peak else None,
+            memory_ratio=None,
         )
 
 
@@ -131,14 +161,13 @@ def _peak_bytes(call: Callable[[], object], device: torch.device, before: int) -
 
 
 @torch.no_grad()
-def _load_libraries(settings: StepSettings, models: Sequence[Arithmetic]) -> None:
+def _load_libraries(settings: StepSettings, arithmetic: Arithmetic) -> None:
     """What a first step takes for itself, such as torch's matrix library, is no model's memory."""
     small = replace(
         settings.shape, width=384, heads=3, inner=512, double=1, single=1, image_tokens=64, text_tokens=16
     )
-    for arithmetic in models:
-        how = replace(settings, shape=small)
-        step_model(how, arithmetic)(*_inputs(how))
+    how = replace(settings, shape=small)
+    step_model(how, arithmetic)(*_inputs(how))
 
 
 def _forget() -> None:

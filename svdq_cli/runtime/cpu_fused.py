@@ -80,9 +80,9 @@ class CpuW4A4Linear(KernelW4A4Linear):
         super().set_branch(branch)
         self.own_bias = branch.bias
 
-    def forward(self, x: Tensor) -> Tensor:
+    def quantize(self, x: Tensor) -> Quantized:
         _refuse_gradients(x)
-        return super().forward(x)
+        return super().quantize(x)
 
     def multiply(self, quantized: Quantized, m: int) -> Tensor:
         return self._multiply(quantized, m, float32=False)
@@ -127,6 +127,7 @@ class CpuW4A4Linear(KernelW4A4Linear):
     ) -> Quantized:
         assert isinstance(after, CpuW4A4Linear)
         if before is not None:
+            _refuse_gradients(before)
             before = after.quantizer.rows(before)
         return torch.ops.svdq.cpu_w4a4_gelu_quantize(
             *(*quantized, *self._product),

@@ -415,3 +415,20 @@ def test_gradients_are_refused_in_words():
             cpu_linear(solution)(x)
         with torch.no_grad():
             cpu_linear(solution)(x)
+
+
+def test_a_fused_feed_forward_refuses_gradients_as_its_layers_do():
+    one, two = cpu_linear(random_w4a4(Int4(), n=320, k=192)), cpu_linear(random_w4a4(Int4(), n=72, k=448))
+    assert isinstance(one, CpuW4A4Linear)
+    assert isinstance(two, CpuW4A4Linear)
+    beside = FeedForwardBesideAttention(one, two)
+    alone = fused_feed_forward(one, cpu_linear(random_w4a4(Int4(), n=192, k=320)))
+    assert alone is not None
+    for fused, width in ((alone, 192), (beside, 128 + 192)):
+        x = activations(3, width).requires_grad_()
+        with pytest.raises(UsageError, match="a converted layer computes no gradients"):
+            fused(x)
+        with torch.no_grad():
+            fused(x)
+    with pytest.raises(UsageError, match="a converted layer computes no gradients"):
+        beside.joined(activations(3, 128).requires_grad_(), one.quantize(activations(3, 192)))
