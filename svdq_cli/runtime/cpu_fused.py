@@ -11,7 +11,7 @@ from svdq_cli.cpu.engine import lack_of_engine
 from svdq_cli.errors import UsageError
 from svdq_cli.pack.cpu_panels import BLOCK, STEP, pack_down, pack_up
 from svdq_cli.records import GELU_SHIFT, LayerSolution, W4A4Solution, W4A16Solution
-from svdq_cli.runtime import cpu_operators  # noqa: F401  defines torch.ops.svdq.cpu_*
+from svdq_cli.runtime import ops  # noqa: F401  defines torch.ops.svdq.cpu_*
 from svdq_cli.runtime.cpu_operands import (
     CpuOperands,
     CpuW4A16Operands,

@@ -2,6 +2,7 @@
 
 Importing the package defines `torch.ops.svdq.*`: on a GPU an operator launches the kernel, on a CPU it runs the
 reference.
+`cpu_*` are the CPU engine's, with operands of its own.
 What launches is a parameter: a GPU (`gpu.launch`), or in the tests a CPU that runs the kernels' own source.
 """
 

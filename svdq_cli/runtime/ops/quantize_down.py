@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from svdq_cli.cpu import engine
 from svdq_cli.gpu import variants
 from svdq_cli.gpu.compile import Variant
 from svdq_cli.gpu.launcher import Launcher, aligned, new_quantized, padded_rows, splits_of
@@ -17,7 +18,8 @@ from svdq_cli.pack.padding import pad
 from svdq_cli.records import NvFp4, Precision
 from svdq_cli.runtime.ops import reduce_hidden
 from svdq_cli.runtime.ops.arithmetic import hidden_rows, quantize_rows
-from svdq_cli.runtime.ops.define import define
+from svdq_cli.runtime.ops.define import define, define_cpu
+from svdq_cli.runtime.ops.records import Quantized
 
 
 @functools.cache
@@ -91,4 +93,17 @@ define(
     launch=launch,
     reference=reference,
     shapes=_shapes,
+)
+
+
+def _cpu_shapes(x: Tensor, smooth: Tensor, down: Tensor, *, precision: Precision, **_: Any) -> Quantized:
+    m, k = x.shape
+    return engine.new_quantized(m, k, down.shape[1], smooth.dtype, precision)
+
+
+define_cpu(
+    "quantize_down",
+    "Tensor x, Tensor smooth, Tensor down, *, str precision, int? unsigned_from=None, float shift=0.0",
+    "(Tensor, Tensor, Tensor)",
+    shapes=_cpu_shapes,
 )

@@ -13,7 +13,7 @@ from svdq_cli.gpu.compile import Variant
 from svdq_cli.gpu.launcher import Launcher, aligned
 from svdq_cli.gpu.variants import variant_of
 from svdq_cli.pack.kernel_tiles import STEP, unpack_w4a16_weight
-from svdq_cli.runtime.ops.define import define
+from svdq_cli.runtime.ops.define import define, define_cpu
 
 
 @functools.cache
@@ -50,11 +50,17 @@ def reference(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, *,
     return y[:, :n].to(x.dtype)
 
 
+def _shapes(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, *, n: int) -> Tensor:
+    return x.new_empty(x.shape[0], n)
+
+
+_PARAMETERS = "Tensor x, Tensor weight, Tensor scales, Tensor? bias, *, SymInt n"
 define(
     "w4a16_linear",
-    "Tensor x, Tensor weight, Tensor scales, Tensor? bias, *, SymInt n",
+    _PARAMETERS,
     "Tensor",
     launch=launch,
     reference=reference,
-    shapes=lambda x, weight, scales, bias, *, n: x.new_empty(x.shape[0], n),
+    shapes=_shapes,
 )
+define_cpu("w4a16_linear", _PARAMETERS, "Tensor", shapes=_shapes)

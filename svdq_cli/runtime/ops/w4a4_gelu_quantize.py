@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from svdq_cli.cpu import engine
 from svdq_cli.gpu import variants
 from svdq_cli.gpu.architectures import Architecture
 from svdq_cli.gpu.compile import Variant
@@ -18,7 +19,7 @@ from svdq_cli.pack.kernel_tiles import pack_hidden_fragments
 from svdq_cli.records import Precision
 from svdq_cli.runtime.ops import reduce_hidden, w4a4_gemm
 from svdq_cli.runtime.ops.arithmetic import hidden_rows, quantize_rows
-from svdq_cli.runtime.ops.define import define
+from svdq_cli.runtime.ops.define import define, define_cpu
 from svdq_cli.runtime.ops.records import LAYER, InputOperands, Product, Quantized, layer_records, sizes_of
 
 
@@ -121,4 +122,18 @@ define(
     reference=reference,
     shapes=_shapes,
     gather=lambda tensors: (*layer_records(tensors), InputOperands(*tensors[8:])),
+)
+
+
+def _cpu_shapes(*tensors: Any, m: int, precision: Precision, **_: Any) -> Quantized:
+    up, smooth, down = tensors[5], tensors[8], tensors[9]
+    return engine.new_quantized(m, smooth.shape[0], down.shape[1], up.dtype, precision)
+
+
+define_cpu(
+    "w4a4_gelu_quantize",
+    f"{LAYER}, Tensor next_smooth, Tensor next_down, Tensor? before=None, *, SymInt m, SymInt k, str precision, "
+    "int? next_unsigned_from=None, float shift=0.0",
+    "(Tensor, Tensor, Tensor)",
+    shapes=_cpu_shapes,
 )

@@ -17,7 +17,7 @@ from svdq_cli.gpu.variants import gemm_constants, variant_of
 from svdq_cli.pack.kernel_tiles import unpack_hidden_fragments, unpack_up_fragments
 from svdq_cli.records import Precision
 from svdq_cli.runtime.ops.arithmetic import four_bit_product
-from svdq_cli.runtime.ops.define import define
+from svdq_cli.runtime.ops.define import define, define_cpu
 from svdq_cli.runtime.ops.records import LAYER, Product, Quantized, layer_records, sizes_of
 
 
@@ -87,4 +87,17 @@ define(
     reference=reference,
     shapes=_shapes,
     gather=layer_records,
+)
+
+
+def _cpu_shapes(*tensors: Any, m: int, n: int, float32: bool = False, **_: Any) -> Tensor:
+    up = tensors[5]
+    return up.new_empty(m, n, dtype=torch.float32 if float32 else up.dtype)
+
+
+define_cpu(
+    "w4a4_gemm",
+    f"{LAYER}, *, SymInt m, SymInt n, SymInt k, str precision, bool float32=False",
+    "Tensor",
+    shapes=_cpu_shapes,
 )
