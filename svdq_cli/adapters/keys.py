@@ -142,7 +142,8 @@ class AdapterModule:
         return any(".lora_A" in key or self.algorithm in ("LoHa", "LoKr") for key in factors)
 
     def read(self, role: str) -> Tensor:
-        """A tensor as it is stored; 8-bit floats, which torch computes little with, as float32."""
+        """A tensor as it is stored; 8-bit floats, which torch computes little with, as float32. Of the shape that it
+        has in the file: factors are (R, K) and (N, R), whole matrices (N, K)."""
         found = self.keys[role].read()
         return found.float() if found.is_floating_point() and found.itemsize == 1 else found
 

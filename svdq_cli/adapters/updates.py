@@ -170,7 +170,8 @@ def kronecker_update(
 
 
 def as_factors(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """A whole matrix as (a, b) with a @ b = matrix and as few ranks as its shape needs."""
+    """A whole matrix as (a, b) with a @ b = matrix and as few ranks as its shape needs. `matrix` is (N, K), a (N, R)
+    and b (R, K)."""
     rows, columns = matrix.shape
     if rows < columns:
         return torch.eye(rows, dtype=matrix.dtype), matrix

@@ -36,6 +36,7 @@ class TinyGemm(nn.Module):
         self.register_buffer("scales_and_zeros", scales_and_zeros)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(M, K) -> (M, N)."""
         return self.multiply(x, self.get_buffer("packed"), GROUP, self.get_buffer("scales_and_zeros"))
 
 
@@ -85,6 +86,7 @@ class ScaledMm(nn.Module):
         self.register_buffer("scales", scales)
 
     def forward(self, x: Tensor, x_scales: Tensor) -> Tensor:
+        """(M, K) float8 and its scales (M, 1) -> (M, N)."""
         return torch._scaled_mm(
             x,
             self.get_buffer("weight").t(),
@@ -96,7 +98,7 @@ class ScaledMm(nn.Module):
 
 
 def scaled_mm_fp8(weight: Tensor) -> Operation:
-    """The product alone: activations are converted outside the measured time."""
+    """The product alone: activations are converted outside the measured time. `weight` is (N, K)."""
 
     def rows_to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
         scales = x.float().abs().amax(-1, keepdim=True).clamp(min=1e-12) / E4M3_MAX
@@ -129,11 +131,13 @@ class Int8Mm(nn.Module):
         self.register_buffer("weight", weight)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(M, K) int8 -> (M, N) int32."""
         return torch._int_mm(x, self.get_buffer("weight").t())
 
 
 def int8_mm(weight: Tensor) -> Operation:
-    """The product alone: activations are converted outside the measured time, results are left as integers."""
+    """The product alone: activations are converted outside the measured time, results are left as integers. `weight`
+    is (N, K)."""
 
     def to_int8(x: Tensor) -> tuple[Tensor, ...]:
         return ((x.float() * (127 / x.float().abs().amax(-1, keepdim=True))).round().to(torch.int8),)
@@ -153,7 +157,7 @@ def int8_mm(weight: Tensor) -> Operation:
 
 
 def nf4(weight: Tensor) -> Operation:
-    """The paper's baseline: bitsandbytes' NF4 weights with bfloat16 activations."""
+    """The paper's baseline: bitsandbytes' NF4 weights with bfloat16 activations. `weight` is (N, K)."""
     import bitsandbytes  # type: ignore[import-not-found]
     from bitsandbytes.functional import dequantize_4bit  # type: ignore[import-not-found]
 

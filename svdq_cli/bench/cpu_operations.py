@@ -53,6 +53,7 @@ class UnfusedBranch(nn.Module):
         self.register_buffer("up", solution.up)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(M, K) -> (M, N)."""
         return self.bare(x) + F.linear(F.linear(x, self.get_buffer("down")), self.get_buffer("up"))
 
 
@@ -64,6 +65,7 @@ class Quantize(nn.Module):
         self.layer = layer
 
     def forward(self, x: Tensor) -> Quantized:
+        """`x` is (M, K)."""
         return self.layer.quantize(x)
 
 

@@ -151,6 +151,7 @@ class GgmlProduct(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> Tensor:
+        """(M, K) -> (M, N)."""
         lib, m = self.lib, x.shape[0]
         y = x.new_empty(m, self.n)
         context = lib.context()

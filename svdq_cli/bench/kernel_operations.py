@@ -41,6 +41,7 @@ class Product(nn.Module):
         self.layer, self.m = layer, m
 
     def forward(self, *quantized: Tensor) -> Tensor:
+        """A quantized input of M rows -> (M, N)."""
         codes, scales, hidden = quantized
         return self.layer.multiply((codes, scales, hidden), self.m)
 
@@ -55,6 +56,7 @@ class UnfusedBranch(nn.Module):
         self.register_buffer("up", solution.up)
 
     def forward(self, x: Tensor, *quantized: Tensor) -> Tensor:
+        """(M, K) -> (M, N)."""
         down, up = self.get_buffer("down"), self.get_buffer("up")
         return self.product(*quantized) + F.linear(F.linear(x, down), up)
 
@@ -67,6 +69,7 @@ class Quantize(nn.Module):
         self.layer = layer
 
     def forward(self, x: Tensor) -> Quantized:
+        """`x` is (M, K)."""
         return self.layer.quantize(x)
 
 

@@ -18,10 +18,12 @@ NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "f
 
 
 def just_x(x: Tensor) -> tuple[Tensor, ...]:
+    """An input (M, K) as the arguments of an operation that takes nothing else."""
     return (x,)
 
 
 def just_result(result: Tensor) -> Tensor:
+    """A result (M, N) as it is."""
     return result
 
 
@@ -131,7 +133,8 @@ def w4a4_float64(x: Tensor, solution: W4A4Solution) -> Tensor:
 
 
 def w4a16_float64(x: Tensor, solution: W4A16Solution) -> Tensor:
-    """The layer's contract value in float64: y = x . (codes * scales + zeros)^T + bias, no weight rounded."""
+    """The layer's contract value in float64: y = x . (codes * scales + zeros)^T + bias, no weight rounded. `x` is (M,
+    K), y (M, N)."""
     groups = solution.codes.double().unflatten(-1, (-1, solution.plan.group))
     weight = groups * solution.scales.double().unsqueeze(-1) + solution.zeros.double().unsqueeze(-1)
     y = x.double() @ weight.flatten(-2).T

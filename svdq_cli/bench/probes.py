@@ -50,7 +50,7 @@ def _exactness(gpu: CudaDevice, coding: tuple[str, str], pattern: str, columns: 
 
 
 def codes_like(pattern: str, rows: int, columns: int, *, seed: int) -> Tensor:
-    """Integer codes, signed in [-8, 7] or unsigned in [0, 15]."""
+    """Integer codes, signed in [-8, 7] or unsigned in [0, 15]. (rows, columns)."""
     draw = torch.Generator().manual_seed(seed)
     match pattern:
         case "random":
@@ -67,7 +67,8 @@ def codes_like(pattern: str, rows: int, columns: int, *, seed: int) -> Tensor:
 
 
 def e4m3_codes(codes: Tensor, coding: str) -> Tensor:
-    """Codes as e4m3 bytes: as these numbers (exact up to 16), or as sign and magnitude: the number times 2^-9."""
+    """Codes as e4m3 bytes: as these numbers (exact up to 16), or as sign and magnitude: the number times 2^-9. Of any
+    shape, which stays."""
     if coding == "normal":
         return codes.float().to(torch.float8_e4m3fn).view(torch.uint8)
     return (codes.abs() + 128 * (codes < 0)).to(torch.uint8)

@@ -236,6 +236,7 @@ class OnEngine(nn.Module):
         )
 
     def forward(self, read: Callable[[], Tensor], attend: Attend) -> Tensor:
+        """(M, K) tokens of the stream -> (M, K)."""
         x = read()
         m, quantized = x.shape[0], self.rest.first.quantize(x)
         del x

@@ -104,6 +104,7 @@ class DoubleBlock(nn.Module):
     def forward(
         self, image: Tensor, text: Tensor, condition: Tensor, angles: Tensor
     ) -> tuple[Tensor, Tensor]:
+        """Image tokens (M, K) and text tokens (T, K) -> the same shapes."""
         streams = ((self.text, text), (self.image, image))
         parts = [stream.modulation(F.silu(condition)).chunk(6, dim=-1) for stream, _ in streams]
         qkv = image.new_empty(text.shape[0] + image.shape[0], 3 * image.shape[1])
@@ -135,6 +136,7 @@ class SingleBlock(nn.Module):
         self.layers = single(shape.width, shape.inner)
 
     def forward(self, x: Tensor, condition: Tensor, angles: Tensor) -> Tensor:
+        """Tokens (M, K) -> (M, K)."""
         scale, offset, gate = self.modulation(F.silu(condition)).chunk(3, dim=-1)
         found = self.layers(
             lambda: modulated(x, scale, offset), lambda qkv: attention(qkv, angles, self.head_size)
@@ -152,6 +154,7 @@ class Published(nn.Module):
         self.second = linear(width + inner, width, "w4a4")
 
     def forward(self, read: Callable[[], Tensor], attend: Attend) -> Tensor:
+        """(M, K) tokens of the stream -> (M, K)."""
         qkv, inner = self.first(read()).split(self.sizes, dim=-1)
         mixed = attend(qkv)
         del qkv  # which holds the whole of the first layer's result
@@ -162,6 +165,7 @@ class Published(nn.Module):
 
 
 def modulated(x: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+    """LayerNorm of `x` (..., K), times 1 + `scale`, plus `offset`, both (K,) or (..., K)."""
     return F.layer_norm(x, x.shape[-1:]) * (1 + scale) + offset
 
 
@@ -176,7 +180,8 @@ def attention(qkv: Tensor, angles: Tensor, head_size: int) -> Tensor:
 
 def attention_by_rows(qkv: Tensor, angles: Tensor, head_size: int) -> Tensor:
     """The same, a head and some rows at a time, over q. On a CPU torch's fused attention takes 2.4 times as long as its
-    matrix products do (seen with torch 2.13, AVX512-BF16), and would hide what is measured here."""
+    matrix products do (seen with torch 2.13, AVX512-BF16), and would hide what is measured here. `qkv` holds q, k and
+    v of all heads, (M, 3 heads head_size); returns (M, heads head_size)."""
     parts = qkv.unflatten(-1, (3, -1, head_size))
     for head in range(parts.shape[2]):
         q, k, v = parts[:, :, head].unbind(1)

@@ -61,7 +61,7 @@ def join_layers(module: StoredModule, solutions: Mapping[str, LayerSolution]) ->
 
 
 def kept_tensor(tensor: KeptTensor, parts: list[Tensor]) -> Tensor:
-    """The stored tensor of the model's."""
+    """The stored tensor of the model's. Of the shape in the file, any shape."""
     joined = parts[0] if len(parts) == 1 else torch.cat(parts)
     sources = row_sources(tensor.order, len(joined))
     ordered = joined if sources is None else joined[torch.tensor(sources)]
@@ -69,7 +69,8 @@ def kept_tensor(tensor: KeptTensor, parts: list[Tensor]) -> Tensor:
 
 
 def source_tensor(tensor: KeptTensor, stored: Tensor, shapes: list[tuple[int, ...]], index: int) -> Tensor:
-    """The model's tensor at `index` of a stored one; `shapes` are those of all. The inverse of `kept_tensor`."""
+    """The model's tensor at `index` of a stored one; `shapes` are those of all. The inverse of `kept_tensor`. Any
+    shape."""
     if tensor.channels_last:
         stored = stored.movedim(-1, 1)
     sources = row_sources(tensor.order, len(stored))
@@ -89,8 +90,8 @@ def take_layer(
 ) -> LayerSolution:
     """A layer's solution from the modules that hold it, in the order of its columns.
 
-    `moved`: what the header says of its bias. InputError where the stored numbers are none of this layer's.
-    """
+    `moved`: what the header says of its bias. InputError where the stored numbers are none of this layer's. `moved`
+    is (N,)."""
     found = [_part(layer, module, stored, moved) for module, stored in parts]
     match layer:
         case W4A4Plan():

@@ -78,7 +78,7 @@ def _moved_rows(module: StoredModule) -> Tensor | None:
 
 
 def stored_bias(module: StoredModule, parts: list[_Solution], offset: Tensor | None) -> Tensor | None:
-    """The biases under one another, moved by the offset: added in float64, rounded once."""
+    """The biases under one another, moved by the offset: added in float64, rounded once. (sum of N,)."""
     if not module.plan.linear.bias:
         return None
     dtype = parts[0].scales.dtype if isinstance(parts[0], W4A16Solution) else parts[0].smooth.dtype
@@ -100,7 +100,7 @@ def source_bias(
     offset: Tensor | None,
     moved: Tensor | None,
 ) -> Tensor | None:
-    """The layer's own bias out of the stored one. InputError where the file contradicts itself."""
+    """The layer's own bias out of the stored one. InputError where the file contradicts itself. (N,)."""
     wanted = layer.linear.bias and module.carries_bias
     bias = stored.bias
     if bias is None:

@@ -26,9 +26,14 @@ class HasBranch(Protocol):
     """A `Branch`, or a solution that has one."""
 
     @property
-    def down(self) -> Tensor: ...
+    def down(self) -> Tensor:
+        """(R, K) in the layer's own order."""
+        ...
+
     @property
-    def up(self) -> Tensor: ...
+    def up(self) -> Tensor:
+        """(N, R) in the layer's own order."""
+        ...
 
 
 def join_branches(module: StoredModule, branches: Mapping[str, Branch]) -> Branch:
@@ -105,7 +110,7 @@ def width_of(layer: LayerPlan, module: StoredModule) -> int:
 
 
 def stored_rows(module: StoredModule) -> Tensor | None:
-    """Which stacked row each stored row is; None where none moves."""
+    """Which stacked row each stored row is; None where none moves. (sum of N,) integers."""
     rows = module.plan.linear.out_features
     # what pads the layer as a whole is no part of its interleaved blocks, and stays behind them
     true_rows = sum(layer.linear.out_features for layer in module.layers)
@@ -115,7 +120,7 @@ def stored_rows(module: StoredModule) -> Tensor | None:
 
 
 def inverse(indices: Tensor) -> Tensor:
-    """The permutation that undoes another."""
+    """The permutation that undoes another. Both are (N,) integers."""
     return torch.argsort(indices)
 
 

@@ -139,7 +139,7 @@ class Checkpoint:
         return tuple(name for tensor in self.file.kept.values() for name in tensor.sources)
 
     def kept_tensor(self, name: str) -> Tensor:
-        """One of the model's 16-bit tensors."""
+        """One of the model's 16-bit tensors. Of any shape, the model's own."""
         for stored, tensor in self.file.kept.items():
             if name in tensor.sources:
                 shapes = [self.state[source] for source in tensor.sources]

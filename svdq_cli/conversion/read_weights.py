@@ -111,7 +111,7 @@ def _filled(weight: Tensor, name: str, entry: TensorEntry) -> Tensor:
 
 
 def finite_tensor(source: Source, name: str) -> torch.Tensor:
-    """A tensor of the source. InputError where it holds NaN or infinity."""
+    """A tensor of the source. InputError where it holds NaN or infinity. Of any shape, the model's own."""
     return require_finite(read_tensor(source, name), name, source.tensors[name])
 
 
@@ -146,7 +146,7 @@ def _largest(entry: TensorEntry) -> float:
 
 
 def require_finite(tensor: torch.Tensor, name: str, entry: TensorEntry) -> torch.Tensor:
-    """`tensor`, read from `entry`. InputError where it holds NaN or infinity."""
+    """`tensor`, read from `entry`. InputError where it holds NaN or infinity. Of any shape."""
     if not is_finite(tensor):
         stored = f" (stored as {entry.origin})" if entry.origin != name else ""
         raise InputError(

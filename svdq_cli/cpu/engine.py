@@ -228,7 +228,7 @@ def lack_of_engine() -> EnvironmentLacksError | None:
 
 @functools.cache
 def gelu_table(dtype: torch.dtype) -> Tensor:
-    """torch's GELU by tanh of all 65,536 numbers of a 16-bit dtype, in the order of their bits."""
+    """torch's GELU by tanh of all 65,536 numbers of a 16-bit dtype, in the order of their bits. (65536,)."""
     every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
     return F.gelu(every, approximate="tanh")
 

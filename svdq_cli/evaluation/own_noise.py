@@ -49,7 +49,8 @@ def nudged_start(pipe: DiffusionPipeline) -> Iterator[None]:
 
 
 def nudged(latents: Tensor) -> Tensor:
-    """Every number moved to the next larger one of its type; of 16-bit types only some of them."""
+    """Every number moved to the next larger one of its type; of 16-bit types only some of them. Of any shape, which
+    stays."""
     larger = torch.nextafter(latents, torch.full_like(latents, float("inf")))
     if latents.dtype.itemsize > 2:
         return larger

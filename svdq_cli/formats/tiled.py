@@ -95,7 +95,7 @@ def encode(solution: LayerSolution) -> dict[str, Tensor]:
 
 
 def decode(layer: LayerPlan, tensors: Mapping[str, Tensor], outer: Tensor | None) -> LayerSolution:
-    """The inverse of `encode`, for tensors whose names and shapes are known to be right."""
+    """The inverse of `encode`, for tensors whose names and shapes are known to be right. `outer` is (1,) or (N,)."""
     match layer:
         case W4A4Plan():
             return _decode_w4a4(layer, tensors, outer)

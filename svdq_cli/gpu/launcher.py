@@ -41,7 +41,8 @@ def padded_rows(m: int) -> int:
 def new_quantized(
     like: Tensor, mp: int, k: int, rank: int, precision: Precision
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Empty codes, scales and hidden of a quantized activation, on the device and in the 16-bit dtype of `like`."""
+    """Empty codes, scales and hidden of a quantized activation, on the device and in the 16-bit dtype of `like`.
+    Packed from (MP, K) codes, their scales of each row and group, and (MP, R)."""
     scale_dtype = torch.int32 if isinstance(precision, NvFp4) else like.dtype
     return (
         like.new_empty(k // STEP, mp // 16, 32, 4, dtype=torch.int32),
@@ -51,7 +52,7 @@ def new_quantized(
 
 
 def aligned(x: Tensor) -> Tensor:
-    """Kernels read the input 16 bytes at a time; a view may begin anywhere."""
+    """Kernels read the input 16 bytes at a time; a view may begin anywhere. Of any shape, which stays."""
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 

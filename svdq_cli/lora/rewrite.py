@@ -77,7 +77,7 @@ def write_changed(
 def changed_tensors(
     checkpoint: Checkpoint, target: Target, edits: Edits, joined: JoinedBranches
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every stored tensor that is not the old one, by stored name."""
+    """Every stored tensor that is not the old one, by stored name. Of any shape, as stored."""
     before = {module.name: module for module in checkpoint.file.modules}
     for module in target.file.modules:
         yield from _changed_in_module(checkpoint, before[module.name], module, edits, joined)
@@ -95,7 +95,8 @@ def is_changed_tensor(name: str, edits: Edits) -> bool:
 
 
 def new_tensor(checkpoint: Checkpoint, name: str, edits: Edits) -> Tensor:
-    """One of the model's tensors as the new file keeps it, before it is rounded to 16 bits."""
+    """One of the model's tensors as the new file keeps it, before it is rounded to 16 bits. Of any shape, the model's
+    own."""
     before = _sixteen_bit(checkpoint, name, edits).float()
     added = torch.zeros(before.shape)
     for part in edits.weights.get(name, ()):

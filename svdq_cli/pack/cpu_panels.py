@@ -25,7 +25,7 @@ def pack_codes(nibbles: Tensor) -> Tensor:
 
 
 def unpack_codes(stored: Tensor) -> Tensor:
-    """The inverse of `pack_codes`."""
+    """The inverse of `pack_codes`. (N/16, K/8, 16, 4) -> (N, K)."""
     panels, lines = stored.shape[:2]
     n, k = panels * PANEL, lines * 8
     return _codes(n, k).undo(torch.stack((stored & 15, stored >> 4), -2)).reshape(n, k)
@@ -38,7 +38,7 @@ def pack_scales(scales: Tensor) -> Tensor:
 
 
 def unpack_scales(stored: Tensor) -> Tensor:
-    """The inverse of `pack_scales`."""
+    """The inverse of `pack_scales`. (N/16, G, 16) -> (N, G)."""
     return stored.transpose(1, 2).reshape(-1, stored.shape[1])
 
 

@@ -79,7 +79,7 @@ def pack_column_scales(scales: Tensor) -> Tensor:
 
 
 def unpack_column_scales(stored: Tensor) -> Tensor:
-    """The inverse of `pack_column_scales`."""
+    """The inverse of `pack_column_scales`. (K/64, N) -> (N, K/64)."""
     steps, rows = stored.shape
     return _column_scales(rows, steps).undo(stored).reshape(rows, steps)
 
@@ -93,7 +93,7 @@ def pack_column_micro_scales(scales: Tensor) -> Tensor:
 
 
 def unpack_column_micro_scales(stored: Tensor) -> Tensor:
-    """The inverse of `pack_column_micro_scales`."""
+    """The inverse of `pack_column_micro_scales`. (K/64, N) int32 -> (N, K/16) float8_e4m3fn."""
     steps, rows = stored.shape
     found = _column_micro_scales(rows, 4 * steps).undo(_bytes(stored)).reshape(rows, 4 * steps)
     return found.view(torch.float8_e4m3fn)
@@ -107,7 +107,7 @@ def pack_row_scales(scales: Tensor) -> Tensor:
 
 
 def unpack_row_scales(stored: Tensor) -> Tensor:
-    """The inverse of `pack_row_scales`."""
+    """The inverse of `pack_row_scales`. (K/64, M) -> (M, K/64)."""
     steps, rows = stored.shape
     return _row_scales(rows, steps).undo(stored).reshape(rows, steps)
 
@@ -121,7 +121,7 @@ def pack_row_micro_scales(scales: Tensor) -> Tensor:
 
 
 def unpack_row_micro_scales(stored: Tensor) -> Tensor:
-    """The inverse of `pack_row_micro_scales`."""
+    """The inverse of `pack_row_micro_scales`. (K/64, M) int32 -> (M, K/16) float8_e4m3fn."""
     steps, rows = stored.shape
     found = _row_micro_scales(rows, 4 * steps).undo(_bytes(stored)).reshape(rows, 4 * steps)
     return found.view(torch.float8_e4m3fn)
@@ -156,7 +156,7 @@ def pack_down_fragments(down: Tensor) -> Tensor:
 
 
 def unpack_down_fragments(stored: Tensor) -> Tensor:
-    """The inverse of `pack_down_fragments`."""
+    """The inverse of `pack_down_fragments`. (K/64, R/8, 2, 32, 8) -> (R, K)."""
     columns, rank = stored.shape[0] * STEP, stored.shape[1] * 8
     return _down(rank, columns).undo(stored).reshape(rank, columns)
 
@@ -168,7 +168,7 @@ def pack_up_fragments(up: Tensor) -> Tensor:
 
 
 def unpack_up_fragments(stored: Tensor) -> Tensor:
-    """The inverse of `pack_up_fragments`."""
+    """The inverse of `pack_up_fragments`. (R/16, N/16, 32, 8) -> (N, R)."""
     rows, rank = stored.shape[1] * 16, stored.shape[0] * 16
     return _up(rows, rank).undo(stored).reshape(rows, rank)
 
@@ -180,7 +180,7 @@ def pack_hidden_fragments(hidden: Tensor) -> Tensor:
 
 
 def unpack_hidden_fragments(stored: Tensor) -> Tensor:
-    """The inverse of `pack_hidden_fragments`."""
+    """The inverse of `pack_hidden_fragments`. (R/16, M/16, 32, 8) -> (M, R)."""
     rows, rank = stored.shape[1] * 16, stored.shape[0] * 16
     return _hidden(rows, rank).undo(stored).reshape(rows, rank)
 

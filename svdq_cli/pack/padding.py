@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def pad(tensor: Tensor, *, multiples: Sequence[int], fill: float) -> Tensor:
-    """Grow every axis to the next multiple of its entry in `multiples`; new elements are `fill`."""
+    """Grow every axis to the next multiple of its entry in `multiples`; new elements are `fill`. Of any shape."""
     if tensor.ndim != len(multiples):
         raise ValueError(f"{len(multiples)} multiples for a tensor of the shape {tuple(tensor.shape)}")
     shape = [-(-size // multiple) * multiple for size, multiple in zip(tensor.shape, multiples, strict=True)]
@@ -24,7 +24,7 @@ def pad(tensor: Tensor, *, multiples: Sequence[int], fill: float) -> Tensor:
 
 
 def crop(tensor: Tensor, *, shape: Sequence[int]) -> Tensor:
-    """The leading `shape` of `tensor`, as a view. The inverse of `pad`."""
+    """The leading `shape` of `tensor`, as a view. The inverse of `pad`. Of any shape."""
     if tensor.ndim != len(shape) or any(
         small > large for small, large in zip(shape, tensor.shape, strict=True)
     ):

@@ -23,7 +23,7 @@ class Layout:
     order: tuple[int, ...]
 
     def apply(self, tensor: Tensor) -> Tensor:
-        """The tensor's parts in memory order, contiguous, still split."""
+        """The tensor's parts in memory order, contiguous, still split. Of any shape that `split` splits."""
         parts = tensor.reshape(self.split)
         word = self._word(tensor.element_size())
         moved = (parts.contiguous().view(word) if word else parts).permute(self.order).contiguous()
@@ -45,7 +45,7 @@ class Layout:
 
 
 def require_shape(what: str, tensor: Tensor, multiples: Sequence[int]) -> None:
-    """ValueError unless each axis of `tensor` is a positive multiple of its entry in `multiples`."""
+    """ValueError unless each axis of `tensor` is a positive multiple of its entry in `multiples`. Of any shape."""
     if tensor.ndim != len(multiples):
         raise ValueError(f"{what} needs {len(multiples)} axes, but has the shape {tuple(tensor.shape)}")
     for axis, (size, multiple) in enumerate(zip(tensor.shape, multiples, strict=True)):
@@ -56,7 +56,7 @@ def require_shape(what: str, tensor: Tensor, multiples: Sequence[int]) -> None:
 
 
 def require_width(what: str, tensor: Tensor, *, bytes_each: int) -> None:
-    """ValueError unless one element of `tensor` takes `bytes_each` bytes."""
+    """ValueError unless one element of `tensor` takes `bytes_each` bytes. Of any shape."""
     if tensor.element_size() != bytes_each:
         raise ValueError(f"{what} needs a dtype of {bytes_each} bytes, but is {tensor.dtype}")
 
@@ -84,5 +84,5 @@ def split_nibbles(packed: Tensor) -> Tensor:
 
 
 def signed_nibbles(nibbles: Tensor) -> Tensor:
-    """0..15 as two's complement of four bits, -8..7, int8."""
+    """0..15 as two's complement of four bits, -8..7, int8. Of any shape, which stays."""
     return (nibbles.view(torch.int8) ^ 8).sub_(8)

@@ -104,6 +104,7 @@ class World:
         return time * rows * columns
 
     def latents(self, argument: str, *keys: str) -> Tensor:
+        """As the model lays them out: (B, C, H, W), (B, C, F, H, W), (B, N, C) and others."""
         sizes = {
             "B": 1,
             "C": self.width(argument, *keys, *_CHANNELS),
@@ -140,10 +141,12 @@ _TEXT_WIDTHS = (
 
 
 def floats(*shape: int) -> Tensor:
+    """Random numbers of a standard normal, of any shape."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
 def longs(*shape: int) -> Tensor:
+    """Zeros of 64 bits, of any shape."""
     return torch.zeros(shape, dtype=torch.long)
 
 

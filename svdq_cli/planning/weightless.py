@@ -84,7 +84,7 @@ class Weightless(TorchDispatchMode):
         return self.numbers(*value.shape).to(value.dtype)
 
     def numbers(self, *shape: int) -> Tensor:
-        """A tensor of numbers about as large as a standard normal's, other ones every time."""
+        """A tensor of numbers about as large as a standard normal's, other ones every time. Of any shape."""
         count = math.prod(shape)
         self._offset = (self._offset + 7919) % (_POOL // 2)
         pool = self._pool[self._offset :]

@@ -75,7 +75,7 @@ def mapped(value: Any, change: Callable[[Tensor], Any]) -> Any:
 
 
 def tensors_of(value: object) -> tuple[Tensor, ...]:
-    """The tensors of what a module takes or returns, in order, whatever they come in."""
+    """The tensors of what a module takes or returns, in order, whatever they come in. Of any shape."""
     found: list[Tensor] = []
     mapped(value, found.append)
     return tuple(found)

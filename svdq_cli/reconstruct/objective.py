@@ -28,8 +28,7 @@ def trajectory_error(errors: Sequence[Outputs], signals: Sequence[float], length
 
     `errors`: what each sampled call's outputs are off by. With a the mean of |e_t|^2 and c that of <e_t, e_u> over
     pairs of different steps, that is a + (length - 1) c; both means are free of bias for a random sample. A single call
-    has no pairs and gives a.
-    """
+    has no pairs and gives a. A scalar."""
     total = errors[0][0].new_zeros(())
     count = len(errors)
     for parts, signal in zip(zip(*errors, strict=True), signals, strict=True):

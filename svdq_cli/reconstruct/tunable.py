@@ -38,6 +38,7 @@ class Tunable(nn.Module):
         self.weight = dequantize_weight(unscaled, solution.plan.precision)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., K) -> (..., N)."""
         if x.ndim == 4:  # the place of a 1x1 convolution
             return channels_first(self(channels_last(x)))
         rows = x.reshape(-1, x.shape[-1]).float()
@@ -66,7 +67,8 @@ class Tunable(nn.Module):
         return (groups + share * peak).flatten(1)
 
     def rounded(self, smooth: Tensor, down: Tensor) -> W4A4Solution:
-        """What would be stored, with the input's common `smooth` and `down` in their stored dtype."""
+        """What would be stored, with the input's common `smooth` and `down` in their stored dtype. They are (K,) and
+        (R, K)."""
         old = self.solution
         return replace(
             old,

@@ -28,6 +28,7 @@ class AdaptedLinear(nn.Module):
         return super()._apply(keep_dtypes(fn), recurse)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., K) -> (..., N)."""
         rows = x.to(self.down.dtype).float()
         added = F.linear(F.linear(rows, self.down.float()), self.up.float())
         y = self.base(x).float() + added

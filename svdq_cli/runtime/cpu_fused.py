@@ -74,6 +74,7 @@ class CpuW4A4Linear(KernelW4A4Linear):
         return unpack_cpu_branch(self.operands, self.plan, self.own_bias)
 
     def packed_branch(self, branch: RunningBranch) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Down (R, K), up (N, R) and bias (N,) as the engine reads them."""
         return pack_down(branch.down), pack_up(branch.up), cpu_bias(branch.bias, self.shifted)
 
     def set_branch(self, branch: RunningBranch) -> None:
@@ -81,13 +82,16 @@ class CpuW4A4Linear(KernelW4A4Linear):
         self.own_bias = branch.bias
 
     def quantize(self, x: Tensor) -> Quantized:
+        """Codes, scales and hidden of `x` (..., K), packed."""
         _refuse_gradients(x)
         return super().quantize(x)
 
     def multiply(self, quantized: Quantized, m: int) -> Tensor:
+        """The layer's output of `m` tokens, (M, N)."""
         return self._multiply(quantized, m, float32=False)
 
     def finished(self, quantized: Quantized, x: Tensor) -> Tensor:
+        """The result in the shape of the input `x` (..., K): (..., N)."""
         y = self._multiply(quantized, x.shape[:-1].numel(), float32=x.dtype == torch.float32)
         return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
 
@@ -125,6 +129,8 @@ class CpuW4A4Linear(KernelW4A4Linear):
     def multiply_gelu_quantize(
         self, quantized: Quantized, m: int, after: KernelW4A4Linear, before: Tensor | None = None
     ) -> Quantized:
+        """The quantized input of the layer `after`, of `m` tokens. `before`: its first columns, (M, columns), where
+        they come from elsewhere."""
         assert isinstance(after, CpuW4A4Linear)
         if before is not None:
             _refuse_gradients(before)
@@ -180,6 +186,7 @@ class CpuW4A16Linear(KernelLinear):
         return unpack_cpu_w4a16(CpuW4A16Operands(self.weight_codes, self.scales, self.bias), self.plan)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., K) -> (..., N)."""
         _refuse_gradients(x)
         rows = x.reshape(-1, self.in_features).to(self.scales.dtype).contiguous()
         y = torch.ops.svdq.cpu_w4a16_linear(

@@ -110,7 +110,7 @@ def cpu_bias(bias: Tensor | None, shifted: Tensor | None) -> Tensor | None:
 
 
 def unpack_cpu(operands: CpuOperands, plan: W4A4Plan, bias: Tensor | None) -> W4A4Solution:
-    """The inverse of `pack_cpu`. `bias`: the layer's own."""
+    """The inverse of `pack_cpu`. `bias`: the layer's own. It is (N,)."""
     n, k, dtype = plan.linear.out_features, plan.linear.in_features, operands.up.dtype
     nibbles = unpack_codes(operands.weight_codes)[:n, :k]
     scales = unpack_scales(operands.weight_scales)[:n, : k // plan.precision.group].contiguous()
@@ -129,7 +129,7 @@ def unpack_cpu(operands: CpuOperands, plan: W4A4Plan, bias: Tensor | None) -> W4
 
 
 def unpack_cpu_branch(operands: CpuOperands, plan: W4A4Plan, bias: Tensor | None) -> RunningBranch:
-    """What lies beside the codes."""
+    """What lies beside the codes. `bias`: (N,), the layer's own."""
     n, k = plan.linear.out_features, plan.linear.in_features
     return RunningBranch(
         down=unpack_down(operands.down)[: plan.rank, :k].contiguous(),

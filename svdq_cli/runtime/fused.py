@@ -83,9 +83,11 @@ class FusedW4A4Linear(KernelW4A4Linear):
         return unpack_branch(self.operands, self.plan)
 
     def packed_branch(self, branch: RunningBranch) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Down (R, K), up (N, R) and bias (N,) as the kernels read them."""
         return pack_running(branch)
 
     def multiply(self, quantized: Quantized, m: int) -> Tensor:
+        """The layer's output of `m` tokens, (M, N)."""
         return torch.ops.svdq.w4a4_gemm(
             *(*quantized, *self.product),
             m=m,
@@ -130,6 +132,7 @@ class FusedW4A16Linear(KernelLinear):
         return unpack_w4a16(W4A16Operands(self.weight, self.scales, self.bias), self.plan)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., K) -> (..., N)."""
         rows = x.reshape(-1, self.in_features).to(self.scales.dtype).contiguous()
         y = torch.ops.svdq.w4a16_linear(rows, self.weight, self.scales, self.bias, n=self.out_features)
         return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
@@ -175,6 +178,7 @@ class SplitLinear(nn.Module):
         self.unsigned.set_branch(second)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., K) -> (..., N)."""
         first, second = x.split([self.signed.in_features, self.unsigned.in_features], dim=-1)
         return self.signed(first) + self.unsigned(second)
 

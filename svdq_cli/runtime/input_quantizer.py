@@ -96,7 +96,7 @@ class InputQuantizer(nn.Module):
         return self._like(self.down, readers)
 
     def with_down(self, down: Tensor) -> InputQuantizer:
-        """The same with another down projection, for one layer."""
+        """The same with another down projection, for one layer. It is packed from (R, K)."""
         return self._like(down, 1)
 
     def _like(self, down: Tensor, readers: int) -> InputQuantizer:

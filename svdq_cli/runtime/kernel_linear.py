@@ -52,7 +52,8 @@ class KernelW4A4Linear(KernelLinear, ABC):
 
     @property
     def product(self) -> tuple[Tensor | None, ...]:
-        """What the second kernel reads of the layer, in the order of its parameters."""
+        """What the second kernel reads of the layer, in the order of its parameters. Packed from
+        (N, K) codes, (N, K/G) scales, (N, R) and (N,)."""
         return tuple([getattr(self, name) for name in self._product_names])
 
     @property
@@ -66,7 +67,7 @@ class KernelW4A4Linear(KernelLinear, ABC):
 
     @abstractmethod
     def packed_branch(self, branch: RunningBranch) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Down, up and bias as the kernels read them."""
+        """Down, up and bias as the kernels read them. From (R, K), (N, R) and (N,)."""
 
     @abstractmethod
     def multiply(self, quantized: Quantized, m: int) -> Tensor:
@@ -91,6 +92,7 @@ class KernelW4A4Linear(KernelLinear, ABC):
         return None
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., K) -> (..., N)."""
         return self.finished(self.quantize(x), x)
 
     def quantize(self, x: Tensor) -> Quantized:
@@ -98,7 +100,7 @@ class KernelW4A4Linear(KernelLinear, ABC):
         return self.quantizer(x, self.reader)
 
     def finished(self, quantized: Quantized, x: Tensor) -> Tensor:
-        """The result in the shape and dtype of the input `x` that `quantized` was made of."""
+        """The result in the shape and dtype of the input `x` that `quantized` was made of. (..., K) -> (..., N)."""
         y = self.multiply(quantized, x.shape[:-1].numel())
         return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
 
@@ -122,6 +124,7 @@ class FusedFeedForward(nn.Module):
         self.first, self.second = first, second
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., K) -> (..., N)."""
         read = (self.first, self.second, self.second.quantizer)
         if any(map(is_hooked, read)):
             with brought(read):

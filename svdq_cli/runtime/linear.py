@@ -103,7 +103,7 @@ def w4a16_weight(solution: W4A16Solution) -> Tensor:
 
 
 def w4a16_rounded_weight(solution: W4A16Solution) -> Tensor:
-    """What the kernel multiplies with: it makes each weight by one 16-bit fma, one rounding of the sum."""
+    """What the kernel multiplies with: it makes each weight by one 16-bit fma, one rounding of the sum. (N, K)."""
     return w4a16_weight(solution).to(solution.scales.dtype).float()
 
 
@@ -205,6 +205,7 @@ class W4A4Linear(QuantizedLinear):
         self.down, self.up, self.bias = branch.down, branch.up, branch.bias
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., K) -> (..., N)."""
         solution = self.solution
         weight = self._weight(lambda: w4a4_weight(solution))
         return w4a4_forward(x, solution, weight=weight, unsigned_from=self.unsigned_from)
@@ -233,6 +234,7 @@ class W4A16Linear(QuantizedLinear):
         return W4A16Solution(self.plan, self.codes, self.scales, self.zeros, self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., K) -> (..., N)."""
         solution = self.solution
         return w4a16_forward(x, solution, weight=self._weight(lambda: w4a16_rounded_weight(solution)))
 

@@ -161,11 +161,19 @@ class HasBranch(Protocol):
     """A layer's operands on any of the CUDA kernels."""
 
     @property
-    def down(self) -> Tensor: ...
+    def down(self) -> Tensor:
+        """(R, K) in the layer's own order."""
+        ...
+
     @property
-    def up(self) -> Tensor: ...
+    def up(self) -> Tensor:
+        """(N, R) in the layer's own order."""
+        ...
+
     @property
-    def bias(self) -> Tensor | None: ...
+    def bias(self) -> Tensor | None:
+        """(N,)."""
+        ...
 
 
 def unpack_branch(

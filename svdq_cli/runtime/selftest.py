@@ -175,18 +175,19 @@ def _draw(seed: int, *shape: int) -> Tensor:
 
 
 def moved(tensor: Tensor | None, device: torch.device) -> Tensor | None:
-    """On the device, where there is a tensor."""
+    """On the device, where there is a tensor. Of any shape."""
     return None if tensor is None else tensor.to(device)
 
 
 def quantized_disagreement(
     ours: tuple[Tensor, Tensor, Tensor], theirs: tuple[Tensor, Tensor, Tensor]
 ) -> float:
-    """The worst of: shares of codes and of scales that differ, relative error of the hidden vectors. NaN if one is."""
+    """The worst of: shares of codes and of scales that differ, relative error of the hidden vectors. NaN if one is.
+    Both of the same shapes, any shape."""
     shares = [float((a != b).float().mean()) for a, b in zip(ours[:2], theirs[:2], strict=True)]
     return float(torch.tensor([*shares, relative_error(ours[2], theirs[2])]).max())
 
 
 def relative_error(ours: Tensor, theirs: Tensor) -> float:
-    """The norm of the difference over that of `theirs`, of one shape."""
+    """The norm of the difference over that of `theirs`, of one shape. Of any shape."""
     return float((ours.double() - theirs.double()).norm() / theirs.double().norm())

@@ -145,7 +145,7 @@ def _square_sums(exact: Tensor, approximate: Tensor, moved: Tensor | None) -> tu
 
 def decibels(signal: Tensor, noise: Tensor) -> float:
     """10 log10(signal / noise) of two sums of squares; 150 for no noise at all, -150 for an output that is not
-    finite."""
+    finite. Each a scalar."""
     if not bool(torch.isfinite(noise)):
         return -MOST_DB
     return float(10 * torch.log10((signal + _TINY) / (noise + _TINY)).clamp(max=MOST_DB))

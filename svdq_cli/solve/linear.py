@@ -211,7 +211,8 @@ class Stack:
 def stacks_of(
     shared: SharedInput, plans: Sequence[W4A4Plan], weights: Mapping[str, SourceWeight], rows: Tensor
 ) -> Iterator[Stack]:
-    """The branches one after the other; a caller that lets go of each has no more than one in memory."""
+    """The branches one after the other; a caller that lets go of each has no more than one in memory. `rows` is (M,
+    K)."""
     by_name = {plan.name: plan for plan in plans}
     for part in shared.branches:
         members = [by_name[name] for name in part if name in by_name]
@@ -331,7 +332,7 @@ def measured(
 
 
 def evenly(rows: Tensor, count: int) -> Tensor:
-    """At most `count` rows, evenly spaced."""
+    """At most `count` rows, evenly spaced. (M, K) -> (n, K)."""
     if rows.shape[0] <= count:
         return rows
     return rows[torch.linspace(0, rows.shape[0] - 1, count, device=rows.device).round().long()]

@@ -56,8 +56,7 @@ def find_low_rank(
     """`split_low_rank` with the basis it was found in.
 
     `start`: the basis of a weight that is nearly this one, from which one step of subspace iteration is enough. Weights
-    in 16 bits are read in float32, some rows at a time.
-    """
+    in 16 bits are read in float32, some rows at a time. `weight` is (N, K), or several under one another."""
     parts = [weight] if isinstance(weight, Tensor) else weight
     rows, columns = sum(len(part) for part in parts), parts[0].shape[1]
     if rank == 0:

@@ -128,7 +128,7 @@ def fake_quantize_activation(x: Tensor, precision: Precision, *, unsigned: bool 
 
 
 def decode_e2m1(codes: Tensor) -> Tensor:
-    """Nibbles 0..15 -> float32 values."""
+    """Nibbles 0..15 -> float32 values. Of any shape, which stays."""
     # float16 has the same fields, only wider: sign, exponent and mantissa are moved to their places there, and the
     # exponents' offsets differ by 14. Faster than a table, which would be indexed with 64-bit integers.
     bits = codes.to(torch.int16)
@@ -137,7 +137,8 @@ def decode_e2m1(codes: Tensor) -> Tensor:
 
 
 def encode_e2m1(values: Tensor) -> Tensor:
-    """Nearest E2M1 nibble; ties go to the smaller magnitude and zero is always code 0 (as checkpoints store it)."""
+    """Nearest E2M1 nibble; ties go to the smaller magnitude and zero is always code 0 (as checkpoints store it). Of
+    any shape, which stays."""
     magnitude = values.abs()
     above_two, above_four = magnitude >= 2, magnitude >= 4
     # In steps of 0.5, 1 and 2; less half a step and up, a value on a midpoint goes to the smaller neighbor. Numbers of
@@ -148,7 +149,8 @@ def encode_e2m1(values: Tensor) -> Tensor:
 
 
 def round_e2m1_to_even(values: Tensor) -> Tensor:
-    """E2M1 values by round-to-nearest-even, saturating: what the GPU's conversion does to activations."""
+    """E2M1 values by round-to-nearest-even, saturating: what the GPU's conversion does to activations. Of any shape,
+    which stays."""
     magnitude = values.abs()
     step = _e2m1_step(magnitude >= 2, magnitude >= 4)
     return torch.copysign(magnitude.div_(step).round_().mul_(step).clamp_(max=6.0), values)
@@ -270,7 +272,7 @@ def fitted_scales(groups: Tensor, codes: Tensor, scales: Tensor, dtype: torch.dt
 
 
 def absmax(groups: Tensor) -> Tensor:
-    """The largest magnitude along the last axis; two reductions are faster than abs() and one."""
+    """The largest magnitude along the last axis; two reductions are faster than abs() and one. (..., G) -> (...,)."""
     # Of a group of zeros the maximum can be -0, which is another byte in e4m3.
     return torch.maximum(groups.amax(-1), -groups.amin(-1)).abs_()
 

@@ -68,7 +68,7 @@ class Residual:
 
 
 def relative_error(solution: LayerSolution, weight: Tensor) -> float:
-    """Of `weight_error` the first figure alone."""
+    """Of `weight_error` the first figure alone. `weight` is (N, K)."""
     smooth = _smooth_of(solution)
     error = exact = torch.zeros((), dtype=torch.float64, device=weight.device)
     for rows in row_blocks(weight):
@@ -209,7 +209,7 @@ def _smooth_slope(gain: Tensor, smooth: Tensor) -> float:
 
 
 def bias_error(solution: LayerSolution, bias: Tensor | None) -> float:
-    """Relative error of the stored bias, 0 for a layer without one."""
+    """Relative error of the stored bias, 0 for a layer without one. `bias` is (N,)."""
     if solution.bias is None or bias is None:
         return 0.0 if solution.bias is None and bias is None else 1.0
     return float((solution.bias.float() - bias.float()).norm() / bias.float().norm().clamp(min=1e-30))

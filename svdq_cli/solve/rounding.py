@@ -63,7 +63,7 @@ class Grid(Protocol):
 
     def fitted(self, values: Tensor, parameters: Parameters, importance: Tensor | None) -> Parameters | None:
         """The parameters with which the codes that `parameters` give are nearest to groups `values`; None for a grid
-        that takes the candidates as they are."""
+        that takes the candidates as they are. `values` is (N, G), `importance` (1, G)."""
         ...
 
 
@@ -110,7 +110,7 @@ def gptq(weight: Tensor, hessian: Tensor, grid: Grid, *, damping: float = DAMPIN
 
 
 def nearest(weight: Tensor, grid: Grid) -> Rounded:
-    """Every value rounded on its own; each group's parameters are the candidates' best."""
+    """Every value rounded on its own; each group's parameters are the candidates' best. `weight` is (N, K)."""
     # What stays is put where it belongs at once: kept among the blocks' temporary tensors, it would leave gaps as large
     # as those, which add up to more than the codes.
     whole: Rounded | None = None

@@ -51,8 +51,7 @@ def smooth_factor(
 def placed(s: Tensor, x_peak: Tensor, precision: Precision, *, dtype: torch.dtype) -> Tensor:
     """s as it is stored: bounded, exact in `dtype`, and for nvfp4 of a size that places activations in e4m3's range.
 
-    (The overall size of s is free for int4.)
-    """
+    (The overall size of s is free for int4.) `s` and `x_peak` are (K,)."""
     s = s.clamp(*SMOOTH_RANGE)
     peak = (x_peak / s).max()
     if isinstance(precision, NvFp4) and bool(torch.isfinite(peak)) and peak > 0:

@@ -45,7 +45,7 @@ class GgufTensor:
         return self._values().reshape(self.shape)
 
     def read_rows(self, start: int, stop: int) -> Tensor:
-        """Dequantizes only these rows where the file keeps them apart."""
+        """Dequantizes only these rows where the file keeps them apart. Of any shape."""
         stored = _stored(self.file, self.origin)
         if len(stored.data) != self.shape[0]:
             return self.read()[start:stop]

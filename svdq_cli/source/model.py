@@ -74,7 +74,7 @@ class Source:
 
 
 def read_tensor(source: Source, name: str) -> Tensor:
-    """One tensor. Raises InputError if its file is damaged or the name is missing."""
+    """One tensor. Raises InputError if its file is damaged or the name is missing. Of any shape, the model's own."""
     return tensor_entry(source, name).read()
 
 

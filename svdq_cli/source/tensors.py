@@ -42,17 +42,18 @@ class TensorEntry(Protocol):
         ...
 
     def read(self) -> Tensor:
-        """Raises InputError when the file is damaged."""
+        """Raises InputError when the file is damaged. Of any shape, `self.shape`."""
         ...
 
     def read_rows(self, start: int, stop: int) -> Tensor:
-        """`read()[start:stop]`, without reading the rest where the file allows that."""
+        """`read()[start:stop]`, without reading the rest where the file allows that. Of any shape but for the first
+        axis."""
         ...
 
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether no number of a floating point tensor is NaN or infinite. Its extremes tell, forty times faster than
-    asking every number."""
+    asking every number. Of any shape."""
     if tensor.itemsize == 1:
         tensor = tensor.float()  # torch has no extremes of 8-bit floats
     return tensor.numel() == 0 or bool(torch.stack(tensor.aminmax()).isfinite().all())
@@ -172,7 +173,8 @@ class Float8Tensor:
         return (codes.float() * self.scale_of_rows(start, stop)).to(torch.bfloat16)
 
     def scale_of_rows(self, start: int, stop: int) -> Tensor:
-        """float32, of the number of axes that the rows have or none; 1 where there is no scale."""
+        """float32, of the number of axes that the rows have or none; 1 where there is no scale. Of any shape that the
+        rows broadcast with."""
         if self.scale is None:
             return torch.ones(())
         scale = self.scale.read().float()

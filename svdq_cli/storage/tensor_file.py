@@ -64,7 +64,8 @@ class TensorWriter:
     _written: set[str] = field(default_factory=set[str])
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """ValueError for a tensor that the header does not announce so, or that is there already."""
+        """ValueError for a tensor that the header does not announce so, or that is there already. `tensor` is of any
+        shape."""
         found = TensorSpec(tuple(tensor.shape), tensor.dtype)
         if self._specs.get(name) != found or name in self._written:
             raise ValueError(f"{name}: {found}, announced {self._specs.get(name)}, or written twice")

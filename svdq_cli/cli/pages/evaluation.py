@@ -34,7 +34,9 @@ def evaluation(console: Console, report: EvalReport, verbose: bool) -> None:
     measured for."""
     table = Table(box=None, pad_edge=False)
     measured = [
-        metric for key, metric in METRICS.items() if not metric.always and report.figures[key] is not None
+        metric
+        for key, metric in METRICS.items()
+        if key not in _OWN_COLUMNS and report.figures[key] is not None
     ]
     table.add_column("against the 16-bit images")
     empty = report.sixteen_bit_images.meaningless
@@ -112,6 +114,9 @@ def _chance(report: EvalReport) -> str:
         nudge = "nothing" if own >= 100 else f"PSNR {own:.1f} dB"
         said += f"; 4-bit images from start noise off by one rounding differ by {nudge}"
     return said
+
+
+_OWN_COLUMNS = ("psnr_db", "ssim")
 
 
 def _learned(metric: Metric, figure: Summary | float | None) -> str:

@@ -69,9 +69,11 @@ class HopperW4A4Linear(KernelW4A4Linear):
         return unpack_branch(self.operands, self.plan, rows=unpack_rows)
 
     def packed_branch(self, branch: RunningBranch) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Down (R, K), up (N, R) and bias (N,) as the kernels read them."""
         return pack_running(branch)
 
     def multiply(self, quantized: Quantized, m: int) -> Tensor:
+        """The layer's output of `m` tokens, (M, N)."""
         return torch.ops.svdq.hopper_gemm(
             *quantized, *self.product, m=m, n=self.out_features, mode=self.mode.label
         )

@@ -39,7 +39,8 @@ class HopperOperands:
 
     @property
     def product(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """What the GEMM reads, in the order of its parameters."""
+        """What the GEMM reads, in the order of its parameters. Packed from (N, K) codes, (N, K/64) scales, (N, R) and
+        (N,)."""
         return self.weight, self.weight_scales, self.up, self.bias
 
 

@@ -211,7 +211,8 @@ def gelu_quantize(
     next_unsigned: bool = False,
     shift: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """hopper_gelu_quantize.cu, both layers in mode EXACT. Returns the next layer's codes, scales and hidden."""
+    """hopper_gelu_quantize.cu, both layers in mode EXACT. Returns the next layer's codes, scales and hidden. Packed
+    from (M, K) codes, (M, K/64) scales and (M, R), as `experimental.hopper.tiles` says."""
     token_tiles, groups, _, tokens, _ = codes.shape
     feature_tiles, rank_steps = up.shape[:2]
     n, next_rank, mp = next_inverse_smooth.shape[0], 8 * next_down.shape[1], token_tiles * tokens
@@ -235,7 +236,8 @@ def gelu_quantize(
 def new_quantized(
     like: Tensor, mp: int, k: int, rank: int, *, mode: HopperMode, tokens: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Empty codes, token scales and hidden of a quantized activation, on the device of `like`, in its 16-bit dtype."""
+    """Empty codes, token scales and hidden of a quantized activation, on the device of `like`, in its 16-bit dtype.
+    Packed from (MP, K) codes, their scales of each row and group, and (MP, R)."""
     tiles, groups = mp // tokens, k // STEP
     scales = (tiles, groups, tokens) if mode == HopperMode.EXACT else (tiles, tokens)
     return (

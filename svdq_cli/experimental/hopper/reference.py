@@ -108,7 +108,8 @@ def gelu_quantize(
     next_unsigned: bool = False,
     shift: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One layer, GELU by tanh, the next layer's `quantize_down`. Rows from M on are as the first layer gives them."""
+    """One layer, GELU by tanh, the next layer's `quantize_down`. Rows from M on are as the first layer gives them.
+    Packed from (M, K) codes, (M, K/64) scales and (M, R), as `experimental.hopper.tiles` says."""
     tiles, _, _, tile, _ = codes.shape
     mode = HopperMode.EXACT
     y = gemm(

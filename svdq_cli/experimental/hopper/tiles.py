@@ -30,7 +30,7 @@ def pack_rows(rows: Tensor, *, tile: int) -> Tensor:
 
 
 def unpack_rows(stored: Tensor) -> Tensor:
-    """The inverse of `pack_rows`."""
+    """The inverse of `pack_rows`. Back to (R, C)."""
     tiles, steps, pieces, tile, each = stored.shape
     width = pieces * each
     rows, columns = tiles * tile, steps * width
@@ -58,7 +58,7 @@ def pack_token_scales(scales: Tensor, *, tile: int) -> Tensor:
 
 
 def unpack_token_scales(stored: Tensor) -> Tensor:
-    """The inverse of `pack_token_scales`."""
+    """The inverse of `pack_token_scales`. (M/tile, groups, tile) -> (M, groups)."""
     tiles, groups, tile = stored.shape
     return _token_scales(tiles * tile, groups, tile).undo(stored).reshape(tiles * tile, groups)
 
@@ -75,7 +75,7 @@ def pack_feature_scales(scales: Tensor, *, tile: int) -> Tensor:
 
 
 def unpack_feature_scales(stored: Tensor) -> Tensor:
-    """The inverse of `pack_feature_scales`."""
+    """The inverse of `pack_feature_scales`. (N/tile, K/64, tile) -> (N, K/64)."""
     return stored.transpose(1, 2).flatten(0, 1).contiguous()
 
 

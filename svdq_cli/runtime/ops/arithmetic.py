@@ -73,7 +73,7 @@ def four_bit_product(
 
 
 def nibbles_of(values: Tensor) -> Tensor:
-    """E2M1 values as nibbles 0..15; the sign of zero stays, as the kernels keep it."""
+    """E2M1 values as nibbles 0..15; the sign of zero stays, as the kernels keep it. Of any shape, which stays."""
     table = decode_e2m1(torch.arange(8, device=values.device))
     magnitude = torch.bucketize(values.abs(), table)
     return (magnitude + 8 * torch.signbit(values)).to(torch.uint8)
@@ -97,5 +97,5 @@ def _scaled(values: Tensor, scales: Tensor) -> Tensor:
 
 
 def signed(nibbles: Tensor) -> Tensor:
-    """0..15 as -8..7, float32."""
+    """0..15 as -8..7, float32. Of any shape, which stays."""
     return ((nibbles.view(torch.int8) << 4) >> 4).float()

@@ -37,7 +37,7 @@ LAYER = (
 
 
 def layer_records(tensors: Sequence[Tensor]) -> tuple[Quantized, Product]:
-    """The records of an operator's first eight parameters, those of `LAYER`."""
+    """The records of an operator's first eight parameters, those of `LAYER`: packed (M, K) codes, (N, K) weights."""
     codes, scales, hidden, *product = tensors[:8]
     return (codes, scales, hidden), Product(*product)
 

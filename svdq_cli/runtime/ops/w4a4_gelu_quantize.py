@@ -50,7 +50,7 @@ def launch(
     next_unsigned: bool = False,
     shift: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """kernels/w4a4_gelu_quantize.cu. Returns the next layer's packed codes, scales and hidden."""
+    """kernels/w4a4_gelu_quantize.cu. Returns the next layer's packed codes, scales and hidden, of (M, N) numbers."""
     mp, np, k, rank = sizes_of(quantized, product)
     up, n, next_rank = product.up, following.inverse_smooth.shape[0], 8 * following.down.shape[1]
     next_codes, next_scales, next_hidden = new_quantized(up, mp, n, next_rank, precision)
@@ -89,7 +89,8 @@ def reference(
     next_unsigned: bool = False,
     shift: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One layer, GELU by tanh, the next layer's `quantize_down`. Rows from M on are as the first layer gives them."""
+    """One layer, GELU by tanh, the next layer's `quantize_down`. Rows from M on are as the first layer gives
+    them. Returns packed codes, scales and hidden, of (M, N) numbers."""
     rows, columns = quantized[0].shape[1] * 16, following.inverse_smooth.shape[0]
     y = w4a4_gemm.reference(
         quantized,
