@@ -48,27 +48,26 @@ def evaluate(
     verbose: opt.Verbose = False,
 ) -> None:
     """Generate with both models at equal seeds: PSNR, SSIM, other installed metrics, and baselines beside them."""
-    from svdq_cli.checkpoint.reader import open_checkpoint
     from svdq_cli.cli import render
     from svdq_cli.cli.progress import progress
     from svdq_cli.cli.summary import append_summary
-    from svdq_cli.entrypoints.generate import Inputs, with_inputs
+    from svdq_cli.entrypoints.evaluate import recipe_against
+    from svdq_cli.entrypoints.generate import Inputs
     from svdq_cli.evaluation.passes import passes_of_text
     from svdq_cli.evaluation.plan import plan_evaluation
     from svdq_cli.evaluation.run import evaluate as run_evaluate
-    from svdq_cli.prepare.defaults import evaluation_recipe
     from svdq_cli.prepare.from_command_line import override, recipe_of
-    from svdq_cli.prepare.sources import pipeline_of
 
     left_out = passes_of_text(without or [])
     named, beside = recipe_of(against)
-    known = override(named, of_the_model(given))
-    pipeline = pipeline_of(known, run_options(device, overwrite, beside))
-    judged = evaluation_recipe(open_checkpoint(checkpoint, base=pipeline), known.model.source)
-    judged = judged.model_copy(update={"model": known.model, "gates": named.gates})
-    recipe = override(judged, beyond_the_model(given))
-    if image is not None or mask is not None or strength is not None:
-        recipe = with_inputs(recipe, Inputs(image, mask, strength))
+    how = run_options(device, overwrite, beside, resume=resume)
+    recipe = recipe_against(
+        checkpoint,
+        override(named, of_the_model(given)),
+        beyond_the_model(given),
+        inputs=Inputs(image, mask, strength),
+        options=how,
+    )
     run = plan_evaluation if plan else run_evaluate
     with progress(quiet=quiet or plan, verbose=verbose, events=events) as observe:
         result = run(
@@ -76,7 +75,7 @@ def evaluate(
             recipe,
             report_folder=report,
             without=left_out,
-            options=run_options(device, overwrite, beside, resume=resume),
+            options=how,
             observe=observe,
         )
     append_summary(result, summary)
