@@ -1,5 +1,6 @@
 """Converts a model, checks the result, and generates an image with it: `python examples/convert.py FOLDER [MODEL]`."""
-# pyright: reportCallIssue=false (diffusers' base class of all pipelines declares no call)
+# diffusers' base class of all pipelines declares no call.
+# pyright: reportCallIssue=false
 
 from __future__ import annotations
 

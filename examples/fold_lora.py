@@ -1,5 +1,6 @@
 """A LoRA in the checkpoint and at run time: `python examples/fold_lora.py FOLDER CHECKPOINT LORA.safetensors`."""
-# pyright: reportCallIssue=false (diffusers' base class of all pipelines declares no call)
+# diffusers' base class of all pipelines declares no call.
+# pyright: reportCallIssue=false
 
 from __future__ import annotations
 

