@@ -1,10 +1,10 @@
-// Where the numbers of a tile lie: the layouts that all kernels of this folder share. svdq_cli/gpu/layout.py packs them.
+// Where the numbers of a tile are stored: the layouts that all kernels of this folder share. svdq_cli/gpu/layout.py packs them.
 //
 // M, N, K, R as everywhere in svdq; MP and NP are M and N rounded up to whole blocks. g = lane / 4, t = lane % 4.
 //
 //   codes    [K/64][rows/16][lane]  uint4 of 32 4-bit codes. Activation rows: word i is row g + 8 (i % 2), columns
 //            32 (i / 2) + 8 t .. + 7. Weight rows: word i is row 8 (i / 2) + g, columns 32 (i % 2) + 8 t .. + 7. Code j
-//            of a word stands in bits 4 j.
+//            of a word is in bits 4 j.
 //   scales   [K/64][rows]  in the order of `row_scale_slot` (activations) and gpu/layout.py (weights), one entry for 64
 //            columns: int4 a 16-bit float, nvfp4 four e4m3 bytes, columns 0..15 in the lowest.
 //   hidden, up  [R/16][rows/16][lane]  uint4 of 8 16-bit floats, fragments of m16n8k16. hidden: word i is row
@@ -65,7 +65,7 @@ __device__ __forceinline__ Rows16 load_rows(const uint4* x, int first_row, int g
     return rows;
 }
 
-// Rows of y (M, N), N a multiple of 8, from `row` and `column` on; what lies outside is left out.
+// Rows of y (M, N), N a multiple of 8, from `row` and `column` on; what is outside is left out.
 __device__ __forceinline__ void store_rows(uint4* y, const Rows16& rows, int row, int column, int m, int n, int lane)
 {
 #pragma unroll

@@ -1,5 +1,5 @@
 // How the GEMM's block is cut into warps, and what a warp sees of one step. A warp computes 32 rows by 64 columns: then
-// the 64 columns that the next layer quantizes together stand in one warp.
+// the 64 columns that the next layer quantizes together are in one warp.
 #pragma once
 #include "fragments.cuh"
 

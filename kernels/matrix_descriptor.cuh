@@ -1,4 +1,4 @@
-// How wgmma is told where an operand lies in shared memory.
+// How wgmma is told where an operand is stored in shared memory.
 #pragma once
 #include "ptx.cuh"
 

@@ -98,7 +98,7 @@ PICTURES = 8
 
 
 def self_test(out: Path) -> Iterator[dict[str, object]]:
-    """Every kernel against its twin. Nothing else is worth running where this fails."""
+    """Every kernel against its reference. Nothing else is worth running where this fails."""
     gpu = cuda_device(GPU)
     for case in kernel_cases(torch.bfloat16, gpu.architecture):
         found = case.disagreement(gpu, GPU)
@@ -210,7 +210,7 @@ def _steps(settings: StepSettings, models: Sequence[Arithmetic]) -> Iterator[dic
 
 
 def modes(out: Path) -> Iterator[dict[str, object]]:
-    """Which of Hopper's modes is the default: times of the stage `step`, pictures of the embedded model (needs
+    """Which of Hopper's modes is the default: times of the stage `step`, images of the embedded model (needs
     diffusers and transformers). Writes FOLDER/measured_sm_90a.json, which takes effect in kernels/."""
     steps = json.loads((out / "step.json").read_text(encoding="utf-8"))["results"]
     us = {row["precision"]: row["us"]["median"] for row in steps if row["mode"] == "CUDA graph"}
@@ -228,7 +228,7 @@ def modes(out: Path) -> Iterator[dict[str, object]]:
 
 
 def _psnr_to_exact(out: Path) -> dict[str, float]:
-    """Mean PSNR of the embedded model's pictures in each mode against mode EXACT's."""
+    """Mean PSNR of the embedded model's images in each mode against mode EXACT's."""
     from svdq_cli.checkpoint.reader import open_checkpoint
     from svdq_cli.conversion.convert import convert
     from svdq_cli.evaluation.images import compare

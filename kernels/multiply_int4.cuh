@@ -9,7 +9,7 @@
 
 // Sums start at the bits of 1.5 * 2^23, a float whose last bit is worth 1: an int32 sum on top of them is the float
 // 1.5 * 2^23 + sum. So sum * scale is one fma, exact: (start + sum) * scale - start * scale has at most 13 + 11 significant
-// bits, as has start * scale. The largest sum, 64 * 15 * 8 codes (times 256 where both sides stand in the upper half of a
+// bits, as has start * scale. The largest sum, 64 * 15 * 8 codes (times 256 where both sides are in the upper half of a
 // byte), is below 2^22.
 constexpr int SUM_START = 0x4b400000;
 constexpr float SUM_START_VALUE = 12582912.0f;

@@ -45,7 +45,7 @@ __device__ __forceinline__ void smooth_lane(float (&v)[16], const Rows16& rows, 
         }
 }
 
-// 1 / scale, and 0 where that is no finite number: a group of zeros gets codes of zero.
+// 1 / scale, and 0 where that is not a finite number: a group of zeros gets codes of zero.
 __device__ __forceinline__ float reciprocal(float scale)
 {
     const float inverse = 1.0f / scale;

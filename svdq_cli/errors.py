@@ -22,11 +22,11 @@ class SvdqError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
-        # Python 3.11 and later print these below the message: in a notebook nobody else shows the hint.
+        # Python 3.11 and later print these below the message: in a notebook nothing else shows the hint.
         self.__notes__ = [hint] if hint else []
         self.where = where
         self.kind = kind or self.default_kind
-        self.resumable = False  # whether the same command with --resume goes on from here
+        self.resumable = False  # whether the same command with --resume can continue
 
 
 class UsageError(SvdqError):
@@ -58,7 +58,7 @@ class EnvironmentLacksError(SvdqError):
 
 
 class OutOfResourcesError(SvdqError):
-    """Out of memory or disk, after backing off."""
+    """Memory or disk ran out, after backing off."""
 
     code = 5
     default_kind = "out-of-resources"
@@ -88,7 +88,7 @@ _REFUSED_BY_THE_SYSTEM = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOO
 
 
 def as_refused_file(error: OSError) -> InputError | None:
-    """What the system says of a file where nobody foresaw it, as the refusal it is; None for anything else."""
+    """An unforeseen system error about a file, as an svdq error; None for anything else."""
     if error.errno not in _REFUSED_BY_THE_SYSTEM or error.filename is None:
         return None
     return InputError(
@@ -106,7 +106,7 @@ class GateMissedError(SvdqError):
 
 
 class CheckFailedError(SvdqError):
-    """The self-check of an output failed. Nothing stands under the final name."""
+    """The self-check of an output failed. No output has its final name."""
 
     code = 7
     default_kind = "check-failed"

@@ -42,7 +42,7 @@ MAX_SEED = 2**64 - 1  # the largest that torch's generators take
 
 
 def following_seed(seed: int, distance: int) -> int:
-    """The seed so many after another one; 0 follows MAX_SEED."""
+    """The seed a given number of steps after another one; 0 follows MAX_SEED."""
     return (seed + distance) % (MAX_SEED + 1)
 
 
@@ -115,16 +115,14 @@ class ModelPlan:
 
     family: str
     model_class: str
-    components: tuple[
-        str, ...
-    ]  # the pipeline's folders that hold it: "transformer" or "unet", and others' beside it
+    # the pipeline's folders that hold it: "transformer" or "unet", and others' next to it
+    components: tuple[str, ...]
     parameters: int
     layers: tuple[LayerPlan, ...]
     kept: tuple[Linear, ...]
     inputs: tuple[SharedInput, ...]  # cover all of `layers`
-    kept_because: Mapping[str, str] = field(
-        default_factory=dict[str, str]
-    )  # of some kept layers: why, by name
+    # of some kept layers: why, by name
+    kept_because: Mapping[str, str] = field(default_factory=dict[str, str])
     by_names: bool = False  # names alone tell the roles: no family file does, and no forward pass showed them
 
     @property
@@ -138,8 +136,8 @@ class ModelPlan:
     def portions(self, *, data_free: bool) -> tuple[SharedInput, ...]:
         """What is solved, and in memory, at a time, in the order of `inputs`: of each the W4A4 layers together, because
         they share a smoothing factor, and every W4A16 layer alone (the modulations of all blocks read one input).
-        Data-free, where there is no smoothing, every branch alone. A portion has its input's name; its first layer's is
-        its own."""
+        Data-free, where there is no smoothing, every branch alone. A layer group has its input's name; its first
+        layer's is its own."""
         alone = {layer.name for layer in self.w4a16}
         found: list[SharedInput] = []
         for shared in self.inputs:
@@ -171,7 +169,7 @@ class ActivationStats:
     second_moment: Tensor  # (K,) float32, mean of x squared per channel
     rows: Tensor  # (M, K) bfloat16, a sample spread evenly over prompts, timesteps and tokens
     tokens_seen: int
-    # the largest number in the output of each layer that reads the input; empty where nobody looked
+    # the largest number in the output of each layer that reads the input; empty where it was not measured
     output_peaks: Mapping[str, float] = field(default_factory=dict[str, float])
     mean: Tensor | None = None  # (K,) float32: what all of these numbers are less than the 16-bit model's
 

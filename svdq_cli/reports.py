@@ -11,13 +11,13 @@ from typing import Literal, cast
 
 from svdq_cli.records import LayerSearch
 
-INLINE = {"json": None}  # a mapping whose keys stand in the JSON object itself
+INLINE = {"json": None}  # a mapping whose keys are in the JSON object itself
 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """One figure over pictures: mean, population standard deviation, extremes, and the 95 % confidence interval of the
-    mean (low, high), None for a single picture."""
+    """One figure over images: mean, population standard deviation, extremes, and the 95 % confidence interval of the
+    mean (low, high), None for a single image."""
 
     mean: float
     std: float
@@ -124,9 +124,8 @@ class ConvertReport:
     warnings: tuple[str, ...]
     gates_missed: tuple[str, ...] = ()
     layers_taken_over: int = 0  # solved by an earlier run that this one went on from
-    provenance: Mapping[str, object] = field(
-        default_factory=dict[str, object]
-    )  # versions, sha256 of all inputs
+    # versions, sha256 of all inputs
+    provenance: Mapping[str, object] = field(default_factory=dict[str, object])
     command: str = "convert"
     schema: int = 1
 
@@ -243,7 +242,7 @@ class OutputSqnr:
 
 @dataclass(frozen=True, slots=True)
 class ImageFacts:
-    """What the 16-bit images look like. `meaningless`: so many show nothing that figures of them say nothing."""
+    """What the 16-bit images look like. `meaningless`: too many are black or uniform for metrics to have a meaning."""
 
     black: int
     nearly_uniform: int
@@ -488,7 +487,8 @@ def to_json(report: object) -> dict[str, object]:
 
 
 def json_text(report: object) -> str:
-    """JSON that every parser reads: a figure that is no finite number is null, a file name that is no UTF-8 escaped."""
+    """JSON that every parser reads: a figure that is not a finite number is null, a file name that is not a UTF-8
+    a file name that is not UTF-8 is escaped."""
     text = json.dumps(to_json(report), indent=1, ensure_ascii=False, allow_nan=False)
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 

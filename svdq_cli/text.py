@@ -10,7 +10,7 @@ from typing import TypeVar
 
 
 def bytes_text(count: int) -> str:
-    """In decimal units, as disks and downloads are sold: 6790000000 is "6.79 GB"."""
+    """A size in decimal units: 6790000000 is "6.79 GB"."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= size:
             return f"{count / size:.2f} {unit}"
@@ -31,7 +31,7 @@ SIZE_HINT = "write it like 6500000000, 6.5GB or 6GiB"
 
 
 def bytes_of_size(size: int | str) -> int | None:
-    """A size in bytes: GB are 10^9, GiB 2^30. None for what is no size above zero."""
+    """A size in bytes: GB are 10^9, GiB 2^30. None for text that is not a size above zero."""
     if isinstance(size, int):
         return size if size > 0 else None
     found = re.match(SIZE_PATTERN, size)
@@ -42,10 +42,9 @@ def bytes_of_size(size: int | str) -> int | None:
     return int(float(number) * base ** ("KMGT".index(unit[0].upper()) + 1 if unit else 0)) or None
 
 
-_UNSAFE = ("Cc", "Cs")  # control codes, and the halves of characters that stand for bytes that are no UTF-8
-_REVERSED = (
-    "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # writing that reads backwards
-)
+_UNSAFE = ("Cc", "Cs")  # control codes, and the halves of characters that represent bytes that are not UTF-8
+# writing that reads backwards
+_REVERSED = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 Record = TypeVar("Record")
 
 
@@ -93,7 +92,7 @@ def table(titles: Sequence[str], rows: Sequence[Sequence[object]]) -> Iterator[s
 
 
 def cell(value: object) -> str:
-    """Text on one line that is no markup. None is empty."""
+    """Text on one line without markup. None is empty."""
     text = printable(str("" if value is None else value)).replace("\n", " ").replace("\t", " ")
     for mark, written in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "\\|"), ("`", "'")):
         text = text.replace(mark, written)

@@ -296,9 +296,8 @@ def tiny_z_image() -> diffusers.ZImagePipeline:
 
 def tiny_flux2() -> diffusers.Flux2KleinPipeline:
     tokenizer = byte_tokenizer()
-    encoder = _qwen3(
-        tokenizer, layers=27, width=32
-    )  # the pipeline reads the states after layers 9, 18 and 27
+    # the pipeline reads the states after layers 9, 18 and 27
+    encoder = _qwen3(tokenizer, layers=27, width=32)
     return diffusers.Flux2KleinPipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
         vae=diffusers.AutoencoderKLFlux2(

@@ -62,7 +62,7 @@ def layer_table(model: str) -> str:
     share = f"{quantized / everything.parameters:.1%}"
     lines += [
         "",
-        f"At 16 bit stay {kept}, and whatever is no linear layer. "
+        f"These stay at 16 bits: {kept}, and everything that is not a linear layer. "
         f"Of the {everything.parameters:,} parameters of {model}, {share} become 4-bit.",
     ]
     return "\n".join(lines) + "\n"

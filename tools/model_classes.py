@@ -65,7 +65,7 @@ def row_of(name: str, folder: Path) -> Row:
         report = inspect_source(default_recipe(str(path)))
     except SvdqError as error:
         return Row(name, str(error).removeprefix(f"{path}: ").removeprefix(f"{folder}: "))
-    notes = [warning for warning in report.warnings if "planned by its structure" not in warning]
+    notes = [warning for warning in report.warnings if "chosen from the module structure" not in warning]
     return Row(name, "; ".join(notes), report, tuple(wrong_in(name, report)))
 
 
@@ -103,7 +103,7 @@ def page(rows: list[Row], version: str) -> str:
         f"Wrong choices: {wrong}.",
         "",
         "Written by `make classes`. *Wrong* counts layers of blocks whose role is not the one that the class's source "
-        "calls for (`tools/model_class_facts.py`); the note says what stays at 16 bit, as `svdq inspect` does.",
+        "calls for (`tools/model_class_facts.py`); the note says what stays at 16 bits, as `svdq inspect` does.",
         "",
         "| class | plan | B params | W4A4 / W4A16 / kept | wrong | ratio | note |",
         "|---|---|---|---|---|---|---|",

@@ -1,10 +1,10 @@
-// What lies where in memory. Every instruction set reads the same bytes.
+// What is stored where in memory. Every instruction set reads the same bytes.
 //
-// Weights stand in panels of 16 columns (out features): a line of 64 bytes holds 8 consecutive k of the 16 columns, byte
+// Weights are in panels of 16 columns (out features): a line of 64 bytes holds 8 consecutive k of the 16 columns, byte
 // 4 column + i with k = 8 line + i in its lower and k = 8 line + 4 + i in its upper nibble.
 //   int4: the nibble is the code + 8, so that it needs no sign; scales [panel][K/64][16] 16-bit
 //   nvfp4: the nibble is e2m1; scales [panel][K/16][16] e4m3 bytes, without a sign
-// Activations stand in blocks of 6 rows (tokens): codes [block][K/4][6][4] int8, scales and starts [block][K/group][6].
+// Activations are in blocks of 6 rows (tokens): codes [block][K/4][6][4] int8, scales and starts [block][K/group][6].
 //   A start is what undoes the weights' offset: -offset times the sum of the row's codes in the group.
 // The branch: down [K/2][R][2], up [panel][R/2][16][2], hidden [block][R/2][6][2], 16-bit, R a multiple of 16.
 // K is padded to 64 with codes and scales of zero.

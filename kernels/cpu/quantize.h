@@ -132,7 +132,7 @@ struct Rows {
     int64_t columns, stride;
 };
 
-// `columns` numbers of a row from `column` on as 16-bit ones: where they lie, or rounded into `room`.
+// `columns` numbers of a row from `column` on as 16-bit ones: where they are stored, or rounded into `room`.
 template <class V, class E>
 inline const uint16_t* read_row(const Rows& from, int64_t row, int64_t column, int64_t columns, uint16_t* room)
 {

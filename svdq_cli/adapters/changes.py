@@ -49,9 +49,8 @@ class StoredChange:
     module: AdapterModule
     rows: Ranges  # of the adapter's layer
     trained: TrainingConfig | None
-    layer: Mapping[
-        str, Ranges
-    ]  # every weight of the adapter's layer, and the layer's rows that it consists of
+    # every weight of the adapter's layer, and the layer's rows that it consists of
+    layer: Mapping[str, Ranges]
     columns: int
     measured: Measured
 

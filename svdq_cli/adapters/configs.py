@@ -34,14 +34,8 @@ _DEFAULT = 8  # peft's rank and alpha where a config says none
 _PATTERN_CHARACTERS = 1000  # a pattern may have
 _ONE_MATCH = 0.5  # seconds, of one pattern with one name
 _ALL_MATCHES = 5.0  # seconds
-_SAME_BASE = (
-    "true",
-    "false",
-    "gaussian",
-    "eva",
-    "orthogonal",
-    "mica",
-)  # init_lora_weights that leave it alone
+# init_lora_weights that leave it alone
+_SAME_BASE = ("true", "false", "gaussian", "eva", "orthogonal", "mica")
 _CHANGED_BASE: dict[str, ChangedBase] = {"pissa": "PiSSA", "olora": "OLoRA"}
 # Settings under which peft computes something else from the same factors, by the name of the kind
 _OTHER_FORWARDS = {
@@ -55,13 +49,13 @@ _OTHER_FORWARDS = {
     "layer_replication": "a LoRA over repeated layers",
     "target_parameters": "a LoRA of bare parameters",
     "trainable_token_indices": "trainable tokens",
-    "modules_to_save": "whole layers trained beside the LoRA (modules_to_save)",
+    "modules_to_save": "whole layers trained alongside the LoRA (modules_to_save)",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingConfig:
-    """What a trainer said of an adapter. `prefix`: the component that stands before its names in the file but not in
+    """What a trainer said of an adapter. `prefix`: the component that precedes its names in the file but not in
     the config's patterns."""
 
     origin: Path
@@ -90,7 +84,7 @@ class TrainingConfig:
     def _rank(self, name: str) -> float:
         rank = _number("r", self._of_layer("rank_pattern", name, self.said.get("r", _DEFAULT)))
         if rank <= 0:
-            raise ValueError(f"r is {rank:g}, and a rank is above 0")
+            raise ValueError(f"r is {rank:g}, but a rank must be above 0")
         return rank
 
     @property
@@ -111,7 +105,7 @@ class TrainingConfig:
         """Raises InputError naming what svdq can't merge: another tuner, or a base that can't be made again."""
         tuner = self.said.get("peft_type", "LORA")
         if tuner not in _READ_TYPES:
-            raise self._refused(f"an adapter of type {tuner}: svdq reads peft's LORA, LOHA and LOKR")
+            raise self._refused(f"adapter type {tuner}: svdq reads peft's LORA, LOHA and LOKR")
         for word, kind in _OTHER_FORWARDS.items():
             if self.said.get(word):
                 raise self._refused(f"{kind} ({word}), which svdq does not merge")
@@ -187,7 +181,7 @@ def _compiled(origin: Path, word: str, pattern: str) -> regex.Pattern[str] | Non
     except (re.error, regex.error, OverflowError, RecursionError) as error:
         raise InputError(
             f"{origin}: {word}: {pattern!r} is not a regular expression: {error}",
-            hint="restore the config that the trainer wrote",
+            hint="restore the config file that the trainer wrote",
             where=str(origin),
             kind="lora",
         ) from error
@@ -214,7 +208,7 @@ def _number(word: str, value: object) -> float:
 def _too_long(origin: Path, word: str, pattern: str) -> InputError:
     shown = pattern if len(pattern) <= 60 else pattern[:57] + "..."
     return InputError(
-        f"{origin}: {word}: {shown!r} takes too long to match with the layers' names",
+        f"{origin}: {word}: {shown!r} takes too long to match against the layers' names",
         hint="write the layers' names instead of the expression",
         where=str(origin),
         kind="lora",

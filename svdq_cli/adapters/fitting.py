@@ -51,7 +51,7 @@ def fitted_layers(
         for name in (*layer.weights, *layer.vectors):
             if name in claimed:
                 first, second = (next(iter(m.keys.values())).origin for m in (claimed[name], module))
-                raise twice(file, first, second, f"what is added to {name}")
+                raise twice(file, first, second, f"the update of {name}")
             claimed[name] = module
         layers.append(layer)
     return tuple(layers)
@@ -73,8 +73,8 @@ def _adapted(
     if module.algorithm is None and len(module.keys["difference"].shape) < 2:
         raise refused(
             file,
-            f"{module.name}: a difference of shape {list(module.keys['difference'].shape)}, and the weight is a matrix",
-            "the LoRA was trained on another variant of the model",
+            f"{module.name}: a difference of shape {list(module.keys['difference'].shape)}, but the weight is a matrix",
+            "the LoRA was trained on a different variant of the model",
             module.name,
             kind="lora-mismatch",
         )
@@ -110,7 +110,7 @@ def _sound_change(file: Path, module: AdapterModule, trained: TrainingConfig | N
     ) as error:  # torch's words for matrices that do not fit, ours for an odd alpha
         raise refused(
             file,
-            f"{module.name}: its factors do not fit each other: {str(error).splitlines()[0]}",
+            f"{module.name}: the shapes of its factors do not match: {str(error).splitlines()[0]}",
             "the file is damaged; download it again",
             module.name,
         ) from error
@@ -139,7 +139,7 @@ def _require_dora_sizes(file: Path, module: AdapterModule, change: WeightChange)
     if "bias" in module.keys:
         raise refused(
             file,
-            f"{module.name}: DoRA with a bias of its own, which no trainer is known to write",
+            f"{module.name}: DoRA with its own bias, which no known trainer writes",
             "merge it into the model with the tool that trained it, and convert the result",
             module.name,
         )
@@ -186,9 +186,8 @@ def _vector_rows(
             what = "bias" if suffix == "bias" else "difference"
             raise refused(
                 file,
-                f"{module.name}: its {what} has {len(added)} numbers, which are not those of {part.target}.{suffix} "
-                f"with {rows}",
-                "the LoRA was trained on another variant of the model",
+                f"{module.name}: its {what} has {len(added)} values, but {part.target}.{suffix} has {rows}",
+                "the LoRA was trained on a different variant of the model",
                 module.name,
                 kind="lora-mismatch",
             )
@@ -213,8 +212,8 @@ def _weight_rows(
         if not fit or rows != shape[0] or sizes[-1][1] != math.prod(shape[1:]):
             raise refused(
                 file,
-                f"{module.name} has matrices {' and '.join(map(str, sizes))}, {name} has shape {list(shape)}",
-                "the LoRA was trained on another variant of the model",
+                f"{module.name} has matrices {' and '.join(map(str, sizes))}, but {name} has shape {list(shape)}",
+                "the LoRA was trained on a different variant of the model",
                 module.name,
                 kind="lora-mismatch",
             )
@@ -222,7 +221,7 @@ def _weight_rows(
 
 
 def _ranges(part: Part, rows: int) -> list[tuple[int, int]]:
-    """The rows of a module with so many that a part consists of; none where they can't be divided so."""
+    """The rows of a part, in a module with this many rows; none where they can't be divided that way."""
     try:
         return [rows_range.among(rows) for rows_range in part.rows]
     except ValueError:
@@ -236,7 +235,7 @@ def _no_place(
     if len(homeless) == len(modules):
         return refused(
             file,
-            f"made for another model: none of its {len(modules)} layers is in {model.class_name}, "
+            f"made for a different model: none of its {len(modules)} layers is in {model.class_name}, "
             f"for example {names}",
             "give a LoRA that was trained on this model's family",
             homeless[0].name,
@@ -245,7 +244,7 @@ def _no_place(
     return refused(
         file,
         f"{len(homeless)} of its {len(modules)} layers are not in {model.class_name}: {names}",
-        "the LoRA was trained on a variant of the model; svdq takes all of it or nothing",
+        "the LoRA was trained on a variant of the model; svdq never applies only a part of a LoRA",
         homeless[0].name,
         kind="lora-mismatch",
     )

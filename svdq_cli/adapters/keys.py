@@ -61,7 +61,7 @@ _OTHER_KINDS = {
     "KaSA": re.compile(r"\.lora_diag\b"),
     "a LoRA of embeddings": re.compile(r"\.lora_embedding_[AB]\b"),
     "Stability's control LoRA": re.compile(r"^lora_controlnet$"),
-    "whole tensors of the model, to be put in place of its own": re.compile(r"\.set_weight$"),
+    "whole tensors that replace the model's own": re.compile(r"\.set_weight$"),
     "a control LoRA, which widens an input": re.compile(r"\.reshape_weight$"),
     # peft's other tuners, by the prefix that their parameters have
     **{
@@ -111,9 +111,8 @@ class AdapterModule:
     """One layer of an adapter file, as its keys come in."""
 
     name: str
-    keys: dict[str, StoredTensor] = field(
-        default_factory=dict[str, StoredTensor]
-    )  # by role: down, up, alpha, ...
+    # by role: down, up, alpha, ...
+    keys: dict[str, StoredTensor] = field(default_factory=dict[str, StoredTensor])
 
     @property
     def algorithm(self) -> str | None:
@@ -148,7 +147,7 @@ class AdapterModule:
         return found.float() if found.is_floating_point() and found.itemsize == 1 else found
 
     def matrix(self, role: str) -> Tensor:
-        """As a matrix: a convolution's (N, C, H, W) is (N, C * H * W)."""
+        """The entry as a matrix: a convolution's (N, C, H, W) is (N, C * H * W)."""
         return self.read(role).flatten(1)
 
     def is_zero(self) -> bool:
@@ -194,7 +193,7 @@ def require_whole(file: Path, modules: Sequence[AdapterModule], foreign: list[st
     halves = [module.name for module in modules if not module.is_whole]
     if halves:
         raise refused(
-            file, f"layers lack a half of their LoRA: {some(halves)}", "download it again", halves[0]
+            file, f"layers have only half of their LoRA: {some(halves)}", "download it again", halves[0]
         )
     if not modules:
         raise refused(file, "holds no LoRA for the diffusion model", "give a LoRA of this model", str(file))
@@ -206,8 +205,8 @@ def require_numbers(file: Path, module: AdapterModule) -> None:
         if entry.dtype not in _FLOATS and not (role == "alpha" and entry.dtype in _INTEGERS):
             raise refused(
                 file,
-                f"{module.name}: {entry.origin} is stored as {entry.dtype}, and svdq reads adapters in floats of 8 to "
-                "64 bits",
+                f"{module.name}: {entry.origin} is stored as {entry.dtype}, but svdq reads adapters of 8- to "
+                "64-bit floats",
                 "get the adapter as it was trained",
                 module.name,
             )
@@ -221,7 +220,7 @@ def require_numbers(file: Path, module: AdapterModule) -> None:
         if role in MATRICES and len(entry.shape) < 2:
             raise refused(
                 file,
-                f"{module.name}: {entry.origin} has shape {list(entry.shape)}, and a factor is a matrix",
+                f"{module.name}: {entry.origin} has shape {list(entry.shape)}, but a factor must be a matrix",
                 _DAMAGED,
                 module.name,
             )
@@ -242,8 +241,8 @@ def some(names: list[str]) -> str:
 def twice(file: Path, first: str, second: str, what: str) -> InputError:
     return refused(
         file,
-        f"{first} and {second} are both there, and both are {what}",
-        "keep one of the two: svdq can't know which one counts",
+        f"{first} and {second} are both present, and both are {what}",
+        "keep one of the two: svdq can't tell which one applies",
         second,
     )
 
@@ -267,21 +266,21 @@ def _foreign(file: Path, keys: list[str], *, alone: bool) -> InputError:
     if alone and all(_WHOLE.search(key) for key in keys):
         return refused(
             file,
-            f"its {len(keys)} keys are no part of a LoRA but whole tensors of a model: {some(keys)}",
+            f"its {len(keys)} keys are whole tensors of a model, not a LoRA: {some(keys)}",
             "give a model as the source, not as --lora",
             keys[0],
         )
     if all(_WHOLE.search(key) for key in keys):
         return refused(
             file,
-            f"{len(keys)} keys are whole tensors of the model, which were trained beside the LoRA (peft's "
+            f"{len(keys)} keys are whole tensors of the model, which were trained alongside the LoRA (peft's "
             f"modules_to_save or bias, the norms of a control LoRA): {some(keys)}",
             _MERGE_ELSEWHERE,
             keys[0],
         )
     return refused(
         file,
-        f"{len(keys)} keys are no part of a LoRA: {some(keys)}",
+        f"{len(keys)} keys are not part of a LoRA: {some(keys)}",
         "svdq knows the names of peft, diffusers, kohya, LyCORIS, BFL, ComfyUI, XLabs and cloneofsimo",
         keys[0],
     )

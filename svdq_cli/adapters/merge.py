@@ -22,7 +22,7 @@ _LAST = threading.local()  # the tensor that a thread has read rows of last, and
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MergedTensor:
-    """A tensor plus what adapters add to it, each times its strength, in float32: rounding to 16 bit would lose what a
+    """A tensor plus what adapters add to it, each times its strength, in float32: rounding to 16 bits would lose what a
     small update adds. Every change is that of the tensor as it was, so that their order says nothing."""
 
     entry: TensorEntry
@@ -64,8 +64,8 @@ class MergedTensor:
         return (entry.entry if isinstance(entry, MergedTensor) else entry).read_rows(start, stop)
 
     def _changes(self) -> Sequence[tuple[WeightChange | Tensor, float]]:
-        """As they are read, kept until the thread asks for another tensor's: a matrix is read some rows at a time, and
-        LoKr's factors take as long to make as the rest of it."""
+        """The changes of a tensor, kept until the thread asks for another tensor's: a matrix is read some rows at a
+        time, and LoKr's factors take as long to make as the rest of it."""
         if getattr(_LAST, "tensor", None) is not self:
             _LAST.tensor = _LAST.changes = None
             _LAST.changes = [
@@ -89,7 +89,7 @@ def merge_loras(source: Source, loras: Sequence[tuple[Path, float]]) -> Source:
         return source
     if not source.tensors:
         raise InputError(
-            f"{source.path}: there are no weights here to merge a LoRA into",
+            f"{source.path}: no weights to merge a LoRA into",
             hint="give the model's folder or file",
             where=str(source.path),
         )
@@ -109,8 +109,8 @@ def _untouched(source: Source, adapter: Adapter) -> Iterator[str]:
     touched = {component_of(source.components, name)[0] for name in adapter.weights}
     if untouched := [name for name in source.components if name not in touched]:
         yield (
-            f"{adapter.path.name}: merged into {' and '.join(sorted(touched))} alone; {' and '.join(untouched)} "
-            f"stays without it (--denoiser {untouched[0]} converts that alone, with a LoRA of its own)"
+            f"{adapter.path.name}: merged into {' and '.join(sorted(touched))} only; {' and '.join(untouched)} "
+            f"stays without it (--denoiser {untouched[0]} converts that one separately, with its own LoRA)"
         )
 
 
@@ -125,7 +125,7 @@ def _merged(
     entry = tensors.get(name)
     if entry is None:  # weights are known to be there
         raise InputError(
-            f"{adapter.path}: it changes {name}, and the model has no bias there",
+            f"{adapter.path}: it changes {name}, but the model has no bias there",
             hint="the LoRA was trained on a variant of the model",
             where=name,
             kind="lora-mismatch",

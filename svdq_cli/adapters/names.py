@@ -22,7 +22,7 @@ Places = Mapping[str, tuple[Part, ...]]
 """By the names that an adapter may call a layer by: the model's layers, or rows of layers, that it means."""
 
 _WHOLE = (RowRange(0, 1, 1),)
-# What stands before a layer's name: a trainer's word for the denoiser, and what wrappers put around a model. Some files
+# Prefixes of a layer's name: a trainer's word for the denoiser, and what wrappers put around a model. Some files
 # have several of them, in any order.
 _PREFIXES = (
     *(
@@ -40,7 +40,7 @@ _PREFIXES = (
     ),
 )
 _MOST_PREFIXES = 8
-# What wrappers put between the parts of a name, wherever they stand
+# What wrappers put between the parts of a name, wherever they are
 _WRAPPED = re.compile(rf"\b(?:{'|'.join(sorted(TRANSPARENT))})\.|(?<=_)_orig_mod_")
 # Attention processors of older trainers have names of their own: XLabs' for FLUX, diffusers' for UNets
 _PROCESSORS = (
@@ -73,7 +73,7 @@ class ModelShapes:
     class_name: str
     shapes: Mapping[str, tuple[int, ...]]
     component: str = "transformer"
-    # of a pipeline with several denoisers: the others, whose layers' names stand behind theirs
+    # of a pipeline with several denoisers: the others, whose layers' names carry their own name as a prefix
     further: tuple[str, ...] = ()
 
 
@@ -132,9 +132,7 @@ def named_by_index(
     layers = _indexed_layers(metadata, model)
     count = 1 + max(int(found[1]) for found in indexed.values())
     if count != len(layers):
-        raise ValueError(
-            f"it numbers {count} layers, and the model has {len(layers)} of the kind that it adapts"
-        )
+        raise ValueError(f"it numbers {count} layers, but the model has {len(layers)} layers of that kind")
     return {key: f"{layers[int(found[1])]}.lora_{found[2]}.weight" for key, found in indexed.items()}
 
 

@@ -69,7 +69,7 @@ class Adapter:
         if not self.left_out:
             return self.notes
         return (
-            f"{self.path}: {len(self.left_out)} tensors are for the text encoders, which stay as they are",
+            f"{self.path}: {len(self.left_out)} tensors are for the text encoders, which are left unchanged",
             *self.notes,
         )
 
@@ -135,7 +135,7 @@ def _model_keys(file: Path, header: Header, model: ModelShapes) -> dict[str, Sto
     except ValueError as error:
         raise refused(
             file,
-            f"made for another model: {error}",
+            f"made for a different model: {error}",
             "give a LoRA that was trained on this model's family",
             str(file),
             kind="lora-mismatch",
@@ -156,8 +156,8 @@ def _refuse_wider(file: Path, modules: Sequence[AdapterModule], places: Places, 
         if columns > known:
             raise refused(
                 file,
-                f"control LoRA: it widens an input: {module.name} reads {columns} numbers, and {target} of this "
-                f"model {known}",
+                f"control LoRA, which widens an input: {module.name} reads {columns} values, but {target} of this "
+                f"model reads {known}",
                 "a LoRA can't give a model more inputs: convert the model that it was trained on (a control, fill or "
                 "inpainting model), with the LoRA merged there",
                 module.name,
@@ -181,8 +181,9 @@ def _refuse_rank_stabilized_lokr(
         ):
             raise refused(
                 file,
-                f"{module.name}: LoKr of whole matrices that was trained with rs_lora, which LyCORIS scales in one way "
-                "when it trains and in another when it loads",
+                f"{module.name}: LoKr of whole matrices that was trained with rs_lora, which LyCORIS scales "
+                "differently "
+                "in training and on loading",
                 "merge it into the model with the tool that trained it, and convert the result",
                 module.name,
             )
@@ -208,8 +209,8 @@ def _notes(
     untold = [module for module in modules if module.is_peft_s and "alpha" not in module.keys]
     if untold and trained is None:
         found.append(
-            f"{file}: neither the file nor an adapter_config.json beside it tells alpha, which is taken as the rank "
-            "(a scale of 1); a peft folder has it, as has --lora FILE:WEIGHT with a weight of alpha / rank"
+            f"{file}: neither the file nor an adapter_config.json next to it gives alpha, so it is taken as the rank "
+            "(a scale of 1); give the whole peft folder, or --lora FILE:WEIGHT with a weight of alpha / rank"
         )
     idle = [layer for layer in layers if not layer.changes]
     if idle:
@@ -223,12 +224,12 @@ def _notes(
         )
     if left := untouched_components(model, [name for layer in layers for name in layer.weights]):
         found.append(
-            f"{file}: it changes {model.component} alone, and {' and '.join(left)} stays without it: only names that "
-            f"begin with {left[0]}. are for that one"
+            f"{file}: it changes {model.component} only, and {' and '.join(left)} stays without it: only names that "
+            f"start with {left[0]}. apply to that one"
         )
     if trained is not None and trained.changed_base is not None:
         found.append(
-            f"{file}: {trained.changed_base}: its training took a part out of every weight that it adapts, and so does "
-            "svdq, as peft does when it loads it"
+            f"{file}: {trained.changed_base}: its training subtracted a part from every weight it adapts, and so does "
+            "svdq, as peft does on loading"
         )
     return tuple(found)

@@ -18,7 +18,7 @@ Make = Callable[[Tensor], Operation]  # from a weight (N, K) on the GPU
 
 
 def gpu_baselines(m: int) -> Iterator[tuple[str, Make]]:
-    """What to measure beside torch's linear for M rows, by name. Each may fail where a GPU or torch lacks it."""
+    """Baselines to measure next to torch's linear for M rows, by name. Each may fail where a GPU or torch lacks it."""
     yield "torch._weight_int4pack_mm", weight_only_int4
     yield "torch._scaled_mm", scaled_mm_fp8
     if m > INT_MM_ROWS:

@@ -1,4 +1,4 @@
-"""A converted layer on the CPU engine: whole, without its branch, with the branch beside it, and its first half."""
+"""A converted layer on the CPU engine: whole, without its branch, with an unfused branch, and its first half."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def cpu_operations(solution: LayerSolution, m: int) -> Iterator[Operation]:
 
 
 def cpu_baselines(m: int) -> Iterator[tuple[str, Make]]:
-    """What torch itself offers beside its float linears, for M rows, by name."""
+    """What torch itself offers next to its float linears, for M rows, by name."""
     yield "torch._weight_int4pack_mm_for_cpu", weight_only_int4_on_cpu
     if m > 1:
         yield "torch._int_mm", int8_mm
@@ -44,7 +44,7 @@ def cpu_baselines(m: int) -> Iterator[tuple[str, Make]]:
 
 
 class UnfusedBranch(nn.Module):
-    """The layer without its branch, and the branch as three operations of torch beside it: what fusing saves."""
+    """The layer without its branch, and the branch as three separate torch operations: shows what fusing saves."""
 
     def __init__(self, bare: CpuW4A4Linear, solution: W4A4Solution) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""ggml's matrix product of 4-bit and 8-bit weights, which stable-diffusion.cpp computes with, beside ours: where
+"""ggml's matrix product of 4-bit and 8-bit weights, which stable-diffusion.cpp computes with, next to ours: where
 $SVDQ_GGML names a folder with its libraries. `make bench-peers-cpu` builds them for this processor."""
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def ggml_product(weight: Tensor, kind: int, *, repacked: bool) -> Operation:
         torch.float32,
         GgmlProduct(stored, (n, k), kind, repacked=repacked),
         lambda x: x.double() @ values.double().T,
-        "activations rounded to 8 bit, which the error counts; built for " + ", ".join(found.features()),
+        "activations rounded to 8 bits, which the error counts; built for " + ", ".join(found.features()),
     )
 
 

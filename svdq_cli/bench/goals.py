@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from svdq_cli.bench.report import BenchRow, StepRow
 
-LEAST_ROWS = 4096  # goals are for the rows of a picture
+LEAST_ROWS = 4096  # goals are for the rows of an image
 LONG_K = 12288  # from which the branch may cost less
 GEMM, LINEAR, QUANTIZE = "w4a4 gemm", "w4a4 linear", "quantize and down"
 

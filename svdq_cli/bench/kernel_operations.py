@@ -47,7 +47,7 @@ class Product(nn.Module):
 
 
 class UnfusedBranch(nn.Module):
-    """The GEMM without the branch, and the branch as three operations of torch beside it: what fusing saves."""
+    """The GEMM without the branch, and the branch as three separate torch operations: shows what fusing saves."""
 
     def __init__(self, bare: FusedW4A4Linear, solution: W4A4Solution, m: int) -> None:
         super().__init__()

@@ -39,9 +39,8 @@ class Operation:
     module: nn.Module
     define: Callable[[Tensor], Tensor]  # x (M, K) -> (M, N) float64, unrounded
     exactness: str
-    prepare: Callable[[Tensor], tuple[Tensor, ...]] = (
-        just_x  # x -> the module's inputs, outside the measured time
-    )
+    # x -> the module's inputs, outside the measured time
+    prepare: Callable[[Tensor], tuple[Tensor, ...]] = just_x
     rows_of: Callable[[Any], Tensor] = just_result  # the module's result -> (M, N)
     least_bytes: int | None = None  # to read and write, where these decide the time
 
@@ -110,7 +109,7 @@ def reference_linear(solution: LayerSolution) -> Operation:
 
 
 def without_branch(solution: W4A4Solution) -> W4A4Solution:
-    """The same 4-bit layer with nothing beside it: what the branch costs is the difference."""
+    """A 4-bit layer without its low-rank branch: the difference to the whole layer is the cost of the branch."""
     plan = replace(solution.plan, rank=0)
     return replace(solution, plan=plan, down=solution.down[:0], up=solution.up[:, :0])
 

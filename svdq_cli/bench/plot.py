@@ -1,4 +1,4 @@
-"""A benchmark as a picture: one bar a row, its length the speed beside the baseline's."""
+"""A benchmark as a plot: one bar a row, its length the speed relative to the baseline's."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ INK, BASELINE, OURS, OTHERS = "#202020", "#b0b0b0", "#2a7f62", "#7a93c9"
 
 
 def draw_plot(report: BenchReport, path: Path) -> None:
-    """Writes a picture (its type by `path`'s suffix). The dashed line is the baseline, 1.0."""
+    """Writes an image (its type by `path`'s suffix). The dashed line is the baseline, 1.0."""
     rows = list(_lines(report))
     longest = max(1.0, *(row.ratio for row in report.rows))
     height = 2 * MARGIN + LINE * (len(rows) + 2)
     picture = Image.new("RGB", (LABEL + BAR + 100 + 2 * MARGIN, height), "white")
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=12)
-    draw.text((MARGIN, MARGIN), f"{report.device.name}: speed beside {report.rows[0].baseline}", INK, font)
+    draw.text(
+        (MARGIN, MARGIN), f"{report.device.name}: speed relative to {report.rows[0].baseline}", INK, font
+    )
     left = MARGIN + LABEL
     for index, row in enumerate(rows, start=2):
         y = MARGIN + LINE * index

@@ -14,7 +14,7 @@ EVERY = 0.002  # seconds between two looks
 
 
 def resident_bytes() -> int:
-    """In memory now, after everything that nobody holds was given back."""
+    """Bytes resident now, after unused memory was returned to the system."""
     gc.collect()
     return_freed_memory()
     return psutil.Process().memory_info().rss

@@ -1,4 +1,4 @@
-"""A benchmark: shapes of a named set with random weights, or the layers of a checkpoint, beside torch's own linear."""
+"""A benchmark: shapes of a named set with random weights, or the layers of a checkpoint, next to torch's own linear."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class BenchSettings:
             raise UsageError(f"--m {self.m}: a layer needs at least one row", hint="give a positive number")
         if not (math.isfinite(self.seconds_per_row) and self.seconds_per_row > 0):
             raise UsageError(
-                f"--seconds {self.seconds_per_row:g}: not a time to measure for",
+                f"--seconds {self.seconds_per_row:g}: not a valid time to measure",
                 hint="give a positive number of seconds for each row, such as 0.2",
             )
 
@@ -207,7 +207,7 @@ def _step_as_row(step: StepRow, how: StepSettings) -> BenchRow:
         ratio=step.ratio,
         floor_us=None,
         relative_error=None,
-        exactness="random weights: every layer as its own rows say",
+        exactness="random weights; the exactness of each layer is that of its own rows",
     )
 
 
@@ -246,7 +246,7 @@ def _baseline_name(dtype: torch.dtype, device: torch.device) -> str:
 
 
 def _beside_others(row: BenchRow, medians: Mapping[str, float]) -> Iterator[BenchRow]:
-    """The same measurement of a whole layer of ours, beside the baselines that its ratio does not refer to."""
+    """One of our whole layers as a row for each baseline that its own ratio does not refer to."""
     if (row.op, row.mode) != (LINEAR, FUSED):
         return
     for name, median in medians.items():
@@ -266,7 +266,7 @@ def _baselines(case: Case, settings: BenchSettings) -> Iterator[tuple[torch.dtyp
 def _other_rows(
     case: Case, x: Tensor, settings: BenchSettings, baselines: Mapping[str, float], lacking: dict[str, str]
 ) -> Iterator[BenchRow]:
-    """What others offer. One that fails here is no fault of ours: `lacking` keeps its reason for the notes."""
+    """What others offer. One that fails here is not a fault of ours: `lacking` keeps its reason for the notes."""
     weight = _random_weight(settings, case.linear)
     others = gpu_baselines(case.m) if settings.device.type == "cuda" else cpu_baselines(case.m)
     for name, make in others:
@@ -277,7 +277,7 @@ def _other_rows(
 
 
 def _operations(case: Case, settings: BenchSettings) -> Iterator[Operation]:
-    """On the kernels where they run, else on the reference backend."""
+    """The operations to measure: on the kernels where they run, else on the reference backend."""
     on_kernels = lack_of_kernels(settings.device) is None
     for found in case.solve():
         solution = on_device(found, settings.device)
@@ -358,8 +358,8 @@ def _relative_error(layer: str, operation: Operation, x: Tensor) -> float:
     error = float((found[sample].double() - wanted).norm() / wanted.norm())
     if not math.isfinite(error):
         raise InputError(
-            f"{layer}: {operation.label} gives a value that is not finite, or nothing but zeros",
-            hint="svdq check says what is wrong with a checkpoint",
+            f"{layer}: {operation.label} returns values that are not finite, or only zeros",
+            hint="svdq check shows what is wrong with a checkpoint",
             where=layer,
         )
     return error
@@ -410,21 +410,21 @@ def _require_rank(rank: int, shapes: ShapeSet) -> None:
 def _notes(settings: BenchSettings, busy: float | None, lacking: Mapping[str, str]) -> tuple[str, ...]:
     notes = [
         _where(settings.device),
-        "us: the median. spread: from the 10th to the 90th percentile, in shares of it. TFLOP/s counts 2 M K N.",
+        "us: the median. spread: from the 10th to the 90th percentile, over the median. TFLOP/s counts 2 M K N.",
         "ratio: the baseline's median over the row's, so above 1 is faster.",
-        "error: against the same operation in float64, so it measures arithmetic. What 4 bits cost in quality is for "
-        "svdq eval to say.",
+        "error: against the same operation in float64, so it measures arithmetic. svdq eval measures "
+        "what 4 bits cost in quality.",
     ]
     if settings.device.type == "cuda":
         speed = settings.bytes_per_us / 1e6
-        notes += [f"floor: the least bytes over the measured speed of copying, {speed:.2f} TB/s."]
+        notes += [f"floor: the fewest bytes that must move, over the measured copy speed, {speed:.2f} TB/s."]
         notes += [f"not measured: {name}: {reason}" for name, reason in lacking.items()]
     cores = os.cpu_count() or 1
     if busy is not None and busy > BUSY * cores:
         notes.insert(
             1,
-            f"The load average was {busy:.1f} on {cores} cores when this started: beside other work, times are longer "
-            "and less even than they would be alone.",
+            f"The load average was {busy:.1f} on {cores} cores when this started: other work makes times longer "
+            "and less even.",
         )
     return tuple(notes)
 
@@ -433,7 +433,7 @@ def _where(device: torch.device) -> str:
     if device.type == "cpu" and lack_of_engine() is None:
         return (
             "fused: the whole layer on svdq's CPU engine. no-branch: without its low-rank branch. unfused-branch: the "
-            "branch as operations of torch beside it. They say nothing about speed on a GPU."
+            "branch as separate torch operations. These figures say nothing about speed on a GPU."
         )
     if device.type == "cpu":
         return (

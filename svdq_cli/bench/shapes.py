@@ -11,7 +11,7 @@ from svdq_cli.errors import UsageError
 if TYPE_CHECKING:
     from torch import device
 
-MODULATION_ROWS = 1  # a modulation layer reads one row for each picture
+MODULATION_ROWS = 1  # a modulation layer reads one row for each image
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class ShapeSet:
 
 DEMO = ShapeSet(
     "demo",
-    "the embedded model: 8 pictures of 36 tokens, each with a caption of 32",
+    "the embedded model: 8 images of 36 tokens, each with a caption of 32",
     (
         LinearShape("attention", 68 * 8, 256, 256),
         LinearShape("feed-forward up", 68 * 8, 256, 1024),
@@ -47,7 +47,7 @@ DEMO = ShapeSet(
 
 FLUX1_DEV = ShapeSet(
     "flux1-dev",
-    "FLUX.1-dev at 1024 x 1024: 4096 tokens of the picture, 512 of the prompt",
+    "FLUX.1-dev at 1024 x 1024: 4096 image tokens, 512 prompt tokens",
     (
         LinearShape("double img qkv", 4096, 3072, 9216),
         LinearShape("double img out", 4096, 3072, 3072),
@@ -67,7 +67,7 @@ FLUX1_DEV = ShapeSet(
 
 SDXL = ShapeSet(
     "sdxl",
-    "SDXL at 1024 x 1024, two pictures at once for guidance: 4096 tokens each at 640 channels, 1024 at 1280",
+    "SDXL at 1024 x 1024, two images at once for guidance: 4096 tokens each at 640 channels, 1024 at 1280",
     (
         LinearShape("attention 640", 2 * 4096, 640, 640),
         LinearShape("feed-forward up 640", 2 * 4096, 640, 5120),
@@ -80,7 +80,7 @@ SDXL = ShapeSet(
 
 PIXART_SIGMA = ShapeSet(
     "pixart-sigma",
-    "PixArt-Sigma at 1024 x 1024, two pictures at once for guidance: 4096 tokens each",
+    "PixArt-Sigma at 1024 x 1024, two images at once for guidance: 4096 tokens each",
     (
         LinearShape("attention", 2 * 4096, 1152, 1152),
         LinearShape("feed-forward up", 2 * 4096, 1152, 4608),
@@ -99,7 +99,7 @@ def shape_set(name: str) -> ShapeSet:
         near = difflib.get_close_matches(name, SHAPE_SETS, n=1)
         guess = f"did you mean {near[0]!r}? " if near else ""
         raise UsageError(
-            f"no set of shapes is named {name!r}", hint=f"{guess}there are {', '.join(SHAPE_SETS)}"
+            f"no set of shapes is named {name!r}", hint=f"{guess}the sets are {', '.join(SHAPE_SETS)}"
         ) from None
 
 

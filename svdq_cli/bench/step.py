@@ -1,4 +1,4 @@
-"""One denoising step of a FLUX.1-shaped transformer: time and peak memory in 16 bit and converted, in the same run."""
+"""One denoising step of a FLUX.1-shaped transformer: time and peak memory in 16 bits and converted, in the same run."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class StepSettings:
     rank: int = 32
     seconds: float = 1.0
     compiled: bool = False  # also under torch.compile, which takes minutes to build
-    on_engine: bool = False  # on a CPU: our engine, not the twins of the kernels
+    on_engine: bool = False  # on a CPU: our engine, not the references of the kernels
     own_processes: bool = False  # so that memory is the model's alone
 
 
@@ -148,7 +148,7 @@ def _captured(model: nn.Module, inputs: tuple[Tensor, ...]) -> Callable[[], obje
 
 
 def _peak_bytes(call: Callable[[], object], device: torch.device, before: int) -> int:
-    """Of tensors, weights included, in one step; on a CPU what the process takes beyond `before`."""
+    """Peak bytes of tensors in one step, weights included; on a CPU, what the process takes beyond `before`."""
     if device.type != "cuda":
         call()
         resident_bytes()  # gives back what making the model took
@@ -162,7 +162,7 @@ def _peak_bytes(call: Callable[[], object], device: torch.device, before: int) -
 
 @torch.no_grad()
 def _load_libraries(settings: StepSettings, arithmetic: Arithmetic) -> None:
-    """What a first step takes for itself, such as torch's matrix library, is no model's memory."""
+    """What a first step takes for itself, such as torch's matrix library, is not a model's memory."""
     small = replace(
         settings.shape, width=384, heads=3, inner=512, double=1, single=1, image_tokens=64, text_tokens=16
     )
@@ -289,7 +289,7 @@ def random_w4a4(k: int, n: int, rank: int, precision: Precision, device: torch.d
 
 
 def random_w4a16(k: int, n: int, device: torch.device) -> W4A16Solution:
-    """As `random_w4a4`."""
+    """A W4A16 layer of random weights, made as in `random_w4a4`."""
     scales = torch.full((n, k // 64), k**-0.5 / 4, device=device, dtype=DTYPE)
     codes = torch.randint(0, 15, (n, k), device=device, dtype=torch.uint8)
     bias = torch.zeros(n, device=device, dtype=DTYPE)

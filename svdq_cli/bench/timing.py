@@ -14,9 +14,8 @@ from svdq_cli.bench.report import Microseconds
 
 Call = Callable[[], object]
 
-CPU_CACHE_BYTES = (
-    64 * 2**20
-)  # torch does not tell; more than one core's share of the last level almost everywhere
+# torch does not tell; more than one core's share of the last level almost everywhere
+CPU_CACHE_BYTES = 64 * 2**20
 LEAST_COPIES, MOST_COPIES = 3, 256
 LEAST_SAMPLES = {"cpu": 5, "cuda": 50}
 MOST_SAMPLES = 10_000

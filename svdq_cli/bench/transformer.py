@@ -13,20 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-QKV_ROWS = 2048  # of a double block's picture that are written beside the prompt's at a time
+QKV_ROWS = 2048  # of a double block's image that are written next to the prompt's at a time
 ATTENTION_ROWS = 256  # on a CPU: whose scores are in memory at a time
 Role = Literal["w4a4", "w4a16"]
 MakeLinear = Callable[[int, int, Role], nn.Module]  # in features, out features, role
 MakeFeedForward = Callable[[int, int], nn.Module]  # width, inner width: linear, GELU by tanh, linear
 Attend = Callable[[Tensor], Tensor]  # q, k and v of some heads (M, 3 widths) -> (M, width)
-MakeSingle = Callable[
-    [int, int], nn.Module
-]  # width, inner width: a single block's layers, called as `Published` is
+# width, inner width: a single block's layers, called as `Published` is
+MakeSingle = Callable[[int, int], nn.Module]
 
 
 @dataclass(frozen=True, slots=True)
 class TransformerShape:
-    """Sizes of the transformer and of one step's input, one picture."""
+    """Sizes of the transformer and of one step's input, one image."""
 
     name: str
     width: int
@@ -39,7 +38,7 @@ class TransformerShape:
 
     @property
     def operations(self) -> int:
-        """Of the linear layers and attentions of one step, two for a multiplication and addition."""
+        """Operations of the linear layers and attentions of one step; a multiplication and addition count as two."""
         tokens = self.image_tokens + self.text_tokens
         linear = 2 * tokens * self.width * (4 * self.width + 2 * self.inner)
         attention = 4 * tokens**2 * self.width
@@ -83,7 +82,7 @@ class FluxShapedTransformer(nn.Module):
 
 
 class Stream(nn.Module):
-    """One side of a double block: its own layers for the picture's or the prompt's tokens."""
+    """One side of a double block: its own layers for the image's or the prompt's tokens."""
 
     def __init__(self, shape: TransformerShape, linear: MakeLinear, feed_forward: MakeFeedForward) -> None:
         super().__init__()
@@ -179,7 +178,7 @@ def attention(qkv: Tensor, angles: Tensor, head_size: int) -> Tensor:
 
 
 def attention_by_rows(qkv: Tensor, angles: Tensor, head_size: int) -> Tensor:
-    """The same, a head and some rows at a time, over q. On a CPU torch's fused attention takes 2.4 times as long as its
+    """Attention, one head and some rows of q at a time. On a CPU torch's fused attention takes 2.4 times as long as its
     matrix products do (seen with torch 2.13, AVX512-BF16), and would hide what is measured here. `qkv` holds q, k and
     v of all heads, (M, 3 heads head_size); returns (M, heads head_size)."""
     parts = qkv.unflatten(-1, (3, -1, head_size))

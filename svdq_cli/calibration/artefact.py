@@ -1,7 +1,7 @@
 """The calibration artefact: a folder of safetensors and `manifest.json`, made once and used by many conversions.
 
 Per input `<name>/abs_max` (K,) float32, `<name>/second_moment` (K,) float32 and `<name>/rows` (M, K) bfloat16, several
-inputs a file. The manifest's digest stands for everything that a conversion reads; neither the time of day, the svdq
+inputs a file. The manifest's digest covers everything that a conversion reads; neither the time of day, the svdq
 version nor the split into files enters it.
 """
 
@@ -36,7 +36,7 @@ _TENSORS = {"abs_max": torch.float32, "second_moment": torch.float32, "rows": to
 
 @dataclass(frozen=True, slots=True)
 class CalibrationFacts:
-    """Where statistics come from: the model, the prompts and how the pictures were drawn."""
+    """Where statistics come from: the model, the prompts and how the images were generated."""
 
     svdq_version: str
     model_class: str
@@ -96,7 +96,7 @@ class Calibration:
         if entry is None:
             raise InputError(
                 f"{self.path}: no statistics for {name!r}",
-                hint="this calibration was made for another model or family; run svdq calibrate on this one",
+                hint="this calibration was made for a different model or family; run svdq calibrate on this one",
                 where=name,
             )
         file = self.path / entry.file
@@ -151,11 +151,11 @@ def _check_target(path: Path, *, overwrite: bool) -> None:
         return
     if not overwrite:
         raise UsageError(
-            f"{path}: exists already", hint="choose another path, or pass --overwrite", where=str(path)
+            f"{path}: already exists", hint="choose another path, or pass --overwrite", where=str(path)
         )
     if not is_calibration(path):
         raise UsageError(
-            f"{path}: is not a calibration, so it is not overwritten",
+            f"{path}: not a calibration, so it is not overwritten",
             hint="choose another path, or remove it yourself",
             where=str(path),
         )
@@ -212,7 +212,7 @@ def _put_in_place(partial: Path, path: Path) -> None:
 
 
 def _groups(stats: Mapping[str, ActivationStats]) -> Iterator[list[ActivationStats]]:
-    """The inputs in their order, in groups of at most MAX_FILE_BYTES (a single larger input stands alone)."""
+    """The inputs in their order, in groups of at most MAX_FILE_BYTES (a single larger input gets its own file)."""
     group: list[ActivationStats] = []
     size = 0
     for item in stats.values():
@@ -318,7 +318,7 @@ def open_calibration(path: Path) -> Calibration:
         raise _damaged(manifest_path, f"not valid JSON ({error})") from None
     if not isinstance(plain, dict) or plain.get("kind") != KIND:
         raise InputError(
-            f"{path}: not a calibration ({MANIFEST} is of another kind)",
+            f"{path}: not a calibration ({MANIFEST} describes something else)",
             hint="make one with svdq calibrate SOURCE -o CALIB",
             where=str(manifest_path),
         )
@@ -359,7 +359,7 @@ def _manifest_of(plain: dict[str, Any]) -> CalibrationManifest:
 def _check_files(path: Path, manifest: CalibrationManifest) -> None:
     for name in {*manifest.file_bytes, *(entry.file for entry in manifest.inputs)}:
         if not re.fullmatch(r"[\w-]+\.safetensors", name) or name not in manifest.file_bytes:
-            raise _damaged(path / MANIFEST, f"it names a file that is not its own: {name}")
+            raise _damaged(path / MANIFEST, f"it names a file that does not belong to it: {name}")
     for name, expected in manifest.file_bytes.items():
         file = path / name
         if not file.is_file():

@@ -1,7 +1,7 @@
-"""Activation statistics of shared inputs, taken by hooks while the pipeline draws its calibration pictures.
+"""Activation statistics of shared inputs, taken by hooks while the pipeline generates its calibration images.
 
-Rows are sampled by turn, not by chance. A *turn* is one picture in one call of a layer: with one pass a step, a picture
-of 20 steps has 20 turns; a conditional and an unconditional pass make 40. Every picture gets an equal share of the
+Rows are sampled by turn, not by chance. A *turn* is one image in one call of a layer: with one pass a step, an image
+of 20 steps has 20 turns; a conditional and an unconditional pass make 40. Every image gets an equal share of the
 rows, spread evenly over its turns; within a turn the rows are evenly strided tokens. Where shares do not divide, the
 golden ratio shifts where they fall, so that neither a timestep nor a token position is preferred. Inputs with equal
 numbers of turns and tokens keep the same rows.
@@ -72,9 +72,9 @@ def collect_parts(
     encoded: EncodedPrompts | None = None,
     observe: Observer = ignore_events,
 ) -> None:
-    """Draws those of `batches` that `parts` lacks, and puts what each adds under the index of its first picture.
+    """Generate the `batches` that `parts` lacks, and store what each adds under the index of its first image.
 
-    A part depends on its own pictures alone: not on the order, nor on which process drew the others.
+    A part depends on its own images alone: not on the order, nor on which process generated the others.
     `encoded`: the prompts' embeddings, where the text encoders are gone. Raises as `collect_stats` does.
     """
     layers = {item.name: _layer(model, item.layers[0]) for item in inputs}
@@ -125,11 +125,11 @@ def collect_parts(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class InputPart:
-    """What one batch of pictures adds to the statistics of one input. On the CPU."""
+    """What one batch of images adds to the statistics of one input. On the CPU."""
 
     abs_max: Tensor  # (K,) float32
     squares: Tensor  # (K,) float64, sum of x squared
-    rows: Tensor  # (M, K) bfloat16, by picture and turn
+    rows: Tensor  # (M, K) bfloat16, by image and turn
     tokens: int
     output_peaks: Mapping[str, float]  # the largest number in the output of each layer that reads the input
 
@@ -138,7 +138,7 @@ Part = Mapping[str, InputPart]  # by the name of the shared input
 
 
 def merged(name: str, parts: Sequence[InputPart]) -> ActivationStats:
-    """Statistics of one input from all parts, in the order of their pictures."""
+    """Statistics of one input from all parts, in the order of their images."""
     tokens = sum(part.tokens for part in parts)
     squares = parts[0].squares
     for part in parts[1:]:  # one after the other: a sum whose order is fixed has the same bits everywhere
@@ -162,9 +162,8 @@ class _Sharing:
     layers: dict[str, nn.Module]  # of the inputs that several layers read, by layer name
     input_of: dict[str, SharedInput]
     calls: dict[str, int] = field(default_factory=dict)  # layer -> how often it was called
-    first: dict[tuple[str, int], tuple[str, Tensor]] = field(
-        default_factory=dict
-    )  # (input, call) -> who read what
+    # (input, call) -> who read what
+    first: dict[tuple[str, int], tuple[str, Tensor]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module, inputs: Sequence[SharedInput]) -> _Sharing:
@@ -178,8 +177,8 @@ class _Sharing:
         other, seen = self.first.setdefault((item.name, call), (name, activation))
         if seen is not activation and not (seen.shape == activation.shape and torch.equal(seen, activation)):
             raise InputError(
-                f"layers {other} and {name} are planned to share an input, but read different activations",
-                hint="take them apart in the recipe's layers: {match: MODULE, group: [LAYER]} is an input of its own",
+                f"layers {other} and {name} are planned to share an input, but they read different activations",
+                hint="separate them in the recipe's layers: {match: MODULE, group: [LAYER]} gives LAYER its own input",
                 where=name,
             )
         if all(self.calls.get(layer, 0) >= call for layer in item.layers):
@@ -188,22 +187,22 @@ class _Sharing:
 
 @dataclass(slots=True)
 class _Tally:
-    """What has been seen of one input in the batch that is being drawn. Everything stays on the model's device until
-    the batch is done: a copy to the CPU in each call would make the GPU wait."""
+    """What has been seen of one input in the batch that is being generated. Everything stays on the model's device
+    until the batch is done: a copy to the CPU in each call would make the GPU wait."""
 
     abs_max: Tensor | None = None  # (K,) float32
     squares: Tensor | None = None  # (K,) float64
     tokens: int = 0
-    turns: dict[int, int] = field(default_factory=dict)  # picture -> turns taken
-    rows: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # (picture, turn) -> (M, K) bfloat16
+    turns: dict[int, int] = field(default_factory=dict)  # image -> turns taken
+    rows: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # (image, turn) -> (M, K) bfloat16
     outputs: dict[str, Tensor] = field(default_factory=dict)  # layer -> the largest number it gave
 
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """How sampled rows are spread over pictures, turns and tokens."""
+    """How sampled rows are spread over images, turns and tokens."""
 
-    rows: int  # of an input, over all pictures
+    rows: int  # of an input, over all images
     pictures: int
     seed: int
 
@@ -212,7 +211,7 @@ class Spread:
             raise UsageError(f"rows is {self.rows}", hint="keep 1 row or more")
 
     def share(self, *, picture: int, turn: int, turns: int) -> int:
-        """Rows that this turn may keep. All turns of all pictures together keep `rows`."""
+        """Rows that this turn may keep. All turns of all images together keep `rows`."""
         if turn >= turns:
             return 0
         of_picture = self.rows * (picture + 1) // self.pictures - self.rows * picture // self.pictures
@@ -222,7 +221,7 @@ class Spread:
         )
 
     def tokens(self, *, picture: int, turn: int, turns: int, count: int) -> list[int]:
-        """Which of a turn's `count` tokens are kept, ascending and evenly strided."""
+        """Indices of the tokens that a turn keeps of its `count`, ascending and evenly strided."""
         share = self.share(picture=picture, turn=turn, turns=turns)
         if share >= count:
             return list(range(count))
@@ -244,7 +243,7 @@ def _add(tally: _Tally, activation: Tensor, *, batch: Batch, spread: Spread, tur
     tally.squares = squares if tally.squares is None else tally.squares + squares
     tally.tokens += flat.shape[0]
     for index, entry in enumerate(entries):
-        # pipelines that guide in one call stack the passes: [unconditional pictures, conditional pictures]
+        # pipelines that guide in one call stack the passes: [unconditional images, conditional images]
         picture = batch.first + index % len(batch.prompts)
         turn = tally.turns.get(picture, 0)
         tally.turns[picture] = turn + 1
@@ -265,7 +264,7 @@ def _part(tally: _Tally) -> InputPart:
     assert tally.abs_max is not None  # the probe saw this input called
     assert tally.squares is not None
     width = tally.abs_max.shape[0]
-    kept = [tally.rows[key] for key in sorted(tally.rows)]  # by picture and turn, however they were batched
+    kept = [tally.rows[key] for key in sorted(tally.rows)]  # by image and turn, however they were batched
     rows = torch.cat(kept) if kept else torch.empty(0, width, dtype=torch.bfloat16)
     peaks = {layer: peak.item() for layer, peak in tally.outputs.items()}
     return InputPart(tally.abs_max.cpu(), tally.squares.cpu(), rows.cpu(), tally.tokens, peaks)
@@ -280,11 +279,11 @@ def _turns_per_picture(
     *,
     whole: bool,
 ) -> dict[str, int]:
-    """How often each input will be called for one picture, known from one denoising step of the first batch, or from
+    """How often each input will be called for one image, known from one denoising step of the first batch, or from
     the `whole` of it.
 
-    In the order of the calls, so that the first bad activation is found where it arises. Costs what it draws, and finds
-    a layer that the pipeline never runs before the long work begins.
+    In the order of the calls, so that the first bad activation is found where it arises. Costs one denoising step, and
+    finds a layer that the pipeline never runs before the long work begins.
     """
     seen: dict[str, int] = {}
     steps_done = 0
@@ -306,9 +305,9 @@ def _turns_per_picture(
             raise InputError(
                 f"layer {name}: the pipeline never ran it"
                 + (f" in {settings.steps} step{'s' * (settings.steps > 1)}" if whole else ""),
-                hint="keep it at 16 bit (keep: true in the recipe's layers), or correct its name in the family"
+                hint="keep it at 16 bits (keep: true in the recipe's layers), or correct its name in the family file"
                 if not whole
-                else "draw with more steps (--steps): denoisers take turns, each has its own part of them",
+                else "sample with more steps (--steps): each denoiser runs only a part of them",
                 where=name,
             )
     steps = int(getattr(pipe, "num_timesteps", settings.steps))

@@ -46,8 +46,8 @@ def column_of(
     if len(columns) == 1 and sole_is_enough:
         return columns[0]
     raise InputError(
-        f"{path}: no column is called {', '.join(USUAL_COLUMNS[:-1])} or {USUAL_COLUMNS[-1]}",
-        hint=f"name the one that holds the prompts with --prompt-column; there are {', '.join(columns)}"
+        f"{path}: no column is named {', '.join(USUAL_COLUMNS[:-1])} or {USUAL_COLUMNS[-1]}",
+        hint=f"name the column that holds the prompts with --prompt-column; the columns are {', '.join(columns)}"
         + ("; a list without a header is a .txt file" if len(columns) == 1 else ""),
         where=str(path),
     )

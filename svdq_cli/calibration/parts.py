@@ -1,7 +1,7 @@
-"""Calibration in parts: what each batch of pictures adds, one file a batch, merged when all are there.
+"""Calibration in parts: what each batch of images adds, one file a batch, merged when all are there.
 
-A run that was stopped draws only what is missing; several processes fill one folder, each with batches of its own. Sums
-are taken in the order of the pictures, so the merged statistics have the same bits however the parts came about.
+A run that was stopped generates only what is missing; several processes fill one folder, each with batches of its own.
+Sums are taken in the order of the images, so the merged statistics have the same bits however the parts came about.
 
 Per input of a part `<name>/abs_max` (K,) float32, `<name>/squares` (K,) float64, `<name>/rows` (M, K) bfloat16 and
 `<name>/tokens`, an int64; in the metadata the peaks of outputs, by input and layer.
@@ -29,7 +29,7 @@ _SUFFIX = ".safetensors"
 
 @dataclass(frozen=True, slots=True)
 class PartFolder(MutableMapping[int, Part]):
-    """Parts by the index of their first picture. A file is there when its part is finished."""
+    """Parts by the index of their first image. A file is there when its part is finished."""
 
     path: Path
 
@@ -78,8 +78,8 @@ class _StoredPart(Mapping[str, InputPart]):
                 peaks = json.loads((stored.metadata() or {}).get(_PEAKS, "{}")).get(name, {})
         except (SafetensorError, OSError) as error:
             raise InputError(
-                f"{self.file}: can't read what was calibrated before: {error}",
-                hint="remove this file; its pictures are drawn again",
+                f"{self.file}: can't read saved calibration data: {error}",
+                hint="remove this file; its images are then generated again",
                 where=str(self.file),
                 kind="damaged-file",
             ) from error

@@ -149,7 +149,7 @@ def _of_rows(path: Path, rows: Iterable[Mapping[str, object]], column: str | Non
         if chosen is None:
             chosen = column_of(path, list(row), column, sole_is_enough=path.suffix.lower() not in _DELIMITERS)
         if chosen not in row:
-            raise _unreadable(path, f"entry {number} has no {chosen!r}, as those before it have")
+            raise _unreadable(path, f"entry {number} has no {chosen!r}, unlike those before it")
         cell = row[chosen]
         if cell is None:
             continue
@@ -157,7 +157,7 @@ def _of_rows(path: Path, rows: Iterable[Mapping[str, object]], column: str | Non
         if prompt is None:
             raise InputError(
                 f"{path}: column {chosen!r} holds {type(cell).__name__}, not text",
-                hint=f"name the column that holds the prompts with --prompt-column; there are {', '.join(row)}",
+                hint=f"name the column that holds the prompts with --prompt-column; the columns are {', '.join(row)}",
                 where=str(path),
             )
         if text := " ".join(prompt.split()):
@@ -256,7 +256,7 @@ def _of_folder(folder: Path, column: str | None) -> PromptList:
     what = "images without captions" if images else "no captions"
     raise InputError(
         f"{folder}: holds {what}, and no file of prompts",
-        hint=f"write what an image shows into a .txt file of its name, next to it; or {_ONE_A_LINE}",
+        hint=f"write each image's caption into a .txt file with the same name, next to it; or {_ONE_A_LINE}",
         where=str(folder),
     )
 
@@ -298,7 +298,7 @@ def _require_captions(folder: Path, files: Sequence[Path]) -> None:
     for file in files:
         if len([line for line in read_text(file).splitlines() if line.strip()]) > 1:
             raise InputError(
-                f"{folder}: a folder of text files, of which {file.name} holds many prompts: which one?",
+                f"{folder}: a folder of text files, and {file.name} holds many prompts: which file is meant?",
                 hint=f"give a file, such as {file}; captions are .txt files next to their images",
                 where=str(folder),
             )
@@ -317,5 +317,5 @@ def _of_captions(folder: Path, files: Sequence[Path], *, images: int) -> PromptL
 
 def _unreadable(path: Path, why: str) -> InputError:
     return InputError(
-        f"{path}: can't be read as prompts: {why}", hint=f"mend the file, or {_ONE_A_LINE}", where=str(path)
+        f"{path}: can't be read as prompts: {why}", hint=f"fix the file, or {_ONE_A_LINE}", where=str(path)
     )

@@ -18,8 +18,8 @@ from svdq_cli.recipe import user_path
 
 @dataclass(frozen=True, slots=True)
 class PromptSet:
-    """A data set on the hub. `file`: the one of its files that holds all prompts by picture, where its table holds
-    pictures only; None: its table has a `column` of prompts."""
+    """A data set on the Hub. `file`: the one of its files that holds all prompts by image, where its table holds
+    images only; None: its table has a `column` of prompts."""
 
     name: str
     repository: str
@@ -38,21 +38,21 @@ PROMPT_SETS = (
 
 
 def find_prompt_set(name: str) -> PromptSet | None:
-    """By its short name, whatever the case; a file or folder of that name goes before."""
+    """The prompt set of a short name, in upper or lower case; None if a file or folder has that name."""
     if os.path.exists(user_path(name)):
         return None
     return next((found for found in PROMPT_SETS if found.name.casefold() == name.casefold()), None)
 
 
 def prompts_of_set(wanted: PromptSet) -> tuple[str, ...]:
-    """All its prompts, from the hub or its cache. Raises InputError where they can't be had."""
+    """All its prompts, from the Hub or its cache. Raises InputError where they can't be had."""
     if wanted.file is None:
         return dataset_prompts(wanted.repository, split="train", column=wanted.column).texts
     return prompts_by_picture(_fetched(wanted.repository, wanted.file))
 
 
 def prompts_by_picture(path: Path) -> tuple[str, ...]:
-    """The prompts of a JSON or YAML file {picture: prompt} or {picture: {prompt: ..., ...}}, in the file's order.
+    """The prompts of a JSON or YAML file {image: prompt} or {image: {prompt: ..., ...}}, in the file's order.
 
     Raises InputError for any other content.
     """
@@ -62,7 +62,7 @@ def prompts_by_picture(path: Path) -> tuple[str, ...]:
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise _unreadable(path, str(error).splitlines()[0]) from error
     if not isinstance(content, Mapping) or not content:
-        raise _unreadable(path, "expected prompts by picture")
+        raise _unreadable(path, "expected prompts by image")
     prompts: list[str] = []
     for picture, entry in content.items():
         prompt = entry.get("prompt") if isinstance(entry, Mapping) else entry
@@ -77,15 +77,15 @@ def _fetched(repository: str, file: str) -> Path:
         from huggingface_hub import hf_hub_download
     except ImportError as error:
         raise EnvironmentLacksError(
-            f"{repository} comes from the hub, and huggingface_hub is not installed",
+            f"{repository} comes from the Hub, but huggingface_hub is not installed",
             hint="pip install huggingface_hub, or give a text file with one prompt a line",
         ) from error
     try:
         return Path(hf_hub_download(repository, file, repo_type="dataset"))
-    except Exception as error:  # the hub's client raises many kinds: offline, missing, rate limits
+    except Exception as error:  # the Hub's client raises many kinds: offline, missing, rate limits
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"{repository}: {file} is not to be had from the hub: {reason}",
+            f"{repository}: {file} could not be downloaded from the Hub: {reason}",
             hint=f"run `hf download {repository} {file} --repo-type dataset` where there is a connection",
             where=repository,
             kind="not-found",

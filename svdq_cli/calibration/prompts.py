@@ -59,7 +59,7 @@ def refuse_no_prompt(path: Path, prompts: Sequence[str]) -> None:
     if not prompts:
         raise InputError(
             f"{path}: holds no prompt",
-            hint="write one prompt a line; blank lines and lines that start with '#' do not count",
+            hint="write one prompt a line; blank lines and lines that start with '#' are skipped",
             where=str(path),
         )
     for number, prompt in enumerate(prompts, 1):
@@ -109,7 +109,7 @@ def dataset_prompts(
 ) -> ColumnPrompts:
     """The first `limit` prompts of one column of a data set.
 
-    It is a hub name, a local Parquet file, or a folder of data files. Rows are streamed, so that a large data set is
+    It is a Hub name, a local Parquet file, or a folder of data files. Rows are streamed, so that a large data set is
     not downloaded for a few prompts, and nothing is cached.
     Without `split`, "train" is read, or the only split there is. Without `column`, one of the usual names
     (`columns.USUAL_COLUMNS`). Empty cells are skipped.
@@ -164,7 +164,7 @@ def choose_prompts(
             Event(
                 "warning",
                 "calibrate",
-                detail=f"{len(texts)} found of the {samples} prompts that were to be used (--samples)",
+                detail=f"{len(texts)} prompts found, fewer than the {samples} requested (--samples)",
             )
         )
     if len(texts) <= samples:
@@ -228,7 +228,7 @@ def _cells(rows: Iterable[Any], name_or_path: str, column: str) -> Iterable[str]
         if prompt is None:
             raise InputError(
                 f"data set {name_or_path}: column {column!r} holds {type(cell).__name__}, not text",
-                hint=f"set column to one that holds text; there are {', '.join(row)}",
+                hint=f"set column to one that holds text; the columns are {', '.join(row)}",
                 where=name_or_path,
             )
         if prompt.strip():

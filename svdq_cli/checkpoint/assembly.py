@@ -174,7 +174,7 @@ def _stacked_outer(module: StoredModule, parts: list[W4A4Solution]) -> Tensor | 
         return torch.cat([outer.expand(len(part.codes)) for part, outer in pairs if outer is not None])
     if outers[0].numel() > 1:
         raise UsageError(
-            f"{module.name}: this format stores one outer scale for the module, and {parts[0].plan.name} has one "
+            f"{module.name}: this format stores one outer scale for the module, but {parts[0].plan.name} has one "
             "per row",
             where=parts[0].plan.name,
         )
@@ -254,11 +254,11 @@ def _reordered(solution: LayerSolution, indices: Tensor | None) -> LayerSolution
 
 def _w4a4(solution: LayerSolution) -> W4A4Solution:
     if not isinstance(solution, W4A4Solution):
-        raise ValueError(f"{solution.plan.name} is no W4A4 layer")
+        raise ValueError(f"{solution.plan.name} is not a W4A4 layer")
     return solution
 
 
 def _w4a16(solution: LayerSolution) -> W4A16Solution:
     if not isinstance(solution, W4A16Solution):
-        raise ValueError(f"{solution.plan.name} is no W4A16 layer")
+        raise ValueError(f"{solution.plan.name} is not a W4A16 layer")
     return solution

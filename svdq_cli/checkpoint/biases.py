@@ -118,11 +118,13 @@ def source_bias(
     if moved is None or moved_rows is None:
         return plain
     if moved.shape != moved_rows.shape or moved.dtype != found.dtype:
-        raise InputError(f"{layer.name}: the header's record of its bias has another size", where=layer.name)
+        raise InputError(
+            f"{layer.name}: the bias recorded in the header has a different size", where=layer.name
+        )
     plain[moved_rows] = moved
     if not same_bits((plain.double() + offset[rows]).to(found.dtype), found):
         raise InputError(
-            f"{module.name}: bias is not the one that the header records, moved by the runtime's shift",
+            f"{module.name}: bias does not match the one in the header, shifted for the runtime",
             where=module.name,
             hint="the biases of two modules may have been swapped, or the file was changed",
         )
@@ -134,5 +136,5 @@ def _require_only_offset(module: StoredModule, bias: Tensor, offset: Tensor | No
     expected = torch.zeros_like(bias) if offset is None else offset.to(bias.dtype)
     if not bool((bias == expected).all()):
         raise InputError(
-            f"{module.name}: bias is not zero, though the model's layer has none here", where=module.name
+            f"{module.name}: bias is not zero, although the model's layer has no bias", where=module.name
         )

@@ -58,7 +58,8 @@ def take_branch(layer: LayerPlan, parts: list[tuple[StoredModule, Branch]]) -> B
 
 
 def stacked_branches(module: StoredModule, parts: Mapping[str, HasBranch]) -> Branch:
-    """(R, K) and (N, R). Branches with down projections of their own lie side by side in R, block by block in N."""
+    """(R, K) and (N, R). Branches with down projections of their own are concatenated along R, and block-diagonal in
+    N."""
     downs: list[Tensor] = []
     ups: list[Tensor] = []
     for branch in module.branches:
@@ -110,9 +111,9 @@ def width_of(layer: LayerPlan, module: StoredModule) -> int:
 
 
 def stored_rows(module: StoredModule) -> Tensor | None:
-    """Which stacked row each stored row is; None where none moves. (sum of N,) integers."""
+    """The stacked row of each stored row; None where none moves. (sum of N,) integers."""
     rows = module.plan.linear.out_features
-    # what pads the layer as a whole is no part of its interleaved blocks, and stays behind them
+    # what pads the layer as a whole is not a part of its interleaved blocks, and stays behind them
     true_rows = sum(layer.linear.out_features for layer in module.layers)
     ordered = true_rows if isinstance(module.order, Interleaved) else rows
     sources = row_sources(module.order, ordered)
@@ -126,8 +127,8 @@ def inverse(indices: Tensor) -> Tensor:
 
 def not_together(module: StoredModule, one: str, other: str, what: str) -> UsageError:
     return UsageError(
-        f"{module.name} stores {one} and {other} as one matrix, and their {what} differ",
-        hint="quantize the model again: svdq solves layers with one input together",
+        f"{module.name} stores {one} and {other} as one matrix, but their {what} differ",
+        hint="quantize the model again: svdq solves layers that share an input together",
         where=other,
         kind="not-exact",
     )

@@ -1,4 +1,4 @@
-"""Is a checkpoint what it claims to be? Structure first, then numbers, then the weights it stands for."""
+"""Is a checkpoint what it claims to be? Structure first, then numbers, then the weights it represents."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from svdq_cli.source import Source, TensorEntry, is_finite, only, read_tensor, t
 from svdq_cli.system.threads import cores, made_ahead
 
 # Rounding and every search leave a cosine of 0.98 and more (the lowest of 1,218 layers of tiny models of all families,
-# calibrated on a handful of rows). Numbers in a wrong order have one of 0. In between, with room for layers that nobody
+# calibrated on a handful of rows). Numbers in a wrong order have one of 0. In between, with room for layers that no one
 # has seen: failing a good conversion after hours is the worse mistake.
 LEAST_AGREEMENT = 0.6
 MAX_STRAYED_ROWS = 0.05
@@ -42,7 +42,7 @@ MAX_BIAS_ERROR = 0.05  # biases are only rounded to 16 bits; a permuted one is o
 def check(
     path: Path, *, against: Source | None = None, base: Path | None = None, observe: Observer = ignore_events
 ) -> CheckReport:
-    """Structure, finite values and, with the source at hand, how well each layer rebuilds its weight. `base`: see
+    """Structure, finite values and, with the source available, how well each layer rebuilds its weight. `base`: see
     `open_checkpoint`."""
     checkpoint = open_checkpoint(path, base=base or (against.pipeline if against else None))
     if against is not None:
@@ -65,10 +65,10 @@ def require_same_model(checkpoint: Checkpoint, source: Source) -> None:
         linear = plan.linear
         entry = source.tensors.get(f"{linear.name}.weight")
         if entry is None or tuple(entry.shape[:2]) != (linear.out_features, linear.in_features):
-            there = "is not there" if entry is None else f"has {entry.shape[0]} x {entry.shape[1]} weights"
+            there = "is missing" if entry is None else f"has {entry.shape[0]} x {entry.shape[1]} weights"
             raise InputError(
-                f"{source.path} is not the model that the checkpoint was made from: {linear.name} {there}, "
-                f"and {linear.out_features} x {linear.in_features} in the checkpoint",
+                f"{source.path} is not the model that the checkpoint was made from: {linear.name} {there} there, "
+                f"but {linear.out_features} x {linear.in_features} in the checkpoint",
                 hint="give the model that the checkpoint was made from",
                 where=linear.name,
                 kind="shape-mismatch",
@@ -96,7 +96,7 @@ def require_sound(partial: Path, source: Source, observe: Observer) -> None:
         raise CheckFailedError(
             f"the self-check of the written checkpoint failed: {first.layer}: {first.what}"
             + (f" (and {len(report.problems) - 1} more problems)" if len(report.problems) > 1 else ""),
-            hint="nothing was left under the final name; please report this with the recipe",
+            hint="no output was written under the final name; please report this with the recipe",
             where=first.layer,
         )
 
@@ -108,7 +108,7 @@ def find_problems(checkpoint: Checkpoint) -> list[CheckProblem]:
 
 @dataclass(frozen=True, slots=True)
 class _Verdict:
-    """On one layer: what is wrong, and its relative weight error. Without a source there is none."""
+    """The result of one layer: its problems, and its relative weight error (None without a source)."""
 
     problems: tuple[CheckProblem, ...]
     error: float | None = None
@@ -210,22 +210,24 @@ def _differences(
 ) -> Iterator[CheckProblem]:
     """What no rounding explains."""
     if what := _disagreement(error, recorded):
-        yield CheckProblem(plan.name, f"rebuilds another weight than the source's: {what}")
+        yield CheckProblem(plan.name, f"its weight does not match the source's: {what}")
     if not bias_error <= MAX_BIAS_ERROR:
-        yield CheckProblem(plan.name, f"its bias is not the source's (relative error {bias_error:.2f})")
+        yield CheckProblem(
+            plan.name, f"its bias does not match the source's (relative error {bias_error:.2f})"
+        )
 
 
 def _disagreement(error: WeightError, recorded: _Noted | None) -> str | None:
     """Why a weight can't have been made from the source's, or None."""
     if not (error.agreement >= LEAST_AGREEMENT and error.strayed_rows <= MAX_STRAYED_ROWS):
         return (
-            f"the 4-bit part agrees with it to {error.agreement:.2f} (1 is perfect), "
+            f"the 4-bit part agrees with the source's to {error.agreement:.2f} (1 is perfect), "
             f"{error.strayed_rows:.0%} of its rows not at all"
         )
     if not abs(error.smooth_slope) <= MAX_SMOOTH_SLOPE:
-        return "its channels are scaled by another smoothing factor than the stored one (inverted, or in a wrong order)"
+        return "its channels are scaled by a smoothing factor other than the stored one (inverted or out of order)"
     if recorded is not None and not recorded.explains(error.relative):
-        return f"its error is {error.relative:.4f}, and the conversion noted {recorded.error:.4f}"
+        return f"its error is {error.relative:.4f}, but the conversion recorded {recorded.error:.4f}"
     return None
 
 
@@ -238,7 +240,7 @@ def structure_problems(checkpoint: Checkpoint) -> list[CheckProblem]:
     kept = checkpoint.kept_specs()
     markers = checkpoint.marker_names()
     problems += [
-        CheckProblem(name, "is missing, by which the runtime tells this variant of the model")
+        CheckProblem(name, "is missing; the runtime needs it to recognize this variant of the model")
         for name in markers
         if name not in found
     ]

@@ -98,7 +98,7 @@ def joined_files(files: Sequence[FileLayout]) -> FileLayout:
 
 
 def with_prefix(file: FileLayout, prefix: str) -> FileLayout:
-    """The same file, a prefix before all names: the stored ones and the model's."""
+    """The file's layout with a prefix before all names, stored ones and the model's."""
 
     def branch(layers: tuple[LayerPlan, ...]) -> tuple[LayerPlan, ...]:
         return tuple(with_name(layer, prefix + layer.name) for layer in layers)

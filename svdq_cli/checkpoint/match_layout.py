@@ -74,8 +74,8 @@ def lay_out(
     rest = [name for name in state if name not in spoken and _module_of(name) not in quantized]
     if rest and layout.names_all:
         raise UsageError(
-            f"{fmt.name} has no name for {len(rest)} tensors of this model, the first is {rest[0]}",
-            hint="the model is a variant that this format's runtime does not know; nunchaku-lite holds it",
+            f"{fmt.name} has no name for {len(rest)} tensors of this model; the first is {rest[0]}",
+            hint="the model is a variant that this format's runtime does not support; use nunchaku-lite",
             where=rest[0],
         )
     kept |= {name: KeptTensor((name,)) for name in rest}
@@ -124,8 +124,8 @@ def layers_in_file(
     if modules:
         name = next(iter(modules))
         raise InputError(
-            f"{name}: no module of this model is stored under that name",
-            hint="the file belongs to another model, or its config does",
+            f"{name}: no module of this model has that name in this format",
+            hint="the file or its config belongs to a different model",
             where=name,
         )
     return tuple(found[name] for name in linears if name in found)
@@ -157,7 +157,7 @@ def _blocks(
 
 
 def _block_prefix(name: str, stack: tuple[str, ...]) -> str | None:
-    """ "transformer_blocks.3" for a tensor of that block, where `stack` is its list; "*" stands for any one name."""
+    """ "transformer_blocks.3" for a tensor of that block, where `stack` is its list; "*" matches any one name."""
     parts = name.split(".")
     depth = len(stack)
     if len(parts) <= depth or not parts[depth].isdigit():
@@ -190,7 +190,7 @@ def _module(
     if missing:
         if not fmt.mixes:
             raise UsageError(
-                f"{fmt.name} stores {stored} in 4 bits, and {missing[0]} stays at 16",
+                f"{fmt.name} stores {stored} in 4 bits, but {missing[0]} stays at 16",
                 hint="quantize it, or choose a format that mixes, such as nunchaku-lite",
                 where=missing[0],
             )

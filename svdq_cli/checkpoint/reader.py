@@ -109,7 +109,7 @@ class Checkpoint:
         return moved_of_json((self.provenance or {}).get(MOVED_MEANS))
 
     def means(self) -> dict[str, Tensor]:
-        """By layer, (K,) float32: what its input is less than the 16-bit model's."""
+        """The mean that was moved out of each layer's input, (K,) float32, by layer."""
         linears = [*(layer.linear for layer in self.layers), *self.kept]
         return means_by_layer(self.moved, {linear.name: linear.in_features for linear in linears})
 
@@ -126,7 +126,7 @@ class Checkpoint:
         }
 
     def kept_specs(self) -> dict[str, tuple[int, ...]]:
-        """The shape of every tensor that stays at 16 bit, by stored name."""
+        """The shape of every tensor that stays at 16 bits, by stored name."""
         return kept_shapes(self.file, self.state)
 
     def marker_names(self) -> tuple[str, ...]:
@@ -135,7 +135,7 @@ class Checkpoint:
         return marker_names(layout, self.source.config) if self.format.single_file else ()
 
     def kept_names(self) -> tuple[str, ...]:
-        """The model's tensors that stay at 16 bit."""
+        """The model's tensors that stay at 16 bits."""
         return tuple(name for tensor in self.file.kept.values() for name in tensor.sources)
 
     def kept_tensor(self, name: str) -> Tensor:
@@ -169,7 +169,7 @@ class Checkpoint:
         return min(starts, default=None)
 
     def _module(self, module: StoredModule) -> LayerSolution:
-        """A stored module, decoded; the last one is kept, because several layers may lie in it."""
+        """A stored module, decoded; the last one is kept, because several layers may be stored in it."""
         if module.name not in self._decoded:
             tensors = dict(_ModuleTensors(self.source, f"{module.name}."))
             decoded = self.format.decode(module.plan, tensors, module.traits)
@@ -198,17 +198,27 @@ class _ModuleTensors(Mapping[str, Tensor]):
 
 
 def component_in(pipeline: Path, denoiser: Checkpoint) -> str:
-    """Which component of a pipeline a checkpoint of one denoiser takes the place of."""
+    """The component of a pipeline that a checkpoint of one denoiser replaces."""
     known = denoiser_components(pipeline)
     return denoiser.source.component if denoiser.source.component in known else known[0]
 
 
-def open_checkpoint(path: Path, *, base: Path | None = None) -> Checkpoint:
-    """Index a checkpoint. `base`: the pipeline that says which model a single file is whose header has lost that.
+NAME_BASE = "name the pipeline that it was made from: --base FOLDER_OR_HUB_ID, or use the file as svdq convert wrote it"
+NAME_AGAINST = (
+    "give --against a whole pipeline, or --base FOLDER_OR_HUB_ID, or use the file as svdq convert wrote it"
+)
+NEEDS_METADATA = (
+    "use the file as svdq convert wrote it, or convert the model again; svdq generate --base runs this one"
+)
+
+
+def open_checkpoint(path: Path, *, base: Path | None = None, hint: str = NAME_BASE) -> Checkpoint:
+    """Index a checkpoint. `base`: the pipeline that gives the config of a single file whose header has lost it. `hint`:
+    what the caller's user can do where it is lost and there is no base.
 
     Raises InputError when it is not one, or of a format svdq does not read.
     """
-    return _open_file(path, base) if path.is_file() else _open_folder(path)
+    return _open_file(path, base, hint) if path.is_file() else _open_folder(path)
 
 
 def with_component(denoiser: Checkpoint, component: str) -> Checkpoint:
@@ -262,7 +272,7 @@ def _joined(denoisers: list[Checkpoint]) -> Checkpoint:
             raise InputError(
                 f"{first.source.path}: {first.source.component} and {other.source.component} differ in format, "
                 "precision or dtype",
-                hint="convert the pipeline whole",
+                hint="convert the whole pipeline",
                 where=other.source.component,
             )
     components = [denoiser.source.component for denoiser in denoisers]
@@ -286,8 +296,8 @@ def _joined(denoisers: list[Checkpoint]) -> Checkpoint:
     )
 
 
-def _open_file(path: Path, base: Path | None) -> Checkpoint:
-    tensors = read_header(path)  # names a damaged file, or one that is no safetensors
+def _open_file(path: Path, base: Path | None, hint: str) -> Checkpoint:
+    tensors = read_header(path)  # names a damaged file, or one that is not safetensors
     metadata = header_metadata(path)
     fmt = file_format(path)
     lost = None if fmt else lost_metadata(path)
@@ -302,10 +312,9 @@ def _open_file(path: Path, base: Path | None) -> Checkpoint:
     config = json_value(metadata, CONFIG) or (component_config(base) if base else None)
     if config is None:
         raise InputError(
-            f"{path}: a {fmt.name} file whose header does not say which model it is: its metadata has no {CONFIG!r}; "
-            "tools that save a file again drop that",
-            hint="name the pipeline that it was made from: --base FOLDER_OR_HUB_ID "
-            "(svdq inspect, check, generate and eval), or take the file as svdq convert wrote it",
+            f"{path}: a {fmt.name} file whose header does not name its model: its metadata has no {CONFIG!r}; "
+            "tools that re-save a file drop it",
+            hint=hint,
             where=str(path),
             kind="needs-base",
         )
@@ -322,7 +331,7 @@ def _open_file(path: Path, base: Path | None) -> Checkpoint:
 def _indexed(
     source: Source, fmt: Format, config: Mapping[str, object], *, ranks_said: bool = True
 ) -> Checkpoint:
-    """What the headers say: the layers behind the stored modules, and where everything else lies.
+    """What the headers say: the layers behind the stored modules, and where everything else is stored.
 
     `ranks_said`: whether the header tells a layer's own rank from the sum of those of its stored parts.
     """
@@ -382,7 +391,7 @@ def _file_layout(
     except UsageError as error:  # what a conversion would refuse to write, a file can't hold
         raise InputError(
             f"{source.path}: {error.message}",
-            hint="the file is damaged or incomplete, or of a variant that svdq does not read",
+            hint="the file is damaged or incomplete, or a variant that svdq does not read",
             where=error.where,
         ) from error
 

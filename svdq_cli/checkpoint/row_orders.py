@@ -6,7 +6,7 @@ from svdq_cli.families.layouts.layout import HalvesSwapped, Interleaved, KeysAnd
 
 
 def row_sources(order: RowOrder, rows: int) -> list[int] | None:
-    """Which stacked row each stored row is; None where none moves. ValueError where the rows do not divide."""
+    """The stacked row of each stored row; None where none moves. ValueError where the rows do not divide."""
     match order:
         case Interleaved(parts=parts) if parts > 1:
             size = _divided(rows, parts)

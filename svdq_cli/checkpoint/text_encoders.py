@@ -43,7 +43,7 @@ def require_encoders(pipeline: Path | None, names: Iterable[str]) -> None:
         if folder is None or not (folder / "config.json").is_file():
             raise InputError(
                 f"components: there is no {name!r}"
-                + (f" in {pipeline}" if pipeline else ": this is no pipeline"),
+                + (f" in {pipeline}" if pipeline else ": this is not a pipeline"),
                 hint="name a text encoder of the pipeline, such as text_encoder_2",
                 where=name,
             )
@@ -51,7 +51,7 @@ def require_encoders(pipeline: Path | None, names: Iterable[str]) -> None:
         architecture = architectures[0] if isinstance(architectures, list) and architectures else "unknown"
         if architecture not in ARCHITECTURES:
             raise InputError(
-                f"components: {name} is a {architecture}; svdq quantizes {' and '.join(ARCHITECTURES)}",
+                f"components: {name} is a {architecture}, but svdq quantizes only {' and '.join(ARCHITECTURES)}",
                 hint=f"drop {name} from components",
                 where=str(folder),
             )
@@ -60,8 +60,8 @@ def require_encoders(pipeline: Path | None, names: Iterable[str]) -> None:
 def quantize_encoder(folder: Path, *, dtype: torch.dtype) -> None:
     """Turns a T5 encoder's folder, 16-bit or more, into its 4-bit form, in place.
 
-    `dtype` is that of scales and of everything that stays at 16 bit. Layers whose input is no multiple of 64 stay, too.
-    Raises InputError for damaged weights.
+    `dtype` is that of scales and of everything that stays at 16 bits. Layers whose input is not a multiple of 64 stay,
+    too. Raises InputError for damaged weights.
     """
     files = _weight_files(folder)
     stored: dict[str, Tensor] = {}

@@ -44,7 +44,7 @@ from svdq_cli.system.threads import cores, made_ahead
 SHARD_BYTES = 10_000_000_000  # the most that diffusers itself puts into one file
 _PACKERS = 2  # threads; few, because each holds a module
 WEIGHT_FILE = "diffusion_pytorch_model.safetensors"
-# Other frameworks' and pickled copies of weights that a hub folder may hold beside its safetensors.
+# Other frameworks' and pickled copies of weights that a Hub folder may hold next to its safetensors.
 _NOT_COPIED = shutil.ignore_patterns(
     "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.msgpack", "*.h5", "*.onnx*"
 )
@@ -66,7 +66,7 @@ class Target:
         return replace(self.plan, layers=tuple(module.plan for module in self.file.modules))
 
     def denoisers(self) -> dict[str, Target]:
-        """By component, what is written of every denoiser alone: stored under its own names, and without those that
+        """The contents of every denoiser, by component: stored under its own names, and without those that
         have no 4-bit layer."""
         files = files_of(self.file, self.plan.components)
         return {
@@ -116,8 +116,8 @@ def target_of(
     if fmt.single_file and len(plan.components) > 1:
         raise UsageError(
             f"{fmt.name} stores one denoiser a file, and this pipeline has {' and '.join(plan.components)}",
-            hint="convert one after the other with --denoiser NAME, or export their folders (CKPT/NAME): runtimes that "
-            "read such files load each by itself",
+            hint="convert them separately with --denoiser NAME, or export their folders (CKPT/NAME): runtimes that "
+            "read such files load each one separately",
             where=plan.components[1],
             kind="several-denoisers",
         )
@@ -132,19 +132,19 @@ def target_of(
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """The numbers of a checkpoint, by the model's own names, and what is said of their making."""
+    """The numbers of a checkpoint, by the model's own names, and how they were made."""
 
     configs: Mapping[str, Mapping[str, object]]  # of every denoiser, by component, without any quantization
     state: Mapping[str, tuple[int, ...]]  # the model's tensors, name to shape
     solutions: Mapping[str, LayerSolution]
-    kept: Callable[[str], Tensor]  # reads a tensor that is stored at 16 bit
+    kept: Callable[[str], Tensor]  # reads a tensor that is stored at 16 bits
     provenance: Mapping[str, object] | None
     # settings that the model needs of whatever scheduler it is run with
     scheduler: Mapping[str, object] = field(default_factory=dict)
 
 
 def report_path(output: Path, fmt: Format) -> Path:
-    """Where the report of an output lies: in a folder, or beside a file."""
+    """Where the report of an output is stored: in a folder, or next to a file."""
     return output.with_name(f"{output.name}.report.json") if fmt.single_file else output / REPORT_FILE
 
 
@@ -156,8 +156,8 @@ def write_report(path: Path, report: object) -> None:
 def output_file(
     fmt: Format, path: Path, weights: Sequence[Path], stop: threading.Event | None = None
 ) -> OutputFile:
-    """The facts of an output that will lie at `path`; bytes and digest are those of its weight files in their order.
-    CancelledError once `stop` is set."""
+    """The facts of an output that will be stored at `path`; bytes and digest are those of its weight files in their
+    order. CancelledError once `stop` is set."""
     size = sum(file.stat().st_size for file in weights)
     return OutputFile(fmt.name, str(path), size, file_sha256(*weights, stop=stop))
 
@@ -291,7 +291,7 @@ def _save(
     markers: Sequence[str] = (),
     limit: float = math.inf,
 ) -> tuple[Path, ...]:
-    """The weights as one file, or as shards beside one another where they are more than `limit` bytes. No more than
+    """The weights as one file, or as shards next to each other where they are more than `limit` bytes. No more than
     three modules are in memory. Returns the files."""
     said = {"format": "pt", **metadata}
     if contents.provenance is not None:
@@ -310,7 +310,7 @@ def _save(
 
 
 def _shards(pieces: Sequence[_Piece], limit: float) -> list[list[_Piece]]:
-    """In their order, each shard as full as the limit allows."""
+    """Tensors in their order, distributed to shards, each as full as the limit allows."""
     shards: list[list[_Piece]] = [[]]
     for piece in pieces:
         if shards[-1] and sum(each.bytes for each in shards[-1]) + piece.bytes > limit:
@@ -325,7 +325,7 @@ def _shard_name(path: Path, number: int, count: int) -> Path:
 
 
 def _write_index(path: Path, files: Sequence[Path], shards: Sequence[Sequence[_Piece]]) -> None:
-    """Which shard holds which tensor, as diffusers and transformers read it."""
+    """Write the index of shards (tensor -> shard), as diffusers and transformers read it."""
     weight_map = {
         name: file.name
         for file, pieces in zip(files, shards, strict=True)

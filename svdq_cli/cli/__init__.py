@@ -88,12 +88,12 @@ def _refuse(error: SvdqError, arguments: list[str]) -> int:
     if error.hint:
         print(f"      {printable(error.hint)}", file=sys.stderr)
     if error.resumable:
-        print(f"      to go on: {printable(_resuming(arguments))}", file=sys.stderr)
+        print(f"      to resume: {printable(_resuming(arguments))}", file=sys.stderr)
     return error.code
 
 
 def _resuming(arguments: list[str]) -> str:
-    """The command that goes on with what this one left."""
+    """The command that resumes what this one left unfinished."""
     return shlex.join(["svdq", *arguments, *(["--resume"] if "--resume" not in arguments else [])])
 
 

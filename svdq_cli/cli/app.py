@@ -41,10 +41,11 @@ app = typer.Typer(
 def root(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
     install_completion: Annotated[
-        bool, typer.Option("--install-completion", help="Complete svdq's commands in this shell from now on.")
+        bool,
+        typer.Option("--install-completion", help="Install completion of svdq's commands for this shell."),
     ] = False,
     show_completion: Annotated[
-        bool, typer.Option("--show-completion", help="Print the script that does so.")
+        bool, typer.Option("--show-completion", help="Print the completion script.")
     ] = False,
 ) -> None:
     if version:
@@ -63,7 +64,7 @@ COMMANDS = {
     "demo": (
         demo.demo,
         Manual(
-            "The whole job on the embedded model, with images and a table.",
+            "Run the whole job on the embedded model, with images and a table.",
             "quick-start.md",
             ("svdq demo -o svdq-demo", "svdq demo --export model"),
         ),
@@ -95,7 +96,7 @@ COMMANDS = {
     "calibrate": (
         calibrate.calibrate,
         Manual(
-            "Run prompts through the 16-bit model; keep the statistics.",
+            "Run prompts through the 16-bit model and save the activation statistics.",
             "calibration.md",
             (
                 "svdq calibrate model -o calib",
@@ -106,7 +107,7 @@ COMMANDS = {
     "convert": (
         convert.convert,
         Manual(
-            "A 16-bit model becomes a 4-bit checkpoint.",
+            "Convert a 16-bit model to a 4-bit checkpoint.",
             "using.md",
             (
                 "svdq convert model -o out/model-int4",
@@ -119,7 +120,7 @@ COMMANDS = {
     "export": (
         export.export,
         Manual(
-            "Pack a checkpoint for another runtime, bit for bit.",
+            "Re-pack a checkpoint for another runtime, bit for bit.",
             "formats/README.md",
             ("svdq export out/model-int4 --to comfy -o model.safetensors",),
         ),
@@ -135,7 +136,7 @@ COMMANDS = {
     "check": (
         check.check,
         Manual(
-            "Structure, finite values, weights against the source's.",
+            "Check structure, finite values, and weights against the source's.",
             "using.md",
             ("svdq check out/model-int4", "svdq check out/model-int4 --against model"),
         ),
@@ -143,7 +144,7 @@ COMMANDS = {
     "eval": (
         evaluate.evaluate,
         Manual(
-            "Generate with both models: PSNR, SSIM and more; a report.",
+            "Compare images of both models: PSNR, SSIM and more, with a report.",
             "evaluation.md",
             (
                 "svdq eval out/model-int4 --against model --report report",
@@ -165,7 +166,7 @@ COMMANDS = {
     "push": (
         push.push,
         Manual(
-            "Upload a checkpoint to the Hugging Face hub.",
+            "Upload a checkpoint to the Hugging Face Hub.",
             "using.md",
             ("svdq push out/model-int4 owner/model-int4 --dry-run",),
         ),
@@ -173,7 +174,7 @@ COMMANDS = {
     "bench": (
         bench.bench,
         Manual(
-            "Measure the speed of linear layers next to torch's own.",
+            "Measure the speed of linear layers against torch's own.",
             "gpu.md",
             ("svdq bench", "svdq bench out/model-int4 --plot speed.png"),
         ),

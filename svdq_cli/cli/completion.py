@@ -45,7 +45,7 @@ def _shell() -> str:
         name = Path(os.environ.get("SHELL", "")).name
     if name not in SHELLS:
         raise EnvironmentLacksError(
-            f"can't complete commands in {name or 'this shell, which is not known'}",
+            f"can't complete commands in {name or 'this unknown shell'}",
             hint=f"start svdq from {', '.join(SHELLS[:3])} or PowerShell",
         )
     return name

@@ -39,20 +39,20 @@ def failure_report(error: SvdqError, command: str | None) -> FailureReport:
 
 
 def bug_report(error: BaseException, command: str | None) -> FailureReport:
-    """For an exception that nobody foresaw. Its traceback goes to stderr."""
+    """The report of an unexpected exception. Its traceback goes to stderr."""
     message = f"{type(error).__name__}: {error}"
     return FailureReport(ErrorFacts(1, "bug", message, "please report it with the traceback", None), command)
 
 
 def refusal_of(error: BaseException) -> SvdqError | None:
-    """The refusal that an exception stands for; None for a bug."""
+    """The error to report for an exception; None for a bug."""
     match error:
         case SvdqError():
             return error
         case Terminated():
-            return InterruptedRunError("told to stop (SIGTERM); nothing was left under a final name")
+            return InterruptedRunError("stopped by SIGTERM; no output was written under its final name")
         case KeyboardInterrupt():
-            return CanceledRunError("interrupted; nothing was left under a final name")
+            return CanceledRunError("interrupted; no output was written under its final name")
         case OSError():
             return as_refused_file(error)
         case _:

@@ -1,6 +1,6 @@
 """Options that mean the same in every command.
 
-Those that set keys of the recipe stand first, each once: type, flag, help, heading, the keys that it sets and the
+Those that set keys of the recipe are first, each once: type, flag, help, heading, the keys that it sets and the
 commands that it is `on`. A command takes all of its own through `recipe_options`.
 """
 
@@ -28,7 +28,7 @@ def _appendable(path: Path | None) -> Path | None:
 
 
 def recipe_names(incomplete: str) -> list[str]:
-    """For the shell: recipes by name once a letter is typed, files before that."""
+    """Shell completion of SOURCE: recipes by name once a letter is typed, files before that."""
     from svdq_cli.recipe.shipped import names_like
 
     return list(names_like(incomplete)) if incomplete else []
@@ -84,7 +84,7 @@ Effort = Annotated[
     str | None,
     typer.Option(
         metavar="datafree|fast|balanced|best",
-        help="How hard to search; fast is the paper's search (default: balanced).",
+        help="Search effort; fast is the paper's search (default: balanced).",
         autocompletion=_words("datafree", "fast", "balanced", "best"),
         rich_help_panel="Quantization",
     ),
@@ -106,7 +106,7 @@ Prompts = Annotated[
     typer.Option(
         metavar="FILE|FOLDER|NAME",
         help="Prompts: .txt (one a line), .csv, .tsv, .json, .jsonl, .parquet or .tar (webdataset), a folder of "
-        "captions next to images, or MJHQ-30K, sDCI or PartiPrompts from the hub.",
+        "captions next to images, or MJHQ-30K, sDCI or PartiPrompts from the Hub.",
         rich_help_panel="Prompts and sampling",
     ),
     sets("calibration.prompts", on="convert calibrate eval"),
@@ -116,8 +116,8 @@ PromptColumn = Annotated[
     typer.Option(
         "--prompt-column",
         metavar="NAME",
-        help="Column that holds the prompts, where it is not called prompt, caption or text; "
-        "--prompts may then be any data set on the hub.",
+        help="Column that holds the prompts, if it is not named prompt, caption or text; "
+        "--prompts may then be any data set on the Hub.",
         rich_help_panel="Prompts and sampling",
     ),
     sets("calibration.prompts.column", on="convert calibrate eval"),
@@ -126,7 +126,7 @@ Samples = Annotated[
     int | None,
     typer.Option(
         metavar="N",
-        help="How many of the prompts to use (default: 64; in eval 16).",
+        help="Number of prompts to use (default: 64; in eval 16).",
         rich_help_panel="Prompts and sampling",
     ),
     sets("calibration.samples", on="convert calibrate eval"),
@@ -162,7 +162,7 @@ BatchSize = Annotated[
     int | None,
     typer.Option(
         metavar="N",
-        help="Images generated at once (default: 1; more for small models).",
+        help="Number of images generated at once (default: 1; more for small models).",
         rich_help_panel="Prompts and sampling",
     ),
     sets("calibration.batch_size", on="convert calibrate eval"),
@@ -183,14 +183,14 @@ ImageSeed = Annotated[
 ]
 Family = Annotated[
     str | None,
-    typer.Option(help="Model family, where svdq can't tell.", rich_help_panel="Model"),
+    typer.Option(help="Model family, if svdq can't detect it.", rich_help_panel="Model"),
     sets("model.family", on="convert calibrate init inspect"),
 ]
 Base = Annotated[
     str | None,
     typer.Option(
         metavar="FOLDER|HUB_ID",
-        help="Pipeline with the parts that a single file lacks.",
+        help="Pipeline that supplies the parts a single file lacks.",
         rich_help_panel="Model",
     ),
     sets("model.base", on="convert calibrate init inspect check eval generate export"),
@@ -199,7 +199,7 @@ Denoiser = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="Of a pipeline with several denoisers (Wan 2.2), the one to convert; or the one that a file holds.",
+        help="Which denoiser to convert, in a pipeline with several (Wan 2.2); or which one a file holds.",
         rich_help_panel="Model",
     ),
     sets("model.denoiser", on="convert calibrate init inspect"),
@@ -218,8 +218,8 @@ FailIf = Annotated[
     list[str] | None,
     typer.Option(
         "--fail-if",
-        metavar='"FIGURE<X"',
-        help="Exit with 6 if this holds, such as psnr_db<20 or speed_ratio.min<1. Repeatable.",
+        metavar='"METRIC<X"',
+        help="Exit with code 6 if this is true, such as psnr_db<20 or speed_ratio.min<1. Repeatable.",
         rich_help_panel="Reporting",
     ),
     sets("gates", on="convert eval"),
@@ -227,44 +227,41 @@ FailIf = Annotated[
 
 # ------------------------------------------------------------------------------------- of the command line alone
 
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else there.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else.")]
 SummaryFile = Annotated[
     Path | None,
     typer.Option(
         "--summary",
         metavar="FILE.md",
-        help="Append the result to this file, as Markdown.",
+        help="Append the result to this file as Markdown.",
         callback=_appendable,
     ),
 ]
 EventsFile = Annotated[
-    Path | None, typer.Option("--events", metavar="FILE.jsonl", help="Progress as JSON lines into this file.")
+    Path | None,
+    typer.Option("--events", metavar="FILE.jsonl", help="Write progress to this file as JSON lines."),
 ]
-Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress on stderr.")]
-Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="More detail: every layer.")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Show no progress on stderr.")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Show more detail: every layer.")]
 Device = Annotated[
     str,
     typer.Option(
         metavar="cpu|cuda|cuda:N",
-        help="Where to compute (default: auto, the GPU where there is one).",
+        help="Device to compute on (default: auto, the GPU if there is one).",
         show_default=False,
         autocompletion=_words("auto", "cpu", "cuda"),
     ),
 ]
 Work = Annotated[
     Path | None,
-    typer.Option(metavar="DIR", help="Where unfinished work is kept (else: hidden, beside the output)."),
+    typer.Option(metavar="DIR", help="Folder for unfinished work (default: hidden, next to the output)."),
 ]
-Resume = Annotated[
-    bool, typer.Option("--resume", help="Go on with unfinished work; start where there is none.")
-]
-MaxRam = Annotated[
-    str | None, typer.Option("--max-ram", metavar="SIZE", help="Memory to plan with, as 16GiB.")
-]
+Resume = Annotated[bool, typer.Option("--resume", help="Resume unfinished work, if there is any.")]
+MaxRam = Annotated[str | None, typer.Option("--max-ram", metavar="SIZE", help="RAM limit, such as 16GiB.")]
 MaxVram = Annotated[
-    str | None, typer.Option("--max-vram", metavar="SIZE", help="GPU memory it may take, as 22GiB.")
+    str | None, typer.Option("--max-vram", metavar="SIZE", help="GPU memory limit, such as 22GiB.")
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
 Image = Annotated[
     Path | None,
     typer.Option(
@@ -273,18 +270,19 @@ Image = Annotated[
     ),
 ]
 Mask = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="What of --image is made anew: white. For inpainting.")
+    Path | None,
+    typer.Option(metavar="FILE", help="Mask for inpainting: the white area of --image is generated again."),
 ]
 Strength = Annotated[
     float | None,
-    typer.Option(metavar="X", help="How much of --image is made anew, above 0 and at most 1."),
+    typer.Option(metavar="X", help="How much --image is changed, above 0 and at most 1."),
 ]
 Out = Annotated[Path, typer.Option("-o", "--output", help="Where to write.")]
 Source = Annotated[
     str,
     typer.Argument(
         metavar="SOURCE",
-        help="Recipe (.yaml, or a name that svdq recipes lists), pipeline folder, .safetensors or .gguf file, hub id, "
+        help="Recipe (.yaml, or a name that svdq recipes lists), pipeline folder, .safetensors or .gguf file, Hub id, "
         "or demo.",
         autocompletion=recipe_names,
     ),

@@ -45,7 +45,7 @@ def card_of(gpu: str | None, *, planned: bool) -> Card | None:
         return None
     if not planned:
         raise UsageError(
-            "--gpu names a card to predict for",
+            "--gpu names a GPU to predict for",
             hint="add --plan; --device chooses where to convert",
             where="--gpu",
         )
@@ -75,8 +75,8 @@ def shared_run(options: RunOptions, *, several: bool) -> Iterator[RunOptions]:
 
     if several and launched():
         raise UsageError(
-            "several processes convert one model at a time, and several recipes are given",
-            hint="start them once for each recipe",
+            "several processes convert one model at a time, but several recipes are given",
+            hint="start the processes once for each recipe",
         )
     with joined() as team:
         own_gpu = launched() and options.device in ("auto", "cuda") and _has_gpu()

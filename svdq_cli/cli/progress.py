@@ -22,9 +22,7 @@ UNITS = {  # what a stage counts, by the first word of its name
     "encode": "prompts",
     "calibrate": "image steps",
     "record": "image steps",
-    "draw": "image steps",
     "generate": "image steps",
-    "judge": "image steps",
     "allocate": "layer groups",
     "solve": "layers",
     "reconstruct": "blocks",
@@ -84,7 +82,7 @@ class Pace:
         self._began: dict[str, tuple[int, float]] = {}  # by stage: what was done when it began, and when
 
     def seconds_left(self, event: Event, now: float) -> float | None:
-        """None before anything was done, and at the end."""
+        """Seconds until the stage ends; None before anything was done, and at the end."""
         stage = _title(event)
         if event.kind == "start" or stage not in self._began:
             self._began[stage] = event.done, now
@@ -110,7 +108,7 @@ def _units(event: Event) -> str:
 
 
 def duration_text(seconds: float) -> str:
-    """As a person reads it at a glance: 42 s, 3 min 20 s, 2 h 05 min."""
+    """A duration as text: 42 s, 3 min 20 s, 2 h 05 min."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"

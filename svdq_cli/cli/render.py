@@ -136,17 +136,17 @@ def exit_with(report: object) -> None:
             _fail(
                 code,
                 said,
-                "what is wrong with each is said above; svdq convert it alone for the whole message",
+                "the error of each is shown above; convert one alone for its whole message",
             )
         case _:
             if missed := getattr(report, "gates_missed", ()):  # of a benchmark, whose records need torch
-                _fail(GateMissedError.code, f"gates missed: {'; '.join(missed)}", "the figures stand above")
+                _fail(GateMissedError.code, f"gates missed: {'; '.join(missed)}", "the figures are above")
 
 
 def _check_cure(report: CheckReport) -> str:
     if report.layer_error and not report.same_source:
         return (
-            "the checkpoint is damaged, or it was made from another model or with a LoRA: it does not record which; "
+            "the checkpoint is damaged, or it was made from a different model or with a LoRA that it does not record; "
             "compare it with the model that it was made from"
         )
     return "do not use this checkpoint; convert again"

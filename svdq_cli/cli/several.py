@@ -38,21 +38,21 @@ class SeveralReport:
 
 
 def require_recipes(sources: Sequence[str], **options: object) -> None:
-    """UsageError where several sources are given and one is no recipe, or for options that mean one conversion."""
+    """UsageError where several sources are given and one is not a recipe, or for options that mean one conversion."""
     from svdq_cli.prepare.from_command_line import recipe_file
 
     for source in sources:
         if recipe_file(source) is None:
             raise UsageError(
-                f"{source}: of several sources each must be a recipe (.yaml)",
-                hint="quote a path that holds spaces; convert models one by one, or write recipes with svdq init",
+                f"{source}: each of several sources must be a recipe (.yaml)",
+                hint="quote a path with spaces; convert models one by one, or write recipes with svdq init",
                 where=source,
             )
     given = ", ".join(name for name, value in options.items() if value is not None)
     if given:
         raise UsageError(
-            f"{given}: means one conversion, and several recipes are given",
-            hint="leave it out: every recipe names its own outputs and calibration",
+            f"{given}: applies to a single conversion, but several recipes are given",
+            hint="leave it out: each recipe names its own outputs and calibration",
         )
 
 
@@ -86,8 +86,8 @@ def refuse_second_writer(path: Path, source: str, writers: dict[Path, str]) -> N
     first = writers.setdefault(path.absolute(), source)
     if first != source:
         raise UsageError(
-            f"{source}: {path} is an output of {first} too",
-            hint="give every recipe an output of its own",
+            f"{source}: {path} is also an output of {first}",
+            hint="give each recipe its own output",
             where=source,
             kind="output-exists",
         )

@@ -20,9 +20,9 @@ def prepare_streams() -> None:
 
 @contextmanager
 def printing() -> Generator[None, None, None]:
-    """What is printed inside arrives, or nobody reads it any more: that changes no exit code.
+    """Print inside; a reader that has gone away changes no exit code.
 
-    Raises OutOfResourcesError where stdout lies on a full disk.
+    Raises OutOfResourcesError where stdout is a file on a full disk.
     """
     try:
         yield
@@ -33,14 +33,14 @@ def printing() -> Generator[None, None, None]:
         _lead_nowhere()
         raise OutOfResourcesError(
             f"stdout: {error.strerror}",
-            hint="the command's work is done, but its result could not be printed; free some space",
+            hint="the command finished, but its result could not be printed; free some space",
             where="stdout",
             kind="disk-full",
         ) from error
 
 
 def _lead_nowhere() -> None:
-    """Or Python would try to write the rest when it ends, and fail again."""
+    """Redirect stdout to nowhere; otherwise Python would try to write the rest at exit, and fail again."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())
     os.close(nowhere)

@@ -141,7 +141,7 @@ def _fact_rows(report: Mapping[str, object]) -> Iterator[tuple[object, ...]]:
 
 
 def _figures(report: Mapping[str, object]) -> Iterator[str]:
-    """Mean and worst of every figure, the baselines' beside."""
+    """Mean and worst of every figure, the baselines' next to them."""
     models = {"converted": report, **_section(report, "baselines")}
     names = [key for key in _FIGURES if isinstance(report.get(key), Mapping)]
     if not names:

@@ -41,7 +41,7 @@ def allocated(
     options: RunOptions,
     work: WorkFolder,
 ) -> tuple[Prepared, tuple[str, ...]]:
-    """The same model with ranks and 16-bit layers chosen by measured output error per byte, and what to warn of.
+    """The prepared model with ranks and 16-bit layers chosen by measured output error per byte, and warnings.
 
     A layer's error counts as much as it reaches the model's output (`output_gains`), which needs the pipeline and
     prompts; without them all layers weigh the same. Ranks are chosen so that the layers' mean SQNR does not fall below
@@ -56,7 +56,7 @@ def allocated(
         return prepared, ()
     if statistics is None:
         raise UsageError(
-            "rank auto and size_budget measure layers on calibration rows, and there is no calibration",
+            "rank auto and size_budget measure layers on calibration rows, but there is no calibration",
             hint="name prompts with --prompts or a recipe, give --calib, or give a fixed rank",
             where="quantization.rank",
         )
@@ -79,14 +79,14 @@ def allocated(
         one, choices = _best_uniform(candidates, ranks, budget)
         best, reached = (output_error(candidates, found) for found in (chosen, choices))
         warning = (
-            f"rank {one} for all layers: {refusal.message}. Ranks of their own would leave "
+            f"rank {one} for all layers: {refusal.message}. Individual ranks would leave "
             f"{1 - best / max(reached, 1e-30):.0%} less error at the same bytes"
         )
         return _with_choices(prepared, candidates, choices), (*warnings, warning)
 
 
 _ALIKE = (
-    "ranks and 16-bit layers are chosen as if every layer mattered the same to the pictures: measuring that takes the "
+    "ranks and 16-bit layers are chosen as if every layer mattered equally to the images: measuring that takes the "
     "whole pipeline and prompts"
 )
 
@@ -98,14 +98,14 @@ def is_searched(prepared: Prepared) -> bool:
 
 
 def draws_for_gains(prepared: Prepared) -> bool:
-    """Whether the search draws pictures, to see how layers' noise reaches the output."""
+    """Whether the search generates images, to see how layers' noise reaches the output."""
     return is_searched(prepared) and can_record(prepared)
 
 
 def layer_gains(
     prepared: Prepared, options: RunOptions, device: torch.device, observe: Observer
 ) -> dict[str, float]:
-    """How a W4A4 layer's noise reaches the model's output, measured on a few pictures."""
+    """How a W4A4 layer's noise reaches the model's output, measured on a few images."""
     found = recorded(prepared, GAIN_SAMPLE, options=options, device=device, observe=observe)
     names = by_component(prepared.source.components, {plan.name: None for plan in prepared.plan.w4a4})
     lengths = {
@@ -185,7 +185,7 @@ def _rank_errors(
     options: RunOptions,
     observe: Observer,
 ) -> list[tuple[tuple[str, ...], dict[int, tuple[float, ...]]]]:
-    """`rank_errors` of a portion of W4A4 layers, in the memory there is."""
+    """`rank_errors` of a layer group of W4A4 layers, in the available memory."""
     members = [plan for plan in prepared.plan.w4a4 if plan.name in portion.layers]
     plans = {plan.name: plan for plan in members}
 
@@ -220,14 +220,14 @@ def _require_mixing(prepared: Prepared) -> None:
     for target in prepared.targets:
         if not target.format.mixes:
             raise UsageError(
-                f"size_budget leaves layers at 16 bit, and format {target.format.name!r} has no place for them",
+                f"size_budget leaves layers at 16 bits, but format {target.format.name!r} can't store them",
                 hint="drop size_budget, or choose another format",
                 where="quantization.size_budget",
             )
 
 
 def _stored_bytes(prepared: Prepared, names: Sequence[str], rank: int | None) -> int:
-    """Bytes of a branch's layers in the first output's format at `rank`, or at 16 bit."""
+    """Bytes of a branch's layers in the first output's format at `rank`, or at 16 bits."""
     target = prepared.targets[0]
     total = 0
     for name in names:
@@ -253,7 +253,8 @@ def budget_of(prepared: Prepared, candidates: Sequence[Candidate]) -> int:
     least = others + sum(min(choice.bytes for choice in candidate.choices) for candidate in candidates)
     if wanted < least:
         raise UsageError(
-            f"size_budget {wanted / 1e9:.3f} GB is too small: the smallest this model gets is {least / 1e9:.3f} GB",
+            f"size_budget {wanted / 1e9:.3f} GB is too small: the smallest possible for this model is "
+            f"{least / 1e9:.3f} GB",
             hint="raise size_budget, or lower the rank",
             where="quantization.size_budget",
         )

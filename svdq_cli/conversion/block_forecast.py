@@ -28,16 +28,16 @@ class BlockForecast:
 
     sizes: dict[str, BlockSize]
     calls: CallCounts
-    pictures: int  # that are drawn to record them
+    pictures: int  # that are generated to record them
     steps: int  # of each
-    batch: int  # pictures of one call
+    batch: int  # images of one call
     itemsize: int  # bytes of a 16-bit model's number where it computes
-    beside: int  # weights that lie beside the blocks
+    beside: int  # weights outside the blocks
     kept: int  # bytes of the tuned layers in the work folder
 
     @property
     def work(self) -> Work:
-        """Of all blocks; drawing the pictures not included."""
+        """Seconds to tune all blocks, without those to generate the images."""
         total = Work()
         for size in self.sizes.values():
             total += block_work(size, self.calls)
@@ -45,7 +45,7 @@ class BlockForecast:
 
     @property
     def device_bytes(self) -> int:
-        """At the peak, on the device that tunes."""
+        """Peak bytes on the device that tunes."""
         blocks = (block_bytes(size, self.calls, itemsize=self.itemsize) for size in self.sizes.values())
         return self.itemsize * self.beside + max(blocks, default=0)
 
@@ -57,7 +57,7 @@ class BlockForecast:
 
 
 def block_forecast(prepared: Prepared, options: RunOptions, device: torch.device) -> BlockForecast:
-    """From the plan alone. Needs a recipe with prompts."""
+    """The forecast of tuning, from the plan alone. Needs a recipe with prompts."""
     wanted = prepared.sampling
     assert wanted is not None
     sample = BLOCK_SAMPLE
@@ -80,7 +80,7 @@ def block_forecast(prepared: Prepared, options: RunOptions, device: torch.device
 
 
 def _beside(prepared: Prepared, sizes: Mapping[str, BlockSize]) -> dict[str, int]:
-    """By component, the weights that lie beside its blocks."""
+    """The bytes of each component's weights outside its blocks."""
     components = prepared.source.components
     state = by_component(components, prepared.inventory.state)
     inside = by_component(components, sizes)
@@ -92,13 +92,13 @@ def _beside(prepared: Prepared, sizes: Mapping[str, BlockSize]) -> dict[str, int
 
 
 def passages_room(prepared: Prepared, options: RunOptions, device: torch.device) -> int:
-    """Bytes of host memory for hidden states: half of what is free beside the block that is tuned."""
+    """Bytes of host memory for hidden states: half of what the tuned block leaves free."""
     tuning = block_forecast(prepared, options, device).device_bytes if device.type == "cpu" else 0
     return max(0, free_ram(options) - tuning) // 2
 
 
 def tuned_bytes(prepared: Prepared) -> int:
-    """What the tuned blocks take in the work folder, beside the solved layers."""
+    """Bytes of the tuned blocks in the work folder, in addition to the solved layers."""
     heads = tuple(f"{block}." for block in blocks_of(prepared.plan))
     dtype = prepared.settings.dtype
     return sum(solved_bytes(plan, dtype) for plan in prepared.plan.w4a4 if plan.name.startswith(heads))

@@ -1,9 +1,10 @@
-"""`svdq calibrate`: the 16-bit model draws the calibration prompts, and what its layers read is kept.
+"""`svdq calibrate`: the 16-bit model generates images for the calibration prompts, and statistics of what its layers
+read are kept.
 
 The text encoders run first and are freed. The denoiser is whole on the device where it fits, else its blocks are
-brought there when they run. What every batch of pictures adds is kept in the work folder, so that a run that is stopped
-goes on with the next batch, and merged when all are there: the bits do not depend on where weights lay or when a run
-stopped.
+brought there when they run. What every batch of images adds is kept in the work folder, so that a run that is stopped
+continues with the next batch, and merged when all are there: the bits do not depend on where weights were stored or
+when a run stopped.
 """
 
 from __future__ import annotations
@@ -48,12 +49,12 @@ from svdq_cli.storage.output_paths import require_places
 from svdq_cli.system.machine import resolve_device
 
 BEGUN = "begun"  # topic: where the work is
-DRAWN = "drawn"  # topic: a process has drawn its pictures
+DRAWN = "drawn"  # topic: a process has generated its images
 
 
 @dataclass(frozen=True, slots=True)
 class Drawing:
-    """What is drawn for a calibration, and what is kept of it."""
+    """The prompts and settings of a calibration, and how much of its activations is kept."""
 
     prepared: Prepared
     prompts: tuple[str, ...]
@@ -70,7 +71,7 @@ class Drawing:
 def calibrate(
     recipe: Recipe, out: Path, *, options: RunOptions = DEFAULT_OPTIONS, observe: Observer = ignore_events
 ) -> CalibrateReport:
-    """Draw the calibration prompts with the 16-bit model and keep what its layers saw."""
+    """Generate images for the calibration prompts with the 16-bit model; keep statistics of its layers' inputs."""
     started = time.monotonic()
     folder = work_beside(out, options)
     remove_finished(folder)
@@ -89,7 +90,7 @@ def calibrate(
     require_disk({out: drawing.bytes, folder: drawing.bytes})
 
     def kept(work: WorkFolder) -> str:
-        return f"{len(PartFolder(work.pictures))} of {len(_batches(drawing))} batches of pictures"
+        return f"{len(PartFolder(work.pictures))} of {len(_batches(drawing))} batches of images"
 
     with kept_work(
         folder, _identity(drawing, options), options=options, stage="calibrate", kept=kept, observe=observe
@@ -116,15 +117,15 @@ def require_drawable(prepared: Prepared) -> Sampling:
         raise UsageError("the recipe names no calibration prompts", hint="give --prompts FILE")
     if prepared.source.pipeline is None:
         raise InputError(
-            f"{prepared.source.path}: calibration draws pictures, and this is one component, not a pipeline",
-            hint="give the pipeline that it belongs to (--base FOLDER_OR_HUB_ID), or use --effort datafree",
+            f"{prepared.source.path}: calibration generates images, but this is one component, not a pipeline",
+            hint="give the pipeline it belongs to (--base FOLDER_OR_HUB_ID), or use --effort datafree",
             where=str(prepared.source.path),
         )
     return wanted
 
 
 def drawing_of(prepared: Prepared, options: RunOptions, observe: Observer, *, source_sha256: str) -> Drawing:
-    """What the recipe's calibration draws. Raises as `require_drawable`, and InputError for prompts that can't be
+    """The calibration that the recipe asks for. Raises as `require_drawable`, and InputError for prompts that can't be
     read."""
     wanted = require_drawable(prepared)
     prompts = prompts_of(prepared, options, observe).texts
@@ -146,7 +147,7 @@ def draw_calibration(
     out: Path, drawing: Drawing, work: WorkFolder, *, options: RunOptions, observe: Observer
 ) -> CalibrationManifest:
     """Draws what the work folder lacks, and writes the artefact from all of it. Other processes take their part of the
-    pictures in `draw_share`."""
+    images in `draw_share`."""
     draw_share(drawing, work, options=options, observe=observe)
     options.team.gather(DRAWN)
     parts = PartFolder(work.pictures)
@@ -159,7 +160,7 @@ def draw_calibration(
 
 
 def draw_share(drawing: Drawing, work: WorkFolder, *, options: RunOptions, observe: Observer) -> None:
-    """Draws this process's share of the pictures, as far as the work folder lacks them."""
+    """Generate this process's share of the images that the work folder lacks."""
     parts = PartFolder(work.pictures)
     mine = options.team.share(_batches(drawing))
     if any(batch.first not in parts for batch in mine):

@@ -1,4 +1,4 @@
-"""The model card of a checkpoint, converted or made from another one: `README.md` with the header that the hub reads.
+"""The model card of a checkpoint, converted or made from another one: `README.md` with the header that the Hub reads.
 
 The same checkpoint has the same card: nothing in it tells where or how fast it was made.
 """
@@ -31,7 +31,7 @@ _PROVENANCE = (
 
 
 def card_path(file: Path) -> Path:
-    """Where the card of a single file lies: CKPT.README.md beside it."""
+    """Where the card of a single file is stored: CKPT.README.md next to it."""
     return file.with_name(f"{file.name}.{CARD_FILE}")
 
 
@@ -89,7 +89,7 @@ def _header(said: dict[str, Any], base_model: str | None, pipeline: Path | None,
     from huggingface_hub import ModelCardData
 
     license_file = pipeline is not None and any(pipeline.glob("LICENSE*"))
-    if "license" not in said and license_file:  # one that goes along, and whose name nobody said
+    if "license" not in said and license_file:  # a copied license file without a stated name
         said |= {"license": "other", "license_link": "LICENSE"}
     data = ModelCardData(
         base_model=base_model,
@@ -116,7 +116,7 @@ def _header_of(path: Path, keys: Sequence[str]) -> dict[str, Any]:
 
 
 def _pipeline_tag(pipeline: Path | None) -> str:
-    """What the pipeline's class draws, from its name."""
+    """The pipeline tag of the Hub (text-to-image ...), from the name of the pipeline's class."""
     index = pipeline / "model_index.json" if pipeline else None
     name = str(read_json(index).get("_class_name")) if index and index.is_file() else ""
     if re.search("Video|Wan|LTX|Mochi", name):
@@ -154,7 +154,7 @@ def _facts(report: ConvertReport) -> Iterator[tuple[object, ...]]:
     yield "model", f"{report.model.model_class}, {report.model.parameters} parameters"
     yield (
         "size",
-        f"{report.bytes.output} bytes, {report.bytes.ratio:.2f} times smaller than at 16 bit",
+        f"{report.bytes.output} bytes, {report.bytes.ratio:.2f} times smaller than at 16 bits",
     )
     yield "precision", report.precision
     yield (
@@ -162,12 +162,12 @@ def _facts(report: ConvertReport) -> Iterator[tuple[object, ...]]:
         rank.max if rank.min == rank.max else f"{rank.min} to {rank.max}, {rank.mean:.1f} on average",
     )
     yield "effort", f"{report.effort}{', without calibration' if report.data_free else ''}"
-    yield "layers", f"{counts.w4a4} W4A4, {counts.w4a16} W4A16, {counts.kept} kept at 16 bit"
+    yield "layers", f"{counts.w4a4} W4A4, {counts.w4a16} W4A16, {counts.kept} kept at 16 bits"
     on = "of weights" if report.data_free else "of outputs, on calibration rows"
     yield f"layer SQNR {on}", f"{sqnr.mean:.1f} dB on average, {sqnr.min:.1f} dB at worst"
     for gate, condition in _gates(report).items():
         missed = next((text for text in report.gates_missed if text.startswith(f"{gate} ")), None)
-        yield f"gate {gate} {condition}", f"missed: {missed}" if missed else "met, or judged by svdq eval"
+        yield f"gate {gate} {condition}", f"missed: {missed}" if missed else "met, or left to svdq eval"
 
 
 def _gates(report: ConvertReport) -> Mapping[str, object]:

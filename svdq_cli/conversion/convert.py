@@ -64,7 +64,7 @@ from svdq_cli.system.machine import limit_vram, peak_memory, resolve_device
 from svdq_cli.system.threads import made_meanwhile
 
 _REPORTED = ("svdq_version", "versions", "source_sha256", "calibration_sha256", "loras_sha256")
-NAMING = "naming.json"  # in the work folder: the outputs of a run that has begun to give them their names
+NAMING = "naming.json"  # in the work folder: the outputs of a run that has started to give them their names
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ class Job:
     options: RunOptions
     observe: Observer
     reserved: int  # bytes of host memory, of `reserved_ram`
-    replaces: bool = False  # outputs that stand there already
+    replaces: bool = False  # outputs that already exist
     warnings: list[str] = field(default_factory=list[str])
 
     @property
@@ -93,12 +93,12 @@ class Job:
 
     @property
     def draws_again(self) -> bool:
-        """Whether it draws pictures of its own even where the statistics were given: for its blocks or its ranks."""
+        """Whether it generates images, for its blocks or its ranks, although statistics were given."""
         return self.tunes_blocks or draws_for_gains(self.prepared)
 
     @property
     def work(self) -> Path:
-        """Beside the first output, hidden, unless the user says where."""
+        """Next to the first output, hidden, unless the user chooses a path."""
         return work_beside(self.paths[0], self.options)
 
     def warn(self, warnings: tuple[str, ...]) -> None:
@@ -132,7 +132,7 @@ def convert(
     """Search, quantize, pack, check. `out`: one path for each of the recipe's outputs.
 
     All outputs are packed from one search. None appears under its name before all are whole and checked. What is
-    finished is kept in a work folder, from which `options.resume` goes on; it is removed with the last step.
+    finished is kept in a work folder, from which `options.resume` continues; it is removed with the last step.
     """
     started = time.monotonic()
     job = begin(recipe, (out,) if isinstance(out, Path) else out, calibration, options, observe)
@@ -202,7 +202,7 @@ def begin(
     require_disk({paths[0]: disk_bytes(prepared), job.work: _work_bytes(job)})
     job.warn(warnings_of(prepared, data_free=data_free))
     if data_free and calibration is not None:
-        job.warn((f"{calibration}: not used, for effort datafree takes no calibration",))
+        job.warn((f"{calibration}: not used, because effort datafree takes no calibration",))
     return job
 
 
@@ -212,7 +212,7 @@ def _require_weights_and_places(
     """InputError for a model without weights, UsageError for outputs that can't be written where they are to be."""
     if not prepared.source.tensors:
         raise InputError(
-            f"{prepared.source.path}: there are no weights here, only a config",
+            f"{prepared.source.path}: there are no weights in this folder, only a config",
             hint="give the folder that holds the weights",
             where=str(prepared.source.path),
         )
@@ -225,7 +225,7 @@ def _require_weights_and_places(
 
 
 def _replaces(paths: tuple[Path, ...], options: RunOptions) -> bool:
-    """Whether outputs that stand there may be replaced: as the user says, or where this very run was killed while its
+    """Whether outputs that exist may be replaced: as the user says, or where this very run was killed while its
     outputs got their names, one after another."""
     naming = work_beside(paths[0], options) / NAMING
     begun = options.resume and naming.is_file()
@@ -249,7 +249,7 @@ def _made_for(prepared: Prepared, path: Path, digest: str) -> Calibration:
     made_for = opened.manifest.facts
     if made_for.source_sha256 != digest:
         raise InputError(
-            f"{path}: this calibration was made with other weights ({made_for.model_class}, "
+            f"{path}: this calibration was made with different weights ({made_for.model_class}, "
             f"sha256 {str(made_for.source_sha256)[:12]}), not with {prepared.source.path} ({digest[:12]})",
             hint="run svdq calibrate on this model",
             where=str(path),
@@ -284,7 +284,7 @@ def _calibration_identity(job: Job) -> Mapping[str, object] | None:
 
 
 def _drawn_identity(job: Job) -> Mapping[str, object]:
-    """What pictures are drawn."""
+    """The prompts and sampling settings of the calibration images."""
     prompts = prompts_of(job.prepared, job.options, ignore_events)
     assert job.prepared.sampling is not None
     return {"prompts sha256": prompts_digest(prompts.texts), **settings_json(job.prepared.sampling.settings)}
@@ -304,7 +304,7 @@ def _work_of(job: Job) -> Iterator[WorkFolder]:
     portions = len(job.prepared.plan.portions(data_free=job.data_free))
 
     def kept(work: WorkFolder) -> str:
-        said = [f"{len(work.finished(LAYERS))} of {portions} solved portions"]
+        said = [f"{len(work.finished(LAYERS))} of {portions} layer groups solved"]
         if (work.calibration / MANIFEST).is_file():
             said = ["the calibration statistics", *said]
         elif images := len(PartFolder(work.pictures)):
@@ -370,20 +370,20 @@ def _solve(job: Job, work: WorkFolder) -> Solved:
 
 
 _MOVED = (
-    "means of inputs were moved into biases: a LoRA that another runtime loads by itself lacks its part of them, so "
+    "means of inputs were moved into biases. A LoRA that another runtime loads lacks its part of these means, so "
     "merge LoRAs here (--lora) or with svdq lora"
 )
 
 
 def _tell_begun(job: Job, work: WorkFolder) -> None:
-    """The other processes learn where the work is, and whether pictures are drawn for it."""
+    """The other processes learn where the work is, and whether images are generated for it."""
     draws = not (job.data_free or job.calibration or (work.calibration / MANIFEST).is_file())
     begun = {"work": str(work.path.resolve()), "source_sha256": job.digest, "draws": draws}
     job.options.team.tell(BEGUN, begun)
 
 
 def _statistics(job: Job, work: WorkFolder) -> Statistics:
-    """Of the artefact that was given, or drawn into the work folder once."""
+    """The calibration statistics: those given, or those generated once into the work folder."""
     opened = job.calibration
     if opened is None:
         if not (work.calibration / MANIFEST).is_file():
@@ -397,7 +397,7 @@ def _statistics(job: Job, work: WorkFolder) -> Statistics:
 
 
 def _contents(job: Job, solved: Solved) -> Contents:
-    """The numbers of the outputs, and what is said of their making."""
+    """The numbers of the outputs, and how they were made."""
     source = solved.prepared.source
     provenance: dict[str, object] = {
         "svdq_version": __version__,
@@ -429,7 +429,7 @@ def _contents(job: Job, solved: Solved) -> Contents:
 
 
 def _versions() -> dict[str, str]:
-    """What the numbers depend on beside svdq; outside of the fingerprint, which names the intent."""
+    """What the numbers depend on besides svdq; outside of the fingerprint, which names the intent."""
     return {
         name: importlib.metadata.version(name)
         for name in ("torch", "diffusers", "transformers", "safetensors")

@@ -120,7 +120,7 @@ def _solve_rates(device: torch.device) -> Rates:
 
 
 def _solution(weight: Tensor) -> W4A4Solution:
-    """Any: how long it takes to compare does not depend on the numbers."""
+    """A solution with arbitrary values: the time of a comparison does not depend on them."""
     n, k = weight.shape
     dtype = torch.bfloat16
     return W4A4Solution(
@@ -159,7 +159,7 @@ def _disk_rates(folder: Path) -> tuple[float, float]:
 
 
 def _seconds(function: Callable[[], object], device: torch.device) -> float:
-    """The middle of several runs, after one that nobody counts."""
+    """The median of several runs, after a warm-up."""
     function()
     times: list[float] = []
     while sum(times) < LEAST_SECONDS or len(times) < 2:
@@ -192,7 +192,7 @@ def _cache_file(device: torch.device, dtype: torch.dtype, disk: Path) -> Path:
 
 
 def _keep(file: Path, text: str) -> None:
-    """A cache that can't be written is none; the prediction stands without it."""
+    """Keep a measurement; a cache that can't be written is skipped."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_name(f"{file.name}.{os.getpid()}")

@@ -36,9 +36,9 @@ def run_as_it_fits(
     stage: str,
     observe: Observer,
 ) -> T:
-    """What `work` returns, which draws with `pipe` (of `load_without_denoiser`) once that has its denoiser.
+    """The result of `work`, which generates with `pipe` (of `load_without_denoiser`) once that has its denoiser.
 
-    Where memory runs out, work is begun again with fewer blocks on the GPU. Raises OutOfResourcesError when not one
+    Where memory runs out, work is started again with fewer blocks on the GPU. Raises OutOfResourcesError when not one
     fits there.
     """
     room = _room(prepared, settings, device, options)
@@ -89,7 +89,7 @@ def reserved_ram() -> int:
 
 
 def free_vram(device: torch.device, options: RunOptions) -> int:
-    """The same of a GPU's memory and `--max-vram`."""
+    """Bytes of GPU memory that the process may still take, within `--max-vram`."""
     vram = available_vram(device)
     return (
         vram

@@ -1,4 +1,4 @@
-"""A portion solved in the memory there is: with all its weights there, with one at a time, or on the CPU.
+"""A layer group solved in the available memory: with all its weights there, with one at a time, or on the CPU.
 
 What is predicted not to fit is not tried; where memory runs out all the same, the next way is. On one type of device
 both ways give the same bytes. Those of a CPU and of a GPU differ in the lowest bits, so a layer's report says where it
@@ -30,7 +30,7 @@ _CURE = "close other programs, or choose a smaller --effort or fewer calibration
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """How a portion is solved."""
+    """How a layer group is solved."""
 
     device: torch.device
     streamed: bool  # each weight is read when it is needed, and let go
@@ -42,14 +42,14 @@ class Way:
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """Bytes that a way takes beside what the process holds already."""
+    """Bytes that a placement takes in addition to what the process already holds."""
 
     ram: int
     vram: int
 
 
 def ways_on(device: torch.device) -> tuple[Way, ...]:
-    """From the fastest to the one that takes the least of `device`."""
+    """All possible placements, from the fastest to the one that takes the least memory of `device`."""
     devices = [device] if device.type == "cpu" else [device, torch.device("cpu")]
     return tuple(Way(each, streamed) for each in devices for streamed in (False, True))
 
@@ -71,7 +71,8 @@ def need_of(
     if way.device.type == "cpu":
         numbers = max(sizes) if way.streamed else sum(sizes)
         return Need(ram + max(working, 4 * numbers + reading_bytes(max(sizes))), 0)
-    return Need(ram, working + 3 * sum(sizes))  # with the codes of the portion before, which are packed there
+    # with the codes of the layer group before, which are packed there
+    return Need(ram, working + 3 * sum(sizes))
 
 
 def stored_itemsize(prepared: Prepared) -> int:
@@ -104,9 +105,9 @@ def where_it_fits(
     reserved: int | None = None,
     alone: bool = True,
 ) -> Result:
-    """What `attempt` makes of the portion named after `layer`, in the first way that has the memory for it.
+    """What `attempt` makes of the layer group named after `layer`, with the first placement that fits in memory.
 
-    `let_go` frees whatever the portion can do without; `stage` names the events; `reserved` as `free_ram` takes it.
+    `let_go` frees whatever the layer group can do without; `stage` names the events; `reserved` as `free_ram` takes it.
     Raises OutOfResourcesError when not one way has the memory; NoRoomBeside when the first has none and others are
     solved meanwhile, so that it is not `alone`.
     """
@@ -186,13 +187,13 @@ def too_large(
         needed, option, limit = with_held, "--max-ram", options.max_ram
     else:
         return OutOfResourcesError(
-            f"{layer}: solving it takes {ram / 1e9:.2f} GB of memory, and {available_ram() / 1e9:.2f} GB are free",
+            f"{layer}: solving it takes {ram / 1e9:.2f} GB of memory, but {available_ram() / 1e9:.2f} GB are free",
             hint=_CURE,
             where=layer,
             kind="out-of-memory",
         )
     return OutOfResourcesError(
-        f"{layer}: solving it takes {needed / 1e9:.3f} GB, and {option} allows {limit / 1e9:.3f} GB",
+        f"{layer}: solving it takes {needed / 1e9:.3f} GB, but {option} allows {limit / 1e9:.3f} GB",
         hint=f"raise {option}, or choose a smaller --effort or fewer calibration rows",
         where=layer,
         kind="out-of-memory",

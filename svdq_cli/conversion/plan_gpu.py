@@ -32,7 +32,7 @@ _DECODER_MAPS = 4
 # Bytes that pass the card's memory for every number that is rounded or compared, in some ten float32 operations
 _ROUNDING_TRAFFIC = 80
 BASIS = (
-    "predicted from the card's published rates, 20 to 60 % of which is taken to be reached; "
+    "predicted from the GPU's published rates, assuming that 20 to 60 % of them is reached; "
     "svdq has not been measured on a GPU"
 )
 
@@ -63,7 +63,7 @@ def on_card(job: Forecast, card: Card, settings: DrawSettings, local: Speed, *, 
         memory_bytes=card.memory_bytes,
         convert=GpuConversion(fits, seconds, peak),
         generate=_generation(there, settings, usable),
-        basis=BASIS if card.published is not None else "times are predicted where the card is named",
+        basis=BASIS if card.published is not None else "times are predicted if the GPU is given by name",
     )
 
 
@@ -122,7 +122,7 @@ def _generation(job: Forecast, settings: DrawSettings, usable: int) -> GpuGenera
 
 
 def _component_bytes(pipeline: Path, denoisers: Collection[str]) -> dict[str, int]:
-    """Weights of a pipeline's other components, as they are stored (text encoders in 16 bit)."""
+    """Weights of a pipeline's other components, as they are stored (text encoders in 16 bits)."""
     found: dict[str, int] = {}
     for file in component_files(pipeline, skip=denoisers):
         if file.suffix in (".safetensors", ".bin") and file.parent.name in pipeline_index(pipeline):
@@ -131,7 +131,7 @@ def _component_bytes(pipeline: Path, denoisers: Collection[str]) -> dict[str, in
 
 
 def _decoding_bytes(pipeline: Path, settings: DrawSettings) -> int:
-    """Feature maps of the autoencoder's decoder, in 16 bit, for one image at full size."""
+    """Feature maps of the autoencoder's decoder, in 16 bits, for one image at full size."""
     file = pipeline / "vae" / "config.json"
     channels = read_json(file).get("block_out_channels") if file.is_file() else None
     if not isinstance(channels, (list, tuple)) or not channels:

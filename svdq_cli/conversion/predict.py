@@ -44,9 +44,8 @@ from svdq_cli.reports import PlanSeconds
 from svdq_cli.sampling.token_counts import TokenCounts
 from svdq_cli.solve.costs import Work, packed_bytes, solve_work, waiting_bytes
 
-STARTING = (
-    0.3  # what a pipeline's other parts take to import and build, over what diffusers and the plan take
-)
+# what a pipeline's other parts take to import and build, over what diffusers and the plan take
+STARTING = 0.3
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +54,7 @@ class Forecast:
 
     prepared: Prepared
     artefact: Calibration | None  # statistics that were given
-    draws: bool  # whether it draws its own
+    draws: bool  # whether it generates its own statistics
     device: torch.device
     options: RunOptions
     tokens: TokenCounts | None  # of an image of the recipe's calibration; None where it has none
@@ -90,7 +89,7 @@ class Forecast:
 
     @property
     def blocks(self) -> BlockForecast:
-        """Of a conversion that reconstructs blocks."""
+        """The forecast of tuning blocks, for a conversion that tunes them."""
         return block_forecast(self.prepared, self.options, self.device)
 
 
@@ -108,7 +107,7 @@ def forecast_of(
 
 
 def uses_prompts(prepared: Prepared, calibration: Path | None) -> bool:
-    """Whether a conversion draws pictures: for its statistics, its blocks, or the search for ranks. `calibration`:
+    """Whether a conversion generates images: for its statistics, its blocks, or the search for ranks. `calibration`:
     statistics that were given."""
     recipe = prepared.recipe
     if recipe.calibration is None or is_data_free(recipe, calibration):
@@ -120,7 +119,7 @@ def uses_prompts(prepared: Prepared, calibration: Path | None) -> bool:
 
 
 def stage_seconds(job: Forecast, speed: Speed, preparing: float, *, at_once: int = 1) -> PlanSeconds:
-    """`preparing`: what it took to make the plan, which the conversion does once more. `at_once`: portions that are
+    """`preparing`: what it took to make the plan, which the conversion does once more. `at_once`: layer groups that are
     solved side by side, each at this `speed`."""
     prepared = job.prepared
     source, packed = prepared.source.bytes, sum(t.bytes(prepared.inventory.state) for t in prepared.targets)
@@ -154,7 +153,7 @@ def _solve_work(job: Forecast) -> Work:
 
 
 def _calibrate_seconds(job: Forecast, speed: Speed) -> float:
-    """All pictures and one step to see what runs; loading and keeping of what is read and kept."""
+    """All images and one step to see what runs; loading and keeping of what is read and kept."""
     prepared = job.prepared
     wanted = prepared.sampling
     assert wanted is not None
@@ -165,14 +164,14 @@ def _calibrate_seconds(job: Forecast, speed: Speed) -> float:
 
 
 def _reconstruct_seconds(job: Forecast, speed: Speed) -> float:
-    """The pictures are drawn, both streams go through the blocks, and every block is tuned and kept."""
+    """The images are generated, both streams go through the blocks, and every block is tuned and kept."""
     blocks = job.blocks
     drawing = blocks.pictures * blocks.steps * pass_seconds(job, speed) + _loading_seconds(job, speed)
     return drawing + speed.solve.seconds(blocks.work) + blocks.kept / speed.write
 
 
 def pass_seconds(job: Forecast, speed: Speed) -> float:
-    """The denoiser, once for one picture."""
+    """The denoiser, once for one image."""
     flops, calls = 0.0, 0
     for layer in job.prepared.plan.layers:
         flops += 2 * job.by_layer[layer.name] * layer.linear.in_features * layer.linear.out_features
@@ -185,7 +184,7 @@ def _loading_seconds(job: Forecast, speed: Speed) -> float:
 
 
 def other_bytes(job: Forecast) -> int:
-    """Of the pipeline's other components, as they are stored."""
+    """Bytes of the pipeline's other components, as they are stored."""
     pipeline = job.prepared.source.pipeline
     if pipeline is None:
         return 0
@@ -214,8 +213,8 @@ def ram_bytes(job: Forecast) -> int:
 
 
 def _solving_bytes(job: Forecast) -> list[int]:
-    """Of every portion with what waits beside it; or of the largest that are solved side by side, as many as there is
-    memory for."""
+    """The memory of every layer group and of what waits next to it; or of the largest that are solved side by side, as
+    many as there is memory for."""
     portions = _portions(job)
     needs = [_planned(job, portion)[1].ram for portion in portions]
     at_once = portions_at_once(job.device)
@@ -243,8 +242,8 @@ def vram_bytes(job: Forecast) -> int | None:
 
 
 def require_memory(job: Forecast) -> None:
-    """OutOfResourcesError for a portion that can't be solved in the memory there is, `--max-ram` and `--max-vram` kept.
-    The same for tuning a block. (What calibration may take is settled where the model is loaded.)"""
+    """OutOfResourcesError for a layer group that can't be solved in the available memory, `--max-ram` and `--max-vram`
+    kept, and for a block that can't be tuned. (What calibration may take is settled where the model is loaded.)"""
     for portion in _portions(job):
         needs = _needs(job, portion)
         if not open_ways(ways_on(job.device), needs.__getitem__, job.options):
@@ -265,8 +264,8 @@ def _require_block_memory(job: Forecast) -> None:
         else f"too little is free on {job.device}"
     )
     raise OutOfResourcesError(
-        f"{next(iter(job.blocks.sizes))}: tuning it takes {(held + needed) / 1e9:.2f} GB, and {there}",
-        hint=f"lower batch_size or the picture size under calibration, raise {option}, or use --effort balanced",
+        f"{next(iter(job.blocks.sizes))}: tuning it takes {(held + needed) / 1e9:.2f} GB, but {there}",
+        hint=f"lower batch_size or the image size under calibration, raise {option}, or use --effort balanced",
         where="quantization.effort",
         kind="out-of-memory",
     )
@@ -279,7 +278,7 @@ def on_the_cpu(job: Forecast) -> tuple[str, ...]:
         return ()
     count = sum(len(portion.layers) for portion in moved)
     return (
-        f"{count} layers will be solved on the CPU, which takes longer than is predicted: --max-vram has no room for "
+        f"{count} layers will be solved on the CPU, which takes longer than predicted: --max-vram has no room for "
         f"them (the first is {moved[0].layers[0]})",
     )
 
@@ -317,7 +316,7 @@ def _waiting_bytes(job: Forecast, portion: SharedInput) -> int:
 
 def _drawing_stages(job: Forecast, *, cpu: bool, batch: int | None = None) -> list[int]:
     """The text encoders with the rest of the pipeline, then the denoiser with its activations. `cpu`: whether they
-    compute where the memory is asked for; `batch`: pictures drawn at a time, where it is not the recipe's."""
+    compute where the memory is asked for; `batch`: images generated at a time, where it is not the recipe's."""
     itemsize = compute_dtype(job.device).itemsize
     others = other_bytes(job) * itemsize // 2  # stored in 16 bits
     prepared = job.prepared
@@ -332,8 +331,8 @@ def _drawing_stages(job: Forecast, *, cpu: bool, batch: int | None = None) -> li
 
 
 def peak_disk_bytes(job: Forecast) -> int:
-    """What lies on the disk at its fullest: statistics that were drawn, twice while the parts of batches are merged; or
-    once, with the solved layers and the outputs."""
+    """Bytes on the disk at its fullest: statistics that were generated, twice while the parts of batches are
+    merged; or once, with the solved layers and the outputs."""
     wanted = job.prepared.sampling
     statistics = 0
     if job.draws and wanted is not None:

@@ -42,7 +42,7 @@ class Outputs:
     _targets: tuple[Target, ...]
 
     def write_reports(self, report: ConvertReport, card: str) -> None:
-        """And the model card, into the outputs that are folders."""
+        """Write the reports, and the model card into the outputs that are folders."""
         for target, partial in zip(self._targets, self._partials, strict=True):
             if not target.format.single_file:
                 write_report(report_path(partial, target.format), report)
@@ -91,7 +91,7 @@ def _on_disk(
 def write_reports_beside(
     targets: Sequence[Target], paths: Sequence[Path], report: ConvertReport, card: str
 ) -> None:
-    """And the model card, beside the outputs that are files."""
+    """Write a model card next to each output that is a file."""
     for target, path in zip(targets, paths, strict=True):
         if target.format.single_file:
             write_report(report_path(path, target.format), report)
@@ -130,6 +130,8 @@ def gated(report: ConvertReport, recipe: Recipe) -> ConvertReport:
     missed = tuple(
         f"{gate} (is {v:.4g})" for gate, v in figures.items() if v is not None and not gate.holds(v)
     )
-    later = tuple(f"gate {gate} is judged by svdq eval, not here" for gate, v in figures.items() if v is None)
+    later = tuple(
+        f"gate {gate} is checked by svdq eval, not here" for gate, v in figures.items() if v is None
+    )
     status = "gate-missed" if missed else report.status
     return replace(report, status=status, gates_missed=missed, warnings=(*report.warnings, *later))

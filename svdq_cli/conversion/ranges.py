@@ -32,7 +32,7 @@ def range_warnings(plan: ModelPlan, seen: Sequence[InputEntry], dtype: torch.dty
     others = f" and {len(worst) - _NAMED} more layers" if len(worst) > _NAMED else ""
     beyond = peaks[worst[0]] > largest
     return (
-        f"{str(dtype)[6:]} holds numbers up to {largest:g}, and activations "
-        f"{'go beyond that' if beyond else 'come near that'} in {named}{others}: "
+        f"{str(dtype)[6:]} holds numbers up to {largest:g}, but activations "
+        f"{'go beyond that' if beyond else 'come close to that'} in {named}{others}: "
         f"images {'will' if beyond else 'may'} be black. Convert with dtype: bfloat16",
     )

@@ -27,13 +27,13 @@ class RawWeight:
     bias: Tensor | None  # (N,)
 
     def on(self, device: torch.device) -> SourceWeight:
-        """In float32 on `device`. From pinned memory the copy runs while the CPU goes on."""
+        """The weight in float32 on `device`. From pinned memory the copy runs while the CPU continues."""
         bias = None if self.bias is None else self.bias.to(device, non_blocking=True).float()
         return SourceWeight(self.weight.to(device, non_blocking=True).float().flatten(1), bias)
 
     def pinned(self) -> RawWeight:
-        """In page-locked memory, from which a GPU reads by itself; from other memory the driver copies it first, while
-        the CPU waits. As it is where the system has no more such memory."""
+        """The weight in page-locked memory, from which a GPU reads by itself; from other memory the driver copies it
+        first, while the CPU waits. As it is where the system has no more such memory."""
         try:
             return RawWeight(self.weight.pin_memory(), None if self.bias is None else self.bias.pin_memory())
         except RuntimeError as error:
@@ -44,7 +44,7 @@ class RawWeight:
 
 @dataclass(frozen=True, slots=True)
 class StreamedWeights(Mapping[str, SourceWeight]):
-    """Weights of a portion, each read from the source whenever it is asked for and held by nobody."""
+    """Weights of a layer group, each read from the source at every access and never kept."""
 
     source: Source
     plans: Mapping[str, LayerPlan]
@@ -64,8 +64,8 @@ class StreamedWeights(Mapping[str, SourceWeight]):
 def read_ahead(
     source: Source, plans: Mapping[str, LayerPlan], device: torch.device, portion: SharedInput
 ) -> dict[str, RawWeight]:
-    """The weights of a portion, for a GPU pinned. None of them where memory runs out: they are read again when the
-    portion's turn has come and the one before it is gone."""
+    """The weights of a layer group, for a GPU pinned. None of them where memory runs out: they are read again when the
+    layer group's turn has come and the one before it is gone."""
     try:
         raw = {name: raw_weight(source, plans[name]) for name in portion.layers}
         return {name: each.pinned() for name, each in raw.items()} if device.type == "cuda" else raw
@@ -96,7 +96,7 @@ def source_weight(source: Source, plan: LayerPlan, device: torch.device) -> Sour
 
 
 def reading_bytes(numbers: int) -> int:
-    """Bytes that reading a weight of so many numbers takes beside the weight itself."""
+    """Bytes that reading a weight of this many numbers takes in addition to the weight itself."""
     return _ON_THE_WAY * min(numbers, READ_AT_ONCE)
 
 
@@ -129,7 +129,7 @@ def require_in_range(source: Source, dtype: torch.dtype) -> None:
         found = _largest(tensor_entry(source, name))
         if largest < found < math.inf:  # NaN and infinity are called so when they are read
             raise InputError(
-                f"{entry.file}: {name} holds {found:g}, and the largest number of {str(dtype)[6:]} is {largest:g}",
+                f"{entry.file}: {name} holds {found:g}, but the largest number of {str(dtype)[6:]} is {largest:g}",
                 hint="convert with dtype: bfloat16 (model.dtype in the recipe)",
                 where=name,
                 kind="out-of-range",

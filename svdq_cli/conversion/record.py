@@ -1,4 +1,5 @@
-"""What is seen of the 16-bit model while it draws a few pictures, for steps that need more than rows of activations."""
+"""What is seen of the 16-bit model while it generates a few images, for steps that need more than rows of
+activations."""
 
 from __future__ import annotations
 
@@ -29,8 +30,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What is drawn, and what is kept of it: the first `pictures` of the calibration's prompts in `batches` batches (or
-    fewer pictures, where the recipe's batch size asks for smaller batches), and at most `calls` calls of each batch."""
+    """How many images to generate, and which calls to keep: the first `pictures` of the calibration's prompts in
+    `batches` batches (or fewer images, where the recipe's batch size asks for smaller batches), and at most `calls`
+    calls of each batch."""
 
     pictures: int
     batches: int
@@ -41,7 +43,7 @@ BLOCK_SAMPLE = Sample(pictures=32, batches=8, calls=8)  # the last quarter of th
 
 
 def can_record(prepared: Prepared) -> bool:
-    """Whether there are prompts, and a whole pipeline to draw them with."""
+    """Whether there are prompts, and a whole pipeline to generate them with."""
     return prepared.sampling is not None and prepared.source.pipeline is not None
 
 
@@ -53,7 +55,7 @@ def recorded(
     device: torch.device,
     observe: Observer,
 ) -> dict[str, tuple[nn.Module, list[Trajectory]]]:
-    """By component, the 16-bit denoisers, whole on `device`, and their calls."""
+    """The 16-bit denoisers, whole on `device`, and their recorded calls, by component."""
     settings = sample_settings(prepared, sample)
     batches = _batches(prepared, sample, settings, options, observe)
     pipe = load_16bit_pipeline(prepared.source, class_name=prepared.plan.model_class, device=device)
@@ -69,7 +71,7 @@ def record_blocks(
     device: torch.device,
     observe: Observer,
 ) -> dict[str, Recording]:
-    """The same calls with the wiring of the denoisers' blocks; denoisers need not fit on the device, nor stay."""
+    """Recorded calls with the block graphs of the denoisers, which need not fit on the device and are freed."""
     settings = sample_settings(prepared, sample)
     batches = _batches(prepared, sample, settings, options, observe)
     pipe = load_without_denoiser(prepared.source, class_name=prepared.plan.model_class, device=device)
@@ -93,7 +95,7 @@ def record_blocks(
 
 
 def sample_settings(prepared: Prepared, sample: Sample) -> DrawSettings:
-    """How a sample is drawn."""
+    """The sampling settings of a sample."""
     assert prepared.sampling is not None
     settings = prepared.sampling.settings
     return replace(settings, batch_size=max(1, min(settings.batch_size, sample.pictures // sample.batches)))
@@ -116,7 +118,7 @@ def _trajectories(
     encoded: EncodedPrompts | None,
     observe: Observer,
 ) -> dict[str, list[Trajectory]]:
-    """By component. Raises InputError for a denoiser that is never called."""
+    """The recorded trajectories by component. Raises InputError for a denoiser that is never called."""
 
     def drawing(batch: Batch) -> Callable[[], object]:
         return lambda: list(
@@ -138,7 +140,7 @@ def _trajectories(
         if not trajectories:
             raise InputError(
                 f"{component}: the pipeline never ran it in {settings.steps} step{'s' * (settings.steps > 1)}",
-                hint="draw with more steps (--steps): denoisers take turns, each has its own part of them",
+                hint="sample with more steps (--steps): each denoiser runs only a part of them",
                 where=component,
             )
     return found

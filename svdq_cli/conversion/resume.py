@@ -37,9 +37,9 @@ def kept_work(
     observe: Observer,
 ) -> Iterator[WorkFolder]:
     """The job's work folder. It goes when the work is done, and when the same command could only fail again; it stays,
-    with a word on how to go on, whatever else ends the run.
+    with a word on how to continue, whatever else ends the run.
 
-    `kept`: what the folder holds, in words ("3 of 7 solved portions"). `stage` names the job in events.
+    `kept`: what the folder holds, in words ("3 of 7 layer groups solved"). `stage` names the job in events.
     """
     with (
         disk_errors(path),
@@ -53,7 +53,7 @@ def kept_work(
             if work.is_empty or _fails_again(error, work):
                 work.remove()
             else:
-                said = f"{work.path} keeps {kept(work)}; --resume goes on from there"
+                said = f"{work.path} keeps {kept(work)}; continue with --resume"
                 say_what_is_kept(stopped, said, stage, observe)
             if stopped is error:
                 raise
@@ -62,17 +62,17 @@ def kept_work(
 
 
 def work_beside(output: Path, options: RunOptions) -> Path:
-    """Where a job's work lies: hidden beside its (first) output, unless the user says where."""
+    """Where a job's work is stored: hidden next to its (first) output, unless the user chooses a path."""
     return options.work or output.with_name(f".{output.name}.work")
 
 
 def wait_for_files(folder: Path, missing: Callable[[], Sequence[object]]) -> None:
-    """Until other processes' files are there: a shared file system may show them late. InputError if they never are."""
+    """Wait for other processes' files: a shared file system may show them late. InputError if they do not appear."""
     until = time.monotonic() + VISIBLE_WITHIN
     while names := missing():
         if time.monotonic() > until:
             raise InputError(
-                f"{folder}: what another process made of {names[0]} is not here",
+                f"{folder}: {names[0]}, written by another process, is not visible here",
                 hint="all processes need one work folder: put the output, or --work, on a shared file system",
                 where=str(folder),
             )
@@ -80,8 +80,8 @@ def wait_for_files(folder: Path, missing: Callable[[], Sequence[object]]) -> Non
 
 
 def _fails_again(error: BaseException, work: WorkFolder) -> bool:
-    """Whether the same command would end the same way, so that there is nothing to go on with. Statistics that were
-    drawn serve other runs too; they are never thrown away."""
+    """Whether the same command would end the same way, so that there is nothing to continue with. Statistics that were
+    generated serve other runs too; they are never thrown away."""
     about_the_work = isinstance(error, SvdqError) and str(error.where).startswith(str(work.path))
     refused = isinstance(error, (UsageError, RecipeError, InputError, CheckFailedError))
     return refused and not about_the_work and not work.calibration.exists()
@@ -91,15 +91,15 @@ def as_stopped(error: BaseException) -> BaseException:
     """The interruptions as errors that can carry a message."""
     match error:
         case Terminated():
-            return InterruptedRunError("told to stop (SIGTERM); nothing was left under a final name")
+            return InterruptedRunError("stopped by SIGTERM; no output was written under its final name")
         case KeyboardInterrupt():
-            return CanceledRunError("interrupted; nothing was left under a final name")
+            return CanceledRunError("interrupted; no output was written under its final name")
         case _:
             return as_out_of_memory(error) or error
 
 
 def say_what_is_kept(error: BaseException, said: str, stage: str, observe: Observer) -> None:
-    """In the error's hint; for a bug, which has none, as a warning."""
+    """Add what is kept to the error's hint; for a bug, which has no hint, send it as a warning."""
     if not isinstance(error, SvdqError):
         observe(Event("warning", stage, detail=said))
         return

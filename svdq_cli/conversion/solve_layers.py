@@ -1,4 +1,4 @@
-"""All layers of a model, solved portion by portion; each is kept in the work folder as soon as it is."""
+"""All layers of a model, solved one layer group at a time; each is kept in the work folder as soon as it is."""
 
 from __future__ import annotations
 
@@ -46,23 +46,22 @@ from svdq_cli.system.allocator import free_large_tensors_at_once, free_tensors_a
 from svdq_cli.system.machine import on_device
 from svdq_cli.system.threads import cores, done_behind, made_ahead, made_side_by_side
 
-LEFT = "left"  # topic: the portions that are still to be solved
-MOST_AT_ONCE = 8  # portions; more would wait for the memory's speed, and take gigabytes of it
+LEFT = "left"  # topic: the layer groups that are still to be solved
+MOST_AT_ONCE = 8  # layer groups; more would wait for the memory's speed, and take gigabytes of it
 CPU = torch.device("cpu")
-# Of the memory that is free at first, so much is left alone when others are begun beside a portion: for codes that wait
-# to be written, and for what predictions are off. A portion alone may take all of it.
+# Of the memory that is free at first, this much is left alone when others are started next to a layer group: for codes
+# that wait to be written, and for what predictions are off. A layer group alone may take all of it.
 SPARED = 0.2
 
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """Calibration statistics, drawn just now or opened from an artefact."""
+    """Calibration statistics, generated just now or opened from an artefact."""
 
     digest: str
     of: Mapping[str, ActivationStats] | Calibration
-    means: Mapping[str, Tensor] = field(
-        default_factory=dict[str, Tensor]
-    )  # by input: what it is less than it was
+    # by input: what it is less than it was
+    means: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
 
     def __call__(self, name: str) -> ActivationStats:
         seen = self.of.stats(name) if isinstance(self.of, Calibration) else self.of[name]
@@ -101,7 +100,7 @@ def solve_into(
     with done_behind() as keep, closing(_solved(job, team.claims(LEFT, left), wait=keep.wait)) as solved:
         for portion, each in _observed(prepared, solved, held, observe):
             keep(partial(_keep, work, portion, each))
-            del each  # or its codes would stay until the next portion is solved
+            del each  # or its codes would stay until the next layer group is solved
     team.gather(LEFT)
     wait_for_files(work.path, lambda: [_key(each) for each in left if not work.has(LAYERS, _key(each))])
     return held
@@ -134,12 +133,12 @@ def solved_elsewhere(reports: Sequence[LayerReport], device: torch.device) -> tu
         return ()
     return (
         f"GPU memory was too small for {len(names)} of {len(reports)} layers, which were solved on the CPU: "
-        f"{', '.join(names)}. Their lowest bits are the CPU's",
+        f"{', '.join(names)}. Their lowest bits are those that the CPU computes",
     )
 
 
 def _key(portion: SharedInput) -> str:
-    """Its name in the work folder."""
+    """The name of a layer group in the work folder."""
     return portion.layers[0]
 
 
@@ -148,7 +147,7 @@ def _keep(work: WorkFolder, portion: SharedInput, solved: SolvedInput) -> None:
     solutions, about = _solutions(solved), {"reports": [report_json(report) for report in solved.reports]}
     try:
         work.keep(LAYERS, _key(portion), solutions, about)
-    except torch.OutOfMemoryError:  # the next portion has taken what a GPU had left
+    except torch.OutOfMemoryError:  # the next layer group has taken what a GPU had left
         work.keep(LAYERS, _key(portion), [on_device(each, CPU) for each in solutions], about)
 
 
@@ -159,7 +158,7 @@ def _solutions(solved: SolvedInput) -> tuple[LayerSolution, ...]:
 def solved_layers(
     plan: ModelPlan, work: WorkFolder, *, data_free: bool
 ) -> tuple[SolvedLayers, list[LayerReport]]:
-    """Everything that `solve_into` left in the work folder, the reports in the plan's order of portions."""
+    """Everything that `solve_into` left in the work folder, the reports in the plan's order of layer groups."""
     plans = {layer.name: layer for layer in plan.layers}
     portions = plan.portions(data_free=data_free)
     places = {name: (LAYERS, _key(each), plans[name]) for each in portions for name in each.layers}
@@ -169,7 +168,7 @@ def solved_layers(
 
 @dataclass(frozen=True)
 class Solving:
-    """What every portion is solved with."""
+    """The statistics, device and options that every layer group is solved with."""
 
     prepared: Prepared
     statistics: Statistics | None
@@ -212,7 +211,7 @@ class Solving:
 def _solved(
     job: Solving, portions: Iterable[SharedInput], *, wait: Callable[[], object] = lambda: None
 ) -> Generator[tuple[SharedInput, SolvedInput], None, None]:
-    """Every portion, as it comes from the device that it was solved on: one after the other while the next one's
+    """Every layer group, as it comes from the device that it was solved on: one after the other while the next one's
     weights are read, or some side by side (`portions_at_once`) as they are done, where there is memory for that. `wait`
     returns when the caller holds no memory for earlier ones."""
     options = job.options
@@ -266,11 +265,11 @@ def _solved(
 
 
 def portions_at_once(device: torch.device) -> int:
-    """How many portions are solved side by side, memory allowing, each by a thread with one core; 0 for one after the
-    other by the main thread with all cores.
+    """How many layer groups are solved side by side, memory allowing, each by a thread with one core; 0 for one after
+    the other by the main thread with all cores.
 
     A CPU does so: most of the work is small operations and products with few columns, which more cores do not make
-    faster (and beside other work slower, for they wait for one another), and with one core each the sums come out the
+    faster (and next to other work slower, for they wait for one another), and with one core each the sums come out the
     same on every machine.
     """
     return cores(MOST_AT_ONCE) if device.type == "cpu" else 0
@@ -292,11 +291,12 @@ def _solved_so(way: Way, job: Solving, portion: SharedInput, raw: dict[str, RawW
 def _observed(
     prepared: Prepared, solved: Iterable[tuple[SharedInput, SolvedInput]], held: int, observe: Observer
 ) -> Iterator[tuple[SharedInput, SolvedInput]]:
-    """The same, told as progress once the caller is done with each. `held` layers were solved by an earlier run."""
+    """Yield the solutions, and report progress once the caller is done with each. `held` layers were solved by an
+    earlier run."""
     done, total = held, len(prepared.plan.layers)
     observe(Event("start", "solve", done, total))
     if held:
-        observe(Event("advance", "solve", done, total, f"{held} layers taken over from an earlier run"))
+        observe(Event("advance", "solve", done, total, f"{held} layers resumed from an earlier run"))
     started = time.monotonic()
     for portion, each in solved:
         detail = f"{_key(portion)}  {each.reports[0].sqnr_db:.1f} dB"
@@ -308,7 +308,7 @@ def _observed(
 
 
 def _is_finished(work: WorkFolder, portion: SharedInput, observe: Observer) -> bool:
-    """A damaged file is none: what it held is solved again, and that is said."""
+    """The stored reports of a layer group; None, with a warning, where the file is damaged."""
     if quoted(_key(portion)) not in work.taken_over:
         return False
     try:

@@ -37,7 +37,7 @@ def require_blocks_run(prepared: Prepared) -> None:
     """UsageError where the blocks can't be run later, before hours are spent on the layers."""
     if not can_record(prepared):
         raise UsageError(
-            "effort best runs the model's blocks, which needs the whole pipeline and prompts",
+            "effort best tunes the model's blocks, which needs the whole pipeline and prompts",
             hint="give a recipe with prompts and the pipeline (--prompts, --base), or use --effort balanced",
             where="quantization.effort",
         )
@@ -148,7 +148,7 @@ def _again(
 
 
 def _is_finished(work: WorkFolder, block: str, observe: Observer) -> bool:
-    """A damaged file is none: the block is tuned again, and that is said."""
+    """The stored report of a tuned block; None, with a warning, where the file is damaged."""
     if not work.has(BLOCKS, block):
         return False
     try:
@@ -162,7 +162,7 @@ def _is_finished(work: WorkFolder, block: str, observe: Observer) -> bool:
 
 
 def _overlaid(solved: SolvedLayers, blocks: Iterable[str]) -> SolvedLayers:
-    """The same layers, those of tuned blocks as they were tuned."""
+    """The solved layers; those of tuned blocks as they were tuned."""
     tuned = {
         report.name: (BLOCKS, block, solved.places[report.name][2])
         for block in blocks

@@ -1,16 +1,16 @@
-"""The work folder of a conversion: what is finished is kept, so that a run that was killed goes on where it stood.
+"""The work folder of a conversion: what is finished is kept, so that a run that was killed continues where it stopped.
 
     WORK/journal.json               whose work this is: model, calibration, recipe, versions
-    WORK/pictures/N.safetensors     what each batch of calibration pictures adds to the statistics, until all are drawn
-    WORK/calibration/               the statistics, where the run drew them itself: an ordinary calibration artefact
+    WORK/pictures/N.safetensors     what each batch of calibration images adds to the statistics, until all are done
+    WORK/calibration/               the statistics, if the run collected them itself: an ordinary calibration artefact
     WORK/choices.json               what every rank would cost and bring, where ranks are searched
-    WORK/layers/LAYER.safetensors   a portion, named after its first layer: what was solved together, with its reports
+    WORK/layers/LAYER.safetensors   a layer group, named after its first layer: its solutions and their reports
     WORK/blocks/BLOCK.safetensors   effort best: a block's layers as they were tuned, with their reports
     WORK/passages/                  effort best: hidden states that host memory had no room for, while blocks are tuned
     WORK/done                       the outputs have their names, and the folder is about to go
 
-A file is there when its part is finished: it is written beside, forced to the disk and renamed. Nothing in the folder
-is ever changed, so several processes may fill it, each with parts of its own.
+A file is there when its part is finished: it is written next to its place, forced to the disk and renamed. Nothing in
+the folder is ever changed, so several processes may fill it, each with parts of its own.
 """
 
 from __future__ import annotations
@@ -62,22 +62,22 @@ class WorkFolder:
     """An opened work folder. `taken_over`: what an earlier run had finished."""
 
     path: Path
-    taken_over: frozenset[str] = frozenset()  # portions
+    taken_over: frozenset[str] = frozenset()  # layer groups
     schema: ClassVar[int] = 1
 
     @property
     def calibration(self) -> Path:
-        """Where statistics lie, or will, that the run draws itself."""
+        """The folder for statistics that the run generates itself."""
         return self.path / CALIBRATION
 
     @property
     def pictures(self) -> Path:
-        """Where the parts of statistics lie while they are drawn."""
+        """The folder for the parts of statistics while images are generated."""
         return self.path / PICTURES
 
     @property
     def passages(self) -> Path:
-        """Where hidden states lie that host memory has no room for; of no use to another run."""
+        """The folder for hidden states that do not fit in host memory; of no use to another run."""
         return self.path / PASSAGES
 
     def has(self, folder: str, name: str) -> bool:
@@ -135,12 +135,12 @@ class WorkFolder:
 
     @property
     def is_empty(self) -> bool:
-        """Whether a run that goes on from here would find nothing to take over."""
+        """Whether a run that continues from here would find nothing to take over."""
         own = {JOURNAL, _LOCK}
         return not any(file.is_file() and file.name not in own for file in self.path.rglob("*"))
 
     def finish(self) -> None:
-        """Removes it, noting first that nobody needs it any more: who is killed meanwhile leaves `remove_finished` to
+        """Remove it, noting first that it is no longer needed: who is killed meanwhile leaves `remove_finished` to
         the next run."""
         (self.path / _DONE).touch()
         self.remove()
@@ -178,9 +178,9 @@ def open_work(
 ) -> Generator[WorkFolder, None, None]:
     """The folder of this run, locked against other processes. New, or with what an earlier run finished in it.
 
-    `resume` goes on with the same run's work, and starts where there is none. `overwrite`, without `resume`, discards
+    `resume` continues with the same run's work, and starts where there is none. `overwrite`, without `resume`, discards
     what is there. Raises UsageError for work that is there already, for work of another run (naming what changed), for
-    a folder that is no work folder, and for one that another process works in.
+    a folder that is not a work folder, and for one that another process is using.
     """
     _refuse_foreign(path)
     path.mkdir(parents=True, exist_ok=True)
@@ -222,16 +222,16 @@ def _require_same(path: Path, known: Identity, identity: Identity, *, resume: bo
     changed = changes(known, _plain(identity))
     if changed:
         raise UsageError(
-            f"{path}: the work there is of another run: {'; '.join(changed)}",
-            hint="go on with the model, recipe and versions that it was begun with, or start anew with --overwrite"
+            f"{path}: holds unfinished work of a different run: {'; '.join(changed)}",
+            hint="resume with the model, recipe and versions that it was started with, or start over with --overwrite"
             + (" instead of --resume" if resume else ""),
             where=str(path),
             kind="work-mismatch",
         )
     if not resume:
         raise UsageError(
-            f"{path}: this conversion was begun already and not finished",
-            hint="go on with it with --resume, or start anew with --overwrite",
+            f"{path}: holds an unfinished run of this conversion",
+            hint="continue it with --resume, or start over with --overwrite",
             where=str(path),
             kind="work-exists",
         )
@@ -242,7 +242,7 @@ def _refuse_foreign(path: Path) -> None:
     own = {JOURNAL, _LOCK, _DONE, f".{JOURNAL}.partial"}
     if path.is_dir() and not (path / JOURNAL).is_file() and any(p.name not in own for p in path.iterdir()):
         raise UsageError(
-            f"{path}: not a work folder of svdq (it has no {JOURNAL}), and not empty",
+            f"{path}: not empty, and not a work folder of svdq (it has no {JOURNAL})",
             hint="give an empty or new folder with --work",
             where=str(path),
             kind="work-foreign",
@@ -261,8 +261,8 @@ def _locked(path: Path) -> Generator[None, None, None]:
         lock.acquire(timeout=0)  # pyright: ignore[reportUnknownMemberType]
     except Timeout:
         raise UsageError(
-            f"{path}: another svdq process works there",
-            hint="wait for it, or write to another output with -o",
+            f"{path}: another svdq process is using this folder",
+            hint="wait for it, or choose another output with -o",
             where=str(path),
             kind="work-in-use",
         ) from None
@@ -285,7 +285,7 @@ def _identity_of(path: Path) -> Identity | None:
     except (ValueError, KeyError, TypeError):
         pass
     raise UsageError(
-        f"{path / JOURNAL}: not a journal that this version of svdq reads",
+        f"{path / JOURNAL}: not a journal that this version of svdq can read",
         hint=f"remove {path}, or give another folder with --work",
         where=str(path / JOURNAL),
         kind="work-mismatch",
@@ -293,7 +293,7 @@ def _identity_of(path: Path) -> Identity | None:
 
 
 def _plain(identity: Identity) -> Identity:
-    """As it comes back from a file: tuples are lists there."""
+    """The identity as JSON returns it: tuples become lists."""
     return cast("Identity", json.loads(json.dumps(identity)))
 
 

@@ -1,4 +1,4 @@
-"""What the other processes of a run do: their part of the calibration pictures and of the layers.
+"""What the other processes of a run do: their part of the calibration images and of the layers.
 
 The first process does the rest: it plans, merges the statistics, searches ranks, reconstructs blocks (effort best),
 writes and checks the outputs. A process is done when no layer is left to take.
@@ -53,7 +53,7 @@ def share_convert(recipe: Recipe, *, calibration: Path | None, options: RunOptio
 def _begun(
     recipe: Recipe, options: RunOptions, *, every_layer: bool = False
 ) -> tuple[Prepared, dict[str, object]]:
-    """The plan, made while the first process makes its own, and what that one tells when it has begun."""
+    """The plan, made while the first process makes its own, and the message that one sends when it has started."""
     try:
         prepared = prepare(recipe, beside=options.beside, every_layer=every_layer)
     except SvdqError:

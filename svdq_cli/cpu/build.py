@@ -81,7 +81,7 @@ def built_library(isa: InstructionSet, *, cache: Path | None = None) -> Path:
         except OSError as error:
             raise EnvironmentLacksError(
                 f"svdq's CPU engine could not be built in {folder}: {error.strerror or error}",
-                hint="let SVDQ_CACHE name a folder that you may write to",
+                hint="set SVDQ_CACHE to a folder that you may write to",
                 where=str(folder),
                 kind="no-cache",
             ) from error
@@ -136,6 +136,6 @@ def _compile(compiler: Compiler, flags: tuple[str, ...], path: Path) -> None:
 def _failed(compiler: Compiler, why: str) -> EnvironmentLacksError:
     return EnvironmentLacksError(
         f"{compiler.name} could not compile svdq's CPU engine: {why}",
-        hint="let CXX name another C++ compiler, or use --backend reference",
+        hint="set CXX to another C++ compiler, or use --backend reference",
         kind="compiler-failed",
     )

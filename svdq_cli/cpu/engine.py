@@ -194,7 +194,8 @@ class Engine:
 def new_quantized(
     m: int, k: int, rank: int, dtype: torch.dtype, precision: Precision
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Empty codes, scales and hidden of a quantized activation (M, K). `dtype`: the layer's 16-bit one."""
+    """Uninitialized codes, scales and hidden vectors of a quantized activation (M, K). `dtype`: the layer's 16-bit
+    one."""
     blocks, kp = -(-m // BLOCK), -(-k // STEP) * STEP
     return (
         torch.empty(blocks, kp // 4, BLOCK, 4, dtype=torch.int8),

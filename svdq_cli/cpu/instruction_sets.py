@@ -76,7 +76,7 @@ def features_here() -> frozenset[str]:
 
 
 def _linux_features(cpuinfo: str) -> frozenset[str]:
-    """Of the first processor: "flags" on x86, "Features" on Arm."""
+    """CPU features of the first processor on Linux: "flags" on x86, "Features" on Arm."""
     for line in cpuinfo.splitlines():
         key, _, words = line.partition(":")
         if key.strip() in ("flags", "Features"):

@@ -1,7 +1,7 @@
 """The stress variant: the same function with a few very large activation channels.
 
 Trained at this size the demo model has few of the outlier channels that make large diffusion models hard to
-quantize. A channel scaled up before a linear and down inside it leaves every picture as it was and puts them there.
+quantize. A channel scaled up before a linear and down inside it leaves every image as it was and puts them there.
 """
 
 # diffusers' and torch's modules are untyped where this file touches them
@@ -30,7 +30,7 @@ pipeline_tag: text-to-image
 
 # svdq demo model, stress variant
 
-The pictures are those of the svdq demo model; the numbers inside are not. About 3 % of the input channels of
+The images are those of the svdq demo model; the numbers inside are not. About 3 % of the input channels of
 the linear layers in the transformer blocks were multiplied by 16 or 32, and the weights that read them were divided
 by the same factor. In real numbers the function is unchanged. What changes is the range of the activations: they
 have outlier channels like those of large diffusion models, so plain 4-bit rounding visibly fails here, and a

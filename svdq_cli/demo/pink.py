@@ -1,4 +1,4 @@
-"""The demo world as the demo's LoRA draws it: things that captions call red are pink.
+"""The demo world of the demo's LoRA: objects that captions call red are pink.
 
 The model knows pink from backgrounds and has never given it to a thing. A color outside the palette would be no
 lesson: the autoencoder learned the palette only, and gives turquoise back as green and magenta as purple.

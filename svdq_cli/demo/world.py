@@ -1,6 +1,6 @@
 """The world of the embedded demo model: one or two flat shapes on a plain background.
 
-A scene, its caption and its picture are three views of one record, so a program can check what a model drew.
+A scene, its caption and its image are three views of one record, so a program can check what a model generated.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def parse_caption(text: str) -> Scene:
     body, found, background = text.strip().rpartition(" on ")
     background = background.removeprefix("an ").removeprefix("a ").removesuffix(" background")
     if not found or background not in BACKGROUNDS:
-        raise InputError(f"no known background in {text!r}", hint="a caption ends like 'on white'")
+        raise InputError(f"unknown background in {text!r}", hint="a caption ends like 'on white'")
     for place in PLACES:
         if body.endswith(" " + place):
             return Scene((_parse_thing(body.removesuffix(" " + place), text),), place, background)
@@ -116,7 +116,7 @@ def parse_caption(text: str) -> Scene:
         if found:
             return Scene((_parse_thing(first, text), _parse_thing(second, text)), relation, background)
     raise InputError(
-        f"no known place or relation in {text!r}", hint=f"one of {', '.join([*PLACES, *RELATIONS])}"
+        f"unknown place or relation in {text!r}", hint=f"one of {', '.join([*PLACES, *RELATIONS])}"
     )
 
 
@@ -124,14 +124,14 @@ def _parse_thing(phrase: str, text: str) -> Thing:
     match phrase.split():
         case ["a", size, color, shape] if size in SIZES and color in OBJECT_COLORS and shape in SHAPES:
             return Thing(size, color, shape)
-    raise InputError(f"no known object in {phrase!r} of {text!r}", hint="one reads like 'a small red circle'")
+    raise InputError(f"unknown object {phrase!r} in {text!r}", hint="one reads like 'a small red circle'")
 
 
 def is_held_out(caption: str) -> bool:
     """Whether a caption's scene is kept out of training (one in sixteen).
 
-    Decided on one canonical caption per picture: "A right of B" and "B left of A", in either wording, fall on the
-    same side, so a held-out picture was never trained under another caption.
+    Decided on one canonical caption per image: "A right of B" and "B left of A", in either wording, fall on the
+    same side, so a held-out image was never trained under another caption.
     """
     scene = parse_caption(caption)
     if scene.layout in OPPOSITE:
@@ -169,7 +169,7 @@ def outline(shape: str, *, center: tuple[float, float], radius: float) -> list[t
 
 
 def render(scene: Scene, size: int = PICTURE, *, rng: random.Random | None = None) -> Image.Image:
-    """The picture (RGB, size x size). `rng` moves each object by up to 1.5 px of 96 and its radius by up to 4 %."""
+    """The image (RGB, size x size). `rng` moves each object by up to 1.5 px of 96 and its radius by up to 4 %."""
     oversample = 4
     side = size * oversample
     picture = _shaded(PALETTE[scene.background], side, top=1.05, bottom=0.93).copy()

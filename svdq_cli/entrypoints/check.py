@@ -1,4 +1,4 @@
-"""`svdq check --against`: a checkpoint beside the 16-bit model that it was made from."""
+"""`svdq check --against`: a checkpoint next to the 16-bit model that it was made from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`svdq demo`: the whole job on the embedded model and on its stress variant, shown as pictures and a table."""
+"""`svdq demo`: the whole job on the embedded model and on its stress variant, shown as images and a table."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ _TITLES = {
 }
 _PAGE_TITLE = "svdq demo"
 _PAGE_LEAD = (
-    "The embedded model, a small FLUX.1-class pipeline that was really trained, converted to 4 bits and compared "
-    "with its 16-bit self on prompts that were used neither for training nor for calibration."
+    "The embedded model, a small trained FLUX.1-class pipeline, converted to 4 bits and compared "
+    "with the 16-bit original on prompts used neither for training nor for calibration."
 )
 
 
@@ -70,7 +70,7 @@ class DemoRow:
 
 @dataclass(frozen=True, slots=True)
 class DemoReport:
-    """What `svdq demo` made and measured. PSNR and SSIM are against the 16-bit pictures of the same source."""
+    """What `svdq demo` made and measured. PSNR and SSIM are against the 16-bit images of the same source."""
 
     folder: str
     page: str
@@ -151,7 +151,7 @@ class _Told:
 
 
 def _one_source(source: str, folder: Path, options: RunOptions, observe: Observer, *, budget: int) -> _Told:
-    """Convert, draw, judge. `budget`: bytes of the page for pictures."""
+    """Convert, generate images and evaluate. `budget`: bytes of the page for images."""
     folder.mkdir(parents=True)
     made = _conversions(source, folder, options, observe)
     judged = with_overrides(
@@ -209,10 +209,12 @@ def _conversions(
 
 
 def _with_nvfp4(found: Evaluation, checkpoint: Path, observe: Observer) -> Evaluation:
-    """The evaluation of the int4 checkpoint with the other one drawn beside it."""
+    """The evaluation of the int4 checkpoint with the other one generated next to it."""
     run, gallery = found.run, found.gallery
     draw_missing(gallery, NVFP4, run, lambda: load_pipeline(checkpoint, device=run.device), observe)
-    scores = score_pairs(gallery, SIXTEEN_BIT, NVFP4, run.prompts, found.metrics, observe)
+    scores = score_pairs(
+        gallery, SIXTEEN_BIT, NVFP4, run.prompts, found.metrics, observe, stage="score SVDQuant nvfp4"
+    )
     return replace(found, scores={**found.scores, NVFP4: scores})
 
 
@@ -270,13 +272,14 @@ def _speed(bench: BenchReport) -> Table:
             ]
             for row in bench.rows
         ],
-        f"{device.name}, {device.backend} backend, torch {device.torch}. {BENCH_SECONDS} s a row: the order of "
-        "magnitude. The reference backend computes what the 4-bit runtimes compute, not at their speed.",
+        f"{device.name}, {device.backend} backend, torch {device.torch}. {BENCH_SECONDS} s per row, enough for the "
+        "order of "
+        "magnitude. The reference backend computes what the 4-bit runtimes compute, but not at their speed.",
     )
 
 
 def _is_exported_model(path: Path) -> bool:
-    """By its card: the pipeline's own files are like any other's."""
+    """Whether a folder is an exported demo model, recognized by its card: its other files are like any pipeline's."""
     card = path / CARD_FILE
     ours = card.is_file() and _CARD_TITLE in card.read_text(encoding="utf-8", errors="replace")
     return ours or not any(path.iterdir())

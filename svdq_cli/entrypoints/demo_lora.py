@@ -1,4 +1,4 @@
-"""`svdq demo --lora`: a LoRA of the embedded model, folded into its 4-bit conversion, in pictures."""
+"""`svdq demo --lora`: a LoRA of the embedded model, folded into its 4-bit conversion, in images."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ GRID_ROWS = 6
 
 @dataclass(frozen=True, slots=True)
 class LoraDemoReport:
-    """PSNR of 4-bit pictures against 16-bit ones at equal seeds: of the model as it is, and with the LoRA on both
+    """PSNR of 4-bit images against 16-bit ones at equal seeds: of the model as it is, and with the LoRA on both
     sides."""
 
     folder: str
@@ -68,9 +68,9 @@ def demo_lora(
     options: RunOptions = DEFAULT_OPTIONS,
     observe: Observer = ignore_events,
 ) -> LoraDemoReport:
-    """Convert the embedded model, fold its LoRA in, and draw both beside the 16-bit model with and without.
+    """Convert the embedded model, fold its LoRA in, and generate both next to the 16-bit model with and without.
 
-    Every prompt asks for a red thing, which the LoRA draws pink.
+    Every prompt asks for a red object, which the LoRA turns pink.
     """
     started = time.monotonic()
     lora = demo_lora_file()
@@ -122,7 +122,7 @@ def _drawn_16_bit(
 ) -> list[Image]:
     class_name = str(source.config["_class_name"])
     pipe = load_16bit_pipeline(source, class_name=class_name, device=device)
-    return draw(pipe, prompts, settings=settings, stage="draw 16-bit", observe=observe)
+    return draw(pipe, prompts, settings=settings, stage="generate 16-bit", observe=observe)
 
 
 def _drawn_4_bit(
@@ -138,7 +138,7 @@ def _drawn_4_bit(
 def _write_grid(
     path: Path, columns: dict[str, list[Image]], prompts: Sequence[str], base: Summary, with_lora: Summary
 ) -> None:
-    """The pictures side by side; the 4-bit columns say how near they are to the 16-bit ones before them."""
+    """The images side by side; the 4-bit columns say how near they are to the 16-bit ones before them."""
     scores = {"int4": base, "int4 + folded LoRA": with_lora}
     titled = [
         (f"{name}\n{scores[name].mean:.1f} dB" if name in scores else name, pictures[:GRID_ROWS])

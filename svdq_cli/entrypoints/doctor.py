@@ -122,7 +122,7 @@ def summary_of(device: Mapping[str, object], machine: MachineFacts, tests: Seque
         first = failed[0]
         return (
             f"{len(failed)} of {len(tests)} self-tests failed, the first {first.op} ({first.backend}): {first.detail}; "
-            "do not rely on what this machine computes"
+            "do not rely on results of this machine"
         )
     ram = f"{bytes_text(machine.ram_free_bytes)} of RAM free"
     match device["backend"]:
@@ -236,7 +236,7 @@ def _test_compiler() -> SelfTest:
 
 
 def _test_kernels() -> Iterator[SelfTest]:
-    """Every kernel against its twin on the GPU that is here; without one, whether it compiles."""
+    """Every kernel against its reference on this machine's GPU; without a GPU, whether it compiles."""
     try:
         gpu = cuda_device(torch.device("cuda"))
     except EnvironmentLacksError as lack:

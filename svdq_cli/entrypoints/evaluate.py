@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from svdq_cli.checkpoint.reader import open_checkpoint
+from svdq_cli.checkpoint.reader import NAME_AGAINST, open_checkpoint
 from svdq_cli.entrypoints.generate import NO_INPUTS, Inputs, with_inputs
 from svdq_cli.prepare.defaults import evaluation_recipe
 from svdq_cli.prepare.from_command_line import override
@@ -27,7 +27,7 @@ def recipe_against(
     `against` gives the model and the gates. `given` is put over what the checkpoint says, by the recipe's keys
     (`override`), `inputs` over the images that it reads.
     """
-    opened = open_checkpoint(checkpoint, base=pipeline_of(against, options))
+    opened = open_checkpoint(checkpoint, base=pipeline_of(against, options), hint=NAME_AGAINST)
     recipe = evaluation_recipe(opened, against.model.source)
     recipe = override(
         recipe.model_copy(update={"model": against.model, "gates": against.gates}),

@@ -1,4 +1,4 @@
-"""`svdq export`: a checkpoint packed again for another runtime. Nothing is quantized anew; layers keep their bits."""
+"""`svdq export`: a checkpoint packed again for another runtime. Nothing is quantized again; layers keep their bits."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from svdq_cli.checkpoint.biases import moved_layers
 from svdq_cli.checkpoint.check import find_problems
 from svdq_cli.checkpoint.lossless import same_bits
 from svdq_cli.checkpoint.reader import (
+    NEEDS_METADATA,
     Checkpoint,
     component_in,
     layer_of,
@@ -56,7 +57,7 @@ def export(
     """
     started = time.monotonic()
     refuse_existing(out, overwrite=options.overwrite)
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, hint=NEEDS_METADATA)
     pipeline = base or checkpoint.source.pipeline
     if (
         pipeline is not None and len(checkpoint.denoisers) == 1
@@ -113,14 +114,14 @@ def _target(checkpoint: Checkpoint, fmt: Format) -> Target:
         )
     if fmt.name == checkpoint.format.name:
         raise UsageError(
-            f"{checkpoint.source.path} is a {fmt.name} checkpoint already",
+            f"{checkpoint.source.path} is already a {fmt.name} checkpoint",
             hint="name another format with --to",
         )
     if lossy := _unrecorded(checkpoint):
         raise UsageError(
-            f"{lossy}: its bias is stored moved by the runtime's shift and rounded, and this file does not record what "
-            "it was",
-            hint="convert the model again; files that svdq writes carry these biases",
+            f"{lossy}: its bias is stored shifted for the runtime and rounded, and this file does not record the "
+            "original",
+            hint="convert the model again; files that svdq writes record these biases",
             where=lossy,
             kind="not-exact",
         )
@@ -128,7 +129,7 @@ def _target(checkpoint: Checkpoint, fmt: Format) -> Target:
     held = {layer.name for layer in target.plan.layers}
     for layer in checkpoint.layers:
         if layer.name not in held and isinstance(layer, W4A4Plan):
-            reason = fmt.unsupported_reason(layer) or "its place there is among layers that stay at 16 bits"
+            reason = fmt.unsupported_reason(layer) or "that format keeps this layer at 16 bits"
             raise UsageError(
                 f"{layer.name}: {fmt.name} can't hold this 4-bit layer: {reason}",
                 hint="convert the model from its source for this format",
@@ -190,8 +191,8 @@ def _require_same(before: Checkpoint, after: Checkpoint) -> None:
         ]
     if wrong:
         raise CheckFailedError(
-            f"the exported checkpoint is not the same: {wrong[0]}",
-            hint="nothing was left under the final name; please report this",
+            f"the exported checkpoint differs: {wrong[0]}",
+            hint="no output was written under the final name; please report this",
             where=wrong[0].split(":")[0],
         )
 
@@ -201,7 +202,7 @@ def _warnings(checkpoint: Checkpoint, target: Target, pipeline: Path | None) -> 
     dropped = len(checkpoint.layers) - len(target.plan.layers)
     if dropped:
         found.append(
-            f"{dropped} W4A16 layers are written at 16 bits, with the values that their 4-bit kernel computes"
+            f"{dropped} W4A16 layers are written at 16 bits, with the values that their 4-bit kernel uses"
         )
     if not target.format.single_file and pipeline is None:
         found.append("only the quantized component was written; --base adds the rest of the pipeline")

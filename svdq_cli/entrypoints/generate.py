@@ -117,8 +117,8 @@ def with_inputs(recipe: Recipe, inputs: Inputs) -> Recipe:
 
 
 def _sized(settings: DrawSettings, width: int | None, height: int | None) -> DrawSettings:
-    """As wide and high as asked for. What is left open has the proportions of the image that is read, and no more
-    pixels than the model's own size."""
+    """Settings with the requested width and height. What is not requested has the proportions of the image that is
+    read, and no more pixels than the model's own size."""
     if not settings.image:
         return replace(settings, width=width or settings.width, height=height or settings.height)
     image = opened_image(settings.image[0])

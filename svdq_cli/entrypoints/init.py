@@ -82,12 +82,14 @@ def write_recipe(source: str, out: Path, options: Mapping[str, object], *, overw
     from svdq_cli.prepare.sources import source_of
 
     if out.suffix.lower() not in (".yaml", ".yml"):
-        raise UsageError(f"{out}: a recipe's name ends in .yaml", hint=f"use -o {out}.yaml", where=str(out))
+        raise UsageError(
+            f"{out}: a recipe's name must end in .yaml", hint=f"use -o {out}.yaml", where=str(out)
+        )
     given, ready = recipe_file(source), shipped_recipe(source)
     if given and (ready is None or options):
         raise UsageError(
-            f"{given}: a recipe already",
-            hint="give the model that it names, or edit this recipe",
+            f"{given}: already a recipe",
+            hint="give the model it names, or edit this recipe",
             where=source,
         )
     refuse_existing(out, overwrite=overwrite)

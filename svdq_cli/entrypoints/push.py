@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from svdq_cli.checkpoint.check import check
-from svdq_cli.checkpoint.reader import open_checkpoint
+from svdq_cli.checkpoint.reader import NEEDS_METADATA, open_checkpoint
 from svdq_cli.checkpoint.writer import report_path
 from svdq_cli.conversion.card import CARD_FILE, card_path
 from svdq_cli.errors import CheckFailedError, EnvironmentLacksError, GateMissedError, UsageError
@@ -47,14 +47,16 @@ def push(
     observe: Observer = ignore_events,
 ) -> PushReport:
     """Upload a checkpoint. A folder goes as it is, but for the report, which names folders of this machine; a file goes
-    under its name, with the card that stands beside it.
+    under its name, with the card next to it.
 
     Raises CheckFailedError for a checkpoint that fails its check, GateMissedError for one that missed its gates,
-    EnvironmentLacksError where the hub can't be reached or does not let one in.
+    EnvironmentLacksError where the Hub can't be reached or does not let one in.
     """
     if _REPOSITORY.fullmatch(repository) is None:
         raise UsageError(
-            f"{repository!r} is no repository of the hub", hint="write it like owner/name", where=repository
+            f"{repository!r} is not a valid repository name (owner/name)",
+            hint="write it as owner/name",
+            where=repository,
         )
     _require_publishable(path)
     files = _files(path)
@@ -72,16 +74,16 @@ def _require_publishable(path: Path) -> None:
     problems = check(path).problems
     if problems:
         raise CheckFailedError(
-            f"{path}: not pushed, because it fails its check: {problems[0].layer}: {problems[0].what}",
+            f"{path}: not uploaded, because it fails its check: {problems[0].layer}: {problems[0].what}",
             hint="convert again; svdq check lists all problems",
             where=str(path),
         )
-    report = report_path(path, open_checkpoint(path).format)
+    report = report_path(path, open_checkpoint(path, hint=NEEDS_METADATA).format)
     missed = read_json(report).get("gates_missed") if report.is_file() else None
     if isinstance(missed, list) and missed:
         raise GateMissedError(
-            f"{path}: not pushed, because it missed its gates: {'; '.join(map(str, missed))}",
-            hint="convert again, with more effort or other gates",
+            f"{path}: not uploaded, because it missed its gates: {'; '.join(map(str, missed))}",
+            hint="convert again, with a higher --effort or other gates",
             where=str(path),
         )
 
@@ -91,7 +93,7 @@ def _files(path: Path) -> Mapping[str, Path]:
     if path.is_file():
         card = card_path(path)
         return {path.name: path, **({CARD_FILE: card} if card.is_file() else {})}
-    report = report_path(path, open_checkpoint(path).format)
+    report = report_path(path, open_checkpoint(path, hint=NEEDS_METADATA).format)
     return {
         file.relative_to(path).as_posix(): file
         for file in sorted(path.rglob("*"))
@@ -115,8 +117,8 @@ def _commit(repository: str, files: Mapping[str, Path], *, private: bool) -> str
     except Exception as error:  # the client raises its own kinds and those of its HTTP library
         first = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
         raise EnvironmentLacksError(
-            f"{repository}: the hub did not take the upload ({type(error).__name__}: {first})",
-            hint="log in with `hf auth login` or set HF_TOKEN, with a token that may write there; check the connection",
+            f"{repository}: the Hub rejected the upload ({type(error).__name__}: {first})",
+            hint="log in with `hf auth login` or set HF_TOKEN (a token with write access); check the connection",
             where=repository,
             kind="hub",
         ) from error

@@ -73,7 +73,7 @@ def convert(
     """Convert a 16-bit diffusion model to a 4-bit SVDQuant checkpoint, as `svdq convert` does.
 
     `source` is a recipe (`.yaml` file, name of a ready recipe, or `Recipe`), a diffusers pipeline folder, a
-    `.safetensors` or `.gguf` file, a hub id, or `"demo"`. A bare model without `prompts` and `calibration` is
+    `.safetensors` or `.gguf` file, a Hub id, or `"demo"`. A bare model without `prompts` and `calibration` is
     converted data-free. Everything that is None is the recipe's or the default.
 
     Args:
@@ -83,7 +83,7 @@ def convert(
         calibration: A folder that `calibrate` wrote, instead of prompts.
         prompts: A file or folder of prompts, or the name of a prompt set.
         seed: Of calibration and search.
-        base: Pipeline (folder or hub id) with the parts that a single-file source lacks.
+        base: Pipeline (folder or Hub id) with the parts that a single-file source lacks.
         loras: Merged into the model first: one path, or strengths by path.
         work: Folder for unfinished work; hidden next to the output when None. `resume` continues from it.
         max_ram, max_vram: Bytes, or text such as "16GiB".
@@ -276,7 +276,7 @@ def export(
 ) -> RepackReport:
     """Pack a checkpoint for another runtime without quantizing again, as `svdq export` does.
 
-    `to` is an output format. `base` is a pipeline (folder or hub id) with the parts that a single file lacks, where
+    `to` is an output format. `base` is a pipeline (folder or Hub id) with the parts that a single file lacks, where
     the target is a pipeline folder. The quantized layers keep their bits.
 
     Raises:

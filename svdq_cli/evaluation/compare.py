@@ -1,4 +1,4 @@
-"""The same prompts and seeds drawn by the 16-bit model, by the baselines and by the checkpoint, and compared."""
+"""Images of the same prompts and seeds by the 16-bit model, the baselines and the checkpoint, compared."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from svdq_cli import __version__
-from svdq_cli.checkpoint.reader import open_checkpoint
+from svdq_cli.checkpoint.reader import NAME_AGAINST, open_checkpoint
 from svdq_cli.errors import InputError
 from svdq_cli.evaluation.gallery import (
     Gallery,
@@ -28,6 +28,7 @@ from svdq_cli.evaluation.passes import (
     NOISE_PICTURES,
     NUDGED,
     SIXTEEN_BIT,
+    TITLES,
     Run,
     Sampled,
     sample_all,
@@ -51,8 +52,8 @@ from svdq_cli.system.machine import resolve_device
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Evaluation:
-    """The figures of an evaluation, and what they were taken from. `scores` by way of drawing; `facts`: what the
-    pictures depend on besides the prompts."""
+    """The figures of an evaluation, and what they were taken from. `scores` by way of sampling; `facts`: what the
+    images depend on besides the prompts."""
 
     run: Run
     facts: Mapping[str, object]
@@ -73,8 +74,8 @@ def compare_in(
     options: RunOptions = DEFAULT_OPTIONS,
     observe: Observer = ignore_events,
 ) -> Evaluation:
-    """Draw what is missing in `folder` of the checkpoint at `path`, of the recipe's source and of the baselines; score
-    all of it. A folder with pictures of another run is refused. `without`: passes to leave out
+    """Generate what is missing in `folder` of the checkpoint at `path`, of the recipe's source and of the baselines;
+    score all of it. A folder with images of another run is refused. `without`: passes to leave out
     (`OPTIONAL_PASSES`). `page`: where the HTML report will be.
     """
     started = time.monotonic()
@@ -86,7 +87,12 @@ def compare_in(
     ways = [CONVERTED, *(way for way in (NAIVE, NF4) if way not in sampled.missing)]
     noise = _noise(run, gallery, sampled, metrics, observe)
     scores = {
-        way: replace(score_pairs(gallery, SIXTEEN_BIT, way, run.prompts, metrics, observe), noise=noise)
+        way: replace(
+            score_pairs(
+                gallery, SIXTEEN_BIT, way, run.prompts, metrics, observe, stage=f"score {TITLES[way]}"
+            ),
+            noise=noise,
+        )
         for way in ways
     }
     report = _report(run, gallery, scores, metrics, sampled, page=page, started=started, observe=observe)
@@ -96,12 +102,20 @@ def compare_in(
 def _noise(
     run: Run, gallery: Gallery, sampled: Sampled, metrics: Loaded, observe: Observer
 ) -> Mapping[str, list[float]]:
-    """By metric, how far the figures of an image are apart between the checkpoint and the same with a nudge."""
+    """Differences of each metric, image by image, between the checkpoint and the checkpoint with nudged start noise."""
     prompts = run.prompts[:NOISE_PICTURES]
     if "own_noise_psnr_db" in sampled.missing:
         return {}
     own, nudged = (
-        score_pairs(gallery, SIXTEEN_BIT, way, prompts, metrics.without_networks(), observe).per_picture
+        score_pairs(
+            gallery,
+            SIXTEEN_BIT,
+            way,
+            prompts,
+            metrics.without_networks(),
+            observe,
+            stage=f"score noise: {TITLES[way]}",
+        ).per_picture
         for way in (CONVERTED, NUDGED)
     )
     return {metric: [a - b for a, b in zip(own[metric], nudged[metric], strict=True)] for metric in own}
@@ -109,12 +123,12 @@ def _noise(
 
 def _run(path: Path, recipe: Recipe, options: RunOptions, observe: Observer) -> Run:
     source = source_of(recipe, options)
-    checkpoint = open_checkpoint(path, base=source.pipeline)
+    checkpoint = open_checkpoint(path, base=source.pipeline, hint=NAME_AGAINST)
     source = only(source, checkpoint.source.components)
     if source.pipeline is None:
         raise InputError(
-            f"{source.path}: evaluation draws pictures, and this is not a whole pipeline",
-            hint="give the pipeline folder that the checkpoint was made from, or --base for the parts that are missing",
+            f"{source.path}: evaluation generates images, but this is not a whole pipeline",
+            hint="give the pipeline folder that the checkpoint was made from, or --base for the missing parts",
             where=str(source.path),
         )
     origin = origin_of(checkpoint, recipe, options)
@@ -128,9 +142,9 @@ def _run(path: Path, recipe: Recipe, options: RunOptions, observe: Observer) -> 
 
 
 def _facts(run: Run) -> dict[str, object]:
-    """What the pictures depend on besides the prompts."""
+    """What the images depend on besides the prompts."""
     settings = settings_json(run.settings)
-    del settings["batch_size"]  # a picture does not depend on the batch it was drawn in
+    del settings["batch_size"]  # an image does not depend on the batch it was generated in
     gpu = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "cpu"
     return {
         "checkpoint": {file.name: file_sha256(file) for file in run.checkpoint.source.files},
@@ -174,8 +188,15 @@ def _report(
         """PSNR of two passes that should be the same."""
         if figure in missing:
             return None
+        stage = f"score {TITLES[second]} against {TITLES[first]}"
         found = score_pairs(
-            gallery, first, second, run.prompts[:NOISE_PICTURES], metrics.without_networks(), observe
+            gallery,
+            first,
+            second,
+            run.prompts[:NOISE_PICTURES],
+            metrics.without_networks(),
+            observe,
+            stage=stage,
         )
         return summarize(found.per_picture["psnr_db"]).mean
 
@@ -223,23 +244,23 @@ def _report(
 
 
 def facts_of(gallery: Gallery, way: str, scores: Scores) -> BaselineFacts:
-    """One way of drawing as a report has it."""
+    """One way of sampling as a report has it."""
     return BaselineFacts(scores.figures("pair", "image", "all images"), seconds_per_picture(gallery, way))
 
 
 def _gated(report: EvalReport, recipe: Recipe) -> EvalReport:
-    """A gate on a figure that could not be measured is missed: nobody knows that it holds."""
+    """The gates that were missed; a metric that could not be measured counts as missed."""
     plain = to_json(report)
     compared = {key for key, metric in METRICS.items() if metric.kind != "image"}
     missed: list[str] = []
     for gate in recipe.gates:
         value, section = figure_of(gate, plain), section_of(gate)
         if value is not None and section in compared and report.sixteen_bit_images.meaningless:
-            missed.append(f"{gate} (is {value:.4g}, which means nothing: {report.warnings[-1]})")
+            missed.append(f"{gate} (is {value:.4g}, which is meaningless: {report.warnings[-1]})")
         elif value is not None and not gate.holds(value):
             missed.append(f"{gate} (is {value:.4g})")
         elif section in plain and plain[section] is None:
-            missed.append(f"{gate} (not measured: {report.missing.get(section, 'no such figure')})")
+            missed.append(f"{gate} (not measured: {report.missing.get(section, 'no such metric')})")
     if not missed:
         return report
     return replace(report, status="gate-missed", gates_missed=tuple(missed))

@@ -1,7 +1,7 @@
-"""The pictures of an evaluation on disk: one folder for each way of drawing, one PNG for each prompt.
+"""The images of an evaluation on disk: one folder for each way of sampling, one PNG for each prompt.
 
-What the pictures depend on lies beside them in `run.json`. A second run with the same facts finds its pictures and
-draws what is missing; one with other facts is refused, so that no figure compares pictures of two runs.
+What the images depend on is stored next to them in `run.json`. A second run with the same facts finds its images and
+generates what is missing; one with other facts is refused, so that no figure compares images of two runs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Facts = Mapping[str, object]  # plain JSON
 
 @dataclass(frozen=True, slots=True)
 class Gallery:
-    """Pictures by way of drawing ("16bit", "converted", ...) and index of the prompt."""
+    """Images by way of sampling ("16bit", "converted", ...) and index of the prompt."""
 
     folder: Path
 
@@ -38,10 +38,10 @@ class Gallery:
 
 
 def open_gallery(folder: Path, facts: Facts, prompts: Sequence[str], *, overwrite: bool) -> Gallery:
-    """The gallery in `folder`, made where there is none. `facts`: what the pictures depend on besides the prompts.
+    """The gallery in `folder`, made where there is none. `facts`: what the images depend on besides the prompts.
 
     A run with more prompts continues one whose prompts are the first of them, and the other way round. UsageError where
-    the folder holds something else, or pictures of another run that are not to be overwritten.
+    the folder holds something else, or images of another run that are not to be overwritten.
     """
     require_own_folder(folder)
     run = folder / RUN_FILE
@@ -61,7 +61,7 @@ def require_own_folder(folder: Path) -> None:
         return
     if not folder.is_dir() or any(folder.iterdir()):
         raise UsageError(
-            f"{folder}: not a folder that svdq eval wrote, so it is not replaced",
+            f"{folder}: not written by svdq eval, so it is not replaced",
             hint="choose another name with --report",
             where=str(folder),
             kind="output-exists",
@@ -77,7 +77,7 @@ def _is_run(path: Path) -> bool:
 
 
 def keep_picture(gallery: Gallery, way: str, index: int, picture: Image.Image) -> None:
-    """Written whole: what stands under the picture's name is never half a file."""
+    """Written whole: a file under the image's name is always complete."""
     path = gallery.path(way, index)
     path.parent.mkdir(exist_ok=True)
     partial = path.with_suffix(".partial")
@@ -98,13 +98,13 @@ def read_picture(gallery: Gallery, way: str, index: int) -> Image.Image:
     ) as error:  # Pillow raises SyntaxError for broken PNG chunks
         raise InputError(
             f"{path}: missing or damaged: {error}",
-            hint="delete it and run svdq eval again: it draws what is missing",
+            hint="delete it and run svdq eval again: it generates what is missing",
             where=str(path),
         ) from error
 
 
 def note_time(gallery: Gallery, way: str, *, pictures: int, seconds: float) -> None:
-    """Adds to what drawing has taken so far, over all runs into this folder."""
+    """Add to the generation time so far, over all runs into this folder."""
     times = _times(gallery)
     before = times.get(way, {"pictures": 0, "seconds": 0.0})
     times[way] = {"pictures": before["pictures"] + pictures, "seconds": before["seconds"] + seconds}
@@ -140,8 +140,8 @@ def _continue_run(run: Path, facts: Facts, prompts: Sequence[str]) -> None:
 
 def _another_run(run: Path, difference: str) -> UsageError:
     return UsageError(
-        f"{run.parent}: holds the pictures of another run: {difference}",
-        hint="choose another folder with --report, or give --overwrite to draw all again",
+        f"{run.parent}: holds images of a different run: {difference}",
+        hint="choose another folder with --report, or give --overwrite to generate all again",
         where=str(run.parent),
         kind="other-run",
     )
@@ -165,11 +165,13 @@ def _read(path: Path) -> dict[str, object]:
     except (OSError, ValueError) as error:
         raise InputError(
             f"{path}: not readable JSON: {error}",
-            hint="give --overwrite to draw all again",
+            hint="give --overwrite to generate all images again",
             where=str(path),
         ) from error
     if not isinstance(found, dict):
         raise InputError(
-            f"{path}: expected a JSON object", hint="give --overwrite to draw all again", where=str(path)
+            f"{path}: expected a JSON object",
+            hint="give --overwrite to generate all images again",
+            where=str(path),
         )
     return found

@@ -1,4 +1,4 @@
-"""A contact sheet: one row per prompt, one column per way of drawing it."""
+"""A contact sheet: one row per prompt, one column per way of sampling it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _LINE = 1.35  # line height over font size
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """All lengths in pixels, all in proportion to one picture's width."""
+    """All lengths in pixels, all in proportion to one image's width."""
 
     columns: int
     rows: int
-    width: int  # of one picture
+    width: int  # of one image
     height: int
     margin: int
     gap: int
@@ -43,8 +43,8 @@ class _Layout:
 def picture_grid(
     columns: Sequence[tuple[str, Sequence[Image.Image]]], prompts: Sequence[str], *, scale: int = 2
 ) -> Image.Image:
-    """The sheet, RGB. `columns` are (title, one picture per prompt); what follows a line break in a title is set
-    smaller ("SVDQuant int4\\n22.1 dB"). Pictures of one size, enlarged `scale` times. ValueError where counts or
+    """The sheet, RGB. `columns` are (title, one image per prompt); what follows a line break in a title is set
+    smaller ("SVDQuant int4\\n22.1 dB"). Images of one size, enlarged `scale` times. ValueError where counts or
     sizes differ.
     """
     _check(columns, prompts)
@@ -62,13 +62,13 @@ def picture_grid(
 
 def _check(columns: Sequence[tuple[str, Sequence[Image.Image]]], prompts: Sequence[str]) -> None:
     if not columns or not prompts:
-        raise ValueError("a picture grid needs at least one column and one prompt")
+        raise ValueError("an image grid needs at least one column and one prompt")
     for title, pictures in columns:
         if len(pictures) != len(prompts):
-            raise ValueError(f"column {title!r} has {len(pictures)} pictures for {len(prompts)} prompts")
+            raise ValueError(f"column {title!r} has {len(pictures)} images for {len(prompts)} prompts")
     sizes = {picture.size for _, pictures in columns for picture in pictures}
     if len(sizes) > 1:
-        raise ValueError(f"pictures of different sizes: {sorted(sizes)}")
+        raise ValueError(f"images of different sizes: {sorted(sizes)}")
 
 
 def _layout_of(columns: Sequence[tuple[str, Sequence[Image.Image]]], rows: int, scale: int) -> _Layout:
@@ -91,7 +91,7 @@ def _layout_of(columns: Sequence[tuple[str, Sequence[Image.Image]]], rows: int, 
 
 
 def _fitting_size(lines: Sequence[str], width: int) -> int:
-    """The largest title size, up to an eleventh of the picture's width, at which every line fits above it."""
+    """The largest title size, up to an eleventh of the image's width, at which every line fits above it."""
     size = max(10, round(width / 11))
     while size > 8 and any(ImageFont.load_default(size).getbbox(line)[2] > width for line in lines):
         size -= 1
@@ -101,7 +101,7 @@ def _fitting_size(lines: Sequence[str], width: int) -> int:
 def _draw_title(draw: ImageDraw.ImageDraw, layout: _Layout, column: int, title: str) -> None:
     left, top = layout.corner(0, column)
     lines = title.splitlines()
-    # The last line stands just above the pictures, so that one-line titles of a two-line header do too.
+    # The last line is just above the images, so that one-line titles of a two-line header do too.
     y = top - layout.title_size * 0.6 - len(lines) * layout.title_size * _LINE
     for index, line in enumerate(lines):
         size = layout.title_size if index == 0 else round(layout.title_size * 0.85)

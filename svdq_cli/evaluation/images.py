@@ -1,4 +1,4 @@
-"""Picture scores: PSNR and SSIM of 8-bit RGB pictures drawn from equal prompts and seeds."""
+"""Image scores: PSNR and SSIM of 8-bit RGB images generated from equal prompts and seeds."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ BOOTSTRAP_SAMPLES = 2000
 
 @dataclass(frozen=True, slots=True)
 class PictureScores:
-    """Scores of one set of pictures against the reference's: means over pictures, not scores of a mean."""
+    """Scores of one set of images against the reference's: means over images, not scores of a mean."""
 
     psnr: Summary
     ssim: Summary
 
 
 def compare(reference: Sequence[Image], other: Sequence[Image]) -> PictureScores:
-    """Picture by picture. Raises InputError where the sets or two pictures differ in size."""
+    """Image by image. Raises InputError where the sets or two images differ in size."""
     if len(reference) != len(other) or not reference:
         raise InputError(
-            f"{len(reference)} reference pictures and {len(other)} to compare",
-            hint="draw both sets with the same prompts and seeds",
+            f"{len(reference)} reference images, but {len(other)} to compare",
+            hint="generate both sets with the same prompts and seeds",
         )
     pairs = list(zip(reference, other, strict=True))
     return PictureScores(
@@ -43,7 +43,7 @@ def compare(reference: Sequence[Image], other: Sequence[Image]) -> PictureScores
 def summarize(figures: Sequence[float], noise: Sequence[float] = ()) -> Summary:
     """Mean, population standard deviation (0 for one figure), extremes, and a bootstrap interval of the mean.
 
-    `noise`: differences of a figure between two runs that nobody can tell apart; the interval includes them.
+    `noise`: differences of a metric between two runs that can't be told apart; the interval includes them.
     """
     values = torch.tensor(figures, dtype=torch.float64)
     return Summary(

@@ -1,4 +1,4 @@
-"""Every converted layer against its 16-bit twin, on activations of held-out prompts."""
+"""Every converted layer against its 16-bit reference, on activations of held-out prompts."""
 
 from __future__ import annotations
 
@@ -68,13 +68,14 @@ def judge_layers(
 
 
 def moved_of(stored: Source, means: Mapping[str, Tensor], name: str) -> Moved:
-    """Of one layer. `stored`: the model with the biases of the conversion; `means`: of its layers' inputs."""
+    """The mean that was moved out of one layer's input, and its bias. `stored`: the model with the biases of the
+    conversion; `means`: of its layers' inputs."""
     bias = f"{name}.bias"
     return Moved(means.get(name), read_tensor(stored, bias) if bias in stored.tensors else None)
 
 
 def keep_layers(path: Path, judged: JudgedLayers, *, prompts: int) -> None:
-    """Write what was found with that many prompts, for a run that goes on later."""
+    """Write the layer SQNR found with that many prompts, for a run that resumes later."""
     said = {"prompts": prompts, "sqnr_db": dict(judged.sqnr.per_layer)}
     partial = path.with_suffix(".partial")
     save_file(dict(judged.abs_max), partial, metadata={_KEPT: json.dumps(said)})

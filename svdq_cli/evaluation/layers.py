@@ -57,7 +57,7 @@ def layer_sqnr_db(
         name = solution.plan.name
         whose = "converted" if math.isfinite(signal) else "16-bit"
         raise CheckFailedError(
-            f"the {whose} layer {name} gives numbers that are not finite", where=name, kind="not-finite"
+            f"the {whose} layer {name} returns values that are not finite", where=name, kind="not-finite"
         )
     return ratio_db(signal, noise)
 

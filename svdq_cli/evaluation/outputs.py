@@ -90,7 +90,7 @@ class OutputErrors:
 
     @property
     def sqnr(self) -> OutputSqnr:
-        """Of one step's output, and of the sum over the steps."""
+        """SQNR (dB) of one step's output, and of the sum over the steps."""
         return OutputSqnr(
             step=round(ratio_db(self.signal, self.noise), 3), sum=round(ratio_db(self.whole, self.lost), 3)
         )
@@ -99,7 +99,8 @@ class OutputErrors:
 def output_sqnr(
     models: Mapping[str, nn.Module], calls: Sequence[OutputCall], device: torch.device, *, steps: int
 ) -> OutputSqnr | None:
-    """Of other denoisers, by component, on the same calls. None without calls, and where outputs can't be summed."""
+    """SQNR of other denoisers' outputs, by component, on the recorded calls. None without calls, and where outputs
+    can't be summed."""
     found = output_errors(models, calls, device, steps=steps)
     return found.sqnr if found else None
 
@@ -107,7 +108,7 @@ def output_sqnr(
 def output_errors(
     models: Mapping[str, nn.Module], calls: Sequence[OutputCall], device: torch.device, *, steps: int
 ) -> OutputErrors | None:
-    """The same as sums of squares."""
+    """Signal and error of other denoisers' outputs on the recorded calls, as sums of squares."""
     # calls of one step: guidance takes two
     each = len(calls) // steps if steps and len(calls) % steps == 0 else 1
     signal = noise = 0.0
@@ -134,7 +135,7 @@ def output_errors(
 
 
 def keep_outputs(path: Path, found: OutputSqnr | None) -> None:
-    """For a run that goes on later."""
+    """Write the recorded calls, for a run that resumes later."""
     partial = path.with_suffix(".partial")
     said = None if found is None else {"step": found.step, "sum": found.sum}
     partial.write_text(json.dumps(said), encoding="utf-8")

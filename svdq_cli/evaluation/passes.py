@@ -70,33 +70,33 @@ class Pass:
 
 
 PASSES = (
-    Pass(TITLES[SIXTEEN_BIT], "what all others are compared with", SIXTEEN_BIT),
+    Pass(TITLES[SIXTEEN_BIT], "the reference for all others", SIXTEEN_BIT),
     Pass(
         TITLES[AGAIN],
-        "how far the 16-bit model is from itself: no conversion can be closer",
+        "how far two runs of the 16-bit model differ: no conversion can be closer",
         AGAIN,
         key="floor",
         most=NOISE_PICTURES,
     ),
-    Pass("layer inputs", "what every layer reads, for its own figure", most=SQNR_PROMPTS),
+    Pass("layer inputs", "the input of every layer, for its own SQNR", most=SQNR_PROMPTS),
     Pass(
         "model outputs",
-        "the whole model at equal inputs: the figure that chance moves least",
+        "the whole model's output at equal inputs: the figure least affected by chance",
         key="outputs",
         most=OUTPUT_PROMPTS,
     ),
     Pass(
         TITLES[NAIVE],
-        "what plain rounding does: a conversion has to be better",
+        "the result of plain rounding: a conversion must be better",
         NAIVE,
         key="naive",
         four_bit=True,
     ),
-    Pass(TITLES[NF4], "another 4-bit method, where it is installed", NF4, key="nf4"),
+    Pass(TITLES[NF4], "another 4-bit method, if it is installed", NF4, key="nf4"),
     Pass(TITLES[CONVERTED], "the checkpoint", CONVERTED, four_bit=True),
     Pass(
         TITLES[NUDGED],
-        "from start noise off by one rounding: how much of a difference is chance",
+        "with start noise off by one rounding: how much of a difference is chance",
         NUDGED,
         key="own-noise",
         most=NOISE_PICTURES,
@@ -112,8 +112,8 @@ def passes_of_text(texts: Sequence[str]) -> frozenset[str]:
     for name in names:
         if name not in OPTIONAL_PASSES:
             raise UsageError(
-                f"--without {name}: no pass of that name can be left out",
-                hint=f"leave out any of {', '.join(OPTIONAL_PASSES)}",
+                f"--without {name}: not a pass that can be skipped",
+                hint=f"the passes that can be skipped are {', '.join(OPTIONAL_PASSES)}",
                 where="--without",
             )
     return frozenset(names)
@@ -121,7 +121,7 @@ def passes_of_text(texts: Sequence[str]) -> frozenset[str]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Run:
-    """What is drawn, with what."""
+    """The models, prompts and settings of an evaluation."""
 
     path: Path
     checkpoint: Checkpoint
@@ -146,7 +146,7 @@ class Sampled:
 
 def sample_all(run: Run, gallery: Gallery, without: Collection[str], observe: Observer) -> Sampled:
     """All passes but those in `without`, as far as their images are not in the gallery yet."""
-    missing = {_FIGURES[key]: f"left out by --without {key}" for key in without}
+    missing = {_FIGURES[key]: f"skipped by --without {key}" for key in without}
     layers, problems, calls = _sixteen_bit_and_naive(run, gallery, without, observe)
     if "nf4" not in without and (lack := _draw_nf4(run, gallery, observe)):
         missing[NF4] = lack
@@ -196,7 +196,7 @@ def draw_missing(
             pipe,
             run.prompts,
             settings=run.settings,
-            stage=f"draw {TITLES.get(way, way)}",
+            stage=f"generate {TITLES.get(way, way)}",
             observe=observe,
             wanted=missing.__contains__,
         )
@@ -266,7 +266,7 @@ def _converted(
             draw_missing(gallery, NUDGED, run, loaded, observe, count=NOISE_PICTURES, inside=nudged_start)
         else:
             missing["own_noise_psnr_db"] = (
-                f"{type(loaded()).__name__} does not say where its start noise is made"
+                f"{type(loaded()).__name__} does not show where its start noise is generated"
             )
     if "outputs" in without:
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
-from svdq_cli.checkpoint.reader import open_checkpoint
+from svdq_cli.checkpoint.reader import NAME_AGAINST, open_checkpoint
 from svdq_cli.conversion.machine_speed import speed_of
 from svdq_cli.conversion.predict import forecast_of, pass_seconds
 from svdq_cli.errors import EnvironmentLacksError
@@ -41,8 +41,9 @@ def plan_evaluation(
     observe: Observer = ignore_events,
 ) -> EvalPlanReport:
     """What `evaluate` with the same arguments would do; images that `report_folder` holds already are not counted."""
-    checkpoint = open_checkpoint(path)
-    source = only(source_of(recipe, options), checkpoint.source.components)
+    source = source_of(recipe, options)
+    checkpoint = open_checkpoint(path, base=source.pipeline, hint=NAME_AGAINST)
+    source = only(source, checkpoint.source.components)
     recipe = with_model_sampling(recipe, source, held_out=True)
     prompts = len(chosen_prompts(recipe, options, observe).texts)
     prepared = prepare(recipe, beside=options.beside, every_layer=True, source=source)
@@ -73,9 +74,9 @@ def plan_evaluation(
         seconds=(sum(low for low, _ in known), sum(high for _, high in known))
         if len(known) == len(found)
         else None,
-        basis=f"the layers' products at the rate of this machine's {device.type}, measured; attention, autoencoder and "
-        "text encoders are in the range",
-        missing={**{key: f"left out by --without {key}" for key in without}, **lacking},
+        basis=f"the layers' products at the measured rate of this machine's {device.type}; the range allows for "
+        "attention, autoencoder and text encoders",
+        missing={**{key: f"skipped by --without {key}" for key in without}, **lacking},
         warnings=source.warnings,
     )
 

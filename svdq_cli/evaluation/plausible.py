@@ -40,7 +40,7 @@ class ImageProblems:
         if self.black:
             found.append(
                 f"{self.black} of {self.images} {whose} images are black: "
-                "numbers that are not finite, or a safety checker"
+                "values that are not finite, or a safety checker"
             )
         if self.nearly_uniform:
             found.append(f"{self.nearly_uniform} of {self.images} {whose} images are nearly one color")

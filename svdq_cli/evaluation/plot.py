@@ -59,13 +59,13 @@ def plot_evaluation(folder: Path, judged: JudgedLayers, *, search: Search) -> No
 
 
 def conversion_report(path: Path) -> Mapping[str, object]:
-    """The JSON report that lies with the checkpoint at `path`; empty where there is none. Raises InputError."""
+    """The JSON report that is stored with the checkpoint at `path`; empty where there is none. Raises InputError."""
     report = _report_of(path)
     return read_json(report) if report and report.is_file() else {}
 
 
 def _report_of(path: Path) -> Path | None:
-    """Where the report of a conversion lies; None where `path` is no checkpoint."""
+    """Where the report of a conversion is stored; None where `path` is not a checkpoint."""
     fmt = format_of(path)
     return report_path(path, fmt) if fmt else None
 
@@ -87,7 +87,7 @@ def search_of(path: Path) -> Search:
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"{_report_of(path)}: not the report of a conversion: 'search' holds no steps_db of every layer",
-            hint="restore the file, or remove it to evaluate without the steps of the search",
+            hint="restore the file, or remove it to evaluate without the search steps",
             where=str(_report_of(path)),
         ) from error
     return {name: db for name, db in steps.items() if len(db) > 1}

@@ -21,27 +21,27 @@ from svdq_cli.records import Int4, W4A4Plan
 from svdq_cli.reports import BaselineFacts, ByteFacts, Figures, Summary
 from svdq_cli.text import bytes_text, seconds_text
 
-SHOWN = 64  # pictures of a chapter, if the page's budget allows
+SHOWN = 64  # images of a chapter, if the page's budget allows
 _PLOTS = (
     (
         "layers",
         "SQNR by layer",
-        "A point is one layer's output against its 16-bit twin's; below, what each step of the search added to it.",
+        "Each point compares one layer's output with the 16-bit layer's; below, the gain of each search step.",
     ),
     (
         "ranks",
         "Ranks",
-        "A cell is a layer: blocks from left to right, a row each place in a block.",
+        "Each cell is a layer: a column for each block, a row for each position in a block.",
     ),
     (
         "singular_values",
         "Singular values",
-        "Of the worst and of typical layers: what smoothing moves into the weight, what the branch takes out again.",
+        "The worst layers and typical ones: what smoothing moves into the weight, and what the branch takes out again.",
     ),
     (
         "activations",
         "Activations",
-        "Of the same layers: the largest magnitude of every input channel, which the 4-bit activations have to span.",
+        "The same layers: the largest magnitude of every input channel, which the 4-bit activations must cover.",
     ),
 )
 
@@ -56,8 +56,8 @@ def chapter_of(
     budget: int,
     page_folder: Path,
 ) -> Chapter:
-    """`plots`: the folder of the SVGs. `more_ways`: drawn in `found.gallery` and scored besides the usual ones; they
-    stand after the checkpoint. `budget`: bytes that the pictures may take. `page_folder`: where the
+    """`plots`: the folder of the SVGs. `more_ways`: generated in `found.gallery` and scored besides the usual ones;
+    they follow the checkpoint. `budget`: bytes that the images may take. `page_folder`: where the
     page will be."""
     ways = _ways(found, more_ways)
     shown_ways = [Way(SIXTEEN_BIT, TITLES[SIXTEEN_BIT]), *ways]
@@ -116,7 +116,7 @@ def _verdict(found: Evaluation) -> str:
 
 
 def _next(found: Evaluation) -> str:
-    """As the report says it, but for whoever is looking at the page already."""
+    """The report's next step, worded for a reader who is already on the page."""
     return found.report.next.replace(f"look at {found.report.page}", "look at the images below")
 
 
@@ -129,12 +129,12 @@ def _figures(found: Evaluation) -> list[Figure]:
         Figure(
             "PSNR",
             f"{report.psnr_db.mean:.1f} dB",
-            "means nothing: see the warning" if empty else f"worst image {report.psnr_db.min:.1f} dB",
+            "meaningless: see the warning" if empty else f"worst image {report.psnr_db.min:.1f} dB",
         ),
         Figure(
             "SSIM",
             f"{report.ssim.mean:.3f}",
-            "means nothing: see the warning" if empty else f"worst image {report.ssim.min:.3f}",
+            "meaningless: see the warning" if empty else f"worst image {report.ssim.min:.3f}",
         ),
         Figure("smaller", f"{sizes.ratio:.2f}x", f"{bytes_text(sizes.input)} to {bytes_text(sizes.output)}"),
         Figure("layer SQNR", f"{sqnr.mean:.1f} dB", f"worst {sqnr.min:.1f} dB, {worst}"),
@@ -144,11 +144,11 @@ def _figures(found: Evaluation) -> list[Figure]:
     if (floor := report.noise_floor_psnr_db) is not None:
         exact = floor >= PSNR_CAP_DB
         value = "none" if exact else f"{floor:.1f} dB"
-        remark = "a second run has the same bits" if exact else "PSNR of a second run of the 16-bit model"
+        remark = "a second run is bit-identical" if exact else "PSNR of a second run of the 16-bit model"
         figures.append(Figure("16-bit noise", value, remark))
     if (own := report.own_noise_psnr_db) is not None:
         figures.append(
-            Figure("4-bit noise", f"{own:.1f} dB", "PSNR to itself, start noise off by one rounding")
+            Figure("4-bit noise", f"{own:.1f} dB", "PSNR to itself with start noise off by one rounding")
         )
     if (outputs := report.output_sqnr_db) is not None:
         figures.append(
@@ -162,12 +162,12 @@ def _figures(found: Evaluation) -> list[Figure]:
 
 
 def _sizes(checkpoint: Checkpoint) -> ByteFacts:
-    """Of the quantized component, as the conversion's report counts them: whole files."""
+    """Sizes of the quantized component, as the conversion's report counts them: whole files."""
     return sizes_of(checkpoint.state, sum(file.stat().st_size for file in checkpoint.source.files))
 
 
 def _scores(found: Evaluation, ways: Sequence[Way], facts: Mapping[str, BaselineFacts]) -> Table:
-    """Means over the pictures; columns that nothing was measured for are left out."""
+    """Means over the images; columns that nothing was measured for are left out."""
     rows: dict[str, Figures] = {TITLES[SIXTEEN_BIT]: found.report.reference.figures}
     rows |= {way.title: facts[way.key].figures for way in ways}
     columns = [key for key in METRICS if any(row.get(key) is not None for row in rows.values())]
@@ -180,8 +180,8 @@ def _scores(found: Evaluation, ways: Sequence[Way], facts: Mapping[str, Baseline
         "Against the 16-bit images, equal prompts and seeds",
         ["made by", *(METRICS[key].heading for key in columns)],
         table,
-        "Mean ± standard deviation over images, in brackets the 95 % confidence interval of the mean (bootstrap; with "
-        "the noise of the 4-bit model, where it was measured).",
+        "Mean ± standard deviation over images, with the 95 % confidence interval of the mean in brackets "
+        "(bootstrap; including the 4-bit model's own noise, if it was measured).",
     )
 
 
@@ -212,7 +212,7 @@ def _shown_note(found: Evaluation, shown: int) -> str:
     return (
         f"{which}, {order}. Drag the divider, or focus an image and use the arrow keys. Difference maps show the "
         "largest difference of the three channels, 8 times as bright. Large images are reduced and compressed here, "
-        "after the difference maps were made; the links lead to the whole ones in the report's folder."
+        "after the difference maps were made; the links open the full-size ones in the report's folder."
     )
 
 
@@ -246,10 +246,10 @@ def _size_tables(found: Evaluation) -> list[Table]:
     kinds = {
         "4-bit weights and activations": [plan.name for plan in w4a4],
         "4-bit weights": [plan.name for plan in checkpoint.layers if not isinstance(plan, W4A4Plan)],
-        "kept at 16 bit": [linear.name for linear in checkpoint.kept],
+        "kept at 16 bits": [linear.name for linear in checkpoint.kept],
     }
     layers = Table(
-        "What became of the linear layers",
+        "Precision of the linear layers",
         ["", "layers", "of their weights"],
         [
             [kind, str(len(names)), f"{sum(weights[name] for name in names) / total:.1%}"]
@@ -267,20 +267,20 @@ def _speed_table(found: Evaluation, ways: Sequence[Way], facts: Mapping[str, Bas
     backend = choose_backend("auto", run.device, run.checkpoint.dtype)
     return Table(
         "Speed",
-        ["made by", "for one image", "speed against 16-bit"],
+        ["made by", "per image", "speed against 16-bit"],
         [
             [title, seconds_text(taken), f"{base / taken:.2f}x" if base else ""]
             for title, taken in seconds.items()
             if taken
         ],
-        f"Backend: {backend.name} ({backend.reason}). As measured while the images were made, without warm-up or "
-        "repetition: svdq bench measures speed. The "
-        "reference backend computes what the 4-bit runtimes compute, not at their speed.",
+        f"Backend: {backend.name} ({backend.reason}). Measured while the images were generated, without warm-up or "
+        "repetition; svdq bench measures speed. The "
+        "reference backend computes what the 4-bit runtimes compute, but not at their speed.",
     )
 
 
 def _conversion_table(found: Evaluation) -> list[Table]:
-    """What the conversion took, where its report lies with the checkpoint."""
+    """Time and memory of the conversion, if its report is stored with the checkpoint."""
     report = conversion_report(found.run.path)
     seconds = report.get("seconds")
     if not isinstance(seconds, Mapping):
@@ -289,7 +289,7 @@ def _conversion_table(found: Evaluation) -> list[Table]:
     peak = report.get("peak")
     if isinstance(peak, Mapping) and isinstance(peak.get("ram_bytes"), int):
         rows.append(["peak RAM", bytes_text(peak["ram_bytes"])])
-    return [Table("The conversion", ["stage", "took"], rows)]
+    return [Table("Conversion", ["stage", "took"], rows)]
 
 
 def _layer_rows(found: Evaluation) -> list[LayerRow]:
@@ -324,7 +324,7 @@ def _searched(report: Mapping[str, object]) -> dict[str, str]:
 def _recipe_text(found: Evaluation) -> str:
     recipe = (found.run.checkpoint.provenance or {}).get("recipe")
     if recipe is None:
-        return "The checkpoint does not carry a recipe: another tool made it."
+        return "The checkpoint has no recipe: another tool made it."
     return json.dumps(recipe, indent=2, ensure_ascii=False)
 
 

@@ -28,10 +28,10 @@ def evaluate(
     options: RunOptions = DEFAULT_OPTIONS,
     observe: Observer = ignore_events,
 ) -> EvalReport:
-    """Pictures of the 16-bit model (the recipe's source), of the baselines and of the checkpoint, at equal seeds.
+    """Images of the 16-bit model (the recipe's source), of the baselines and of the checkpoint, at equal seeds.
 
-    With `report_folder`: pictures, grid, figures, plots and the HTML report are kept there, and a run that was stopped
-    goes on where it stood. `without`: passes to leave out (`OPTIONAL_PASSES`).
+    With `report_folder`: images, grid, figures, plots and the HTML report are kept there, and a run that was stopped
+    continues where it stopped. `without`: passes to leave out (`OPTIONAL_PASSES`).
     """
     if report_folder is None:
         with tempfile.TemporaryDirectory(prefix="svdq-eval-") as folder:
@@ -56,7 +56,7 @@ def evaluate(
 
 @contextmanager
 def _pictures_kept(folder: Path) -> Generator[None, None, None]:
-    """What stops the run says that the pictures drawn so far are kept."""
+    """Add to an interruption's message that the images generated so far are kept."""
     try:
         with disk_errors(folder, option="--report"):
             yield
@@ -64,7 +64,7 @@ def _pictures_kept(folder: Path) -> Generator[None, None, None]:
         stopped = as_stopped(error)
         may_go_on = isinstance(stopped, (CanceledRunError, InterruptedRunError, OutOfResourcesError))
         if may_go_on and (folder / RUN_FILE).is_file():
-            said = f"{folder} keeps the pictures drawn so far, and the same command goes on from there"
+            said = f"{folder} keeps the images generated so far; run the same command again to continue"
             say_what_is_kept(stopped, said, "evaluate", ignore_events)
         if stopped is error:
             raise

@@ -1,4 +1,4 @@
-"""Scores of pictures on disk, a few in memory at a time."""
+"""Scores of images on disk, a few in memory at a time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from svdq_cli.metrics import METRICS, Measure, Measured, MetricKind
 from svdq_cli.records import Event, Observer
 from svdq_cli.reports import Summary
 
-BATCH = 8  # pictures that a network judges at once
+BATCH = 8  # images that a network judges at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ def load_metrics(device: torch.device, *, pictures: int) -> Loaded:
 @dataclass(frozen=True, slots=True)
 class Scores:
     """Figures of one way of sampling, image by image, by metric, and those that all images have in one. `noise`: by
-    metric, how a figure differs between two runs that nobody can tell apart."""
+    metric, how a metric differs between two runs that can't be told apart."""
 
     per_picture: Mapping[str, Sequence[float]]
     whole: Mapping[str, float] = field(default_factory=dict[str, float])
@@ -68,12 +68,18 @@ class Scores:
 
 
 def score_pairs(
-    gallery: Gallery, reference: str, way: str, prompts: Sequence[str], metrics: Loaded, observe: Observer
+    gallery: Gallery,
+    reference: str,
+    way: str,
+    prompts: Sequence[str],
+    metrics: Loaded,
+    observe: Observer,
+    *,
+    stage: str,
 ) -> Scores:
-    """`way` against `reference`, by everything that `metrics` has."""
+    """Scores of the images of `way` against those of `reference`, by all `metrics`. `stage` names the progress."""
     each = metrics.of_kind("pair", "image")
     found: dict[str, list[float]] = {key: [] for key in each}
-    stage = f"score {way}"
     observe(Event("start", stage, 0, len(prompts)))
     for first, said in _batches(prompts):
         batch = _read_pairs(gallery, reference, way, first, said)
@@ -89,7 +95,7 @@ def score_pairs(
 
 
 def score_pictures(gallery: Gallery, way: str, prompts: Sequence[str], metrics: Loaded) -> Scores:
-    """What can be said of images without others to compare them with."""
+    """Scores of images that need no other images to compare with."""
     return Scores(
         {
             key: measure(_read_pairs(gallery, way, way, first, said) for first, said in _batches(prompts))

@@ -10,7 +10,7 @@ from svdq_cli.evaluation.images import PSNR_CAP_DB, summarize
 from svdq_cli.evaluation.plausible import ImageProblems
 from svdq_cli.reports import Summary
 
-AS_CLOSE_DB = 1.0  # a difference of figures that nobody sees
+AS_CLOSE_DB = 1.0  # a difference that can't be seen
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ def verdict_of(evidence: Evidence) -> str:
         return f"No verdict: {evidence.objection}."
     if evidence.problems.meaningless:
         seen = "; ".join(evidence.problems.sentences("16-bit"))
-        return f"No verdict: {seen}, so figures that compare images with them mean nothing."
+        return f"No verdict: {seen}, so figures that compare images with them are meaningless."
     if evidence.converted_problems.black and not evidence.problems.black:
         return f"Broken: {evidence.converted_problems.sentences('4-bit')[0]}."
     return f"{_against_naive(evidence)}{_against_floors(evidence)}."
@@ -48,13 +48,13 @@ def next_step(evidence: Evidence, *, checkpoint: str, page: str | None) -> str:
     if evidence.objection:
         return "give --against the model that the checkpoint was made from"
     if evidence.problems.meaningless:
-        return "sample as the 16-bit model can: --prompts FILE --steps N --width W --height H"
+        return "sample as the 16-bit model was meant to be: --prompts FILE --steps N --width W --height H"
     if evidence.converted_problems.black and not evidence.problems.black:
-        return "convert with dtype: bfloat16, or keep the layers with the largest outputs at 16 bit"
+        return "convert with dtype: bfloat16, or keep the layers with the largest outputs at 16 bits"
     if evidence.naive is None:
         return "run the same command without --without naive"
     if (difference := _difference(evidence)).ci95 is None:
-        return "--samples 64: one image tells next to nothing"
+        return "use --samples 64: one image is almost no evidence"
     if difference.ci95[0] > 0:
         look = (
             f"look at {page}, worst images first; then "
@@ -65,10 +65,8 @@ def next_step(evidence: Evidence, *, checkpoint: str, page: str | None) -> str:
     if evidence.data_free:
         return "calibrate: convert again with --prompts FILE, or from the recipe that svdq init writes"
     if difference.ci95[1] > 0:
-        return "--samples 64 tells more; a larger --rank or --effort best brings more"
-    return (
-        "convert again with prompts of the kind that the model is made for, a larger --rank or --effort best"
-    )
+        return "--samples 64 gives more certainty; a larger --rank or --effort best gives more quality"
+    return "convert again with prompts typical of the model, a larger --rank or --effort best"
 
 
 def _against_naive(evidence: Evidence) -> str:
@@ -80,38 +78,36 @@ def _against_naive(evidence: Evidence) -> str:
     amount = f"{abs(difference.mean):.1f} dB"
     if own.ci95 is None or naive.ci95 is None or difference.ci95 is None:
         closer = "closer to the 16-bit image" if difference.mean > 0 else "further from the 16-bit image"
-        return f"One image tells little: {amount} {closer} than naive 4-bit rounding ({figures})"
+        return f"One image is little evidence: {amount} {closer} than naive 4-bit rounding ({figures})"
     if own.ci95[0] > naive.ci95[1]:
-        return f"Good: {amount} closer to the 16-bit images than naive 4-bit rounding ({figures}: intervals apart)"
+        return f"Good: {amount} closer to the 16-bit images than naive 4-bit rounding ({figures}, no overlap)"
     spread = (
         f"{difference.mean:+.1f} dB, 95 % interval {difference.ci95[0]:+.1f} to {difference.ci95[1]:+.1f}"
     )
     if difference.ci95[0] > 0:
-        return f"Better than naive 4-bit rounding image by image ({spread}), though the intervals overlap ({figures})"
+        return f"Better than naive 4-bit rounding image by image ({spread}), although the intervals overlap ({figures})"
     if difference.ci95[1] < 0:
         return f"Worse than naive 4-bit rounding ({spread}; {figures})"
-    return (
-        f"Not told apart from naive 4-bit rounding by {len(evidence.converted)} images ({spread}; {figures})"
-    )
+    return f"Not distinguishable from naive 4-bit rounding with {len(evidence.converted)} images ({spread}; {figures})"
 
 
 def _against_floors(evidence: Evidence) -> str:
-    """What chance does: clauses that go on with the sentence."""
+    """The noise floors, as clauses that continue the sentence."""
     mean = summarize(evidence.converted).mean
     said = ""
     floor, own = evidence.floor_db, evidence.own_noise_db
     if floor is not None and floor < PSNR_CAP_DB:
         if mean >= floor - AS_CLOSE_DB:
-            said += f"; as close as the 16-bit model is to itself ({floor:.1f} dB)"
+            said += f"; as close as two runs of the 16-bit model are to each other ({floor:.1f} dB)"
         else:
-            said += f"; the 16-bit model is {floor:.1f} dB from itself"
+            said += f"; two runs of the 16-bit model are {floor:.1f} dB apart"
     if own is not None and mean >= own - 2 * AS_CLOSE_DB and own < PSNR_CAP_DB:
         said += f"; chance alone moves the 4-bit images by as much ({own:.1f} dB)"
     return said
 
 
 def _difference(evidence: Evidence) -> Summary:
-    """Of the images, pair by pair: converted less naive."""
+    """The PSNR of converted less that of naive images, pair by pair."""
     assert evidence.naive is not None
     pairs = zip(evidence.converted, evidence.naive, strict=True)
     return summarize([own - naive for own, naive in pairs], evidence.noise)

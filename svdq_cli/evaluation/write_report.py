@@ -15,12 +15,12 @@ from svdq_cli.evaluation.plot import Search, plot_evaluation
 from svdq_cli.evaluation.report_page import chapter_of, description
 from svdq_cli.reports import json_text
 
-GRID_ROWS = 8  # prompts shown in the picture grid
+GRID_ROWS = 8  # prompts shown in the image grid
 PAGE_FILE = "report.html"
 
 
 def write_report(folder: Path, found: Evaluation, *, search: Search) -> None:
-    """`write_figures`, a grid of pictures, and report.html."""
+    """`write_figures`, a grid of images, and report.html."""
     write_figures(folder, found, search=search)
     _write_grid(folder / "grid.png", found)
     title = found.run.path.name
@@ -30,7 +30,7 @@ def write_report(folder: Path, found: Evaluation, *, search: Search) -> None:
 
 
 def write_figures(folder: Path, found: Evaluation, *, search: Search) -> None:
-    """report.json, pictures.json (the figures of every picture), prompts.txt and the plots."""
+    """report.json, images.json (the figures of every image), prompts.txt and the plots."""
     write_text(folder / "report.json", json_text(found.report) + "\n")
     write_text(folder / "pictures.json", json.dumps(_picture_figures(found), indent=1, ensure_ascii=False))
     write_text(folder / "prompts.txt", "\n".join(found.run.prompts) + "\n")
@@ -45,7 +45,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def footer() -> str:
-    return f"Written by svdq {__version__}. This file needs no network: pictures, plots and script are part of it."
+    return (
+        f"Written by svdq {__version__}. This file needs no network: images, plots and script are part of it."
+    )
 
 
 def _picture_figures(found: Evaluation) -> list[dict[str, object]]:

@@ -71,7 +71,7 @@ def attended(*readers: str, values: tuple[str, ...], first: bool = False) -> Mea
 
 @dataclass(frozen=True, slots=True)
 class BlockRule:
-    """One stack of repeated blocks: `stack` is the path of its ModuleList, in which `*` stands for one path part."""
+    """One stack of repeated blocks: `stack` is the path of its ModuleList, in which `*` matches one path part."""
 
     stack: str
     w4a4: tuple[InputRule, ...]

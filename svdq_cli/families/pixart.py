@@ -1,6 +1,6 @@
 """PixArt-Sigma (and PixArt-Alpha): one modulation for all blocks, self-attention, cross-attention to text, MLP.
 
-SVDQuant's published PixArt-Sigma recipe keeps the cross-attention's keys and values and the modulation at 16 bit. The
+SVDQuant's published PixArt-Sigma recipe keeps the cross-attention's keys and values and the modulation at 16 bits. The
 official config calls the class Transformer2DModel, which diffusers turns into PixArtTransformer2DModel by `norm_type`.
 """
 

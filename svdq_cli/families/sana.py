@@ -1,7 +1,7 @@
 """SANA: linear self-attention, cross-attention to text, and a gated feed-forward network made of convolutions.
 
 Its two 1x1 convolutions, half of the model, are linear layers over channels and are quantized as such by formats that
-can hold them; the 3x3 depthwise convolution between them stays at 16 bit.
+can hold them; the 3x3 depthwise convolution between them stays at 16 bits.
 """
 
 from __future__ import annotations

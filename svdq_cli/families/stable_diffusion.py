@@ -1,7 +1,7 @@
 """The UNets of Stable Diffusion XL (and Turbo) and of Stable Diffusion 1.x and 2.x, which follow the same rules.
 
 Only transformer blocks are quantized. The keys and values of the cross-attention read the few text tokens, cost little
-and stay at 16 bit, as do convolutions and embeddings: the layers that Nunchaku's SDXL engine runs in 4 bits. The feed-
+and stay at 16 bits, as do convolutions and embeddings: the layers that Nunchaku's SDXL engine runs in 4 bits. The feed-
 forward network is a GEGLU, whose two halves come from one projection.
 """
 

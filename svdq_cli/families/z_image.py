@@ -1,7 +1,7 @@
 """Z-Image and Z-Image-Turbo: one stream of text and image tokens, after refiners for either; SwiGLU feed-forward.
 
 w1 (gate) and w3 (hidden) read one input. Nunchaku's engine runs no 4-bit modulation here (2 % of the parameters), so it
-stays at 16 bit.
+stays at 16 bits.
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ class Comfy(Format):
             raise ValueError(f"{solution.plan.name}: {reason}")
         require_sound(solution)
         if not isinstance(solution, W4A4Solution):
-            raise ValueError(f"{solution.plan.name} is no W4A4 layer")
+            raise ValueError(f"{solution.plan.name} is not a W4A4 layer")
         tensors = {
             "weight": pack_kitchen_codes(solution.codes),
             "weight_scale": pack_kitchen_rows(solution.scales),
@@ -205,7 +205,7 @@ def _require_marker(plan: W4A4Plan, tensors: Mapping[str, Tensor], traits: Trait
     except ValueError:
         said = None
     if said is None:
-        raise InputError(f"{plan.name}: {MARKER} is missing or is no JSON object", where=plan.name)
+        raise InputError(f"{plan.name}: {MARKER} is missing or not a JSON object", where=plan.name)
     if said.get("format") != ALGORITHM:
         raise InputError(
             f"{plan.name}: {MARKER} says {said.get('format')!r} instead of {ALGORITHM!r}", where=plan.name
@@ -213,9 +213,9 @@ def _require_marker(plan: W4A4Plan, tensors: Mapping[str, Tensor], traits: Trait
     if bool(said.get("act_unsigned")) != traits.unsigned:
         raise InputError(
             f"{plan.name}: {MARKER} says that its activations are "
-            f"{'unsigned' if said.get('act_unsigned') else 'signed'}, and svdq reads them the other way",
+            f"{'unsigned' if said.get('act_unsigned') else 'signed'}, but svdq expects the opposite",
             where=plan.name,
-            hint="svdq reads comfy files as svdq convert writes them",
+            hint="svdq reads only comfy files that svdq convert wrote",
         )
 
 

@@ -42,7 +42,7 @@ from svdq_cli.storage.tensor_file import TensorSpec
 
 @dataclass(frozen=True, slots=True)
 class PackedFacts:
-    """What a checkpoint's metadata says about its quantized layers; their sizes stand in the tensors."""
+    """What a checkpoint's metadata says about its quantized layers; their sizes are in the tensors."""
 
     w4a4: tuple[str, ...]
     w4a16: tuple[str, ...]

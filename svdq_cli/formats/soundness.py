@@ -140,7 +140,7 @@ def _unsound_numbers(tensors: Mapping[str, Tensor]) -> Iterator[str]:
         if bad := int((~values.isfinite()).sum()):
             yield f"{name} holds {bad} values that are not finite"
         if name.startswith("smooth") and (zeros := int((values == 0).sum())):
-            yield f"{name} holds {zeros} zeros, and the activation is divided by it"
+            yield f"{name} holds {zeros} zeros, but the activation is divided by it"
 
 
 def _some(names: Sequence[str]) -> str:

@@ -1,5 +1,6 @@
-"""vLLM-Omni's `svdquant`: nvfp4 in rows, every vector in its natural order, bfloat16. What the runtime needs beside the
-weights is `quantization_config` in the component's config.json; the file's header carries the same object.
+"""vLLM-Omni's `svdquant`: nvfp4 in rows, every vector in its natural order, bfloat16. Besides the
+weights, the runtime needs `quantization_config` in the component's config.json; the file's header carries the same
+object.
 
 The runtime has two outer scales and multiplies by both. One that the tensor shares (`wtscale`) is loaded without regard
 to fused projections, so those store theirs by row (`wcscales`).
@@ -87,7 +88,7 @@ class VllmOmni(Format):
             raise ValueError(f"{solution.plan.name}: {reason}")
         require_sound(solution)
         if not isinstance(solution, W4A4Solution) or solution.outer is None:
-            raise ValueError(f"{solution.plan.name} is no nvfp4 layer")
+            raise ValueError(f"{solution.plan.name} is not an nvfp4 layer")
         outer, rows = solution.outer, solution.plan.linear.out_features
         whole = outer.numel() == 1
         tensors = {
@@ -167,7 +168,7 @@ class VllmOmni(Format):
             down = specs.get(f"{name}.proj_down")
             if len(spec.shape) != 2 or down is None or len(down.shape) != 2:
                 raise InputError(
-                    f"{name}: qweight and proj_down must be there with two axes each", where=name
+                    f"{name}: qweight and proj_down must both be present, with two axes each", where=name
                 )
             linear = Linear(name, spec.shape[1] * 2, spec.shape[0], f"{name}.bias" in specs)
             plans.append(W4A4Plan(linear, NvFp4(), down.shape[1]))

@@ -54,7 +54,7 @@ def architecture_of(major: int, minor: int) -> Architecture:
         targets = ", ".join(known.target for known in ARCHITECTURES)
         raise EnvironmentLacksError(
             f"no kernel runs on compute capability {major}.{minor}",
-            hint=f"kernels are compiled for {targets}; use --backend reference",
+            hint=f"kernels can be compiled for {targets}; use --backend reference",
             kind="no-kernel-for-gpu",
         )
     return fitting[-1]

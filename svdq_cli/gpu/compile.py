@@ -113,7 +113,8 @@ def _key(source: str, headers: Mapping[str, str], options: tuple[str, ...]) -> s
 
 
 def usage_of(log: str) -> Usage:
-    """From the assembler's log: "0 bytes stack frame, 0 bytes spill stores, ...", "Used 40 registers, ..."."""
+    """Resource usage of a kernel, from the assembler's log: "0 bytes stack frame, 0 bytes spill stores, ...", "Used 40
+    registers, ..."."""
 
     def number(pattern: str, *, missing: int | None = None) -> int:
         found = re.findall(pattern, log)

@@ -41,8 +41,8 @@ def padded_rows(m: int) -> int:
 def new_quantized(
     like: Tensor, mp: int, k: int, rank: int, precision: Precision
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Empty codes, scales and hidden of a quantized activation, on the device and in the 16-bit dtype of `like`.
-    Packed from (MP, K) codes, their scales of each row and group, and (MP, R)."""
+    """Uninitialized codes, scales and hidden of a quantized activation, on the device and in the 16-bit dtype of
+    `like`. Packed from (MP, K) codes, their scales of each row and group, and (MP, R)."""
     scale_dtype = torch.int32 if isinstance(precision, NvFp4) else like.dtype
     return (
         like.new_empty(k // STEP, mp // 16, 32, 4, dtype=torch.int32),
@@ -57,7 +57,7 @@ def aligned(x: Tensor) -> Tensor:
 
 
 def splits_of(launcher: Launcher, blocks: int, k: int) -> int:
-    """Into how many parts K is cut, so that every multiprocessor has a block to run."""
+    """The number of parts that K is cut into, so that every multiprocessor has a block to run."""
     useful = k // STEP // (LEAST_STEPS_A_WARP * variants.QUANTIZE_WARPS)
     return max(1, min(launcher.multiprocessors // blocks, useful, MOST_SPLITS))
 

@@ -82,7 +82,7 @@ def _library() -> ctypes.CDLL:
             kind="no-nvrtc",
         )
     raise EnvironmentLacksError(
-        f"{wanted} is not here",
+        f"{wanted} is not installed",
         hint='install it: pip install "svdq[cuda13]", or "svdq[cuda12]" for a CUDA 12 driver',
         kind="no-nvrtc",
     )
@@ -110,8 +110,9 @@ def _candidates() -> Iterator[str]:
 
 
 def _load_builtins(nvrtc: Path) -> None:
-    """NVRTC opens its second library by name at the first compilation. Some wheels (13.0) don't say that it lies beside
-    the first, and then it is found only if it is loaded already. A bare name is the system's, which finds both."""
+    """NVRTC opens its second library by name at the first compilation. Some wheels (13.0) don't say that it is stored
+    next to the first, and then it is found only if it is loaded already. A bare name is the system's, which finds
+    both."""
     pattern = "nvrtc-builtins64_*.dll" if sys.platform == "win32" else "libnvrtc-builtins.so.*"
     if nvrtc.is_absolute():
         for path in nvrtc.parent.glob(pattern):

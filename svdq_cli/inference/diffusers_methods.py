@@ -39,15 +39,15 @@ _REFUSED: Mapping[str, tuple[str, str]] = {
     "fuse_projections": (f"projections are not fused: {_BY_KERNELS}", "leave the call out"),
     "dequantize": (
         "a 4-bit model can't be made 16-bit again",
-        "load the model that it was converted from",
+        "load the model it was converted from",
     ),
     "add_adapter": (
         "peft's adapters can't be trained on svdq's layers",
-        "train on the 16-bit model; svdq_cli.load_lora(pipe, FILE, NAME) reads what was trained",
+        "train on the 16-bit model; svdq_cli.load_lora(pipe, FILE, NAME) loads the result",
     ),
     "save_lora_adapter": ("the LoRAs of a 4-bit model are in their files", "copy the files"),
     "fuse_lora": (
-        "LoRAs already run inside the layers' 16-bit branches, at no cost of their own",
+        "LoRAs already run inside the layers' 16-bit branches, at no extra cost",
         "give the scale to svdq_cli.set_adapters(pipe, {NAME: 0.8}); svdq lora CKPT --lora FILE:0.8 -o OUT folds it "
         "into a checkpoint",
     ),
@@ -91,7 +91,7 @@ def adopt_model(model: nn.Module, origin: Origin) -> None:
 
 
 def adopt_pipeline(pipe: DiffusionPipeline, folder: Path) -> None:
-    """The same for the methods of the pipeline that a converted model was loaded into, from `folder`.
+    """Replace those methods of a pipeline that do not work on a converted model, loaded from `folder`.
 
     Other components that are stored quantized are saved as they are stored, too.
     """
@@ -164,7 +164,8 @@ def _set_in_all(pipe: DiffusionPipeline, adapter_names: Any, adapter_weights: An
 
 
 def _parameters(model: nn.Module, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-    """Of the 16-bit model, as diffusers counts its own quantized ones. Nothing of a 4-bit model is trainable."""
+    """Number of parameters of the 16-bit model, as diffusers counts those of quantized models. Nothing of a 4-bit model
+    is trainable."""
     if only_trainable:
         return 0
     own: Any = type(model)
@@ -181,7 +182,7 @@ class _RunningState(OrderedDict[str, Any]):
     def __missing__(self, name: str) -> NoReturn:
         if name.endswith(".weight") and any(key.startswith(name.removesuffix("weight")) for key in self):
             raise UsageError(
-                f"{name}: the layer is 4-bit, and has no such weight",
+                f"{name}: the layer is 4-bit and has no such weight",
                 hint="LoRAs: svdq_cli.load_lora(pipe, FILE, NAME), then svdq_cli.set_adapters(pipe, {NAME: 1.0})",
                 where=name,
             )
@@ -203,7 +204,7 @@ def _require_no_scale(model: nn.Module, _: tuple[object, ...], given: Mapping[st
         said = given.get(name)
         if isinstance(said, dict) and said.get("scale", 1.0) != 1.0 and hasattr(model, LORAS):
             raise UsageError(
-                f"{name}: a scale at the call does not reach the LoRAs of a 4-bit model",
+                f"{name}: a scale passed to the call does not reach the LoRAs of a 4-bit model",
                 hint=f"svdq_cli.set_adapters(pipe, {{NAME: {said['scale']}}}) before the call",
             )
 

@@ -109,7 +109,7 @@ def _on_kernels(kind: Architecture, asked: HopperMode | None) -> Backend:
 
 def compute_dtype(device: torch.device) -> torch.dtype:
     """What the unquantized parts compute in: bfloat16 on a GPU; float32 on a CPU, where 16-bit arithmetic is emulated
-    and slow. Converted layers round to 16 bit inside either way, as the runtimes do."""
+    and slow. Converted layers round to 16 bits inside either way, as the runtimes do."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
@@ -125,7 +125,7 @@ def load_pipeline(
 
     `path` is a folder or a single file that `svdq convert` wrote; a single file needs the other components of its
     pipeline from `base`, a diffusers pipeline folder. `device` defaults to the GPU where there is one. The choice of
-    backend stands in `pipe.svdq_backend`. A call without arguments samples as the model wants it: image size, steps
+    backend is stored in `pipe.svdq_backend`. A call without arguments samples as the model wants it: image size, steps
     and guidance are its own. Raises InputError for a damaged or foreign checkpoint.
     """
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -134,8 +134,8 @@ def load_pipeline(
     pipeline = Path(base) if base is not None else checkpoint.source.pipeline
     if pipeline is None:
         raise InputError(
-            f"{path}: only one component is here, not a pipeline",
-            hint="name the pipeline that the other components come from (base=FOLDER, --base FOLDER)",
+            f"{path}: only one component, not a pipeline",
+            hint="name the pipeline that has the other components (base=FOLDER, --base FOLDER)",
             where=str(path),
         )
     dtype = dtype or compute_dtype(chosen)
@@ -194,8 +194,8 @@ def _own_scheduler(source: Source, pipeline: Path) -> dict[str, object]:
 def load_beside(
     source: Source, blocks: Collection[str], *, class_name: str, device: torch.device
 ) -> tuple[nn.Module, Mapping[str, torch.Tensor]]:
-    """A 16-bit denoiser with the weights of all that lies beside `blocks` (paths), on the device, and all its weights
-    by name, each read when it is asked for. Raises OutOfResourcesError if it does not fit."""
+    """A 16-bit denoiser with the weights outside `blocks` (paths), on the device, and all its
+    weights by name, each read when it is asked for. Raises OutOfResourcesError if it does not fit."""
     model = _empty_denoiser(source, class_name, compute_dtype(device))
     weights = _Weights(source, {name: tensor.dtype for name, tensor in model.state_dict().items()})
     try:
@@ -292,8 +292,8 @@ def _does_not_fit(where: Path, device: torch.device) -> OutOfResourcesError:
 
 
 def _set_dtype(model: nn.Module, dtype: torch.dtype) -> None:
-    """Of an empty model's tensors. Some classes keep a few modules in float32, as diffusers' loading does; buffers that
-    no file holds (position tables) stay as the class made them."""
+    """Set the dtype of an empty model's tensors. Some classes keep a few modules in float32, as diffusers' loading
+    does; buffers that no file holds (position tables) stay as the class made them."""
     exact = set(getattr(model, "_keep_in_fp32_modules", None) or ())
     stored = model.state_dict()
     for path, module in model.named_modules():
@@ -316,8 +316,8 @@ def _replace_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], comp
     state = {loaded_name(name): tensor for name, tensor in weights.items()}
     if homeless := model.load_state_dict(state, strict=False).unexpected_keys:
         raise InputError(
-            f"{component}: this version of transformers or diffusers has no place for {homeless[0]}",
-            hint="upgrade diffusers and transformers, or leave the other components out of the file",
+            f"{component}: this version of transformers or diffusers does not know {homeless[0]}",
+            hint="upgrade diffusers and transformers, or remove the other components from the file",
             where=homeless[0],
         )
 
@@ -393,7 +393,7 @@ def _layer(
 
 
 def _kernel_linear(solution: LayerSolution, mode: HopperMode | None, unsigned_from: int | None) -> nn.Module:
-    """On Hopper's own kernels where `mode` is one of theirs."""
+    """A linear layer on the CUDA kernels; on Hopper's own if `mode` is one of theirs."""
     if mode is not None and isinstance(solution, W4A4Solution):
         return hopper_linear(solution, mode, unsigned_from=unsigned_from)
     return fused_linear(solution, unsigned_from=unsigned_from)

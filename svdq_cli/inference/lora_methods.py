@@ -32,7 +32,7 @@ def load_into_pipeline(
     subfolder: str | None = None,
     **options: Any,
 ) -> None:
-    """`load_lora_weights`: a file, a folder with `weight_name`, or a repository of the hub.
+    """`load_lora_weights`: a file, a folder with `weight_name`, or a repository of the Hub.
 
     UsageError for tensors in memory and for `hotswap`; as `svdq_cli.load_lora` for the rest.
     """
@@ -123,7 +123,7 @@ def _strengths(model: nn.Module) -> dict[str, float]:
 
 
 def _new_name(pipe: Any) -> str:
-    """As diffusers names a LoRA without a name."""
+    """A new name for a LoRA without one, as diffusers makes it."""
     parts = [pipe] if isinstance(pipe, nn.Module) else pipe.components.values()
     taken = {name for part in parts for name in loaded(getattr(part, "_orig_mod", part))}
     return next(f"default_{n}" for n in range(len(taken) + 1) if f"default_{n}" not in taken)
@@ -159,8 +159,8 @@ def _from_hub(repository: str, file: str, subfolder: str | None, options: Mappin
         return Path(hf_hub_download(repository, file, subfolder=subfolder, **options))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(
-            f"{repository}: no file or folder here, and the hub has no {file} of it: {str(error).splitlines()[0]}",
-            hint="give the path of a LoRA file, or a repository of the hub and weight_name=FILE",
+            f"{repository}: no such file or folder, and the Hub has no {file} for it: {str(error).splitlines()[0]}",
+            hint="give the path of a LoRA file, or a Hub repository and weight_name=FILE",
             where=repository,
             kind="not-found",
         ) from error

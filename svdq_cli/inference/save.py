@@ -96,7 +96,7 @@ def require_saveable(
     _require_no_loras(model, origin)
     if origin.folder is None:
         raise UsageError(
-            f"{origin.path}: a single file of format {origin.format}, which is not a folder that diffusers loads",
+            f"{origin.path}: a single file of format {origin.format}, not a folder that diffusers loads",
             hint=f"svdq export {origin.path} --to nunchaku-lite --base PIPELINE -o FOLDER writes one",
             where=str(origin.path),
         )
@@ -109,7 +109,8 @@ def require_saveable(
 
 
 def copy_component(source: Path, target: Path) -> None:
-    """A component's config and weights, whole or not at all; weights of another model that lie there are removed.
+    """A component's config and weights, whole or not at all; existing weights of another model are
+    removed.
 
     Does nothing where `target` is `source`.
     """
@@ -155,7 +156,7 @@ def _require_no_loras(model: nn.Module, origin: Origin) -> None:
     if active := {name: value for name, value in strengths.items() if value != 0}:
         named = ", ".join(f"{name} at {value:g}" for name, value in active.items())
         raise UsageError(
-            f"LoRAs act on this model ({named}), and what is stored is the model without them",
+            f"LoRAs are active on this model ({named}), but the stored model has none",
             hint=f"svdq lora {origin.path} --lora FILE:WEIGHT -o OUT writes a checkpoint with them; "
             "svdq_cli.set_adapters(pipe, {}) turns them off",
         )
@@ -177,16 +178,16 @@ def _require_unchanged_file(stamp: tuple[Path, int, int]) -> None:
 
 
 def _require_unchanged_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """What is stored in 16 bits, against what runs. A conversion of dtypes is no change."""
+    """Compare the stored 16-bit tensors with those in use. A conversion of dtypes is not a change."""
     running = dict(model.state_dict(keep_vars=True))
     for name in checkpoint.kept_names():
         tensor = running.get(name)
-        if tensor is None or tensor.is_meta:  # offloaded: hooks keep it, and nobody writes into it
+        if tensor is None or tensor.is_meta:  # offloaded: hooks keep it, and no one writes into it
             continue
         if not _same_numbers(tensor.detach(), checkpoint.kept_tensor(name)):
             raise UsageError(
-                f"{name} is not what {checkpoint.source.path} holds: it was changed since",
-                hint="change the 16-bit model, and convert that",
+                f"{name} was changed since it was loaded from {checkpoint.source.path}",
+                hint="change the 16-bit model and convert it",
                 where=name,
             )
 

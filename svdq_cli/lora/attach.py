@@ -3,7 +3,7 @@
     svdq_cli.load_lora(pipe, "style.safetensors", "style")
     svdq_cli.set_adapters(pipe, {"style": 0.8})
 
-The LoRAs' ranks are put beside those of every layer's branch, as `svdq lora` does in a file. What a layer was is kept,
+The LoRAs' ranks are put next to those of every layer's branch, as `svdq lora` does in a file. What a layer was is kept,
 so that without LoRAs it is that again, bit for bit. Everything is computed before the first layer is changed: what
 fails changes nothing.
 """
@@ -144,12 +144,13 @@ def _state_of(pipe: DiffusionPipeline | nn.Module) -> LoadedLoras:
             return state
     raise UsageError(
         "this pipeline has no converted layers",
-        hint="load a checkpoint with svdq_cli.load_pipeline; a 16-bit pipeline has diffusers' own load_lora_weights",
+        hint="load a checkpoint with svdq_cli.load_pipeline; for a 16-bit pipeline use diffusers' load_lora_weights",
     )
 
 
 def _converted_layers(model: nn.Module) -> dict[str, tuple[str, nn.Module]]:
-    """By the layer's name in the 16-bit model, which is not its path where a backend fuses modules."""
+    """Converted layers by their names in the 16-bit model, which differ from their paths where a backend fuses
+    modules."""
     return {
         cast("_Converted", module).plan.name: (path, module)
         for path, module in model.named_modules()
@@ -219,7 +220,7 @@ def _require_vectors(state: LoadedLoras, vectors: Mapping[str, Tensor], path: Pa
     for name in vectors:
         if name not in state.shapes:
             raise InputError(
-                f"{path}: it changes {name}, and the model has no bias there",
+                f"{path}: it changes {name}, but the model has no bias there",
                 hint="the LoRA was trained on a variant of the model",
                 where=name,
                 kind="lora-mismatch",
@@ -230,7 +231,7 @@ def _require_vectors(state: LoadedLoras, vectors: Mapping[str, Tensor], path: Pa
 
 
 def _add_place(state: LoadedLoras, name: str) -> None:
-    """The place of a converted layer or of a tensor, with what stands there now; nothing where it is known."""
+    """The place of a converted layer or of a tensor, with what is there now; nothing where it is known."""
     layer = name.removesuffix(".bias")
     if layer in state.layers:
         if layer not in state.places:

@@ -16,7 +16,7 @@ from svdq_cli.adapters.updates import LowRankUpdate
 from svdq_cli.checkpoint.lossless import same_bits
 from svdq_cli.formats.contract import Branch
 
-RANK_TILE = 16  # kernels read ranks in tiles of so many
+RANK_TILE = 16  # kernels read ranks in tiles of this many
 
 Branches = Mapping[str, Branch]  # by layer, all with one down projection
 Updates = Mapping[str, LowRankUpdate]  # by layer: what one adapter does to them
@@ -24,7 +24,7 @@ Updates = Mapping[str, LowRankUpdate]  # by layer: what one adapter does to them
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Addition:
-    """Ranks to be put beside those of a group's branches. A layer without an `up` takes no part in them."""
+    """Ranks to be put next to those of a group's branches. A layer without an `up` takes no part in them."""
 
     down: Tensor  # (R, K)
     ups: Mapping[str, Tensor]  # by layer, (N, R)

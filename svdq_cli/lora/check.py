@@ -30,7 +30,7 @@ def require_folded(before: Checkpoint, after: Checkpoint, edits: Edits, joined: 
     if wrong:
         raise CheckFailedError(
             f"the self-check of the folded checkpoint failed: {wrong[0]}",
-            hint="nothing was left under the final name; please report this with the LoRA",
+            hint="no output was written under the final name; please report this with the LoRA",
             where=wrong[0].split(":")[0],
         )
 

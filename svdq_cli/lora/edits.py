@@ -63,9 +63,9 @@ def read_loras(checkpoint: Checkpoint, loras: Sequence[tuple[Path, float]]) -> t
     if len(checkpoint.denoisers) > 1:
         raise UsageError(
             f"{checkpoint.source.path}: this pipeline has several denoisers "
-            f"({', '.join(checkpoint.source.components)}), and a LoRA is for one of them",
-            hint=f"give that one's folder, such as {checkpoint.source.path / checkpoint.source.components[-1]}, and "
-            "put what is written in its place",
+            f"({', '.join(checkpoint.source.components)}), but a LoRA is for one of them",
+            hint=f"give one denoiser's folder, such as {checkpoint.source.path / checkpoint.source.components[-1]}, "
+            "and replace it with the output",
             where=str(checkpoint.source.path),
         )
     model = ModelShapes(checkpoint.source.path, checkpoint.model_class, checkpoint.state)
@@ -137,11 +137,11 @@ def _row(
     if lora.weight == 0:
         how, why = "not applicable", "its weight is 0"
     elif edits.skipped.intersection(names):
-        how, why = "not applicable", "a W4A16 layer, left as it is (--skip-w4a16)"
+        how, why = "not applicable", "a W4A16 layer, left unchanged (--skip-w4a16)"
     elif edits.dense.intersection(names):
-        why = "a W4A16 layer, which becomes a 16-bit one"
+        why = "a W4A16 layer, which becomes a 16-bit layer"
     elif not planned.issuperset(names) and planned.intersection(names):
-        why = "in part in 4-bit layers, in part in 16-bit ones"
+        why = "partly in 4-bit layers, partly in 16-bit ones"
     cut = [errors[file, name] for name in names if (file, name) in errors]
     return LoraKey(file.name, layer.name, names, layer.kind, layer.rank, how, max(cut, default=None), why)
 
@@ -149,7 +149,7 @@ def _row(
 def _require_vector(checkpoint: Checkpoint, lora: GivenLora, name: str) -> None:
     if name not in checkpoint.state:
         raise InputError(
-            f"{lora.adapter.path}: it changes {name}, and the model has no bias there",
+            f"{lora.adapter.path}: it changes {name}, but the model has no bias there",
             hint="the LoRA was trained on a variant of the model",
             where=name,
             kind="lora-mismatch",
@@ -158,8 +158,8 @@ def _require_vector(checkpoint: Checkpoint, lora: GivenLora, name: str) -> None:
 
 def _no_place_for_modulation(checkpoint: Checkpoint, layer: str) -> UsageError:
     return UsageError(
-        f"{layer}: a W4A16 layer, and {checkpoint.format.name} has neither a branch nor 16 bits for it",
-        hint="--skip-w4a16 leaves such layers as they are and lists them; a nunchaku-lite checkpoint takes them at "
+        f"{layer}: a W4A16 layer, which has neither a branch nor a 16-bit form in {checkpoint.format.name}",
+        hint="--skip-w4a16 leaves such layers unchanged and lists them; a nunchaku-lite checkpoint stores them at "
         "16 bits; --format nunchaku writes a LoRA file, in which they have a branch",
         where=layer,
         kind="not-exact",

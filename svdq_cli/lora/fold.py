@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 from svdq_cli.checkpoint.check import WEIGHT_ERROR, WEIGHT_ERROR_AT_MOST, structure_problems
-from svdq_cli.checkpoint.reader import PROVENANCE, Checkpoint, layer_of, open_checkpoint
+from svdq_cli.checkpoint.reader import NEEDS_METADATA, PROVENANCE, Checkpoint, layer_of, open_checkpoint
 from svdq_cli.checkpoint.writer import WEIGHT_FILE, Target, copy_pipeline, report_path, write_report
 from svdq_cli.conversion.card import CARD_FILE, DerivedFacts, card_path, derived_card
 from svdq_cli.errors import InputError
@@ -120,7 +120,7 @@ def facts_of(given: Sequence[GivenLora]) -> tuple[LoraFacts, ...]:
 
 def open_sound(path: Path) -> Checkpoint:
     """A checkpoint with every tensor that it should have. InputError otherwise."""
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, hint=NEEDS_METADATA)
     if problems := structure_problems(checkpoint):
         first = problems[0]
         raise InputError(
@@ -163,7 +163,7 @@ def _write(
 def _provenance(
     checkpoint: Checkpoint, edits: Edits, joined: JoinedBranches, facts: tuple[LoraFacts, ...]
 ) -> dict[str, object]:
-    """What is said of the checkpoint's making, and the LoRAs that it has had folded in.
+    """The record of how the checkpoint was made, and the LoRAs that it has had folded in.
 
     The weight errors that the conversion noted stay for the layers that are what they were. Of a changed layer they are
     the most that is expected, for the same error is a smaller part of a larger weight, and nothing where its LoRA was
@@ -212,8 +212,8 @@ def _warnings(given: tuple[GivenLora, ...], edits: Edits, checkpoint: Checkpoint
         )
         found.append(
             f"{len(edits.dense)} W4A16 layers become 16-bit ones, which takes {numbers * 1.5 / 1e6:.1f} MB more; "
-            "--skip-w4a16 leaves them as they are"
+            "--skip-w4a16 leaves them unchanged"
         )
     if edits.skipped:
-        found.append(f"{len(edits.skipped)} W4A16 layers were left as they are, without their LoRA")
+        found.append(f"{len(edits.skipped)} W4A16 layers were left unchanged, without their LoRA")
     return tuple(found)

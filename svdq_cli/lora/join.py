@@ -151,8 +151,8 @@ def _require_max_rank(checkpoint: Checkpoint, max_rank: int | None) -> None:
     before = max((plan.rank for plan in checkpoint.layers if isinstance(plan, W4A4Plan)), default=0)
     if max_rank % RANK_TILE or max_rank < before:
         raise UsageError(
-            f"--max-rank {max_rank}: it must be a multiple of {RANK_TILE}, and not below {before}, the rank that the "
-            "checkpoint has",
+            f"--max-rank {max_rank}: must be a multiple of {RANK_TILE}, and at least {before}, the rank of the "
+            "checkpoint",
             hint=f"give --max-rank {whole_tiles(max(max_rank, before))}",
         )
 
@@ -161,7 +161,7 @@ def _require_rank(ranks: Mapping[str, int]) -> None:
     name, rank = max(ranks.items(), key=lambda item: item[1], default=("", 0))
     if rank > MAX_RANK:
         raise UsageError(
-            f"{name}: its branch would have rank {rank}, and the runtimes read {MAX_RANK} at most",
+            f"{name}: its branch would have rank {rank}, but the runtimes read {MAX_RANK} at most",
             hint="--max-rank 128 compresses the branches by SVD and reports the error of every layer",
             where=name,
         )

@@ -48,8 +48,9 @@ def require_no_means(checkpoint: Checkpoint, edits: Edits) -> None:
     touched = {*edits.branches, *map(layer_of, edits.weights)} & checkpoint.means().keys()
     if touched:
         raise UsageError(
-            f"{min(touched)}: the base holds the mean of this layer's input in its bias, and a LoRA file has none to "
-            "take the LoRA's part of it",
+            f"{min(touched)}: the base holds the mean of this layer's input in its bias, but a LoRA file has no "
+            "bias to "
+            "hold the LoRA's part of it",
             hint="leave --format out to fold the LoRA into the checkpoint, or convert the base with a recipe whose "
             "search leaves out means",
             where=min(touched),
@@ -58,5 +59,5 @@ def require_no_means(checkpoint: Checkpoint, edits: Edits) -> None:
 
 
 def vectors_of_means(updates: Mapping[str, LowRankUpdate], means: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """By bias, what a LoRA at full strength adds to it. `updates`, `means`: by layer."""
+    """The vector that a LoRA at full strength adds to each bias, by bias. `updates`, `means`: by layer."""
     return {f"{name}.bias": of_mean(updates[name], means[name]) for name in updates.keys() & means.keys()}

@@ -70,7 +70,7 @@ def write_changed(
             writer.write(name, torch.empty(EMPTY.shape, dtype=EMPTY.dtype))
         for name in writer.missing:
             entry = old[name]
-            assert isinstance(entry, StoredTensor)  # a checkpoint's tensors are read as they lie
+            assert isinstance(entry, StoredTensor)  # a checkpoint's tensors are read as they are stored
             writer.copy(name, entry.file, entry.offset)
 
 
@@ -163,7 +163,7 @@ def _with_new_biases(checkpoint: Checkpoint, module: StoredModule, edits: Edits)
 
 
 def _sixteen_bit(checkpoint: Checkpoint, name: str, edits: Edits) -> Tensor:
-    """A 16-bit tensor of the checkpoint, or what a W4A16 layer's codes stand for."""
+    """A 16-bit tensor of the checkpoint, or what a W4A16 layer's codes represent."""
     if layer_of(name) not in edits.dense:
         return checkpoint.kept_tensor(name)
     solution = checkpoint.solution(checkpoint.plan().layer(layer_of(name)))

@@ -216,8 +216,8 @@ def _require_same(tensors: Mapping[str, Tensor], written: Path) -> None:
     wrong = [name for name in tensors if not same_bits(tensors[name], found.get(name))]
     if wrong or len(found) != len(tensors):
         raise CheckFailedError(
-            f"the LoRA file is not what was written: {wrong[:1] or 'other tensors'}",
-            hint="nothing was left under the final name; please report this",
+            f"the LoRA file differs from what was written: {wrong[:1] or 'other tensors'}",
+            hint="no output was written under the final name; please report this",
         )
 
 

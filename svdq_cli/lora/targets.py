@@ -1,4 +1,4 @@
-"""Where a LoRA acts in a loaded model: on a layer's branch, beside a layer, or on a 16-bit tensor.
+"""Where a LoRA acts in a loaded model: on a layer's branch, next to a layer, or on a 16-bit tensor.
 
 A place keeps what was there. `prepared` computes what the LoRAs make of it and changes nothing; what it returns puts
 that in place.
@@ -49,7 +49,7 @@ class LayerWithBranch(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BranchPlace:
-    """A W4A4 layer: the LoRAs' ranks stand beside those of its own branch. `base` is in main memory."""
+    """A W4A4 layer: the LoRAs' ranks are next to those of its own branch. `base` is in main memory."""
 
     name: str
     layer: LayerWithBranch
@@ -61,7 +61,7 @@ class BranchPlace:
         rank = whole_tiles(joined.down.shape[0])
         if rank > MAX_RANK:
             raise UsageError(
-                f"{self.name}: its branch would have rank {rank}, and the kernels read {MAX_RANK} at most",
+                f"{self.name}: its branch would have rank {rank}, but the kernels read {MAX_RANK} at most",
                 hint="use fewer LoRAs at once, or fold them with svdq lora --max-rank",
                 where=self.name,
             )
@@ -101,8 +101,8 @@ class TensorPlace:
     def prepared(self, active: Active) -> Callable[[], None]:
         if self.base.is_meta:
             raise UsageError(
-                f"{self.name}: its weights are elsewhere, as enable_sequential_cpu_offload left them",
-                hint="set LoRAs before offloading; pipe.remove_all_hooks() takes it back",
+                f"{self.name}: its weights were moved away by enable_sequential_cpu_offload",
+                hint="set LoRAs before offloading; pipe.remove_all_hooks() undoes the offloading",
                 where=self.name,
             )
         before = self.base.detach().float()

@@ -14,7 +14,7 @@ from svdq_cli.solve.rebuild import rebuilt_weight
 
 @dataclass(slots=True, eq=False)
 class CheckpointWeights:
-    """`WeightRows` of a checkpoint: of a 4-bit layer, what its codes and branch stand for. The last weight is kept."""
+    """`WeightRows` of a checkpoint: of a 4-bit layer, what its codes and branch represent. The last weight is kept."""
 
     checkpoint: Checkpoint
     _name: str = ""
@@ -38,8 +38,8 @@ def require_same_base(adapter: Adapter) -> Adapter:
     if adapter.changed_base is None:
         return adapter
     raise InputError(
-        f"{adapter.path}: {adapter.changed_base}: the adapter takes a part out of the 16-bit weights, and a converted "
-        "model has them no more",
+        f"{adapter.path}: {adapter.changed_base}: the adapter subtracts a part of the 16-bit weights, but a converted "
+        "model no longer has them",
         hint="convert the 16-bit model with --lora, or make it a plain LoRA with peft: "
         "save_pretrained(..., path_initial_model_for_weight_conversion=...)",
         where=str(adapter.path),

@@ -1,4 +1,4 @@
-"""CLIP score (Hessel et al. 2021): how well a picture fits its prompt; 0 to 100, higher is better."""
+"""CLIP score (Hessel et al. 2021): how well an image fits its prompt; 0 to 100, higher is better."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ MODEL = "openai/clip-vit-large-patch14"  # torchmetrics' default, and that of pu
 
 
 def load_clip(device: torch.device, *, model: str = MODEL) -> Measure:
-    """100 max(0, cosine) of the picture's and the prompt's embedding, as torchmetrics defines it.
+    """100 max(0, cosine) of the image's and the prompt's embedding, as torchmetrics defines it.
 
-    `model`: a hub id in the cache, or a folder. Raises EnvironmentLacksError where its weights are not there.
+    `model`: a Hub id in the cache, or a folder. Raises EnvironmentLacksError where its weights are not there.
     """
     import torch
     from transformers import CLIPModel, CLIPProcessor

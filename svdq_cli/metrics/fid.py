@@ -1,4 +1,4 @@
-"""FID (Heusel et al. 2017) of converted against 16-bit pictures: 0 where their distributions agree, lower is better."""
+"""FID (Heusel et al. 2017) of converted against 16-bit images: 0 where their distributions agree, lower is better."""
 
 from __future__ import annotations
 
@@ -27,12 +27,13 @@ _URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{_WEI
 
 def load_fid(device: torch.device, *, pictures: int) -> Measure:
     """Features of Inception v3 as the original has them (torch-fidelity). Raises EnvironmentLacksError, also where
-    there are too few pictures for the figure to mean something."""
+    there are too few images for the figure to mean something."""
     import torch
 
     if pictures < LEAST_PICTURES:
         raise EnvironmentLacksError(
-            f"FID of {pictures} pictures means nothing", hint=f"draw {LEAST_PICTURES} or more with --samples"
+            f"FID of {pictures} images is meaningless",
+            hint=f"generate {LEAST_PICTURES} or more with --samples",
         )
     require_package("torch_fidelity", metric="FID", install=_INSTALL)
     metric = require_package("torchmetrics.image.fid", metric="FID", install=_INSTALL)

@@ -1,4 +1,4 @@
-"""ImageReward (Xu et al. 2023): a learned human preference for a picture and its prompt; higher is better."""
+"""ImageReward (Xu et al. 2023): a learned human preference for an image and its prompt; higher is better."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def load_image_reward(device: torch.device) -> Measure:
         require_weights(_FOLDER.expanduser() / name, metric="ImageReward", fetch=_FETCH)
     try:
         network = package.load("ImageReward-v1.0", device=str(device))
-    except Exception as error:  # its tokenizer comes from the hub; its code was written for older libraries
+    except Exception as error:  # its tokenizer comes from the Hub; its code was written for older libraries
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise EnvironmentLacksError(
             f"ImageReward can't be loaded: {reason}", hint=_FETCH, where="ImageReward"

@@ -1,4 +1,4 @@
-"""LPIPS (Zhang et al. 2018): distance in a network's features; 0 for equal pictures, lower is better."""
+"""LPIPS (Zhang et al. 2018): distance in a network's features; 0 for equal images, lower is better."""
 
 from __future__ import annotations
 

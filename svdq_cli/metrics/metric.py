@@ -44,7 +44,7 @@ class Metric:
     kind: MetricKind
     better: Literal["higher", "lower"]
     load: Callable[[torch.device, int], Measure]
-    place: int  # where it stands among the others
+    place: int  # where it is among the others
     digits: int  # after the point, in tables
     unit: str = ""
     always: bool = False  # needs no weights and no package of its own: it is never missing
@@ -95,7 +95,7 @@ def hub_checkpoint(name: str) -> Path:
 
 
 def rgb_batch(pictures: Sequence[Image]) -> Tensor:
-    """(B, 3, H, W) uint8 of pictures of one size."""
+    """(B, 3, H, W) uint8 of images of one size."""
     import torch
 
     flat = [torch.frombuffer(bytearray(p.convert("RGB").tobytes()), dtype=torch.uint8) for p in pictures]
@@ -112,7 +112,7 @@ def same_size_pixels(a: Image, b: Image) -> tuple[Tensor, Tensor]:
     """Of both images, (3, H, W) float32, 0..255. Raises InputError where they differ in size."""
     if a.size != b.size:
         raise InputError(
-            f"pictures of {a.width} x {a.height} and {b.width} x {b.height} pixels cannot be compared",
-            hint="draw both with the same height and width",
+            f"images of {a.width} x {a.height} and {b.width} x {b.height} pixels cannot be compared",
+            hint="generate both with the same height and width",
         )
     return pixels_of(a), pixels_of(b)

@@ -10,7 +10,7 @@ from svdq_cli.metrics.metric import Metric, each_pair, same_size_pixels
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# Identical pictures have an infinite PSNR, which neither JSON nor a mean can hold. 100 dB is a mean squared
+# Identical images have an infinite PSNR, which neither JSON nor a mean can hold. 100 dB is a mean squared
 # error of 6.5e-6: one 8-bit step in one of 150 000 channel values.
 PSNR_CAP_DB = 100.0
 

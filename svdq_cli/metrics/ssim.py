@@ -18,8 +18,10 @@ def ssim(a: Image, b: Image) -> float:
 
     pixels_a, pixels_b = same_size_pixels(a, b)
     if min(a.size) < 11:
-        raise InputError(f"a picture of {a.width} x {a.height} is smaller than SSIM's window of 11 pixels")
-    # float64: a variance is the difference of two near equal numbers, and float32 gives equal flat pictures 0.99998
+        raise InputError(
+            f"an image of {a.width} x {a.height} pixels is smaller than SSIM's window of 11 pixels"
+        )
+    # float64: a variance is the difference of two near equal numbers, and float32 gives equal flat images 0.99998
     batch_a, batch_b = ((pixels.double() / 255).unsqueeze(0) for pixels in (pixels_a, pixels_b))
     score = structural_similarity_index_measure(batch_a, batch_b, data_range=1.0)
     assert isinstance(score, Tensor)

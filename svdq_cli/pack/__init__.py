@@ -1,5 +1,5 @@
-"""Bit layouts: how codes, scales and low-rank factors lie in memory for the kernels that read them.
+"""Bit layouts: how codes, scales and low-rank factors are stored in memory for the kernels that read them.
 
-Every `pack_*` is a pure permutation (plus nibble packing) and stands beside its exact inverse `unpack_*`.
+Every `pack_*` is a pure permutation (plus nibble packing) and is next to its exact inverse `unpack_*`.
 Nothing here knows about key names or files; that is the room `formats`.
 """

@@ -23,7 +23,7 @@ def pack_codes(codes: Tensor, precision: Precision) -> Tensor:
     low, high = _code_range(precision)
     least, most = (int(bound) for bound in codes.aminmax())
     if least < low or most > high:
-        raise ValueError(f"{precision.name} codes must lie in {low}..{high}, but lie in {least}..{most}")
+        raise ValueError(f"{precision.name} codes must be in {low}..{high}, but are in {least}..{most}")
     rows, columns = codes.shape
     words = join_nibbles(codes).view(torch.int32)
     return _layout(rows, columns).apply(words).view(torch.int8).reshape(rows, columns // 2)

@@ -1,6 +1,6 @@
 """The layouts of svdq's own CPU engine, which `kernels/cpu/layouts.h` states in words.
 
-Weights stand in panels of 16 columns, activations in blocks of 6 rows.
+Weights are in panels of 16 columns, activations in blocks of 6 rows.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ def _row_codes(rows: int, columns: int) -> Layout:
 
 
 def _w4a16_codes(rows: int, columns: int) -> Layout:
-    # as _weight_codes, with k = .. + 8 t + 2 pair + element: neighbors stand 16 bits apart in a word
+    # as _weight_codes, with k = .. + 8 t + 2 pair + element: neighbors are 16 bits apart in a word
     return Layout(split=(rows // 16, 2, 8, columns // STEP, 2, 4, 4, 2), order=(3, 0, 2, 5, 1, 4, 7, 6))
 
 

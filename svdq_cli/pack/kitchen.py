@@ -57,5 +57,5 @@ def text_bytes(text: str) -> Tensor:
 
 
 def bytes_text(stored: Tensor) -> str:
-    """The inverse of `text_bytes`. UnicodeDecodeError, a ValueError, for what is no text. (bytes,) uint8."""
+    """The inverse of `text_bytes`. UnicodeDecodeError, a ValueError, for bytes that are not text. (bytes,) uint8."""
     return stored.contiguous().view(torch.uint8).numpy().tobytes().decode()

@@ -18,7 +18,7 @@ def pack_rows(codes: Tensor, precision: Precision) -> Tensor:
     low, high = (-8, 7) if isinstance(precision, Int4) else (0, 15)
     least, most = (int(bound) for bound in codes.aminmax())
     if least < low or most > high:
-        raise ValueError(f"{precision.name} codes must lie in {low}..{high}, but lie in {least}..{most}")
+        raise ValueError(f"{precision.name} codes must be in {low}..{high}, but are in {least}..{most}")
     return join_nibbles(codes).view(torch.int8)
 
 

@@ -38,8 +38,8 @@ class Layout:
         return moved.view(stored.dtype) if word else moved
 
     def _word(self, element: int) -> torch.dtype | None:
-        """The integers that a run of elements of so many bytes can be moved as, where the last part stays last: fewer,
-        wider elements are permuted several times faster."""
+        """The integers that a run of elements of this many bytes can be moved as, where the last part stays last:
+        fewer, wider elements are permuted several times faster."""
         stays = self.order[-1] == len(self.split) - 1
         return _WORDS.get(self.split[-1] * element) if stays and self.split[-1] > 1 else None
 

@@ -1,6 +1,6 @@
 """4-bit weights with 16-bit activations, as the AWQ matrix-vector kernels of Nunchaku read them.
 
-Four neighboring rows share a line of memory, and each 16-bit word holds four codes of one row that lie 8
+Four neighboring rows share a line of memory, and each 16-bit word holds four codes of one row that are 8
 columns apart. Scales, zero points and bias stay in their natural order.
 """
 
@@ -22,7 +22,7 @@ def pack_w4a16_codes(codes: Tensor) -> Tensor:
     require_shape("codes", codes, (4, 64))
     least, most = (int(bound) for bound in codes.aminmax())
     if least < 0 or most > 15:
-        raise ValueError(f"W4A16 codes must lie in 0..15, but lie in {least}..{most}")
+        raise ValueError(f"W4A16 codes must be in 0..15, but are in {least}..{most}")
     rows, columns = codes.shape
     words = torch.empty(rows, columns // 4, dtype=torch.int16, device=codes.device)
     for some in _row_blocks(rows, columns):
@@ -107,6 +107,6 @@ def _require_parts(rows: Tensor, parts: int) -> None:
 
 
 def _lines(rows: int, columns: int) -> Layout:
-    """Of words in natural order, four of them as one number."""
+    """Four words in natural order as one number."""
     # n = 4 line + row; k = 64 block + 32 half + 8 nibble + word, of which 16 words of 4 nibbles stay together
     return Layout(split=(rows // 4, 4, columns // 64, 4), order=(0, 2, 1, 3))

@@ -23,7 +23,7 @@ INPUT_NAMES: Mapping[str, tuple[str, ...]] = {
 def optional_arguments(
     settings: DrawSettings, *, accepted: Collection[str], pipeline: str, pictures: Sequence[int]
 ) -> dict[str, Any]:
-    """Everything beyond prompt, steps, size and generator. `pictures`: indices of the pictures to draw.
+    """Everything beyond prompt, steps, size and generator. `pictures`: indices of the images to generate.
 
     Raises UsageError, naming it, for a setting that the pipeline has no argument for.
     """
@@ -60,7 +60,7 @@ def missing_inputs(settings: DrawSettings, accepted: Collection[str]) -> list[st
 
 def _as_large_as_asked(settings: DrawSettings) -> dict[str, Any]:
     """Pipelines that round the size to one of their own (PixArt, SANA) or scale to an area (FLUX.1 Kontext) are told
-    not to: activations come from pictures of the size that the recipe names, and from prompts as they are written."""
+    not to: activations come from images of the size that the recipe names, and from prompts as they are written."""
     return {
         "use_resolution_binning": False,
         "max_area": settings.height * settings.width,
@@ -82,15 +82,16 @@ def _argument(name: str, accepted: Collection[str], pipeline: str) -> str:
 def _pictures(
     files: tuple[PictureFile, ...], indices: Sequence[int], settings: DrawSettings, *, mask: bool
 ) -> Image | list[Image]:
-    """The pictures of a batch, scaled to the size that is drawn; one alone is not put into a list, which some
-    pipelines take for several pictures of one prompt."""
+    """The images of a batch, scaled to the size that is generated; one alone is not put into a list, which some
+    pipelines take for several images of one prompt."""
     read = [opened_image(files[index % len(files)], mask=mask) for index in indices]
     scaled = [picture.resize((settings.width, settings.height)) for picture in read]
     return scaled[0] if len(scaled) == 1 else scaled
 
 
 def opened_image(file: PictureFile, *, mask: bool = False) -> Image:
-    """In RGB, or gray for a mask, and upright. InputError for what is no image, or too large to be one."""
+    """An image file in RGB, or gray for a mask, upright. InputError for what is not an image, or too large to be
+    one."""
     from PIL import Image, ImageOps
 
     try:
@@ -98,5 +99,5 @@ def opened_image(file: PictureFile, *, mask: bool = False) -> Image:
             return ImageOps.exif_transpose(picture).convert("L" if mask else "RGB")
     except (OSError, ValueError, Image.DecompressionBombError) as error:  # Pillow's own error is an OSError
         raise InputError(
-            f"{file.path}: can't be read as a picture ({error})", hint="save it as PNG", where=file.path
+            f"{file.path}: can't be read as an image ({error})", hint="save it as PNG", where=file.path
         ) from error

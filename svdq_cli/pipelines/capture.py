@@ -36,7 +36,7 @@ def watch_in_pipeline(
 
 
 def _arguments(folder: Path, component: str, model: nn.Module, settings: DrawSettings) -> Arguments:
-    """Of the denoiser's first call, for a small image: what layers read is the same at any size."""
+    """Arguments of the denoiser's first call, for a small image: what layers read is the same at any size."""
     # one that is called before this one ends the run: the plan does without
     others = {name: None for name in pipeline_index(folder) if is_denoiser(name) and name != component}
     pipe = load_source_pipeline(

@@ -1,6 +1,6 @@
 """Prompts encoded once: what a pipeline's `encode_prompt` answers is kept, so that its text encoders can go.
 
-Pipelines differ in what they encode (one encoder or three, pooled, masked, with pictures) but not in where: in the
+Pipelines differ in what they encode (one encoder or three, pooled, masked, with images) but not in where: in the
 method `encode_prompt`. Its answers are kept as they are and given again in the order in which they were asked for.
 """
 
@@ -25,7 +25,7 @@ METHOD = "encode_prompt"
 
 @dataclass(frozen=True, slots=True)
 class EncodedPrompts:
-    """By batch, the answers of `encode_prompt` in the order of the calls: a prompt and perhaps its negative."""
+    """The results of `encode_prompt` by batch, in the order of the calls: a prompt and perhaps its negative."""
 
     answers: dict[Batch, list[Any]] = field(default_factory=dict)  # nests of tensors, on the CPU
 

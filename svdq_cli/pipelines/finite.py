@@ -1,4 +1,4 @@
-"""Images that are no images: a number that is not finite, on its way to a picture, turns black or white in silence."""
+"""Broken images: a number that is not finite, on its way to an image, turns black or white in silence."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def require_finite_latents(pipe: DiffusionPipeline, latents: object, step: int) 
 
 @contextmanager
 def finite_images(pipe: DiffusionPipeline) -> Iterator[None]:
-    """The same for what the autoencoder decodes in the block."""
+    """Raise InputError, inside the block, if the autoencoder decodes values that are not finite."""
     decoder = getattr(getattr(pipe, "vae", None), "decoder", None)
     if not isinstance(decoder, nn.Module):
         yield
@@ -43,8 +43,8 @@ def finite_images(pipe: DiffusionPipeline) -> Iterator[None]:
 
 def _not_finite(pipe: DiffusionPipeline, what: str) -> CheckFailedError:
     return CheckFailedError(
-        f"{type(pipe).__name__}: {what} hold{'s' * what.endswith('image')} NaN or infinity: the picture would be black",
-        hint="float16 holds no number above 65504: convert with dtype: bfloat16; if that is what it has, a weight is "
+        f"{type(pipe).__name__}: {what} hold{'s' * what.endswith('image')} NaN or infinity: the image would be black",
+        hint="float16 holds no number above 65504: convert with dtype: bfloat16; if it already is, a weight is "
         "damaged, and svdq check CKPT --against SOURCE finds it",
         kind="not-finite",
     )

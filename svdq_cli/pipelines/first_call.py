@@ -27,7 +27,7 @@ class _Called(Exception):
 def first_call(
     pipe: DiffusionPipeline, denoisers: Iterable[nn.Module], batch: Batch, *, settings: DrawSettings
 ) -> Arguments | None:
-    """What the pipeline gives the denoiser that it calls first; None where it draws without calling any."""
+    """What the pipeline gives the denoiser that it calls first; None where it calls none."""
 
     def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         raise _Called((args, kwargs))

@@ -1,4 +1,4 @@
-"""The border with diffusers: loading a 16-bit pipeline, and drawing with it the same way everywhere."""
+"""The border with diffusers: loading a 16-bit pipeline, and generating with it the same way everywhere."""
 
 from __future__ import annotations
 
@@ -82,13 +82,13 @@ def draw(
     *,
     settings: DrawSettings,
     seeds: Sequence[int] | None = None,
-    stage: str = "draw",
+    stage: str = "generate",
     observe: Observer = ignore_events,
     on_step: OnStep | None = None,
 ) -> list[Image]:
-    """One picture per prompt. A picture depends on its prompt and seed, not on the batch it was drawn in.
+    """One image per prompt. An image depends on its prompt and seed, not on the batch it was generated in.
 
-    `seeds` default to those of `settings`. Events count pictures times steps.
+    `seeds` default to those of `settings`. Events count images times steps.
     """
     drawn = draw_each(
         pipe, prompts, settings=settings, seeds=seeds, stage=stage, observe=observe, on_step=on_step
@@ -102,15 +102,15 @@ def draw_each(
     *,
     settings: DrawSettings,
     seeds: Sequence[int] | None = None,
-    stage: str = "draw",
+    stage: str = "generate",
     observe: Observer = ignore_events,
     on_step: OnStep | None = None,
     wanted: Callable[[int], bool] = lambda index: True,
 ) -> Iterator[tuple[int, Image]]:
-    """`draw`, picture by picture with its index, so that no more than a batch is held. A video is one picture: its
+    """`draw`, image by image with its index, so that no more than a batch is held. A video is one image: its
     frames, one below the other.
 
-    Batches that hold no `wanted` picture are left out; the others are drawn whole, so that a picture is the same
+    Batches that hold no `wanted` image are left out; the others are generated whole, so that an image is the same
     whatever was left out.
     """
     batches = [
@@ -146,7 +146,7 @@ def draw_one(
         settings=settings,
         total=1,
         output_type="pil",
-        stage="draw",
+        stage="generate",
         observe=observe,
     )
     (found,) = next(iter(list(drawn)))
@@ -173,7 +173,7 @@ def _check_picture(picture: Image, pipe: DiffusionPipeline, settings: DrawSettin
     """UsageError for what is not an image of the size that was asked for."""
     if picture.size != (settings.width, settings.height):
         raise UsageError(
-            f"asked for {settings.width}x{settings.height} pixels, {type(pipe).__name__} draws "
+            f"asked for {settings.width}x{settings.height} pixels, but {type(pipe).__name__} generates "
             f"{picture.width}x{picture.height}",
             hint=f"use width {picture.width} and height {picture.height}",
         )
@@ -181,7 +181,7 @@ def _check_picture(picture: Image, pipe: DiffusionPipeline, settings: DrawSettin
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Pictures that are drawn together. `first` is the index of the first one among all pictures."""
+    """Images that are generated together. `first` is the index of the first one among all images."""
 
     first: int
     prompts: tuple[str, ...]
@@ -203,7 +203,7 @@ def drawn_batches(
 ) -> Iterator[list[Any]]:
     """Draws batch after batch, with events. `on_batch` is called before each.
 
-    `total`: pictures of the whole stage; those that are not in `batches` count as drawn before. `encoded` holds the
+    `total`: images of the whole stage; those that are not in `batches` count as generated before. `encoded` holds the
     prompts' embeddings where the pipeline has no text encoders any more.
     """
     steps = settings.steps
@@ -251,7 +251,7 @@ def denoise(
     encoded: EncodedPrompts | None = None,
     on_step: OnStep | None = None,
 ) -> list[Any]:
-    """Draws one batch. `output_type` "latent" stops before the autoencoder. `encoded` stands for the text encoders.
+    """Generate one batch. `output_type` "latent" stops before the autoencoder. `encoded` replaces the text encoders.
 
     Passes only what the pipeline's __call__ takes. A pipeline without step callbacks never calls `on_step`.
     """
@@ -278,8 +278,9 @@ def denoise(
             out = call(**{name: value for name, value in arguments.items() if name in accepted})
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise OutOfResourcesError(
-            f"out of memory drawing {len(batch.prompts)} pictures of {settings.width}x{settings.height} at a time",
-            hint="lower the batch size or the picture size, or use --device cpu",
+            f"out of memory while generating {len(batch.prompts)} images of {settings.width}x{settings.height} at a "
+            "time",
+            hint="lower the batch size or the image size, or use --device cpu",
         ) from error
     except (TypeError, ValueError, AttributeError) as error:
         if (refused := _as_usage_error(error, pipe, missing_inputs(settings, accepted))) is None:
@@ -303,7 +304,7 @@ def _as_usage_error(
     if not (wanted := blamed or missing):
         return None
     return UsageError(
-        f"{name} could not draw without {' and '.join(wanted)}: {said}",
+        f"{name} could not generate without {' and '.join(wanted)}: {said}",
         hint=f"give {' and '.join(f'--{one}' for one in wanted)} to generate and eval; a recipe names "
         f"{' and '.join(wanted)} under calibration",
     )
@@ -328,7 +329,7 @@ def _step_callback(on_step: OnStep | None, *, images: bool) -> Callable[..., dic
 
 @contextmanager
 def _steps_observed(stage: str, done: int, total: int, observe: Observer) -> Iterator[Callable[[int], None]]:
-    """Events of one stage that counts pictures times steps. Yields `advance(done)`; repeating a count is silent."""
+    """Events of one stage that counts images times steps. Yields `advance(done)`; repeating a count is silent."""
     started = time.monotonic()
     last = done
 
@@ -350,7 +351,7 @@ def _checked_class(folder: Path, *, given: Collection[str]) -> type[DiffusionPip
     if not index.is_file():
         raise InputError(
             f"{folder}: not a diffusers pipeline folder (it has no model_index.json)",
-            hint="give the folder that save_pretrained wrote or that was downloaded whole",
+            hint="give a folder that save_pretrained wrote, or a complete download",
             where=str(folder),
         )
     try:
@@ -397,6 +398,6 @@ def _check_component(folder: Path, name: str, library: str) -> None:
     if not (folder / name).is_dir():
         raise InputError(
             f"{folder}: component {name!r} is missing",
-            hint=f"download the folder again; {name}/ should stand beside model_index.json",
+            hint=f"download the folder again; {name}/ should be next to model_index.json",
             where=str(folder / name),
         )

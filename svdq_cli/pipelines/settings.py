@@ -1,4 +1,4 @@
-"""How pictures are drawn, for calibration and for evaluation alike."""
+"""How images are generated, for calibration and for evaluation alike."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _INPUTS = ("image", "mask", "strength", "frames")  # what a pipeline may read be
 
 @dataclass(frozen=True, slots=True)
 class PictureFile:
-    """A picture that the pipeline reads. Its content, not its place, stands for it in digests."""
+    """An image that the pipeline reads. Digests cover its content, not its path."""
 
     path: str
     sha256: str
@@ -28,10 +28,10 @@ class PictureFile:
 class DrawSettings:
     """`None` leaves a setting to the pipeline. Image i is seeded with `seed_of(i)`, whatever its batch.
 
-    `true_cfg` above 1 draws with a second, unconditional pass (an empty negative prompt) where the pipeline has one.
-    Pipelines that edit read `image` and `mask`: prompt i takes picture i of each, and they start over where there are
-    fewer than prompts. `strength`, above 0 and at most 1, says how much of the image is made anew. Pipelines that make
-    videos make `frames` images a prompt.
+    `true_cfg` above 1 generates with a second, unconditional pass (an empty negative prompt) where the pipeline has
+    one. Pipelines that edit read `image` and `mask`: prompt i takes image i of each, and they start over where there
+    are fewer than prompts. `strength`, above 0 and at most 1, says how much of the image is changed. Pipelines that
+    make videos make `frames` images a prompt.
     """
 
     steps: int
@@ -61,12 +61,10 @@ class DrawSettings:
         if not 0 < strength <= 1:
             raise UsageError(f"strength is {strength}", hint="give a strength above 0 and at most 1")
         if not self.image:
-            raise UsageError(
-                "a strength without an image", hint="give the image that is to be changed: --image FILE"
-            )
+            raise UsageError("a strength without an image", hint="give the image to change: --image FILE")
         if int(self.steps * strength) < 1:
             raise UsageError(
-                f"a strength of {strength} leaves none of {self.steps} steps",
+                f"a strength of {strength} leaves none of the {self.steps} steps",
                 hint=f"use {math.ceil(1 / strength)} steps or more, or a higher strength",
             )
 
@@ -76,12 +74,12 @@ class DrawSettings:
 
 
 def picture_files(path: Path) -> tuple[PictureFile, ...]:
-    """One picture, or all pictures of a folder by name. Raises InputError where there is none."""
+    """One image, or all images of a folder by name. Raises InputError where there is none."""
     files = sorted(file for file in path.iterdir() if _is_picture(file)) if path.is_dir() else [path]
     if not files or not all(_is_picture(file) for file in files):
         raise InputError(
-            f"{path}: no picture here" if path.exists() else f"{path}: no such file or folder",
-            hint=f"give a picture ({', '.join(PICTURE_SUFFIXES)}) or a folder of pictures",
+            f"{path}: no image in this folder" if path.exists() else f"{path}: no such file or folder",
+            hint=f"give an image ({', '.join(PICTURE_SUFFIXES)}) or a folder of images",
             where=str(path),
             kind="input" if path.exists() else "not-found",
         )
@@ -89,7 +87,7 @@ def picture_files(path: Path) -> tuple[PictureFile, ...]:
 
 
 def settings_json(settings: DrawSettings) -> dict[str, Any]:
-    """As plain JSON; inputs that the pipeline does without are left out."""
+    """The settings as plain JSON; unused inputs are left out."""
     return {key: value for key, value in asdict(settings).items() if value or key not in _INPUTS}
 
 

@@ -44,7 +44,7 @@ def blocks_of(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def in_blocks(names: Iterable[str], places: dict[str, Place]) -> list[str]:
-    """The same layers, those of one block together, blocks of one stack together, the others last."""
+    """Layers ordered so that those of one block are together, blocks of one stack together, the others last."""
     stacks: dict[str, dict[str, list[str]]] = {}
     for name in names:
         place = places[name]

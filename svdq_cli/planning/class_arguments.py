@@ -262,7 +262,7 @@ OF_CLASS: Mapping[str, Mapping[str, Maker]] = {
         "encoder_hidden_states": _tensor(1, "num_embeddings", "embedding_dim"),
     },
     "QwenImage21Transformer2DModel": {
-        # three text tokens, then the slots of the image, each of which stands for 2x2 latent tokens
+        # three text tokens, then the slots of the image, each of which represents 2x2 latent tokens
         "img_mask": lambda w, n: torch.tensor([[False] * TEXT + [True] * (w.tokens // 4)]),
     },
     "SanaWMTransformer3DModel": {

@@ -32,7 +32,7 @@ def take_inventory(source: Source, family: Family | None) -> Inventory:
     """The inventory of the source's model class, or of all its denoisers under their joint names. `family` names the
     class where the config does not.
 
-    Raises InputError (kind `unknown-family`) for a class that nobody here defines.
+    Raises InputError (kind `unknown-family`) for a class that this environment does not define.
     """
     class_name, config = model_config(source, family)
     first = _inventory(class_name, config, str(source.path))
@@ -67,7 +67,7 @@ def model_config(source: Source, family: Family | None) -> tuple[str, str]:
     class_name = source.config.get("_class_name") or (family.classes[0] if family else None)
     if class_name is None:
         raise InputError(
-            f"{source.path}: the config names no model class",
+            f"{source.path}: the config does not name a model class",
             hint="add _class_name to config.json, or name the family with --family",
             where=str(source.path),
             kind="unknown-family",

@@ -10,7 +10,7 @@ from svdq_cli.source import component_of
 
 
 def with_name(layer: LayerPlan, name: str) -> LayerPlan:
-    """The same plan, of a layer called `name`."""
+    """The plan for a layer named `name`."""
     return layer if layer.name == name else replace(layer, linear=replace(layer.linear, name=name))
 
 

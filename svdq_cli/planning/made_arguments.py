@@ -52,7 +52,7 @@ class World:
         return next((v for key in keys if (v := self.config.get(key)) is not None), default)
 
     def width(self, argument: str, *keys: str) -> int:
-        """Of an argument: by the config, or found out."""
+        """The width of an argument: from the config, or found by trial."""
         if argument not in self.widths:
             told = self.get(*keys)
             if isinstance(told, (list, tuple)) and told:
@@ -213,7 +213,7 @@ GIVEN = re.compile(
 
 
 def made(world: World, name: str, of_class: Mapping[str, Maker]) -> Any:
-    """A value for an argument of that name; None where nobody knows one."""
+    """A value for an argument of that name; None where no one knows one."""
     if name in of_class:
         return of_class[name](world, name)
     maker = next((maker for pattern, maker in MAKERS if re.fullmatch(pattern, name)), None)
@@ -258,7 +258,7 @@ def calls(model: nn.Module, of_class: Mapping[str, Maker]) -> Iterator[Call]:
 
 @dataclass(slots=True)
 class Call:
-    """One way to call a model. Its arguments are made anew every time, with the widths known by then."""
+    """One way to call a model. Its arguments are made again every time, with the widths known by then."""
 
     world: World
     parameters: Mapping[str, inspect.Parameter]
@@ -277,5 +277,5 @@ class Call:
             if value is not None or (required and name in self.of_class):
                 found[name] = value
             elif required:
-                raise TypeError(f"nobody knows what {name} takes")
+                raise TypeError(f"unknown argument {name}")
         return found

@@ -39,7 +39,7 @@ def require_own_tensors(source: Source, inventory: Inventory) -> None:
             raise _of_another_base(source, inventory, mismatch)
         case "shapes":
             raise InputError(
-                f"{where}: a variant of {inventory.model_class} whose config can't be told from names and shapes "
+                f"{where}: a variant of {inventory.model_class} whose config can't be derived from names and shapes "
                 f"({mismatch.what})",
                 hint=BASE_HINT,
                 where=mismatch.first,
@@ -51,7 +51,7 @@ def _mismatch(source: Source, inventory: Inventory) -> _Mismatch | None:
     model = inventory.model_class
     if attached := sorted(name for name in source.tensors if ".base_layer." in name):
         return _Mismatch(
-            f"{_counted(attached, 'are of layers with an adapter on')}, the first is {attached[0]}: the model "
+            f"{_counted(attached, 'belong to layers with an active adapter')}, such as {attached[0]}: the model "
             "was saved while a LoRA was loaded",
             attached[0],
             "save the model without the LoRA and give it as --lora; or, in diffusers, fuse_lora(), then "
@@ -59,22 +59,24 @@ def _mismatch(source: Source, inventory: Inventory) -> _Mismatch | None:
         )
     if missing := [name for name in inventory.state if name not in source.tensors]:
         return _Mismatch(
-            f"{_counted(missing, f'of {model} are missing')}, the first is {missing[0]}",
+            f"{_counted(missing, f'of {model} are missing')}, such as {missing[0]}",
             missing[0],
-            "the download is incomplete or config.json belongs to another model",
+            "the download is incomplete or config.json belongs to a different model",
         )
     if extra := sorted(source.tensors.keys() - inventory.state.keys()):
-        what = f"{_counted(extra, f'do not belong to {model}')}, the first is {extra[0]}"
+        what = f"{_counted(extra, f'do not belong to {model}')}, such as {extra[0]}"
         if all(_FUSED_COPY.search(name) for name in extra):
             again = "it was saved after fuse_qkv_projections() and has q, k and v twice: load and save it in diffusers"
             return _Mismatch(what, extra[0], again)
         return _Mismatch(
-            what, extra[0], "config.json belongs to another model, or an adapter was saved into the weights"
+            what,
+            extra[0],
+            "config.json belongs to a different model, or an adapter was saved into the weights",
         )
     for name, shape in inventory.state.items():
         if (found := source.tensors[name].shape) != shape:
-            what = f"{name} has shape {list(found)}, the config says {list(shape)}"
-            return _Mismatch(what, name, "config.json belongs to another model")
+            what = f"{name} has shape {list(found)}, but the config says {list(shape)}"
+            return _Mismatch(what, name, "config.json belongs to a different model")
     return None
 
 
@@ -86,10 +88,10 @@ def _counted(names: list[str], what: str) -> str:
 
 def _of_another_base(source: Source, inventory: Inventory, mismatch: _Mismatch) -> InputError:
     differing = differences(source.tensors, inventory.state)
-    values = "; ".join(f"{name} is {here} here and {there} in the base" for name, here, there in differing)
+    values = "; ".join(f"{name} is {here} here, but {there} in the base" for name, here, there in differing)
     return InputError(
-        f"{source.path}: not the model of the base {source.pipeline}: {values or mismatch.what}",
-        hint=f"the base is another variant{'' if values else ', or the file is incomplete'}; {BASE_HINT}",
+        f"{source.path}: does not match the base {source.pipeline}: {values or mismatch.what}",
+        hint=f"the base is a different variant{'' if values else ', or the file is incomplete'}; {BASE_HINT}",
         where=differing[0][0] if differing else mismatch.first,
         kind="wrong-base",
     )

@@ -65,7 +65,7 @@ class Include:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """In every module that matches `match`, `layers` (relative names) read the same activation."""
+    """A rule: in every module that matches `match`, `layers` (relative names) read the same activation."""
 
     match: str
     layers: tuple[str, ...]
@@ -94,7 +94,7 @@ def plan_model(
 ) -> ModelPlan:
     """The plan of one model. A model without a family file, or `family` "structural", gets a structural plan.
 
-    `supports` is the output format's say: None, or why it can't hold a layer; such a layer is kept at 16 bit.
+    `supports` is the output format's say: None, or why it can't hold a layer; such a layer is kept at 16 bits.
     `observe` runs an empty model (of a source with one denoiser) to see what its layers read; only a structural plan
     asks.
     Raises InputError when names and rules disagree, RecipeError for an override that matches nothing.
@@ -149,7 +149,7 @@ def plan_model(
 
 
 def _roles(source: Source, family: str, observe: Observation) -> Roles:
-    """Of every denoiser's layers, under their joint names. Denoisers of one class and config have the same."""
+    """Roles of every denoiser's layers, under their joint names. Denoisers of one class and config have the same."""
     known: dict[tuple[str, str], Roles] = {}
     found = Roles(frozenset(), frozenset(), ())
     for part in denoisers_of(source):
@@ -167,7 +167,7 @@ def _roles(source: Source, family: str, observe: Observation) -> Roles:
 
 
 def _family_of(source: Source, wanted: str) -> Family | None:
-    """None stands for a structural plan."""
+    """The family's rules; None for a structural plan."""
     match wanted:
         case "auto":
             return find_family(source.config)
@@ -204,9 +204,9 @@ def _resolve_rules(family: Family, inventory: Inventory, where: str) -> Roles:
     unmatched += sorted((w4a4 | w4a16) - present)
     if unmatched:
         raise InputError(
-            f"{where}: the rules of family {family.name!r} name {len(unmatched)} layers that this model lacks: "
+            f"{where}: the rules of family {family.name!r} name {len(unmatched)} layers that this model does not have: "
             f"{', '.join(unmatched[:3])}",
-            hint="an unknown variant of the family; --family structural plans it by its structure",
+            hint="an unknown variant of the family; --family structural chooses its layers from the module structure",
             where=unmatched[0],
             kind="unknown-family",
         )
@@ -214,9 +214,9 @@ def _resolve_rules(family: Family, inventory: Inventory, where: str) -> Roles:
     silent = [n for n in names if n not in spoken and not any(fnmatchcase(n, p) for p in family.keep)]
     if silent:
         raise InputError(
-            f"{where}: no rule of family {family.name!r} speaks of {len(silent)} linear layers: "
+            f"{where}: no rule of family {family.name!r} covers {len(silent)} linear layers: "
             f"{', '.join(silent[:3])}",
-            hint="an unknown variant of the family; --family structural plans it by its structure",
+            hint="an unknown variant of the family; --family structural chooses its layers from the module structure",
             where=silent[0],
             kind="unknown-family",
         )
@@ -224,7 +224,7 @@ def _resolve_rules(family: Family, inventory: Inventory, where: str) -> Roles:
 
 
 def block_prefixes(names: list[str], stack: str) -> list[str]:
-    """The paths of a stack's blocks, in order: transformer_blocks.0, transformer_blocks.1, ... `*` in `stack` stands
+    """The paths of a stack's blocks, in order: transformer_blocks.0, transformer_blocks.1, ... `*` in `stack` matches
     for one part of a path."""
     wanted = stack.split(".")
     found: dict[str, None] = {}
@@ -280,7 +280,7 @@ def _grouped(roles: Roles, rule: Group, inventory: Inventory) -> Roles:
     if not groups:
         raise RecipeError(
             f"layers: no module {rule.match!r} holds all of {', '.join(rule.layers)}",
-            hint="match names the module, group the layers in it: {match: blocks.*.attn, group: [to_q, to_k, to_v]}",
+            hint="match names the module, group its layers: {match: blocks.*.attn, group: [to_q, to_k, to_v]}",
             where=rule.match,
         )
     for names in quantized or groups:
@@ -296,7 +296,7 @@ def _grouped(roles: Roles, rule: Group, inventory: Inventory) -> Roles:
 def _no_group(names: list[str], rule: Group, why: str) -> RecipeError:
     return RecipeError(
         f"layers: {', '.join(names)} can't share an input: {why}",
-        hint="group only W4A4 layers that read the same activation; include them first where they are kept",
+        hint="group only W4A4 layers that read the same activation; include layers that are kept first",
         where=rule.match,
     )
 

@@ -43,7 +43,7 @@ def _plan_rule(layer: LayerOverride) -> LayerRule:
 
 def recipe_rules(plan: ModelPlan, inventory: Inventory) -> tuple[LayerOverride, ...]:
     """What a plan says of every layer, as rules to edit: which layers are quantized and how, which share an input,
-    which stay at 16 bit. Layers at the same place of every block are one rule."""
+    which stay at 16 bits. Layers at the same place of every block are one rule."""
     roles: dict[str, Role] = {linear.name: "kept" for linear in inventory.linears}
     roles |= {layer.name: "w4a4" for layer in plan.w4a4}
     roles |= {layer.name: "w4a16" for layer in plan.w4a16}

@@ -1,7 +1,7 @@
 """The structural plan: what becomes of the layers of a model that no family file describes.
 
 Layers of repeated blocks become W4A4, those among them that read conditioning vectors or only modulate W4A16. What
-chooses experts, networks that make the modulation of all blocks, and what stands outside the blocks stay at 16 bit. All
+chooses experts, networks that make the modulation of all blocks, and what is outside the blocks stay at 16 bits. All
 of this is seen in one forward pass (`trace_inputs`); where none could be run, every layer is taken alone, and names
 tell the modulation.
 """
@@ -18,7 +18,7 @@ from svdq_cli.records import SharedInput
 
 STRUCTURAL = "structural"  # the family name of such a plan
 
-# Why a layer of a block stays at 16 bit
+# Why a layer of a block stays at 16 bits
 ROUTER = "it chooses experts: an error there sends tokens to other weights"
 MAKES_CONDITIONS = "it makes the modulation of all blocks from timestep or guidance"
 
@@ -34,19 +34,17 @@ class Reading:
 
     source: int  # equal for layers that read the very same tensor
     tokens: int  # rows of one image; a conditioning vector has 1
-    of_image: bool = (
-        True  # the latents are among what it is computed from; False: of text or conditions alone
-    )
+    # the latents are among what it is computed from; False: of text or conditions alone
+    of_image: bool = True
     chooses: bool = False  # its output chooses experts
-    modulates: bool = (
-        False  # it reads conditioning vectors, or its output only scales, shifts or gates channels
-    )
+    # it reads conditioning vectors, or its output only scales, shifts or gates channels
+    modulates: bool = False
     conditions: bool = False  # many rows that come from timestep, guidance and the like alone
 
 
 @dataclass(frozen=True, slots=True)
 class Roles:
-    """Which layers are quantized and how, and which of them share an input. The rest stays at 16 bit."""
+    """How layers are quantized, and which of them share an input. The rest stays at 16 bits."""
 
     w4a4: frozenset[str]
     w4a16: frozenset[str]
@@ -58,7 +56,7 @@ class Roles:
 def structural_roles(inventory: Inventory, readings: Mapping[str, Reading] | None) -> Roles:
     """Roles of every layer by structure. `readings` None: no forward pass could be run.
 
-    1x1 convolutions stay at 16 bit unless a recipe includes them. Keys and values of text are treated as any other
+    1x1 convolutions stay at 16 bits unless a recipe includes them. Keys and values of text are treated as any other
     layer, however many blocks read the same text.
     """
     members = [
@@ -130,7 +128,7 @@ def shared_input(names: list[str]) -> SharedInput:
 
 
 def block_of(name: str, stacks: tuple[str, ...]) -> str | None:
-    """The block a layer stands in: "layers.3.attn.q" -> "layers.3"; None outside the stacks."""
+    """The block a layer is in: "layers.3.attn.q" -> "layers.3"; None outside the stacks."""
     for stack in stacks:
         if name.startswith(stack + "."):
             return f"{stack}.{name[len(stack) + 1 :].split('.')[0]}"

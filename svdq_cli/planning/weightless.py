@@ -1,7 +1,7 @@
 """Run a model whose weights have no memory on inputs that have values.
 
 On torch's meta device alone no value can be read, and many models read some: how long a text is, where the image's
-tokens stand, which expert a token goes to. Here the inputs are ordinary CPU tensors with values, only the weights are
+tokens are, which expert a token goes to. Here the inputs are ordinary CPU tensors with values, only the weights are
 on the meta device. What a large weight would compute is replaced by numbers from a fixed pool in the right shape;
 everything else (norms, attention, indices, masks) is computed. A model of any size runs in seconds, and no weight is
 read.

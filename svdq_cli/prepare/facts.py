@@ -29,7 +29,7 @@ from svdq_cli.source import Source, component_files
 
 
 def predicted_sizes(prepared: Prepared) -> ByteFacts:
-    """Of the first output."""
+    """Predicted sizes of the first output."""
     state = prepared.inventory.state
     return sizes_of(state, prepared.targets[0].bytes(state))
 
@@ -41,13 +41,13 @@ def inputs_of(prepared: Prepared, calibration: Path | None) -> tuple[Path, ...]:
 
 
 def sizes_of(state: Mapping[str, tuple[int, ...]], output: int) -> ByteFacts:
-    """`input` counts every tensor at 16 bit, whatever the source stores, so that the ratio means what it says."""
+    """`input` counts every tensor at 16 bits, whatever the source stores, so that the ratio means what it says."""
     count = 2 * sum(torch.Size(shape).numel() for shape in state.values())
     return ByteFacts(count, output, count / output)
 
 
 def other_components_bytes(source: Source) -> int:
-    """What is copied beside the quantized component: the pipeline's other components, or the base pipeline's."""
+    """The files copied next to the quantized component: the pipeline's other components, or the base pipeline's."""
     if source.pipeline is None:
         return 0
     return sum(file.stat().st_size for file in component_files(source.pipeline, skip=source.components))

@@ -93,7 +93,7 @@ def _with_column(recipe: Recipe, given: str | None, column: str) -> dict[str, st
     match named:
         case None:
             raise UsageError(
-                f"--prompt-column {column}: no prompts are named",
+                f"--prompt-column {column}: there is no --prompts",
                 hint="add --prompts FILE",
                 where="--prompt-column",
             )
@@ -108,7 +108,7 @@ def refuse_unused_prompts(recipe: Recipe, given: Mapping[str, object]) -> None:
     prompts = given.get("calibration.prompts")
     if prompts is not None and recipe.quantization.effort == "datafree":
         raise UsageError(
-            f"--prompts {prompts}: effort datafree does not calibrate, and would not read them",
+            f"--prompts {prompts}: effort datafree does not calibrate, so they would not be used",
             hint="leave --prompts out, or choose --effort fast, balanced or best",
             where="--prompts",
         )
@@ -122,7 +122,7 @@ def _outputs(recipe: Recipe, out: Path | None, formats: list[str]) -> list[Outpu
         raise UsageError("--format names one format twice", hint="name each format once")
     if len(recipe.outputs) > 1 and (out is not None or len(formats) != len(recipe.outputs)):
         raise UsageError(
-            f"the recipe names {len(recipe.outputs)} outputs, and -o or --format would replace them",
+            f"the recipe names {len(recipe.outputs)} outputs, but -o or --format would replace them",
             hint="leave the options out, or change outputs in the recipe",
         )
     named = recipe.outputs[0] if recipe.outputs else None
@@ -137,7 +137,7 @@ def _outputs(recipe: Recipe, out: Path | None, formats: list[str]) -> list[Outpu
 
 
 def parse_lora(text: str) -> Lora:
-    """`--lora PATH` or `--lora PATH:WEIGHT`. Raises UsageError for a weight that is no number."""
+    """`--lora PATH` or `--lora PATH:WEIGHT`. Raises UsageError for a weight that is not a number."""
     path, colon, weight = text.rpartition(":")
     if not colon or "/" in weight or "\\" in weight:  # the colon of a drive, or of a folder's name
         return lora_of(text)
@@ -169,7 +169,7 @@ def outputs_of(recipe: Recipe) -> tuple[Path, ...]:
         index = [output.path for output in recipe.outputs].index(None)
         raise UsageError(
             f"outputs[{index}] ({recipe.outputs[index].format}) has no path",
-            hint="give every output of the recipe its path: -o is for recipes with one output",
+            hint="give every output in the recipe a path: -o is for recipes with one output",
             where=f"outputs[{index}].path",
         )
     return paths

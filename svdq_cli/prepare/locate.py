@@ -1,4 +1,4 @@
-"""From what a user types as SOURCE to a folder on disk: a path, the embedded demo model, or a hub id."""
+"""From what a user types as SOURCE to a folder on disk: a path, the embedded demo model, or a Hub id."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from svdq_cli.storage.resources import cache_folder, demo_model_folder
 _OFFLINE = {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectionError", "ConnectError"}
 DEMO_SOURCES = ("demo", "demo:outliers")
 _HUB_ID = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
-# What a conversion reads and copies; single-file duplicates of the weights at a repository's top stay on the hub.
+# What a conversion reads and copies; single-file duplicates of the weights at a repository's top stay on the Hub.
 _HUB_FILES = (
     "model_index.json",
     SAMPLING_FILE,
@@ -31,8 +31,8 @@ _HUB_FILES = (
 
 
 def locate_source(text: str, *, beside: Path | None = None, revision: str | None = None) -> Path:
-    """The folder or file a SOURCE means. A hub id (`owner/name`, `owner/name@revision`) is downloaded, or taken from
-    the hub's cache.
+    """The folder or file a SOURCE means. A Hub id (`owner/name`, `owner/name@revision`) is downloaded, or taken from
+    the Hub's cache.
 
     Raises InputError (kind `not-found`) when it is nowhere.
     """
@@ -45,8 +45,8 @@ def locate_source(text: str, *, beside: Path | None = None, revision: str | None
         return found
     if os.path.islink(found):
         raise InputError(
-            f"{text}: a link to {os.readlink(found)}, which is not there",
-            hint="restore what the link leads to, or give the model's own path",
+            f"{text}: a link to {os.readlink(found)}, which does not exist",
+            hint="restore the target of the link, or give the model's own path",
             where=text,
             kind="not-found",
         )
@@ -57,14 +57,14 @@ def locate_source(text: str, *, beside: Path | None = None, revision: str | None
         f"{text}: no such file or folder",
         hint=f"did you mean the recipe {meant}? svdq recipes lists them all"
         if meant
-        else "give a diffusers pipeline folder, a .safetensors or .gguf file, a hub id such as owner/name, or demo",
+        else "give a diffusers pipeline folder, a .safetensors or .gguf file, a Hub id such as owner/name, or demo",
         where=text,
         kind="not-found",
     )
 
 
 def locate_base(text: str, *, beside: Path | None = None) -> Path:
-    """The folder of a base pipeline. Of a hub id all but the diffusion model's weights is fetched."""
+    """The folder of a base pipeline. Of a Hub id all but the diffusion model's weights is fetched."""
     found = user_path(find_source(text, beside))
     hub = _HUB_ID.fullmatch(text)
     if os.path.lexists(found) or hub is None:
@@ -79,13 +79,13 @@ def locate_file(text: str, *, beside: Path | None = None) -> Path:
 
 
 def portable_name(text: str, digest: str, *, beside: Path | None = None) -> str:
-    """What a SOURCE is called outside this machine: a hub id or demo by its name, a file or folder by its content."""
+    """What a SOURCE is called outside this machine: a Hub id or demo by its name, a file or folder by its content."""
     local = text not in DEMO_SOURCES and os.path.exists(user_path(find_source(text, beside)))
     return f"sha256:{digest}" if local else text
 
 
 def hub_id(text: str, *, beside: Path | None = None) -> str | None:
-    """The `owner/name` of a SOURCE on the hub, None for any other."""
+    """The `owner/name` of a SOURCE on the Hub, None for any other."""
     found = _HUB_ID.fullmatch(text)
     return found["name"] if found and not os.path.exists(user_path(find_source(text, beside))) else None
 
@@ -113,7 +113,7 @@ def _outlier_variant() -> Path:
             _make_outlier_variant(folder)
         except OSError as error:
             raise EnvironmentLacksError(
-                f"{cache}: the stress variant can't be kept there: {error.strerror}",
+                f"{cache}: the stress variant can't be stored there: {error.strerror}",
                 hint="set SVDQ_CACHE to a folder that you may write to",
                 where=str(cache),
             ) from error
@@ -132,12 +132,12 @@ def _make_outlier_variant(folder: Path) -> None:
 
 
 def _from_hub(name: str, revision: str | None, *, leave: tuple[str, ...] = ()) -> Path:
-    """Download a pipeline, or find it in the hub's cache. `leave` are patterns of files that are not wanted."""
+    """Download a pipeline, or find it in the Hub's cache. `leave` are patterns of files that are not wanted."""
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise EnvironmentLacksError(
-            f"{name} looks like a hub id, and huggingface_hub is not installed",
+            f"{name} looks like a Hub id, but huggingface_hub is not installed",
             hint="pip install huggingface_hub, or give a local folder",
         ) from error
     try:
@@ -146,10 +146,10 @@ def _from_hub(name: str, revision: str | None, *, leave: tuple[str, ...] = ()) -
                 name, revision=revision, allow_patterns=list(_HUB_FILES), ignore_patterns=list(leave)
             )
         )
-    except Exception as error:  # the hub's client raises many kinds: offline, gated, missing, rate limits
+    except Exception as error:  # the Hub's client raises many kinds: offline, gated, missing, rate limits
         wanted = f"{name}@{revision}" if revision else name
         raise InputError(
-            f"{wanted}: neither a local path nor to be had from the hub: {_hub_reason(error)}",
+            f"{wanted}: not a local path, and not available from the Hub: {_hub_reason(error)}",
             hint=_hub_cure(name, error),
             where=name,
             kind="not-found",
@@ -165,25 +165,25 @@ def _from_hub(name: str, revision: str | None, *, leave: tuple[str, ...] = ()) -
 
 
 def _hub_reason(error: Exception) -> str:
-    """What the hub client's error means, in words; its own first line for a kind that is not known here."""
+    """What the Hub client's error means, in words; its own first line for a kind that is not known here."""
     kinds = {kind.__name__ for kind in type(error).__mro__}
     if "GatedRepoError" in kinds:
-        return "its license has to be accepted first"
+        return "its license must be accepted first"
     if "RevisionNotFoundError" in kinds:
-        return "it has no such revision"
+        return "there is no such revision"
     if "RepositoryNotFoundError" in kinds:
         return "there is no such repository, or it is private"
     if kinds & _OFFLINE:
-        return "it is not in the hub's cache here, and the hub can't be reached"
+        return "it is not in the local Hub cache, and the Hub can't be reached"
     said = str(error).strip().splitlines()
     return f"{type(error).__name__}: {said[0] if said else 'no reason given'}"
 
 
 def _hub_cure(name: str, error: Exception) -> str:
-    """What to do about the hub client's error. Its kinds are told by name: they have moved between its versions."""
+    """What to do about the Hub client's error. Its kinds are told by name: they have moved between its versions."""
     kinds = {kind.__name__ for kind in type(error).__mro__}
     if "GatedRepoError" in kinds:
-        return f"accept the licence at https://huggingface.co/{name} and run `hf auth login`"
+        return f"accept the license at https://huggingface.co/{name} and run `hf auth login`"
     if "RevisionNotFoundError" in kinds:
         return "check the revision: a branch, a tag or a commit of that repository"
     if "RepositoryNotFoundError" in kinds:

@@ -1,4 +1,4 @@
-"""What a run is told beside its recipe."""
+"""Options of a run that are not part of its recipe."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class RunOptions:
     device: str = "auto"
     overwrite: bool = False
     beside: Path | None = None  # the recipe's folder, for relative paths in it
-    work: Path | None = None  # where unfinished work is kept; None: beside the first output
-    resume: bool = False  # go on with the work that is kept there
+    work: Path | None = None  # where unfinished work is kept; None: next to the first output
+    resume: bool = False  # continue with the work that is kept there
     max_ram: int | None = None  # bytes this process may take; None: what the machine has free
     max_vram: int | None = None  # the same of the GPU's memory
     team: Team = ALONE  # the processes that share the work

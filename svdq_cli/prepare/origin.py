@@ -1,7 +1,7 @@
 """Is a 16-bit model the one that a checkpoint was made from? Its digest says so, and so do those of LoRAs.
 
-`svdq check` and `svdq eval` ask before they compare anything: a good checkpoint beside another model, or beside its own
-model without the LoRA that was folded in, would otherwise look like a bad one.
+`svdq check` and `svdq eval` ask before they compare anything: a good checkpoint compared with another model, or with
+its own model without the LoRA that was folded in, would otherwise look like a bad one.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Origin:
 
     `source`: the model with the LoRAs of the checkpoint merged, as far as they were given or found.
     `same`: whether that is what the checkpoint was made from, by its digest; None where the checkpoint records none.
-    `found`: LoRAs that nobody gave, and whose files were found by their digests.
+    `found`: LoRAs that were not given, but whose files were found by their digests.
     `objection`, `hint`: why it is another model and what to do, for people; None where nothing speaks against it.
     `note`: what else to know of the comparison.
     `digest`: sha256 of `source` (`source_digest`), where it was computed.
@@ -70,7 +70,7 @@ class Origin:
     def notes(self) -> tuple[str, ...]:
         """What to say of the comparison before its figures; empty where there is nothing to say."""
         read = [
-            f"{lora.name}:{lora.weight:g} was {lora.how}, and is merged into the 16-bit model here"
+            f"{lora.name}:{lora.weight:g} was {lora.how}, so it is merged into the 16-bit model here"
             for lora in self.found
         ]
         spoken = f"{self.objection}; {self.hint}" if self.objection else None
@@ -113,7 +113,7 @@ def origin_of(checkpoint: Checkpoint, recipe: Recipe, options: RunOptions) -> Or
                 source,
                 same=False,
                 found=names,
-                objection=f"{lost.name} is given here as another file than the one that was {lost.how}",
+                objection=f"{lost.name} is not the same file as the one that was {lost.how}",
                 hint=f"give the file with sha256 {str(lost.sha256)[:12]}",
             )
         return Origin(
@@ -121,7 +121,7 @@ def origin_of(checkpoint: Checkpoint, recipe: Recipe, options: RunOptions) -> Or
             same=False,
             found=names,
             objection=f"the checkpoint holds the LoRA {lost.name} (weight {lost.weight:g}, {lost.how}), "
-            f"and {source.path} is compared without it",
+            f"but {source.path} is compared without it",
             hint=f"add {lost.option}",
         )
     if wrong := next((lora for lora, index in pairs.items() if given[index][0].weight != lora.weight), None):
@@ -130,7 +130,7 @@ def origin_of(checkpoint: Checkpoint, recipe: Recipe, options: RunOptions) -> Or
             same=False,
             found=names,
             objection=f"{wrong.name} was {wrong.how} with weight {wrong.weight:g}, "
-            f"and is given here with {given[pairs[wrong]][0].weight:g}",
+            f"but is given here with {given[pairs[wrong]][0].weight:g}",
             hint=f"give it as {wrong.option}",
         )
     extra = [lora.path for index, (lora, _) in enumerate(given) if index not in pairs.values()]
@@ -150,7 +150,8 @@ def _as_converted(source: Source, checkpoint: Checkpoint) -> Source:
 def _judged(
     checkpoint: Checkpoint, before: Source, source: Source, found: tuple[NamedLora, ...], extra: Sequence[str]
 ) -> Origin:
-    """By the digest; where that differs, by the weights. `before`: without the LoRAs that were folded in later."""
+    """Whether a source is the checkpoint's: by the digest; where that differs, by the weights. `before`: without the
+    LoRAs that were folded in later."""
     recorded = (checkpoint.provenance or {}).get("source_sha256")
     if not isinstance(recorded, str):
         return Origin(source, same=None, found=found)
@@ -161,18 +162,18 @@ def _judged(
     # The same model as float32 and as bfloat16 has two digests. Its weights are the same to a rounding.
     differs = first_difference(checkpoint, source)
     if differs is None:
-        note = f"{source.path} has another digest than the model it was made from, and the same weights to a rounding"
+        note = f"{source.path} has, up to rounding, the weights that the checkpoint was made from, but another digest"
         return Origin(source, same=False, found=found, note=note, digest=known)
     other = f", and the checkpoint holds no LoRA {PurePath(extra[0]).name}" if extra else ""
     return Origin(
         source,
         same=False,
         found=found,
-        objection=f"{source.path} is another 16-bit model than the one it was made from (sha256 {digest[:12]}, "
-        f"and it was made from {recorded[:12]}; {differs} differs){other}",
+        objection=f"{source.path} is not the 16-bit model that the checkpoint was made from (sha256 {digest[:12]}, "
+        f"not {recorded[:12]}; {differs} differs){other}",
         hint="leave the LoRA out"
         if extra
-        else "give the model that it was made from; svdq inspect shows what it records",
+        else "give the model that the checkpoint was made from; svdq inspect shows its record",
         digest=known,
     )
 
@@ -222,7 +223,7 @@ def _entries(listed: object, name_key: str) -> Iterator[tuple[str, float, str | 
 
 
 def _matched(needed: Sequence[NamedLora], given: Sequence[tuple[Lora, str]]) -> dict[NamedLora, int]:
-    """Which of the LoRAs that were given stands for which that is needed: by digest, else by name."""
+    """Pair the LoRAs that are needed with those given: by digest, else by name."""
     pairs: dict[NamedLora, int] = {}
     for lora in needed:
         for index, (candidate, digest) in enumerate(given):
@@ -246,7 +247,7 @@ def _find(lora: NamedLora, checkpoint: Checkpoint, recipe: Recipe, options: RunO
 
 
 def _reported_places(lora: NamedLora, checkpoint: Checkpoint) -> Iterator[Path]:
-    """From the report next to the checkpoint: of `svdq lora`, or of the conversion."""
+    """Paths of LoRAs in the report next to the checkpoint, written by `svdq lora` or by the conversion."""
     report = report_path(checkpoint.source.path, checkpoint.format)
     if not report.is_file() or report.stat().st_size > _MAX_REPORT:
         return

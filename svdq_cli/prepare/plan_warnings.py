@@ -1,4 +1,4 @@
-"""What a user is to know of a plan: how it was made, and which weights stay at 16 bit, and why."""
+"""What a user is to know of a plan: how it was made, and which weights stay at 16 bits, and why."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from svdq_cli.planning.inventory import Inventory
 from svdq_cli.planning.structure import STRUCTURAL
 from svdq_cli.records import Linear, ModelPlan
 
-_MANY_WEIGHTS = 0.05  # of all, from which on it is said that they stay at 16 bit
+_MANY_WEIGHTS = 0.05  # of all, from which on it is said that they stay at 16 bits
 
 
 def plan_warnings(plan: ModelPlan, inventory: Inventory) -> tuple[str, ...]:
-    """The same for `inspect`, `convert --plan` and `convert`."""
+    """Warnings about a plan, shared by `inspect`, `convert --plan` and `convert`."""
     structural = [_structural_warning(plan)] if plan.family == STRUCTURAL else []
     return (*structural, *_kept_in_blocks(plan, inventory), *_weights_without_a_layer(plan, inventory))
 
 
 def _structural_warning(plan: ModelPlan) -> str:
     return (
-        f"svdq has no family file for {plan.model_class}: it is planned by its structure"
+        f"svdq has no family file for {plan.model_class}: its layers were chosen from the module structure"
         + (
-            ", and no forward pass showed which layers share an input or are modulation"
+            ", without a forward pass that shows which layers share an input or are modulation"
             if plan.by_names
             else ""
         )
-        + "; svdq init writes the plan as rules to check and edit"
+        + "; svdq init writes them as rules to check and edit"
     )
 
 
 def _kept_in_blocks(plan: ModelPlan, inventory: Inventory) -> Iterator[str]:
-    """A warning for each reason why layers of blocks stay at 16 bit."""
+    """A warning for each reason why layers of blocks stay at 16 bits."""
     places = places_of([linear.name for linear in inventory.linears])
     by_reason: dict[str, list[Linear]] = defaultdict(list)
     for linear in plan.kept:
@@ -43,7 +43,7 @@ def _kept_in_blocks(plan: ModelPlan, inventory: Inventory) -> Iterator[str]:
         share = sum(linear.in_features * linear.out_features for linear in linears) / plan.parameters
         count = "1 block layer" if len(linears) == 1 else f"{len(linears)} block layers"
         yield (
-            f"{count} ({share:.1%} of the weights) kept at 16 bit, the first is {linears[0].name}"
+            f"{count} ({share:.1%} of the weights) kept at 16 bits, such as {linears[0].name}"
             f"{': ' if reason else ''}{reason}"
         )
 
@@ -57,6 +57,6 @@ def _weights_without_a_layer(plan: ModelPlan, inventory: Inventory) -> Iterator[
         largest = max(stacked, key=lambda name: stacked[name])
         yield (
             f"{share:.0%} of the weights are {len(stacked)} stacked tensors of experts or the like, which are no "
-            f"linear layers, so that no output format holds them in 4 bits: they stay at 16 bit. The largest is "
+            f"linear layers, so that no output format holds them in 4 bits: they stay at 16 bits. The largest is "
             f"{largest} {list(inventory.state[largest])}"
         )

@@ -77,7 +77,7 @@ def prepare(
     sampling = sampling_for(recipe, source, beside=beside) if calibrates else None
     if recipe.components and all(fmt.single_file for fmt in formats):
         raise UsageError(
-            f"components: {', '.join(recipe.components)} would be lost: single files hold no text encoder",
+            f"components: {', '.join(recipe.components)} would be lost: single files can't hold a text encoder",
             hint="drop components, or add an output in format nunchaku-lite",
             where="components",
         )
@@ -157,13 +157,13 @@ def warnings_of(prepared: Prepared, *, data_free: bool) -> tuple[str, ...]:
     found = list(prepared.source.warnings)
     if prepared.source.pipeline is None and not all(t.format.single_file for t in prepared.targets):
         found.append(
-            f"{prepared.source.path} is no whole pipeline, and so the output is only its {prepared.source.component}; "
+            f"{prepared.source.path} is not a whole pipeline, so the output is only its {prepared.source.component}; "
             "name the pipeline it belongs to with --base"
         )
     found += _denoisers_left_out(prepared.source)
     if data_free:
         cure = (
-            "--effort fast, balanced or best calibrates"
+            "use --effort fast, balanced or best to calibrate"
             if prepared.recipe.quantization.effort == "datafree"
             else "name prompts with --prompts or a recipe, or give --calib"
         )
@@ -183,6 +183,6 @@ def _denoisers_left_out(source: Source) -> Iterator[str]:
             continue
         size = sum(file.stat().st_size for file in (source.pipeline / name).glob("*.safetensors"))
         yield (
-            f"{name} ({kind}, {size / 1e9:.2f} GB), another denoiser of the pipeline, is not converted: it stays as "
+            f"{name} ({kind}, {size / 1e9:.2f} GB), a second denoiser of the pipeline, is not converted: it stays as "
             f"it is in {source.pipeline}"
         )

@@ -34,9 +34,9 @@ class ChosenPrompts:
 
 
 def chosen_prompts(recipe: Recipe, options: RunOptions, observe: Observer) -> ChosenPrompts:
-    """Of a recipe whose settings are filled in (`with_model_sampling`). Read once per run and carried from there on
-    (`Prepared.prompts`): a file may change, and a data set on the hub takes its time. A note says what was read.
-    UsageError for a recipe that names none."""
+    """The prompts of a recipe whose settings are filled in (`with_model_sampling`). Read once per run and carried from
+    there on (`Prepared.prompts`): a file may change, and a data set on the Hub takes its time. A note says what was
+    read. UsageError for a recipe that names none."""
     wanted = recipe.calibration
     if wanted is None or wanted.prompts is None or wanted.samples is None:
         raise UsageError("the recipe names no calibration prompts", hint="give --prompts FILE")

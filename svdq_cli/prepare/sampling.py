@@ -76,7 +76,7 @@ def sampling_for(recipe: Recipe, source: Source, *, beside: Path | None = None) 
 
 
 def usual_sampling(source: Source) -> Sampling:
-    """How a model is sampled where nobody says anything else."""
+    """How a model is sampled by default."""
     return sampling_for(default_recipe("model", calibration=Calibration()), source)
 
 

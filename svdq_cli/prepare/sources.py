@@ -46,8 +46,8 @@ def _with_denoiser(source: Source, wanted: str | None) -> Source:
     told = known[1] if _LOW_NOISE.search(source.path.stem) else known[0]
     others = [name for name in known if name != told]
     said = (
-        f"{source.path} holds one of the {len(known)} denoisers of {source.pipeline}, and is taken for {told}; if it "
-        f"is {' or '.join(others)}, say so with --denoiser {others[0]}"
+        f"{source.path} holds one of the {len(known)} denoisers of {source.pipeline}, taken to be {told}; if it "
+        f"is {' or '.join(others)}, add --denoiser {others[0]}"
     )
     return replace(source, component=told, warnings=(*source.warnings, said))
 

@@ -76,11 +76,11 @@ def _refuse_cleverness(text: str, where: str) -> None:
     for event in cast("Iterable[yaml.Event]", yaml.parse(text, Loader=yaml.SafeLoader)):  # pyright: ignore[reportUnknownMemberType]
         line = event.start_mark.line + 1
         if getattr(event, "anchor", None):  # an alias carries the name of its anchor
-            raise _error(where, line, "anchors and aliases are not read", "write the value out")
+            raise _error(where, line, "anchors and aliases are not supported", "write out the value")
         if tag := getattr(event, "tag", None):
-            raise _error(where, line, f"the tag {tag!r} is not read", "write the plain value")
+            raise _error(where, line, f"the tag {tag!r} is not supported", "write the plain value")
         if isinstance(event, yaml.ScalarEvent) and any("\ud800" <= mark <= "\udfff" for mark in event.value):
-            raise _error(where, line, "half of a character (\\ud800 to \\udfff)", "write the whole character")
+            raise _error(where, line, "half a character (\\ud800 to \\udfff)", "write the whole character")
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > MAX_DEPTH:
             raise _error(where, line, f"nested deeper than {MAX_DEPTH} levels", "is this a recipe?")
@@ -126,7 +126,9 @@ def _key(node: yaml.Node, where: str) -> str:
     if isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:str":
         return node.value
     shown = f"{node.value!r} is" if isinstance(node, yaml.ScalarNode) else "a list or section is"
-    raise _error(where, node.start_mark.line + 1, f"{shown} no key", "keys of a recipe are words")
+    raise _error(
+        where, node.start_mark.line + 1, f"{shown} not a valid key", "keys of a recipe must be words"
+    )
 
 
 def _error(where: str, line: int, message: str, hint: str | None) -> RecipeError:

@@ -28,7 +28,7 @@ _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 CONDITION_PATTERN = rf"^\s*(>=|<=|==|!=|>|<)\s*({_NUMBER})\s*$"
 
 _PER_IMAGE = [key for key, metric in IMAGE_METRICS.items() if metric.kind != "all images"]
-# What a gate may speak of -> where the figure stands in the JSON of `svdq convert`, `svdq eval` or `svdq bench`.
+# What a gate may speak of -> where the value is in the JSON of `svdq convert`, `svdq eval` or `svdq bench`.
 METRICS: dict[str, str] = {
     **{f"{figure}.{part}": f"{figure}.{part}" for figure in _PER_IMAGE for part in ("mean", "min", "max")},
     **{key: f"{key}.mean" if key in _PER_IMAGE else key for key in IMAGE_METRICS},
@@ -75,11 +75,12 @@ class Gate:
 def parse_gate(metric: str, condition: str) -> Gate:
     """A gate of a recipe: the condition that must hold. Raises UsageError."""
     if metric not in METRICS:
-        raise UsageError(f"unknown figure {metric!r}", hint=nearest(metric, METRICS))
+        raise UsageError(f"unknown metric {metric!r}", hint=nearest(metric, METRICS))
     found = re.match(CONDITION_PATTERN, condition)
     if found is None or not math.isfinite(float(found[2])):
         raise UsageError(
-            f"{condition!r} is no condition on {metric}", hint='write it like ">= 20" (>=, >, <=, <, ==, !=)'
+            f"{condition!r} is not a condition on {metric}",
+            hint='write it like ">= 20" (>=, >, <=, <, ==, !=)',
         )
     return Gate(metric, cast(Operator, found[1]), float(found[2]))
 
@@ -88,13 +89,13 @@ def parse_fail_if(text: str) -> Gate:
     """`--fail-if "psnr_db<20"`: the condition that must NOT hold, so the gate is its opposite. Raises UsageError."""
     found = re.match(r"\s*([A-Za-z_][\w.]*)(.*)", text, re.DOTALL)
     if found is None:
-        raise UsageError(f"--fail-if {text!r} names no figure", hint='write it like "psnr_db<20"')
+        raise UsageError(f"--fail-if {text!r} does not name a metric", hint='write it like "psnr_db<20"')
     gate = parse_gate(found[1], found[2])
     return Gate(gate.metric, _OPPOSITE[gate.operator], gate.bound)
 
 
 def section_of(gate: Gate) -> str:
-    """The report's key under which a gate's figure stands: "lpips" for `lpips.max`."""
+    """The report's key of a gate's metric: "lpips" for `lpips.max`."""
     return METRICS[gate.metric].partition(".")[0]
 
 

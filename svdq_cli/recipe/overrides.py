@@ -24,9 +24,7 @@ def with_overrides(recipe: Recipe, values: Mapping[str, object]) -> Recipe:
         unused = [key for key in given if key.startswith("calibration.")]
         # The seed of a search is one of calibration too, where there is any.
         if refused := [option_of(key) for key in unused if key != "calibration.seed"]:
-            raise UsageError(
-                f"{', '.join(refused)}: nothing is calibrated without prompts", hint="add --prompts FILE"
-            )
+            raise UsageError(f"{', '.join(refused)}: these options need --prompts", hint="add --prompts FILE")
         given = {key: value for key, value in given.items() if key not in unused}
     if given.get("quantization.effort") == "datafree":
         given = {"quantization.smoothing": None, **given}

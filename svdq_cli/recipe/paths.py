@@ -17,7 +17,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w-]*")
 
 
 def user_path(text: str | Path) -> Path:
-    """A path as people write it, `~` for their home; as it stands where no home is known."""
+    """A path as people write it, `~` for their home; as it is where no home is known."""
     return Path(os.path.expanduser(text))
 
 
@@ -37,14 +37,14 @@ def find_prompts(path: str | Path, beside: Path | None) -> Path:
     ships = "or calib_prompts/general.txt, which ships with svdq"
     if _reads_like_a_prompt(str(path)):
         raise InputError(
-            f"no prompt file {str(path)!r}: it reads like a prompt, and a file of prompts is wanted",
-            hint=f"write it into a text file, one prompt a line, and give that file, {ships}",
+            f"no prompt file {str(path)!r}: this looks like a prompt, but a prompt file is expected",
+            hint=f"save it in a text file, one prompt a line, and give that file, {ships}",
             where=str(path),
             kind="not-found",
         )
-    hub = "; a data set on the hub also needs --prompt-column" if _HUB_ID.fullmatch(str(path)) else ""
+    hub = "; a data set on the Hub also needs --prompt-column" if _HUB_ID.fullmatch(str(path)) else ""
     raise InputError(
-        f"no prompt file {str(path)!r} (looked at: {looked})",
+        f"no prompt file {str(path)!r} (looked in: {looked})",
         hint=f"give a text file with one prompt a line, a table, a folder of captions, {ships}{hub}",
         where=str(path),
         kind="not-found",
@@ -57,7 +57,7 @@ def _reads_like_a_prompt(text: str) -> bool:
 
 
 def find_source(source: str, beside: Path | None) -> str:
-    """The source with a relative path made good; a hub id, `demo`, or a path that is nowhere comes back unchanged."""
+    """The source with a relative path made good; a Hub id, `demo`, or a path that is nowhere comes back unchanged."""
     for place in _input_places(Path(source), beside):
         if os.path.exists(place):  # False, too, for what the system takes for no name
             return str(place)

@@ -63,7 +63,7 @@ def _without_tag(location: Location) -> Location:
 
 def _missing(location: Location) -> Problem:
     if location == ("version",):
-        return Problem(location, "the recipe does not say its 'version'", "add the line: version: 1")
+        return Problem(location, "the recipe has no 'version'", "add the line: version: 1")
     return Problem(location, f"{str(location[-1])!r} is missing")
 
 
@@ -73,7 +73,7 @@ def _not_one_of(value: object, valid: list[str]) -> tuple[str, str]:
 
 
 _HINTS = {
-    "string_too_long": "is this what was meant to stand here?",
+    "string_too_long": "is this the intended value?",
     "string_unicode": "rename the file, or give another",
 }
 _TYPES = {

@@ -34,7 +34,7 @@ def load_recipe(path: str | Path) -> Recipe:
 
 
 def parse_recipe(text: str, where: str) -> Recipe:
-    """Parses a recipe's text; `where` stands for it in messages. Raises RecipeError naming every wrong line."""
+    """Parses a recipe's text; `where` names it in messages. Raises RecipeError naming every wrong line."""
     document = read_document(text, where)
     try:
         return Recipe.model_validate(document.content)
@@ -69,7 +69,7 @@ def _sentence(problem: Problem, document: Document) -> str:
     """`file:line: unknown key 'smoth' in quantization`, `file:line: quantization.rank: must be ...`."""
     start = f"{document.where}:{document.line(problem.location)}: "
     at = document.inside(problem.location)
-    if problem.message.startswith(("unknown key", "unknown figure")):
+    if problem.message.startswith(("unknown key", "unknown metric")):
         return f"{start}{problem.message} in {_name(at[:-1]) or 'the recipe'}"
     if (
         at != problem.location

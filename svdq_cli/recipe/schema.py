@@ -57,7 +57,7 @@ else:
 
 def _without_nul(value: str) -> str:
     if "\0" in value:
-        hint = "write it without \\0: no file name and no layer has one"
+        hint = "remove \\0: no file name and no layer name contains it"
         raise PydanticCustomError("nul", "must not hold a NUL character", {"hint": hint})
     return value
 
@@ -131,37 +131,37 @@ class Lora(Section):
     path: Text
     """A LoRA's .safetensors file, or the folder that peft saved it in."""
     weight: float = 1.0
-    """How strong it is: 1 is as it was trained."""
+    """Strength: 1 is as trained."""
 
 
 class Model(Section):
-    """What is converted."""
+    """The model to convert."""
 
     source: Text
-    """A diffusers pipeline folder, a .safetensors or .gguf checkpoint, a hub id, demo or demo:outliers."""
+    """A diffusers pipeline folder, a .safetensors or .gguf checkpoint, a Hub id, demo or demo:outliers."""
     base: Text | None = None
-    """The pipeline (folder or hub id) with the parts that a single-file source lacks."""
+    """The pipeline (folder or Hub id) with the parts that a single-file source lacks."""
     denoiser: Text | None = None
-    """The one to convert of a pipeline's several, or the one that a file holds; a pipeline's all when absent."""
+    """Which denoiser of a pipeline with several to convert, or which one a file holds; all of them when absent."""
     family: Text = "auto"
-    """The model family; auto reads it off the model's own config."""
+    """The model family; auto detects it from the model's config."""
     dtype: Literal["bfloat16", "float16"] = "bfloat16"
     """The 16-bit type of everything that is not quantized."""
     revision: Text | None = None
-    """The revision of a hub id: a branch, tag or commit."""
+    """The revision of a Hub id: a branch, tag or commit."""
     loras: Annotated[tuple[Lora, ...], Field(strict=False)] = ()
-    """LoRAs that are merged first, in this order: {path, weight}."""
+    """LoRAs to merge before the conversion, in this order: {path, weight}."""
 
 
 class DatasetPrompts(Section):
-    """Prompts out of a data set, read through `datasets`."""
+    """Prompts from a data set, read with `datasets`."""
 
     dataset: Text
-    """A hub name, MJHQ-30K, sDCI or PartiPrompts, or the path of a local .csv, .tsv, .json, .jsonl or .parquet file."""
+    """A Hub name, MJHQ-30K, sDCI or PartiPrompts, or the path of a local .csv, .tsv, .json, .jsonl or .parquet file."""
     config: Text | None = None
-    """The configuration, for data sets that have several."""
+    """The configuration, for data sets with several."""
     split: Text | None = None
-    """The split to read; train, or the only one there is, when absent."""
+    """The split to read; train, or the only one, when absent."""
     column: Text | None = None
     """The column that holds the prompt; prompt, caption, text or another usual name when absent."""
 
@@ -177,40 +177,40 @@ Prompts = Annotated[
 
 
 class Calibration(Section):
-    """The prompts that are drawn with the 16-bit model to see its activations."""
+    """Prompts for which the 16-bit model generates images, to record its activations."""
 
     prompts: Prompts | None = None
-    """A text file with one prompt a line, or {dataset, config, split, column}; suiting the model when absent."""
+    """A text file with one prompt a line, or {dataset, config, split, column}; one that fits the model when absent."""
     samples: Count | None = None
-    """How many prompts are sampled; 64 when absent, 96 for models of few steps."""
+    """Number of prompts; 64 when absent, 96 for models with few steps."""
     steps: Count | None = None
-    """Denoising steps for each; the model's own when absent, at most 20."""
+    """Denoising steps per image; the model's own when absent, at most 20."""
     guidance: Annotated[float, Field(ge=0)] | None = None
     """Guidance scale; the model's own when absent."""
     true_cfg: Annotated[float, Field(ge=0)] | None = None
-    """Scale of guidance with a second, negative pass; the model's own when guidance is absent too."""
+    """Scale of true guidance, with a second, negative pass; the model's own when guidance is absent too."""
     height: Pixels | None = None
-    """Picture height in pixels; the model's own when absent."""
+    """Image height in pixels; the model's own when absent."""
     width: Pixels | None = None
-    """Picture width in pixels; the model's own when absent."""
+    """Image width in pixels; the model's own when absent."""
     seed: Seed = 0
-    """Seed of the first picture's noise; the next picture has the next seed."""
+    """Seed of the first image's noise; the next image has the next seed."""
     max_sequence_length: Count | None = None
-    """Text tokens a prompt is padded to, where the pipeline has a choice."""
+    """Number of text tokens that prompts are padded to, if the pipeline has a choice."""
     image: Text | None = None
-    """A picture, or a folder of pictures, for pipelines that edit; prompt i reads picture i."""
+    """An image, or a folder of images, for pipelines that edit images; prompt i uses image i."""
     mask: Text | None = None
-    """The same for the mask of pipelines that fill in."""
+    """A mask, or a folder of masks, for inpainting pipelines; prompt i uses mask i."""
     strength: Annotated[float, Field(gt=0, le=1)] | None = None
-    """How much of the image is made anew, for image-to-image pipelines; the pipeline's own when absent."""
+    """How much the image is changed, for image-to-image pipelines; the pipeline's own when absent."""
     frames: Count | None = None
-    """Frames a video, for pipelines that draw videos; the pipeline's own when absent."""
+    """Frames per video, for pipelines that generate videos; the pipeline's own when absent."""
     batch_size: Count | None = None
-    """Prompts sampled at once, speed for memory; 1 when absent, more for very small models."""
+    """Images generated at once: faster, but more memory; 1 when absent, more for very small models."""
     rows: Count = 4096
-    """Activation rows kept of every layer input, for the search."""
+    """Activation rows kept for each layer input, for the search."""
     size_budget: SizeBudget = "20GB"
-    """Bytes that the statistics may take: fewer rows are kept where all of them would take more."""
+    """Limit of the bytes of the statistics: fewer rows are kept if all of them would take more."""
 
     @property
     def size_bytes(self) -> int:
@@ -221,22 +221,22 @@ class Calibration(Section):
 
 
 class Quantization(Section):
-    """What the weights become, and how hard that is searched for."""
+    """The 4-bit format of the weights, and the effort of the search."""
 
     precision: Literal["int4", "nvfp4"] = "int4"
     """int4 (any tensor-core GPU) or nvfp4 (Blackwell)."""
     effort: Effort = DEFAULT_EFFORT
     """datafree (no calibration), fast, balanced or best."""
     smoothing: Smoothing | None = None
-    """none, closed-form or grid, from where the search starts; chosen by the effort when absent."""
+    """none, closed-form or grid: the start of the search; the effort's choice when absent."""
     search: Annotated[tuple[SearchStep, ...] | None, Field(strict=False)] = None
-    """Steps beyond the paper's, of means, learned, gptq, scales (with gptq) and refit; the effort's when absent."""
+    """Search steps beyond the paper's: means, learned, gptq, scales (with gptq), refit; the effort's when absent."""
     refinements: Annotated[int, Field(ge=0, le=20)] = 4
-    """Without calibration: rounds, at most, in which branch and codes are fitted to what the other leaves."""
+    """Without calibration: the maximum of rounds in which branch and codes are fitted to each other's residual."""
     rank: Rank = DEFAULT_RANK
     """Rank of the 16-bit branch: a multiple of 16, or auto (searched per layer)."""
     size_budget: SizeBudget | None = None
-    """Bytes the weights may take, such as 6.5GB: the layers that lose the most quality per byte stay at 16 bit."""
+    """Size limit of the weights, such as 6.5GB: the layers that lose the most quality per byte stay at 16 bits."""
     seed: Seed = 0
     """Seed of the randomized search."""
 
@@ -245,7 +245,7 @@ class Quantization(Section):
         if self.effort == "datafree" and self.smoothing not in (None, "none"):
             raise PydanticCustomError(
                 "at_key",
-                "{smoothing} smoothing needs calibration, which effort datafree goes without",
+                "{smoothing} smoothing needs calibration, but effort datafree does not calibrate",
                 {
                     "key": "smoothing",
                     "smoothing": self.smoothing,
@@ -259,7 +259,7 @@ class Quantization(Section):
         if self.search is not None and "scales" in self.search and "gptq" not in self.search:
             raise PydanticCustomError(
                 "at_key",
-                "scales are searched inside GPTQ, which search leaves out",
+                "scales are searched within GPTQ, which is not in search",
                 {"key": "search", "hint": "add gptq, or drop scales"},
             )
         return self
@@ -299,7 +299,7 @@ class RankOverride(Section):
 
 
 class KeepOverride(Section):
-    """Layers that stay at 16 bit."""
+    """Layers that stay at 16 bits."""
 
     match: Pattern
     """Glob over layer names."""
@@ -307,7 +307,7 @@ class KeepOverride(Section):
 
 
 class SkipOverride(Section):
-    """Modules that stay at 16 bit with all their layers."""
+    """Modules whose layers all stay at 16 bits."""
 
     match: Pattern
     """Glob over module names, for example transformer_blocks.0."""
@@ -315,7 +315,7 @@ class SkipOverride(Section):
 
 
 class IncludeOverride(Section):
-    """Layers that are quantized although the family, or the model's structure, says otherwise."""
+    """Layers to quantize although the family, or the model's structure, would not."""
 
     match: Pattern
     """Glob over layer names."""
@@ -327,7 +327,7 @@ class GroupOverride(Section):
     """W4A4 layers that read the same activation: they share statistics and a smoothing factor."""
 
     match: Pattern
-    """Glob over the modules that hold the layers, for example transformer_blocks.*.attn; a part of a path a star."""
+    """Glob over modules, for example transformer_blocks.*.attn; a star matches one part of a path."""
     group: Annotated[tuple[Text, ...], Field(strict=False, min_length=1)]
     """Names of the layers within the module."""
 
@@ -356,11 +356,7 @@ def _one_kind(value: object) -> object:
             raise PydanticCustomError("unknown_keys", "unknown key", known)
         chosen = [kind for kind in _OVERRIDE_KINDS if kind in given]
         if len(chosen) != 1:
-            said = (
-                f"says {' and '.join(chosen)} at once"
-                if chosen
-                else "does not say what becomes of the layers"
-            )
+            said = f"has both {' and '.join(chosen)}" if chosen else "does not say what to do with the layers"
             raise PydanticCustomError("override", "the entry {said}", {"said": said, "hint": _RULE_HINT})
     elif not isinstance(value, Section):
         raise PydanticCustomError("override", "must be a section of keys and values", {"hint": _RULE_HINT})
@@ -383,7 +379,7 @@ class Output(Section):
     format: OutputFormat = DEFAULT
     """Which runtime it is for: nunchaku-lite writes a diffusers pipeline folder, the others a single file."""
     path: Text | None = None
-    """Where, relative to the current directory; absent where -o says it."""
+    """Path, relative to the current directory; absent if -o gives it."""
 
 
 def _gates(value: object) -> tuple[Gate, ...]:
@@ -422,16 +418,16 @@ Gates = Annotated[
 
 
 class Recipe(Section):
-    """A conversion: a model, how it is calibrated and quantized, and what is written."""
+    """A conversion: a model, its calibration and quantization, and the outputs."""
 
     version: Literal[1]
-    """The version of this file's grammar."""
+    """The version of the recipe format."""
     model: Model
-    """What is converted."""
+    """The model to convert."""
     calibration: Calibration | None = None
-    """The prompts that are drawn with the 16-bit model to see its activations. Without: data-free, less exact."""
+    """Prompts for which the 16-bit model generates images, to record activations. Without: data-free, less accurate."""
     quantization: Quantization = Quantization()
-    """What the weights become, and how hard that is searched for."""
+    """The 4-bit format of the weights, and the effort of the search."""
     layers: Annotated[
         tuple[Annotated[LayerOverride, BeforeValidator(_one_kind)], ...], Field(strict=False)
     ] = ()
@@ -439,9 +435,9 @@ class Recipe(Section):
     components: dict[Text, Literal["w4a16"]] = {}
     """Text encoders to quantize in a pipeline folder: {text_encoder_2: w4a16}; T5 only."""
     outputs: Annotated[tuple[Output, ...], Field(strict=False)] = ()
-    """What is written: {format, path}."""
+    """The outputs: {format, path}."""
     gates: Gates = ()
-    """Conditions on the figures; a missed one ends with exit code 6. For example {psnr_db: ">= 20"}."""
+    """Conditions on metrics; a missed one ends with exit code 6. For example {psnr_db: ">= 20"}."""
 
     @model_validator(mode="after")
     def _outputs_are_apart(self) -> Recipe:
@@ -466,7 +462,7 @@ def default_recipe(
         model = Model(source=source)
     except ValidationError as error:
         problem = problems_of(error)[0]
-        hint = problem.hint or "give a model's folder, file or hub id"
+        hint = problem.hint or "give a model's folder, file or Hub id"
         raise UsageError(f"SOURCE {problem.message}", hint=hint, where="SOURCE") from error
     return Recipe(
         version=1,
@@ -506,8 +502,9 @@ def resolved(recipe: Recipe) -> dict[str, object]:
 
 def embedded(recipe: Recipe, *, source: str) -> dict[str, object]:
     """What a checkpoint says about its making: `resolved` without `outputs`, `gates` and the base pipeline, which do
-    not shape its bytes, with `source` for the model's name and without the folders that LoRAs lay in. So the same
-    conversion of the same weights is the same file, wherever and in whatever kind of file they lay."""
+    not shape its bytes, with `source` for the model's name and without the LoRAs' folders. So the
+    same conversion of the same weights is the same file, wherever and in whatever kind of file the source was
+    stored."""
     kept = {key: value for key, value in resolved(recipe).items() if key not in ("outputs", "gates")}
     loras = [{"path": PurePath(lora.path).name, "weight": lora.weight} for lora in recipe.model.loras]
     model = {**recipe.model.model_dump(mode="json"), "source": source, "base": None, "loras": loras}

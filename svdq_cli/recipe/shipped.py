@@ -32,7 +32,7 @@ def shipped_recipes() -> tuple[ShippedRecipe, ...]:
 
 
 def shipped_recipe(name: str) -> Path | None:
-    """The recipe of that name, or of that path under configs/; None where there is none. What lies under the name in
+    """The recipe of that name, or of that path under configs/; None where there is none. What has the name in
     the current directory goes before."""
     wanted = name.removeprefix("configs/").removesuffix(".yaml")
     if os.path.exists(name) or _NAME.fullmatch(wanted) is None:

@@ -1,4 +1,4 @@
-"""The recipe that `svdq init` writes: every key, with its meaning beside it."""
+"""The recipe that `svdq init` writes: every key, with its meaning next to it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _UNSET = {  # what a key that may be absent would look like
     "height": 1024,
     "width": 1024,
     "max_sequence_length": 512,
-    "image": "pictures/",
+    "image": "images/",
     "mask": "masks/",
     "strength": 0.6,
     "frames": 17,
@@ -56,7 +56,7 @@ def recipe_template(recipe: Recipe, *, schema: str | None = None) -> str:
 
 
 def _section(section: Section) -> list[str]:
-    """A section's keys with their meaning beside them; an absent one is commented out."""
+    """A section's keys with their meaning next to them; an absent one is commented out."""
     plain = section.model_dump(mode="json")
     entries: list[tuple[str, str]] = []
     for name, field in type(section).model_fields.items():

@@ -29,7 +29,7 @@ class Wiring:
 def wiring_of(model: nn.Module, blocks: Collection[str], call: Call) -> Wiring:
     """Seen in one call. `model` is whole, its parameters ask for no gradients, and it is left as it was.
 
-    Every block's outputs are leaves of a graph that spans only what lies between the blocks, so that gradients tell
+    Every block's outputs are leaves of a graph that spans only what is between the blocks, so that gradients tell
     which blocks' inputs they reach.
     """
     order: list[str] = []

@@ -1,4 +1,4 @@
-"""Calls of the whole model while pictures are drawn, kept as trajectories: one picture, step after step."""
+"""Calls of the whole model while images are generated, kept as trajectories: one image, step after step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Call:
-    """One call of the whole model while a picture was drawn."""
+    """One call of the whole model while an image was generated."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -20,7 +20,7 @@ class Call:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Trajectory:
-    """Calls of the model at different steps of the same pictures, in order."""
+    """Calls of the model at different steps of the same images, in order."""
 
     calls: tuple[Call, ...]
     length: int  # calls there were, of which `calls` are a sample
@@ -29,7 +29,7 @@ class Trajectory:
 def record_trajectories(
     model: nn.Module, draws: Iterable[Callable[[], object]], *, steps: int, most: int
 ) -> list[Trajectory]:
-    """The trajectories of each of `draws`, which draw one batch of pictures each in `steps` steps.
+    """The trajectories of each of `draws`, which generate one batch of images each in `steps` steps.
 
     Of a trajectory at most `most` calls are kept, evenly spaced. A model that is called several times a step (true
     guidance, with and without the prompt) gives as many trajectories.
@@ -56,13 +56,13 @@ def record_each(
 
 
 def evenly_spaced(calls: Sequence[Call], most: int) -> tuple[Call, ...]:
-    """At most `most` of the calls, the first and the last among them."""
+    """At most `most` evenly spaced calls, the first and the last among them."""
     count = min(most, len(calls))
     return tuple(calls[round(i * (len(calls) - 1) / max(count - 1, 1))] for i in range(count))
 
 
 def mapped(value: Any, change: Callable[[Tensor], Any]) -> Any:
-    """The same value with every tensor changed, in tuples, lists and dicts too."""
+    """A value with a function applied to every tensor, in tuples, lists and dicts too."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, tuple):
@@ -82,12 +82,12 @@ def tensors_of(value: object) -> tuple[Tensor, ...]:
 
 
 def detached(value: Any) -> Any:
-    """The same value without gradients."""
+    """A value whose tensors are detached from gradients."""
     return mapped(value, Tensor.detach)
 
 
 def _calls_of(models: Mapping[str, nn.Module], draw: Callable[[], object]) -> list[tuple[str, Call]]:
-    """Of all models, in the order in which they were made."""
+    """Records the calls of all models, in the order in which they are made."""
     calls: list[tuple[str, Call]] = []
 
     def noting(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
@@ -109,7 +109,7 @@ def _calls_a_step(calls: int, steps: int) -> int:
 
 
 def _strands(calls: Sequence[Call], a_step: int) -> list[Sequence[Call]]:
-    """Calls of one drawing, those that follow one another in time and have inputs of one shape together."""
+    """Calls of one batch, those that follow one another in time and have inputs of one shape together."""
     strands = [strand for first in range(a_step) if (strand := calls[first::a_step])]
     return [
         part

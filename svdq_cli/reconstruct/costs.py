@@ -29,11 +29,11 @@ class BlockSize:
 
     @property
     def weights(self) -> int:
-        """Of the quantized layers."""
+        """Bytes of the quantized layers' weights."""
         return sum(plan.linear.in_features * plan.linear.out_features for plan, _ in self.layers)
 
     def passed_bytes(self, itemsize: int) -> int:
-        """Of what a block is given, or returns, in one call."""
+        """Bytes of a block's inputs, or of its outputs, in one call."""
         return itemsize * self.tokens * self.width
 
 
@@ -84,9 +84,8 @@ def block_bytes(size: BlockSize, calls: CallCounts, *, itemsize: int) -> int:
     """Bytes on the device that are alive at the peak of the block's turn. `itemsize`: of the 16-bit model's weights."""
     weights = [plan.linear.in_features * plan.linear.out_features for plan, _ in size.w4a4]
     tuned, largest = sum(weights), max(weights, default=0)
-    fixed = (
-        itemsize * size.kept + 5 * size.weights + itemsize * tuned
-    )  # codes and float32; the layers as they were
+    # codes and float32; the layers as they were
+    fixed = itemsize * size.kept + 5 * size.weights + itemsize * tuned
     fixed += sum(_parameter_bytes(plan) for plan, _ in size.w4a4)
     passed = 4 * size.tokens * size.width
     judged = 4 * tuned + 4 * calls.each * passed

@@ -15,7 +15,7 @@ from svdq_cli.reconstruct.calls import Call, tensors_of
 def output_gains(
     model: nn.Module, layers: Sequence[str], calls: Sequence[Call], *, seed: int
 ) -> dict[str, float]:
-    """For each layer: noise over signal at the model's output, for a layer whose own noise is as strong as its signal.
+    """Noise over signal at the model's output, by layer, for a layer whose own noise is as strong as its signal.
 
     Ours. With J the model's Jacobian for a layer's output y, white noise of power p on every element of y becomes noise
     of power p |J|_F^2 at the output; |J|_F^2 is the mean of |J^T v|^2 over random v (Hutchinson 1989), which costs one
@@ -69,7 +69,7 @@ def _watched(model: nn.Module, layers: Sequence[str], total: dict[str, float]) -
 @contextmanager
 def _recomputed(model: nn.Module) -> Iterator[None]:
     """Activations between blocks are kept and those inside recomputed, where the model can: a backward pass through a
-    12B model then fits beside its weights."""
+    12B model then fits next to its weights."""
     switch: Any = model
     can = (
         bool(getattr(model, "_supports_gradient_checkpointing", False))

@@ -1,7 +1,7 @@
 """A model gone through block by block, in all recorded calls at once, though only one block has weights.
 
-Each call is run from its start again, but blocks that were gone through only say what they returned then: what lies
-between the blocks (embeddings, a UNet's convolutions) is computed again, and no block twice.
+Each call is run from its start again, but blocks that were gone through only say what they returned then: what is
+stored between the blocks (embeddings, a UNet's convolutions) is computed again, and no block twice.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Stream:
                 self._model(*call.args, **call.kwargs)
             except _Entered as entered:
                 return entered.call
-        raise RuntimeError(f"{block} does not run in call {index}, though it ran in the first one")
+        raise RuntimeError(f"{block} does not run in call {index}, although it ran in the first one")
 
     def keep(self, block: str, index: int, output: object) -> Kept:
         """What `block` returned in one of the calls."""

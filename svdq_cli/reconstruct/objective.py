@@ -1,9 +1,9 @@
-"""What a block is tuned for: the error that is left when the steps of a picture are added up.
+"""What a block is tuned for: the error that is left when the steps of an image are added up.
 
-Ours. A sampler adds the model's outputs of all steps, so a picture suffers from the *sum* of their errors. Rounding
+Ours. A sampler adds the model's outputs of all steps, so an image suffers from the *sum* of their errors. Rounding
 noise of activations changes from step to step and averages out; what stays the same (a weight that is off, a gain below
 1) adds up. Squared errors of single steps can't tell the two apart: tuned on them, blocks trade noise for bias, and
-pictures get no better.
+images get no better.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """One block after the other, each tuned on what the 4-bit blocks before it really hand over.
 
 Two streams of hidden states go through the model, of the 16-bit blocks and of the 4-bit ones. One block at a time has
-weights; what lies between the blocks always has.
+weights; what is between the blocks always has.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from svdq_cli.system.offload import filled_copy
 class Recording:
     """What reconstruction needs to have seen of the whole 16-bit model."""
 
-    trajectories: Sequence[Trajectory]  # in the order of pictures
+    trajectories: Sequence[Trajectory]  # in the order of images
     wiring: Wiring
 
     @property
@@ -56,9 +56,8 @@ class Reconstruction:
     """What is tuned, and with what."""
 
     model: nn.Module  # the 16-bit one on the device that tunes, whole but for the blocks
-    weights: Mapping[
-        str, Tensor
-    ]  # the state dict's, read when they are asked for: a block's when it is its turn
+    # the state dict's, read when they are asked for: a block's when it is its turn
+    weights: Mapping[str, Tensor]
     plan: ModelPlan
     solutions: Mapping[str, LayerSolution]  # of every layer
     recording: Recording
@@ -88,7 +87,7 @@ def reconstruct(
     for done, block in enumerate(order, 1):
         tuned = walk.through(block, seed=None if block in finished else seed)
         return_freed_memory()
-        detail = f"{block}  taken over from an earlier run"
+        detail = f"{block}  resumed from an earlier run"
         if tuned is not None:
             yield tuned
             detail = f"{block}  {tuned.search.before:.2e} -> {tuned.search.after:.2e}"

@@ -18,7 +18,7 @@ class Kept:
     """A value of a shelf. Its memory, or its file, goes with it."""
 
     def __init__(self, value: Any, file: Path | None) -> None:
-        self._value, self._file = value, file  # tensors that lie in the file are empty ones here
+        self._value, self._file = value, file  # tensors that are stored in the file are empty ones here
 
     def on(self, device: torch.device) -> Any:
         """The value with its tensors on `device`: copies, which whoever gets them may change."""

@@ -18,7 +18,7 @@ from svdq_cli.solve.smoothing import SMOOTH_RANGE
 class Tunable(nn.Module):
     """One linear in float32. `log_smooth` and `down` may be shared with other layers of its input.
 
-    Codes are fixed, so a change of the smoothing factor also changes the weight that they stand for.
+    Codes are fixed, so a change of the smoothing factor also changes the weight that they represent.
     """
 
     def __init__(self, solution: W4A4Solution, log_smooth: nn.Parameter, down: nn.Parameter) -> None:

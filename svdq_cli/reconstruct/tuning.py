@@ -20,7 +20,7 @@ STEPS = 150
 CALLS_PER_STEP = 3  # of one trajectory: enough pairs to see what stays from step to step
 JUDGE_EVERY = 30  # steps between two looks at the held-out trajectories
 LEARNING_RATE = 2e-3  # a step's size relative to a parameter's RMS
-HELD_OUT = 4  # one trajectory in four judges: the last ones, which are of other pictures
+HELD_OUT = 4  # one trajectory in four judges: the last ones, which are of other images
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,7 +52,7 @@ def tune_block(
     """Better solutions, or the same ones where held-out trajectories say that none is.
 
     `model` needs no weights but those of `block`, which are on `device`, with its layers converted. `inputs` and
-    `solutions`: of the layers to tune. `passages`: in the order of pictures.
+    `solutions`: of the layers to tune. `passages`: in the order of images.
     """
     module = model.get_submodule(block)
     cut = len(passages) - max(1, len(passages) // HELD_OUT)

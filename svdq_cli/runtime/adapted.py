@@ -1,4 +1,4 @@
-"""A converted layer that has no branch of its own, with one beside it: what a LoRA adds to a W4A16 layer."""
+"""A converted layer that has no branch of its own, with one next to it: what a LoRA adds to a W4A16 layer."""
 
 from __future__ import annotations
 

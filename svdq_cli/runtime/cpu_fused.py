@@ -116,7 +116,8 @@ class CpuW4A4Linear(KernelW4A4Linear):
         return FeedForwardBesideAttention(self, after) if width > 0 and width % STEP == 0 else None
 
     def parts(self, quantized: Quantized, m: int) -> Iterator[tuple[slice, Quantized]]:
-        """So that a feed-forward's codes take a third of the memory at 4608 rows, and less of the caches."""
+        """Row ranges of a feed-forward, chosen so that its codes take a third of the memory at 4608 rows, and less of
+        the caches."""
         if m <= ROWS_AT_ONCE or torch.compiler.is_compiling():
             yield slice(0, m), quantized
             return
@@ -151,7 +152,7 @@ class CpuW4A4Linear(KernelW4A4Linear):
 
 
 class FeedForwardBesideAttention(FusedFeedForward):
-    """The MLP of a block that runs beside its attention: a last layer of the attention's output and, after it, GELU by
+    """The MLP of a block that runs next to its attention: a last layer of the attention's output and, after it, GELU by
     tanh of a first layer. The MLP's activation is never written."""
 
     def __init__(self, first: CpuW4A4Linear, second: CpuW4A4Linear) -> None:

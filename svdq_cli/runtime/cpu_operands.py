@@ -1,6 +1,6 @@
 """A solution's tensors as the CPU engine reads them: packed once when a model is loaded, unpacked to the same numbers.
 
-Four bits stay four bits: what is multiplied lies in memory as it does in a file.
+Four bits stay four bits: what is multiplied is stored in memory as it does in a file.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def cpu_objection(solution: LayerSolution) -> str | None:
     if isinstance(solution.plan.precision, NvFp4):
         scales = solution.scales.float()
         if not bool((scales >= 0).all()):
-            return "a micro scale is negative, or no number"
+            return "a micro scale is negative or not a number"
     return None
 
 
@@ -129,7 +129,7 @@ def unpack_cpu(operands: CpuOperands, plan: W4A4Plan, bias: Tensor | None) -> W4
 
 
 def unpack_cpu_branch(operands: CpuOperands, plan: W4A4Plan, bias: Tensor | None) -> RunningBranch:
-    """What lies beside the codes. `bias`: (N,), the layer's own."""
+    """The bytes of a packed layer besides its codes. `bias`: (N,), the layer's own."""
     n, k = plan.linear.out_features, plan.linear.in_features
     return RunningBranch(
         down=unpack_down(operands.down)[: plan.rank, :k].contiguous(),

@@ -34,7 +34,7 @@ from svdq_cli.runtime.ops.records import Quantized
 
 
 def with_shifted_bias(solution: W4A4Solution) -> W4A4Solution:
-    """The same layer for activations that GELU_SHIFT has been added to: the bias takes off what that adds, as in the
+    """The layer for activations that GELU_SHIFT has been added to: the bias takes off what that adds, as in the
     files of runtimes that quantize the output of a GELU without a sign."""
     added = shift_in_product(w4a4_weight(solution), solution.smooth)
     bias = -added if solution.bias is None else solution.bias.float() - added
@@ -42,7 +42,7 @@ def with_shifted_bias(solution: W4A4Solution) -> W4A4Solution:
 
 
 class FusedW4A4Linear(KernelW4A4Linear):
-    """On the portable kernels: `quantize_down`, then `w4a4_gemm`. `unsigned`: int4 only."""
+    """A W4A4 layer on the portable kernels: `quantize_down`, then `w4a4_gemm`. `unsigned`: int4 only."""
 
     weight: Tensor
     weight_scales: Tensor

@@ -47,7 +47,7 @@ class InputQuantizer(nn.Module):
     ) -> None:
         """`smoothing` (K,) as the operator reads it: the CUDA kernels' float32 reciprocals, the CPU engine's own
         factors. `down` packed, `dtype` what activations are rounded to, `options` the operator's. `takes_any_rows`: the
-        operator rounds float32 itself, and reads rows that lie apart."""
+        operator rounds float32 itself, and reads strided rows."""
         super().__init__()
         self.register_buffer("smoothing", smoothing)
         self.register_buffer("down", down)
@@ -92,11 +92,11 @@ class InputQuantizer(nn.Module):
         return rows if rows.stride(-1) == 1 else rows.contiguous()
 
     def for_readers(self, readers: int) -> InputQuantizer:
-        """The same for so many layers."""
+        """The quantized input that several layers share."""
         return self._like(self.down, readers)
 
     def with_down(self, down: Tensor) -> InputQuantizer:
-        """The same with another down projection, for one layer. It is packed from (R, K)."""
+        """The quantizer with a different down projection, for one layer. It is packed from (R, K)."""
         return self._like(down, 1)
 
     def _like(self, down: Tensor, readers: int) -> InputQuantizer:
@@ -109,7 +109,7 @@ class InputQuantizer(nn.Module):
         )
 
     def leave(self, reader: int) -> None:
-        """That reader has got a quantizer of its own."""
+        """Remove a reader that now has its own quantizer."""
         self.readers = tuple(other for other in self.readers if other != reader)
         self._kept = None
 
@@ -128,5 +128,5 @@ class InputQuantizer(nn.Module):
 
 
 def _version(x: Tensor) -> int | None:
-    """How often something was written into a tensor; None where nobody counts."""
+    """How often something was written into a tensor; None where versions are not counted."""
     return None if torch.compiler.is_compiling() or x.is_inference() else x._version

@@ -59,7 +59,7 @@ class KernelW4A4Linear(KernelLinear, ABC):
     @property
     @abstractmethod
     def solution(self) -> W4A4Solution:
-        """As it is run: with a shifted bias where `unsigned`."""
+        """The solution as it is run: with a shifted bias where `unsigned`."""
 
     @property
     @abstractmethod

@@ -8,9 +8,9 @@ left is the order in which float32 sums.
 
 Every layer has two values:
 * `*_exact`, float32, rounded nowhere but at the inputs: the contract value, on which errors are measured.
-* `*_forward`, rounded to 16 bit where every runtime rounds (the branch's hidden vector, the result): what the
+* `*_forward`, rounded to 16 bits where every runtime rounds (the branch's hidden vector, the result): what the
   modules return.
-The CUDA kernels also keep their running int4 sum in 16 bit. That is noise, not contract, and not imitated.
+The CUDA kernels also keep their running int4 sum in 16 bits. That is noise, not contract, and not imitated.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def w4a4_exact(x: Tensor, solution: W4A4Solution, *, unsigned_from: int | None =
 def w4a4_forward(
     x: Tensor, solution: W4A4Solution, *, weight: Tensor | None = None, unsigned_from: int | None = None
 ) -> Tensor:
-    """As the runtimes run it: rounded to the checkpoint's dtype. `x` (..., K) -> (..., N) in x's dtype.
+    """The layer as the runtimes run it: rounded to the checkpoint's dtype. `x` (..., K) -> (..., N) in x's dtype.
 
     `weight`: w4a4_weight(solution), where the caller keeps it. `unsigned_from`: the first of the channels, if any, that
     a plain GELU feeds and the checkpoint's runtime therefore quantizes without a sign.
@@ -116,7 +116,7 @@ def w4a16_exact(x: Tensor, solution: W4A16Solution) -> Tensor:
 
 @torch.no_grad()
 def w4a16_forward(x: Tensor, solution: W4A16Solution, *, weight: Tensor | None = None) -> Tensor:
-    """As the runtimes run it: rounded to the checkpoint's dtype. `x` (..., K) -> (..., N) in x's dtype.
+    """The layer as the runtimes run it: rounded to the checkpoint's dtype. `x` (..., K) -> (..., N) in x's dtype.
 
     `weight`: w4a16_rounded_weight(solution), where the caller keeps it.
     """

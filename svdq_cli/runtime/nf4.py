@@ -1,4 +1,4 @@
-"""bitsandbytes' NF4 layers: 4-bit weights, 16-bit activations. The baseline that most users have at hand."""
+"""bitsandbytes' NF4 layers: 4-bit weights, 16-bit activations. The baseline that most users already have."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def require_nf4(device: torch.device) -> None:
     except Exception as error:  # its native library raises whatever it meets
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise EnvironmentLacksError(
-            f"bitsandbytes does not compute NF4 on {device}: {reason}",
+            f"bitsandbytes can't compute NF4 on {device}: {reason}",
             hint="run on a CUDA GPU, with a bitsandbytes for its CUDA version",
             where="bitsandbytes",
         ) from error

@@ -214,12 +214,12 @@ def unpack_w4a16(operands: W4A16Operands, plan: W4A16Plan) -> W4A16Solution:
 
 
 def tensors_of(operands: DataclassInstance) -> dict[str, Tensor | None]:
-    """By field name, in the order of the operators' parameters."""
+    """Tensors by field name, in the order of the operators' parameters."""
     return {field.name: getattr(operands, field.name) for field in fields(operands)}
 
 
 def product_tensors(operands: DataclassInstance) -> dict[str, Tensor | None]:
-    """The same without what the first of a W4A4 layer's two kernels reads."""
+    """Tensors that the second of a W4A4 layer's two kernels reads, by field name."""
     tensors = tensors_of(operands)
     return {name: tensor for name, tensor in tensors.items() if name not in ("inverse_smooth", "down")}
 

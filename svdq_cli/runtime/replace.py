@@ -41,7 +41,7 @@ def fuse_feed_forwards(model: nn.Module) -> int:
     """Put one fused module in the place of every linear - GELU - linear whose linears run on the kernels.
 
     Known by its parts, as diffusers' FeedForward has them: `net` = a GELU by tanh with its `proj`, a dropout (which
-    does nothing when a model draws), and a linear. And as diffusers' single blocks have them, all of which run
+    does nothing at inference), and a linear. And as diffusers' single blocks have them, all of which run
     `proj_out(cat(attn(x), act_mlp(proj_mlp(x))))`. Returns how many were found.
     """
     found = {name: fused for name, module in model.named_modules() if (fused := _fused_feed_forward(module))}
@@ -106,9 +106,9 @@ def _check(name: str, layer: nn.Module, modules: Mapping[str, nn.Module]) -> Non
         nearest = difflib.get_close_matches(name, modules, n=1)
         raise InputError(
             f"the model has no layer {name!r}",
-            hint=f"the nearest name is {nearest[0]!r}; is this checkpoint of another model?"
+            hint=f"the nearest name is {nearest[0]!r}; was this checkpoint made from a different model?"
             if nearest
-            else "is this checkpoint of another model?",
+            else "was this checkpoint made from a different model?",
             where=name,
             kind="unknown-layer",
         )
@@ -120,7 +120,7 @@ def _check(name: str, layer: nn.Module, modules: Mapping[str, nn.Module]) -> Non
         raise InputError(
             f"{name} maps {has[0]} to {has[1]} features, the checkpoint's layer maps "
             + (f"{wants[0]} to {wants[1]}" if wants else "an unknown number"),
-            hint="the checkpoint belongs to another size of this model",
+            hint="the checkpoint belongs to a different size of this model",
             where=name,
             kind="shape-mismatch",
         )

@@ -1,4 +1,4 @@
-"""How a model is sampled when nobody says otherwise: image size, steps, guidance, batch, and prompts that suit it.
+"""How a model is sampled by default: image size, steps, guidance, batch, and prompts that suit it.
 
 This is the room's door; everything else in it is private to the room.
 """

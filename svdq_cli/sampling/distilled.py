@@ -84,7 +84,7 @@ _COUNT = re.compile(r"(?<![0-9])([1-9]|1[0-6])[-_ ]?steps?(?![a-z])")
 
 
 def _by_names(source: Source, index: Mapping[str, object], loras: Sequence[str]) -> Distillation | None:
-    """By the words that people name distilled models with, and "4-step", "8steps" beside them."""
+    """Distillation recognized by common words in a model's name, such as "turbo", and "4-step", "8steps"."""
     own = (
         source.path.name,
         str(index.get("_name_or_path") or ""),

@@ -27,7 +27,7 @@ def stored_sampling(source: Source) -> Mapping[str, object] | None:
         if key not in _FIELDS or not _FIELDS[key](value):
             raise InputError(
                 f"{path}: {key}: {str(value)[:80]!r} can't be read",
-                hint="restore the file, or remove it to sample as the model's configs say",
+                hint="restore the file, or remove it to sample according to the model's configs",
                 where=str(path),
             )
     missing = [key for key in ("steps", "guidance") if key not in said]

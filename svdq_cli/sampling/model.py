@@ -54,9 +54,8 @@ def sampling_of(source: Source, *, loras: Sequence[str] = ()) -> ModelSampling:
     call = _class_defaults(source)
     guidance, true_cfg = _number(call.get("guidance_scale")), _number(call.get("true_cfg_scale"))
     if found := distillation_of(source, loras):
-        guided = (
-            None if call and guidance is None else found.guidance
-        )  # Qwen-Image is guided by true_cfg alone
+        # Qwen-Image is guided by true_cfg alone
+        guided = None if call and guidance is None else found.guidance
         return ModelSampling(
             height,
             width,

@@ -24,7 +24,7 @@ _NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_lin
 def scheduler_with(pipeline: Path, settings: Mapping[str, object]) -> SchedulerMixin:
     """A pipeline folder's scheduler with other settings. Of another class where its own has no such settings.
 
-    A zero terminal SNR is of use only if the last step of training is the first of drawing (arXiv 2305.08891).
+    A zero terminal SNR is of use only if the last step of training is the first of sampling (arXiv 2305.08891).
     Raises InputError for a class that diffusers lacks, and for settings that the class refuses.
     """
     found = scheduler_config(pipeline)
@@ -43,7 +43,7 @@ def scheduler_with(pipeline: Path, settings: Mapping[str, object]) -> SchedulerM
     except (TypeError, ValueError, NotImplementedError) as error:
         raise InputError(
             f"{pipeline / 'scheduler'}: {name} can't be set to {dict(settings)}: {error}",
-            hint="name a base whose scheduler is of the model's kind",
+            hint="name a base with a scheduler that fits the model",
             where=str(pipeline),
         ) from error
 
@@ -64,7 +64,7 @@ def _class(pipeline: Path, name: str) -> type[SchedulerMixin]:
     if not (inspect.isclass(found) and issubclass(found, SchedulerMixin)):
         raise InputError(
             f"{pipeline / 'scheduler'}: {name!r} is not a scheduler of diffusers {diffusers.__version__}",
-            hint="upgrade diffusers, or name another base",
+            hint="upgrade diffusers, or name a different base",
             where=str(pipeline),
         )
     return found

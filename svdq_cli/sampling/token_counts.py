@@ -28,9 +28,8 @@ class TokenCounts:
     """Tokens that the layers of one denoiser read for one image or video."""
 
     by_layer: Mapping[str, int]  # linear layers; 1 for those that read one vector
-    blocks: Mapping[
-        str, tuple[Linear, ...]
-    ]  # layers of each block, by its path; a layer outside all by its name
+    # layers of each block, by its path; a layer outside all by its name
+    blocks: Mapping[str, tuple[Linear, ...]]
     maps: int  # numbers in a UNet's feature maps; 0 for a transformer
 
     def forward_bytes(self, *, batch: int, itemsize: int) -> int:

@@ -1,4 +1,4 @@
-"""Where bytes buy most: a rank for every low-rank branch, and layers that are better left at 16 bit."""
+"""Where bytes buy most: a rank for every low-rank branch, and layers that are better left at 16 bits."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 MOST_BALANCE = 16.0  # the layers' mean SQNR counts nearly alone
-_TINY = 1e-9  # noise over signal of what has none: a layer at 16 bit
+_TINY = 1e-9  # noise over signal of what has none: a layer at 16 bits
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
     """One way to store the layers of a branch."""
 
-    rank: int | None  # None: they stay at 16 bit
+    rank: int | None  # None: they stay at 16 bits
     bytes: int
     errors: tuple[float, ...]  # noise over signal of each layer's output
 

@@ -37,15 +37,13 @@ class Work:
     sketch: float = 0.0  # the same of the randomized SVD: products with few columns
     bases: float = 0.0  # the same of those columns' QR
     quantized: float = 0.0  # numbers rounded to nearest, scales included
-    compared: float = (
-        0.0  # numbers of a rebuilt weight, or of an output, that are compared with the exact ones
-    )
+    # numbers of a rebuilt weight, or of an output, that are compared with the exact ones
+    compared: float = 0.0
     gptq: float = 0.0  # weights rounded one column after the other
     factored: float = 0.0  # K^3 of every float64 Cholesky factor or inverse
     learned: float = 0.0  # K of every step that learns the smoothing factor
-    calls: float = (
-        0.0  # additions of a few numbers: what operations cost however small they are, Python included
-    )
+    # additions of a few numbers: what operations cost however small they are, Python included
+    calls: float = 0.0
 
     def __add__(self, other: Work) -> Work:
         return Work(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
@@ -107,9 +105,8 @@ def _w4a4_work(shapes: Shapes, width: int, settings: SolveSettings, rows: int, p
 
 
 def _step_work(step: str, shapes: Shapes, width: int, train: int, final: Work, precision: Precision) -> Work:
-    dear = isinstance(
-        precision, NvFp4
-    )  # its steps take more operations than int4's, by which they are measured
+    # its steps take more operations than int4's, by which they are measured
+    dear = isinstance(precision, NvFp4)
     n = sum(count for count, _ in shapes)
     size = n * width
     match step:
@@ -230,9 +227,8 @@ def solve_bytes(
         rank = max(plan.rank for plan in members if isinstance(plan, W4A4Plan))
         factors = 4 * (rank + OVERSAMPLE) * (branch + k)
         if rows:
-            phases.append(
-                4 * branch * k + 3 * factors - total * k
-            )  # the low-rank branch, before there are codes
+            # the low-rank branch, before there are codes
+            phases.append(4 * branch * k + 3 * factors - total * k)
             phases.append(one + 2 * factors + _rounding_bytes(members[0].precision, big * k, compared))
         else:
             phases += _refining_bytes(members[0].precision, one, branch, k, rank + OVERSAMPLE, compared)
@@ -246,8 +242,8 @@ def solve_bytes(
 def _refining_bytes(
     precision: Precision, weights: int, branch: int, k: int, columns: int, at_once: int
 ) -> list[int]:
-    """Of the data-free rounds of branch and codes: the branch is found beside the codes of the best round, in 16-bit
-    weights; then these are rounded beside them. `columns`: of the basis that a branch is found in."""
+    """Bytes of the data-free rounds of branch and codes: the branch is found next to the codes of the best round, in
+    16-bit weights; then these are rounded next to them. `columns`: of the basis that a branch is found in."""
     factors = 4 * columns * (branch + k)
     held = max(weights, 4 * branch * k) + 2 * branch * k
     scales = 2 * branch * k * (2 if isinstance(precision, Int4) else 1) // precision.group
@@ -274,7 +270,7 @@ def _output_bytes(n: int, k: int, rows: int) -> int:
 
 
 def _search_bytes(n: int, k: int, rows: int) -> int:
-    """Of one grid point: the weights, smoothed and less the branch, rounded; then the lost part of the output."""
+    """Bytes of one grid point: the weights, smoothed and less the branch, rounded; then the lost part of the output."""
     return max(20 * n * k + 4 * rows * n, 16 * n * k + 12 * rows * n) + 8 * rows * k
 
 
@@ -303,7 +299,7 @@ def stored_bytes(
 
 
 def packed_bytes(shared: SharedInput, plans: Mapping[str, LayerPlan]) -> int:
-    """Of what is solved and written meanwhile: its codes, and they packed."""
+    """Bytes of a layer group that is written in the background: its codes, plain and packed."""
     linears = [plans[name].linear for name in shared.layers]
     return sum(3 * linear.out_features * linear.in_features // 2 for linear in linears)
 
@@ -311,9 +307,9 @@ def packed_bytes(shared: SharedInput, plans: Mapping[str, LayerPlan]) -> int:
 def waiting_bytes(
     shared: SharedInput, plans: Mapping[str, LayerPlan], *, itemsize: int, pinned: bool = False
 ) -> int:
-    """Bytes of host memory beside those of `solve_bytes`, with neighbors as large as this input: the next one's weights
-    as the source stores them, and the codes of the one before, which are packed and written. Pinned weights stay after
-    they are copied, for those that are read next."""
+    """Bytes of host memory in addition to those of `solve_bytes`, with neighbors as large as this input: the next one's
+    weights as the source stores them, and the codes of the one before, which are packed and written. Pinned weights
+    stay after they are copied, for those that are read next."""
     numbers = sum(plans[name].linear.out_features * plans[name].linear.in_features for name in shared.layers)
     stored = stored_bytes(shared, plans, itemsize=itemsize, pinned=pinned)
     return (2 if pinned else 1) * stored + 3 * numbers

@@ -35,7 +35,7 @@ def dequantized_weight(solution: W4A4Solution) -> Tensor:
 
 def stacked_weights(plans: Sequence[W4A4Plan], weights: Mapping[str, SourceWeight]) -> Tensor:
     """The layers' weights under one another, (sum of N, K). Each is asked for when its turn has come, so that no more
-    than one is in memory beside what is returned."""
+    than one is in memory in addition to what is returned."""
     stack: Tensor | None = None
     row = 0
     for plan in plans:
@@ -72,7 +72,7 @@ def output_sqnr_db(x: Tensor, weight: Tensor, solution: LayerSolution, mean: Ten
 
 
 def output_as_run(solution: LayerSolution) -> Callable[[Tensor], Tensor]:
-    """From rows (M, K) float32 to the layer's output (M, N) float32 as the runtimes round it: rows, hidden vector and
+    """The layer's output (M, N) float32 for rows (M, K) float32, as the runtimes round it: rows, hidden vector and
     result are 16-bit, and so a number that 16 bits do not hold is infinite. With the bias."""
     match solution:
         case W4A4Solution():
@@ -99,7 +99,7 @@ def _rounded(y: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
 
 
 def output_of(solution: LayerSolution) -> Callable[[Tensor], Tensor]:
-    """From rows (M, K) float32 to the layer's output (M, N), without the final rounding and the bias."""
+    """The layer's output (M, N) for rows (M, K) float32, without the final rounding and the bias."""
     match solution:
         case W4A4Solution():
             smooth, precision = solution.smooth.float(), solution.plan.precision

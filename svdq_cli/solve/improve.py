@@ -23,7 +23,7 @@ from svdq_cli.solve.rounding import NO_SEARCH, SCALE_FACTORS, gptq_weight
 from svdq_cli.solve.second_moments import second_moments
 from svdq_cli.system.threads import end_if_left
 
-HELD_OUT = 8  # one row in eight judges: the last ones, which come from pictures that the others do not
+HELD_OUT = 8  # one row in eight validates: the last ones, which come from images that the others do not
 LEAST_ROWS = 64  # with fewer there is nothing to learn from and nothing to judge on
 
 
@@ -33,7 +33,7 @@ class Task:
 
     branches: tuple[tuple[W4A4Plan, ...], ...]
     weights: Mapping[str, SourceWeight]
-    rows: Tensor  # (M, K) float32, in the order in which pictures were drawn
+    rows: Tensor  # (M, K) float32, in the order in which images were generated
     dtype: torch.dtype
     seed: int
     mean: Tensor | None = None  # (K,): what the rows are less than the 16-bit model's
@@ -85,7 +85,7 @@ def improve(
     trail = Trail({plan.name: {} for plan in task.plans})
     if task.rows.shape[0] < LEAST_ROWS:
         trail.fallback.append(
-            f"{task.rows.shape[0]} calibration rows, {LEAST_ROWS} are needed to learn and to judge"
+            f"{task.rows.shape[0]} calibration rows, but {LEAST_ROWS} are needed to learn and to validate"
         )
         return start, trail
     train, judge = task.rows.tensor_split([task.rows.shape[0] * (HELD_OUT - 1) // HELD_OUT])
@@ -113,7 +113,7 @@ def improve(
         began = time.monotonic()
         tried = attempts[step]()
         if tried is None:
-            trail.fallback.append(f"{step}: the activations say nothing to go by")
+            trail.fallback.append(f"{step}: no usable activations")
         elif (reached := note(step, judged(tried))) < least:
             best, least = tried, reached
             trail.taken.append(step)
@@ -163,7 +163,7 @@ def _learned(
 
 
 def _rounded(task: Task, train: Tensor, best: Solutions, factors: tuple[float, ...]) -> Solutions | None:
-    """The same branches, what they leave over rounded by GPTQ with `factors` for the groups' scales. All layers see one
+    """The branches with their residual rounded by GPTQ with `factors` for the groups' scales. All layers see one
     input, so one Hessian serves all."""
     drawn = fake_quantize_activation(train / _smooth(best), task.precision)
     hessian = second_moments(drawn)

@@ -20,13 +20,11 @@ from svdq_cli.system.threads import end_if_left
 STEPS = 60
 LEARNING_RATE = 0.06
 ROWS_PER_STEP = 256
-OUTPUTS_PER_STEP = (
-    256  # rows of W: the loss is a mean over outputs, so a sample of them has the same gradient in mean
-)
+# rows of W: the loss is a mean over outputs, so a sample of them has the same gradient in mean
+OUTPUTS_PER_STEP = 256
 BRANCH_EVERY = 30  # steps between two fresh low-rank branches
-GPTQ_LEAVES = (
-    0.5  # share of the amplitude of rounding to nearest that GPTQ leaves; 0.2 to 0.6 end within 0.03 dB
-)
+# share of the amplitude of rounding to nearest that GPTQ leaves; 0.2 to 0.6 end within 0.03 dB
+GPTQ_LEAVES = 0.5
 _TINY = 1e-12
 
 

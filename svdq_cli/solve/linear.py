@@ -332,7 +332,7 @@ def measured(
 
 
 def evenly(rows: Tensor, count: int) -> Tensor:
-    """At most `count` rows, evenly spaced. (M, K) -> (n, K)."""
+    """Take at most `count` rows, evenly spaced. (M, K) -> (n, K)."""
     if rows.shape[0] <= count:
         return rows
     return rows[torch.linspace(0, rows.shape[0] - 1, count, device=rows.device).round().long()]

@@ -20,9 +20,8 @@ class LowRank:
 
     up: Tensor  # (N, R) float32
     down: Tensor  # (R, K) float32
-    basis: (
-        Tensor | None
-    )  # (N, R + OVERSAMPLE) orthonormal columns that it was found in; None where it is exact
+    # (N, R + OVERSAMPLE) orthonormal columns that it was found in; None where it is exact
+    basis: Tensor | None
 
 
 def split_low_rank(

@@ -163,7 +163,7 @@ def _e2m1_step(above_two: Tensor, above_four: Tensor) -> Tensor:
 
 def row_blocks(matrix: Rows) -> Iterator[slice]:
     """Slices that cover the rows, of about BLOCK numbers each: what is done block by block stays in the cache, and
-    takes little memory beside the matrix."""
+    takes little memory in addition to the matrix."""
     step = max(1, BLOCK // max(1, matrix.shape[1]))
     for start in range(0, len(matrix), step):
         yield slice(start, start + step)
@@ -194,7 +194,7 @@ def quantize_rows(
     nvfp4_shares: tuple[float, ...] = NVFP4_SHARES,
 ) -> Tensor:
     """Rounds some rows of a weight, `values` (n, K) float32, to nearest. Codes and scales are put into `quantized` (of
-    `empty_quantized`); returns what they stand for, (n, K) float32. `nvfp4_shares`: the micro scales to choose from, as
+    `empty_quantized`); returns what they represent, (n, K) float32. `nvfp4_shares`: the micro scales to choose from, as
     shares of the one with which a group's largest weight becomes 6."""
     groups = _grouped(values, precision.group)
     match precision:
@@ -220,7 +220,7 @@ def quantize_rows(
 
 
 def _nearest_e2m1(groups: Tensor, outer: Tensor, shares: tuple[float, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """(codes (..., G), micro scales (...) as bytes, what they stand for (..., G)) of groups, with the one of
+    """(codes (..., G), micro scales (...) as bytes, what they represent (..., G)) of groups, with the one of
     `shares` that is nearest to each in squares."""
     peak = absmax(groups)
     best: tuple[Tensor, Tensor, Tensor] | None = None

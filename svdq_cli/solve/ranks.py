@@ -21,7 +21,7 @@ def rank_errors(
     settings: SolveSettings,
     ranks: Sequence[int],
 ) -> list[tuple[tuple[str, ...], dict[int, tuple[float, ...]]]]:
-    """For each branch of the input: its layers, and each one's noise over signal at each of `ranks`.
+    """Noise over signal of each layer at each of `ranks`, for each branch of the input.
 
     With the smoothing of the paper's search at the planned rank and rounding to nearest, which rank the ranks as the
     whole search does. One SVD serves all ranks.

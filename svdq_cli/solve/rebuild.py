@@ -23,7 +23,7 @@ class WeightError:
     """
 
     relative: float  # Frobenius norm of the error over that of the weight
-    # Cosine between the 4-bit part and what it stands for: the weight less its low-rank branch.
+    # Cosine between the 4-bit part and what it represents: the weight less its low-rank branch.
     agreement: float
     strayed_rows: float  # share of output rows whose own cosine is that of unrelated numbers
     # How the columns' gains follow the smoothing factor: 0 as they should, -2 where it is inverted.
@@ -31,7 +31,7 @@ class WeightError:
 
 
 def rebuilt_weight(solution: LayerSolution) -> Tensor:
-    """The 16-bit weight that a solution stands for, (N, K) float32, in the coordinates of the raw activation."""
+    """The 16-bit weight that a solution represents, (N, K) float32, in the coordinates of the raw activation."""
     match solution:
         case W4A4Solution():
             quantized = QuantizedWeight(solution.codes, solution.scales, solution.outer)
@@ -68,7 +68,7 @@ class Residual:
 
 
 def relative_error(solution: LayerSolution, weight: Tensor) -> float:
-    """Of `weight_error` the first figure alone. `weight` is (N, K)."""
+    """The relative error of a solution's weight (the first value of `weight_error`). `weight` is (N, K)."""
     smooth = _smooth_of(solution)
     error = exact = torch.zeros((), dtype=torch.float64, device=weight.device)
     for rows in row_blocks(weight):
@@ -93,7 +93,8 @@ def weight_error(solution: LayerSolution, weight: Rows) -> WeightError:
 
 
 def _smooth_of(solution: LayerSolution) -> Tensor | None:
-    """None for a factor of 1, as in data-free conversions: there is nothing to multiply by, and no slope."""
+    """The smoothing factor, or None if it is 1, as in data-free conversions: there is nothing to multiply by, and no
+    slope."""
     if not isinstance(solution, W4A4Solution):
         return None
     smooth = solution.smooth.float()
@@ -105,7 +106,7 @@ def _relative(error: Tensor, exact: Tensor) -> float:
 
 
 def rows_of(solution: LayerSolution, rows: slice) -> LayerSolution:
-    """The same layer with only these of its output rows; its plan stays as it is."""
+    """The layer with only these of its output rows; its plan is unchanged."""
     match solution:
         case W4A4Solution(outer=outer):
             return replace(
@@ -129,7 +130,7 @@ def rows_of(solution: LayerSolution, rows: slice) -> LayerSolution:
 def _compared(
     solution: LayerSolution, weight: Tensor, smooth: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(the 4-bit part, what it stands for, the whole weight), (N, K) float32 each, in smoothed coordinates. `smooth`
+    """(the 4-bit part, what it represents, the whole weight), (N, K) float32 each, in smoothed coordinates. `smooth`
     None for a factor of 1."""
     match solution:
         case W4A4Solution():
@@ -177,7 +178,7 @@ class _Sums:
         self.empty_rows += int(empty.sum())
 
     def gain(self) -> Tensor:
-        """(K,): the regression of each column on what it stands for."""
+        """(K,): the regression of each column on what it represents."""
         assert self.columns is not None
         products, sizes = self.columns
         return products / sizes.clamp(min=1e-30)

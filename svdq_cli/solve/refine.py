@@ -1,4 +1,4 @@
-"""A low-rank branch and the codes beside it, each fitted in turn to what the other leaves of the weight.
+"""A low-rank branch and the codes next to it, each fitted in turn to what the other leaves of the weight.
 
 The paper takes the branch from the weight alone (SVDQuant, arXiv 2411.05007, section 4.2): what rounding then loses has
 large directions of its own, which the same rank can hold. Taking the branch again from W - dequant(Q), and Q again from

@@ -33,7 +33,7 @@ from svdq_cli.system.threads import end_if_left
 # Candidates for a group's scale, as factors of the one that just reaches its extreme. Below 1 the largest weights are
 # clipped and the others gain resolution.
 SCALE_FACTORS = (1.0, 0.70, 0.75, 0.80, 0.85, 0.90, 0.95, 1.03)
-# E2M1 is finer below 4: a scale with which the largest weight becomes that, or what lies between, may lose less.
+# E2M1 is finer below 4: a scale with which the largest weight becomes that, or what is between, may lose less.
 NVFP4_FACTORS = (*SCALE_FACTORS, 1.2, 1.35, 1.5)
 NO_SEARCH = (1.0,)
 DAMPING = 0.01  # share of the mean diagonal added to the Hessian, as in GPTQ
@@ -53,12 +53,12 @@ class Grid(Protocol):
         ...
 
     def round(self, values: Tensor, parameters: Parameters) -> tuple[Tensor, Tensor]:
-        """(codes, what they stand for) for `values` (N, ...) float32. Codes are uint8 or int8."""
+        """(codes, what they represent) for `values` (N, ...) float32. Codes are uint8 or int8."""
         ...
 
     def error(self, values: Tensor, parameters: Parameters, importance: Tensor | None) -> Tensor:
         """How far rounding moves each group of `values` (N, G): the norm (N,) of the differences, each times its
-        importance (1, G) where there is one. Without the rounding of what codes stand for to 16 bits."""
+        importance (1, G) where there is one. Without the rounding of what codes represent to 16 bits."""
         ...
 
     def fitted(self, values: Tensor, parameters: Parameters, importance: Tensor | None) -> Parameters | None:
@@ -73,7 +73,7 @@ class Rounded:
     parameters: Parameters  # (N, K/G) each
 
     def of_height(self, rows: int) -> Rounded:
-        """Room for a matrix of so many rows, alike in all else."""
+        """An empty matrix of this many rows, otherwise alike."""
         return Rounded(
             self.codes.new_empty(rows, self.codes.shape[1]),
             tuple(each.new_empty(rows, each.shape[1]) for each in self.parameters),
@@ -151,7 +151,7 @@ def _inverse_cholesky(hessian: Tensor, damping: float) -> Tensor | None:
 
 
 def _best(values: Tensor, factor: Tensor | None, grid: Grid) -> Parameters:
-    """Of the candidates for one group (N, G), each row's best by rounding error, which weighs 1 / factor^2 where there
+    """Each row's best of the candidates for one group (N, G), by rounding error, which weighs 1 / factor^2 where there
     is a factor (G,)."""
     importance = None if factor is None else (1 / factor).unsqueeze(0)
     candidates = list(grid.candidates(values))
@@ -173,7 +173,7 @@ def _norm(differences: Tensor, importance: Tensor | None) -> Tensor:
 
 
 def _picked(choices: tuple[Tensor, ...], index: Tensor) -> Tensor:
-    """Of each row's choices, (N,) each, the one that `index` (1, N) says."""
+    """The choice of each row, (N,), that `index` (1, N) selects."""
     dtype = choices[0].dtype
     return torch.stack(_as_known(choices)).gather(0, index).squeeze(0).view(dtype)
 
@@ -294,7 +294,7 @@ class AffineGrid:
         product_sum = (codes * values) @ weight
         spread = (codes.square_() @ weight).mul_(count).sub_(code_sum.square())
         slope = (product_sum * count).sub_(code_sum * value_sum).div_(spread)
-        # Codes that are all one say nothing of the scale, and a slope of 0 or less is no scale.
+        # Codes that are all one tell nothing about the scale, and a slope of 0 or less is not a scale.
         slope = torch.where((spread > 0) & (slope > 0), slope, scale).to(self.dtype)
         slope = torch.where(slope > 0, slope, parameters[0].unsqueeze(1))  # not where it vanishes in 16 bits
         return slope.squeeze(1), ((value_sum - code_sum * slope.float()) / count).squeeze(1).to(self.dtype)

@@ -1,6 +1,6 @@
 """The 16-bit model on disk: found, indexed from its headers, read one tensor at a time.
 
-A source is a diffusers pipeline folder (`model_index.json`), the folder of one component (`config.json` beside its
+A source is a diffusers pipeline folder (`model_index.json`), the folder of one component (`config.json` next to its
 weights), a single file under any of the names in use, or a bare `config.json` (enough for `svdq inspect`).
 """
 
@@ -87,7 +87,7 @@ def open_source(path: Path, *, base: Path | None = None) -> Source:
     if base is not None and not (base / "model_index.json").is_file():
         raise InputError(
             f"{base}: not a pipeline folder (it has no model_index.json)",
-            hint="--base is a whole diffusers pipeline: a folder or a hub id",
+            hint="--base is a whole diffusers pipeline: a folder or a Hub id",
             where=str(base),
         )
     if path.is_dir():
@@ -118,7 +118,7 @@ def _open_folder(path: Path, base: Path | None) -> Source:
     if (path / "model_index.json").is_file():
         if base is not None:
             raise InputError(
-                f"{path} is a whole pipeline, which needs no base",
+                f"{path} is a whole pipeline and needs no base",
                 hint="leave --base out",
                 where=str(base),
                 kind="needless-base",

@@ -21,7 +21,7 @@ _COUNTS_MODULES = re.compile(r"layers|blocks|depth|num_stages")
 def model_class(name: str, *, where: str) -> Any:
     """The model class of that name: one of diffusers', or a ModelMixin that the running program has defined.
 
-    Raises InputError (kind `unknown-family`); never runs code that lies beside the weights.
+    Raises InputError (kind `unknown-family`); never runs code found next to the weights.
     """
     with unwatched_garbage():
         from diffusers import models
@@ -33,7 +33,7 @@ def model_class(name: str, *, where: str) -> Any:
 
         raise InputError(
             f"{where}: diffusers {diffusers.__version__} has no model class {name!r}",
-            hint="upgrade diffusers, or import the module that defines the class before you call svdq; "
+            hint="upgrade diffusers, or import the module that defines the class before calling svdq; "
             "svdq runs no code from a model's folder",
             where=where,
             kind="unknown-family",
@@ -51,7 +51,7 @@ def _subclasses(base: type) -> dict[str, type]:
 def empty_instance(class_name: str, config: str, where: str) -> nn.Module:
     """A model on torch's meta device: shapes without memory. `config`: the constructor's arguments as JSON.
 
-    Raises InputError where nobody here defines the class or it can't be built from these arguments.
+    Raises InputError where this environment does not define the class or it can't be built from these arguments.
     """
     import torch
 
@@ -74,7 +74,7 @@ def _refuse_endless(config: Mapping[str, object], where: str) -> None:
         counts = [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, int)]
         if _COUNTS_MODULES.search(key) and any(count > MAX_MODULES for count in counts):
             raise InputError(
-                f"{where}: config.json: {key} is {value}, and no model has that many",
+                f"{where}: config.json: {key} is {value}, but no model has that many",
                 hint="compare config.json with the original model's",
                 where=where,
             )

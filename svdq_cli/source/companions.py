@@ -1,4 +1,4 @@
-"""Text encoders and autoencoder that lie in a whole checkpoint beside the diffusion model.
+"""Text encoders and autoencoder in a whole checkpoint, next to the diffusion model.
 
 A fine-tune has often trained them too, so they take the place of the base pipeline's. The base says which components
 there are and what their tensors are called; a part of the file is used only where it has every one of them, in its
@@ -106,7 +106,7 @@ def _vae_resnet(original: str, target: str) -> tuple[Rule, ...]:
 
 
 def _vae_rules(keys: Sequence[str]) -> tuple[Rule, ...]:
-    """LDM counts the decoder's stages from the picture inwards, diffusers from the latents outwards."""
+    """LDM counts the decoder's stages from the image inwards, diffusers from the latents outwards."""
     rules = [renamed(name, name) for name in ("quant_conv", "post_quant_conv")]
     for half in ("encoder", "decoder"):
         rules += [renamed(f"{half}.{name}", f"{half}.{name}") for name in ("conv_in", "conv_out")]
@@ -165,7 +165,7 @@ PREFIXES = tuple(dict.fromkeys(prefix for prefix, _, _ in _PLACES))
 @dataclass(frozen=True, slots=True)
 class Companions:
     """The base's components that a file holds, each with its tensors under the base's names; the prefixes below which
-    they lie in the file; and what is to be said of them."""
+    they are stored in the file; and notes about them."""
 
     tensors: Mapping[str, Mapping[str, TensorEntry]] = field(default_factory=dict)
     prefixes: tuple[str, ...] = ()
@@ -175,8 +175,8 @@ class Companions:
 def companions_in(
     path: Path, rest: Mapping[str, Entry], base: Path | None, reading: Reading[Entry]
 ) -> Companions:
-    """The base's components in `rest`, which is what lies in a file beside the diffusion model. `reading` brings stored
-    tensors to 16 bits.
+    """The base's components in `rest`, which is what a file holds besides the diffusion model. `reading` brings
+    stored tensors to 16 bits.
 
     A component in fewer bits is read as the model's tensors are, unless it is the base's own, rounded, which the base
     has better. What svdq can't read stays the base's. Either is said.
@@ -223,7 +223,7 @@ def _of_the_base(path: Path, component: str, why: str, base: Path) -> str:
 def _why_the_base_is_better(
     tensors: Mapping[str, TensorEntry], of_base: Mapping[str, StoredTensor]
 ) -> str | None:
-    """None where the base has the component in 8 bits itself, or has another one: a model's own is in place then."""
+    """Why the base's component is kept; None where the base has the component in 8 bits itself, or a different one."""
     if any(entry.dtype not in SIXTEEN_BIT_OR_MORE for entry in of_base.values()):
         return None
     eight = [name for name, entry in tensors.items() if isinstance(entry, Float8Tensor) and entry.shape]
@@ -267,7 +267,7 @@ def _as_base(
 ) -> Mapping[str, TensorEntry] | None:
     """The stored tensors under the base's names; None where the base has one that they lack, or in another shape."""
     try:
-        # what is left over (position ids, logit scales) is no weight
+        # what is left over (position ids, logit scales) is not a weight
         converted, _ = convert_names(naming, stored)
     except ValueError:
         return None

@@ -1,6 +1,6 @@
 """DDUF: a whole diffusers pipeline in one file, a ZIP archive whose entries are stored as they are.
 
-The denoiser's weights are read where they lie. The other components are not unpacked: a base has them.
+The denoiser's weights are read where they are stored. The other components are not unpacked: a base has them.
 """
 
 from __future__ import annotations
@@ -101,8 +101,8 @@ def _require_same_class(path: Path, source: Source, base: Path) -> None:
     there = config.get("_class_name") if config else None
     if config is not None and there != source.config.get("_class_name"):
         raise InputError(
-            f"{path} is a {source.config.get('_class_name')}, the base {base} is a {there}",
-            hint=f"name this pipeline's own folder: unpack it with {_unpack(path)}",
+            f"{path} is a {source.config.get('_class_name')}, but the base {base} is a {there}",
+            hint=f"give this pipeline's own folder: unpack it with {_unpack(path)}",
             where=str(base),
             kind="wrong-base",
         )
@@ -114,7 +114,7 @@ def _with_warning(source: Source, others: list[str]) -> Source:
         source,
         warnings=(
             *source.warnings,
-            f"{source.path}: of a DDUF file the denoiser is read; its other parts ({', '.join(others)}) {where}; "
+            f"{source.path}: only the denoiser of a DDUF file is read; its other parts ({', '.join(others)}) {where}; "
             f"for the whole pipeline unpack it ({_unpack(source.path)}) and give that folder",
         ),
     )

@@ -1,6 +1,6 @@
 """Pipelines with several denoisers (the two transformers of Wan 2.2) as one source, whose names tell them apart.
 
-Layers and tensors of the first denoiser are called what they are called in its own weights. Those of the others stand
+Layers and tensors of the first denoiser have the names they have in its own weights. Those of the others have
 behind the name of their component: `transformer_2.blocks.0.attn1.to_q`.
 """
 
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 def prefix_of(components: Sequence[str], component: str) -> str:
-    """What stands before the names of a component's layers, where `components` are converted together."""
+    """The prefix of the names of a component's layers, where `components` are converted together."""
     return "" if component == components[0] else f"{component}."
 
 

@@ -1,4 +1,5 @@
-"""Diffusers folders: a whole pipeline (`model_index.json`) or one component (`config.json` beside its weights)."""
+"""Diffusers folders: a whole pipeline (`model_index.json`) or one component (`config.json` next to its
+weights)."""
 
 from __future__ import annotations
 
@@ -71,7 +72,7 @@ def is_denoiser(component: str) -> bool:
 
 
 def denoiser_order(component: str) -> tuple[bool, str]:
-    """By which a pipeline's denoisers are sorted."""
+    """The sort key of a pipeline's denoisers."""
     return component not in COMPONENTS, component
 
 
@@ -91,8 +92,8 @@ def pipeline_index(pipeline: Path) -> Mapping[str, object]:
     for name in index:
         if name in ("", ".", "..") or any(mark in name for mark in "/\\\0"):
             raise InputError(
-                f"{path}: the component {name!r} is no folder's name",
-                hint="do not use this model: its index was made to reach other folders",
+                f"{path}: the component {name!r} is not a valid folder name",
+                hint="do not use this model: its index points outside its folder",
                 where=str(path),
                 kind="unsafe-path",
             )
@@ -112,13 +113,13 @@ def _plain_files(folder: Path) -> Iterator[Path]:
         try:
             mode = path.stat().st_mode
         except OSError as error:
-            raise _not_copyable(path, f"a link that leads nowhere ({error.strerror})") from error
+            raise _not_copyable(path, f"a broken link ({error.strerror})") from error
         if stat.S_ISREG(mode):
             yield path
         elif not stat.S_ISDIR(mode):
             raise _not_copyable(path, "a device or a pipe, not a file")
         elif path.is_symlink() and folder.resolve().is_relative_to(path.resolve()):
-            raise _not_copyable(path, "a link to a folder that it lies in")
+            raise _not_copyable(path, "a link to a folder that contains it")
         else:
             yield from _plain_files(path)
 
@@ -133,7 +134,7 @@ def _not_copyable(path: Path, what: str) -> InputError:
 
 
 def open_component(folder: Path, *, pipeline: Path | None, component: str) -> Source:
-    """One component folder, at 16 bit or up-converted to it. Raises InputError for a quantized one, by name."""
+    """One component folder, at 16 bits or up-converted to it. Raises InputError for a quantized one, by name."""
     config = read_json(folder / "config.json")
     refuse_quantized_config(folder, config)
     stored = _unwrapped(folder, config, _stored_tensors(folder))
@@ -183,7 +184,7 @@ def header_of_files(files: Sequence[Path]) -> Header:
     for file in files:
         header = read_whole_header(file)
         if twice := sorted(tensors.keys() & header.tensors.keys()):
-            raise damaged(file, f"{twice[0]!r} is in another shard too")
+            raise damaged(file, f"{twice[0]!r} is in two shards")
         tensors.update(header.tensors)
         metadata.update(header.metadata)
     return Header(tensors, metadata)
@@ -202,7 +203,7 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
             return whole_set(shards)
     if variants := sorted(file for stem in _WEIGHT_NAMES for file in folder.glob(f"{stem}.*.safetensors")):
         raise InputError(
-            f"{folder}: the weights are there as a variant only ({variants[0].name})",
+            f"{folder}: the weights exist only as a variant ({variants[0].name})",
             hint="load the pipeline in diffusers with that variant and save it, or rename the files of every component",
             where=str(variants[0]),
             kind="variant-only",
@@ -213,7 +214,7 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
 
 
 def shard_number(file: Path) -> tuple[int, int] | None:
-    """2 and 3 of `model-00002-of-00003.safetensors`; None for a file that is no shard, or the only one."""
+    """2 and 3 of `model-00002-of-00003.safetensors`; None for a file that is not a shard, or the only one."""
     found = _SHARD.search(file.name)
     number, total = (int(found[1]), int(found[2])) if found else (1, 1)
     return (number, total) if total > 1 else None
@@ -225,8 +226,8 @@ def whole_set(files: Sequence[Path]) -> tuple[Path, ...]:
     totals = sorted({total for _, total in found})
     if len(totals) > 1:
         raise InputError(
-            f"{files[0].parent}: shards of two sets, one of {totals[0]} and one of {totals[1]}",
-            hint="leave the files of one model in the folder",
+            f"{files[0].parent}: shards of two different sets, one of {totals[0]} and one of {totals[1]}",
+            hint="keep only the files of one model in the folder",
             where=str(files[0].parent),
         )
     missing = [n for total in totals for n in range(1, total + 1) if (n, total) not in found]
@@ -261,7 +262,7 @@ def model_files(folder: Path) -> tuple[Path, ...]:
 
 def one_shard(path: Path, number: int, total: int) -> InputError:
     return InputError(
-        f"{path}: shard {number} of {total}: a part of a model",
+        f"{path}: shard {number} of {total}: only a part of a model",
         hint=f"give the folder with all {total} shards: {path.parent}",
         where=str(path),
         kind="one-shard",

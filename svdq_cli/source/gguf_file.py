@@ -91,7 +91,7 @@ def _reader(path: Path) -> GGUFReader:
         from gguf import GGUFReader
     except ImportError as error:
         raise EnvironmentLacksError(
-            f"{path} is a GGUF file, and the gguf package is not installed",
+            f"{path} is a GGUF file, but the gguf package is not installed",
             hint='pip install gguf, or pip install "svdq[gguf]"',
             where=str(path),
         ) from error
@@ -145,6 +145,6 @@ def _warning(path: Path, quantized: dict[str, int]) -> tuple[str, ...]:
         return ()
     kinds = ", ".join(f"{count} of {kind}" for kind, count in sorted(quantized.items()))
     return (
-        f"{path}: quantized tensors ({kinds}) were dequantized; what they have lost stays lost, "
-        "so prefer the 16-bit model where there is one",
+        f"{path}: quantized tensors ({kinds}) were dequantized; the precision they lost is not restored, "
+        "so prefer the 16-bit model if there is one",
     )

@@ -50,7 +50,7 @@ def read_whole_header(path: Path, *, at: tuple[int, int] | None = None) -> Heade
     except PermissionError as error:
         raise InputError(
             f"{path}: can't be read: {error.strerror}",
-            hint="ask its owner for the right to read it (chmod a+r), or copy it",
+            hint="get read permission (chmod a+r), or copy it",
             where=str(path),
         ) from error
     except (
@@ -97,7 +97,7 @@ def _keys_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
     if len(found) < len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise ValueError(f"{twice!r} is there twice")
+        raise ValueError(f"{twice!r} occurs twice")
     return found
 
 
@@ -142,7 +142,7 @@ def _entry(path: Path, name: str, facts: object, start: int) -> tuple[StoredTens
     try:
         if not isinstance(facts, dict) or not isinstance(facts["dtype"], str):
             raise TypeError
-        name.encode()  # half of a character is no name
+        name.encode()  # half of a character is not a name
         shape, offsets = (tuple(_size(n) for n in facts[key]) for key in ("shape", "data_offsets"))
         begin, end = offsets
     except (KeyError, TypeError, ValueError) as error:
@@ -165,7 +165,7 @@ def _size(value: object) -> int:
 def _require_no_gaps(
     path: Path, entries: Mapping[str, tuple[StoredTensor, tuple[int, int]]], available: int
 ) -> None:
-    """Tensors lie one after another and fill the file, as the format demands: none overlaps, nothing hides between."""
+    """Tensors follow one another and fill the file, as the format demands: none overlaps, nothing hides between."""
     for name, (_, (_, end)) in entries.items():
         if end > available:
             raise damaged(path, f"{name!r} reaches beyond the end of the file; it is truncated")

@@ -50,7 +50,7 @@ def convert_by_library(
 
 
 def published_pipeline(stored: Mapping[str, TensorEntry]) -> str | None:
-    """The hub id of the pipeline that diffusers takes such a file for; None where it knows none."""
+    """The Hub id of the pipeline that diffusers takes such a file for; None where it knows none."""
     with unwatched_garbage():
         from diffusers.loaders import single_file_utils
     infer = getattr(single_file_utils, "infer_diffusers_model_type", None)

@@ -1,6 +1,6 @@
 """Tensors of a file that are no weights but say something of the model: what it predicts, which variant it is.
 
-They stand at the top of a file or below the model's prefix, mostly empty. ComfyUI, A1111, stable-diffusion.cpp and the
+They are at the top of a file or below the model's prefix, mostly empty. ComfyUI, A1111, stable-diffusion.cpp and the
 trainers tell models apart by them, so that a file without one is another model to them.
 """
 
@@ -51,7 +51,7 @@ _LDM_SCHEDULE = (
 )
 _EDM = {"_class_name": "EDMEulerScheduler", "prediction_type": "v_prediction", "sigma_data": 1.0}
 MARKERS = (
-    Marker("scaled_fp8"),  # that 8-bit weights have scales, which stand beside them
+    Marker("scaled_fp8"),  # that 8-bit weights have scales, which are next to them
     Marker("__index_timestep_zero__", _QWEN, config={"zero_cond_t": True}),  # Qwen-Image-Edit 2511
     Marker("v_pred", _UNET, scheduler={"prediction_type": "v_prediction"}),
     Marker("ztsnr", _UNET, scheduler={"rescale_betas_zero_snr": True}),
@@ -63,7 +63,7 @@ MARKERS = (
     *(Marker(key, _UNET) for key in _LDM_SCHEDULE),
 )
 MARKER_KEYS = frozenset(marker.key for marker in MARKERS)
-# Of single layers, by the end of their keys: activation scales and labels, of no use at 16 bit
+# Of single layers, by the end of their keys: activation scales and labels, of no use at 16 bits
 LAYER_MARKERS = (".scale_input", ".input_scale", ".comfy_quant")
 # Header metadata that says what a model predicts: the words of the specification, of sd-scripts and of ComfyUI
 _PREDICTION_METADATA = ("modelspec.prediction_type", "modelspec.predict_key")
@@ -120,7 +120,7 @@ def _settings(speaking: Iterable[Marker], markers: Mapping[str, TensorEntry]) ->
         number = float(entry.read().flatten()[0]) if math.prod(entry.shape) == 1 else math.nan
         if not 0 < number < math.inf:
             raise InputError(
-                f"{entry.file}: {entry.origin} is no positive number",
+                f"{entry.file}: {entry.origin} is not a positive number",
                 hint="download the file again",
                 where=entry.origin,
                 kind="damaged-file",

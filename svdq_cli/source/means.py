@@ -70,7 +70,7 @@ def _times(source: Source, name: str, vector: Tensor) -> Tensor:
     entry = tensor_entry(source, name)
     step = max(1, READ_AT_ONCE // max(1, entry.shape[1]))
     if len(vector) > entry.shape[1]:
-        raise InputError(f"{name} has {entry.shape[1]} columns, less than {len(vector)}", where=name)
+        raise InputError(f"{name} has {entry.shape[1]} columns, fewer than {len(vector)}", where=name)
     parts = (
         entry.read_rows(start, start + step).float().flatten(1)[:, : len(vector)].double() @ vector.double()
         for start in range(0, entry.shape[0], step)
@@ -91,7 +91,7 @@ def means_by_layer(moved: Sequence[MovedMean], widths: Mapping[str, int]) -> dic
 
 
 def moved_json(moved: Sequence[MovedMean]) -> list[dict[str, object]]:
-    """For a checkpoint's header: vectors as base64 of little-endian bfloat16."""
+    """Moved means as JSON for a checkpoint's header: vectors as base64 of little-endian bfloat16."""
     return [
         {
             "readers": list(each.readers),
@@ -110,7 +110,7 @@ def moved_of_json(said: object) -> tuple[MovedMean, ...]:
         return tuple(_moved(cast("Mapping[str, object]", each)) for each in cast("list[object]", said or []))
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, binascii.Error) as error:
         raise InputError(
-            "header: what is said of means that were moved into biases can't be read",
+            "header: the record of input means moved into biases can't be read",
             hint="the file is damaged",
             where="means",
         ) from error

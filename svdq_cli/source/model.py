@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 COMPONENTS = ("transformer", "unet")
 # Threads that hash weights; few, because each holds a tensor.
 _HASHERS = min(4, os.cpu_count() or 1)
-# Where a source's config is from: beside its weights, from its base, or told by the names and shapes of its tensors
+# Where a source's config is from: next to its weights, from its base, or told by the names and shapes of its
+# tensors
 ConfigFrom = Literal["folder", "base", "shapes"]
 NO_TENSORS: Mapping[str, TensorEntry] = MappingProxyType({})
 
@@ -56,12 +57,12 @@ class Source:
 
     @property
     def components(self) -> tuple[str, ...]:
-        """Of all denoisers, in order."""
+        """Names of all denoisers, in order."""
         return (self.component, *self.further)
 
     @property
     def configs(self) -> Mapping[str, Mapping[str, object]]:
-        """Of all denoisers, by component."""
+        """Configs of all denoisers, by component."""
         return {self.component: self.config, **self.further}
 
     @property
@@ -84,7 +85,7 @@ def tensor_entry(source: Source, name: str) -> TensorEntry:
     if entry is None:
         raise InputError(
             f"{source.path}: the weights have no tensor {name!r}",
-            hint="the checkpoint is incomplete or of another model class; download it again",
+            hint="the checkpoint is incomplete or has a different model class; download it again",
             where=name,
         )
     return entry
@@ -93,8 +94,8 @@ def tensor_entry(source: Source, name: str) -> TensorEntry:
 def source_digest(source: Source, stop: threading.Event | None = None) -> str:
     """sha256 of the model as it is read: its configs, and the sha256 of every tensor under its diffusers name.
 
-    The same weights have the same digest in whatever file they lie, under whatever names. CancelledError once `stop` is
-    set.
+    The same weights have the same digest in whatever file they are stored, under whatever names. CancelledError once
+    `stop` is set.
     """
     digest = hashlib.sha256(json.dumps(described_config(source.config), sort_keys=True).encode())
     for component, config in source.further.items():

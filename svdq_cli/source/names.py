@@ -20,12 +20,12 @@ Entry = TypeVar("Entry", bound=TensorEntry)
 
 def claim(taken: dict[str, Entry], name: str, entry: Entry) -> None:
     """Puts a stored tensor under the name that it has in the model. Raises InputError (kind `claimed-twice`) where
-    another stored key stands for the same tensor: which of the two is meant, nobody can tell."""
+    another stored key maps to the same tensor: it is impossible to tell which of the two is meant."""
     other = taken.setdefault(name, entry)
     if other is not entry:
         raise InputError(
-            f"{entry.file}: {other.origin} and {entry.origin} both stand for {name} of the model",
-            hint="remove the one that is not meant, or save the model again from the tool that made it",
+            f"{entry.file}: {other.origin} and {entry.origin} both map to {name} of the model",
+            hint="remove the wrong one, or save the model again with the tool that made it",
             where=entry.origin,
             kind="claimed-twice",
         )
@@ -33,7 +33,7 @@ def claim(taken: dict[str, Entry], name: str, entry: Entry) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One layer of an original checkpoint. `{}` in names stands for a block's number; a name that ends in `.*` speaks
+    """One layer of an original checkpoint. `{}` in names represents a block's number; a name that ends in `.*` speaks
     of all layers below it, whose rest of the name stays.
 
     `targets` are the diffusers layers that its rows are split into, in proportion to `split`; `swapped` says that the
@@ -117,7 +117,7 @@ def convert_names(
 ) -> tuple[dict[str, TensorEntry], tuple[str, ...]]:
     """The checkpoint under diffusers' names, and the keys that no rule speaks of.
 
-    Raises ValueError naming the key whose rows can't be split as its rule says, InputError for two keys that stand for
+    Raises ValueError naming the key whose rows can't be split as its rule says, InputError for two keys that represent
     one tensor.
     """
     rules = {rule.original: rule for rule in naming.rules(tuple(stored))}
@@ -172,7 +172,7 @@ def numbered(rule: Rule, number: int | None) -> Rule:
 
 
 def block_numbers(keys: Sequence[str], *patterns: str) -> tuple[int, ...]:
-    """The numbers that stand in `keys` where one of the patterns has its `{}`, in order."""
+    """The numbers in `keys` at the place of a pattern's `{}`, in order."""
     stacks = tuple({pattern.split("{}")[0] for pattern in patterns})
     found = {key[len(stack) :].split(".")[0] for stack in stacks for key in keys if key.startswith(stack)}
     return tuple(sorted(int(number) for number in found if number.isdigit()))

@@ -19,14 +19,14 @@ class OtherFile:
     hint: str
 
 
-_PART = "give the diffusion model; this file's place is in the pipeline folder that --base names"
+_PART = "give the diffusion model; this file belongs in the pipeline folder given with --base"
 OTHER_FILES = (
     OtherFile(
         "a LoRA",
         re.compile(
             r"[._]lora\d?[._](A|B|up|down)\b|\.lora_linear_layer\.|\.hada_w1_a|\.lokr_w1|\.oft_blocks"
         ),
-        "give the model that it belongs to, and this file with --lora FILE:WEIGHT",
+        "give the model it belongs to, and this file with --lora FILE:WEIGHT",
     ),
     OtherFile(
         "an autoencoder (VAE)",
@@ -41,7 +41,7 @@ OTHER_FILES = (
     OtherFile(
         "a ControlNet",
         re.compile(r"^(control_model\.|controlnet_|controlnet\.|input_hint_block\.)"),
-        "svdq converts the model that it steers, not the ControlNet",
+        "svdq converts the model that a ControlNet controls, not the ControlNet",
     ),
 )
 
@@ -90,7 +90,7 @@ def refuse_other_components(path: Path, config: Mapping[str, object] | None) -> 
     )
     raise InputError(
         f"{path}: {found}{f' ({name})' if name else ''}, not a diffusion model",
-        hint=f"give the pipeline that it is a part of: {above}" if above else "give the pipeline's folder",
+        hint=f"give the pipeline it belongs to: {above}" if above else "give the pipeline's folder",
         where=str(path),
         kind="unknown-family",
     )
@@ -109,7 +109,8 @@ _MAGICS = (
 
 
 def other_kind(start: bytes) -> tuple[str, str] | None:
-    """What a file is that begins so and is no safetensors, and what to do; None where that can't be told."""
+    """The kind of a file that starts like this and is not safetensors, and what to do; None where that can't be
+    told."""
     model = "give a diffusers pipeline folder, or a .safetensors or .gguf file"
     if start.startswith(b"version https://git-lfs"):
         return (

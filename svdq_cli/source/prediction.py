@@ -61,16 +61,16 @@ def prediction_warnings(
     if base is not None and has_settings(base, told.scheduler):
         return ()
     if base is None:
-        return (f"{said}; without a base there is none to set, so set the one that it is run with",)
+        return (f"{said}; without a base there is none to set, so set that of the pipeline you run it with",)
     if "prediction_type" not in told.scheduler and not str(found.get("_class_name")).startswith("EDM"):
         raise InputError(
-            f"{path}: a model of Playground v2.5 ({', '.join(told.by)}), the base {base} has a "
+            f"{path}: a Playground v2.5 model ({', '.join(told.by)}), but the base {base} has a "
             f"{found.get('_class_name')} scheduler",
             hint=f"name its own pipeline: --base {_PLAYGROUND}",
             where=str(base),
             kind="wrong-base",
         )
-    return (f"{said}; the output's is set so, and so is the one that calibration and eval use",)
+    return (f"{said}; it is set so in the output, and for calibration and eval",)
 
 
 def _looks_otherwise(
@@ -95,6 +95,6 @@ def _looks_otherwise(
     size, name = (768, "2-1") if looks == "v_prediction" else (512, "2-1-base")
     return (
         f"{path}: looks like a Stable Diffusion 2 model that predicts {looks.removesuffix('_prediction')} "
-        f"({size} pixels), and the scheduler of {base} is set to {says}; if pictures are wrong, name a base such as "
+        f"({size} pixels), but the scheduler of {base} is set to {says}; if images are wrong, name a base such as "
         f"stabilityai/stable-diffusion-{name}",
     )

@@ -45,9 +45,9 @@ def find_model(
     """The part of a file that is the diffusion model.
 
     `signatures` are names that tell a model each, in the order of their weight: where one is whole below a prefix, that
-    is it. Else it is the prefix below which most of `known_names` lie or, where none does, most tensors. `beside` are
-    prefixes of what is never the model's. Raises InputError (kind `claimed-twice`) where two keys of the file
-    stand for one tensor; a marker may be there twice.
+    is it. Else it is the prefix below which most of `known_names` are stored or, where none does, most tensors.
+    `beside` are prefixes of what is never the model's. Raises InputError (kind `claimed-twice`) where two keys of the
+    file represent one tensor; a marker may be there twice.
     """
     names: dict[str, Entry] = {}
     for key, entry in stored.items():
@@ -65,12 +65,12 @@ def find_model(
         if name.startswith(prefix) and not name.removeprefix(prefix).startswith(beside or ("\0",)):
             tensors[name.removeprefix(prefix)] = entry
         else:
-            # What lies beside the model is wrapped as the model is, by all wrappers but the model's own
+            # What is stored next to the model is wrapped as the model is, by all wrappers but the model's own
             shared = next((wrappers for wrappers in _wrappings(name) if prefix.startswith(wrappers)), "")
             inner = name.removeprefix(shared)
             rest[name if inner in rest else inner] = entry
     for name, entry in rest.items():
-        # A second model, or parts of one, below another wrapper: which of the two is meant, nobody can tell.
+        # A second model, or parts of one, below another wrapper: it is impossible to tell which of the two is meant.
         for other in (*_wrappings(name), ""):
             if (inner := name.removeprefix(other)) in tensors and inner not in MARKER_KEYS:
                 claim(tensors, inner, entry)
@@ -79,7 +79,7 @@ def find_model(
 
 
 def _refuse_second_inside(tensors: dict[str, Entry], signatures: Iterable[Collection[str]]) -> None:
-    """Raises InputError where a whole model lies below a wrapper beside the bare names of another."""
+    """Raises InputError where a whole model is below a wrapper next to the bare names of another."""
     wrapped = {name: entry for name, entry in tensors.items() if _wrappings(name)}
     if second := _by_signature(wrapped, signatures):
         for name, entry in wrapped.items():

@@ -12,7 +12,7 @@ from svdq_cli.errors import InputError
 from svdq_cli.source.tensors import StoredTensor, entry_bytes
 from svdq_cli.storage.tensor_file import bytes_of
 
-_HINT = "convert from the 16-bit model that it was made from"
+_HINT = "convert the 16-bit model it was made from"
 _SVDQUANT_HINT = f"{_HINT}; svdq export re-packs a finished checkpoint for another runtime"
 
 
@@ -59,10 +59,8 @@ _METHOD_NAMES = {
 }
 _LABEL_BYTES = 1 << 16  # of a layer's `comfy_quant`; ComfyUI's have 100
 _UNREADABLE = "quantization of an unreadable kind"
-_FLOAT8_FORMATS = (
-    "float8_e4m3fn",
-    "float8_e5m2",
-)  # of ComfyUI's per-layer `comfy_quant`: svdq reads these two
+# of ComfyUI's per-layer `comfy_quant`: svdq reads these two
+_FLOAT8_FORMATS = ("float8_e4m3fn", "float8_e5m2")
 
 
 def refuse_quantized(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
@@ -77,7 +75,7 @@ def refuse_quantized(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
 
 
 def refuse_quantized_config(folder: Path, config: Mapping[str, object]) -> None:
-    """The same, by the `quantization_config` that diffusers writes into a config."""
+    """Refuse a model that is already quantized, by the `quantization_config` in its diffusers config."""
     found = config.get("quantization_config")
     if found is None:
         return

@@ -1,4 +1,4 @@
-"""One file with a whole model: original, ComfyUI or diffusers names, 16 or 8 bits, alone or with text encoders beside.
+"""One file with a whole model: original, ComfyUI or diffusers names, 16 or 8 bits, alone or with text encoders.
 
 The file is read by its header: which part of it is the diffusion model, what its tensors are called in diffusers, and
 what config they belong to. The weights stay on disk.
@@ -154,14 +154,14 @@ def _unknown_model(
     first = ", ".join(sorted(stored)[:3]) or "no tensors"
     if pipeline := published_pipeline({**tensors, **stored}):
         return InputError(
-            f"{path}: a model as in {pipeline}, whose config can't be told from its names and shapes alone",
+            f"{path}: a model as in {pipeline}, whose config can't be derived from its names and shapes alone",
             hint=f"name that pipeline, or another of the same model: --base {pipeline} (recipe: model.base)",
             where=str(path),
             kind="needs-base",
         )
     return InputError(
-        f"{path}: not a diffusion model that svdq knows as a single file; it holds {first}",
-        hint="a model in diffusers' names needs its pipeline (--base FOLDER_OR_HUB_ID), others a diffusers folder",
+        f"{path}: not a diffusion model that svdq supports as a single file; it holds {first}",
+        hint="for a model with diffusers' names add --base FOLDER_OR_HUB_ID; for others give a diffusers folder",
         where=str(path),
         kind="unknown-family",
     )
@@ -178,8 +178,8 @@ def _diffusers_tensors(path: Path, part: _Model, base: Path | None) -> tuple[Map
         converted, unknown = convert_names(part.naming, part.tensors)
     except ValueError as error:
         raise InputError(
-            f"{path}: {error}: not the shape of a {part.naming.model_class}",
-            hint="the file is damaged or of another model",
+            f"{path}: {error}: does not fit a {part.naming.model_class}",
+            hint="the file is damaged or belongs to a different model",
             where=str(path),
         ) from error
     if unknown and base is not None and _base_class(base) != part.naming.model_class:
@@ -198,7 +198,7 @@ def _diffusers_tensors(path: Path, part: _Model, base: Path | None) -> tuple[Map
 def _named_by_base(
     path: Path, tensors: Mapping[str, TensorEntry], base: Path
 ) -> tuple[Mapping[str, TensorEntry], str]:
-    """Of a class that svdq has no table for: diffusers' names, or names that diffusers converts.
+    """The tensors of a class that svdq has no table for: diffusers' names, or names that diffusers converts.
 
     Raises InputError (kind `unread-names`) where the names are neither. Whether the tensors are all of the model's is
     seen when the plan is made.
@@ -213,8 +213,9 @@ def _named_by_base(
     if max(own, library) * 2 < len(wanted):
         first = ", ".join(sorted(tensors)[:3]) or "no tensors"
         raise InputError(
-            f"{path}: names that svdq does not read in one file, where the base {base} is a {model_class}: {first}",
-            hint="convert the model's diffusers folder, or name a base of the model that this is",
+            f"{path}: its tensor names are unknown to svdq as a single file, with a base {base} that is a "
+            f"{model_class}: {first}",
+            hint="convert the model's diffusers folder, or name a base of the same model",
             where=str(path),
             kind="unread-names",
         )
@@ -238,7 +239,7 @@ def _config(
         config = published_config(known, tensors, original)
         if config is None:
             raise InputError(
-                f"{path}: a {known.model_class}, whose config can't be told from its names and shapes alone",
+                f"{path}: a {known.model_class}, whose config can't be derived from its names and shapes alone",
                 hint=BASE_HINT,
                 where=str(path),
                 kind="needs-base",
@@ -250,8 +251,8 @@ def _config(
     ):
         if given.get(name) != value:
             raise InputError(
-                f"{path}: {name} is {value} here and {given.get(name)} in the base {base}",
-                hint=f"the base is another variant; {BASE_HINT}",
+                f"{path}: {name} is {value} here, but {given.get(name)} in the base {base}",
+                hint=f"the base is a different variant; {BASE_HINT}",
                 where=name,
                 kind="wrong-base",
             )
@@ -294,7 +295,7 @@ def _config_warning(path: Path, told: Told, config: Mapping[str, object]) -> tup
     if not changed:
         return ()
     return (
-        f"{path}: {' and '.join(told.by)} says {', '.join(changed)}, and the base does not; the file is believed",
+        f"{path}: {' and '.join(told.by)} says {', '.join(changed)}, but the base does not; the file wins",
     )
 
 

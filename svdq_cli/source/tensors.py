@@ -1,4 +1,4 @@
-"""The tensors of a source: what each looks like once read, where it lies, and how it gets from there to here.
+"""The tensors of a source: what each looks like once read, where it is stored, and how it gets from there to here.
 
 Every kind of entry says its shape and dtype without touching the weights, and `read()` brings one tensor into memory.
 """
@@ -60,7 +60,7 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def content_sha256(entry: TensorEntry) -> str:
-    """Of the tensor's bytes as it is read, some rows of a matrix at a time."""
+    """sha256 of the tensor's bytes as it is read, some rows of a matrix at a time."""
     if isinstance(entry, StoredTensor):
         return entry.sha256()
     if len(entry.shape) < 2:
@@ -80,7 +80,7 @@ def entry_bytes(entry: TensorEntry) -> int:
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor as it lies in a safetensors file."""
+    """A tensor as it is stored in a safetensors file."""
 
     file: Path
     origin: str
@@ -97,7 +97,7 @@ class StoredTensor:
         return self._read((max(stop - start, 0), *self.shape[1:]), skip=start * row)
 
     def sha256(self) -> str:
-        """Of its bytes, some of them in memory at a time."""
+        """sha256 of the stored bytes, some of them in memory at a time."""
         self._known_dtype()
         digest, left = hashlib.sha256(), entry_bytes(self)
         block = torch.empty(min(left, HASHED_AT_ONCE), dtype=torch.uint8)
@@ -114,7 +114,8 @@ class StoredTensor:
         return digest.hexdigest()
 
     def _read(self, shape: tuple[int, ...], *, skip: int) -> Tensor:
-        """Into memory of its own: pages of a mapped file would count as the process's, for as long as any is in use."""
+        """Read into separate memory: pages of a mapped file would count as the process's, for as long as any is in
+        use."""
         found = torch.empty(shape, dtype=self._known_dtype())
         try:
             read_at(self.file, self.offset + skip, bytes_of(found))

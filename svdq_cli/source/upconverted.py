@@ -1,7 +1,7 @@
 """What is stored in another type than the 16 and 32 bit floats that svdq works with, and how it is read.
 
 8-bit floats are found their scale, if they have one, and up-converted; 64-bit ones are rounded to 32. Integers are
-counters and positions beside the weights, which are left out, or the codes of a quantizer, which are refused.
+counters and positions next to the weights, which are left out, or the codes of a quantizer, which are refused.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _INTEGERS = (*_COUNTS, "I32", "U32", "I16", "U16", "I8", "U8")
 
 @dataclass(frozen=True, slots=True)
 class Readable:
-    """Tensors as floats of 16 or 32 bits; warnings of what storing them has lost; names of what is no weight."""
+    """Tensors as floats of 16 or 32 bits; warnings of what storing them has lost; names of what is not a weight."""
 
     tensors: Mapping[str, TensorEntry]
     lossy: tuple[str, ...] = ()
@@ -48,7 +48,7 @@ class Readable:
         count = len(self.no_weights)
         return (
             *self.lossy,
-            f"{path}: {count} tensors are whole numbers beside the weights and were left out: {named}",
+            f"{path}: {count} tensors are integers next to the weights and were ignored: {named}",
         )
 
 
@@ -105,7 +105,8 @@ def _scale_of(
     scales = [stored[f"{layer}.{word}"] for word in _SCALES if f"{layer}.{word}" in stored]
     if len(scales) > 1:
         raise InputError(
-            f"{path}: {scales[0].origin} and {scales[1].origin} are both there: one of them scales {entry.origin}",
+            f"{path}: {scales[0].origin} and {scales[1].origin} are both present: only one of them can scale "
+            f"{entry.origin}",
             hint="convert from the 16-bit model",
             where=name,
             kind="claimed-twice",
@@ -129,7 +130,7 @@ def _scale_of(
 
 
 def _foreign_scale(name: str, stored: Mapping[str, StoredTensor]) -> str | None:
-    """A key beside a weight that can only be its scale, in a spelling that svdq has no reading of."""
+    """A key next to a weight that can only be its scale, in a spelling that svdq has no reading of."""
     layer = name.removesuffix(".weight")
     return next((key for word in _FOREIGN_SCALES if (key := f"{layer}.{word}") in stored), None)
 
@@ -145,5 +146,5 @@ def _float8_warning(path: Path, eight: Mapping[str, Float8Tensor]) -> tuple[str,
     how = f"{scaled} of them times their scale" if scaled else "they have no scales"
     return (
         f"{path}: {len(eight)} tensors are 8-bit floats and were up-converted to bfloat16 ({how}); "
-        "what 8 bits have lost stays lost, so prefer the 16-bit model where there is one",
+        "what 8 bits have lost stays lost, so prefer the 16-bit model if there is one",
     )

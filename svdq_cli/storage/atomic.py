@@ -1,4 +1,4 @@
-"""Files and folders that are whole or absent: written beside their place, synced, renamed."""
+"""Files and folders that are whole or absent: written next to their final path, synced, renamed."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def refuse_existing(path: Path, *, overwrite: bool) -> None:
     """Raises UsageError when the output is there already, before any work is done."""
     if os.path.lexists(path) and not overwrite:  # a link to nowhere is something too
         raise UsageError(
-            f"{path}: the output exists already",
-            hint="choose another name with -o, or give --overwrite to replace it",
+            f"{path}: the output already exists",
+            hint="choose another name with -o, or pass --overwrite to replace it",
             where=str(path),
             kind="output-exists",
         )
@@ -50,7 +50,7 @@ def existing(path: Path) -> Path:
 def whole_output(path: Path, *, overwrite: bool) -> Generator[Path, None, None]:
     """A file or folder that appears at `path` complete or not at all.
 
-    Yields a partial path beside it, where nothing is yet; what stands there at the end is renamed. Whatever happens
+    Yields a partial path next to it, where nothing is yet; what is there at the end is renamed. Whatever happens
     inside, nothing is left under the final name but a whole output (or the old one).
     """
     refuse_existing(path, overwrite=overwrite)
@@ -104,9 +104,9 @@ def disk_errors(path: Path, *, option: str = "-o") -> Generator[None, None, None
         if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "No space left" in str(error):
             too_large = number == errno.EFBIG  # FAT takes 4 GB
             raise OutOfResourcesError(
-                f"{path}: {'the disk takes no file of this size' if too_large else 'the disk is full'}",
+                f"{path}: {'the file exceeds the size limit of the file system' if too_large else 'the disk is full'}",
                 hint=f"free some space, or write to another disk with {option}; "
-                "nothing was left under the final name",
+                "no output was written under the final name",
                 where=str(path),
                 kind="disk-full",
             ) from error

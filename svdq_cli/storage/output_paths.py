@@ -1,4 +1,4 @@
-"""Where outputs may stand: seen before the work, so that hours later nothing but a full disk can be in the way."""
+"""Where outputs may be written: checked before the work, so that hours later only a full disk can be in the way."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 ANIMATED_SUFFIXES = (".webp", ".gif", ".png")
 DEMO_REPORT = "report.json"
 MAX_NAME_BYTES = 200  # file systems allow 255, and the partial name is longer than the final one
-_OTHER = "choose another place with -o"
+_OTHER = "choose another path with -o"
 
 
 def is_output_folder(path: Path) -> bool:
@@ -42,7 +42,7 @@ def require_places(
     """UsageError for an output that can't be written, or whose writing would destroy something else.
 
     `folders`: which of the outputs are folders. `inputs`: files and folders that the command reads. `replaceable`:
-    whether `overwrite` may replace a folder that stands there.
+    whether `overwrite` may replace a folder that exists.
     """
     for index, (path, is_folder) in enumerate(zip(outputs, folders, strict=True)):
         with disk_errors(path):
@@ -62,7 +62,7 @@ def require_places(
 def require_picture_place(
     path: Path, *, inputs: Sequence[Path] = (), overwrite: bool, animated: bool = False
 ) -> None:
-    """UsageError for a picture of an unknown type, or one that can't be written there. `animated`: it may be a video,
+    """UsageError for an image of an unknown type, or one that can't be written there. `animated`: it may be a video,
     as which Pillow writes some types."""
     if path.suffix.lower() not in (*PICTURE_SUFFIXES, *(ANIMATED_SUFFIXES if animated else ())):
         raise UsageError(
@@ -72,10 +72,10 @@ def require_picture_place(
 
 
 def require_animated(path: Path) -> None:
-    """UsageError for a type that holds a single picture, and no video."""
+    """UsageError for a type that holds a single image, and no video."""
     if path.suffix.lower() not in ANIMATED_SUFFIXES:
         raise UsageError(
-            f"{path}: this model makes a video, and such a file holds one picture",
+            f"{path}: this model generates a video, but such a file holds one image",
             hint=f"name the output {', '.join(ANIMATED_SUFFIXES)} (animated), or give --frames 1",
             where=str(path),
         )
@@ -86,7 +86,7 @@ def require_name(path: Path) -> None:
     name = path.name
     if "\0" in str(path) or name in ("", "..") or len(name.encode(errors="surrogateescape")) > MAX_NAME_BYTES:
         raise UsageError(
-            f"{path}: no name for an output (one of at most {MAX_NAME_BYTES} bytes is)",
+            f"{path}: not a valid output name (at most {MAX_NAME_BYTES} bytes)",
             hint=_OTHER,
             where=str(path),
         )
@@ -106,8 +106,8 @@ def _require_apart(path: Path, others: Sequence[Path], what: str) -> None:
 def _not_ours(path: Path) -> UsageError:
     """`--overwrite` replaces outputs of svdq: not a folder of someone's own, nor a folder by a file."""
     return UsageError(
-        f"{path}: a folder that this command has not written, which --overwrite does not replace",
-        hint="remove it yourself, or choose another place with -o",
+        f"{path}: a folder that svdq did not create; --overwrite replaces only svdq's outputs",
+        hint="remove it yourself, or choose another path with -o",
         where=str(path),
     )
 
@@ -115,6 +115,6 @@ def _not_ours(path: Path) -> UsageError:
 def _require_writable(path: Path) -> None:
     parent = next(place for place in path.absolute().parents if os.path.lexists(place))
     if not parent.is_dir():
-        raise UsageError(f"{path}: can't write there: {parent} is no folder", hint=_OTHER, where=str(path))
+        raise UsageError(f"{path}: can't write there: {parent} is not a folder", hint=_OTHER, where=str(path))
     with tempfile.TemporaryDirectory(dir=parent, prefix=".svdq-probe-"):
         pass

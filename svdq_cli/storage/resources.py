@@ -1,5 +1,5 @@
-"""Where the data that ships with svdq lies: in a wheel (`svdq_cli/_data/`), or in a checkout beside the package. And
-the user's folder for what can be made again."""
+"""Where the data that ships with svdq is stored: in a wheel (`svdq_cli/_data/`), or in a checkout next to the package.
+And the user's folder for what can be made again."""
 
 from __future__ import annotations
 

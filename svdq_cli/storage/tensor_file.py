@@ -74,7 +74,7 @@ class TensorWriter:
         self._file.write(bytes_of(tensor).numpy().data)
 
     def copy(self, name: str, source: Path, begin: int) -> None:
-        """A tensor whose bytes lie in another file, `begin` bytes from its start, as they are."""
+        """A tensor whose bytes are stored in another file, `begin` bytes from its start, as they are."""
         if name not in self._specs or name in self._written:
             raise ValueError(f"{name}: not announced, or written twice")
         self._written.add(name)
@@ -132,7 +132,7 @@ def read_at(path: Path, offset: int, into: Tensor) -> None:
 
 
 def read_into(file: FileIO, into: Tensor) -> None:
-    """Fill `into`, (bytes,) uint8, from where the file stands. ValueError where it ends before."""
+    """Fill `into`, (bytes,) uint8, from the file's position. ValueError where it ends early."""
     left = into.numpy().data
     while left:
         count = file.readinto(left)
@@ -142,7 +142,7 @@ def read_into(file: FileIO, into: Tensor) -> None:
 
 
 def _places(specs: Mapping[str, TensorSpec]) -> dict[str, int]:
-    """Offsets behind the header, in the order in which the tensors lie: by dtype, then by name."""
+    """Offsets behind the header, in the order in which the tensors are stored: by dtype, then by name."""
     places: dict[str, int] = {}
     offset = 0
     for name in sorted(specs, key=lambda name: (-_RANK[specs[name].dtype], name)):

@@ -21,7 +21,7 @@ def keep_freed_memory() -> None:
     """Let glibc reuse the memory of large tensors, of all threads from one place, and torch ask for pages of 2 MB (its
     own THP_MEM_ALLOC_ENABLE, read when it is loaded). Elsewhere this does nothing.
 
-    By default each tensor of some megabytes is mapped anew, and the kernel clears its pages of 4 KB one by one, which
+    By default each tensor of some megabytes is mapped afresh, and the kernel clears its pages of 4 KB one by one, which
     takes longer than what is computed with it: a data-free conversion of a billion parameters spends a fifth of its
     time there.
     """
@@ -40,7 +40,7 @@ def free_large_tensors_at_once() -> None:
 
 
 def free_tensors_at_once() -> None:
-    """Undo `keep_freed_memory`: what a tensor took goes back to the system with it. Slower, but no memory lies idle
+    """Undo `keep_freed_memory`: what a tensor took goes back to the system with it. Slower, but no memory is idle
     between tensors of other sizes."""
     if mallopt := _of_glibc("mallopt"):
         mallopt(_MMAP_THRESHOLD, _OF_THE_SYSTEM)
@@ -55,8 +55,8 @@ def return_freed_memory() -> None:
 
 @contextmanager
 def unwatched_garbage() -> Generator[None, None, None]:
-    """For the import of a large library: Python searches all of its growing number of objects for garbage again and
-    again, a quarter of the time that diffusers' import takes, and there is none."""
+    """Pauses garbage collection, for the import of a large library: Python searches all of its growing number of
+    objects for garbage again and again, a quarter of the time that diffusers' import takes, and there is none."""
     searched = gc.isenabled()
     gc.disable()
     try:
@@ -68,5 +68,5 @@ def unwatched_garbage() -> Generator[None, None, None]:
 
 @cache
 def _of_glibc(name: str) -> Callable[..., int] | None:
-    """None on other systems, and with a C library that has no such function."""
+    """A function of glibc; None on other systems, and with a C library that lacks it."""
     return getattr(ctypes.CDLL(None), name, None) if sys.platform.startswith("linux") else None

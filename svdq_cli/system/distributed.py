@@ -34,7 +34,7 @@ MEET_WITHIN = timedelta(minutes=10)
 
 @dataclass(frozen=True, slots=True)
 class Team:
-    """The processes of a run as one of them sees it. The base is a run of one process, which waits for nobody."""
+    """The processes of a run as one of them sees it. The base is a run of one process, which waits for no other."""
 
     rank: int = 0
     size: int = 1
@@ -54,7 +54,7 @@ class Team:
         return iter(items)
 
     def tell(self, topic: str, value: Mapping[str, object]) -> None:
-        """From the first process to all others: JSON values."""
+        """Send JSON values from the first process to all others."""
 
     def hear(self, topic: str) -> dict[str, object]:
         """What the first process told. Waits for it."""
@@ -117,7 +117,7 @@ class JoinedTeam(Team):
             elif now - seen > self.lost_after:
                 where = beat.decode().rpartition(" ")[0] or "it never started"
                 raise _lost(
-                    f"process {rank} of {self.size} ({where}) has not answered for {self.lost_after:.0f} s"
+                    f"process {rank} of {self.size} ({where}) has not responded for {self.lost_after:.0f} s"
                 )
 
 
@@ -154,7 +154,7 @@ def joined() -> Iterator[Team]:
         try:
             yield team
         except dist.DistNetworkError as error:
-            raise _lost(f"process 0 of {size}, where all meet, is gone") from error
+            raise _lost(f"process 0 of {size}, which coordinates the run, is gone") from error
         except BaseException as error:
             _leave(team, "failed", str(error) or type(error).__name__)
             raise
@@ -199,5 +199,5 @@ def _beating(team: JoinedTeam) -> Iterator[None]:
 
 def _lost(message: str) -> InterruptedRunError:
     return InterruptedRunError(
-        message, hint="what is finished is kept; start all processes again", kind="process-lost"
+        message, hint="finished work is kept; start all processes again", kind="process-lost"
     )

@@ -97,7 +97,7 @@ def card_named(text: str) -> Card:
     near = difflib.get_close_matches(_key(text), known, n=3, cutoff=0.4)
     names = ", ".join(known[key].name for key in near) or "RTX 4070, RTX 3090, A100 80GB"
     raise UsageError(
-        f"no card {text!r} is known here",
+        f"unknown GPU {text!r}",
         hint=f"give its memory, such as 12GB, or a name such as {names}",
         where="--gpu",
     )

@@ -30,7 +30,7 @@ def resolve_device(wanted: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise EnvironmentLacksError(
             f"no CUDA device {wanted!r} on this machine",
-            hint="use --device cpu; svdq doctor shows what is here; convert --plan --gpu CARD predicts for any card",
+            hint="use --device cpu; svdq doctor shows this machine's; convert --plan --gpu GPU predicts for any GPU",
         )
     return device
 
@@ -50,7 +50,7 @@ def _peak_ram() -> int:
 
 
 def on_device(solution: Solution, device: torch.device) -> Solution:
-    """The same solution with its tensors on `device`."""
+    """A solution with its tensors on `device`."""
     moved = {
         name: value.to(device)
         for name in solution.__dataclass_fields__

@@ -1,4 +1,5 @@
-"""Where a model's weights lie while it runs: on the device as far as they fit, else brought there block by block.
+"""Where a model's weights are stored while it runs: on the device as far as they fit, else brought there block by
+block.
 
 The hooks are accelerate's; which blocks stay is its choice too. Numbers do not depend on where weights come from.
 """
@@ -27,7 +28,7 @@ class Room:
     host: int
 
     def share(self, part: float) -> Room:
-        """The same part of both."""
+        """That fraction of both budgets."""
         return Room(int(self.device * part), int(self.host * part))
 
 
@@ -71,7 +72,7 @@ def fill(model: nn.Module, weights: Mapping[str, Tensor], *, device: torch.devic
 def fill_beside(
     model: nn.Module, blocks: Iterable[str], weights: Mapping[str, Tensor], *, device: torch.device
 ) -> None:
-    """Gives an empty model the weights of all that lies beside `blocks` (paths), which stay empty."""
+    """Gives an empty model the weights outside `blocks` (paths), which stay empty."""
     heads = tuple(f"{block}." for block in blocks)
     for name in weights:
         if not name.startswith(heads):
@@ -100,7 +101,8 @@ def is_hooked(module: nn.Module) -> bool:
 
 @contextmanager
 def brought(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """The modules' weights are at hand in the block, which uses them without a call: hooks do as they do around one."""
+    """The modules' weights are available in the block, which uses them without a call: hooks do as they do around
+    one."""
     hooked = [(module, getattr(module, _HOOK)) for module in modules if is_hooked(module)]
     with ExitStack() as stack:
         for module, hook in hooked:
@@ -110,7 +112,7 @@ def brought(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def _move_buffers(module: nn.Module, device: torch.device) -> None:
-    """Those that no file holds too."""
+    """Move a module's buffers to the device, also those that no file holds."""
     for name, buffer in module.named_buffers(recurse=False):
         setattr(module, name, buffer.to(device))
 
@@ -144,7 +146,7 @@ def _places(model: nn.Module, device: torch.device, room: Room) -> dict[str, str
     blocks = getattr(model, "_no_split_modules", None) or []
     found = infer_auto_device_map(model, max_memory=limits, no_split_module_classes=blocks)
     words = {main: "device", "cpu": "host" if gpu else "device", "disk": "disk"}
-    # accelerate's hooks bring modules, not parameters that lie beside them in a module that is torn apart
+    # accelerate's hooks bring modules, not parameters that are stored next to them in a module that is torn apart
     alone = {name for name, _ in model.named_parameters()}
     return {name: "device" if name in alone else words[place] for name, place in found.items()}
 

@@ -41,7 +41,8 @@ def made_ahead(
 
 
 class NoRoomBeside(Exception):
-    """Of what `made_side_by_side` makes while others are in memory: it is made again when they are gone."""
+    """Raised by work of `made_side_by_side` that does not fit while others are in memory; it is repeated when they are
+    gone."""
 
 
 def made_side_by_side(
@@ -53,9 +54,9 @@ def made_side_by_side(
 ) -> Generator[tuple[Item, Made], None, None]:
     """Every item with what `make(item, alone)` makes of it, as they are done. One is taken from `items` when no more
     than `threads` are being made or wait for the caller. Where `beside(busy, following)` finds no room for one more, it
-    waits until enough of the others are taken; where `make` finds none, which was not `alone` when it was begun and
-    raises NoRoomBeside, until all of them are, and nothing is begun beside it then. What else `make` raises is raised
-    here. Where the caller leaves before the end, what is still being made ends at its next `end_if_left`."""
+    waits until enough of the others are taken; where `make` finds none, which was not `alone` when it was started and
+    raises NoRoomBeside, until all of them are, and nothing is started next to it then. What else `make` raises is
+    raised here. Where the caller leaves before the end, what is still being made ends at its next `end_if_left`."""
     left = threading.Event()
     maker = _threads(threads, "beside", left)
     busy: dict[Future[Made], Item] = {}
@@ -65,7 +66,7 @@ def made_side_by_side(
         while True:
             while len(busy) > threads or (busy and crowded):
                 yield from _some_done(busy, crowded)
-            if crowded:  # and nothing beside it, for which there was no room
+            if crowded:  # and nothing next to it, for which there was no room
                 item = crowded.pop(0)
                 busy[maker.submit(make, item, True)] = item
                 yield from _some_done(busy, crowded)
@@ -127,7 +128,7 @@ def _first(coming: list[tuple[Item, Future[Made]]]) -> tuple[Item, Made]:
 def _some_done(
     busy: dict[Future[Made], Item], crowded: list[Item]
 ) -> Generator[tuple[Item, Made], None, None]:
-    """Taken out: of those that are done the one that was begun first. What found no room is `crowded` instead."""
+    """Taken out: of those that are done the one that was started first. What found no room is `crowded` instead."""
     wait(busy, return_when=FIRST_COMPLETED)
     future = next(each for each in busy if each.done())
     item = busy.pop(future)
@@ -138,7 +139,7 @@ def _some_done(
 
 
 def end_if_left() -> None:
-    """CancelledError in a thread whose work nobody waits for any more. Work of minutes asks now and then, because only
+    """CancelledError in a thread whose work no one waits for any more. Work of minutes asks now and then, because only
     the main thread is told of an interruption."""
     left = getattr(_OWN, "left", None)
     if left is not None and left.is_set():
@@ -160,7 +161,7 @@ def _threads(count: int, name: str, left: threading.Event | None = None) -> Thre
 
 
 class Behind:
-    """Takes work off the caller's hands, one piece at a time, each done by a thread while the caller goes on."""
+    """Takes work off the caller's hands, one piece at a time, each done by a thread while the caller continues."""
 
     def __init__(self, worker: ThreadPoolExecutor) -> None:
         self._worker = worker
@@ -174,7 +175,7 @@ class Behind:
             self._pending = self._worker.submit(work)
 
     def wait(self) -> None:
-        """Until all is done that was handed over, and no memory is held for it. Raises what it raised. Any thread may
+        """Wait until all work is done, and no memory is held for it. Raises what the work raised. Any thread may
         wait."""
         with self._one_at_a_time:
             pending, self._pending = self._pending, None

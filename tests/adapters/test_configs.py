@@ -202,7 +202,7 @@ def test_a_difference_of_another_size_is_refused(tiny_flux: Path, tmp_path: Path
     error = refused(tiny_flux, file, {f"diffusion_model.{LAYER}.diff": torch.ones(128, 64)})
     assert "has matrices [128, 64]" in error.message
     error = refused(tiny_flux, file, {f"diffusion_model.{LAYER}.diff_b": torch.ones(3)})
-    assert "its bias has 3 numbers" in error.message
+    assert "its bias has 3 values" in error.message
     error = refused(tiny_flux, file, {"transformer_blocks.0.attn.norm_q.diff": torch.ones(3)})
     assert "its difference has 3 numbers" in error.message
 
@@ -222,7 +222,7 @@ def test_a_control_lora_is_called_one(tiny_flux: Path, tmp_path: Path, norms: bo
         tensors["double_blocks.0.img_attn.norm.query_norm.scale"] = torch.ones(64)
     error = refused(tiny_flux, tmp_path / "l.safetensors", tensors)
     assert (
-        "control LoRA: it widens an input: img_in reads 32 numbers, and x_embedder of this model 16"
+        "control LoRA, which widens an input: img_in reads 32 values, but x_embedder of this model reads 16"
         in error.message
     )
     assert error.kind == "lora-mismatch"

@@ -91,7 +91,9 @@ def test_linear_layers_compute_what_peft_s_do(flux: Source, tmp_path: Path, kind
     config = {**PEFT, **PEFT_WITH_BIAS, **PEFT_LINEAR, **PEFT_CHANGES_BASE}[kind]
     adapter = train_with_peft(config, skeleton(state_of(flux, LINEAR), LINEAR), LINEAR, tmp_path)
     merged = require_same(flux, adapter)
-    assert any("its training took a part" in text for text in merged.warnings) == (kind in PEFT_CHANGES_BASE)
+    assert any("its training subtracted a part" in text for text in merged.warnings) == (
+        kind in PEFT_CHANGES_BASE
+    )
     # the same by the file's own name
     require_same(flux, TrainedAdapter(tmp_path / "adapter_model.safetensors", adapter.layers))
 
@@ -236,7 +238,7 @@ def test_other_tuners_of_peft_are_refused_by_name_with_their_config_and_without(
     layers = LINEAR[:1]
     model = skeleton(state_of(flux, layers), layers)
     get_peft_model(model, config(target_modules=["to_q"], **_NEEDS.get(tuner, {}))).save_pretrained(tmp_path)
-    assert f"an adapter of type {tuner}" in refused(flux, tmp_path)
+    assert f"adapter type {tuner}" in refused(flux, tmp_path)
     (tmp_path / "adapter_config.json").unlink()
     alone = refused(flux, tmp_path)
     plain = alone.split(": ")[2].lower()  # file: key: kind
@@ -282,7 +284,7 @@ def test_what_peft_trains_whole_beside_a_lora_is_refused_by_name(
     get_peft_model(model, LoraConfig(target_modules=["to_q"], **said)).save_pretrained(tmp_path)
     assert "modules_to_save" in refused(flux, tmp_path)
     (tmp_path / "adapter_config.json").unlink()
-    assert "trained beside the LoRA" in refused(flux, tmp_path)
+    assert "trained alongside the LoRA" in refused(flux, tmp_path)
 
 
 def test_every_kind_of_lora_that_peft_has_is_among_these():
@@ -316,7 +318,7 @@ def test_a_peft_folder_without_its_config_says_that_alpha_is_taken_as_the_rank(f
     (tmp_path / "adapter_config.json").unlink()
     # with the weight that the warning names, it is the adapter
     merged = require_same(flux, adapter, weight=ALPHA / RANK)
-    assert ["alpha, which is taken as the rank" in text for text in merged.warnings] == [True]
+    assert ["alpha, so it is taken as the rank" in text for text in merged.warnings] == [True]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

@@ -307,7 +307,7 @@ def test_unet_loras_reach_attention_and_convolutions(
     save_file({**names(adapter), **text}, tmp_path / "lora.safetensors")
     merged = merge_loras(sd15, [(tmp_path / "lora.safetensors", 1.0)])
     assert merged.warnings == (
-        f"{tmp_path / 'lora.safetensors'}: 1 tensors are for the text encoders, which stay as they are",
+        f"{tmp_path / 'lora.safetensors'}: 1 tensors are for the text encoders, which are left unchanged",
     )
     for layer, (down, up) in adapter.items():
         found = read_tensor(merged, f"{layer}.weight")
@@ -442,7 +442,7 @@ def refused(tiny_flux: Path, file: Path, tensors: dict[str, Tensor]) -> InputErr
 
 def test_a_lora_of_another_family_is_refused(tiny_flux: Path, sd15: Source, tmp_path: Path):
     error = refused(tiny_flux, tmp_path / "l.safetensors", kohya_unet(unet_adapter(sd15)))
-    assert "made for another model" in error.message
+    assert "made for a different model" in error.message
     assert error.kind == "lora-mismatch"
 
 
@@ -463,7 +463,7 @@ def test_a_missing_half_is_named(tiny_flux: Path, tmp_path: Path):
     halves = peft(trained())
     del halves[f"transformer.{QKV[2]}.lora_B.weight"]
     assert (
-        f"lack a half of their LoRA: transformer.{QKV[2]}"
+        f"have only half of their LoRA: transformer.{QKV[2]}"
         in refused(tiny_flux, tmp_path / "l.safetensors", halves).message
     )
 
@@ -497,10 +497,10 @@ def test_a_truncated_file_is_refused(tiny_flux: Path, tmp_path: Path):
         ("lora_unet_x.oft_blocks", "OFT"),
         ("lora_unet_x.lokr_t2", "Tucker core"),
         ("lora_controlnet", "Stability's control LoRA"),
-        ("diffusion_model.x.set_weight", "to be put in place of its own"),
+        ("diffusion_model.x.set_weight", "that replace the model's own"),
         ("diffusion_model.x.reshape_weight", "a control LoRA, which widens an input"),
-        ("unet:12:down", "it numbers 13 layers, and the model has 0"),
-        ("something.else", "no part of a LoRA: something.else"),
+        ("unet:12:down", "it numbers 13 layers, but the model has 0"),
+        ("something.else", "not part of a LoRA: something.else"),
     ],
 )
 def test_other_kinds_of_adapters_are_refused_by_name(tiny_flux: Path, tmp_path: Path, key: str, kind: str):

@@ -175,7 +175,7 @@ def test_a_lora_for_one_of_two_denoisers_says_which_it_leaves(tmp_path: Path):
     model = shapes_of(pair)
     first = read(lora_of(model, f"diffusion_model.{name}", ("blocks.0.attn1.to_q",)), model, tmp_path)
     assert set(first.weights) == {"blocks.0.attn1.to_q.weight"}
-    assert "changes transformer alone, and transformer_2 stays" in first.warnings[0]
+    assert "changes transformer only, and transformer_2 stays" in first.warnings[0]
     other = lora_of(model, f"transformer_2.{name}", ("blocks.0.attn1.to_q",))
     second = read(other, model, tmp_path)
     assert set(second.weights) == {"transformer_2.blocks.0.attn1.to_q.weight"}

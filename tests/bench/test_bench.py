@@ -322,7 +322,7 @@ def test_the_table_fits_80_columns_and_ends_with_the_notes(
 @pytest.mark.parametrize(
     ("words", "code", "message", "hint"),
     [
-        ("--shapes flux-dev", 2, "'flux-dev'", "did you mean 'flux1-dev'? there are demo, flux1-dev"),
+        ("--shapes flux-dev", 2, "'flux-dev'", "did you mean 'flux1-dev'? the sets are demo, flux1-dev"),
         ("--precision int8", 2, "'int8'", "int4 or nvfp4"),
         ("--rank 24", 2, "--rank 24", "a multiple of 16 from 0 to 256"),
         ("--rank 512", 2, "--rank 512", "a multiple of 16 from 0 to 256"),

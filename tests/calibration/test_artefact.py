@@ -119,7 +119,7 @@ def test_an_input_is_read_without_the_other_files(tmp_path: Path, monkeypatch: p
 
 def test_an_existing_path_is_kept_unless_told_otherwise(saved: Path, tmp_path: Path):
     before = (saved / "manifest.json").read_bytes()
-    with pytest.raises(UsageError, match="exists already"):
+    with pytest.raises(UsageError, match="already exists"):
         save_calibration(saved, STATS, FACTS)
     assert (saved / "manifest.json").read_bytes() == before
     save_calibration(saved, {"blocks.0.ff": STATS["blocks.0.ff"]}, FACTS, overwrite=True)
@@ -178,14 +178,14 @@ def _cut(folder: Path) -> None:
 DAMAGE: list[tuple[str, Callable[[Path], object]]] = [
     (r"no readable manifest\.json", lambda folder: (folder / "manifest.json").unlink()),
     (r"manifest\.json: .*not valid JSON", lambda folder: (folder / "manifest.json").write_text("{")),
-    (r"of another kind", lambda folder: (folder / "manifest.json").write_text("[]")),
-    (r"of another kind", _edit(lambda m: m.update(kind="photos"))),
+    (r"describes something else", lambda folder: (folder / "manifest.json").write_text("[]")),
+    (r"describes something else", _edit(lambda m: m.update(kind="photos"))),
     (r"calibration schema 2", _edit(lambda m: m.update(schema=2))),
     (r"manifest\.json: .*a key is missing", _edit(lambda m: m.pop("prompts"))),
     (r"manifest\.json: .*a key is missing", _edit(lambda m: m["inputs"][0].pop("sha256"))),
     (r"manifest\.json: .*does not match its digest", _edit(lambda m: m["inputs"].pop())),
     (r"manifest\.json: .*does not match its digest", _edit(lambda m: m["settings"].update(steps=9))),
-    (r"not its own: \.\./x", _edit(lambda m: m["inputs"][0].update(file="../x.safetensors"))),
+    (r"does not belong to it: \.\./x", _edit(lambda m: m["inputs"][0].update(file="../x.safetensors"))),
     (r"stats-00001\.safetensors: .*missing", lambda folder: (folder / "stats-00001.safetensors").unlink()),
     (r"stats-00001\.safetensors: .*bytes instead of", _cut),
 ]

@@ -116,22 +116,22 @@ def test_captions_without_their_images_and_an_image_folder_s_metadata(tmp_path: 
         (
             "p.csv",
             "a red circle\na blue square\n",
-            "no column is called prompt",
+            "no column is named prompt",
             "without a header is a .txt file",
         ),
-        ("p.csv", "title,year\nx,1\n", "no column is called prompt", "title, year"),
-        ("p.csv", 'prompt\n"a red circle\n', "can't be read", "mend"),
-        ("p.csv", "prompt,prompt\na,b\n", "two columns are called 'prompt'", "mend"),
+        ("p.csv", "title,year\nx,1\n", "no column is named prompt", "title, year"),
+        ("p.csv", 'prompt\n"a red circle\n', "can't be read", "fix the file"),
+        ("p.csv", "prompt,prompt\na,b\n", "two columns are called 'prompt'", "fix the file"),
         ("p.csv", "prompt\n\n", "holds no prompt", "one prompt a line"),
         ("p.csv", "", "holds no prompt", "one prompt a line"),
-        ("p.json", "{", "can't be read", "mend"),
-        ("p.json", "3", "int instead of a list", "mend"),
-        ("p.json", "[" * 100_000, "can't be read", "mend"),
-        ("p.json", '{"prompt": 3}', "neither columns nor prompts", "mend"),
+        ("p.json", "{", "can't be read", "fix the file"),
+        ("p.json", "3", "int instead of a list", "fix the file"),
+        ("p.json", "[" * 100_000, "can't be read", "fix the file"),
+        ("p.json", '{"prompt": 3}', "neither columns nor prompts", "fix the file"),
         ("p.json", '[{"prompt": 3}]', "column 'prompt' holds int", "--prompt-column"),
-        ("p.jsonl", '{"prompt": "a"}\n[[[', "line 2", "mend"),
-        ("p.jsonl", '{"prompt": "a"}\n"b"\n', "entry 2 is str", "mend"),
-        ("p.jsonl", '{"prompt": "a"}\n{"text": "b"}\n', "entry 2 has no 'prompt'", "mend"),
+        ("p.jsonl", '{"prompt": "a"}\n[[[', "line 2", "fix the file"),
+        ("p.jsonl", '{"prompt": "a"}\n"b"\n', "entry 2 is str", "fix the file"),
+        ("p.jsonl", '{"prompt": "a"}\n{"text": "b"}\n', "entry 2 has no 'prompt'", "fix the file"),
         ("p.json", json.dumps(["x" * 30_000]), "30000 characters", "plain text"),
         ("circle.png", "", "an image, not a file of prompts", "one prompt a line"),
         ("style.safetensors", "", "a model or a LoRA", "--lora"),
@@ -156,7 +156,7 @@ def test_folders_without_captions_are_refused_with_a_cure(tmp_path: Path):
     assert "next to it" in str(caught.value.hint)
     (tmp_path / "lists").mkdir()
     (tmp_path / "lists" / "many.txt").write_text("one\ntwo\n")
-    with pytest.raises(InputError, match="which one") as caught:
+    with pytest.raises(InputError, match="which file") as caught:
         prompts_in(tmp_path / "lists")
     assert "many.txt" in str(caught.value.hint)
 
@@ -167,7 +167,7 @@ def test_a_list_has_no_columns(write_text: WriteText):
 
 
 def test_a_prompt_instead_of_a_file_of_prompts_is_told_so():
-    with pytest.raises(InputError, match="reads like a prompt") as caught:
+    with pytest.raises(InputError, match="looks like a prompt") as caught:
         find_prompts("a red circle on white", None)
     assert "text file" in str(caught.value.hint)
     with pytest.raises(InputError, match="no prompt file") as caught:
@@ -209,7 +209,7 @@ def test_a_plan_reads_checks_and_counts_the_prompts(
     code, report = said(capsys, *plan, "--prompts", table)
     assert code == 0
     assert report["prompts"] == {"read_from": f"column caption of {table}", "available": 3, "used": 3}
-    assert any("3 found of the" in str(text) for text in report["warnings"])  # type: ignore[union-attr]
+    assert any("3 prompts found" in str(text) for text in report["warnings"])  # type: ignore[union-attr]
     code, report = said(capsys, *plan, "--prompts", tmp_path / "nope.txt")
     assert (code, report["status"]) == (3, "error")
     code, report = said(capsys, *plan, "--prompts", table, "--prompt-column", "n")
@@ -255,7 +255,7 @@ def test_a_file_of_prompts_is_read_once_in_a_run(
 def test_a_column_without_prompts_is_a_usage_error(tiny_flux: Path, tmp_path: Path):
     from svdq_cli.prepare.from_command_line import override
 
-    with pytest.raises(SvdqError, match="no prompts are named"):
+    with pytest.raises(SvdqError, match="there is no --prompts"):
         override(default_recipe("demo"), {"calibration.prompts.column": "caption"})
 
 

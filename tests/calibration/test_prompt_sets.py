@@ -35,7 +35,7 @@ def test_a_set_of_prompts_in_yaml_is_read_in_its_order(write_text: Callable[[str
     ("name", "content", "what"),
     [
         ("a.json", "{", "not a list of prompts"),
-        ("a.json", "[]", "expected prompts by picture"),
+        ("a.json", "[]", "expected prompts by image"),
         ("a.json", '{"x": {"category": "art"}}', "no prompt for 'x'"),
         ("a.json", '{"x": 3}', "no prompt for 'x'"),
         ("a.yaml", "x: [", "not a list of prompts"),

@@ -78,7 +78,7 @@ def test_other_encoders_and_missing_ones_are_refused(tiny_flux: Path):
         require_encoders(tiny_flux, ["text_encoder"])
     with pytest.raises(InputError, match="there is no 'text_encoder_9'"):
         require_encoders(tiny_flux, ["text_encoder_9"])
-    with pytest.raises(InputError, match="this is no pipeline"):
+    with pytest.raises(InputError, match="this is not a pipeline"):
         require_encoders(None, ["text_encoder_2"])
 
 

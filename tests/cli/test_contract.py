@@ -208,7 +208,7 @@ def test_eval_takes_prompts_from_a_table_and_gates_from_a_recipe(
     out = capsys.readouterr().out
     assert "95 % interval" in out
     assert "no clip: CLIP score needs" in out
-    assert f"report, for a browser: {tmp_path / 'report' / 'report.html'}" in out
+    assert f"HTML report: {tmp_path / 'report' / 'report.html'}" in out
     assert (tmp_path / "report" / "prompts.txt").read_text() == "a cat, sitting\n"
 
 
@@ -279,7 +279,7 @@ def test_the_table_of_doctor_names_every_operation_at_80_columns_and_without_a_t
     show(report, json=False)
     text = capsys.readouterr().out
     assert tests[0].op not in text
-    assert f"{len(tests)} more can't run here; -v shows them" in text
+    assert f"{len(tests)} more can't run on this machine; -v shows them" in text
     assert text.endswith("\nThis machine can.\n")
 
 
@@ -411,7 +411,7 @@ def test_a_calibration_that_datafree_does_not_use_is_a_warning(
     calib.mkdir()
     words = f"convert {tiny_flux} -o {tmp_path / 'out'} --calib {calib} --effort datafree --rank 16 --json"
     assert run(words.split()) == 0
-    assert f"{calib}: not used, for effort datafree takes no calibration" in said(capsys)["warnings"]
+    assert f"{calib}: not used, because effort datafree takes no calibration" in said(capsys)["warnings"]
 
 
 def test_svdq_alone_shows_its_help(capsys: pytest.CaptureFixture[str]):

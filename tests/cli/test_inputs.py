@@ -172,7 +172,7 @@ def test_a_model_given_as_a_lora_and_a_lora_given_as_a_model(
     bfl: Path, lora: Path, tiny_flux: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     assert (
-        "no part of a LoRA"
+        "whole tensors of a model, not a LoRA"
         in refused(capsys, f"convert {tiny_flux} --lora {bfl} -o {tmp_path / 'out'}", 3)["message"]
     )
     assert "--lora" in refused(capsys, f"convert {lora} -o {tmp_path / 'out'}", 3)["hint"]
@@ -230,7 +230,7 @@ def test_a_file_of_another_kind_is_called_by_its_name(
 def test_a_link_to_nowhere_says_where_it_leads(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "model").symlink_to(tmp_path / "gone")
     error = refused(capsys, f"convert {tmp_path / 'model'} -o out", 3)
-    assert f"a link to {tmp_path / 'gone'}, which is not there" in error["message"]
+    assert f"a link to {tmp_path / 'gone'}, which does not exist" in error["message"]
 
 
 @pytest.mark.parametrize("name", ["m" * 300, "~nobody-of-this-name/model"])

@@ -54,7 +54,7 @@ def test_a_shipped_recipe_is_copied_to_be_changed(capsys: pytest.CaptureFixture[
     assert run(["init", "flux1-dev-int4", "-o", "mine.yaml", "-q"]) == 0
     assert load_recipe("mine.yaml") == load_recipe(data_root("configs") / "flux1-dev-int4.yaml")
     assert run(["init", "flux1-dev-int4", "-o", "other.yaml", "--rank", "64"]) == 2
-    assert "a recipe already" in capsys.readouterr().err
+    assert "already a recipe" in capsys.readouterr().err
 
 
 def test_an_editor_finds_the_schema_of_every_recipe_that_init_writes(tiny_flux: Path):

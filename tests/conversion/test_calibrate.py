@@ -36,7 +36,7 @@ def recipe(tiny_flux: Path, tmp_path: Path) -> Recipe:
 
 
 def test_a_conversion_that_is_stopped_while_it_calibrates_says_what_is_kept(recipe: Recipe, tmp_path: Path):
-    """Not "0 of 26 solved portions": the images that were generated are there."""
+    """Not "0 of 26 layer groups solved": the images that were generated are there."""
 
     def stop_in_the_second_picture(event: Event) -> None:
         if event.stage == "calibrate" and event.done == 3:
@@ -44,7 +44,7 @@ def test_a_conversion_that_is_stopped_while_it_calibrates_says_what_is_kept(reci
 
     with pytest.raises(InterruptedRunError) as caught:
         convert(recipe, tmp_path / "out", options=CPU, observe=stop_in_the_second_picture)
-    assert "keeps 1 of 3 batches of calibration images; --resume" in str(caught.value.hint)
+    assert "keeps 1 of 3 batches of calibration images; continue with --resume" in str(caught.value.hint)
 
 
 def _bytes(folder: Path) -> dict[str, bytes]:
@@ -63,9 +63,9 @@ def test_a_calibration_that_is_gone_on_with_has_the_bytes_of_one_that_was_not_st
 
     with pytest.raises(CanceledRunError) as caught:
         calibrate(recipe, out, options=CPU, observe=stop_in_the_second_picture)
-    assert "1 of 3 batches of pictures; --resume" in str(caught.value.hint)
+    assert "1 of 3 batches of images; continue with --resume" in str(caught.value.hint)
     assert not out.exists()
-    with pytest.raises(UsageError, match="begun already"):
+    with pytest.raises(UsageError, match="unfinished run"):
         calibrate(recipe, out, options=CPU)
     events: list[Event] = []
     calibrate(recipe, out, options=RunOptions(device="cpu", resume=True), observe=events.append)
@@ -130,7 +130,7 @@ def test_sigterm_ends_with_75_and_says_how_to_go_on(recipe: Recipe, tiny_flux: P
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=300)
     assert process.returncode == 75, said
-    assert "batches of pictures" in said
+    assert "batches of images" in said
     assert "--resume" in said
     assert not out.exists()
 

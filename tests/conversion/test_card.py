@@ -88,7 +88,7 @@ def test_a_file_has_its_card_beside_it_and_missed_gates_are_named(tiny_flux: Pat
     text = (tmp_path / "model.safetensors.README.md").read_text()
     assert 'base="PIPELINE_FOLDER"' in text
     assert "missed: size\\_ratio &gt;= 50" in text
-    assert "gate psnr\\_db &gt;= 20 | met, or judged by svdq eval" in text
+    assert "gate psnr\\_db &gt;= 20 | met, or left to svdq eval" in text
 
 
 def test_the_same_conversion_has_the_same_card(tiny_flux: Path, tmp_path: Path):

@@ -86,7 +86,7 @@ def test_a_conversion_to_float16_names_the_layers_that_will_overflow(
     # an output that is infinite is worth nothing, whatever float32 would have made of it
     assert all(report.layer_sqnr_db.per_layer[name] == -150.0 for name in V)
     recipe = evaluation_recipe(open_checkpoint(tmp_path / "out"), str(tmp_path / "out"))
-    with pytest.raises(CheckFailedError, match="the picture would be black") as refused:
+    with pytest.raises(CheckFailedError, match="the image would be black") as refused:
         generate(tmp_path / "out", "a", tmp_path / "black.png", recipe=recipe, options=CPU)
     assert refused.value.kind == "not-finite"
     assert not (tmp_path / "black.png").exists()
@@ -109,7 +109,7 @@ def test_a_tensor_that_float16_does_not_hold_is_refused_by_name(tiny_flux: Path,
 
     source = changed(tiny_flux, tmp_path / "flux", with_one_large)
     with pytest.raises(
-        InputError, match=f"{name} holds 70144, and the largest number of float16 is 65504"
+        InputError, match=f"{name} holds 70144, but the largest number of float16 is 65504"
     ) as refused:
         convert(recipe_for(source, "float16", effort="datafree"), tmp_path / "out", options=CPU)
     assert (refused.value.code, refused.value.kind, refused.value.where) == (3, "out-of-range", name)

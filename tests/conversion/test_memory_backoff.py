@@ -178,7 +178,7 @@ def test_a_limit_on_gpu_memory_moves_layers_to_the_cpu_without_a_try(
     convert(recipe_for(tiny_flux), tmp_path / "out", options=RunOptions(max_vram=100), observe=said)
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == whole[0]
     assert said[0].startswith(f"{FIRST}: solving it takes ")
-    assert said[0].endswith("GB, and --max-vram allows 0.000 GB; now on the CPU")
+    assert said[0].endswith("GB, but --max-vram allows 0.000 GB; now on the CPU")
 
 
 def test_out_of_memory_for_good_ends_with_code_5_and_names_the_layer(
@@ -210,7 +210,7 @@ def test_host_memory_that_shrinks_ends_the_run_before_it_is_gone(
         short.setattr(memory, "available_ram", left)
         short.setattr(memory_backoff, "available_ram", left)
         with pytest.raises(
-            OutOfResourcesError, match=r"solving it takes .* GB of memory, and 0\.00 GB are free"
+            OutOfResourcesError, match=r"solving it takes .* GB of memory, but 0\.00 GB are free"
         ) as seen:
             convert(recipe_for(tiny_flux), tmp_path / "out", options=ON_CPU)
     assert str(seen.value.where).startswith(("transformer_blocks.", "single_transformer_blocks."))

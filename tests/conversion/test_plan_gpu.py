@@ -82,7 +82,7 @@ def test_the_command_says_it_in_json_and_on_the_screen(
     assert run([*words, "--gpu", "rtx 4070"]) == 0
     printed = capsys.readouterr().out
     assert "RTX 4070, 12 GiB" in printed
-    assert "fits whole" in printed
+    assert "fits, " in printed
     assert run([*words, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["gpu"] is None
     assert run([*words, "--gpu", "potato"]) == 2

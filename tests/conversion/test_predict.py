@@ -167,7 +167,7 @@ def test_hidden_states_take_the_memory_that_is_predicted(tiny_flux: Path, tmp_pa
 def test_a_block_that_memory_has_no_room_for_is_refused_before_the_work(tiny_flux: Path, tmp_path: Path):
     recipe = best_recipe(tiny_flux, tmp_path, height=512, width=512, max_sequence_length=64)
     limit = resident_ram() + 300_000_000  # layers are solved in less
-    with pytest.raises(OutOfResourcesError, match=r"tuning it takes .* GB, and --max-ram allows") as caught:
+    with pytest.raises(OutOfResourcesError, match=r"tuning it takes .* GB, but --max-ram allows") as caught:
         convert(recipe, tmp_path / "out", options=RunOptions(device="cpu", max_ram=limit))
     assert "batch_size" in str(caught.value.hint)
     assert not list(tmp_path.glob("*out*"))
@@ -206,9 +206,8 @@ def test_what_is_written_is_what_was_predicted(tiny_flux: Path, tmp_path: Path):
     plan = predict(recipe, options=CPU)
     report = convert(recipe, tmp_path / "out", options=CPU)
     written = sum(file.stat().st_size for file in (tmp_path / "out").rglob("*") if file.is_file())
-    assert plan.bytes.output == pytest.approx(
-        report.bytes.output, rel=0.25
-    )  # headers weigh much in a tiny model
+    # headers weigh much in a tiny model
+    assert plan.bytes.output == pytest.approx(report.bytes.output, rel=0.25)
     assert written < plan.disk_bytes, "the work folder is part of it"
     assert plan.vram_bytes is None
     parts = plan.stages

@@ -160,7 +160,7 @@ def test_what_is_left_of_a_work_folder_is_taken_away_by_the_next_run(
     out = killed_removing_its_work
     assert same_bytes(out, whole)
     assert check(out).status == "ok"
-    with pytest.raises(UsageError, match="exists already"):
+    with pytest.raises(UsageError, match="already exists"):
         convert(recipe_for(tiny_flux), out, options=RESUME)
     assert list(out.parent.iterdir()) == [out]
 
@@ -209,7 +209,7 @@ def test_an_output_whose_replacing_was_killed_keeps_its_name_until_there_is_anot
 
 def test_unfinished_work_is_neither_used_nor_lost_unasked(tiny_flux: Path, whole: Path, tmp_path: Path):
     begun(tiny_flux, tmp_path / "out")
-    with pytest.raises(UsageError, match="begun already and not finished") as caught:
+    with pytest.raises(UsageError, match="holds an unfinished run of this conversion") as caught:
         convert(recipe_for(tiny_flux), tmp_path / "out", options=CPU)
     assert caught.value.kind == "work-exists"
     assert "--resume" in str(caught.value.hint)
@@ -280,7 +280,7 @@ def test_a_run_that_can_only_fail_again_leaves_no_work(tiny_flux_copy: Path, tmp
 
 
 def test_a_memory_limit_that_can_not_be_kept_is_refused_before_the_work(tiny_flux: Path, tmp_path: Path):
-    with pytest.raises(OutOfResourcesError, match=r"solving it takes .* GB, and --max-ram allows 0\.001 GB"):
+    with pytest.raises(OutOfResourcesError, match=r"solving it takes .* GB, but --max-ram allows 0\.001 GB"):
         convert(recipe_for(tiny_flux), tmp_path / "out", options=RunOptions(device="cpu", max_ram=1_000_000))
     assert list(tmp_path.iterdir()) == []
 
@@ -374,7 +374,7 @@ def test_an_interrupted_command_names_the_one_that_goes_on(
     said = capsys.readouterr()
     assert json.loads(said.out)["error"]["kind"] == "canceled"
     monkeypatch.undo()
-    resuming = next(line for line in said.err.splitlines() if "to go on: svdq" in line)
+    resuming = next(line for line in said.err.splitlines() if "to resume: svdq" in line)
     assert run(resuming.split("svdq ", 1)[1].split()) == 0
     assert json.loads(capsys.readouterr().out)["layers_taken_over"] > 0
 
@@ -439,7 +439,7 @@ def test_tuned_blocks_are_not_tuned_again(
             raise Terminated
 
     recipe = best_recipe(tiny_flux, prompts)
-    with pytest.raises(InterruptedRunError, match="told to stop") as caught:
+    with pytest.raises(InterruptedRunError, match="stopped by SIGTERM") as caught:
         convert(recipe, tmp_path / "out", options=CPU, observe=stop)
     assert caught.value.code == 75
     assert "1 tuned block;" in str(caught.value.hint)

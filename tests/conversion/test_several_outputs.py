@@ -89,7 +89,7 @@ def test_one_bad_output_leaves_none(tiny_flux: Path, tmp_path: Path, monkeypatch
 def test_an_output_that_exists_stops_all_before_the_work(tiny_flux: Path, tmp_path: Path):
     paths = (tmp_path / "lite", tmp_path / "b.safetensors")
     paths[1].write_text("mine")
-    with pytest.raises(UsageError, match="exists already"):
+    with pytest.raises(UsageError, match="already exists"):
         convert(recipe_for(tiny_flux, ("nunchaku-lite", paths[0]), ("comfy", paths[1])), paths, options=CPU)
     assert leftovers(tmp_path) == ["b.safetensors"]
     assert paths[1].read_text() == "mine"

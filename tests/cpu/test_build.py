@@ -106,7 +106,7 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(build, "find_compiler", lambda: Compiler(("g++",), "any"))
     with pytest.raises(EnvironmentLacksError, match="could not be built in") as refused:
         built_library(BY_NAME["scalar"], cache=tmp_path / "file" / "cpu")
-    assert refused.value.hint == "let SVDQ_CACHE name a folder that you may write to"
+    assert refused.value.hint == "set SVDQ_CACHE to a folder that you may write to"
 
 
 def test_without_a_compiler_plain_torch_runs_and_says_how_to_get_the_engine(no_compiler: None):

@@ -352,7 +352,7 @@ def test_what_the_engine_cannot_run_is_named():
     good = random_w4a4(NvFp4(), n=9, k=48)
     assert cpu_objection(good) is None
     bad = replace(good, scales=(-good.scales.float()).to(torch.float8_e4m3fn))
-    assert cpu_objection(bad) == "a micro scale is negative, or no number"
+    assert cpu_objection(bad) == "a micro scale is negative or not a number"
     with pytest.raises(ValueError, match="layer: a micro scale"):
         pack_cpu(bad)
     modulation = random_w4a16(k=128)

@@ -107,7 +107,7 @@ def test_a_modulation_that_the_target_keeps_is_written_as_its_kernel_computes_it
         ("nunchaku.safetensors", "nvfp4", "comfy", "comfy stores int4, not nvfp4"),
         ("nunchaku.safetensors", "int4", "vllm-omni", "vllm-omni stores nvfp4, not int4"),
         ("nunchaku.safetensors", "nvfp4", "vllm-omni", "no layout for the model family 'flux'"),
-        ("nunchaku.safetensors", "int4", "nunchaku", "is a nunchaku checkpoint already"),
+        ("nunchaku.safetensors", "int4", "nunchaku", "is already a nunchaku checkpoint"),
         ("comfy.safetensors", "int4", "nunchaku", r"stores transformer_blocks\.0\.norm1\.linear in 4 bits"),
         ("lite", "int4", "gguf", "unknown format 'gguf'"),
     ],
@@ -128,7 +128,7 @@ def test_a_shift_that_the_header_does_not_record_is_refused(
     with safe_open(path, framework="pt") as file:
         header = {key: text for key, text in file.metadata().items() if key != "svdq_biases"}
     save_file(load_file(path), tmp_path / "foreign.safetensors", metadata=header)
-    with pytest.raises(UsageError, match="moved by the runtime's shift"):
+    with pytest.raises(UsageError, match="shifted for the runtime"):
         export(tmp_path / "foreign.safetensors", "nunchaku-lite", tmp_path / "out")
 
 
@@ -140,7 +140,7 @@ def test_layers_that_were_not_solved_together_cannot_be_stacked(
     tensors = load_file(weights)
     tensors["transformer_blocks.0.attn.to_k.smooth_factor"] *= 2
     save_file(tensors, weights)
-    with pytest.raises(UsageError, match=r"attn\.to_q and .*attn\.to_k as one matrix, and their smoothing"):
+    with pytest.raises(UsageError, match=r"attn\.to_q and .*attn\.to_k as one matrix, but their smoothing"):
         export(tmp_path / "lite", "nunchaku", tmp_path / "out.safetensors")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["lite"]
 

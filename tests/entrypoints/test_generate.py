@@ -157,7 +157,7 @@ def test_what_does_not_go_together_is_refused_in_words(
         (flux, ("--mask", mask), "a mask without an image"),
         (flux, ("--strength", "0.5"), "a strength without an image"),
         (flux, ("--image", image, "--strength", "1.5"), "strength is 1.5"),
-        (flux, ("--image", image, "--strength", "0.1"), "leaves none of 2 steps"),
+        (flux, ("--image", image, "--strength", "0.1"), "leaves none of the 2 steps"),
         (
             flux,
             (
@@ -171,14 +171,14 @@ def test_what_does_not_go_together_is_refused_in_words(
             ("--image", image, "--strength", "0.5"),
             "FluxKontextPipeline takes no strength",
         ),
-        (converted("flux-fill"), ("--image", image), "could not draw without mask"),
+        (converted("flux-fill"), ("--image", image), "could not generate without mask"),
         (converted("wan"), ("--image", image), "WanPipeline takes no image"),
     ]
     for checkpoint, words, message in cases:
         assert message in str(refused(capsys, checkpoint, out, *words)["message"]), words
     said = refused(capsys, converted("flux-fill"), out, "--image", image)
     assert "--mask" in str(said["hint"])
-    assert "holds one picture" in str(refused(capsys, converted("wan"), tmp_path / "v.jpg")["message"])
+    assert "holds one image" in str(refused(capsys, converted("wan"), tmp_path / "v.jpg")["message"])
 
 
 def test_eval_judges_with_the_image_that_is_given(

@@ -106,9 +106,8 @@ def test_a_folder_is_uploaded_in_one_commit_without_its_report(
     assert done.returncode == 0, done.stderr
     (repository,) = hub.repositories
     assert repository["name"] == "model"
-    assert (
-        repository.get("private") or repository["visibility"] == "private"
-    )  # the client's words before 2.0, and now
+    # the client's words before 2.0, and now
+    assert repository.get("private") or repository["visibility"] == "private"
     assert hub.files.keys() == {file["path"] for file in report["files"]}
     assert {"README.md", "model_index.json", "transformer/config.json"} <= hub.files.keys()
     assert "svdq_report.json" not in hub.files

@@ -80,7 +80,7 @@ def test_a_folder_of_something_else_is_never_touched(tmp_path: Path):
     precious = tmp_path / "precious.txt"
     precious.write_text("mine")
     for overwrite in (False, True):
-        with pytest.raises(UsageError, match="not a folder that svdq eval wrote"):
+        with pytest.raises(UsageError, match="not written by svdq eval"):
             open_gallery(tmp_path, FACTS, PROMPTS, overwrite=overwrite)
     assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
 

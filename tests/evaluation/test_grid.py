@@ -83,7 +83,7 @@ def test_equal_input_gives_equal_bytes():
 
 
 def test_a_column_short_of_a_picture_is_refused():
-    with pytest.raises(ValueError, match="'int4' has 1 pictures for 2 prompts"):
+    with pytest.raises(ValueError, match="'int4' has 1 images for 2 prompts"):
         picture_grid([("int4", [flat(RED)])], PROMPTS)
 
 

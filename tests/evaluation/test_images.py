@@ -78,7 +78,7 @@ def test_pictures_of_different_sizes_are_refused():
 
 
 def test_sets_of_different_length_and_empty_sets_are_refused():
-    with pytest.raises(InputError, match="2 reference pictures and 1"):
+    with pytest.raises(InputError, match="2 reference images, but 1"):
         compare([gray(0), gray(1)], [gray(0)])
     with pytest.raises(InputError):
         compare([], [])

@@ -102,7 +102,7 @@ def test_a_package_that_is_not_there_or_broken_is_named(tmp_path: Path, monkeypa
 
 
 def test_fid_of_few_pictures_is_no_figure():
-    with pytest.raises(EnvironmentLacksError, match="FID of 64 pictures means nothing"):
+    with pytest.raises(EnvironmentLacksError, match="FID of 64 images is meaningless"):
         load_fid(CPU, pictures=64)
 
 

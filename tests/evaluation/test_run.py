@@ -87,7 +87,9 @@ def test_an_evaluation_scores_the_checkpoint_and_its_baseline_and_goes_on_where_
     def drawn(options: RunOptions) -> tuple[EvalReport, set[str]]:
         events: list[Event] = []
         again = evaluate(checkpoint, recipe, report_folder=folder, options=options, observe=events.append)
-        return again, {event.stage for event in events if event.stage.startswith(("draw", "layer", "model"))}
+        return again, {
+            event.stage for event in events if event.stage.startswith(("generate", "layer", "model"))
+        }
 
     again, stages = drawn(CPU)
     assert stages == set()
@@ -95,11 +97,11 @@ def test_an_evaluation_scores_the_checkpoint_and_its_baseline_and_goes_on_where_
     before = (folder / "converted" / "0001.png").read_bytes()
     (folder / "converted" / "0001.png").unlink()
     again, stages = drawn(CPU)
-    assert stages == {"draw SVDQuant"}
+    assert stages == {"generate SVDQuant"}
     assert (folder / "converted" / "0001.png").read_bytes() == before
     assert again.psnr_db == report.psnr_db
     _, stages = drawn(replace(CPU, overwrite=True))
-    assert {"draw 16-bit", "draw naive 4-bit", "draw SVDQuant"} <= stages
+    assert {"generate 16-bit", "generate naive 4-bit", "generate SVDQuant"} <= stages
 
 
 def test_passes_can_be_left_out_and_made_later(checkpoint: Path, recipe: Recipe, tmp_path: Path):
@@ -109,13 +111,13 @@ def test_passes_can_be_left_out_and_made_later(checkpoint: Path, recipe: Recipe,
     report = evaluate(
         checkpoint, recipe, report_folder=folder, without=without, options=CPU, observe=events.append
     )
-    assert {event.stage for event in events if event.stage.startswith(("draw", "model"))} == {
-        "draw 16-bit",
-        "draw SVDQuant",
+    assert {event.stage for event in events if event.stage.startswith(("generate", "model"))} == {
+        "generate 16-bit",
+        "generate SVDQuant",
     }
     assert (report.noise_floor_psnr_db, report.own_noise_psnr_db, report.output_sqnr_db) == (None, None, None)
     assert report.baselines == {}
-    assert report.missing["noise_floor_psnr_db"] == "left out by --without floor"
+    assert report.missing["noise_floor_psnr_db"] == "skipped by --without floor"
     assert "not compared with naive" in report.verdict
     whole = evaluate(checkpoint, recipe, report_folder=folder, options=CPU)
     assert whole.baselines["rtn"].summary("psnr_db").mean > 0
@@ -132,16 +134,16 @@ def test_a_plan_names_the_passes_that_a_run_makes(checkpoint: Path, recipe: Reci
     assert not folder.exists()
     evaluate(checkpoint, recipe, report_folder=folder, without=["floor"], options=CPU, observe=events.append)
     made = {
-        event.stage.removeprefix("draw ")
+        event.stage.removeprefix("generate ")
         for event in events
-        if event.stage.startswith(("draw", "layer", "model"))
+        if event.stage.startswith(("generate", "layer", "model"))
     }
     assert {each.title for each in plan.passes} == made
     assert {each.images for each in plan.passes} == {2}
     assert {each.calls for each in plan.passes} == {4}
     assert plan.seconds is not None
     assert 0 < plan.seconds[0] < plan.seconds[1]
-    assert plan.missing["floor"] == "left out by --without floor"
+    assert plan.missing["floor"] == "skipped by --without floor"
     again = plan_evaluation(checkpoint, recipe, report_folder=folder, without=["floor"], options=CPU)
     assert {each.images for each in again.passes if each.title.startswith(("16", "SVDQuant"))} == {0}
 
@@ -164,12 +166,12 @@ def test_figures_of_empty_images_are_no_good_news(
     said = "2 of 2 16-bit images are nearly one color"
     stages = [event.stage for event in events]
     warned = next(i for i, event in enumerate(events) if event.kind == "warning" and event.detail == said)
-    assert warned < stages.index("draw naive 4-bit")
+    assert warned < stages.index("generate naive 4-bit")
     assert report.sixteen_bit_images.meaningless
     assert report.verdict.startswith(f"No verdict: {said}")
     assert said in report.warnings
     assert report.status == "gate-missed"
-    assert "means nothing" in report.gates_missed[0]
+    assert "is meaningless" in report.gates_missed[0]
     assert said in (folder / "report.html").read_text()
 
 
@@ -192,20 +194,19 @@ def test_a_report_folder_that_holds_something_else_is_refused_at_once(
     (tmp_path / "precious.txt").write_text("mine")
     events: list[Event] = []
     options = replace(CPU, overwrite=overwrite)
-    with pytest.raises(UsageError, match="not a folder that svdq eval wrote"):
+    with pytest.raises(UsageError, match="not written by svdq eval"):
         evaluate(checkpoint, recipe, report_folder=tmp_path, options=options, observe=events.append)
     assert events == []
     assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
 
 
 def test_a_gate_on_a_figure_that_is_not_measured_is_missed(checkpoint: Path, recipe: Recipe):
-    gates = tuple(
-        map(parse_fail_if, ("fid>50", "ssim<0.1", "size_ratio<50"))
-    )  # the last is no figure of eval
+    # the last is no figure of eval
+    gates = tuple(map(parse_fail_if, ("fid>50", "ssim<0.1", "size_ratio<50")))
     report = evaluate(checkpoint, recipe.model_copy(update={"gates": gates}), options=CPU)
     (missed,) = report.gates_missed
     assert report.status == "gate-missed"
-    assert missed.startswith("fid <= 50 (not measured: FID of 2 pictures means nothing")
+    assert missed.startswith("fid <= 50 (not measured: FID of 2 images is meaningless")
 
 
 def test_an_evaluation_without_a_folder_leaves_nothing_behind(
@@ -221,14 +222,14 @@ def test_pictures_of_a_run_that_was_cut_off_are_whole(checkpoint: Path, recipe: 
     """A run that stops between two pictures leaves only whole ones."""
 
     def stop(event: Event) -> None:
-        if event.stage == "draw naive 4-bit" and event.kind == "advance":
+        if event.stage == "generate naive 4-bit" and event.kind == "advance":
             raise KeyboardInterrupt
 
     folder = tmp_path / "report"
     with pytest.raises(CanceledRunError) as caught:
         evaluate(checkpoint, recipe, report_folder=folder, options=CPU, observe=stop)
     assert caught.value.resumable
-    assert f"{folder} keeps the pictures" in (caught.value.hint or "")
+    assert f"{folder} keeps the images" in (caught.value.hint or "")
     found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.png"))
     assert found[:2] == ["16bit-again/0000.png", "16bit-again/0001.png"]
     for path in folder.rglob("*.png"):

@@ -35,13 +35,13 @@ def shifted(*by: float) -> Evidence:
     [
         (GOOD, "Good: 5.0 dB closer to the 16-bit images than naive 4-bit rounding", "svdq push"),
         (shifted(0.4, 0.6), "Better than naive 4-bit rounding image by image (+0.5 dB", "svdq push"),
-        (shifted(1, -1), "Not told apart from naive 4-bit rounding by 8 images", "--samples 64"),
-        (shifted(-3), "Worse than naive 4-bit rounding", "convert again with prompts of the kind"),
+        (shifted(1, -1), "Not distinguishable from naive 4-bit rounding with 8 images", "--samples 64"),
+        (shifted(-3), "Worse than naive 4-bit rounding", "convert again with prompts typical of the model"),
         (replace(shifted(-3), data_free=True), "Worse than naive", "calibrate: convert again with --prompts"),
         (replace(GOOD, naive=None), "44.2 dB [", "without --without naive"),
         (
             replace(GOOD, converted=[44.0], naive=[39.0]),
-            "One image tells little: 5.0 dB closer",
+            "One image is little evidence: 5.0 dB closer",
             "--samples 64",
         ),
         (
@@ -69,13 +69,13 @@ def test_the_verdict_says_how_good_and_what_next(evidence: Evidence, begins: str
 
 
 def test_intervals_that_overlap_are_not_called_apart():
-    assert "intervals apart" in verdict_of(GOOD)
+    assert "no overlap" in verdict_of(GOOD)
     assert "intervals overlap" in verdict_of(shifted(0.4, 0.6))
 
 
 def test_a_figure_near_the_noise_floors_is_as_good_as_it_gets():
     near = replace(GOOD, floor_db=44.5, own_noise_db=45.0)
-    assert "as close as the 16-bit model is to itself (44.5 dB)" in verdict_of(near)
+    assert "as close as two runs of the 16-bit model are to each other (44.5 dB)" in verdict_of(near)
     assert "chance alone moves the 4-bit images by as much (45.0 dB)" in verdict_of(near)
     assert "chance" not in verdict_of(GOOD)
 
@@ -88,7 +88,7 @@ def test_noise_of_its_own_widens_the_interval():
     assert noisy.ci95[1] > exact.ci95[1]
     assert noisy.mean == exact.mean
     # so that a difference of less than chance makes is not called one
-    assert verdict_of(replace(shifted(0.4, 0.6), noise=[4.0, -3.0])).startswith("Not told apart")
+    assert verdict_of(replace(shifted(0.4, 0.6), noise=[4.0, -3.0])).startswith("Not distinguishable")
 
 
 def test_a_pasted_command_names_the_checkpoint_as_a_shell_reads_it():

@@ -130,7 +130,7 @@ def report_first(path: Path) -> str:
 
 
 def test_statistics_are_kept_of_every_input(folder: Path, artefact: Path):
-    """Of those that this format keeps at 16 bit, too: one calibration serves every format."""
+    """Of those that this format keeps at 16 bits, too: one calibration serves every format."""
     calibration = open_calibration(artefact)
     prepared = prepare(recipe_for(folder))
     assert {shared.name for shared in prepared.plan.inputs} <= set(calibration.names)

@@ -40,9 +40,8 @@ def test_they_are_planned_with_their_channels(sana: Path):
     inverted = plan.layer(CONVOLUTIONS[0]).linear
     assert (inverted.kind, inverted.in_features, inverted.out_features) == ("conv1x1", 128, 512)
     assert plan.layer(CONVOLUTIONS[1]).linear.bias is False
-    assert not any(
-        linear.name.endswith("conv_depth") for linear in plan.kept
-    )  # 3x3, and depthwise: no linear
+    # 3x3, and depthwise: no linear
+    assert not any(linear.name.endswith("conv_depth") for linear in plan.kept)
 
 
 def test_nunchaku_lite_keeps_them_and_says_why(sana: Path):

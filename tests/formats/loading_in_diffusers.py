@@ -37,11 +37,8 @@ from tests.formats import standin_kernels
 from tests.formats.solutions import model_plan, random_solution
 
 RANK = 16
-ROWS = (
-    1,
-    17,
-    257,
-)  # below and above the 16 rows where diffusers changes the W4A16 kernel, and off the tile of 256
+# below and above the 16 rows where diffusers changes the W4A16 kernel, and off the tile of 256
+ROWS = (1, 17, 257)
 
 
 def main(folder: Path) -> dict[str, dict[str, Any]]:

@@ -113,9 +113,8 @@ def test_the_check_rebuilds_every_layer(converted, model_of, family: str, name: 
     assert report.format == name
     assert report.layer_error is not None
     assert len(report.layer_error) == report.layers
-    assert (
-        max(report.layer_error.values()) < 0.2
-    )  # 4 bits of a Gaussian weight without outliers cost about 0.1
+    # 4 bits of a Gaussian weight without outliers cost about 0.1
+    assert max(report.layer_error.values()) < 0.2
 
 
 def test_every_single_file_format_has_a_layout():

@@ -89,5 +89,17 @@ def test_without_a_base_it_says_what_is_missing_and_nothing_goes_in_a_circle(
         assert "no 'config'" in error["message"]
         assert "--base" in error["hint"]
         assert run(f"{words} --base {tiny_flux}".split()) == 0
+    for words in (
+        f"export {bare} --to nunchaku-lite --base {tiny_flux} -o {tmp_path}/o",
+        f"lora {bare} --lora x.safetensors -o {tmp_path}/o",
+    ):
+        capsys.readouterr()
+        assert run([*words.split(), "--json"]) == 3
+        hint = json.loads(capsys.readouterr().out)["error"]["hint"]
+        assert "use the file as svdq convert wrote it" in hint
+        assert "FOLDER_OR_HUB_ID" not in hint
+    lone = tiny_flux / "transformer"
+    assert run(["eval", str(bare), "--against", str(lone), "--json"]) == 3
+    assert json.loads(capsys.readouterr().out)["error"]["hint"].startswith("give --against a whole pipeline")
     assert run(f"check {bare} --against {tiny_flux} -q".split()) == 0
     assert run(f"eval {bare} --against {tiny_flux} --samples 1 {out[out.index('--steps') :]}".split()) == 0

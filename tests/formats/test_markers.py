@@ -62,7 +62,7 @@ def test_a_file_without_it_fails_the_check(file: Path, tmp_path: Path):
     del state[MARKER]
     save_file(state, tmp_path / "bare.safetensors", header_metadata(file))
     (problem,) = find_problems(open_checkpoint(tmp_path / "bare.safetensors"))
-    assert (problem.layer, "tells this variant" in problem.what) == (MARKER, True)
+    assert (problem.layer, "recognize this variant" in problem.what) == (MARKER, True)
 
 
 def test_another_tool_s_spelling_of_it_passes(file: Path, tmp_path: Path):

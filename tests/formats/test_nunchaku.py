@@ -287,7 +287,7 @@ def test_a_bias_changed_after_the_conversion_contradicts_the_header(converted_fl
         save_file(tensors, tmp_path / "swapped.safetensors", metadata=file.metadata())
     checkpoint = open_checkpoint(tmp_path / "swapped.safetensors")
     plan = next(layer for layer in checkpoint.layers if layer.name == "transformer_blocks.0.ff.net.2")
-    with pytest.raises(InputError, match=r"transformer_blocks\.0\.mlp_fc2: bias is not the one"):
+    with pytest.raises(InputError, match=r"transformer_blocks\.0\.mlp_fc2: bias does not match the one"):
         checkpoint.solution(plan)
 
 

@@ -20,7 +20,7 @@ from svdq_cli.runtime.linear import W4A4Linear, w4a4_exact
 
 def test_a_single_file_needs_a_base_and_says_so(converted_flux: Callable[[str], Path], tiny_flux: Path):
     path = converted_flux("int4") / "nunchaku.safetensors"
-    with pytest.raises(InputError, match="only one component is here") as caught:
+    with pytest.raises(InputError, match="only one component, not a pipeline") as caught:
         load_pipeline(path, device="cpu")
     assert "--base" in str(caught.value.hint)
     pipe = load_pipeline(path, device="cpu", base=tiny_flux)

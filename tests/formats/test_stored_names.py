@@ -135,9 +135,8 @@ def test_padded_modules_have_the_golden_bytes(name: str):
     file = load_file(GOLDEN / f"{name}.safetensors")
     precision: Precision = NvFp4() if "nvfp4" in name else Int4()
     rows, columns = file["in.codes"].shape
-    rank = (
-        -(-len(file["in.lora_down"]) // 16) * 16
-    )  # a rank is whole before a module is made; padded here with zeros
+    # a rank is whole before a module is made; padded here with zeros
+    rank = -(-len(file["in.lora_down"]) // 16) * 16
     down = torch.zeros(rank, columns, dtype=torch.bfloat16)
     up = torch.zeros(rows, rank, dtype=torch.bfloat16)
     down[: len(file["in.lora_down"])], up[:, : file["in.lora_up"].shape[1]] = (

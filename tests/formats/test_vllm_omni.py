@@ -69,7 +69,7 @@ def test_rows_of_codes_come_back(shape: tuple[int, int], precision: Int4 | NvFp4
     low, high = (-8, 8) if isinstance(precision, Int4) else (0, 16)
     codes = torch.randint(low, high, shape, dtype=torch.int8, generator=torch.Generator().manual_seed(0))
     assert torch.equal(unpack_rows(pack_rows(codes, precision), precision), codes)
-    with pytest.raises(ValueError, match="codes must lie in"):
+    with pytest.raises(ValueError, match="codes must be in"):
         pack_rows(codes + 16, precision)
 
 

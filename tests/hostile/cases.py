@@ -83,7 +83,7 @@ HEADERS = (
     ),
     Case("not UTF-8", header(lambda found: b'{"\xff\xfe": 1}'), 3, "damaged-file", "unreadable header"),
     Case("header that is a list", header(lambda found: b"[1, 2]"), 3, "damaged-file", "not a JSON object"),
-    Case("a key twice", header(twice), 3, "damaged-file", "is there twice"),
+    Case("a key twice", header(twice), 3, "damaged-file", "occurs twice"),
     Case("two tensors on the same bytes", header(swapped), 3, "damaged-file", "overlap"),
     Case(
         "offsets beyond the file",
@@ -195,13 +195,19 @@ FILES = (
     Case("a link to itself", linked("loop", "loop"), 3, "not-found", "loop", "convert HERE/loop -o OUT"),
     Case("a link to nowhere", linked("gone", "nowhere"), 3, "not-found", "gone", "convert HERE/gone -o OUT"),
     Case("a device", nothing, 3, "not-found", "/dev/zero", "convert /dev/zero -o OUT"),
-    Case("a component linked to its pipeline", linked("flux/vae/again", ".."), 3, "not-a-file", "lies in"),
+    Case(
+        "a component linked to its pipeline",
+        linked("flux/vae/again", ".."),
+        3,
+        "not-a-file",
+        "a folder that contains it",
+    ),
     Case(
         "a component with a link to nowhere",
         linked("flux/vae/weights", "nowhere"),
         3,
         "not-a-file",
-        "nowhere",
+        "a broken link",
     ),
     Case(
         "a component with a link to a device", linked("flux/vae/zero", "/dev/zero"), 3, "not-a-file", "device"
@@ -219,7 +225,7 @@ JSON = (
             js("flux/model_index.json", lambda f, n=name: f.update({n: ["a", "b"]})),
             3,
             "unsafe-path",
-            "no folder's name",
+            "not a valid folder name",
         )
         for name in ("../evil", "/etc", "a/b", "..", "a\\b", "a\0b", "")
     ),
@@ -339,12 +345,12 @@ RECIPES = (
     Case("ten megabytes", raw("recipe.yaml", b"#" * 10_000_000), 2, "recipe", "larger than", RECIPE),
     Case("not UTF-8", raw("recipe.yaml", b"version: \xff"), 2, "recipe", "not UTF-8", RECIPE),
     Case("NUL", raw("recipe.yaml", b"version: 1\0"), 2, "recipe", "not YAML", RECIPE),
-    Case("half a character", recipe('version: "\\ud800"\n'), 2, "recipe", "half of a character", RECIPE),
+    Case("half a character", recipe('version: "\\ud800"\n'), 2, "recipe", "half a character", RECIPE),
     Case("a rule that is nothing", recipe(MINIMAL + "layers: [~]\n"), 2, "recipe", "layers[0]", RECIPE),
     Case("a folder", folder("recipe.yaml"), 3, "input", "can't read the recipe", RECIPE),
     Case("two documents", recipe(MINIMAL + "---\n" + MINIMAL), 2, "recipe", "not YAML", RECIPE),
     Case("a key twice", recipe(MINIMAL + "version: 1\n"), 2, "recipe", "given twice", RECIPE),
-    Case("a merge", recipe(MINIMAL + "<<: {version: 1}\n"), 2, "recipe", "no key", RECIPE),
+    Case("a merge", recipe(MINIMAL + "<<: {version: 1}\n"), 2, "recipe", "not a valid key", RECIPE),
     Case("a pattern of a megabyte", rule("*a" * 400_000), 2, "recipe", "layers[0].match", RECIPE),
     Case("a pattern that backtracks", rule("*a" * 60 + "b"), 2, "recipe", "matches", RECIPE),
     Case("a pattern with a range backwards", rule("x[z-a]"), 2, "recipe", "matches", RECIPE),

@@ -59,7 +59,7 @@ def same_component(a: Path, b: Path, weights: str = FILES[1]) -> bool:
 # ------------------------------------------------------------------------------------------------- save_pretrained
 
 
-@pytest.mark.parametrize("backend", ["reference", "kernels' twins"])
+@pytest.mark.parametrize("backend", ["reference", "kernels' references"])
 @pytest.mark.parametrize(
     "change",
     [lambda pipe: pipe, lambda pipe: pipe.to(torch.float16), lambda pipe: pipe.to("cpu")],
@@ -116,7 +116,7 @@ def test_a_copy_of_the_model_saves_itself(checkpoint: Path, tmp_path: Path, copi
     again.save_pretrained(tmp_path)
     assert same_component(checkpoint / "transformer", tmp_path)
     again.proj_out.weight.data[0] += 1
-    with pytest.raises(UsageError, match=r"proj_out\.weight is not what"):
+    with pytest.raises(UsageError, match=r"proj_out\.weight was changed since"):
         again.save_pretrained(tmp_path)
 
 
@@ -133,8 +133,8 @@ def with_other_weights(_: Path, pipe: Any) -> Any:
 @pytest.mark.parametrize(
     ("change", "options", "said"),
     [
-        (with_lora, {}, r"LoRAs act on this model \(style at 1\)"),
-        (with_other_weights, {}, r"proj_out\.bias is not what"),
+        (with_lora, {}, r"LoRAs are active on this model \(style at 1\)"),
+        (with_other_weights, {}, r"proj_out\.bias was changed since"),
         (lambda _, pipe: pipe, {"safe_serialization": False}, "safetensors, without variants"),
         (lambda _, pipe: pipe, {"variant": "fp16"}, "safetensors, without variants"),
     ],
@@ -187,7 +187,7 @@ def test_a_quantized_text_encoder_is_saved_as_it_is_stored(checkpoint: Path, tmp
 def test_push_to_hub_refuses_before_a_repository_is_made(checkpoint: Path, lora: Path):
     pipe = with_lora(lora, load(checkpoint))
     for owner in (pipe, pipe.transformer):
-        with pytest.raises(UsageError, match="LoRAs act on this model"):
+        with pytest.raises(UsageError, match="LoRAs are active on this model"):
             owner.push_to_hub("owner/name")
 
 
@@ -227,9 +227,8 @@ def names_after(pipe: Any, lora: Path) -> list[object]:
 def test_loras_are_named_and_switched_on_as_diffusers_does(checkpoint: Path, tiny_flux: Path, lora: Path):
     expected = names_after(diffusers.FluxPipeline.from_pretrained(tiny_flux), lora)
     found = names_after(load(checkpoint), lora)
-    as_text = str(expected).replace(
-        "default_2", "default_0"
-    )  # diffusers counts the LoRAs that have names, too
+    # diffusers counts the LoRAs that have names, too
+    as_text = str(expected).replace("default_2", "default_0")
     assert str(found) == as_text
 
 
@@ -273,7 +272,7 @@ def test_a_lora_for_weights_that_are_offloaded_is_refused_and_changes_nothing(ch
     plain = image(pipe)
     cpu_offload(pipe.transformer, torch.device("cpu"))
     assert torch.equal(image(pipe), plain)
-    with pytest.raises(UsageError, match=r"x_embedder\.weight: its weights are elsewhere"):
+    with pytest.raises(UsageError, match=r"x_embedder\.weight: its weights were moved away"):
         pipe.load_lora_weights(lora, adapter_name="style")
     assert torch.equal(image(pipe), plain)
 
@@ -281,7 +280,7 @@ def test_a_lora_for_weights_that_are_offloaded_is_refused_and_changes_nothing(ch
 def test_text_encoder_tensors_that_a_lora_has_are_said(checkpoint: Path, tmp_path: Path):
     layers = peft(small_lora({QKV[0]: (128, 128)}))
     extra = {"text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(4, 128)}
-    with pytest.warns(UserWarning, match="for the text encoders, which stay as they are"):
+    with pytest.warns(UserWarning, match="for the text encoders, which are left unchanged"):
         svdq_cli.load_lora(
             load(checkpoint), saved(tmp_path / "both.safetensors", {**layers, **extra}), "both"
         )

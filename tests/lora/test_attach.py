@@ -152,7 +152,7 @@ def test_what_fails_changes_nothing(converted_flux: Callable[[str], Path], tmp_p
     with pytest.raises(UsageError, match="a LoRA named 'a' is loaded"):
         svdq_cli.load_lora(pipe, file, "a")
     other = peft({"transformer_blocks.9.attn.to_q": small_lora({"x": (128, 128)})["x"]})
-    with pytest.raises(InputError, match="made for another model"):
+    with pytest.raises(InputError, match="made for a different model"):
         svdq_cli.load_lora(pipe, saved(tmp_path / "other.safetensors", other), "other")
     with pytest.raises(UsageError, match="no LoRA named 'other' is loaded"):
         svdq_cli.set_adapters(pipe, {"a": 1.0, "other": 1.0})

@@ -324,7 +324,7 @@ def test_a_rank_below_the_base_s_or_between_tiles_is_bad_usage(
     converted_flux: Callable[[str], Path], tmp_path: Path, rank: int
 ):
     lora = saved(tmp_path / "lora.safetensors", peft(small_lora(FOUR_BIT)))
-    with pytest.raises(UsageError, match="multiple of 16, and not below 16"):
+    with pytest.raises(UsageError, match="multiple of 16, and at least 16"):
         fold(
             converted_flux("int4") / "lite",
             [(lora, 1.0)],
@@ -351,14 +351,14 @@ def test_a_modulation_without_a_place_is_refused_or_left_as_it_is_and_listed(
     adapter = small_lora({**FOUR_BIT, **MODULATION})
     lora = saved(tmp_path / "lora.safetensors", peft(adapter))
     base = converted_flux("int4") / "nunchaku.safetensors"
-    with pytest.raises(UsageError, match="neither a branch nor 16 bits") as caught:
+    with pytest.raises(UsageError, match="neither a branch nor a 16-bit form") as caught:
         fold(base, [(lora, 1.0)], tmp_path / "out")
     assert "--skip-w4a16" in str(caught.value.hint)
     report = fold(base, [(lora, 1.0)], tmp_path / "out", settings=FoldSettings(skip_w4a16=True))
     left = [row for row in report.keys if row.how == "not applicable"]
     assert [row.layers for row in left] == [tuple(MODULATION)]
     assert "--skip-w4a16" in str(left[0].why)
-    assert "left as they are" in report.warnings[-1]
+    assert "left unchanged" in report.warnings[-1]
     require_folded(base, tmp_path / "out", [({n: adapter[n] for n in FOUR_BIT}, 1.0)])
 
 
@@ -387,7 +387,7 @@ def test_what_is_wrong_with_a_lora_is_named_and_nothing_is_written(
 ):
     base = converted_flux("int4") / "lite"
     other = saved(tmp_path / "other.safetensors", kohya_unet(unet_adapter(sd15)))  # type: ignore[arg-type]
-    assert "made for another model" in refused(base, tmp_path, other).message
+    assert "made for a different model" in refused(base, tmp_path, other).message
 
     spoiled = peft(small_lora(FOUR_BIT))
     spoiled[f"transformer.{QKV[0]}.lora_A.weight"][0, 0] = torch.nan
@@ -402,9 +402,7 @@ def test_what_is_wrong_with_a_lora_is_named_and_nothing_is_written(
 
     bias = {**peft(small_lora({f"{SINGLE}.proj_mlp": (512, 128)}))}
     bias[f"transformer.{SINGLE}.proj_mlp.lora_B.bias"] = torch.ones(3)
-    assert (
-        "its bias has 3 numbers" in refused(base, tmp_path, saved(tmp_path / "b.safetensors", bias)).message
-    )
+    assert "its bias has 3 values" in refused(base, tmp_path, saved(tmp_path / "b.safetensors", bias)).message
 
 
 def test_keys_for_text_encoders_are_listed_as_not_applicable(

@@ -134,12 +134,12 @@ def test_packing_accepts_a_view_that_is_not_contiguous() -> None:
 def test_codes_out_of_range_are_refused() -> None:
     codes = torch.zeros(128, 64, dtype=torch.int8)
     codes[5, 5] = 8
-    with pytest.raises(ValueError, match=r"int4 codes must lie in -8\.\.7, but lie in 0\.\.8"):
+    with pytest.raises(ValueError, match=r"int4 codes must be in -8\.\.7, but are in 0\.\.8"):
         pack_codes(codes, Int4())
     pack_codes(codes, NvFp4())
-    with pytest.raises(ValueError, match=r"nvfp4 codes must lie in 0\.\.15"):
+    with pytest.raises(ValueError, match=r"nvfp4 codes must be in 0\.\.15"):
         pack_codes(-codes, NvFp4())
-    with pytest.raises(ValueError, match=r"W4A16 codes must lie in 0\.\.15"):
+    with pytest.raises(ValueError, match=r"W4A16 codes must be in 0\.\.15"):
         pack_w4a16_codes(-codes)
 
 

@@ -91,7 +91,9 @@ def test_other_pictures_give_another_calibration_and_their_place_does_not(pictur
 
 def test_a_missing_input_is_named(tmp_path: Path):
     folder = tiny_pipeline("flux-fill", tmp_path / "flux-fill")
-    with pytest.raises(UsageError, match="FluxFillPipeline could not draw without image and mask") as caught:
+    with pytest.raises(
+        UsageError, match="FluxFillPipeline could not generate without image and mask"
+    ) as caught:
         calibrate(recipe_for(folder), tmp_path / "calib", options=CPU)
     assert "image and mask under calibration" in str(caught.value.hint)
 
@@ -109,7 +111,7 @@ def recipe_for_copy(folder: Path, beside: Path, **inputs: object) -> Recipe:
 
 def test_a_folder_without_pictures_is_refused(tiny_flux: Path, tmp_path: Path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="no picture here"):
+    with pytest.raises(InputError, match="no image in this folder"):
         calibrate(
             recipe_for_copy(tiny_flux, tmp_path, image=str(tmp_path / "empty")), tmp_path / "c", options=CPU
         )

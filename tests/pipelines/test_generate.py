@@ -87,7 +87,7 @@ def test_a_pipeline_gets_only_the_arguments_it_takes():
 
 
 def test_a_size_that_the_pipeline_rounds_is_refused(pipe: DiffusionPipeline):
-    with pytest.raises(UsageError, match="draws 16x16") as caught:
+    with pytest.raises(UsageError, match="generates 16x16") as caught:
         draw(pipe, PROMPTS[:1], settings=replace(SETTINGS, height=18, width=18))
     assert "width 16 and height 16" in str(caught.value.hint)
 

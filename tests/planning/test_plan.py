@@ -144,5 +144,5 @@ def test_a_class_that_nobody_defines_is_refused_by_name(tmp_path: Path):
 def test_weights_of_another_model_are_refused(tiny_flux_copy: Path):
     config = tiny_flux_copy / "transformer/config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "num_single_layers": 2}))
-    with pytest.raises(InputError, match=r"missing, the first is single_transformer_blocks\.1"):
+    with pytest.raises(InputError, match=r"missing, such as single_transformer_blocks\.1"):
         plan_of(tiny_flux_copy)

@@ -98,7 +98,7 @@ def test_a_base_is_fetched_without_the_model_s_own_weights(monkeypatch: pytest.M
 
 
 def test_offline_the_cure_is_to_download_elsewhere(hub_cache: Path):
-    with pytest.raises(InputError, match="nobody/nothing: neither a local path nor to be had") as caught:
+    with pytest.raises(InputError, match="nobody/nothing: not a local path, and not available") as caught:
         locate_source("nobody/nothing")
     assert caught.value.kind == "not-found"
     assert "hf download nobody/nothing --local-dir DIR" in str(caught.value.hint)
@@ -107,14 +107,14 @@ def test_offline_the_cure_is_to_download_elsewhere(hub_cache: Path):
 def test_offline_is_said_in_words_and_not_by_the_client_s_exception(hub_cache: Path):
     with pytest.raises(InputError) as caught:
         locate_source("owner/nothing")
-    assert "the hub can't be reached" in caught.value.message
+    assert "the Hub can't be reached" in caught.value.message
     assert "Error" not in caught.value.message
 
 
 @pytest.mark.parametrize(
     ("kind", "cure"),
     [
-        (errors.GatedRepoError, "accept the licence at https://huggingface.co/someone/gated"),
+        (errors.GatedRepoError, "accept the license at https://huggingface.co/someone/gated"),
         (errors.RevisionNotFoundError, "check the revision"),
         (errors.RepositoryNotFoundError, "check the name"),
         (TimeoutError, "or give a local folder"),

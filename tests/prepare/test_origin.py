@@ -66,7 +66,7 @@ def test_another_model_is_named_as_another_model_and_the_checkpoint_is_not_blame
     error = report["error"]
     assert isinstance(error, dict)
     assert (code, error["kind"]) == (3, "wrong-source")
-    assert "is another 16-bit model than the one it was made from" in error["message"]
+    assert "is not the 16-bit model that the checkpoint was made from" in error["message"]
     assert "do not use" not in stderr
 
 
@@ -78,7 +78,7 @@ def test_the_same_weights_in_another_dtype_pass_with_a_note(
     code, report, _ = check(capsys, lite, "--against", tiny_flux_copy)
     assert (code, report["status"], report["same_source"]) == (0, "ok", False)
     (note,) = report["warnings"]  # type: ignore[misc]
-    assert "the same weights to a rounding" in note
+    assert "up to rounding, the weights that the checkpoint was made from" in note
 
 
 def test_a_folded_lora_is_read_from_the_checkpoint_s_own_report(
@@ -168,6 +168,6 @@ def test_an_evaluation_has_the_objection_and_goes_on(
     save_file({name: -tensor for name, tensor in load_file(file).items()}, file)
     origin = origin_of(open_checkpoint(lite), default_recipe(str(other)), DEFAULT_OPTIONS)
     (note,) = origin.notes
-    assert "is another 16-bit model than the one it was made from" in note
+    assert "is not the 16-bit model that the checkpoint was made from" in note
     found = origin_of(open_checkpoint(folded), default_recipe(str(tiny_flux)), DEFAULT_OPTIONS)
     assert (found.same, found.loras) == (True, ("style.safetensors:0.8",))

@@ -152,7 +152,7 @@ def test_prompts_given_as_an_option_calibrate_a_bare_model():
 
 
 def test_samples_without_a_calibration_are_refused():
-    with pytest.raises(UsageError, match="--samples: nothing is calibrated without prompts"):
+    with pytest.raises(UsageError, match="--samples: these options need --prompts"):
         with_overrides(BARE, {"calibration.samples": 4})
 
 

@@ -191,9 +191,8 @@ def test_the_randomized_split_is_as_good_as_the_full_svd():
 
 def test_several_weights_are_split_as_the_one_that_they_make_up():
     generator = torch.Generator().manual_seed(4)
-    parts = [
-        torch.randn(n, 384, generator=generator) for n in (2500, 64, 300)
-    ]  # below and above what a CPU takes
+    # below and above what a CPU takes
+    parts = [torch.randn(n, 384, generator=generator) for n in (2500, 64, 300)]
     smooth = torch.rand(384, generator=generator) + 0.5
     up, down = split_low_rank(parts, rank=32, seed=0, smooth=smooth)
     whole_up, whole_down = split_low_rank(torch.cat(parts) * smooth, rank=32, seed=0)

@@ -54,14 +54,12 @@ def real_keys(name: str) -> dict[str, tuple[int, ...]]:
 
 def original_state(naming: Naming, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A diffusers state dict under its original names, fused as the original is."""
-    layers = list(
-        dict.fromkeys([*(_layer(name) for name in state), *state])
-    )  # rules name layers or bare tensors
+    # rules name layers or bare tensors
+    layers = list(dict.fromkeys([*(_layer(name) for name in state), *state]))
     suffix_of = {new: old for old, new in naming.suffixes.items()}
     original: dict[str, Tensor] = {}
-    written: set[str] = (
-        set()
-    )  # a rule for all layers below a name speaks again of those with rules of their own
+    # a rule for all layers below a name speaks again of those with rules of their own
+    written: set[str] = set()
     for layer, parts in original_layers(naming, layers).items():
         for suffix in ("weight", "bias", ""):
             names = [".".join(filter(None, (part.target, suffix))) for part in parts]

@@ -301,6 +301,6 @@ def test_two_keys_for_one_tensor_of_a_text_encoder_are_an_error_that_names_both(
     norm = "final_layer_norm.weight"
     state[f"{CLIP_L}_orig_mod.text_model.{norm}"] = state[f"{CLIP_L}text_model.{norm}"].clone()
     save_file(state, tmp_path / "twice.safetensors")
-    with pytest.raises(InputError, match=rf"{CLIP_L}.*{norm} and {CLIP_L}.*{norm} both stand for") as caught:
+    with pytest.raises(InputError, match=rf"{CLIP_L}.*{norm} and {CLIP_L}.*{norm} both map to") as caught:
         open_source(tmp_path / "twice.safetensors", base=base)
     assert caught.value.kind == "claimed-twice"

@@ -178,7 +178,7 @@ def test_the_base_of_sanas_other_size_is_refused(tmp_path: Path):
     save_file(
         {**original_state(SANA, state), "pos_embed": torch.zeros(1, 4096, 1)}, tmp_path / "2k.safetensors"
     )
-    with pytest.raises(InputError, match=r"interpolation_scale is 1\.0 here and None in the base") as error:
+    with pytest.raises(InputError, match=r"interpolation_scale is 1\.0 here, but None in the base") as error:
         open_source(tmp_path / "2k.safetensors", base=base)
     assert error.value.kind == "wrong-base"
 

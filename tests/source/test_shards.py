@@ -55,7 +55,7 @@ def test_a_missing_shard_is_named_by_its_number(sharded: Path):
 
 def test_shards_of_two_sets_are_told_apart(sharded: Path, tiny_flux: Path):
     write_shards(sharded / "transformer", weights_of(tiny_flux), count=2)
-    with pytest.raises(InputError, match="shards of two sets, one of 2 and one of 3"):
+    with pytest.raises(InputError, match="shards of two different sets, one of 2 and one of 3"):
         open_source(sharded)
 
 

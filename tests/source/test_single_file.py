@@ -186,7 +186,7 @@ def test_what_else_lies_in_the_file_is_said(tiny_flux: Path, tmp_path: Path):
 
 
 def test_without_a_base_an_unpublished_shape_says_what_is_missing(tiny_flux: Path, tmp_path: Path):
-    with pytest.raises(InputError, match="can't be told from its names and shapes") as caught:
+    with pytest.raises(InputError, match="can't be derived from its names and shapes") as caught:
         open_source(bfl_file(tiny_flux, tmp_path / "model.safetensors"))
     assert caught.value.kind == "needs-base"
     assert "--base" in str(caught.value.hint)
@@ -196,7 +196,7 @@ def test_a_base_of_another_variant_is_refused(tiny_flux_copy: Path, tmp_path: Pa
     state = weights_of(tiny_flux_copy)
     state["x_embedder.weight"] = torch.zeros(state["x_embedder.weight"].shape[0], 96, dtype=torch.bfloat16)
     save_file(state, tmp_path / "fill.safetensors")
-    with pytest.raises(InputError, match="in_channels is 96 here and 16 in the base") as caught:
+    with pytest.raises(InputError, match="in_channels is 96 here, but 16 in the base") as caught:
         open_source(tmp_path / "fill.safetensors", base=tiny_flux_copy)
     assert caught.value.kind == "wrong-base"
 

@@ -88,21 +88,21 @@ def test_a_variant_without_its_pipeline_needs_a_base(
             {**KLEIN, "num_attention_heads": 32, "joint_attention_dim": 12288},
             {**KLEIN, "joint_attention_dim": 7680},
             [
-                "num_attention_heads is 32 here and 24 in the base",
-                "joint_attention_dim is 12288 here and 7680",
+                "num_attention_heads is 32 here, but 24 in the base",
+                "joint_attention_dim is 12288 here, but 7680",
             ],
         ),
         (
             "SD3Transformer2DModel",
             {**SD3, "qk_norm": None},
             {**SD3, "dual_attention_layers": (0,)},
-            ["qk_norm is None here and rms_norm in the base", "dual_attention_layers is [] here and [0]"],
+            ["qk_norm is None here, but rms_norm in the base", "dual_attention_layers is [] here, but [0]"],
         ),
         (
             "UNet2DConditionModel",
             VEGA,
             SDXL,
-            ["transformer_layers_per_block is [0, 1, 2] here and [0, 2, 10] in the base"],
+            ["transformer_layers_per_block is [0, 1, 2] here, but [0, 2, 10] in the base"],
         ),
     ],
     ids=["FLUX.2 klein 9B and 4B", "SD3 and SD3.5", "Vega and SDXL"],
@@ -145,10 +145,10 @@ def test_a_folder_with_the_config_of_another_model_is_told_so(tmp_path: Path):
     (tmp_path / "config.json").write_text(json.dumps(said))
     error = refusal(tmp_path)
     assert error.where == "context_embedder.weight"
-    assert "config.json belongs to another model" in str(error.hint)
+    assert "config.json belongs to a different model" in str(error.hint)
 
 
-@pytest.mark.parametrize("fuse", [False, True], ids=["beside the weights", "fused into them"])
+@pytest.mark.parametrize("fuse", [False, True], ids=["next to the weights", "fused into them"])
 def test_a_model_saved_with_a_lora_on_is_called_that(tmp_path: Path, fuse: bool):
     model = tiny_flux_transformer()
     model.add_adapter(LoraConfig(r=4, target_modules=["to_q"]))

@@ -20,12 +20,8 @@ from svdq_cli.demo.world import (
     outline,
 )
 
-GAINS = (
-    1.05,
-    0.99,
-    0.93,
-    0.84,
-)  # brightness of the background's ends and of an object's rim, see world.render
+# brightness of the background's ends and of an object's rim, see world.render
+GAINS = (1.05, 0.99, 0.93, 0.84)
 LEAST_AREA = 40  # pixels of 96x96 after erosion; a small star keeps about 100
 LOST = 2  # pixels that the tips of a star or triangle may fade by; the template is tried at each
 LEAST_OVERLAP = 0.65  # intersection over union with the best template; below it is a blob of no shape

@@ -132,9 +132,8 @@ def new_t5_encoder(tokenizer: T5TokenizerFast) -> T5EncoderModel:
     )
     model = T5EncoderModel(config)
     with torch.no_grad():
-        model.shared.weight.mul_(
-            0.5
-        )  # T5 starts embeddings at deviation 1, slow to move at our learning rate
+        # T5 starts embeddings at deviation 1, slow to move at our learning rate
+        model.shared.weight.mul_(0.5)
     return model
 
 

@@ -104,7 +104,7 @@ __device__ __forceinline__ void take_registers()
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
 }
 
-// %tid.x, read anew: a value that the compiler can't keep in a register from one use to the next.
+// %tid.x, read again: a value that the compiler can't keep in a register from one use to the next.
 __device__ __forceinline__ int thread_index_again()
 {
     int index;

@@ -3,14 +3,14 @@
 #pragma once
 #include "hopper_product.cuh"
 
-// A token's 64 features in 16 bit, and 16 bytes, so that eight rows lie in different banks.
+// A token's 64 features in 16 bit, and 16 bytes, so that eight rows are stored in different banks.
 constexpr int ROW_STRIDE = 64 * 2 + 16;
 constexpr int STAGING_BYTES = TOKENS * ROW_STRIDE; // a warpgroup
 constexpr int BARRIER_BYTES = (2 * STAGES * 8 + 127) / 128 * 128;
 constexpr int SHARED_BYTES = STAGES * STAGE_BYTES + CONSUMERS * STAGING_BYTES + BARRIER_BYTES;
 static_assert(SHARED_BYTES == DYNAMIC_SHARED, "what the launch asks for");
 
-// Registers a thread: what the launch bound gives all threads is shared anew. 128 * 40 + 256 * 232 <= 65536.
+// Registers a thread: the launch bound gives all threads the same; here it is redistributed. 128 * 40 + 256 * 232 <= 65536.
 constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
 
 struct Shared {
@@ -31,7 +31,7 @@ struct Shared {
 // The threads of a warpgroup meet; 0 is the whole block's barrier.
 __device__ __forceinline__ void meet_warpgroup(const Consumer& me) { meet(1 + me.group, WARPGROUP); }
 
-// Asked for anew where a result is stored, so that what follows from it takes no registers while products run.
+// Asked for again where a result is stored, so that what follows from it takes no registers while products run.
 __device__ __forceinline__ Consumer this_consumer()
 {
     const int thread = thread_index_again() - WARPGROUP;

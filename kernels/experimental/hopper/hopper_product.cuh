@@ -81,7 +81,7 @@ __device__ __forceinline__ u32 signed_codes(u32 bytes)
     return bytes + (bytes >> 7 & ONE_A_BYTE);
 }
 
-// hopper_tiles.cuh says which bits stand where.
+// hopper_tiles.cuh says which bits are where.
 __device__ __forceinline__ WeightCodes unpack(const uint4& packed)
 {
     WeightCodes codes;

@@ -1,7 +1,7 @@
 // Where the numbers lie that Hopper's own kernels read: whole tiles, in the order in which they are copied to shared memory.
 // svdq_cli/experimental/hopper/tiles.py packs them.
 //
-// A tile is TOKENS rows of an activation or FEATURES rows of a weight, by 64 columns of codes or 32 ranks. In it lie four
+// A tile is TOKENS rows of an activation or FEATURES rows of a weight, by 64 columns of codes or 32 ranks. It holds four
 // columns of 16 bytes a row, one column after the other: eight rows of a column are a core matrix of wgmma.
 //
 //   codes          [token tile][K/64][4][TOKENS]  16 e4m3 numbers

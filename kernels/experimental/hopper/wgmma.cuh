@@ -1,10 +1,10 @@
 // Hopper's warpgroup products (sm_90a), one function each. A warpgroup is four warps that start at a multiple of four.
 //
-// Operands in shared memory lie as core matrices of 8 rows by 16 bytes, each 128 consecutive bytes, not swizzled: a core
+// Operands in shared memory are stored as core matrices of 8 rows by 16 bytes, each 128 consecutive bytes, not swizzled: a core
 // matrix touches every bank once as it is. (Swizzles are for tiles whose rows are longer than 16 bytes.) Results: warp w of
 // the group holds rows 16 w + g and 16 w + g + 8; d[4 j + i] is row + 8 (i / 2), column 8 j + 2 t + i % 2.
 //
-// A product runs on after its instruction. Until wgmma_wait says it is done nobody may read `d`, change the registers of
+// A product runs on after its instruction. Until wgmma_wait says it is done no one may read `d`, change the registers of
 // `a`, or write the shared memory of either operand. The tests replace this file by one that does the same on a CPU.
 #pragma once
 #include "matrix_descriptor.cuh"

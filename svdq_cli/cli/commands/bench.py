@@ -13,42 +13,50 @@ from svdq_cli.cli import options as opt
 def bench(
     checkpoint: Annotated[
         Path | None,
-        typer.Argument(metavar="CKPT", help="Measure its layers (else: random layers of known shapes)."),
+        typer.Argument(
+            metavar="CKPT",
+            help="Checkpoint whose layers to measure (default: random layers of known shapes).",
+        ),
     ] = None,
     shapes: Annotated[
         str | None,
         typer.Option(
             metavar="demo|flux1-dev|sdxl|pixart-sigma",
-            help="Which shapes (else: flux1-dev on a GPU, demo on a CPU).",
+            help="Layer shapes to measure (default: flux1-dev on a GPU, demo on a CPU).",
         ),
     ] = None,
     precision: Annotated[
         str | None,
         typer.Option(
-            metavar="int4|nvfp4", help="4-bit number format (else: both).", rich_help_panel="Quantization"
+            metavar="int4|nvfp4", help="4-bit number format (default: both).", rich_help_panel="Quantization"
         ),
     ] = None,
     rank: Annotated[
         int | None,
         typer.Option(
             metavar="N",
-            help="Rank of the 16-bit branch, a multiple of 16 (else: 16).",
+            help="Rank of the 16-bit branch, a multiple of 16 (default: 16).",
             rich_help_panel="Quantization",
         ),
     ] = None,
     rows: Annotated[
-        int | None, typer.Option("--m", metavar="N", help="Tokens at once in W4A4 layers.")
+        int | None, typer.Option("--m", metavar="N", help="Number of tokens in W4A4 layers.")
     ] = None,
     step: Annotated[
-        bool, typer.Option(help="Also a step of a FLUX.1-shaped transformer; on a CPU, of two of its blocks.")
+        bool,
+        typer.Option(
+            help="Also measure a step of a FLUX.1-shaped transformer; on a CPU, of two of its blocks."
+        ),
     ] = False,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the rows as bars.")] = None,
-    seconds: Annotated[float, typer.Option(help="How long to measure each row.")] = 0.2,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Plot the rows as bars into this file.")
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="Seconds to measure each row.")] = 0.2,
     seed: Annotated[
         int,
         typer.Option(
             metavar="N",
-            help="Seed of random layers and inputs.",
+            help="Seed of the random layers and inputs.",
             rich_help_panel="Run",
             min=0,
             max=opt.MAX_SEED,
@@ -62,7 +70,7 @@ def bench(
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
 ) -> None:
-    """Measure speed and arithmetic error of linear layers, beside torch's own in the same run."""
+    """Measure speed and arithmetic error of linear layers, against torch's own in the same run."""
     from svdq_cli.bench.gates import judged
     from svdq_cli.bench.plot import draw_plot
     from svdq_cli.bench.run import (
@@ -75,7 +83,7 @@ def bench(
         with_steps,
     )
     from svdq_cli.bench.shapes import default_shapes, shape_set
-    from svdq_cli.checkpoint.reader import open_checkpoint
+    from svdq_cli.checkpoint.reader import NEEDS_METADATA, open_checkpoint
     from svdq_cli.cli import render
     from svdq_cli.cli.progress import progress
     from svdq_cli.cli.summary import append_summary
@@ -90,7 +98,7 @@ def bench(
     with progress(quiet=quiet, verbose=verbose, events=events) as observe:
         if checkpoint is not None:
             refuse_given(shapes=shapes, precision=precision, rank=rank)
-            opened = open_checkpoint(checkpoint)
+            opened = open_checkpoint(checkpoint, hint=NEEDS_METADATA)
             report = bench_layers(opened.layers, opened.solution, settings=settings, observe=observe)
         else:
             report = bench_shapes(

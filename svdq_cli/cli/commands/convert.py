@@ -21,26 +21,26 @@ def convert(
         typer.Argument(
             metavar="SOURCE...",
             help="Recipe (.yaml, or a name that svdq recipes lists), pipeline folder, .safetensors or .gguf file, "
-            "hub id, or demo; or several recipes.",
+            "Hub id, or demo; or several recipes.",
             autocompletion=opt.recipe_names,
         ),
     ],
     out: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Where to write (else: the recipe's).")
+        Path | None, typer.Option("-o", "--output", help="Where to write (default: the recipe's path).")
     ] = None,
     calib: Annotated[
-        Path | None, typer.Option("--calib", metavar="CALIB", help="A finished svdq calibrate folder.")
+        Path | None, typer.Option("--calib", metavar="CALIB", help="Finished folder of svdq calibrate.")
     ] = None,
     given: opt.Given = opt.NOTHING,
     plan: Annotated[
-        bool, typer.Option("--plan", help="Predict layers, bytes, time, memory and disk; do nothing.")
+        bool, typer.Option("--plan", help="Predict layers, bytes, time, memory and disk; convert nothing.")
     ] = False,
     gpu: Annotated[
         str | None,
         typer.Option(
             "--gpu",
-            metavar="CARD",
-            help='With --plan: whether it fits a card, by name ("RTX 4070") or memory (12GB).',
+            metavar="GPU",
+            help='With --plan: predict for a GPU, given by name ("RTX 4070") or memory (12GB).',
         ),
     ] = None,
     device: opt.Device = "auto",
@@ -55,7 +55,7 @@ def convert(
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
 ) -> None:
-    """Search, quantize, pack and check: a 16-bit model becomes a 4-bit checkpoint."""
+    """Convert a 16-bit model to a 4-bit checkpoint: search, quantize, pack and check."""
     from svdq_cli.cli import render
     from svdq_cli.cli.progress import progress
     from svdq_cli.cli.several import (

@@ -15,16 +15,21 @@ def demo(
     out: opt.Out = Path("svdq-demo"),
     export: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Only write the embedded model there, as a diffusers folder."),
+        typer.Option(
+            metavar="DIR", help="Only write the embedded model to this folder, as a diffusers pipeline."
+        ),
     ] = None,
     outliers: Annotated[
         bool,
-        typer.Option("--outliers", help="Only the stress variant, whose activations have strong outliers."),
+        typer.Option(
+            "--outliers", help="Run only the stress variant, whose activations have strong outliers."
+        ),
     ] = False,
     lora: Annotated[
         bool,
         typer.Option(
-            "--lora", help="Only a LoRA: folded into the 4-bit model, beside the 16-bit model with it."
+            "--lora",
+            help="Run only the LoRA demo: the 4-bit model with a folded LoRA next to the 16-bit model with it.",
         ),
     ] = False,
     device: opt.Device = "auto",
@@ -34,7 +39,7 @@ def demo(
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
 ) -> None:
-    """Run the whole job on the embedded model: calibrate, convert, check, evaluate; ends with images and a table."""
+    """Run the whole job on the embedded model: calibrate, convert, check and evaluate, with images and a table."""
     from svdq_cli.cli import render
     from svdq_cli.cli.progress import progress
 

@@ -20,7 +20,7 @@ def evaluate(
         typer.Option(
             "--report",
             metavar="DIR",
-            help="Keep images, figures and report.html there; a second run generates what is missing.",
+            help="Save images, figures and report.html in this folder; a second run generates only what is missing.",
         ),
     ] = None,
     given: opt.Given = opt.NOTHING,
@@ -31,12 +31,12 @@ def evaluate(
         list[str] | None,
         typer.Option(
             metavar="PASS,...",
-            help="Passes to leave out, of naive, floor, own-noise, outputs and nf4; --plan says what each is for.",
+            help="Passes to skip: naive, floor, own-noise, outputs or nf4; --plan explains each.",
         ),
     ] = None,
     plan: Annotated[
         bool,
-        typer.Option("--plan", help="Say the passes, what each is for and how long they take; do nothing."),
+        typer.Option("--plan", help="List the passes, their purpose and their predicted time; run nothing."),
     ] = False,
     device: opt.Device = "auto",
     resume: opt.Resume = False,
@@ -47,7 +47,7 @@ def evaluate(
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
 ) -> None:
-    """Generate with both models at equal seeds: PSNR, SSIM, other installed metrics, and baselines beside them."""
+    """Generate with both models at equal seeds: PSNR, SSIM, other installed metrics, and baselines next to them."""
     from svdq_cli.cli import render
     from svdq_cli.cli.progress import progress
     from svdq_cli.cli.summary import append_summary

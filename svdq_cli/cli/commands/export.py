@@ -16,7 +16,7 @@ def export(
     checkpoint: opt.Checkpoint,
     to: Annotated[
         str,
-        typer.Option("--to", metavar="|".join(NAMES), help="The format to pack for."),
+        typer.Option("--to", metavar="|".join(NAMES), help="Output format."),
     ],
     out: opt.Out,
     given: opt.Given = opt.NOTHING,
@@ -26,7 +26,7 @@ def export(
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
 ) -> None:
-    """Pack a checkpoint for another runtime without quantizing again: exactly, or not at all."""
+    """Re-pack a checkpoint for another runtime without quantizing again, bit for bit."""
     from svdq_cli.cli import render
     from svdq_cli.cli.progress import progress
     from svdq_cli.entrypoints.export import export as run_export

@@ -13,7 +13,7 @@ from svdq_cli.cli.parsing import base_of, beyond_the_model, run_options
 @opt.recipe_options("generate")
 def generate(
     checkpoint: opt.Checkpoint,
-    prompt: Annotated[str, typer.Option(help="What to generate.")],
+    prompt: Annotated[str, typer.Option(help="Text to generate an image from.")],
     out: opt.Out,
     given: opt.Given = opt.NOTHING,
     width: opt.Width = None,
@@ -28,7 +28,7 @@ def generate(
         str,
         typer.Option(
             metavar="auto|kernels|kernels:MODE|cpu|reference",
-            help="What computes the 4-bit layers. MODE, on Hopper: exact, w4a8, fp8.",
+            help="Backend that computes the 4-bit layers. MODE, on Hopper: exact, w4a8, fp8.",
         ),
     ] = "auto",
     device: opt.Device = "auto",

@@ -22,7 +22,7 @@ def inspect(
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
 ) -> None:
-    """Show family, layers and sizes; of a checkpoint also format, precision, rank and provenance."""
+    """Show family, layers and sizes; for a checkpoint also format, precision, rank and provenance."""
     from svdq_cli.checkpoint.detect import looks_like_checkpoint
     from svdq_cli.cli import render
     from svdq_cli.cli.progress import progress

@@ -27,13 +27,13 @@ def lora(
         int,
         typer.Option(
             metavar="N",
-            help="Rank that DoRA, whole differences, and LoHa or LoKr of a higher one, are cut to.",
+            help="Rank to which DoRA, full differences, and LoHa or LoKr of a higher rank are reduced.",
         ),
     ] = 64,
     skip_w4a16: Annotated[
         bool,
         typer.Option(
-            "--skip-w4a16", help="Leave modulation layers as they are, whatever a LoRA says of them."
+            "--skip-w4a16", help="Leave modulation layers unchanged, even where a LoRA changes them."
         ),
     ] = False,
     to: Annotated[

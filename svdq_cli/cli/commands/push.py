@@ -11,12 +11,12 @@ from svdq_cli.cli import options as opt
 
 def push(
     checkpoint: opt.Checkpoint,
-    repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="A repository of the hub.")],
+    repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repository on the Hub.")],
     private: Annotated[
-        bool, typer.Option("--private", help="If the repository is new: a private one.")
+        bool, typer.Option("--private", help="Make the repository private if it is new.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check, and list what would be uploaded.")
+        bool, typer.Option("--dry-run", help="Only check, and list what would be uploaded.")
     ] = False,
     json: opt.Json = False,
     summary: opt.SummaryFile = None,
@@ -24,7 +24,7 @@ def push(
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
 ) -> None:
-    """Upload a checkpoint that passes its check to the Hugging Face hub, with its model card."""
+    """Upload a checkpoint that passes its check to the Hugging Face Hub, with its model card."""
     from svdq_cli.cli import render
     from svdq_cli.cli.progress import progress
     from svdq_cli.cli.summary import append_summary

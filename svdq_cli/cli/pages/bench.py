@@ -41,7 +41,7 @@ def doctor(console: Console, report: DoctorReport, verbose: bool) -> None:
     shown = [test for test in report.tests if verbose or test.status != "unavailable"]
     _self_tests(console, shown)
     if hidden := len(report.tests) - len(shown):
-        console.print(f"{hidden} more can't run here; -v shows them")
+        console.print(f"{hidden} more can't run on this machine; -v shows them")
     console.print()
     console.print(Text(f"{report.summary[0].upper()}{report.summary[1:]}."))
 
@@ -51,7 +51,7 @@ def _free_of(free: int, total: int) -> str:
 
 
 def _self_tests(console: Console, tests: Sequence[SelfTest]) -> None:
-    """Each test's detail stands below it: beside it, 80 columns would have no room for the operations' names."""
+    """Each test's detail is below it: next to it, 80 columns would have no room for the operations' names."""
     titles = ("op", "precision", "mode", "backend", "status")
     rows = [(test.op, test.precision, test.mode, test.backend, test.status) for test in tests]
     widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]

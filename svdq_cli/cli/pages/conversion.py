@@ -31,7 +31,7 @@ def conversion(console: Console, report: ConvertReport, verbose: bool) -> None:
         table.add_row("written", output.path)
         table.add_row("format", f"{output.format}, {report.precision}, rank {report.rank.requested}")
     counts = report.layers
-    table.add_row("layers", f"{counts.w4a4} W4A4, {counts.w4a16} W4A16, {counts.kept} kept at 16 bit")
+    table.add_row("layers", f"{counts.w4a4} W4A4, {counts.w4a16} W4A16, {counts.kept} kept at 16 bits")
     table.add_row("size", size_text(report.bytes.input, report.bytes.output, report.bytes.ratio))
     kind = "weights" if report.data_free else "outputs on the calibration rows"
     sqnr = report.layer_sqnr_db
@@ -94,7 +94,7 @@ def plan(console: Console, report: PlanReport) -> None:
         "model", f"{report.model.family} ({report.model.model_class}), {count_text(report.model.parameters)}"
     )
     counts = report.layers
-    table.add_row("layers", f"{counts.w4a4} W4A4, {counts.w4a16} W4A16, {counts.kept} kept at 16 bit")
+    table.add_row("layers", f"{counts.w4a4} W4A4, {counts.w4a16} W4A16, {counts.kept} kept at 16 bits")
     table.add_row("size", size_text(report.bytes.input, report.bytes.output, report.bytes.ratio))
     if (prompts := report.prompts) is not None:
         table.add_row("prompts", f"{prompts.used} of {prompts.available} from {prompts.read_from}")
@@ -123,11 +123,11 @@ def _on_card(console: Console, gpu: GpuFacts) -> None:
         "convert", f"fits, {taken}" if convert.fits else f"does not fit: {bytes_text(convert.peak_bytes)}"
     )
     if generate.fits:
-        fits = f"fits whole, {bytes_text(generate.peak_bytes)}"
+        fits = f"fits, {bytes_text(generate.peak_bytes)}"
     elif generate.fits_with_offload:
         fits = (
             f"fits with enable_model_cpu_offload(), {bytes_text(generate.offload_peak_bytes)} "
-            f"({bytes_text(generate.peak_bytes)} whole)"
+            f"({bytes_text(generate.peak_bytes)} without)"
         )
     else:
         fits = f"does not fit: {bytes_text(generate.offload_peak_bytes)} with enable_model_cpu_offload()"
@@ -151,7 +151,7 @@ def calibration(console: Console, report: CalibrateReport) -> None:
 def repacking(console: Console, report: RepackReport) -> None:
     (output,) = report.outputs
     console.print(
-        f"{output.path}: {output.format}, {report.layers} layers with the bits that they had in "
+        f"{output.path}: {output.format}, {report.layers} layers with the same bits as in "
         f"{report.source_format}, {bytes_text(output.bytes)}"
     )
     for warning in report.warnings:
@@ -176,7 +176,7 @@ def lora(console: Console, report: LoraReport, verbose: bool) -> None:
         )
     cut = [row for row in report.keys if row.error is not None]
     for row in report.keys if verbose else sorted(cut, key=lambda row: -(row.error or 0))[:WORST_LAYERS]:
-        error = "" if row.error is None else f", cut to a rank: error {row.error:.3f}"
+        error = "" if row.error is None else f", reduced to a lower rank: error {row.error:.3f}"
         console.print(Text(f"  {row.how}: {row.key}{error}"))
     worst = sorted(report.layer_error.items(), key=lambda item: -item[1])
     for name, error in worst if verbose else worst[:WORST_LAYERS]:

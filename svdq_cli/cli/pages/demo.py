@@ -23,9 +23,7 @@ def demo(console: Console, report: DemoReport) -> None:
         if row.source != source:
             source = row.source
             note = (
-                ", a stress variant: same pictures, strong activation outliers"
-                if "outliers" in source
-                else ""
+                ", a stress variant: same images, strong activation outliers" if "outliers" in source else ""
             )
             console.print(Text(f"\n{source}", style="bold").append(note, style="not bold"))
             table = Table(box=None, pad_edge=False)
@@ -44,7 +42,7 @@ def demo(console: Console, report: DemoReport) -> None:
                 )
             console.print(table)
     console.print(
-        f"\nPSNR and SSIM against the 16-bit pictures of {report.prompts} held-out prompts, equal seeds."
+        f"\nPSNR and SSIM against the 16-bit images of {report.prompts} held-out prompts, equal seeds."
     )
     w4a4 = [row for row in layer_ratios(report.bench.rows) if row.rank]
     if w4a4:
@@ -54,8 +52,8 @@ def demo(console: Console, report: DemoReport) -> None:
             f"{slowest:.2f} to {fastest:.2f} times that of {w4a4[0].baseline}; svdq bench shows more."
         )
     for grid in report.grids:
-        console.print(f"pictures: {grid}")
-    console.print(f"report, for a browser: {report.page}")
+        console.print(f"images: {grid}")
+    console.print(f"HTML report: {report.page}")
     example = report.checkpoints[0]
     console.print(f"done in {report.seconds:.0f} s")
     console.print(
@@ -69,5 +67,5 @@ def lora_demo(console: Console, report: LoraDemoReport) -> None:
         f"int4 + folded LoRA against 16-bit + LoRA: {db_text(report.lora_psnr_db)} (rank {report.rank})"
     )
     console.print(f"{report.prompts} held-out prompts, equal seeds; folded in {report.fold_seconds:.1f} s")
-    console.print(f"pictures: {report.grid}")
+    console.print(f"images: {report.grid}")
     console.print(f"done in {report.seconds:.0f} s")

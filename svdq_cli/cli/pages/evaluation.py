@@ -20,8 +20,8 @@ def check(console: Console, report: CheckReport, verbose: bool) -> None:
     console.print(f"ok: {report.layers} layers, format {report.format}")
     if report.layer_error:
         if report.same_source:
-            console.print("the 16-bit model is the one it was made from (same digest)")
-        console.print("relative error of the rebuilt weight, worst first:")
+            console.print("the 16-bit model is the one that the checkpoint was made from (same digest)")
+        console.print("relative error of the reconstructed weight, worst first:")
         worst = sorted(report.layer_error.items(), key=lambda item: -item[1])
         for name, error in worst if verbose else worst[:WORST_LAYERS]:
             console.print(Text(f"  {error:7.4f}  {name}"))
@@ -48,7 +48,7 @@ def evaluation(console: Console, report: EvalReport, verbose: bool) -> None:
         *(metric.title for metric in measured),
     ):
         table.add_column(title, justify="right")
-    titles = {"rtn": "naive 4-bit (rtn)", "nf4": "bitsandbytes NF4"}
+    titles = {"rtn": "naive 4-bit", "nf4": "bitsandbytes NF4"}
     ways = {titles.get(name, name): scores.figures for name, scores in report.baselines.items()}
     for title, figures in {"converted": report.figures, **ways}.items():
         psnr, ssim = figures["psnr_db"], figures["ssim"]
@@ -76,7 +76,7 @@ def evaluation(console: Console, report: EvalReport, verbose: bool) -> None:
     console.print(f"layer SQNR on these prompts: mean {sqnr.mean:.1f} dB, worst {sqnr.min:.1f} dB")
     print_layers(console, sqnr, everything=verbose)
     if report.page:
-        console.print(f"report, for a browser: {report.page}")
+        console.print(f"HTML report: {report.page}")
     for warning in report.warnings:
         console.print(Text(f"warning: {warning}", style="bold"))
     console.print(Text(f"verdict: {report.verdict}", style="bold"))
@@ -92,17 +92,17 @@ def evaluation_plan(console: Console, report: EvalPlanReport) -> None:
     table.add_column("pass", overflow="fold")
     for title in ("images", "about", "--without"):
         table.add_column(title, justify="left" if title == "--without" else "right", no_wrap=True)
-    table.add_column("what for", overflow="fold")
+    table.add_column("purpose", overflow="fold")
     for one in report.passes:
         table.add_row(one.title, str(one.images), _range(one.seconds), one.key or "", one.why)
     console.print(table)
     for name, why in report.missing.items():
         console.print(Text(f"no {name}: {why}"))
-    console.print(Text(f"in all {_range(report.seconds)}: {report.basis}"))
+    console.print(Text(f"total {_range(report.seconds)}: {report.basis}"))
 
 
 def _range(seconds: tuple[float, float] | None) -> str:
-    return "not known" if seconds is None else f"{seconds_text(seconds[0])} to {seconds_text(seconds[1])}"
+    return "unknown" if seconds is None else f"{seconds_text(seconds[0])} to {seconds_text(seconds[1])}"
 
 
 def _chance(report: EvalReport) -> str:

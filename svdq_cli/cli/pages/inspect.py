@@ -57,7 +57,7 @@ def _every_layer(report: InspectReport) -> Table:
 def _by_stack(report: InspectReport) -> Table:
     """A heading for each stack of blocks, and below it a row for each kind and size of layer.
 
-    "2 x attn.to_q+to_k+to_v, attn.to_out.0": each of those layers stands twice in the stack, and "+" joins layers that
+    "2 x attn.to_q+to_k+to_v, attn.to_out.0": each of those layers occurs twice in the stack, and "+" joins layers that
     read one input.
     """
     named = {layer.name: layer for layer in report.layers}
@@ -79,7 +79,7 @@ def _by_stack(report: InspectReport) -> Table:
 
 
 def _counted(layers: Iterable[InspectLayer], places: Mapping[str, Place]) -> str:
-    """Layers by how often their role stands in the stack: "19 x attn.to_q+to_k+to_v, ff.net.2"."""
+    """Layers by how often their role occurs in the stack: "19 x attn.to_q+to_k+to_v, ff.net.2"."""
     counts = Counter(places[layer.name].role for layer in layers)
     # W4A16 layers have codes of their own whatever they read: to know what they share says nothing.
     inputs = {

@@ -1,4 +1,4 @@
-"""What stands on a page. Text is plain text: the template escapes it."""
+"""The content of a page. Text is plain text: the template escapes it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """A way of drawing, by its folder in the gallery and its name for people."""
+    """A way of sampling, by its folder in the gallery and its name for people."""
 
     key: str
     title: str
@@ -25,8 +25,8 @@ class Figure:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """`note` stands below. The first cell of a row is its heading. `wraps`: cells hold long words, such as digests,
-    that may be broken anywhere."""
+    """`note` is shown below the table. The first cell of a row is its heading. `wraps`: cells hold long words, such as
+    digests, that may be broken anywhere."""
 
     title: str
     columns: Sequence[str]
@@ -37,13 +37,13 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """One prompt's pictures as data URIs, by way of drawing. `differences` and `figures`: of all but the first way,
-    against the first. `links`: to the whole pictures, relative to the page. `reduced`: whether the data URIs hold
+    """One prompt's images as data URIs, by way of sampling. `differences` and `figures`: of all but the first way,
+    against the first. `links`: to the whole images, relative to the page. `reduced`: whether the data URIs hold
     smaller copies."""
 
     prompt: str
     seed: int
-    width: int  # pixels of the picture that was drawn
+    width: int  # pixels of the image that was generated
     height: int
     pictures: Mapping[str, str]
     differences: Mapping[str, str]

@@ -1,4 +1,4 @@
-"""Pictures for a page: small enough to be inlined, together no larger than a budget."""
+"""Images for a page: small enough to be inlined, together no larger than a budget."""
 
 from __future__ import annotations
 
@@ -15,13 +15,10 @@ from svdq_cli.evaluation.gallery import Gallery, read_picture
 from svdq_cli.evaluation.page.content import Shown, Way
 
 PAGE_PICTURE_BYTES = 16_000_000  # of all data URIs of a page: what a phone still opens at once
-SIDES = (
-    512,
-    384,
-    288,
-)  # pixels; larger pictures are reduced to the first of them at which all fit into the budget
+# pixels; larger images are reduced to the first of them at which all fit into the budget
+SIDES = (512, 384, 288)
 GAIN = 8  # of difference maps: 32 levels of 255 are full brightness
-_LOSSLESS_SIDE = 128  # pixels; smaller pictures are shown bit for bit
+_LOSSLESS_SIDE = 128  # pixels; smaller images are shown bit for bit
 _QUALITY = 88
 _RAMP = (
     "#000004",
@@ -39,11 +36,11 @@ def show_pictures(
     page_folder: Path,
     budget: int = PAGE_PICTURE_BYTES,
 ) -> list[Shown]:
-    """The pictures of `prompts` (index, prompt, seed), in this order: all where `budget` bytes allow it, else as many
+    """The images of `prompts` (index, prompt, seed), in this order: all where `budget` bytes allow it, else as many
     as fit in the smallest size.
 
     The first of `ways` is the one that the others are compared with. `figures`: for each prompt, a text by way.
-    `page_folder`: where the page will be, which the links to the whole pictures start from.
+    `page_folder`: where the page will be, which the links to the whole images start from.
     """
     shown: list[Shown] = []
     for side in SIDES:
@@ -99,7 +96,7 @@ def difference_map(a: Image.Image, b: Image.Image) -> Image.Image:
 
 
 def data_uri(picture: Image.Image, *, side: int = SIDES[0]) -> str:
-    """WebP: lossless where the picture is small, else reduced to `side` pixels and lossy."""
+    """WebP: lossless where the image is small, else reduced to `side` pixels and lossy."""
     lossless = max(picture.size) <= _LOSSLESS_SIDE
     if max(picture.size) > side:
         picture = ImageOps.contain(picture, (side, side), Image.Resampling.LANCZOS)

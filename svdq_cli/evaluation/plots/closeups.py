@@ -50,7 +50,7 @@ def plot_singular_values(path: Path, spectra: Sequence[tuple[Subject, Spectra]])
         for values, color, style, label in (
             (found.weight, GREY, "--", "W"),
             (found.smoothed, BLUE, "-", "smoothed: W diag(s)"),
-            (found.residual, VERMILION, "-.", "left over: (W - U D) diag(s)"),
+            (found.residual, VERMILION, "-.", "residual: (W - U D) diag(s)"),
         ):
             axes.plot(range(1, len(values) + 1), _positive(values), style, color=color, label=label)
         axes.axvline(subject.rank, color=INK, linewidth=1, linestyle=":", label="rank of the branch")
@@ -61,17 +61,16 @@ def plot_singular_values(path: Path, spectra: Sequence[tuple[Subject, Spectra]])
         axes.xaxis.set_major_formatter(ScalarFormatter())
         axes.set_xlabel("index of the singular value")
         axes.set_ylabel("singular value / norm")
-        _name_panel(axes, subject, f"left over {found.left_over:.0%} of the norm")
-    title = "Singular values before and after smoothing, and of what the low-rank branch leaves to the 4 bits"
+        _name_panel(axes, subject, f"residual: {found.left_over:.0%} of the norm")
+    title = "Singular values before and after smoothing, and of the residual left to the 4 bits"
     head(figure, title, panels[0].get_legend_handles_labels()[0])
     note = (
-        f"At most the leading {LEADING} values. W over its own Frobenius norm; smoothed and left over, over the norm "
+        f"At most the leading {LEADING} values. W relative to its Frobenius norm; smoothed and residual, relative "
+        "to the norm "
         "of W diag(s)."
     )
     if not all(found.exact for _, found in spectra):
-        note += (
-            " Matrices with more than 4096 rows and columns: by randomized SVD, the last values a little low."
-        )
+        note += " Matrices with more than 4096 rows and columns: by randomized SVD; the last values are slightly low."
     caption(figure, note)
     save(figure, path)
 
@@ -105,9 +104,7 @@ def plot_activations(path: Path, maxima: Sequence[tuple[Subject, Tensor, Tensor]
         _name_panel(axes, subject, f"max / median {_spread(before)} → {_spread(after)}")
     title = "Activation maxima per input channel before and after smoothing"
     head(figure, title, panels[0].get_legend_handles_labels()[0])
-    caption(
-        figure, "Maxima over all tokens and timesteps of the held-out prompts that the layers were judged on."
-    )
+    caption(figure, "Maxima over all tokens and timesteps of the held-out prompts used for the layer SQNR.")
     save(figure, path)
 
 
@@ -134,7 +131,7 @@ def _name_panel(axes: Axes, subject: Subject, fact: str) -> None:
 
 
 def _positive(values: Tensor) -> list[float]:
-    """For a logarithmic axis: zeros are left out."""
+    """Values without zeros, for a logarithmic axis."""
     return [value if value > 0 else math.nan for value in values.double().tolist()]
 
 

@@ -22,7 +22,7 @@ LayerRank = int | Literal["w4a16", "16-bit"]
 
 _KEPT_COLORS: dict[LayerRank, tuple[str, str, str]] = {  # face, hatch, label
     "w4a16": ("#f3d9a4", "//", "W4A16, no branch"),
-    "16-bit": ("none", "xxx", "kept at 16 bit"),
+    "16-bit": ("none", "xxx", "kept at 16 bits"),
 }
 # inches
 _CELL_HEIGHT, _MOST_WIDTH = 0.24, 0.5
@@ -144,7 +144,7 @@ def _text_on(color: str) -> str:
 
 
 def _legend(ranks: Mapping[str, LayerRank], colors: Mapping[LayerRank, str]) -> list[Patch]:
-    """With the number of layers of each kind."""
+    """Add a legend with the number of layers of each kind."""
     counts = Counter(ranks.values())
     of_ranks = [Patch(facecolor=c, label=f"{rank} ({counts[rank]})") for rank, c in colors.items()]
     return of_ranks + [

@@ -114,14 +114,14 @@ def _draw_gains(axes: Axes, layers: Sequence[str], steps: Mapping[str, LayerStep
     axes.set_ylim(bottom=_LEAST_GAIN)
     axes.set_ylabel("gain in SQNR (dB)")
     axes.set_title(
-        "What each step of the search bought over the paper's method, on held-out rows of the calibration",
+        "Gain of each search step over the paper's method, on held-out calibration rows",
         loc="left",
     )
     handles = [
         Line2D([], [], linestyle="", marker=marker, color=color, label=step)
         for step, (color, marker) in _styles(steps).items()
     ]
-    label = "tried, not taken\n(at the edge: lower)"
+    label = "tried, rejected\n(at the edge: lower)"
     hollow = Line2D([], [], linestyle="", marker="o", color=GREY, markerfacecolor="none", label=label)
     legend_beside(axes, [*handles, hollow])
 
@@ -133,14 +133,14 @@ def _draw_mean_gains(axes: Axes, steps: Sequence[LayerSteps]) -> None:
         added = [_added(each).get(step, 0.0) for each in steps]
         mean, taken = sum(added) / len(added), sum(step in each.taken for each in steps)
         axes.barh(y, mean, color=color, height=0.6)
-        text = f" {mean:+.2f} dB, taken for {taken} of {len(steps)} layers"
+        text = f" {mean:+.2f} dB, accepted for {taken} of {len(steps)} layers"
         axes.text(max(mean, 0), y, text, va="center", fontsize=SMALL + 1)
     axes.axvline(0, color=INK, linewidth=1)
     axes.set_yticks(range(len(styles)), list(styles))
     axes.invert_yaxis()
     axes.margins(x=0.35)
     axes.set_xlabel("mean gain in SQNR (dB)")
-    axes.set_title("The same, mean of these layers", loc="left")
+    axes.set_title("Mean of these layers", loc="left")
     axes.spines[["top", "right"]].set_visible(False)
 
 

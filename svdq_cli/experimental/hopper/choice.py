@@ -1,7 +1,8 @@
 """Which of Hopper's modes is the default: decided by a measurement that ships with the kernels, or by none.
 
 `kernels/measure.py modes` writes the measurement; as `kernels/measured_sm_90a.json` it takes effect. Without it int4
-layers run on the portable kernels, whose arithmetic is that of mode EXACT: a kernel that no GPU has run is no default.
+layers run on the portable kernels, whose arithmetic is that of mode EXACT: a kernel that no GPU has run is not a
+default.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from svdq_cli.storage.resources import data_root
 
 PORTABLE = "portable"  # the kernels that every card runs
 FILE_NAME = "measured_sm_90a.json"
-LEAST_PSNR_DB = 35.0  # of pictures against those of mode EXACT
+LEAST_PSNR_DB = 35.0  # of images against those of mode EXACT
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,9 +26,7 @@ class ModeMeasurement:
 
     mode: str  # a label of HopperMode, or PORTABLE
     step_us: float  # a step of a FLUX.1-dev-shaped transformer
-    psnr_db: (
-        float  # of the embedded model's pictures against those of mode EXACT; 100 where they are the same
-    )
+    psnr_db: float  # of the embedded model's images against those of mode EXACT; 100 where they are the same
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +38,12 @@ class HopperChoice:
 
 
 def choose_hopper_mode(measured: Iterable[ModeMeasurement]) -> HopperChoice:
-    """The fastest mode whose pictures are near enough to mode EXACT's."""
+    """The fastest mode whose images are near enough to mode EXACT's."""
     near = [found for found in measured if found.psnr_db >= LEAST_PSNR_DB]
     if not near:
-        return HopperChoice(None, "int4 exact on the portable kernels: Hopper's own are not measured yet")
+        return HopperChoice(
+            None, "int4 exact on the portable kernels: the Hopper kernels have not been measured yet"
+        )
     best = min(near, key=lambda found: found.step_us)
     said = f"the fastest measured ({best.step_us / 1000:.1f} ms a step, {best.psnr_db:.0f} dB to exact)"
     if best.mode == PORTABLE:
@@ -51,7 +52,7 @@ def choose_hopper_mode(measured: Iterable[ModeMeasurement]) -> HopperChoice:
 
 
 def measured_modes(path: Path | None = None) -> tuple[ModeMeasurement, ...]:
-    """What the file holds; nothing where there is none. `path` defaults to the one beside the kernels."""
+    """What the file holds; nothing where there is none. `path` defaults to the one next to the kernels."""
     path = path or data_root("kernels") / FILE_NAME
     if not path.is_file():
         return ()

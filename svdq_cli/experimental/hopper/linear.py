@@ -61,7 +61,8 @@ class HopperW4A4Linear(KernelW4A4Linear):
 
     @property
     def solution(self) -> W4A4Solution:
-        """As it is run: with a shifted bias where `unsigned`. ValueError in mode FP8, which keeps no 4-bit codes."""
+        """The solution as it is run: with a shifted bias where `unsigned`. ValueError in mode FP8, which keeps no 4-bit
+        codes."""
         return unpack_hopper(self.operands, self.plan)
 
     @property

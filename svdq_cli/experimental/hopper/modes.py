@@ -18,7 +18,7 @@ class HopperMode(IntEnum):
 
     @property
     def exactness(self) -> str:
-        """What a result of this mode is, beside the checkpoint's definition."""
+        """What a result of this mode is, next to the checkpoint's definition."""
         return _EXACTNESS[self]
 
 

@@ -49,7 +49,7 @@ def unsupported_reason(solution: LayerSolution) -> str | None:
     if reason := portable_reason(solution):
         return reason
     if not (isinstance(solution, W4A4Solution) and isinstance(solution.plan.precision, Int4)):
-        return "only int4 W4A4 layers have kernels of Hopper's own"
+        return "only int4 W4A4 layers have Hopper kernels"
     return None
 
 
@@ -86,7 +86,9 @@ def pack_running(branch: RunningBranch) -> tuple[Tensor, Tensor, Tensor | None]:
 def unpack_hopper(operands: HopperOperands, plan: W4A4Plan) -> W4A4Solution:
     """The inverse of `pack_hopper` in the modes that keep the checkpoint's 4-bit weights. ValueError for mode FP8."""
     if operands.weight.dtype != torch.int32:
-        raise ValueError(f"{plan.name}: mode fp8 has rounded the weight; the checkpoint's codes are gone")
+        raise ValueError(
+            f"{plan.name}: mode fp8 rounded the weight; the checkpoint's codes are no longer available"
+        )
     n, dtype = plan.linear.out_features, operands.up.dtype
     branch = unpack_branch(operands, plan, rows=unpack_rows)
     return W4A4Solution(

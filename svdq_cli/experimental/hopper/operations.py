@@ -1,4 +1,4 @@
-"""Hopper's own int4 kernels (kernels/experimental/hopper/) as functions on torch tensors, beside those of
+"""Hopper's own int4 kernels (kernels/experimental/hopper/) as functions on torch tensors, next to those of
 `runtime.ops`.
 
 Layouts: `experimental.hopper.tiles`. The size of a tile of tokens travels in the shapes of what `quantize_down`
@@ -236,8 +236,8 @@ def gelu_quantize(
 def new_quantized(
     like: Tensor, mp: int, k: int, rank: int, *, mode: HopperMode, tokens: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Empty codes, token scales and hidden of a quantized activation, on the device of `like`, in its 16-bit dtype.
-    Packed from (MP, K) codes, their scales of each row and group, and (MP, R)."""
+    """Uninitialized codes, token scales and hidden of a quantized activation, on the device of `like`, in its 16-bit
+    dtype. Packed from (MP, K) codes, their scales of each row and group, and (MP, R)."""
     tiles, groups = mp // tokens, k // STEP
     scales = (tiles, groups, tokens) if mode == HopperMode.EXACT else (tiles, tokens)
     return (

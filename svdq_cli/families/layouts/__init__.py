@@ -1,4 +1,4 @@
-"""Where a family's layers lie in a format's file. One module per family; a new layout is added to `LAYOUTS`."""
+"""Where a family's layers are stored in a format's file. One module per family; a new layout is added to `LAYOUTS`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def layout_of(family: str, format_name: str) -> ModelLayout:
     known = [layout.family for layout in LAYOUTS if layout.format == format_name]
     raise UsageError(
         f"the format {format_name} has no layout for the model family {family!r}",
-        hint=f"{format_name} holds {', '.join(known) or 'no family yet'}; nunchaku-lite holds every family",
+        hint=f"{format_name} supports {', '.join(known) or 'no family yet'}; nunchaku-lite supports every family",
         where=family,
         kind="unsupported-format",
     )

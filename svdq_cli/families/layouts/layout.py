@@ -1,4 +1,4 @@
-"""How the layers of one model family lie in one file format, as data: names, orders and roles, never bits.
+"""How the layers of one model family are stored in one file format, as data: names, orders and roles, never bits.
 
 A format that keeps diffusers' modules needs none of this. Others stack q, k and v into one matrix, cut a matrix in two,
 or rename what they store. Source layers are named as in the diffusers model, relative to their block; stored modules as
@@ -148,7 +148,7 @@ class Marker:
 
 @dataclass(frozen=True, slots=True)
 class ModelLayout:
-    """How one family lies in one format. Tensors that no rule names keep their names, unless `names_all`."""
+    """How one family is stored in one format. Tensors that no rule names keep their names, unless `names_all`."""
 
     family: str
     format: str

@@ -1,7 +1,7 @@
 """SANA in the files of Nunchaku's engine, which knows the true sizes and reads padded matrices.
 
 Its kernels want keys and values interleaved by head of 32 channels, and hidden and gate rows of the feed-forward
-network in pairs. From reading the engine's source; no published file was at hand to compare with.
+network in pairs. From reading the engine's source; there was no published file to compare with.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ def launch(
 
 
 def reference(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, *, n: int) -> Tensor:
-    """`x` (M, K) -> (M, N). Each weight is one fma of codes, scale and zero, rounded to 16 bit."""
+    """`x` (M, K) -> (M, N). Each weight is one fma of codes, scale and zero, rounded to 16 bits."""
     groups = unpack_w4a16_weight(weight).double().unflatten(-1, (-1, STEP))
     scale, zero = scales.double().permute(2, 1, 0).unsqueeze(-1)
     values = (groups * scale + zero).flatten(-2).to(x.dtype)

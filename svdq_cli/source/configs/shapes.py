@@ -40,9 +40,8 @@ class KnownClass:
     legacy_name: str | None = None  # what older configs call the class
     relatives: frozenset[str] = frozenset()
     beside: Callable[[Shapes], Facts] = lambda _: {}
-    shown: Callable[[Shapes], Facts] = (
-        lambda _: {}
-    )  # facts that tell variants apart, but not their whole config value
+    # facts that tell variants apart, but not their whole config value
+    shown: Callable[[Shapes], Facts] = lambda _: {}
 
 
 def blocks(tensors: Shapes, stack: str) -> int:

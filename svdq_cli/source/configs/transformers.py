@@ -131,7 +131,7 @@ def _pixart_facts(tensors: Shapes) -> Facts:
 
 
 def _pixart_rest(facts: Facts) -> Facts | None:
-    """Width and head count are those of PixArt-Sigma XL. How large its pictures are (`interpolation_scale`), which the
+    """Width and head count are those of PixArt-Sigma XL. How large its images are (`interpolation_scale`), which the
     512 and 1024 models differ in, no tensor shows."""
     return None
 

@@ -20,9 +20,8 @@ _PIXART_BLOCK = (
     renamed("final_layer.linear", "proj_out"),
     renamed("final_layer.scale_shift_table", "scale_shift_table"),
 )
-_PIXART_UNUSED = frozenset(
-    {"pos_embed", "y_embedder.y_embedding"}
-)  # computed, and the empty prompt's embedding
+# computed, and the empty prompt's embedding
+_PIXART_UNUSED = frozenset({"pos_embed", "y_embedder.y_embedding"})
 
 
 def _pixart_embedder(original: str, target: str) -> tuple[Rule, ...]:

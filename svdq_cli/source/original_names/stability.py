@@ -102,7 +102,7 @@ def _ldm_resnet(original: str, target: str) -> tuple[Rule, ...]:
 def _ldm_rules(keys: Sequence[str]) -> tuple[Rule, ...]:
     """LDM numbers the UNet's stages through: a stage is its layers, then its down- or upsampler.
 
-    An upsampler stands behind the last layer of a stage, or behind that layer's attention where there is one.
+    An upsampler follows the last layer of a stage, or behind that layer's attention where there is one.
     """
     layers, stages = _ldm_stages(keys)
     with_attention = _ldm_attention_stages(keys, layers)

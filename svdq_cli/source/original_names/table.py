@@ -17,7 +17,7 @@ def table(*rules: Rule) -> Rules:
 
 
 def in_stacks(stacks: Sequence[str], rules: Sequence[Rule]) -> tuple[Rule, ...]:
-    """The same rules below each stack of blocks, which diffusers calls the same."""
+    """Rules repeated below each stack of blocks, under names that are the same in diffusers."""
     return tuple(
         replace(
             rule,

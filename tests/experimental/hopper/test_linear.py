@@ -52,14 +52,14 @@ def test_unpacking_a_layer_gives_back_its_numbers(mode: HopperMode, rank: int):
 
 def test_fp8_weights_are_not_given_back_as_codes():
     solution = random_w4a4(Int4())
-    with pytest.raises(ValueError, match="layer: mode fp8 has rounded the weight"):
+    with pytest.raises(ValueError, match="layer: mode fp8 rounded the weight"):
         unpack_hopper(pack_hopper(solution, HopperMode.FP8), solution.plan)
 
 
 def test_what_hoppers_kernels_cannot_run_is_named():
     good = random_w4a4(Int4(), n=128, k=128)
     assert unsupported_reason(good) is None
-    assert unsupported_reason(random_w4a4(NvFp4())) == "only int4 W4A4 layers have kernels of Hopper's own"
+    assert unsupported_reason(random_w4a4(NvFp4())) == "only int4 W4A4 layers have Hopper kernels"
     assert unsupported_reason(random_w4a4(Int4(), n=132)) == "out_features 132 is not a multiple of 8"
 
 
@@ -160,7 +160,7 @@ def test_torch_compile_keeps_the_graph_whole():
 def test_without_a_measurement_the_portable_exact_kernels_are_the_default():
     found = choose_hopper_mode(())
     assert found.mode is None
-    assert found.reason == "int4 exact on the portable kernels: Hopper's own are not measured yet"
+    assert found.reason == "int4 exact on the portable kernels: the Hopper kernels have not been measured yet"
 
 
 def test_the_fastest_mode_near_enough_to_exact_is_the_default():
