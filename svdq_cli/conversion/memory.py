@@ -13,6 +13,7 @@ from svdq_cli.pipelines.settings import DrawSettings
 from svdq_cli.prepare.options import RunOptions
 from svdq_cli.prepare.prepare import Prepared, counts_of
 from svdq_cli.records import Event, Observer
+from svdq_cli.storage.library_facts import spared_cost
 from svdq_cli.system.machine import available_ram, available_vram, resident_ram
 from svdq_cli.system.offload import Room
 
@@ -84,8 +85,9 @@ def free_ram(options: RunOptions, *, reserved: int | None = None) -> int:
 
 
 def reserved_ram() -> int:
-    """Bytes of host memory that this process holds, and those that no prediction knows of."""
-    return resident_ram() + UNCOUNTED
+    """Bytes of host memory that this process holds, or would without a cache of what diffusers says, and those that no
+    prediction knows of."""
+    return resident_ram() + spared_cost().bytes + UNCOUNTED
 
 
 def free_vram(device: torch.device, options: RunOptions) -> int:

@@ -31,6 +31,7 @@ from svdq_cli.recipe import Recipe, resolved
 from svdq_cli.records import Event
 from svdq_cli.reports import PlanReport, PromptFacts
 from svdq_cli.storage.atomic import existing
+from svdq_cli.storage.library_facts import spared_cost
 from svdq_cli.system.allocator import return_freed_memory
 from svdq_cli.system.graphics_cards import Card
 from svdq_cli.system.machine import resolve_device
@@ -50,7 +51,8 @@ def predict(
     """
     started = time.monotonic()
     prepared = prepare(recipe, beside=options.beside)
-    preparing = time.monotonic() - started
+    # a conversion asks diffusers, whatever this process knows without
+    preparing = time.monotonic() - started + spared_cost().seconds
     prompts: PromptFacts | None = None
     told: list[Event] = []
     if uses_prompts(prepared, calibration):

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from svdq_cli.errors import InputError
 from svdq_cli.families import Family
 from svdq_cli.records import Linear
 from svdq_cli.source import Source, denoisers_of
 from svdq_cli.source.classes import arguments_of, empty_instance
+from svdq_cli.storage.library_facts import library_fact
 
 if TYPE_CHECKING:
     from torch import nn
@@ -77,6 +78,20 @@ def model_config(source: Source, family: Family | None) -> tuple[str, str]:
 
 @lru_cache(maxsize=8)
 def _inventory(class_name: str, config: str, where: str) -> Inventory:
+    found = library_fact(
+        "inventory", (class_name, config), lambda: asdict(_asked_inventory(class_name, config, where))
+    )
+    fact = cast("dict[str, Any]", found)
+    return Inventory(
+        model_class=fact["model_class"],
+        linears=tuple(Linear(**linear) for linear in fact["linears"]),
+        state={name: tuple(shape) for name, shape in fact["state"].items()},
+        parameters=fact["parameters"],
+        stacks=tuple(fact["stacks"]),
+    )
+
+
+def _asked_inventory(class_name: str, config: str, where: str) -> Inventory:
     model = empty_instance(class_name, config, where)
     return Inventory(
         model_class=type(model).__name__,  # a legacy name becomes the class that diffusers makes of it

@@ -6,11 +6,13 @@ import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from svdq_cli.sampling.distilled import distillation_of
 from svdq_cli.sampling.file import stored_sampling
 from svdq_cli.sampling.size import own_size
 from svdq_cli.source import Source, pipeline_index
+from svdq_cli.storage.library_facts import library_fact
 
 MAX_STEPS = 20  # a trajectory of 20 steps passes all that one of 50 passes
 SAMPLES, SAMPLES_OF_FEW_STEPS = 64, 96  # a short trajectory shows little: more prompts make up for it
@@ -78,15 +80,20 @@ def _class_defaults(source: Source) -> Mapping[str, object]:
     """The defaults of the pipeline class's call, by argument; empty where the class is not known."""
     if source.pipeline is None:
         return {}
-    name = pipeline_index(source.pipeline).get("_class_name")
+    name = str(pipeline_index(source.pipeline).get("_class_name"))
     try:
-        import diffusers
-
-        call = getattr(diffusers, str(name)).__call__
-        parameters = inspect.signature(call).parameters
+        return cast("dict[str, object]", library_fact("call", (name,), lambda: _asked_defaults(name)))
     except Exception:  # diffusers imports its classes late, and raises whatever their libraries raise
         return {}
-    return {key: given.default for key, given in parameters.items()}
+
+
+def _asked_defaults(pipeline_class: str) -> Mapping[str, object]:
+    """Those that are numbers, texts or None; of every other argument None."""
+    import diffusers
+
+    call = getattr(diffusers, pipeline_class).__call__
+    given = {key: argument.default for key, argument in inspect.signature(call).parameters.items()}
+    return {key: value if isinstance(value, (int, float, str)) else None for key, value in given.items()}
 
 
 def _number(value: object) -> float | None:

@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast
 
 from svdq_cli.errors import InputError
+from svdq_cli.storage.library_facts import library_fact
 from svdq_cli.system.allocator import unwatched_garbage
 
 if TYPE_CHECKING:
@@ -95,5 +96,9 @@ def shapes_of(config: Mapping[str, object], *, where: str) -> Mapping[str, tuple
 
 @lru_cache(maxsize=4)
 def _shapes(class_name: str, config: str, where: str) -> Mapping[str, tuple[int, ...]]:
-    state = empty_instance(class_name, config, where).state_dict()
-    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+    def ask() -> Mapping[str, tuple[int, ...]]:
+        state = empty_instance(class_name, config, where).state_dict()
+        return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+    shapes = cast("dict[str, list[int]]", library_fact("shapes", (class_name, config), ask))
+    return {name: tuple(shape) for name, shape in shapes.items()}

@@ -71,6 +71,7 @@ def convert(
     from svdq_cli.conversion.preflight import require_convertible
     from svdq_cli.conversion.workers import share_convert
     from svdq_cli.prepare.from_command_line import outputs_of, refuse_unused_prompts, rules_named
+    from svdq_cli.storage.library_facts import kept_library_facts
 
     card = card_of(gpu, planned=plan)
     given = {**given, "outputs.path": out}
@@ -100,7 +101,8 @@ def convert(
             refuse_unused_prompts(recipe, given)
             with rules_named(source):
                 if plan:
-                    return predict(recipe, options=run, calibration=calib, card=card)
+                    with kept_library_facts():
+                        return predict(recipe, options=run, calibration=calib, card=card)
                 told = named(observe, jobs[source]) if jobs else observe
                 return run_convert(recipe, outputs_of(recipe), calibration=calib, options=run, observe=told)
 

@@ -28,8 +28,9 @@ def inspect(
     from svdq_cli.cli.progress import progress
     from svdq_cli.entrypoints.inspect import inspect_checkpoint, inspect_source
     from svdq_cli.prepare.from_command_line import rules_named
+    from svdq_cli.storage.library_facts import kept_library_facts
 
-    with progress(quiet=quiet, verbose=verbose, events=events), rules_named(target):
+    with progress(quiet=quiet, verbose=verbose, events=events), rules_named(target), kept_library_facts():
         if looks_like_checkpoint(Path(target)):
             report = inspect_checkpoint(Path(target), base=base_of(given))
         else:
