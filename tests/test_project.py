@@ -36,6 +36,11 @@ def test_an_unknown_name_of_the_package_is_an_attribute_error():
         _ = svdq_cli.lod_pipeline  # type: ignore[attr-defined]
 
 
+def test_the_package_ships_its_types():
+    """Without this file, type checkers of those who use svdq take every name for unknown (PEP 561)."""
+    assert (Path(svdq_cli.__file__).parent / "py.typed").is_file()
+
+
 def test_there_are_ready_recipes():
     assert {"demo-int4", "demo-nvfp4", "flux1-dev-int4"} <= {path.stem for path in CONFIGS}
 
