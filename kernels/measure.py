@@ -55,11 +55,12 @@ if install := lacking(PACKAGES):
 import torch  # noqa: E402
 
 from svdq_cli.bench import probes  # noqa: E402
+from svdq_cli.bench.cases import BenchSettings  # noqa: E402
 from svdq_cli.bench.device import device_facts  # noqa: E402
 from svdq_cli.bench.goals import GoalRow, layer_goals, step_goals  # noqa: E402
 from svdq_cli.bench.plot import draw_plot  # noqa: E402
 from svdq_cli.bench.report import BenchReport, StepRow  # noqa: E402
-from svdq_cli.bench.run import BenchSettings, bench_shapes, precisions_named  # noqa: E402
+from svdq_cli.bench.run import bench_shapes, precisions_named  # noqa: E402
 from svdq_cli.bench.shapes import FLUX1_DEV, PIXART_SIGMA, SDXL, ShapeSet  # noqa: E402
 from svdq_cli.bench.step import (  # noqa: E402
     Arithmetic,

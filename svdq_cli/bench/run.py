@@ -6,23 +6,24 @@ import copy
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
 from svdq_cli.bench.baselines import gpu_baselines
+from svdq_cli.bench.cases import BenchSettings, Case, plans_of, random_numbers, random_weight, solve_random
 from svdq_cli.bench.cpu_operations import LINEAR, cpu_baselines, cpu_operations
 from svdq_cli.bench.device import device_facts, lack_of_kernels, load_average
 from svdq_cli.bench.hopper_operations import hopper_operations
 from svdq_cli.bench.kernel_operations import kernel_operations
 from svdq_cli.bench.operations import NAMES, Operation, reference_linear, torch_linear, without_branch
 from svdq_cli.bench.report import FUSED, BenchReport, BenchRow, StepRow
-from svdq_cli.bench.shapes import MODULATION_ROWS, LinearShape, ShapeSet
+from svdq_cli.bench.shapes import MODULATION_ROWS, ShapeSet
 from svdq_cli.bench.step import StepSettings, arithmetics, step_rows
-from svdq_cli.bench.timing import Call, bytes_per_microsecond, cache_bytes, copies_beyond_cache, measure
+from svdq_cli.bench.timing import Call, cache_bytes, copies_beyond_cache, measure
 from svdq_cli.bench.transformer import FLUX1_DEV_BLOCKS, FLUX1_DEV_STEP
 from svdq_cli.cpu.engine import lack_of_engine
 from svdq_cli.errors import EnvironmentLacksError, InputError, UsageError
@@ -37,22 +38,16 @@ from svdq_cli.records import (
     NvFp4,
     Observer,
     Precision,
-    SharedInput,
-    SolveSettings,
     W4A4Plan,
     W4A4Solution,
-    W4A16Plan,
-    following_seed,
     ignore_events,
 )
 from svdq_cli.runtime.cpu_operands import cpu_objection
-from svdq_cli.solve.linear import SourceWeight, solve_input
 from svdq_cli.system.machine import on_device
 
 PRECISIONS: dict[str, Precision] = {precision.name: precision for precision in (Int4(), NvFp4())}
 RANK = 16
 RANK_STEP = 16  # what every format packs
-SECONDS_PER_ROW = 0.2
 CHECKPOINT_ROWS = {"cpu": 68 * 8, "cuda": 4096}  # M of a checkpoint's W4A4 layers: as in the sets of shapes
 BUSY = 0.5  # load average a core from which other work is worth a note
 ERROR_ROWS = 128  # rows of a result do not depend on each other: a sample tells its error
@@ -60,39 +55,6 @@ ERROR_ROWS = 128  # rows of a result do not depend on each other: a sample tells
 # for float32 too, as many CPUs compute bfloat16 more slowly.
 BASELINES = {"cpu": (torch.bfloat16, torch.float32), "cuda": (torch.bfloat16,)}
 SHORT = {torch.bfloat16: "torch-bf16", torch.float32: "torch-fp32"}  # as CPU rows call a baseline
-
-
-@dataclass(frozen=True, slots=True)
-class BenchSettings:
-    """How to measure. Raises UsageError for what can't be measured."""
-
-    device: torch.device
-    m: int | None = None  # rows of the W4A4 layers; None: as the shapes or the device say
-    seconds_per_row: float = SECONDS_PER_ROW
-    seed: int = 0
-
-    @property
-    def bytes_per_us(self) -> float:
-        """The device's speed of copying, read and written bytes counted."""
-        return bytes_per_microsecond(self.device)
-
-    def __post_init__(self) -> None:
-        if self.m is not None and self.m < 1:
-            raise UsageError(f"--m {self.m}: a layer needs at least one row", hint="give a positive number")
-        if not (math.isfinite(self.seconds_per_row) and self.seconds_per_row > 0):
-            raise UsageError(
-                f"--seconds {self.seconds_per_row:g}: not a valid time to measure",
-                hint="give a positive number of seconds for each row, such as 0.2",
-            )
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Case:
-    """One layer to measure in several ways. The solutions are made when its turn comes."""
-
-    linear: Linear
-    m: int
-    solve: Callable[[], Iterable[LayerSolution]]
 
 
 def precisions_named(name: str | None) -> tuple[Precision, ...]:
@@ -128,10 +90,10 @@ def bench_shapes(
     for shape in shapes.shapes:
         m = settings.m if settings.m is not None and shape.role == "w4a4" else shape.m
         linear = Linear(shape.name, shape.k, shape.n, bias=False)
-        plans = _plans(linear, shape, precisions, rank)
+        plans = plans_of(linear, shape, precisions, rank)
         cases.setdefault(
             (m, shape.k, shape.n, shape.role),
-            Case(linear, m, lambda plans=plans: _solve_random(plans, settings)),
+            Case(linear, m, lambda plans=plans: solve_random(plans, settings)),
         )
     return _report(tuple(cases.values()), settings, observe)
 
@@ -225,7 +187,7 @@ def _report(cases: Sequence[Case], settings: BenchSettings, observe: Observer) -
     for done, case in enumerate(cases, start=1):
         linear = case.linear
         shape = (case.m, linear.in_features, linear.out_features)
-        x = _draw(settings.seed, case.m, linear.in_features).to(settings.device)
+        x = random_numbers(settings.seed, case.m, linear.in_features).to(settings.device)
         if shape not in baselines:
             medians = baselines.setdefault(shape, {})
             for dtype, operation in _baselines(case, settings):
@@ -257,8 +219,12 @@ def _beside_others(row: BenchRow, medians: Mapping[str, float]) -> Iterator[Benc
 def _baselines(case: Case, settings: BenchSettings) -> Iterator[tuple[torch.dtype, Operation]]:
     """torch's linear with a random weight of this shape."""
     linear = case.linear
-    weight = _random_weight(settings, linear)
-    bias = _draw(settings.seed + 2, 1, linear.out_features)[0].to(settings.device) if linear.bias else None
+    weight = random_weight(settings, linear)
+    bias = (
+        random_numbers(settings.seed + 2, 1, linear.out_features)[0].to(settings.device)
+        if linear.bias
+        else None
+    )
     for dtype in BASELINES[settings.device.type]:
         yield dtype, torch_linear(weight, bias, dtype)
 
@@ -267,7 +233,7 @@ def _other_rows(
     case: Case, x: Tensor, settings: BenchSettings, baselines: Mapping[str, float], lacking: dict[str, str]
 ) -> Iterator[BenchRow]:
     """What others offer. One that fails here is not a fault of ours: `lacking` keeps its reason for the notes."""
-    weight = _random_weight(settings, case.linear)
+    weight = random_weight(settings, case.linear)
     others = gpu_baselines(case.m) if settings.device.type == "cuda" else cpu_baselines(case.m)
     for name, make in others:
         try:
@@ -366,36 +332,6 @@ def _relative_error(layer: str, operation: Operation, x: Tensor) -> float:
 
 
 # ------------------------------------------------------------------------------------------ layers to measure
-
-
-def _plans(
-    linear: Linear, shape: LinearShape, precisions: Sequence[Precision], rank: int
-) -> tuple[LayerPlan, ...]:
-    match shape.role:
-        case "w4a4":
-            return tuple(W4A4Plan(linear, precision, rank) for precision in precisions)
-        case "w4a16":
-            return (W4A16Plan(linear),)
-
-
-def _solve_random(plans: Sequence[LayerPlan], settings: BenchSettings) -> Iterator[LayerSolution]:
-    solve = SolveSettings("none", settings.seed, torch.bfloat16)
-    for plan in plans:
-        weight = _random_weight(settings, plan.linear)
-        shared = SharedInput(plan.name, (plan.name,), ((plan.name,),))
-        solved = solve_input(shared, {plan.name: plan}, {plan.name: SourceWeight(weight, None)}, None, solve)
-        yield from (*solved.w4a4, *solved.w4a16)
-
-
-def _random_weight(settings: BenchSettings, linear: Linear) -> Tensor:
-    """(N, K) float32, so scaled that a result is as large as its input."""
-    drawn = _draw(settings.seed + 1, linear.out_features, linear.in_features)
-    return (drawn / linear.in_features**0.5).to(settings.device)
-
-
-def _draw(seed: int, rows: int, columns: int) -> Tensor:
-    """Standard normal, float32, drawn on the CPU so that every device gets the same numbers."""
-    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(following_seed(seed, 0)))
 
 
 def _require_rank(rank: int, shapes: ShapeSet) -> None:

@@ -11,7 +11,7 @@ import torch
 from svdq_cli.conversion.memory import free_ram
 from svdq_cli.conversion.record import BLOCK_SAMPLE, sample_settings
 from svdq_cli.conversion.work_folder import solved_bytes
-from svdq_cli.inference.load import compute_dtype
+from svdq_cli.inference.backend import compute_dtype
 from svdq_cli.prepare.options import RunOptions
 from svdq_cli.prepare.prepare import Prepared, counts_of
 from svdq_cli.reconstruct import blocks_of

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 from svdq_cli.errors import OutOfResourcesError
-from svdq_cli.inference.load import compute_dtype, fill_denoiser
+from svdq_cli.inference.backend import compute_dtype
+from svdq_cli.inference.load import fill_denoiser
 from svdq_cli.pipelines.settings import DrawSettings
 from svdq_cli.prepare.options import RunOptions
 from svdq_cli.prepare.prepare import Prepared, counts_of

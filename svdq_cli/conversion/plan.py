@@ -21,7 +21,7 @@ from svdq_cli.conversion.predict import (
     vram_bytes,
 )
 from svdq_cli.conversion.solve_layers import portions_at_once
-from svdq_cli.inference.load import compute_dtype
+from svdq_cli.inference.backend import compute_dtype
 from svdq_cli.prepare.facts import layer_counts, model_facts, predicted_sizes, rank_facts
 from svdq_cli.prepare.options import DEFAULT_OPTIONS, RunOptions
 from svdq_cli.prepare.prepare import is_data_free, prepare, warnings_of

@@ -32,7 +32,7 @@ from svdq_cli.conversion.record import can_record
 from svdq_cli.conversion.solve_layers import SPARED, portions_at_once
 from svdq_cli.conversion.work_folder import solved_bytes
 from svdq_cli.errors import OutOfResourcesError
-from svdq_cli.inference.load import compute_dtype
+from svdq_cli.inference.backend import compute_dtype
 from svdq_cli.prepare.facts import other_components_bytes
 from svdq_cli.prepare.options import RunOptions
 from svdq_cli.prepare.prepare import Prepared, counts_of, is_data_free

@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from svdq_cli.bench.cases import BenchSettings
 from svdq_cli.bench.report import BenchReport
-from svdq_cli.bench.run import BenchSettings, bench_layers
+from svdq_cli.bench.run import bench_layers
 from svdq_cli.checkpoint.reader import open_checkpoint
 from svdq_cli.conversion.calibrate import calibrate
 from svdq_cli.conversion.card import CARD_FILE

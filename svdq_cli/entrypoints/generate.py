@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from svdq_cli.checkpoint.reader import open_checkpoint
 from svdq_cli.errors import UsageError
-from svdq_cli.inference.load import Backend, load_pipeline
+from svdq_cli.inference.backend import Backend
+from svdq_cli.inference.load import load_pipeline
 from svdq_cli.pipelines.arguments import opened_image
 from svdq_cli.pipelines.generate import draw_one
 from svdq_cli.pipelines.settings import DrawSettings

@@ -35,7 +35,7 @@ from svdq_cli.evaluation.passes import (
 )
 from svdq_cli.evaluation.score import Loaded, Scores, load_metrics, score_pairs, score_pictures
 from svdq_cli.evaluation.verdict import Evidence, next_step, verdict_of
-from svdq_cli.inference.load import choose_backend
+from svdq_cli.inference.backend import choose_backend
 from svdq_cli.metrics import METRICS
 from svdq_cli.pipelines.settings import settings_json
 from svdq_cli.prepare.options import DEFAULT_OPTIONS, RunOptions

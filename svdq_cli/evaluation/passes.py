@@ -19,7 +19,8 @@ from svdq_cli.evaluation.layer_sqnr import JudgedLayers, judge_layers, keep_laye
 from svdq_cli.evaluation.outputs import OutputCall, keep_outputs, kept_outputs, output_sqnr, record_outputs
 from svdq_cli.evaluation.own_noise import can_nudge, nudged_start
 from svdq_cli.evaluation.plausible import ImageProblems, look_at
-from svdq_cli.inference.load import compute_dtype, load_16bit_pipeline, load_pipeline, replace_layers
+from svdq_cli.inference.backend import compute_dtype
+from svdq_cli.inference.load import load_16bit_pipeline, load_pipeline, replace_layers
 from svdq_cli.pipelines.generate import draw_each
 from svdq_cli.pipelines.joint import joint_model
 from svdq_cli.pipelines.settings import DrawSettings

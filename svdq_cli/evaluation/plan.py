@@ -11,7 +11,7 @@ from svdq_cli.conversion.predict import forecast_of, pass_seconds
 from svdq_cli.errors import EnvironmentLacksError
 from svdq_cli.evaluation.gallery import RUN_FILE, Gallery
 from svdq_cli.evaluation.passes import PASSES, Pass
-from svdq_cli.inference.load import choose_backend, compute_dtype
+from svdq_cli.inference.backend import choose_backend, compute_dtype
 from svdq_cli.prepare.options import DEFAULT_OPTIONS, RunOptions
 from svdq_cli.prepare.prepare import prepare
 from svdq_cli.prepare.prompts import chosen_prompts

@@ -14,7 +14,7 @@ from svdq_cli.evaluation.images import PSNR_CAP_DB
 from svdq_cli.evaluation.page import Chapter, Figure, LayerRow, Plot, Table, Way, show_pictures
 from svdq_cli.evaluation.passes import CONVERTED, SIXTEEN_BIT, TITLES
 from svdq_cli.evaluation.plot import conversion_report
-from svdq_cli.inference.load import choose_backend
+from svdq_cli.inference.backend import choose_backend
 from svdq_cli.metrics import METRICS
 from svdq_cli.prepare.facts import sizes_of
 from svdq_cli.records import Int4, W4A4Plan

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import cpu_offload
@@ -13,13 +13,10 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import nn
 
 from svdq_cli.checkpoint.reader import Checkpoint, component_in, open_checkpoint
-from svdq_cli.cpu.engine import engine
-from svdq_cli.errors import EnvironmentLacksError, InputError, OutOfResourcesError, UsageError
-from svdq_cli.experimental.hopper.choice import HopperChoice, choose_hopper_mode, measured_modes
+from svdq_cli.errors import InputError, OutOfResourcesError
 from svdq_cli.experimental.hopper.linear import hopper_linear
 from svdq_cli.experimental.hopper.modes import HopperMode
-from svdq_cli.gpu.architectures import Architecture
-from svdq_cli.gpu.launch import cuda_device, require_dtype
+from svdq_cli.inference.backend import Backend, choose_backend, compute_dtype
 from svdq_cli.inference.diffusers_methods import adopt_model, adopt_pipeline
 from svdq_cli.inference.save import MEANS, Origin
 from svdq_cli.pipelines.generate import load_source_pipeline
@@ -38,79 +35,6 @@ from svdq_cli.system.offload import Room, fill, fill_beside, weights_bytes
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
-
-
-@dataclass(frozen=True, slots=True)
-class Backend:
-    """What computes the 4-bit layers of a loaded pipeline, and why this one."""
-
-    name: Literal["kernels", "cpu", "reference"]
-    reason: str
-    mode: HopperMode | None = None  # which of Hopper's own kernels run int4 layers; None: the portable ones
-
-
-HOPPER_BACKENDS = {f"kernels:{mode.label}": mode for mode in HopperMode}
-BACKENDS = ("auto", "kernels", *HOPPER_BACKENDS, "cpu", "reference")
-
-
-def choose_backend(wanted: str, device: torch.device, dtype: torch.dtype) -> Backend:
-    """`auto` takes the CUDA kernels on a GPU, our engine on a CPU, and else plain torch; it says which and why. `dtype`
-    is the checkpoint's.
-
-    On Hopper `kernels:MODE` asks for one of its own modes; without one the measured default is taken. Raises
-    EnvironmentLacksError for kernels, or the engine, on a machine that can't run them, UsageError for an unknown name.
-    """
-    if wanted not in BACKENDS:
-        raise UsageError(f"unknown backend {wanted!r}", hint=f"use {', '.join(BACKENDS)}")
-    if wanted == "reference":
-        return Backend("reference", f"plain torch on {device}, as asked")
-    if wanted == "cpu" or (wanted == "auto" and device.type == "cpu"):
-        return _on_cpu(wanted, device)
-    try:
-        gpu = cuda_device(device)
-        require_dtype(gpu, dtype)
-    except EnvironmentLacksError as lack:
-        if wanted.startswith("kernels"):
-            raise
-        return Backend("reference", f"plain torch on {device}: {lack.message}")
-    return _on_kernels(gpu.architecture, HOPPER_BACKENDS.get(wanted))
-
-
-def _on_cpu(wanted: str, device: torch.device) -> Backend:
-    if device.type != "cpu":
-        raise EnvironmentLacksError(
-            f"the CPU engine can't run on {device}",
-            hint="use --device cpu, or --backend auto",
-            kind="not-a-cpu",
-        )
-    try:
-        return Backend("cpu", f"svdq's CPU engine, {engine().isa.name}")
-    except EnvironmentLacksError as lack:
-        if wanted == "cpu":
-            raise
-        return Backend("reference", f"plain torch on {device}: {lack.message}; {lack.hint}")
-
-
-def _on_kernels(kind: Architecture, asked: HopperMode | None) -> Backend:
-    kernels = f"CUDA kernels for {kind.target}"
-    if kind.hopper_modes:
-        choice = choose_hopper_mode(measured_modes())
-        if asked is not None:
-            choice = HopperChoice(asked, f"int4 in mode {asked.label}, as asked: {asked.exactness}")
-        return Backend("kernels", f"{kernels}; {choice.reason}", choice.mode)
-    if asked is not None:
-        raise EnvironmentLacksError(
-            f"mode {asked.label} needs a Hopper GPU; this one runs kernels for {kind.target}",
-            hint="use --backend kernels",
-            kind="no-kernel-for-gpu",
-        )
-    return Backend("kernels", kernels)
-
-
-def compute_dtype(device: torch.device) -> torch.dtype:
-    """What the unquantized parts compute in: bfloat16 on a GPU; float32 on a CPU, where 16-bit arithmetic is emulated
-    and slow. Converted layers round to 16 bits inside either way, as the runtimes do."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def load_pipeline(

@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import nn
 
+from svdq_cli.bench.cases import BenchSettings
 from svdq_cli.bench.gates import judged
 from svdq_cli.bench.operations import reference_linear, w4a4_float64, w4a16_float64, without_branch
 from svdq_cli.bench.report import BenchReport, BenchRow, Microseconds
-from svdq_cli.bench.run import BenchSettings, bench_layers, bench_shapes, precisions_named, with_steps
+from svdq_cli.bench.run import bench_layers, bench_shapes, precisions_named, with_steps
 from svdq_cli.bench.shapes import DEMO, SHAPE_SETS, LinearShape, ShapeSet
 from svdq_cli.bench.timing import LEAST_SAMPLES, MOST_COPIES, copies_beyond_cache, measure
 from svdq_cli.checkpoint.reader import Checkpoint, open_checkpoint

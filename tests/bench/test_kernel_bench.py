@@ -9,11 +9,12 @@ import torch
 from PIL import Image
 
 from svdq_cli.bench.baselines import gpu_baselines, int8_mm, scaled_mm_fp8
+from svdq_cli.bench.cases import BenchSettings
 from svdq_cli.bench.hopper_operations import hopper_float64, hopper_operations
 from svdq_cli.bench.kernel_operations import kernel_operations
 from svdq_cli.bench.operations import Operation, w4a4_float64
 from svdq_cli.bench.plot import draw_plot
-from svdq_cli.bench.run import BenchSettings, bench_shapes, precisions_named, with_steps
+from svdq_cli.bench.run import bench_shapes, precisions_named, with_steps
 from svdq_cli.bench.shapes import SHAPE_SETS, LinearShape, ShapeSet
 from svdq_cli.bench.step import (
     Arithmetic,

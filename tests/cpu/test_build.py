@@ -21,7 +21,7 @@ from svdq_cli.cpu.instruction_sets import (
     best_of,
 )
 from svdq_cli.errors import EnvironmentLacksError, UsageError
-from svdq_cli.inference.load import choose_backend
+from svdq_cli.inference.backend import choose_backend
 
 CPU = torch.device("cpu")
 needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="needs a C++ compiler")

@@ -12,7 +12,8 @@ from svdq_cli.checkpoint.reader import open_checkpoint
 from svdq_cli.cli import run
 from svdq_cli.entrypoints.inspect import inspect_checkpoint
 from svdq_cli.errors import InputError
-from svdq_cli.inference.load import choose_backend, load_model, load_pipeline
+from svdq_cli.inference.backend import choose_backend
+from svdq_cli.inference.load import load_model, load_pipeline
 from svdq_cli.records import W4A4Solution
 from svdq_cli.runtime.cpu_fused import CpuW4A4Linear
 from svdq_cli.runtime.linear import W4A4Linear, w4a4_exact

@@ -17,7 +17,8 @@ from svdq_cli.experimental.hopper.choice import ModeMeasurement
 from svdq_cli.experimental.hopper.linear import HopperW4A4Linear
 from svdq_cli.experimental.hopper.modes import HopperMode
 from svdq_cli.gpu.architectures import architecture
-from svdq_cli.inference.load import Backend, _on_kernels, choose_backend, load_model, load_pipeline
+from svdq_cli.inference.backend import Backend, _on_kernels, choose_backend
+from svdq_cli.inference.load import load_model, load_pipeline
 from svdq_cli.pipelines.generate import draw
 from svdq_cli.prepare.defaults import evaluation_recipe
 from svdq_cli.prepare.options import RunOptions
@@ -199,5 +200,5 @@ def test_a_mode_of_hopper_is_taken_when_asked_for_and_refused_elsewhere():
 def test_hoppers_default_is_what_was_measured(monkeypatch: pytest.MonkeyPatch):
     measured = (ModeMeasurement("fp8", 50_000.0, 40.0), ModeMeasurement("exact", 60_000.0, 100.0))
     for found, mode in (((), None), (measured, HopperMode.FP8)):
-        monkeypatch.setattr("svdq_cli.inference.load.measured_modes", lambda found=found: found)
+        monkeypatch.setattr("svdq_cli.inference.backend.measured_modes", lambda found=found: found)
         assert _on_kernels(architecture("sm_90a"), None).mode == mode

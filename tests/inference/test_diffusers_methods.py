@@ -19,6 +19,7 @@ import svdq_cli
 from svdq_cli.checkpoint.reader import open_checkpoint
 from svdq_cli.checkpoint.text_encoders import quantize_encoder
 from svdq_cli.errors import InputError, SvdqError, UsageError
+from svdq_cli.inference.backend import Backend
 from tests.adapters.test_loras import peft
 from tests.lora.layers import QKV, small_lora
 from tests.lora.test_fold import saved
@@ -69,7 +70,7 @@ def test_a_saved_pipeline_is_the_checkpoint_byte_for_byte(
     checkpoint: Path, tmp_path: Path, change: Callable[[Any], Any], backend: str, monkeypatch: Any
 ):
     if backend != "reference":
-        twins = svdq_cli.inference.load.Backend("kernels", "a test")  # type: ignore[attr-defined]
+        twins = Backend("kernels", "a test")
         monkeypatch.setattr("svdq_cli.inference.load.choose_backend", lambda *_: twins)
     change(load(checkpoint)).save_pretrained(tmp_path / "saved")
     assert same_component(checkpoint / "transformer", tmp_path / "saved" / "transformer")

@@ -17,7 +17,8 @@ from svdq_cli.cpu.build import find_compiler
 from svdq_cli.errors import InputError, UsageError
 from svdq_cli.experimental.hopper.linear import HopperW4A4Linear
 from svdq_cli.experimental.hopper.modes import HopperMode
-from svdq_cli.inference.load import Backend, load_model
+from svdq_cli.inference.backend import Backend
+from svdq_cli.inference.load import load_model
 from svdq_cli.lora.fold import fold
 from svdq_cli.runtime.fused import FusedW4A4Linear
 from tests.adapters.test_loras import peft

@@ -71,11 +71,11 @@ def bench(
     verbose: opt.Verbose = False,
 ) -> None:
     """Measure speed and arithmetic error of linear layers, against torch's own in the same run."""
+    from svdq_cli.bench.cases import BenchSettings
     from svdq_cli.bench.gates import judged
     from svdq_cli.bench.plot import draw_plot
     from svdq_cli.bench.run import (
         RANK,
-        BenchSettings,
         bench_layers,
         bench_shapes,
         precisions_named,
