@@ -89,5 +89,5 @@ def random_weight(settings: BenchSettings, linear: Linear) -> Tensor:
 
 
 def random_numbers(seed: int, rows: int, columns: int) -> Tensor:
-    """Standard normal, float32, drawn on the CPU so that every device gets the same numbers."""
+    """(rows, columns) float32, standard normal, made on the CPU so that every device gets the same numbers."""
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(following_seed(seed, 0)))

@@ -154,7 +154,7 @@ def test_attention_by_rows_is_torchs_own():
     q, k, v = qkv.unflatten(-1, (3, 2, 64)).permute(1, 2, 0, 3)
     q, k = (rotated(torch.nn.functional.rms_norm(part, (64,)), angles) for part in (q, k))
     wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(0, 1).flatten(-2)
-    torch.testing.assert_close(attention_by_rows(qkv, angles, 2), wanted)
+    torch.testing.assert_close(attention_by_rows(qkv, angles, 64), wanted)
 
 
 def test_flux_dev_has_the_linears_of_the_published_model():
