@@ -18,7 +18,7 @@ from svdq_cli.reconstruct import blocks_of
 from svdq_cli.reconstruct.costs import BlockSize, CallCounts, block_bytes, block_work
 from svdq_cli.records import W4A4Plan
 from svdq_cli.sampling.token_counts import TokenCounts, reads_text
-from svdq_cli.solve.costs import Work
+from svdq_cli.solve.work import Work
 from svdq_cli.source import by_component
 
 

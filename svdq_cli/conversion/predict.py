@@ -42,7 +42,8 @@ from svdq_cli.records import (
 )
 from svdq_cli.reports import PlanSeconds
 from svdq_cli.sampling.token_counts import TokenCounts
-from svdq_cli.solve.costs import Work, packed_bytes, solve_work, waiting_bytes
+from svdq_cli.solve.costs import packed_bytes, solve_work, waiting_bytes
+from svdq_cli.solve.work import Work
 
 # what a pipeline's other parts take to import and build, over what diffusers and the plan take
 STARTING = 0.3

@@ -7,7 +7,7 @@ from typing import cast
 
 import yaml
 
-from svdq_cli.recipe.schema import Recipe, Section
+from svdq_cli.recipe.schema import ALL_STEPS, Recipe, Section
 
 _UNSET = {  # what a key that may be absent would look like
     "base": "black-forest-labs/FLUX.1-dev",
@@ -28,7 +28,7 @@ _UNSET = {  # what a key that may be absent would look like
     "frames": 17,
     "smoothing": "grid",
     "size_budget": "6.5GB",
-    "search": ["means", "learned", "gptq", "scales", "refit"],
+    "search": list(ALL_STEPS),
 }
 _EXAMPLES = {
     "layers": ('- {match: "transformer_blocks.*.ff.net.2", rank: 64}', "- {match: proj_out, keep: true}"),

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from svdq_cli.reconstruct.tuning import CALLS_PER_STEP, HELD_OUT, JUDGE_EVERY, STEPS
 from svdq_cli.records import LayerPlan, W4A4Plan
-from svdq_cli.solve.costs import Work
+from svdq_cli.solve.work import Work
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,34 +22,13 @@ from svdq_cli.records import (
 from svdq_cli.solve import refine
 from svdq_cli.solve.forward import ROWS_AT_ONCE
 from svdq_cli.solve.improve import HELD_OUT, LEAST_ROWS
-from svdq_cli.solve.learned import OUTPUTS_PER_STEP, ROWS_PER_STEP, STEPS
-from svdq_cli.solve.linear import SEARCH_POWER_ITERATIONS, SEARCH_ROWS
-from svdq_cli.solve.low_rank import OVERSAMPLE, POWER_ITERATIONS
+from svdq_cli.solve.learned import OUTPUTS_PER_STEP, ROWS_PER_STEP
+from svdq_cli.solve.linear import SEARCH_ROWS
+from svdq_cli.solve.low_rank import OVERSAMPLE, POWER_ITERATIONS, SEARCH_POWER_ITERATIONS
 from svdq_cli.solve.quantizers import BLOCK, NVFP4_SHARES
 from svdq_cli.solve.smoothing import GRID
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """Counts of operations that run at rates of their own."""
-
-    matmul: float = 0.0  # floating point operations of large products, float32
-    sketch: float = 0.0  # the same of the randomized SVD: products with few columns
-    bases: float = 0.0  # the same of those columns' QR
-    quantized: float = 0.0  # numbers rounded to nearest, scales included
-    # numbers of a rebuilt weight, or of an output, that are compared with the exact ones
-    compared: float = 0.0
-    gptq: float = 0.0  # weights rounded one column after the other
-    factored: float = 0.0  # K^3 of every float64 Cholesky factor or inverse
-    learned: float = 0.0  # K of every step that learns the smoothing factor
-    # additions of a few numbers: what operations cost however small they are, Python included
-    calls: float = 0.0
-
-    def __add__(self, other: Work) -> Work:
-        return Work(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
-
-    def __mul__(self, count: float) -> Work:
-        return Work(*(getattr(self, name) * count for name in self.__dataclass_fields__))
+from svdq_cli.solve.steps import STEPS, LayerSizes
+from svdq_cli.solve.work import NVFP4_ROUNDING, Shapes, Work, split_work
 
 
 def solve_work(
@@ -71,12 +50,6 @@ def solve_work(
     return total
 
 
-# What rounding to e2m1 takes over rounding to integers, by which it is measured: its steps depend on the number.
-NVFP4_ROUNDING = 10
-
-Shapes = list[tuple[int, int]]  # of every branch: N, R
-
-
 def _w4a4_work(shapes: Shapes, width: int, settings: SolveSettings, rows: int, precision: Precision) -> Work:
     n = sum(count for count, _ in shapes)
     size = n * width
@@ -84,13 +57,13 @@ def _w4a4_work(shapes: Shapes, width: int, settings: SolveSettings, rows: int, p
     nearest = rounded * (len(NVFP4_SHARES) if isinstance(precision, NvFp4) else 1)
     report = Work(compared=size, calls=200) + (_output(n, width, rows) if rows else Work())
     if not rows:
-        first = _split(shapes, width, refine.POWER_ITERATIONS) + Work(quantized=nearest, calls=200)
+        first = split_work(shapes, width, refine.POWER_ITERATIONS) + Work(quantized=nearest, calls=200)
         # each takes two products, rounds, and looks at what was lost, which is half of what a comparison does
-        more = _split(shapes, width, 0) + Work(quantized=nearest, compared=size / 2, calls=200)
+        more = split_work(shapes, width, 0) + Work(quantized=nearest, compared=size / 2, calls=200)
         return first + more * settings.refinements + report
-    final = _split(shapes, width, POWER_ITERATIONS) + Work(quantized=nearest, calls=200)
+    final = split_work(shapes, width, POWER_ITERATIONS) + Work(quantized=nearest, calls=200)
     search = min(rows, SEARCH_ROWS)
-    point = _split(shapes, width, SEARCH_POWER_ITERATIONS) + Work(
+    point = split_work(shapes, width, SEARCH_POWER_ITERATIONS) + Work(
         matmul=4 * search * size, quantized=rounded + size + search * width, calls=500
     )
     points = len(GRID) if settings.smoothing == "grid" else 0
@@ -100,38 +73,8 @@ def _w4a4_work(shapes: Shapes, width: int, settings: SolveSettings, rows: int, p
         train = rows - judge
         total += _output(n, width, judge) * (1 + len(settings.steps))
         for step in settings.steps:
-            total += _step_work(step, shapes, width, train, final, precision)
+            total += STEPS[step].work(LayerSizes(shapes, width, train, final, precision))
     return total
-
-
-def _step_work(step: str, shapes: Shapes, width: int, train: int, final: Work, precision: Precision) -> Work:
-    # its steps take more operations than int4's, by which they are measured
-    dear = isinstance(precision, NvFp4)
-    n = sum(count for count, _ in shapes)
-    size = n * width
-    match step:
-        case "learned":
-            branches = _split(shapes, width, SEARCH_POWER_ITERATIONS) * 2
-            steps = Work(
-                matmul=2 * train * size, learned=(1.6 if dear else 1) * width * STEPS, calls=120 * STEPS
-            )
-            return steps + branches + final
-        case "gptq":
-            update = size * width  # each block of columns is taken from all that follow
-            return Work(
-                matmul=2 * train * width**2 + update,
-                quantized=train * width,
-                gptq=3 * size if dear else size,
-                factored=3 * width**3,
-                calls=(90 if dear else 30) * width,
-            )
-        case "scales" | "means":  # counted with gptq, which is measured with them; a sum over the rows
-            return Work()
-        case _:  # refit
-            products = 8 * train * size + 2 * train * width**2 + 3 * width * size
-            return Work(matmul=products, quantized=train * width + size, factored=width**3) + _split(
-                shapes, width, POWER_ITERATIONS
-            )
 
 
 def _w4a16_work(plan: W4A16Plan, settings: SolveSettings, rows: int) -> Work:
@@ -152,19 +95,6 @@ def _w4a16_work(plan: W4A16Plan, settings: SolveSettings, rows: int) -> Work:
 def _output(n: int, width: int, rows: int) -> Work:
     """The exact and the quantized output of rows, and their difference."""
     return Work(matmul=4 * rows * n * width, quantized=rows * width, compared=rows * n)
-
-
-def _split(shapes: Shapes, width: int, power_iterations: int) -> Work:
-    """The randomized SVD of every branch, and the product of its factors."""
-    total = Work()
-    for n, rank in shapes:
-        columns = min(rank + OVERSAMPLE, n, width)
-        products = (2 * power_iterations + 2) * 2 * n * width * columns
-        # the SVD of what is left, (columns, K), takes five times as long as its QR
-        bases = ((power_iterations + 1) * n + (power_iterations + 5) * width) * 4 * columns**2
-        calls = 25 * (2 * power_iterations + 3)
-        total += Work(sketch=products, bases=bases, matmul=2 * n * width * rank, calls=calls)
-    return total
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,8 +30,8 @@ from svdq_cli.records import (
     W4A16Solution,
 )
 from svdq_cli.solve.forward import SourceWeight, output_sqnr_db, stacked_weights
-from svdq_cli.solve.improve import Task, Trail, improve
-from svdq_cli.solve.low_rank import split_low_rank
+from svdq_cli.solve.improve import Trail, improve
+from svdq_cli.solve.low_rank import SEARCH_POWER_ITERATIONS, split_low_rank
 from svdq_cli.solve.modulation import solve_w4a16
 from svdq_cli.solve.quantizers import (
     QuantizedWeight,
@@ -42,10 +42,10 @@ from svdq_cli.solve.quantizers import (
 from svdq_cli.solve.rebuild import Residual, relative_error
 from svdq_cli.solve.refine import refined
 from svdq_cli.solve.smoothing import CLOSED_FORM, GRID, placed, smooth_factor
+from svdq_cli.solve.steps import Task
 from svdq_cli.system.threads import end_if_left
 
 SEARCH_ROWS = 512  # rows that score a grid point; the ranking is stable long before the report's figure is
-SEARCH_POWER_ITERATIONS = 1  # a rougher SVD ranks the same
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 OVERSAMPLE = 16  # extra directions carried along; they cost little and make the kept ones accurate
 POWER_ITERATIONS = 4
+SEARCH_POWER_ITERATIONS = 1  # a rougher SVD ranks the same
 # Rows of a weight that a CPU multiplies at a time: products with few columns are up to a fifth faster in such pieces.
 _ROWS = 2048
 

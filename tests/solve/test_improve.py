@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 
@@ -12,6 +14,8 @@ from svdq_cli.solve.linear import SolvedInput, solve_input
 from svdq_cli.solve.quantizers import dequantize_weight, quantize_weight
 from svdq_cli.solve.refit import refit_branch
 from svdq_cli.solve.rounding import gptq_weight
+from svdq_cli.solve.steps import STEPS, LayerSizes
+from svdq_cli.solve.work import Work
 from tests.solve.test_linear import SHARED, plans, stats_of, weights
 
 BOTH = pytest.mark.parametrize("precision", [Int4(), NvFp4()], ids=lambda p: p.name)
@@ -123,3 +127,10 @@ def test_searching_scales_pays_over_gptq_as_published(precision: Precision):
         return fresh_db(solve_input(SHARED, plans(precision), weights(), stats, settings))
 
     assert reached("gptq", "scales") > reached("gptq")
+
+
+def test_every_step_of_the_recipe_has_a_record_with_its_cost():
+    assert list(STEPS) == list(get_args(SearchStep))
+    sizes = LayerSizes([(128, 16)], 64, 448, Work(matmul=1.0), Int4())
+    for step in STEPS.values():
+        assert (step.run is None) == (step.work(sizes) == Work())

@@ -1,0 +1,241 @@
+"""The steps of the search beyond the paper's: each one record with what it does and what it costs.
+
+A new step is a name in `records.SearchStep`, which says its place, and a record here: recipes take the name from there,
+`improve` runs it, `--plan` counts it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from svdq_cli.records import NvFp4, Precision, SearchStep, W4A4Plan, W4A4Solution
+from svdq_cli.solve.forward import SourceWeight, dequantized_weight, stacked_weights
+from svdq_cli.solve.learned import GPTQ_LEAVES, learn_smoothing
+from svdq_cli.solve.learned import STEPS as LEARNING_STEPS
+from svdq_cli.solve.low_rank import POWER_ITERATIONS, SEARCH_POWER_ITERATIONS, split_low_rank
+from svdq_cli.solve.quantizers import QuantizedWeight, fake_quantize_activation
+from svdq_cli.solve.refit import refit_branch, ridge_for
+from svdq_cli.solve.rounding import NO_SEARCH, SCALE_FACTORS, gptq_weight
+from svdq_cli.solve.second_moments import second_moments
+from svdq_cli.solve.work import Shapes, Work, split_work
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Task:
+    """The layers of one shared input, split by branch, with what they are judged on."""
+
+    branches: tuple[tuple[W4A4Plan, ...], ...]
+    weights: Mapping[str, SourceWeight]
+    rows: Tensor  # (M, K) float32, in the order in which images were generated
+    dtype: torch.dtype
+    seed: int
+    mean: Tensor | None = None  # (K,): what the rows are less than the 16-bit model's
+
+    @property
+    def plans(self) -> tuple[W4A4Plan, ...]:
+        return tuple(plan for branch in self.branches for plan in branch)
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        return tuple(plan.linear.out_features for plan in self.plans)
+
+    @property
+    def precision(self) -> Precision:
+        return self.plans[0].precision
+
+    def stacked(self, branch: Sequence[W4A4Plan]) -> Tensor:
+        """The branch's weights under one another, (sum of N, K)."""
+        return stacked_weights(branch, self.weights)
+
+
+Solutions = dict[str, W4A4Solution]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Attempt:
+    """What a step starts from. `train`: the rows (M, K) that it may look at. `steps`: all that are wanted. `place(s)`
+    brings a smoothing factor (K,) to its stored form, `nearest(s)` solves for one with rounding to nearest."""
+
+    task: Task
+    train: Tensor
+    best: Solutions
+    steps: Sequence[SearchStep]
+    place: Callable[[Tensor], Tensor]
+    nearest: Callable[[Tensor], Solutions]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSizes:
+    """The layers of one input as costs see them. `train`: rows; `final`: the work of solving with nearest rounding."""
+
+    shapes: Shapes
+    width: int
+    train: int
+    final: Work
+    precision: Precision
+
+    @property
+    def size(self) -> int:
+        return self.width * sum(count for count, _ in self.shapes)
+
+    @property
+    def dear(self) -> bool:
+        """Whether steps take more operations than int4's, by which they are measured."""
+        return isinstance(self.precision, NvFp4)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A step of the search. `run` returns what it would have instead of the best so far, or None where there is nothing
+    to go by; a step without `run` is taken elsewhere: with another one, or before the layers are solved."""
+
+    run: Callable[[Attempt], Solutions | None] | None
+    work: Callable[[LayerSizes], Work]
+
+
+def _learned(attempt: Attempt) -> Solutions:
+    """Each layer weighs the same: its rows are scaled by the size of its output."""
+    task, train, best = attempt.task, attempt.train, attempt.best
+    weight_noise = GPTQ_LEAVES if "gptq" in attempt.steps else 1.0
+    shares = torch.cat(
+        [
+            (train @ task.weights[plan.name].weight.T)
+            .square()
+            .mean()
+            .clamp(min=1e-30)
+            .rsqrt()
+            .expand(plan.linear.out_features)
+            for plan in task.plans
+        ]
+    ).unsqueeze(1)
+
+    def branch(smooth: Tensor) -> Tensor:
+        parts = []
+        for members in task.branches:
+            up, down = split_low_rank(
+                task.stacked(members) * smooth, rank=members[0].rank, seed=task.seed, power_iterations=1
+            )
+            parts.append(up @ (down / smooth))
+        return torch.cat(parts) * shares
+
+    weight = torch.cat([task.stacked(members) for members in task.branches]) * shares
+    start = _smooth(best)
+    learned = learn_smoothing(
+        start, weight, train, task.precision, branch=branch, weight_noise=weight_noise, seed=task.seed
+    )
+    return attempt.nearest(attempt.place(learned))
+
+
+def _rounded(attempt: Attempt) -> Solutions | None:
+    """The branches with their residual rounded by GPTQ, with a search of the groups' scales where that is wanted
+    too. All layers see one input, so one Hessian serves all."""
+    task, best = attempt.task, attempt.best
+    factors = SCALE_FACTORS if "scales" in attempt.steps else NO_SEARCH
+    drawn = fake_quantize_activation(attempt.train / _smooth(best), task.precision)
+    hessian = second_moments(drawn)
+    left = _residual(task, best)
+    quantized = gptq_weight(
+        left, hessian, task.precision, dtype=task.dtype, parts=task.counts, factors=factors
+    )
+    return None if quantized is None else _with_codes(task, best, quantized)
+
+
+def _refitted(attempt: Attempt) -> Solutions | None:
+    """New branches for the codes there are, fitted in smoothed coordinates, where channels are of one size."""
+    task, train, best = attempt.task, attempt.train, attempt.best
+    refitted: Solutions = {}
+    smooth = _smooth(best)
+    x = train / smooth
+    drawn = fake_quantize_activation(x, task.precision)
+    for members in task.branches:
+        down = best[members[0].name].down.float()
+        ups = torch.cat([best[plan.name].up.float() for plan in members])
+        product = (ups @ down) * smooth
+        four_bit = torch.cat([dequantized_weight(best[plan.name]) for plan in members])
+        missing = train @ task.stacked(members).T - drawn @ four_bit.T - x @ product.T
+        found = refit_branch(x, missing, product, rank=members[0].rank, ridge=ridge_for(x), seed=task.seed)
+        if found is None:
+            continue
+        up, new_down = found[0].to(task.dtype), (found[1] / smooth).to(task.dtype).contiguous()
+        for plan, rows in zip(members, up.split([plan.linear.out_features for plan in members]), strict=True):
+            refitted[plan.name] = replace(best[plan.name], down=new_down, up=rows.contiguous())
+    return {**best, **refitted} if refitted else None
+
+
+def _smooth(solutions: Solutions) -> Tensor:
+    return next(iter(solutions.values())).smooth.float()
+
+
+def _residual(task: Task, solutions: Solutions) -> Tensor:
+    """What the stored branches leave over, (sum of N, K), in smoothed coordinates."""
+    left = [
+        task.weights[plan.name].weight - solutions[plan.name].up.float() @ solutions[plan.name].down.float()
+        for plan in task.plans
+    ]
+    return torch.cat(left) * _smooth(solutions)
+
+
+def _with_codes(task: Task, solutions: Solutions, quantized: QuantizedWeight) -> Solutions:
+    """`solutions` with the codes and scales of their stacked weight."""
+    outers = [None] * len(task.counts) if quantized.outer is None else quantized.outer.split(task.counts)
+    parts = zip(
+        task.plans,
+        quantized.codes.split(task.counts),
+        quantized.scales.split(task.counts),
+        outers,
+        strict=True,
+    )
+    return {
+        plan.name: replace(
+            solutions[plan.name],
+            codes=codes.contiguous(),
+            scales=scales.contiguous(),
+            outer=None if outer is None else outer[:1].clone(),
+        )
+        for plan, codes, scales, outer in parts
+    }
+
+
+def _learned_work(sizes: LayerSizes) -> Work:
+    branches = split_work(sizes.shapes, sizes.width, SEARCH_POWER_ITERATIONS) * 2
+    steps = Work(
+        matmul=2 * sizes.train * sizes.size,
+        learned=(1.6 if sizes.dear else 1) * sizes.width * LEARNING_STEPS,
+        calls=120 * LEARNING_STEPS,
+    )
+    return steps + branches + sizes.final
+
+
+def _gptq_work(sizes: LayerSizes) -> Work:
+    width, size, train = sizes.width, sizes.size, sizes.train
+    update = size * width  # each block of columns is taken from all that follow
+    return Work(
+        matmul=2 * train * width**2 + update,
+        quantized=train * width,
+        gptq=3 * size if sizes.dear else size,
+        factored=3 * width**3,
+        calls=(90 if sizes.dear else 30) * width,
+    )
+
+
+def _refit_work(sizes: LayerSizes) -> Work:
+    width, size, train = sizes.width, sizes.size, sizes.train
+    products = 8 * train * size + 2 * train * width**2 + 3 * width * size
+    return Work(matmul=products, quantized=train * width + size, factored=width**3) + split_work(
+        sizes.shapes, width, POWER_ITERATIONS
+    )
+
+
+STEPS: Mapping[SearchStep, Step] = {
+    # `conversion.move_means` does it; a sum over the rows
+    "means": Step(None, lambda sizes: Work()),
+    "learned": Step(_learned, _learned_work),
+    "gptq": Step(_rounded, _gptq_work),
+    # gptq does it, and is measured with it
+    "scales": Step(None, lambda sizes: Work()),
+    "refit": Step(_refitted, _refit_work),
+}
