@@ -9,6 +9,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
@@ -31,7 +32,7 @@ ConfigFrom = Literal["folder", "base", "shapes"]
 NO_TENSORS: Mapping[str, TensorEntry] = MappingProxyType({})
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Source:
     """A 16-bit model under diffusers' names.
 
@@ -69,8 +70,9 @@ class Source:
     def files(self) -> tuple[Path, ...]:
         return tuple(sorted({entry.file for entry in self.tensors.values()}))
 
-    @property
+    @cached_property
     def bytes(self) -> int:
+        """Of all tensors once they are read. Counted once: a prediction asks for every portion."""
         return sum(entry_bytes(entry) for entry in self.tensors.values())
 
 
