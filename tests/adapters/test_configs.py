@@ -204,7 +204,7 @@ def test_a_difference_of_another_size_is_refused(tiny_flux: Path, tmp_path: Path
     error = refused(tiny_flux, file, {f"diffusion_model.{LAYER}.diff_b": torch.ones(3)})
     assert "its bias has 3 values" in error.message
     error = refused(tiny_flux, file, {"transformer_blocks.0.attn.norm_q.diff": torch.ones(3)})
-    assert "its difference has 3 numbers" in error.message
+    assert "its difference has 3 values" in error.message
 
 
 # ------------------------------------------------------------------------------------------------- control LoRAs
