@@ -47,7 +47,7 @@ def evaluate(
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
 ) -> None:
-    """Generate with both models at equal seeds: PSNR, SSIM, other installed metrics, and baselines next to them."""
+    """Compare images of both models at equal seeds: PSNR, SSIM and other installed metrics, next to baselines."""
     from svdq_cli.cli import render
     from svdq_cli.cli.progress import progress
     from svdq_cli.cli.summary import append_summary
