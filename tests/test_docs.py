@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -301,7 +301,13 @@ def test_the_troubleshooting_page_has_every_kind_with_its_exit_code():
             for kind in re.findall(r"`([^`]+)`", row[1]):
                 told[kind] = {int(code) for code in row[2].split(",")}
     in_code = kinds_in_code()
-    assert in_code.keys() - told.keys() == set(), "kinds that the page does not explain"
+    assert told.keys() == set(get_args(errors.Kind)), "the page and errors.Kind list different kinds"
     assert {kind: codes for kind, codes in in_code.items() if not codes <= told[kind]} == {}
     helpers = {"lora", "lora-mismatch", "not-finite"}  # whose kind is a helper's argument
     assert told.keys() - in_code.keys() <= helpers, "kinds that no error has"
+
+
+def test_every_exit_code_but_those_of_an_interruption_has_its_place_in_the_order_of_severity():
+    classes = [errors.SvdqError, *errors.SvdqError.__subclasses__()]
+    ending = {each.code for each in classes if not issubclass(each, errors.InterruptedRunError)}
+    assert set(errors.SEVERITY) == {0, *ending}

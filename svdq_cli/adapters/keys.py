@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from svdq_cli.errors import InputError
+from svdq_cli.errors import InputError, Kind
 from svdq_cli.source.tensors import StoredTensor, is_finite
 from svdq_cli.source.upconverted import FLOAT8
 
@@ -247,7 +247,7 @@ def twice(file: Path, first: str, second: str, what: str) -> InputError:
     )
 
 
-def refused(file: Path, why: str, hint: str, where: str, kind: str = "lora") -> InputError:
+def refused(file: Path, why: str, hint: str, where: str, kind: Kind = "lora") -> InputError:
     return InputError(f"{file}: {why}", hint=hint, where=where, kind=kind)
 
 

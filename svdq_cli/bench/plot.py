@@ -8,6 +8,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from svdq_cli.bench.report import BenchReport, BenchRow
+from svdq_cli.storage.images import write_image
 
 LINE, LABEL, BAR, MARGIN = 18, 470, 420, 12  # pixels
 INK, BASELINE, OURS, OTHERS = "#202020", "#b0b0b0", "#2a7f62", "#7a93c9"
@@ -36,7 +37,7 @@ def draw_plot(report: BenchReport, path: Path) -> None:
     at = left + BAR / longest
     for y in range(MARGIN + 2 * LINE, height - MARGIN, 8):
         draw.line((at, y, at, y + 4), fill=INK)
-    picture.save(path)
+    write_image(path, picture)
 
 
 def _lines(report: BenchReport) -> Iterator[str | BenchRow]:

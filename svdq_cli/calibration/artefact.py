@@ -7,14 +7,10 @@ version nor the split into files enters it.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,9 +19,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from svdq_cli.errors import InputError, OutOfResourcesError, UsageError
+from svdq_cli.errors import InputError, UsageError
 from svdq_cli.pipelines.settings import DrawSettings, settings_json, settings_of_json
 from svdq_cli.records import ActivationStats
+from svdq_cli.storage.atomic import refuse_existing, whole_folder
 from svdq_cli.storage.tensor_file import save_tensors
 
 MANIFEST = "manifest.json"
@@ -122,38 +119,26 @@ def save_calibration(
     Raises UsageError if `path` exists (unless `overwrite` and it is a calibration), OutOfResourcesError on a full disk.
     """
     _check_target(path, overwrite=overwrite)
-    partial = path.with_name(path.name + ".partial")
-    with _whole_or_nothing(path, partial):
-        if partial.exists():
-            shutil.rmtree(partial)  # of a run that was killed
-        partial.mkdir(parents=True)
+    with whole_folder(path, overwrite=overwrite) as folder:
         entries: list[InputEntry] = []
         file_bytes: dict[str, int] = {}
         for index, group in enumerate(_groups(stats)):
             file = f"stats-{index + 1:05d}.safetensors"
             tensors = {f"{s.name}/{part}": _stored(s, part) for s in group for part in _TENSORS}
-            save_tensors(partial / file, tensors, {})
-            sync(partial / file)
-            file_bytes[file] = (partial / file).stat().st_size
+            save_tensors(folder / file, tensors, {})
+            file_bytes[file] = (folder / file).stat().st_size
             entries += [_entry(s, file) for s in group]
         manifest = CalibrationManifest(
             facts=facts, inputs=tuple(entries), file_bytes=file_bytes, digest=_digest(facts, entries)
         )
         text = json.dumps(_manifest_json(manifest), indent=1, ensure_ascii=False)
-        (partial / MANIFEST).write_text(text + "\n", encoding="utf-8")
-        sync(partial / MANIFEST)
-        _put_in_place(partial, path)
+        (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
     return manifest
 
 
 def _check_target(path: Path, *, overwrite: bool) -> None:
-    if not path.exists():
-        return
-    if not overwrite:
-        raise UsageError(
-            f"{path}: already exists", hint="choose another path, or pass --overwrite", where=str(path)
-        )
-    if not is_calibration(path):
+    refuse_existing(path, overwrite=overwrite)
+    if path.exists() and not is_calibration(path):
         raise UsageError(
             f"{path}: not a calibration, so it is not overwritten",
             hint="choose another path, or remove it yourself",
@@ -169,46 +154,6 @@ def is_calibration(path: Path) -> bool:
         return json.loads((path / MANIFEST).read_text(encoding="utf-8")).get("kind") == KIND
     except (OSError, ValueError, AttributeError):
         return False
-
-
-@contextmanager
-def _whole_or_nothing(path: Path, partial: Path) -> Iterator[None]:
-    try:
-        with disk_errors(path):
-            yield
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-@contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turns the system's errors in writing `path` into svdq's."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        # safetensors reports a full disk as text: "I/O error: No space left on device (os error 28)"
-        if f"os error {errno.ENOSPC}" in str(error) or getattr(error, "errno", None) == errno.ENOSPC:
-            raise OutOfResourcesError(
-                f"{path}: the disk is full", hint="free space, or choose another disk", where=str(path)
-            ) from error
-        raise UsageError(
-            f"{path}: can't be written ({error})", hint="choose a path that you may write to", where=str(path)
-        ) from error
-
-
-def _put_in_place(partial: Path, path: Path) -> None:
-    if not path.exists():
-        partial.rename(path)
-        return
-    replaced = path.with_name(path.name + ".replaced")
-    path.rename(replaced)  # a folder that is not empty can't be renamed over
-    try:
-        partial.rename(path)
-    except BaseException:
-        replaced.rename(path)
-        raise
-    shutil.rmtree(replaced)
 
 
 def _groups(stats: Mapping[str, ActivationStats]) -> Iterator[list[ActivationStats]]:
@@ -231,11 +176,6 @@ def _stored(stats: ActivationStats, part: str) -> Tensor:
     if tensor.dtype != _TENSORS[part]:
         raise TypeError(f"{stats.name}/{part} is {tensor.dtype}, not {_TENSORS[part]}")
     return tensor.cpu().contiguous()
-
-
-def sync(file: Path) -> None:
-    with file.open("rb") as stream:
-        os.fsync(stream.fileno())
 
 
 def _entry(stats: ActivationStats, file: str) -> InputEntry:

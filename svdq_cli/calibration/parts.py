@@ -16,12 +16,12 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from svdq_cli.calibration.artefact import disk_errors, sync
 from svdq_cli.calibration.collect import InputPart, Part, merged
 from svdq_cli.errors import InputError
 from svdq_cli.records import ActivationStats
+from svdq_cli.storage.atomic import disk_errors, whole_file
+from svdq_cli.storage.tensor_file import save_tensors
 
 _PEAKS = "output_peaks"  # key of a part file's metadata
 _SUFFIX = ".safetensors"
@@ -44,13 +44,11 @@ class PartFolder(MutableMapping[int, Part]):
     def __setitem__(self, first: int, part: Part) -> None:
         tensors = {f"{name}/{key}": value for name, each in part.items() for key, value in _stored(each)}
         file = self._file(first)
-        partial = file.with_name(f".{file.name}.partial")
+        peaks = {name: dict(each.output_peaks) for name, each in part.items()}
         with disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            peaks = {name: dict(each.output_peaks) for name, each in part.items()}
-            save_file(tensors, partial, metadata={_PEAKS: json.dumps(peaks)})
-            sync(partial)
-            partial.replace(file)
+            with whole_file(file) as partial:
+                save_tensors(partial, tensors, {_PEAKS: json.dumps(peaks)})
 
     def __delitem__(self, first: int) -> None:
         self._file(first).unlink()

@@ -20,7 +20,7 @@ from svdq_cli.calibration.prompt_sets import prompts_by_picture
 from svdq_cli.calibration.prompts import dataset_prompts, read_prompts, read_text, refuse_no_prompt
 from svdq_cli.calibration.shards import samples_of
 from svdq_cli.errors import InputError, UsageError
-from svdq_cli.pipelines.settings import PICTURE_SUFFIXES
+from svdq_cli.storage.images import READ_SUFFIXES
 
 CAPTION_SUFFIXES = (".txt", ".caption")  # kohya's trainers write either
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -28,7 +28,7 @@ _METADATA = ("metadata.jsonl", "metadata.csv")  # captions of an image folder, a
 _DATA_SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".json")
 _WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".ckpt", ".pt", ".pth", ".bin")
 _OTHER_SUFFIXES = {
-    **{suffix: "an image" for suffix in (*PICTURE_SUFFIXES, ".gif", ".avif")},
+    **{suffix: "an image" for suffix in (*READ_SUFFIXES, ".gif", ".avif")},
     **{suffix: "a model or a LoRA" for suffix in _WEIGHT_SUFFIXES},
     **{suffix: "a spreadsheet" for suffix in (".xlsx", ".xls", ".ods")},
     **{suffix: "an archive" for suffix in (".zip", ".gz", ".7z", ".arrow")},
@@ -242,7 +242,7 @@ def _of_folder(folder: Path, column: str | None) -> PromptList:
     files = sorted(file for file in folder.rglob("*") if file.is_file() and not _is_hidden(file, folder))
     if files and all(file.suffix.lower() == ".tar" for file in files):
         return _of_shards(files, column)
-    images = {file.with_suffix("") for file in files if file.suffix.lower() in PICTURE_SUFFIXES}
+    images = {file.with_suffix("") for file in files if file.suffix.lower() in READ_SUFFIXES}
     captions = [file for file in files if file.suffix.lower() in CAPTION_SUFFIXES]
     if column is None and captions:
         if images:

@@ -37,6 +37,7 @@ from svdq_cli.source import (
     pipeline_index,
     weight_files,
 )
+from svdq_cli.storage.atomic import write_text
 from svdq_cli.storage.output_paths import REPORT_FILE
 from svdq_cli.storage.tensor_file import DTYPE_OF_NAME, TensorSpec, write_tensors
 from svdq_cli.system.threads import cores, made_ahead
@@ -150,7 +151,7 @@ def report_path(output: Path, fmt: Format) -> Path:
 
 def write_report(path: Path, report: object) -> None:
     """A command's report as the JSON object that it prints."""
-    path.write_text(json_text(report) + "\n", encoding="utf-8")
+    write_text(path, json_text(report) + "\n")
 
 
 def output_file(

@@ -36,9 +36,9 @@ def run(arguments: list[str]) -> int:
         return _run(arguments)
     except KeyboardInterrupt as error:
         # Ctrl-C or SIGTERM that came while the command line itself was being imported.
-        from svdq_cli.cli.failures import refusal_of
+        from svdq_cli.errors import stopped
 
-        if (refusal := refusal_of(error)) is None:
+        if (refusal := stopped(error)) is None:
             raise
         return _refuse(refusal, arguments)
 
@@ -51,8 +51,7 @@ def _run(arguments: list[str]) -> int:
 
     from svdq_cli.cli.app import app
     from svdq_cli.cli.completion import VARIABLE, answer
-    from svdq_cli.cli.failures import refusal_of
-    from svdq_cli.errors import UsageError
+    from svdq_cli.errors import UsageError, stopped
 
     try:
         command = typer.main.get_command(app)
@@ -72,7 +71,7 @@ def _run(arguments: list[str]) -> int:
     except BrokenPipeError:
         return 0
     except (Exception, KeyboardInterrupt) as error:
-        if (refusal := refusal_of(error)) is not None:
+        if (refusal := stopped(error)) is not None:
             return _refuse(refusal, arguments)
         _report_bug(error, arguments)
         raise
@@ -80,15 +79,11 @@ def _run(arguments: list[str]) -> int:
 
 def _refuse(error: SvdqError, arguments: list[str]) -> int:
     """Say what, where and what to do: for people on stderr, for scripts as one JSON object on stdout."""
-    from svdq_cli.cli.failures import failure_report
-    from svdq_cli.text import printable
+    from svdq_cli.cli.failures import failure_report, print_failure
 
     _show_failure(failure_report(error, _command(arguments)), arguments)
-    print(f"svdq: {printable(error.message)}", file=sys.stderr)
-    if error.hint:
-        print(f"      {printable(error.hint)}", file=sys.stderr)
-    if error.resumable:
-        print(f"      to resume: {printable(_resuming(arguments))}", file=sys.stderr)
+    resume = f"to resume: {_resuming(arguments)}" if error.resumable else None
+    print_failure(error.message, error.hint, resume)
     return error.code
 
 

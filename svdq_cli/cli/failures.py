@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
-from svdq_cli.errors import (
-    CanceledRunError,
-    InterruptedRunError,
-    SvdqError,
-    Terminated,
-    as_out_of_memory,
-    as_refused_file,
-)
+from svdq_cli.errors import SvdqError
+from svdq_cli.text import printable
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,16 +39,8 @@ def bug_report(error: BaseException, command: str | None) -> FailureReport:
     return FailureReport(ErrorFacts(1, "bug", message, "please report it with the traceback", None), command)
 
 
-def refusal_of(error: BaseException) -> SvdqError | None:
-    """The error to report for an exception; None for a bug."""
-    match error:
-        case SvdqError():
-            return error
-        case Terminated():
-            return InterruptedRunError("stopped by SIGTERM; no output was written under its final name")
-        case KeyboardInterrupt():
-            return CanceledRunError("interrupted; no output was written under its final name")
-        case OSError():
-            return as_refused_file(error)
-        case _:
-            return as_out_of_memory(error)
+def print_failure(message: str, *lines: str | None) -> None:
+    """What went wrong, on stderr, and below it the lines that say what to do."""
+    print(f"svdq: {printable(message)}", file=sys.stderr)
+    for line in filter(None, lines):
+        print(f"      {printable(line)}", file=sys.stderr)

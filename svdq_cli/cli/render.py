@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, NoReturn, cast
 
 from rich.console import Console
 
+from svdq_cli.cli.failures import print_failure
 from svdq_cli.cli.pages import bench, conversion, demo, evaluation, inspect
 from svdq_cli.cli.pages.shared import typed
 from svdq_cli.cli.several import SeveralReport
@@ -25,7 +25,7 @@ from svdq_cli.reports import (
     RepackReport,
     json_text,
 )
-from svdq_cli.text import bytes_text, printable, printable_record
+from svdq_cli.text import bytes_text, printable_record
 
 if TYPE_CHECKING:
     from svdq_cli.bench.report import BenchReport
@@ -156,5 +156,5 @@ def _fail(code: int, message: str, hint: str) -> NoReturn:
     """No failure object follows: the report is the one on stdout."""
     import typer
 
-    print(f"svdq: {printable(message)}\n      {hint}", file=sys.stderr)
+    print_failure(message, hint)
     raise typer.Exit(code)

@@ -8,13 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 
-from svdq_cli.cli.failures import FailureReport, bug_report, failure_report, refusal_of
-from svdq_cli.errors import GateMissedError, InterruptedRunError, UsageError
+from svdq_cli.cli.failures import FailureReport, bug_report, failure_report
+from svdq_cli.errors import SEVERITY, GateMissedError, InterruptedRunError, UsageError, stopped
 from svdq_cli.records import Event, Observer
 from svdq_cli.reports import ConvertReport, PlanReport
-
-# From the best to the worst: outputs that missed a gate are there, a bug says nothing of the outputs.
-_SEVERITY = (0, 6, 2, 3, 4, 5, 7, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +74,7 @@ def convert_each(
             continue
         runs.append(_run(source, convert))
         _tell(runs[-1], observe)
-    code = max((run.code for run in runs), key=_SEVERITY.index)
+    code = max((run.code for run in runs), key=SEVERITY.index)
     return SeveralReport({0: "ok", 6: "gate-missed"}.get(code, "error"), code, tuple(runs))
 
 
@@ -123,7 +120,7 @@ def _checked(source: str, check: Callable[[str], object]) -> RecipeRun | None:
     except InterruptedRunError:
         raise
     except Exception as error:
-        refusal = refusal_of(error)
+        refusal = stopped(error)
         return RecipeRun(source, refusal.code, failure_report(refusal, "convert")) if refusal else None
     return None
 
@@ -134,7 +131,7 @@ def _run(source: str, convert: Callable[[str], ConvertReport | PlanReport]) -> R
     except InterruptedRunError:
         raise
     except Exception as error:
-        refusal = refusal_of(error)
+        refusal = stopped(error)
         if refusal is not None:
             return RecipeRun(source, refusal.code, failure_report(refusal, "convert"))
         traceback.print_exc(file=sys.stderr)

@@ -28,6 +28,7 @@ from svdq_cli.solve.low_rank import OVERSAMPLE
 from svdq_cli.solve.quantizers import fake_quantize_weight
 from svdq_cli.solve.rebuild import weight_error
 from svdq_cli.solve.rounding import gptq_weight
+from svdq_cli.storage.atomic import write_text
 from svdq_cli.storage.resources import cache_folder
 
 SIDE = 1024  # of matrices on which much is computed
@@ -195,8 +196,6 @@ def _keep(file: Path, text: str) -> None:
     """Keep a measurement; a cache that can't be written is skipped."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f"{file.name}.{os.getpid()}")
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(file)
+        write_text(file, text, durable=False)
     except OSError:
         return

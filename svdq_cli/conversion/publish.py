@@ -27,7 +27,7 @@ from svdq_cli.prepare.prepare import Prepared
 from svdq_cli.recipe import Recipe, figure_of
 from svdq_cli.records import Event, Observer
 from svdq_cli.reports import ConvertReport, OutputFile, to_json
-from svdq_cli.storage.atomic import sync_files, whole_output
+from svdq_cli.storage.atomic import sync_files, whole_output, write_text
 from svdq_cli.system.threads import made_meanwhile
 
 
@@ -95,7 +95,7 @@ def write_reports_beside(
     for target, path in zip(targets, paths, strict=True):
         if target.format.single_file:
             write_report(report_path(path, target.format), report)
-            card_path(path).write_text(card, encoding="utf-8")
+            write_text(card_path(path), card)
 
 
 def _pack(

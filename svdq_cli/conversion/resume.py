@@ -9,15 +9,12 @@ from pathlib import Path
 
 from svdq_cli.conversion.work_folder import Identity, WorkFolder, open_work
 from svdq_cli.errors import (
-    CanceledRunError,
     CheckFailedError,
     InputError,
-    InterruptedRunError,
     RecipeError,
     SvdqError,
-    Terminated,
     UsageError,
-    as_out_of_memory,
+    stopped,
 )
 from svdq_cli.prepare.options import RunOptions
 from svdq_cli.records import Event, Observer
@@ -49,15 +46,15 @@ def kept_work(
             with disk_errors(path):  # here too, so that the error says what is kept
                 yield work
         except BaseException as error:
-            stopped = as_stopped(error)
+            refusal = stopped(error) or error
             if work.is_empty or _fails_again(error, work):
                 work.remove()
             else:
                 said = f"{work.path} keeps {kept(work)}; continue with --resume"
-                say_what_is_kept(stopped, said, stage, observe)
-            if stopped is error:
+                say_what_is_kept(refusal, said, stage, observe)
+            if refusal is error:
                 raise
-            raise stopped from error
+            raise refusal from error
         work.finish()
 
 
@@ -85,17 +82,6 @@ def _fails_again(error: BaseException, work: WorkFolder) -> bool:
     about_the_work = isinstance(error, SvdqError) and str(error.where).startswith(str(work.path))
     refused = isinstance(error, (UsageError, RecipeError, InputError, CheckFailedError))
     return refused and not about_the_work and not work.calibration.exists()
-
-
-def as_stopped(error: BaseException) -> BaseException:
-    """The interruptions as errors that can carry a message."""
-    match error:
-        case Terminated():
-            return InterruptedRunError("stopped by SIGTERM; no output was written under its final name")
-        case KeyboardInterrupt():
-            return CanceledRunError("interrupted; no output was written under its final name")
-        case _:
-            return as_out_of_memory(error) or error
 
 
 def say_what_is_kept(error: BaseException, said: str, stage: str, observe: Observer) -> None:

@@ -45,6 +45,7 @@ from svdq_cli.records import (
     W4A16Solution,
 )
 from svdq_cli.source.headers import Header, read_whole_header
+from svdq_cli.storage.atomic import is_unfinished, remove_unfinished, whole_file, write_text
 from svdq_cli.storage.tensor_file import TensorSpec, write_tensors
 
 JOURNAL = "journal.json"
@@ -97,7 +98,7 @@ class WorkFolder:
         file = self._file(folder, name)
         file.parent.mkdir(exist_ok=True)
         with (
-            _whole_file(file) as partial,
+            whole_file(file) as partial,
             write_tensors(partial, specs, {_ABOUT: json.dumps(about)}) as writer,
         ):
             for key, tensor in stored.items():
@@ -121,8 +122,7 @@ class WorkFolder:
 
     def keep_json(self, name: str, value: object) -> None:
         """A small result under WORK/`name`."""
-        with _whole_file(self.path / name) as partial:
-            partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+        write_text(self.path / name, json.dumps(value, indent=1) + "\n")
 
     def read_json(self, name: str) -> object | None:
         """The inverse; None where nothing was kept."""
@@ -137,7 +137,10 @@ class WorkFolder:
     def is_empty(self) -> bool:
         """Whether a run that continues from here would find nothing to take over."""
         own = {JOURNAL, _LOCK}
-        return not any(file.is_file() and file.name not in own for file in self.path.rglob("*"))
+        return not any(
+            file.is_file() and file.name not in own and not is_unfinished(file.name)
+            for file in self.path.rglob("*")
+        )
 
     def finish(self) -> None:
         """Remove it, noting first that it is no longer needed: who is killed meanwhile leaves `remove_finished` to
@@ -147,9 +150,10 @@ class WorkFolder:
 
     def remove(self) -> None:
         """Everything svdq put there, and the folder if that was all. What tells whose the folder is goes last."""
-        for name in (LAYERS, BLOCKS, PASSAGES, PICTURES, CALIBRATION, f"{CALIBRATION}.partial"):
+        remove_unfinished(self.path)
+        for name in (LAYERS, BLOCKS, PASSAGES, PICTURES, CALIBRATION):
             shutil.rmtree(self.path / name, ignore_errors=True)
-        others = {*self.path.glob("*.json"), *self.path.glob(".*.partial")} - {self.path / JOURNAL}
+        others = {*self.path.glob("*.json")} - {self.path / JOURNAL}
         for file in [*others, *(self.path / name for name in (JOURNAL, _LOCK, _DONE))]:
             file.unlink(missing_ok=True)
         try:
@@ -186,6 +190,7 @@ def open_work(
     path.mkdir(parents=True, exist_ok=True)
     with _locked(path):
         work = WorkFolder(path)
+        remove_unfinished(path)
         known = _identity_of(path)
         if known is not None and not resume and overwrite:
             work.remove()
@@ -239,8 +244,9 @@ def _require_same(path: Path, known: Identity, identity: Identity, *, resume: bo
 
 def _refuse_foreign(path: Path) -> None:
     """A folder with other things in it is not ours to fill, let alone to remove."""
-    own = {JOURNAL, _LOCK, _DONE, f".{JOURNAL}.partial"}
-    if path.is_dir() and not (path / JOURNAL).is_file() and any(p.name not in own for p in path.iterdir()):
+    own = {JOURNAL, _LOCK, _DONE}
+    foreign = path.is_dir() and any(p.name not in own and not is_unfinished(p.name) for p in path.iterdir())
+    if foreign and not (path / JOURNAL).is_file():
         raise UsageError(
             f"{path}: not empty, and not a work folder of svdq (it has no {JOURNAL})",
             hint="give an empty or new folder with --work",
@@ -308,23 +314,6 @@ def _flat(value: Identity, prefix: str = "") -> Iterator[tuple[str, object]]:
 def _said(value: object) -> str:
     text = value if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-@contextmanager
-def _whole_file(path: Path) -> Generator[Path, None, None]:
-    """A file that is there complete or not at all, whatever happens to the process or the machine."""
-    partial = path.with_name(f".{path.name}.partial")
-    yield partial
-    with partial.open("r+b") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)
-    if os.name != "posix":  # elsewhere a folder can't be opened, and the rename is as durable as it gets
-        return
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new name too
-    finally:
-        os.close(folder)
 
 
 # ------------------------------------------------------------------------------------------------- solutions as tensors

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from svdq_cli.cpu.instruction_sets import InstructionSet
 from svdq_cli.errors import EnvironmentLacksError
+from svdq_cli.storage.atomic import cache_errors, whole_file
 from svdq_cli.storage.resources import cache_folder, data_root
 
 SOURCE = "engine.cpp"
@@ -75,16 +76,9 @@ def built_library(isa: InstructionSet, *, cache: Path | None = None) -> Path:
         )
     path = folder / f"engine-{isa.name}-{_key(flags, compiler)}{_SUFFIX}"
     if not path.is_file():
-        try:
+        with cache_errors(folder, "svdq's CPU engine"):
             folder.mkdir(parents=True, exist_ok=True)
             _compile(compiler, flags, path)
-        except OSError as error:
-            raise EnvironmentLacksError(
-                f"svdq's CPU engine could not be built in {folder}: {error.strerror or error}",
-                hint="set SVDQ_CACHE to a folder that you may write to",
-                where=str(folder),
-                kind="no-cache",
-            ) from error
     return path
 
 
@@ -115,10 +109,12 @@ def _key(flags: tuple[str, ...], compiler: Compiler) -> str:
 
 def _compile(compiler: Compiler, flags: tuple[str, ...], path: Path) -> None:
     """Whole or not at all: two processes may compile the same."""
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as folder:
+    with (
+        tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as folder,
+        whole_file(path, durable=False) as made,
+    ):
         for name, text in sources().items():
             (Path(folder) / name).write_text(text, encoding="utf-8")
-        made = Path(folder) / path.name
         command = [*compiler.command, *flags, "-o", str(made), str(Path(folder) / SOURCE)]
         try:
             done = subprocess.run(
@@ -130,7 +126,6 @@ def _compile(compiler: Compiler, flags: tuple[str, ...], path: Path) -> None:
             lines = (done.stderr or done.stdout).strip().splitlines()
             said = next((line for line in lines if "error" in line), lines[-1] if lines else "no message")
             raise _failed(compiler, said.replace(folder + os.sep, ""))
-        os.replace(made, path)
 
 
 def _failed(compiler: Compiler, why: str) -> EnvironmentLacksError:

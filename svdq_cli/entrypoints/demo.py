@@ -25,7 +25,7 @@ from svdq_cli.evaluation.passes import CONVERTED, NAIVE, SIXTEEN_BIT, draw_missi
 from svdq_cli.evaluation.plot import search_of
 from svdq_cli.evaluation.report_page import chapter_of
 from svdq_cli.evaluation.score import score_pairs
-from svdq_cli.evaluation.write_report import PAGE_FILE, footer, write_figures, write_text
+from svdq_cli.evaluation.write_report import PAGE_FILE, footer, write_figures
 from svdq_cli.inference.load import load_pipeline
 from svdq_cli.prepare.defaults import evaluation_recipe
 from svdq_cli.prepare.locate import DEMO_SOURCES, locate_source
@@ -33,7 +33,8 @@ from svdq_cli.prepare.options import DEFAULT_OPTIONS, RunOptions
 from svdq_cli.recipe import Calibration, Output, default_recipe, with_overrides
 from svdq_cli.records import Observer, ignore_events
 from svdq_cli.reports import ConvertReport, Summary, json_text
-from svdq_cli.storage.atomic import disk_errors, refuse_existing, whole_folder
+from svdq_cli.storage.atomic import disk_errors, refuse_existing, whole_folder, write_text
+from svdq_cli.storage.images import write_image
 from svdq_cli.storage.output_paths import DEMO_REPORT, is_demo_folder, require_places
 from svdq_cli.system.machine import resolve_device
 
@@ -228,7 +229,7 @@ def _write_grid(path: Path, found: Evaluation) -> None:
         (title, [read_picture(found.gallery, way, row) for row in range(GRID_ROWS)])
         for way, title in titles.items()
     ]
-    picture_grid(columns, found.run.prompts[:GRID_ROWS]).save(path)
+    write_image(path, picture_grid(columns, found.run.prompts[:GRID_ROWS]))
 
 
 def _rows(source: str, found: Evaluation, made: Mapping[str, ConvertReport]) -> tuple[DemoRow, ...]:

@@ -29,6 +29,7 @@ from svdq_cli.records import Observer, ignore_events
 from svdq_cli.reports import Summary, json_text
 from svdq_cli.source import Source, open_source
 from svdq_cli.storage.atomic import refuse_existing, whole_folder
+from svdq_cli.storage.images import write_image
 from svdq_cli.storage.output_paths import DEMO_REPORT, is_demo_folder, require_places
 from svdq_cli.storage.resources import demo_lora_file
 from svdq_cli.system.machine import resolve_device
@@ -144,4 +145,4 @@ def _write_grid(
         (f"{name}\n{scores[name].mean:.1f} dB" if name in scores else name, pictures[:GRID_ROWS])
         for name, pictures in columns.items()
     ]
-    picture_grid(titled, prompts[:GRID_ROWS]).save(path)
+    write_image(path, picture_grid(titled, prompts[:GRID_ROWS]))

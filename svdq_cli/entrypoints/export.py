@@ -38,7 +38,7 @@ from svdq_cli.records import Event, LayerSolution, Observer, W4A4Plan, W4A16Solu
 from svdq_cli.reports import RepackReport
 from svdq_cli.runtime.linear import w4a16_rounded_weight
 from svdq_cli.source import needed_settings
-from svdq_cli.storage.atomic import refuse_existing, require_disk, whole_output
+from svdq_cli.storage.atomic import refuse_existing, require_disk, whole_output, write_text
 from svdq_cli.storage.output_paths import require_places
 
 
@@ -99,7 +99,7 @@ def export(
             (partial / CARD_FILE).write_text(card, encoding="utf-8")
     if fmt.single_file:
         write_report(report_path(out, fmt), report)
-        card_path(out).write_text(card, encoding="utf-8")
+        write_text(card_path(out), card)
     observe(Event("end", "pack", 1, 1, seconds=report.seconds))
     return report
 

@@ -23,6 +23,7 @@ from svdq_cli.recipe import Calibration, Recipe
 from svdq_cli.records import Observer, ignore_events
 from svdq_cli.reports import GenerateReport
 from svdq_cli.storage.atomic import disk_errors, refuse_existing
+from svdq_cli.storage.images import write_image
 from svdq_cli.storage.output_paths import require_animated, require_picture_place
 from svdq_cli.system.machine import resolve_device
 
@@ -82,9 +83,7 @@ def generate(
     frames = draw_one(pipe, prompt, settings=settings, observe=observe)
     with disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        partial = out.with_name(f".{out.stem}.partial{out.suffix}")
-        _save(frames, partial)
-        partial.replace(out)
+        _save(frames, out)
     return GenerateReport(
         path=str(out),
         backend=f"{facts.name}: {facts.reason}",
@@ -97,9 +96,10 @@ def generate(
 
 def _save(frames: Sequence[Image], path: Path) -> None:
     if len(frames) == 1:
-        frames[0].save(path)
+        write_image(path, frames[0])
     else:
-        frames[0].save(path, save_all=True, append_images=frames[1:], duration=1000 / VIDEO_FPS, loop=0)
+        moving = {"save_all": True, "append_images": frames[1:], "duration": 1000 / VIDEO_FPS, "loop": 0}
+        write_image(path, frames[0], **moving)
 
 
 def with_inputs(recipe: Recipe, inputs: Inputs) -> Recipe:

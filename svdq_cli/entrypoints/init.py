@@ -24,7 +24,7 @@ from svdq_cli.recipe import (
     shipped_recipes,
 )
 from svdq_cli.records import ModelPlan
-from svdq_cli.storage.atomic import disk_errors, refuse_existing
+from svdq_cli.storage.atomic import disk_errors, refuse_existing, write_text
 from svdq_cli.storage.output_paths import require_places
 
 if TYPE_CHECKING:
@@ -111,9 +111,7 @@ def write_recipe(source: str, out: Path, options: Mapping[str, object], *, overw
 def _write(out: Path, text: str) -> None:
     with disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        partial = out.with_name(f".{out.name}.partial")
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(out)
+        write_text(out, text)
 
 
 def _with_structure(recipe: Recipe, plan: ModelPlan, inventory: Inventory) -> Recipe:

@@ -16,6 +16,8 @@ from typing import cast
 from PIL import Image, UnidentifiedImageError
 
 from svdq_cli.errors import InputError, UsageError
+from svdq_cli.storage.atomic import write_text
+from svdq_cli.storage.images import write_image
 
 RUN_FILE = "run.json"
 TIMES_FILE = "times.json"
@@ -80,9 +82,7 @@ def keep_picture(gallery: Gallery, way: str, index: int, picture: Image.Image) -
     """Written whole: a file under the image's name is always complete."""
     path = gallery.path(way, index)
     path.parent.mkdir(exist_ok=True)
-    partial = path.with_suffix(".partial")
-    picture.convert("RGB").save(partial, format="PNG")
-    partial.replace(path)
+    write_image(path, picture.convert("RGB"))
 
 
 def read_picture(gallery: Gallery, way: str, index: int) -> Image.Image:
@@ -108,7 +108,7 @@ def note_time(gallery: Gallery, way: str, *, pictures: int, seconds: float) -> N
     times = _times(gallery)
     before = times.get(way, {"pictures": 0, "seconds": 0.0})
     times[way] = {"pictures": before["pictures"] + pictures, "seconds": before["seconds"] + seconds}
-    (gallery.folder / TIMES_FILE).write_text(json.dumps(times, indent=1) + "\n", encoding="utf-8")
+    write_text(gallery.folder / TIMES_FILE, json.dumps(times, indent=1) + "\n")
 
 
 def seconds_per_picture(gallery: Gallery, way: str) -> float | None:
@@ -153,10 +153,8 @@ def _short(value: object) -> str:
 
 
 def _write_run(run: Path, facts: Facts, prompts: Sequence[str]) -> None:
-    partial = run.with_suffix(".partial")
     content = {"schema": _SCHEMA, "facts": facts, "prompts": list(prompts)}
-    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(run)
+    write_text(run, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def _read(path: Path) -> dict[str, object]:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from svdq_cli.calibration.collect import collect_stats
@@ -21,6 +20,8 @@ from svdq_cli.planning.structure import shared_input
 from svdq_cli.records import Int4, Observer, SharedInput
 from svdq_cli.reports import LayerSqnr
 from svdq_cli.source import Source, read_tensor
+from svdq_cli.storage.atomic import whole_file
+from svdq_cli.storage.tensor_file import save_tensors
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -77,9 +78,8 @@ def moved_of(stored: Source, means: Mapping[str, Tensor], name: str) -> Moved:
 def keep_layers(path: Path, judged: JudgedLayers, *, prompts: int) -> None:
     """Write the layer SQNR found with that many prompts, for a run that resumes later."""
     said = {"prompts": prompts, "sqnr_db": dict(judged.sqnr.per_layer)}
-    partial = path.with_suffix(".partial")
-    save_file(dict(judged.abs_max), partial, metadata={_KEPT: json.dumps(said)})
-    partial.replace(path)
+    with whole_file(path) as partial:
+        save_tensors(partial, judged.abs_max, {_KEPT: json.dumps(said)})
 
 
 def kept_layers(path: Path, checkpoint: Checkpoint, source: Source, *, prompts: int) -> JudgedLayers | None:

@@ -23,6 +23,7 @@ from svdq_cli.pipelines.settings import DrawSettings
 from svdq_cli.reconstruct import mapped, tensors_of
 from svdq_cli.records import Observer
 from svdq_cli.reports import OutputSqnr
+from svdq_cli.storage.atomic import write_text
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -136,10 +137,8 @@ def output_errors(
 
 def keep_outputs(path: Path, found: OutputSqnr | None) -> None:
     """Write the recorded calls, for a run that resumes later."""
-    partial = path.with_suffix(".partial")
     said = None if found is None else {"step": found.step, "sum": found.sum}
-    partial.write_text(json.dumps(said), encoding="utf-8")
-    partial.replace(path)
+    write_text(path, json.dumps(said))
 
 
 def kept_outputs(path: Path) -> OutputSqnr | None:

@@ -7,8 +7,8 @@ from collections.abc import Collection, Generator
 from contextlib import contextmanager
 from pathlib import Path
 
-from svdq_cli.conversion.resume import as_stopped, say_what_is_kept
-from svdq_cli.errors import CanceledRunError, InterruptedRunError, OutOfResourcesError
+from svdq_cli.conversion.resume import say_what_is_kept
+from svdq_cli.errors import CanceledRunError, InterruptedRunError, OutOfResourcesError, stopped
 from svdq_cli.evaluation.compare import compare_in
 from svdq_cli.evaluation.gallery import RUN_FILE, require_own_folder
 from svdq_cli.prepare.options import DEFAULT_OPTIONS, RunOptions
@@ -61,11 +61,11 @@ def _pictures_kept(folder: Path) -> Generator[None, None, None]:
         with disk_errors(folder, option="--report"):
             yield
     except BaseException as error:
-        stopped = as_stopped(error)
-        may_go_on = isinstance(stopped, (CanceledRunError, InterruptedRunError, OutOfResourcesError))
+        refusal = stopped(error) or error
+        may_go_on = isinstance(refusal, (CanceledRunError, InterruptedRunError, OutOfResourcesError))
         if may_go_on and (folder / RUN_FILE).is_file():
             said = f"{folder} keeps the images generated so far; run the same command again to continue"
-            say_what_is_kept(stopped, said, "evaluate", ignore_events)
-        if stopped is error:
+            say_what_is_kept(refusal, said, "evaluate", ignore_events)
+        if refusal is error:
             raise
-        raise stopped from error
+        raise refusal from error

@@ -14,6 +14,8 @@ from svdq_cli.evaluation.passes import CONVERTED, NAIVE, SIXTEEN_BIT, TITLES
 from svdq_cli.evaluation.plot import Search, plot_evaluation
 from svdq_cli.evaluation.report_page import chapter_of, description
 from svdq_cli.reports import json_text
+from svdq_cli.storage.atomic import write_text
+from svdq_cli.storage.images import write_image
 
 GRID_ROWS = 8  # prompts shown in the image grid
 PAGE_FILE = "report.html"
@@ -35,13 +37,6 @@ def write_figures(folder: Path, found: Evaluation, *, search: Search) -> None:
     write_text(folder / "pictures.json", json.dumps(_picture_figures(found), indent=1, ensure_ascii=False))
     write_text(folder / "prompts.txt", "\n".join(found.run.prompts) + "\n")
     plot_evaluation(folder, found.layers, search=search)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Whole: a page that is being read is never half a file."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def footer() -> str:
@@ -73,7 +68,8 @@ def _write_grid(path: Path, found: Evaluation) -> None:
         CONVERTED: f"{TITLES[CONVERTED]}\n{found.report.psnr_db.mean:.1f} dB",
     }
     rows = range(min(GRID_ROWS, len(found.run.prompts)))
-    picture_grid(
+    grid = picture_grid(
         [(title, [read_picture(found.gallery, way, row) for row in rows]) for way, title in columns.items()],
         [found.run.prompts[row] for row in rows],
-    ).save(path)
+    )
+    write_image(path, grid)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from svdq_cli.gpu import nvrtc
+from svdq_cli.storage.atomic import cache_errors, whole_file
 from svdq_cli.storage.resources import cache_folder, data_root
 
 # No contraction of a * b + c into one rounding: where a kernel wants that, it says fmaf, and its reference does so. A
@@ -75,9 +75,10 @@ def compile_variant(variant: Variant, target: str, *, cache: Path | None = None)
     if not (path.is_file() and facts.is_file()):
         compiled = nvrtc.compile_source(source, name=f"{variant.entry}.cu", headers=headers, options=options)
         usage = usage_of(compiled.log)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write(path, compiled.cubin)
-        _write(facts, json.dumps(asdict(usage)).encode())
+        with cache_errors(path.parent, "compiled kernels"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _write(path, compiled.cubin)
+            _write(facts, json.dumps(asdict(usage)).encode())
     return Cubin(path, Usage(**json.loads(facts.read_text(encoding="utf-8"))))
 
 
@@ -133,6 +134,5 @@ def usage_of(log: str) -> Usage:
 
 def _write(path: Path, content: bytes) -> None:
     """Whole or not at all: two processes may compile the same kernel."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
+    with whole_file(path, durable=False) as partial:
+        partial.write_bytes(content)

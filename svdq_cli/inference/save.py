@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -21,7 +22,7 @@ from svdq_cli.checkpoint.reader import Checkpoint, open_checkpoint
 from svdq_cli.checkpoint.writer import WEIGHT_FILE
 from svdq_cli.errors import InputError, UsageError
 from svdq_cli.sampling import SAMPLING_FILE
-from svdq_cli.storage.atomic import disk_errors, sync_files
+from svdq_cli.storage.atomic import disk_errors, whole_file
 from svdq_cli.storage.output_paths import REPORT_FILE
 
 ORIGIN = "svdq_origin"  # attribute of a loaded model: its `Origin`
@@ -119,16 +120,10 @@ def copy_component(source: Path, target: Path) -> None:
         target.mkdir(parents=True, exist_ok=True)
         if target.samefile(source):
             return
-        partials = {name: target / f".{name}.partial-{os.getpid()}" for name in names}
-        try:
-            for name, partial in partials.items():
-                shutil.copyfile(source / name, partial)
-                sync_files(partial)
-            for name, partial in partials.items():
-                partial.replace(target / name)
-        finally:
-            for partial in partials.values():
-                partial.unlink(missing_ok=True)
+        # all are copied before the first gets its name
+        with ExitStack() as together:
+            for name in names:
+                shutil.copyfile(source / name, together.enter_context(whole_file(target / name)))
         for other in target.glob(f"{_WEIGHTS}*"):
             if other.name not in names:
                 other.unlink()
@@ -141,7 +136,8 @@ def copy_papers(origin: Origin, target: Path) -> None:
         if not origin.path.is_dir() or target.samefile(origin.path):
             return
         for paper in (found for pattern in _PAPERS for found in origin.path.glob(pattern)):
-            shutil.copyfile(paper, target / paper.name)
+            with whole_file(target / paper.name) as partial:
+                shutil.copyfile(paper, partial)
 
 
 def _folder_of(save_directory: str | os.PathLike[str]) -> Path:

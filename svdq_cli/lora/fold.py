@@ -24,7 +24,7 @@ from svdq_cli.prepare.options import DEFAULT_OPTIONS, RunOptions
 from svdq_cli.records import Event, Observer, W4A4Plan, ignore_events
 from svdq_cli.reports import LoraFacts, LoraReport, OutputFile
 from svdq_cli.source import file_sha256
-from svdq_cli.storage.atomic import refuse_existing, require_disk, whole_output
+from svdq_cli.storage.atomic import refuse_existing, require_disk, whole_output, write_text
 from svdq_cli.storage.output_paths import require_places
 from svdq_cli.system.machine import peak_memory
 
@@ -105,7 +105,7 @@ def fold(
             (partial / CARD_FILE).write_text(card, encoding="utf-8")
     if target.format.single_file:
         write_report(report_path(out, target.format), report)
-        card_path(out).write_text(card, encoding="utf-8")
+        write_text(card_path(out), card)
     observe(Event("end", "fold", 1, 1, seconds=seconds))
     return report
 

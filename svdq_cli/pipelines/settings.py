@@ -11,8 +11,8 @@ from typing import Any
 
 from svdq_cli.errors import InputError, UsageError
 from svdq_cli.records import MAX_SEED, following_seed
+from svdq_cli.storage.images import READ_SUFFIXES
 
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _INPUTS = ("image", "mask", "strength", "frames")  # what a pipeline may read besides text
 
 
@@ -79,7 +79,7 @@ def picture_files(path: Path) -> tuple[PictureFile, ...]:
     if not files or not all(_is_picture(file) for file in files):
         raise InputError(
             f"{path}: no image in this folder" if path.exists() else f"{path}: no such file or folder",
-            hint=f"give an image ({', '.join(PICTURE_SUFFIXES)}) or a folder of images",
+            hint=f"give an image ({', '.join(READ_SUFFIXES)}) or a folder of images",
             where=str(path),
             kind="input" if path.exists() else "not-found",
         )
@@ -100,4 +100,4 @@ def settings_of_json(plain: Mapping[str, Any]) -> DrawSettings:
 
 
 def _is_picture(file: Path) -> bool:
-    return file.is_file() and file.suffix.lower() in PICTURE_SUFFIXES
+    return file.is_file() and file.suffix.lower() in READ_SUFFIXES

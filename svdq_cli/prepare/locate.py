@@ -12,6 +12,7 @@ from svdq_cli.errors import EnvironmentLacksError, InputError
 from svdq_cli.recipe import find_source, recipe_like, user_path
 from svdq_cli.sampling import SAMPLING_FILE
 from svdq_cli.source import COMPONENTS
+from svdq_cli.storage.atomic import cache_errors, cached_folder
 from svdq_cli.storage.resources import cache_folder, demo_model_folder
 
 _OFFLINE = {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectionError", "ConnectError"}
@@ -107,28 +108,12 @@ def _outlier_variant() -> Path:
     cache = cache_folder()
     folder = cache / f"demo-outliers-{__version__}"
     if not (folder / SAMPLING_FILE).is_file():  # a cache of an older state has none
+        from svdq_cli.demo.outliers import export_demo
+
         shutil.rmtree(folder, ignore_errors=True)
-        try:
-            cache.mkdir(parents=True, exist_ok=True)
-            _make_outlier_variant(folder)
-        except OSError as error:
-            raise EnvironmentLacksError(
-                f"{cache}: the stress variant can't be stored there: {error.strerror}",
-                hint="set SVDQ_CACHE to a folder that you may write to",
-                where=str(cache),
-            ) from error
+        with cache_errors(cache, "the stress variant"), cached_folder(folder) as partial:
+            export_demo(partial, outliers=True)
     return folder
-
-
-def _make_outlier_variant(folder: Path) -> None:
-    from svdq_cli.demo.outliers import export_demo
-
-    partial = folder.with_name(f".demo-outliers-{os.getpid()}")
-    export_demo(partial, outliers=True)
-    try:
-        partial.rename(folder)
-    except OSError:  # another process was first; its copy is the same
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _from_hub(name: str, revision: str | None, *, leave: tuple[str, ...] = ()) -> Path:

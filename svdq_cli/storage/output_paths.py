@@ -9,11 +9,10 @@ from pathlib import Path
 
 from svdq_cli.errors import UsageError
 from svdq_cli.storage.atomic import disk_errors
+from svdq_cli.storage.images import ANIMATED_SUFFIXES, WRITTEN_SUFFIXES
 from svdq_cli.storage.json_files import read_json
 
 REPORT_FILE = "svdq_report.json"
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-ANIMATED_SUFFIXES = (".webp", ".gif", ".png")
 DEMO_REPORT = "report.json"
 MAX_NAME_BYTES = 200  # file systems allow 255, and the partial name is longer than the final one
 _OTHER = "choose another path with -o"
@@ -64,7 +63,7 @@ def require_picture_place(
 ) -> None:
     """UsageError for an image of an unknown type, or one that can't be written there. `animated`: it may be a video,
     as which Pillow writes some types."""
-    if path.suffix.lower() not in (*PICTURE_SUFFIXES, *(ANIMATED_SUFFIXES if animated else ())):
+    if path.suffix.lower() not in (*WRITTEN_SUFFIXES, *(ANIMATED_SUFFIXES if animated else ())):
         raise UsageError(
             f"{path}: unknown image type", hint="name the output .png, .jpg or .webp", where=str(path)
         )

@@ -104,7 +104,7 @@ def test_a_compiler_that_fails_is_named_with_what_it_said(tmp_path: Path, monkey
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(build, "find_compiler", lambda: Compiler(("g++",), "any"))
-    with pytest.raises(EnvironmentLacksError, match="could not be built in") as refused:
+    with pytest.raises(EnvironmentLacksError, match="svdq's CPU engine can't be stored there") as refused:
         built_library(BY_NAME["scalar"], cache=tmp_path / "file" / "cpu")
     assert refused.value.hint == "set SVDQ_CACHE to a folder that you may write to"
 

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from svdq_cli.planning.blocks import Place
+from svdq_cli.storage.atomic import whole_file, write_text
 
 # Okabe and Ito's palette, which color-blind readers can tell apart; where it is used, markers or line styles differ too
 BLUE, ORANGE, GREEN, VERMILION, SKY, PURPLE = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#56b4e9", "#cc79a7"
@@ -130,7 +131,8 @@ def caption(figure: Figure, text: str) -> None:
 def save(figure: Figure, path: Path) -> None:
     """The figure as a PNG at `path`, and as an SVG of the same name for pages: without background, its text as text,
     ink and bands in the colors of the page that it is put into."""
-    figure.savefig(path)
+    with whole_file(path) as partial:
+        figure.savefig(partial, format="png")
     figure.patch.set_visible(False)
     for axes in figure.axes:
         axes.patch.set_visible(False)
@@ -141,7 +143,7 @@ def save(figure: Figure, path: Path) -> None:
     svg = svg[svg.index("<svg") :]  # without the XML declaration, which has no place in a page
     for color, variable in _THEMED.items():
         svg = svg.replace(f": {color}", f": var({variable}, {color})")
-    path.with_suffix(".svg").write_text(svg, encoding="utf-8")
+    write_text(path.with_suffix(".svg"), svg)
 
 
 @contextmanager
