@@ -225,7 +225,9 @@ def as_full_disk(
         return None
     named = path or getattr(error, "filename", None)
     # FAT takes 4 GB
-    said = "the file exceeds the size limit of the file system" if number == errno.EFBIG else "the disk is full"
+    said = (
+        "the file exceeds the size limit of the file system" if number == errno.EFBIG else "the disk is full"
+    )
     return OutOfResourcesError(
         f"{named}: {said}" if named else said,
         hint=f"{hint}; no output was written under the final name",

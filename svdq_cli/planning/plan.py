@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Set
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Literal
@@ -20,6 +20,14 @@ from svdq_cli.planning.structure import (
     shared_input,
     structural_roles,
 )
+from svdq_cli.recipe import (
+    GroupOverride,
+    IncludeOverride,
+    KeepOverride,
+    LayerOverride,
+    RankOverride,
+    SkipOverride,
+)
 from svdq_cli.records import LayerPlan, Linear, ModelPlan, Precision, SharedInput, W4A4Plan, W4A16Plan
 from svdq_cli.source import Source, denoisers_of, prefix_of
 
@@ -27,51 +35,13 @@ if TYPE_CHECKING:
     from torch import nn
 
 __all__ = [
-    "Group",
-    "Include",
     "Inventory",
-    "LayerOverride",
-    "LayerRule",
-    "Skip",
     "plan_model",
     "restricted",
     "take_inventory",
 ]
 
 
-@dataclass(frozen=True, slots=True)
-class LayerOverride:
-    """A recipe's wish for the layers that match `match` (a full-path pattern): another rank, or 16 bit."""
-
-    match: str
-    rank: int | None = None
-    keep: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Skip:
-    """Modules that match `match` (a full-path pattern) are left out of the plan with all the layers in them."""
-
-    match: str
-
-
-@dataclass(frozen=True, slots=True)
-class Include:
-    """Layers that match `match` are quantized, whatever the family or the structure says of them."""
-
-    match: str
-    role: Literal["w4a4", "w4a16"]
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """A rule: in every module that matches `match`, `layers` (relative names) read the same activation."""
-
-    match: str
-    layers: tuple[str, ...]
-
-
-LayerRule = LayerOverride | Skip | Include | Group
 Observation = Callable[["nn.Module", Source], Mapping[str, Reading] | None]
 
 
@@ -88,13 +58,14 @@ def plan_model(
     precision: Precision,
     rank: int,
     family: str = "auto",
-    overrides: tuple[LayerRule, ...] = (),
+    overrides: Sequence[LayerOverride] = (),
     supports: Callable[[LayerPlan], str | None],
     observe: Observation = lambda model, source: watch(model),
 ) -> ModelPlan:
     """The plan of one model. A model without a family file, or `family` "structural", gets a structural plan.
 
-    `supports` is the output format's say: None, or why it can't hold a layer; such a layer is kept at 16 bits.
+    `overrides`: the recipe's layer rules, in their order.
+    `supports` is the output format's say: None, or why it can't hold a layer; such a layer is kept at 16 bit.
     `observe` runs an empty model (of a source with one denoiser) to see what its layers read; only a structural plan
     asks.
     Raises InputError when names and rules disagree, RecipeError for an override that matches nothing.
@@ -104,7 +75,7 @@ def plan_model(
     inventory = take_inventory(source, known)
     require_own_tensors(source, inventory)
     roles = _with_rules(_roles(source, family, observe), inventory, overrides)
-    exceptions = tuple(rule for rule in overrides if isinstance(rule, LayerOverride))
+    exceptions = [rule for rule in overrides if isinstance(rule, RankOverride | KeepOverride)]
 
     layers: list[LayerPlan] = []
     kept: list[Linear] = []
@@ -114,16 +85,18 @@ def plan_model(
         override = _override_for(linear.name, exceptions)
         wanted: LayerPlan | None = None
         if linear.name in roles.w4a4:
-            wanted = W4A4Plan(linear, precision, override.rank if override and override.rank else rank)
+            wanted = W4A4Plan(
+                linear, precision, override.rank if isinstance(override, RankOverride) else rank
+            )
         elif linear.name in roles.w4a16:
             wanted = W4A16Plan(linear)
         objection = supports(wanted) if wanted else None
         if objection:
             objections.append(f"{linear.name}: {objection}")
             reasons[linear.name] = objection
-        elif override and override.keep:
+        elif isinstance(override, KeepOverride):
             reasons[linear.name] = "a rule of the recipe keeps it"
-        if wanted is None or (override and override.keep) or objection is not None:
+        if wanted is None or isinstance(override, KeepOverride) or objection is not None:
             kept.append(linear)
         else:
             layers.append(wanted)
@@ -238,18 +211,21 @@ def block_prefixes(names: list[str], stack: str) -> list[str]:
 # ------------------------------------------------------------------------------------------------- a recipe's rules
 
 
-def _with_rules(roles: Roles, inventory: Inventory, rules: tuple[LayerRule, ...]) -> Roles:
+def _with_rules(roles: Roles, inventory: Inventory, rules: Sequence[LayerOverride]) -> Roles:
     """The family's (or the structure's) roles with the recipe's rules over them, in the order they are written."""
     for rule in rules:
         match rule:
-            case Include():
-                roles = _included(roles, _matched(rule.match, inventory, "no linear layer"), rule.role)
-            case Skip():
+            case IncludeOverride():
+                roles = _included(roles, _matched(rule.match, inventory, "no linear layer"), rule.include)
+            case SkipOverride():
                 roles = _without(roles, _matched_modules(rule.match, inventory))
-            case Group():
+            case GroupOverride():
                 roles = _grouped(roles, rule, inventory)
-            case LayerOverride():
-                _check_override(rule, [*roles.w4a4, *roles.w4a16], inventory)
+            case RankOverride():
+                quantized = [*roles.w4a4, *roles.w4a16]
+                _require_match(rule.match, quantized, "no quantized layer")
+            case KeepOverride():  # may also say of a layer that it stays as it is
+                _require_match(rule.match, [linear.name for linear in inventory.linears], "no linear layer")
     return roles
 
 
@@ -268,19 +244,19 @@ def _without(roles: Roles, names: list[str]) -> Roles:
     return replace(roles, w4a4=roles.w4a4 - gone, w4a16=roles.w4a16 - gone, inputs=inputs)
 
 
-def _grouped(roles: Roles, rule: Group, inventory: Inventory) -> Roles:
+def _grouped(roles: Roles, rule: GroupOverride, inventory: Inventory) -> Roles:
     """The group's layers out of their inputs and into one of their own, in every module that matches."""
     sizes = {linear.name: linear.in_features for linear in inventory.linears}
     modules = [
         m for m in _modules(inventory) if fnmatchcase(m, rule.match) and m.count(".") == rule.match.count(".")
     ]
-    named = [[f"{module}.{layer}" for layer in rule.layers] for module in modules]
+    named = [[f"{module}.{layer}" for layer in rule.group] for module in modules]
     groups = [names for names in named if all(name in sizes for name in names)]
     quantized = [names for names in groups if not roles.w4a4.isdisjoint(names)]  # other blocks may be skipped
     if not groups:
         raise RecipeError(
-            f"layers: no module {rule.match!r} holds all of {', '.join(rule.layers)}",
-            hint="match names the module, group its layers: {match: blocks.*.attn, group: [to_q, to_k, to_v]}",
+            f"layers: no module {rule.match!r} holds all of {', '.join(rule.group)}",
+            hint="match names the module, group the layers in it: {match: blocks.*.attn, group: [to_q, to_k, to_v]}",
             where=rule.match,
         )
     for names in quantized or groups:
@@ -293,7 +269,7 @@ def _grouped(roles: Roles, rule: Group, inventory: Inventory) -> Roles:
     return roles
 
 
-def _no_group(names: list[str], rule: Group, why: str) -> RecipeError:
+def _no_group(names: list[str], rule: GroupOverride, why: str) -> RecipeError:
     return RecipeError(
         f"layers: {', '.join(names)} can't share an input: {why}",
         hint="group only W4A4 layers that read the same activation; include layers that are kept first",
@@ -332,18 +308,16 @@ def _matched_modules(pattern: str, inventory: Inventory) -> list[str]:
     return found
 
 
-def _override_for(name: str, overrides: tuple[LayerOverride, ...]) -> LayerOverride | None:
+def _override_for(
+    name: str, overrides: Sequence[RankOverride | KeepOverride]
+) -> RankOverride | KeepOverride | None:
     """The last override that matches wins, as in a list of exceptions."""
     return next((o for o in reversed(overrides) if fnmatchcase(name, o.match)), None)
 
 
-def _check_override(override: LayerOverride, quantized: list[str], inventory: Inventory) -> None:
-    """A rank must meet a quantized layer; `keep` may also say of a layer that it stays as it is."""
-    names = [linear.name for linear in inventory.linears] if override.keep else quantized
-    if not any(fnmatchcase(name, override.match) for name in names):
-        raise _matches_nothing(
-            override.match, names, "no linear layer" if override.keep else "no quantized layer"
-        )
+def _require_match(pattern: str, names: list[str], what: str) -> None:
+    if not any(fnmatchcase(name, pattern) for name in names):
+        raise _matches_nothing(pattern, names, what)
 
 
 def _matches_nothing(pattern: str, names: list[str], what: str) -> RecipeError:

@@ -1,44 +1,22 @@
-"""A recipe's layer rules as a plan reads them, and a plan written back as rules, for `svdq init`."""
+"""A plan written as a recipe's layer rules, for `svdq init`."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Literal
 
-from svdq_cli.planning.plan import Group, Include, Inventory, LayerRule, Skip
-from svdq_cli.planning.plan import LayerOverride as PlanOverride
+from svdq_cli.planning.inventory import Inventory
 from svdq_cli.recipe import (
     GroupOverride,
     IncludeOverride,
     KeepOverride,
     LayerOverride,
-    RankOverride,
-    SkipOverride,
 )
 from svdq_cli.records import ModelPlan
 
 Role = Literal["w4a4", "w4a16", "kept"]
-
-
-def plan_rules(layers: Iterable[LayerOverride]) -> tuple[LayerRule, ...]:
-    """The rules of a recipe's `layers`, in their order."""
-    return tuple(_plan_rule(layer) for layer in layers)
-
-
-def _plan_rule(layer: LayerOverride) -> LayerRule:
-    match layer:
-        case RankOverride(match=pattern, rank=rank):
-            return PlanOverride(pattern, rank=rank)
-        case KeepOverride(match=pattern):
-            return PlanOverride(pattern, keep=True)
-        case SkipOverride(match=pattern):
-            return Skip(pattern)
-        case IncludeOverride(match=pattern, include=role):
-            return Include(pattern, role)
-        case GroupOverride(match=pattern, group=names):
-            return Group(pattern, names)
 
 
 def recipe_rules(plan: ModelPlan, inventory: Inventory) -> tuple[LayerOverride, ...]:

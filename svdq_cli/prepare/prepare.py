@@ -18,7 +18,6 @@ from svdq_cli.formats import DEFAULT, format_named
 from svdq_cli.formats.contract import Format
 from svdq_cli.pipelines.settings import DrawSettings
 from svdq_cli.planning.plan import Inventory, Observation, plan_model, restricted, take_inventory, watch
-from svdq_cli.planning.rules import plan_rules
 from svdq_cli.planning.structure import Reading
 from svdq_cli.prepare.options import RunOptions
 from svdq_cli.prepare.plan_warnings import plan_warnings
@@ -87,7 +86,7 @@ def prepare(
         precision=quantization.number_format,
         rank=DEFAULT_RANK if quantization.rank == "auto" else quantization.rank,  # until it is searched
         family=recipe.model.family,
-        overrides=plan_rules(recipe.layers),
+        overrides=recipe.layers,
         supports=lambda layer: None if every_layer else _unsupported_reason(formats, layer),
         observe=observation(source, sampling),
     )

@@ -10,7 +10,8 @@ import pytest
 
 from svdq_cli.errors import InputError, RecipeError
 from svdq_cli.formats import format_named
-from svdq_cli.planning.plan import LayerOverride, plan_model
+from svdq_cli.planning.plan import plan_model
+from svdq_cli.recipe import KeepOverride, LayerOverride, RankOverride
 from svdq_cli.records import Int4, ModelPlan, SharedInput, W4A4Plan
 from svdq_cli.source import open_source
 
@@ -100,8 +101,8 @@ def test_qkv_share_input_and_branch_and_a_single_blocks_mlp_shares_the_input_onl
 def test_an_override_sets_a_rank_or_keeps_a_layer(tiny_flux: Path):
     plan = plan_of(
         tiny_flux,
-        LayerOverride("*.ff.net.2", rank=64),
-        LayerOverride("single_transformer_blocks.*", keep=True),
+        RankOverride(match="*.ff.net.2", rank=64),
+        KeepOverride(match="single_transformer_blocks.*", keep=True),
     )
     wide = plan.layer("transformer_blocks.0.ff.net.2")
     assert isinstance(wide, W4A4Plan)
@@ -112,7 +113,7 @@ def test_an_override_sets_a_rank_or_keeps_a_layer(tiny_flux: Path):
 
 def test_an_override_that_matches_nothing_names_the_nearest_layer(tiny_flux: Path):
     with pytest.raises(RecipeError, match="matches no linear layer") as caught:
-        plan_of(tiny_flux, LayerOverride("transformer_blocks.0.attn.to_qq", keep=True))
+        plan_of(tiny_flux, KeepOverride(match="transformer_blocks.0.attn.to_qq", keep=True))
     assert "transformer_blocks.0.attn.to_q" in str(caught.value.hint)
 
 

@@ -17,12 +17,20 @@ from svdq_cli.conversion.convert import convert
 from svdq_cli.entrypoints.init import write_recipe
 from svdq_cli.errors import InputError, RecipeError
 from svdq_cli.formats import format_named
-from svdq_cli.inference.backend import Backend
-from svdq_cli.inference.load import load_model
-from svdq_cli.planning.plan import Group, Include, LayerOverride, LayerRule, Skip, plan_model
+from svdq_cli.inference.load import Backend, load_model
+from svdq_cli.planning.plan import plan_model
 from svdq_cli.prepare.options import RunOptions
 from svdq_cli.prepare.prepare import prepare
-from svdq_cli.recipe import Quantization, default_recipe, load_recipe
+from svdq_cli.recipe import (
+    GroupOverride,
+    IncludeOverride,
+    KeepOverride,
+    LayerOverride,
+    Quantization,
+    SkipOverride,
+    default_recipe,
+    load_recipe,
+)
 from svdq_cli.records import Int4, ModelPlan, SharedInput
 from svdq_cli.source import open_source
 
@@ -83,7 +91,7 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def plan_of(folder: Path, *rules: LayerRule, family: str = "auto") -> ModelPlan:
+def plan_of(folder: Path, *rules: LayerOverride, family: str = "auto") -> ModelPlan:
     return plan_model(
         open_source(folder),
         precision=Int4(),
@@ -168,10 +176,10 @@ def sorted_inputs(plan: ModelPlan) -> list[SharedInput]:
 def test_rules_include_skip_keep_and_group(odd: Path):
     plan = plan_of(
         odd,
-        Include("trunk.*.cross_key_value", "w4a16"),
-        Skip("trunk.1"),
-        LayerOverride("*.down", keep=True),
-        Group("trunk.*", ("up",)),
+        IncludeOverride(match="trunk.*.cross_key_value", include="w4a16"),
+        SkipOverride(match="trunk.1", skip=True),
+        KeepOverride(match="*.down", keep=True),
+        GroupOverride(match="trunk.*", group=("up",)),
     )
     names = {layer.name for layer in plan.layers}
     assert "trunk.0.cross_key_value" in names
@@ -187,15 +195,15 @@ def test_rules_include_skip_keep_and_group(odd: Path):
 @pytest.mark.parametrize(
     ("rule", "said"),
     [
-        (Skip("branch.0"), "matches no module"),
-        (Include("trunk.*.querry", "w4a4"), "matches no linear layer"),
-        (Group("trunk.*", ("query", "nothing")), "holds all of query, nothing"),
-        (Group("trunk.*", ("query", "down")), "input sizes differ"),
-        (Group("trunk.*", ("query", "shift")), "not all of them are W4A4"),
+        (SkipOverride(match="branch.0", skip=True), "matches no module"),
+        (IncludeOverride(match="trunk.*.querry", include="w4a4"), "matches no linear layer"),
+        (GroupOverride(match="trunk.*", group=("query", "nothing")), "holds all of query, nothing"),
+        (GroupOverride(match="trunk.*", group=("query", "down")), "input sizes differ"),
+        (GroupOverride(match="trunk.*", group=("query", "shift")), "not all of them are W4A4"),
     ],
     ids=["skip", "include", "group-name", "group-size", "group-role"],
 )
-def test_a_rule_that_fits_nothing_is_refused(odd: Path, rule: LayerRule, said: str):
+def test_a_rule_that_fits_nothing_is_refused(odd: Path, rule: LayerOverride, said: str):
     with pytest.raises(RecipeError, match=said):
         plan_of(odd, rule)
 
