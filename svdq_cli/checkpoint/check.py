@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from svdq_cli.checkpoint.detect import TORCH_DTYPES, specs_of_headers
+from svdq_cli.checkpoint.detect import STORED_DTYPES, specs_of_headers
 from svdq_cli.checkpoint.reader import Checkpoint, open_checkpoint
 from svdq_cli.errors import CheckFailedError, InputError
 from svdq_cli.formats.soundness import differences
@@ -234,7 +234,7 @@ def _disagreement(error: WeightError, recorded: _Noted | None) -> str | None:
 def structure_problems(checkpoint: Checkpoint) -> list[CheckProblem]:
     """Missing, foreign and misshapen tensors, from the headers alone."""
     found = specs_of_headers(checkpoint.source)
-    foreign = [n for n, entry in checkpoint.source.tensors.items() if entry.dtype not in TORCH_DTYPES]
+    foreign = [n for n, entry in checkpoint.source.tensors.items() if entry.dtype not in STORED_DTYPES]
     problems = [CheckProblem(n, f"has dtype {checkpoint.source.tensors[n].dtype}") for n in foreign]
     packed = checkpoint.packed_specs()
     kept = checkpoint.kept_specs()

@@ -4,24 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from svdq_cli.errors import InputError
 from svdq_cli.formats import all_formats
 from svdq_cli.formats.contract import Format
 from svdq_cli.source import Source, denoiser_order, is_denoiser, pipeline_index, read_header
 from svdq_cli.storage.json_files import read_json
-from svdq_cli.storage.tensor_file import TensorSpec
+from svdq_cli.storage.tensor_file import DTYPE_OF_NAME, TensorSpec
 
-TORCH_DTYPES = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "I32": torch.int32,
-    "F8_E4M3": torch.float8_e4m3fn,
-}
+STORED_DTYPES = ("BF16", "F16", "F32", "I8", "U8", "I32", "F8_E4M3")  # of all formats
 
 
 def format_of(path: Path) -> Format | None:
@@ -71,9 +61,9 @@ def lost_metadata(path: Path) -> tuple[Format, dict[str, object]] | None:
 def specs_of_headers(source: Source) -> dict[str, TensorSpec]:
     """Shapes and dtypes of all tensors, from the headers."""
     return {
-        name: TensorSpec(entry.shape, TORCH_DTYPES[entry.dtype])
+        name: TensorSpec(entry.shape, DTYPE_OF_NAME[entry.dtype])
         for name, entry in source.tensors.items()
-        if entry.dtype in TORCH_DTYPES
+        if entry.dtype in STORED_DTYPES
     }
 
 

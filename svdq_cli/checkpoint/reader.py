@@ -37,7 +37,6 @@ from svdq_cli.formats.headers import (
     CONFIG,
     SCHEDULER,
     biases_of,
-    header_metadata,
     json_value,
     ranks_of,
 )
@@ -57,6 +56,7 @@ from svdq_cli.source import (
     read_header,
     read_tensor,
 )
+from svdq_cli.source.headers import header_metadata
 from svdq_cli.source.means import MovedMean, means_by_layer, moved_of_json, without_means
 from svdq_cli.storage.tensor_file import TensorSpec
 

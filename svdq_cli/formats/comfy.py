@@ -16,7 +16,6 @@ from torch import Tensor
 from svdq_cli.errors import InputError, UsageError
 from svdq_cli.formats.contract import PLAIN, Branch, Format, PackedFacts, Traits
 from svdq_cli.formats.headers import FORMAT as FORMAT_KEY
-from svdq_cli.formats.headers import header_metadata
 from svdq_cli.formats.implied import suffixes_of
 from svdq_cli.formats.json_keys import json_object
 from svdq_cli.formats.soundness import require_16_bit, require_sound, require_sound_tensors, sixteen_bit_dtype
@@ -41,6 +40,7 @@ from svdq_cli.records import (
     W4A4Solution,
     W4A16Plan,
 )
+from svdq_cli.source.headers import header_metadata
 from svdq_cli.storage.tensor_file import TensorSpec
 
 NAME = "comfy"

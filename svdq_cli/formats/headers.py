@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-import struct
 from collections.abc import Mapping
-from pathlib import Path
 from typing import cast
 
 import torch
@@ -21,20 +19,6 @@ BIASES = "svdq_biases"  # {layer: base64}: what `assembly.moved_biases` keeps
 SCHEDULER = "svdq_scheduler"  # settings that the model needs of its pipeline's scheduler
 FORMAT = "svdq_format"  # the name of the format
 COMPONENT = "svdq_component"  # the pipeline's component, where its name is none of the usual two
-
-_HEADER_LIMIT = 100_000_000  # bytes; the safetensors specification's own bound
-
-
-def header_metadata(path: Path) -> dict[str, str]:
-    """The `__metadata__` of a safetensors file; empty where there is none or the file is something else."""
-    try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json_object(json.loads(file.read(length))) if length <= _HEADER_LIMIT else None
-    except (OSError, ValueError, RecursionError, struct.error):
-        return {}
-    found = json_object((header or {}).get("__metadata__")) or {}
-    return {key: value for key, value in found.items() if isinstance(value, str)}
 
 
 def as_text(values: Mapping[str, object]) -> dict[str, str]:

@@ -21,7 +21,6 @@ from svdq_cli.errors import InputError, UsageError
 from svdq_cli.families.layouts.layout import ComfyArgument, ModelLayout
 from svdq_cli.formats import tiled
 from svdq_cli.formats.contract import PLAIN, Branch, Format, PackedFacts, Traits
-from svdq_cli.formats.headers import header_metadata
 from svdq_cli.formats.implied import suffixes_of, widest_branch
 from svdq_cli.formats.json_keys import bad_key, json_object, optional_section
 from svdq_cli.formats.soundness import (
@@ -43,6 +42,7 @@ from svdq_cli.records import (
     W4A4Solution,
     W4A16Plan,
 )
+from svdq_cli.source.headers import header_metadata
 from svdq_cli.storage.tensor_file import TensorSpec
 
 QUANTIZATION = "quantization_config"

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from svdq_cli.errors import InputError, UsageError
 from svdq_cli.formats.contract import PLAIN, Branch, Format, PackedFacts, Traits
-from svdq_cli.formats.headers import header_metadata
 from svdq_cli.formats.implied import suffixes_of, widest_branch
 from svdq_cli.formats.json_keys import bad_key, json_object, optional_section, whole_number
 from svdq_cli.formats.soundness import (
@@ -39,6 +38,7 @@ from svdq_cli.records import (
     W4A4Solution,
     W4A16Plan,
 )
+from svdq_cli.source.headers import header_metadata
 from svdq_cli.storage.tensor_file import TensorSpec
 
 NAME = "vllm-omni"

@@ -13,7 +13,6 @@ from svdq_cli.checkpoint.reader import NEEDS_METADATA, PROVENANCE, Checkpoint, l
 from svdq_cli.checkpoint.writer import WEIGHT_FILE, Target, copy_pipeline, report_path, write_report
 from svdq_cli.conversion.card import CARD_FILE, DerivedFacts, card_path, derived_card
 from svdq_cli.errors import InputError
-from svdq_cli.formats.headers import header_metadata
 from svdq_cli.lora.check import require_folded
 from svdq_cli.lora.edits import Edits, GivenLora, plan_edits, read_loras, table_of
 from svdq_cli.lora.factor import APPROXIMATE_RANK
@@ -24,6 +23,7 @@ from svdq_cli.prepare.options import DEFAULT_OPTIONS, RunOptions
 from svdq_cli.records import Event, Observer, W4A4Plan, ignore_events
 from svdq_cli.reports import LoraFacts, LoraReport, OutputFile
 from svdq_cli.source import file_sha256
+from svdq_cli.source.headers import header_metadata
 from svdq_cli.storage.atomic import refuse_existing, require_disk, whole_output, write_text
 from svdq_cli.storage.output_paths import require_places
 from svdq_cli.system.machine import peak_memory

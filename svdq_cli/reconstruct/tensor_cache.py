@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
+from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor
 
 from svdq_cli.reconstruct.calls import mapped, tensors_of
+from svdq_cli.storage.tensor_file import save_tensors
 
 
 class Kept:
@@ -67,5 +68,5 @@ def _stored(value: Any, file: Path) -> Any:
         return tensor.to("meta")
 
     emptied = mapped(value, store)
-    save_file(stored, file)
+    save_tensors(file, stored, {})
     return emptied

@@ -18,11 +18,12 @@ from svdq_cli.source.headers import damaged
 from svdq_cli.source.model import Source
 from svdq_cli.source.single_file import source_of_file
 from svdq_cli.source.upconverted import Readable, is_no_weight
+from svdq_cli.storage.tensor_file import DTYPE_OF_NAME
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
 
-_PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+_PLAIN = {name: DTYPE_OF_NAME[name] for name in ("F32", "F16", "BF16", "F64")}
 _SIXTEEN_BIT = ("F16", "BF16")
 _WHOLE_NUMBERS = ("I8", "I16", "I32", "I64")
 _ORIGINAL_SHAPE = "comfy.gguf.orig_shape."  # of tensors that were reshaped to fit a quantization block

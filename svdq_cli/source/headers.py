@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from svdq_cli.errors import InputError, first_line
 from svdq_cli.source.other_files import other_kind
@@ -43,6 +44,30 @@ def read_whole_header(path: Path, *, at: tuple[int, int] | None = None) -> Heade
 
     `at`: where it begins and how many bytes it has, inside of an archive that stores it as it is.
     """
+    header, begin, size = _header_json(path, at)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise damaged(path, "its metadata is not a JSON object of texts")
+    entries = {name: _entry(path, name, facts, begin) for name, facts in header.items()}
+    _require_no_gaps(path, entries, size)
+    return Header({name: entry for name, (entry, _) in entries.items()}, metadata)
+
+
+def header_metadata(path: Path) -> dict[str, str]:
+    """The `__metadata__` of a safetensors file alone; empty where there is none or the file is something else."""
+    try:
+        header, _, _ = _header_json(path)
+    except InputError:
+        return {}
+    found = header.get("__metadata__")
+    if not isinstance(found, dict):
+        return {}
+    return {key: value for key, value in cast("dict[str, object]", found).items() if isinstance(value, str)}
+
+
+def _header_json(path: Path, at: tuple[int, int] | None = None) -> tuple[dict[str, object], int, int]:
+    """The header of a safetensors file, and where the tensors' data begin and how many bytes they have. InputError for
+    anything else. `at`: see `read_whole_header`."""
     try:
         start, size = at or (0, path.stat().st_size)
         text = _header_text(path, start, size)
@@ -53,20 +78,13 @@ def read_whole_header(path: Path, *, at: tuple[int, int] | None = None) -> Heade
             hint="get read permission (chmod a+r), or copy it",
             where=str(path),
         ) from error
-    except (
-        OSError,
-        ValueError,
-        RecursionError,
-    ) as error:  # ValueError: not UTF-8, not JSON, a number without end
+    # ValueError: not UTF-8, not JSON, a number without end
+    except (OSError, ValueError, RecursionError) as error:
         raise damaged(path, f"unreadable header ({first_line(error)})") from error
     if not isinstance(header, dict):
         raise damaged(path, "its header is not a JSON object")
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise damaged(path, "its metadata is not a JSON object of texts")
-    entries = {name: _entry(path, name, facts, start + 8 + len(text)) for name, facts in header.items()}
-    _require_no_gaps(path, entries, size - 8 - len(text))
-    return Header({name: entry for name, (entry, _) in entries.items()}, metadata)
+    before = 8 + len(text)
+    return cast("dict[str, object]", header), start + before, size - before
 
 
 def _header_text(path: Path, start: int, size: int) -> bytes:

@@ -17,12 +17,7 @@ from torch import Tensor
 from svdq_cli.errors import InputError
 from svdq_cli.storage.tensor_file import DTYPE_OF_NAME, bytes_of, read_at, read_into
 
-DTYPE_BYTES = {
-    **dict.fromkeys(("F64", "I64", "U64"), 8),
-    **dict.fromkeys(("F32", "I32", "U32"), 4),
-    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
-    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1),
-}
+DTYPE_BYTES = {name: dtype.itemsize for name, dtype in DTYPE_OF_NAME.items()}
 HASHED_AT_ONCE = 1 << 23  # bytes; with fewer, each block would wait again for other threads of Python
 SIXTEEN_BIT_OR_MORE = ("F16", "BF16", "F32")
 

@@ -23,7 +23,6 @@ from svdq_cli.conversion.record import recorded
 from svdq_cli.entrypoints.inspect import inspect_checkpoint, inspect_source
 from svdq_cli.errors import InputError, UsageError
 from svdq_cli.evaluation.run import evaluate
-from svdq_cli.formats.headers import header_metadata
 from svdq_cli.inference.load import load_pipeline
 from svdq_cli.lora.fold import fold
 from svdq_cli.prepare.options import RunOptions
@@ -35,6 +34,7 @@ from svdq_cli.records import Event, ignore_events
 from svdq_cli.reports import ConvertReport
 from svdq_cli.solve.rebuild import rebuilt_weight
 from svdq_cli.source import denoisers_of, only, open_source, read_tensor, source_digest
+from svdq_cli.source.headers import header_metadata
 from tests.tiny_families import tiny_pipeline
 
 CPU = RunOptions(device="cpu")

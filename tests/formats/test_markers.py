@@ -12,10 +12,10 @@ from svdq_cli.checkpoint.check import check, find_problems
 from svdq_cli.checkpoint.reader import open_checkpoint
 from svdq_cli.conversion.convert import convert
 from svdq_cli.entrypoints.export import export
-from svdq_cli.formats.headers import header_metadata
 from svdq_cli.lora.fold import fold
 from svdq_cli.recipe import Output, default_recipe, with_overrides
 from svdq_cli.source import open_source
+from svdq_cli.source.headers import header_metadata
 from tests.tiny_families import tiny_pipeline
 
 MARKER = "__index_timestep_zero__"  # by which ComfyUI tells Qwen-Image-Edit 2511
