@@ -56,8 +56,8 @@ from svdq_cli.source import (
     read_header,
     read_tensor,
 )
-from svdq_cli.source.headers import header_metadata
 from svdq_cli.source.means import MovedMean, means_by_layer, moved_of_json, without_means
+from svdq_cli.storage.headers import header_metadata
 from svdq_cli.storage.tensor_file import TensorSpec
 
 PROVENANCE = "svdq"  # key of the safetensors metadata

@@ -40,7 +40,7 @@ from svdq_cli.records import (
     W4A4Solution,
     W4A16Plan,
 )
-from svdq_cli.source.headers import header_metadata
+from svdq_cli.storage.headers import header_metadata
 from svdq_cli.storage.tensor_file import TensorSpec
 
 NAME = "comfy"

@@ -23,8 +23,8 @@ from svdq_cli.prepare.options import DEFAULT_OPTIONS, RunOptions
 from svdq_cli.records import Event, Observer, W4A4Plan, ignore_events
 from svdq_cli.reports import LoraFacts, LoraReport, OutputFile
 from svdq_cli.source import file_sha256
-from svdq_cli.source.headers import header_metadata
 from svdq_cli.storage.atomic import refuse_existing, require_disk, whole_output, write_text
+from svdq_cli.storage.headers import header_metadata
 from svdq_cli.storage.output_paths import require_places
 from svdq_cli.system.machine import peak_memory
 

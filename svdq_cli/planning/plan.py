@@ -65,7 +65,7 @@ def plan_model(
     """The plan of one model. A model without a family file, or `family` "structural", gets a structural plan.
 
     `overrides`: the recipe's layer rules, in their order.
-    `supports` is the output format's say: None, or why it can't hold a layer; such a layer is kept at 16 bit.
+    `supports` is the output format's say: None, or why it can't hold a layer; such a layer is kept at 16 bits.
     `observe` runs an empty model (of a source with one denoiser) to see what its layers read; only a structural plan
     asks.
     Raises InputError when names and rules disagree, RecipeError for an override that matches nothing.
@@ -256,7 +256,7 @@ def _grouped(roles: Roles, rule: GroupOverride, inventory: Inventory) -> Roles:
     if not groups:
         raise RecipeError(
             f"layers: no module {rule.match!r} holds all of {', '.join(rule.group)}",
-            hint="match names the module, group the layers in it: {match: blocks.*.attn, group: [to_q, to_k, to_v]}",
+            hint="match names the module, group its layers: {match: blocks.*.attn, group: [to_q, to_k, to_v]}",
             where=rule.match,
         )
     for names in quantized or groups:

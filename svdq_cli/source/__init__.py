@@ -29,7 +29,7 @@ from svdq_cli.source.folders import (
     weight_files,
 )
 from svdq_cli.source.gguf_file import open_gguf
-from svdq_cli.source.headers import file_sha256, is_gguf, pickled, read_header
+from svdq_cli.source.headers import file_sha256, is_gguf, read_header
 from svdq_cli.source.model import (
     COMPONENTS,
     Source,
@@ -42,6 +42,7 @@ from svdq_cli.source.other_files import refuse_other_components
 from svdq_cli.source.prediction import has_settings, needed_settings, scheduler_config
 from svdq_cli.source.single_file import has_original_names, open_single_file
 from svdq_cli.source.tensors import TensorEntry, is_finite
+from svdq_cli.storage.headers import pickled
 from svdq_cli.storage.json_files import read_json
 
 __all__ = [

@@ -15,11 +15,12 @@ from typing import Any
 from svdq_cli.errors import InputError
 from svdq_cli.source.denoisers import joined
 from svdq_cli.source.folders import component_config, denoiser_order, is_denoiser, whole_set
-from svdq_cli.source.headers import damaged, read_whole_header
+from svdq_cli.source.headers import read_whole_header
 from svdq_cli.source.model import Source
 from svdq_cli.source.quantized import refuse_quantized_config
 from svdq_cli.source.tensors import StoredTensor
 from svdq_cli.source.upconverted import upconverted
+from svdq_cli.storage.headers import damaged
 
 SUFFIX = ".dduf"
 _JSON_LIMIT = 1 << 24  # bytes of a component's config

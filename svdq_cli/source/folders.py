@@ -12,12 +12,13 @@ from pathlib import Path
 from svdq_cli.errors import InputError
 from svdq_cli.source.classes import shapes_of
 from svdq_cli.source.denoisers import joined
-from svdq_cli.source.headers import Header, damaged, pickled, read_whole_header
+from svdq_cli.source.headers import Header, read_whole_header
 from svdq_cli.source.model import COMPONENTS, Source
 from svdq_cli.source.prefixes import find_model, is_wrapped
 from svdq_cli.source.quantized import refuse_quantized_config
 from svdq_cli.source.tensors import StoredTensor
 from svdq_cli.source.upconverted import upconverted
+from svdq_cli.storage.headers import damaged, pickled
 from svdq_cli.storage.json_files import read_json
 
 _WEIGHT_NAMES = ("diffusion_pytorch_model", "model")

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from svdq_cli.errors import EnvironmentLacksError, InputError
-from svdq_cli.source.headers import damaged
 from svdq_cli.source.model import Source
 from svdq_cli.source.single_file import source_of_file
 from svdq_cli.source.upconverted import Readable, is_no_weight
+from svdq_cli.storage.headers import damaged
 from svdq_cli.storage.tensor_file import DTYPE_OF_NAME
 
 if TYPE_CHECKING:

@@ -94,32 +94,3 @@ def refuse_other_components(path: Path, config: Mapping[str, object] | None) -> 
         where=str(path),
         kind="unknown-family",
     )
-
-
-_MAGICS = (
-    (b"\x89PNG", "an image"),
-    (b"\xff\xd8\xff", "an image"),
-    (b"GIF8", "an image"),
-    (b"RIFF", "an image or a sound"),
-    (b"%PDF", "a PDF"),
-    (b"\x1f\x8b", "a gzip archive"),
-    (b"\xfd7zXZ", "an archive"),
-    (b"7z\xbc\xaf", "an archive"),
-)
-
-
-def other_kind(start: bytes) -> tuple[str, str] | None:
-    """The kind of a file that starts like this and is not safetensors, and what to do; None where that can't be
-    told."""
-    model = "give a diffusers pipeline folder, or a .safetensors or .gguf file"
-    if start.startswith(b"version https://git-lfs"):
-        return (
-            "a Git LFS pointer instead of the file",
-            "fetch the file itself: `git lfs pull`, or `hf download`",
-        )
-    if re.match(rb"\s*<(!doctype|html|\?xml)", start, re.IGNORECASE):
-        return "a web page instead of the file", "download the file again, from its download link"
-    if kind := next((what for magic, what in _MAGICS if start.startswith(magic)), None):
-        return kind, model
-    text = start and all(byte in b"\t\r\n" or 32 <= byte < 127 for byte in start)
-    return ("a text file", model) if text else None

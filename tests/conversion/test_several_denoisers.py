@@ -34,7 +34,7 @@ from svdq_cli.records import Event, ignore_events
 from svdq_cli.reports import ConvertReport
 from svdq_cli.solve.rebuild import rebuilt_weight
 from svdq_cli.source import denoisers_of, only, open_source, read_tensor, source_digest
-from svdq_cli.source.headers import header_metadata
+from svdq_cli.storage.headers import header_metadata
 from tests.tiny_families import tiny_pipeline
 
 CPU = RunOptions(device="cpu")

@@ -18,7 +18,7 @@ from svdq_cli.conversion.convert import convert
 from svdq_cli.prepare.options import RunOptions
 from svdq_cli.recipe import Output, Quantization, default_recipe
 from svdq_cli.records import LayerSolution
-from svdq_cli.source.headers import header_metadata
+from svdq_cli.storage.headers import header_metadata
 from tests.tiny_families import tiny_pipeline
 
 

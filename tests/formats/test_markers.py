@@ -15,7 +15,7 @@ from svdq_cli.entrypoints.export import export
 from svdq_cli.lora.fold import fold
 from svdq_cli.recipe import Output, default_recipe, with_overrides
 from svdq_cli.source import open_source
-from svdq_cli.source.headers import header_metadata
+from svdq_cli.storage.headers import header_metadata
 from tests.tiny_families import tiny_pipeline
 
 MARKER = "__index_timestep_zero__"  # by which ComfyUI tells Qwen-Image-Edit 2511
