@@ -17,7 +17,8 @@ from svdq_cli.conversion.convert import convert
 from svdq_cli.entrypoints.init import write_recipe
 from svdq_cli.errors import InputError, RecipeError
 from svdq_cli.formats import format_named
-from svdq_cli.inference.load import Backend, load_model
+from svdq_cli.inference.backend import Backend
+from svdq_cli.inference.load import load_model
 from svdq_cli.planning.plan import plan_model
 from svdq_cli.prepare.options import RunOptions
 from svdq_cli.prepare.prepare import prepare
