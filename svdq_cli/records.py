@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Int4:
-    """Signed 4-bit integers in [-7, 7], one 16-bit scale per (row, 64 inputs)."""
+    """Signed 4-bit integers, one 16-bit scale per (row, 64 inputs): weights in [-8, 7], activations in [-7, 7]."""
 
     name: ClassVar[Literal["int4"]] = "int4"
     group: ClassVar[int] = 64

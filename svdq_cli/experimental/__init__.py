@@ -1,1 +1,1 @@
-"""What works in emulation and is not proven yet: nothing outside depends on it but by a user's word."""
+"""What works in emulation and is not proven yet: used only where the user asks for it."""

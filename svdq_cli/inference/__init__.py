@@ -1,1 +1,1 @@
-"""A converted model in a user's hands: what diffusers' own methods do on it."""
+"""Loading and running a converted model, and what diffusers' own methods do on it."""
