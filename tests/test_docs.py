@@ -85,7 +85,7 @@ def quick_start(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.manual_seed(0)  # a reader's image starts from any noise
         names: dict[str, Any] = {}
         exec(code, names)
-        names["picture"].save("python.png")
+        names["image"].save("python.png")
     return folder
 
 
