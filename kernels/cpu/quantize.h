@@ -32,16 +32,15 @@ struct Group {
 };
 
 // Codes of one group of smoothed values that are 16-bit numbers.
-template <class V, class P, class E> inline Group quantize_group(const float* values, bool without_sign, int8_t* codes)
+template <class V, class P, class E>
+inline Group quantize_group(const typename V::F* values, bool without_sign, int8_t* codes)
 {
     constexpr int VECTORS = P::GROUP / V::LANES;
-    typename V::F loaded[VECTORS], most = V::zero();
-    for (int i = 0; i < VECTORS; ++i) {
-        loaded[i] = V::load(values + i * V::LANES);
-        most = V::larger(most, V::nan_to_infinity(V::magnitude(loaded[i])));
-    }
+    auto most = V::zero();
+    for (int i = 0; i < VECTORS; ++i)
+        most = V::larger_magnitude(most, values[i]);
     const float peak = V::peak(most);
-    if (std::isinf(peak)) { // the row's result is to be NaN
+    if (!std::isfinite(peak)) { // the row's result is to be NaN
         std::memset(codes, 0, P::GROUP);
         return {NAN, 0};
     }
@@ -51,7 +50,7 @@ template <class V, class P, class E> inline Group quantize_group(const float* va
         const auto inverse = V::set(reciprocal(scale)), most_code = V::set(without_sign ? 15.0f : 7.0f),
                    least = V::set(without_sign ? 0.0f : -8.0f);
         for (int i = 0; i < VECTORS; ++i) {
-            const auto clamped = V::larger(V::smaller(V::multiply(loaded[i], inverse), most_code), least);
+            const auto clamped = V::larger(V::smaller(V::multiply(values[i], inverse), most_code), least);
             const auto code = V::to_nearest(clamped);
             sum = V::add(sum, code);
             V::store_bytes(codes + i * V::LANES, code);
@@ -61,7 +60,7 @@ template <class V, class P, class E> inline Group quantize_group(const float* va
         const float wanted = peak * (1.0f / 6.0f), scale = wanted > E4M3_MOST ? E4M3_MOST : wanted;
         const auto inverse = V::set(reciprocal(scale));
         for (int i = 0; i < VECTORS; ++i) {
-            const auto value = rounded_to_e2m1<V>(V::multiply(loaded[i], inverse));
+            const auto value = rounded_to_e2m1<V>(V::multiply(values[i], inverse));
             const auto code = V::to_nearest(V::add(value, value));
             sum = V::add(sum, code);
             V::store_bytes(codes + i * V::LANES, code);
@@ -71,15 +70,15 @@ template <class V, class P, class E> inline Group quantize_group(const float* va
 }
 
 // (x + shift) / smooth, rounded to 16 bit after each step.
-template <class V, class E> inline void smooth_row(const uint16_t* x, const uint16_t* smooth, float added, float* values)
+template <class V, class E>
+inline void smooth_row(const uint16_t* x, const uint16_t* smooth, float added, typename V::F* values)
 {
     const auto shift = V::set(added);
-    for (int i = 0; i < STEP; i += V::LANES) {
-        auto value = V::template load16<E>(x + i);
+    for (int i = 0; i < STEP / V::LANES; ++i) {
+        auto value = V::template load16<E>(x + i * V::LANES);
         if (added != 0.0f)
             value = V::template rounded<E>(V::add(value, shift));
-        value = V::template rounded<E>(V::divide(value, V::template load16<E>(smooth + i)));
-        V::store(values + i, value);
+        values[i] = V::template rounded_quotient<E>(value, V::template load16<E>(smooth + i * V::LANES));
     }
 }
 
@@ -154,7 +153,7 @@ template <class V, class P, class E>
 inline void quantize_step(const uint16_t* x, int64_t columns, const uint16_t* smooth, bool without_sign, float shift, int8_t* codes,
                           Group* groups)
 {
-    alignas(64) float values[STEP];
+    typename V::F values[STEP / V::LANES];
     if (columns == STEP) {
         smooth_row<V, E>(x, smooth, shift, values);
     } else {
@@ -164,11 +163,26 @@ inline void quantize_step(const uint16_t* x, int64_t columns, const uint16_t* sm
         std::memcpy(x_end, x, 2 * columns);
         std::memcpy(smooth_end, smooth, 2 * columns);
         smooth_row<V, E>(x_end, smooth_end, shift, values);
+        float numbers[STEP];
+        for (int i = 0; i < STEP / V::LANES; ++i)
+            V::store(numbers + i * V::LANES, values[i]);
         for (int64_t i = columns; i < STEP; ++i)
-            values[i] = 0.0f;
+            numbers[i] = 0.0f;
+        for (int i = 0; i < STEP / V::LANES; ++i)
+            values[i] = V::load(numbers + i * V::LANES);
     }
     for (int i = 0; i < STEP / P::GROUP; ++i)
-        groups[i] = quantize_group<V, P, E>(values + i * P::GROUP, without_sign, codes + i * P::GROUP);
+        groups[i] = quantize_group<V, P, E>(values + i * P::GROUP / V::LANES, without_sign, codes + i * P::GROUP);
+}
+
+// Codes of 6 rows to [16][6], 4 of a row at a time.
+template <class V> inline void interleave(const int8_t (&codes)[BLOCK][STEP], uint32_t* to)
+{
+    if constexpr (V::LANES == 16)
+        return V::interleave(codes, to);
+    for (int four = 0; four < STEP / 4; ++four)
+        for (int row = 0; row < BLOCK; ++row)
+            std::memcpy(to + four * BLOCK + row, codes[row] + 4 * four, 4);
 }
 
 // `count` blocks from `block` on of m rows into `out`. A row is one of `before`, which has a multiple of 64 columns or
@@ -200,19 +214,20 @@ inline void quantize_blocks(const Rows& before, const Rows& x, int64_t m, int64_
                 const bool without_sign = begin + i >= how.unsigned_from;
                 const int64_t here = columns - i < STEP ? columns - i : STEP, step = (begin + i) / STEP;
                 Group made[BLOCK][IN_STEP];
-                for (int row = 0; row < BLOCK; ++row)
+                for (int row = 0; row < BLOCK; ++row) {
+                    // The row's next chunk, which no hardware foresees: 24 rows are read in turns
+                    V::prefetch(rows[b][row] + i + CHUNK);
+                    V::prefetch(rows[b][row] + i + CHUNK + STEP / 2);
                     quantize_step<V, P, E>(rows[b][row] + i, here, how.smooth + begin + i, without_sign,
                                            without_sign ? how.shift : 0.0f, codes[row], made[row]);
+                }
                 const int64_t group = (block + b) * groups + step * IN_STEP;
                 for (int g = 0; g < IN_STEP; ++g)
                     for (int row = 0; row < BLOCK; ++row) {
                         out.scales[(group + g) * BLOCK + row] = made[row][g].scale;
                         out.starts[(group + g) * BLOCK + row] = made[row][g].start;
                     }
-                uint32_t* to = packed + step * (STEP / 4) * BLOCK;
-                for (int four = 0; four < STEP / 4; ++four)
-                    for (int row = 0; row < BLOCK; ++row)
-                        std::memcpy(to + four * BLOCK + row, codes[row] + 4 * four, 4);
+                interleave<V>(codes, packed + step * (STEP / 4) * BLOCK);
             }
         }
         for (int b = 0; b < count && how.rank; ++b)

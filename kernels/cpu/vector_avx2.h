@@ -40,6 +40,10 @@ struct Vector {
     }
     static F nan_to_infinity(F a) { return _mm256_blendv_ps(a, set(INFINITY), _mm256_cmp_ps(a, a, _CMP_UNORD_Q)); }
 
+    // The larger of `most` and the magnitude of x; infinity where x is NaN.
+    static F larger_magnitude(F most, F x) { return larger(most, nan_to_infinity(magnitude(x))); }
+    template <class E> static F rounded_quotient(F a, F b) { return rounded<E>(divide(a, b)); }
+
     static I to_nearest(F x) { return _mm256_cvtps_epi32(x); }
     static I add(I a, I b) { return _mm256_add_epi32(a, b); }
     static int32_t total(I x)

@@ -6,6 +6,25 @@
 
 namespace svdq {
 
+// Word `lane` of result vector i is word at / 6 of row at % 6, where at = 16 i + lane.
+struct Interleaved {
+    uint32_t order[6][16] = {};
+    uint16_t second[6] = {}, third[6] = {};
+
+    constexpr Interleaved()
+    {
+        for (int at = 0; at < 96; ++at) {
+            const int row = at % 6, lane = at % 16;
+            order[at / 16][lane] = uint32_t(at / 6 + 16 * (row % 2));
+            if (row / 2 == 1)
+                second[at / 16] = uint16_t(second[at / 16] | 1u << lane);
+            if (row / 2 == 2)
+                third[at / 16] = uint16_t(third[at / 16] | 1u << lane);
+        }
+    }
+};
+inline constexpr Interleaved INTERLEAVED{};
+
 struct Vector {
     static constexpr int LANES = 16;
     static constexpr int TILE_ROWS = 6, TILE_VECTORS = 2; // 12 integer and 12 float sums in 32 registers
@@ -32,13 +51,12 @@ struct Vector {
     {
         return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, set(limit), _CMP_GE_OQ), no, yes);
     }
-    // The largest magnitude; infinity where a lane holds a NaN.
-    static float peak(F magnitudes) { return _mm512_reduce_max_ps(magnitudes); }
-    static F nan_to_infinity(F magnitudes)
+    // The larger of `most` and the magnitude of x, as their bits are ordered: NaN above infinity.
+    static F larger_magnitude(F most, F x)
     {
-        const __mmask16 nan = _mm512_cmp_ps_mask(magnitudes, magnitudes, _CMP_UNORD_Q);
-        return _mm512_mask_blend_ps(nan, magnitudes, set(INFINITY));
+        return _mm512_castsi512_ps(_mm512_max_epu32(_mm512_castps_si512(most), _mm512_castps_si512(magnitude(x))));
     }
+    static float peak(F magnitudes) { return float_of_bits(_mm512_reduce_max_epu32(_mm512_castps_si512(magnitudes))); }
 
     static I to_nearest(F x) { return _mm512_cvtps_epi32(x); }
     static I add(I a, I b) { return _mm512_add_epi32(a, b); }
@@ -72,6 +90,31 @@ struct Vector {
         const __m512i kept = _mm512_and_si512(up, _mm512_set1_epi32(int(0xffff0000u)));
         const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
         return _mm512_castsi512_ps(_mm512_mask_blend_epi32(nan, kept, _mm512_set1_epi32(0x7fc00000)));
+    }
+    // a / b of 16-bit numbers, rounded. A NaN among them, or made of them, has a lower half of zeros, and stays NaN when
+    // it is rounded like a number.
+    template <class E> static F rounded_quotient(F a, F b)
+    {
+        if constexpr (!E::IS_BFLOAT16)
+            return rounded<E>(divide(a, b));
+        const __m512i bits = _mm512_castps_si512(divide(a, b));
+        const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+        const __m512i up = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+        return _mm512_castsi512_ps(_mm512_and_si512(up, _mm512_set1_epi32(int(0xffff0000u))));
+    }
+    // 6 rows of 16 words -> [16][6]: three pairs of rows in the result's order, of which each lane takes one.
+    static void interleave(const int8_t (&rows)[6][64], uint32_t* to)
+    {
+        __m512i row[6];
+        for (int i = 0; i < 6; ++i)
+            row[i] = _mm512_loadu_si512(rows[i]);
+        for (int i = 0; i < 6; ++i) {
+            const __m512i order = _mm512_loadu_si512(INTERLEAVED.order[i]);
+            const __m512i first = _mm512_permutex2var_epi32(row[0], order, row[1]), second = _mm512_permutex2var_epi32(row[2], order, row[3]),
+                          third = _mm512_permutex2var_epi32(row[4], order, row[5]);
+            const __m512i two = _mm512_mask_blend_epi32(INTERLEAVED.second[i], first, second);
+            _mm512_storeu_si512(to + 16 * i, _mm512_mask_blend_epi32(INTERLEAVED.third[i], two, third));
+        }
     }
     // e4m3 bits without a sign, times 2^-8: they are float16's but for the exponent's offset.
     static F load_e4m3(const uint8_t* from)

@@ -31,6 +31,10 @@ struct Vector {
     static float peak(F magnitudes) { return vmaxvq_f32(magnitudes); }
     static F nan_to_infinity(F a) { return vbslq_f32(vceqq_f32(a, a), a, set(INFINITY)); }
 
+    // The larger of `most` and the magnitude of x; infinity where x is NaN.
+    static F larger_magnitude(F most, F x) { return larger(most, nan_to_infinity(magnitude(x))); }
+    template <class E> static F rounded_quotient(F a, F b) { return rounded<E>(divide(a, b)); }
+
     static I to_nearest(F x) { return vcvtnq_s32_f32(x); }
     static I add(I a, I b) { return vaddq_s32(a, b); }
     static int32_t total(I x) { return vaddvq_s32(x); }

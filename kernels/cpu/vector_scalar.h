@@ -53,6 +53,10 @@ struct Vector {
     }
     static F nan_to_infinity(F a) { return each([&](int i) { return std::isnan(a.at[i]) ? INFINITY : a.at[i]; }); }
 
+    // The larger of `most` and the magnitude of x; infinity where x is NaN.
+    static F larger_magnitude(F most, F x) { return larger(most, nan_to_infinity(magnitude(x))); }
+    template <class E> static F rounded_quotient(F a, F b) { return rounded<E>(divide(a, b)); }
+
     static I to_nearest(F x)
     {
         I result;
