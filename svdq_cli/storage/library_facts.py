@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Literal, cast
 
 from svdq_cli import __version__
+from svdq_cli.storage.atomic import write_text
 from svdq_cli.storage.resources import cache_folder
 from svdq_cli.system.machine import resident_ram
 
@@ -142,9 +143,7 @@ def _keep(file: Path, entry: Mapping[str, object]) -> None:
     try:
         text = json.dumps({**entry, "files": _loaded_files()})
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f".{file.name}.{os.getpid()}")
-        partial.write_text(f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}", encoding="utf-8")
-        partial.replace(file)
+        write_text(file, f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}", durable=False)
         entries = sorted(file.parent.glob("*.json"), key=lambda entry: entry.stat().st_mtime, reverse=True)
         for old in entries[_MOST_ENTRIES:]:
             old.unlink(missing_ok=True)

@@ -256,6 +256,5 @@ def test_no_other_module_renames_files_into_place():
             word in line for word in ("os.replace(", "os.rename(", "partial.replace(", '.partial"', "fsync(")
         )
     }
-    assert found.keys() - own == {"conversion/machine_speed.py"}, (
-        found
-    )  # which measures a disk with and without
+    measures_a_disk = {"conversion/machine_speed.py"}
+    assert found.keys() - own == measures_a_disk, found
