@@ -240,7 +240,7 @@ _REFUSED_BY_THE_SYSTEM = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOO
 
 
 def as_refused_file(error: OSError) -> InputError | None:
-    """What the system says of a file where nobody foresaw it, as the refusal it is; None for anything else."""
+    """An unforeseen system error about a file, as an svdq error; None for anything else."""
     if error.errno not in _REFUSED_BY_THE_SYSTEM or error.filename is None:
         return None
     return InputError(
@@ -251,7 +251,7 @@ def as_refused_file(error: OSError) -> InputError | None:
 
 
 def stopped(error: BaseException) -> SvdqError | None:
-    """The refusal that an exception stands for, whoever raised it; None for a bug."""
+    """The error to report for an exception, whoever raised it; None for a bug."""
     match error:
         case SvdqError():
             return error

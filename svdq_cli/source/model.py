@@ -72,7 +72,7 @@ class Source:
 
     @cached_property
     def bytes(self) -> int:
-        """Of all tensors once they are read. Counted once: a prediction asks for every portion."""
+        """Of all tensors once they are read. Counted once: a prediction asks for every layer group."""
         return sum(entry_bytes(entry) for entry in self.tensors.values())
 
 

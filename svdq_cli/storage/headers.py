@@ -107,7 +107,7 @@ def pickled(path: Path) -> InputError:
 
 
 def other_kind(start: bytes) -> tuple[str, str] | None:
-    """What a file is that begins so and is no safetensors, and what to do; None where that can't be told."""
+    """What a file is that begins so and is not a safetensors, and what to do; None where that can't be told."""
     model = "give a diffusers pipeline folder, or a .safetensors or .gguf file"
     if start.startswith(b"version https://git-lfs"):
         return (
