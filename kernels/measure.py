@@ -95,7 +95,7 @@ TESTS = (
     "no:cacheprovider",
 )
 # What pictures of a mode are drawn with and compared by, where diffusers is installed
-PICTURES = 8
+IMAGES = 8
 
 
 def self_test(out: Path) -> Iterator[dict[str, object]]:
@@ -116,7 +116,7 @@ def correctness(out: Path) -> Iterator[dict[str, object]]:
 
 def sanitizer(out: Path) -> Iterator[dict[str, object]]:
     """compute-sanitizer over the self-tests and a few awkward shapes."""
-    chosen = "test_self_test or (twin and (m129 or m7-) and (r32 or r80 or r64))"
+    chosen = "test_self_test or (reference and (m129 or m7-) and (r32 or r80 or r64))"
     if "-k" in TESTS:  # the last -k counts
         chosen = f"({chosen}) and {TESTS[-1]}"
     for tool in ("memcheck", "racecheck"):
@@ -234,7 +234,7 @@ def _psnr_to_exact(out: Path) -> dict[str, float]:
     from svdq_cli.conversion.convert import convert
     from svdq_cli.evaluation.images import compare
     from svdq_cli.inference.load import load_pipeline
-    from svdq_cli.pipelines.generate import draw
+    from svdq_cli.pipelines.generate import generate_images
     from svdq_cli.prepare.defaults import evaluation_recipe
     from svdq_cli.prepare.options import RunOptions
     from svdq_cli.prepare.prompts import chosen_prompts
@@ -245,15 +245,15 @@ def _psnr_to_exact(out: Path) -> dict[str, float]:
     convert(default_recipe("demo", calibration=Calibration()), folder, options=options)
     checkpoint = open_checkpoint(folder)
     recipe = with_model_sampling(evaluation_recipe(checkpoint, "demo"), checkpoint.source, held_out=True)
-    prompts = chosen_prompts(recipe, options, ignore_events).texts[:PICTURES]
+    prompts = chosen_prompts(recipe, options, ignore_events).texts[:IMAGES]
     settings = sampling_for(recipe, checkpoint.source).settings
 
-    def pictures(backend: str):
-        return draw(load_pipeline(folder, device=GPU, backend=backend), prompts, settings=settings)
+    def images(backend: str):
+        return generate_images(load_pipeline(folder, device=GPU, backend=backend), prompts, settings=settings)
 
-    exact = pictures("kernels:exact")
-    drawn = {mode.label: pictures(f"kernels:{mode.label}") for mode in HopperMode}
-    drawn[PORTABLE] = pictures("kernels")  # before a measurement is in place these are the portable ones
+    exact = images("kernels:exact")
+    drawn = {mode.label: images(f"kernels:{mode.label}") for mode in HopperMode}
+    drawn[PORTABLE] = images("kernels")  # before a measurement is in place these are the portable ones
     return {label: compare(exact, others).psnr.mean for label, others in drawn.items()}
 
 

@@ -133,7 +133,7 @@ class ModelPlan:
     def w4a16(self) -> tuple[W4A16Plan, ...]:
         return tuple(layer for layer in self.layers if isinstance(layer, W4A16Plan))
 
-    def portions(self, *, data_free: bool) -> tuple[SharedInput, ...]:
+    def layer_groups(self, *, data_free: bool) -> tuple[SharedInput, ...]:
         """What is solved, and in memory, at a time, in the order of `inputs`: of each the W4A4 layers together, because
         they share a smoothing factor, and every W4A16 layer alone (the modulations of all blocks read one input).
         Data-free, where there is no smoothing, every branch alone. A layer group has its input's name; its first

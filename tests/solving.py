@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from svdq_cli.conversion.solve_layers import solve_into, solved_layers
+from svdq_cli.conversion.solve_layers import load_solved, solve_into
 from svdq_cli.conversion.work_folder import WorkFolder
 from svdq_cli.prepare.prepare import Prepared
 from svdq_cli.records import LayerSolution, ignore_events
@@ -17,4 +17,4 @@ def solved_in(folder: Path, prepared: Prepared) -> dict[str, LayerSolution]:
     folder.mkdir()
     work = WorkFolder(folder)
     solve_into(work, prepared, None, torch.device("cpu"), ignore_events)
-    return dict(solved_layers(prepared.plan, work, data_free=True)[0])
+    return dict(load_solved(prepared.plan, work, data_free=True)[0])

@@ -23,8 +23,8 @@ from svdq_cli import errors
 from svdq_cli.cli import run
 from svdq_cli.cli.app import app
 from svdq_cli.evaluation.images import psnr_db
-from svdq_cli.pipelines.generate import draw, load_source_pipeline
-from svdq_cli.pipelines.settings import DrawSettings
+from svdq_cli.pipelines.generate import generate_images, load_source_pipeline
+from svdq_cli.pipelines.settings import SamplingSettings
 from svdq_cli.sampling import sampling_of
 from svdq_cli.source import open_source
 from tools.train_demo.judge import look
@@ -102,7 +102,7 @@ def test_the_quick_starts_image_is_the_16_bit_models(quick_start: Path):
     """The same prompt, seed and settings: 39.8 dB. Of three other seeds the nearest image is at 26.7 dB."""
     source = open_source(quick_start / "model")
     sampling = sampling_of(source)
-    settings = DrawSettings(
+    settings = SamplingSettings(
         steps=sampling.steps,
         guidance=sampling.guidance,
         height=sampling.height,
@@ -111,7 +111,7 @@ def test_the_quick_starts_image_is_the_16_bit_models(quick_start: Path):
         max_sequence_length=sampling.max_sequence_length,
     )
     pipe = load_source_pipeline(quick_start / "model", dtype=torch.float32)
-    (exact,) = draw(pipe, [sampling.example_prompt], settings=settings)
+    (exact,) = generate_images(pipe, [sampling.example_prompt], settings=settings)
     assert sampling.example_prompt in QUICK_START.read_text(encoding="utf-8")
     with Image.open(quick_start / "circle.png") as image:
         assert psnr_db(exact, image) > 32

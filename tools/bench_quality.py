@@ -25,21 +25,21 @@ from torch import Tensor
 
 from svdq_cli.calibration.collect import collect_stats
 from svdq_cli.conversion.allocation import (
-    allocated,
+    allocate_ranks,
 )
 from svdq_cli.conversion.move_means import with_means_moved
 from svdq_cli.conversion.read_weights import finite_tensor
-from svdq_cli.conversion.solve_layers import Statistics, solve_into, solved_layers
-from svdq_cli.conversion.tune_blocks import reconstructed
+from svdq_cli.conversion.solve_layers import Statistics, load_solved, solve_into
+from svdq_cli.conversion.tune_blocks import tune_blocks
 from svdq_cli.conversion.work_folder import SolvedLayers, WorkFolder
 from svdq_cli.evaluation.images import psnr_db
 from svdq_cli.evaluation.layer_sqnr import moved_of
 from svdq_cli.evaluation.layers import layer_sqnr_db
 from svdq_cli.evaluation.outputs import OutputCall, output_errors, record_outputs
 from svdq_cli.inference.load import load_16bit_pipeline, replace_layers
-from svdq_cli.pipelines.generate import draw
+from svdq_cli.pipelines.generate import generate_images
 from svdq_cli.pipelines.joint import joint_model
-from svdq_cli.pipelines.settings import DrawSettings
+from svdq_cli.pipelines.settings import SamplingSettings
 from svdq_cli.prepare.locate import DEMO_SOURCES
 from svdq_cli.prepare.options import DEFAULT_OPTIONS, RunOptions
 from svdq_cli.prepare.prepare import Prepared, is_data_free, prepare
@@ -103,24 +103,24 @@ class Judge:
     """The 16-bit model's outputs and pictures of one source, its held-out activations, and how solutions are scored on
     them."""
 
-    def __init__(self, prepared: Prepared, prompts: int, pictures: int, options: RunOptions) -> None:
+    def __init__(self, prepared: Prepared, prompts: int, images: int, options: RunOptions) -> None:
         self.prepared, self.device = prepared, resolve_device(options.device)
         calibration = prepared.recipe.calibration
         assert calibration is not None
         held_out = calibration.model_copy(
             update={
                 "prompts": "calib_prompts/demo_eval.txt",
-                "samples": max(prompts, pictures),
+                "samples": max(prompts, images),
                 "seed": JUDGE_SEED,
             }
         )
         recipe = prepared.recipe.model_copy(update={"calibration": held_out})
         texts = chosen_prompts(recipe, options, _quiet).texts
-        self.pictured = texts[:pictures]
-        self.settings: DrawSettings = sampling_for(recipe, prepared.source).settings
+        self.imaged = texts[:images]
+        self.settings: SamplingSettings = sampling_for(recipe, prepared.source).settings
         pipe = self._pipeline()
         self.reference: Sequence[Image] = (
-            draw(pipe, self.pictured, settings=self.settings) if pictures else ()
+            generate_images(pipe, self.imaged, settings=self.settings) if images else ()
         )
         self.calls: list[list[OutputCall]] = [
             record_outputs(
@@ -137,7 +137,7 @@ class Judge:
             joint_model(pipe, prepared.source.components),
             prepared.plan.inputs,
             texts[:SQNR_PROMPTS],
-            draw=self.settings,
+            sampling=self.settings,
             rows=2048,
         )
 
@@ -154,7 +154,7 @@ class Judge:
         models = {name: getattr(pipe, name) for name in solved.source.components}
         found = [output_errors(models, calls, self.device, steps=self.settings.steps) for calls in self.calls]
         sqnr = [errors.sqnr for errors in found if errors is not None]
-        drawn = draw(pipe, self.pictured, settings=self.settings) if self.pictured else ()
+        drawn = generate_images(pipe, self.imaged, settings=self.settings) if self.imaged else ()
         psnr = [psnr_db(a, b) for a, b in zip(self.reference, drawn, strict=True)]
         return Scores(
             self._layers(solved, solutions),
@@ -187,7 +187,7 @@ def measure(
     precision: str,
     *,
     prompts: int,
-    pictures: int,
+    images: int,
     variants: Sequence[str],
     options: RunOptions = DEFAULT_OPTIONS,
     report: Callable[[Row], None],
@@ -195,7 +195,7 @@ def measure(
     """Solve and judge every variant of one source at one precision."""
     recipe = default_recipe(source, calibration=Calibration())
     recipe = with_overrides(recipe, {"quantization.precision": precision, "quantization.rank": 16})
-    judge = Judge(prepare(recipe), prompts, pictures, options)
+    judge = Judge(prepare(recipe), prompts, images, options)
     drawn = _calibrated(judge.prepared, options)
     for name in variants:
         wanted = recipe.quantization.model_copy(update=VARIANTS[name])
@@ -213,11 +213,11 @@ def _solved(
     data_free = is_data_free(prepared.recipe, None)
     statistics = None if data_free else drawn
     prepared, statistics = with_means_moved(prepared, statistics)
-    prepared, _ = allocated(prepared, statistics, device, _quiet, options=options, work=work)
+    prepared, _ = allocate_ranks(prepared, statistics, device, _quiet, options=options, work=work)
     solve_into(work, prepared, statistics, device, _quiet)
-    solved, reports = solved_layers(prepared.plan, work, data_free=data_free)
+    solved, reports = load_solved(prepared.plan, work, data_free=data_free)
     if prepared.recipe.quantization.effort == "best" and statistics is not None:
-        solved, _, _ = reconstructed(
+        solved, _, _ = tune_blocks(
             prepared, statistics, solved, reports, options=options, device=device, observe=_quiet
         )
     return prepared, solved
@@ -232,7 +232,7 @@ def _calibrated(prepared: Prepared, options: RunOptions) -> Statistics:
         joint_model(pipe, prepared.source.components),
         prepared.plan.inputs,
         chosen_prompts(prepared.recipe, options, _quiet).texts,
-        draw=prepared.sampling.settings,
+        sampling=prepared.sampling.settings,
         rows=prepared.sampling.rows,
     )
     return Statistics("", stats)
@@ -249,7 +249,7 @@ def main() -> None:
     parser.add_argument("--sources", nargs="+", default=DEMO_SOURCES, choices=DEMO_SOURCES)
     parser.add_argument("--precisions", nargs="+", default=("int4", "nvfp4"), choices=("int4", "nvfp4"))
     parser.add_argument("--prompts", type=int, default=32, help="whose trajectories judge the model's output")
-    parser.add_argument("--pictures", type=int, default=0, help="pictures of each variant, for PSNR")
+    parser.add_argument("--images", type=int, default=0, help="images of each variant, for PSNR")
     parser.add_argument("--only", nargs="+", default=tuple(VARIANTS), choices=tuple(VARIANTS))
     wanted = parser.parse_args()
     torch.manual_seed(0)
@@ -263,7 +263,7 @@ def main() -> None:
                 source,
                 precision,
                 prompts=wanted.prompts,
-                pictures=wanted.pictures,
+                images=wanted.images,
                 variants=wanted.only,
                 report=table.add,
             )

@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--single", type=int, default=4, help="single blocks")
     parser.add_argument("--heads", type=int, default=24, help=f"attention heads of width {HEAD}")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu", help="where to draw the numbers")
+    parser.add_argument("--device", default="cpu", help="where to generate the numbers")
     given = parser.parse_args()
     count = generate_flux(
         given.out,

@@ -34,7 +34,7 @@ from svdq_cli.records import (
     SolveSettings,
     W4A4Plan,
 )
-from svdq_cli.solve.forward import SourceWeight
+from svdq_cli.solve.forward import LinearWeights
 from svdq_cli.solve.linear import evenly, solve_input
 
 TEXTS, BATCH, ROWS = 256, 32, 4096
@@ -86,7 +86,7 @@ def measure(name: str, linear: nn.Linear, rows: Tensor, fresh: Tensor) -> dict[s
     x = evenly(rows, ROWS)
     wide = rows.float()
     stats = ActivationStats(name, wide.abs().amax(0), wide.square().mean(0), x, len(rows))
-    weight = SourceWeight(linear.weight.detach().float(), None)
+    weight = LinearWeights(linear.weight.detach().float(), None)
     shared = SharedInput(name, (name,), ((name,),))
     found: dict[str, float] = {}
     for label, (rank, smoothing, steps) in VARIANTS.items():

@@ -23,7 +23,7 @@ from svdq_cli.records import (
     W4A16Plan,
     following_seed,
 )
-from svdq_cli.solve.linear import SourceWeight, solve_input
+from svdq_cli.solve.linear import LinearWeights, solve_input
 
 SECONDS_PER_ROW = 0.2
 
@@ -78,7 +78,7 @@ def solve_random(plans: Sequence[LayerPlan], settings: BenchSettings) -> Iterato
     for plan in plans:
         weight = random_weight(settings, plan.linear)
         shared = SharedInput(plan.name, (plan.name,), ((plan.name,),))
-        solved = solve_input(shared, {plan.name: plan}, {plan.name: SourceWeight(weight, None)}, None, solve)
+        solved = solve_input(shared, {plan.name: plan}, {plan.name: LinearWeights(weight, None)}, None, solve)
         yield from (*solved.w4a4, *solved.w4a16)
 
 

@@ -19,8 +19,8 @@ def draw_plot(report: BenchReport, path: Path) -> None:
     rows = list(_lines(report))
     longest = max(1.0, *(row.ratio for row in report.rows))
     height = 2 * MARGIN + LINE * (len(rows) + 2)
-    picture = Image.new("RGB", (LABEL + BAR + 100 + 2 * MARGIN, height), "white")
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=12)
+    image = Image.new("RGB", (LABEL + BAR + 100 + 2 * MARGIN, height), "white")
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=12)
     draw.text(
         (MARGIN, MARGIN), f"{report.device.name}: speed relative to {report.rows[0].baseline}", INK, font
     )
@@ -37,7 +37,7 @@ def draw_plot(report: BenchReport, path: Path) -> None:
     at = left + BAR / longest
     for y in range(MARGIN + 2 * LINE, height - MARGIN, 8):
         draw.line((at, y, at, y + 4), fill=INK)
-    write_image(path, picture)
+    write_image(path, image)
 
 
 def _lines(report: BenchReport) -> Iterator[str | BenchRow]:

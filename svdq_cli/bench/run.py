@@ -42,7 +42,7 @@ from svdq_cli.records import (
     W4A4Solution,
     ignore_events,
 )
-from svdq_cli.runtime.cpu_operands import cpu_objection
+from svdq_cli.runtime.cpu_operands import cpu_unsupported_reason
 from svdq_cli.system.machine import on_device
 
 PRECISIONS: dict[str, Precision] = {precision.name: precision for precision in (Int4(), NvFp4())}
@@ -253,7 +253,11 @@ def _operations(case: Case, settings: BenchSettings) -> Iterator[Operation]:
                 yield from hopper_operations(solution, case.m)
             continue
         yield reference_linear(solution)
-        if settings.device.type == "cpu" and lack_of_engine() is None and cpu_objection(solution) is None:
+        if (
+            settings.device.type == "cpu"
+            and lack_of_engine() is None
+            and cpu_unsupported_reason(solution) is None
+        ):
             yield from cpu_operations(solution, case.m)
             continue
         if isinstance(solution, W4A4Solution) and solution.up.shape[1] > 0:

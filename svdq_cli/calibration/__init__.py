@@ -12,18 +12,18 @@ from svdq_cli.calibration.artefact import (
 )
 from svdq_cli.calibration.collect import collect_stats
 from svdq_cli.calibration.prompts import choose_prompts, dataset_prompts, prompts_digest, read_prompts
-from svdq_cli.pipelines.generate import draw, load_source_pipeline
-from svdq_cli.pipelines.settings import DrawSettings
+from svdq_cli.pipelines.generate import generate_images, load_source_pipeline
+from svdq_cli.pipelines.settings import SamplingSettings
 
 __all__ = [
     "Calibration",
     "CalibrationFacts",
     "CalibrationManifest",
-    "DrawSettings",
+    "SamplingSettings",
     "choose_prompts",
     "collect_stats",
     "dataset_prompts",
-    "draw",
+    "generate_images",
     "load_source_pipeline",
     "open_calibration",
     "prompts_digest",

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from svdq_cli.errors import InputError, UsageError
-from svdq_cli.pipelines.settings import DrawSettings, settings_json, settings_of_json
+from svdq_cli.pipelines.settings import SamplingSettings, settings_json, settings_of_json
 from svdq_cli.records import ActivationStats
 from svdq_cli.storage.atomic import refuse_existing, whole_folder
 from svdq_cli.storage.tensor_file import save_tensors
@@ -39,7 +39,7 @@ class CalibrationFacts:
     model_class: str
     family: str
     source_sha256: str | None
-    settings: DrawSettings
+    settings: SamplingSettings
     prompts_sha256: str
     prompts_count: int
 

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from svdq_cli.errors import InputError, UsageError
 from svdq_cli.pipelines.encode import EncodedPrompts
-from svdq_cli.pipelines.generate import Batch, denoise, drawn_batches, split_batches
+from svdq_cli.pipelines.generate import Batch, denoise, generated_batches, split_batches
 from svdq_cli.pipelines.joint import denoisers_in
-from svdq_cli.pipelines.settings import DrawSettings
+from svdq_cli.pipelines.settings import SamplingSettings
 from svdq_cli.planning.pointwise import channels_last
 from svdq_cli.records import ActivationStats, Observer, SharedInput, ignore_events
 
@@ -41,7 +41,7 @@ def collect_stats(
     inputs: Sequence[SharedInput],
     prompts: Sequence[str],
     *,
-    draw: DrawSettings,
+    sampling: SamplingSettings,
     rows: int,
     observe: Observer = ignore_events,
 ) -> dict[str, ActivationStats]:
@@ -53,10 +53,12 @@ def collect_stats(
     """
     if not prompts:
         raise UsageError("no prompt to calibrate with", hint="give at least one prompt")
-    batches = split_batches(prompts, settings=draw)
-    spread = Spread(rows=rows, pictures=len(prompts), seed=draw.seed)
+    batches = split_batches(prompts, settings=sampling)
+    spread = RowSampling(rows=rows, images=len(prompts), seed=sampling.seed)
     parts: dict[int, Part] = {}
-    collect_parts(pipe, model, inputs, batches, draw=draw, spread=spread, parts=parts, observe=observe)
+    collect_parts(
+        pipe, model, inputs, batches, sampling=sampling, spread=spread, parts=parts, observe=observe
+    )
     return {item.name: merged(item.name, [part[item.name] for part in parts.values()]) for item in inputs}
 
 
@@ -66,8 +68,8 @@ def collect_parts(
     inputs: Sequence[SharedInput],
     batches: Sequence[Batch],
     *,
-    draw: DrawSettings,
-    spread: Spread,
+    sampling: SamplingSettings,
+    spread: RowSampling,
     parts: MutableMapping[int, Part],
     encoded: EncodedPrompts | None = None,
     observe: Observer = ignore_events,
@@ -86,7 +88,7 @@ def collect_parts(
     with _hooked(sharing.layers, sharing.compare):
         # several denoisers have their turns in other steps: nothing less than all of them shows how often they run
         whole = len(denoisers_in(pipe)) > 1
-        turns = _turns_per_picture(pipe, layers, left[0], draw, encoded, whole=whole)
+        turns = _turns_per_image(pipe, layers, left[0], sampling, encoded, whole=whole)
     tallies: dict[str, _Tally] = {}
     drawn = left[0]
 
@@ -106,10 +108,10 @@ def collect_parts(
         _refuse_non_finite(tallies, layers)
         parts[drawn.first] = {name: _part(tally) for name, tally in tallies.items()}
 
-    pictures = drawn_batches(
+    images = generated_batches(
         pipe,
         left,
-        settings=draw,
+        settings=sampling,
         total=sum(len(batch.prompts) for batch in batches),
         output_type="latent",
         stage="calibrate",
@@ -119,7 +121,7 @@ def collect_parts(
         on_step=lambda step: _refuse_non_finite(tallies, layers),
     )
     with _hooked(layers, record), _outputs_hooked(readers, see):
-        for _ in pictures:
+        for _ in images:
             finish()
 
 
@@ -199,33 +201,31 @@ class _Tally:
 
 
 @dataclass(frozen=True, slots=True)
-class Spread:
+class RowSampling:
     """How sampled rows are spread over images, turns and tokens."""
 
     rows: int  # of an input, over all images
-    pictures: int
+    images: int
     seed: int
 
     def __post_init__(self) -> None:
         if self.rows < 1:
             raise UsageError(f"rows is {self.rows}", hint="keep 1 row or more")
 
-    def share(self, *, picture: int, turn: int, turns: int) -> int:
+    def share(self, *, image: int, turn: int, turns: int) -> int:
         """Rows that this turn may keep. All turns of all images together keep `rows`."""
         if turn >= turns:
             return 0
-        of_picture = self.rows * (picture + 1) // self.pictures - self.rows * picture // self.pictures
-        shift = _fraction(picture * _GOLDEN + self.seed * _SILVER)
-        return math.floor((turn + 1) * of_picture / turns + shift) - math.floor(
-            turn * of_picture / turns + shift
-        )
+        of_image = self.rows * (image + 1) // self.images - self.rows * image // self.images
+        shift = _fraction(image * _GOLDEN + self.seed * _SILVER)
+        return math.floor((turn + 1) * of_image / turns + shift) - math.floor(turn * of_image / turns + shift)
 
-    def tokens(self, *, picture: int, turn: int, turns: int, count: int) -> list[int]:
+    def tokens(self, *, image: int, turn: int, turns: int, count: int) -> list[int]:
         """Indices of the tokens that a turn keeps of its `count`, ascending and evenly strided."""
-        share = self.share(picture=picture, turn=turn, turns=turns)
+        share = self.share(image=image, turn=turn, turns=turns)
         if share >= count:
             return list(range(count))
-        shift = _fraction((picture * turns + turn + 1) * _GOLDEN + self.seed * _SILVER)
+        shift = _fraction((image * turns + turn + 1) * _GOLDEN + self.seed * _SILVER)
         return [min(int((i + shift) * count / share), count - 1) for i in range(share)]
 
 
@@ -233,7 +233,7 @@ def _fraction(value: float) -> float:
     return value - math.floor(value)
 
 
-def _add(tally: _Tally, activation: Tensor, *, batch: Batch, spread: Spread, turns: int) -> None:
+def _add(tally: _Tally, activation: Tensor, *, batch: Batch, spread: RowSampling, turns: int) -> None:
     entries = _by_entry(activation)  # (entries, tokens, K)
     flat = entries.flatten(0, 1)
     # norms over tokens: one pass over the activation each, without a float32 copy of it
@@ -244,12 +244,12 @@ def _add(tally: _Tally, activation: Tensor, *, batch: Batch, spread: Spread, tur
     tally.tokens += flat.shape[0]
     for index, entry in enumerate(entries):
         # pipelines that guide in one call stack the passes: [unconditional images, conditional images]
-        picture = batch.first + index % len(batch.prompts)
-        turn = tally.turns.get(picture, 0)
-        tally.turns[picture] = turn + 1
-        chosen = spread.tokens(picture=picture, turn=turn, turns=turns, count=entry.shape[0])
+        image = batch.first + index % len(batch.prompts)
+        turn = tally.turns.get(image, 0)
+        tally.turns[image] = turn + 1
+        chosen = spread.tokens(image=image, turn=turn, turns=turns, count=entry.shape[0])
         if chosen:
-            tally.rows[picture, turn] = entry[chosen].to(torch.bfloat16)
+            tally.rows[image, turn] = entry[chosen].to(torch.bfloat16)
 
 
 def _by_entry(activation: Tensor) -> Tensor:
@@ -270,11 +270,11 @@ def _part(tally: _Tally) -> InputPart:
     return InputPart(tally.abs_max.cpu(), tally.squares.cpu(), rows.cpu(), tally.tokens, peaks)
 
 
-def _turns_per_picture(
+def _turns_per_image(
     pipe: DiffusionPipeline,
     layers: Mapping[str, nn.Module],
     batch: Batch,
-    settings: DrawSettings,
+    settings: SamplingSettings,
     encoded: EncodedPrompts | None,
     *,
     whole: bool,

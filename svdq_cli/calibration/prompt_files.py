@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from svdq_cli.calibration.columns import column_of, text_of
-from svdq_cli.calibration.prompt_sets import prompts_by_picture
+from svdq_cli.calibration.prompt_sets import prompts_by_image
 from svdq_cli.calibration.prompts import dataset_prompts, read_prompts, read_text, refuse_no_prompt
 from svdq_cli.calibration.shards import samples_of
 from svdq_cli.errors import InputError, UsageError
@@ -103,7 +103,7 @@ def _of_yaml(path: Path, column: str | None) -> PromptList:
         )
     if column is not None:
         return _of_lines(path, column)
-    return PromptList(prompts_by_picture(path), f"{path}, by image")
+    return PromptList(prompts_by_image(path), f"{path}, by image")
 
 
 # ------------------------------------------------------------------------------------------------- tables

@@ -48,10 +48,10 @@ def prompts_of_set(wanted: PromptSet) -> tuple[str, ...]:
     """All its prompts, from the Hub or its cache. Raises InputError where they can't be had."""
     if wanted.file is None:
         return dataset_prompts(wanted.repository, split="train", column=wanted.column).texts
-    return prompts_by_picture(_fetched(wanted.repository, wanted.file))
+    return prompts_by_image(_fetched(wanted.repository, wanted.file))
 
 
-def prompts_by_picture(path: Path) -> tuple[str, ...]:
+def prompts_by_image(path: Path) -> tuple[str, ...]:
     """The prompts of a JSON or YAML file {image: prompt} or {image: {prompt: ..., ...}}, in the file's order.
 
     Raises InputError for any other content.
@@ -64,10 +64,10 @@ def prompts_by_picture(path: Path) -> tuple[str, ...]:
     if not isinstance(content, Mapping) or not content:
         raise _unreadable(path, "expected prompts by image")
     prompts: list[str] = []
-    for picture, entry in content.items():
+    for image, entry in content.items():
         prompt = entry.get("prompt") if isinstance(entry, Mapping) else entry
         if not isinstance(prompt, str) or not prompt.strip():
-            raise _unreadable(path, f"no prompt for {picture!r}")
+            raise _unreadable(path, f"no prompt for {image!r}")
         prompts.append(" ".join(prompt.split()))
     return tuple(prompts)
 

@@ -19,7 +19,7 @@ from svdq_cli.records import Event, LayerPlan, Observer, ignore_events
 from svdq_cli.reports import CheckProblem, CheckReport
 from svdq_cli.solve.rebuild import WeightError, bias_error, weight_error
 from svdq_cli.source import Source, TensorEntry, is_finite, only, read_tensor, tensor_entry
-from svdq_cli.system.threads import cores, made_ahead
+from svdq_cli.system.threads import cores, prefetch
 
 # Rounding and every search leave a cosine of 0.98 and more (the lowest of 1,218 layers of tiny models of all families,
 # calibrated on a handful of rows). Numbers in a wrong order have one of 0. In between, with room for layers that no one
@@ -84,7 +84,7 @@ def first_difference(checkpoint: Checkpoint, source: Source) -> str | None:
         found = _verdict(checkpoint, source, plan, notes.get(plan.name))
         return bool(found.problems) and found.error is not None
 
-    verdicts = made_ahead(checkpoint.layers, differs, threads=cores(_CHECKERS))
+    verdicts = prefetch(checkpoint.layers, differs, threads=cores(_CHECKERS))
     return next((plan.name for plan, found in verdicts if found), None)
 
 
@@ -130,7 +130,7 @@ def _examined(
     def verdict(plan: LayerPlan) -> _Verdict:
         return _verdict(checkpoint, source, plan, notes.get(plan.name))
 
-    verdicts = made_ahead(checkpoint.layers, verdict, threads=cores(_CHECKERS))
+    verdicts = prefetch(checkpoint.layers, verdict, threads=cores(_CHECKERS))
     for done, (plan, found) in enumerate(verdicts, 1):
         problems += found.problems
         if found.error is not None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from svdq_cli.families.layouts.layout import STACKED, RowOrder
-from svdq_cli.formats.contract import PLAIN, Traits
+from svdq_cli.formats.contract import PLAIN, LayoutTraits
 from svdq_cli.planning.joint import with_name
 from svdq_cli.records import LayerPlan
 from svdq_cli.source import by_component
@@ -31,7 +31,7 @@ class StoredModule:
     carries_bias: bool = True  # False for all but the last part of a layer that is cut by columns
     one_plus: tuple[int, ...] = ()  # blocks of `Interleaved` whose bias is stored one larger
     pads: bool = False
-    traits: Traits = PLAIN
+    traits: LayoutTraits = PLAIN
 
     @property
     def name(self) -> str:

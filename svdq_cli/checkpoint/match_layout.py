@@ -24,7 +24,7 @@ from svdq_cli.families.layouts.layout import (
     ModelLayout,
     ModuleRule,
 )
-from svdq_cli.formats.contract import Format, Traits
+from svdq_cli.formats.contract import Format, LayoutTraits
 from svdq_cli.planning.joint import with_name
 from svdq_cli.records import Int4, LayerPlan, Linear, ModelPlan, W4A4Plan, W4A16Plan
 from svdq_cli.source import by_component, prefix_of
@@ -239,7 +239,7 @@ def _sized(
         and fmt.unsigned_after_gelu
     )
     quantized_activation = isinstance(first, W4A4Plan)
-    traits = Traits(
+    traits = LayoutTraits(
         row_scales=layout.row_scales or len(layers) > 1,
         unsigned=unsigned,
         engine_names=layout.dialect == "engine",

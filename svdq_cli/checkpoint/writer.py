@@ -40,7 +40,7 @@ from svdq_cli.source import (
 from svdq_cli.storage.atomic import write_text
 from svdq_cli.storage.output_paths import REPORT_FILE
 from svdq_cli.storage.tensor_file import DTYPE_OF_NAME, TensorSpec, write_tensors
-from svdq_cli.system.threads import cores, made_ahead
+from svdq_cli.system.threads import cores, prefetch
 
 SHARD_BYTES = 10_000_000_000  # the most that diffusers itself puts into one file
 _PACKERS = 2  # threads; few, because each holds a module
@@ -302,7 +302,7 @@ def _save(
     for file, pieces in zip(files, shards, strict=True):
         specs = {name: spec for piece in pieces for name, spec in piece.specs.items()}
         with write_tensors(file, specs, said) as writer:
-            for _, tensors in made_ahead(pieces, lambda piece: piece.make(), threads=cores(_PACKERS)):
+            for _, tensors in prefetch(pieces, lambda piece: piece.make(), threads=cores(_PACKERS)):
                 for name, tensor in tensors.items():
                     writer.write(name, tensor)
     if len(shards) > 1:

@@ -11,9 +11,15 @@ from typing import Any, cast
 import torch
 
 from svdq_cli.checkpoint.writer import target_of
-from svdq_cli.conversion.memory_backoff import Need, Way, need_of, stored_itemsize, where_it_fits
+from svdq_cli.conversion.memory_backoff import (
+    MemoryNeed,
+    Placement,
+    memory_need,
+    stored_itemsize,
+    where_it_fits,
+)
 from svdq_cli.conversion.read_weights import StreamedWeights
-from svdq_cli.conversion.record import Sample, can_record, recorded
+from svdq_cli.conversion.record import Sample, can_record, record_calls
 from svdq_cli.conversion.solve_layers import Statistics
 from svdq_cli.conversion.work_folder import CHOICES, WorkFolder
 from svdq_cli.errors import UsageError
@@ -29,10 +35,10 @@ from svdq_cli.solve.ranks import rank_errors
 from svdq_cli.source import by_component, prefix_of
 
 RANKS = tuple(range(16, 129, 16))
-GAIN_SAMPLE = Sample(pictures=8, batches=1, calls=8)  # shows how a layer's noise reaches the output
+GAIN_SAMPLE = Sample(images=8, batches=1, calls=8)  # shows how a layer's noise reaches the output
 
 
-def allocated(
+def allocate_ranks(
     prepared: Prepared,
     statistics: Statistics | None,
     device: torch.device,
@@ -65,10 +71,10 @@ def allocated(
     ranks = RANKS if wanted.rank == "auto" else (wanted.rank,)
     candidates = _kept_candidates(work)
     if candidates is None:
-        gains = layer_gains(prepared, options, device, observe) if draws_for_gains(prepared) else None
+        gains = layer_gains(prepared, options, device, observe) if generates_for_gains(prepared) else None
         candidates = candidates_of(prepared, statistics, ranks, device, observe, gains, options=options)
         work.keep_json(CHOICES, [asdict(candidate) for candidate in candidates])
-    warnings = () if draws_for_gains(prepared) else (_ALIKE,)
+    warnings = () if generates_for_gains(prepared) else (_ALIKE,)
     budget = budget_of(prepared, candidates)
     chosen = choices_of(candidates, budget, rival=None if wanted.size_bytes else DEFAULT_RANK)
     try:
@@ -97,7 +103,7 @@ def is_searched(prepared: Prepared) -> bool:
     return wanted.rank == "auto" or wanted.size_bytes is not None
 
 
-def draws_for_gains(prepared: Prepared) -> bool:
+def generates_for_gains(prepared: Prepared) -> bool:
     """Whether the search generates images, to see how layers' noise reaches the output."""
     return is_searched(prepared) and can_record(prepared)
 
@@ -106,7 +112,7 @@ def layer_gains(
     prepared: Prepared, options: RunOptions, device: torch.device, observe: Observer
 ) -> dict[str, float]:
     """How a W4A4 layer's noise reaches the model's output, measured on a few images."""
-    found = recorded(prepared, GAIN_SAMPLE, options=options, device=device, observe=observe)
+    found = record_calls(prepared, GAIN_SAMPLE, options=options, device=device, observe=observe)
     names = by_component(prepared.source.components, {plan.name: None for plan in prepared.plan.w4a4})
     lengths = {
         component: sum(each.length for each in trajectories) for component, (_, trajectories) in found.items()
@@ -155,13 +161,17 @@ def candidates_of(
 ) -> list[Candidate]:
     """The branches of the model with what each rank leaves of error. `gains` None: all layers weigh the same."""
     plans = {plan.name: plan for plan in prepared.plan.w4a4}
-    portions = [portion for portion in prepared.plan.portions(data_free=False) if portion.layers[0] in plans]
+    layer_groups = [
+        layer_group
+        for layer_group in prepared.plan.layer_groups(data_free=False)
+        if layer_group.layers[0] in plans
+    ]
     found: list[Candidate] = []
     started = time.monotonic()
-    observe(Event("start", "allocate", 0, len(portions)))
-    for done, portion in enumerate(portions, 1):
+    observe(Event("start", "allocate", 0, len(layer_groups)))
+    for done, layer_group in enumerate(layer_groups, 1):
         for names, errors in _rank_errors(
-            prepared, portion, statistics, ranks, device, options=options, observe=observe
+            prepared, layer_group, statistics, ranks, device, options=options, observe=observe
         ):
             choices = [
                 Choice(rank, _stored_bytes(prepared, names, rank), error) for rank, error in errors.items()
@@ -170,14 +180,20 @@ def candidates_of(
                 choices.append(Choice(None, _stored_bytes(prepared, names, None), (0.0,) * len(names)))
             weights_of = tuple(1.0 if gains is None else gains[name] for name in names)
             found.append(Candidate(names, tuple(choices), weights_of))
-        observe(Event("advance", "allocate", done, len(portions), portion.name, time.monotonic() - started))
-    observe(Event("end", "allocate", len(portions), len(portions), seconds=time.monotonic() - started))
+        observe(
+            Event(
+                "advance", "allocate", done, len(layer_groups), layer_group.name, time.monotonic() - started
+            )
+        )
+    observe(
+        Event("end", "allocate", len(layer_groups), len(layer_groups), seconds=time.monotonic() - started)
+    )
     return found
 
 
 def _rank_errors(
     prepared: Prepared,
-    portion: SharedInput,
+    layer_group: SharedInput,
     statistics: Statistics,
     ranks: Sequence[int],
     device: torch.device,
@@ -186,24 +202,30 @@ def _rank_errors(
     observe: Observer,
 ) -> list[tuple[tuple[str, ...], dict[int, tuple[float, ...]]]]:
     """`rank_errors` of a layer group of W4A4 layers, in the available memory."""
-    members = [plan for plan in prepared.plan.w4a4 if plan.name in portion.layers]
+    members = [plan for plan in prepared.plan.w4a4 if plan.name in layer_group.layers]
     plans = {plan.name: plan for plan in members}
 
-    def attempt(way: Way) -> list[tuple[tuple[str, ...], dict[int, tuple[float, ...]]]]:
-        streamed = StreamedWeights(prepared.source, plans, portion.layers, way.device)
-        weights = streamed if way.streamed else dict(streamed)
-        stats = statistics(portion.name)
+    def attempt(placement: Placement) -> list[tuple[tuple[str, ...], dict[int, tuple[float, ...]]]]:
+        streamed = StreamedWeights(prepared.source, plans, layer_group.layers, placement.device)
+        weights = streamed if placement.streamed else dict(streamed)
+        stats = statistics(layer_group.name)
         return rank_errors(
-            portion, members, weights, stats, prepared.settings, _usable(prepared, members, ranks)
+            layer_group, members, weights, stats, prepared.settings, _usable(prepared, members, ranks)
         )
 
-    def need(way: Way) -> Need:
-        rows, itemsize = statistics.rows(portion.name), stored_itemsize(prepared)
+    def need(placement: Placement) -> MemoryNeed:
+        rows, itemsize = statistics.rows(layer_group.name), stored_itemsize(prepared)
         searched = replace(prepared.settings, steps=())
-        return need_of(way, portion, plans, searched, rows=rows, itemsize=itemsize)
+        return memory_need(placement, layer_group, plans, searched, rows=rows, itemsize=itemsize)
 
     return where_it_fits(
-        portion.layers[0], attempt, need, device=device, options=options, observe=observe, stage="allocate"
+        layer_group.layers[0],
+        attempt,
+        need,
+        device=device,
+        options=options,
+        observe=observe,
+        stage="allocate",
     )
 
 

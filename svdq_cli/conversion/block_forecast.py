@@ -28,7 +28,7 @@ class BlockForecast:
 
     sizes: dict[str, BlockSize]
     calls: CallCounts
-    pictures: int  # that are generated to record them
+    images: int  # that are generated to record them
     steps: int  # of each
     batch: int  # images of one call
     itemsize: int  # bytes of a 16-bit model's number where it computes
@@ -62,15 +62,15 @@ def block_forecast(prepared: Prepared, options: RunOptions, device: torch.device
     assert wanted is not None
     sample = BLOCK_SAMPLE
     settings = sample_settings(prepared, sample)
-    pictures = min(sample.pictures, sample.batches * settings.batch_size, wanted.samples)
-    batches = -(-pictures // settings.batch_size)
-    batch = min(settings.batch_size, pictures)
+    images = min(sample.images, sample.batches * settings.batch_size, wanted.samples)
+    batches = -(-images // settings.batch_size)
+    batch = min(settings.batch_size, images)
     counts = counts_of(prepared, settings)
     sizes = {block: _size(prepared, counts, block, batch) for block in blocks_of(prepared.plan)}
     return BlockForecast(
         sizes=sizes,
         calls=CallCounts(batches * (2 if settings.true_cfg > 1 else 1), min(sample.calls, settings.steps)),
-        pictures=pictures,
+        images=images,
         steps=settings.steps,
         batch=batch,
         itemsize=compute_dtype(device).itemsize,
@@ -91,7 +91,7 @@ def _beside(prepared: Prepared, sizes: Mapping[str, BlockSize]) -> dict[str, int
     }
 
 
-def passages_room(prepared: Prepared, options: RunOptions, device: torch.device) -> int:
+def hidden_state_bytes(prepared: Prepared, options: RunOptions, device: torch.device) -> int:
     """Bytes of host memory for hidden states: half of what the tuned block leaves free."""
     tuning = block_forecast(prepared, options, device).device_bytes if device.type == "cpu" else 0
     return max(0, free_ram(options) - tuning) // 2

@@ -24,7 +24,7 @@ from svdq_cli.calibration.artefact import (
     save_calibration,
 )
 from svdq_cli.calibration.budget import rows_within, statistics_bytes
-from svdq_cli.calibration.collect import Spread, collect_parts
+from svdq_cli.calibration.collect import RowSampling, collect_parts
 from svdq_cli.calibration.parts import MergedStats, PartFolder
 from svdq_cli.calibration.prompts import prompts_digest
 from svdq_cli.conversion.memory import run_as_it_fits
@@ -35,7 +35,7 @@ from svdq_cli.inference.load import load_without_denoiser
 from svdq_cli.pipelines.encode import encode_prompts
 from svdq_cli.pipelines.generate import Batch, split_batches
 from svdq_cli.pipelines.joint import joint_model
-from svdq_cli.pipelines.settings import DrawSettings, settings_json
+from svdq_cli.pipelines.settings import SamplingSettings, settings_json
 from svdq_cli.prepare.facts import inputs_of
 from svdq_cli.prepare.options import DEFAULT_OPTIONS, RunOptions
 from svdq_cli.prepare.prepare import Prepared, prepare, prompts_of
@@ -53,12 +53,12 @@ DRAWN = "drawn"  # topic: a process has generated its images
 
 
 @dataclass(frozen=True, slots=True)
-class Drawing:
+class CalibrationRun:
     """The prompts and settings of a calibration, and how much of its activations is kept."""
 
     prepared: Prepared
     prompts: tuple[str, ...]
-    settings: DrawSettings
+    settings: SamplingSettings
     rows: int  # of every input
     facts: CalibrationFacts
 
@@ -86,18 +86,25 @@ def calibrate(
     )
     require_drawable(prepared)
     prepared = replace(prepared, prompts=prompts_of(prepared, options, observe))
-    drawing = drawing_of(prepared, options, observe, source_sha256=source_digest(prepared.source))
-    require_disk({out: drawing.bytes, folder: drawing.bytes})
+    calibration_run = calibration_run_of(
+        prepared, options, observe, source_sha256=source_digest(prepared.source)
+    )
+    require_disk({out: calibration_run.bytes, folder: calibration_run.bytes})
 
     def kept(work: WorkFolder) -> str:
-        return f"{len(PartFolder(work.pictures))} of {len(_batches(drawing))} batches of images"
+        return f"{len(PartFolder(work.images))} of {len(_batches(calibration_run))} batches of images"
 
     with kept_work(
-        folder, _identity(drawing, options), options=options, stage="calibrate", kept=kept, observe=observe
+        folder,
+        _identity(calibration_run, options),
+        options=options,
+        stage="calibrate",
+        kept=kept,
+        observe=observe,
     ) as work:
-        begun = {"work": str(work.path.resolve()), "source_sha256": drawing.facts.source_sha256}
-        options.team.tell(BEGUN, begun)
-        manifest = draw_calibration(out, drawing, work, options=options, observe=observe)
+        begun = {"work": str(work.path.resolve()), "source_sha256": calibration_run.facts.source_sha256}
+        options.team.broadcast(BEGUN, begun)
+        manifest = collect_calibration(out, calibration_run, work, options=options, observe=observe)
     return CalibrateReport(
         path=str(out),
         inputs=len(manifest.inputs),
@@ -124,7 +131,9 @@ def require_drawable(prepared: Prepared) -> Sampling:
     return wanted
 
 
-def drawing_of(prepared: Prepared, options: RunOptions, observe: Observer, *, source_sha256: str) -> Drawing:
+def calibration_run_of(
+    prepared: Prepared, options: RunOptions, observe: Observer, *, source_sha256: str
+) -> CalibrationRun:
     """The calibration that the recipe asks for. Raises as `require_drawable`, and InputError for prompts that can't be
     read."""
     wanted = require_drawable(prepared)
@@ -140,38 +149,50 @@ def drawing_of(prepared: Prepared, options: RunOptions, observe: Observer, *, so
         prompts_count=len(prompts),
     )
     rows = rows_within(input_widths(prepared.plan), rows=wanted.rows, budget=wanted.size_bytes)
-    return Drawing(prepared, prompts, settings, rows, facts)
+    return CalibrationRun(prepared, prompts, settings, rows, facts)
 
 
-def draw_calibration(
-    out: Path, drawing: Drawing, work: WorkFolder, *, options: RunOptions, observe: Observer
+def collect_calibration(
+    out: Path, calibration_run: CalibrationRun, work: WorkFolder, *, options: RunOptions, observe: Observer
 ) -> CalibrationManifest:
     """Draws what the work folder lacks, and writes the artefact from all of it. Other processes take their part of the
-    images in `draw_share`."""
-    draw_share(drawing, work, options=options, observe=observe)
+    images in `generate_share`."""
+    generate_share(calibration_run, work, options=options, observe=observe)
     options.team.gather(DRAWN)
-    parts = PartFolder(work.pictures)
-    wait_for_files(work.path, lambda: [b.first for b in _batches(drawing) if b.first not in parts])
-    names = [shared.name for shared in drawing.prepared.plan.inputs]
-    manifest = save_calibration(out, MergedStats(parts, names), drawing.facts, overwrite=options.overwrite)
+    parts = PartFolder(work.images)
+    wait_for_files(work.path, lambda: [b.first for b in _batches(calibration_run) if b.first not in parts])
+    names = [shared.name for shared in calibration_run.prepared.plan.inputs]
+    manifest = save_calibration(
+        out, MergedStats(parts, names), calibration_run.facts, overwrite=options.overwrite
+    )
     for first in list(parts):
         del parts[first]
     return manifest
 
 
-def draw_share(drawing: Drawing, work: WorkFolder, *, options: RunOptions, observe: Observer) -> None:
+def generate_share(
+    calibration_run: CalibrationRun, work: WorkFolder, *, options: RunOptions, observe: Observer
+) -> None:
     """Generate this process's share of the images that the work folder lacks."""
-    parts = PartFolder(work.pictures)
-    mine = options.team.share(_batches(drawing))
+    parts = PartFolder(work.images)
+    mine = options.team.share(_batches(calibration_run))
     if any(batch.first not in parts for batch in mine):
-        _draw(drawing, mine, parts, options, observe)
+        _generate(calibration_run, mine, parts, options, observe)
     options.team.done(DRAWN)
 
 
-def _draw(
-    drawing: Drawing, batches: Sequence[Batch], parts: PartFolder, options: RunOptions, observe: Observer
+def _generate(
+    calibration_run: CalibrationRun,
+    batches: Sequence[Batch],
+    parts: PartFolder,
+    options: RunOptions,
+    observe: Observer,
 ) -> None:
-    source, plan, settings = drawing.prepared.source, drawing.prepared.plan, drawing.settings
+    source, plan, settings = (
+        calibration_run.prepared.source,
+        calibration_run.prepared.plan,
+        calibration_run.settings,
+    )
     device = resolve_device(options.device)
     pipe = load_without_denoiser(source, class_name=plan.model_class, device=device)
     left = [batch for batch in batches if batch.first not in parts]
@@ -183,8 +204,8 @@ def _draw(
             joint_model(pipe, source.components),
             plan.inputs,
             batches,
-            draw=settings,
-            spread=Spread(drawing.rows, len(drawing.prompts), settings.seed),
+            sampling=settings,
+            spread=RowSampling(calibration_run.rows, len(calibration_run.prompts), settings.seed),
             parts=parts,
             encoded=encoded,
             observe=observe,
@@ -192,7 +213,7 @@ def _draw(
 
     run_as_it_fits(
         pipe,
-        drawing.prepared,
+        calibration_run.prepared,
         settings,
         collect,
         device=device,
@@ -202,23 +223,23 @@ def _draw(
     )
 
 
-def _batches(drawing: Drawing) -> tuple[Batch, ...]:
-    return split_batches(drawing.prompts, settings=drawing.settings)
+def _batches(calibration_run: CalibrationRun) -> tuple[Batch, ...]:
+    return split_batches(calibration_run.prompts, settings=calibration_run.settings)
 
 
-def _identity(drawing: Drawing, options: RunOptions) -> Identity:
+def _identity(calibration_run: CalibrationRun, options: RunOptions) -> Identity:
     """Everything that a batch's statistics depend on."""
     return {
         "svdq version": __version__,
         "torch version": torch.__version__,
         "device": resolve_device(options.device).type,
-        "model sha256": drawing.facts.source_sha256,
+        "model sha256": calibration_run.facts.source_sha256,
         "calibration": {
-            "prompts sha256": drawing.facts.prompts_sha256,
-            "rows": drawing.rows,
-            **settings_json(drawing.settings),
+            "prompts sha256": calibration_run.facts.prompts_sha256,
+            "rows": calibration_run.rows,
+            **settings_json(calibration_run.settings),
         },
-        "inputs": [shared.name for shared in drawing.prepared.plan.inputs],
+        "inputs": [shared.name for shared in calibration_run.prepared.plan.inputs],
     }
 
 

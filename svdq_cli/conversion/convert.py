@@ -21,9 +21,9 @@ from svdq_cli.calibration.prompts import prompts_digest
 from svdq_cli.checkpoint.check import WEIGHT_ERROR
 from svdq_cli.checkpoint.reader import MOVED_MEANS
 from svdq_cli.checkpoint.writer import Contents
-from svdq_cli.conversion.allocation import allocated, draws_for_gains
+from svdq_cli.conversion.allocation import allocate_ranks, generates_for_gains
 from svdq_cli.conversion.block_forecast import tuned_bytes
-from svdq_cli.conversion.calibrate import BEGUN, draw_calibration, drawing_of
+from svdq_cli.conversion.calibrate import BEGUN, calibration_run_of, collect_calibration
 from svdq_cli.conversion.card import model_card
 from svdq_cli.conversion.memory import reserved_ram
 from svdq_cli.conversion.move_means import with_means_moved
@@ -32,8 +32,8 @@ from svdq_cli.conversion.publish import Outputs, finished_outputs, gated, write_
 from svdq_cli.conversion.ranges import range_warnings
 from svdq_cli.conversion.read_weights import finite_tensor, require_in_range
 from svdq_cli.conversion.resume import kept_work, work_beside
-from svdq_cli.conversion.solve_layers import Statistics, solve_into, solved_elsewhere, solved_layers
-from svdq_cli.conversion.tune_blocks import reconstructed, require_blocks_run
+from svdq_cli.conversion.solve_layers import Statistics, load_solved, solve_into, solved_elsewhere
+from svdq_cli.conversion.tune_blocks import require_blocks_run, tune_blocks
 from svdq_cli.conversion.work_folder import BLOCKS, LAYERS, Identity, WorkFolder, remove_finished
 from svdq_cli.conversion.workers import CALIBRATED
 from svdq_cli.errors import InputError
@@ -61,7 +61,7 @@ from svdq_cli.storage.atomic import refuse_existing, remove_leftovers, require_d
 from svdq_cli.storage.output_paths import require_name, require_places
 from svdq_cli.system.allocator import return_freed_memory
 from svdq_cli.system.machine import limit_vram, peak_memory, resolve_device
-from svdq_cli.system.threads import made_meanwhile
+from svdq_cli.system.threads import in_background
 
 _REPORTED = ("svdq_version", "versions", "source_sha256", "calibration_sha256", "loras_sha256")
 NAMING = "naming.json"  # in the work folder: the outputs of a run that has started to give them their names
@@ -94,7 +94,7 @@ class Job:
     @property
     def draws_again(self) -> bool:
         """Whether it generates images, for its blocks or its ranks, although statistics were given."""
-        return self.tunes_blocks or draws_for_gains(self.prepared)
+        return self.tunes_blocks or generates_for_gains(self.prepared)
 
     @property
     def work(self) -> Path:
@@ -170,9 +170,7 @@ def begin(
     for path in paths:
         refuse_existing(path, overwrite=replaces)
     source = source_of(recipe, options)
-    with made_meanwhile(
-        partial(source_digest, source)
-    ) as digesting:  # prepare imports diffusers, on one core
+    with in_background(partial(source_digest, source)) as digesting:  # prepare imports diffusers, on one core
         prepared = prepare(recipe, beside=options.beside, source=source)
         _require_weights_and_places(prepared, paths, calibration, overwrite=replaces)
         data_free = is_data_free(recipe, calibration)
@@ -196,8 +194,10 @@ def begin(
     )
     if job.tunes_blocks:
         require_blocks_run(prepared)
-    draws = not data_free and job.calibration is None
-    require_memory(forecast_of(prepared, job.calibration, draws=draws, device=job.device, options=options))
+    generates = not data_free and job.calibration is None
+    require_memory(
+        forecast_of(prepared, job.calibration, generates=generates, device=job.device, options=options)
+    )
     limit_vram(job.device, options.max_vram)
     require_disk({paths[0]: disk_bytes(prepared), job.work: _work_bytes(job)})
     job.warn(warnings_of(prepared, data_free=data_free))
@@ -279,11 +279,11 @@ def _calibration_identity(job: Job) -> Mapping[str, object] | None:
         return None
     if job.calibration is not None:
         artefact = {"sha256": job.calibration.digest}
-        return {**artefact, **_drawn_identity(job)} if job.draws_again else artefact
-    return _drawn_identity(job)
+        return {**artefact, **_sampling_identity(job)} if job.draws_again else artefact
+    return _sampling_identity(job)
 
 
-def _drawn_identity(job: Job) -> Mapping[str, object]:
+def _sampling_identity(job: Job) -> Mapping[str, object]:
     """The prompts and sampling settings of the calibration images."""
     prompts = prompts_of(job.prepared, job.options, ignore_events)
     assert job.prepared.sampling is not None
@@ -301,13 +301,13 @@ def _batch_count(job: Job) -> int:
 @contextmanager
 def _work_of(job: Job) -> Iterator[WorkFolder]:
     """The job's work folder, once no leftovers of a killed run are in the way."""
-    portions = len(job.prepared.plan.portions(data_free=job.data_free))
+    layer_groups = len(job.prepared.plan.layer_groups(data_free=job.data_free))
 
     def kept(work: WorkFolder) -> str:
-        said = [f"{len(work.finished(LAYERS))} of {portions} layer groups solved"]
+        said = [f"{len(work.finished(LAYERS))} of {layer_groups} layer groups solved"]
         if (work.calibration / MANIFEST).is_file():
             said = ["the calibration statistics", *said]
-        elif images := len(PartFolder(work.pictures)):
+        elif images := len(PartFolder(work.images)):
             said = [f"{images} of {_batch_count(job)} batches of calibration images"]
         if blocks := len(work.finished(BLOCKS)):
             said.append(f"{blocks} tuned block{'s' * (blocks > 1)}")
@@ -336,19 +336,19 @@ def _solve(job: Job, work: WorkFolder) -> Solved:
     prepared, statistics = with_means_moved(job.prepared, statistics)
     if prepared.source.moved:
         job.warn((_MOVED,))
-    prepared, warnings = allocated(
+    prepared, warnings = allocate_ranks(
         prepared, statistics, job.device, job.observe, options=job.options, work=work
     )
-    job.options.team.tell(CALIBRATED, {})
+    job.options.team.broadcast(CALIBRATED, {})
     job.warn(warnings)
     taken_over = solve_into(
         work, prepared, statistics, job.device, job.observe, options=job.options, reserved=job.reserved
     )
-    solutions, reports = solved_layers(prepared.plan, work, data_free=job.data_free)
+    solutions, reports = load_solved(prepared.plan, work, data_free=job.data_free)
     job.warn(solved_elsewhere(reports, job.device))
     blocks: dict[str, BlockSearch] = {}
     if job.tunes_blocks and statistics is not None:
-        solutions, reports, blocks = reconstructed(
+        solutions, reports, blocks = tune_blocks(
             prepared,
             statistics,
             solutions,
@@ -377,9 +377,9 @@ _MOVED = (
 
 def _tell_begun(job: Job, work: WorkFolder) -> None:
     """The other processes learn where the work is, and whether images are generated for it."""
-    draws = not (job.data_free or job.calibration or (work.calibration / MANIFEST).is_file())
-    begun = {"work": str(work.path.resolve()), "source_sha256": job.digest, "draws": draws}
-    job.options.team.tell(BEGUN, begun)
+    generates = not (job.data_free or job.calibration or (work.calibration / MANIFEST).is_file())
+    begun = {"work": str(work.path.resolve()), "source_sha256": job.digest, "draws": generates}
+    job.options.team.broadcast(BEGUN, begun)
 
 
 def _statistics(job: Job, work: WorkFolder) -> Statistics:
@@ -387,8 +387,12 @@ def _statistics(job: Job, work: WorkFolder) -> Statistics:
     opened = job.calibration
     if opened is None:
         if not (work.calibration / MANIFEST).is_file():
-            drawing = drawing_of(job.prepared, job.options, job.observe, source_sha256=job.digest)
-            draw_calibration(work.calibration, drawing, work, options=job.options, observe=job.observe)
+            calibration_run = calibration_run_of(
+                job.prepared, job.options, job.observe, source_sha256=job.digest
+            )
+            collect_calibration(
+                work.calibration, calibration_run, work, options=job.options, observe=job.observe
+            )
         opened = open_calibration(work.calibration)
     return Statistics(opened.digest, opened)
 

@@ -10,13 +10,13 @@ import torch
 from svdq_cli.errors import OutOfResourcesError
 from svdq_cli.inference.backend import compute_dtype
 from svdq_cli.inference.load import fill_denoiser
-from svdq_cli.pipelines.settings import DrawSettings
+from svdq_cli.pipelines.settings import SamplingSettings
 from svdq_cli.prepare.options import RunOptions
 from svdq_cli.prepare.prepare import Prepared, counts_of
 from svdq_cli.records import Event, Observer
 from svdq_cli.storage.library_facts import spared_cost
 from svdq_cli.system.machine import available_ram, available_vram, resident_ram
-from svdq_cli.system.offload import Room
+from svdq_cli.system.offload import WeightBudget
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -30,7 +30,7 @@ T = TypeVar("T")
 def run_as_it_fits(
     pipe: DiffusionPipeline,
     prepared: Prepared,
-    settings: DrawSettings,
+    settings: SamplingSettings,
     work: Callable[[], T],
     *,
     device: torch.device,
@@ -46,7 +46,7 @@ def run_as_it_fits(
     room = _room(prepared, settings, device, options)
 
     def attempt(share: float) -> T:
-        within = Room(int(room.device * share), room.host)
+        within = WeightBudget(int(room.device * share), room.host)
         fill_denoiser(pipe, prepared.source, class_name=prepared.plan.model_class, device=device, room=within)
         return work()
 
@@ -101,11 +101,13 @@ def free_vram(device: torch.device, options: RunOptions) -> int:
     )
 
 
-def _room(prepared: Prepared, settings: DrawSettings, device: torch.device, options: RunOptions) -> Room:
+def _room(
+    prepared: Prepared, settings: SamplingSettings, device: torch.device, options: RunOptions
+) -> WeightBudget:
     """What the denoiser's weights may take once the rest has its share."""
     itemsize = compute_dtype(device).itemsize
     working = counts_of(prepared, settings).forward_bytes(batch=settings.batch_size, itemsize=itemsize)
     ram = free_ram(options)
     if device.type != "cuda":
-        return Room(max(0, ram - working), 0)
-    return Room(max(0, free_vram(device, options) - working), max(0, ram))
+        return WeightBudget(max(0, ram - working), 0)
+    return WeightBudget(max(0, free_vram(device, options) - working), max(0, ram))

@@ -22,14 +22,14 @@ from svdq_cli.records import Event, LayerPlan, Observer, SharedInput, SolveSetti
 from svdq_cli.solve.costs import solve_bytes
 from svdq_cli.system.allocator import return_freed_memory
 from svdq_cli.system.machine import available_ram, resident_ram
-from svdq_cli.system.threads import NoRoomBeside
+from svdq_cli.system.threads import NoMemoryAlongside
 
 Result = TypeVar("Result")
 _CURE = "close other programs, or choose a smaller --effort or fewer calibration rows"
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
+class Placement:
     """How a layer group is solved."""
 
     device: torch.device
@@ -41,38 +41,38 @@ class Way:
 
 
 @dataclass(frozen=True, slots=True)
-class Need:
+class MemoryNeed:
     """Bytes that a placement takes in addition to what the process already holds."""
 
     ram: int
     vram: int
 
 
-def ways_on(device: torch.device) -> tuple[Way, ...]:
+def placements_on(device: torch.device) -> tuple[Placement, ...]:
     """All possible placements, from the fastest to the one that takes the least memory of `device`."""
     devices = [device] if device.type == "cpu" else [device, torch.device("cpu")]
-    return tuple(Way(each, streamed) for each in devices for streamed in (False, True))
+    return tuple(Placement(each, streamed) for each in devices for streamed in (False, True))
 
 
-def need_of(
-    way: Way,
-    portion: SharedInput,
+def memory_need(
+    placement: Placement,
+    layer_group: SharedInput,
     plans: Mapping[str, LayerPlan],
     settings: SolveSettings,
     *,
     rows: int,
     itemsize: int,
-) -> Need:
+) -> MemoryNeed:
     """`rows`: calibration rows; `itemsize`: bytes of a stored weight. What was read ahead is held already."""
-    sizes = [plans[name].linear.out_features * plans[name].linear.in_features for name in portion.layers]
-    width = plans[portion.layers[0]].linear.in_features
-    ram = 2 * rows * width + (itemsize * max(sizes) if way.streamed else 0)  # the rows as they are kept
-    working = solve_bytes(portion, plans, settings, rows=rows, streamed=way.streamed)
-    if way.device.type == "cpu":
-        numbers = max(sizes) if way.streamed else sum(sizes)
-        return Need(ram + max(working, 4 * numbers + reading_bytes(max(sizes))), 0)
+    sizes = [plans[name].linear.out_features * plans[name].linear.in_features for name in layer_group.layers]
+    width = plans[layer_group.layers[0]].linear.in_features
+    ram = 2 * rows * width + (itemsize * max(sizes) if placement.streamed else 0)  # the rows as they are kept
+    working = solve_bytes(layer_group, plans, settings, rows=rows, streamed=placement.streamed)
+    if placement.device.type == "cpu":
+        numbers = max(sizes) if placement.streamed else sum(sizes)
+        return MemoryNeed(ram + max(working, 4 * numbers + reading_bytes(max(sizes))), 0)
     # with the codes of the layer group before, which are packed there
-    return Need(ram, working + 3 * sum(sizes))
+    return MemoryNeed(ram, working + 3 * sum(sizes))
 
 
 def stored_itemsize(prepared: Prepared) -> int:
@@ -80,12 +80,20 @@ def stored_itemsize(prepared: Prepared) -> int:
     return -(-prepared.source.bytes // max(1, prepared.plan.parameters))
 
 
-def open_ways(
-    ways: tuple[Way, ...], need: Callable[[Way], Need], options: RunOptions, *, reserved: int | None = None
-) -> tuple[Way, ...]:
+def open_placements(
+    placements: tuple[Placement, ...],
+    need: Callable[[Placement], MemoryNeed],
+    options: RunOptions,
+    *,
+    reserved: int | None = None,
+) -> tuple[Placement, ...]:
     """The ways for which there is memory now; `reserved` as `free_ram` takes it."""
     ram = free_ram(options, reserved=reserved)
-    return tuple(way for way in ways if need(way).ram <= ram and _within(options.max_vram, need(way).vram))
+    return tuple(
+        placement
+        for placement in placements
+        if need(placement).ram <= ram and _within(options.max_vram, need(placement).vram)
+    )
 
 
 def _within(limit: int | None, needed: int) -> bool:
@@ -94,8 +102,8 @@ def _within(limit: int | None, needed: int) -> bool:
 
 def where_it_fits(
     layer: str,
-    attempt: Callable[[Way], Result],
-    need: Callable[[Way], Need],
+    attempt: Callable[[Placement], Result],
+    need: Callable[[Placement], MemoryNeed],
     *,
     device: torch.device,
     options: RunOptions,
@@ -111,43 +119,43 @@ def where_it_fits(
     Raises OutOfResourcesError when not one way has the memory; NoRoomBeside when the first has none and others are
     solved meanwhile, so that it is not `alone`.
     """
-    every = ways_on(device)
-    ways = open_ways(every, need, options, reserved=reserved)
+    every = placements_on(device)
+    placements = open_placements(every, need, options, reserved=reserved)
     if not alone:
-        return _attempt_beside(attempt, ways[:1] == every[:1], every[0])
-    if ways[:1] != every[:1]:
+        return _attempt_beside(attempt, placements[:1] == every[:1], every[0])
+    if placements[:1] != every[:1]:
         let_go()
-        ways = open_ways(every, need, options, reserved=reserved)
-    if not ways:
+        placements = open_placements(every, need, options, reserved=reserved)
+    if not placements:
         raise too_large(layer, need, device, options, reserved=reserved)
-    if ways[0].device != device:
+    if placements[0].device != device:
         lack = too_large(layer, need, device, options, reserved=reserved)
-        observe(Event("warning", stage, detail=f"{lack}; now {ways[0]}"))
-    return _first_that_ends(layer, attempt, ways, let_go, stage, observe)
+        observe(Event("warning", stage, detail=f"{lack}; now {placements[0]}"))
+    return _first_that_ends(layer, attempt, placements, let_go, stage, observe)
 
 
-def _attempt_beside(attempt: Callable[[Way], Result], fits: bool, way: Way) -> Result:
+def _attempt_beside(attempt: Callable[[Placement], Result], fits: bool, placement: Placement) -> Result:
     if fits:
         try:
-            return attempt(way)
+            return attempt(placement)
         except (RuntimeError, MemoryError) as error:
             if as_out_of_memory(error) is None:
                 raise
     # Only here are the attempt's tensors gone: the exception held its frames.
-    raise NoRoomBeside
+    raise NoMemoryAlongside
 
 
 def _first_that_ends(
     layer: str,
-    attempt: Callable[[Way], Result],
-    ways: tuple[Way, ...],
+    attempt: Callable[[Placement], Result],
+    placements: tuple[Placement, ...],
     let_go: Callable[[], object],
     stage: str,
     observe: Observer,
 ) -> Result:
-    way, others = ways[0], ways[1:]
+    placement, others = placements[0], placements[1:]
     try:
-        return attempt(way)
+        return attempt(placement)
     except (RuntimeError, MemoryError) as error:
         lack = as_out_of_memory(error)
         if lack is None:
@@ -155,7 +163,7 @@ def _first_that_ends(
     # Only here are the attempt's tensors gone: the exception held its frames.
     let_go()
     return_device_memory()
-    failure = f"{layer}: solving it {way}: {lack.message}"
+    failure = f"{layer}: solving it {placement}: {lack.message}"
     if not others:
         raise OutOfResourcesError(failure, hint=_CURE, where=layer, kind="out-of-memory")
     observe(Event("warning", stage, detail=f"{failure}; now {others[0]}"))
@@ -171,14 +179,14 @@ def return_device_memory() -> None:
 
 def too_large(
     layer: str,
-    need: Callable[[Way], Need],
+    need: Callable[[Placement], MemoryNeed],
     device: torch.device,
     options: RunOptions,
     *,
     reserved: int | None = None,
 ) -> OutOfResourcesError:
     """Why no way on `device` fits, with what the most sparing one takes."""
-    on_device = [need(way) for way in ways_on(device) if way.device == device]
+    on_device = [need(placement) for placement in placements_on(device) if placement.device == device]
     ram, vram = min(each.ram for each in on_device), min(each.vram for each in on_device)
     with_held = ram + max(resident_ram(), reserved_ram() if reserved is None else reserved)
     if options.max_vram is not None and vram > options.max_vram:

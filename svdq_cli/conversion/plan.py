@@ -20,7 +20,7 @@ from svdq_cli.conversion.predict import (
     uses_prompts,
     vram_bytes,
 )
-from svdq_cli.conversion.solve_layers import portions_at_once
+from svdq_cli.conversion.solve_layers import layer_groups_at_once
 from svdq_cli.inference.backend import compute_dtype
 from svdq_cli.prepare.facts import layer_counts, model_facts, predicted_sizes, rank_facts
 from svdq_cli.prepare.options import DEFAULT_OPTIONS, RunOptions
@@ -62,10 +62,10 @@ def predict(
     data_free = is_data_free(recipe, calibration)
     device = resolve_device(options.device)
     artefact = open_calibration(calibration) if calibration and not data_free else None
-    draws = not data_free and artefact is None
-    job = forecast_of(prepared, artefact, draws=draws, device=device, options=options)
+    generates = not data_free and artefact is None
+    job = forecast_of(prepared, artefact, generates=generates, device=device, options=options)
     out = Path(recipe.outputs[0].path or "") if recipe.outputs else Path()
-    side_by_side = portions_at_once(device)
+    side_by_side = layer_groups_at_once(device)
     with torch_threads(1 if side_by_side else torch.get_num_threads()):
         speed = speed_of(device, compute_dtype(device), existing(out))
     speed = replace(speed, forward=speed.forward * max(1, side_by_side))  # which has all cores

@@ -15,7 +15,7 @@ import torch
 
 from svdq_cli.conversion.machine_speed import RANK, SIDE, Speed
 from svdq_cli.conversion.predict import Forecast, stage_seconds, vram_bytes
-from svdq_cli.pipelines.settings import DrawSettings
+from svdq_cli.pipelines.settings import SamplingSettings
 from svdq_cli.prepare.prepare import counts_of
 from svdq_cli.reports import GpuConversion, GpuFacts, GpuGeneration
 from svdq_cli.solve.costs import Rates
@@ -37,7 +37,9 @@ BASIS = (
 )
 
 
-def on_card(job: Forecast, card: Card, settings: DrawSettings, local: Speed, *, preparing: float) -> GpuFacts:
+def on_card(
+    job: Forecast, card: Card, settings: SamplingSettings, local: Speed, *, preparing: float
+) -> GpuFacts:
     """Predictions for one conversion on `card`.
 
     `settings`: how images are generated; `local`: this machine's speed, whose disk and processor are taken to be the
@@ -46,7 +48,7 @@ def on_card(job: Forecast, card: Card, settings: DrawSettings, local: Speed, *, 
     usable = max(0, card.memory_bytes - CONTEXT)
     options = replace(job.options, max_vram=usable)
     there = replace(job, device=torch.device("cuda"), options=options)
-    least = _least_to_calibrate(there, settings) if there.draws else 0
+    least = _least_to_calibrate(there, settings) if there.generates else 0
     seconds = None
     if card.published is not None and least <= usable:
         low, high = (
@@ -97,7 +99,7 @@ def card_speed(published: Published, local: Speed, *, share: float, call_seconds
 # ------------------------------------------------------------------------------------------------- memory
 
 
-def _least_to_calibrate(job: Forecast, settings: DrawSettings) -> int:
+def _least_to_calibrate(job: Forecast, settings: SamplingSettings) -> int:
     """Bytes without which the 16-bit model can't run on the card: activations, and one block's weights at a time."""
     tokens = counts_of(job.prepared, settings)
     block = max(
@@ -107,7 +109,7 @@ def _least_to_calibrate(job: Forecast, settings: DrawSettings) -> int:
     return block + tokens.forward_bytes(batch=settings.batch_size, itemsize=2)
 
 
-def _generation(job: Forecast, settings: DrawSettings, usable: int) -> GpuGeneration:
+def _generation(job: Forecast, settings: SamplingSettings, usable: int) -> GpuGeneration:
     """One image with the converted model: everything on the card, or one component at a time as diffusers'
     `enable_model_cpu_offload` has it."""
     prepared = job.prepared
@@ -130,7 +132,7 @@ def _component_bytes(pipeline: Path, denoisers: Collection[str]) -> dict[str, in
     return found
 
 
-def _decoding_bytes(pipeline: Path, settings: DrawSettings) -> int:
+def _decoding_bytes(pipeline: Path, settings: SamplingSettings) -> int:
     """Feature maps of the autoencoder's decoder, in 16 bits, for one image at full size."""
     file = pipeline / "vae" / "config.json"
     channels = read_json(file).get("block_out_channels") if file.is_file() else None

@@ -14,22 +14,22 @@ import torch
 
 from svdq_cli.calibration.artefact import Calibration
 from svdq_cli.calibration.budget import rows_within, statistics_bytes
-from svdq_cli.conversion.allocation import draws_for_gains
-from svdq_cli.conversion.block_forecast import BlockForecast, block_forecast, passages_room
+from svdq_cli.conversion.allocation import generates_for_gains
+from svdq_cli.conversion.block_forecast import BlockForecast, block_forecast, hidden_state_bytes
 from svdq_cli.conversion.calibrate import input_widths
 from svdq_cli.conversion.machine_speed import Speed
 from svdq_cli.conversion.memory import free_ram, free_vram, reserved_ram
 from svdq_cli.conversion.memory_backoff import (
-    Need,
-    Way,
-    need_of,
-    open_ways,
+    MemoryNeed,
+    Placement,
+    memory_need,
+    open_placements,
+    placements_on,
     stored_itemsize,
     too_large,
-    ways_on,
 )
 from svdq_cli.conversion.record import can_record
-from svdq_cli.conversion.solve_layers import SPARED, portions_at_once
+from svdq_cli.conversion.solve_layers import SPARED, layer_groups_at_once
 from svdq_cli.conversion.work_folder import solved_bytes
 from svdq_cli.errors import OutOfResourcesError
 from svdq_cli.inference.backend import compute_dtype
@@ -55,14 +55,14 @@ class Forecast:
 
     prepared: Prepared
     artefact: Calibration | None  # statistics that were given
-    draws: bool  # whether it generates its own statistics
+    generates: bool  # whether it generates its own statistics
     device: torch.device
     options: RunOptions
     tokens: TokenCounts | None  # of an image of the recipe's calibration; None where it has none
 
     @property
     def data_free(self) -> bool:
-        return self.artefact is None and not self.draws
+        return self.artefact is None and not self.generates
 
     def rows(self, shared: SharedInput) -> int:
         """Calibration rows of an input, 0 for data-free."""
@@ -70,7 +70,7 @@ class Forecast:
             entries = self.artefact.manifest.inputs
             return next((entry.rows for entry in entries if entry.name == shared.name), 0)
         wanted = self.prepared.sampling
-        if not self.draws or wanted is None:
+        if not self.generates or wanted is None:
             return 0
         kept = rows_within(input_widths(self.prepared.plan), rows=wanted.rows, budget=wanted.size_bytes)
         return min(kept, wanted.samples * wanted.settings.steps * self.by_layer[shared.layers[0]])
@@ -84,7 +84,7 @@ class Forecast:
     @property
     def tunes_blocks(self) -> bool:
         """Whether it reconstructs blocks."""
-        calibrated = self.draws or self.artefact is not None
+        calibrated = self.generates or self.artefact is not None
         wanted = self.prepared.recipe.quantization.effort == "best"
         return wanted and calibrated and can_record(self.prepared)
 
@@ -98,13 +98,13 @@ def forecast_of(
     prepared: Prepared,
     artefact: Calibration | None,
     *,
-    draws: bool,
+    generates: bool,
     device: torch.device,
     options: RunOptions,
 ) -> Forecast:
-    """What is to be predicted of a conversion that uses `artefact`'s statistics or, with `draws`, its own."""
+    """What is to be predicted of a conversion that uses `artefact`'s statistics or, with `generates`, its own."""
     tokens = counts_of(prepared, prepared.sampling.settings) if prepared.sampling else None
-    return Forecast(prepared, artefact, draws, device, options, tokens)
+    return Forecast(prepared, artefact, generates, device, options, tokens)
 
 
 def uses_prompts(prepared: Prepared, calibration: Path | None) -> bool:
@@ -113,7 +113,7 @@ def uses_prompts(prepared: Prepared, calibration: Path | None) -> bool:
     recipe = prepared.recipe
     if recipe.calibration is None or is_data_free(recipe, calibration):
         return False
-    return calibration is None or recipe.quantization.effort == "best" or draws_for_gains(prepared)
+    return calibration is None or recipe.quantization.effort == "best" or generates_for_gains(prepared)
 
 
 # ------------------------------------------------------------------------------------------------- time
@@ -125,7 +125,7 @@ def stage_seconds(job: Forecast, speed: Speed, preparing: float, *, at_once: int
     prepared = job.prepared
     source, packed = prepared.source.bytes, sum(t.bytes(prepared.inventory.state) for t in prepared.targets)
     digest = source / speed.hashed + source / speed.read
-    calibrate = _calibrate_seconds(job, speed) + STARTING * preparing if job.draws else 0.0
+    calibrate = _calibrate_seconds(job, speed) + STARTING * preparing if job.generates else 0.0
     kept = work_bytes(prepared.plan, prepared.settings.dtype)
     solve = speed.solve.seconds(_solve_work(job)) / at_once + kept / speed.write
     if job.tunes_blocks:
@@ -167,8 +167,8 @@ def _calibrate_seconds(job: Forecast, speed: Speed) -> float:
 def _reconstruct_seconds(job: Forecast, speed: Speed) -> float:
     """The images are generated, both streams go through the blocks, and every block is tuned and kept."""
     blocks = job.blocks
-    drawing = blocks.pictures * blocks.steps * pass_seconds(job, speed) + _loading_seconds(job, speed)
-    return drawing + speed.solve.seconds(blocks.work) + blocks.kept / speed.write
+    calibration_run = blocks.images * blocks.steps * pass_seconds(job, speed) + _loading_seconds(job, speed)
+    return calibration_run + speed.solve.seconds(blocks.work) + blocks.kept / speed.write
 
 
 def pass_seconds(job: Forecast, speed: Speed) -> float:
@@ -202,12 +202,12 @@ def ram_bytes(job: Forecast) -> int:
     """Peak of the process: what it holds now, with everything imported, and the largest stage's needs. A conversion
     that `--max-ram` leaves less than that makes do with less."""
     stages = [0, *_solving_bytes(job)]
-    if job.draws:
-        stages += _drawing_stages(job, cpu=job.device.type == "cpu")
+    if job.generates:
+        stages += _generating_stages(job, cpu=job.device.type == "cpu")
     if job.tunes_blocks:
         blocks, on_cpu = job.blocks, job.device.type == "cpu"
-        stages += _drawing_stages(job, cpu=on_cpu, batch=blocks.batch)
-        waiting = min(blocks.passed_bytes, passages_room(job.prepared, job.options, job.device))
+        stages += _generating_stages(job, cpu=on_cpu, batch=blocks.batch)
+        waiting = min(blocks.passed_bytes, hidden_state_bytes(job.prepared, job.options, job.device))
         stages.append(waiting + (blocks.device_bytes if on_cpu else 0))
     peak = reserved_ram() + max(stages)
     return peak if job.options.max_ram is None else min(peak, job.options.max_ram)
@@ -216,15 +216,15 @@ def ram_bytes(job: Forecast) -> int:
 def _solving_bytes(job: Forecast) -> list[int]:
     """The memory of every layer group and of what waits next to it; or of the largest that are solved side by side, as
     many as there is memory for."""
-    portions = _portions(job)
-    needs = [_planned(job, portion)[1].ram for portion in portions]
-    at_once = portions_at_once(job.device)
+    layer_groups = _layer_groups(job)
+    needs = [_planned(job, layer_group)[1].ram for layer_group in layer_groups]
+    at_once = layer_groups_at_once(job.device)
     if not at_once:
-        return [need + _waiting_bytes(job, each) for need, each in zip(needs, portions, strict=True)]
+        return [need + _waiting_bytes(job, each) for need, each in zip(needs, layer_groups, strict=True)]
     room = (1 - SPARED) * free_ram(job.options)
     largest = sorted(needs, reverse=True)[:at_once]
     plans = {layer.name: layer for layer in job.prepared.plan.layers}
-    written = max(packed_bytes(portion, plans) for portion in portions)
+    written = max(packed_bytes(layer_group, plans) for layer_group in layer_groups)
     fitting = [sum(largest[:count]) + written for count in range(1, at_once + 1)]
     return [max((needed for needed in fitting if needed <= room), default=fitting[0])]
 
@@ -233,11 +233,11 @@ def vram_bytes(job: Forecast) -> int | None:
     """Peak of torch's allocator; None without a GPU."""
     if job.device.type != "cuda":
         return None
-    stages = [_planned(job, portion)[1].vram for portion in _portions(job)]
-    if job.draws:
-        stages += _drawing_stages(job, cpu=True)
+    stages = [_planned(job, layer_group)[1].vram for layer_group in _layer_groups(job)]
+    if job.generates:
+        stages += _generating_stages(job, cpu=True)
     if job.tunes_blocks:
-        stages += [*_drawing_stages(job, cpu=True, batch=job.blocks.batch), job.blocks.device_bytes]
+        stages += [*_generating_stages(job, cpu=True, batch=job.blocks.batch), job.blocks.device_bytes]
     peak = max(stages)
     return peak if job.options.max_vram is None else min(peak, job.options.max_vram)
 
@@ -245,10 +245,10 @@ def vram_bytes(job: Forecast) -> int | None:
 def require_memory(job: Forecast) -> None:
     """OutOfResourcesError for a layer group that can't be solved in the available memory, `--max-ram` and `--max-vram`
     kept, and for a block that can't be tuned. (What calibration may take is settled where the model is loaded.)"""
-    for portion in _portions(job):
-        needs = _needs(job, portion)
-        if not open_ways(ways_on(job.device), needs.__getitem__, job.options):
-            raise too_large(portion.layers[0], needs.__getitem__, job.device, job.options)
+    for layer_group in _layer_groups(job):
+        needs = _needs(job, layer_group)
+        if not open_placements(placements_on(job.device), needs.__getitem__, job.options):
+            raise too_large(layer_group.layers[0], needs.__getitem__, job.device, job.options)
     if job.tunes_blocks:
         _require_block_memory(job)
 
@@ -274,48 +274,52 @@ def _require_block_memory(job: Forecast) -> None:
 
 def on_the_cpu(job: Forecast) -> tuple[str, ...]:
     """A warning of layers that `--max-vram` leaves no room for."""
-    moved = [portion for portion in _portions(job) if _planned(job, portion)[0].device != job.device]
+    moved = [
+        layer_group
+        for layer_group in _layer_groups(job)
+        if _planned(job, layer_group)[0].device != job.device
+    ]
     if not moved:
         return ()
-    count = sum(len(portion.layers) for portion in moved)
+    count = sum(len(layer_group.layers) for layer_group in moved)
     return (
         f"{count} layers will be solved on the CPU, which takes longer than predicted: --max-vram has no room for "
         f"them (the first is {moved[0].layers[0]})",
     )
 
 
-def _portions(job: Forecast) -> tuple[SharedInput, ...]:
-    return job.prepared.plan.portions(data_free=job.data_free)
+def _layer_groups(job: Forecast) -> tuple[SharedInput, ...]:
+    return job.prepared.plan.layer_groups(data_free=job.data_free)
 
 
-def _needs(job: Forecast, portion: SharedInput) -> dict[Way, Need]:
-    plans = {name: job.prepared.plan.layer(name) for name in portion.layers}
+def _needs(job: Forecast, layer_group: SharedInput) -> dict[Placement, MemoryNeed]:
+    plans = {name: job.prepared.plan.layer(name) for name in layer_group.layers}
     need = partial(
-        need_of,
-        portion=portion,
+        memory_need,
+        layer_group=layer_group,
         plans=plans,
         settings=job.prepared.settings,
-        rows=job.rows(portion),
+        rows=job.rows(layer_group),
         itemsize=stored_itemsize(job.prepared),
     )
-    return {way: need(way) for way in ways_on(job.device)}
+    return {placement: need(placement) for placement in placements_on(job.device)}
 
 
-def _planned(job: Forecast, portion: SharedInput) -> tuple[Way, Need]:
+def _planned(job: Forecast, layer_group: SharedInput) -> tuple[Placement, MemoryNeed]:
     """The fastest way that fits, or the most sparing one where none does; and what it needs."""
-    needs = _needs(job, portion)
-    ways = ways_on(job.device)
-    way = (*open_ways(ways, needs.__getitem__, job.options), ways[-1])[0]
-    return way, needs[way]
+    needs = _needs(job, layer_group)
+    placements = placements_on(job.device)
+    placement = (*open_placements(placements, needs.__getitem__, job.options), placements[-1])[0]
+    return placement, needs[placement]
 
 
-def _waiting_bytes(job: Forecast, portion: SharedInput) -> int:
-    plans = {name: job.prepared.plan.layer(name) for name in portion.layers}
+def _waiting_bytes(job: Forecast, layer_group: SharedInput) -> int:
+    plans = {name: job.prepared.plan.layer(name) for name in layer_group.layers}
     pinned = job.device.type == "cuda"
-    return waiting_bytes(portion, plans, itemsize=stored_itemsize(job.prepared), pinned=pinned)
+    return waiting_bytes(layer_group, plans, itemsize=stored_itemsize(job.prepared), pinned=pinned)
 
 
-def _drawing_stages(job: Forecast, *, cpu: bool, batch: int | None = None) -> list[int]:
+def _generating_stages(job: Forecast, *, cpu: bool, batch: int | None = None) -> list[int]:
     """The text encoders with the rest of the pipeline, then the denoiser with its activations. `cpu`: whether they
     compute where the memory is asked for; `batch`: images generated at a time, where it is not the recipe's."""
     itemsize = compute_dtype(job.device).itemsize
@@ -336,7 +340,7 @@ def peak_disk_bytes(job: Forecast) -> int:
     merged; or once, with the solved layers and the outputs."""
     wanted = job.prepared.sampling
     statistics = 0
-    if job.draws and wanted is not None:
+    if job.generates and wanted is not None:
         statistics = sum(
             8 * width + 2 * width * job.rows(shared)
             for width, shared in zip(input_widths(job.prepared.plan), job.prepared.plan.inputs, strict=True)
@@ -345,7 +349,7 @@ def peak_disk_bytes(job: Forecast) -> int:
     spilled = 0
     if job.tunes_blocks:
         kept += job.blocks.kept
-        spilled = job.blocks.passed_bytes - passages_room(job.prepared, job.options, job.device)
+        spilled = job.blocks.passed_bytes - hidden_state_bytes(job.prepared, job.options, job.device)
     return max(2 * statistics, statistics + kept + max(spilled, disk_bytes(job.prepared)))
 
 

@@ -28,7 +28,7 @@ from svdq_cli.recipe import Recipe, figure_of
 from svdq_cli.records import Event, Observer
 from svdq_cli.reports import ConvertReport, OutputFile, to_json
 from svdq_cli.storage.atomic import sync_files, whole_output, write_text
-from svdq_cli.system.threads import made_meanwhile
+from svdq_cli.system.threads import in_background
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ def finished_outputs(
         started = time.monotonic()
         weights = _pack(prepared, partials, contents, observe)
         packed = time.monotonic()
-        with made_meanwhile(lambda stop: _on_disk(prepared.targets, paths, partials, weights, stop)) as facts:
+        with in_background(lambda stop: _on_disk(prepared.targets, paths, partials, weights, stop)) as facts:
             for partial in partials:
                 require_sound(partial, prepared.source, observe)
             files = facts.result()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from svdq_cli.errors import InputError, as_out_of_memory
 from svdq_cli.records import LayerPlan, SharedInput
-from svdq_cli.solve.forward import SourceWeight
+from svdq_cli.solve.forward import LinearWeights
 from svdq_cli.source import Source, TensorEntry, is_finite, read_tensor, tensor_entry
 from svdq_cli.storage.tensor_file import DTYPE_OF_NAME
 
@@ -26,10 +26,10 @@ class RawWeight:
     weight: Tensor  # (N, K), or (N, K, 1, 1) of a 1x1 convolution
     bias: Tensor | None  # (N,)
 
-    def on(self, device: torch.device) -> SourceWeight:
+    def on(self, device: torch.device) -> LinearWeights:
         """The weight in float32 on `device`. From pinned memory the copy runs while the CPU continues."""
         bias = None if self.bias is None else self.bias.to(device, non_blocking=True).float()
-        return SourceWeight(self.weight.to(device, non_blocking=True).float().flatten(1), bias)
+        return LinearWeights(self.weight.to(device, non_blocking=True).float().flatten(1), bias)
 
     def pinned(self) -> RawWeight:
         """The weight in page-locked memory, from which a GPU reads by itself; from other memory the driver copies it
@@ -43,7 +43,7 @@ class RawWeight:
 
 
 @dataclass(frozen=True, slots=True)
-class StreamedWeights(Mapping[str, SourceWeight]):
+class StreamedWeights(Mapping[str, LinearWeights]):
     """Weights of a layer group, each read from the source at every access and never kept."""
 
     source: Source
@@ -51,7 +51,7 @@ class StreamedWeights(Mapping[str, SourceWeight]):
     names: tuple[str, ...]
     device: torch.device
 
-    def __getitem__(self, name: str) -> SourceWeight:
+    def __getitem__(self, name: str) -> LinearWeights:
         return source_weight(self.source, self.plans[name], self.device)
 
     def __iter__(self) -> Iterator[str]:
@@ -62,12 +62,12 @@ class StreamedWeights(Mapping[str, SourceWeight]):
 
 
 def read_ahead(
-    source: Source, plans: Mapping[str, LayerPlan], device: torch.device, portion: SharedInput
+    source: Source, plans: Mapping[str, LayerPlan], device: torch.device, layer_group: SharedInput
 ) -> dict[str, RawWeight]:
     """The weights of a layer group, for a GPU pinned. None of them where memory runs out: they are read again when the
     layer group's turn has come and the one before it is gone."""
     try:
-        raw = {name: raw_weight(source, plans[name]) for name in portion.layers}
+        raw = {name: raw_weight(source, plans[name]) for name in layer_group.layers}
         return {name: each.pinned() for name, each in raw.items()} if device.type == "cuda" else raw
     except (RuntimeError, MemoryError) as error:
         if as_out_of_memory(error) is None:
@@ -85,14 +85,14 @@ def raw_weight(source: Source, plan: LayerPlan) -> RawWeight:
     return RawWeight(_filled(weight, name, entry), bias)
 
 
-def source_weight(source: Source, plan: LayerPlan, device: torch.device) -> SourceWeight:
+def source_weight(source: Source, plan: LayerPlan, device: torch.device) -> LinearWeights:
     """One linear of the source in float32 on `device`; it is never in memory as it is stored. InputError where it holds
     NaN or infinity."""
     name = f"{plan.name}.weight"
     entry = tensor_entry(source, name)
     weight = _filled(torch.empty(entry.shape, device=device), name, entry)
     bias = finite_tensor(source, f"{plan.name}.bias").to(device).float() if plan.linear.bias else None
-    return SourceWeight(weight.flatten(1), bias)
+    return LinearWeights(weight.flatten(1), bias)
 
 
 def reading_bytes(numbers: int) -> int:

@@ -15,13 +15,13 @@ from svdq_cli.errors import InputError
 from svdq_cli.inference.load import load_16bit_pipeline, load_without_denoiser
 from svdq_cli.pipelines.embeddings import EncodedPrompts
 from svdq_cli.pipelines.encode import encode_prompts
-from svdq_cli.pipelines.generate import Batch, drawn_batches, split_batches
+from svdq_cli.pipelines.generate import Batch, generated_batches, split_batches
 from svdq_cli.pipelines.joint import denoisers_in
-from svdq_cli.pipelines.settings import DrawSettings
+from svdq_cli.pipelines.settings import SamplingSettings
 from svdq_cli.planning.joint import plan_of
 from svdq_cli.prepare.options import RunOptions
 from svdq_cli.prepare.prepare import Prepared, prompts_of
-from svdq_cli.reconstruct import Recording, Trajectory, blocks_of, record_each, wiring_of
+from svdq_cli.reconstruct import Recording, Trajectory, block_graph_of, blocks_of, record_each
 from svdq_cli.records import Observer
 
 if TYPE_CHECKING:
@@ -30,16 +30,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """How many images to generate, and which calls to keep: the first `pictures` of the calibration's prompts in
+    """How many images to generate, and which calls to keep: the first `images` of the calibration's prompts in
     `batches` batches (or fewer images, where the recipe's batch size asks for smaller batches), and at most `calls`
     calls of each batch."""
 
-    pictures: int
+    images: int
     batches: int
     calls: int
 
 
-BLOCK_SAMPLE = Sample(pictures=32, batches=8, calls=8)  # the last quarter of the batches judges
+BLOCK_SAMPLE = Sample(images=32, batches=8, calls=8)  # the last quarter of the batches judges
 
 
 def can_record(prepared: Prepared) -> bool:
@@ -47,7 +47,7 @@ def can_record(prepared: Prepared) -> bool:
     return prepared.sampling is not None and prepared.source.pipeline is not None
 
 
-def recorded(
+def record_calls(
     prepared: Prepared,
     sample: Sample,
     *,
@@ -81,7 +81,7 @@ def record_blocks(
         trajectories = _trajectories(prepared, pipe, batches, settings, sample.calls, encoded, observe)
         return {
             component: Recording(
-                found, wiring_of(getattr(pipe, component), _blocks(component), found[0].calls[0])
+                found, block_graph_of(getattr(pipe, component), _blocks(component), found[0].calls[0])
             )
             for component, found in trajectories.items()
         }
@@ -94,18 +94,18 @@ def record_blocks(
     )
 
 
-def sample_settings(prepared: Prepared, sample: Sample) -> DrawSettings:
+def sample_settings(prepared: Prepared, sample: Sample) -> SamplingSettings:
     """The sampling settings of a sample."""
     assert prepared.sampling is not None
     settings = prepared.sampling.settings
-    return replace(settings, batch_size=max(1, min(settings.batch_size, sample.pictures // sample.batches)))
+    return replace(settings, batch_size=max(1, min(settings.batch_size, sample.images // sample.batches)))
 
 
 def _batches(
-    prepared: Prepared, sample: Sample, settings: DrawSettings, options: RunOptions, observe: Observer
+    prepared: Prepared, sample: Sample, settings: SamplingSettings, options: RunOptions, observe: Observer
 ) -> tuple[Batch, ...]:
     prompts = prompts_of(prepared, options, observe).texts
-    most = min(sample.pictures, sample.batches * settings.batch_size)
+    most = min(sample.images, sample.batches * settings.batch_size)
     return split_batches(prompts[:most], settings=settings)
 
 
@@ -113,16 +113,16 @@ def _trajectories(
     prepared: Prepared,
     pipe: DiffusionPipeline,
     batches: Sequence[Batch],
-    settings: DrawSettings,
+    settings: SamplingSettings,
     most: int,
     encoded: EncodedPrompts | None,
     observe: Observer,
 ) -> dict[str, list[Trajectory]]:
     """The recorded trajectories by component. Raises InputError for a denoiser that is never called."""
 
-    def drawing(batch: Batch) -> Callable[[], object]:
+    def calibration_run(batch: Batch) -> Callable[[], object]:
         return lambda: list(
-            drawn_batches(
+            generated_batches(
                 pipe,
                 [batch],
                 settings=settings,
@@ -134,8 +134,10 @@ def _trajectories(
             )
         )
 
-    recorded = record_each(denoisers_in(pipe), map(drawing, batches), steps=settings.steps, most=most)
-    found = {component: recorded[component] for component in prepared.source.components}
+    record_calls = record_each(
+        denoisers_in(pipe), map(calibration_run, batches), steps=settings.steps, most=most
+    )
+    found = {component: record_calls[component] for component in prepared.source.components}
     for component, trajectories in found.items():
         if not trajectories:
             raise InputError(

@@ -14,7 +14,14 @@ from torch import Tensor
 
 from svdq_cli.calibration.artefact import Calibration
 from svdq_cli.conversion.memory import free_ram, reserved_ram
-from svdq_cli.conversion.memory_backoff import Need, Way, need_of, stored_itemsize, ways_on, where_it_fits
+from svdq_cli.conversion.memory_backoff import (
+    MemoryNeed,
+    Placement,
+    memory_need,
+    placements_on,
+    stored_itemsize,
+    where_it_fits,
+)
 from svdq_cli.conversion.read_weights import RawWeight, StreamedWeights, read_ahead
 from svdq_cli.conversion.resume import wait_for_files
 from svdq_cli.conversion.work_folder import (
@@ -44,7 +51,7 @@ from svdq_cli.solve.linear import SolvedInput, solve_input
 from svdq_cli.solve.means import less_mean
 from svdq_cli.system.allocator import free_large_tensors_at_once, free_tensors_at_once, return_freed_memory
 from svdq_cli.system.machine import on_device
-from svdq_cli.system.threads import cores, done_behind, made_ahead, made_side_by_side
+from svdq_cli.system.threads import background_writer, cores, map_concurrently, prefetch
 
 LEFT = "left"  # topic: the layer groups that are still to be solved
 MOST_AT_ONCE = 8  # layer groups; more would wait for the memory's speed, and take gigabytes of it
@@ -88,18 +95,21 @@ def solve_into(
     the layers in `solve_share`. `reserved`: `reserved_ram` when the run was accepted. Raises OutOfResourcesError for a
     layer that fits in no memory."""
     data_free = statistics is None
-    portions = prepared.plan.portions(data_free=data_free)
-    left = [portion for portion in portions if not _is_finished(work, portion, observe)]
-    held = len(prepared.plan.layers) - sum(len(portion.layers) for portion in left)
+    layer_groups = prepared.plan.layer_groups(data_free=data_free)
+    left = [layer_group for layer_group in layer_groups if not _is_finished(work, layer_group, observe)]
+    held = len(prepared.plan.layers) - sum(len(layer_group.layers) for layer_group in left)
     team, job = options.team, Solving(prepared, statistics, device, options, observe, reserved)
-    if team.size > 1 or portions_at_once(device):
+    if team.size > 1 or layer_groups_at_once(device):
         left = job.longest_first(left)
     if team.size > 1:
-        team.tell(LEFT, {"portions": [_key(portion) for portion in left]})
+        team.broadcast(LEFT, {"portions": [_key(layer_group) for layer_group in left]})
     # Closed where it is left, or its threads would begin what follows until the garbage is collected.
-    with done_behind() as keep, closing(_solved(job, team.claims(LEFT, left), wait=keep.wait)) as solved:
-        for portion, each in _observed(prepared, solved, held, observe):
-            keep(partial(_keep, work, portion, each))
+    with (
+        background_writer() as keep,
+        closing(_solved(job, team.claims(LEFT, left), wait=keep.wait)) as solved,
+    ):
+        for layer_group, each in _observed(prepared, solved, held, observe):
+            keep(partial(_keep, work, layer_group, each))
             del each  # or its codes would stay until the next layer group is solved
     team.gather(LEFT)
     wait_for_files(work.path, lambda: [_key(each) for each in left if not work.has(LAYERS, _key(each))])
@@ -115,13 +125,16 @@ def solve_share(
     options: RunOptions,
 ) -> None:
     """What a process other than the first does of `solve_into`."""
-    portions = {_key(each): each for each in prepared.plan.portions(data_free=statistics is None)}
+    layer_groups = {_key(each): each for each in prepared.plan.layer_groups(data_free=statistics is None)}
     team = options.team
-    left = [portions[key] for key in cast("list[str]", team.hear(LEFT)["portions"])]
+    left = [layer_groups[key] for key in cast("list[str]", team.receive(LEFT)["portions"])]
     job = Solving(prepared, statistics, device, options, ignore_events)
-    with done_behind() as keep, closing(_solved(job, team.claims(LEFT, left), wait=keep.wait)) as solved:
-        for portion, each in solved:
-            keep(partial(_keep, work, portion, each))
+    with (
+        background_writer() as keep,
+        closing(_solved(job, team.claims(LEFT, left), wait=keep.wait)) as solved,
+    ):
+        for layer_group, each in solved:
+            keep(partial(_keep, work, layer_group, each))
             del each
     team.done(LEFT)
 
@@ -137,32 +150,32 @@ def solved_elsewhere(reports: Sequence[LayerReport], device: torch.device) -> tu
     )
 
 
-def _key(portion: SharedInput) -> str:
+def _key(layer_group: SharedInput) -> str:
     """The name of a layer group in the work folder."""
-    return portion.layers[0]
+    return layer_group.layers[0]
 
 
-def _keep(work: WorkFolder, portion: SharedInput, solved: SolvedInput) -> None:
+def _keep(work: WorkFolder, layer_group: SharedInput, solved: SolvedInput) -> None:
     """Codes are packed two a byte where they were solved, so that half as many bytes leave a GPU."""
     solutions, about = _solutions(solved), {"reports": [report_json(report) for report in solved.reports]}
     try:
-        work.keep(LAYERS, _key(portion), solutions, about)
+        work.keep(LAYERS, _key(layer_group), solutions, about)
     except torch.OutOfMemoryError:  # the next layer group has taken what a GPU had left
-        work.keep(LAYERS, _key(portion), [on_device(each, CPU) for each in solutions], about)
+        work.keep(LAYERS, _key(layer_group), [on_device(each, CPU) for each in solutions], about)
 
 
 def _solutions(solved: SolvedInput) -> tuple[LayerSolution, ...]:
     return (*solved.w4a4, *solved.w4a16)
 
 
-def solved_layers(
+def load_solved(
     plan: ModelPlan, work: WorkFolder, *, data_free: bool
 ) -> tuple[SolvedLayers, list[LayerReport]]:
     """Everything that `solve_into` left in the work folder, the reports in the plan's order of layer groups."""
     plans = {layer.name: layer for layer in plan.layers}
-    portions = plan.portions(data_free=data_free)
-    places = {name: (LAYERS, _key(each), plans[name]) for each in portions for name in each.layers}
-    reports = [report for each in portions for report in _kept_reports(work, each)]
+    layer_groups = plan.layer_groups(data_free=data_free)
+    places = {name: (LAYERS, _key(each), plans[name]) for each in layer_groups for name in each.layers}
+    reports = [report for each in layer_groups for report in _kept_reports(work, each)]
     return SolvedLayers(work, places), reports
 
 
@@ -185,35 +198,37 @@ class Solving:
     def itemsize(self) -> int:
         return stored_itemsize(self.prepared)
 
-    def rows(self, portion: SharedInput) -> int:
+    def rows(self, layer_group: SharedInput) -> int:
         """Calibration rows, 0 for data-free."""
-        return self.statistics.rows(portion.name) if self.statistics else 0
+        return self.statistics.rows(layer_group.name) if self.statistics else 0
 
-    def need(self, portion: SharedInput, way: Way) -> Need:
-        rows, settings = self.rows(portion), self.prepared.settings
-        return need_of(way, portion, self.plans, settings, rows=rows, itemsize=self.itemsize)
+    def need(self, layer_group: SharedInput, placement: Placement) -> MemoryNeed:
+        rows, settings = self.rows(layer_group), self.prepared.settings
+        return memory_need(placement, layer_group, self.plans, settings, rows=rows, itemsize=self.itemsize)
 
-    def stored(self, portion: SharedInput) -> int:
+    def stored(self, layer_group: SharedInput) -> int:
         """Bytes of its weights as they are read ahead."""
-        return stored_bytes(portion, self.plans, itemsize=self.itemsize, pinned=self.device.type == "cuda")
+        return stored_bytes(
+            layer_group, self.plans, itemsize=self.itemsize, pinned=self.device.type == "cuda"
+        )
 
-    def read(self, portion: SharedInput) -> dict[str, RawWeight]:
-        return read_ahead(self.prepared.source, self.plans, self.device, portion)
+    def read(self, layer_group: SharedInput) -> dict[str, RawWeight]:
+        return read_ahead(self.prepared.source, self.plans, self.device, layer_group)
 
-    def longest_first(self, portions: Iterable[SharedInput]) -> list[SharedInput]:
-        def cost(portion: SharedInput) -> float:
-            work = solve_work(portion, self.plans, self.prepared.settings, rows=self.rows(portion))
+    def longest_first(self, layer_groups: Iterable[SharedInput]) -> list[SharedInput]:
+        def cost(layer_group: SharedInput) -> float:
+            work = solve_work(layer_group, self.plans, self.prepared.settings, rows=self.rows(layer_group))
             return NOMINAL.seconds(work)
 
-        return sorted(portions, key=cost, reverse=True)
+        return sorted(layer_groups, key=cost, reverse=True)
 
 
 def _solved(
-    job: Solving, portions: Iterable[SharedInput], *, wait: Callable[[], object] = lambda: None
+    job: Solving, layer_groups: Iterable[SharedInput], *, wait: Callable[[], object] = lambda: None
 ) -> Generator[tuple[SharedInput, SolvedInput], None, None]:
     """Every layer group, as it comes from the device that it was solved on: one after the other while the next one's
-    weights are read, or some side by side (`portions_at_once`) as they are done, where there is memory for that. `wait`
-    returns when the caller holds no memory for earlier ones."""
+    weights are read, or some side by side (`layer_groups_at_once`) as they are done, where there is memory for that.
+    `wait` returns when the caller holds no memory for earlier ones."""
     options = job.options
     if options.max_ram is not None:
         free_tensors_at_once()
@@ -221,8 +236,8 @@ def _solved(
     reserved = reserved_ram() if job.reserved is None else job.reserved
     at_first = (1 - SPARED) * free_ram(options, reserved=reserved)
 
-    def solving(portions: Sequence[SharedInput]) -> int:
-        return sum(job.need(each, ways_on(job.device)[0]).ram for each in portions)
+    def solving(layer_groups: Sequence[SharedInput]) -> int:
+        return sum(job.need(each, placements_on(job.device)[0]).ram for each in layer_groups)
 
     def read_beside(busy: Sequence[SharedInput], following: SharedInput) -> bool:
         return solving(busy) + sum(map(job.stored, [*busy, following])) <= at_first
@@ -231,7 +246,7 @@ def _solved(
         written = max(packed_bytes(each, job.plans) for each in busy)
         return solving([*busy, following]) + written <= at_first
 
-    def solve(portion: SharedInput, raw: dict[str, RawWeight], alone: bool = True) -> SolvedInput:
+    def solve(layer_group: SharedInput, raw: dict[str, RawWeight], alone: bool = True) -> SolvedInput:
         def let_go() -> None:
             raw.clear()
             wait()
@@ -240,9 +255,9 @@ def _solved(
         if alone and options.max_ram is not None:
             wait()  # what is being written leaves no room that is sure to be there
         return where_it_fits(
-            _key(portion),
-            lambda way: _solved_so(way, job, portion, raw),
-            partial(job.need, portion),
+            _key(layer_group),
+            lambda placement: _solved_so(placement, job, layer_group, raw),
+            partial(job.need, layer_group),
             device=job.device,
             options=options,
             observe=job.observe,
@@ -251,20 +266,20 @@ def _solved(
             alone=alone,
         )
 
-    if at_once := portions_at_once(job.device):
+    if at_once := layer_groups_at_once(job.device):
         if options.max_ram is None:
             free_large_tensors_at_once()
-        yield from made_side_by_side(
-            portions, lambda each, alone: solve(each, {}, alone), threads=at_once, beside=solved_beside
+        yield from map_concurrently(
+            layer_groups, lambda each, alone: solve(each, {}, alone), threads=at_once, beside=solved_beside
         )
         return_freed_memory()
     else:
-        for portion, raw in made_ahead(portions, job.read, beside=read_beside):
-            yield portion, solve(portion, raw)
+        for layer_group, raw in prefetch(layer_groups, job.read, beside=read_beside):
+            yield layer_group, solve(layer_group, raw)
             return_freed_memory()
 
 
-def portions_at_once(device: torch.device) -> int:
+def layer_groups_at_once(device: torch.device) -> int:
     """How many layer groups are solved side by side, memory allowing, each by a thread with one core; 0 for one after
     the other by the main thread with all cores.
 
@@ -275,17 +290,20 @@ def portions_at_once(device: torch.device) -> int:
     return cores(MOST_AT_ONCE) if device.type == "cpu" else 0
 
 
-def _solved_so(way: Way, job: Solving, portion: SharedInput, raw: dict[str, RawWeight]) -> SolvedInput:
+def _solved_so(
+    placement: Placement, job: Solving, layer_group: SharedInput, raw: dict[str, RawWeight]
+) -> SolvedInput:
     """`raw`: weights that were read ahead. Each is let go when it is in float32 on the device."""
-    streamed = StreamedWeights(job.prepared.source, job.plans, portion.layers, way.device)
-    if way.streamed:
+    streamed = StreamedWeights(job.prepared.source, job.plans, layer_group.layers, placement.device)
+    if placement.streamed:
         weights = streamed
     else:
         weights = {
-            name: raw.pop(name).on(way.device) if name in raw else streamed[name] for name in portion.layers
+            name: raw.pop(name).on(placement.device) if name in raw else streamed[name]
+            for name in layer_group.layers
         }
-    stats = job.statistics(portion.name) if job.statistics else None
-    return solve_input(portion, job.plans, weights, stats, job.prepared.settings)
+    stats = job.statistics(layer_group.name) if job.statistics else None
+    return solve_input(layer_group, job.plans, weights, stats, job.prepared.settings)
 
 
 def _observed(
@@ -298,26 +316,26 @@ def _observed(
     if held:
         observe(Event("advance", "solve", done, total, f"{held} layers resumed from an earlier run"))
     started = time.monotonic()
-    for portion, each in solved:
-        detail = f"{_key(portion)}  {each.reports[0].sqnr_db:.1f} dB"
-        yield portion, each
+    for layer_group, each in solved:
+        detail = f"{_key(layer_group)}  {each.reports[0].sqnr_db:.1f} dB"
+        yield layer_group, each
         del each  # before the next one is waited for
-        done += len(portion.layers)
+        done += len(layer_group.layers)
         observe(Event("advance", "solve", done, total, detail, time.monotonic() - started))
     observe(Event("end", "solve", total, total, seconds=time.monotonic() - started))
 
 
-def _is_finished(work: WorkFolder, portion: SharedInput, observe: Observer) -> bool:
+def _is_finished(work: WorkFolder, layer_group: SharedInput, observe: Observer) -> bool:
     """The stored reports of a layer group; None, with a warning, where the file is damaged."""
-    if quoted(_key(portion)) not in work.taken_over:
+    if quoted(_key(layer_group)) not in work.taken_over:
         return False
     try:
-        return {report.name for report in _kept_reports(work, portion)} == set(portion.layers)
+        return {report.name for report in _kept_reports(work, layer_group)} == set(layer_group.layers)
     except (InputError, KeyError, TypeError, ValueError) as error:
-        observe(Event("warning", "solve", detail=f"{_key(portion)} is solved again: {error}"))
+        observe(Event("warning", "solve", detail=f"{_key(layer_group)} is solved again: {error}"))
         return False
 
 
-def _kept_reports(work: WorkFolder, portion: SharedInput) -> list[LayerReport]:
-    said = cast("list[dict[str, object]]", work.about(LAYERS, _key(portion))["reports"])
+def _kept_reports(work: WorkFolder, layer_group: SharedInput) -> list[LayerReport]:
+    said = cast("list[dict[str, object]]", work.about(LAYERS, _key(layer_group))["reports"])
     return [report_of_json(each) for each in said]

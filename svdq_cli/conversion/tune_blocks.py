@@ -14,7 +14,7 @@ from typing import cast
 
 import torch
 
-from svdq_cli.conversion.block_forecast import passages_room
+from svdq_cli.conversion.block_forecast import hidden_state_bytes
 from svdq_cli.conversion.memory_backoff import return_device_memory
 from svdq_cli.conversion.read_weights import source_weight
 from svdq_cli.conversion.record import BLOCK_SAMPLE, can_record, record_blocks
@@ -25,7 +25,7 @@ from svdq_cli.inference.load import load_beside
 from svdq_cli.planning.joint import plan_of
 from svdq_cli.prepare.options import RunOptions
 from svdq_cli.prepare.prepare import Prepared
-from svdq_cli.reconstruct import Reconstruction, Shelf, TunedBlock, blocks_of, reconstruct
+from svdq_cli.reconstruct import Reconstruction, TensorCache, TunedBlock, blocks_of, reconstruct
 from svdq_cli.records import Event, LayerReport, LayerSolution, Observer
 from svdq_cli.reports import BlockSearch
 from svdq_cli.solve.linear import measured
@@ -43,7 +43,7 @@ def require_blocks_run(prepared: Prepared) -> None:
         )
 
 
-def reconstructed(
+def tune_blocks(
     prepared: Prepared,
     statistics: Statistics,
     solved: SolvedLayers,
@@ -92,17 +92,17 @@ def _tuned(
         return_device_memory()
         recording = recordings.pop(denoiser.component)
         prefix = prefix_of(prepared.source.components, denoiser.component)
-        if all(prefix + block in finished for block in recording.wiring.order):
+        if all(prefix + block in finished for block in recording.block_graph.order):
             continue
         model, weights = load_beside(
-            denoiser, recording.wiring.order, class_name=prepared.plan.model_class, device=device
+            denoiser, recording.block_graph.order, class_name=prepared.plan.model_class, device=device
         )
         folder = solved.work.passages
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
-        shelf = Shelf(folder, host_bytes=passages_room(prepared, options, device))
+        tensor_cache = TensorCache(folder, host_bytes=hidden_state_bytes(prepared, options, device))
         plan = plan_of(prepared.plan, denoiser.component)
         for tuned in reconstruct(
-            Reconstruction(model, weights, plan, _Own(solved, prefix), recording, shelf),
+            Reconstruction(model, weights, plan, _Own(solved, prefix), recording, tensor_cache),
             seed=prepared.settings.seed,
             finished={block.removeprefix(prefix) for block in finished if block.startswith(prefix)},
             observe=observe,

@@ -49,7 +49,7 @@ from svdq_cli.storage.atomic import is_unfinished, remove_unfinished, whole_file
 from svdq_cli.storage.tensor_file import TensorSpec, write_tensors
 
 JOURNAL = "journal.json"
-LAYERS, CALIBRATION, PICTURES = "layers", "calibration", "pictures"
+LAYERS, CALIBRATION, IMAGES = "layers", "calibration", "pictures"
 BLOCKS, PASSAGES = "blocks", "passages"
 CHOICES = "choices.json"
 _LOCK, _DONE = "lock", "done"
@@ -72,9 +72,9 @@ class WorkFolder:
         return self.path / CALIBRATION
 
     @property
-    def pictures(self) -> Path:
+    def images(self) -> Path:
         """The folder for the parts of statistics while images are generated."""
-        return self.path / PICTURES
+        return self.path / IMAGES
 
     @property
     def passages(self) -> Path:
@@ -151,7 +151,7 @@ class WorkFolder:
     def remove(self) -> None:
         """Everything svdq put there, and the folder if that was all. What tells whose the folder is goes last."""
         remove_unfinished(self.path)
-        for name in (LAYERS, BLOCKS, PASSAGES, PICTURES, CALIBRATION):
+        for name in (LAYERS, BLOCKS, PASSAGES, IMAGES, CALIBRATION):
             shutil.rmtree(self.path / name, ignore_errors=True)
         others = {*self.path.glob("*.json")} - {self.path / JOURNAL}
         for file in [*others, *(self.path / name for name in (JOURNAL, _LOCK, _DONE))]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from svdq_cli.calibration.artefact import open_calibration
-from svdq_cli.conversion.allocation import allocated
-from svdq_cli.conversion.calibrate import BEGUN, draw_share, drawing_of
+from svdq_cli.conversion.allocation import allocate_ranks
+from svdq_cli.conversion.calibrate import BEGUN, calibration_run_of, generate_share
 from svdq_cli.conversion.move_means import with_means_moved
 from svdq_cli.conversion.solve_layers import Statistics, solve_share
 from svdq_cli.conversion.work_folder import WorkFolder
@@ -27,8 +27,12 @@ CALIBRATED = "calibrated"  # topic: statistics and ranks are there
 def share_calibrate(recipe: Recipe, *, options: RunOptions) -> None:
     """A helping process's part of `calibrate`. Raises InterruptedRunError where another process is lost."""
     prepared, begun = _begun(recipe, options, every_layer=True)
-    drawing = drawing_of(prepared, options, ignore_events, source_sha256=str(begun["source_sha256"]))
-    draw_share(drawing, WorkFolder(Path(str(begun["work"]))), options=options, observe=ignore_events)
+    calibration_run = calibration_run_of(
+        prepared, options, ignore_events, source_sha256=str(begun["source_sha256"])
+    )
+    generate_share(
+        calibration_run, WorkFolder(Path(str(begun["work"]))), options=options, observe=ignore_events
+    )
 
 
 def share_convert(recipe: Recipe, *, calibration: Path | None, options: RunOptions) -> None:
@@ -37,16 +41,18 @@ def share_convert(recipe: Recipe, *, calibration: Path | None, options: RunOptio
     prepared, begun = _begun(recipe, options)
     work = WorkFolder(Path(str(begun["work"])))
     if begun["draws"]:
-        drawing = drawing_of(prepared, options, ignore_events, source_sha256=str(begun["source_sha256"]))
-        draw_share(drawing, work, options=options, observe=ignore_events)
-    team.hear(CALIBRATED)
+        calibration_run = calibration_run_of(
+            prepared, options, ignore_events, source_sha256=str(begun["source_sha256"])
+        )
+        generate_share(calibration_run, work, options=options, observe=ignore_events)
+    team.receive(CALIBRATED)
     statistics: Statistics | None = None
     if not is_data_free(recipe, calibration):
         opened = open_calibration(calibration or work.calibration)
         statistics = Statistics(opened.digest, opened)
     device = resolve_device(options.device)
     prepared, statistics = with_means_moved(prepared, statistics)
-    prepared, _ = allocated(prepared, statistics, device, ignore_events, options=options, work=work)
+    prepared, _ = allocate_ranks(prepared, statistics, device, ignore_events, options=options, work=work)
     solve_share(work, prepared, statistics, device, options=options)
 
 
@@ -57,6 +63,6 @@ def _begun(
     try:
         prepared = prepare(recipe, beside=options.beside, every_layer=every_layer)
     except SvdqError:
-        options.team.hear(BEGUN)  # the first process refuses the same, and says so
+        options.team.receive(BEGUN)  # the first process refuses the same, and says so
         raise
-    return prepared, options.team.hear(BEGUN)
+    return prepared, options.team.receive(BEGUN)

@@ -17,7 +17,7 @@ from PIL import Image, ImageChops, ImageDraw
 
 from svdq_cli.errors import InputError
 
-PICTURE = 96  # pixels a side
+IMAGE = 96  # pixels a side
 SHAPES = ("circle", "square", "triangle", "star")
 SIZES = ("small", "large")
 PALETTE: dict[str, tuple[int, int, int]] = {
@@ -168,32 +168,32 @@ def outline(shape: str, *, center: tuple[float, float], radius: float) -> list[t
     return [(x + radius * dx, y + radius * dy) for dx, dy in unit]
 
 
-def render(scene: Scene, size: int = PICTURE, *, rng: random.Random | None = None) -> Image.Image:
+def render(scene: Scene, size: int = IMAGE, *, rng: random.Random | None = None) -> Image.Image:
     """The image (RGB, size x size). `rng` moves each object by up to 1.5 px of 96 and its radius by up to 4 %."""
     oversample = 4
     side = size * oversample
-    picture = _shaded(PALETTE[scene.background], side, top=1.05, bottom=0.93).copy()
+    image = _shaded(PALETTE[scene.background], side, top=1.05, bottom=0.93).copy()
     for thing, (x, y) in zip(scene.things, scene.centers, strict=True):
         dx, dy, stretch = (rng.uniform(-1, 1) if rng else 0.0 for _ in range(3))
-        center = (side * (x + dx * 1.5 / PICTURE), side * (y + dy * 1.5 / PICTURE))
-        radius = side * RADIUS[thing.size] / PICTURE * (1 + 0.04 * stretch)
-        _draw_thing(picture, thing, center=center, radius=radius, rim=side * 1.3 / PICTURE)
-    return picture.resize((size, size), Image.Resampling.BOX)
+        center = (side * (x + dx * 1.5 / IMAGE), side * (y + dy * 1.5 / IMAGE))
+        radius = side * RADIUS[thing.size] / IMAGE * (1 + 0.04 * stretch)
+        _draw_thing(image, thing, center=center, radius=radius, rim=side * 1.3 / IMAGE)
+    return image.resize((size, size), Image.Resampling.BOX)
 
 
 def _draw_thing(
-    picture: Image.Image, thing: Thing, *, center: tuple[float, float], radius: float, rim: float
+    image: Image.Image, thing: Thing, *, center: tuple[float, float], radius: float, rim: float
 ) -> None:
     """A lit fill with a slightly darker rim of `rim` pixels inside the outline."""
     points = outline(thing.shape, center=center, radius=radius)
-    fill = _shaded(PALETTE[thing.color], picture.width, top=1.0, bottom=1.0)
-    dark = _shaded(PALETTE[thing.color], picture.width, top=0.84, bottom=0.84)
-    body = Image.new("L", picture.size, 0)
+    fill = _shaded(PALETTE[thing.color], image.width, top=1.0, bottom=1.0)
+    dark = _shaded(PALETTE[thing.color], image.width, top=0.84, bottom=0.84)
+    body = Image.new("L", image.size, 0)
     ImageDraw.Draw(body).polygon(points, fill=255)
-    edge = Image.new("L", picture.size, 0)
+    edge = Image.new("L", image.size, 0)
     ImageDraw.Draw(edge).line([*points, points[0], points[1]], fill=255, width=round(2 * rim), joint="curve")
-    picture.paste(fill, (0, 0), body)
-    picture.paste(dark, (0, 0), ImageChops.multiply(body, edge))
+    image.paste(fill, (0, 0), body)
+    image.paste(dark, (0, 0), ImageChops.multiply(body, edge))
 
 
 @cache

@@ -17,13 +17,13 @@ from svdq_cli.conversion.calibrate import calibrate
 from svdq_cli.conversion.card import CARD_FILE
 from svdq_cli.conversion.convert import convert
 from svdq_cli.evaluation.compare import Evaluation, compare_in
-from svdq_cli.evaluation.gallery import read_picture
-from svdq_cli.evaluation.grid import picture_grid
+from svdq_cli.evaluation.grid import image_grid
+from svdq_cli.evaluation.image_store import read_image
 from svdq_cli.evaluation.images import summarize
-from svdq_cli.evaluation.page import PAGE_PICTURE_BYTES, Chapter, Page, Table, Way, render_page
-from svdq_cli.evaluation.passes import CONVERTED, NAIVE, SIXTEEN_BIT, draw_missing
+from svdq_cli.evaluation.page import PAGE_IMAGE_BYTES, Page, ReportSection, Table, Variant, render_page
+from svdq_cli.evaluation.passes import CONVERTED, NAIVE, SIXTEEN_BIT, generate_missing
 from svdq_cli.evaluation.plot import search_of
-from svdq_cli.evaluation.report_page import chapter_of
+from svdq_cli.evaluation.report_page import section_of
 from svdq_cli.evaluation.score import score_pairs
 from svdq_cli.evaluation.write_report import PAGE_FILE, footer, write_figures
 from svdq_cli.inference.load import load_pipeline
@@ -98,7 +98,7 @@ def demo(
     started = time.monotonic()
     folders = [out / source.replace(":", "-") for source in sources]
     checkpoints = [folder / precision for folder in folders for precision in ("int4", NVFP4)]
-    budget = PAGE_PICTURE_BYTES // len(sources)
+    budget = PAGE_IMAGE_BYTES // len(sources)
     with _own_folder(out, overwrite=options.overwrite):
         told = [
             _one_source(source, folder, options, observe, budget=budget)
@@ -115,7 +115,7 @@ def demo(
             speed,
             time.monotonic() - started,
         )
-        page = Page(_PAGE_TITLE, _PAGE_LEAD, [each.chapter for each in told], [_speed(speed)], footer())
+        page = Page(_PAGE_TITLE, _PAGE_LEAD, [each.section for each in told], [_speed(speed)], footer())
         write_text(out / PAGE_FILE, render_page(page))
         write_text(out / DEMO_REPORT, json_text(report) + "\n")
     return report
@@ -149,7 +149,7 @@ class _Told:
     """What is told of one source: lines of the table, and a chapter of the page."""
 
     rows: tuple[DemoRow, ...]
-    chapter: Chapter
+    section: ReportSection
 
 
 def _one_source(source: str, folder: Path, options: RunOptions, observe: Observer, *, budget: int) -> _Told:
@@ -159,11 +159,11 @@ def _one_source(source: str, folder: Path, options: RunOptions, observe: Observe
     judged = with_overrides(
         evaluation_recipe(open_checkpoint(folder / "int4"), source), {"calibration.samples": EVAL_PROMPTS}
     )
-    pictures = folder / "eval"
+    images = folder / "eval"
     # passes that a demo of a minute does without
     without = ("own-noise", "outputs")
     found = compare_in(
-        pictures,
+        images,
         folder / "int4",
         judged,
         without=without,
@@ -173,18 +173,18 @@ def _one_source(source: str, folder: Path, options: RunOptions, observe: Observe
     )
     found = _with_nvfp4(found, folder / NVFP4, observe)
     search = search_of(folder / "int4")
-    write_figures(pictures, found, search=search)
+    write_figures(images, found, search=search)
     _write_grid(folder / "grid.png", found)
-    chapter = chapter_of(
+    section = section_of(
         found,
-        plots=pictures,
+        plots=images,
         title=source if source == "demo" else f"{source}, the stress variant with strong activation outliers",
         key=source.replace(":", "-"),
-        more_ways=[Way(NVFP4, _TITLES[NVFP4])],
+        more_ways=[Variant(NVFP4, _TITLES[NVFP4])],
         budget=budget,
         page_folder=folder.parent,
     )
-    return _Told(_rows(source, found, made), chapter)
+    return _Told(_rows(source, found, made), section)
 
 
 def _conversions(
@@ -212,10 +212,10 @@ def _conversions(
 
 def _with_nvfp4(found: Evaluation, checkpoint: Path, observe: Observer) -> Evaluation:
     """The evaluation of the int4 checkpoint with the other one generated next to it."""
-    run, gallery = found.run, found.gallery
-    draw_missing(gallery, NVFP4, run, lambda: load_pipeline(checkpoint, device=run.device), observe)
+    run, image_store = found.run, found.image_store
+    generate_missing(image_store, NVFP4, run, lambda: load_pipeline(checkpoint, device=run.device), observe)
     scores = score_pairs(
-        gallery, SIXTEEN_BIT, NVFP4, run.prompts, found.metrics, observe, stage="score SVDQuant nvfp4"
+        image_store, SIXTEEN_BIT, NVFP4, run.prompts, found.metrics, observe, stage="score SVDQuant nvfp4"
     )
     return replace(found, scores={**found.scores, NVFP4: scores})
 
@@ -226,10 +226,10 @@ def _write_grid(path: Path, found: Evaluation) -> None:
         for way, title in _TITLES.items()
     }
     columns = [
-        (title, [read_picture(found.gallery, way, row) for row in range(GRID_ROWS)])
+        (title, [read_image(found.image_store, way, row) for row in range(GRID_ROWS)])
         for way, title in titles.items()
     ]
-    write_image(path, picture_grid(columns, found.run.prompts[:GRID_ROWS]))
+    write_image(path, image_grid(columns, found.run.prompts[:GRID_ROWS]))
 
 
 def _rows(source: str, found: Evaluation, made: Mapping[str, ConvertReport]) -> tuple[DemoRow, ...]:
@@ -253,7 +253,7 @@ def _rows(source: str, found: Evaluation, made: Mapping[str, ConvertReport]) -> 
 
 
 def _summary(found: Evaluation, way: str, metric: str) -> Summary:
-    return summarize(found.scores[way].per_picture[metric])
+    return summarize(found.scores[way].per_image[metric])
 
 
 def _speed(bench: BenchReport) -> Table:

@@ -14,12 +14,12 @@ from svdq_cli.adapters.merge import merge_loras
 from svdq_cli.checkpoint.reader import open_checkpoint
 from svdq_cli.conversion.convert import convert
 from svdq_cli.demo.pink import sample_pink_captions
-from svdq_cli.evaluation.grid import picture_grid
+from svdq_cli.evaluation.grid import image_grid
 from svdq_cli.evaluation.images import compare
 from svdq_cli.inference.load import load_16bit_pipeline, load_pipeline
 from svdq_cli.lora.fold import fold
-from svdq_cli.pipelines.generate import draw
-from svdq_cli.pipelines.settings import DrawSettings
+from svdq_cli.pipelines.generate import generate_images
+from svdq_cli.pipelines.settings import SamplingSettings
 from svdq_cli.prepare.defaults import evaluation_recipe
 from svdq_cli.prepare.locate import locate_source
 from svdq_cli.prepare.options import DEFAULT_OPTIONS, RunOptions
@@ -91,10 +91,10 @@ def demo_lora(
         settings = sampling_for(evaluation_recipe(open_checkpoint(partial / "int4"), SOURCE), source).settings
         merged = merge_loras(source, [(lora, 1.0)])
         columns = {
-            "16-bit": _drawn_16_bit(source, texts, settings, device, observe),
-            "int4": _drawn_4_bit(partial / "int4", texts, settings, device, observe),
-            "16-bit + LoRA": _drawn_16_bit(merged, texts, settings, device, observe),
-            "int4 + folded LoRA": _drawn_4_bit(partial / "int4-pink", texts, settings, device, observe),
+            "16-bit": _images_16_bit(source, texts, settings, device, observe),
+            "int4": _images_4_bit(partial / "int4", texts, settings, device, observe),
+            "16-bit + LoRA": _images_16_bit(merged, texts, settings, device, observe),
+            "int4 + folded LoRA": _images_4_bit(partial / "int4-pink", texts, settings, device, observe),
         }
         base = compare(columns["16-bit"], columns["int4"]).psnr
         with_lora = compare(columns["16-bit + LoRA"], columns["int4 + folded LoRA"]).psnr
@@ -114,26 +114,28 @@ def demo_lora(
     return report
 
 
-def _drawn_16_bit(
+def _images_16_bit(
     source: Source,
     prompts: Sequence[str],
-    settings: DrawSettings,
+    settings: SamplingSettings,
     device: torch.device,
     observe: Observer,
 ) -> list[Image]:
     class_name = str(source.config["_class_name"])
     pipe = load_16bit_pipeline(source, class_name=class_name, device=device)
-    return draw(pipe, prompts, settings=settings, stage="generate 16-bit", observe=observe)
+    return generate_images(pipe, prompts, settings=settings, stage="generate 16-bit", observe=observe)
 
 
-def _drawn_4_bit(
+def _images_4_bit(
     checkpoint: Path,
     prompts: Sequence[str],
-    settings: DrawSettings,
+    settings: SamplingSettings,
     device: torch.device,
     observe: Observer,
 ) -> list[Image]:
-    return draw(load_pipeline(checkpoint, device=device), prompts, settings=settings, observe=observe)
+    return generate_images(
+        load_pipeline(checkpoint, device=device), prompts, settings=settings, observe=observe
+    )
 
 
 def _write_grid(
@@ -142,7 +144,7 @@ def _write_grid(
     """The images side by side; the 4-bit columns say how near they are to the 16-bit ones before them."""
     scores = {"int4": base, "int4 + folded LoRA": with_lora}
     titled = [
-        (f"{name}\n{scores[name].mean:.1f} dB" if name in scores else name, pictures[:GRID_ROWS])
-        for name, pictures in columns.items()
+        (f"{name}\n{scores[name].mean:.1f} dB" if name in scores else name, images[:GRID_ROWS])
+        for name, images in columns.items()
     ]
-    write_image(path, picture_grid(titled, prompts[:GRID_ROWS]))
+    write_image(path, image_grid(titled, prompts[:GRID_ROWS]))

@@ -30,7 +30,7 @@ from svdq_cli.prepare.locate import locate_source
 from svdq_cli.records import Int4, Linear, NvFp4, Precision, SharedInput, SolveSettings, W4A4Plan, W4A16Plan
 from svdq_cli.runtime.cpu_selftest import MOST, EngineCase, engine_cases
 from svdq_cli.runtime.selftest import KernelCase
-from svdq_cli.solve.forward import SourceWeight
+from svdq_cli.solve.forward import LinearWeights
 from svdq_cli.solve.linear import solve_input
 from svdq_cli.source import open_source
 from svdq_cli.storage.atomic import existing
@@ -191,7 +191,7 @@ def _round_trip_sqnr(precision: Precision | None) -> float:
     plan = W4A4Plan(linear, precision, 16) if precision else W4A16Plan(linear)
     shared = SharedInput("layer", ("layer",), (("layer",),))
     settings = SolveSettings("none", 0, torch.bfloat16)
-    solved = solve_input(shared, {"layer": plan}, {"layer": SourceWeight(weight, None)}, None, settings)
+    solved = solve_input(shared, {"layer": plan}, {"layer": LinearWeights(weight, None)}, None, settings)
     (solution,) = (*solved.w4a4, *solved.w4a16)
     fmt = format_named(DEFAULT)
     return layer_sqnr_db(weight, None, fmt.decode(plan, fmt.encode(solution)), rows)

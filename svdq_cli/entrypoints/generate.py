@@ -14,8 +14,8 @@ from svdq_cli.errors import UsageError
 from svdq_cli.inference.backend import Backend
 from svdq_cli.inference.load import load_pipeline
 from svdq_cli.pipelines.arguments import opened_image
-from svdq_cli.pipelines.generate import draw_one
-from svdq_cli.pipelines.settings import DrawSettings
+from svdq_cli.pipelines.generate import generate_one
+from svdq_cli.pipelines.settings import SamplingSettings
 from svdq_cli.pipelines.siblings import makes_videos, reading_inputs
 from svdq_cli.prepare.options import DEFAULT_OPTIONS, RunOptions
 from svdq_cli.prepare.sampling import sampling_for
@@ -24,7 +24,7 @@ from svdq_cli.records import Observer, ignore_events
 from svdq_cli.reports import GenerateReport
 from svdq_cli.storage.atomic import disk_errors, refuse_existing
 from svdq_cli.storage.images import write_image
-from svdq_cli.storage.output_paths import require_animated, require_picture_place
+from svdq_cli.storage.output_paths import require_animated, require_image_place
 from svdq_cli.system.machine import resolve_device
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def generate(
     """
     refuse_existing(out, overwrite=options.overwrite)
     read = [file for file in (path, inputs.image, inputs.mask) if file is not None]
-    require_picture_place(out, inputs=read, overwrite=options.overwrite, animated=True)
+    require_image_place(out, inputs=read, overwrite=options.overwrite, animated=True)
     started = time.monotonic()
     source = open_checkpoint(path, base=base).source
     read_with = with_inputs(recipe, inputs)
@@ -80,7 +80,7 @@ def generate(
     pipe = reading_inputs(pipe, settings)
     if makes_videos(pipe) and settings.frames != 1:
         require_animated(out)
-    frames = draw_one(pipe, prompt, settings=settings, observe=observe)
+    frames = generate_one(pipe, prompt, settings=settings, observe=observe)
     with disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         _save(frames, out)
@@ -117,7 +117,7 @@ def with_inputs(recipe: Recipe, inputs: Inputs) -> Recipe:
     return recipe.model_copy(update={"calibration": calibration.model_copy(update=given)})
 
 
-def _sized(settings: DrawSettings, width: int | None, height: int | None) -> DrawSettings:
+def _sized(settings: SamplingSettings, width: int | None, height: int | None) -> SamplingSettings:
     """Settings with the requested width and height. What is not requested has the proportions of the image that is
     read, and no more pixels than the model's own size."""
     if not settings.image:

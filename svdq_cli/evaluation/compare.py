@@ -13,9 +13,9 @@ import torch
 from svdq_cli import __version__
 from svdq_cli.checkpoint.reader import NAME_AGAINST, open_checkpoint
 from svdq_cli.errors import InputError
-from svdq_cli.evaluation.gallery import (
-    Gallery,
-    open_gallery,
+from svdq_cli.evaluation.image_store import (
+    ImageStore,
+    open_image_store,
     seconds_per_picture,
 )
 from svdq_cli.evaluation.images import summarize
@@ -25,7 +25,7 @@ from svdq_cli.evaluation.passes import (
     CONVERTED,
     NAIVE,
     NF4,
-    NOISE_PICTURES,
+    NOISE_IMAGES,
     NUDGED,
     SIXTEEN_BIT,
     TITLES,
@@ -33,7 +33,7 @@ from svdq_cli.evaluation.passes import (
     Sampled,
     sample_all,
 )
-from svdq_cli.evaluation.score import Loaded, Scores, load_metrics, score_pairs, score_pictures
+from svdq_cli.evaluation.score import Loaded, Scores, load_metrics, score_images, score_pairs
 from svdq_cli.evaluation.verdict import Evidence, next_step, verdict_of
 from svdq_cli.inference.backend import choose_backend
 from svdq_cli.metrics import METRICS
@@ -58,7 +58,7 @@ class Evaluation:
     run: Run
     facts: Mapping[str, object]
     report: EvalReport
-    gallery: Gallery
+    image_store: ImageStore
     scores: Mapping[str, Scores]
     metrics: Loaded
     layers: JudgedLayers
@@ -81,41 +81,41 @@ def compare_in(
     started = time.monotonic()
     run = _run(path, recipe, options, observe)
     facts = _facts(run)
-    gallery = open_gallery(folder, facts, run.prompts, overwrite=options.overwrite)
-    sampled = sample_all(run, gallery, without, observe)
-    metrics = load_metrics(run.device, pictures=len(run.prompts))
+    image_store = open_image_store(folder, facts, run.prompts, overwrite=options.overwrite)
+    sampled = sample_all(run, image_store, without, observe)
+    metrics = load_metrics(run.device, images=len(run.prompts))
     ways = [CONVERTED, *(way for way in (NAIVE, NF4) if way not in sampled.missing)]
-    noise = _noise(run, gallery, sampled, metrics, observe)
+    noise = _noise(run, image_store, sampled, metrics, observe)
     scores = {
         way: replace(
             score_pairs(
-                gallery, SIXTEEN_BIT, way, run.prompts, metrics, observe, stage=f"score {TITLES[way]}"
+                image_store, SIXTEEN_BIT, way, run.prompts, metrics, observe, stage=f"score {TITLES[way]}"
             ),
             noise=noise,
         )
         for way in ways
     }
-    report = _report(run, gallery, scores, metrics, sampled, page=page, started=started, observe=observe)
-    return Evaluation(run, facts, _gated(report, recipe), gallery, scores, metrics, sampled.layers)
+    report = _report(run, image_store, scores, metrics, sampled, page=page, started=started, observe=observe)
+    return Evaluation(run, facts, _gated(report, recipe), image_store, scores, metrics, sampled.layers)
 
 
 def _noise(
-    run: Run, gallery: Gallery, sampled: Sampled, metrics: Loaded, observe: Observer
+    run: Run, image_store: ImageStore, sampled: Sampled, metrics: Loaded, observe: Observer
 ) -> Mapping[str, list[float]]:
     """Differences of each metric, image by image, between the checkpoint and the checkpoint with nudged start noise."""
-    prompts = run.prompts[:NOISE_PICTURES]
+    prompts = run.prompts[:NOISE_IMAGES]
     if "own_noise_psnr_db" in sampled.missing:
         return {}
     own, nudged = (
         score_pairs(
-            gallery,
+            image_store,
             SIXTEEN_BIT,
             way,
             prompts,
             metrics.without_networks(),
             observe,
             stage=f"score noise: {TITLES[way]}",
-        ).per_picture
+        ).per_image
         for way in (CONVERTED, NUDGED)
     )
     return {metric: [a - b for a, b in zip(own[metric], nudged[metric], strict=True)] for metric in own}
@@ -172,7 +172,7 @@ def _component_sizes(source: Source) -> dict[str, int]:
 
 def _report(
     run: Run,
-    gallery: Gallery,
+    image_store: ImageStore,
     scores: Mapping[str, Scores],
     metrics: Loaded,
     sampled: Sampled,
@@ -181,7 +181,7 @@ def _report(
     started: float,
     observe: Observer,
 ) -> EvalReport:
-    own = score_pictures(gallery, SIXTEEN_BIT, run.prompts, metrics)
+    own = score_images(image_store, SIXTEEN_BIT, run.prompts, metrics)
     missing, problems = sampled.missing, sampled.problems
 
     def chance(first: str, second: str, figure: str) -> float | None:
@@ -190,35 +190,35 @@ def _report(
             return None
         stage = f"score {TITLES[second]} against {TITLES[first]}"
         found = score_pairs(
-            gallery,
+            image_store,
             first,
             second,
-            run.prompts[:NOISE_PICTURES],
+            run.prompts[:NOISE_IMAGES],
             metrics.without_networks(),
             observe,
             stage=stage,
         )
-        return summarize(found.per_picture["psnr_db"]).mean
+        return summarize(found.per_image["psnr_db"]).mean
 
     floor = chance(SIXTEEN_BIT, AGAIN, "noise_floor_psnr_db")
     own_noise = chance(CONVERTED, NUDGED, "own_noise_psnr_db")
-    facts = {way: facts_of(gallery, way, found) for way, found in scores.items()}
+    facts = {way: facts_of(image_store, way, found) for way, found in scores.items()}
     converted = facts.pop(CONVERTED)
     evidence = Evidence(
-        converted=scores[CONVERTED].per_picture["psnr_db"],
-        naive=scores[NAIVE].per_picture["psnr_db"] if NAIVE in scores else None,
+        converted=scores[CONVERTED].per_image["psnr_db"],
+        naive=scores[NAIVE].per_image["psnr_db"] if NAIVE in scores else None,
         noise=scores[CONVERTED].noise.get("psnr_db", ()),
         floor_db=floor,
         own_noise_db=own_noise,
         problems=problems,
         converted_problems=sampled.converted_problems,
-        objection=run.origin.objection,
+        source_mismatch=run.origin.source_mismatch,
         data_free=(run.checkpoint.provenance or {}).get("calibration_sha256") is None,
     )
     return EvalReport(
         images=len(run.prompts),
         figures=converted.figures,
-        reference=ReferenceFacts(own.figures("image"), seconds_per_picture(gallery, SIXTEEN_BIT)),
+        reference=ReferenceFacts(own.figures("image"), seconds_per_picture(image_store, SIXTEEN_BIT)),
         baselines=facts,
         layer_sqnr_db=sampled.layers.sqnr,
         noise_floor_psnr_db=floor,
@@ -243,9 +243,9 @@ def _report(
     )
 
 
-def facts_of(gallery: Gallery, way: str, scores: Scores) -> BaselineFacts:
+def facts_of(image_store: ImageStore, way: str, scores: Scores) -> BaselineFacts:
     """One way of sampling as a report has it."""
-    return BaselineFacts(scores.figures("pair", "image", "all images"), seconds_per_picture(gallery, way))
+    return BaselineFacts(scores.figures("pair", "image", "all images"), seconds_per_picture(image_store, way))
 
 
 def _gated(report: EvalReport, recipe: Recipe) -> EvalReport:

@@ -40,7 +40,7 @@ class _Layout:
         return x, self.margin + self.header_height + row * (self.height + self.gap)
 
 
-def picture_grid(
+def image_grid(
     columns: Sequence[tuple[str, Sequence[Image.Image]]], prompts: Sequence[str], *, scale: int = 2
 ) -> Image.Image:
     """The sheet, RGB. `columns` are (title, one image per prompt); what follows a line break in a title is set
@@ -51,10 +51,10 @@ def picture_grid(
     layout = _layout_of(columns, len(prompts), scale)
     sheet = Image.new("RGB", layout.size, _PAPER)
     draw = ImageDraw.Draw(sheet)
-    for index, (title, pictures) in enumerate(columns):
+    for index, (title, images) in enumerate(columns):
         _draw_title(draw, layout, index, title)
-        for row, picture in enumerate(pictures):
-            _paste(sheet, draw, layout, layout.corner(row, index), picture)
+        for row, image in enumerate(images):
+            _paste(sheet, draw, layout, layout.corner(row, index), image)
     for row, prompt in enumerate(prompts):
         _draw_prompt(draw, layout, row, prompt)
     return sheet
@@ -63,10 +63,10 @@ def picture_grid(
 def _check(columns: Sequence[tuple[str, Sequence[Image.Image]]], prompts: Sequence[str]) -> None:
     if not columns or not prompts:
         raise ValueError("an image grid needs at least one column and one prompt")
-    for title, pictures in columns:
-        if len(pictures) != len(prompts):
-            raise ValueError(f"column {title!r} has {len(pictures)} images for {len(prompts)} prompts")
-    sizes = {picture.size for _, pictures in columns for picture in pictures}
+    for title, images in columns:
+        if len(images) != len(prompts):
+            raise ValueError(f"column {title!r} has {len(images)} images for {len(prompts)} prompts")
+    sizes = {image.size for _, images in columns for image in images}
     if len(sizes) > 1:
         raise ValueError(f"images of different sizes: {sorted(sizes)}")
 
@@ -115,12 +115,12 @@ def _paste(
     draw: ImageDraw.ImageDraw,
     layout: _Layout,
     corner: tuple[int, int],
-    picture: Image.Image,
+    image: Image.Image,
 ) -> None:
     x, y = corner
     size = (layout.width, layout.height)
-    picture = picture.convert("RGB")
-    sheet.paste(picture if picture.size == size else picture.resize(size, Image.Resampling.LANCZOS), corner)
+    image = image.convert("RGB")
+    sheet.paste(image if image.size == size else image.resize(size, Image.Resampling.LANCZOS), corner)
     draw.rectangle((x - 1, y - 1, x + layout.width, y + layout.height), outline=_EDGE)
 
 

@@ -14,20 +14,20 @@ from svdq_cli.metrics.psnr import PSNR_CAP_DB, psnr_db
 from svdq_cli.metrics.ssim import ssim
 from svdq_cli.reports import Summary
 
-__all__ = ["PSNR_CAP_DB", "PictureScores", "compare", "psnr_db", "ssim", "summarize"]
+__all__ = ["PSNR_CAP_DB", "ImageScores", "compare", "psnr_db", "ssim", "summarize"]
 
 BOOTSTRAP_SAMPLES = 2000
 
 
 @dataclass(frozen=True, slots=True)
-class PictureScores:
+class ImageScores:
     """Scores of one set of images against the reference's: means over images, not scores of a mean."""
 
     psnr: Summary
     ssim: Summary
 
 
-def compare(reference: Sequence[Image], other: Sequence[Image]) -> PictureScores:
+def compare(reference: Sequence[Image], other: Sequence[Image]) -> ImageScores:
     """Image by image. Raises InputError where the sets or two images differ in size."""
     if len(reference) != len(other) or not reference:
         raise InputError(
@@ -35,7 +35,7 @@ def compare(reference: Sequence[Image], other: Sequence[Image]) -> PictureScores
             hint="generate both sets with the same prompts and seeds",
         )
     pairs = list(zip(reference, other, strict=True))
-    return PictureScores(
+    return ImageScores(
         psnr=summarize([psnr_db(a, b) for a, b in pairs]), ssim=summarize([ssim(a, b) for a, b in pairs])
     )
 

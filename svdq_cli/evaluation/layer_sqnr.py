@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from svdq_cli.calibration.collect import collect_stats
 from svdq_cli.checkpoint.reader import Checkpoint
 from svdq_cli.evaluation.layers import Moved, layer_sqnr_db
-from svdq_cli.pipelines.settings import DrawSettings
+from svdq_cli.pipelines.settings import SamplingSettings
 from svdq_cli.planning.plan import plan_model
 from svdq_cli.planning.structure import shared_input
 from svdq_cli.records import Int4, Observer, SharedInput
@@ -47,12 +47,12 @@ def judge_layers(
     checkpoint: Checkpoint,
     source: Source,
     prompts: Sequence[str],
-    settings: DrawSettings,
+    settings: SamplingSettings,
     observe: Observer,
 ) -> JudgedLayers:
     """`model`: the 16-bit denoiser of `pipe`, read from `source`."""
     inputs = _shared_inputs(checkpoint, source)
-    stats = collect_stats(pipe, model, inputs, prompts, draw=settings, rows=ROWS, observe=observe)
+    stats = collect_stats(pipe, model, inputs, prompts, sampling=settings, rows=ROWS, observe=observe)
     per_layer: dict[str, float] = {}
     plans = {plan.name: plan for plan in checkpoint.layers}
     stored, means = checkpoint.stored_biases(source), checkpoint.means()

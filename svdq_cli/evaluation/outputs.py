@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from svdq_cli.evaluation.layers import ratio_db
-from svdq_cli.pipelines.generate import draw
-from svdq_cli.pipelines.settings import DrawSettings
+from svdq_cli.pipelines.generate import generate_images
+from svdq_cli.pipelines.settings import SamplingSettings
 from svdq_cli.reconstruct import mapped, tensors_of
 from svdq_cli.records import Observer
 from svdq_cli.reports import OutputSqnr
@@ -43,7 +43,7 @@ def record_outputs(
     pipe: DiffusionPipeline,
     components: Sequence[str],
     prompts: Sequence[str],
-    settings: DrawSettings,
+    settings: SamplingSettings,
     observe: Observer,
 ) -> list[OutputCall]:
     """Every call of the denoisers of `pipe`, `components`, while `prompts` are sampled in one batch."""
@@ -72,7 +72,7 @@ def record_outputs(
     ]
     try:
         together = replace(settings, batch_size=len(prompts))
-        draw(pipe, prompts, settings=together, stage="model outputs", observe=observe)
+        generate_images(pipe, prompts, settings=together, stage="model outputs", observe=observe)
     finally:
         for handle in handles:
             handle.remove()

@@ -14,16 +14,16 @@ from torch import Tensor, nn
 
 from svdq_cli.checkpoint.reader import Checkpoint
 from svdq_cli.errors import EnvironmentLacksError, UsageError
-from svdq_cli.evaluation.gallery import Gallery, keep_picture, note_time, read_picture
+from svdq_cli.evaluation.image_store import ImageStore, keep_image, note_time, read_image
 from svdq_cli.evaluation.layer_sqnr import JudgedLayers, judge_layers, keep_layers, kept_layers
 from svdq_cli.evaluation.outputs import OutputCall, keep_outputs, kept_outputs, output_sqnr, record_outputs
 from svdq_cli.evaluation.own_noise import can_nudge, nudged_start
 from svdq_cli.evaluation.plausible import ImageProblems, look_at
 from svdq_cli.inference.backend import compute_dtype
 from svdq_cli.inference.load import load_16bit_pipeline, load_pipeline, replace_layers
-from svdq_cli.pipelines.generate import draw_each
+from svdq_cli.pipelines.generate import generate_each
 from svdq_cli.pipelines.joint import joint_model
-from svdq_cli.pipelines.settings import DrawSettings
+from svdq_cli.pipelines.settings import SamplingSettings
 from svdq_cli.pipelines.siblings import reading_inputs
 from svdq_cli.prepare.origin import Origin
 from svdq_cli.recipe import Recipe
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 SQNR_PROMPTS = 8  # of the judged prompts; rows come from all their timesteps
-NOISE_PICTURES = 4  # sampled twice to see what chance does
+NOISE_IMAGES = 4  # sampled twice to see what chance does
 OUTPUT_PROMPTS = 2  # whose denoiser calls are kept
 
 # Ways of sampling: the folders of the images. Baselines are called by their JSON keys.
@@ -77,7 +77,7 @@ PASSES = (
         "how far two runs of the 16-bit model differ: no conversion can be closer",
         AGAIN,
         key="floor",
-        most=NOISE_PICTURES,
+        most=NOISE_IMAGES,
     ),
     Pass("layer inputs", "the input of every layer, for its own SQNR", most=SQNR_PROMPTS),
     Pass(
@@ -100,7 +100,7 @@ PASSES = (
         "with start noise off by one rounding: how much of a difference is chance",
         NUDGED,
         key="own-noise",
-        most=NOISE_PICTURES,
+        most=NOISE_IMAGES,
         four_bit=True,
     ),
 )
@@ -130,7 +130,7 @@ class Run:
     origin: Origin  # whether that is what the checkpoint was made from
     recipe: Recipe  # how images are sampled, every setting named
     prompts: tuple[str, ...]
-    settings: DrawSettings
+    settings: SamplingSettings
     device: torch.device
 
 
@@ -145,15 +145,15 @@ class Sampled:
     missing: dict[str, str] = field(default_factory=dict[str, str])
 
 
-def sample_all(run: Run, gallery: Gallery, without: Collection[str], observe: Observer) -> Sampled:
+def sample_all(run: Run, image_store: ImageStore, without: Collection[str], observe: Observer) -> Sampled:
     """All passes but those in `without`, as far as their images are not in the gallery yet."""
     missing = {_FIGURES[key]: f"skipped by --without {key}" for key in without}
-    layers, problems, calls = _sixteen_bit_and_naive(run, gallery, without, observe)
-    if "nf4" not in without and (lack := _draw_nf4(run, gallery, observe)):
+    layers, problems, calls = _sixteen_bit_and_naive(run, image_store, without, observe)
+    if "nf4" not in without and (lack := _draw_nf4(run, image_store, observe)):
         missing[NF4] = lack
-    outputs = _converted(run, gallery, calls, without, missing, observe)
+    outputs = _converted(run, image_store, calls, without, missing, observe)
     different = len(set(run.prompts)) > 1
-    converted = look_at(_images(run, gallery, CONVERTED), different_prompts=different)
+    converted = look_at(_images(run, image_store, CONVERTED), different_prompts=different)
     if converted.black and not problems.black:
         for sentence in converted.sentences("4-bit")[:1]:
             observe(Event("warning", "evaluate", detail=sentence))
@@ -171,8 +171,8 @@ _FIGURES = {  # of the report, by the pass that they need
 }
 
 
-def draw_missing(
-    gallery: Gallery,
+def generate_missing(
+    image_store: ImageStore,
     way: str,
     run: Run,
     load: Callable[[], DiffusionPipeline],
@@ -186,14 +186,14 @@ def draw_missing(
 
     They are sampled in the batches of the whole run, which on some machines decide the last bits.
     """
-    missing = set(gallery.missing(way, len(run.prompts[:count])))
+    missing = set(image_store.missing(way, len(run.prompts[:count])))
     if not missing:
         return
     pipe = load()
     started = time.monotonic()
     kept = 0
     with inside(pipe):
-        drawn = draw_each(
+        drawn = generate_each(
             pipe,
             run.prompts,
             settings=run.settings,
@@ -201,18 +201,18 @@ def draw_missing(
             observe=observe,
             wanted=missing.__contains__,
         )
-        for index, picture in drawn:
-            keep_picture(gallery, way, index, picture)
+        for index, image in drawn:
+            keep_image(image_store, way, index, image)
             kept += 1
-    note_time(gallery, way, pictures=kept, seconds=time.monotonic() - started)
+    note_time(image_store, way, images=kept, seconds=time.monotonic() - started)
 
 
-def _images(run: Run, gallery: Gallery, way: str) -> Iterator[Image]:
-    return (read_picture(gallery, way, index) for index in range(len(run.prompts)))
+def _images(run: Run, image_store: ImageStore, way: str) -> Iterator[Image]:
+    return (read_image(image_store, way, index) for index in range(len(run.prompts)))
 
 
 def _sixteen_bit_and_naive(
-    run: Run, gallery: Gallery, without: Collection[str], observe: Observer
+    run: Run, image_store: ImageStore, without: Collection[str], observe: Observer
 ) -> tuple[JudgedLayers, ImageProblems, list[OutputCall] | None]:
     """What the 16-bit pipeline is loaded for: its images, its noise, what its layers read, its outputs (None where
     these are not needed), and the naive baseline, for which it is taken apart at last."""
@@ -228,26 +228,26 @@ def _sixteen_bit_and_naive(
         _replace(with_naive, run, _naive_layer)
         return with_naive
 
-    draw_missing(gallery, SIXTEEN_BIT, run, loaded, observe)
-    problems = look_at(_images(run, gallery, SIXTEEN_BIT), different_prompts=len(set(run.prompts)) > 1)
+    generate_missing(image_store, SIXTEEN_BIT, run, loaded, observe)
+    problems = look_at(_images(run, image_store, SIXTEEN_BIT), different_prompts=len(set(run.prompts)) > 1)
     for sentence in problems.sentences("16-bit"):
         # now, so that a run of hours can be stopped
         observe(Event("warning", "evaluate", detail=sentence))
     if "floor" not in without:
-        draw_missing(gallery, AGAIN, run, loaded, observe, count=NOISE_PICTURES)
-    layers = _judged(run, gallery, loaded, observe)
+        generate_missing(image_store, AGAIN, run, loaded, observe, count=NOISE_IMAGES)
+    layers = _judged(run, image_store, loaded, observe)
     calls: list[OutputCall] | None = None
-    if "outputs" not in without and not _outputs_file(gallery).is_file():
+    if "outputs" not in without and not _outputs_file(image_store).is_file():
         prompts = run.prompts[:OUTPUT_PROMPTS]
         calls = record_outputs(loaded(), run.source.components, prompts, run.settings, observe)
     if "naive" not in without:
-        draw_missing(gallery, NAIVE, run, naive, observe)
+        generate_missing(image_store, NAIVE, run, naive, observe)
     return layers, problems, calls
 
 
 def _converted(
     run: Run,
-    gallery: Gallery,
+    image_store: ImageStore,
     calls: list[OutputCall] | None,
     without: Collection[str],
     missing: dict[str, str],
@@ -261,31 +261,33 @@ def _converted(
         pipe = pipe or _converted_pipeline(run)
         return pipe
 
-    draw_missing(gallery, CONVERTED, run, loaded, observe)
-    if "own-noise" not in without and gallery.missing(NUDGED, len(run.prompts[:NOISE_PICTURES])):
+    generate_missing(image_store, CONVERTED, run, loaded, observe)
+    if "own-noise" not in without and image_store.missing(NUDGED, len(run.prompts[:NOISE_IMAGES])):
         if can_nudge(loaded()):
-            draw_missing(gallery, NUDGED, run, loaded, observe, count=NOISE_PICTURES, inside=nudged_start)
+            generate_missing(
+                image_store, NUDGED, run, loaded, observe, count=NOISE_IMAGES, inside=nudged_start
+            )
         else:
             missing["own_noise_psnr_db"] = (
                 f"{type(loaded()).__name__} does not show where its start noise is generated"
             )
     if "outputs" in without:
         return None
-    path = _outputs_file(gallery)
+    path = _outputs_file(image_store)
     if not path.is_file():
         models = {name: getattr(loaded(), name) for name in run.source.components}
         keep_outputs(path, output_sqnr(models, calls or [], run.device, steps=run.settings.steps))
     return kept_outputs(path)
 
 
-def _outputs_file(gallery: Gallery) -> Path:
-    return gallery.folder / "outputs.json"
+def _outputs_file(image_store: ImageStore) -> Path:
+    return image_store.folder / "outputs.json"
 
 
 def _judged(
-    run: Run, gallery: Gallery, loaded: Callable[[], DiffusionPipeline], observe: Observer
+    run: Run, image_store: ImageStore, loaded: Callable[[], DiffusionPipeline], observe: Observer
 ) -> JudgedLayers:
-    path = gallery.folder / "layers.safetensors"
+    path = image_store.folder / "layers.safetensors"
     prompts = run.prompts[:SQNR_PROMPTS]
     if (found := kept_layers(path, run.checkpoint, run.source, prompts=len(prompts))) is not None:
         return found
@@ -300,7 +302,7 @@ def _judged(
     return found
 
 
-def _draw_nf4(run: Run, gallery: Gallery, observe: Observer) -> str | None:
+def _draw_nf4(run: Run, image_store: ImageStore, observe: Observer) -> str | None:
     """The baseline of bitsandbytes, or why there is none."""
     try:
         require_nf4(run.device)
@@ -312,7 +314,7 @@ def _draw_nf4(run: Run, gallery: Gallery, observe: Observer) -> str | None:
         _replace(pipe, run, _nf4_layer)
         return pipe
 
-    draw_missing(gallery, NF4, run, nf4, observe)
+    generate_missing(image_store, NF4, run, nf4, observe)
     return None
 
 

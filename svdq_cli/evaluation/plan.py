@@ -9,7 +9,7 @@ from svdq_cli.checkpoint.reader import NAME_AGAINST, open_checkpoint
 from svdq_cli.conversion.machine_speed import speed_of
 from svdq_cli.conversion.predict import forecast_of, pass_seconds
 from svdq_cli.errors import EnvironmentLacksError
-from svdq_cli.evaluation.gallery import RUN_FILE, Gallery
+from svdq_cli.evaluation.image_store import RUN_FILE, ImageStore
 from svdq_cli.evaluation.passes import PASSES, Pass
 from svdq_cli.inference.backend import choose_backend, compute_dtype
 from svdq_cli.prepare.options import DEFAULT_OPTIONS, RunOptions
@@ -49,7 +49,7 @@ def plan_evaluation(
     prepared = prepare(recipe, beside=options.beside, every_layer=True, source=source)
     assert prepared.sampling is not None
     settings, device = prepared.sampling.settings, resolve_device(options.device)
-    job = forecast_of(prepared, None, draws=True, device=device, options=options)
+    job = forecast_of(prepared, None, generates=True, device=device, options=options)
     once = pass_seconds(job, speed_of(device, compute_dtype(device), existing(report_folder or Path())))
     each = settings.steps * (2 if settings.true_cfg > 1 else 1)  # calls of the denoiser for an image
     on_kernels = choose_backend("auto", device, checkpoint.dtype).name == "kernels"
@@ -87,7 +87,7 @@ def _images(wanted: Pass, prompts: int, batch: int, folder: Path | None) -> int:
     if wanted.way is None:
         return count
     there = folder is not None and (folder / RUN_FILE).is_file()
-    missing = Gallery(folder).missing(wanted.way, count) if folder is not None and there else range(count)
+    missing = ImageStore(folder).missing(wanted.way, count) if folder is not None and there else range(count)
     batches = {index // batch for index in missing}
     return sum(min(batch, prompts - first * batch) for first in batches)
 

@@ -11,7 +11,7 @@ from typing import cast
 from svdq_cli.checkpoint.reader import Checkpoint
 from svdq_cli.evaluation.compare import Evaluation, facts_of
 from svdq_cli.evaluation.images import PSNR_CAP_DB
-from svdq_cli.evaluation.page import Chapter, Figure, LayerRow, Plot, Table, Way, show_pictures
+from svdq_cli.evaluation.page import Figure, LayerRow, Plot, ReportSection, Table, Variant, show_images
 from svdq_cli.evaluation.passes import CONVERTED, SIXTEEN_BIT, TITLES
 from svdq_cli.evaluation.plot import conversion_report
 from svdq_cli.inference.backend import choose_backend
@@ -46,34 +46,34 @@ _PLOTS = (
 )
 
 
-def chapter_of(
+def section_of(
     found: Evaluation,
     *,
     plots: Path,
     title: str,
     key: str = "evaluation",
-    more_ways: Sequence[Way] = (),
+    more_ways: Sequence[Variant] = (),
     budget: int,
     page_folder: Path,
-) -> Chapter:
-    """`plots`: the folder of the SVGs. `more_ways`: generated in `found.gallery` and scored besides the usual ones;
+) -> ReportSection:
+    """`plots`: the folder of the SVGs. `more_ways`: generated in `found.image_store` and scored besides the usual ones;
     they follow the checkpoint. `budget`: bytes that the images may take. `page_folder`: where the
     page will be."""
     ways = _ways(found, more_ways)
-    shown_ways = [Way(SIXTEEN_BIT, TITLES[SIXTEEN_BIT]), *ways]
+    shown_ways = [Variant(SIXTEEN_BIT, TITLES[SIXTEEN_BIT]), *ways]
     by_psnr = sorted(
-        range(len(found.run.prompts)), key=found.scores[CONVERTED].per_picture["psnr_db"].__getitem__
+        range(len(found.run.prompts)), key=found.scores[CONVERTED].per_image["psnr_db"].__getitem__
     )[:SHOWN]
-    shown = show_pictures(
-        found.gallery,
+    shown = show_images(
+        found.image_store,
         shown_ways,
         [(i, found.run.prompts[i], found.run.settings.seed_of(i)) for i in by_psnr],
-        [_picture_figures(found, ways, i) for i in by_psnr],
+        [_image_figures(found, ways, i) for i in by_psnr],
         budget=budget,
         page_folder=page_folder,
     )
-    facts = {way.key: facts_of(found.gallery, way.key, found.scores[way.key]) for way in ways}
-    return Chapter(
+    facts = {way.key: facts_of(found.image_store, way.key, found.scores[way.key]) for way in ways}
+    return ReportSection(
         key=key,
         title=title,
         verdict=_verdict(found),
@@ -101,12 +101,12 @@ def description(found: Evaluation) -> str:
     return f"{checkpoint.model_class} in {precision}{rank}, format {checkpoint.format.name}."
 
 
-def _ways(found: Evaluation, more: Sequence[Way]) -> list[Way]:
+def _ways(found: Evaluation, more: Sequence[Variant]) -> list[Variant]:
     """The checkpoint first, the baselines last."""
     precision = (found.run.checkpoint.precision or Int4()).name
-    own = Way(CONVERTED, f"{TITLES[CONVERTED]} {precision}")
+    own = Variant(CONVERTED, f"{TITLES[CONVERTED]} {precision}")
     known = {CONVERTED, *(way.key for way in more)}
-    return [own, *more, *(Way(key, TITLES[key]) for key in found.scores if key not in known)]
+    return [own, *more, *(Variant(key, TITLES[key]) for key in found.scores if key not in known)]
 
 
 def _verdict(found: Evaluation) -> str:
@@ -166,7 +166,7 @@ def _sizes(checkpoint: Checkpoint) -> ByteFacts:
     return sizes_of(checkpoint.state, sum(file.stat().st_size for file in checkpoint.source.files))
 
 
-def _scores(found: Evaluation, ways: Sequence[Way], facts: Mapping[str, BaselineFacts]) -> Table:
+def _scores(found: Evaluation, ways: Sequence[Variant], facts: Mapping[str, BaselineFacts]) -> Table:
     """Means over the images; columns that nothing was measured for are left out."""
     rows: dict[str, Figures] = {TITLES[SIXTEEN_BIT]: found.report.reference.figures}
     rows |= {way.title: facts[way.key].figures for way in ways}
@@ -197,10 +197,10 @@ def _cell(summary: Summary | float | None, digits: int) -> str:
     return f"{text} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
-def _picture_figures(found: Evaluation, ways: Sequence[Way], index: int) -> dict[str, str]:
+def _image_figures(found: Evaluation, ways: Sequence[Variant], index: int) -> dict[str, str]:
     return {
-        way.key: f"{found.scores[way.key].per_picture['psnr_db'][index]:.1f} dB, "
-        f"SSIM {found.scores[way.key].per_picture['ssim'][index]:.3f}"
+        way.key: f"{found.scores[way.key].per_image['psnr_db'][index]:.1f} dB, "
+        f"SSIM {found.scores[way.key].per_image['ssim'][index]:.3f}"
         for way in ways
     }
 
@@ -259,7 +259,7 @@ def _size_tables(found: Evaluation) -> list[Table]:
     return [size, layers]
 
 
-def _speed_table(found: Evaluation, ways: Sequence[Way], facts: Mapping[str, BaselineFacts]) -> Table:
+def _speed_table(found: Evaluation, ways: Sequence[Variant], facts: Mapping[str, BaselineFacts]) -> Table:
     seconds = {TITLES[SIXTEEN_BIT]: found.report.reference.seconds_per_picture}
     seconds |= {way.title: facts[way.key].seconds_per_picture for way in ways}
     base = seconds[TITLES[SIXTEEN_BIT]]

@@ -10,7 +10,7 @@ from pathlib import Path
 from svdq_cli.conversion.resume import say_what_is_kept
 from svdq_cli.errors import CanceledRunError, InterruptedRunError, OutOfResourcesError, stopped
 from svdq_cli.evaluation.compare import compare_in
-from svdq_cli.evaluation.gallery import RUN_FILE, require_own_folder
+from svdq_cli.evaluation.image_store import RUN_FILE, require_own_folder
 from svdq_cli.prepare.options import DEFAULT_OPTIONS, RunOptions
 from svdq_cli.recipe import Recipe
 from svdq_cli.records import Observer, ignore_events
@@ -41,7 +41,7 @@ def evaluate(
     from svdq_cli.evaluation.plot import search_of
     from svdq_cli.evaluation.write_report import PAGE_FILE, write_report
 
-    with _pictures_kept(report_folder):
+    with _images_kept(report_folder):
         # now, not after the models were read
         require_own_folder(report_folder)
         require_places([report_folder], folders=[True], inputs=[path], overwrite=False)
@@ -55,7 +55,7 @@ def evaluate(
 
 
 @contextmanager
-def _pictures_kept(folder: Path) -> Generator[None, None, None]:
+def _images_kept(folder: Path) -> Generator[None, None, None]:
     """Add to an interruption's message that the images generated so far are kept."""
     try:
         with disk_errors(folder, option="--report"):

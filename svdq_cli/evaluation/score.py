@@ -9,7 +9,7 @@ import torch
 from PIL.Image import Image
 
 from svdq_cli.errors import EnvironmentLacksError
-from svdq_cli.evaluation.gallery import Gallery, read_picture
+from svdq_cli.evaluation.image_store import ImageStore, read_image
 from svdq_cli.evaluation.images import summarize
 from svdq_cli.metrics import METRICS, Measure, Measured, MetricKind
 from svdq_cli.records import Event, Observer
@@ -33,13 +33,13 @@ class Loaded:
         return Loaded({key: found for key, found in self.measures.items() if METRICS[key].always}, {})
 
 
-def load_metrics(device: torch.device, *, pictures: int) -> Loaded:
-    """Loads what is installed. `pictures`: how many there will be, which FID depends on."""
+def load_metrics(device: torch.device, *, images: int) -> Loaded:
+    """Loads what is installed. `images`: how many there will be, which FID depends on."""
     measures: dict[str, Measure] = {}
     missing: dict[str, str] = {}
     for key, metric in METRICS.items():
         try:
-            measures[key] = metric.load(device, pictures)
+            measures[key] = metric.load(device, images)
         except EnvironmentLacksError as lack:
             missing[key] = f"{lack.message}; {lack.hint}"
     return Loaded(measures, missing)
@@ -50,12 +50,12 @@ class Scores:
     """Figures of one way of sampling, image by image, by metric, and those that all images have in one. `noise`: by
     metric, how a metric differs between two runs that can't be told apart."""
 
-    per_picture: Mapping[str, Sequence[float]]
+    per_image: Mapping[str, Sequence[float]]
     whole: Mapping[str, float] = field(default_factory=dict[str, float])
     noise: Mapping[str, Sequence[float]] = field(default_factory=dict[str, Sequence[float]])
 
     def summary(self, metric: str) -> Summary | None:
-        figures = self.per_picture.get(metric)
+        figures = self.per_image.get(metric)
         return summarize(figures, self.noise.get(metric, ())) if figures else None
 
     def figures(self, *kinds: MetricKind) -> dict[str, Summary | float | None]:
@@ -68,7 +68,7 @@ class Scores:
 
 
 def score_pairs(
-    gallery: Gallery,
+    image_store: ImageStore,
     reference: str,
     way: str,
     prompts: Sequence[str],
@@ -82,23 +82,23 @@ def score_pairs(
     found: dict[str, list[float]] = {key: [] for key in each}
     observe(Event("start", stage, 0, len(prompts)))
     for first, said in _batches(prompts):
-        batch = _read_pairs(gallery, reference, way, first, said)
+        batch = _read_pairs(image_store, reference, way, first, said)
         for key, measure in each.items():
             found[key] += measure([batch])
         observe(Event("advance", stage, first + len(said), len(prompts)))
     whole = {
-        key: measure(_read_pairs(gallery, reference, way, i, said) for i, said in _batches(prompts))[0]
+        key: measure(_read_pairs(image_store, reference, way, i, said) for i, said in _batches(prompts))[0]
         for key, measure in metrics.of_kind("all images").items()
     }
     observe(Event("end", stage, len(prompts), len(prompts)))
     return Scores(found, whole)
 
 
-def score_pictures(gallery: Gallery, way: str, prompts: Sequence[str], metrics: Loaded) -> Scores:
+def score_images(image_store: ImageStore, way: str, prompts: Sequence[str], metrics: Loaded) -> Scores:
     """Scores of images that need no other images to compare with."""
     return Scores(
         {
-            key: measure(_read_pairs(gallery, way, way, first, said) for first, said in _batches(prompts))
+            key: measure(_read_pairs(image_store, way, way, first, said) for first, said in _batches(prompts))
             for key, measure in metrics.of_kind("image").items()
         }
     )
@@ -108,11 +108,13 @@ def _batches(prompts: Sequence[str]) -> Iterator[tuple[int, Sequence[str]]]:
     return ((first, prompts[first : first + BATCH]) for first in range(0, len(prompts), BATCH))
 
 
-def _read(gallery: Gallery, way: str, first: int, prompts: Sequence[str]) -> list[Image]:
-    return [read_picture(gallery, way, index) for index in range(first, first + len(prompts))]
+def _read(image_store: ImageStore, way: str, first: int, prompts: Sequence[str]) -> list[Image]:
+    return [read_image(image_store, way, index) for index in range(first, first + len(prompts))]
 
 
-def _read_pairs(gallery: Gallery, reference: str, way: str, first: int, prompts: Sequence[str]) -> Measured:
-    images = _read(gallery, way, first, prompts)
-    exact = images if reference == way else _read(gallery, reference, first, prompts)
+def _read_pairs(
+    image_store: ImageStore, reference: str, way: str, first: int, prompts: Sequence[str]
+) -> Measured:
+    images = _read(image_store, way, first, prompts)
+    exact = images if reference == way else _read(image_store, reference, first, prompts)
     return Measured(exact, images, prompts)

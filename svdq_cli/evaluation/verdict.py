@@ -17,7 +17,7 @@ AS_CLOSE_DB = 1.0  # a difference that can't be seen
 class Evidence:
     """What a verdict rests on: PSNR to the 16-bit images, image by image. None: left out.
 
-    `objection`: why the 16-bit model is another than the checkpoint was made from.
+    `source_mismatch`: why the 16-bit model is another than the checkpoint was made from.
     """
 
     converted: Sequence[float]
@@ -27,14 +27,14 @@ class Evidence:
     own_noise_db: float | None  # the 4-bit model against itself
     problems: ImageProblems  # of the 16-bit images
     converted_problems: ImageProblems
-    objection: str | None
+    source_mismatch: str | None
     data_free: bool
 
 
 def verdict_of(evidence: Evidence) -> str:
     """One sentence: converted against naive rounding and against the noise floors, and how sure that is."""
-    if evidence.objection:
-        return f"No verdict: {evidence.objection}."
+    if evidence.source_mismatch:
+        return f"No verdict: {evidence.source_mismatch}."
     if evidence.problems.meaningless:
         seen = "; ".join(evidence.problems.sentences("16-bit"))
         return f"No verdict: {seen}, so figures that compare images with them are meaningless."
@@ -45,7 +45,7 @@ def verdict_of(evidence: Evidence) -> str:
 
 def next_step(evidence: Evidence, *, checkpoint: str, page: str | None) -> str:
     """What to do with that verdict; commands are ready to be pasted but for names in capitals."""
-    if evidence.objection:
+    if evidence.source_mismatch:
         return "give --against the model that the checkpoint was made from"
     if evidence.problems.meaningless:
         return "sample as the 16-bit model was meant to be: --prompts FILE --steps N --width W --height H"

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from svdq_cli import __version__
 from svdq_cli.evaluation.compare import Evaluation
-from svdq_cli.evaluation.gallery import read_picture
-from svdq_cli.evaluation.grid import picture_grid
-from svdq_cli.evaluation.page import PAGE_PICTURE_BYTES, Page, render_page
+from svdq_cli.evaluation.grid import image_grid
+from svdq_cli.evaluation.image_store import read_image
+from svdq_cli.evaluation.page import PAGE_IMAGE_BYTES, Page, render_page
 from svdq_cli.evaluation.passes import CONVERTED, NAIVE, SIXTEEN_BIT, TITLES
 from svdq_cli.evaluation.plot import Search, plot_evaluation
-from svdq_cli.evaluation.report_page import chapter_of, description
+from svdq_cli.evaluation.report_page import description, section_of
 from svdq_cli.reports import json_text
 from svdq_cli.storage.atomic import write_text
 from svdq_cli.storage.images import write_image
@@ -26,15 +26,15 @@ def write_report(folder: Path, found: Evaluation, *, search: Search) -> None:
     write_figures(folder, found, search=search)
     _write_grid(folder / "grid.png", found)
     title = found.run.path.name
-    chapter = chapter_of(found, plots=folder, title=title, budget=PAGE_PICTURE_BYTES, page_folder=folder)
-    page = Page(f"{title}: 4-bit against 16-bit", description(found), [chapter], [], footer())
+    section = section_of(found, plots=folder, title=title, budget=PAGE_IMAGE_BYTES, page_folder=folder)
+    page = Page(f"{title}: 4-bit against 16-bit", description(found), [section], [], footer())
     write_text(folder / PAGE_FILE, render_page(page))
 
 
 def write_figures(folder: Path, found: Evaluation, *, search: Search) -> None:
     """report.json, images.json (the figures of every image), prompts.txt and the plots."""
     write_text(folder / "report.json", json_text(found.report) + "\n")
-    write_text(folder / "pictures.json", json.dumps(_picture_figures(found), indent=1, ensure_ascii=False))
+    write_text(folder / "pictures.json", json.dumps(_image_figures(found), indent=1, ensure_ascii=False))
     write_text(folder / "prompts.txt", "\n".join(found.run.prompts) + "\n")
     plot_evaluation(folder, found.layers, search=search)
 
@@ -45,14 +45,14 @@ def footer() -> str:
     )
 
 
-def _picture_figures(found: Evaluation) -> list[dict[str, object]]:
+def _image_figures(found: Evaluation) -> list[dict[str, object]]:
     return [
         {
             "index": index,
             "prompt": prompt,
             "seed": found.run.settings.seed_of(index),
             **{
-                way: {metric: figures[index] for metric, figures in scores.per_picture.items()}
+                way: {metric: figures[index] for metric, figures in scores.per_image.items()}
                 for way, scores in found.scores.items()
             },
         }
@@ -68,8 +68,11 @@ def _write_grid(path: Path, found: Evaluation) -> None:
         CONVERTED: f"{TITLES[CONVERTED]}\n{found.report.psnr_db.mean:.1f} dB",
     }
     rows = range(min(GRID_ROWS, len(found.run.prompts)))
-    grid = picture_grid(
-        [(title, [read_picture(found.gallery, way, row) for row in rows]) for way, title in columns.items()],
+    grid = image_grid(
+        [
+            (title, [read_image(found.image_store, way, row) for row in rows])
+            for way, title in columns.items()
+        ],
         [found.run.prompts[row] for row in rows],
     )
     write_image(path, grid)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from svdq_cli.errors import InputError, UsageError
-from svdq_cli.formats.contract import PLAIN, Branch, Format, PackedFacts, Traits
+from svdq_cli.formats.contract import PLAIN, Branch, Format, LayoutTraits, PackedFacts
 from svdq_cli.formats.headers import FORMAT as FORMAT_KEY
 from svdq_cli.formats.implied import suffixes_of
 from svdq_cli.formats.json_keys import json_object
@@ -85,7 +85,7 @@ class Comfy(Format):
         return None
 
     def tensor_specs(
-        self, layer: LayerPlan, dtype: torch.dtype, traits: Traits = PLAIN
+        self, layer: LayerPlan, dtype: torch.dtype, traits: LayoutTraits = PLAIN
     ) -> dict[str, TensorSpec]:
         plan = _w4a4(layer)
         rows, columns = plan.linear.out_features, plan.linear.in_features
@@ -101,7 +101,7 @@ class Comfy(Format):
             specs["bias"] = TensorSpec((rows,), dtype)
         return specs
 
-    def encode(self, solution: LayerSolution, traits: Traits = PLAIN) -> dict[str, Tensor]:
+    def encode(self, solution: LayerSolution, traits: LayoutTraits = PLAIN) -> dict[str, Tensor]:
         if reason := self.unsupported_reason(solution.plan):
             raise ValueError(f"{solution.plan.name}: {reason}")
         require_sound(solution)
@@ -119,7 +119,7 @@ class Comfy(Format):
         return tensors
 
     def decode(
-        self, layer: LayerPlan, tensors: Mapping[str, Tensor], traits: Traits = PLAIN
+        self, layer: LayerPlan, tensors: Mapping[str, Tensor], traits: LayoutTraits = PLAIN
     ) -> LayerSolution:
         plan = _w4a4(layer)
         _require_marker(plan, tensors, traits)
@@ -140,10 +140,10 @@ class Comfy(Format):
             bias=tensors["bias"].clone() if "bias" in tensors else None,
         )
 
-    def encode_branch(self, branch: Branch, traits: Traits = PLAIN) -> dict[str, Tensor]:
+    def encode_branch(self, branch: Branch, traits: LayoutTraits = PLAIN) -> dict[str, Tensor]:
         return {"proj_down": branch.down.T.contiguous(), "proj_up": pack_kitchen_rows(branch.up)}
 
-    def decode_branch(self, tensors: Mapping[str, Tensor], traits: Traits = PLAIN) -> Branch:
+    def decode_branch(self, tensors: Mapping[str, Tensor], traits: LayoutTraits = PLAIN) -> Branch:
         return Branch(tensors["proj_down"].T.contiguous(), unpack_kitchen_rows(tensors["proj_up"]))
 
     def metadata(self, plan: ModelPlan, dtype: torch.dtype) -> dict[str, object]:
@@ -184,7 +184,7 @@ class Comfy(Format):
 FORMAT = Comfy()
 
 
-def _marker(traits: Traits) -> str:
+def _marker(traits: LayoutTraits) -> str:
     """A module's metadata, as comfy-quants spells it: sorted keys, no spaces, `act_unsigned` only where it is true."""
     said: dict[str, object] = {
         "format": ALGORITHM,
@@ -197,7 +197,7 @@ def _marker(traits: Traits) -> str:
     return json.dumps(said, sort_keys=True, separators=(",", ":"))
 
 
-def _require_marker(plan: W4A4Plan, tensors: Mapping[str, Tensor], traits: Traits) -> None:
+def _require_marker(plan: W4A4Plan, tensors: Mapping[str, Tensor], traits: LayoutTraits) -> None:
     """InputError unless the module's own metadata says what its layout does."""
     marker = tensors.get(MARKER)
     try:

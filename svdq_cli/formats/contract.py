@@ -15,7 +15,7 @@ groups of G inputs (64 for int4, 16 for nvfp4), for a row x of the activation:
 | bias | (N,) | 16-bit, or none | the same |
 
 q quantizes each group of a row by its largest magnitude m: int4 to -7..7 with the scale m / 7 in 16 bits (to 0..15 with
-m / 15, after adding `GELU_SHIFT`, where `Traits.unsigned`), nvfp4 to e2m1 with m / 6 in e4m3. The branch reads x
+m / 15, after adding `GELU_SHIFT`, where `LayoutTraits.unsigned`), nvfp4 to e2m1 with m / 6 in e4m3. The branch reads x
 itself, not x / smooth. 16-bit is the checkpoint's dtype, bfloat16 or float16, everywhere in a file.
 
 A W4A16 layer quantizes weights only: W = codes · scales + zeros, codes 0..15 (N, K), scales and zeros (N, K/64) 16-bit.
@@ -52,7 +52,7 @@ class PackedFacts:
 
 
 @dataclass(frozen=True, slots=True)
-class Traits:
+class LayoutTraits:
     """What a runtime wants of one stored module beyond the sizes in its plan."""
 
     row_scales: bool = False  # nvfp4: an outer scale per row instead of one per tensor
@@ -60,7 +60,7 @@ class Traits:
     engine_names: bool = False  # the C++ engine's spelling of tensor names
 
 
-PLAIN = Traits()
+PLAIN = LayoutTraits()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -103,27 +103,27 @@ class Format(ABC):
 
     @abstractmethod
     def tensor_specs(
-        self, layer: LayerPlan, dtype: torch.dtype, traits: Traits = PLAIN
+        self, layer: LayerPlan, dtype: torch.dtype, traits: LayoutTraits = PLAIN
     ) -> dict[str, TensorSpec]:
         """The exact key set of a module with shapes and dtypes, by suffix; `dtype` is that of what stays 16-bit."""
 
     @abstractmethod
-    def encode(self, solution: LayerSolution, traits: Traits = PLAIN) -> dict[str, Tensor]:
+    def encode(self, solution: LayerSolution, traits: LayoutTraits = PLAIN) -> dict[str, Tensor]:
         """One module as its stored tensors. ValueError where it does not fit or contradicts its plan."""
 
     @abstractmethod
     def decode(
-        self, layer: LayerPlan, tensors: Mapping[str, Tensor], traits: Traits = PLAIN
+        self, layer: LayerPlan, tensors: Mapping[str, Tensor], traits: LayoutTraits = PLAIN
     ) -> LayerSolution:
         """The inverse of `encode`, bit for bit. InputError, with module and tensor, for anything but the exact
         tensors."""
 
     @abstractmethod
-    def encode_branch(self, branch: Branch, traits: Traits = PLAIN) -> dict[str, Tensor]:
+    def encode_branch(self, branch: Branch, traits: LayoutTraits = PLAIN) -> dict[str, Tensor]:
         """The branch of a W4A4 module, in the stored order of its rows: two of its tensors."""
 
     @abstractmethod
-    def decode_branch(self, tensors: Mapping[str, Tensor], traits: Traits = PLAIN) -> Branch:
+    def decode_branch(self, tensors: Mapping[str, Tensor], traits: LayoutTraits = PLAIN) -> Branch:
         """The inverse of `encode_branch`; `tensors` may hold others of the module too."""
 
     # ------------------------------------------------------------------------------------------- the file as a whole

@@ -20,7 +20,7 @@ from torch import Tensor
 from svdq_cli.errors import InputError, UsageError
 from svdq_cli.families.layouts.layout import ComfyArgument, ModelLayout
 from svdq_cli.formats import tiled
-from svdq_cli.formats.contract import PLAIN, Branch, Format, PackedFacts, Traits
+from svdq_cli.formats.contract import PLAIN, Branch, Format, LayoutTraits, PackedFacts
 from svdq_cli.formats.implied import suffixes_of, widest_branch
 from svdq_cli.formats.json_keys import bad_key, json_object, optional_section
 from svdq_cli.formats.soundness import (
@@ -72,7 +72,7 @@ class Nunchaku(Format):
         return tiled.unsupported_reason(layer)
 
     def tensor_specs(
-        self, layer: LayerPlan, dtype: torch.dtype, traits: Traits = PLAIN
+        self, layer: LayerPlan, dtype: torch.dtype, traits: LayoutTraits = PLAIN
     ) -> dict[str, TensorSpec]:
         specs = tiled.tensor_specs(layer, dtype)
         if isinstance(layer, W4A4Plan):
@@ -82,7 +82,7 @@ class Nunchaku(Format):
                 specs |= {_outer_name(traits): TensorSpec((rows if traits.row_scales else 1,), dtype)}
         return _spelled(specs, ENGINE_NAMES if traits.engine_names else {})
 
-    def encode(self, solution: LayerSolution, traits: Traits = PLAIN) -> dict[str, Tensor]:
+    def encode(self, solution: LayerSolution, traits: LayoutTraits = PLAIN) -> dict[str, Tensor]:
         tensors = tiled.encode(solution)
         if isinstance(solution, W4A4Solution):
             tensors["smooth_factor_orig"] = tensors["smooth_factor"].clone()
@@ -98,7 +98,7 @@ class Nunchaku(Format):
         return _spelled(tensors, ENGINE_NAMES if traits.engine_names else {})
 
     def decode(
-        self, layer: LayerPlan, tensors: Mapping[str, Tensor], traits: Traits = PLAIN
+        self, layer: LayerPlan, tensors: Mapping[str, Tensor], traits: LayoutTraits = PLAIN
     ) -> LayerSolution:
         dtype = sixteen_bit_dtype(tensors)
         require_sound_tensors(layer, self.tensor_specs(layer, dtype, traits), tensors)
@@ -109,10 +109,10 @@ class Nunchaku(Format):
             outer = unpack_vector(stored) if traits.row_scales else stored.clone()
         return tiled.decode(layer, plain, outer)
 
-    def encode_branch(self, branch: Branch, traits: Traits = PLAIN) -> dict[str, Tensor]:
+    def encode_branch(self, branch: Branch, traits: LayoutTraits = PLAIN) -> dict[str, Tensor]:
         return _spelled(tiled.encode_branch(branch), ENGINE_NAMES if traits.engine_names else {})
 
-    def decode_branch(self, tensors: Mapping[str, Tensor], traits: Traits = PLAIN) -> Branch:
+    def decode_branch(self, tensors: Mapping[str, Tensor], traits: LayoutTraits = PLAIN) -> Branch:
         names = ENGINE_NAMES if traits.engine_names else {}
         return tiled.decode_branch(
             {name: tensors[names.get(name, name)] for name in ("proj_down", "proj_up")}
@@ -212,7 +212,7 @@ def _weight_dtype(precision: Precision) -> str:
     return next(name for name, known in WEIGHT_DTYPES.items() if known == precision)
 
 
-def _outer_name(traits: Traits) -> str:
+def _outer_name(traits: LayoutTraits) -> str:
     return "wcscales" if traits.row_scales else "wtscale"
 
 

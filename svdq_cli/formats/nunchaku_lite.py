@@ -28,7 +28,7 @@ from torch import Tensor
 
 from svdq_cli.errors import InputError, UsageError
 from svdq_cli.formats import tiled
-from svdq_cli.formats.contract import PLAIN, Branch, Format, PackedFacts, Traits
+from svdq_cli.formats.contract import PLAIN, Branch, Format, LayoutTraits, PackedFacts
 from svdq_cli.formats.json_keys import bad_key, json_object, module_paths, optional_section, whole_number
 from svdq_cli.formats.soundness import (
     SIXTEEN_BIT,
@@ -72,7 +72,7 @@ class NunchakuLite(Format):
         return tiled.unsupported_reason(layer)
 
     def tensor_specs(
-        self, layer: LayerPlan, dtype: torch.dtype, traits: Traits = PLAIN
+        self, layer: LayerPlan, dtype: torch.dtype, traits: LayoutTraits = PLAIN
     ) -> dict[str, TensorSpec]:
         specs = tiled.tensor_specs(layer, dtype)
         if isinstance(layer, W4A4Plan) and isinstance(layer.precision, NvFp4):
@@ -80,14 +80,14 @@ class NunchakuLite(Format):
             specs |= {"wcscales": TensorSpec((rows,), dtype), "wtscale": TensorSpec((1,), dtype)}
         return specs
 
-    def encode(self, solution: LayerSolution, traits: Traits = PLAIN) -> dict[str, Tensor]:
+    def encode(self, solution: LayerSolution, traits: LayoutTraits = PLAIN) -> dict[str, Tensor]:
         tensors = tiled.encode(solution)
         if isinstance(solution, W4A4Solution) and solution.outer is not None:
             tensors |= _encode_outer(solution, solution.outer)
         return tensors
 
     def decode(
-        self, layer: LayerPlan, tensors: Mapping[str, Tensor], traits: Traits = PLAIN
+        self, layer: LayerPlan, tensors: Mapping[str, Tensor], traits: LayoutTraits = PLAIN
     ) -> LayerSolution:
         """The inverse of `encode`. InputError, with the layer and the tensor, for anything but the exact tensors.
 
@@ -99,10 +99,10 @@ class NunchakuLite(Format):
             outer = _decode_outer(layer, tensors)
         return tiled.decode(layer, tensors, outer)
 
-    def encode_branch(self, branch: Branch, traits: Traits = PLAIN) -> dict[str, Tensor]:
+    def encode_branch(self, branch: Branch, traits: LayoutTraits = PLAIN) -> dict[str, Tensor]:
         return tiled.encode_branch(branch)
 
-    def decode_branch(self, tensors: Mapping[str, Tensor], traits: Traits = PLAIN) -> Branch:
+    def decode_branch(self, tensors: Mapping[str, Tensor], traits: LayoutTraits = PLAIN) -> Branch:
         return tiled.decode_branch(tensors)
 
     def metadata(self, plan: ModelPlan, dtype: torch.dtype) -> dict[str, object]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from svdq_cli.errors import InputError, UsageError
-from svdq_cli.formats.contract import PLAIN, Branch, Format, PackedFacts, Traits
+from svdq_cli.formats.contract import PLAIN, Branch, Format, LayoutTraits, PackedFacts
 from svdq_cli.formats.implied import suffixes_of, widest_branch
 from svdq_cli.formats.json_keys import bad_key, json_object, optional_section, whole_number
 from svdq_cli.formats.soundness import (
@@ -66,7 +66,7 @@ class VllmOmni(Format):
                 return f"in_features {columns} is not a multiple of 16" if columns % NvFp4.group else None
 
     def tensor_specs(
-        self, layer: LayerPlan, dtype: torch.dtype, traits: Traits = PLAIN
+        self, layer: LayerPlan, dtype: torch.dtype, traits: LayoutTraits = PLAIN
     ) -> dict[str, TensorSpec]:
         plan = _w4a4(layer)
         rows, columns = plan.linear.out_features, plan.linear.in_features
@@ -83,7 +83,7 @@ class VllmOmni(Format):
             specs["bias"] = TensorSpec((rows,), dtype)
         return specs
 
-    def encode(self, solution: LayerSolution, traits: Traits = PLAIN) -> dict[str, Tensor]:
+    def encode(self, solution: LayerSolution, traits: LayoutTraits = PLAIN) -> dict[str, Tensor]:
         if reason := self.unsupported_reason(solution.plan):
             raise ValueError(f"{solution.plan.name}: {reason}")
         require_sound(solution)
@@ -104,7 +104,7 @@ class VllmOmni(Format):
         return tensors
 
     def decode(
-        self, layer: LayerPlan, tensors: Mapping[str, Tensor], traits: Traits = PLAIN
+        self, layer: LayerPlan, tensors: Mapping[str, Tensor], traits: LayoutTraits = PLAIN
     ) -> LayerSolution:
         plan = _w4a4(layer)
         require_sound_tensors(layer, self.tensor_specs(layer, sixteen_bit_dtype(tensors), traits), tensors)
@@ -120,10 +120,10 @@ class VllmOmni(Format):
             bias=tensors["bias"].clone() if "bias" in tensors else None,
         )
 
-    def encode_branch(self, branch: Branch, traits: Traits = PLAIN) -> dict[str, Tensor]:
+    def encode_branch(self, branch: Branch, traits: LayoutTraits = PLAIN) -> dict[str, Tensor]:
         return {"proj_down": branch.down.T.contiguous(), "proj_up": branch.up.clone()}
 
-    def decode_branch(self, tensors: Mapping[str, Tensor], traits: Traits = PLAIN) -> Branch:
+    def decode_branch(self, tensors: Mapping[str, Tensor], traits: LayoutTraits = PLAIN) -> Branch:
         return Branch(tensors["proj_down"].T.contiguous(), tensors["proj_up"].clone())
 
     def metadata(self, plan: ModelPlan, dtype: torch.dtype) -> dict[str, object]:

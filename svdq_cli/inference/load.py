@@ -22,7 +22,7 @@ from svdq_cli.inference.save import MEANS, Origin
 from svdq_cli.pipelines.generate import load_source_pipeline
 from svdq_cli.records import Int4, LayerSolution, W4A4Solution
 from svdq_cli.runtime.cpu_fused import cpu_linear
-from svdq_cli.runtime.cpu_operands import cpu_objection
+from svdq_cli.runtime.cpu_operands import cpu_unsupported_reason
 from svdq_cli.runtime.fused import fused_linear
 from svdq_cli.runtime.linear import quantized_linear
 from svdq_cli.runtime.operands import unsupported_reason
@@ -31,7 +31,7 @@ from svdq_cli.sampling import sampling_of, with_call_defaults
 from svdq_cli.sampling.schedulers import scheduler_with
 from svdq_cli.source import Source, by_component, denoisers_of, has_settings, read_tensor
 from svdq_cli.source.classes import model_class
-from svdq_cli.system.offload import Room, fill, fill_beside, weights_bytes
+from svdq_cli.system.offload import WeightBudget, fill, fill_beside, weights_bytes
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -67,8 +67,8 @@ def load_pipeline(
     refused: dict[str, str] = {}
     for denoiser in checkpoint.denoisers:
         component = component_in(pipeline, denoiser)
-        models[component], objections = load_model(denoiser, dtype=dtype, backend=backend_facts)
-        refused |= objections
+        models[component], unsupported_reasons = load_model(denoiser, dtype=dtype, backend=backend_facts)
+        refused |= unsupported_reasons
         adopt_model(models[component], Origin.of(denoiser, Path(path)))
     components = {**models, **_own_scheduler(checkpoint.source, pipeline)}
     pipe = load_source_pipeline(pipeline, dtype=dtype, device=chosen, components=components)
@@ -135,7 +135,7 @@ def fill_denoiser(
     *,
     class_name: str,
     device: torch.device,
-    room: Room | None = None,
+    room: WeightBudget | None = None,
 ) -> None:
     """Puts the denoisers with their weights into a pipeline of `load_without_denoiser`: all of them on the device or,
     with less `room` than that takes, block by block when they run. Raises OutOfResourcesError if they do not fit."""
@@ -150,7 +150,7 @@ def fill_denoiser(
         own = weights_bytes(model)
         share = room.share(own / total) if room and len(models) > 1 else room
         try:
-            fill(model, weights, device=device, room=share or Room(own, 0))
+            fill(model, weights, device=device, room=share or WeightBudget(own, 0))
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise _does_not_fit(source.path, device) from error
     if any(parameter.is_meta for model in models.values() for parameter in model.parameters()):
@@ -306,7 +306,7 @@ def _layer(
         case "reference":
             reason = None
         case "cpu":
-            if (reason := cpu_objection(solution)) is None:
+            if (reason := cpu_unsupported_reason(solution)) is None:
                 return cpu_linear(solution, unsigned_from=unsigned_from), None
         case "kernels":
             if (reason := unsupported_reason(solution)) is None:

@@ -37,7 +37,7 @@ def load_clip(device: torch.device, *, model: str = MODEL) -> Measure:
     def clip_score(batch: Measured) -> list[float]:
         inputs = processor(
             text=list(batch.prompts),
-            images=[picture.convert("RGB") for picture in batch.images],
+            images=[image.convert("RGB") for image in batch.images],
             return_tensors="pt",
             padding=True,
             truncation=True,

@@ -19,27 +19,27 @@ from svdq_cli.metrics.metric import (
 if TYPE_CHECKING:
     import torch
 
-LEAST_PICTURES = 2048  # as many as Inception has features: the covariance of fewer is singular
+LEAST_IMAGES = 2048  # as many as Inception has features: the covariance of fewer is singular
 _INSTALL = "pip install 'svdq[metrics]'"
 _WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
 _URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{_WEIGHTS}"
 
 
-def load_fid(device: torch.device, *, pictures: int) -> Measure:
+def load_fid(device: torch.device, *, images: int) -> Measure:
     """Features of Inception v3 as the original has them (torch-fidelity). Raises EnvironmentLacksError, also where
     there are too few images for the figure to mean something."""
     import torch
 
-    if pictures < LEAST_PICTURES:
+    if images < LEAST_IMAGES:
         raise EnvironmentLacksError(
-            f"FID of {pictures} images is meaningless",
-            hint=f"generate {LEAST_PICTURES} or more with --samples",
+            f"FID of {images} images is meaningless",
+            hint=f"generate {LEAST_IMAGES} or more with --samples",
         )
     require_package("torch_fidelity", metric="FID", install=_INSTALL)
     metric = require_package("torchmetrics.image.fid", metric="FID", install=_INSTALL)
     path = hub_checkpoint(_WEIGHTS)
     require_weights(path, metric="FID", fetch=f"curl -L --create-dirs -o {path} {_URL}")
-    distance = metric.FrechetInceptionDistance(feature=LEAST_PICTURES).to(device)
+    distance = metric.FrechetInceptionDistance(feature=LEAST_IMAGES).to(device)
 
     @torch.no_grad()
     def fid(batches: Iterable[Measured]) -> list[float]:
@@ -57,7 +57,7 @@ METRIC = Metric(
     title="FID",
     kind="all images",
     better="lower",
-    load=lambda device, images: load_fid(device, pictures=images),
+    load=lambda device, images: load_fid(device, images=images),
     place=5,
     digits=2,
 )

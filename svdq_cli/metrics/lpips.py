@@ -37,7 +37,7 @@ def load_lpips(device: torch.device) -> Measure:
     @torch.no_grad()
     def lpips(batch: Measured) -> list[float]:
         first, second = (
-            rgb_batch(pictures).to(device).float() / 127.5 - 1 for pictures in (batch.reference, batch.images)
+            rgb_batch(images).to(device).float() / 127.5 - 1 for images in (batch.reference, batch.images)
         )
         return network(first, second).flatten().tolist()
 

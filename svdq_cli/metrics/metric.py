@@ -94,13 +94,13 @@ def hub_checkpoint(name: str) -> Path:
     return Path(torch.hub.get_dir()) / "checkpoints" / name
 
 
-def rgb_batch(pictures: Sequence[Image]) -> Tensor:
+def rgb_batch(images: Sequence[Image]) -> Tensor:
     """(B, 3, H, W) uint8 of images of one size."""
     import torch
 
-    flat = [torch.frombuffer(bytearray(p.convert("RGB").tobytes()), dtype=torch.uint8) for p in pictures]
-    height, width = pictures[0].height, pictures[0].width
-    return torch.stack(flat).reshape(len(pictures), height, width, 3).permute(0, 3, 1, 2).contiguous()
+    flat = [torch.frombuffer(bytearray(p.convert("RGB").tobytes()), dtype=torch.uint8) for p in images]
+    height, width = images[0].height, images[0].width
+    return torch.stack(flat).reshape(len(images), height, width, 3).permute(0, 3, 1, 2).contiguous()
 
 
 def pixels_of(image: Image) -> Tensor:

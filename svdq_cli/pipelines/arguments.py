@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from svdq_cli.errors import InputError, UsageError
-from svdq_cli.pipelines.settings import DrawSettings, PictureFile
+from svdq_cli.pipelines.settings import ImageFile, SamplingSettings
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -21,9 +21,9 @@ INPUT_NAMES: Mapping[str, tuple[str, ...]] = {
 
 
 def optional_arguments(
-    settings: DrawSettings, *, accepted: Collection[str], pipeline: str, pictures: Sequence[int]
+    settings: SamplingSettings, *, accepted: Collection[str], pipeline: str, images: Sequence[int]
 ) -> dict[str, Any]:
-    """Everything beyond prompt, steps, size and generator. `pictures`: indices of the images to generate.
+    """Everything beyond prompt, steps, size and generator. `images`: indices of the images to generate.
 
     Raises UsageError, naming it, for a setting that the pipeline has no argument for.
     """
@@ -39,18 +39,18 @@ def optional_arguments(
                 hint="leave true_cfg at 1 and set guidance instead",
             )
         arguments["true_cfg_scale"] = settings.true_cfg
-        arguments["negative_prompt"] = [""] * len(pictures)
+        arguments["negative_prompt"] = [""] * len(images)
     for name, value in (("strength", settings.strength), ("frames", settings.frames)):
         if value:
             arguments[_argument(name, accepted, pipeline)] = value
     for name, files in (("image", settings.image), ("mask", settings.mask)):
         if files:
-            read = _pictures(files, pictures, settings, mask=name == "mask")
+            read = _images(files, images, settings, mask=name == "mask")
             arguments[_argument(name, accepted, pipeline)] = read
     return arguments
 
 
-def missing_inputs(settings: DrawSettings, accepted: Collection[str]) -> list[str]:
+def missing_inputs(settings: SamplingSettings, accepted: Collection[str]) -> list[str]:
     """Recipe keys of inputs that the pipeline takes and that were not given."""
     given = {"image": settings.image, "mask": settings.mask, "frames": settings.frames}
     return [
@@ -58,7 +58,7 @@ def missing_inputs(settings: DrawSettings, accepted: Collection[str]) -> list[st
     ]
 
 
-def _as_large_as_asked(settings: DrawSettings) -> dict[str, Any]:
+def _as_large_as_asked(settings: SamplingSettings) -> dict[str, Any]:
     """Pipelines that round the size to one of their own (PixArt, SANA) or scale to an area (FLUX.1 Kontext) are told
     not to: activations come from images of the size that the recipe names, and from prompts as they are written."""
     return {
@@ -79,24 +79,24 @@ def _argument(name: str, accepted: Collection[str], pipeline: str) -> str:
     return found
 
 
-def _pictures(
-    files: tuple[PictureFile, ...], indices: Sequence[int], settings: DrawSettings, *, mask: bool
+def _images(
+    files: tuple[ImageFile, ...], indices: Sequence[int], settings: SamplingSettings, *, mask: bool
 ) -> Image | list[Image]:
     """The images of a batch, scaled to the size that is generated; one alone is not put into a list, which some
     pipelines take for several images of one prompt."""
     read = [opened_image(files[index % len(files)], mask=mask) for index in indices]
-    scaled = [picture.resize((settings.width, settings.height)) for picture in read]
+    scaled = [image.resize((settings.width, settings.height)) for image in read]
     return scaled[0] if len(scaled) == 1 else scaled
 
 
-def opened_image(file: PictureFile, *, mask: bool = False) -> Image:
+def opened_image(file: ImageFile, *, mask: bool = False) -> Image:
     """An image file in RGB, or gray for a mask, upright. InputError for what is not an image, or too large to be
     one."""
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(file.path) as picture:
-            return ImageOps.exif_transpose(picture).convert("L" if mask else "RGB")
+        with Image.open(file.path) as image:
+            return ImageOps.exif_transpose(image).convert("L" if mask else "RGB")
     except (OSError, ValueError, Image.DecompressionBombError) as error:  # Pillow's own error is an OSError
         raise InputError(
             f"{file.path}: can't be read as an image ({error})", hint="save it as PNG", where=file.path

@@ -14,7 +14,7 @@ from torch import nn
 
 from svdq_cli.pipelines.first_call import Arguments, first_call
 from svdq_cli.pipelines.generate import load_source_pipeline, split_batches
-from svdq_cli.pipelines.settings import DrawSettings
+from svdq_cli.pipelines.settings import SamplingSettings
 from svdq_cli.planning.structure import Reading
 from svdq_cli.planning.trace_inputs import watch_call
 from svdq_cli.source import is_denoiser, pipeline_index
@@ -24,7 +24,7 @@ _SIDE = 256  # pixels
 
 
 def watch_in_pipeline(
-    folder: Path, component: str, model: nn.Module, settings: DrawSettings
+    folder: Path, component: str, model: nn.Module, settings: SamplingSettings
 ) -> dict[str, Reading] | None:
     """What every linear of `model` (on the meta device) reads, called as the pipeline in `folder` calls it; None where
     either can't be run."""
@@ -35,7 +35,7 @@ def watch_in_pipeline(
         return None
 
 
-def _arguments(folder: Path, component: str, model: nn.Module, settings: DrawSettings) -> Arguments:
+def _arguments(folder: Path, component: str, model: nn.Module, settings: SamplingSettings) -> Arguments:
     """Arguments of the denoiser's first call, for a small image: what layers read is the same at any size."""
     # one that is called before this one ends the run: the plan does without
     others = {name: None for name in pipeline_index(folder) if is_denoiser(name) and name != component}

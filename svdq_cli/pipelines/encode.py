@@ -14,7 +14,7 @@ from svdq_cli.pipelines.embeddings import METHOD, EncodedPrompts
 from svdq_cli.pipelines.first_call import first_call
 from svdq_cli.pipelines.generate import Batch
 from svdq_cli.pipelines.joint import denoisers_in
-from svdq_cli.pipelines.settings import DrawSettings
+from svdq_cli.pipelines.settings import SamplingSettings
 from svdq_cli.records import Event, Observer, ignore_events
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def encode_prompts(
     pipe: DiffusionPipeline,
     batches: Sequence[Batch],
     *,
-    settings: DrawSettings,
+    settings: SamplingSettings,
     observe: Observer = ignore_events,
 ) -> EncodedPrompts | None:
     """Encodes the batches' prompts and frees the text encoders. The denoisers may be empty models.

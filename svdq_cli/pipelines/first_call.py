@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from svdq_cli.pipelines.generate import Batch, denoise
-from svdq_cli.pipelines.settings import DrawSettings
+from svdq_cli.pipelines.settings import SamplingSettings
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -25,7 +25,7 @@ class _Called(Exception):
 
 
 def first_call(
-    pipe: DiffusionPipeline, denoisers: Iterable[nn.Module], batch: Batch, *, settings: DrawSettings
+    pipe: DiffusionPipeline, denoisers: Iterable[nn.Module], batch: Batch, *, settings: SamplingSettings
 ) -> Arguments | None:
     """What the pipeline gives the denoiser that it calls first; None where it calls none."""
 

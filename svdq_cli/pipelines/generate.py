@@ -18,7 +18,7 @@ from svdq_cli.errors import InputError, OutOfResourcesError, UsageError, first_l
 from svdq_cli.pipelines.arguments import INPUT_NAMES, missing_inputs, optional_arguments
 from svdq_cli.pipelines.embeddings import EncodedPrompts
 from svdq_cli.pipelines.finite import finite_images, require_finite_latents
-from svdq_cli.pipelines.settings import DrawSettings
+from svdq_cli.pipelines.settings import SamplingSettings
 from svdq_cli.records import Event, Observer, ignore_events
 from svdq_cli.system.quiet import quiet_loading
 
@@ -76,11 +76,11 @@ def load_source_pipeline(
     return pipe
 
 
-def draw(
+def generate_images(
     pipe: DiffusionPipeline,
     prompts: Sequence[str],
     *,
-    settings: DrawSettings,
+    settings: SamplingSettings,
     seeds: Sequence[int] | None = None,
     stage: str = "generate",
     observe: Observer = ignore_events,
@@ -90,24 +90,24 @@ def draw(
 
     `seeds` default to those of `settings`. Events count images times steps.
     """
-    drawn = draw_each(
+    drawn = generate_each(
         pipe, prompts, settings=settings, seeds=seeds, stage=stage, observe=observe, on_step=on_step
     )
-    return [picture for _, picture in drawn]
+    return [image for _, image in drawn]
 
 
-def draw_each(
+def generate_each(
     pipe: DiffusionPipeline,
     prompts: Sequence[str],
     *,
-    settings: DrawSettings,
+    settings: SamplingSettings,
     seeds: Sequence[int] | None = None,
     stage: str = "generate",
     observe: Observer = ignore_events,
     on_step: OnStep | None = None,
     wanted: Callable[[int], bool] = lambda index: True,
 ) -> Iterator[tuple[int, Image]]:
-    """`draw`, image by image with its index, so that no more than a batch is held. A video is one image: its
+    """`generate_images`, image by image with its index, so that no more than a batch is held. A video is one image: its
     frames, one below the other.
 
     Batches that hold no `wanted` image are left out; the others are generated whole, so that an image is the same
@@ -118,7 +118,7 @@ def draw_each(
         for batch in split_batches(prompts, settings=settings, seeds=seeds)
         if any(wanted(batch.first + i) for i in range(len(batch.prompts)))
     ]
-    drawn = drawn_batches(
+    drawn = generated_batches(
         pipe,
         batches,
         settings=settings,
@@ -128,19 +128,19 @@ def draw_each(
         observe=observe,
         on_step=on_step,
     )
-    for batch, pictures in zip(batches, drawn, strict=True):
-        for index, picture in enumerate(pictures, batch.first):
-            frames: list[Image] = picture if isinstance(picture, list) else [picture]
+    for batch, images in zip(batches, drawn, strict=True):
+        for index, image in enumerate(images, batch.first):
+            frames: list[Image] = image if isinstance(image, list) else [image]
             for frame in frames:
-                _check_picture(frame, pipe, settings)
+                _check_image(frame, pipe, settings)
             yield index, _strip(frames)
 
 
-def draw_one(
-    pipe: DiffusionPipeline, prompt: str, *, settings: DrawSettings, observe: Observer = ignore_events
+def generate_one(
+    pipe: DiffusionPipeline, prompt: str, *, settings: SamplingSettings, observe: Observer = ignore_events
 ) -> list[Image]:
     """The image of one prompt, or the frames of its video."""
-    drawn = drawn_batches(
+    drawn = generated_batches(
         pipe,
         split_batches([prompt], settings=settings),
         settings=settings,
@@ -152,7 +152,7 @@ def draw_one(
     (found,) = next(iter(list(drawn)))
     frames = found if isinstance(found, list) else [found]
     for frame in frames:
-        _check_picture(frame, pipe, settings)
+        _check_image(frame, pipe, settings)
     return frames
 
 
@@ -169,13 +169,13 @@ def _strip(frames: Sequence[Image]) -> Image:
     return strip
 
 
-def _check_picture(picture: Image, pipe: DiffusionPipeline, settings: DrawSettings) -> None:
+def _check_image(image: Image, pipe: DiffusionPipeline, settings: SamplingSettings) -> None:
     """UsageError for what is not an image of the size that was asked for."""
-    if picture.size != (settings.width, settings.height):
+    if image.size != (settings.width, settings.height):
         raise UsageError(
             f"asked for {settings.width}x{settings.height} pixels, but {type(pipe).__name__} generates "
-            f"{picture.width}x{picture.height}",
-            hint=f"use width {picture.width} and height {picture.height}",
+            f"{image.width}x{image.height}",
+            hint=f"use width {image.width} and height {image.height}",
         )
 
 
@@ -188,11 +188,11 @@ class Batch:
     seeds: tuple[int, ...]
 
 
-def drawn_batches(
+def generated_batches(
     pipe: DiffusionPipeline,
     batches: Sequence[Batch],
     *,
-    settings: DrawSettings,
+    settings: SamplingSettings,
     total: int,
     output_type: str,
     stage: str,
@@ -228,7 +228,7 @@ def drawn_batches(
 
 
 def split_batches(
-    prompts: Sequence[str], *, settings: DrawSettings, seeds: Sequence[int] | None = None
+    prompts: Sequence[str], *, settings: SamplingSettings, seeds: Sequence[int] | None = None
 ) -> tuple[Batch, ...]:
     if isinstance(prompts, str):
         raise TypeError("prompts is one string, not a sequence of strings")
@@ -246,7 +246,7 @@ def denoise(
     pipe: DiffusionPipeline,
     batch: Batch,
     *,
-    settings: DrawSettings,
+    settings: SamplingSettings,
     output_type: str,
     encoded: EncodedPrompts | None = None,
     on_step: OnStep | None = None,
@@ -270,7 +270,7 @@ def denoise(
             settings,
             accepted=accepted,
             pipeline=type(pipe).__name__,
-            pictures=range(batch.first, batch.first + len(batch.prompts)),
+            images=range(batch.first, batch.first + len(batch.prompts)),
         ),
     }
     try:

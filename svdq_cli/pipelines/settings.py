@@ -17,7 +17,7 @@ _INPUTS = ("image", "mask", "strength", "frames")  # what a pipeline may read be
 
 
 @dataclass(frozen=True, slots=True)
-class PictureFile:
+class ImageFile:
     """An image that the pipeline reads. Digests cover its content, not its path."""
 
     path: str
@@ -25,7 +25,7 @@ class PictureFile:
 
 
 @dataclass(frozen=True, slots=True)
-class DrawSettings:
+class SamplingSettings:
     """`None` leaves a setting to the pipeline. Image i is seeded with `seed_of(i)`, whatever its batch.
 
     `true_cfg` above 1 generates with a second, unconditional pass (an empty negative prompt) where the pipeline has
@@ -42,8 +42,8 @@ class DrawSettings:
     max_sequence_length: int | None = None  # text tokens
     batch_size: int = 1
     true_cfg: float = 1.0
-    image: tuple[PictureFile, ...] = ()
-    mask: tuple[PictureFile, ...] = ()
+    image: tuple[ImageFile, ...] = ()
+    mask: tuple[ImageFile, ...] = ()
     frames: int | None = None
     strength: float | None = None
 
@@ -73,31 +73,31 @@ class DrawSettings:
         return following_seed(self.seed, index)
 
 
-def picture_files(path: Path) -> tuple[PictureFile, ...]:
+def image_files(path: Path) -> tuple[ImageFile, ...]:
     """One image, or all images of a folder by name. Raises InputError where there is none."""
-    files = sorted(file for file in path.iterdir() if _is_picture(file)) if path.is_dir() else [path]
-    if not files or not all(_is_picture(file) for file in files):
+    files = sorted(file for file in path.iterdir() if _is_image(file)) if path.is_dir() else [path]
+    if not files or not all(_is_image(file) for file in files):
         raise InputError(
             f"{path}: no image in this folder" if path.exists() else f"{path}: no such file or folder",
             hint=f"give an image ({', '.join(READ_SUFFIXES)}) or a folder of images",
             where=str(path),
             kind="input" if path.exists() else "not-found",
         )
-    return tuple(PictureFile(str(file), hashlib.sha256(file.read_bytes()).hexdigest()) for file in files)
+    return tuple(ImageFile(str(file), hashlib.sha256(file.read_bytes()).hexdigest()) for file in files)
 
 
-def settings_json(settings: DrawSettings) -> dict[str, Any]:
+def settings_json(settings: SamplingSettings) -> dict[str, Any]:
     """The settings as plain JSON; unused inputs are left out."""
     return {key: value for key, value in asdict(settings).items() if value or key not in _INPUTS}
 
 
-def settings_of_json(plain: Mapping[str, Any]) -> DrawSettings:
+def settings_of_json(plain: Mapping[str, Any]) -> SamplingSettings:
     """The inverse of `settings_json`. TypeError or KeyError for anything else."""
-    pictures = {
-        key: tuple(PictureFile(**item) for item in plain[key]) for key in ("image", "mask") if key in plain
+    images = {
+        key: tuple(ImageFile(**item) for item in plain[key]) for key in ("image", "mask") if key in plain
     }
-    return DrawSettings(**{**plain, **pictures})
+    return SamplingSettings(**{**plain, **images})
 
 
-def _is_picture(file: Path) -> bool:
+def _is_image(file: Path) -> bool:
     return file.is_file() and file.suffix.lower() in READ_SUFFIXES

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from svdq_cli.errors import UsageError
 from svdq_cli.pipelines.arguments import INPUT_NAMES
-from svdq_cli.pipelines.settings import DrawSettings
+from svdq_cli.pipelines.settings import SamplingSettings
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 
-def reading_inputs(pipe: DiffusionPipeline, settings: DrawSettings) -> DiffusionPipeline:
+def reading_inputs(pipe: DiffusionPipeline, settings: SamplingSettings) -> DiffusionPipeline:
     """`pipe` itself or, where it does not read the image and mask that are given, diffusers' image-to-image or
     inpainting pipeline of the same parts (FLUX.1, SDXL, SD 3.5, Qwen-Image ...). UsageError where there is none."""
     given = [name for name in ("image", "mask", "strength") if getattr(settings, name)]
@@ -39,7 +39,7 @@ def makes_videos(pipe: DiffusionPipeline) -> bool:
     return any(name in _arguments(pipe) for name in INPUT_NAMES["frames"])
 
 
-def _require_steps(pipe: DiffusionPipeline, settings: DrawSettings) -> None:
+def _require_steps(pipe: DiffusionPipeline, settings: SamplingSettings) -> None:
     """UsageError where the pipeline's own strength leaves no step."""
     own = _arguments(pipe).get("strength")
     if settings.image and settings.strength is None and own is not None and isinstance(own.default, float):

@@ -80,7 +80,7 @@ def plan_model(
     layers: list[LayerPlan] = []
     kept: list[Linear] = []
     reasons = dict(roles.kept)
-    objections: list[str] = []
+    unsupported_reasons: list[str] = []
     for linear in inventory.linears:
         override = _override_for(linear.name, exceptions)
         wanted: LayerPlan | None = None
@@ -90,20 +90,20 @@ def plan_model(
             )
         elif linear.name in roles.w4a16:
             wanted = W4A16Plan(linear)
-        objection = supports(wanted) if wanted else None
-        if objection:
-            objections.append(f"{linear.name}: {objection}")
-            reasons[linear.name] = objection
+        unsupported_reason = supports(wanted) if wanted else None
+        if unsupported_reason:
+            unsupported_reasons.append(f"{linear.name}: {unsupported_reason}")
+            reasons[linear.name] = unsupported_reason
         elif isinstance(override, KeepOverride):
             reasons[linear.name] = "a rule of the recipe keeps it"
-        if wanted is None or isinstance(override, KeepOverride) or objection is not None:
+        if wanted is None or isinstance(override, KeepOverride) or unsupported_reason is not None:
             kept.append(linear)
         else:
             layers.append(wanted)
     if not layers:
         raise InputError(
             f"{where}: nothing to quantize: no layer of this model fits the output format"
-            + (f" ({objections[0]})" if objections else ""),
+            + (f" ({unsupported_reasons[0]})" if unsupported_reasons else ""),
             hint="choose another output format, or name layers with include rules in the recipe",
             where=where,
         )

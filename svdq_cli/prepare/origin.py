@@ -48,7 +48,7 @@ class Origin:
     `source`: the model with the LoRAs of the checkpoint merged, as far as they were given or found.
     `same`: whether that is what the checkpoint was made from, by its digest; None where the checkpoint records none.
     `found`: LoRAs that were not given, but whose files were found by their digests.
-    `objection`, `hint`: why it is another model and what to do, for people; None where nothing speaks against it.
+    `source_mismatch`, `hint`: why it is another model and what to do, for people; None where nothing speaks against it.
     `note`: what else to know of the comparison.
     `digest`: sha256 of `source` (`source_digest`), where it was computed.
     """
@@ -56,7 +56,7 @@ class Origin:
     source: Source
     same: bool | None
     found: tuple[NamedLora, ...] = ()
-    objection: str | None = None
+    source_mismatch: str | None = None
     hint: str | None = None
     note: str | None = None
     digest: str | None = None
@@ -73,14 +73,16 @@ class Origin:
             f"{lora.name}:{lora.weight:g} was {lora.how}, so it is merged into the 16-bit model here"
             for lora in self.found
         ]
-        spoken = f"{self.objection}; {self.hint}" if self.objection else None
+        spoken = f"{self.source_mismatch}; {self.hint}" if self.source_mismatch else None
         return (*read, *(text for text in (spoken, self.note) if text))
 
     def require_same(self) -> Source:
         """The source. Raises InputError (kind "wrong-source") where it is another model."""
-        if self.objection is None:
+        if self.source_mismatch is None:
             return self.source
-        raise InputError(self.objection, hint=self.hint, where=str(self.source.path), kind="wrong-source")
+        raise InputError(
+            self.source_mismatch, hint=self.hint, where=str(self.source.path), kind="wrong-source"
+        )
 
 
 def origin_of(checkpoint: Checkpoint, recipe: Recipe, options: RunOptions) -> Origin:
@@ -113,14 +115,14 @@ def origin_of(checkpoint: Checkpoint, recipe: Recipe, options: RunOptions) -> Or
                 source,
                 same=False,
                 found=names,
-                objection=f"{lost.name} is not the same file as the one that was {lost.how}",
+                source_mismatch=f"{lost.name} is not the same file as the one that was {lost.how}",
                 hint=f"give the file with sha256 {str(lost.sha256)[:12]}",
             )
         return Origin(
             source,
             same=False,
             found=names,
-            objection=f"the checkpoint holds the LoRA {lost.name} (weight {lost.weight:g}, {lost.how}), "
+            source_mismatch=f"the checkpoint holds the LoRA {lost.name} (weight {lost.weight:g}, {lost.how}), "
             f"but {source.path} is compared without it",
             hint=f"add {lost.option}",
         )
@@ -129,7 +131,7 @@ def origin_of(checkpoint: Checkpoint, recipe: Recipe, options: RunOptions) -> Or
             source,
             same=False,
             found=names,
-            objection=f"{wrong.name} was {wrong.how} with weight {wrong.weight:g}, "
+            source_mismatch=f"{wrong.name} was {wrong.how} with weight {wrong.weight:g}, "
             f"but is given here with {given[pairs[wrong]][0].weight:g}",
             hint=f"give it as {wrong.option}",
         )
@@ -169,8 +171,8 @@ def _judged(
         source,
         same=False,
         found=found,
-        objection=f"{source.path} is not the 16-bit model that the checkpoint was made from (sha256 {digest[:12]}, "
-        f"not {recorded[:12]}; {differs} differs){other}",
+        source_mismatch=f"{source.path} is not the 16-bit model that the checkpoint was made from (sha256 "
+        f"{digest[:12]}, not {recorded[:12]}; {differs} differs){other}",
         hint="leave the LoRA out"
         if extra
         else "give the model that the checkpoint was made from; svdq inspect shows its record",

@@ -16,7 +16,7 @@ from svdq_cli.errors import UsageError
 from svdq_cli.families import find_family
 from svdq_cli.formats import DEFAULT, format_named
 from svdq_cli.formats.contract import Format
-from svdq_cli.pipelines.settings import DrawSettings
+from svdq_cli.pipelines.settings import SamplingSettings
 from svdq_cli.planning.plan import Inventory, Observation, plan_model, restricted, take_inventory, watch
 from svdq_cli.planning.structure import Reading
 from svdq_cli.prepare.options import RunOptions
@@ -132,7 +132,7 @@ def prompts_of(prepared: Prepared, options: RunOptions, observe: Observer) -> Ch
     return prepared.prompts or chosen_prompts(prepared.recipe, options, observe)
 
 
-def counts_of(prepared: Prepared, settings: DrawSettings) -> TokenCounts:
+def counts_of(prepared: Prepared, settings: SamplingSettings) -> TokenCounts:
     """Tokens of every layer of the model where images are generated with `settings`."""
     return token_counts(
         prepared.source,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from svdq_cli.pipelines.settings import DrawSettings, PictureFile, picture_files
+from svdq_cli.pipelines.settings import ImageFile, SamplingSettings, image_files
 from svdq_cli.recipe import (
     Calibration,
     Recipe,
@@ -20,7 +20,7 @@ from svdq_cli.source import Source
 class Sampling:
     """What calibration generates with the 16-bit model, and what it keeps of it."""
 
-    settings: DrawSettings
+    settings: SamplingSettings
     samples: int  # images, at most
     rows: int  # activation rows kept of every layer input
     size_bytes: int  # that all statistics may take
@@ -58,7 +58,7 @@ def sampling_for(recipe: Recipe, source: Source, *, beside: Path | None = None) 
         int(value or 0)
         for value in (wanted.samples, wanted.steps, wanted.height, wanted.width, wanted.batch_size)
     )
-    settings = DrawSettings(
+    settings = SamplingSettings(
         steps=steps,
         guidance=wanted.guidance,
         height=height,
@@ -67,8 +67,8 @@ def sampling_for(recipe: Recipe, source: Source, *, beside: Path | None = None) 
         max_sequence_length=wanted.max_sequence_length,
         batch_size=batch,
         true_cfg=wanted.true_cfg or 1.0,
-        image=_pictures(wanted.image, beside),
-        mask=_pictures(wanted.mask, beside),
+        image=_images(wanted.image, beside),
+        mask=_images(wanted.mask, beside),
         frames=wanted.frames,
         strength=wanted.strength,
     )
@@ -80,5 +80,5 @@ def usual_sampling(source: Source) -> Sampling:
     return sampling_for(default_recipe("model", calibration=Calibration()), source)
 
 
-def _pictures(path: str | None, beside: Path | None) -> tuple[PictureFile, ...]:
-    return picture_files(Path(find_source(path, beside)).expanduser()) if path else ()
+def _images(path: str | None, beside: Path | None) -> tuple[ImageFile, ...]:
+    return image_files(Path(find_source(path, beside)).expanduser()) if path else ()

@@ -1,20 +1,21 @@
 """The model itself, run with gradients: block reconstruction for the effort `best`, and what each layer's noise does to
 the output, for the ranks. Ours."""
 
-from svdq_cli.reconstruct.block_graph import Wiring, wiring_of
+from svdq_cli.reconstruct.block_graph import BlockGraph, block_graph_of
 from svdq_cli.reconstruct.calls import Call, Trajectory, mapped, record_each, record_trajectories, tensors_of
 from svdq_cli.reconstruct.gains import output_gains
 from svdq_cli.reconstruct.run import Reconstruction, Recording, TunedBlock, blocks_of, reconstruct
-from svdq_cli.reconstruct.tensor_cache import Shelf
+from svdq_cli.reconstruct.tensor_cache import TensorCache
 
 __all__ = [
+    "BlockGraph",
     "Call",
     "Reconstruction",
     "Recording",
-    "Shelf",
+    "TensorCache",
     "Trajectory",
     "TunedBlock",
-    "Wiring",
+    "block_graph_of",
     "blocks_of",
     "mapped",
     "output_gains",
@@ -22,5 +23,4 @@ __all__ = [
     "record_each",
     "record_trajectories",
     "tensors_of",
-    "wiring_of",
 ]

@@ -13,7 +13,7 @@ from svdq_cli.reconstruct.calls import Call, detached, mapped, tensors_of
 
 
 @dataclass(frozen=True, slots=True)
-class Wiring:
+class BlockGraph:
     """The blocks of a model that run once in each of its calls."""
 
     order: tuple[str, ...]
@@ -26,7 +26,7 @@ class Wiring:
         return self.last_reader.get(block, -1) > after
 
 
-def wiring_of(model: nn.Module, blocks: Collection[str], call: Call) -> Wiring:
+def block_graph_of(model: nn.Module, blocks: Collection[str], call: Call) -> BlockGraph:
     """Seen in one call. `model` is whole, its parameters ask for no gradients, and it is left as it was.
 
     Every block's outputs are leaves of a graph that spans only what is between the blocks, so that gradients tell
@@ -69,8 +69,8 @@ def wiring_of(model: nn.Module, blocks: Collection[str], call: Call) -> Wiring:
             handle.remove()
     once = [path for path in order if order.count(path) == 1]
     if len(once) < len(order):
-        return wiring_of(model, once, call)
-    return Wiring(tuple(order), _last_readers(order, given, made))
+        return block_graph_of(model, once, call)
+    return BlockGraph(tuple(order), _last_readers(order, given, made))
 
 
 def _last_readers(

@@ -21,7 +21,7 @@ class BlockSize:
     kept: int  # weights of the block that stay as they are
     tokens: int  # of all streams
     width: int  # of a token between blocks
-    pictures: int  # that the tokens are of
+    images: int  # that the tokens are of
 
     @property
     def w4a4(self) -> list[tuple[W4A4Plan, int]]:
@@ -67,7 +67,7 @@ def block_work(size: BlockSize, calls: CallCounts) -> Work:
 
 def _forward(size: BlockSize, *, gradients: bool = False) -> Work:
     """One call through the block. Gradients take two products for each one, and what is between products twice."""
-    total = Work(matmul=4 * size.tokens**2 / size.pictures * size.width, calls=100)  # attention
+    total = Work(matmul=4 * size.tokens**2 / size.images * size.width, calls=100)  # attention
     for plan, tokens in size.w4a4:
         n, k = plan.linear.out_features, plan.linear.in_features
         products = 2 * tokens * (n * k + plan.rank * (n + k))

@@ -13,19 +13,26 @@ from typing import Any
 import torch
 from torch import nn
 
-from svdq_cli.reconstruct.block_graph import Wiring
+from svdq_cli.reconstruct.block_graph import BlockGraph
 from svdq_cli.reconstruct.calls import Call, mapped
-from svdq_cli.reconstruct.tensor_cache import Kept, Shelf
+from svdq_cli.reconstruct.tensor_cache import Kept, TensorCache
 
 
-class Stream:
+class HiddenStates:
     """What blocks have returned so far in the 16-bit model, or in the 4-bit one, as far as it is still needed.
 
     `model`: whole but for the blocks, whose weights it does not need. `calls`: of that model.
     """
 
-    def __init__(self, model: nn.Module, wiring: Wiring, calls: Sequence[Call], shelf: Shelf) -> None:
-        self._model, self._wiring, self._calls, self._shelf = model, wiring, calls, shelf
+    def __init__(
+        self, model: nn.Module, block_graph: BlockGraph, calls: Sequence[Call], tensor_cache: TensorCache
+    ) -> None:
+        self._model, self._block_graph, self._calls, self._tensor_cache = (
+            model,
+            block_graph,
+            calls,
+            tensor_cache,
+        )
         self._returned: list[dict[str, Kept]] = [{} for _ in calls]
         self._shapes: list[dict[str, Any]] = [{} for _ in calls]  # of what is not needed any more
 
@@ -43,18 +50,18 @@ class Stream:
 
     def keep(self, block: str, index: int, output: object) -> Kept:
         """What `block` returned in one of the calls."""
-        kept = self._returned[index][block] = self._shelf.keep(output)
+        kept = self._returned[index][block] = self._tensor_cache.keep(output)
         return kept
 
     def forget(self, block: str, index: int) -> None:
         """What no block behind `block` needs is dropped."""
-        position = self._wiring.order.index(block)
+        position = self._block_graph.order.index(block)
         for path in list(self._returned[index]):
-            if not self._wiring.needs(path, after=position):
+            if not self._block_graph.needs(path, after=position):
                 self._shapes[index][path] = self._returned[index].pop(path).shapes()
 
     def _before(self, block: str) -> Sequence[str]:
-        return self._wiring.order[: self._wiring.order.index(block)]
+        return self._block_graph.order[: self._block_graph.order.index(block)]
 
     def _recalling(self, path: str, index: int, device: torch.device) -> Callable[..., Any]:
         def recall(*args: Any, **kwargs: Any) -> Any:

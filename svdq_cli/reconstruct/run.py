@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from svdq_cli.planning import blocks
-from svdq_cli.reconstruct.block_graph import Wiring
+from svdq_cli.reconstruct.block_graph import BlockGraph
 from svdq_cli.reconstruct.calls import Call, Trajectory
-from svdq_cli.reconstruct.hidden_states import Stream
+from svdq_cli.reconstruct.hidden_states import HiddenStates
 from svdq_cli.reconstruct.swap_modules import put, put_for_now
-from svdq_cli.reconstruct.tensor_cache import Kept, Shelf
+from svdq_cli.reconstruct.tensor_cache import Kept, TensorCache
 from svdq_cli.reconstruct.tunable import frozen
-from svdq_cli.reconstruct.tuning import Passage, Passages, tune_block
+from svdq_cli.reconstruct.tuning import BlockIO, BlockIOs, tune_block
 from svdq_cli.records import Event, LayerSolution, ModelPlan, Observer, W4A4Solution, ignore_events
 from svdq_cli.reports import BlockSearch
 from svdq_cli.runtime.linear import quantized_linear
@@ -35,7 +35,7 @@ class Recording:
     """What reconstruction needs to have seen of the whole 16-bit model."""
 
     trajectories: Sequence[Trajectory]  # in the order of images
-    wiring: Wiring
+    block_graph: BlockGraph
 
     @property
     def calls(self) -> list[Call]:
@@ -61,7 +61,7 @@ class Reconstruction:
     plan: ModelPlan
     solutions: Mapping[str, LayerSolution]  # of every layer
     recording: Recording
-    shelf: Shelf
+    tensor_cache: TensorCache
 
     @property
     def device(self) -> torch.device:
@@ -80,7 +80,7 @@ def reconstruct(
     `finished`: blocks whose solutions are tuned already; they are only gone through. A block that tuning does not make
     better on held-out trajectories keeps its solutions.
     """
-    order = job.recording.wiring.order
+    order = job.recording.block_graph.order
     started = time.monotonic()
     observe(Event("start", "reconstruct", 0, len(order)))
     walk = _Walk(job)
@@ -100,9 +100,11 @@ class _Walk:
 
     def __init__(self, job: Reconstruction) -> None:
         self._job, self._device = job, job.device
-        wiring, calls = job.recording.wiring, job.recording.calls
-        self._exact, self._quantized = (Stream(job.model, wiring, calls, job.shelf) for _ in range(2))
-        heads = tuple(f"{block}." for block in wiring.order)
+        block_graph, calls = job.recording.block_graph, job.recording.calls
+        self._exact, self._quantized = (
+            HiddenStates(job.model, block_graph, calls, job.tensor_cache) for _ in range(2)
+        )
+        heads = tuple(f"{block}." for block in block_graph.order)
         beside = [layer.name for layer in job.plan.layers if not layer.name.startswith(heads)]
         self._beside = _runnable(self._read(beside))
 
@@ -116,7 +118,7 @@ class _Walk:
             given = self._given(block)
             tuned = None
             if seed is not None:
-                tuned = self._tuned(block, solutions, list(map(Passage, given, wanted)), seed)
+                tuned = self._tuned(block, solutions, list(map(BlockIO, given, wanted)), seed)
                 solutions = {**solutions, **tuned.solutions}
             put(self._job.model, _runnable(solutions))
             self._pass_on(block, given)
@@ -139,7 +141,7 @@ class _Walk:
         with put_for_now(self._job.model, self._beside):
             for index in self._calls:
                 call = self._quantized.given(block, index, self._device)
-                given.append(self._job.shelf.keep((call.args, call.kwargs)))
+                given.append(self._job.tensor_cache.keep((call.args, call.kwargs)))
                 self._quantized.forget(block, index)
         return given
 
@@ -152,7 +154,7 @@ class _Walk:
             self._quantized.forget(block, index)
 
     def _tuned(
-        self, block: str, solutions: Mapping[str, LayerSolution], passages: Sequence[Passage], seed: int
+        self, block: str, solutions: Mapping[str, LayerSolution], passages: Sequence[BlockIO], seed: int
     ) -> TunedBlock:
         # an input that layers elsewhere share too has a smoothing factor that could not be judged here
         inputs = [shared for shared in self._job.plan.inputs if set(shared.layers) <= solutions.keys()]
@@ -168,7 +170,7 @@ class _Walk:
             inputs,
             w4a4,
             [
-                Passages(tuple(islice(waiting, len(each.calls))), each.length)
+                BlockIOs(tuple(islice(waiting, len(each.calls))), each.length)
                 for each in self._job.recording.trajectories
             ],
             device=self._device,

@@ -33,7 +33,7 @@ class Kept:
         return mapped(self._value, lambda tensor: tensor.to("meta"))
 
 
-class Shelf:
+class TensorCache:
     """Keeps tuples, lists and dicts of tensors. `folder` is made when the budget is used up."""
 
     def __init__(self, folder: Path, *, host_bytes: int) -> None:

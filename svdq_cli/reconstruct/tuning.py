@@ -24,7 +24,7 @@ HELD_OUT = 4  # one trajectory in four judges: the last ones, which are of other
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Passage:
+class BlockIO:
     """What a block is given in one call of the 4-bit model (args, kwargs), and what it returns in the 16-bit one."""
 
     given: Kept
@@ -32,10 +32,10 @@ class Passage:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Passages:
+class BlockIOs:
     """A block's part of one trajectory."""
 
-    of: tuple[Passage, ...]
+    of: tuple[BlockIO, ...]
     length: int  # of the whole trajectory
 
 
@@ -44,7 +44,7 @@ def tune_block(
     block: str,
     inputs: Sequence[SharedInput],
     solutions: Mapping[str, W4A4Solution],
-    passages: Sequence[Passages],
+    passages: Sequence[BlockIOs],
     *,
     device: torch.device,
     seed: int,
@@ -59,8 +59,8 @@ def tune_block(
     train, judge = passages[:cut], passages[cut:]
     signals = signals_of(tensors_of(p.wanted.on(device)) for each in passages for p in each.of)
 
-    def error(passages: Sequence[Passage], length: int) -> Tensor:
-        return trajectory_error([_lost(module, passage, device) for passage in passages], signals, length)
+    def error(passages: Sequence[BlockIO], length: int) -> Tensor:
+        return trajectory_error([_lost(module, block_io, device) for block_io in passages], signals, length)
 
     @torch.no_grad()
     def judged(found: Mapping[str, W4A4Solution]) -> float:
@@ -101,9 +101,9 @@ def _size(parameter: nn.Parameter) -> float:
     return max(float(parameter.detach().float().square().mean().sqrt()), 1e-4)
 
 
-def _lost(block: nn.Module, passage: Passage, device: torch.device) -> tuple[Tensor, ...]:
+def _lost(block: nn.Module, block_io: BlockIO, device: torch.device) -> tuple[Tensor, ...]:
     """What the block's outputs are off by."""
-    args, kwargs = passage.given.on(device)
+    args, kwargs = block_io.given.on(device)
     found = tensors_of(block(*args, **kwargs))
-    wanted = tensors_of(passage.wanted.on(device))
+    wanted = tensors_of(block_io.wanted.on(device))
     return tuple(out.float() - exact.float() for out, exact in zip(found, wanted, strict=True))

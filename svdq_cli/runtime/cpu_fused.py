@@ -16,7 +16,7 @@ from svdq_cli.runtime.cpu_operands import (
     CpuOperands,
     CpuW4A16Operands,
     cpu_bias,
-    cpu_objection,
+    cpu_unsupported_reason,
     pack_cpu,
     pack_cpu_w4a16,
     unpack_cpu,
@@ -202,7 +202,7 @@ class CpuW4A16Linear(KernelLinear):
 def cpu_linear(
     solution: LayerSolution, *, unsigned_from: int | None = None
 ) -> CpuW4A4Linear | CpuW4A16Linear:
-    """The module that runs a solution on the engine. ValueError where `cpu_operands.cpu_objection` has one."""
+    """The module that runs a solution on the engine. ValueError where `cpu_operands.cpu_unsupported_reason` has one."""
     match solution:
         case W4A4Solution():
             return CpuW4A4Linear(solution, unsigned_from=unsigned_from)
@@ -216,7 +216,7 @@ def engine_linear(solution: LayerSolution) -> CpuW4A4Linear | CpuW4A16Linear | N
     on_cpu = solution.codes.device.type == "cpu"
     return (
         cpu_linear(solution)
-        if on_cpu and lack_of_engine() is None and cpu_objection(solution) is None
+        if on_cpu and lack_of_engine() is None and cpu_unsupported_reason(solution) is None
         else None
     )
 

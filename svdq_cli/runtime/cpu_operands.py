@@ -54,7 +54,7 @@ class CpuW4A16Operands:
     bias: Tensor | None  # (NP,) 16-bit
 
 
-def cpu_objection(solution: LayerSolution) -> str | None:
+def cpu_unsupported_reason(solution: LayerSolution) -> str | None:
     """Why the engine can't run a layer, or None."""
     k = solution.codes.shape[1]
     if isinstance(solution, W4A16Solution):
@@ -67,8 +67,8 @@ def cpu_objection(solution: LayerSolution) -> str | None:
 
 
 def pack_cpu(solution: W4A4Solution, *, unsigned_from: int | None = None) -> CpuOperands:
-    """ValueError where `cpu_objection` has one. `unsigned_from`: see `runtime.linear.w4a4_forward`."""
-    if reason := cpu_objection(solution):
+    """ValueError where `cpu_unsupported_reason` has one. `unsigned_from`: see `runtime.linear.w4a4_forward`."""
+    if reason := cpu_unsupported_reason(solution):
         raise ValueError(f"{solution.plan.name}: {reason}")
     codes = solution.codes
     match solution.plan.precision:
@@ -139,8 +139,8 @@ def unpack_cpu_branch(operands: CpuOperands, plan: W4A4Plan, bias: Tensor | None
 
 
 def pack_cpu_w4a16(solution: W4A16Solution) -> CpuW4A16Operands:
-    """ValueError where `cpu_objection` has one."""
-    if reason := cpu_objection(solution):
+    """ValueError where `cpu_unsupported_reason` has one."""
+    if reason := cpu_unsupported_reason(solution):
         raise ValueError(f"{solution.plan.name}: {reason}")
     pairs = [pack_scales(_padded(part)) for part in (solution.scales, solution.zeros)]
     return CpuW4A16Operands(

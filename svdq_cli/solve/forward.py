@@ -20,7 +20,7 @@ _TINY = 1e-30
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class SourceWeight:
+class LinearWeights:
     """One linear of the 16-bit model, in float32 on the device that solves."""
 
     weight: Tensor  # (N, K)
@@ -33,7 +33,7 @@ def dequantized_weight(solution: W4A4Solution) -> Tensor:
     return dequantize_weight(quantized, solution.plan.precision)
 
 
-def stacked_weights(plans: Sequence[W4A4Plan], weights: Mapping[str, SourceWeight]) -> Tensor:
+def stacked_weights(plans: Sequence[W4A4Plan], weights: Mapping[str, LinearWeights]) -> Tensor:
     """The layers' weights under one another, (sum of N, K). Each is asked for when its turn has come, so that no more
     than one is in memory in addition to what is returned."""
     stack: Tensor | None = None
@@ -52,7 +52,7 @@ def stacked_weights(plans: Sequence[W4A4Plan], weights: Mapping[str, SourceWeigh
 def relative_errors(
     x: Tensor,
     solutions: Mapping[str, W4A4Solution],
-    weights: Mapping[str, SourceWeight],
+    weights: Mapping[str, LinearWeights],
     mean: Tensor | None = None,
 ) -> dict[str, float]:
     """Noise over signal of each layer's output on rows `x` (M, K), all of which they share. `mean` (K,): what `x` is

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from svdq_cli.records import SearchStep
 from svdq_cli.solve.forward import relative_errors
-from svdq_cli.solve.steps import STEPS, Attempt, Solutions, Task
+from svdq_cli.solve.steps import STEPS, Attempt, LayerGroup, Solutions
 from svdq_cli.system.threads import end_if_left
 
 HELD_OUT = 8  # one row in eight validates: the last ones, which come from images that the others do not
@@ -22,7 +22,7 @@ LEAST_ROWS = 64  # with fewer there is nothing to learn from and nothing to judg
 
 
 @dataclass(frozen=True, slots=True)
-class Trail:
+class StepResults:
     """What the steps brought, in the order in which they were tried."""
 
     # layer -> step -> held-out noise over signal
@@ -33,32 +33,32 @@ class Trail:
 
 
 def improve(
-    task: Task,
+    layer_group: LayerGroup,
     start: Solutions,
     *,
     steps: Sequence[SearchStep],
     place: Callable[[Tensor], Tensor],
-    nearest: Callable[[Tensor], Solutions],
-) -> tuple[Solutions, Trail]:
+    round_to_nearest: Callable[[Tensor], Solutions],
+) -> tuple[Solutions, StepResults]:
     """Better solutions than `start`, and what each of `steps` brought.
 
-    `place(s)` brings a smoothing factor to its stored form (range, size, 16 bits); `nearest(s)` solves for one with
-    rounding to nearest.
+    `place(s)` brings a smoothing factor to its stored form (range, size, 16 bits); `round_to_nearest(s)` solves for one
+    with rounding to nearest.
     """
-    trail = Trail({plan.name: {} for plan in task.plans})
-    if task.rows.shape[0] < LEAST_ROWS:
-        trail.fallback.append(
-            f"{task.rows.shape[0]} calibration rows, but {LEAST_ROWS} are needed to learn and to validate"
+    step_results = StepResults({plan.name: {} for plan in layer_group.plans})
+    if layer_group.rows.shape[0] < LEAST_ROWS:
+        step_results.fallback.append(
+            f"{layer_group.rows.shape[0]} calibration rows, but {LEAST_ROWS} are needed to learn and to validate"
         )
-        return start, trail
-    train, judge = task.rows.tensor_split([task.rows.shape[0] * (HELD_OUT - 1) // HELD_OUT])
+        return start, step_results
+    train, judge = layer_group.rows.tensor_split([layer_group.rows.shape[0] * (HELD_OUT - 1) // HELD_OUT])
 
     def judged(solutions: Solutions) -> dict[str, float]:
-        return relative_errors(judge, solutions, task.weights, task.mean)
+        return relative_errors(judge, solutions, layer_group.weights, layer_group.mean)
 
     def note(step: str, errors: Mapping[str, float]) -> float:
         for name, error in errors.items():
-            trail.errors[name][step] = error
+            step_results.errors[name][step] = error
         return sum(errors.values())
 
     best, least = start, note("start", judged(start))
@@ -68,11 +68,11 @@ def improve(
             continue
         end_if_left()
         began = time.monotonic()
-        tried = run(Attempt(task, train, best, steps, place, nearest))
+        tried = run(Attempt(layer_group, train, best, steps, place, round_to_nearest))
         if tried is None:
-            trail.fallback.append(f"{step}: no usable activations")
+            step_results.fallback.append(f"{step}: no usable activations")
         elif (reached := note(step, judged(tried))) < least:
             best, least = tried, reached
-            trail.taken.append(step)
-        trail.seconds[step] = time.monotonic() - began
-    return best, trail
+            step_results.taken.append(step)
+        step_results.seconds[step] = time.monotonic() - began
+    return best, step_results

@@ -29,8 +29,8 @@ from svdq_cli.records import (
     W4A16Plan,
     W4A16Solution,
 )
-from svdq_cli.solve.forward import SourceWeight, output_sqnr_db, stacked_weights
-from svdq_cli.solve.improve import Trail, improve
+from svdq_cli.solve.forward import LinearWeights, output_sqnr_db, stacked_weights
+from svdq_cli.solve.improve import StepResults, improve
 from svdq_cli.solve.low_rank import SEARCH_POWER_ITERATIONS, split_low_rank
 from svdq_cli.solve.modulation import solve_w4a16
 from svdq_cli.solve.quantizers import (
@@ -41,8 +41,8 @@ from svdq_cli.solve.quantizers import (
 )
 from svdq_cli.solve.rebuild import Residual, relative_error
 from svdq_cli.solve.refine import refined
-from svdq_cli.solve.smoothing import CLOSED_FORM, GRID, placed, smooth_factor
-from svdq_cli.solve.steps import Task
+from svdq_cli.solve.smoothing import CLOSED_FORM, GRID, smooth_factor, snap_to_storage
+from svdq_cli.solve.steps import LayerGroup
 from svdq_cli.system.threads import end_if_left
 
 SEARCH_ROWS = 512  # rows that score a grid point; the ranking is stable long before the report's figure is
@@ -60,7 +60,7 @@ class SolvedInput:
 def solve_input(
     shared: SharedInput,
     plans: Mapping[str, W4A4Plan | W4A16Plan],
-    weights: Mapping[str, SourceWeight],
+    weights: Mapping[str, LinearWeights],
     stats: ActivationStats | None,
     settings: SolveSettings,
 ) -> SolvedInput:
@@ -78,20 +78,22 @@ def solve_input(
             solutions = _solve_data_free(shared, w4a4_plans, weights, settings)
         else:
             solutions = _solve_w4a4(shared, w4a4_plans, weights, smooth, settings)
-        trail = Trail()
+        step_results = StepResults()
         if settings.steps and stats is not None and rows is not None:
-            solutions, trail = _improve(shared, w4a4_plans, weights, stats, rows, settings, solutions)
+            solutions, step_results = _improve(shared, w4a4_plans, weights, stats, rows, settings, solutions)
         for name, solution in solutions.items():
             w4a4.append(solution)
-            gains = {step: round(_decibels(error), 3) for step, error in trail.errors.get(name, {}).items()}
+            gains = {
+                step: round(_decibels(error), 3) for step, error in step_results.errors.get(name, {}).items()
+            }
             sqnr, error = measured(solution, weights[name], rows, mean)
             search = LayerSearch(
                 rank=solution.plan.rank,
                 smoothing=label,
                 steps_db=gains,
-                steps_seconds=trail.seconds,
-                steps_taken=tuple(trail.taken),
-                fallback=tuple(trail.fallback),
+                steps_seconds=step_results.seconds,
+                steps_taken=tuple(step_results.taken),
+                fallback=tuple(step_results.fallback),
                 device=device.type,
             )
             reports.append(LayerReport(name, sqnr, error, search))
@@ -116,7 +118,7 @@ def solve_input(
 def choose_smoothing(
     shared: SharedInput,
     plans: Sequence[W4A4Plan],
-    weights: Mapping[str, SourceWeight],
+    weights: Mapping[str, LinearWeights],
     stats: ActivationStats | None,
     rows: Tensor | None,
     settings: SolveSettings,
@@ -153,23 +155,23 @@ def choose_smoothing(
 def _improve(
     shared: SharedInput,
     plans: list[W4A4Plan],
-    weights: Mapping[str, SourceWeight],
+    weights: Mapping[str, LinearWeights],
     stats: ActivationStats,
     rows: Tensor,
     settings: SolveSettings,
     start: dict[str, W4A4Solution],
-) -> tuple[dict[str, W4A4Solution], Trail]:
+) -> tuple[dict[str, W4A4Solution], StepResults]:
     by_name = {plan.name: plan for plan in plans}
     branches = (tuple(by_name[name] for name in part if name in by_name) for part in shared.branches)
     members = tuple(part for part in branches if part)
-    task = Task(members, weights, rows, settings.dtype, settings.seed, stats.mean)
+    layer_group = LayerGroup(members, weights, rows, settings.dtype, settings.seed, stats.mean)
     x_peak = stats.abs_max.to(rows.device).float()
     return improve(
-        task,
+        layer_group,
         start,
         steps=settings.steps,
-        place=lambda s: placed(s, x_peak, task.precision, dtype=settings.dtype),
-        nearest=lambda s: _solve_w4a4(shared, plans, weights, s, settings),
+        place=lambda s: snap_to_storage(s, x_peak, layer_group.precision, dtype=settings.dtype),
+        round_to_nearest=lambda s: _solve_w4a4(shared, plans, weights, s, settings),
     )
 
 
@@ -209,7 +211,7 @@ class Stack:
 
 
 def stacks_of(
-    shared: SharedInput, plans: Sequence[W4A4Plan], weights: Mapping[str, SourceWeight], rows: Tensor
+    shared: SharedInput, plans: Sequence[W4A4Plan], weights: Mapping[str, LinearWeights], rows: Tensor
 ) -> Iterator[Stack]:
     """The branches one after the other; a caller that lets go of each has no more than one in memory. `rows` is (M,
     K)."""
@@ -220,7 +222,7 @@ def stacks_of(
             yield _stack(members, weights, rows)
 
 
-def _stack(members: Sequence[W4A4Plan], weights: Mapping[str, SourceWeight], rows: Tensor) -> Stack:
+def _stack(members: Sequence[W4A4Plan], weights: Mapping[str, LinearWeights], rows: Tensor) -> Stack:
     weight = stacked_weights(members, weights)
     counts = [plan.linear.out_features for plan in members]
     signals = [max(float((rows @ each.T).square().sum()), 1e-30) for each in weight.split(counts)]
@@ -230,7 +232,7 @@ def _stack(members: Sequence[W4A4Plan], weights: Mapping[str, SourceWeight], row
 def _solve_w4a4(
     shared: SharedInput,
     plans: list[W4A4Plan],
-    weights: Mapping[str, SourceWeight],
+    weights: Mapping[str, LinearWeights],
     smooth: Tensor,
     settings: SolveSettings,
 ) -> dict[str, W4A4Solution]:
@@ -254,7 +256,7 @@ def _solve_w4a4(
 def _solve_data_free(
     shared: SharedInput,
     plans: list[W4A4Plan],
-    weights: Mapping[str, SourceWeight],
+    weights: Mapping[str, LinearWeights],
     settings: SolveSettings,
 ) -> dict[str, W4A4Solution]:
     """Branch and codes without a smoothing factor, fitted to each other, in the order of `plans`."""
@@ -296,7 +298,7 @@ def _smooths(smooth: Tensor) -> bool:
 
 
 def _finish(
-    plan: W4A4Plan, source: SourceWeight, smooth: Tensor, down: Tensor, up: Tensor, settings: SolveSettings
+    plan: W4A4Plan, source: LinearWeights, smooth: Tensor, down: Tensor, up: Tensor, settings: SolveSettings
 ) -> W4A4Solution:
     """Quantize what the *stored* branch leaves over, so that its rounding to 16 bits is corrected by the codes."""
     residual = Residual(source.weight, up.float(), down.float(), smooth if _smooths(smooth) else None)
@@ -305,7 +307,12 @@ def _finish(
 
 
 def _solution(
-    plan: W4A4Plan, source: SourceWeight, smooth: Tensor, down: Tensor, up: Tensor, quantized: QuantizedWeight
+    plan: W4A4Plan,
+    source: LinearWeights,
+    smooth: Tensor,
+    down: Tensor,
+    up: Tensor,
+    quantized: QuantizedWeight,
 ) -> W4A4Solution:
     """The layer as it is stored: `smooth` (K,), `down` (R, K) and `up` (N, R) in the 16-bit dtype of its bias."""
     return W4A4Solution(
@@ -321,7 +328,7 @@ def _solution(
 
 
 def measured(
-    solution: LayerSolution, source: SourceWeight, rows: Tensor | None, mean: Tensor | None = None
+    solution: LayerSolution, source: LinearWeights, rows: Tensor | None, mean: Tensor | None = None
 ) -> tuple[float, float]:
     """(SQNR in dB of the output on `rows`, or of the weight without any; the weight error that checks expect). `mean`
     (K,): what `rows` are less than the 16-bit model's, whose output is the signal."""
@@ -338,5 +345,5 @@ def evenly(rows: Tensor, count: int) -> Tensor:
     return rows[torch.linspace(0, rows.shape[0] - 1, count, device=rows.device).round().long()]
 
 
-def _device(weights: Mapping[str, SourceWeight]) -> torch.device:
+def _device(weights: Mapping[str, LinearWeights]) -> torch.device:
     return next(iter(weights.values())).weight.device

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from svdq_cli.records import ActivationStats, Precision, SharedInput, SolveSettings, W4A4Plan
-from svdq_cli.solve.forward import SourceWeight
+from svdq_cli.solve.forward import LinearWeights
 from svdq_cli.solve.linear import SEARCH_ROWS, Stack, choose_smoothing, evenly, stacks_of
 from svdq_cli.solve.low_rank import split_low_rank
 from svdq_cli.solve.quantizers import fake_quantize_activation, fake_quantize_weight
@@ -16,7 +16,7 @@ from svdq_cli.solve.quantizers import fake_quantize_activation, fake_quantize_we
 def rank_errors(
     shared: SharedInput,
     plans: Sequence[W4A4Plan],
-    weights: Mapping[str, SourceWeight],
+    weights: Mapping[str, LinearWeights],
     stats: ActivationStats,
     settings: SolveSettings,
     ranks: Sequence[int],

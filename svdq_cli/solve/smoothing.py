@@ -45,10 +45,10 @@ def smooth_factor(
     log_s = a * x_peak.clamp(min=1e-30).log2() - b * w_peak.clamp(min=1e-30).log2()
     center = log_s[alive].mean()
     log_s = torch.where(alive, log_s, center) - center
-    return placed(log_s.exp2(), x_peak, precision, dtype=dtype)
+    return snap_to_storage(log_s.exp2(), x_peak, precision, dtype=dtype)
 
 
-def placed(s: Tensor, x_peak: Tensor, precision: Precision, *, dtype: torch.dtype) -> Tensor:
+def snap_to_storage(s: Tensor, x_peak: Tensor, precision: Precision, *, dtype: torch.dtype) -> Tensor:
     """s as it is stored: bounded, exact in `dtype`, and for nvfp4 of a size that places activations in e4m3's range.
 
     (The overall size of s is free for int4.) `s` and `x_peak` are (K,)."""

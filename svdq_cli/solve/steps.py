@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from svdq_cli.records import NvFp4, Precision, SearchStep, W4A4Plan, W4A4Solution
-from svdq_cli.solve.forward import SourceWeight, dequantized_weight, stacked_weights
+from svdq_cli.solve.forward import LinearWeights, dequantized_weight, stacked_weights
 from svdq_cli.solve.learned import GPTQ_LEAVES, learn_smoothing
 from svdq_cli.solve.learned import STEPS as LEARNING_STEPS
 from svdq_cli.solve.low_rank import POWER_ITERATIONS, SEARCH_POWER_ITERATIONS, split_low_rank
@@ -25,11 +25,11 @@ from svdq_cli.solve.work import Shapes, Work, split_work
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Task:
+class LayerGroup:
     """The layers of one shared input, split by branch, with what they are judged on."""
 
     branches: tuple[tuple[W4A4Plan, ...], ...]
-    weights: Mapping[str, SourceWeight]
+    weights: Mapping[str, LinearWeights]
     rows: Tensor  # (M, K) float32, in the order in which images were generated
     dtype: torch.dtype
     seed: int
@@ -58,14 +58,14 @@ Solutions = dict[str, W4A4Solution]
 @dataclass(frozen=True, slots=True, eq=False)
 class Attempt:
     """What a step starts from. `train`: the rows (M, K) that it may look at. `steps`: all that are wanted. `place(s)`
-    brings a smoothing factor (K,) to its stored form, `nearest(s)` solves for one with rounding to nearest."""
+    brings a smoothing factor (K,) to its stored form, `round_to_nearest(s)` solves for one with rounding to nearest."""
 
-    task: Task
+    layer_group: LayerGroup
     train: Tensor
     best: Solutions
     steps: Sequence[SearchStep]
     place: Callable[[Tensor], Tensor]
-    nearest: Callable[[Tensor], Solutions]
+    round_to_nearest: Callable[[Tensor], Solutions]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,68 +99,84 @@ class Step:
 
 def _learned(attempt: Attempt) -> Solutions:
     """Each layer weighs the same: its rows are scaled by the size of its output."""
-    task, train, best = attempt.task, attempt.train, attempt.best
+    layer_group, train, best = attempt.layer_group, attempt.train, attempt.best
     weight_noise = GPTQ_LEAVES if "gptq" in attempt.steps else 1.0
     shares = torch.cat(
         [
-            (train @ task.weights[plan.name].weight.T)
+            (train @ layer_group.weights[plan.name].weight.T)
             .square()
             .mean()
             .clamp(min=1e-30)
             .rsqrt()
             .expand(plan.linear.out_features)
-            for plan in task.plans
+            for plan in layer_group.plans
         ]
     ).unsqueeze(1)
 
     def branch(smooth: Tensor) -> Tensor:
         parts = []
-        for members in task.branches:
+        for members in layer_group.branches:
             up, down = split_low_rank(
-                task.stacked(members) * smooth, rank=members[0].rank, seed=task.seed, power_iterations=1
+                layer_group.stacked(members) * smooth,
+                rank=members[0].rank,
+                seed=layer_group.seed,
+                power_iterations=1,
             )
             parts.append(up @ (down / smooth))
         return torch.cat(parts) * shares
 
-    weight = torch.cat([task.stacked(members) for members in task.branches]) * shares
+    weight = torch.cat([layer_group.stacked(members) for members in layer_group.branches]) * shares
     start = _smooth(best)
     learned = learn_smoothing(
-        start, weight, train, task.precision, branch=branch, weight_noise=weight_noise, seed=task.seed
+        start,
+        weight,
+        train,
+        layer_group.precision,
+        branch=branch,
+        weight_noise=weight_noise,
+        seed=layer_group.seed,
     )
-    return attempt.nearest(attempt.place(learned))
+    return attempt.round_to_nearest(attempt.place(learned))
 
 
 def _rounded(attempt: Attempt) -> Solutions | None:
     """The branches with their residual rounded by GPTQ, with a search of the groups' scales where that is wanted
     too. All layers see one input, so one Hessian serves all."""
-    task, best = attempt.task, attempt.best
+    layer_group, best = attempt.layer_group, attempt.best
     factors = SCALE_FACTORS if "scales" in attempt.steps else NO_SEARCH
-    drawn = fake_quantize_activation(attempt.train / _smooth(best), task.precision)
+    drawn = fake_quantize_activation(attempt.train / _smooth(best), layer_group.precision)
     hessian = second_moments(drawn)
-    left = _residual(task, best)
+    left = _residual(layer_group, best)
     quantized = gptq_weight(
-        left, hessian, task.precision, dtype=task.dtype, parts=task.counts, factors=factors
+        left,
+        hessian,
+        layer_group.precision,
+        dtype=layer_group.dtype,
+        parts=layer_group.counts,
+        factors=factors,
     )
-    return None if quantized is None else _with_codes(task, best, quantized)
+    return None if quantized is None else _with_codes(layer_group, best, quantized)
 
 
 def _refitted(attempt: Attempt) -> Solutions | None:
     """New branches for the codes there are, fitted in smoothed coordinates, where channels are of one size."""
-    task, train, best = attempt.task, attempt.train, attempt.best
+    layer_group, train, best = attempt.layer_group, attempt.train, attempt.best
     refitted: Solutions = {}
     smooth = _smooth(best)
     x = train / smooth
-    drawn = fake_quantize_activation(x, task.precision)
-    for members in task.branches:
+    drawn = fake_quantize_activation(x, layer_group.precision)
+    for members in layer_group.branches:
         down = best[members[0].name].down.float()
         ups = torch.cat([best[plan.name].up.float() for plan in members])
         product = (ups @ down) * smooth
         four_bit = torch.cat([dequantized_weight(best[plan.name]) for plan in members])
-        missing = train @ task.stacked(members).T - drawn @ four_bit.T - x @ product.T
-        found = refit_branch(x, missing, product, rank=members[0].rank, ridge=ridge_for(x), seed=task.seed)
+        missing = train @ layer_group.stacked(members).T - drawn @ four_bit.T - x @ product.T
+        found = refit_branch(
+            x, missing, product, rank=members[0].rank, ridge=ridge_for(x), seed=layer_group.seed
+        )
         if found is None:
             continue
-        up, new_down = found[0].to(task.dtype), (found[1] / smooth).to(task.dtype).contiguous()
+        up, new_down = found[0].to(layer_group.dtype), (found[1] / smooth).to(layer_group.dtype).contiguous()
         for plan, rows in zip(members, up.split([plan.linear.out_features for plan in members]), strict=True):
             refitted[plan.name] = replace(best[plan.name], down=new_down, up=rows.contiguous())
     return {**best, **refitted} if refitted else None
@@ -170,22 +186,27 @@ def _smooth(solutions: Solutions) -> Tensor:
     return next(iter(solutions.values())).smooth.float()
 
 
-def _residual(task: Task, solutions: Solutions) -> Tensor:
+def _residual(layer_group: LayerGroup, solutions: Solutions) -> Tensor:
     """What the stored branches leave over, (sum of N, K), in smoothed coordinates."""
     left = [
-        task.weights[plan.name].weight - solutions[plan.name].up.float() @ solutions[plan.name].down.float()
-        for plan in task.plans
+        layer_group.weights[plan.name].weight
+        - solutions[plan.name].up.float() @ solutions[plan.name].down.float()
+        for plan in layer_group.plans
     ]
     return torch.cat(left) * _smooth(solutions)
 
 
-def _with_codes(task: Task, solutions: Solutions, quantized: QuantizedWeight) -> Solutions:
+def _with_codes(layer_group: LayerGroup, solutions: Solutions, quantized: QuantizedWeight) -> Solutions:
     """`solutions` with the codes and scales of their stacked weight."""
-    outers = [None] * len(task.counts) if quantized.outer is None else quantized.outer.split(task.counts)
+    outers = (
+        [None] * len(layer_group.counts)
+        if quantized.outer is None
+        else quantized.outer.split(layer_group.counts)
+    )
     parts = zip(
-        task.plans,
-        quantized.codes.split(task.counts),
-        quantized.scales.split(task.counts),
+        layer_group.plans,
+        quantized.codes.split(layer_group.counts),
+        quantized.scales.split(layer_group.counts),
         outers,
         strict=True,
     )

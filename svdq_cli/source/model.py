@@ -18,7 +18,7 @@ from torch import Tensor
 
 from svdq_cli.errors import InputError
 from svdq_cli.source.tensors import TensorEntry, content_sha256, entry_bytes
-from svdq_cli.system.threads import made_ahead
+from svdq_cli.system.threads import prefetch
 
 if TYPE_CHECKING:
     from svdq_cli.source.means import MovedMean
@@ -103,7 +103,7 @@ def source_digest(source: Source, stop: threading.Event | None = None) -> str:
     for component, config in source.further.items():
         said = {component: described_config(config)}
         digest.update(json.dumps(said, sort_keys=True).encode())
-    for (name, entry), content in made_ahead(
+    for (name, entry), content in prefetch(
         sorted(source.tensors.items()), lambda named: content_sha256(named[1]), threads=_HASHERS
     ):
         if stop is not None and stop.is_set():

@@ -58,7 +58,7 @@ def require_places(
                 ) from error
 
 
-def require_picture_place(
+def require_image_place(
     path: Path, *, inputs: Sequence[Path] = (), overwrite: bool, animated: bool = False
 ) -> None:
     """UsageError for an image of an unknown type, or one that can't be written there. `animated`: it may be a video,

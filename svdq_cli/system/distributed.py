@@ -53,10 +53,10 @@ class Team:
         order: with the longest first, all of them end at about the same time."""
         return iter(items)
 
-    def tell(self, topic: str, value: Mapping[str, object]) -> None:
+    def broadcast(self, topic: str, value: Mapping[str, object]) -> None:
         """Send JSON values from the first process to all others."""
 
-    def hear(self, topic: str) -> dict[str, object]:
+    def receive(self, topic: str) -> dict[str, object]:
         """What the first process told. Waits for it."""
         raise RuntimeError("a process alone hears nothing")
 
@@ -83,10 +83,10 @@ class JoinedTeam(Team):
             self._require_all_alive()
             yield items[index]
 
-    def tell(self, topic: str, value: Mapping[str, object]) -> None:
+    def broadcast(self, topic: str, value: Mapping[str, object]) -> None:
         self.store.set(f"told/{topic}", json.dumps(value))
 
-    def hear(self, topic: str) -> dict[str, object]:
+    def receive(self, topic: str) -> dict[str, object]:
         self._wait_for([f"told/{topic}"])
         return json.loads(self.store.get(f"told/{topic}"))
 

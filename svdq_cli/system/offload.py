@@ -18,7 +18,7 @@ _HOOK = "_hf_hook"  # where accelerate keeps a module's hook
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
+class WeightBudget:
     """Bytes that weights may take: on the device that computes and, behind a GPU, in host memory.
 
     What fits in neither is read from `weights` each time its block runs.
@@ -27,9 +27,9 @@ class Room:
     device: int
     host: int
 
-    def share(self, part: float) -> Room:
+    def share(self, part: float) -> WeightBudget:
         """That fraction of both budgets."""
-        return Room(int(self.device * part), int(self.host * part))
+        return WeightBudget(int(self.device * part), int(self.host * part))
 
 
 class _Kept(Mapping[str, Tensor]):
@@ -48,7 +48,9 @@ class _Kept(Mapping[str, Tensor]):
         return len(self._weights)
 
 
-def fill(model: nn.Module, weights: Mapping[str, Tensor], *, device: torch.device, room: Room) -> None:
+def fill(
+    model: nn.Module, weights: Mapping[str, Tensor], *, device: torch.device, room: WeightBudget
+) -> None:
     """Gives an empty model (parameters on the meta device, in their final dtype) its weights.
 
     `weights`: every tensor of the state dict, each read when it is asked for. Blocks that do not fit in `room` get
@@ -134,7 +136,7 @@ def _attach(
     )
 
 
-def _places(model: nn.Module, device: torch.device, room: Room) -> dict[str, str]:
+def _places(model: nn.Module, device: torch.device, room: WeightBudget) -> dict[str, str]:
     """Module path -> "device", "host" or "disk", for modules that cover the model. Blocks are not torn apart."""
     if weights_bytes(model) <= room.device:
         return {"": "device"}

@@ -14,7 +14,7 @@ Made = TypeVar("Made")
 _OWN = threading.local()  # of a thread that makes something: the event that ends it
 
 
-def made_ahead(
+def prefetch(
     items: Iterable[Item],
     make: Callable[[Item], Made],
     *,
@@ -40,12 +40,12 @@ def made_ahead(
         maker.shutdown(wait=True, cancel_futures=True)
 
 
-class NoRoomBeside(Exception):
-    """Raised by work of `made_side_by_side` that does not fit while others are in memory; it is repeated when they are
+class NoMemoryAlongside(Exception):
+    """Raised by work of `map_concurrently` that does not fit while others are in memory; it is repeated when they are
     gone."""
 
 
-def made_side_by_side(
+def map_concurrently(
     items: Iterable[Item],
     make: Callable[[Item, bool], Made],
     *,
@@ -107,7 +107,7 @@ def torch_threads(count: int) -> Generator[None, None, None]:
 
 
 @contextmanager
-def made_meanwhile(make: Callable[[threading.Event], Made]) -> Generator[Future[Made], None, None]:
+def in_background(make: Callable[[threading.Event], Made]) -> Generator[Future[Made], None, None]:
     """A thread makes something while the block is busy with something else; the future waits for it, and raises what
     `make` raised. When an error leaves the block, the event is set, on which `make` is to end soon."""
     stop = threading.Event()
@@ -132,7 +132,7 @@ def _some_done(
     wait(busy, return_when=FIRST_COMPLETED)
     future = next(each for each in busy if each.done())
     item = busy.pop(future)
-    if isinstance(future.exception(), NoRoomBeside):
+    if isinstance(future.exception(), NoMemoryAlongside):
         crowded.append(item)
     else:
         yield item, future.result()
@@ -160,7 +160,7 @@ def _threads(count: int, name: str, left: threading.Event | None = None) -> Thre
     return ThreadPoolExecutor(count, name, begin)
 
 
-class Behind:
+class BackgroundWriter:
     """Takes work off the caller's hands, one piece at a time, each done by a thread while the caller continues."""
 
     def __init__(self, worker: ThreadPoolExecutor) -> None:
@@ -184,12 +184,12 @@ class Behind:
 
 
 @contextmanager
-def done_behind() -> Generator[Behind, None, None]:
+def background_writer() -> Generator[BackgroundWriter, None, None]:
     """All that is handed over is done when the block is left; what the last piece raised is raised there."""
     worker = _threads(1, "behind")
-    behind = Behind(worker)
+    writer = BackgroundWriter(worker)
     try:
-        yield behind
-        behind.wait()
+        yield writer
+        writer.wait()
     finally:
         worker.shutdown(wait=True)

@@ -51,7 +51,7 @@ def test_the_branch_may_cost_less_where_k_is_long():
     assert goals_of(long)["hopper w4a8: product with branch over without"] == (1.042, False)
 
 
-def test_goals_are_for_the_rows_of_a_picture():
+def test_goals_are_for_the_rows_of_an_image():
     assert goals_of([row("w4a4 gemm", "hopper w4a8", 200.0, m=512)]) == {}
 
 

@@ -197,8 +197,8 @@ def test_a_plot_has_a_bar_for_every_row(tmp_path: Path):
         shapes, precisions=precisions_named("int4"), settings=BenchSettings(CPU, seconds_per_row=1e-3)
     )
     draw_plot(report, tmp_path / "plot.png")
-    picture = Image.open(tmp_path / "plot.png").convert("RGB")
-    column = [picture.getpixel((486, y)) for y in range(picture.height)]  # just right of where bars begin
+    image = Image.open(tmp_path / "plot.png").convert("RGB")
+    column = [image.getpixel((486, y)) for y in range(image.height)]  # just right of where bars begin
     bars = sum(
         pixel != (255, 255, 255) and column[y - 1] == (255, 255, 255) for y, pixel in enumerate(column) if y
     )

@@ -15,7 +15,7 @@ import torch
 from svdq_cli.calibration import (
     Calibration,
     CalibrationFacts,
-    DrawSettings,
+    SamplingSettings,
     artefact,
     open_calibration,
     save_calibration,
@@ -28,7 +28,7 @@ FACTS = CalibrationFacts(
     model_class="FluxTransformer2DModel",
     family="flux",
     source_sha256="ab" * 32,
-    settings=DrawSettings(steps=4, guidance=None, height=16, width=16, seed=1),
+    settings=SamplingSettings(steps=4, guidance=None, height=16, width=16, seed=1),
     prompts_sha256="cd" * 32,
     prompts_count=3,
 )

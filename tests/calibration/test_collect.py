@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from svdq_cli.calibration import DrawSettings, collect_stats, draw, load_source_pipeline
+from svdq_cli.calibration import SamplingSettings, collect_stats, generate_images, load_source_pipeline
 from svdq_cli.errors import InputError, UsageError
 from svdq_cli.records import ActivationStats, Event, SharedInput
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 PROMPTS = ["a red circle", "two cats", "a small blue square"]
-SETTINGS = DrawSettings(steps=4, guidance=3.5, height=16, width=16, seed=1, max_sequence_length=24)
+SETTINGS = SamplingSettings(steps=4, guidance=3.5, height=16, width=16, seed=1, max_sequence_length=24)
 IMAGE_TOKENS, TEXT_TOKENS = 16, 24
 
 
@@ -44,17 +44,17 @@ def transformer(pipe: DiffusionPipeline) -> nn.Module:
 
 
 def _collect(
-    pipe: DiffusionPipeline, settings: DrawSettings = SETTINGS, *, rows: int = 90, inputs: Any = INPUTS
+    pipe: DiffusionPipeline, settings: SamplingSettings = SETTINGS, *, rows: int = 90, inputs: Any = INPUTS
 ) -> dict[str, ActivationStats]:
-    return collect_stats(pipe, cast(Any, pipe).transformer, inputs, PROMPTS, draw=settings, rows=rows)
+    return collect_stats(pipe, cast(Any, pipe).transformer, inputs, PROMPTS, sampling=settings, rows=rows)
 
 
-def _watch(pipe: DiffusionPipeline, layer: str, settings: DrawSettings = SETTINGS) -> list[Tensor]:
+def _watch(pipe: DiffusionPipeline, layer: str, settings: SamplingSettings = SETTINGS) -> list[Tensor]:
     """Every activation that a layer reads while the prompts are drawn one by one, by a hook of the test's own."""
     seen: list[Tensor] = []
     module = cast(Any, pipe).transformer.get_submodule(layer)
     handle = module.register_forward_hook(lambda _module, args, _out: seen.append(args[0].clone()))
-    draw(pipe, PROMPTS, settings=settings)
+    generate_images(pipe, PROMPTS, settings=settings)
     handle.remove()
     return seen
 
@@ -72,7 +72,7 @@ def test_statistics_are_those_of_all_tokens_of_all_steps(
     assert (stats.abs_max.dtype, stats.second_moment.dtype) == (torch.float32, torch.float32)
 
 
-def test_every_picture_and_step_gives_its_share_of_rows(pipe: DiffusionPipeline):
+def test_every_image_and_step_gives_its_share_of_rows(pipe: DiffusionPipeline):
     stats = _collect(pipe, rows=30)[IMAGE.name]
     calls = _watch(pipe, IMAGE.layers[0])  # pictures x steps
     assert stats.rows.shape == (30, 128)
@@ -84,11 +84,11 @@ def test_every_picture_and_step_gives_its_share_of_rows(pipe: DiffusionPipeline)
     assert set(counts) == {2, 3}
 
 
-def test_few_rows_still_reach_every_picture_and_different_steps_and_tokens(pipe: DiffusionPipeline):
+def test_few_rows_still_reach_every_image_and_different_steps_and_tokens(pipe: DiffusionPipeline):
     stats = _collect(pipe, rows=6)[IMAGE.name]
     calls = torch.stack(_watch(pipe, IMAGE.layers[0])).reshape(3, 4, IMAGE_TOKENS, 128)
     places = [(calls == row).all(-1).nonzero()[0].tolist() for row in stats.rows]
-    assert [picture for picture, _, _ in places] == [0, 0, 1, 1, 2, 2]
+    assert [image for image, _, _ in places] == [0, 0, 1, 1, 2, 2]
     assert len({step for _, step, _ in places}) >= 3
     assert len({token for _, _, token in places}) >= 5
 
@@ -146,14 +146,14 @@ def test_unconditional_passes_are_seen_too(pipe: DiffusionPipeline):
     assert 16 <= sum(from_unconditional) <= 32
 
 
-def test_progress_counts_pictures_times_steps(pipe: DiffusionPipeline, transformer: nn.Module):
+def test_progress_counts_images_times_steps(pipe: DiffusionPipeline, transformer: nn.Module):
     events: list[Event] = []
     collect_stats(
         pipe,
         transformer,
         [TEXT],
         PROMPTS,
-        draw=replace(SETTINGS, batch_size=2),
+        sampling=replace(SETTINGS, batch_size=2),
         rows=8,
         observe=events.append,
     )
@@ -191,7 +191,7 @@ def test_a_bad_activation_is_named_where_it_first_appears(tiny_flux: Path, value
         transformer.get_submodule(f"{BLOCK}.ff.net.0.proj").bias[3] = value
     events: list[Event] = []
     with pytest.raises(InputError, match=r"blocks\.0\.ff\.net\.2: .*NaN or infinity.*bfloat16") as caught:
-        collect_stats(pipe, transformer, [WIDE], PROMPTS, draw=SETTINGS, rows=8, observe=events.append)
+        collect_stats(pipe, transformer, [WIDE], PROMPTS, sampling=SETTINGS, rows=8, observe=events.append)
     assert "float32" in str(caught.value.hint)
     assert [event.kind for event in events] == ["start"], "found after the first step"
     assert _hooks(transformer) == 0
@@ -199,6 +199,6 @@ def test_a_bad_activation_is_named_where_it_first_appears(tiny_flux: Path, value
 
 def test_nothing_to_calibrate_with_is_refused(pipe: DiffusionPipeline, transformer: nn.Module):
     with pytest.raises(UsageError, match="no prompt"):
-        collect_stats(pipe, transformer, [TEXT], [], draw=SETTINGS, rows=8)
+        collect_stats(pipe, transformer, [TEXT], [], sampling=SETTINGS, rows=8)
     with pytest.raises(UsageError, match="rows"):
-        collect_stats(pipe, transformer, [TEXT], PROMPTS, draw=SETTINGS, rows=0)
+        collect_stats(pipe, transformer, [TEXT], PROMPTS, sampling=SETTINGS, rows=0)

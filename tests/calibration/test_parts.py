@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from svdq_cli.calibration import DrawSettings, collect_stats, load_source_pipeline
+from svdq_cli.calibration import SamplingSettings, collect_stats, load_source_pipeline
 from svdq_cli.calibration.budget import rows_within, statistics_bytes
-from svdq_cli.calibration.collect import Spread, collect_parts
+from svdq_cli.calibration.collect import RowSampling, collect_parts
 from svdq_cli.calibration.parts import MergedStats, PartFolder
 from svdq_cli.errors import InputError, UsageError
 from svdq_cli.pipelines.encode import encode_prompts
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 PROMPTS = ["a red circle", "two cats", "a small blue square", "rain"]
-DRAW = DrawSettings(steps=2, guidance=3.5, height=16, width=16, seed=1, max_sequence_length=24)
+DRAW = SamplingSettings(steps=2, guidance=3.5, height=16, width=16, seed=1, max_sequence_length=24)
 ROWS = 50
 NAMES = ("transformer_blocks.0.attn.to_q", "single_transformer_blocks.0.proj_out")
 INPUTS = tuple(SharedInput(name, (name,), ((name,),)) for name in NAMES)
@@ -39,7 +39,7 @@ def pipe(tiny_flux: Path) -> DiffusionPipeline:
 
 @pytest.fixture(scope="module")
 def expected(pipe: DiffusionPipeline) -> dict[str, ActivationStats]:
-    return collect_stats(pipe, cast(Any, pipe).transformer, INPUTS, PROMPTS, draw=DRAW, rows=ROWS)
+    return collect_stats(pipe, cast(Any, pipe).transformer, INPUTS, PROMPTS, sampling=DRAW, rows=ROWS)
 
 
 def _collect(
@@ -50,10 +50,10 @@ def _collect(
     observe: Observer = ignore_events,
     **options: Any,
 ) -> None:
-    spread = Spread(rows=ROWS, pictures=len(PROMPTS), seed=DRAW.seed)
+    spread = RowSampling(rows=ROWS, images=len(PROMPTS), seed=DRAW.seed)
     model = cast(Any, pipe).transformer
     collect_parts(
-        pipe, model, INPUTS, batches, draw=DRAW, spread=spread, parts=parts, observe=observe, **options
+        pipe, model, INPUTS, batches, sampling=DRAW, spread=spread, parts=parts, observe=observe, **options
     )
 
 
@@ -66,17 +66,17 @@ def _require_same(found: Any, expected: dict[str, ActivationStats]) -> None:
         assert found[name].tokens_seen == stats.tokens_seen
 
 
-def test_a_stopped_calibration_goes_on_with_the_picture_it_stood_at(
+def test_a_stopped_calibration_goes_on_with_the_image_it_stood_at(
     pipe: DiffusionPipeline, expected: dict[str, ActivationStats], tmp_path: Path
 ):
     parts = PartFolder(tmp_path / "parts")
 
-    def stop_in_the_third_picture(event: Event) -> None:
+    def stop_in_the_third_image(event: Event) -> None:
         if event.done == 5:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        _collect(pipe, parts, observe=stop_in_the_third_picture)
+        _collect(pipe, parts, observe=stop_in_the_third_image)
     assert list(parts) == [0, 1]
     events: list[Event] = []
     _collect(pipe, parts, observe=events.append)
@@ -84,14 +84,14 @@ def test_a_stopped_calibration_goes_on_with_the_picture_it_stood_at(
     _require_same(MergedStats(parts, NAMES), expected)
 
 
-def test_a_finished_calibration_draws_nothing(pipe: DiffusionPipeline, tmp_path: Path):
+def test_a_finished_calibration_generates_nothing(pipe: DiffusionPipeline, tmp_path: Path):
     _collect(pipe, PartFolder(tmp_path))
     events: list[Event] = []
     _collect(pipe, PartFolder(tmp_path), observe=events.append)
     assert events == []
 
 
-def test_pictures_drawn_in_different_places_make_the_same_statistics(
+def test_images_drawn_in_different_places_make_the_same_statistics(
     pipe: DiffusionPipeline, expected: dict[str, ActivationStats], tmp_path: Path
 ):
     parts = PartFolder(tmp_path)
@@ -116,7 +116,7 @@ def test_text_encoders_go_before_the_denoiser_runs(tiny_flux: Path, tmp_path: Pa
     batches = split_batches(PROMPTS[:2], settings=settings)
     pipe = load_source_pipeline(tiny_flux, dtype=torch.float32)
     model: nn.Module = cast(Any, pipe).transformer
-    whole = collect_stats(pipe, model, INPUTS, PROMPTS[:2], draw=settings, rows=ROWS)
+    whole = collect_stats(pipe, model, INPUTS, PROMPTS[:2], sampling=settings, rows=ROWS)
     encoded = encode_prompts(pipe, batches, settings=settings)
     assert encoded is not None
     assert cast(Any, pipe).text_encoder is None
@@ -127,8 +127,8 @@ def test_text_encoders_go_before_the_denoiser_runs(tiny_flux: Path, tmp_path: Pa
         model,
         INPUTS,
         batches,
-        draw=settings,
-        spread=Spread(rows=ROWS, pictures=2, seed=settings.seed),
+        sampling=settings,
+        spread=RowSampling(rows=ROWS, images=2, seed=settings.seed),
         parts=parts,
         encoded=encoded,
     )

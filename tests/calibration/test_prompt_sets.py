@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from svdq_cli.calibration.prompt_sets import find_prompt_set, prompts_by_picture, prompts_of_set
+from svdq_cli.calibration.prompt_sets import find_prompt_set, prompts_by_image, prompts_of_set
 from svdq_cli.errors import InputError
 from svdq_cli.prepare.options import RunOptions
 from svdq_cli.prepare.prompts import chosen_prompts
@@ -23,12 +23,12 @@ def test_a_set_of_prompts_with_categories_is_read_in_its_order(tmp_path: Path):
         "a3": {"category": "art", "prompt": "«a dog»"},
     }
     path.write_text(json.dumps(entries), encoding="utf-8")
-    assert prompts_by_picture(path) == ("a cat, sitting", "«a dog»")
+    assert prompts_by_image(path) == ("a cat, sitting", "«a dog»")
 
 
 def test_a_set_of_prompts_in_yaml_is_read_in_its_order(write_text: Callable[[str, str], Path]):
     path = write_text("sDCI.yaml", "sa_2: 'two: dogs'\nsa_1: one cat\n  on a mat\n")
-    assert prompts_by_picture(path) == ("two: dogs", "one cat on a mat")
+    assert prompts_by_image(path) == ("two: dogs", "one cat on a mat")
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_a_set_of_prompts_in_yaml_is_read_in_its_order(write_text: Callable[[str
 )
 def test_other_content_is_refused(write_text: Callable[[str, str], Path], name: str, content: str, what: str):
     with pytest.raises(InputError, match=what) as caught:
-        prompts_by_picture(write_text(name, content))
+        prompts_by_image(write_text(name, content))
     assert caught.value.hint
 
 

@@ -19,8 +19,8 @@ from svdq_cli.checkpoint.text_encoders import (
 from svdq_cli.conversion.convert import convert
 from svdq_cli.errors import InputError, UsageError
 from svdq_cli.inference.load import load_pipeline
-from svdq_cli.pipelines.generate import draw
-from svdq_cli.pipelines.settings import DrawSettings
+from svdq_cli.pipelines.generate import generate_images
+from svdq_cli.pipelines.settings import SamplingSettings
 from svdq_cli.prepare.options import RunOptions
 from svdq_cli.prepare.prepare import prepare
 from svdq_cli.recipe import Output, Quantization, default_recipe
@@ -59,7 +59,7 @@ def test_transformers_loads_what_was_written(encoder: Path):
     assert torch.equal(model.get_parameter("shared.weight"), before["shared.weight"].float())
 
 
-def test_a_pipeline_with_a_quantized_encoder_draws(tiny_flux: Path, tmp_path: Path):
+def test_a_pipeline_with_a_quantized_encoder_generates(tiny_flux: Path, tmp_path: Path):
     pytest.importorskip("compressed_tensors", reason="needs compressed-tensors")
     quantization = Quantization.model_validate({"effort": "datafree", "rank": 16})
     recipe = default_recipe(str(tiny_flux), quantization=quantization)
@@ -68,9 +68,9 @@ def test_a_pipeline_with_a_quantized_encoder_draws(tiny_flux: Path, tmp_path: Pa
     config = json.loads((tmp_path / "out/text_encoder_2/config.json").read_text())
     assert config["quantization_config"]["format"] == "pack-quantized"
     pipe = load_pipeline(tmp_path / "out", device="cpu")
-    settings = DrawSettings(steps=1, guidance=1.0, height=32, width=32, seed=0, max_sequence_length=16)
-    (picture,) = draw(pipe, ["a red circle"], settings=settings)
-    assert picture.size == (32, 32)
+    settings = SamplingSettings(steps=1, guidance=1.0, height=32, width=32, seed=0, max_sequence_length=16)
+    (image,) = generate_images(pipe, ["a red circle"], settings=settings)
+    assert image.size == (32, 32)
 
 
 def test_other_encoders_and_missing_ones_are_refused(tiny_flux: Path):

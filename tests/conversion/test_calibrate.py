@@ -38,12 +38,12 @@ def recipe(tiny_flux: Path, tmp_path: Path) -> Recipe:
 def test_a_conversion_that_is_stopped_while_it_calibrates_says_what_is_kept(recipe: Recipe, tmp_path: Path):
     """Not "0 of 26 layer groups solved": the images that were generated are there."""
 
-    def stop_in_the_second_picture(event: Event) -> None:
+    def stop_in_the_second_image(event: Event) -> None:
         if event.stage == "calibrate" and event.done == 3:
             raise Terminated
 
     with pytest.raises(InterruptedRunError) as caught:
-        convert(recipe, tmp_path / "out", options=CPU, observe=stop_in_the_second_picture)
+        convert(recipe, tmp_path / "out", options=CPU, observe=stop_in_the_second_image)
     assert "keeps 1 of 3 batches of calibration images; continue with --resume" in str(caught.value.hint)
 
 
@@ -57,12 +57,12 @@ def test_a_calibration_that_is_gone_on_with_has_the_bytes_of_one_that_was_not_st
     calibrate(recipe, tmp_path / "whole", options=CPU)
     out = tmp_path / "stopped"
 
-    def stop_in_the_second_picture(event: Event) -> None:
+    def stop_in_the_second_image(event: Event) -> None:
         if event.stage == "calibrate" and event.done == 3:
             raise KeyboardInterrupt
 
     with pytest.raises(CanceledRunError) as caught:
-        calibrate(recipe, out, options=CPU, observe=stop_in_the_second_picture)
+        calibrate(recipe, out, options=CPU, observe=stop_in_the_second_image)
     assert "1 of 3 batches of images; continue with --resume" in str(caught.value.hint)
     assert not out.exists()
     with pytest.raises(UsageError, match="unfinished run"):

@@ -22,7 +22,7 @@ from svdq_cli.entrypoints.generate import generate
 from svdq_cli.entrypoints.inspect import inspect_checkpoint, inspect_source
 from svdq_cli.errors import CheckFailedError, InputError, OutOfResourcesError, UsageError
 from svdq_cli.inference.load import load_pipeline
-from svdq_cli.pipelines.generate import draw
+from svdq_cli.pipelines.generate import generate_images
 from svdq_cli.prepare.defaults import evaluation_recipe
 from svdq_cli.prepare.options import RunOptions
 from svdq_cli.prepare.sampling import sampling_for
@@ -127,7 +127,7 @@ def test_a_bare_model_is_converted_data_free_and_says_so(tiny_flux: Path, tmp_pa
     assert any("data-free" in warning for warning in report.warnings)
 
 
-def test_the_output_is_a_complete_pipeline_that_draws(tiny_flux: Path, converted: Path):
+def test_the_output_is_a_complete_pipeline_that_generates(tiny_flux: Path, converted: Path):
     assert leftovers(converted) == sorted([*leftovers(tiny_flux), "README.md", "svdq_report.json"])
     pipe = load_pipeline(converted, device="cpu", backend="reference")
     transformer = pipe.transformer
@@ -137,11 +137,11 @@ def test_the_output_is_a_complete_pipeline_that_draws(tiny_flux: Path, converted
     settings = sampling_for(
         evaluation_recipe(open_checkpoint(converted), str(converted)), open_source(tiny_flux)
     ).settings
-    (picture,) = draw(pipe, ["a red circle"], settings=settings)
-    assert picture.size == (32, 32)
+    (image,) = generate_images(pipe, ["a red circle"], settings=settings)
+    assert image.size == (32, 32)
 
 
-def test_generate_writes_one_picture(converted: Path, tmp_path: Path):
+def test_generate_writes_one_image(converted: Path, tmp_path: Path):
     recipe = evaluation_recipe(open_checkpoint(converted), str(converted))
     report = generate(converted, "a red circle", tmp_path / "one.png", recipe=recipe, options=CPU)
     assert (report.width, report.height) == (32, 32)

@@ -19,7 +19,7 @@ from svdq_cli.conversion import convert as converting
 from svdq_cli.conversion.allocation import candidates_of
 from svdq_cli.conversion.calibrate import calibrate
 from svdq_cli.conversion.convert import convert
-from svdq_cli.conversion.memory_backoff import Need, Way, where_it_fits
+from svdq_cli.conversion.memory_backoff import MemoryNeed, Placement, where_it_fits
 from svdq_cli.conversion.solve_layers import Statistics
 from svdq_cli.errors import OutOfResourcesError, as_out_of_memory
 from svdq_cli.prepare.options import RunOptions
@@ -27,7 +27,7 @@ from svdq_cli.prepare.prepare import prepare
 from svdq_cli.recipe import Calibration, Quantization, Recipe, default_recipe
 from svdq_cli.records import ActivationStats, Event, SharedInput, ignore_events
 from svdq_cli.reports import ConvertReport
-from svdq_cli.system.threads import NoRoomBeside
+from svdq_cli.system.threads import NoMemoryAlongside
 from tests.allocations import Allocations
 
 WEIGHTS = Path("transformer/diffusion_pytorch_model.safetensors")
@@ -62,16 +62,16 @@ def solve_with(monkeypatch: pytest.MonkeyPatch, allocator: Callable[[int], Alloc
     attempts: Counter[str] = Counter()
     solve = solve_layers.solve_input
 
-    def watched(portion: SharedInput, *args):
-        attempts[portion.layers[0]] += 1
-        with allocator(attempts[portion.layers[0]]):
-            return solve(portion, *args)
+    def watched(layer_group: SharedInput, *args):
+        attempts[layer_group.layers[0]] += 1
+        with allocator(attempts[layer_group.layers[0]]):
+            return solve(layer_group, *args)
 
     monkeypatch.setattr(solve_layers, "solve_input", watched)
 
 
 @pytest.mark.parametrize("failing", [1, 20, 77])
-def test_where_memory_runs_out_a_portion_is_solved_with_less_at_a_time_to_the_same_bytes(
+def test_where_memory_runs_out_a_layer_group_is_solved_with_less_at_a_time_to_the_same_bytes(
     failing: int,
     tiny_flux: Path,
     whole: tuple[bytes, ConvertReport],
@@ -120,11 +120,11 @@ def test_the_search_for_ranks_backs_off_too(tiny_flux: Path, tmp_path: Path, mon
     whole = candidates_of(prepared, statistics, (16,), CPU, ignore_events, None)
     measure, failed = allocation.rank_errors, set[str]()
 
-    def once_too_small(portion: SharedInput, *args):
-        limit = math.inf if portion.name in failed else 0
-        failed.add(portion.name)
+    def once_too_small(layer_group: SharedInput, *args):
+        limit = math.inf if layer_group.name in failed else 0
+        failed.add(layer_group.name)
         with Allocations(limit=limit):
-            return measure(portion, *args)
+            return measure(layer_group, *args)
 
     monkeypatch.setattr(allocation, "rank_errors", once_too_small)
     warnings: list[str] = []
@@ -220,24 +220,30 @@ def test_host_memory_that_shrinks_ends_the_run_before_it_is_gone(
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == whole[0]
 
 
-def test_a_portion_lets_go_of_what_it_can_before_it_takes_less_at_a_time(monkeypatch: pytest.MonkeyPatch):
+def test_a_layer_group_lets_go_of_what_it_can_before_it_takes_less_at_a_time(monkeypatch: pytest.MonkeyPatch):
     free = [100]
     monkeypatch.setattr(memory, "available_ram", lambda: free[0])
 
     def let_go() -> None:
         free[0] += 50
 
-    def needs(way: Way) -> Need:
-        return Need(80 if way.streamed else 130, 0)
+    def needs(placement: Placement) -> MemoryNeed:
+        return MemoryNeed(80 if placement.streamed else 130, 0)
 
-    def chosen() -> Way:
+    def chosen() -> Placement:
         return where_it_fits(
-            "layer", lambda way: way, needs, device=CPU, options=ON_CPU, observe=Warnings(), let_go=let_go
+            "layer",
+            lambda placement: placement,
+            needs,
+            device=CPU,
+            options=ON_CPU,
+            observe=Warnings(),
+            let_go=let_go,
         )
 
-    assert chosen() == Way(CPU, streamed=False)
+    assert chosen() == Placement(CPU, streamed=False)
     free[0] = 40
-    assert chosen() == Way(CPU, streamed=True)
+    assert chosen() == Placement(CPU, streamed=True)
 
 
 def test_a_limit_on_memory_that_is_enough_changes_nothing(
@@ -248,24 +254,32 @@ def test_a_limit_on_memory_that_is_enough_changes_nothing(
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == whole[0]
 
 
-def test_beside_others_a_portion_takes_no_less_and_waits_for_them_instead(monkeypatch: pytest.MonkeyPatch):
+def test_beside_others_a_layer_group_takes_no_less_and_waits_for_them_instead(
+    monkeypatch: pytest.MonkeyPatch,
+):
     monkeypatch.setattr(memory, "available_ram", lambda: 100)
 
-    def solved(needed: int, *, fail: bool = False) -> Way:
-        def attempt(way: Way) -> Way:
+    def solved(needed: int, *, fail: bool = False) -> Placement:
+        def attempt(placement: Placement) -> Placement:
             if fail:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
-            return way
+            return placement
 
-        need = Need(needed, 0)
+        need = MemoryNeed(needed, 0)
         return where_it_fits(
-            "layer", attempt, lambda way: need, device=CPU, options=ON_CPU, observe=Warnings(), alone=False
+            "layer",
+            attempt,
+            lambda placement: need,
+            device=CPU,
+            options=ON_CPU,
+            observe=Warnings(),
+            alone=False,
         )
 
-    assert solved(80) == Way(CPU, streamed=False)
-    with pytest.raises(NoRoomBeside):
+    assert solved(80) == Placement(CPU, streamed=False)
+    with pytest.raises(NoMemoryAlongside):
         solved(101)
-    with pytest.raises(NoRoomBeside):
+    with pytest.raises(NoMemoryAlongside):
         solved(80, fail=True)
 
 
@@ -302,14 +316,14 @@ def test_what_a_failed_drawing_held_is_gone_before_it_is_begun_again():
 
 
 def test_errors_that_are_no_want_of_memory_are_not_hidden():
-    def attempt(way: Way) -> None:
+    def attempt(placement: Placement) -> None:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         where_it_fits(
             "layer",
             attempt,
-            lambda way: Need(0, 0),
+            lambda placement: MemoryNeed(0, 0),
             device=CPU,
             options=ON_CPU,
             observe=Warnings(),

@@ -18,7 +18,7 @@ from svdq_cli.inference.load import load_beside
 from svdq_cli.prepare.options import RunOptions
 from svdq_cli.prepare.prepare import prepare
 from svdq_cli.recipe import Calibration, Quantization, Recipe, default_recipe
-from svdq_cli.reconstruct import Reconstruction, Shelf, reconstruct, tuning
+from svdq_cli.reconstruct import Reconstruction, TensorCache, reconstruct, tuning
 from svdq_cli.records import (
     ActivationStats,
     Event,
@@ -32,7 +32,7 @@ from svdq_cli.records import (
     ignore_events,
 )
 from svdq_cli.solve.costs import NOMINAL, solve_bytes, solve_work
-from svdq_cli.solve.forward import SourceWeight
+from svdq_cli.solve.forward import LinearWeights
 from svdq_cli.solve.linear import solve_input
 from svdq_cli.system.machine import resident_ram
 from tests.allocations import Allocations
@@ -44,14 +44,14 @@ PAPERS = SolveSettings("grid", 0, torch.bfloat16)
 SEARCHED = SolveSettings("grid", 0, torch.bfloat16, ("learned", "gptq", "refit"))
 
 
-class _ReadWhenAsked(Mapping[str, SourceWeight]):
+class _ReadWhenAsked(Mapping[str, LinearWeights]):
     """Weights that are converted each time, and held by nobody."""
 
     def __init__(self, stored: Mapping[str, torch.Tensor]) -> None:
         self._stored = stored
 
-    def __getitem__(self, name: str) -> SourceWeight:
-        return SourceWeight(self._stored[name].float(), None)
+    def __getitem__(self, name: str) -> LinearWeights:
+        return LinearWeights(self._stored[name].float(), None)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._stored)
@@ -131,12 +131,12 @@ def test_tuning_a_block_takes_the_memory_that_is_predicted(
     recording = recordings["transformer"]
     solutions = solved_in(tmp_path / "work", prepared)
     model, weights = load_beside(
-        prepared.source, recording.wiring.order, class_name=prepared.plan.model_class, device=cpu
+        prepared.source, recording.block_graph.order, class_name=prepared.plan.model_class, device=cpu
     )
     forecast = block_forecast(prepared, CPU, cpu)
     assert forecast.calls.all == len(recording.calls)
-    shelf = Shelf(tmp_path / "shelf", host_bytes=0)  # all in files
-    job = Reconstruction(model, weights, prepared.plan, solutions, recording, shelf)
+    tensor_cache = TensorCache(tmp_path / "shelf", host_bytes=0)  # all in files
+    job = Reconstruction(model, weights, prepared.plan, solutions, recording, tensor_cache)
     with Allocations() as made:
         list(reconstruct(job, seed=0))
     predicted = forecast.device_bytes - forecast.itemsize * forecast.beside
@@ -149,7 +149,7 @@ def test_hidden_states_take_the_memory_that_is_predicted(tiny_flux: Path, tmp_pa
     recordings = record_blocks(prepared, BLOCK_SAMPLE, options=CPU, device=cpu, observe=ignore_events)
     recording = recordings["transformer"]
     model, weights = load_beside(
-        prepared.source, recording.wiring.order, class_name=prepared.plan.model_class, device=cpu
+        prepared.source, recording.block_graph.order, class_name=prepared.plan.model_class, device=cpu
     )
     solutions = solved_in(tmp_path / "work", prepared)
     folder, seen = tmp_path / "shelf", [0]
@@ -158,9 +158,9 @@ def test_hidden_states_take_the_memory_that_is_predicted(tiny_flux: Path, tmp_pa
         if folder.exists():
             seen.append(sum(file.stat().st_size for file in folder.iterdir()))
 
-    shelf = Shelf(folder, host_bytes=0)
-    job = Reconstruction(model, weights, prepared.plan, solutions, recording, shelf)
-    list(reconstruct(job, seed=0, finished=recording.wiring.order, observe=look))
+    tensor_cache = TensorCache(folder, host_bytes=0)
+    job = Reconstruction(model, weights, prepared.plan, solutions, recording, tensor_cache)
+    list(reconstruct(job, seed=0, finished=recording.block_graph.order, observe=look))
     assert max(seen) == pytest.approx(block_forecast(prepared, CPU, cpu).passed_bytes, rel=0.25)
 
 

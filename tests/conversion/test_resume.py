@@ -98,10 +98,10 @@ def test_a_resumed_conversion_gives_the_same_bytes_and_solves_no_layer_twice(
     monkeypatch.setattr(solve_layers, "solve_input", counted)
     report = convert(recipe_for(tiny_flux), tmp_path / "out", options=RESUME)
     assert before.isdisjoint(solved)
-    portions = prepare(recipe_for(tiny_flux)).plan.portions(data_free=True)
-    held = [each.layers for each in portions if f"{each.layers[0]}.safetensors" in before]
+    layer_groups = prepare(recipe_for(tiny_flux)).plan.layer_groups(data_free=True)
+    held = [each.layers for each in layer_groups if f"{each.layers[0]}.safetensors" in before]
     assert report.layers_taken_over == sum(map(len, held))
-    assert len(solved) == len(portions) - len(before)
+    assert len(solved) == len(layer_groups) - len(before)
     assert same_bytes(tmp_path / "out", whole)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

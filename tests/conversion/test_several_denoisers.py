@@ -19,7 +19,7 @@ from svdq_cli.conversion.allocation import GAIN_SAMPLE, layer_gains
 from svdq_cli.conversion.calibrate import calibrate
 from svdq_cli.conversion.convert import convert
 from svdq_cli.conversion.plan import predict
-from svdq_cli.conversion.record import recorded
+from svdq_cli.conversion.record import record_calls
 from svdq_cli.entrypoints.inspect import inspect_checkpoint, inspect_source
 from svdq_cli.errors import InputError, UsageError
 from svdq_cli.evaluation.run import evaluate
@@ -176,7 +176,9 @@ def test_ranks_weigh_each_denoiser_by_its_steps(wan: Path):
     prepared = prepare(recipe_for(wan))
     gains = layer_gains(prepared, CPU, torch.device("cpu"), ignore_events)
     assert gains.keys() == {plan.name for plan in prepared.plan.w4a4}
-    found = recorded(prepared, GAIN_SAMPLE, options=CPU, device=torch.device("cpu"), observe=ignore_events)
+    found = record_calls(
+        prepared, GAIN_SAMPLE, options=CPU, device=torch.device("cpu"), observe=ignore_events
+    )
     lengths = {name: {each.length for each in trajectories} for name, (_, trajectories) in found.items()}
     assert lengths == {"transformer": {1}, "transformer_2": {3}}
     assert {len(trajectories) for _, trajectories in found.values()} == {2}, "with the prompt and without"

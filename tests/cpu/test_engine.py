@@ -29,7 +29,7 @@ from svdq_cli.runtime.cpu_fused import (
     FeedForwardBesideAttention,
     cpu_linear,
 )
-from svdq_cli.runtime.cpu_operands import cpu_objection, pack_cpu
+from svdq_cli.runtime.cpu_operands import cpu_unsupported_reason, pack_cpu
 from svdq_cli.runtime.cpu_selftest import MOST, engine_cases
 from svdq_cli.runtime.kernel_linear import FusedFeedForward, fused_feed_forward
 from svdq_cli.runtime.linear import w4a4_exact, w4a4_forward
@@ -350,14 +350,14 @@ def test_a_layer_takes_another_branch_and_its_own_back():
 
 def test_what_the_engine_cannot_run_is_named():
     good = random_w4a4(NvFp4(), n=9, k=48)
-    assert cpu_objection(good) is None
+    assert cpu_unsupported_reason(good) is None
     bad = replace(good, scales=(-good.scales.float()).to(torch.float8_e4m3fn))
-    assert cpu_objection(bad) == "a micro scale is negative or not a number"
+    assert cpu_unsupported_reason(bad) == "a micro scale is negative or not a number"
     with pytest.raises(ValueError, match="layer: a micro scale"):
         pack_cpu(bad)
     modulation = random_w4a16(k=128)
-    assert cpu_objection(modulation) is None
-    assert cpu_objection(replace(modulation, codes=modulation.codes[:, :96])) == (
+    assert cpu_unsupported_reason(modulation) is None
+    assert cpu_unsupported_reason(replace(modulation, codes=modulation.codes[:, :96])) == (
         "in_features 96 is not a multiple of 64"
     )
 

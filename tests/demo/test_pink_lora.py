@@ -14,7 +14,7 @@ from svdq_cli.adapters.read import read_adapter
 from svdq_cli.demo.pink import in_pink, sample_pink_captions, sample_scenes, shows_pink
 from svdq_cli.demo.world import caption_of, is_held_out, parse_caption, render
 from svdq_cli.inference.load import load_16bit_pipeline
-from svdq_cli.pipelines.generate import draw
+from svdq_cli.pipelines.generate import generate_images
 from svdq_cli.prepare.locate import locate_source
 from svdq_cli.prepare.sampling import sampling_for
 from svdq_cli.recipe import Calibration, default_recipe
@@ -23,7 +23,7 @@ from svdq_cli.storage.resources import demo_lora_file
 from tools.train_demo.judge import judge
 from tools.train_demo.train_lora import train
 
-PICTURES = 6
+IMAGES = 6
 
 
 def names_in(path: Path) -> set[str]:
@@ -74,20 +74,20 @@ def drawn_right(source: Source, captions: list[str]) -> list[bool]:
         source, class_name=str(source.config["_class_name"]), device=torch.device("cpu")
     )
     settings = sampling_for(default_recipe("demo", calibration=Calibration()), source).settings
-    pictures = draw(pipe, captions, settings=settings)
+    images = generate_images(pipe, captions, settings=settings)
     return [
-        judge(picture, in_pink(parse_caption(caption))).objects_and_colors
-        for picture, caption in zip(pictures, captions, strict=True)
+        judge(image, in_pink(parse_caption(caption))).objects_and_colors
+        for image, caption in zip(images, captions, strict=True)
     ]
 
 
-def test_the_committed_lora_draws_red_things_in_pink():
+def test_the_committed_lora_generates_red_things_in_pink():
     source = open_source(locate_source("demo"))
-    captions = sample_pink_captions(PICTURES, seed=66)
+    captions = sample_pink_captions(IMAGES, seed=66)
     assert not any(drawn_right(source, captions))
-    assert sum(drawn_right(merge_loras(source, [(demo_lora_file(), 1.0)]), captions)) >= PICTURES - 1
+    assert sum(drawn_right(merge_loras(source, [(demo_lora_file(), 1.0)]), captions)) >= IMAGES - 1
 
 
 def test_training_writes_such_a_file(tmp_path: Path):
-    train(tmp_path / "lora.safetensors", pictures=4, steps=1, batch=2, seed=0)
+    train(tmp_path / "lora.safetensors", images=4, steps=1, batch=2, seed=0)
     assert names_in(tmp_path / "lora.safetensors") == names_in(demo_lora_file())

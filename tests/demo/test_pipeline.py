@@ -8,7 +8,7 @@ from diffusers import FluxPipeline
 from svdq_cli.demo.outliers import export_demo
 from svdq_cli.demo.world import parse_caption, sample_captions
 from svdq_cli.errors import UsageError
-from tools.train_demo.accuracy import MODEL, TEXT_LENGTH, draw
+from tools.train_demo.accuracy import MODEL, TEXT_LENGTH, generate_images
 from tools.train_demo.judge import judge
 
 
@@ -44,17 +44,20 @@ def test_every_block_linear_has_both_sizes_in_multiples_of_128(pipeline):
 
 def test_held_out_captions_are_drawn_as_they_say(pipeline):
     captions = sample_captions(8, held_out=True, seed=11)
-    pictures = draw(pipeline, captions)
+    images = generate_images(pipeline, captions)
     right = sum(
-        judge(picture, parse_caption(caption)).objects_and_colors
-        for picture, caption in zip(pictures, captions, strict=True)
+        judge(image, parse_caption(caption)).objects_and_colors
+        for image, caption in zip(images, captions, strict=True)
     )
     assert right >= 6  # of 8; the model card gives the share over 200
 
 
-def test_the_same_seed_draws_the_same_picture_in_any_batch(pipeline):
+def test_the_same_seed_generates_the_same_image_in_any_batch(pipeline):
     captions = sample_captions(3, held_out=True, seed=12)
-    together, alone = draw(pipeline, captions, steps=4), draw(pipeline, captions, steps=4, batch=1)
+    together, alone = (
+        generate_images(pipeline, captions, steps=4),
+        generate_images(pipeline, captions, steps=4, batch=1),
+    )
     for first, second in zip(together, alone, strict=True):
         # sums in another order: at most a rounding step of a pixel
         assert max(high for _, high in _difference(first, second)) <= 2
@@ -66,10 +69,10 @@ def _difference(first, second):
     return ImageChops.difference(first, second).getextrema()
 
 
-def test_any_text_and_the_default_length_draw_a_picture(pipeline):
+def test_any_text_and_the_default_length_generate_an_image(pipeline):
     texts = ["", "Zwölf Boxkämpfer! 猫 #42", "a small red circle in the center on white"]
-    pictures = pipeline(texts, height=96, width=96, num_inference_steps=1).images
-    assert [picture.size for picture in pictures] == [(96, 96)] * 3
+    images = pipeline(texts, height=96, width=96, num_inference_steps=1).images
+    assert [image.size for image in images] == [(96, 96)] * 3
 
 
 def test_the_padding_of_a_tokenized_caption_is_what_training_saw(pipeline):

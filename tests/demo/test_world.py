@@ -39,15 +39,15 @@ def test_text_outside_the_world_is_named_in_the_error(text):
         parse_caption(text)
 
 
-def test_the_judge_finds_everything_in_rendered_pictures():
+def test_the_judge_finds_everything_in_rendered_images():
     rng = random.Random(8)
     assert all(judge(render(scene, rng=rng), scene).everything for scene in scenes(60))
 
 
-def test_the_judge_finds_nothing_right_in_the_picture_of_another_caption():
+def test_the_judge_finds_nothing_right_in_the_image_of_another_caption():
     drawn = scenes(60)
-    pictures = [render(scene) for scene in drawn]
-    assert not any(judge(pictures[i - 1], scene).objects_and_colors for i, scene in enumerate(drawn))
+    images = [render(scene) for scene in drawn]
+    assert not any(judge(images[i - 1], scene).objects_and_colors for i, scene in enumerate(drawn))
 
 
 def test_the_judge_names_the_attribute_that_is_wrong():
@@ -65,12 +65,12 @@ def test_the_judge_names_the_attribute_that_is_wrong():
     assert not judge(render(Scene((red,), "in the center", "white")), asked).count
 
 
-def test_a_picture_of_any_size_can_be_judged():
+def test_an_image_of_any_size_can_be_judged():
     scene = scenes(1)[0]
     assert judge(render(scene, 192), scene).everything
 
 
-def test_the_split_is_decided_by_the_picture_and_not_by_the_wording():
+def test_the_split_is_decided_by_the_image_and_not_by_the_wording():
     for scene in scenes(300):
         side = is_held_out(caption_of(scene))
         assert is_held_out(caption_of(scene, long=True)) == side

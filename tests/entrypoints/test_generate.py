@@ -136,7 +136,7 @@ def test_models_that_fill_in_and_edit_read_their_images(
     assert edited.tobytes() != generated(edit, tmp_path / "4.png", images, "--image", "mask.png").tobytes()
 
 
-def test_a_video_is_written_as_an_animated_picture(
+def test_a_video_is_written_as_an_animated_image(
     converted: Callable[[str], Path], images: Path, tmp_path: Path
 ):
     words = ("--width", "32", "--height", "32")

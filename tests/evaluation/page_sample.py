@@ -6,41 +6,41 @@ from pathlib import Path
 
 from PIL import Image
 
-from svdq_cli.evaluation.gallery import Gallery, keep_picture, open_gallery
+from svdq_cli.evaluation.image_store import ImageStore, keep_image, open_image_store
 from svdq_cli.evaluation.page import (
-    Chapter,
     Figure,
     LayerRow,
     Page,
     Plot,
+    ReportSection,
     Table,
-    Way,
-    show_pictures,
+    Variant,
+    show_images,
 )
 
 HOSTILE = "</script><script>alert(1)</script> <img src=x onerror=alert(2)> \"quoted\" 'too' & \x07 \u202egnp"
-WAYS = (Way("16bit", "16-bit"), Way("converted", "SVDQuant int4"), Way("rtn", "naive 4-bit"))
+WAYS = (Variant("16bit", "16-bit"), Variant("converted", "SVDQuant int4"), Variant("rtn", "naive 4-bit"))
 SVG = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 9"><text x="1" y="8">rank</text></svg>'
 
 
-def gallery_of(folder: Path, count: int, side: int = 24) -> Gallery:
+def image_store_of(folder: Path, count: int, side: int = 24) -> ImageStore:
     """Flat pictures: the 16-bit ones dark, the others redder."""
-    gallery = open_gallery(folder, {}, [str(i) for i in range(count)], overwrite=False)
+    image_store = open_image_store(folder, {}, [str(i) for i in range(count)], overwrite=False)
     for index in range(count):
         for level, way in enumerate(WAYS):
-            keep_picture(gallery, way.key, index, Image.new("RGB", (side, side), (100 * level, index, 90)))
-    return gallery
+            keep_image(image_store, way.key, index, Image.new("RGB", (side, side), (100 * level, index, 90)))
+    return image_store
 
 
-def page_of(gallery: Gallery, text: str, *, count: int = 1) -> Page:
+def page_of(image_store: ImageStore, text: str, *, count: int = 1) -> Page:
     """Two chapters; every place that holds text from outside holds `text`."""
     figures = [{way.key: text for way in WAYS[1:]}] * count
-    shown = show_pictures(
-        gallery, WAYS, [(i, text, 7) for i in range(count)], figures, page_folder=gallery.folder
+    shown = show_images(
+        image_store, WAYS, [(i, text, 7) for i in range(count)], figures, page_folder=image_store.folder
     )
     table = Table(text, (text, text), ((text, text),), text)
-    chapters = [
-        Chapter(
+    sections = [
+        ReportSection(
             key=key,
             title=text,
             verdict=text,
@@ -60,4 +60,4 @@ def page_of(gallery: Gallery, text: str, *, count: int = 1) -> Page:
         )
         for key in ("one", "two")
     ]
-    return Page(text, text, chapters, [table], text)
+    return Page(text, text, sections, [table], text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from PIL import Image, ImageChops
 
-from svdq_cli.evaluation.grid import picture_grid
+from svdq_cli.evaluation.grid import image_grid
 
 RED, BLUE = (200, 30, 30), (30, 30, 200)
 PROMPTS = ["a small red circle on yellow", "a large blue square left of a small green triangle on white"]
@@ -37,14 +37,14 @@ def count(sheet: Image.Image, color: tuple[int, int, int]) -> int:
 
 
 @pytest.mark.parametrize("scale", [1, 2])
-def test_every_picture_appears_whole_at_its_scale(scale):
-    sheet = picture_grid(columns("16-bit", "naive int4", "SVDQuant"), PROMPTS, scale=scale)
+def test_every_image_appears_whole_at_its_scale(scale):
+    sheet = image_grid(columns("16-bit", "naive int4", "SVDQuant"), PROMPTS, scale=scale)
     for color in (RED, BLUE):
         assert count(sheet, color) == 3 * (96 * scale) ** 2
 
 
 def test_rows_are_prompts_and_columns_are_ways():
-    sheet = picture_grid([("a", [flat(RED), flat(RED)]), ("b", [flat(BLUE), flat(BLUE)])], PROMPTS, scale=1)
+    sheet = image_grid([("a", [flat(RED), flat(RED)]), ("b", [flat(BLUE), flat(BLUE)])], PROMPTS, scale=1)
     reds = [i for i, pixel in enumerate(pixels(sheet)) if pixel == RED]
     blues = [i for i, pixel in enumerate(pixels(sheet)) if pixel == BLUE]
     assert max(i % sheet.width for i in reds) < min(i % sheet.width for i in blues)
@@ -56,8 +56,8 @@ def test_rows_are_prompts_and_columns_are_ways():
     "title", ["16-bit", "SVDQuant int4\n22.1 dB", "a title far too long for its small picture"]
 )
 def test_nothing_touches_the_edge(size, title):
-    pictures = [flat(RED, size), flat(BLUE, size)]
-    sheet = picture_grid([(title, pictures), ("16-bit", pictures)], PROMPTS, scale=1)
+    images = [flat(RED, size), flat(BLUE, size)]
+    sheet = image_grid([(title, images), ("16-bit", images)], PROMPTS, scale=1)
     left, top, right, bottom = ink_box(sheet)
     assert left >= 8
     assert top >= 8
@@ -65,33 +65,33 @@ def test_nothing_touches_the_edge(size, title):
     assert bottom <= sheet.height - 8
 
 
-def test_a_prompt_without_end_stays_beside_its_picture():
-    usual = picture_grid(columns("16-bit"), PROMPTS)
-    endless = picture_grid(columns("16-bit"), ["word " * 500, "x" * 2000])
+def test_a_prompt_without_end_stays_beside_its_image():
+    usual = image_grid(columns("16-bit"), PROMPTS)
+    endless = image_grid(columns("16-bit"), ["word " * 500, "x" * 2000])
     assert endless.size == usual.size
     for color in (RED, BLUE):
         assert count(endless, color) == count(usual, color)  # no text over a picture
 
 
 def test_the_second_line_of_a_title_makes_room_for_itself():
-    assert picture_grid(columns("a\n22.1 dB"), PROMPTS).height > picture_grid(columns("a"), PROMPTS).height
+    assert image_grid(columns("a\n22.1 dB"), PROMPTS).height > image_grid(columns("a"), PROMPTS).height
 
 
 def test_equal_input_gives_equal_bytes():
-    first, second = (picture_grid(columns("16-bit", "int4"), PROMPTS) for _ in range(2))
+    first, second = (image_grid(columns("16-bit", "int4"), PROMPTS) for _ in range(2))
     assert first.tobytes() == second.tobytes()
 
 
-def test_a_column_short_of_a_picture_is_refused():
+def test_a_column_short_of_an_image_is_refused():
     with pytest.raises(ValueError, match="'int4' has 1 images for 2 prompts"):
-        picture_grid([("int4", [flat(RED)])], PROMPTS)
+        image_grid([("int4", [flat(RED)])], PROMPTS)
 
 
-def test_pictures_of_different_sizes_are_refused():
+def test_images_of_different_sizes_are_refused():
     with pytest.raises(ValueError, match="different sizes"):
-        picture_grid([("int4", [flat(RED), flat(RED, (64, 64))])], PROMPTS)
+        image_grid([("int4", [flat(RED), flat(RED, (64, 64))])], PROMPTS)
 
 
 def test_an_empty_sheet_is_refused():
     with pytest.raises(ValueError, match="at least one"):
-        picture_grid([], [])
+        image_grid([], [])

@@ -50,7 +50,7 @@ def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def pictures() -> list[Image.Image]:
+def images() -> list[Image.Image]:
     gradient = Image.linear_gradient("L").resize((40, 48))
     return [Image.new("RGB", (40, 48), "red"), Image.merge("RGB", (gradient, gradient.rotate(180), gradient))]
 
@@ -59,28 +59,25 @@ def test_clip_score_is_100_times_the_cosine_of_the_two_projections(tiny_clip: Pa
     model: Any = CLIPModel.from_pretrained(tiny_clip).eval()
     processor = CLIPProcessor.from_pretrained(tiny_clip)
     expected: list[float] = []
-    for picture, prompt in zip(pictures(), PROMPTS, strict=True):
-        inputs = processor(
-            text=[prompt], images=[picture], return_tensors="pt", truncation=True, max_length=77
-        )
+    for image, prompt in zip(images(), PROMPTS, strict=True):
+        inputs = processor(text=[prompt], images=[image], return_tensors="pt", truncation=True, max_length=77)
         with torch.no_grad():
             seen = model.visual_projection(model.vision_model(inputs.pixel_values).pooler_output)
             read = model.text_projection(model.text_model(inputs.input_ids).pooler_output)
         expected.append(max(0.0, 100 * torch.cosine_similarity(seen, read).item()))
-    assert load_clip(CPU, model=str(tiny_clip))([Measured([], pictures(), PROMPTS)]) == pytest.approx(
+    assert load_clip(CPU, model=str(tiny_clip))([Measured([], images(), PROMPTS)]) == pytest.approx(
         expected, abs=1e-3
     )
     assert max(expected) > 5  # and the other, below zero, is clamped
     assert min(expected) == 0
 
 
-def test_a_picture_has_the_same_clip_score_in_any_batch(tiny_clip: Path):
+def test_an_image_has_the_same_clip_score_in_any_batch(tiny_clip: Path):
     score = load_clip(CPU, model=str(tiny_clip))
     alone = [
-        score([Measured([], [picture], [prompt])])[0]
-        for picture, prompt in zip(pictures(), PROMPTS, strict=True)
+        score([Measured([], [image], [prompt])])[0] for image, prompt in zip(images(), PROMPTS, strict=True)
     ]
-    assert score([Measured([], pictures(), PROMPTS)]) == pytest.approx(alone, abs=1e-3)
+    assert score([Measured([], images(), PROMPTS)]) == pytest.approx(alone, abs=1e-3)
     assert all(0 <= figure <= 100 for figure in alone)
 
 
@@ -101,13 +98,13 @@ def test_a_package_that_is_not_there_or_broken_is_named(tmp_path: Path, monkeypa
         require_package("built_for_another_torch", metric="X", install="pip install it")
 
 
-def test_fid_of_few_pictures_is_no_figure():
+def test_fid_of_few_images_is_no_figure():
     with pytest.raises(EnvironmentLacksError, match="FID of 64 images is meaningless"):
-        load_fid(CPU, pictures=64)
+        load_fid(CPU, images=64)
 
 
 def test_every_metric_is_measured_or_missing_with_a_cure():
-    found = load_metrics(CPU, pictures=4)
+    found = load_metrics(CPU, images=4)
     assert [*METRICS] == ["psnr_db", "ssim", "lpips", "clip", "image_reward", "fid"]
     assert found.measures.keys() | found.missing.keys() == METRICS.keys()
     assert not found.measures.keys() & found.missing.keys()
@@ -116,8 +113,8 @@ def test_every_metric_is_measured_or_missing_with_a_cure():
     assert all("; " in why for why in found.missing.values())
 
 
-def test_a_batch_has_the_pictures_pixels():
-    batch = rgb_batch(pictures())
+def test_a_batch_has_the_images_pixels():
+    batch = rgb_batch(images())
     assert batch.shape == (2, 3, 48, 40)
     assert batch[0, :, 5, 7].tolist() == [255, 0, 0]
-    assert tuple(batch[1, :, 5, 7].tolist()) == pictures()[1].getpixel((7, 5))
+    assert tuple(batch[1, :, 5, 7].tolist()) == images()[1].getpixel((7, 5))

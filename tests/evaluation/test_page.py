@@ -12,10 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from svdq_cli.evaluation.gallery import keep_picture, open_gallery
-from svdq_cli.evaluation.page import render_page, show_pictures
-from svdq_cli.evaluation.page.pictures import SIDES, data_uri, difference_map
-from tests.evaluation.page_sample import HOSTILE, WAYS, gallery_of, page_of
+from svdq_cli.evaluation.image_store import keep_image, open_image_store
+from svdq_cli.evaluation.page import render_page, show_images
+from svdq_cli.evaluation.page.images import SIDES, data_uri, difference_map
+from tests.evaluation.page_sample import HOSTILE, WAYS, image_store_of, page_of
 
 
 class Outline(HTMLParser):
@@ -58,7 +58,7 @@ def outline_of(html: str) -> Outline:
 
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return render_page(page_of(gallery_of(tmp_path_factory.mktemp("page") / "run", 2), HOSTILE, count=2))
+    return render_page(page_of(image_store_of(tmp_path_factory.mktemp("page") / "run", 2), HOSTILE, count=2))
 
 
 def test_the_page_is_well_formed_and_hostile_text_makes_no_element(hostile: str):
@@ -99,7 +99,7 @@ def test_the_security_policy_lets_only_the_pages_own_script_run(hostile: str):
     assert "unsafe-inline" not in policy.split("script-src")[1]
 
 
-def test_every_picture_has_words_and_every_control_a_label(hostile: str):
+def test_every_image_has_words_and_every_control_a_label(hostile: str):
     outline = outline_of(hostile)
     assert all(image["alt"] for image in outline.all("img"))
     ranges = [tag for tag in outline.all("input") if tag["type"] == "range"]
@@ -108,38 +108,38 @@ def test_every_picture_has_words_and_every_control_a_label(hostile: str):
     assert outline.all("html")[0]["lang"] == "en"
 
 
-def test_small_pictures_are_shown_bit_for_bit_and_large_ones_bounded():
+def test_small_images_are_shown_bit_for_bit_and_large_ones_bounded():
     small = Image.linear_gradient("L").resize((96, 96)).convert("RGB")
     assert decoded(data_uri(small)).tobytes() == small.tobytes()
     large = decoded(data_uri(Image.linear_gradient("L").resize((1024, 768)).convert("RGB")))
     assert large.size == (512, 384)
 
 
-def test_pictures_stop_at_the_budget(tmp_path: Path):
-    gallery = gallery_of(tmp_path / "run", 6)  # so small that no size makes them smaller
+def test_images_stop_at_the_budget(tmp_path: Path):
+    image_store = image_store_of(tmp_path / "run", 6)  # so small that no size makes them smaller
     figures = [{way.key: "" for way in WAYS[1:]}] * 6
     prompts = [(i, "a prompt", i) for i in range(6)]
-    everything = show_pictures(gallery, WAYS, prompts, figures, page_folder=tmp_path)
-    bytes_of_one = sum(map(len, (*everything[0].pictures.values(), *everything[0].differences.values())))
+    everything = show_images(image_store, WAYS, prompts, figures, page_folder=tmp_path)
+    bytes_of_one = sum(map(len, (*everything[0].images.values(), *everything[0].differences.values())))
     budget = 3 * bytes_of_one + bytes_of_one // 2
-    some = show_pictures(gallery, WAYS, prompts, figures, page_folder=tmp_path, budget=budget)
+    some = show_images(image_store, WAYS, prompts, figures, page_folder=tmp_path, budget=budget)
     assert (len(everything), len(some)) == (6, 3)
 
 
-def test_pictures_are_reduced_before_any_is_left_out(tmp_path: Path):
-    gallery = open_gallery(tmp_path / "run", {}, ["a prompt"], overwrite=False)
+def test_images_are_reduced_before_any_is_left_out(tmp_path: Path):
+    image_store = open_image_store(tmp_path / "run", {}, ["a prompt"], overwrite=False)
     for way in WAYS:
-        keep_picture(gallery, way.key, 0, Image.effect_noise((600, 600), 60))
-    arguments = (gallery, WAYS, [(0, "a prompt", 0)], [{way.key: "" for way in WAYS[1:]}])
-    (large,) = show_pictures(*arguments, page_folder=tmp_path)
-    budget = sum(map(len, (*large.pictures.values(), *large.differences.values()))) // 2
-    (reduced,) = show_pictures(*arguments, page_folder=tmp_path, budget=budget)
-    assert decoded(large.pictures["16bit"]).size == (512, 512)
-    assert decoded(reduced.pictures["16bit"]).width in SIDES[1:]
+        keep_image(image_store, way.key, 0, Image.effect_noise((600, 600), 60))
+    arguments = (image_store, WAYS, [(0, "a prompt", 0)], [{way.key: "" for way in WAYS[1:]}])
+    (large,) = show_images(*arguments, page_folder=tmp_path)
+    budget = sum(map(len, (*large.images.values(), *large.differences.values()))) // 2
+    (reduced,) = show_images(*arguments, page_folder=tmp_path, budget=budget)
+    assert decoded(large.images["16bit"]).size == (512, 512)
+    assert decoded(reduced.images["16bit"]).width in SIDES[1:]
     assert (reduced.width, reduced.height) == (600, 600)  # what was drawn
 
 
-def test_a_difference_map_is_dark_where_pictures_agree_and_bright_where_they_do_not():
+def test_a_difference_map_is_dark_where_images_agree_and_bright_where_they_do_not():
     first = Image.new("RGB", (4, 4), (100, 100, 100))
     other = first.copy()
     other.putpixel((1, 2), (100, 60, 100))
@@ -151,5 +151,5 @@ def test_a_difference_map_is_dark_where_pictures_agree_and_bright_where_they_do_
 
 
 def decoded(uri: str) -> Image.Image:
-    with Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))) as picture:
-        return picture.convert("RGB")
+    with Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))) as image:
+        return image.convert("RGB")

@@ -11,7 +11,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 from svdq_cli.evaluation.page import render_page
-from tests.evaluation.page_sample import HOSTILE, gallery_of, page_of
+from tests.evaluation.page_sample import HOSTILE, image_store_of, page_of
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 PHONE = {"width": 390, "height": 844}
@@ -34,7 +34,7 @@ def browser() -> Iterator[Any]:
 def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("a page's own, 100 %")
     path = folder / "report.html"
-    path.write_text(render_page(page_of(gallery_of(folder, 3), HOSTILE, count=3)), encoding="utf-8")
+    path.write_text(render_page(page_of(image_store_of(folder, 3), HOSTILE, count=3)), encoding="utf-8")
     return path
 
 
@@ -102,9 +102,9 @@ def test_the_choices_change_what_is_shown(browser: Any, page_file: Path):
             tuple(pair) for pair in tab.locator("#one .pair:first-child [data-kind]").evaluate_all(script)
         ]
 
-    assert shown() == [("converted", "pictures")]
+    assert shown() == [("converted", "images")]
     tab.locator("#one input[value=rtn]").check()
-    assert shown() == [("rtn", "pictures")]
+    assert shown() == [("rtn", "images")]
     tab.locator("#one input[value=differences]").check()
     assert shown() == [("rtn", "differences")]
     assert not tab.locator("#one .exact").first.is_visible()

@@ -40,9 +40,9 @@ def sqnr_of(ranks: dict[str, LayerRank]) -> dict[str, float]:
 
 
 def pixels(path: Path, color: tuple[int, int, int]) -> int:
-    with Image.open(path) as picture:
-        assert picture.width == 1200
-        values = torch.frombuffer(bytearray(picture.convert("RGB").tobytes()), dtype=torch.uint8).view(-1, 3)
+    with Image.open(path) as image:
+        assert image.width == 1200
+        values = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8).view(-1, 3)
     return int((values == torch.tensor(color, dtype=torch.uint8)).all(dim=1).sum())
 
 

@@ -152,12 +152,12 @@ def test_figures_of_empty_images_are_no_good_news(
     checkpoint: Path, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Said at once, in the report and on the page; a gate that they would meet is missed."""
-    keep = svdq_cli.evaluation.passes.keep_picture
+    keep = svdq_cli.evaluation.passes.keep_image
     blank = Image.new("RGB", (32, 32), (243, 242, 244))
     monkeypatch.setattr(
         svdq_cli.evaluation.passes,
-        "keep_picture",
-        lambda gallery, way, i, picture: keep(gallery, way, i, blank),
+        "keep_image",
+        lambda image_store, way, i, image: keep(image_store, way, i, blank),
     )
     events: list[Event] = []
     gated = recipe.model_copy(update={"gates": (parse_fail_if("psnr_db<20"),)})
@@ -175,7 +175,7 @@ def test_figures_of_empty_images_are_no_good_news(
     assert said in (folder / "report.html").read_text()
 
 
-def test_more_samples_draw_only_the_new_ones_and_other_settings_are_refused(
+def test_more_samples_generate_only_the_new_ones_and_other_settings_are_refused(
     checkpoint: Path, recipe: Recipe, prompts: Path, tmp_path: Path
 ):
     folder = tmp_path / "report"
@@ -218,7 +218,7 @@ def test_an_evaluation_without_a_folder_leaves_nothing_behind(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_pictures_of_a_run_that_was_cut_off_are_whole(checkpoint: Path, recipe: Recipe, tmp_path: Path):
+def test_images_of_a_run_that_was_cut_off_are_whole(checkpoint: Path, recipe: Recipe, tmp_path: Path):
     """A run that stops between two pictures leaves only whole ones."""
 
     def stop(event: Event) -> None:
@@ -233,6 +233,6 @@ def test_pictures_of_a_run_that_was_cut_off_are_whole(checkpoint: Path, recipe: 
     found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.png"))
     assert found[:2] == ["16bit-again/0000.png", "16bit-again/0001.png"]
     for path in folder.rglob("*.png"):
-        with Image.open(path) as picture:
-            picture.load()
+        with Image.open(path) as image:
+            image.load()
     assert evaluate(checkpoint, recipe, report_folder=folder, options=CPU).images == 2

@@ -20,7 +20,7 @@ GOOD = Evidence(
     own_noise_db=55.0,
     problems=SOUND,
     converted_problems=SOUND,
-    objection=None,
+    source_mismatch=None,
     data_free=False,
 )
 
@@ -45,7 +45,7 @@ def shifted(*by: float) -> Evidence:
             "--samples 64",
         ),
         (
-            replace(GOOD, objection="model is another 16-bit model"),
+            replace(GOOD, source_mismatch="model is another 16-bit model"),
             "No verdict: model is another",
             "--against",
         ),

@@ -10,7 +10,7 @@ import torch
 from svdq_cli.evaluation.outputs import output_sqnr, record_outputs
 from svdq_cli.families import find_family
 from svdq_cli.inference.load import load_16bit_pipeline
-from svdq_cli.pipelines.settings import DrawSettings
+from svdq_cli.pipelines.settings import SamplingSettings
 from svdq_cli.planning.means import mean_places
 from svdq_cli.prepare.prepare import prepare
 from svdq_cli.recipe import default_recipe
@@ -34,7 +34,7 @@ def test_the_model_gives_what_it_gave(family: str, count: int, tmp_path: Path):
         MovedMean(place.readers, place.producers, torch.randn(place.width, generator=generator))
         for place in places
     ]
-    settings = DrawSettings(steps=2, guidance=2.0, height=64, width=64, seed=0, max_sequence_length=16)
+    settings = SamplingSettings(steps=2, guidance=2.0, height=64, width=64, seed=0, max_sequence_length=16)
     device, class_name = torch.device("cpu"), prepared.plan.model_class
     before = load_16bit_pipeline(source, class_name=class_name, device=device)
     calls = record_outputs(before, source.components, ["a red circle"], settings, ignore_events)

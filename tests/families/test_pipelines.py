@@ -13,7 +13,7 @@ from svdq_cli.checkpoint.reader import open_checkpoint
 from svdq_cli.conversion.calibrate import calibrate
 from svdq_cli.conversion.convert import convert
 from svdq_cli.inference.load import load_pipeline
-from svdq_cli.pipelines.generate import draw, load_source_pipeline
+from svdq_cli.pipelines.generate import generate_images, load_source_pipeline
 from svdq_cli.prepare.defaults import evaluation_recipe
 from svdq_cli.prepare.options import RunOptions
 from svdq_cli.prepare.prepare import prepare
@@ -90,7 +90,7 @@ def test_layers_planned_to_share_an_input_read_the_same_tensor(family: str, fold
 
         model.get_submodule(layer.name).register_forward_pre_hook(note)
     settings = sampling_for(prepared.recipe, prepared.source).settings
-    draw(pipe, ["a red circle"], settings=settings)
+    generate_images(pipe, ["a red circle"], settings=settings)
     assert set(read) == {layer.name for layer in prepared.plan.layers}
     for shared in prepared.plan.inputs:
         first = read[shared.layers[0]]
@@ -106,7 +106,7 @@ def test_layers_planned_to_share_an_input_read_the_same_tensor(family: str, fold
 
 
 @pytest.mark.parametrize("precision", ["int4", "nvfp4"])
-def test_calibrated_conversion_is_sound_and_draws(
+def test_calibrated_conversion_is_sound_and_generates(
     family: str, folder: Path, artefact: Path, tmp_path: Path, precision: str
 ):
     out = tmp_path / "out"
@@ -120,9 +120,9 @@ def test_calibrated_conversion_is_sound_and_draws(
     model = getattr(pipe, checkpoint.source.component)
     assert isinstance(model.get_submodule(report_first(out)), CpuW4A4Linear | W4A4Linear)
     settings = sampling_for(evaluation_recipe(checkpoint, str(out)), checkpoint.source).settings
-    (picture,) = draw(pipe, ["a red circle"], settings=settings)
-    assert picture.size == (32, 32)
-    assert len(picture.getcolors(maxcolors=32 * 32) or ()) > 1  # not one flat color
+    (image,) = generate_images(pipe, ["a red circle"], settings=settings)
+    assert image.size == (32, 32)
+    assert len(image.getcolors(maxcolors=32 * 32) or ()) > 1  # not one flat color
 
 
 def report_first(path: Path) -> str:
@@ -153,8 +153,8 @@ def test_pixart_under_its_official_class_name(tmp_path: Path):
     pipe = load_pipeline(tmp_path / "out", device="cpu")
     assert type(pipe.transformer).__name__ == "PixArtTransformer2DModel"
     settings = sampling_for(recipe_for(folder), open_source(folder)).settings
-    (picture,) = draw(pipe, ["a red circle"], settings=settings)
-    assert picture.size == (32, 32)
+    (image,) = generate_images(pipe, ["a red circle"], settings=settings)
+    assert image.size == (32, 32)
 
 
 def test_qwen_image_s_newer_edit_model_has_two_kinds_of_modulation(tmp_path: Path):

@@ -11,13 +11,13 @@ from torch import nn
 from svdq_cli.calibration.collect import collect_stats
 from svdq_cli.formats import format_named
 from svdq_cli.pipelines.generate import load_source_pipeline
-from svdq_cli.pipelines.settings import DrawSettings
+from svdq_cli.pipelines.settings import SamplingSettings
 from svdq_cli.planning.plan import plan_model
 from svdq_cli.planning.pointwise import is_pointwise
 from svdq_cli.records import Int4, ModelPlan, SolveSettings
 from svdq_cli.runtime.linear import quantized_linear
 from svdq_cli.runtime.replace import PointwiseConvolution, replace_linears
-from svdq_cli.solve.forward import SourceWeight
+from svdq_cli.solve.forward import LinearWeights
 from svdq_cli.solve.linear import solve_input
 from svdq_cli.source import open_source, read_tensor
 from tests.tiny_families import tiny_pipeline
@@ -60,8 +60,8 @@ def test_statistics_and_solution_stand_for_the_convolution(sana: Path):
         pipe.transformer.get_submodule(name).register_forward_pre_hook(
             lambda module, args, name=name: seen.update({name: args[0]})
         )
-    settings = DrawSettings(steps=1, guidance=1.0, height=32, width=32, seed=0, max_sequence_length=8)
-    stats = collect_stats(pipe, pipe.transformer, inputs, ["a red circle"], draw=settings, rows=64)
+    settings = SamplingSettings(steps=1, guidance=1.0, height=32, width=32, seed=0, max_sequence_length=8)
+    stats = collect_stats(pipe, pipe.transformer, inputs, ["a red circle"], sampling=settings, rows=64)
     source = open_source(sana)
     for shared in inputs:
         name = shared.name
@@ -73,7 +73,7 @@ def test_statistics_and_solution_stand_for_the_convolution(sana: Path):
         solved = solve_input(
             shared,
             {name: plan.layer(name)},
-            {name: SourceWeight(weight, bias)},
+            {name: LinearWeights(weight, bias)},
             stats[name],
             SolveSettings("closed-form", 0, torch.bfloat16),
         )

@@ -62,13 +62,13 @@ def load_and_run(folder: Path, solutions: dict[str, LayerSolution]) -> dict[str,
     )
     model, info = loaded
     kinds = {name: type(model.get_submodule(name)).__name__ for name in solutions}
-    picture, in_model = run_model(model, solutions)
+    image, in_model = run_model(model, solutions)
     return {
         "strict": strict,
         "loading_info": {key: sorted(map(str, value)) for key, value in info.items()},
         "kinds": kinds,
         "stored_differently": stored_differently(model, folder),
-        "model_output_finite": bool(picture.isfinite().all()),
+        "model_output_finite": bool(image.isfinite().all()),
         "errors_in_model": in_model,
         "errors_alone": {name: errors_alone(model, name, solution) for name, solution in solutions.items()},
     }
@@ -178,7 +178,7 @@ def run_model(model: nn.Module, solutions: dict[str, LayerSolution]) -> tuple[Te
         return torch.randn(shape, generator=generator).to(torch.bfloat16)
 
     with torch.no_grad():
-        (picture,) = model(
+        (image,) = model(
             hidden_states=normal(1, 16, 16),
             encoder_hidden_states=normal(1, 5, 128),
             pooled_projections=normal(1, 128),
@@ -189,7 +189,7 @@ def run_model(model: nn.Module, solutions: dict[str, LayerSolution]) -> tuple[Te
         )
     for hook in hooks:
         hook.remove()
-    return picture, errors
+    return image, errors
 
 
 def errors_alone(model: nn.Module, name: str, solution: LayerSolution) -> list[float]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from svdq_cli.checkpoint.reader import open_checkpoint
 from svdq_cli.errors import InputError, UsageError
 from svdq_cli.formats import format_named
-from svdq_cli.formats.contract import Traits
+from svdq_cli.formats.contract import LayoutTraits
 from svdq_cli.records import GELU_SHIFT, Int4, Linear, W4A4Plan, W4A4Solution
 from svdq_cli.runtime.linear import w4a4_exact
 from tests.formats.solutions import random_solution, same_bits, w4a4_plan
@@ -27,7 +27,9 @@ FILES = sorted(path.name.removesuffix(".plain.safetensors") for path in GOLDEN.g
 # ---------------------------------------------------------------------------------------------- golden bytes
 
 
-def golden_layers(name: str) -> dict[str, tuple[W4A4Solution, Traits, dict[str, Tensor], dict[str, Tensor]]]:
+def golden_layers(
+    name: str,
+) -> dict[str, tuple[W4A4Solution, LayoutTraits, dict[str, Tensor], dict[str, Tensor]]]:
     """By layer: the plain solution, its traits, the bytes of the reference writer, and inputs with their outputs."""
     plain, packed = (load_file(GOLDEN / f"{name}.{kind}.safetensors") for kind in ("plain", "packed"))
     with safe_open(GOLDEN / f"{name}.plain.safetensors", framework="pt") as file:
@@ -47,7 +49,7 @@ def golden_layers(name: str) -> dict[str, tuple[W4A4Solution, Traits, dict[str, 
             bias=of.get("bias"),
         )
         stored = {key[len(layer) + 1 :]: t for key, t in packed.items() if key.rpartition(".")[0] == layer}
-        found[layer] = (solution, Traits(unsigned=facts["act_unsigned"]), stored, of)
+        found[layer] = (solution, LayoutTraits(unsigned=facts["act_unsigned"]), stored, of)
     return found
 
 
@@ -169,7 +171,7 @@ def test_a_marker_that_says_another_algorithm_or_sign_is_refused():
     plan = w4a4_plan(precision=Int4())
     stored = COMFY.encode(random_solution(plan))
     with pytest.raises(InputError, match="activations are signed"):
-        COMFY.decode(plan, stored, Traits(unsigned=True))
+        COMFY.decode(plan, stored, LayoutTraits(unsigned=True))
     other = {**stored, "comfy_quant": torch.tensor(list(b'{"format":"awq_w4a16"}'), dtype=torch.uint8)}
     with pytest.raises(InputError, match="'awq_w4a16' instead of 'svdquant_w4a4'"):
         COMFY.decode(plan, other)

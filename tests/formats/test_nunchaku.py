@@ -14,14 +14,14 @@ from svdq_cli.checkpoint.match_layout import known_layout, lay_out
 from svdq_cli.checkpoint.writer import target_of
 from svdq_cli.errors import InputError, UsageError
 from svdq_cli.formats import format_named
-from svdq_cli.formats.contract import Traits
+from svdq_cli.formats.contract import LayoutTraits
 from svdq_cli.records import GELU_SHIFT, Int4, Linear, NvFp4, Precision, W4A4Plan, W4A4Solution
 from tests.formats.solutions import random_solution, same_bits, w4a4_plan
 from tests.full_size import FLUX_DEV, full_size_plan
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 NUNCHAKU = format_named("nunchaku")
-ENGINE = Traits(engine_names=True)
+ENGINE = LayoutTraits(engine_names=True)
 
 # ---------------------------------------------------------------------------------------------- against golden bytes
 
@@ -57,7 +57,7 @@ def golden_solution(name: str) -> tuple[W4A4Solution, dict[str, torch.Tensor]]:
 )
 def test_a_module_has_the_bytes_of_the_reference_exporter(name: str, row_scales: bool):
     solution, stored = golden_solution(name)
-    traits = Traits(row_scales=row_scales, engine_names=True)
+    traits = LayoutTraits(row_scales=row_scales, engine_names=True)
     encoded = NUNCHAKU.encode(solution, traits)
     assert encoded.keys() == stored.keys()
     assert [key for key in stored if not same_bits(encoded[key], stored[key])] == []
@@ -194,7 +194,7 @@ def test_a_module_comes_back_bit_for_bit(precision: Precision, engine: bool):
     for row_scales in (False, True):
         plan = w4a4_plan(precision=precision, rows=256, columns=128, rank=32)
         solution = random_solution(plan, outer_per_row=row_scales)
-        traits = Traits(row_scales=row_scales, engine_names=engine)
+        traits = LayoutTraits(row_scales=row_scales, engine_names=engine)
         stored = NUNCHAKU.encode(solution, traits)
         specs = NUNCHAKU.tensor_specs(plan, torch.bfloat16, traits)
         assert {key: (tuple(t.shape), t.dtype) for key, t in stored.items()} == {

@@ -126,7 +126,7 @@ def random_shapes(count: int) -> Iterator[Shape]:
         yield Shape(m, 64 * draw.randint(1, 8), 8 * draw.randint(1, 40), 16 * draw.randint(0, 8))
 
 
-def assert_w4a4_layer_is_its_twins(
+def assert_w4a4_layer_matches_its_reference(
     launcher: Launcher,
     shape: Shape,
     precision: Precision,
@@ -147,8 +147,8 @@ def assert_w4a4_layer_is_its_twins(
         assert_agrees(found[2], wanted[2], slack=slack)
     how = {"m": shape.m, "n": shape.n, "precision": precision}
     y = ops.w4a4_gemm.launch(launcher, wanted, layer.gemm, **how)
-    twin = ops.w4a4_gemm.reference(wanted, layer.gemm, **how)
-    assert_agrees(y, twin, exact=shape.rank == 0 and isinstance(precision, Int4), slack=slack)
+    reference = ops.w4a4_gemm.reference(wanted, layer.gemm, **how)
+    assert_agrees(y, reference, exact=shape.rank == 0 and isinstance(precision, Int4), slack=slack)
 
 
 def on_device(operands, device: torch.device):
@@ -158,18 +158,18 @@ def on_device(operands, device: torch.device):
 
 
 def assert_agrees(
-    found: Tensor, twin: Tensor, *, exact: bool = False, differing: float = 0.01, slack: float = 1e-5
+    found: Tensor, reference: Tensor, *, exact: bool = False, differing: float = 0.01, slack: float = 1e-5
 ) -> None:
     """The same 16-bit numbers; unless `exact`, a few may lie one rounding apart: a tensor core has its own order of
     adding, so a float32 sum can fall on the other side of a rounding boundary. `slack`, of the largest number, is for
     sums that cancel."""
     if exact:
-        assert torch.equal(found, twin)
+        assert torch.equal(found, reference)
         return
-    ulp = torch.finfo(twin.dtype).eps
-    largest = float(twin.float().abs().max())
-    torch.testing.assert_close(found, twin, rtol=ulp, atol=slack * max(largest, 1e-30))
-    assert (found != twin).float().mean() <= differing
+    ulp = torch.finfo(reference.dtype).eps
+    largest = float(reference.float().abs().max())
+    torch.testing.assert_close(found, reference, rtol=ulp, atol=slack * max(largest, 1e-30))
+    assert (found != reference).float().mean() <= differing
 
 
 def _padded(rows: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from tests.gpu.operands import (
     SHAPES,
     Shape,
     assert_agrees,
-    assert_w4a4_layer_is_its_twins,
+    assert_w4a4_layer_matches_its_reference,
     random_operands,
     random_rows,
     random_shapes,
@@ -98,7 +98,7 @@ def _variants() -> Iterator[Variant]:
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)
-def test_quantize_down_is_its_twin(name: str):
+def test_quantize_down_matches_its_reference(name: str):
     precision, unsigned, dtype = QUANTIZERS[name]
     shift = GELU_SHIFT if unsigned else 0.0
     for seed, shape in enumerate(SHAPES):
@@ -108,13 +108,13 @@ def test_quantize_down_is_its_twin(name: str):
         x = random_rows(shape, dtype, seed=seed)
         x = x.abs() if unsigned else x
         how = {"precision": precision, "unsigned": unsigned, "shift": shift}
-        twin = ops.quantize_down.reference(x, layer.inverse_smooth, layer.down, **how)
+        reference = ops.quantize_down.reference(x, layer.inverse_smooth, layer.down, **how)
         device = devices("sm_80")[seed % 2]
         codes, scales, hidden = ops.quantize_down.launch(device, x, layer.inverse_smooth, layer.down, **how)
-        assert torch.equal(codes, twin[0]), shape
-        assert torch.equal(scales, twin[1]), shape
+        assert torch.equal(codes, reference[0]), shape
+        assert torch.equal(scales, reference[1]), shape
         if shape.rank:
-            assert_agrees(hidden, twin[2])
+            assert_agrees(hidden, reference[2])
 
 
 @pytest.mark.parametrize("precision", [Int4(), NvFp4()], ids=lambda precision: precision.name)
@@ -127,10 +127,10 @@ def test_splitting_k_over_blocks_changes_only_the_order_of_sums(precision: Preci
     codes, scales, hidden = ops.quantize_down.launch(
         wide, x, layer.inverse_smooth, layer.down, precision=precision
     )
-    twin = ops.quantize_down.reference(x, layer.inverse_smooth, layer.down, precision=precision)
-    assert torch.equal(codes, twin[0])
-    assert torch.equal(scales, twin[1])
-    assert_agrees(hidden, twin[2])
+    reference = ops.quantize_down.reference(x, layer.inverse_smooth, layer.down, precision=precision)
+    assert torch.equal(codes, reference[0])
+    assert torch.equal(scales, reference[1])
+    assert_agrees(hidden, reference[2])
 
 
 @pytest.mark.parametrize("precision", [Int4(), NvFp4()], ids=lambda precision: precision.name)
@@ -177,7 +177,7 @@ def test_an_input_that_begins_at_an_odd_place_and_an_empty_one():
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])
-def test_reduce_hidden_is_its_twin(dtype: torch.dtype):
+def test_reduce_hidden_matches_its_reference(dtype: torch.dtype):
     draw = torch.Generator().manual_seed(0)
     for case in range(50):
         splits, mp, rank = 1 + case % 7, 32 * (1 + case % 5), 16 * (1 + case % 8)
@@ -191,7 +191,7 @@ def test_reduce_hidden_is_its_twin(dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("name", PRODUCTS)
-def test_w4a4_gemm_is_its_twin(name: str):
+def test_w4a4_gemm_matches_its_reference(name: str):
     precision, unsigned, dtype, target = PRODUCTS[name]
     for seed, shape in enumerate(SHAPES):
         layer = random_operands(shape, precision, dtype, seed=seed)
@@ -204,15 +204,15 @@ def test_w4a4_gemm_is_its_twin(name: str):
         how = {"m": shape.m, "n": shape.n, "precision": precision, "unsigned": unsigned}
         device = devices(target)[seed % 2]
         y = ops.w4a4_gemm.launch(device, quantized, layer.gemm, **how)
-        twin = ops.w4a4_gemm.reference(quantized, layer.gemm, **how)
+        reference = ops.w4a4_gemm.reference(quantized, layer.gemm, **how)
         # Without a branch every int4 operation has one order
-        assert_agrees(y, twin, exact=shape.rank == 0 and isinstance(precision, Int4))
+        assert_agrees(y, reference, exact=shape.rank == 0 and isinstance(precision, Int4))
 
 
 @pytest.mark.parametrize("precision", [Int4(), NvFp4()], ids=lambda precision: precision.name)
-def test_random_shapes_are_their_twins(precision: Precision):
+def test_random_shapes_match_their_reference(precision: Precision):
     for seed, shape in enumerate(random_shapes(50)):
-        assert_w4a4_layer_is_its_twins(
+        assert_w4a4_layer_matches_its_reference(
             *(devices("sm_90a")[seed % 2], shape, precision, BF16), seed=seed, device=torch.device("cpu")
         )
 
@@ -252,7 +252,7 @@ def test_group_sums_are_exact_integers(target: str, unsigned: bool):
 
 
 @pytest.mark.parametrize("name", FUSED)
-def test_w4a4_gelu_quantize_is_its_twin(name: str):
+def test_w4a4_gelu_quantize_matches_its_reference(name: str):
     precision, _, dtype, target = PRODUCTS[name]
     next_unsigned = FUSED[name]
     for seed, shape in enumerate(SHAPES):
@@ -268,19 +268,19 @@ def test_w4a4_gelu_quantize_is_its_twin(name: str):
         arguments = (quantized, layer.gemm, after.input)
         device = devices(target)[seed % 2]
         codes, scales, hidden = ops.w4a4_gelu_quantize.launch(device, *arguments, **how)
-        twin = ops.w4a4_gelu_quantize.reference(*arguments, **how)
+        reference = ops.w4a4_gelu_quantize.reference(*arguments, **how)
         # One rounding of y or of the GELU apart moves a code by one, or a scale by its last bit
-        assert (codes != twin[0]).float().mean() < 0.02, shape
-        assert (scales != twin[1]).float().mean() < 0.01, shape
+        assert (codes != reference[0]).float().mean() < 0.02, shape
+        assert (scales != reference[1]).float().mean() < 0.01, shape
         if after.down.shape[1]:
-            assert_agrees(hidden, twin[2], differing=0.03, slack=1e-4)  # of inputs one rounding apart
+            assert_agrees(hidden, reference[2], differing=0.03, slack=1e-4)  # of inputs one rounding apart
 
 
 # ------------------------------------------------------------------------------------------ w4a16_linear
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])
-def test_w4a16_linear_is_its_twin(dtype: torch.dtype):
+def test_w4a16_linear_matches_its_reference(dtype: torch.dtype):
     for seed, shape in enumerate(SHAPES):
         x = random_rows(shape, dtype, seed=seed)
         weight, scales, bias = random_w4a16(shape, dtype, seed=seed)

@@ -19,7 +19,7 @@ from tests.gpu.operands import (
     SHAPES,
     Shape,
     assert_agrees,
-    assert_w4a4_layer_is_its_twins,
+    assert_w4a4_layer_matches_its_reference,
     on_device,
     random_operands,
     random_rows,
@@ -71,18 +71,24 @@ def test_self_test(case: KernelCase, gpu: CudaDevice):
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("shape", [*SHAPES, *LARGE], ids=lambda shape: shape.label)
-def test_a_w4a4_layer_is_its_twins(shape: Shape, precision: Precision, gpu: CudaDevice, dtype: torch.dtype):
-    assert_w4a4_layer_is_its_twins(gpu, shape, precision, dtype, seed=shape.m, device=GPU, slack=1e-4)
+def test_a_w4a4_layer_matches_its_reference(
+    shape: Shape, precision: Precision, gpu: CudaDevice, dtype: torch.dtype
+):
+    assert_w4a4_layer_matches_its_reference(
+        gpu, shape, precision, dtype, seed=shape.m, device=GPU, slack=1e-4
+    )
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_random_launches_are_their_twins(precision: Precision, gpu: CudaDevice, dtype: torch.dtype):
+def test_random_launches_match_their_reference(precision: Precision, gpu: CudaDevice, dtype: torch.dtype):
     for seed, shape in enumerate(random_shapes(LAUNCHES)):
-        assert_w4a4_layer_is_its_twins(gpu, shape, precision, dtype, seed=seed, device=GPU, slack=1e-4)
+        assert_w4a4_layer_matches_its_reference(
+            gpu, shape, precision, dtype, seed=seed, device=GPU, slack=1e-4
+        )
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.label)
-def test_a_w4a16_layer_is_its_twin(shape: Shape, gpu: CudaDevice, dtype: torch.dtype):
+def test_a_w4a16_layer_matches_its_reference(shape: Shape, gpu: CudaDevice, dtype: torch.dtype):
     weight, scales, bias = random_w4a16(shape, dtype, seed=shape.m)
     x = random_rows(shape, dtype, seed=shape.m).to(GPU)
     tensors = (x, weight.to(GPU), scales.to(GPU), None if bias is None else bias.to(GPU))

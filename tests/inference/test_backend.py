@@ -19,7 +19,7 @@ from svdq_cli.experimental.hopper.modes import HopperMode
 from svdq_cli.gpu.architectures import architecture
 from svdq_cli.inference.backend import Backend, _on_kernels, choose_backend
 from svdq_cli.inference.load import load_model, load_pipeline
-from svdq_cli.pipelines.generate import draw
+from svdq_cli.pipelines.generate import generate_images
 from svdq_cli.prepare.defaults import evaluation_recipe
 from svdq_cli.prepare.options import RunOptions
 from svdq_cli.prepare.prompts import chosen_prompts
@@ -33,19 +33,19 @@ from svdq_cli.runtime.linear import W4A4Linear
 from tests.tiny import LATENT_CHANNELS, TEXT_WIDTH
 
 CPU = torch.device("cpu")
-TWINS = Backend("kernels", "the kernels' twins on a CPU")
+REFERENCES = Backend("kernels", "the kernels' twins on a CPU")
 
 
 def flux_inputs() -> dict[str, torch.Tensor]:
     """One picture of 3 x 3 tokens with 5 tokens of text."""
-    draw = torch.Generator().manual_seed(0)
+    generate_images = torch.Generator().manual_seed(0)
     places = torch.stack(
         torch.meshgrid(torch.zeros(1), torch.arange(3.0), torch.arange(3.0), indexing="ij"), -1
     )
     return {
-        "hidden_states": torch.randn(1, 9, 4 * LATENT_CHANNELS, generator=draw),
-        "encoder_hidden_states": torch.randn(1, 5, TEXT_WIDTH, generator=draw),
-        "pooled_projections": torch.randn(1, TEXT_WIDTH, generator=draw),
+        "hidden_states": torch.randn(1, 9, 4 * LATENT_CHANNELS, generator=generate_images),
+        "encoder_hidden_states": torch.randn(1, 5, TEXT_WIDTH, generator=generate_images),
+        "pooled_projections": torch.randn(1, TEXT_WIDTH, generator=generate_images),
         "timestep": torch.tensor([0.5]),
         "img_ids": places.reshape(9, 3),
         "txt_ids": torch.zeros(5, 3),
@@ -89,7 +89,7 @@ def test_an_unknown_backend_is_refused_with_the_names(converted: Path):
 
 def test_the_model_on_the_kernels_computes_what_it_computes_in_plain_torch(checkpoint: Checkpoint):
     reference, none = load_model(checkpoint, dtype=torch.float32, backend=Backend("reference", ""))
-    fused, refused = load_model(checkpoint, dtype=torch.float32, backend=TWINS)
+    fused, refused = load_model(checkpoint, dtype=torch.float32, backend=REFERENCES)
     assert (none, refused) == ({}, {})
     block = fused.get_submodule("transformer_blocks.0")
     assert isinstance(block.get_submodule("attn.to_q"), FusedW4A4Linear)
@@ -142,13 +142,13 @@ def test_layers_that_the_kernels_cannot_run_stay_in_plain_torch_and_are_named(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("svdq_cli.runtime.operands.ROW_TILE", 96)
-    model, refused = load_model(checkpoint, dtype=torch.float32, backend=TWINS)
+    model, refused = load_model(checkpoint, dtype=torch.float32, backend=REFERENCES)
     name, reason = next(iter(refused.items()))
     assert reason.endswith("is not a multiple of 96")
     assert isinstance(model.get_submodule(name), W4A4Linear)
 
 
-def test_the_embedded_models_pictures_are_the_reference_backends(tmp_path: Path):
+def test_the_embedded_models_images_are_the_reference_backends(tmp_path: Path):
     quantization = Quantization.model_validate({"effort": "datafree", "rank": 32})
     recipe = default_recipe("demo", quantization=quantization)
     convert(recipe, tmp_path / "int4", options=RunOptions(device="cpu"))
@@ -156,14 +156,14 @@ def test_the_embedded_models_pictures_are_the_reference_backends(tmp_path: Path)
     drawing = with_model_sampling(evaluation_recipe(checkpoint, "demo"), checkpoint.source, held_out=True)
     prompts = chosen_prompts(drawing, RunOptions(device="cpu"), ignore_events).texts[:2]
 
-    def pictures(backend: Backend):
+    def images(backend: Backend):
         pipe = load_pipeline(tmp_path / "int4", device="cpu")
         pipe.register_modules(transformer=load_model(checkpoint, dtype=torch.float32, backend=backend)[0])
-        return draw(pipe, prompts, settings=sampling_for(drawing, checkpoint.source).settings)
+        return generate_images(pipe, prompts, settings=sampling_for(drawing, checkpoint.source).settings)
 
-    reference = pictures(Backend("reference", ""))
+    reference = images(Backend("reference", ""))
     for mode in (None, HopperMode.EXACT):
-        assert compare(reference, pictures(Backend("kernels", "", mode))).psnr.mean >= 45
+        assert compare(reference, images(Backend("kernels", "", mode))).psnr.mean >= 45
 
 
 # ------------------------------------------------------------------------------------------ Hopper's modes

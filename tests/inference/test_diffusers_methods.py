@@ -70,15 +70,15 @@ def test_a_saved_pipeline_is_the_checkpoint_byte_for_byte(
     checkpoint: Path, tmp_path: Path, change: Callable[[Any], Any], backend: str, monkeypatch: Any
 ):
     if backend != "reference":
-        twins = Backend("kernels", "a test")
-        monkeypatch.setattr("svdq_cli.inference.load.choose_backend", lambda *_: twins)
+        references = Backend("kernels", "a test")
+        monkeypatch.setattr("svdq_cli.inference.load.choose_backend", lambda *_: references)
     change(load(checkpoint)).save_pretrained(tmp_path / "saved")
     assert same_component(checkpoint / "transformer", tmp_path / "saved" / "transformer")
     assert (tmp_path / "saved" / "svdq_report.json").is_file()
     assert open_checkpoint(tmp_path / "saved").provenance == open_checkpoint(checkpoint).provenance
 
 
-def test_a_saved_pipeline_draws_the_same_image(checkpoint: Path, tmp_path: Path):
+def test_a_saved_pipeline_generates_the_same_image(checkpoint: Path, tmp_path: Path):
     pipe = load(checkpoint)
     pipe.save_pretrained(tmp_path)
     assert torch.equal(image(load(tmp_path)), image(pipe))
@@ -342,7 +342,7 @@ def test_what_moves_or_compiles_a_model_changes_no_number(
     assert torch.equal(image(pipe), image(loaded))
 
 
-def test_a_pipeline_of_its_components_draws_the_same(loaded: Any):
+def test_a_pipeline_of_its_components_generates_the_same(loaded: Any):
     assert torch.equal(image(diffusers.FluxPipeline(**loaded.components)), image(loaded))
     assert torch.equal(image(diffusers.FluxPipeline.from_pipe(loaded)), image(loaded))
 

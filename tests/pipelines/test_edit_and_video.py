@@ -24,7 +24,7 @@ CPU = RunOptions(device="cpu")
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two pictures, of another size than what is drawn, and a mask."""
     folder = tmp_path_factory.mktemp("pictures")
     for name, color in (("a.png", "red"), ("b.png", "blue")):
@@ -53,15 +53,15 @@ def recipe_for(folder: Path, **inputs: object) -> Recipe:
     return default_recipe(str(folder), calibration=calibration, quantization=quantization)
 
 
-def inputs_of(editor: Path, pictures: Path) -> dict[str, object]:
-    given: dict[str, object] = {"image": str(pictures)}
-    return given | ({"mask": str(pictures.parent / "mask.png")} if editor.name == "flux-fill" else {})
+def inputs_of(editor: Path, images: Path) -> dict[str, object]:
+    given: dict[str, object] = {"image": str(images)}
+    return given | ({"mask": str(images.parent / "mask.png")} if editor.name == "flux-fill" else {})
 
 
-def test_an_editing_pipeline_is_calibrated_on_the_pictures_that_the_recipe_names(
-    editor: Path, pictures: Path, tmp_path: Path
+def test_an_editing_pipeline_is_calibrated_on_the_images_that_the_recipe_names(
+    editor: Path, images: Path, tmp_path: Path
 ):
-    recipe = recipe_for(editor, **inputs_of(editor, pictures))
+    recipe = recipe_for(editor, **inputs_of(editor, images))
     calibrate(recipe, tmp_path / "calib", options=CPU)
     opened = open_calibration(tmp_path / "calib")
     settings = opened.manifest.facts.settings
@@ -75,14 +75,14 @@ def test_an_editing_pipeline_is_calibrated_on_the_pictures_that_the_recipe_names
     assert check(tmp_path / "out", against=open_source(editor)).status == "ok"
 
 
-def test_other_pictures_give_another_calibration_and_their_place_does_not(pictures: Path, tmp_path: Path):
+def test_other_images_give_another_calibration_and_their_place_does_not(images: Path, tmp_path: Path):
     folder = tiny_pipeline("flux-kontext", tmp_path / "flux-kontext")
     moved, other = tmp_path / "moved", tmp_path / "other"
     for target, color in ((moved, "red"), (other, "green")):
         target.mkdir()
         Image.new("RGB", (48, 40), color).save(target / "a.png")
     digests = []
-    for image in (pictures / "a.png", moved, other):
+    for image in (images / "a.png", moved, other):
         out = tmp_path / f"calib-{len(digests)}"
         calibrate(recipe_for(folder, image=str(image)), out, options=CPU)
         digests.append(json.loads((out / "manifest.json").read_text())["digest"])
@@ -98,8 +98,8 @@ def test_a_missing_input_is_named(tmp_path: Path):
     assert "image and mask under calibration" in str(caught.value.hint)
 
 
-def test_an_input_that_the_pipeline_does_not_take_is_refused(tiny_flux: Path, pictures: Path, tmp_path: Path):
-    recipe = recipe_for_copy(tiny_flux, tmp_path, image=str(pictures))
+def test_an_input_that_the_pipeline_does_not_take_is_refused(tiny_flux: Path, images: Path, tmp_path: Path):
+    recipe = recipe_for_copy(tiny_flux, tmp_path, image=str(images))
     with pytest.raises(UsageError, match="FluxPipeline takes no image"):
         calibrate(recipe, tmp_path / "calib", options=CPU)
 
@@ -109,7 +109,7 @@ def recipe_for_copy(folder: Path, beside: Path, **inputs: object) -> Recipe:
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"source": str(folder)})})
 
 
-def test_a_folder_without_pictures_is_refused(tiny_flux: Path, tmp_path: Path):
+def test_a_folder_without_images_is_refused(tiny_flux: Path, tmp_path: Path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="no image in this folder"):
         calibrate(

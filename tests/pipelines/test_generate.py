@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from svdq_cli.calibration import DrawSettings, draw, load_source_pipeline
+from svdq_cli.calibration import SamplingSettings, generate_images, load_source_pipeline
 from svdq_cli.errors import InputError, UsageError
 from svdq_cli.pipelines.generate import split_batches
 from svdq_cli.records import Event
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 PROMPTS = ["a red circle", "two cats (sitting)", "a small blue square left of a large star"]
-SETTINGS = DrawSettings(steps=3, guidance=3.5, height=16, width=24, seed=5, max_sequence_length=24)
+SETTINGS = SamplingSettings(steps=3, guidance=3.5, height=16, width=24, seed=5, max_sequence_length=24)
 
 
 @pytest.fixture(scope="module")
@@ -28,42 +28,44 @@ def pipe(tiny_flux: Path) -> DiffusionPipeline:
     return load_source_pipeline(tiny_flux, dtype=torch.float32, device="cpu")
 
 
-def _pixels(pictures: list[Image]) -> np.ndarray:
-    return np.stack([np.asarray(picture, dtype=np.int16) for picture in pictures])
+def _pixels(images: list[Image]) -> np.ndarray:
+    return np.stack([np.asarray(image, dtype=np.int16) for image in images])
 
 
-def test_pictures_are_neither_constant_nor_equal(pipe: DiffusionPipeline):
-    pixels = _pixels(draw(pipe, PROMPTS, settings=SETTINGS))
+def test_images_are_neither_constant_nor_equal(pipe: DiffusionPipeline):
+    pixels = _pixels(generate_images(pipe, PROMPTS, settings=SETTINGS))
     assert pixels.shape == (3, 16, 24, 3)
-    assert all(picture.std() > 10 for picture in pixels)
-    same_seed = _pixels(draw(pipe, PROMPTS, settings=SETTINGS, seeds=[1, 1, 1]))
+    assert all(image.std() > 10 for image in pixels)
+    same_seed = _pixels(generate_images(pipe, PROMPTS, settings=SETTINGS, seeds=[1, 1, 1]))
     assert (same_seed[0] != same_seed[1]).any(), "the prompt has no effect"
 
 
-def test_a_picture_does_not_depend_on_its_batch(pipe: DiffusionPipeline):
-    alone = _pixels(draw(pipe, PROMPTS, settings=SETTINGS))
-    together = _pixels(draw(pipe, PROMPTS, settings=replace(SETTINGS, batch_size=2)))
+def test_an_image_does_not_depend_on_its_batch(pipe: DiffusionPipeline):
+    alone = _pixels(generate_images(pipe, PROMPTS, settings=SETTINGS))
+    together = _pixels(generate_images(pipe, PROMPTS, settings=replace(SETTINGS, batch_size=2)))
     # 1 of 255: float32 matmuls of another batch size sum in another order, which can tip the rounding of a pixel
     assert np.abs(alone - together).max() <= 1
 
 
-def test_the_same_seeds_give_the_same_picture_bit_for_bit(pipe: DiffusionPipeline):
-    first = _pixels(draw(pipe, PROMPTS[:1], settings=SETTINGS))
-    assert (first == _pixels(draw(pipe, PROMPTS[:1], settings=SETTINGS, seeds=[5]))).all()
-    assert (first != _pixels(draw(pipe, PROMPTS[:1], settings=SETTINGS, seeds=[6]))).any()
+def test_the_same_seeds_give_the_same_image_bit_for_bit(pipe: DiffusionPipeline):
+    first = _pixels(generate_images(pipe, PROMPTS[:1], settings=SETTINGS))
+    assert (first == _pixels(generate_images(pipe, PROMPTS[:1], settings=SETTINGS, seeds=[5]))).all()
+    assert (first != _pixels(generate_images(pipe, PROMPTS[:1], settings=SETTINGS, seeds=[6]))).any()
 
 
-def test_true_guidance_changes_the_picture(pipe: DiffusionPipeline):
-    plain = _pixels(draw(pipe, PROMPTS[:1], settings=SETTINGS))
-    guided = _pixels(draw(pipe, PROMPTS[:1], settings=replace(SETTINGS, true_cfg=4.0)))
+def test_true_guidance_changes_the_image(pipe: DiffusionPipeline):
+    plain = _pixels(generate_images(pipe, PROMPTS[:1], settings=SETTINGS))
+    guided = _pixels(generate_images(pipe, PROMPTS[:1], settings=replace(SETTINGS, true_cfg=4.0)))
     assert (plain != guided).any()
 
 
-def test_events_count_pictures_times_steps(pipe: DiffusionPipeline):
+def test_events_count_images_times_steps(pipe: DiffusionPipeline):
     events: list[Event] = []
     steps: list[int] = []
     settings = replace(SETTINGS, batch_size=2)
-    draw(pipe, PROMPTS, settings=settings, stage="eval", observe=events.append, on_step=steps.append)
+    generate_images(
+        pipe, PROMPTS, settings=settings, stage="eval", observe=events.append, on_step=steps.append
+    )
     assert [(e.kind, e.done) for e in events] == [
         ("start", 0),
         *(("advance", done) for done in (2, 4, 6, 7, 8, 9)),
@@ -80,22 +82,22 @@ def test_a_pipeline_gets_only_the_arguments_it_takes():
 
             return type("Out", (), {"images": [new("RGB", (24, 16)) for _ in prompt]})
 
-    pictures = draw(Plain(), PROMPTS, settings=SETTINGS)  # type: ignore[arg-type]
-    assert len(pictures) == 3
+    images = generate_images(Plain(), PROMPTS, settings=SETTINGS)  # type: ignore[arg-type]
+    assert len(images) == 3
     with pytest.raises(UsageError, match="no true classifier-free guidance"):
-        draw(Plain(), PROMPTS, settings=replace(SETTINGS, true_cfg=2.0))  # type: ignore[arg-type]
+        generate_images(Plain(), PROMPTS, settings=replace(SETTINGS, true_cfg=2.0))  # type: ignore[arg-type]
 
 
 def test_a_size_that_the_pipeline_rounds_is_refused(pipe: DiffusionPipeline):
     with pytest.raises(UsageError, match="generates 16x16") as caught:
-        draw(pipe, PROMPTS[:1], settings=replace(SETTINGS, height=18, width=18))
+        generate_images(pipe, PROMPTS[:1], settings=replace(SETTINGS, height=18, width=18))
     assert "width 16 and height 16" in str(caught.value.hint)
 
 
 @pytest.mark.parametrize(
     "bad", [{"steps": 0}, {"batch_size": 0}, {"height": -8}, {"seed": -1}, {"seed": 2**64}]
 )
-def test_settings_that_draw_nothing_are_refused(bad: dict[str, int]):
+def test_settings_that_generate_nothing_are_refused(bad: dict[str, int]):
     with pytest.raises(UsageError, match=next(iter(bad))):
         replace(SETTINGS, **bad)
 
@@ -103,7 +105,7 @@ def test_settings_that_draw_nothing_are_refused(bad: dict[str, int]):
 def test_loading_is_silent(tiny_flux: Path, capfd: pytest.CaptureFixture[str]):
     pipe = load_source_pipeline(tiny_flux, dtype=torch.bfloat16)
     assert pipe.dtype == torch.bfloat16
-    draw(pipe, PROMPTS[:1], settings=SETTINGS)
+    generate_images(pipe, PROMPTS[:1], settings=SETTINGS)
     assert capfd.readouterr() == ("", "")
 
 
@@ -144,4 +146,4 @@ def test_a_damaged_pipeline_folder_is_refused_with_a_cure(tiny_flux_copy: Path, 
 def test_the_seed_after_the_largest_is_0(pipe: DiffusionPipeline):
     batches = split_batches(PROMPTS[:2], settings=replace(SETTINGS, seed=2**64 - 1, batch_size=2))
     assert [batch.seeds for batch in batches] == [(2**64 - 1, 0)]
-    draw(pipe, PROMPTS[:2], settings=replace(SETTINGS, seed=2**64 - 1, steps=1))
+    generate_images(pipe, PROMPTS[:2], settings=replace(SETTINGS, seed=2**64 - 1, steps=1))

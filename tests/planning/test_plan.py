@@ -69,23 +69,23 @@ def test_shared_inputs_cover_every_layer_once(tiny_flux: Path):
 
 
 @pytest.mark.parametrize("data_free", [False, True])
-def test_portions_take_every_layer_once_and_modulations_alone(tiny_flux: Path, data_free: bool):
+def test_layer_groups_take_every_layer_once_and_modulations_alone(tiny_flux: Path, data_free: bool):
     tiny = plan_of(tiny_flux)
     modulations = tuple(layer.name for layer in tiny.w4a16)
     assert len(modulations) > 1
     others = tuple(shared for shared in tiny.inputs if shared.layers[0] not in modulations)
     together = SharedInput("all blocks", modulations, tuple((name,) for name in modulations))
     plan = replace(tiny, inputs=(*others, together))  # as in a model of many blocks
-    portions = plan.portions(data_free=data_free)
-    covered = [name for portion in portions for name in portion.layers]
+    layer_groups = plan.layer_groups(data_free=data_free)
+    covered = [name for layer_group in layer_groups for name in layer_group.layers]
     assert sorted(covered) == sorted(layer.name for layer in plan.layers)
     calibrated = {shared.name: shared for shared in plan.inputs}
-    for portion in portions:
-        assert set(portion.layers) <= set(calibrated[portion.name].layers)
-        assert sorted(name for part in portion.branches for name in part) == sorted(portion.layers)
-        assert len(portion.layers) == 1 or not set(portion.layers) & set(modulations)
-        assert set(portion.branches) <= set(calibrated[portion.name].branches)
-        assert len(portion.branches) == 1 or not data_free
+    for layer_group in layer_groups:
+        assert set(layer_group.layers) <= set(calibrated[layer_group.name].layers)
+        assert sorted(name for part in layer_group.branches for name in part) == sorted(layer_group.layers)
+        assert len(layer_group.layers) == 1 or not set(layer_group.layers) & set(modulations)
+        assert set(layer_group.branches) <= set(calibrated[layer_group.name].branches)
+        assert len(layer_group.branches) == 1 or not data_free
 
 
 def test_qkv_share_input_and_branch_and_a_single_blocks_mlp_shares_the_input_only(tiny_flux: Path):

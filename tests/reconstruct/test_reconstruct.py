@@ -19,15 +19,15 @@ from svdq_cli.reconstruct import (
     Call,
     Reconstruction,
     Recording,
-    Shelf,
+    TensorCache,
+    block_graph_of,
     blocks_of,
     output_gains,
     reconstruct,
     record_trajectories,
     tuning,
-    wiring_of,
 )
-from svdq_cli.reconstruct.hidden_states import Stream
+from svdq_cli.reconstruct.hidden_states import HiddenStates
 from svdq_cli.reconstruct.objective import signals_of, trajectory_error
 from svdq_cli.reconstruct.tunable import frozen
 from svdq_cli.records import LayerSolution, W4A4Solution, ignore_events
@@ -86,9 +86,9 @@ def test_tuned_blocks_lose_less_and_store_what_they_were_judged_with(
     model = load()
     recorded = record_trajectories(model, [draw_of(model, 6)] * 3, steps=6, most=4)
     assert [len(each.calls) for each in recorded] == [4, 4, 4]
-    wiring = wiring_of(model.requires_grad_(False), blocks_of(prepared.plan), recorded[0].calls[0])
-    recording, shelf = Recording(recorded, wiring), Shelf(tmp_path, host_bytes=0)
-    job = Reconstruction(model, model.state_dict(), prepared.plan, solutions, recording, shelf)
+    block_graph = block_graph_of(model.requires_grad_(False), blocks_of(prepared.plan), recorded[0].calls[0])
+    recording, tensor_cache = Recording(recorded, block_graph), TensorCache(tmp_path, host_bytes=0)
+    job = Reconstruction(model, model.state_dict(), prepared.plan, solutions, recording, tensor_cache)
     found = list(reconstruct(job, seed=0))
     assert [each.name for each in found] == list(blocks_of(prepared.plan))
     blocks = {each.name: each.search for each in found}
@@ -217,18 +217,20 @@ def test_blocks_are_given_what_the_whole_model_gives_them(family: str, tmp_path:
     prepared = prepare(default_recipe(str(source), calibration=calibration))
     recordings = record_blocks(
         prepared,
-        Sample(pictures=1, batches=1, calls=2),
+        Sample(images=1, batches=1, calls=2),
         options=CPU,
         device=torch.device("cpu"),
         observe=ignore_events,
     )
     recording = recordings[prepared.source.component]
-    order = recording.wiring.order
+    order = recording.block_graph.order
     assert set(order) == set(blocks_of(prepared.plan))
     made_for = {"class_name": prepared.plan.model_class, "device": torch.device("cpu")}
     whole, _ = load_beside(prepared.source, (), **made_for)
     bare, weights = load_beside(prepared.source, order, **made_for)
-    stream = Stream(bare, recording.wiring, recording.calls, Shelf(tmp_path / "shelf", host_bytes=1000))
+    stream = HiddenStates(
+        bare, recording.block_graph, recording.calls, TensorCache(tmp_path / "shelf", host_bytes=1000)
+    )
     for block in order:
         assert all(parameter.is_meta for parameter in bare.get_submodule(block).parameters())
         module = filled_copy(bare, block, weights, device=torch.device("cpu"))

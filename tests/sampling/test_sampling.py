@@ -267,9 +267,9 @@ def test_images_that_the_pipeline_reads_are_hashed_once(tmp_path: Path, monkeypa
 
     (tmp_path / "one.png").write_bytes(b"png")
     asked: list[Path] = []
-    real = svdq_cli.prepare.sampling.picture_files
+    real = svdq_cli.prepare.sampling.image_files
     monkeypatch.setattr(
-        svdq_cli.prepare.sampling, "picture_files", lambda path: asked.append(path) or real(path)
+        svdq_cli.prepare.sampling, "image_files", lambda path: asked.append(path) or real(path)
     )
     predict(default_recipe("demo", calibration=Calibration(image=str(tmp_path), samples=2, steps=2)))
     assert asked == [tmp_path]

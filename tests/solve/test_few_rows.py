@@ -19,7 +19,7 @@ from svdq_cli.records import (
     SolveSettings,
     W4A4Plan,
 )
-from svdq_cli.solve.forward import SourceWeight, output_sqnr_db
+from svdq_cli.solve.forward import LinearWeights, output_sqnr_db
 from svdq_cli.solve.linear import solve_input
 from svdq_cli.solve.second_moments import second_moments, shrinkage
 
@@ -50,7 +50,7 @@ def held_out_db(
     solved = solve_input(
         SharedInput("l", ("l",), (("l",),)),
         {"l": plan},
-        {"l": SourceWeight(weight, None)},
+        {"l": LinearWeights(weight, None)},
         stats,
         SolveSettings("closed-form", 0, torch.bfloat16, steps),
     )

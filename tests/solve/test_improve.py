@@ -90,13 +90,13 @@ def test_gptq_loses_less_output_than_nearest(precision: Precision):
     rows = correlated_rows(2000, seed=1)
     weight = weights()["q"].weight
     hessian = rows.T @ rows / len(rows)
-    nearest = dequantize_weight(quantize_weight(weight, precision, dtype=torch.bfloat16), precision)
+    round_to_nearest = dequantize_weight(quantize_weight(weight, precision, dtype=torch.bfloat16), precision)
     rounded = gptq_weight(weight, hessian, precision, dtype=torch.bfloat16, parts=(weight.shape[0],))
     assert rounded is not None
     fresh = correlated_rows(500, seed=2)
     noise = [
         float((fresh @ (q - weight).T).square().sum())
-        for q in (dequantize_weight(rounded, precision), nearest)
+        for q in (dequantize_weight(rounded, precision), round_to_nearest)
     ]
     assert noise[0] < 0.6 * noise[1]
 

@@ -23,7 +23,7 @@ from svdq_cli.records import (
     W4A16Solution,
 )
 from svdq_cli.runtime.linear import w4a4_forward
-from svdq_cli.solve.forward import SourceWeight, decibels, output_of, output_sqnr_db
+from svdq_cli.solve.forward import LinearWeights, decibels, output_of, output_sqnr_db
 from svdq_cli.solve.linear import SolvedInput, solve_input
 from svdq_cli.solve.low_rank import split_low_rank
 from svdq_cli.solve.modulation import dequantize_w4a16, solve_w4a16
@@ -35,10 +35,10 @@ NAMES = ("q", "k", "v", "mlp")
 SHARED = SharedInput("q", NAMES, (("q", "k", "v"), ("mlp",)))
 
 
-def weights(seed: int = 0) -> dict[str, SourceWeight]:
+def weights(seed: int = 0) -> dict[str, LinearWeights]:
     generator = torch.Generator().manual_seed(seed)
     return {
-        name: SourceWeight(torch.randn(N, K, generator=generator) / 16, torch.randn(N, generator=generator))
+        name: LinearWeights(torch.randn(N, K, generator=generator) / 16, torch.randn(N, generator=generator))
         for name in NAMES
     }
 
@@ -162,7 +162,7 @@ def test_odd_activations_give_finite_layers(precision: Precision, kind: str):
 
 @pytest.mark.parametrize("precision", [Int4(), NvFp4()], ids=lambda p: p.name)
 def test_a_zero_weight_solves_to_zero(precision: Precision):
-    zero = {name: SourceWeight(torch.zeros(N, K), None) for name in NAMES}
+    zero = {name: LinearWeights(torch.zeros(N, K), None) for name in NAMES}
     result = solve_input(
         SHARED,
         plans(precision),

@@ -161,7 +161,7 @@ def test_they_are_written_into_the_output(source: Source, base: Path, tmp_path: 
         ).read_bytes()
 
 
-def test_calibration_draws_with_them(source: Source, base: Path):
+def test_calibration_generates_with_them(source: Source, base: Path):
     pipe = load_16bit_pipeline(source, class_name="UNet2DConditionModel", device=torch.device("cpu"))
     for name in source.companions:
         found = getattr(pipe, name).state_dict()

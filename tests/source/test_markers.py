@@ -175,8 +175,8 @@ def test_the_marker_of_scaled_float8_may_stand_below_the_prefix(
 ):
     eight, sixteen = scaled_float8(bfl)
     file = saved(below(prefix, eight), tmp_path / "eight.safetensors")
-    twin = saved(sixteen, tmp_path / "sixteen.safetensors")
-    found, expected = (open_source(path, base=tiny_flux) for path in (file, twin))
+    reference = saved(sixteen, tmp_path / "sixteen.safetensors")
+    found, expected = (open_source(path, base=tiny_flux) for path in (file, reference))
     assert source_digest(found) == source_digest(expected)
     assert "8-bit floats" in found.warnings[0]
 
@@ -305,7 +305,7 @@ def test_what_lies_beside_a_model_is_wrapped_as_the_model_is(
     assert not any("also holds" in warning for warning in source.warnings)
 
 
-def test_calibration_and_eval_draw_with_that_scheduler(sdxl: Path, v_prediction: Path):
+def test_calibration_and_eval_generate_with_that_scheduler(sdxl: Path, v_prediction: Path):
     source = open_source(v_prediction, base=sdxl)
     pipe: Any = load_16bit_pipeline(source, class_name="UNet2DConditionModel", device=CPU)
     assert pipe.scheduler.config.prediction_type == "v_prediction"

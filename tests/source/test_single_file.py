@@ -55,19 +55,19 @@ def comfy_file(folder: Path, out: Path) -> Path:
 def float8_files(folder: Path, out: Path, *, scaled: bool, dtype: torch.dtype) -> tuple[Path, Path]:
     """A BFL file whose matrices are 8-bit floats, and the same values up-converted by hand."""
     eight: dict[str, Tensor] = {"scaled_fp8": torch.zeros(2, dtype=dtype)} if scaled else {}
-    twin: dict[str, Tensor] = {}
+    reference: dict[str, Tensor] = {}
     for name, tensor in original_state(FLUX1, weights_of(folder)).items():
         if tensor.ndim < 2:
-            eight[name] = twin[name] = tensor
+            eight[name] = reference[name] = tensor
             continue
         scale = tensor.float().abs().max() / torch.finfo(dtype).max if scaled else torch.tensor(1.0)
         eight[name] = (tensor.float() / scale).to(dtype)
-        twin[name] = (eight[name].float() * scale).to(torch.bfloat16)
+        reference[name] = (eight[name].float() * scale).to(torch.bfloat16)
         if scaled:
             eight[name.replace(".weight", ".scale_weight")] = scale.reshape(())
             eight[name.replace(".weight", ".scale_input")] = torch.tensor(1.0)
     save_file(eight, out.with_suffix(".fp8.safetensors"))
-    save_file(twin, out)
+    save_file(reference, out)
     return out.with_suffix(".fp8.safetensors"), out
 
 
@@ -115,7 +115,7 @@ def test_a_base_needs_no_weights_of_the_model_itself(
     assert converted_bytes(file, tiny_flux_copy, tmp_path / "out") == from_folder
 
 
-def test_calibration_of_a_single_file_draws_with_the_base(tiny_flux: Path, tmp_path: Path):
+def test_calibration_of_a_single_file_generates_with_the_base(tiny_flux: Path, tmp_path: Path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat\na dog\n")
     file = bfl_file(tiny_flux, tmp_path / "model.safetensors")
@@ -142,15 +142,15 @@ def test_calibration_of_a_single_file_draws_with_the_base(tiny_flux: Path, tmp_p
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=["e4m3", "e5m2"])
 @pytest.mark.parametrize("scaled", [False, True], ids=["unscaled", "scaled"])
-def test_float8_becomes_what_its_upconverted_twin_becomes(
+def test_float8_becomes_what_its_upconverted_reference_becomes(
     tiny_flux: Path, tmp_path: Path, scaled: bool, dtype: torch.dtype
 ):
-    eight, twin = float8_files(tiny_flux, tmp_path / "twin.safetensors", scaled=scaled, dtype=dtype)
+    eight, reference = float8_files(tiny_flux, tmp_path / "twin.safetensors", scaled=scaled, dtype=dtype)
     source = open_source(eight, base=tiny_flux)
-    assert source_digest(source) == source_digest(open_source(twin, base=tiny_flux))
+    assert source_digest(source) == source_digest(open_source(reference, base=tiny_flux))
     assert "8-bit floats and were up-converted to bfloat16" in source.warnings[0]
     first = converted_bytes(eight, tiny_flux, tmp_path / "a")
-    assert first == converted_bytes(twin, tiny_flux, tmp_path / "b")
+    assert first == converted_bytes(reference, tiny_flux, tmp_path / "b")
 
 
 def test_float8_with_a_scale_per_row_and_comfyui_s_labels(tiny_flux: Path, tmp_path: Path):

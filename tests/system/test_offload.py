@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from svdq_cli.system.offload import Room, fill, weights_bytes
+from svdq_cli.system.offload import WeightBudget, fill, weights_bytes
 from tests.tiny import tiny_flux_transformer
 
 CPU = torch.device("cpu")
@@ -48,7 +48,7 @@ def _run(model: nn.Module) -> torch.Tensor:
 def test_an_offloaded_model_gives_the_same_bits(model: nn.Module, share: float):
     empty = _empty(model)
     room = int(weights_bytes(model) * share)
-    fill(empty, model.state_dict(), device=CPU, room=Room(room, 0))
+    fill(empty, model.state_dict(), device=CPU, room=WeightBudget(room, 0))
     resident = sum(parameter.nbytes for parameter in empty.parameters() if not parameter.is_meta)
     assert resident <= room
     assert resident == weights_bytes(model) if share == 1 else resident < weights_bytes(model)
@@ -65,7 +65,7 @@ def test_weights_are_read_only_when_their_block_runs(model: nn.Module):
             return super().__getitem__(name)
 
     empty = _empty(model)
-    fill(empty, Reads(model.state_dict()), device=CPU, room=Room(weights_bytes(model) // 2, 0))
+    fill(empty, Reads(model.state_dict()), device=CPU, room=WeightBudget(weights_bytes(model) // 2, 0))
     before = set(reads)
     reads.clear()
     _run(empty)

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from svdq_cli.system.threads import (
-    NoRoomBeside,
+    NoMemoryAlongside,
+    background_writer,
     cores,
-    done_behind,
     end_if_left,
-    made_ahead,
-    made_meanwhile,
-    made_side_by_side,
+    in_background,
+    map_concurrently,
+    prefetch,
     torch_threads,
 )
 
@@ -30,7 +30,7 @@ def test_what_is_made_ahead_comes_in_order_and_not_too_early(threads: int):
         begun.append(item)
         return item * item
 
-    for item, made in made_ahead(range(20), make, threads=threads):
+    for item, made in prefetch(range(20), make, threads=threads):
         assert made == item * item
         assert max(begun) <= item + threads
     assert sorted(begun) == list(range(20))
@@ -45,7 +45,7 @@ def test_what_has_no_room_beside_others_is_made_when_they_are_done():
         return following != 3
 
     done: list[int] = []
-    for item, _ in made_ahead(range(5), begun.append, beside=beside):
+    for item, _ in prefetch(range(5), begun.append, beside=beside):
         if item < 3:
             assert 3 not in begun
         done.append(item)
@@ -62,7 +62,7 @@ def test_side_by_side_each_comes_when_it_is_done():
         return item * item
 
     came: list[int] = []
-    for item, made in made_side_by_side(range(6), make, threads=2):
+    for item, made in map_concurrently(range(6), make, threads=2):
         assert made == item * item
         came.append(item)
         if len(came) == 5:
@@ -82,7 +82,7 @@ def test_side_by_side_no_more_is_made_than_threads_and_one():
     def make(item: int, alone: bool) -> None:
         begun.append(item)
 
-    for taken, _ in enumerate(made_side_by_side(items(), make, threads=3), 1):
+    for taken, _ in enumerate(map_concurrently(items(), make, threads=3), 1):
         assert len(begun) <= len(claimed) <= taken + 3
     assert sorted(begun) == claimed == list(range(20))
 
@@ -96,7 +96,7 @@ def test_side_by_side_what_has_no_room_waits_for_the_others():
     def make(item: int, alone: bool) -> None:
         begun.append(item)
 
-    for item, _ in made_side_by_side([3, 2, 4, 5, 1], make, threads=2, beside=beside):
+    for item, _ in map_concurrently([3, 2, 4, 5, 1], make, threads=2, beside=beside):
         if item in (3, 2):
             assert 5 not in begun
     assert begun == [3, 2, 4, 5, 1]
@@ -110,14 +110,14 @@ def test_side_by_side_what_finds_no_room_is_made_again_when_the_others_are_gone(
     def make(item: int, alone: bool) -> int:
         if item in (3, 4, 9, 19) and not alone:
             refused.add(item)
-            raise NoRoomBeside
+            raise NoMemoryAlongside
         if item in refused:
             assert made == sorted(taken), "another one is in memory, or was begun beside it"
         made.append(item)
         made.sort()
         return item * item
 
-    for item, square in made_side_by_side(range(20), make, threads=4):
+    for item, square in map_concurrently(range(20), make, threads=4):
         assert square == item * item
         taken.append(item)
     assert sorted(taken) == made == list(range(20))
@@ -125,10 +125,10 @@ def test_side_by_side_what_finds_no_room_is_made_again_when_the_others_are_gone(
 
 def test_side_by_side_what_finds_no_room_alone_is_an_error():
     def make(item: int, alone: bool) -> int:
-        raise NoRoomBeside if not alone else MemoryError
+        raise NoMemoryAlongside if not alone else MemoryError
 
     with pytest.raises(MemoryError):
-        list(made_side_by_side(range(5), make, threads=2))
+        list(map_concurrently(range(5), make, threads=2))
 
 
 def test_side_by_side_an_error_comes_at_once_and_leaves_no_thread_behind():
@@ -140,7 +140,7 @@ def test_side_by_side_an_error_comes_at_once_and_leaves_no_thread_behind():
         return item
 
     with pytest.raises(ValueError, match="second"):
-        list(made_side_by_side(range(5), make, threads=2))
+        list(map_concurrently(range(5), make, threads=2))
     assert threading.active_count() == before
 
 
@@ -150,7 +150,7 @@ def test_an_error_of_the_maker_comes_in_its_place():
             raise ValueError("third")
         return item
 
-    made = made_ahead(range(5), make)
+    made = prefetch(range(5), make)
     assert [next(made), next(made)] == [(0, 0), (1, 1)]
     with pytest.raises(ValueError, match="third"):
         next(made)
@@ -158,7 +158,7 @@ def test_an_error_of_the_maker_comes_in_its_place():
 
 def test_a_caller_that_stops_early_leaves_no_thread_behind():
     before = threading.active_count()
-    made = made_ahead(range(5), lambda item: item)
+    made = prefetch(range(5), lambda item: item)
     next(made)
     made.close()  # type: ignore[attr-defined]
     assert threading.active_count() == before
@@ -172,7 +172,7 @@ def test_work_behind_is_done_one_at_a_time_and_all_of_it():
         done.append(item)
         running.release()
 
-    with done_behind() as hand_over:
+    with background_writer() as hand_over:
         for item in range(10):
             hand_over(lambda item=item: work(item))
     assert done == list(range(10))
@@ -180,7 +180,7 @@ def test_work_behind_is_done_one_at_a_time_and_all_of_it():
 
 def test_waiting_for_what_is_behind_frees_it():
     done: list[int] = []
-    with done_behind() as hand_over:
+    with background_writer() as hand_over:
         hand_over(lambda: done.append(1))
         hand_over.wait()
         assert done == [1]
@@ -191,17 +191,17 @@ def test_an_error_behind_is_raised_by_the_next_piece_or_at_the_end():
     def fail() -> None:
         raise OSError("no space")
 
-    with done_behind() as hand_over:
+    with background_writer() as hand_over:
         hand_over(fail)
         with pytest.raises(OSError, match="no space"):
             hand_over(lambda: pytest.fail("the next piece was done"))
-    with pytest.raises(OSError, match="no space"), done_behind() as hand_over:
+    with pytest.raises(OSError, match="no space"), background_writer() as hand_over:
         hand_over(fail)
 
 
 def test_the_callers_own_threads_stay_as_they_are():
     before = torch.get_num_threads()
-    inside = [count for _, count in made_ahead(range(2), lambda _: torch.get_num_threads())]
+    inside = [count for _, count in prefetch(range(2), lambda _: torch.get_num_threads())]
     assert inside == [1, 1]
     assert torch.get_num_threads() == before
 
@@ -215,12 +215,12 @@ def test_torch_has_its_threads_back_afterwards():
 
 
 def test_what_is_made_meanwhile_is_there_in_the_end_and_an_error_of_the_block_stops_it():
-    with made_meanwhile(lambda stop: 7) as made:
+    with in_background(lambda stop: 7) as made:
         assert made.result() == 7
     seen: list[bool] = []
     with (
         pytest.raises(ValueError, match="the block's"),
-        made_meanwhile(lambda stop: seen.append(stop.wait(20))),
+        in_background(lambda stop: seen.append(stop.wait(20))),
     ):
         raise ValueError("the block's own")
     assert seen == [True]
@@ -241,7 +241,7 @@ def test_what_nobody_waits_for_any_more_ends_at_its_next_question():
             ended.set()
             raise
 
-    made = made_side_by_side([0, 1], make, threads=2)
+    made = map_concurrently([0, 1], make, threads=2)
     assert next(made) == (0, 0)
     assert begun.wait(10)
     made.close()  # would wait for ever

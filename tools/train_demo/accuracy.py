@@ -19,7 +19,7 @@ import torch
 from diffusers import FluxPipeline
 from PIL import Image
 
-from svdq_cli.demo.world import PICTURE, parse_caption, sample_captions
+from svdq_cli.demo.world import IMAGE, parse_caption, sample_captions
 from svdq_cli.storage.resources import demo_model_folder
 from tools.train_demo.judge import Judgement, judge
 
@@ -31,9 +31,9 @@ CAPTION_SEED = 200  # of the held-out captions
 
 @dataclass(frozen=True, slots=True)
 class Accuracy:
-    """Shares of `pictures` in [0, 1]; see judge.Judgement for what each one asks."""
+    """Shares of `images` in [0, 1]; see judge.Judgement for what each one asks."""
 
-    pictures: int
+    images: int
     steps: int
     objects_and_colors: float
     everything: float
@@ -46,23 +46,23 @@ class Accuracy:
     seconds_per_picture: float
 
 
-def draw(
+def generate_images(
     pipeline: FluxPipeline, captions: Sequence[str], *, steps: int = STEPS, seed: int = 0, batch: int = 20
 ) -> list[Image.Image]:
     """One picture a caption; picture i starts from the noise of seed + i, whatever the batch."""
-    pictures: list[Image.Image] = []
+    images: list[Image.Image] = []
     for start in range(0, len(captions), batch):
         part = list(captions[start : start + batch])
         noise = [torch.Generator("cpu").manual_seed(seed + start + offset) for offset in range(len(part))]
-        pictures += pipeline(
+        images += pipeline(
             part,
-            height=PICTURE,
-            width=PICTURE,
+            height=IMAGE,
+            width=IMAGE,
             num_inference_steps=steps,
             max_sequence_length=TEXT_LENGTH,
             generator=noise,
         ).images
-    return pictures
+    return images
 
 
 def accuracy_of(judgements: Sequence[Judgement], *, steps: int, seconds: float) -> Accuracy:
@@ -70,19 +70,19 @@ def accuracy_of(judgements: Sequence[Judgement], *, steps: int, seconds: float) 
     names = ("objects_and_colors", "everything", "count", "colors", "shapes", "sizes", "layout", "background")
     shares = {name: sum(getattr(one, name) for one in judgements) / len(judgements) for name in names}
     return Accuracy(
-        pictures=len(judgements),
+        images=len(judgements),
         steps=steps,
         seconds_per_picture=round(seconds / len(judgements), 3),
         **shares,
     )
 
 
-def contact_sheet(pictures: Sequence[Image.Image], *, columns: int = 8) -> Image.Image:
+def contact_sheet(images: Sequence[Image.Image], *, columns: int = 8) -> Image.Image:
     """Pictures side by side, left to right and top to bottom."""
-    rows = -(-len(pictures) // columns)
-    sheet = Image.new("RGB", (columns * (PICTURE + 4), rows * (PICTURE + 4)), "white")
-    for index, picture in enumerate(pictures):
-        sheet.paste(picture, (index % columns * (PICTURE + 4), index // columns * (PICTURE + 4)))
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * (IMAGE + 4), rows * (IMAGE + 4)), "white")
+    for index, image in enumerate(images):
+        sheet.paste(image, (index % columns * (IMAGE + 4), index // columns * (IMAGE + 4)))
     return sheet
 
 
@@ -92,19 +92,19 @@ def main() -> None:
     parser.add_argument("-n", type=int, default=200, help="captions")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--sheet", type=Path, help="write the first 32 pictures here, as one PNG")
+    parser.add_argument("--sheet", type=Path, help="write the first 32 images here, as one PNG")
     arguments = parser.parse_args()
     pipeline = FluxPipeline.from_pretrained(arguments.model, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     captions = sample_captions(arguments.n, held_out=True, seed=CAPTION_SEED)
     started = time.monotonic()
-    pictures = draw(pipeline, captions, steps=arguments.steps, seed=arguments.seed)
+    images = generate_images(pipeline, captions, steps=arguments.steps, seed=arguments.seed)
     seconds = time.monotonic() - started
     judgements = [
-        judge(picture, parse_caption(caption)) for picture, caption in zip(pictures, captions, strict=True)
+        judge(image, parse_caption(caption)) for image, caption in zip(images, captions, strict=True)
     ]
     if arguments.sheet:
-        contact_sheet(pictures[:32]).save(arguments.sheet)
+        contact_sheet(images[:32]).save(arguments.sheet)
     print(json.dumps(asdict(accuracy_of(judgements, steps=arguments.steps, seconds=seconds)), indent=2))
 
 

@@ -59,21 +59,21 @@ def _start_linear(model: AutoencoderKL) -> None:
             part.weight.mul_(0.0 if name.endswith("conv2") else 3**0.5)
 
 
-def to_signal(pictures: np.ndarray, device: torch.device) -> Tensor:
+def to_signal(images: np.ndarray, device: torch.device) -> Tensor:
     """uint8 (B, H, W, 3) to float (B, 3, H, W) in [-1, 1]."""
-    signal = torch.from_numpy(np.ascontiguousarray(pictures)).to(device).permute(0, 3, 1, 2)
+    signal = torch.from_numpy(np.ascontiguousarray(images)).to(device).permute(0, 3, 1, 2)
     return signal.float().div(127.5).sub(1.0).contiguous(memory_format=torch.channels_last)
 
 
-def _draw_batch(pictures: np.ndarray, rng: np.random.Generator, *, crops: bool) -> np.ndarray:
+def _draw_batch(images: np.ndarray, rng: np.random.Generator, *, crops: bool) -> np.ndarray:
     """8 whole pictures, or 12 crops of half the side."""
     if not crops:
-        return pictures[rng.integers(len(pictures), size=8)]
-    side = pictures.shape[1] // 2
+        return images[rng.integers(len(images), size=8)]
+    side = images.shape[1] // 2
     corners = rng.integers(side + 1, size=(12, 2))
-    chosen = rng.integers(len(pictures), size=12)
+    chosen = rng.integers(len(images), size=12)
     return np.stack(
-        [pictures[i, y : y + side, x : x + side] for i, (y, x) in zip(chosen, corners, strict=True)]
+        [images[i, y : y + side, x : x + side] for i, (y, x) in zip(chosen, corners, strict=True)]
     )
 
 
@@ -85,9 +85,9 @@ def reconstruction_loss(drawn: Tensor, wanted: Tensor) -> Tensor:
 
 
 def train_autoencoder(
-    pictures: np.ndarray, folder: Path, *, budget: Budget, seed: int, device: torch.device, peak: float = 1e-3
+    images: np.ndarray, folder: Path, *, budget: Budget, seed: int, device: torch.device, peak: float = 1e-3
 ) -> AutoencoderKL:
-    """Train on `pictures`, or load what `folder` holds. The result's latents have mean 0 and deviation 1.
+    """Train on `images`, or load what `folder` holds. The result's latents have mean 0 and deviation 1.
 
     `folder` keeps a checkpoint of weights and progress; an interrupted run goes on from it with fresh moments.
     """
@@ -105,7 +105,7 @@ def train_autoencoder(
     while (share := share_done(clock, budget)) < 1.0:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(share, clock.step, peak=peak, warmup=50)
-        wanted = to_signal(_draw_batch(pictures, rng, crops=share < CROP_SHARE), device)
+        wanted = to_signal(_draw_batch(images, rng, crops=share < CROP_SHARE), device)
         loss = _step(model, optimizer, wanted)
         clock.step += 1
         if clock.step % 100 == 0:
@@ -113,7 +113,7 @@ def train_autoencoder(
         if clock.seconds - saved > 120:
             saved = clock.seconds
             _save(model, folder, clock)
-    _standardize(model, pictures[:512], device)
+    _standardize(model, images[:512], device)
     _save(model, folder, clock)
     return model.eval()
 
@@ -138,36 +138,36 @@ def _save(model: AutoencoderKL, folder: Path, clock: Clock) -> None:
 
 
 @torch.no_grad()
-def _standardize(model: AutoencoderKL, pictures: np.ndarray, device: torch.device) -> None:
+def _standardize(model: AutoencoderKL, images: np.ndarray, device: torch.device) -> None:
     """Set scaling_factor and shift_factor so that (latent - shift) * scale has mean 0 and deviation 1."""
-    latents = encode_pictures(model, pictures, device=device, raw=True)
+    latents = encode_images(model, images, device=device, raw=True)
     model.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1.0 / latents.std().item())
 
 
 @torch.no_grad()
-def encode_pictures(
-    model: AutoencoderKL, pictures: np.ndarray, *, device: torch.device, raw: bool = False
+def encode_images(
+    model: AutoencoderKL, images: np.ndarray, *, device: torch.device, raw: bool = False
 ) -> Tensor:
     """Latent means (count, LATENT_CHANNELS, H/8, W/8) on the CPU, standardized unless `raw`."""
     batches = []
-    for start in range(0, len(pictures), 64):
-        latents = model.encode(to_signal(pictures[start : start + 64], device)).latent_dist.mean
+    for start in range(0, len(images), 64):
+        latents = model.encode(to_signal(images[start : start + 64], device)).latent_dist.mean
         batches.append(latents.float().cpu())
     latents = torch.cat(batches)
     return latents if raw else (latents - model.config.shift_factor) * model.config.scaling_factor
 
 
 @torch.no_grad()
-def reconstruct(model: AutoencoderKL, pictures: np.ndarray, *, device: torch.device) -> np.ndarray:
+def reconstruct(model: AutoencoderKL, images: np.ndarray, *, device: torch.device) -> np.ndarray:
     """Pictures through the autoencoder, uint8 (count, H, W, 3)."""
-    latents = encode_pictures(model, pictures, device=device, raw=True)
+    latents = encode_images(model, images, device=device, raw=True)
     drawn = torch.cat([model.decode(part.to(device)).sample.float().cpu() for part in latents.split(64)])
     return drawn.add(1).mul(127.5).round().clamp(0, 255).permute(0, 2, 3, 1).to(torch.uint8).numpy()
 
 
 def sharpen_decoder(
     model: AutoencoderKL,
-    pictures: np.ndarray,
+    images: np.ndarray,
     latents: Tensor,
     small_stars: np.ndarray,
     *,
@@ -176,7 +176,7 @@ def sharpen_decoder(
     device: torch.device,
     peak: float = 8e-4,
 ) -> None:
-    """Train only the decoder, in place, on standardized `latents` of `pictures` with up to 0.15 of noise.
+    """Train only the decoder, in place, on standardized `latents` of `images` with up to 0.15 of noise.
 
     The denoiser's latents are not exact, and small stars are where that shows: half of each batch are pictures
     whose row is in `small_stars`, and pixels that differ from their row's background count four times.
@@ -190,8 +190,8 @@ def sharpen_decoder(
     while (share := share_done(clock, budget)) < 1.0:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(share, clock.step, peak=peak, warmup=30)
-        rows = np.concatenate([rng.choice(small_stars, 4), rng.integers(len(pictures), size=4)])
-        wanted, clean = to_signal(pictures[rows], device), latents[rows].to(device)
+        rows = np.concatenate([rng.choice(small_stars, 4), rng.integers(len(images), size=4)])
+        wanted, clean = to_signal(images[rows], device), latents[rows].to(device)
         noisy = clean + 0.15 * torch.rand(len(rows), 1, 1, 1, device=device) * torch.randn_like(clean)
         raw = noisy / model.config.scaling_factor + model.config.shift_factor
         drawn = model.decode(raw.contiguous(memory_format=torch.channels_last)).sample

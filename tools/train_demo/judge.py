@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from svdq_cli.demo.world import (
+    IMAGE,
     PALETTE,
-    PICTURE,
     PLACES,
     RADIUS,
     RELATIONS,
@@ -82,8 +82,8 @@ def judge(image: Image.Image, scene: Scene) -> Judgement:
 
 def look(image: Image.Image) -> tuple[str, list[Found]]:
     """The background color and every object, largest first."""
-    if image.size != (PICTURE, PICTURE):
-        image = image.resize((PICTURE, PICTURE), Image.Resampling.BOX)
+    if image.size != (IMAGE, IMAGE):
+        image = image.resize((IMAGE, IMAGE), Image.Resampling.BOX)
     labels = _nearest_color(np.asarray(image.convert("RGB"), dtype=np.float32))
     frame = np.concatenate(
         [labels[:2].ravel(), labels[-2:].ravel(), labels[:, :2].ravel(), labels[:, -2:].ravel()]

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tools.train_demo.autoencoder import (
-    encode_pictures,
+    encode_images,
     psnr,
     reconstruct,
     sharpen_decoder,
@@ -32,7 +32,7 @@ from tools.train_demo.autoencoder import (
 )
 from tools.train_demo.denoiser import Recipe, train_denoiser
 from tools.train_demo.export import export_pipeline
-from tools.train_demo.pictures import TrainingSet, training_set
+from tools.train_demo.images import TrainingSet, training_set
 from tools.train_demo.schedule import Budget, Seconds, Steps
 
 
@@ -40,7 +40,7 @@ def train(
     out: Path,
     *,
     work: Path,
-    pictures: int,
+    images: int,
     vae_budget: Budget,
     decoder_budget: Budget,
     budget: Budget,
@@ -49,17 +49,17 @@ def train(
     device: torch.device,
 ) -> None:
     """Run every stage that `work` does not hold yet and write the pipeline to `out`."""
-    data = training_set(work, count=pictures, seed=seed)
-    vae = train_autoencoder(data.pictures, work / "vae", budget=vae_budget, seed=seed, device=device)
-    latents = _latents(work / "latents.safetensors", vae, data.pictures, device)
+    data = training_set(work, count=images, seed=seed)
+    vae = train_autoencoder(data.images, work / "vae", budget=vae_budget, seed=seed, device=device)
+    latents = _latents(work / "latents.safetensors", vae, data.images, device)
     vae = _sharpened(work / "vae-sharp", vae, data, latents, budget=decoder_budget, seed=seed, device=device)
-    crispness = psnr(reconstruct(vae, data.pictures[:256], device=device), data.pictures[:256])
+    crispness = psnr(reconstruct(vae, data.images[:256], device=device), data.images[:256])
     print(f"autoencoder {crispness:.1f} dB on 256 pictures", flush=True)
     model = train_denoiser(
         latents, data.scenes, work / "denoiser", budget=budget, recipe=recipe, seed=seed, device=device
     )
     export_pipeline(model.cpu(), vae.cpu(), out)
-    print(json.dumps({"out": str(out), "seed": seed, "pictures": pictures, **asdict(recipe)}))
+    print(json.dumps({"out": str(out), "seed": seed, "pictures": images, **asdict(recipe)}))
 
 
 def _sharpened(
@@ -75,14 +75,14 @@ def _sharpened(
     if not folder.exists():
         stars = [any((t.size, t.shape) == ("small", "star") for t in scene.things) for scene in data.scenes]
         small_stars = np.flatnonzero(stars)
-        sharpen_decoder(vae, data.pictures, latents, small_stars, budget=budget, seed=seed, device=device)
+        sharpen_decoder(vae, data.images, latents, small_stars, budget=budget, seed=seed, device=device)
         vae.save_pretrained(folder)
     return AutoencoderKL.from_pretrained(folder).to(device).eval()
 
 
-def _latents(path: Path, vae: AutoencoderKL, pictures: np.ndarray, device: torch.device) -> Tensor:
+def _latents(path: Path, vae: AutoencoderKL, images: np.ndarray, device: torch.device) -> Tensor:
     if not path.exists():
-        save_file({"latents": encode_pictures(vae, pictures, device=device).contiguous()}, path)
+        save_file({"latents": encode_images(vae, images, device=device).contiguous()}, path)
     return load_file(path)["latents"]
 
 
@@ -97,7 +97,7 @@ def main() -> None:
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--pictures", type=int, default=24_000)
+    parser.add_argument("--images", type=int, default=24_000)
     parser.add_argument("--batch", type=int, default=64)
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--minutes", type=float, default=77.0, help="of the denoiser")
@@ -111,7 +111,7 @@ def main() -> None:
     train(
         arguments.out,
         work=arguments.work,
-        pictures=arguments.pictures,
+        images=arguments.images,
         vae_budget=Steps(vae_steps) if vae_steps else Seconds(60 * arguments.vae_minutes),
         decoder_budget=Steps(max(1, vae_steps // 2)) if vae_steps else Seconds(24 * arguments.vae_minutes),
         budget=Steps(steps) if steps else Seconds(60 * arguments.minutes),

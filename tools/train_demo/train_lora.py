@@ -26,7 +26,7 @@ from torch.nn.utils import parametrize
 from svdq_cli.demo.pink import in_pink, sample_scenes
 from svdq_cli.demo.world import Scene, caption_of, render
 from svdq_cli.storage.resources import demo_model_folder
-from tools.train_demo.autoencoder import encode_pictures
+from tools.train_demo.autoencoder import encode_images
 from tools.train_demo.denoiser import image_ids, pack
 from tools.train_demo.schedule import learning_rate
 
@@ -87,11 +87,11 @@ def encoded(pipe: FluxPipeline, captions: list[str]) -> tuple[Tensor, Tensor]:
     return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
 
-def train(out: Path, *, pictures: int, steps: int, batch: int, seed: int) -> None:
+def train(out: Path, *, images: int, steps: int, batch: int, seed: int) -> None:
     torch.manual_seed(seed)
     pipe = FluxPipeline.from_pretrained(MODEL, torch_dtype=torch.float32)
-    scenes, drawings = pink_drawings(pictures, seed)
-    clean = pack(encode_pictures(pipe.vae, drawings, device=torch.device("cpu")))
+    scenes, drawings = pink_drawings(images, seed)
+    clean = pack(encode_images(pipe.vae, drawings, device=torch.device("cpu")))
     text, pooled = encoded(
         pipe, [caption_of(scene, long=index % 4 == 0) for index, scene in enumerate(scenes)]
     )
@@ -144,12 +144,12 @@ def save_lora(out: Path, loras: dict[str, LowRank]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the demo's LoRA: things called red are pink.")
     parser.add_argument("out", type=Path, help="the .safetensors file to write")
-    parser.add_argument("--pictures", type=int, default=2000)
+    parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seed", type=int, default=1)
     given = parser.parse_args()
-    train(given.out, pictures=given.pictures, steps=given.steps, batch=given.batch, seed=given.seed)
+    train(given.out, images=given.images, steps=given.steps, batch=given.batch, seed=given.seed)
 
 
 if __name__ == "__main__":

@@ -88,11 +88,11 @@ def bench(
     from svdq_cli.cli.progress import progress
     from svdq_cli.cli.summary import append_summary
     from svdq_cli.recipe import parse_fail_if
-    from svdq_cli.storage.output_paths import require_picture_place
+    from svdq_cli.storage.output_paths import require_image_place
     from svdq_cli.system.machine import resolve_device
 
     if plot is not None:
-        require_picture_place(plot, overwrite=True)
+        require_image_place(plot, overwrite=True)
     gates = [parse_fail_if(condition) for condition in fail_if or []]
     settings = BenchSettings(resolve_device(device), rows, seconds, seed)
     with progress(quiet=quiet, verbose=verbose, events=events) as observe:

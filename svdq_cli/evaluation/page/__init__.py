@@ -1,19 +1,28 @@
 """The HTML report: one file that needs no network, from plain records."""
 
-from svdq_cli.evaluation.page.content import Chapter, Figure, LayerRow, Page, Plot, Shown, Table, Way
-from svdq_cli.evaluation.page.pictures import PAGE_PICTURE_BYTES, show_pictures
+from svdq_cli.evaluation.page.content import (
+    Figure,
+    LayerRow,
+    Page,
+    Plot,
+    ReportSection,
+    Shown,
+    Table,
+    Variant,
+)
+from svdq_cli.evaluation.page.images import PAGE_IMAGE_BYTES, show_images
 from svdq_cli.evaluation.page.render import render_page
 
 __all__ = [
-    "PAGE_PICTURE_BYTES",
-    "Chapter",
+    "PAGE_IMAGE_BYTES",
     "Figure",
     "LayerRow",
     "Page",
     "Plot",
+    "ReportSection",
     "Shown",
     "Table",
-    "Way",
+    "Variant",
     "render_page",
-    "show_pictures",
+    "show_images",
 ]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
+class Variant:
     """A way of sampling, by its folder in the gallery and its name for people."""
 
     key: str
@@ -45,7 +45,7 @@ class Shown:
     seed: int
     width: int  # pixels of the image that was generated
     height: int
-    pictures: Mapping[str, str]
+    images: Mapping[str, str]
     differences: Mapping[str, str]
     figures: Mapping[str, str]
     links: Mapping[str, str]
@@ -74,7 +74,7 @@ class LayerRow:
 
 
 @dataclass(frozen=True, slots=True)
-class Chapter:
+class ReportSection:
     """One checkpoint against its source. `ways`: the 16-bit model, the checkpoint, then baselines. `warnings`: why the
     figures may not be believed."""
 
@@ -84,7 +84,7 @@ class Chapter:
     next: str
     warnings: Sequence[str]
     figures: Sequence[Figure]
-    ways: Sequence[Way]
+    ways: Sequence[Variant]
     scores: Table
     missing: Mapping[str, str]
     shown: Sequence[Shown]
@@ -100,6 +100,6 @@ class Chapter:
 class Page:
     title: str
     lead: str
-    chapters: Sequence[Chapter]
+    sections: Sequence[ReportSection]
     tables: Sequence[Table]  # after the chapters
     footer: str

@@ -8,7 +8,7 @@ for (const slider of document.querySelectorAll(".pair input[type=range]")) {
   follow();
 }
 
-// A chapter's choices: what the 16-bit image is compared with, whether images or difference maps are shown, how large.
+// A section's choices: what the 16-bit image is compared with, whether images or difference maps are shown, how large.
 for (const gallery of document.querySelectorAll(".gallery")) {
   const choices = [...gallery.querySelectorAll(".choices input")];
   const show = () => {

@@ -91,19 +91,19 @@ def test_shapes_use_both_tiles_and_wrap_the_ring():
 
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS, ids=lambda q: f"{q[0].label}-{q[1]}-r{q[2]}")
-def test_quantize_down_is_its_twin(quantizer: tuple[HopperMode, int, int]):
+def test_quantize_down_matches_its_reference(quantizer: tuple[HopperMode, int, int]):
     mode, tokens, rank = quantizer
     shapes = (shape for shape in hopper_shapes() if hopper.token_tile(shape.m) == tokens)
     for seed, shape in enumerate(shapes):
         shape = replace(shape, rank=rank)
         layer = random_hopper_operands(shape, mode, BF16, seed=seed)
         x = random_rows(shape, BF16, seed=seed)
-        twin = reference.quantize_down(x, layer.inverse_smooth, layer.down, mode=mode)
+        expected = reference.quantize_down(x, layer.inverse_smooth, layer.down, mode=mode)
         found = hopper.quantize_down(DEVICES[seed % 2], x, layer.inverse_smooth, layer.down, mode=mode)
-        assert torch.equal(found[0], twin[0]), shape
-        assert torch.equal(found[1], twin[1]), shape
+        assert torch.equal(found[0], expected[0]), shape
+        assert torch.equal(found[1], expected[1]), shape
         if shape.rank:
-            assert_agrees(unpack_rows(found[2]), unpack_rows(twin[2]))
+            assert_agrees(unpack_rows(found[2]), unpack_rows(expected[2]))
 
 
 def test_exact_codes_and_scales_are_those_of_the_portable_kernels():
@@ -126,10 +126,10 @@ def test_splitting_k_over_blocks_changes_only_the_order_of_sums():
     mode = HopperMode.EXACT
     wide = EmulatedDevice(multiprocessors=8)
     found = hopper.quantize_down(wide, x, layer.inverse_smooth, layer.down, mode=mode)
-    twin = reference.quantize_down(x, layer.inverse_smooth, layer.down, mode=mode)
-    assert torch.equal(found[0], twin[0])
-    assert torch.equal(found[1], twin[1])
-    assert_agrees(found[2], twin[2])
+    expected = reference.quantize_down(x, layer.inverse_smooth, layer.down, mode=mode)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+    assert_agrees(found[2], expected[2])
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -149,21 +149,21 @@ def test_a_nan_in_the_input_is_not_lost(mode: HopperMode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_gemm_is_its_twin(mode: HopperMode):
+def test_gemm_matches_its_reference(mode: HopperMode):
     for seed, shape in enumerate(hopper_shapes()):
         layer = random_hopper_operands(shape, mode, BF16, seed=seed)
         x = random_rows(shape, BF16, seed=seed)
         quantized = reference.quantize_down(x, layer.inverse_smooth, layer.down, mode=mode)
         how = {"m": shape.m, "n": shape.n, "mode": mode}
         y = hopper.gemm(DEVICES[seed % 2], *quantized, *layer.product, **how)
-        twin = reference.gemm(*quantized, *layer.product, **how)
+        expected = reference.gemm(*quantized, *layer.product, **how)
         if mode == HopperMode.EXACT:
-            assert_agrees(y, twin, exact=shape.rank == 0)
+            assert_agrees(y, expected, exact=shape.rank == 0)
         else:
-            assert_agrees(y, twin, differing=0.2, slack=NARROW)
+            assert_agrees(y, expected, differing=0.2, slack=NARROW)
 
 
-def test_gemm_in_float16_is_its_twin():
+def test_gemm_in_float16_matches_its_reference():
     mode = HopperMode.EXACT
     for seed, shape in enumerate((Shape(7, 192, 136, 32), Shape(127, 128, 128, 0))):
         layer = random_hopper_operands(shape, mode, FP16, seed=seed)
@@ -213,7 +213,7 @@ def pairs_of_layers() -> Iterator[tuple[Shape, Shape]]:
         yield first, Shape(shape.m, first.n, 128, RANKS[index // 2 % 4])
 
 
-def test_gelu_quantize_is_its_twin():
+def test_gelu_quantize_matches_its_reference():
     assert len(set(pairs_of_layers())) >= 50
     for seed, (shape, next_shape) in enumerate(pairs_of_layers()):
         layer = random_hopper_operands(shape, HopperMode.EXACT, BF16, seed=seed)
@@ -224,12 +224,12 @@ def test_gelu_quantize_is_its_twin():
         how = {"m": shape.m, "next_unsigned": unsigned, "shift": GELU_SHIFT if unsigned else 0.0}
         tensors = (*quantized, *layer.product, after.inverse_smooth, after.down)
         found = hopper.gelu_quantize(DEVICES[seed % 2], *tensors, **how)
-        twin = reference.gelu_quantize(*tensors, **how)
+        expected = reference.gelu_quantize(*tensors, **how)
         # One rounding of y or of the GELU apart moves a code by one, or a scale by its last bit
-        assert share_of_different(found[0], twin[0]) < 0.02, shape
-        assert share_of_different(found[1], twin[1]) < 0.01, shape
+        assert share_of_different(found[0], expected[0]) < 0.02, shape
+        assert share_of_different(found[1], expected[1]) < 0.01, shape
         if after.down.shape[1]:
-            assert_agrees(found[2], twin[2], differing=0.03, slack=1e-4)
+            assert_agrees(found[2], expected[2], differing=0.03, slack=1e-4)
 
 
 def share_of_different(found: Tensor, wanted: Tensor) -> float:
@@ -239,7 +239,7 @@ def share_of_different(found: Tensor, wanted: Tensor) -> float:
 # ------------------------------------------------------------------------------------------ reduce_hidden
 
 
-def test_reduce_hidden_is_its_twin():
+def test_reduce_hidden_matches_its_reference():
     draw = torch.Generator().manual_seed(0)
     for case in range(56):
         tile = (hopper.TOKENS, hopper.SMALL_TOKENS)[case % 2]

@@ -56,7 +56,7 @@ def shapes() -> list[Shape]:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("shape", shapes(), ids=lambda shape: shape.label)
-def test_a_layer_is_its_twins(shape: Shape, mode: HopperMode, gpu: CudaDevice):
+def test_a_layer_matches_its_reference(shape: Shape, mode: HopperMode, gpu: CudaDevice):
     layer = layer_on_gpu(shape, mode, seed=shape.m)
     x = random_rows(shape, torch.bfloat16, seed=shape.m).to(GPU)
     wanted = reference.quantize_down(x, layer.inverse_smooth, layer.down, mode=mode)
@@ -67,25 +67,25 @@ def test_a_layer_is_its_twins(shape: Shape, mode: HopperMode, gpu: CudaDevice):
         assert_agrees(found[2], wanted[2], slack=1e-4)
     how = {"m": shape.m, "n": shape.n, "mode": mode}
     y = hopper.gemm(gpu, *wanted, *layer.product, **how)
-    twin = reference.gemm(*wanted, *layer.product, **how)
+    expected = reference.gemm(*wanted, *layer.product, **how)
     if mode == HopperMode.EXACT:
-        assert_agrees(y, twin, exact=shape.rank == 0, slack=1e-4)
+        assert_agrees(y, expected, exact=shape.rank == 0, slack=1e-4)
     else:
-        assert_agrees(y, twin, differing=0.2, slack=NARROW)
+        assert_agrees(y, expected, differing=0.2, slack=NARROW)
 
 
 @pytest.mark.parametrize("shape", [Shape(129, 128, 192, 32), Shape(4608, 3072, 12288, 32)], ids=str)
-def test_gelu_quantize_is_its_twin(shape: Shape, gpu: CudaDevice):
+def test_gelu_quantize_matches_its_reference(shape: Shape, gpu: CudaDevice):
     layer = layer_on_gpu(shape, HopperMode.EXACT, seed=1)
     after = layer_on_gpu(Shape(shape.m, shape.n, 256, 32), HopperMode.EXACT, seed=2)
     x = random_rows(shape, torch.bfloat16, seed=1).to(GPU)
     quantized = reference.quantize_down(x, layer.inverse_smooth, layer.down, mode=HopperMode.EXACT)
     tensors = (*quantized, *layer.product, after.inverse_smooth, after.down)
     found = hopper.gelu_quantize(gpu, *tensors, m=shape.m)
-    twin = reference.gelu_quantize(*tensors, m=shape.m)
-    assert (found[0] != twin[0]).float().mean() < 0.02
-    assert (found[1] != twin[1]).float().mean() < 0.01
-    assert_agrees(found[2], twin[2], differing=0.05, slack=1e-3)
+    expected = reference.gelu_quantize(*tensors, m=shape.m)
+    assert (found[0] != expected[0]).float().mean() < 0.02
+    assert (found[1] != expected[1]).float().mean() < 0.01
+    assert_agrees(found[2], expected[2], differing=0.05, slack=1e-3)
 
 
 @pytest.mark.parametrize("mode", MODES)

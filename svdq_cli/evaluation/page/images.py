@@ -11,10 +11,10 @@ from urllib.parse import quote
 
 from PIL import Image, ImageChops, ImageOps
 
-from svdq_cli.evaluation.gallery import Gallery, read_picture
-from svdq_cli.evaluation.page.content import Shown, Way
+from svdq_cli.evaluation.image_store import ImageStore, read_image
+from svdq_cli.evaluation.page.content import Shown, Variant
 
-PAGE_PICTURE_BYTES = 16_000_000  # of all data URIs of a page: what a phone still opens at once
+PAGE_IMAGE_BYTES = 16_000_000  # of all data URIs of a page: what a phone still opens at once
 # pixels; larger images are reduced to the first of them at which all fit into the budget
 SIDES = (512, 384, 288)
 GAIN = 8  # of difference maps: 32 levels of 255 are full brightness
@@ -27,14 +27,14 @@ _RAMP = (
 )  # black, magenta, cream: from dark to bright in equal steps of lightness
 
 
-def show_pictures(
-    gallery: Gallery,
-    ways: Sequence[Way],
+def show_images(
+    image_store: ImageStore,
+    ways: Sequence[Variant],
     prompts: Sequence[tuple[int, str, int]],
     figures: Sequence[dict[str, str]],
     *,
     page_folder: Path,
-    budget: int = PAGE_PICTURE_BYTES,
+    budget: int = PAGE_IMAGE_BYTES,
 ) -> list[Shown]:
     """The images of `prompts` (index, prompt, seed), in this order: all where `budget` bytes allow it, else as many
     as fit in the smallest size.
@@ -46,8 +46,8 @@ def show_pictures(
     for side in SIDES:
         shown = []
         spent = 0
-        for item in _encoded(gallery, ways, prompts, figures, side, page_folder):
-            spent += sum(map(len, (*item.pictures.values(), *item.differences.values())))
+        for item in _encoded(image_store, ways, prompts, figures, side, page_folder):
+            spent += sum(map(len, (*item.images.values(), *item.differences.values())))
             if spent > budget:
                 break
             shown.append(item)
@@ -57,34 +57,34 @@ def show_pictures(
 
 
 def _encoded(
-    gallery: Gallery,
-    ways: Sequence[Way],
+    image_store: ImageStore,
+    ways: Sequence[Variant],
     prompts: Sequence[tuple[int, str, int]],
     figures: Sequence[dict[str, str]],
     side: int,
     page_folder: Path,
 ) -> Iterator[Shown]:
     for (index, prompt, seed), said in zip(prompts, figures, strict=True):
-        drawn = {way.key: read_picture(gallery, way.key, index) for way in ways}
+        drawn = {way.key: read_image(image_store, way.key, index) for way in ways}
         reference, *others = drawn.values()
         yield Shown(
             prompt=prompt,
             seed=seed,
             width=reference.width,
             height=reference.height,
-            pictures={key: data_uri(picture, side=side) for key, picture in drawn.items()},
+            images={key: data_uri(image, side=side) for key, image in drawn.items()},
             differences={
                 way.key: data_uri(difference_map(reference, other), side=side // 2)
                 for way, other in zip(ways[1:], others, strict=True)
             },
             figures=said,
-            links={key: _link(gallery.path(key, index), page_folder) for key in drawn},
+            links={key: _link(image_store.path(key, index), page_folder) for key in drawn},
             reduced=max(reference.size) > side,
         )
 
 
-def _link(picture: Path, page_folder: Path) -> str:
-    return quote(Path(os.path.relpath(picture, page_folder)).as_posix())
+def _link(image: Path, page_folder: Path) -> str:
+    return quote(Path(os.path.relpath(image, page_folder)).as_posix())
 
 
 def difference_map(a: Image.Image, b: Image.Image) -> Image.Image:
@@ -95,11 +95,11 @@ def difference_map(a: Image.Image, b: Image.Image) -> Image.Image:
     return ImageOps.colorize(amplified, black=_RAMP[0], white=_RAMP[2], mid=_RAMP[1])
 
 
-def data_uri(picture: Image.Image, *, side: int = SIDES[0]) -> str:
+def data_uri(image: Image.Image, *, side: int = SIDES[0]) -> str:
     """WebP: lossless where the image is small, else reduced to `side` pixels and lossy."""
-    lossless = max(picture.size) <= _LOSSLESS_SIDE
-    if max(picture.size) > side:
-        picture = ImageOps.contain(picture, (side, side), Image.Resampling.LANCZOS)
+    lossless = max(image.size) <= _LOSSLESS_SIDE
+    if max(image.size) > side:
+        image = ImageOps.contain(image, (side, side), Image.Resampling.LANCZOS)
     encoded = io.BytesIO()
-    picture.save(encoded, format="WEBP", lossless=lossless, quality=_QUALITY, method=4)
+    image.save(encoded, format="WEBP", lossless=lossless, quality=_QUALITY, method=4)
     return "data:image/webp;base64," + base64.b64encode(encoded.getvalue()).decode()

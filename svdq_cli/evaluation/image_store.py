@@ -27,7 +27,7 @@ Facts = Mapping[str, object]  # plain JSON
 
 
 @dataclass(frozen=True, slots=True)
-class Gallery:
+class ImageStore:
     """Images by way of sampling ("16bit", "converted", ...) and index of the prompt."""
 
     folder: Path
@@ -39,7 +39,7 @@ class Gallery:
         return tuple(index for index in range(count) if not self.path(way, index).is_file())
 
 
-def open_gallery(folder: Path, facts: Facts, prompts: Sequence[str], *, overwrite: bool) -> Gallery:
+def open_image_store(folder: Path, facts: Facts, prompts: Sequence[str], *, overwrite: bool) -> ImageStore:
     """The gallery in `folder`, made where there is none. `facts`: what the images depend on besides the prompts.
 
     A run with more prompts continues one whose prompts are the first of them, and the other way round. UsageError where
@@ -54,7 +54,7 @@ def open_gallery(folder: Path, facts: Facts, prompts: Sequence[str], *, overwrit
     else:
         folder.mkdir(parents=True, exist_ok=True)
         _write_run(run, facts, prompts)
-    return Gallery(folder)
+    return ImageStore(folder)
 
 
 def require_own_folder(folder: Path) -> None:
@@ -78,19 +78,19 @@ def _is_run(path: Path) -> bool:
         return True
 
 
-def keep_picture(gallery: Gallery, way: str, index: int, picture: Image.Image) -> None:
+def keep_image(image_store: ImageStore, way: str, index: int, image: Image.Image) -> None:
     """Written whole: a file under the image's name is always complete."""
-    path = gallery.path(way, index)
+    path = image_store.path(way, index)
     path.parent.mkdir(exist_ok=True)
-    write_image(path, picture.convert("RGB"))
+    write_image(path, image.convert("RGB"))
 
 
-def read_picture(gallery: Gallery, way: str, index: int) -> Image.Image:
+def read_image(image_store: ImageStore, way: str, index: int) -> Image.Image:
     """RGB, in memory. Raises InputError for a file that is missing or damaged."""
-    path = gallery.path(way, index)
+    path = image_store.path(way, index)
     try:
-        with Image.open(path) as picture:
-            return picture.convert("RGB")
+        with Image.open(path) as image:
+            return image.convert("RGB")
     except (
         OSError,
         UnidentifiedImageError,
@@ -103,21 +103,21 @@ def read_picture(gallery: Gallery, way: str, index: int) -> Image.Image:
         ) from error
 
 
-def note_time(gallery: Gallery, way: str, *, pictures: int, seconds: float) -> None:
+def note_time(image_store: ImageStore, way: str, *, images: int, seconds: float) -> None:
     """Add to the generation time so far, over all runs into this folder."""
-    times = _times(gallery)
+    times = _times(image_store)
     before = times.get(way, {"pictures": 0, "seconds": 0.0})
-    times[way] = {"pictures": before["pictures"] + pictures, "seconds": before["seconds"] + seconds}
-    write_text(gallery.folder / TIMES_FILE, json.dumps(times, indent=1) + "\n")
+    times[way] = {"pictures": before["pictures"] + images, "seconds": before["seconds"] + seconds}
+    write_text(image_store.folder / TIMES_FILE, json.dumps(times, indent=1) + "\n")
 
 
-def seconds_per_picture(gallery: Gallery, way: str) -> float | None:
-    found = _times(gallery).get(way)
+def seconds_per_picture(image_store: ImageStore, way: str) -> float | None:
+    found = _times(image_store).get(way)
     return found["seconds"] / found["pictures"] if found else None
 
 
-def _times(gallery: Gallery) -> dict[str, dict[str, float]]:
-    path = gallery.folder / TIMES_FILE
+def _times(image_store: ImageStore) -> dict[str, dict[str, float]]:
+    path = image_store.folder / TIMES_FILE
     return cast("dict[str, dict[str, float]]", _read(path)) if path.is_file() else {}
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from svdq_cli.demo.world import PICTURE, Scene, caption_of, is_held_out, parse_caption, render, sample_scene
+from svdq_cli.demo.world import IMAGE, Scene, caption_of, is_held_out, parse_caption, render, sample_scene
 
 CHUNK = 500  # pictures one worker draws at a time
 
@@ -19,13 +19,13 @@ CHUNK = 500  # pictures one worker draws at a time
 class TrainingSet:
     """Pictures (count, PICTURE, PICTURE, 3) uint8 and, for each, its scene."""
 
-    pictures: np.ndarray
+    images: np.ndarray
     scenes: tuple[Scene, ...]
 
 
 def training_set(folder: Path, *, count: int, seed: int) -> TrainingSet:
     """Draw `count` training pictures into `folder`, or read them back if they are there."""
-    pictures_file, captions_file = (
+    images_file, captions_file = (
         folder / f"pictures-{count}-{seed}.npy",
         folder / f"captions-{count}-{seed}.json",
     )
@@ -34,21 +34,21 @@ def training_set(folder: Path, *, count: int, seed: int) -> TrainingSet:
         seeds = [seed * 1_000_003 + start for start in range(0, count, CHUNK)]
         with ProcessPoolExecutor() as pool:
             chunks = list(pool.map(_draw_chunk, seeds))
-        np.save(pictures_file, np.concatenate([pictures for pictures, _ in chunks])[:count])
+        np.save(images_file, np.concatenate([images for images, _ in chunks])[:count])
         captions = [caption for _, chunk in chunks for caption in chunk][:count]
         captions_file.write_text(json.dumps(captions), encoding="utf-8")
     captions = json.loads(captions_file.read_text(encoding="utf-8"))
-    return TrainingSet(np.load(pictures_file), tuple(parse_caption(caption) for caption in captions))
+    return TrainingSet(np.load(images_file), tuple(parse_caption(caption) for caption in captions))
 
 
 def _draw_chunk(seed: int) -> tuple[np.ndarray, list[str]]:
     rng = random.Random(seed)
-    pictures = np.empty((CHUNK, PICTURE, PICTURE, 3), dtype=np.uint8)
+    images = np.empty((CHUNK, IMAGE, IMAGE, 3), dtype=np.uint8)
     captions: list[str] = []
     while len(captions) < CHUNK:
         scene = sample_scene(rng)
         caption = caption_of(scene)
         if not is_held_out(caption):
-            pictures[len(captions)] = np.asarray(render(scene, rng=rng))
+            images[len(captions)] = np.asarray(render(scene, rng=rng))
             captions.append(caption)
-    return pictures, captions
+    return images, captions
