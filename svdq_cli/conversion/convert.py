@@ -20,11 +20,11 @@ from svdq_cli.calibration.parts import PartFolder
 from svdq_cli.calibration.prompts import prompts_digest
 from svdq_cli.checkpoint.check import WEIGHT_ERROR
 from svdq_cli.checkpoint.reader import MOVED_MEANS
-from svdq_cli.checkpoint.writer import Contents
+from svdq_cli.checkpoint.writer import Contents, report_path
 from svdq_cli.conversion.allocation import allocate_ranks, generates_for_gains
 from svdq_cli.conversion.block_forecast import tuned_bytes
 from svdq_cli.conversion.calibrate import BEGUN, calibration_run_of, collect_calibration
-from svdq_cli.conversion.card import model_card
+from svdq_cli.conversion.card import card_path, model_card
 from svdq_cli.conversion.memory import reserved_ram
 from svdq_cli.conversion.move_means import with_means_moved
 from svdq_cli.conversion.predict import disk_bytes, forecast_of, require_memory, uses_prompts, work_bytes
@@ -317,8 +317,11 @@ def _work_of(job: Job) -> Iterator[WorkFolder]:
         job.work, identity_of(job), options=job.options, stage="convert", kept=kept, observe=job.observe
     ) as work:
         if job.options.resume or job.options.overwrite:
-            for path in job.paths:
+            for target, path in zip(job.prepared.targets, job.paths, strict=True):
                 remove_leftovers(path)
+                if target.format.single_file:
+                    remove_leftovers(report_path(path, target.format))
+                    remove_leftovers(card_path(path))
         yield work
 
 

@@ -74,7 +74,7 @@ def built_library(isa: InstructionSet, *, cache: Path | None = None) -> Path:
         raise EnvironmentLacksError(
             "no C++ compiler was found for svdq's CPU engine", hint=INSTALL_HINT, kind="no-compiler"
         )
-    path = folder / f"engine-{isa.name}-{_key(flags, compiler)}{_SUFFIX}"
+    path = folder / f"engine-{isa.name}-{_key((*flags, *_libraries(compiler)), compiler)}{_SUFFIX}"
     if not path.is_file():
         with cache_errors(folder, "svdq's CPU engine"):
             folder.mkdir(parents=True, exist_ok=True)
@@ -92,6 +92,11 @@ def sources() -> Mapping[str, str]:
 
 def _platform_flags() -> tuple[str, ...]:
     return () if sys.platform == "win32" else ("-fPIC", "-pthread")
+
+
+def _libraries(compiler: Compiler) -> tuple[str, ...]:
+    """`gcc` and `clang` compile C++ and leave its library out; `g++` and `clang++` take it twice without harm."""
+    return ("-lstdc++",) if sys.platform == "linux" and "ziglang" not in compiler.command else ()
 
 
 def _key(flags: tuple[str, ...], compiler: Compiler) -> str:
@@ -116,6 +121,7 @@ def _compile(compiler: Compiler, flags: tuple[str, ...], path: Path) -> None:
         for name, text in sources().items():
             (Path(folder) / name).write_text(text, encoding="utf-8")
         command = [*compiler.command, *flags, "-o", str(made), str(Path(folder) / SOURCE)]
+        command += _libraries(compiler)  # behind the source: a linker drops what nothing has asked for yet
         try:
             done = subprocess.run(
                 command, capture_output=True, text=True, timeout=_COMPILE_SECONDS, check=False

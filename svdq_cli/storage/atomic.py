@@ -11,11 +11,10 @@ import errno
 import os
 import re
 import shutil
+import sys
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-
-from safetensors import SafetensorError
 
 from svdq_cli.errors import EnvironmentLacksError, OutOfResourcesError, UsageError, as_full_disk, errno_of
 
@@ -158,12 +157,18 @@ def remove_leftovers(path: Path) -> None:
             _remove(other)
 
 
+def _write_errors() -> tuple[type[Exception], ...]:
+    """What a failed write raises: also safetensors' own error, which only comes where safetensors was imported."""
+    safetensors = sys.modules.get("safetensors")
+    return (OSError, safetensors.SafetensorError) if safetensors else (OSError,)
+
+
 @contextmanager
 def disk_errors(path: Path, *, option: str = "-o") -> Generator[None, None, None]:
     """Turn the system's disk errors into svdq's, naming the output and the cure. `option` chose the place."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except _write_errors() as error:
         if full := as_full_disk(error, path, hint=f"free some space, or write to another disk with {option}"):
             raise full from error
         number = errno_of(error)

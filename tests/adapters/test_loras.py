@@ -143,7 +143,7 @@ def test_merging_before_or_after_writing_the_model_is_the_same_conversion(tiny_f
     merged = merge_loras(open_source(tiny_flux), [(tmp_path / "lora.safetensors", 0.25)])
     state = {name: read_tensor(merged, name).contiguous() for name in merged.tensors}
     save_file(state, tmp_path / "merged.safetensors")
-    common = {"effort": "datafree", "rank": 16}
+    common = {"quantization.effort": "datafree", "quantization.rank": 16}
     lora = Lora(path=str(tmp_path / "lora.safetensors"), weight=0.25)
     first = with_overrides(default_recipe(str(tiny_flux)), {"model.loras": [lora], **common})  # type: ignore[arg-type]
     second = with_overrides(

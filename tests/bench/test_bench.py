@@ -133,6 +133,7 @@ def test_every_shape_is_measured_in_every_way_beside_both_baselines(report: Benc
         ("odd", "linear", "torch", "float32", None),
         ("odd", "linear", "torch", "bfloat16", None),
         ("odd", "gemm", "torch", "int8", None),
+        ("odd", "linear", "torch", "w4a16 int4", None),
         *(("odd", "w4a4 linear", "reference", name, 16) for name in ("int4", "nvfp4")),
         *(("odd", "linear", "fused", name, 16) for name in ("int4", "nvfp4")),
         *(("odd", "linear", "no-branch", name, 0) for name in ("int4", "nvfp4")),

@@ -35,7 +35,7 @@ def test_a_caption_reads_back_as_its_scene(long):
     "text", ["", "a cat", "a small red circle on white", "a small pink circle above on white"]
 )
 def test_text_outside_the_world_is_named_in_the_error(text):
-    with pytest.raises(InputError, match="no known"):
+    with pytest.raises(InputError, match="unknown"):
         parse_caption(text)
 
 
