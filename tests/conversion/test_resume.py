@@ -465,7 +465,7 @@ from svdq_cli.conversion.convert import convert
 from svdq_cli.reconstruct import tuning
 from tests.conversion.test_resume import CPU, Path, best_recipe
 tuning.STEPS, tuning.JUDGE_EVERY = 4, 2
-tune_blocks.passages_room = lambda *_: 0
+tune_blocks.hidden_state_bytes = lambda *_: 0
 def kill(event):
     if event.stage == "reconstruct" and event.kind == "advance":
         os.kill(os.getpid(), signal.SIGKILL)
