@@ -116,7 +116,7 @@ def where_it_fits(
     """What `attempt` makes of the layer group named after `layer`, with the first placement that fits in memory.
 
     `let_go` frees whatever the layer group can do without; `stage` names the events; `reserved` as `free_ram` takes it.
-    Raises OutOfResourcesError when not one way has the memory; NoRoomBeside when the first has none and others are
+    Raises OutOfResourcesError when not one way has the memory; NoMemoryAlongside when the first has none and others are
     solved meanwhile, so that it is not `alone`.
     """
     every = placements_on(device)

@@ -55,7 +55,7 @@ def map_concurrently(
     """Every item with what `make(item, alone)` makes of it, as they are done. One is taken from `items` when no more
     than `threads` are being made or wait for the caller. Where `beside(busy, following)` finds no room for one more, it
     waits until enough of the others are taken; where `make` finds none, which was not `alone` when it was started and
-    raises NoRoomBeside, until all of them are, and nothing is started next to it then. What else `make` raises is
+    raises NoMemoryAlongside, until all of them are, and nothing is started next to it then. What else `make` raises is
     raised here. Where the caller leaves before the end, what is still being made ends at its next `end_if_left`."""
     left = threading.Event()
     maker = _threads(threads, "beside", left)

@@ -1,4 +1,4 @@
-"""What a GPU's benchmark measures, run on a CPU: the kernels' twins, the baselines that a CPU has, a small step."""
+"""What a GPU's benchmark measures, run on a CPU: the kernels' references, baselines that a CPU has, a step."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def whole(tiny_flux: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[by
 
 
 def solve_with(monkeypatch: pytest.MonkeyPatch, allocator: Callable[[int], Allocations]) -> None:
-    """Every portion is solved with an allocator of its own. `allocator` is told which attempt it is for, from 1."""
+    """Every layer group is solved with an allocator of its own. `allocator` is told which attempt it is for, from 1."""
     attempts: Counter[str] = Counter()
     solve = solve_layers.solve_input
 
@@ -200,7 +200,7 @@ def test_out_of_memory_for_good_ends_with_code_5_and_names_the_layer(
 def test_host_memory_that_shrinks_ends_the_run_before_it_is_gone(
     tiny_flux: Path, whole: tuple[bytes, ConvertReport], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Another process takes the memory after three portions; the run ends, and goes on once there is some again."""
+    """Another process takes the memory after three layer groups; the run ends, and goes on once there is some again."""
     kept = tmp_path / ".out.work/layers"
 
     def left() -> int:
@@ -284,7 +284,7 @@ def test_beside_others_a_layer_group_takes_no_less_and_waits_for_them_instead(
 
 
 def test_what_the_process_grows_by_is_not_counted_twice(monkeypatch: pytest.MonkeyPatch):
-    """A portion that `--max-ram` had room for when the work began has it later, too."""
+    """A layer group that `--max-ram` had room for when the work began has it later, too."""
     held = [300 * 2**20]
     monkeypatch.setattr(memory, "resident_ram", lambda: held[0])
     options = RunOptions(device="cpu", max_ram=400 * 2**20)

@@ -1,4 +1,4 @@
-"""Random packed layers and inputs for kernel tests, and what counts as agreement with a twin."""
+"""Random packed layers and inputs for kernel tests, and what counts as agreement with a reference."""
 
 from __future__ import annotations
 

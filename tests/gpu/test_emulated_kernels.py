@@ -1,4 +1,4 @@
-"""Every kernel's own source, run on the CPU lane by lane, against its torch twin."""
+"""Every kernel's own source, run on the CPU lane by lane, against its torch reference."""
 
 from __future__ import annotations
 

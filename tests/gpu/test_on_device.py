@@ -1,4 +1,4 @@
-"""The kernels on the GPU that is here, against their twins. Skipped without one, unless SVDQ_REQUIRE_GPU=1."""
+"""The kernels on the GPU that is here, against their references. Skipped without one, unless SVDQ_REQUIRE_GPU=1."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Hopper's own kernels, their source run on the CPU, against their torch twins: fibers for threads, bulk copies that
-happen at once or as late as they may, products that are computed when they are waited for."""
+"""Hopper's own kernels, their source run on the CPU, against their torch references: fibers for threads, bulk copies
+that happen at once or as late as they may, products that are computed when they are waited for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hopper's own kernels on the GPU that is here, against their twins. Skipped without a Hopper, unless
+"""Hopper's own kernels on the GPU that is here, against their references. Skipped without a Hopper, unless
 SVDQ_REQUIRE_GPU=1. The self-tests of these kernels are in test_on_device.py with all others."""
 
 from __future__ import annotations
