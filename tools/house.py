@@ -25,7 +25,8 @@ LONGEST = 60
 LIMITS = {
     "loose_modules": 4,
     "rooms": 33,  # with metrics/, below recipe/, whose gates speak of every metric; and experimental/
-    "arrows": 230,
+    # One more since rooms take their files from storage/, where each wrote them in its own way
+    "arrows": 231,
     "circles": 0,
     "long_functions": 9,  # one is python_api.convert, whose signature and docstring alone take 60 lines
     "without_shapes": 0,
