@@ -23,7 +23,7 @@ from svdq_cli.records import Int4, Linear, NvFp4, Precision, W4A4Plan, W4A4Solut
 from svdq_cli.runtime.cpu_fused import CpuW4A4Linear, FeedForwardBesideAttention, cpu_linear
 from svdq_cli.runtime.fused import fused_linear
 from svdq_cli.runtime.kernel_linear import fused_feed_forward
-from svdq_cli.system.allocator import free_tensors_at_once
+from svdq_cli.system.allocator import free_tensors_at_once, keep_freed_memory
 
 DTYPE = torch.bfloat16
 HEAD_GROUPS = 3  # of a converted single block, whose q, k and v are in memory at a time
@@ -113,6 +113,8 @@ def _rows(model: nn.Module, name: str, settings: StepSettings, before: int) -> I
     inputs = _inputs(settings)
     for mode, call in _ways(model, inputs, settings):
         peak = _peak_bytes(call, settings.device, before)
+        if settings.own_processes:
+            keep_freed_memory()  # times are those of a command, which lets the next tensor have what the last one took
         us = measure([call], seconds=settings.seconds, device=settings.device)
         yield StepRow(
             model=settings.shape.name,
