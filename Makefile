@@ -22,7 +22,7 @@ help: ## this list
 
 setup: $(STAMP)
 
-demo: $(STAMP) ## the whole job on the embedded model: pictures, figures, report in svdq-demo/
+demo: $(STAMP) ## the whole job on the embedded model: images, metrics, report in svdq-demo/
 	$(BIN)/svdq demo -o svdq-demo --overwrite
 
 test: $(STAMP) ## the tests

@@ -1,4 +1,8 @@
-"""Webdataset shards: tar files in which the members of one name up to its first dot are one sample."""
+"""Webdataset shards: tar files in which the members of one name up to its first dot are one sample.
+
+`datasets` reads them too, but refuses a shard in which one sample lacks its caption or has another kind of file, which
+people's shards have.
+"""
 
 from __future__ import annotations
 

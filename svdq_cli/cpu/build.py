@@ -95,7 +95,8 @@ def _platform_flags() -> tuple[str, ...]:
 
 
 def _libraries(compiler: Compiler) -> tuple[str, ...]:
-    """`gcc` and `clang` compile C++ and leave its library out; `g++` and `clang++` take it twice without harm."""
+    """`gcc` and `clang`, which `CXX` may name, compile C++ and leave its library out; `g++` and `clang++` take it twice
+    without harm."""
     return ("-lstdc++",) if sys.platform == "linux" and "ziglang" not in compiler.command else ()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -89,6 +91,21 @@ def test_the_engine_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert [each.name for each in tmp_path.iterdir()] == [path.name], "nothing else is left"
     monkeypatch.setattr(build, "_compile", lambda *_: pytest.fail("compiled again"))
     assert built_library(BY_NAME["scalar"], cache=tmp_path) == path
+
+
+@pytest.mark.parametrize("command", ["g++", "gcc", "clang++", "clang"])
+def test_the_engine_brings_the_libraries_that_it_needs(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """peft sets `CXX` to gcc when a BOFT adapter is made; gcc does not link C++'s library by itself, and torch has it
+    loaded in some processes and not in others."""
+    if shutil.which(command) is None:
+        pytest.skip(f"needs {command}")
+    monkeypatch.setattr(build, "find_compiler", lambda: Compiler((command,), command))
+    path = built_library(BY_NAME["scalar"], cache=tmp_path)
+    program = f"import ctypes; ctypes.CDLL({str(path)!r})"
+    done = subprocess.run([sys.executable, "-I", "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_compiler_that_fails_is_named_with_what_it_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
