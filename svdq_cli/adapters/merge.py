@@ -15,35 +15,18 @@ from svdq_cli.adapters.updates import WeightChange
 from svdq_cli.errors import InputError
 from svdq_cli.source.denoisers import component_of
 from svdq_cli.source.model import Source
-from svdq_cli.source.tensors import TensorEntry
+from svdq_cli.source.tensors import ChangedTensor, TensorEntry
 
 _LAST = threading.local()  # the tensor that a thread has read rows of last, and its changes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class MergedTensor:
+class MergedTensor(ChangedTensor):
     """A tensor plus what adapters add to it, each times its strength, in float32: rounding to 16 bits would lose what a
     small update adds. Every change is that of the tensor as it was, so that their order says nothing."""
 
-    entry: TensorEntry
     changes: tuple[tuple[StoredChange | Tensor, float], ...]  # a Tensor: of a bias or a norm
     model: Mapping[str, TensorEntry]  # every tensor as it was
-
-    @property
-    def file(self) -> Path:
-        return self.entry.file
-
-    @property
-    def origin(self) -> str:
-        return self.entry.origin
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.entry.shape
-
-    @property
-    def dtype(self) -> str:
-        return "F32"
 
     def read(self) -> Tensor:
         return self.read_rows(0, self.shape[0])

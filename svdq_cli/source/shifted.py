@@ -3,35 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch import Tensor
 
-from svdq_cli.source.tensors import TensorEntry
+from svdq_cli.source.tensors import ChangedTensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class ShiftedTensor:
+class ShiftedTensor(ChangedTensor):
     """A source's tensor with `values` (float32, of its shape) in its place."""
 
-    entry: TensorEntry
     values: Tensor
-
-    @property
-    def file(self) -> Path:
-        return self.entry.file
-
-    @property
-    def origin(self) -> str:
-        return self.entry.origin
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.entry.shape
-
-    @property
-    def dtype(self) -> str:
-        return "F32"
 
     def read(self) -> Tensor:
         return self.values
