@@ -59,7 +59,7 @@ bench-peers-cpu: $(STAMP) ## the CPU engine beside ggml's Q4_0 and Q8_0 (builds 
 	@test -e $(GGML)/src/libggml-cpu.so || sh tools/build_ggml.sh $(BIN)/python "$(PEER_SOURCES)" $(GGML)
 	SVDQ_GGML=$(GGML)/src $(BIN)/python -m svdq_cli bench --device cpu $(PEERS)
 
-classes: $(STAMP) ## what becomes of every transformer that diffusers has: docs/families/classes.md (ten minutes)
+classes: $(STAMP) ## what becomes of every transformer that diffusers has: docs/families/classes.md (three minutes)
 	$(BIN)/python -m tools.model_classes
 
 findings: ## the surprises about other software in findings/, each with pinned packages of its own (half an hour)

@@ -7,12 +7,12 @@ groups of G inputs (64 for int4, 16 for nvfp4), for a row x of the activation:
 
 | operand | shape | int4 | nvfp4 |
 |---|---|---|---|
-| codes | (N, K) | -8..7 (svdq writes -8 too) | e2m1: 0, ½, 1, 1½, 2, 3, 4, 6 and a sign |
+| codes | (N, K) | -8..7 | e2m1: 0, ½, 1, 1½, 2, 3, 4, 6 and a sign |
 | scales | (N, K/G) | 16-bit, of either sign | float8 e4m3, positive |
 | outer | (1,) or (N,) | none | 16-bit |
-| smooth | (K,) | 16-bit, nonzero | the same |
-| down, up | (R, K), (N, R) | 16-bit | the same |
-| bias | (N,) | 16-bit, or none | the same |
+| smooth | (K,) | 16-bit, nonzero | 16-bit, nonzero |
+| down, up | (R, K), (N, R) | 16-bit | 16-bit |
+| bias | (N,) | 16-bit, or none | 16-bit, or none |
 
 q quantizes each group of a row by its largest magnitude m: int4 to -7..7 with the scale m / 7 in 16 bits (to 0..15 with
 m / 15, after adding `GELU_SHIFT`, where `LayoutTraits.unsigned`), nvfp4 to e2m1 with m / 6 in e4m3. The branch reads x

@@ -11,7 +11,7 @@ import pytest
 from pydantic import ValidationError
 
 from svdq_cli.families.layouts import LAYOUTS
-from svdq_cli.formats import DEFAULT, NAMES, all_formats
+from svdq_cli.formats import DEFAULT, NAMES, all_formats, contract
 from svdq_cli.recipe import Output
 from tests.formats.test_damage import PARTS
 
@@ -53,3 +53,12 @@ def test_naming_the_formats_loads_no_torch():
     """The command line names them in its help, which has to be there at once."""
     program = "import sys; from svdq_cli.formats import NAMES; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_the_operands_of_the_page_are_those_of_the_contract():
+    def operands(text: str) -> list[str]:
+        return re.findall(r"^\| .*\|$", text.partition("| operand |")[2].partition("\n\n")[0], re.MULTILINE)
+
+    page = (ROOT / "docs/formats/README.md").read_text(encoding="utf-8")
+    assert operands(page) == operands(contract.__doc__ or "")
+    assert len(operands(page)) == 6
