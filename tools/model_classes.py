@@ -16,16 +16,17 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from svdq_cli.entrypoints.inspect import inspect_source
+from svdq_cli.entrypoints.inspect import inspect_prepared
 from svdq_cli.errors import SvdqError
 from svdq_cli.planning.blocks import places_of
 from svdq_cli.planning.structure import STRUCTURAL
+from svdq_cli.prepare.plan_warnings import kept_warnings
+from svdq_cli.prepare.prepare import prepare
 from svdq_cli.recipe import default_recipe
 from svdq_cli.reports import InspectReport
 from tools.model_class_facts import CONFIGS, EXPECTED
 
 PAGE = Path(__file__).parents[1] / "docs/families/classes.md"
-_UNSEEN = "no forward pass"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,7 @@ class Row:
     name: str
     note: str
     report: InspectReport | None = None
+    by_names: bool = False  # no forward pass showed what its layers are
     wrong: tuple[str, ...] = ()
 
     @property
@@ -43,7 +45,7 @@ class Row:
             return "none"
         if self.report.family != STRUCTURAL:
             return f"family {self.report.family}"
-        return "by names" if _UNSEEN in " ".join(self.report.warnings) else "seen"
+        return "by names" if self.by_names else "seen"
 
 
 _DENOISER = re.compile("Transformer|UNet|UVit|DiT")
@@ -62,11 +64,12 @@ def row_of(name: str, folder: Path) -> Row:
     path = folder / "config.json"
     path.write_text(json.dumps({"_class_name": name, **CONFIGS.get(name, {})}))
     try:
-        report = inspect_source(default_recipe(str(path)))
+        prepared = prepare(default_recipe(str(path)))
     except SvdqError as error:
         return Row(name, str(error).removeprefix(f"{path}: ").removeprefix(f"{folder}: "))
-    notes = [warning for warning in report.warnings if "chosen from the module structure" not in warning]
-    return Row(name, "; ".join(notes), report, tuple(wrong_in(name, report)))
+    notes = (*prepared.source.warnings, *kept_warnings(prepared.plan, prepared.inventory))
+    report = inspect_prepared(prepared)
+    return Row(name, "; ".join(notes), report, prepared.plan.by_names, tuple(wrong_in(name, report)))
 
 
 def wrong_in(name: str, report: InspectReport) -> Iterator[str]:

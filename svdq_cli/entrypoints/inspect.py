@@ -8,14 +8,19 @@ from svdq_cli.checkpoint.reader import open_checkpoint
 from svdq_cli.prepare.facts import inspect_layer, predicted_sizes, sizes_of
 from svdq_cli.prepare.options import DEFAULT_OPTIONS, RunOptions
 from svdq_cli.prepare.plan_warnings import plan_warnings
-from svdq_cli.prepare.prepare import prepare
+from svdq_cli.prepare.prepare import Prepared, prepare
 from svdq_cli.recipe import Recipe
 from svdq_cli.reports import InspectReport
 
 
 def inspect_source(recipe: Recipe, *, options: RunOptions = DEFAULT_OPTIONS) -> InspectReport:
     """What becomes of each layer of a 16-bit model."""
-    prepared = prepare(recipe, beside=options.beside)
+    return inspect_prepared(prepare(recipe, beside=options.beside))
+
+
+def inspect_prepared(prepared: Prepared) -> InspectReport:
+    """What becomes of each layer of a model that is planned already."""
+    quantization = prepared.recipe.quantization
     planned = {layer.name: layer for layer in prepared.plan.layers}
     input_of = {name: shared.name for shared in prepared.plan.inputs for name in shared.layers}
     return InspectReport(
@@ -23,8 +28,8 @@ def inspect_source(recipe: Recipe, *, options: RunOptions = DEFAULT_OPTIONS) -> 
         family=prepared.plan.family,
         model_class=prepared.plan.model_class,
         format=prepared.targets[0].format.name,
-        precision=recipe.quantization.precision,
-        rank=int(recipe.quantization.rank),
+        precision=quantization.precision,
+        rank=int(quantization.rank),
         parameters=prepared.plan.parameters,
         layers=tuple(
             inspect_layer(linear, planned.get(linear.name), input_of) for linear in prepared.inventory.linears

@@ -17,7 +17,12 @@ _MANY_WEIGHTS = 0.05  # of all, from which on it is said that they stay at 16 bi
 def plan_warnings(plan: ModelPlan, inventory: Inventory) -> tuple[str, ...]:
     """Warnings about a plan, shared by `inspect`, `convert --plan` and `convert`."""
     structural = [_structural_warning(plan)] if plan.family == STRUCTURAL else []
-    return (*structural, *_kept_in_blocks(plan, inventory), *_weights_without_a_layer(plan, inventory))
+    return (*structural, *kept_warnings(plan, inventory))
+
+
+def kept_warnings(plan: ModelPlan, inventory: Inventory) -> tuple[str, ...]:
+    """Of these, what stays at 16 bits, and why."""
+    return (*_kept_in_blocks(plan, inventory), *_weights_without_a_layer(plan, inventory))
 
 
 def _structural_warning(plan: ModelPlan) -> str:

@@ -16,6 +16,10 @@ def test_a_class_is_seen_and_planned_as_its_source_says(name: str, tmp_path: Pat
     assert (row.plan, row.wrong) == ("seen", ())
 
 
+def test_a_class_without_a_forward_pass_is_said_to_be_planned_by_names(tmp_path: Path):
+    assert row_of("MotionAdapter", tmp_path).plan == "by names"
+
+
 def test_a_role_that_the_source_does_not_call_for_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     row = row_of("UVit2DModel", tmp_path)
     assert row.report is not None
