@@ -46,9 +46,14 @@ _CHAT = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 def tiny_pipeline(family: str, folder: Path, *, seed: int = 0) -> Path:
     """Writes the tiny pipeline of that name (a key of `PIPELINES`) and returns its folder."""
+    return save_tiny(PIPELINES[family], folder, seed=seed)
+
+
+def save_tiny(make: Callable[[], diffusers.DiffusionPipeline], folder: Path, *, seed: int = 0) -> Path:
+    """Writes a pipeline with random weights that keep the variance of what they read, and returns its folder."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        pipe = PIPELINES[family]()
+        pipe = make()
         for name in ("transformer", "transformer_2", "unet"):
             if (model := getattr(pipe, name, None)) is not None:
                 _keep_variance(model)

@@ -62,6 +62,8 @@ def join_layers(module: StoredModule, solutions: Mapping[str, LayerSolution]) ->
 
 def kept_tensor(tensor: KeptTensor, parts: list[Tensor]) -> Tensor:
     """The stored tensor of the model's. Of the shape in the file, any shape."""
+    if tensor.experts:
+        return torch.stack([part.T for part in parts])
     joined = parts[0] if len(parts) == 1 else torch.cat(parts)
     sources = row_sources(tensor.order, len(joined))
     ordered = joined if sources is None else joined[torch.tensor(sources)]
@@ -69,8 +71,8 @@ def kept_tensor(tensor: KeptTensor, parts: list[Tensor]) -> Tensor:
 
 
 def source_tensor(tensor: KeptTensor, stored: Tensor, shapes: list[tuple[int, ...]], index: int) -> Tensor:
-    """The model's tensor at `index` of a stored one; `shapes` are those of all. The inverse of `kept_tensor`. Any
-    shape."""
+    """The model's tensor at `index` of a stored one; `shapes` are those of all. The inverse of `kept_tensor`, but
+    for experts, which are read one at a time (`source.SliceTensor`). Any shape."""
     if tensor.channels_last:
         stored = stored.movedim(-1, 1)
     sources = row_sources(tensor.order, len(stored))

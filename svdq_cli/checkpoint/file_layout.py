@@ -6,7 +6,7 @@ A stored module is one layer under its own name, several stacked by rows (a fuse
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -49,11 +49,13 @@ class StoredModule:
 
 @dataclass(frozen=True, slots=True)
 class KeptTensor:
-    """A stored 16-bit tensor: the model's tensors under one another, their rows in `order`."""
+    """A stored 16-bit tensor: the model's tensors under one another, their rows in `order`; or the matrices (N, K) of
+    `experts`, stored as one (E, K, N)."""
 
     sources: tuple[str, ...]
     order: RowOrder = STACKED
     channels_last: bool = False
+    experts: bool = False
 
 
 EMPTY = TensorSpec((0,), torch.float32)  # of a marker
@@ -65,6 +67,9 @@ class FileLayout:
 
     modules: tuple[StoredModule, ...]
     kept: Mapping[str, KeptTensor]  # by stored name
+    _parts: dict[str, tuple[StoredModule, ...]] = field(
+        default_factory=dict[str, tuple[StoredModule, ...]], init=False, compare=False
+    )
 
     @property
     def layers(self) -> tuple[LayerPlan, ...]:
@@ -73,7 +78,11 @@ class FileLayout:
 
     def parts_of(self, layer: str) -> tuple[StoredModule, ...]:
         """The modules that hold a layer, in the order of its columns."""
-        return tuple(m for m in self.modules if any(plan.name == layer for plan in m.layers))
+        if not self._parts:  # a model of experts has thousands of layers
+            for module in self.modules:
+                for plan in module.layers:
+                    self._parts[plan.name] = (*self._parts.get(plan.name, ()), module)
+        return self._parts.get(layer, ())
 
 
 def kept_shapes(file: FileLayout, state: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
@@ -81,6 +90,9 @@ def kept_shapes(file: FileLayout, state: Mapping[str, tuple[int, ...]]) -> dict[
     found: dict[str, tuple[int, ...]] = {}
     for name, tensor in file.kept.items():
         shapes = [state[source] for source in tensor.sources]
+        if tensor.experts:
+            found[name] = (len(shapes), *reversed(shapes[0]))
+            continue
         rest = shapes[0][1:]
         if tensor.channels_last:
             rest = (*rest[1:], rest[0])

@@ -5,7 +5,7 @@ All of it is known before a number is: `checkpoint.assembly` moves the numbers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from svdq_cli.checkpoint.file_layout import (
@@ -27,7 +27,7 @@ from svdq_cli.families.layouts.layout import (
 from svdq_cli.formats.contract import Format, LayoutTraits
 from svdq_cli.planning.joint import with_name
 from svdq_cli.records import Int4, LayerPlan, Linear, ModelPlan, W4A4Plan, W4A16Plan
-from svdq_cli.source import by_component, prefix_of
+from svdq_cli.source import by_component, prefix_of, stacks_of
 
 
 def marker_names(layout: ModelLayout | None, config: Mapping[str, object]) -> tuple[str, ...]:
@@ -57,7 +57,7 @@ def lay_out(
             StoredModule(layer, ((layer,),)) for layer in layers if fmt.unsupported_reason(layer) is None
         )
         names = {module.name for module in own}
-        return FileLayout(own, {n: KeptTensor((n,)) for n in state if _module_of(n) not in names})
+        return FileLayout(own, _kept_as_they_are([n for n in state if _module_of(n) not in names], state))
     modules: list[StoredModule] = []
     kept: dict[str, KeptTensor] = {}
     for block, stored_prefix, prefix in _blocks(layout, state):
@@ -80,6 +80,15 @@ def lay_out(
         )
     kept |= {name: KeptTensor((name,)) for name in rest}
     return FileLayout(tuple(modules), {n: t for n, t in kept.items() if _at_16_bits(t, quantized)})
+
+
+def _kept_as_they_are(names: Sequence[str], state: Mapping[str, tuple[int, ...]]) -> dict[str, KeptTensor]:
+    """16-bit tensors under their own names. Experts of which none is in 4 bits are stacked, as diffusers has them."""
+    kept = stacks_of(names)
+    whole = {stack: weights for stack, weights in stacks_of(state).items() if kept.get(stack) == weights}
+    stacked = {weight for weights in whole.values() for weight in weights}
+    found = {name: KeptTensor((name,)) for name in names if name not in stacked}
+    return found | {stack: KeptTensor(weights, experts=True) for stack, weights in whole.items()}
 
 
 def lay_out_denoisers(

@@ -55,8 +55,10 @@ from svdq_cli.source import (
     prefix_of,
     read_header,
     read_tensor,
+    tensor_entry,
 )
 from svdq_cli.source.means import MovedMean, means_by_layer, moved_of_json, without_means
+from svdq_cli.source.tensors import SliceTensor
 from svdq_cli.storage.headers import header_metadata
 from svdq_cli.storage.tensor_file import TensorSpec
 
@@ -142,9 +144,12 @@ class Checkpoint:
         """One of the model's 16-bit tensors. Of any shape, the model's own."""
         for stored, tensor in self.file.kept.items():
             if name in tensor.sources:
+                index = tensor.sources.index(name)
+                if tensor.experts:
+                    return SliceTensor(tensor_entry(self.source, stored), index).read()
                 shapes = [self.state[source] for source in tensor.sources]
                 found = read_tensor(self.source, stored)
-                return source_tensor(tensor, found, shapes, tensor.sources.index(name))
+                return source_tensor(tensor, found, shapes, index)
         raise InputError(f"{self.source.path}: no 16-bit tensor {name}", where=name)
 
     def solution(self, plan: LayerPlan) -> LayerSolution:

@@ -15,6 +15,7 @@ from svdq_cli import __version__
 from svdq_cli.checkpoint.reader import Checkpoint
 from svdq_cli.prepare.locate import hub_id
 from svdq_cli.reports import ConvertReport, LoraFacts, to_json
+from svdq_cli.source import is_expert
 from svdq_cli.storage.json_files import read_json
 from svdq_cli.text import cell, number, table
 
@@ -80,7 +81,9 @@ def _derived_body(checkpoint: Checkpoint, facts: DerivedFacts, base_model: str |
         named = [(PurePath(lora.path).name, f"{lora.weight:g}", lora.sha256) for lora in facts.loras]
         yield from table(("LoRA", "weight", "sha256"), named)
         yield ""
-    yield from _loading([facts.format] if facts.single_file else [], pipeline=not facts.single_file)
+    layers = [layer.name for layer in checkpoint.layers]
+    single = [facts.format] if facts.single_file else []
+    yield from _loading(single, pipeline=not facts.single_file, experts=any(map(is_expert, layers)))
     yield ""
     yield _PROVENANCE
 
@@ -141,7 +144,8 @@ def _body(report: ConvertReport, base_model: str | None) -> Iterator[str]:
     yield from table(("", ""), list(_facts(report)))
     yield ""
     single = [output.format for output in report.outputs if output.path.endswith(".safetensors")]
-    yield from _loading(single, pipeline=len(single) < len(report.outputs))
+    experts = any(map(is_expert, report.layer_sqnr_db.per_layer))
+    yield from _loading(single, pipeline=len(single) < len(report.outputs), experts=experts)
     yield ""
     worst = sorted(report.layer_sqnr_db.per_layer.items(), key=lambda item: item[1])[:WORST_LAYERS]
     yield from table(("worst layers", "SQNR (dB)"), [(name, number(value)) for name, value in worst])
@@ -181,11 +185,15 @@ def _model(report: ConvertReport) -> Mapping[str, object]:
     return model
 
 
-def _loading(single: Sequence[str], *, pipeline: bool) -> Iterator[str]:
-    """`single`: the formats of the outputs that are single files; `pipeline`: whether one is a pipeline folder."""
+def _loading(single: Sequence[str], *, pipeline: bool, experts: bool) -> Iterator[str]:
+    """`single`: the formats of the outputs that are single files; `pipeline`: whether one is a pipeline folder;
+    `experts`: whether layers are experts that diffusers stacks in one tensor, so that it can't load them."""
     yield "## How to load it"
     yield ""
-    if pipeline:
+    if experts:
+        yield "Its experts are layers of their own, for which diffusers' own loader has no place; svdq runs them:"
+        base = "" if pipeline else ', base="PIPELINE_FOLDER"'
+    elif pipeline:
         yield "Where diffusers' 4-bit runtime runs (diffusers 0.42 and later with `kernels`; NVIDIA GPUs but Hopper's)."
         yield "diffusers downloads its kernels from a repository on the Hub, and asks you to allow that code to run:"
         yield ""

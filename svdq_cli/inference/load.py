@@ -29,7 +29,14 @@ from svdq_cli.runtime.operands import unsupported_reason
 from svdq_cli.runtime.replace import fuse_feed_forwards, replace_linears, share_quantizers
 from svdq_cli.sampling import sampling_of, with_call_defaults
 from svdq_cli.sampling.schedulers import scheduler_with
-from svdq_cli.source import Source, by_component, denoisers_of, has_settings, read_tensor
+from svdq_cli.source import (
+    Source,
+    by_component,
+    denoisers_of,
+    has_settings,
+    read_tensor,
+    take_experts_apart,
+)
 from svdq_cli.source.classes import model_class
 from svdq_cli.system.offload import WeightBudget, fill, fill_beside, weights_bytes
 
@@ -251,9 +258,11 @@ def _unfilled(source: Source, class_name: str) -> nn.Module:
     from accelerate import init_empty_weights
 
     with init_empty_weights(include_buffers=False):
-        return model_class(class_name, where=str(source.path)).from_config(
+        model = model_class(class_name, where=str(source.path)).from_config(
             {key: value for key, value in source.config.items() if key != "quantization_config"}
         )
+    take_experts_apart(model)
+    return model
 
 
 def load_model(

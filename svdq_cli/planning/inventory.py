@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from svdq_cli.errors import InputError
 from svdq_cli.families import Family
 from svdq_cli.records import Linear
-from svdq_cli.source import Source, denoisers_of
+from svdq_cli.source import Source, denoisers_of, take_experts_apart
 from svdq_cli.source.classes import arguments_of, empty_instance
 from svdq_cli.storage.library_facts import library_fact
 
@@ -59,8 +59,13 @@ def _joined(first: Inventory, others: Mapping[str, Inventory]) -> Inventory:
 
 def empty_model(source: Source, family: Family | None) -> nn.Module:
     """An instance of the class of the source's (first) denoiser on torch's meta device: shapes without memory."""
-    class_name, config = model_config(source, family)
-    return empty_instance(class_name, config, str(source.path))
+    return _empty(*model_config(source, family), str(source.path))
+
+
+def _empty(class_name: str, config: str, where: str) -> nn.Module:
+    model = empty_instance(class_name, config, where)
+    take_experts_apart(model)
+    return model
 
 
 def model_config(source: Source, family: Family | None) -> tuple[str, str]:
@@ -92,7 +97,7 @@ def _inventory(class_name: str, config: str, where: str) -> Inventory:
 
 
 def _asked_inventory(class_name: str, config: str, where: str) -> Inventory:
-    model = empty_instance(class_name, config, where)
+    model = _empty(class_name, config, where)
     return Inventory(
         model_class=type(model).__name__,  # a legacy name becomes the class that diffusers makes of it
         linears=tuple(linear for name, module in model.named_modules() if (linear := _linear(name, module))),

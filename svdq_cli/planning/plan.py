@@ -29,7 +29,7 @@ from svdq_cli.recipe import (
     SkipOverride,
 )
 from svdq_cli.records import LayerPlan, Linear, ModelPlan, Precision, SharedInput, W4A4Plan, W4A16Plan
-from svdq_cli.source import Source, denoisers_of, prefix_of
+from svdq_cli.source import Source, denoisers_of, is_expert, prefix_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -65,7 +65,8 @@ def plan_model(
     """The plan of one model. A model without a family file, or `family` "structural", gets a structural plan.
 
     `overrides`: the recipe's layer rules, in their order.
-    `supports` is the output format's say: None, or why it can't hold a layer; such a layer is kept at 16 bits.
+    `supports` is the output format's say: None, or why it can't hold a layer; such a layer is kept at 16 bits. Experts
+    that no W4A4 layer of the format fits become W4A16: they are most of a model's weights, and only svdq runs them.
     `observe` runs an empty model (of a source with one denoiser) to see what its layers read; only a structural plan
     asks.
     Raises InputError when names and rules disagree, RecipeError for an override that matches nothing.
@@ -91,6 +92,8 @@ def plan_model(
         elif linear.name in roles.w4a16:
             wanted = W4A16Plan(linear)
         unsupported_reason = supports(wanted) if wanted else None
+        if unsupported_reason and is_expert(linear.name) and supports(W4A16Plan(linear)) is None:
+            wanted, unsupported_reason = W4A16Plan(linear), None
         if unsupported_reason:
             unsupported_reasons.append(f"{linear.name}: {unsupported_reason}")
             reasons[linear.name] = unsupported_reason

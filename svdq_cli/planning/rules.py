@@ -15,13 +15,15 @@ from svdq_cli.recipe import (
     LayerOverride,
 )
 from svdq_cli.records import ModelPlan
+from svdq_cli.source import is_expert
 
 Role = Literal["w4a4", "w4a16", "kept"]
 
 
 def recipe_rules(plan: ModelPlan, inventory: Inventory) -> tuple[LayerOverride, ...]:
     """What a plan says of every layer, as rules to edit: which layers are quantized and how, which share an input,
-    which stay at 16 bits. Layers at the same place of every block are one rule."""
+    which stay at 16 bits. Layers at the same place of every block, and the
+    experts of a stack, are one rule."""
     roles: dict[str, Role] = {linear.name: "kept" for linear in inventory.linears}
     roles |= {layer.name: "w4a4" for layer in plan.w4a4}
     roles |= {layer.name: "w4a16" for layer in plan.w4a16}
@@ -39,7 +41,9 @@ def _patterns(roles: Mapping[str, Role], role: Role, stacks: Sequence[str]) -> l
     places: dict[str, list[str]] = defaultdict(list)
     for name, found in roles.items():
         if found == role:
-            places[_any_block(name, stacks)].append(name)
+            place = _any_block(name, stacks)
+            every = f"{place.rpartition('.')[0]}.*" if is_expert(name) else place
+            places[every].append(name)
     patterns: list[str] = []
     for pattern, names in places.items():
         exact = all(found == role for name, found in roles.items() if fnmatchcase(name, pattern))

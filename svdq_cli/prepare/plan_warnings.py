@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import prod
 
 from svdq_cli.planning.blocks import places_of
 from svdq_cli.planning.inventory import Inventory
 from svdq_cli.planning.structure import STRUCTURAL
-from svdq_cli.records import Linear, ModelPlan
+from svdq_cli.records import Linear, ModelPlan, W4A4Plan
+from svdq_cli.source import is_expert
 
 _MANY_WEIGHTS = 0.05  # of all, from which on it is said that they stay at 16 bits
 
@@ -17,7 +18,7 @@ _MANY_WEIGHTS = 0.05  # of all, from which on it is said that they stay at 16 bi
 def plan_warnings(plan: ModelPlan, inventory: Inventory) -> tuple[str, ...]:
     """Warnings about a plan, shared by `inspect`, `convert --plan` and `convert`."""
     structural = [_structural_warning(plan)] if plan.family == STRUCTURAL else []
-    return (*structural, *kept_warnings(plan, inventory))
+    return (*structural, *kept_warnings(plan, inventory), *_experts_warning(plan))
 
 
 def kept_warnings(plan: ModelPlan, inventory: Inventory) -> tuple[str, ...]:
@@ -37,6 +38,25 @@ def _structural_warning(plan: ModelPlan) -> str:
     )
 
 
+def _experts_warning(plan: ModelPlan) -> Iterator[str]:
+    """A warning where experts that diffusers keeps in one tensor become layers, which its own loader has no place
+    for."""
+    experts = [layer for layer in plan.layers if is_expert(layer.name)]
+    if experts:
+        share = _share(plan, [layer.linear for layer in experts])
+        w4a4 = sum(isinstance(layer, W4A4Plan) for layer in experts)
+        yield (
+            f"{share:.0%} of the weights are experts, which {plan.model_class} stacks in one tensor: they become "
+            f"{len(experts)} layers ({w4a4} W4A4, {len(experts) - w4a4} W4A16), for which diffusers' own loader has no "
+            "place; svdq generate and svdq_cli.load_pipeline run them. For a folder that diffusers loads, keep them at "
+            "16 bits: {match: '*.experts.*', keep: true} in the recipe's layers"
+        )
+
+
+def _share(plan: ModelPlan, linears: Sequence[Linear]) -> float:
+    return sum(linear.in_features * linear.out_features for linear in linears) / plan.parameters
+
+
 def _kept_in_blocks(plan: ModelPlan, inventory: Inventory) -> Iterator[str]:
     """A warning for each reason why layers of blocks stay at 16 bits."""
     places = places_of([linear.name for linear in inventory.linears])
@@ -45,7 +65,7 @@ def _kept_in_blocks(plan: ModelPlan, inventory: Inventory) -> Iterator[str]:
         if places[linear.name].stack:
             by_reason[plan.kept_because.get(linear.name, "")].append(linear)
     for reason, linears in by_reason.items():
-        share = sum(linear.in_features * linear.out_features for linear in linears) / plan.parameters
+        share = _share(plan, linears)
         count = "1 block layer" if len(linears) == 1 else f"{len(linears)} block layers"
         yield (
             f"{count} ({share:.1%} of the weights) kept at 16 bits, such as {linears[0].name}"
@@ -54,7 +74,8 @@ def _kept_in_blocks(plan: ModelPlan, inventory: Inventory) -> Iterator[str]:
 
 
 def _weights_without_a_layer(plan: ModelPlan, inventory: Inventory) -> Iterator[str]:
-    """A warning where many weights are no linear layer's, such as stacked tensors of experts."""
+    """A warning where many weights are no linear layer's, such as stacked tensors of experts that svdq does not
+    know."""
     weights = {f"{linear.name}.weight" for linear in inventory.linears}
     stacked = {name: prod(s) for name, s in inventory.state.items() if len(s) == 3 and name not in weights}
     share = sum(stacked.values()) / plan.parameters

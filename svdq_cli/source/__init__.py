@@ -12,6 +12,7 @@ from types import MappingProxyType
 from svdq_cli.errors import InputError
 from svdq_cli.source.dduf import is_dduf, open_dduf
 from svdq_cli.source.denoisers import by_component, component_of, denoisers_of, joined, only, prefix_of
+from svdq_cli.source.experts import is_expert, stacks_of, take_experts_apart, with_single_experts
 from svdq_cli.source.folders import (
     INDEX_SUFFIX,
     component_config,
@@ -61,6 +62,7 @@ __all__ = [
     "has_settings",
     "index_component",
     "is_denoiser",
+    "is_expert",
     "is_finite",
     "joined",
     "needed_settings",
@@ -72,6 +74,8 @@ __all__ = [
     "read_tensor",
     "scheduler_config",
     "source_digest",
+    "stacks_of",
+    "take_experts_apart",
     "tensor_entry",
     "weight_files",
 ]
@@ -80,11 +84,15 @@ _PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 
 
 def open_source(path: Path, *, base: Path | None = None) -> Source:
-    """Index a source without reading weights.
+    """Index a source without reading weights. Stacked experts are one matrix each (`source.experts`).
 
     `base` is a pipeline folder for the parts that the source lacks: the other components, and a single file's config.
     Raises InputError naming the file and the cure.
     """
+    return with_single_experts(_opened(path, base))
+
+
+def _opened(path: Path, base: Path | None) -> Source:
     if base is not None and not (base / "model_index.json").is_file():
         raise InputError(
             f"{base}: not a pipeline folder (it has no model_index.json)",

@@ -58,7 +58,8 @@ def content_sha256(entry: TensorEntry) -> str:
     """sha256 of the tensor's bytes as it is read, some rows of a matrix at a time."""
     if isinstance(entry, StoredTensor):
         return entry.sha256()
-    if len(entry.shape) < 2:
+    # rows of a slice are columns of what is stored: all of it would be read for each of its parts
+    if len(entry.shape) < 2 or isinstance(entry, SliceTensor):
         return hashlib.sha256(bytes_of(entry.read()).numpy().data).hexdigest()
     # Less at a time than of what is only read: an adapter's changes take several times as much on their way.
     step = max(1, HASHED_AT_ONCE // 8 * entry.shape[0] // max(1, entry_bytes(entry)))
@@ -276,3 +277,36 @@ class RowsTensor:
                 found.append(part.entry.read_rows(begin, max(begin, end)))
             before += part.stop - part.start
         return torch.cat(found)
+
+
+@dataclass(frozen=True, slots=True)
+class SliceTensor:
+    """One matrix (N, K) out of a stack (E, K, N)."""
+
+    entry: TensorEntry
+    index: int
+
+    @property
+    def file(self) -> Path:
+        return self.entry.file
+
+    @property
+    def origin(self) -> str:
+        return f"{self.entry.origin}[{self.index}]"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        _, columns, rows = self.entry.shape
+        return rows, columns
+
+    @property
+    def dtype(self) -> str:
+        return self.entry.dtype
+
+    def read(self) -> Tensor:
+        """(N, K)."""
+        return self.entry.read_rows(self.index, self.index + 1)[0].T.contiguous()
+
+    def read_rows(self, start: int, stop: int) -> Tensor:
+        """(rows, K). Rows are columns of what is stored, so that all of the matrix is read."""
+        return self.read()[start:stop]

@@ -118,14 +118,19 @@ def test_a_network_that_makes_every_modulation_stays_and_says_why(plan_of):
     assert set(roles(plan, "single_transformer_blocks.0.").values()) == {"w4a4"}
 
 
-def test_a_router_stays_and_experts_that_no_format_holds_are_said(plan_of, tmp_path: Path):
+def test_a_router_stays_and_stacked_experts_become_layers(plan_of, tmp_path: Path):
     config = {"num_layers": 2, "dense_moe_strategy": "leave_first_block_dense"}
     plan = plan_of("NucleusMoEImageTransformer2DModel", **config)
     assert "experts" in plan.kept_because["transformer_blocks.1.img_mlp.gate"]
-    assert roles(plan, "transformer_blocks.1.")["img_mlp.shared_expert.net.0.proj"] == "w4a4"
+    found = roles(plan, "transformer_blocks.1.img_mlp.")
+    assert found["shared_expert.net.0.proj"] == "w4a4"
+    assert {role for name, role in found.items() if "gate_up_proj" in name} == {"w4a4"}
+    # 1344 columns are no whole tiles of 128, but of 64
+    assert {role for name, role in found.items() if "down_proj" in name} == {"w4a16"}
     report = inspect_source(default_recipe(str(tmp_path / "config.json")))
-    (said,) = (warning for warning in report.warnings if "stacked tensors" in warning)
-    assert "of the weights" in said
+    assert report.bytes.ratio > 3
+    (said,) = (warning for warning in report.warnings if "experts, which" in warning)
+    assert "256 layers (128 W4A4, 128 W4A16)" in said
 
 
 def test_inspect_says_which_sizes_fit_no_kernel(tmp_path: Path):

@@ -93,6 +93,7 @@ def _counted(layers: Iterable[InspectLayer], places: Mapping[str, Place]) -> str
     by_count: dict[int, list[str]] = defaultdict(list)
     for (count, _), roles in shared.items():
         by_count[count].append(_joined(roles))
+    by_count = {count: _numbers_joined(texts) for count, texts in by_count.items()}
     return "; ".join(f"{count} x {', '.join(texts)}" for count, texts in by_count.items())
 
 
@@ -101,6 +102,24 @@ def _joined(roles: list[str]) -> str:
     first, *others = roles
     module = f"{first.rpartition('.')[0]}."
     return "+".join([first, *(other.removeprefix(module) for other in others)])
+
+
+def _numbers_joined(roles: list[str]) -> list[str]:
+    """["experts.proj.0", "experts.proj.1", "experts.proj.2"] -> ["experts.proj.0 to 2"]; pairs stay as they are."""
+    runs: list[list[str]] = []
+    for role in roles:
+        stem, _, number = role.rpartition(".")
+        before, _, last = runs[-1][-1].rpartition(".") if runs else ("", "", "")
+        follows = stem == before and number.isdecimal() and last.isdecimal() and int(number) == int(last) + 1
+        if follows:
+            runs[-1].append(role)
+        else:
+            runs.append([role])
+    return [
+        text
+        for run in runs
+        for text in ([f"{run[0]} to {run[-1].rpartition('.')[2]}"] if len(run) > 2 else run)
+    ]
 
 
 def _figures(layer: InspectLayer) -> tuple[str, str, str, str]:
