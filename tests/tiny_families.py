@@ -1,4 +1,6 @@
-"""A tiny random pipeline of every model family: the library's own classes, small widths, random weights.
+"""All that tests know of a model family: a tiny random pipeline, and how many of its layers become what.
+
+A pipeline has the library's own classes, small widths and random weights.
 
 Widths are the smallest that 4-bit layers take (128), one block a stack where a family allows it. Text comes from byte-
 level tokenizers without merges, so that no vocabulary is downloaded.
@@ -445,6 +447,33 @@ PIPELINES: dict[str, Callable[[], diffusers.DiffusionPipeline]] = {
     "flux-fill": tiny_flux_fill,
     "wan": tiny_wan,
     "wan-2.2": lambda: tiny_wan(two=True),
+}
+
+# W4A4, W4A16 and kept layers of the tiny pipeline of each family in nunchaku-lite
+PLANNED = {
+    "sdxl": (32, 0, 33),
+    "sd15": (32, 0, 31),
+    "pixart": (8, 0, 8),
+    "sana": (6, 0, 11),
+    "sd3": (25, 4, 7),
+    "qwen-image": (12, 2, 6),
+    "z-image": (21, 0, 8),
+    "flux2": (14, 3, 6),
+}
+# Of the published models in tests/families/configs:
+# W4A4 layers by block, W4A16 layers, kept ones (all linears less those, and 1x1 convolutions), published parameters
+PUBLISHED = {
+    "flux1-dev": (19 * 12 + 38 * 5, 19 * 2 + 38, 504 - 494, 11_901_408_320),
+    "flux2-dev": (8 * 12 + 48 * 2, 3, 203 - 195, 32_223_281_152),
+    "sdxl-base-unet": (70 * 8, 0, 743 - 560 + 11, 2_567_463_684),
+    "sd15-unet": (16 * 8, 0, 184 - 128 + 46, 859_520_964),
+    "sd35-large": (38 * 9 + 37 * 3, 38 * 2, 536 - 529, 8_056_627_520),
+    "sd35-medium": (24 * 9 + 23 * 3 + 13 * 4, 24 * 2, 392 - 385, 2_243_171_520),
+    "pixart-sigma-xl2-1024": (28 * 8, 0, 286 - 224, 610_856_096),
+    "sana-600m-1024": (28 * (6 + 2), 0, 230 - 28 * 6 + 1, 591_747_872),
+    "sana-1600m-1024": (20 * (6 + 2), 0, 166 - 20 * 6 + 1, 1_604_462_752),
+    "qwen-image": (60 * 12, 60 * 2, 846 - 840, 20_430_401_088),
+    "z-image-turbo": (34 * 7, 0, 276 - 238, 6_154_908_736),
 }
 
 

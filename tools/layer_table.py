@@ -1,4 +1,5 @@
-"""The layer tables of docs/families, written from the family files and the published configs.
+"""The tables of docs/families: every family from its file, its page and the ready recipes, and the layers of published
+models from the family files and the published configs.
 
 `python -m tools.layer_table` rewrites them; a test compares them.
 """
@@ -11,14 +12,17 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from svdq_cli.errors import InputError
-from svdq_cli.families import Family, family_named
+from svdq_cli.families import MODULES, Family, family_named
 from svdq_cli.formats import format_named
 from svdq_cli.planning.plan import plan_model
+from svdq_cli.recipe import load_recipe
 from svdq_cli.records import Int4, Linear, ModelPlan
 from svdq_cli.source import open_source
+from svdq_cli.storage.resources import data_root
 
 CONFIGS = Path(__file__).parents[1] / "tests" / "families" / "configs"
 PAGES = Path(__file__).parents[1] / "docs" / "families"
+_INDEX = re.compile(r"(<!-- families -->\n).*?(<!-- end of families -->)", re.DOTALL)
 _TABLE = re.compile(r"(<!-- layers of (?P<model>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -78,7 +82,23 @@ def lite_plan(model: str) -> ModelPlan | None:
 
 def rewritten(page: str) -> str:
     """A page with every table in it written anew."""
+    page = _INDEX.sub(lambda found: f"{found[1]}{family_table()}{found[2]}", page)
     return _TABLE.sub(lambda found: f"{found[1]}{layer_table(found['model'])}{found[3]}", page)
+
+
+def family_table() -> str:
+    """The Markdown table of every family. A page has the name of its file of families, a recipe its precision last."""
+    recipes: dict[str, dict[str, None]] = {}
+    for path in sorted(data_root("configs").glob("*.yaml")):
+        name = path.stem.rpartition("-")[0]
+        recipes.setdefault(load_recipe(path).model.family or "", {})[f"`{name}-*`"] = None
+    lines = ["| family | models | recipes in `configs/` |", "|---|---|---|"]
+    for module, families in MODULES.items():
+        page = f"{module.replace('_', '-')}.md"
+        for family in families:
+            ready = ", ".join(recipes.get(family.name, ()))
+            lines.append(f"| [{family.name}]({page}) | {family.models} | {ready} |")
+    return "\n".join(lines) + "\n"
 
 
 def _rows(family: Family) -> list[Row]:

@@ -1,24 +1,43 @@
-"""Model families as data, one file per family. To add one: write its constant, add it to `FAMILIES`."""
+"""Model families as data, one file per family. To add one, write the file: every `Family` in a module here is known."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib
+import pkgutil
+from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
+from types import ModuleType
 
 from svdq_cli.errors import InputError, UsageError
 from svdq_cli.families.family import BlockRule, Family, InputRule
-from svdq_cli.families.flux import FLUX
-from svdq_cli.families.flux2 import FLUX2
-from svdq_cli.families.pixart import PIXART
-from svdq_cli.families.qwen_image import QWEN_IMAGE
-from svdq_cli.families.sana import SANA
-from svdq_cli.families.sd3 import SD3
-from svdq_cli.families.stable_diffusion import SD15, SDXL
-from svdq_cli.families.z_image import Z_IMAGE
 
-FAMILIES: tuple[Family, ...] = (FLUX, FLUX2, SDXL, SD15, SD3, PIXART, SANA, QWEN_IMAGE, Z_IMAGE)
+__all__ = [
+    "FAMILIES",
+    "MODULES",
+    "BlockRule",
+    "Family",
+    "InputRule",
+    "family_named",
+    "family_of_config",
+    "find_family",
+]
 
-__all__ = ["FAMILIES", "BlockRule", "Family", "InputRule", "family_named", "family_of_config", "find_family"]
+
+def _modules() -> Iterator[ModuleType]:
+    for found in pkgutil.iter_modules(__path__):
+        if not found.ispkg:
+            yield importlib.import_module(f"{__name__}.{found.name}")
+
+
+def _families(module: ModuleType) -> tuple[Family, ...]:
+    return tuple(value for value in vars(module).values() if isinstance(value, Family))
+
+
+# By the name of the module, in alphabetical order
+MODULES: Mapping[str, tuple[Family, ...]] = {
+    module.__name__.rpartition(".")[2]: families for module in _modules() if (families := _families(module))
+}
+FAMILIES: tuple[Family, ...] = tuple(family for families in MODULES.values() for family in families)
 
 
 def family_named(name: str) -> Family:

@@ -87,6 +87,7 @@ class Family:
     """One model family. Every linear must be named by a rule or matched by `keep`."""
 
     name: str
+    models: str  # what people call them, for the list of families in the documentation
     classes: tuple[str, ...]  # diffusers class names (`_class_name` in config.json), the present one first
     config_signature: frozenset[str]  # config keys that give the class away where `_class_name` is missing
     component: str  # the pipeline's folder that holds the model

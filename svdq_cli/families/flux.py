@@ -10,6 +10,7 @@ from svdq_cli.families.family import BlockRule, Family, InputRule, alone, attend
 
 FLUX = Family(
     name="flux",
+    models="FLUX.1 dev, schnell, Fill, Kontext",
     classes=("FluxTransformer2DModel",),
     config_signature=frozenset(
         {"num_single_layers", "pooled_projection_dim", "guidance_embeds", "axes_dims_rope"}

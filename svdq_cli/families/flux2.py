@@ -9,6 +9,7 @@ from svdq_cli.families.family import BlockRule, Family, alone, together
 
 FLUX2 = Family(
     name="flux2",
+    models="FLUX.2 dev, klein",
     classes=("Flux2Transformer2DModel",),
     config_signature=frozenset({"num_single_layers", "timestep_guidance_channels", "mlp_ratio"}),
     component="transformer",

@@ -10,6 +10,7 @@ from svdq_cli.families.family import BlockRule, Family, alone, attended, modulat
 
 PIXART = Family(
     name="pixart",
+    models="PixArt-Sigma, PixArt-Alpha",
     classes=("PixArtTransformer2DModel", "Transformer2DModel"),
     config_signature=frozenset({"caption_channels", "num_embeds_ada_norm", "attention_type"}),
     component="transformer",

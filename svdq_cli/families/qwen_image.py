@@ -6,6 +6,7 @@ from svdq_cli.families.family import BlockRule, Family, alone, attended, modulat
 
 QWEN_IMAGE = Family(
     name="qwen-image",
+    models="Qwen-Image, Qwen-Image-Edit",
     classes=("QwenImageTransformer2DModel",),
     config_signature=frozenset({"joint_attention_dim", "zero_cond_t", "use_layer3d_rope"}),
     component="transformer",

@@ -10,6 +10,7 @@ from svdq_cli.families.family import BlockRule, Family, alone, attended, modulat
 
 SANA = Family(
     name="sana",
+    models="SANA",
     classes=("SanaTransformer2DModel",),
     config_signature=frozenset({"num_cross_attention_heads", "cross_attention_head_dim", "mlp_ratio"}),
     component="transformer",

@@ -10,6 +10,7 @@ from svdq_cli.families.family import BlockRule, Family, alone, attended, modulat
 
 SD3 = Family(
     name="sd3",
+    models="Stable Diffusion 3, 3.5 medium and large",
     classes=("SD3Transformer2DModel",),
     config_signature=frozenset({"pos_embed_max_size", "caption_projection_dim", "pooled_projection_dim"}),
     component="transformer",

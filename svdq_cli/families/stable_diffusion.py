@@ -45,6 +45,7 @@ _KEEP = (
 
 SDXL = Family(
     name="sdxl",
+    models="Stable Diffusion XL, SDXL-Turbo",
     classes=("UNet2DConditionModel",),
     config_signature=frozenset(
         {"transformer_layers_per_block", "addition_time_embed_dim", "up_block_types", "cross_attention_dim"}
@@ -57,6 +58,7 @@ SDXL = Family(
 
 SD15 = Family(
     name="sd15",
+    models="Stable Diffusion 1.x and 2.x",
     classes=("UNet2DConditionModel",),
     config_signature=frozenset({"down_block_types", "up_block_types", "cross_attention_dim"}),
     component="unet",

@@ -17,6 +17,7 @@ _RULES = (
 
 Z_IMAGE = Family(
     name="z-image",
+    models="Z-Image, Z-Image-Turbo",
     classes=("ZImageTransformer2DModel",),
     config_signature=frozenset({"all_patch_size", "all_f_patch_size", "cap_feat_dim"}),
     component="transformer",

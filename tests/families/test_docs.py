@@ -12,22 +12,8 @@ from svdq_cli.families import FAMILIES, find_family
 from svdq_cli.recipe import load_recipe
 from svdq_cli.source import open_source
 from svdq_cli.storage.resources import data_root
+from tests.tiny_families import PUBLISHED
 from tools.layer_table import CONFIGS, PAGES, plan_of_config, rewritten
-
-# W4A4 layers by block, W4A16 layers, kept ones (all linears less those, and 1x1 convolutions), published parameters
-PUBLISHED = {
-    "flux1-dev": (19 * 12 + 38 * 5, 19 * 2 + 38, 504 - 494, 11_901_408_320),
-    "flux2-dev": (8 * 12 + 48 * 2, 3, 203 - 195, 32_223_281_152),
-    "sdxl-base-unet": (70 * 8, 0, 743 - 560 + 11, 2_567_463_684),
-    "sd15-unet": (16 * 8, 0, 184 - 128 + 46, 859_520_964),
-    "sd35-large": (38 * 9 + 37 * 3, 38 * 2, 536 - 529, 8_056_627_520),
-    "sd35-medium": (24 * 9 + 23 * 3 + 13 * 4, 24 * 2, 392 - 385, 2_243_171_520),
-    "pixart-sigma-xl2-1024": (28 * 8, 0, 286 - 224, 610_856_096),
-    "sana-600m-1024": (28 * (6 + 2), 0, 230 - 28 * 6 + 1, 591_747_872),
-    "sana-1600m-1024": (20 * (6 + 2), 0, 166 - 20 * 6 + 1, 1_604_462_752),
-    "qwen-image": (60 * 12, 60 * 2, 846 - 840, 20_430_401_088),
-    "z-image-turbo": (34 * 7, 0, 276 - 238, 6_154_908_736),
-}
 
 
 @pytest.mark.parametrize("model", PUBLISHED)
@@ -68,7 +54,9 @@ def test_every_family_has_a_page_with_a_table_and_ready_recipes():
     tables = "".join(page.read_text(encoding="utf-8") for page in PAGES.glob("*.md"))
     recipes = [load_recipe(path) for path in data_root("configs").glob("*.yaml")]
     for family in FAMILIES:
-        assert re.search(rf"\| \[{family.name}\]\([\w-]+\.md\) \|", index), family.name
+        row = re.search(rf"\| \[{family.name}\]\(([\w-]+\.md)\) \|", index)
+        assert row, family.name
+        assert (PAGES / row[1]).is_file(), family.name
         named = [recipe for recipe in recipes if recipe.model.family == family.name]
         assert {recipe.quantization.precision for recipe in named} == {"int4", "nvfp4"}, family.name
     for model in PUBLISHED:

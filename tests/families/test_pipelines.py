@@ -22,23 +22,12 @@ from svdq_cli.recipe import Calibration, Quantization, Recipe, default_recipe
 from svdq_cli.runtime.cpu_fused import CpuW4A4Linear
 from svdq_cli.runtime.linear import W4A4Linear
 from svdq_cli.source import open_source
-from tests.tiny_families import tiny_pipeline
+from tests.tiny_families import PLANNED, tiny_pipeline
 
 CPU = RunOptions(device="cpu")
-# W4A4, W4A16 and kept layers of the tiny model in nunchaku-lite
-COUNTS = {
-    "sdxl": (32, 0, 33),
-    "sd15": (32, 0, 31),
-    "pixart": (8, 0, 8),
-    "sana": (6, 0, 11),
-    "sd3": (25, 4, 7),
-    "qwen-image": (12, 2, 6),
-    "z-image": (21, 0, 8),
-    "flux2": (14, 3, 6),
-}
 
 
-@pytest.fixture(scope="module", params=COUNTS)
+@pytest.fixture(scope="module", params=PLANNED)
 def family(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -74,7 +63,7 @@ def test_every_linear_has_the_role_that_the_family_gives_it(family: str, folder:
     prepared = prepare(recipe_for(folder))
     assert prepared.plan.family == family
     plan = prepared.plan
-    assert (len(plan.w4a4), len(plan.w4a16), len(plan.kept)) == COUNTS[family]
+    assert (len(plan.w4a4), len(plan.w4a16), len(plan.kept)) == PLANNED[family]
 
 
 def test_layers_planned_to_share_an_input_read_the_same_tensor(family: str, folder: Path):
