@@ -22,12 +22,11 @@ from svdq_cli.records import (
 from svdq_cli.solve import refine
 from svdq_cli.solve.forward import ROWS_AT_ONCE
 from svdq_cli.solve.improve import HELD_OUT, LEAST_ROWS
-from svdq_cli.solve.learned import OUTPUTS_PER_STEP, ROWS_PER_STEP
 from svdq_cli.solve.linear import SEARCH_ROWS
 from svdq_cli.solve.low_rank import OVERSAMPLE, POWER_ITERATIONS, SEARCH_POWER_ITERATIONS
 from svdq_cli.solve.quantizers import BLOCK, NVFP4_SHARES
 from svdq_cli.solve.smoothing import GRID
-from svdq_cli.solve.steps import STEPS, LayerSizes
+from svdq_cli.solve.steps import STEPS, LayerSizes, StepMatrices
 from svdq_cli.solve.work import NVFP4_ROUNDING, Shapes, Work, split_work
 
 
@@ -165,7 +164,8 @@ def solve_bytes(
         if rows:
             phases.append(stacked + _search_bytes(branch, k, min(rows, SEARCH_ROWS)))
     if rows >= LEAST_ROWS:
-        phases += [stacked + _step_bytes(step, total, branch, k, rows) for step in settings.steps]
+        matrices = StepMatrices(outputs=total, branch=branch, width=k, rows=rows)
+        phases += [stacked + STEPS[step].bytes(matrices) for step in settings.steps]
     return 4 * rows * k + total * k + max(phases)  # rows in float32, codes
 
 
@@ -202,20 +202,6 @@ def _output_bytes(n: int, k: int, rows: int) -> int:
 def _search_bytes(n: int, k: int, rows: int) -> int:
     """Bytes of one grid point: the weights, smoothed and less the branch, rounded; then the lost part of the output."""
     return max(20 * n * k + 4 * rows * n, 16 * n * k + 12 * rows * n) + 8 * rows * k
-
-
-def _step_bytes(step: str, n: int, branch: int, k: int, rows: int) -> int:
-    match step:
-        case "learned":
-            drawn = min(rows, ROWS_PER_STEP) + min(n, OUTPUTS_PER_STEP)  # each with its gradients
-            return max(24 * n * k, 8 * n * k + 22 * drawn * k)
-        case "gptq":
-            return 20 * k * k + 12 * n * k
-        case "scales" | "means":
-            return 0
-        case _:  # refit
-            missing = 8 * branch * k + 12 * branch * rows + 4 * (n - branch) * rows
-            return 8 * rows * k + max(missing, 20 * k * k + 16 * branch * k + 4 * branch * rows)
 
 
 def stored_bytes(

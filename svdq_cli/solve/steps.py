@@ -14,7 +14,7 @@ from torch import Tensor
 
 from svdq_cli.records import NvFp4, Precision, SearchStep, W4A4Plan, W4A4Solution
 from svdq_cli.solve.forward import LinearWeights, dequantized_weight, stacked_weights
-from svdq_cli.solve.learned import GPTQ_LEAVES, learn_smoothing
+from svdq_cli.solve.learned import GPTQ_LEAVES, OUTPUTS_PER_STEP, ROWS_PER_STEP, learn_smoothing
 from svdq_cli.solve.learned import STEPS as LEARNING_STEPS
 from svdq_cli.solve.low_rank import POWER_ITERATIONS, SEARCH_POWER_ITERATIONS, split_low_rank
 from svdq_cli.solve.quantizers import QuantizedWeight, fake_quantize_activation
@@ -89,12 +89,25 @@ class LayerSizes:
 
 
 @dataclass(frozen=True, slots=True)
+class StepMatrices:
+    """Sizes of what a step has in memory. `outputs`: N of all layers of the input; `branch`: N of its largest branch;
+    `width`: K; `rows`: M."""
+
+    outputs: int
+    branch: int
+    width: int
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
 class Step:
     """A step of the search. `run` returns what it would have instead of the best so far, or None where there is nothing
-    to go by; a step without `run` is taken elsewhere: with another one, or before the layers are solved."""
+    to go by; a step without `run` is taken elsewhere: with another one, or before the layers are solved. `work` and
+    `bytes` are what it costs: operations, and memory besides the weights at its peak."""
 
     run: Callable[[Attempt], Solutions | None] | None
     work: Callable[[LayerSizes], Work]
+    bytes: Callable[[StepMatrices], int]
 
 
 def _learned(attempt: Attempt) -> Solutions:
@@ -251,12 +264,37 @@ def _refit_work(sizes: LayerSizes) -> Work:
     )
 
 
+def _learned_bytes(held: StepMatrices) -> int:
+    n, k = held.outputs, held.width
+    # Each with its gradients
+    sampled = min(held.rows, ROWS_PER_STEP) + min(n, OUTPUTS_PER_STEP)
+    return max(24 * n * k, 8 * n * k + 22 * sampled * k)
+
+
+def _gptq_bytes(held: StepMatrices) -> int:
+    return 20 * held.width**2 + 12 * held.outputs * held.width
+
+
+def _refit_bytes(held: StepMatrices) -> int:
+    n, branch, k, rows = held.outputs, held.branch, held.width, held.rows
+    missing = 8 * branch * k + 12 * branch * rows + 4 * (n - branch) * rows
+    return 8 * rows * k + max(missing, 20 * k * k + 16 * branch * k + 4 * branch * rows)
+
+
+def _no_work(sizes: LayerSizes) -> Work:
+    return Work()
+
+
+def _no_bytes(held: StepMatrices) -> int:
+    return 0
+
+
 STEPS: Mapping[SearchStep, Step] = {
     # `conversion.move_means` does it; a sum over the rows
-    "means": Step(None, lambda sizes: Work()),
-    "learned": Step(_learned, _learned_work),
-    "gptq": Step(_rounded, _gptq_work),
+    "means": Step(None, _no_work, _no_bytes),
+    "learned": Step(_learned, _learned_work, _learned_bytes),
+    "gptq": Step(_rounded, _gptq_work, _gptq_bytes),
     # gptq does it, and is measured with it
-    "scales": Step(None, lambda sizes: Work()),
-    "refit": Step(_refitted, _refit_work),
+    "scales": Step(None, _no_work, _no_bytes),
+    "refit": Step(_refitted, _refit_work, _refit_bytes),
 }
