@@ -6,8 +6,9 @@ Records that hold tensors compare by identity.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 if TYPE_CHECKING:
@@ -108,8 +109,15 @@ class SharedInput:
     layers: tuple[str, ...]
     branches: tuple[tuple[str, ...], ...]
 
+    def members(self, plans: Iterable[W4A4Plan]) -> tuple[tuple[W4A4Plan, ...], ...]:
+        """Those of `plans` that are in each branch; branches without any are left out."""
+        by_name = {plan.name: plan for plan in plans}
+        found = (tuple(by_name[name] for name in part if name in by_name) for part in self.branches)
+        return tuple(part for part in found if part)
 
-@dataclass(frozen=True, slots=True)
+
+# Without slots: `by_name` is kept in the instance
+@dataclass(frozen=True)
 class ModelPlan:
     """What becomes of every linear of one model. Every linear is in exactly one of `layers` and `kept`."""
 
@@ -153,8 +161,10 @@ class ModelPlan:
             )
         return tuple(found)
 
-    def layer(self, name: str) -> LayerPlan:
-        return next(layer for layer in self.layers if layer.name == name)
+    @cached_property
+    def by_name(self) -> Mapping[str, LayerPlan]:
+        """The quantized layers by their names, in the order of `layers`."""
+        return {layer.name: layer for layer in self.layers}
 
 
 # ---------------------------------------------------------------------------------------------------- calibration

@@ -95,7 +95,7 @@ def lay_out_denoisers(
     fmt: Format, layout: ModelLayout | None, plan: ModelPlan, state: Mapping[str, tuple[int, ...]]
 ) -> FileLayout:
     """`lay_out` of every denoiser of a plan, all under their joint names. `state`: the tensors of all of them."""
-    layers = by_component(plan.components, {layer.name: layer for layer in plan.layers})
+    layers = by_component(plan.components, plan.by_name)
     tensors = by_component(plan.components, state)
     files: list[FileLayout] = []
     for component in plan.components:

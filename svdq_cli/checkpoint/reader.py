@@ -10,6 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import cast
 
@@ -66,7 +67,8 @@ PROVENANCE = "svdq"  # key of the safetensors metadata
 MOVED_MEANS = "means"  # key of the provenance: `source.means.moved_json`
 
 
-@dataclass(frozen=True, slots=True)
+# Without slots: `by_name` is kept in the instance
+@dataclass(frozen=True)
 class Checkpoint:
     """A quantized model on disk, indexed from its headers. Names are those of the model, not of the file. Several
     denoisers of a pipeline are one checkpoint, under joint names (`source.denoisers`)."""
@@ -104,6 +106,11 @@ class Checkpoint:
             kept=self.kept,
             inputs=(),
         )
+
+    @cached_property
+    def by_name(self) -> Mapping[str, LayerPlan]:
+        """The quantized layers by their names, in the order of `layers`."""
+        return {layer.name: layer for layer in self.layers}
 
     @property
     def moved(self) -> tuple[MovedMean, ...]:

@@ -160,11 +160,10 @@ def candidates_of(
     options: RunOptions = DEFAULT_OPTIONS,
 ) -> list[Candidate]:
     """The branches of the model with what each rank leaves of error. `gains` None: all layers weigh the same."""
-    plans = {plan.name: plan for plan in prepared.plan.w4a4}
     layer_groups = [
         layer_group
         for layer_group in prepared.plan.layer_groups(data_free=False)
-        if layer_group.layers[0] in plans
+        if isinstance(prepared.plan.by_name[layer_group.layers[0]], W4A4Plan)
     ]
     found: list[Candidate] = []
     started = time.monotonic()
@@ -253,7 +252,7 @@ def _stored_bytes(prepared: Prepared, names: Sequence[str], rank: int | None) ->
     target = prepared.targets[0]
     total = 0
     for name in names:
-        plan = prepared.plan.layer(name)
+        plan = prepared.plan.by_name[name]
         if rank is None or not isinstance(plan, W4A4Plan):
             total += 2 * plan.linear.out_features * (plan.linear.in_features + plan.linear.bias)
         else:
@@ -284,7 +283,7 @@ def budget_of(prepared: Prepared, candidates: Sequence[Candidate]) -> int:
 
 
 def _planned_rank(plan: ModelPlan, candidate: Candidate) -> int:
-    layer = plan.layer(candidate.layers[0])
+    layer = plan.by_name[candidate.layers[0]]
     return layer.rank if isinstance(layer, W4A4Plan) else DEFAULT_RANK
 
 

@@ -141,7 +141,7 @@ def stage_seconds(job: Forecast, speed: Speed, preparing: float, *, at_once: int
 
 
 def _solve_work(job: Forecast) -> Work:
-    plans = {layer.name: layer for layer in job.prepared.plan.layers}
+    plans = job.prepared.plan.by_name
     total = Work()
     for shared in job.prepared.plan.inputs:
         rows = job.rows(shared)
@@ -223,7 +223,7 @@ def _solving_bytes(job: Forecast) -> list[int]:
         return [need + _waiting_bytes(job, each) for need, each in zip(needs, layer_groups, strict=True)]
     room = (1 - SPARED) * free_ram(job.options)
     largest = sorted(needs, reverse=True)[:at_once]
-    plans = {layer.name: layer for layer in job.prepared.plan.layers}
+    plans = job.prepared.plan.by_name
     written = max(packed_bytes(layer_group, plans) for layer_group in layer_groups)
     fitting = [sum(largest[:count]) + written for count in range(1, at_once + 1)]
     return [max((needed for needed in fitting if needed <= room), default=fitting[0])]
@@ -293,11 +293,10 @@ def _layer_groups(job: Forecast) -> tuple[SharedInput, ...]:
 
 
 def _needs(job: Forecast, layer_group: SharedInput) -> dict[Placement, MemoryNeed]:
-    plans = {name: job.prepared.plan.layer(name) for name in layer_group.layers}
     need = partial(
         memory_need,
         layer_group=layer_group,
-        plans=plans,
+        plans=job.prepared.plan.by_name,
         settings=job.prepared.settings,
         rows=job.rows(layer_group),
         itemsize=stored_itemsize(job.prepared),
@@ -314,7 +313,7 @@ def _planned(job: Forecast, layer_group: SharedInput) -> tuple[Placement, Memory
 
 
 def _waiting_bytes(job: Forecast, layer_group: SharedInput) -> int:
-    plans = {name: job.prepared.plan.layer(name) for name in layer_group.layers}
+    plans = job.prepared.plan.by_name
     pinned = job.device.type == "cuda"
     return waiting_bytes(layer_group, plans, itemsize=stored_itemsize(job.prepared), pinned=pinned)
 

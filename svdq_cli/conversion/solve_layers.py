@@ -172,9 +172,8 @@ def load_solved(
     plan: ModelPlan, work: WorkFolder, *, data_free: bool
 ) -> tuple[SolvedLayers, list[LayerReport]]:
     """Everything that `solve_into` left in the work folder, the reports in the plan's order of layer groups."""
-    plans = {layer.name: layer for layer in plan.layers}
     layer_groups = plan.layer_groups(data_free=data_free)
-    places = {name: (LAYERS, _key(each), plans[name]) for each in layer_groups for name in each.layers}
+    places = {name: (LAYERS, _key(each), plan.by_name[name]) for each in layer_groups for name in each.layers}
     reports = [report for each in layer_groups for report in _kept_reports(work, each)]
     return SolvedLayers(work, places), reports
 
@@ -190,9 +189,9 @@ class Solving:
     observe: Observer
     reserved: int | None = None  # as `free_ram` takes it
 
-    @cached_property
+    @property
     def plans(self) -> Mapping[str, LayerPlan]:
-        return {layer.name: layer for layer in self.prepared.plan.layers}
+        return self.prepared.plan.by_name
 
     @cached_property
     def itemsize(self) -> int:

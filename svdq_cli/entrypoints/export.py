@@ -180,9 +180,8 @@ def _sixteen_bit(checkpoint: Checkpoint, name: str) -> Tensor:
 def _require_same(before: Checkpoint, after: Checkpoint) -> None:
     """CheckFailedError unless every layer that both hold in 4 bits has the same bits, and nothing else is wrong."""
     wrong = [f"{problem.layer}: {problem.what}" for problem in find_problems(after)]
-    planned = {layer.name: layer for layer in before.layers}
     for layer in after.layers:
-        a, b = before.solution(planned[layer.name]), after.solution(layer)
+        a, b = before.solution(before.by_name[layer.name]), after.solution(layer)
         fields = [name for name in type(a).__dataclass_fields__ if name != "plan"]
         wrong += [
             f"{layer.name}: {name} changed"

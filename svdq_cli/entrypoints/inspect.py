@@ -21,7 +21,7 @@ def inspect_source(recipe: Recipe, *, options: RunOptions = DEFAULT_OPTIONS) -> 
 def inspect_prepared(prepared: Prepared) -> InspectReport:
     """What becomes of each layer of a model that is planned already."""
     quantization = prepared.recipe.quantization
-    planned = {layer.name: layer for layer in prepared.plan.layers}
+    planned = prepared.plan.by_name
     input_of = {name: shared.name for shared in prepared.plan.inputs for name in shared.layers}
     return InspectReport(
         kind="source",
@@ -44,7 +44,6 @@ def inspect_prepared(prepared: Prepared) -> InspectReport:
 def inspect_checkpoint(path: Path, *, base: Path | None = None) -> InspectReport:
     """What a converted checkpoint holds, from its headers. `base`: see `open_checkpoint`."""
     checkpoint = open_checkpoint(path, base=base)
-    planned = {layer.name: layer for layer in checkpoint.layers}
     linears = [plan.linear for plan in checkpoint.layers] + list(checkpoint.kept)
     return InspectReport(
         kind="checkpoint",
@@ -54,7 +53,7 @@ def inspect_checkpoint(path: Path, *, base: Path | None = None) -> InspectReport
         precision=checkpoint.precision.name if checkpoint.precision else None,
         rank=checkpoint.rank,
         parameters=checkpoint.parameters,
-        layers=tuple(inspect_layer(linear, planned.get(linear.name)) for linear in linears),
+        layers=tuple(inspect_layer(linear, checkpoint.by_name.get(linear.name)) for linear in linears),
         bytes=sizes_of(checkpoint.state, checkpoint.source.bytes),
         provenance=checkpoint.provenance,
     )

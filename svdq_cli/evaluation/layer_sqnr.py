@@ -54,7 +54,7 @@ def judge_layers(
     inputs = _shared_inputs(checkpoint, source)
     stats = collect_stats(pipe, model, inputs, prompts, sampling=settings, rows=ROWS, observe=observe)
     per_layer: dict[str, float] = {}
-    plans = {plan.name: plan for plan in checkpoint.layers}
+    plans = checkpoint.by_name
     stored, means = checkpoint.stored_biases(source), checkpoint.means()
     for shared in inputs:
         for name in shared.layers:

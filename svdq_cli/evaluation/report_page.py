@@ -295,11 +295,10 @@ def _conversion_table(found: Evaluation) -> list[Table]:
 def _layer_rows(found: Evaluation) -> list[LayerRow]:
     sqnr = found.report.layer_sqnr_db.per_layer
     best = max(max(sqnr.values()), 1.0)
-    plans = {plan.name: plan for plan in found.run.checkpoint.layers}
     search = _searched(conversion_report(found.run.path))
     rows: list[LayerRow] = []
     for name, db in sorted(sqnr.items(), key=lambda item: item[1]):
-        plan = plans[name]
+        plan = found.run.checkpoint.by_name[name]
         is_w4a4 = isinstance(plan, W4A4Plan)
         kind, rank = ("weights, activations", str(plan.rank)) if is_w4a4 else ("weights", "")
         rows.append(LayerRow(name, kind, rank, f"{db:.1f}", max(0.0, db / best), search.get(name, "")))

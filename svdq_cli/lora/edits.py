@@ -74,7 +74,7 @@ def read_loras(checkpoint: Checkpoint, loras: Sequence[tuple[Path, float]]) -> t
 
 def plan_edits(checkpoint: Checkpoint, loras: Sequence[GivenLora], *, w4a16: W4A16Choice) -> Edits:
     """Raises UsageError where the checkpoint's format has no place for what a LoRA changes."""
-    plans = {plan.name: plan for plan in checkpoint.layers}
+    plans = checkpoint.by_name
     branches: dict[str, list[Contribution]] = defaultdict(list)
     weights: dict[str, list[Contribution]] = defaultdict(list)
     vectors: dict[str, Tensor] = {}

@@ -166,7 +166,7 @@ def _sixteen_bit(checkpoint: Checkpoint, name: str, edits: Edits) -> Tensor:
     """A 16-bit tensor of the checkpoint, or what a W4A16 layer's codes represent."""
     if layer_of(name) not in edits.dense:
         return checkpoint.kept_tensor(name)
-    solution = checkpoint.solution(checkpoint.plan().layer(layer_of(name)))
+    solution = checkpoint.solution(checkpoint.by_name[layer_of(name)])
     if name.endswith(".bias"):
         assert solution.bias is not None  # the tensor is in the model's state
         return solution.bias

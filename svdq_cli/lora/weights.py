@@ -23,7 +23,7 @@ class CheckpointWeights:
     def __call__(self, name: str, start: int, stop: int) -> Tensor:
         if self._weight is None or self._name != name:
             layer = name.removesuffix(".weight")
-            plan = next((plan for plan in self.checkpoint.layers if plan.name == layer), None)
+            plan = self.checkpoint.by_name.get(layer)
             self._weight = (
                 self.checkpoint.kept_tensor(name)
                 if plan is None

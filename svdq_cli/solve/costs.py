@@ -22,10 +22,9 @@ from svdq_cli.records import (
 from svdq_cli.solve import refine
 from svdq_cli.solve.forward import ROWS_AT_ONCE
 from svdq_cli.solve.improve import HELD_OUT, LEAST_ROWS
-from svdq_cli.solve.linear import SEARCH_ROWS
 from svdq_cli.solve.low_rank import OVERSAMPLE, POWER_ITERATIONS, SEARCH_POWER_ITERATIONS
 from svdq_cli.solve.quantizers import BLOCK, NVFP4_SHARES
-from svdq_cli.solve.smoothing import GRID
+from svdq_cli.solve.smoothing_methods import SEARCH_ROWS, SMOOTHING_METHODS
 from svdq_cli.solve.steps import STEPS, LayerSizes, StepMatrices
 from svdq_cli.solve.work import NVFP4_ROUNDING, Shapes, Work, split_work
 
@@ -65,7 +64,7 @@ def _w4a4_work(shapes: Shapes, width: int, settings: SolveSettings, rows: int, p
     point = split_work(shapes, width, SEARCH_POWER_ITERATIONS) + Work(
         matmul=4 * search * size, quantized=rounded + size + search * width, calls=500
     )
-    points = len(GRID) if settings.smoothing == "grid" else 0
+    points = SMOOTHING_METHODS[settings.smoothing].tried
     total = point * points + Work(matmul=2 * search * size if points else 0) + final + report
     if settings.steps and rows >= LEAST_ROWS:
         judge = rows // HELD_OUT

@@ -1,4 +1,4 @@
-"""One shared input, solved: the smoothing search with the low-rank branch in the loop, then the final layers.
+"""One shared input, solved: its smoothing factor, then the low-rank branch and the codes of every layer.
 
     y = x W^T + b  ~  qa(x / s) . dequant(Q)^T + (x D^T) U^T + b
 
@@ -21,7 +21,6 @@ from svdq_cli.records import (
     LayerReport,
     LayerSearch,
     LayerSolution,
-    Precision,
     SharedInput,
     SolveSettings,
     W4A4Plan,
@@ -29,23 +28,16 @@ from svdq_cli.records import (
     W4A16Plan,
     W4A16Solution,
 )
-from svdq_cli.solve.forward import LinearWeights, output_sqnr_db, stacked_weights
+from svdq_cli.solve.forward import LinearWeights, output_sqnr_db
 from svdq_cli.solve.improve import StepResults, improve
-from svdq_cli.solve.low_rank import SEARCH_POWER_ITERATIONS, split_low_rank
+from svdq_cli.solve.low_rank import split_low_rank
 from svdq_cli.solve.modulation import solve_w4a16
-from svdq_cli.solve.quantizers import (
-    QuantizedWeight,
-    fake_quantize_activation,
-    fake_quantize_weight,
-    quantize_weight,
-)
+from svdq_cli.solve.quantizers import QuantizedWeight, quantize_weight
 from svdq_cli.solve.rebuild import Residual, relative_error
 from svdq_cli.solve.refine import refined
-from svdq_cli.solve.smoothing import CLOSED_FORM, GRID, smooth_factor, snap_to_storage
+from svdq_cli.solve.smoothing import snap_to_storage
+from svdq_cli.solve.smoothing_methods import choose_smoothing
 from svdq_cli.solve.steps import LayerGroup
-from svdq_cli.system.threads import end_if_left
-
-SEARCH_ROWS = 512  # rows that score a grid point; the ranking is stable long before the report's figure is
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -115,43 +107,6 @@ def solve_input(
     return SolvedInput(tuple(w4a4), tuple(w4a16), tuple(reports))
 
 
-def choose_smoothing(
-    shared: SharedInput,
-    plans: Sequence[W4A4Plan],
-    weights: Mapping[str, LinearWeights],
-    stats: ActivationStats | None,
-    rows: Tensor | None,
-    settings: SolveSettings,
-) -> tuple[Tensor, str]:
-    """The smoothing factor (K,) float32, exact in 16 bits, and how it was found."""
-    precision = plans[0].precision
-    width = plans[0].linear.in_features
-    if stats is None or rows is None:
-        return torch.ones(width, device=_device(weights)), "none (data-free)"
-    x_peak = stats.abs_max.to(rows.device).float()
-    w_peak = torch.stack([weights[plan.name].weight.abs().amax(0) for plan in plans]).amax(0)
-
-    def factor(exponents: tuple[float, float]) -> Tensor:
-        return smooth_factor(x_peak, w_peak, exponents, precision, dtype=settings.dtype)
-
-    match settings.smoothing:
-        case "none":
-            return factor((0.0, 0.0)), "none"
-        case "closed-form":
-            return factor(CLOSED_FORM), "closed-form"
-        case "grid":
-            sample = evenly(rows, SEARCH_ROWS)
-            errors = [0.0] * len(GRID)
-            for stack in stacks_of(shared, plans, weights, sample):
-                for index, point in enumerate(GRID):
-                    end_if_left()
-                    errors[index] += _search_error(stack, factor(point), sample, precision, settings)
-                del stack  # before the next one is made
-            best = min(range(len(GRID)), key=errors.__getitem__)
-            a, b = GRID[best]
-            return factor(GRID[best]), f"grid a={a:.2f} b={b:.2f}"
-
-
 def _improve(
     shared: SharedInput,
     plans: list[W4A4Plan],
@@ -161,10 +116,7 @@ def _improve(
     settings: SolveSettings,
     start: dict[str, W4A4Solution],
 ) -> tuple[dict[str, W4A4Solution], StepResults]:
-    by_name = {plan.name: plan for plan in plans}
-    branches = (tuple(by_name[name] for name in part if name in by_name) for part in shared.branches)
-    members = tuple(part for part in branches if part)
-    layer_group = LayerGroup(members, weights, rows, settings.dtype, settings.seed, stats.mean)
+    layer_group = LayerGroup(shared.members(plans), weights, rows, settings.dtype, settings.seed, stats.mean)
     x_peak = stats.abs_max.to(rows.device).float()
     return improve(
         layer_group,
@@ -177,56 +129,6 @@ def _improve(
 
 def _decibels(error: float) -> float:
     return -10 * math.log10(max(error, 1e-15))
-
-
-def _search_error(
-    stack: Stack, smooth: Tensor, rows: Tensor, precision: Precision, settings: SolveSettings
-) -> float:
-    """Relative output error of all layers of a branch together, each weighing the same, for rounding to nearest."""
-    drawn = fake_quantize_activation(rows / smooth, precision)
-    smoothed = stack.weight * smooth
-    up, down = split_low_rank(
-        smoothed, rank=stack.rank, seed=settings.seed, power_iterations=SEARCH_POWER_ITERATIONS
-    )
-    left_over = smoothed - up @ down
-    parts = [
-        fake_quantize_weight(part, precision, dtype=settings.dtype) for part in left_over.split(stack.counts)
-    ]
-    lost = drawn @ torch.cat(parts).T - (rows / smooth) @ left_over.T
-    total = 0.0
-    for noise, signal in zip(lost.split(stack.counts, dim=1), stack.signals, strict=True):
-        total += float(noise.square().sum()) / signal
-    return total
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Stack:
-    """The layers of one branch under one another, and the size of each one's exact output on the search rows."""
-
-    layers: tuple[str, ...]
-    weight: Tensor  # (sum of N, K)
-    counts: list[int]
-    signals: list[float]
-    rank: int
-
-
-def stacks_of(
-    shared: SharedInput, plans: Sequence[W4A4Plan], weights: Mapping[str, LinearWeights], rows: Tensor
-) -> Iterator[Stack]:
-    """The branches one after the other; a caller that lets go of each has no more than one in memory. `rows` is (M,
-    K)."""
-    by_name = {plan.name: plan for plan in plans}
-    for part in shared.branches:
-        members = [by_name[name] for name in part if name in by_name]
-        if members:
-            yield _stack(members, weights, rows)
-
-
-def _stack(members: Sequence[W4A4Plan], weights: Mapping[str, LinearWeights], rows: Tensor) -> Stack:
-    weight = stacked_weights(members, weights)
-    counts = [plan.linear.out_features for plan in members]
-    signals = [max(float((rows @ each.T).square().sum()), 1e-30) for each in weight.split(counts)]
-    return Stack(tuple(plan.name for plan in members), weight, counts, signals, members[0].rank)
 
 
 def _solve_w4a4(
@@ -278,18 +180,15 @@ def _solve_data_free(
     return {plan.name: solved[plan.name] for plan in plans}
 
 
-def _branches(shared: SharedInput, plans: Sequence[W4A4Plan]) -> Iterator[list[W4A4Plan]]:
+def _branches(shared: SharedInput, plans: Sequence[W4A4Plan]) -> Iterator[tuple[W4A4Plan, ...]]:
     """The layers of each branch. UsageError where they have several ranks."""
-    by_name = {plan.name: plan for plan in plans}
-    for part in shared.branches:
-        members = [by_name[name] for name in part if name in by_name]
+    for members in shared.members(plans):
         if len({plan.rank for plan in members}) > 1:
             raise UsageError(
                 f"{', '.join(plan.name for plan in members)} share one down projection and need one rank",
                 hint="give them the same rank in the recipe's layers",
             )
-        if members:
-            yield members
+        yield members
 
 
 def _smooths(smooth: Tensor) -> bool:
@@ -336,13 +235,6 @@ def measured(
     if rows is None:  # nothing was smoothed, and both are of the plain weight
         return _decibels(error**2), error
     return output_sqnr_db(rows, source.weight, solution, mean), error
-
-
-def evenly(rows: Tensor, count: int) -> Tensor:
-    """Take at most `count` rows, evenly spaced. (M, K) -> (n, K)."""
-    if rows.shape[0] <= count:
-        return rows
-    return rows[torch.linspace(0, rows.shape[0] - 1, count, device=rows.device).round().long()]
 
 
 def _device(weights: Mapping[str, LinearWeights]) -> torch.device:

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from svdq_cli.records import ActivationStats, Precision, SharedInput, SolveSettings, W4A4Plan
 from svdq_cli.solve.forward import LinearWeights
-from svdq_cli.solve.linear import SEARCH_ROWS, Stack, choose_smoothing, evenly, stacks_of
 from svdq_cli.solve.low_rank import split_low_rank
 from svdq_cli.solve.quantizers import fake_quantize_activation, fake_quantize_weight
+from svdq_cli.solve.smoothing_methods import SEARCH_ROWS, Stack, choose_smoothing, evenly, stacks_of
 
 
 def rank_errors(

@@ -114,7 +114,7 @@ def test_the_search_for_ranks_backs_off_too(tiny_flux: Path, tmp_path: Path, mon
     generator = torch.Generator().manual_seed(0)
     stats: dict[str, ActivationStats] = {}
     for each in prepared.plan.inputs:
-        x = torch.randn(32, prepared.plan.layer(each.layers[0]).linear.in_features, generator=generator)
+        x = torch.randn(32, prepared.plan.by_name[each.layers[0]].linear.in_features, generator=generator)
         stats[each.name] = ActivationStats(each.name, x.abs().amax(0), x.square().mean(0), x.bfloat16(), 32)
     statistics = Statistics("", stats)
     whole = candidates_of(prepared, statistics, (16,), CPU, ignore_events, None)

@@ -37,15 +37,15 @@ def plan_of(folder: Path) -> ModelPlan:
 
 def test_they_are_planned_with_their_channels(sana: Path):
     plan = plan_of(sana)
-    inverted = plan.layer(CONVOLUTIONS[0]).linear
+    inverted = plan.by_name[CONVOLUTIONS[0]].linear
     assert (inverted.kind, inverted.in_features, inverted.out_features) == ("conv1x1", 128, 512)
-    assert plan.layer(CONVOLUTIONS[1]).linear.bias is False
+    assert plan.by_name[CONVOLUTIONS[1]].linear.bias is False
     # 3x3, and depthwise: no linear
     assert not any(linear.name.endswith("conv_depth") for linear in plan.kept)
 
 
 def test_nunchaku_lite_keeps_them_and_says_why(sana: Path):
-    reason = format_named("nunchaku-lite").unsupported_reason(plan_of(sana).layer(CONVOLUTIONS[0]))
+    reason = format_named("nunchaku-lite").unsupported_reason(plan_of(sana).by_name[CONVOLUTIONS[0]])
     assert reason is not None
     assert "1x1 convolution" in reason
 
@@ -69,10 +69,10 @@ def test_statistics_and_solution_stand_for_the_convolution(sana: Path):
         torch.testing.assert_close(stats[name].abs_max, seen[name].abs().amax(dim=(0, 2, 3)))
         assert stats[name].tokens_seen == seen[name][:, 0].numel()
         weight = read_tensor(source, f"{name}.weight").float().flatten(1)
-        bias = read_tensor(source, f"{name}.bias").float() if plan.layer(name).linear.bias else None
+        bias = read_tensor(source, f"{name}.bias").float() if plan.by_name[name].linear.bias else None
         solved = solve_input(
             shared,
-            {name: plan.layer(name)},
+            {name: plan.by_name[name]},
             {name: LinearWeights(weight, bias)},
             stats[name],
             SolveSettings("closed-form", 0, torch.bfloat16),

@@ -104,7 +104,7 @@ def test_an_override_sets_a_rank_or_keeps_a_layer(tiny_flux: Path):
         RankOverride(match="*.ff.net.2", rank=64),
         KeepOverride(match="single_transformer_blocks.*", keep=True),
     )
-    wide = plan.layer("transformer_blocks.0.ff.net.2")
+    wide = plan.by_name["transformer_blocks.0.ff.net.2"]
     assert isinstance(wide, W4A4Plan)
     assert wide.rank == 64
     assert all(layer.name.startswith("transformer_blocks.") for layer in plan.layers)

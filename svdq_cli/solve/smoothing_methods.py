@@ -1,0 +1,154 @@
+"""How a layer group's smoothing factor is found: one record a method.
+
+A new method is a name in `records.Smoothing` and a record here: recipes take the name from there, `solve_input` and the
+search for ranks run it, `--plan` counts what it tries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from svdq_cli.records import ActivationStats, Precision, SharedInput, Smoothing, SolveSettings, W4A4Plan
+from svdq_cli.solve.forward import LinearWeights, stacked_weights
+from svdq_cli.solve.low_rank import SEARCH_POWER_ITERATIONS, split_low_rank
+from svdq_cli.solve.quantizers import fake_quantize_activation, fake_quantize_weight
+from svdq_cli.solve.smoothing import CLOSED_FORM, GRID, smooth_factor
+from svdq_cli.system.threads import end_if_left
+
+SEARCH_ROWS = 512  # rows that score a factor; the ranking is stable long before the report's figure is
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SmoothingTask:
+    """One layer group whose smoothing factor is wanted. `rows` (M, K) float32, on the device of the weights."""
+
+    shared: SharedInput
+    plans: Sequence[W4A4Plan]
+    weights: Mapping[str, LinearWeights]
+    stats: ActivationStats
+    rows: Tensor
+    settings: SolveSettings
+
+    @property
+    def precision(self) -> Precision:
+        return self.plans[0].precision
+
+    def factors(self) -> Callable[[tuple[float, float]], Tensor]:
+        """The factor (K,) of two exponents, as it is stored."""
+        x_peak = self.stats.abs_max.to(self.rows.device).float()
+        w_peak = torch.stack([self.weights[plan.name].weight.abs().amax(0) for plan in self.plans]).amax(0)
+        return lambda exponents: smooth_factor(
+            x_peak, w_peak, exponents, self.precision, dtype=self.settings.dtype
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SmoothingMethod:
+    """`find` returns the factor (K,) float32, exact in 16 bits, and how it was found, in words. `tried`: factors that
+    it scores on the calibration rows, which is what it costs; a method without any needs peaks alone."""
+
+    find: Callable[[SmoothingTask], tuple[Tensor, str]]
+    tried: int = 0
+
+
+def choose_smoothing(
+    shared: SharedInput,
+    plans: Sequence[W4A4Plan],
+    weights: Mapping[str, LinearWeights],
+    stats: ActivationStats | None,
+    rows: Tensor | None,
+    settings: SolveSettings,
+) -> tuple[Tensor, str]:
+    """The smoothing factor (K,) float32, exact in 16 bits, and how it was found."""
+    if stats is None or rows is None:
+        device = next(iter(weights.values())).weight.device
+        return torch.ones(plans[0].linear.in_features, device=device), "none (data-free)"
+    task = SmoothingTask(shared, plans, weights, stats, rows, settings)
+    return SMOOTHING_METHODS[settings.smoothing].find(task)
+
+
+def _none(task: SmoothingTask) -> tuple[Tensor, str]:
+    return task.factors()((0.0, 0.0)), "none"
+
+
+def _closed_form(task: SmoothingTask) -> tuple[Tensor, str]:
+    return task.factors()(CLOSED_FORM), "closed-form"
+
+
+def _grid(task: SmoothingTask) -> tuple[Tensor, str]:
+    """The exponents of the paper's grid with the least output error, all branches together."""
+    factor, sample = task.factors(), evenly(task.rows, SEARCH_ROWS)
+    errors = [0.0] * len(GRID)
+    for stack in stacks_of(task.shared, task.plans, task.weights, sample):
+        for index, point in enumerate(GRID):
+            end_if_left()
+            errors[index] += _search_error(stack, factor(point), sample, task.precision, task.settings)
+        del stack  # before the next one is made
+    best = min(range(len(GRID)), key=errors.__getitem__)
+    a, b = GRID[best]
+    return factor(GRID[best]), f"grid a={a:.2f} b={b:.2f}"
+
+
+SMOOTHING_METHODS: Mapping[Smoothing, SmoothingMethod] = {
+    "none": SmoothingMethod(_none),
+    "closed-form": SmoothingMethod(_closed_form),
+    "grid": SmoothingMethod(_grid, tried=len(GRID)),
+}
+
+
+def _search_error(
+    stack: Stack, smooth: Tensor, rows: Tensor, precision: Precision, settings: SolveSettings
+) -> float:
+    """Relative output error of all layers of a branch together, each weighing the same, for rounding to nearest."""
+    quantized = fake_quantize_activation(rows / smooth, precision)
+    smoothed = stack.weight * smooth
+    up, down = split_low_rank(
+        smoothed, rank=stack.rank, seed=settings.seed, power_iterations=SEARCH_POWER_ITERATIONS
+    )
+    left_over = smoothed - up @ down
+    parts = [
+        fake_quantize_weight(part, precision, dtype=settings.dtype) for part in left_over.split(stack.counts)
+    ]
+    lost = quantized @ torch.cat(parts).T - (rows / smooth) @ left_over.T
+    total = 0.0
+    for noise, signal in zip(lost.split(stack.counts, dim=1), stack.signals, strict=True):
+        total += float(noise.square().sum()) / signal
+    return total
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Stack:
+    """The layers of one branch under one another, and the size of each one's exact output on the search rows."""
+
+    layers: tuple[str, ...]
+    weight: Tensor  # (sum of N, K)
+    counts: list[int]
+    signals: list[float]
+    rank: int
+
+
+def stacks_of(
+    shared: SharedInput, plans: Sequence[W4A4Plan], weights: Mapping[str, LinearWeights], rows: Tensor
+) -> Iterator[Stack]:
+    """The branches one after the other; a caller that lets go of each has no more than one in memory. `rows` is (M,
+    K)."""
+    for members in shared.members(plans):
+        yield _stack(members, weights, rows)
+
+
+def _stack(members: Sequence[W4A4Plan], weights: Mapping[str, LinearWeights], rows: Tensor) -> Stack:
+    weight = stacked_weights(members, weights)
+    counts = [plan.linear.out_features for plan in members]
+    signals = [max(float((rows @ each.T).square().sum()), 1e-30) for each in weight.split(counts)]
+    return Stack(tuple(plan.name for plan in members), weight, counts, signals, members[0].rank)
+
+
+def evenly(rows: Tensor, count: int) -> Tensor:
+    """Take at most `count` rows, evenly spaced. (M, K) -> (n, K)."""
+    if rows.shape[0] <= count:
+        return rows
+    return rows[torch.linspace(0, rows.shape[0] - 1, count, device=rows.device).round().long()]
