@@ -73,9 +73,14 @@ void multiply_rows(const Quantized& x, int64_t first, int64_t m, const Weights& 
         const int64_t begin = task / parts_of_m * pairs_a_part * 2, end = begin + pairs_a_part * 2;
         for (int64_t panel = begin; panel < end && panel < panels; panel += 2) {
             const int64_t wide = panels - panel < 2 ? 1 : 2;
-            for (int64_t block = from; block < until; ++block) {
-                const int64_t row = block * BLOCK, rows = m - row < BLOCK ? m - row : BLOCK;
-                multiply_block<Vector, P, E>(x, first + block, int(rows), w, panel, wide, to, row);
+            // The next panels' part of the branch: too short a stream, too long a pause for the hardware to foresee it
+            const uint16_t* up = w.up + (panel + wide) * PANEL * w.rank;
+            for (int64_t at = 0; at < 2 * PANEL * w.rank; at += LINE_BYTES / 2)
+                Vector::prefetch(up + at);
+            for (int64_t block = from; block < until; block += Vector::BLOCKS_AT_ONCE) {
+                const int64_t row = block * BLOCK, end = until * BLOCK < m ? until * BLOCK : m, most = Vector::BLOCKS_AT_ONCE * BLOCK;
+                const int64_t rows = end - row < most ? end - row : most;
+                multiply_blocks<Vector, P, E>(x, first + block, int(rows), w, panel, wide, to, row);
             }
         }
     });

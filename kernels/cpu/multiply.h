@@ -1,6 +1,8 @@
-// The product of one block of rows with some columns: exact integer sums in a group, one float32 fma a group; then the
+// The product of blocks of rows with some columns: exact integer sums in a group, one float32 fma a group; then the
 // outer scale, the branch, the bias and the rounding to 16 bit.
 #pragma once
+#include <type_traits>
+
 #include "layouts.h"
 
 namespace svdq {
@@ -73,52 +75,25 @@ inline void tile(const Quantized& x, int64_t block, int row, const Weights& w, i
                 total[m][v] = V::fma(V::finish(whole[m][v], starts[group * BLOCK + m]), V::multiply(row_scale, scale[v]), total[m][v]);
         }
     }
-#pragma GCC unroll 4
-    for (int v = 0; v < VECTORS; ++v) {
-        const int64_t panel = (first + v) / IN_PANEL, column = (first + v) * V::LANES;
-        if (w.outer) {
-            const auto outer = V::load(w.outer + column);
-#pragma GCC unroll 8
-            for (int m = 0; m < ROWS; ++m)
-                total[m][v] = V::multiply(total[m][v], outer);
-        }
-        const uint16_t* up = w.up + (panel * w.rank * PANEL) + (first + v) % IN_PANEL * 2 * V::LANES;
-        const uint16_t* hidden = x.hidden + block * w.rank * BLOCK + 2 * row;
-        for (int64_t r = 0; r < w.rank; r += 2, up += 2 * PANEL, hidden += 2 * BLOCK) {
-            const auto pair = V::template load_pair<E>(up);
-#pragma GCC unroll 8
-            for (int m = 0; m < ROWS; ++m) {
-                uint32_t both;
-                std::memcpy(&both, hidden + 2 * m, 4);
-                total[m][v] = V::template add_product<E>(total[m][v], pair, both);
-            }
-        }
-        if (w.bias) {
-            const auto bias = V::load(w.bias + column);
-#pragma GCC unroll 8
-            for (int m = 0; m < ROWS; ++m)
-                total[m][v] = V::add(total[m][v], bias);
-        }
-#pragma GCC unroll 8
-        for (int m = 0; m < ROWS; ++m)
+    for (int m = 0; m < ROWS; ++m)
+        for (int v = 0; v < VECTORS; ++v)
             V::store(sums + (m * VECTORS + v) * V::LANES, total[m][v]);
-    }
 }
 
-template <class V, class P, class E, int VECTORS>
-inline void some_rows(int rows, const Quantized& x, int64_t block, int row, const Weights& w, int64_t first, float* sums)
+// Calls `of` with the constant `rows`, 1 to V::TILE_ROWS.
+template <class V, class Of> inline void with_rows(int rows, Of of)
 {
     switch (rows) {
-    case 1: return tile<V, P, E, 1, VECTORS>(x, block, row, w, first, sums);
-    case 2: return tile<V, P, E, 2, VECTORS>(x, block, row, w, first, sums);
-    case 3: return tile<V, P, E, 3, VECTORS>(x, block, row, w, first, sums);
+    case 1: return of(std::integral_constant<int, 1>{});
+    case 2: return of(std::integral_constant<int, 2>{});
+    case 3: return of(std::integral_constant<int, 3>{});
     default: break;
     }
     if constexpr (V::TILE_ROWS > 3)
         switch (rows) {
-        case 4: return tile<V, P, E, 4, VECTORS>(x, block, row, w, first, sums);
-        case 5: return tile<V, P, E, 5, VECTORS>(x, block, row, w, first, sums);
-        default: return tile<V, P, E, 6, VECTORS>(x, block, row, w, first, sums);
+        case 4: return of(std::integral_constant<int, 4>{});
+        case 5: return of(std::integral_constant<int, 5>{});
+        default: return of(std::integral_constant<int, 6>{});
         }
 }
 
@@ -131,17 +106,11 @@ struct Result {
     int64_t stride;
 };
 
-template <class V, class E>
-inline void write_row(const float* sums, const Result& to, int64_t row, int64_t column, int64_t columns)
+template <class E> inline void write_row(uint16_t* bits, const Result& to, int64_t at, int64_t columns)
 {
-    uint16_t bits[2 * PANEL];
-    const int64_t padded = up_to(columns, V::LANES);
-    for (int64_t i = 0; i < padded; i += V::LANES)
-        V::template store16<E>(bits + i, V::load(sums + i));
     if (to.activation)
         for (int64_t i = 0; i < columns; ++i)
             bits[i] = to.activation[bits[i]];
-    const int64_t at = row * to.stride + column;
     if (to.float32)
         for (int64_t i = 0; i < columns; ++i)
             static_cast<float*>(to.y)[at + i] = E::to_float(bits[i]);
@@ -149,30 +118,93 @@ inline void write_row(const float* sums, const Result& to, int64_t row, int64_t 
         std::memcpy(static_cast<uint16_t*>(to.y) + at, bits, 2 * columns);
 }
 
-// Rows of block `block` (`rows` of them) times the columns of `panels` panels from `panel` on. Row 0 of the block is row
-// `row_of_result` of the result.
-template <class V, class P, class E>
-inline void multiply_block(const Quantized& x, int64_t block, int rows, const Weights& w, int64_t panel, int64_t panels,
-                           const Result& to, int64_t row_of_result)
+// What follows the groups, of ROWS rows from row `row` of a block on, which may end in the next block. `sums`: of
+// `tile`. `columns`: of these vectors, those that the result has.
+template <class V, class E, int ROWS, int VECTORS>
+inline void finish(const float* sums, const Quantized& x, int64_t block, int row, const Weights& w, int64_t first, int64_t columns,
+                   const Result& to, int64_t row_of_result)
 {
-    constexpr int IN_PANEL = PANEL / V::LANES, WIDE = V::TILE_VECTORS;
-    alignas(64) float sums[V::TILE_ROWS * WIDE * V::LANES];
-    const int64_t end = (panel + panels) * IN_PANEL;
-    for (int64_t first = panel * IN_PANEL; first < end;) {
-        const bool wide = first + WIDE <= end;
-        const int64_t vectors = wide ? WIDE : 1, column = first * V::LANES;
-        const int64_t left = w.n - column, columns = left < vectors * V::LANES ? left : vectors * V::LANES;
-        for (int row = 0; row < rows && columns > 0; row += V::TILE_ROWS) {
-            const int some = rows - row < V::TILE_ROWS ? rows - row : V::TILE_ROWS;
-            if (wide)
-                some_rows<V, P, E, WIDE>(some, x, block, row, w, first, sums);
-            else
-                some_rows<V, P, E, 1>(some, x, block, row, w, first, sums);
-            for (int m = 0; m < some; ++m)
-                write_row<V, E>(sums + m * vectors * V::LANES, to, row_of_result + row + m, column, columns);
+    constexpr int IN_PANEL = PANEL / V::LANES, WIDTH = VECTORS * V::LANES;
+    typename V::F total[ROWS][VECTORS];
+    for (int m = 0; m < ROWS; ++m)
+        for (int v = 0; v < VECTORS; ++v)
+            total[m][v] = V::load(sums + m * WIDTH + v * V::LANES);
+    if (w.outer)
+        for (int v = 0; v < VECTORS; ++v) {
+            const auto outer = V::load(w.outer + (first + v) * V::LANES);
+            for (int m = 0; m < ROWS; ++m)
+                total[m][v] = V::multiply(total[m][v], outer);
         }
-        first += vectors;
+    const uint16_t* ups[VECTORS];
+    for (int v = 0; v < VECTORS; ++v)
+        ups[v] = w.up + (first + v) / IN_PANEL * w.rank * PANEL + (first + v) % IN_PANEL * 2 * V::LANES;
+    const uint16_t* hidden = x.hidden + block * w.rank * BLOCK + 2 * row;
+    const uint16_t* next = hidden + w.rank * BLOCK;
+    // All sums in turns: an addition waits for the one before it
+    for (int64_t r = 0; r < w.rank; r += 2, hidden += 2 * BLOCK, next += 2 * BLOCK) {
+        typename V::template Pair<E> pairs[VECTORS];
+        for (int v = 0; v < VECTORS; ++v)
+            pairs[v] = V::template load_pair<E>(ups[v] + r * PANEL);
+#pragma GCC unroll 12
+        for (int m = 0; m < ROWS; ++m) {
+            uint32_t both;
+            std::memcpy(&both, m < BLOCK ? hidden + 2 * m : next + 2 * (m - BLOCK), 4);
+            for (int v = 0; v < VECTORS; ++v)
+                total[m][v] = V::template add_product<E>(total[m][v], pairs[v], both);
+        }
     }
+    if (w.bias)
+        for (int v = 0; v < VECTORS; ++v) {
+            const auto bias = V::load(w.bias + (first + v) * V::LANES);
+            for (int m = 0; m < ROWS; ++m)
+                total[m][v] = V::add(total[m][v], bias);
+        }
+    const bool as_is = columns == WIDTH && !to.float32 && !to.activation;
+    for (int m = 0; m < ROWS; ++m) {
+        const int64_t at = (row_of_result + m) * to.stride + first * V::LANES;
+        uint16_t room[WIDTH], *bits = as_is ? static_cast<uint16_t*>(to.y) + at : room;
+        for (int v = 0; v < VECTORS; ++v)
+            V::template store16<E>(bits + v * V::LANES, total[m][v]);
+        if (!as_is)
+            write_row<E>(room, to, at, columns);
+    }
+}
+
+// `rows` rows from block `block` on times the columns of `panels` panels from `panel` on. The block's row 0 is row
+// `row_of_result` of the result. At most V::BLOCKS_AT_ONCE blocks.
+template <class V, class P, class E>
+inline void multiply_blocks(const Quantized& x, int64_t block, int rows, const Weights& w, int64_t panel, int64_t panels,
+                            const Result& to, int64_t row_of_result)
+{
+    constexpr int IN_PANEL = PANEL / V::LANES, MOST = V::BLOCKS_AT_ONCE * BLOCK;
+    alignas(64) float sums[MOST * V::TILE_VECTORS * V::LANES];
+    const auto columns_of = [&](int64_t first, auto vectors) {
+        constexpr int VECTORS = decltype(vectors)::value, WIDTH = VECTORS * V::LANES;
+        const int64_t left = w.n - first * V::LANES, columns = left < WIDTH ? left : WIDTH;
+        if (columns <= 0)
+            return;
+        const auto each_tile = [&](auto of) {
+            for (int row = 0; row < rows; row += V::TILE_ROWS)
+                with_rows<V>(rows - row < V::TILE_ROWS ? rows - row : V::TILE_ROWS, [&](auto some) {
+                    of(block + row / BLOCK, row % BLOCK, sums + row * WIDTH, some, row_of_result + row);
+                });
+        };
+        each_tile([&](int64_t at, int row, float* to, auto some, int64_t) {
+            tile<V, P, E, decltype(some)::value, VECTORS>(x, at, row, w, first, to);
+        });
+        if constexpr (V::BLOCKS_AT_ONCE > 1)
+            if (rows == MOST)
+                return finish<V, E, MOST, VECTORS>(sums, x, block, 0, w, first, columns, to, row_of_result);
+        each_tile([&](int64_t at, int row, const float* from, auto some, int64_t result) {
+            finish<V, E, decltype(some)::value, VECTORS>(from, x, at, row, w, first, columns, to, result);
+        });
+    };
+    const int64_t end = (panel + panels) * IN_PANEL;
+    int64_t first = panel * IN_PANEL;
+    for (; first + V::TILE_VECTORS <= end; first += V::TILE_VECTORS)
+        columns_of(first, std::integral_constant<int, V::TILE_VECTORS>{});
+    for (; first < end; ++first)
+        columns_of(first, std::integral_constant<int, 1>{});
 }
 
 } // namespace svdq

@@ -10,6 +10,7 @@ namespace svdq {
 struct Vector {
     static constexpr int LANES = 8;
     static constexpr int TILE_ROWS = 3, TILE_VECTORS = 2; // 6 integer and 6 float sums in 16 registers
+    static constexpr int BLOCKS_AT_ONCE = 1;
 
     using F = __m256;
     using I = __m256i;

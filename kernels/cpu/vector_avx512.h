@@ -6,7 +6,8 @@
 
 namespace svdq {
 
-// Word `lane` of result vector i is word at / 6 of row at % 6, where at = 16 i + lane.
+// Word `lane` of result vector i is word at / 6 of row at % 6, where at = 16 i + lane. Rows are as `store_codes` leaves
+// them: the words of each vector four apart.
 struct Interleaved {
     uint32_t order[6][16] = {};
     uint16_t second[6] = {}, third[6] = {};
@@ -15,7 +16,7 @@ struct Interleaved {
     {
         for (int at = 0; at < 96; ++at) {
             const int row = at % 6, lane = at % 16;
-            order[at / 16][lane] = uint32_t(at / 6 + 16 * (row % 2));
+            order[at / 16][lane] = uint32_t(at / 6 % 4 * 4 + at / 6 / 4 + 16 * (row % 2));
             if (row / 2 == 1)
                 second[at / 16] = uint16_t(second[at / 16] | 1u << lane);
             if (row / 2 == 2)
@@ -28,6 +29,7 @@ inline constexpr Interleaved INTERLEAVED{};
 struct Vector {
     static constexpr int LANES = 16;
     static constexpr int TILE_ROWS = 6, TILE_VECTORS = 2; // 12 integer and 12 float sums in 32 registers
+    static constexpr int BLOCKS_AT_ONCE = 2; // 24 sums hide the time that an addition of the branch takes
 
     using F = __m512;
     using I = __m512i;
@@ -56,12 +58,35 @@ struct Vector {
     {
         return _mm512_castsi512_ps(_mm512_max_epu32(_mm512_castps_si512(most), _mm512_castps_si512(magnitude(x))));
     }
-    static float peak(F magnitudes) { return float_of_bits(_mm512_reduce_max_epu32(_mm512_castps_si512(magnitudes))); }
 
     static I to_nearest(F x) { return _mm512_cvtps_epi32(x); }
     static I add(I a, I b) { return _mm512_add_epi32(a, b); }
-    static int32_t total(I x) { return _mm512_reduce_add_epi32(x); }
-    static void store_bytes(int8_t* to, I x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(x)); }
+    static void store(int32_t* to, I x) { _mm512_storeu_si512(to, x); }
+    static void store_codes(int8_t* to, const I (&codes)[4])
+    {
+        const __m512i first = _mm512_packs_epi32(codes[0], codes[1]), second = _mm512_packs_epi32(codes[2], codes[3]);
+        _mm512_storeu_si512(to, _mm512_packs_epi16(first, second));
+    }
+    // Each of 6 vectors' lanes in one: lanes 0 to 5 of the result. Halves of two vectors side by side, and so on.
+    template <class Of> static __m512i across(__m512i a, __m512i b, __m512i c, __m512i d, __m512i e, __m512i f, Of of)
+    {
+        const auto halves = [&](__m512i x, __m512i y) { return of(_mm512_shuffle_i64x2(x, y, 0x44), _mm512_shuffle_i64x2(x, y, 0xee)); };
+        const auto quarters = [&](__m512i x, __m512i y) { return of(_mm512_shuffle_i64x2(x, y, 0x88), _mm512_shuffle_i64x2(x, y, 0xdd)); };
+        const __m512i last = halves(e, f), four = quarters(halves(a, b), halves(c, d)), two = quarters(last, last);
+        const __m512i pairs = of(_mm512_unpacklo_epi32(four, two), _mm512_unpackhi_epi32(four, two));
+        const __m512i each = of(pairs, _mm512_shuffle_epi32(pairs, _MM_PERM_BADC));
+        return _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0), each);
+    }
+    static F peaks(const F (&x)[6])
+    {
+        const auto bits = [](F of) { return _mm512_castps_si512(of); };
+        return _mm512_castsi512_ps(across(bits(x[0]), bits(x[1]), bits(x[2]), bits(x[3]), bits(x[4]), bits(x[5]),
+                                          [](__m512i a, __m512i b) { return _mm512_max_epu32(a, b); }));
+    }
+    static I totals(const I (&x)[6])
+    {
+        return across(x[0], x[1], x[2], x[3], x[4], x[5], [](__m512i a, __m512i b) { return _mm512_add_epi32(a, b); });
+    }
 
     template <class E> static F load16(const uint16_t* from)
     {

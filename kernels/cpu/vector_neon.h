@@ -9,6 +9,7 @@ namespace svdq {
 struct Vector {
     static constexpr int LANES = 4;
     static constexpr int TILE_ROWS = 6, TILE_VECTORS = 2; // 12 integer and 12 float sums in 32 registers
+    static constexpr int BLOCKS_AT_ONCE = 1;
 
     using F = float32x4_t;
     using I = int32x4_t;

@@ -8,6 +8,7 @@ namespace svdq {
 struct Vector {
     static constexpr int LANES = 4;
     static constexpr int TILE_ROWS = 6, TILE_VECTORS = 1;
+    static constexpr int BLOCKS_AT_ONCE = 1;
 
     struct F {
         float at[LANES];
