@@ -71,11 +71,16 @@ class Linear:
 
 @dataclass(frozen=True, slots=True)
 class W4A4Plan:
-    """A linear that becomes 4-bit weights and activations plus a 16-bit low-rank branch."""
+    """A linear that becomes 4-bit weights and activations plus a 16-bit low-rank branch.
+
+    `curve`: its input depends on the timestep alone, so it runs along a curve that spans few directions; the branch
+    holds all of the layer and the codes are zero.
+    """
 
     linear: Linear
     precision: Precision
     rank: int
+    curve: bool = False
 
     @property
     def name(self) -> str:
@@ -143,10 +148,11 @@ class ModelPlan:
 
     def layer_groups(self, *, data_free: bool) -> tuple[SharedInput, ...]:
         """What is solved, and in memory, at a time, in the order of `inputs`: of each the W4A4 layers together, because
-        they share a smoothing factor, and every W4A16 layer alone (the modulations of all blocks read one input).
+        they share a smoothing factor, and every W4A16 layer and curve alone (the modulations of all blocks read one
+        input).
         Data-free, where there is no smoothing, every branch alone. A layer group has its input's name; its first
         layer's is its own."""
-        alone = {layer.name for layer in self.w4a16}
+        alone = {layer.name for layer in self.layers if isinstance(layer, W4A16Plan) or layer.curve}
         found: list[SharedInput] = []
         for shared in self.inputs:
             kept = (tuple(name for name in part if name not in alone) for part in shared.branches)
@@ -182,6 +188,8 @@ class ActivationStats:
     # the largest number in the output of each layer that reads the input; empty where it was not measured
     output_peaks: Mapping[str, float] = field(default_factory=dict[str, float])
     mean: Tensor | None = None  # (K,) float32: what all of these numbers are less than the 16-bit model's
+    # (T, K) bfloat16: what the input is at T timesteps spread over all; None where it does not depend on time alone
+    over_time: Tensor | None = None
 
 
 # ---------------------------------------------------------------------------------------------------- solutions

@@ -1,8 +1,8 @@
 """The calibration artefact: a folder of safetensors and `manifest.json`, made once and used by many conversions.
 
-Per input `<name>/abs_max` (K,) float32, `<name>/second_moment` (K,) float32 and `<name>/rows` (M, K) bfloat16, several
-inputs a file. The manifest's digest covers everything that a conversion reads; neither the time of day, the svdq
-version nor the split into files enters it.
+Per input `<name>/abs_max` (K,) float32, `<name>/second_moment` (K,) float32 and `<name>/rows` (M, K) bfloat16, of one
+that depends on time alone also `<name>/over_time` (T, K) bfloat16; several inputs a file. The manifest's digest covers
+everything that a conversion reads; neither the time of day, the svdq version nor the split into files enters it.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ MANIFEST = "manifest.json"
 KIND = "svdq-calibration"
 MAX_FILE_BYTES = 512 * 2**20
 _TENSORS = {"abs_max": torch.float32, "second_moment": torch.float32, "rows": torch.bfloat16}
+_PARTS = {**_TENSORS, "over_time": torch.bfloat16}  # of inputs that depend on time alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +100,8 @@ class Calibration:
         file = self.path / entry.file
         try:
             with safe_open(file, framework="pt") as tensors:
-                found = {part: tensors.get_tensor(f"{name}/{part}") for part in _TENSORS}
+                parts = [part for part in _PARTS if part in _TENSORS or f"{name}/{part}" in tensors.keys()]  # noqa: SIM118
+                found = {part: tensors.get_tensor(f"{name}/{part}") for part in parts}
         except (SafetensorError, OSError) as error:
             raise _damaged(file, f"can't be read ({error})") from error
         stats = ActivationStats(name=name, tokens_seen=entry.tokens_seen, **found)
@@ -124,7 +126,7 @@ def save_calibration(
         file_bytes: dict[str, int] = {}
         for index, group in enumerate(_groups(stats)):
             file = f"stats-{index + 1:05d}.safetensors"
-            tensors = {f"{s.name}/{part}": _stored(s, part) for s in group for part in _TENSORS}
+            tensors = {f"{s.name}/{part}": _stored(s, part) for s in group for part in _parts(s)}
             save_tensors(folder / file, tensors, {})
             file_bytes[file] = (folder / file).stat().st_size
             entries += [_entry(s, file) for s in group]
@@ -161,7 +163,7 @@ def _groups(stats: Mapping[str, ActivationStats]) -> Iterator[list[ActivationSta
     group: list[ActivationStats] = []
     size = 0
     for item in stats.values():
-        needed = sum(getattr(item, part).nbytes for part in _TENSORS)
+        needed = sum(getattr(item, part).nbytes for part in _parts(item))
         if group and size + needed > MAX_FILE_BYTES:
             yield group
             group, size = [], 0
@@ -171,10 +173,15 @@ def _groups(stats: Mapping[str, ActivationStats]) -> Iterator[list[ActivationSta
         yield group
 
 
+def _parts(stats: ActivationStats) -> list[str]:
+    """The names of the tensors that an input has."""
+    return [part for part in _PARTS if getattr(stats, part) is not None]
+
+
 def _stored(stats: ActivationStats, part: str) -> Tensor:
     tensor: Tensor = getattr(stats, part)
-    if tensor.dtype != _TENSORS[part]:
-        raise TypeError(f"{stats.name}/{part} is {tensor.dtype}, not {_TENSORS[part]}")
+    if tensor.dtype != _PARTS[part]:
+        raise TypeError(f"{stats.name}/{part} is {tensor.dtype}, not {_PARTS[part]}")
     return tensor.cpu().contiguous()
 
 
@@ -194,7 +201,7 @@ def _entry(stats: ActivationStats, file: str) -> InputEntry:
 
 def _stats_sha256(stats: ActivationStats) -> str:
     digest = hashlib.sha256()
-    for part in _TENSORS:
+    for part in _parts(stats):
         tensor = _stored(stats, part)
         digest.update(f"{part}{list(tensor.shape)}".encode())
         digest.update(tensor.flatten().view(torch.uint8).numpy().data)

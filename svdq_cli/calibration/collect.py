@@ -85,7 +85,7 @@ def collect_parts(
     if not left:
         return
     sharing = _Sharing.of(model, inputs)
-    with _hooked(sharing.layers, sharing.compare):
+    with inputs_seen(sharing.layers, sharing.compare):
         # several denoisers have their turns in other steps: nothing less than all of them shows how often they run
         whole = len(denoisers_in(pipe)) > 1
         turns = _turns_per_image(pipe, layers, left[0], sampling, encoded, whole=whole)
@@ -120,7 +120,7 @@ def collect_parts(
         on_batch=begin,
         on_step=lambda step: _refuse_non_finite(tallies, layers),
     )
-    with _hooked(layers, record), _outputs_hooked(readers, see):
+    with inputs_seen(layers, record), _outputs_hooked(readers, see):
         for _ in images:
             finish()
 
@@ -297,7 +297,7 @@ def _turns_per_image(
         # diffusers' own way to end a trajectory early; a pipeline that ignores it runs on and is counted in full
         pipe._interrupt = True  # pyright: ignore[reportAttributeAccessIssue]
 
-    with _hooked(layers, count):
+    with inputs_seen(layers, count):
         on_step = None if whole else stop
         denoise(pipe, batch, settings=settings, output_type="latent", encoded=encoded, on_step=on_step)
     for name in layers:
@@ -327,7 +327,7 @@ def _layer(model: nn.Module, name: str) -> nn.Module:
 
 
 @contextmanager
-def _hooked(layers: Mapping[str, nn.Module], on_input: OnInput) -> Iterator[None]:
+def inputs_seen(layers: Mapping[str, nn.Module], on_input: OnInput) -> Iterator[None]:
     """Calls `on_input` with what each layer is about to read. The hooks are gone afterwards, whatever happens."""
     handles = []
     try:

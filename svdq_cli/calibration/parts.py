@@ -4,14 +4,16 @@ A run that was stopped generates only what is missing; several processes fill on
 Sums are taken in the order of the images, so the merged statistics have the same bits however the parts came about.
 
 Per input of a part `<name>/abs_max` (K,) float32, `<name>/squares` (K,) float64, `<name>/rows` (M, K) bfloat16 and
-`<name>/tokens`, an int64; in the metadata the peaks of outputs, by input and layer.
+`<name>/tokens`, an int64; in the metadata the peaks of outputs, by input and layer. Next to the parts lies a file of
+the inputs that depend on time alone, (T, K) bfloat16 by name (`over_time`).
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,6 +27,7 @@ from svdq_cli.storage.tensor_file import save_tensors
 
 _PEAKS = "output_peaks"  # key of a part file's metadata
 _SUFFIX = ".safetensors"
+_OVER_TIME = f"over-time{_SUFFIX}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,25 +65,56 @@ class PartFolder(MutableMapping[int, Part]):
     def _file(self, first: int) -> Path:
         return self.path / f"{first:06d}{_SUFFIX}"
 
+    @property
+    def has_over_time(self) -> bool:
+        """Whether it was looked for inputs that depend on time alone, whatever was found."""
+        return (self.path / _OVER_TIME).is_file()
+
+    def keep_over_time(self, found: Mapping[str, torch.Tensor]) -> None:
+        """What `inputs_over_time` returned."""
+        with disk_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            with whole_file(self.path / _OVER_TIME) as partial:
+                save_tensors(partial, found, {})
+
+    def over_time(self, name: str) -> torch.Tensor | None:
+        """(T, K) of an input that depends on time alone; None for any other."""
+        if not self.has_over_time:
+            return None
+        file = self.path / _OVER_TIME
+        with _readable(file), safe_open(file, framework="pt") as stored:
+            return stored.get_tensor(name) if name in stored.keys() else None  # noqa: SIM118
+
+    def clear(self) -> None:
+        """Remove everything, once it is merged."""
+        for first in list(self):
+            del self[first]
+        (self.path / _OVER_TIME).unlink(missing_ok=True)
+
+
+@contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"{file}: can't read saved calibration data: {error}",
+            hint="remove this file; its images are then generated again",
+            where=str(file),
+            kind="damaged-file",
+        ) from error
+
 
 @dataclass(frozen=True, slots=True)
 class _StoredPart(Mapping[str, InputPart]):
     file: Path
 
     def __getitem__(self, name: str) -> InputPart:
-        try:
-            with safe_open(self.file, framework="pt") as stored:
-                abs_max, squares, rows, tokens = (
-                    stored.get_tensor(f"{name}/{key}") for key in ("abs_max", "squares", "rows", "tokens")
-                )
-                peaks = json.loads((stored.metadata() or {}).get(_PEAKS, "{}")).get(name, {})
-        except (SafetensorError, OSError) as error:
-            raise InputError(
-                f"{self.file}: can't read saved calibration data: {error}",
-                hint="remove this file; its images are then generated again",
-                where=str(self.file),
-                kind="damaged-file",
-            ) from error
+        with _readable(self.file), safe_open(self.file, framework="pt") as stored:
+            abs_max, squares, rows, tokens = (
+                stored.get_tensor(f"{name}/{key}") for key in ("abs_max", "squares", "rows", "tokens")
+            )
+            peaks = json.loads((stored.metadata() or {}).get(_PEAKS, "{}")).get(name, {})
         return InputPart(abs_max, squares, rows, int(tokens), peaks)
 
     def __iter__(self) -> Iterator[str]:
@@ -95,13 +129,14 @@ class _StoredPart(Mapping[str, InputPart]):
 class MergedStats(Mapping[str, ActivationStats]):
     """Statistics by input, each merged from its parts when it is asked for."""
 
-    parts: Mapping[int, Part]
+    parts: PartFolder
     names: Sequence[str]
 
     def __getitem__(self, name: str) -> ActivationStats:
         if name not in self.names:
             raise KeyError(name)
-        return merged(name, [self.parts[first][name] for first in sorted(self.parts)])
+        found = merged(name, [self.parts[first][name] for first in sorted(self.parts)])
+        return replace(found, over_time=self.parts.over_time(name))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)

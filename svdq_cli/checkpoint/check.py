@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,9 +15,9 @@ from svdq_cli.checkpoint.detect import STORED_DTYPES, specs_of_headers
 from svdq_cli.checkpoint.reader import Checkpoint, open_checkpoint
 from svdq_cli.errors import CheckFailedError, InputError
 from svdq_cli.formats.soundness import differences
-from svdq_cli.records import Event, LayerPlan, Observer, ignore_events
+from svdq_cli.records import Event, LayerPlan, Observer, W4A4Solution, ignore_events
 from svdq_cli.reports import CheckProblem, CheckReport
-from svdq_cli.solve.rebuild import WeightError, bias_error, weight_error
+from svdq_cli.solve.rebuild import WeightError, bias_error, curve_error, is_curve, weight_error
 from svdq_cli.source import Source, TensorEntry, is_finite, only, read_tensor, tensor_entry
 from svdq_cli.system.threads import cores, prefetch
 
@@ -201,6 +201,8 @@ def _verdict(
     weight = _StoredRows(tensor_entry(source, f"{plan.name}.weight"))
     bias = read_tensor(source, f"{plan.name}.bias") if plan.linear.bias else None
     error = weight_error(solution, weight)
+    if isinstance(solution, W4A4Solution) and is_curve(solution) and (recorded is None or recorded.exact):
+        error = replace(error, agreement=1 - curve_error(solution, weight))
     problems = tuple(_differences(plan, error, bias_error(solution, bias), recorded))
     return _Verdict(problems, round(error.relative, 5))
 

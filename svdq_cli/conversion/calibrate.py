@@ -25,6 +25,7 @@ from svdq_cli.calibration.artefact import (
 )
 from svdq_cli.calibration.budget import rows_within, statistics_bytes
 from svdq_cli.calibration.collect import RowSampling, collect_parts
+from svdq_cli.calibration.over_time import inputs_over_time, modulation_inputs
 from svdq_cli.calibration.parts import MergedStats, PartFolder
 from svdq_cli.calibration.prompts import prompts_digest
 from svdq_cli.conversion.memory import run_as_it_fits
@@ -165,8 +166,7 @@ def collect_calibration(
     manifest = save_calibration(
         out, MergedStats(parts, names), calibration_run.facts, overwrite=options.overwrite
     )
-    for first in list(parts):
-        del parts[first]
+    parts.clear()
     return manifest
 
 
@@ -198,10 +198,18 @@ def _generate(
     left = [batch for batch in batches if batch.first not in parts]
     encoded = encode_prompts(pipe, left, settings=settings, observe=observe)
 
+    looks_over_time = _looks_over_time(calibration_run, batches) and not parts.has_over_time
+
     def collect() -> None:
+        model = joint_model(pipe, source.components)
+        if looks_over_time:
+            found = inputs_over_time(
+                pipe, model, modulation_inputs(plan), left[0], settings=settings, encoded=encoded
+            )
+            parts.keep_over_time(found)
         collect_parts(
             pipe,
-            joint_model(pipe, source.components),
+            model,
             plan.inputs,
             batches,
             sampling=settings,
@@ -221,6 +229,13 @@ def _generate(
         stage="calibrate",
         observe=observe,
     )
+
+
+def _looks_over_time(calibration_run: CalibrationRun, mine: Sequence[Batch]) -> bool:
+    """Whether this process looks for inputs that depend on time alone: the first one, where a recipe takes curves."""
+    prepared = calibration_run.prepared
+    first = not mine or mine[0].first == 0
+    return first and prepared.recipe.modulation in ("auto", "curve") and len(prepared.source.components) == 1
 
 
 def _batches(calibration_run: CalibrationRun) -> tuple[Batch, ...]:

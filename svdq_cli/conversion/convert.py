@@ -25,6 +25,7 @@ from svdq_cli.conversion.allocation import allocate_ranks, generates_for_gains
 from svdq_cli.conversion.block_forecast import tuned_bytes
 from svdq_cli.conversion.calibrate import BEGUN, calibration_run_of, collect_calibration
 from svdq_cli.conversion.card import card_path, model_card
+from svdq_cli.conversion.curves import choose_curves
 from svdq_cli.conversion.memory import reserved_ram
 from svdq_cli.conversion.move_means import with_means_moved
 from svdq_cli.conversion.predict import disk_bytes, forecast_of, require_memory, uses_prompts, work_bytes
@@ -342,8 +343,11 @@ def _solve(job: Job, work: WorkFolder) -> Solved:
     prepared, warnings = allocate_ranks(
         prepared, statistics, job.device, job.observe, options=job.options, work=work
     )
+    prepared, left_over = choose_curves(
+        prepared, statistics, job.device, job.observe, options=job.options, work=work
+    )
     job.options.team.broadcast(CALIBRATED, {})
-    job.warn(warnings)
+    job.warn((*warnings, *left_over))
     taken_over = solve_into(
         work, prepared, statistics, job.device, job.observe, options=job.options, reserved=job.reserved
     )

@@ -52,6 +52,7 @@ JOURNAL = "journal.json"
 LAYERS, CALIBRATION, IMAGES = "layers", "calibration", "pictures"
 BLOCKS, PASSAGES = "blocks", "passages"
 CHOICES = "choices.json"
+CURVES = "curves.json"  # names of the modulation layers that are stored as curves
 _LOCK, _DONE = "lock", "done"
 _ABOUT = "svdq"  # key of the safetensors metadata
 

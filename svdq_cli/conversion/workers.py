@@ -11,6 +11,7 @@ from pathlib import Path
 from svdq_cli.calibration.artefact import open_calibration
 from svdq_cli.conversion.allocation import allocate_ranks
 from svdq_cli.conversion.calibrate import BEGUN, calibration_run_of, generate_share
+from svdq_cli.conversion.curves import choose_curves
 from svdq_cli.conversion.move_means import with_means_moved
 from svdq_cli.conversion.solve_layers import Statistics, solve_share
 from svdq_cli.conversion.work_folder import WorkFolder
@@ -53,6 +54,7 @@ def share_convert(recipe: Recipe, *, calibration: Path | None, options: RunOptio
     device = resolve_device(options.device)
     prepared, statistics = with_means_moved(prepared, statistics)
     prepared, _ = allocate_ranks(prepared, statistics, device, ignore_events, options=options, work=work)
+    prepared, _ = choose_curves(prepared, statistics, device, ignore_events, options=options, work=work)
     solve_share(work, prepared, statistics, device, options=options)
 
 

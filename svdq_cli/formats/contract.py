@@ -92,6 +92,8 @@ class Format(ABC):
     mixes: ClassVar[bool] = True
     # int4 modules fed by a plain GELU read unsigned activations.
     unsigned_after_gelu: ClassVar[bool] = False
+    # Any linear may be a W4A4 module, a modulation too, which can so be a curve.
+    curves: ClassVar[bool] = False
     # The file says one rank for all W4A4 modules.
     one_rank: ClassVar[bool] = True
 

@@ -64,6 +64,7 @@ class NunchakuLite(Format):
     precisions = (Int4(), NvFp4())
     single_file = False
     own_names = True
+    curves = True
 
     def unsupported_reason(self, layer: LayerPlan) -> str | None:
         """Why diffusers or the kernels behind this format can't run `layer`, or None."""

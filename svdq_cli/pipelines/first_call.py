@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from svdq_cli.pipelines.encode import EncodedPrompts
 from svdq_cli.pipelines.generate import Batch, denoise
 from svdq_cli.pipelines.settings import SamplingSettings
 
@@ -25,16 +26,22 @@ class _Called(Exception):
 
 
 def first_call(
-    pipe: DiffusionPipeline, denoisers: Iterable[nn.Module], batch: Batch, *, settings: SamplingSettings
+    pipe: DiffusionPipeline,
+    denoisers: Iterable[nn.Module],
+    batch: Batch,
+    *,
+    settings: SamplingSettings,
+    encoded: EncodedPrompts | None = None,
 ) -> Arguments | None:
-    """What the pipeline gives the denoiser that it calls first; None where it calls none."""
+    """What the pipeline gives the denoiser that it calls first; None where it calls none. `encoded`: as `denoise` takes
+    it."""
 
     def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         raise _Called((args, kwargs))
 
     handles = [denoiser.register_forward_pre_hook(stop, with_kwargs=True) for denoiser in denoisers]
     try:
-        denoise(pipe, batch, settings=settings, output_type="latent")
+        denoise(pipe, batch, settings=settings, output_type="latent", encoded=encoded)
     except _Called as called:
         return called.arguments
     finally:

@@ -60,11 +60,13 @@ def plan_model(
     family: str = "auto",
     overrides: Sequence[LayerOverride] = (),
     supports: Callable[[LayerPlan], str | None],
+    keeps_modulation: bool = False,
     observe: Observation = lambda model, source: watch(model),
 ) -> ModelPlan:
     """The plan of one model. A model without a family file, or `family` "structural", gets a structural plan.
 
     `overrides`: the recipe's layer rules, in their order.
+    `keeps_modulation`: layers that would be W4A16 stay at 16 bits, but for those that a rule includes.
     `supports` is the output format's say: None, or why it can't hold a layer; such a layer is kept at 16 bits. Experts
     that no W4A4 layer of the format fits become W4A16: they are most of a model's weights, and only svdq runs them.
     `observe` runs an empty model (of a source with one denoiser) to see what its layers read; only a structural plan
@@ -75,12 +77,14 @@ def plan_model(
     known = _family_of(source, family)
     inventory = take_inventory(source, known)
     require_own_tensors(source, inventory)
-    roles = _with_rules(_roles(source, family, observe), inventory, overrides)
+    roles = _roles(source, family, observe)
+    unmodulated = sorted(roles.w4a16) if keeps_modulation else []
+    roles = _with_rules(_without(roles, unmodulated), inventory, overrides)
     exceptions = [rule for rule in overrides if isinstance(rule, RankOverride | KeepOverride)]
 
     layers: list[LayerPlan] = []
     kept: list[Linear] = []
-    reasons = dict(roles.kept)
+    reasons = {**dict.fromkeys(unmodulated, "the recipe keeps modulation"), **roles.kept}
     unsupported_reasons: list[str] = []
     for linear in inventory.linears:
         override = _override_for(linear.name, exceptions)

@@ -88,6 +88,7 @@ def prepare(
         family=recipe.model.family,
         overrides=recipe.layers,
         supports=lambda layer: None if every_layer else _unsupported_reason(formats, layer),
+        keeps_modulation=recipe.modulation == "keep",
         observe=observation(source, sampling),
     )
     dtype = torch.float16 if recipe.model.dtype == "float16" else torch.bfloat16

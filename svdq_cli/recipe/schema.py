@@ -432,6 +432,8 @@ class Recipe(Section):
         tuple[Annotated[LayerOverride, BeforeValidator(_one_kind)], ...], Field(strict=False)
     ] = ()
     """Layer rules, later ones win: {match: GLOB} with rank: 64, keep: true, skip: true, include: w4a4, group: [...]."""
+    modulation: Literal["auto", "w4a16", "curve", "keep"] = "auto"
+    """Modulation layers: w4a16, keep (16 bits), curve (where only the timestep enters), or auto: as measured."""
     components: dict[Text, Literal["w4a16"]] = {}
     """Text encoders to quantize in a pipeline folder: {text_encoder_2: w4a16}; T5 only."""
     outputs: Annotated[tuple[Output, ...], Field(strict=False)] = ()

@@ -48,6 +48,8 @@ def recipe_template(recipe: Recipe, *, schema: str | None = None) -> str:
         value = getattr(recipe, name)
         if isinstance(value, Section):
             lines += [f"{name}:", *_section(value)]
+        elif isinstance(value, str):
+            lines += [f"{name}: {_yaml(value)}"]
         elif name == "calibration":
             lines += ["# calibration:", "#   prompts: calib_prompts/general.txt"]
         else:

@@ -160,7 +160,9 @@ class _Walk:
         inputs = [shared for shared in self._job.plan.inputs if set(shared.layers) <= solutions.keys()]
         tuned = {name for shared in inputs for name in shared.layers}
         w4a4 = {
-            name: each for name, each in solutions.items() if name in tuned and isinstance(each, W4A4Solution)
+            name: each
+            for name, each in solutions.items()
+            if name in tuned and isinstance(each, W4A4Solution) and not each.plan.curve
         }
         put(self._job.model, _runnable({name: each for name, each in solutions.items() if name not in w4a4}))
         waiting = iter(passages)

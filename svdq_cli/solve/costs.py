@@ -35,7 +35,8 @@ def solve_work(
     """All steps of `solve_input`. `rows`: calibration rows, 0 for data-free."""
     total = Work()
     branches = [
-        [plan for name in part if isinstance(plan := plans[name], W4A4Plan)] for part in shared.branches
+        [plan for name in part if isinstance(plan := plans[name], W4A4Plan) and not plan.curve]
+        for part in shared.branches
     ]
     branches = [members for members in branches if members]
     if branches:

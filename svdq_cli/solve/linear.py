@@ -31,7 +31,7 @@ from svdq_cli.records import (
 from svdq_cli.solve.forward import LinearWeights, output_sqnr_db
 from svdq_cli.solve.improve import StepResults, improve
 from svdq_cli.solve.low_rank import split_low_rank
-from svdq_cli.solve.modulation import solve_w4a16
+from svdq_cli.solve.modulation import solve_curve, solve_w4a16
 from svdq_cli.solve.quantizers import QuantizedWeight, quantize_weight
 from svdq_cli.solve.rebuild import Residual, relative_error
 from svdq_cli.solve.refine import refined
@@ -58,53 +58,78 @@ def solve_input(
 ) -> SolvedInput:
     """Solve every layer that reads one activation. `stats` None means data-free: no smoothing, weight errors only."""
     w4a4_plans = [plan for name in shared.layers if isinstance(plan := plans[name], W4A4Plan)]
+    curves = [plan for plan in w4a4_plans if plan.curve]
     w4a16_plans = [plan for name in shared.layers if isinstance(plan := plans[name], W4A16Plan)]
-    device = _device(weights)
-    rows = None if stats is None else stats.rows.to(device).float()
+    rows = None if stats is None else stats.rows.to(_device(weights)).float()
+    solved: list[tuple[LayerSolution, LayerSearch]] = []
+    if len(curves) < len(w4a4_plans):
+        smoothed = [plan for plan in w4a4_plans if not plan.curve]
+        solved += _searched(shared, smoothed, weights, stats, rows, settings)
+    for plan in curves:
+        solution = _curve(plan, weights[plan.name], stats, settings)
+        solved.append((solution, _without_search(solution, plan.rank, "none (curve)")))
+    for plan in w4a16_plans:
+        source = weights[plan.name]
+        known = rows if "gptq" in settings.steps else None
+        solution = solve_w4a16(plan, source.weight, source.bias, dtype=settings.dtype, rows=known)
+        solved.append((solution, _without_search(solution)))
     mean = None if stats is None else stats.mean
-    w4a4: list[W4A4Solution] = []
-    reports: list[LayerReport] = []
-    if w4a4_plans:
-        smooth, label = choose_smoothing(shared, w4a4_plans, weights, stats, rows, settings)
-        if stats is None:
-            solutions = _solve_data_free(shared, w4a4_plans, weights, settings)
-        else:
-            solutions = _solve_w4a4(shared, w4a4_plans, weights, smooth, settings)
-        step_results = StepResults()
-        if settings.steps and stats is not None and rows is not None:
-            solutions, step_results = _improve(shared, w4a4_plans, weights, stats, rows, settings, solutions)
-        for name, solution in solutions.items():
-            w4a4.append(solution)
-            gains = {
-                step: round(_decibels(error), 3) for step, error in step_results.errors.get(name, {}).items()
-            }
-            sqnr, error = measured(solution, weights[name], rows, mean)
-            search = LayerSearch(
+    return SolvedInput(
+        tuple(each for each, _ in solved if isinstance(each, W4A4Solution)),
+        tuple(each for each, _ in solved if isinstance(each, W4A16Solution)),
+        tuple(
+            LayerReport(each.plan.name, *measured(each, weights[each.plan.name], rows, mean), search)
+            for each, search in solved
+        ),
+    )
+
+
+def _searched(
+    shared: SharedInput,
+    plans: list[W4A4Plan],
+    weights: Mapping[str, LinearWeights],
+    stats: ActivationStats | None,
+    rows: Tensor | None,
+    settings: SolveSettings,
+) -> Iterator[tuple[W4A4Solution, LayerSearch]]:
+    """The W4A4 layers of an input, which share its smoothing factor, and how each was found. `rows` (M, K)."""
+    smooth, label = choose_smoothing(shared, plans, weights, stats, rows, settings)
+    if stats is None:
+        solutions = _solve_data_free(shared, plans, weights, settings)
+    else:
+        solutions = _solve_w4a4(shared, plans, weights, smooth, settings)
+    step_results = StepResults()
+    if settings.steps and stats is not None and rows is not None:
+        solutions, step_results = _improve(shared, plans, weights, stats, rows, settings, solutions)
+    for name, solution in solutions.items():
+        errors = step_results.errors.get(name, {})
+        yield (
+            solution,
+            LayerSearch(
                 rank=solution.plan.rank,
                 smoothing=label,
-                steps_db=gains,
+                steps_db={step: round(_decibels(error), 3) for step, error in errors.items()},
                 steps_seconds=step_results.seconds,
                 steps_taken=tuple(step_results.taken),
                 fallback=tuple(step_results.fallback),
-                device=device.type,
-            )
-            reports.append(LayerReport(name, sqnr, error, search))
-    w4a16 = [
-        solve_w4a16(
-            plan,
-            weights[plan.name].weight,
-            weights[plan.name].bias,
-            dtype=settings.dtype,
-            rows=rows if "gptq" in settings.steps else None,
+                device=solution.codes.device.type,
+            ),
         )
-        for plan in w4a16_plans
-    ]
-    for solution in w4a16:
-        name = solution.plan.name
-        sqnr, error = measured(solution, weights[name], rows, mean)
-        search = LayerSearch(None, None, {}, {}, (), (), device=device.type)
-        reports.append(LayerReport(name, sqnr, error, search))
-    return SolvedInput(tuple(w4a4), tuple(w4a16), tuple(reports))
+
+
+def _without_search(
+    solution: LayerSolution, rank: int | None = None, smoothing: str | None = None
+) -> LayerSearch:
+    return LayerSearch(rank, smoothing, {}, {}, (), (), device=solution.codes.device.type)
+
+
+def _curve(
+    plan: W4A4Plan, source: LinearWeights, stats: ActivationStats | None, settings: SolveSettings
+) -> W4A4Solution:
+    assert stats is not None  # without them no layer is planned as a curve
+    assert stats.over_time is not None
+    over_time = stats.over_time.to(source.weight.device).float()
+    return solve_curve(plan, source.weight, source.bias, over_time, dtype=settings.dtype)
 
 
 def _improve(

@@ -92,6 +92,22 @@ def weight_error(solution: LayerSolution, weight: Rows) -> WeightError:
     )
 
 
+def is_curve(solution: LayerSolution) -> bool:
+    """Whether a layer is its low-rank branch alone (`solve_curve`). Files do not say so: all codes are zero."""
+    return isinstance(solution, W4A4Solution) and not bool(solution.codes.any())
+
+
+def curve_error(solution: W4A4Solution, weight: Rows) -> float:
+    """How far a curve's `down` is from what `up` makes of the 16-bit layer's `weight` (N, K): their relative distance
+    (Frobenius), 0 for the exact projection. The weight itself is not to be rebuilt: most of it meets no input."""
+    up = solution.up.double()
+    projected = torch.zeros(up.shape[1], weight.shape[1], dtype=torch.float64, device=weight.device)
+    for rows in row_blocks(weight):
+        projected += up[rows].T @ weight[rows].double()
+    wanted = torch.linalg.lstsq(up.T @ up, projected, driver="gelsd").solution
+    return float((solution.down.double() - wanted).norm() / wanted.norm().clamp(min=1e-60))
+
+
 def _smooth_of(solution: LayerSolution) -> Tensor | None:
     """The smoothing factor, or None if it is 1, as in data-free conversions: there is nothing to multiply by, and no
     slope."""
