@@ -133,7 +133,7 @@ def test_layers_that_read_only_the_timestep_become_curves(
     assert report.layers.w4a16 == 0
     opened = open_checkpoint(out)
     for name in MODULATIONS:
-        solution = opened.solution(opened.plan().layer(name))
+        solution = opened.solution(opened.plan().by_name[name])
         assert isinstance(solution, W4A4Solution)
         assert not solution.codes.any()
         per_layer = report.layer_sqnr_db.per_layer
