@@ -15,7 +15,7 @@ TORCH ?= torch==2.13.0
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench bench-convert bench-quality check-cpu bench-peers-cpu findings classes wheel
+.PHONY: help setup demo test lint bench bench-convert bench-quality check-cpu bench-peers-cpu kernel-report findings classes wheel
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -58,6 +58,9 @@ PEERS ?= --shapes pixart-sigma --precision int4 --rank 32
 bench-peers-cpu: $(STAMP) ## the CPU engine beside ggml's Q4_0 and Q8_0 (builds ggml: cmake, a C++ compiler, minutes)
 	@test -e $(GGML)/src/libggml-cpu.so || sh tools/build_ggml.sh $(BIN)/python "$(PEER_SOURCES)" $(GGML)
 	SVDQ_GGML=$(GGML)/src $(BIN)/python -m svdq_cli bench --device cpu $(PEERS)
+
+kernel-report: $(STAMP) ## the CUDA kernels' main loops, counted in machine code: no GPU (a minute)
+	$(BIN)/python -m tools.kernel_report
 
 classes: $(STAMP) ## what becomes of every transformer that diffusers has: docs/families/classes.md (three minutes)
 	$(BIN)/python -m tools.model_classes

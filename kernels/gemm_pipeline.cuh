@@ -17,76 +17,110 @@ struct GemmInput {
     const uint4* weight_scales;
     const uint4* up;
     int rows, columns, groups, rank_tiles;
-
-    __device__ __forceinline__ int steps() const { return groups + rank_tiles; }
 };
 
-// The block's threads copy `count` consecutive vectors.
-__device__ __forceinline__ void copy_vectors(uint4* shared, const uint4* global, int count)
+// The stage after `stage` in the ring.
+__device__ __forceinline__ uint4* next_stage(uint4* memory, uint4* stage)
 {
-    for (int i = threadIdx.x; i < count; i += THREADS)
-        copy_async_16(shared + i, global + i);
+    return stage == memory + (STAGES - 1) * STAGE_VECTORS ? memory : stage + STAGE_VECTORS;
 }
 
-struct Ring {
-    uint4* memory;
+// The block's threads share the copies of a step evenly.
+constexpr int ROW_COPIES = ROW_VECTORS / THREADS, COLUMN_COPIES = COLUMN_VECTORS / THREADS;
+constexpr int SCALE_VECTORS = ROW_SCALE_VECTORS + COLUMN_SCALE_VECTORS;
+static_assert(ROW_COPIES * THREADS == ROW_VECTORS && COLUMN_COPIES * THREADS == COLUMN_VECTORS, "whole copies");
+static_assert(SCALE_VECTORS <= THREADS, "at most one vector of scales a thread");
 
-    __device__ __forceinline__ uint4* stage(int step) const { return memory + step % STAGES * STAGE_VECTORS; }
+// Where a thread's copies begin in step 0: indices of vectors. 32 bits hold them (runtime/ops/records.py sees to that),
+// so that an address costs one instruction: the loop that multiplies has none to spare.
+struct Share {
+    int row = blockIdx.x * BLOCK_M * 2 + threadIdx.x, column = blockIdx.y * BLOCK_N * 2 + threadIdx.x;
+};
 
-    // Start the copies of one step; a step past the end starts none, but still counts as a group of copies.
-    __device__ __forceinline__ void fetch(const GemmInput& in, int step) const
+template <int COUNT>
+__device__ __forceinline__ void copy_share(uint4* stage, const uint4* from, int index)
+{
+#pragma unroll
+    for (int part = 0; part < COUNT; ++part)
+        copy_async_16(stage + threadIdx.x + part * THREADS, from + (index + part * THREADS));
+}
+
+// One vector of the scales of a group: the first threads copy the rows', the next ones the columns'.
+__device__ __forceinline__ void copy_scales(uint4* stage, const GemmInput& in, int group)
+{
+    constexpr int ENTRIES = 16 / sizeof(Scale); // of a vector
+    const int i = threadIdx.x;
+    const bool of_rows = i < ROW_SCALE_VECTORS;
+    const int first = of_rows ? group * in.rows + int(blockIdx.x) * BLOCK_M : group * in.columns + int(blockIdx.y) * BLOCK_N;
+    const uint4* from = of_rows ? in.scales : in.weight_scales - ROW_SCALE_VECTORS;
+    copy_async_16(stage + i, from + (first / ENTRIES + i));
+}
+
+// Start the copies of a step. One past the end starts none, but still counts as a group of copies.
+__device__ __forceinline__ void fetch(const GemmInput& in, int step, uint4* stage, const Share& mine)
+{
+    if (step < in.groups) {
+        copy_share<ROW_COPIES>(stage, in.codes, step * (in.rows * 2) + mine.row);
+        copy_share<COLUMN_COPIES>(stage + ROW_VECTORS, in.weight, step * (in.columns * 2) + mine.column);
+        if (threadIdx.x < SCALE_VECTORS)
+            copy_scales(stage + ROW_VECTORS + COLUMN_VECTORS, in, step);
+    } else if (step < in.groups + in.rank_tiles) {
+        const int tile = step - in.groups;
+        copy_share<ROW_COPIES>(stage, in.hidden, tile * (in.rows * 2) + mine.row);
+        copy_share<COLUMN_COPIES>(stage + ROW_VECTORS, in.up, tile * (in.columns * 2) + mine.column);
+    }
+    commit_copies();
+}
+
+// Where a lane finds its operands in a stage, in bytes. They are opaque, so that the loop keeps them: the compiler would
+// rather work them out again in every step.
+struct LaneOffsets {
+    int rows, columns, row_scales, column_scales;
+
+    __device__ __forceinline__ LaneOffsets(int warp_m, int warp_n, int lane)
     {
-        if (step < in.steps()) {
-            const bool codes = step < in.groups;
-            const int index = codes ? step : step - in.groups;
-            const size_t row = size_t(index) * in.rows + blockIdx.x * BLOCK_M;
-            const size_t column = size_t(index) * in.columns + blockIdx.y * BLOCK_N;
-            uint4* to = stage(step);
-            copy_vectors(to, (codes ? in.codes : in.hidden) + row * 2, ROW_VECTORS);
-            copy_vectors(to + ROW_VECTORS, (codes ? in.weight : in.up) + column * 2, COLUMN_VECTORS);
-            if (codes) {
-                to += ROW_VECTORS + COLUMN_VECTORS;
-                copy_vectors(to, in.scales + row * sizeof(Scale) / 16, ROW_SCALE_VECTORS);
-                copy_vectors(to + ROW_SCALE_VECTORS, in.weight_scales + column * sizeof(Scale) / 16,
-                             COLUMN_SCALE_VECTORS);
-            }
-        }
-        commit_copies();
+        constexpr int SCALES = (ROW_VECTORS + COLUMN_VECTORS) * 16, ENTRY = sizeof(Scale);
+        rows = opaque((warp_m * tile_vectors(WARP_M) + lane) * 16);
+        columns = opaque((ROW_VECTORS + warp_n * tile_vectors(WARP_N) + lane) * 16);
+        row_scales = opaque(SCALES + (warp_m * WARP_M + lane / 4 * 4) * ENTRY);
+        column_scales = opaque(SCALES + ROW_SCALE_VECTORS * 16 + (warp_n * WARP_N + first_column_scale(lane)) * ENTRY);
     }
 
-    // Wait for a step, and start the one whose place in the ring the previous step has left.
-    __device__ __forceinline__ void advance(const GemmInput& in, int step) const
+    __device__ __forceinline__ Operands in(const uint4* stage) const
     {
-        wait_copies<STAGES - 2>();
-        __syncthreads();
-        fetch(in, step + STAGES - 1);
-    }
-
-    // What the warp in row `warp_m`, column `warp_n` of the block reads of a step.
-    __device__ __forceinline__ Operands operands(int step, int warp_m, int warp_n) const
-    {
-        const uint4* at = stage(step);
-        const uint4* scales = at + ROW_VECTORS + COLUMN_VECTORS;
-        return {at + warp_m * tile_vectors(WARP_M), at + ROW_VECTORS + warp_n * tile_vectors(WARP_N),
-                reinterpret_cast<const Scale*>(scales) + warp_m * WARP_M,
-                reinterpret_cast<const Scale*>(scales + ROW_SCALE_VECTORS) + warp_n * WARP_N};
+        const u8* at = reinterpret_cast<const u8*>(stage);
+        return {reinterpret_cast<const uint4*>(at + rows), reinterpret_cast<const uint4*>(at + columns),
+                reinterpret_cast<const Scale*>(at + row_scales), reinterpret_cast<const Scale*>(at + column_scales)};
     }
 };
 
-// acc = (4-bit product) * outer + hidden . up^T. `outer` at the warp's first column.
-__device__ __forceinline__ void multiply(WarpTile& acc, const GemmInput& in, const Ring& ring, const float* outer,
+// acc = (4-bit product) * outer + hidden . up^T. `outer` at the warp's first column; `memory`: STAGES * STAGE_VECTORS.
+__device__ __forceinline__ void multiply(WarpTile& acc, const GemmInput& in, uint4* memory, const float* outer,
                                          int warp_m, int warp_n, int lane)
 {
-    for (int step = 0; step < STAGES - 1; ++step)
-        ring.fetch(in, step);
+    constexpr int AHEAD = STAGES - 1;
+    const LaneOffsets offsets(warp_m, warp_n, lane);
+    const Share mine;
+    for (int step = 0; step < AHEAD; ++step)
+        fetch(in, step, memory + step * STAGE_VECTORS, mine);
+    uint4* stage = memory;                        // read next
+    uint4* free = memory + AHEAD * STAGE_VECTORS; // filled next
     int step = 0;
     for (; step < in.groups; ++step) {
-        ring.advance(in, step);
-        multiply_group(acc, ring.operands(step, warp_m, warp_n), lane);
+        wait_copies<STAGES - 2>();
+        __syncthreads(); // the step is there, and the one before it has been read
+        fetch(in, step + AHEAD, free, mine);
+        multiply_group(acc, offsets.in(stage), lane);
+        free = stage;
+        stage = next_stage(memory, stage);
     }
     finish_product(acc, outer, lane);
-    for (; step < in.steps(); ++step) {
-        ring.advance(in, step);
-        add_low_rank(acc, ring.operands(step, warp_m, warp_n), lane);
+    for (; step < in.groups + in.rank_tiles; ++step) {
+        wait_copies<STAGES - 2>();
+        __syncthreads();
+        fetch(in, step + AHEAD, free, mine);
+        add_low_rank(acc, offsets.in(stage));
+        free = stage;
+        stage = next_stage(memory, stage);
     }
 }

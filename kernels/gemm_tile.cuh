@@ -10,7 +10,8 @@ constexpr int THREADS = BLOCK_M / WARP_M * WARPS_N * LANES;
 // [m][n][i]: row 16 m + 8 (i / 2) + g, column 8 n + 2 t + i % 2. Float32.
 typedef float WarpTile[2][8][4];
 
-// A warp's share of one step in shared memory: 2 tiles of 16 rows, 4 of 16 columns, and their scales.
+// A lane's share of one step in shared memory: its vectors of 2 tiles of 16 rows and of 4 of 16 columns, LANES apart, its
+// four rows' scales and its columns' (first_column_scale).
 struct Operands {
     const uint4* rows;
     const uint4* columns;
@@ -19,15 +20,15 @@ struct Operands {
 };
 
 // acc += rows (32 x 16) . columns (64 x 16)^T in 16 bit: one step of the low-rank branch.
-__device__ __forceinline__ void add_low_rank(WarpTile& acc, const Operands& at, int lane)
+__device__ __forceinline__ void add_low_rank(WarpTile& acc, const Operands& at)
 {
     uint4 rows[2];
 #pragma unroll
     for (int m = 0; m < 2; ++m)
-        rows[m] = at.rows[m * LANES + lane];
+        rows[m] = at.rows[m * LANES];
 #pragma unroll
     for (int pair = 0; pair < 4; ++pair) {
-        const uint4 columns = at.columns[pair * LANES + lane];
+        const uint4 columns = at.columns[pair * LANES];
         const u32 b[2][2] = {{columns.x, columns.y}, {columns.z, columns.w}};
 #pragma unroll
         for (int m = 0; m < 2; ++m) {

@@ -74,41 +74,40 @@ __device__ __forceinline__ void multiply_codes(int (&sum)[4], const RowCodes& a,
 }
 #endif
 
+// Where a lane's scales begin among those of the warp's columns: those of columns 8 n + 2 t, + 1 of C at [n], a pair each.
+__device__ __forceinline__ int first_column_scale(int lane) { return 16 * (lane % 4); }
+
 // Scales of a lane's rows g + 8 i, times the unit of the sums.
-__device__ __forceinline__ void load_row_scales(float (&scales)[4], const Scale* block, int lane)
+__device__ __forceinline__ void load_row_scales(float (&scales)[4], const Scale* rows)
 {
-    const uint2 four = *reinterpret_cast<const uint2*>(block + 4 * (lane / 4));
+    const uint2 four = *reinterpret_cast<const uint2*>(rows);
     scales[0] = low_float(four.x) * SUM_UNIT, scales[1] = high_float(four.x) * SUM_UNIT;
     scales[2] = low_float(four.y) * SUM_UNIT, scales[3] = high_float(four.y) * SUM_UNIT;
 }
 
-// Scales of a lane's columns of C: 8 n + 2 t, + 1 at [n], as a pair of 16-bit floats.
-__device__ __forceinline__ void load_column_scales(u32 (&scales)[8], const Scale* block, int lane)
-{
-    const uint4* at = reinterpret_cast<const uint4*>(block + 16 * (lane % 4));
-#pragma unroll
-    for (int n = 0; n < 8; ++n)
-        scales[n] = word(at[n / 4], n % 4);
-}
-
-// acc = fma(sum over the group * column scale, row scale, acc): one rounding, as sum * column scale is exact.
-__device__ __forceinline__ void multiply_group(WarpTile& acc, const Operands& at, int lane)
+// acc = fma(sum over the group * column scale, row scale, acc): one rounding, as sum * column scale is exact. The lanes meet
+// between the halves of the columns: otherwise the compiler unpacks all their scales first, and spills.
+__device__ __forceinline__ void multiply_group(WarpTile& acc, const Operands& at, int)
 {
     RowCodes rows[2];
     float row_scales[4];
-    u32 column_scales[8];
 #pragma unroll
     for (int m = 0; m < 2; ++m)
-        rows[m] = row_codes(at.rows[m * LANES + lane]);
-    load_row_scales(row_scales, at.row_scales, lane);
-    load_column_scales(column_scales, at.column_scales, lane);
+        rows[m] = row_codes(at.rows[m * LANES]);
+    load_row_scales(row_scales, at.row_scales);
+    uint4 column_scales;
 #pragma unroll
     for (int pair = 0; pair < 4; ++pair) {
-        const uint4 codes = at.columns[pair * LANES + lane];
+        if (pair == 2)
+            __syncwarp();
+        if (pair % 2 == 0)
+            column_scales = reinterpret_cast<const uint4*>(at.column_scales)[pair / 2];
+        const uint4 codes = at.columns[pair * LANES];
 #pragma unroll
         for (int n = 2 * pair; n < 2 * pair + 2; ++n) {
             const ColumnCodes columns = n % 2 ? column_codes(codes.z, codes.w) : column_codes(codes.x, codes.y);
-            const float scales[2] = {low_float(column_scales[n]), high_float(column_scales[n])};
+            const u32 both = word(column_scales, n % 4);
+            const float scales[2] = {low_float(both), high_float(both)};
             const float starts[2] = {-SUM_START_VALUE * scales[0], -SUM_START_VALUE * scales[1]};
 #pragma unroll
             for (int m = 0; m < 2; ++m) {

@@ -7,20 +7,23 @@
 #error "multiply_mxf4 needs a target with mxf4nvf4 mma: compile for sm_120a"
 #endif
 
+// Where a lane's scales begin among those of the warp's columns: those of column 8 n + g at [n].
+__device__ __forceinline__ int first_column_scale(int lane) { return 8 * (lane / 4); }
+
 __device__ __forceinline__ void multiply_group(WarpTile& acc, const Operands& at, int lane)
 {
-    const uint4 row_scales = *reinterpret_cast<const uint4*>(at.row_scales + 4 * (lane / 4));
-    const uint4* column_scales = reinterpret_cast<const uint4*>(at.column_scales + 8 * (lane / 4));
+    const uint4 row_scales = *reinterpret_cast<const uint4*>(at.row_scales);
+    const uint4* column_scales = reinterpret_cast<const uint4*>(at.column_scales);
     const bool lower = lane % 2; // lane t = 0 gives the scales of row g, lane t = 1 those of row g + 8
     u32 a[2][4];
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
-        const uint4 codes = at.rows[m * LANES + lane];
+        const uint4 codes = at.rows[m * LANES];
         a[m][0] = codes.x, a[m][1] = codes.y, a[m][2] = codes.z, a[m][3] = codes.w;
     }
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
-        const uint4 codes = at.columns[n / 2 * LANES + lane];
+        const uint4 codes = at.columns[n / 2 * LANES];
         const u32 b[2] = {word(codes, n % 2 * 2), word(codes, n % 2 * 2 + 1)};
 #pragma unroll
         for (int m = 0; m < 2; ++m) {

@@ -47,10 +47,10 @@ __device__ __forceinline__ u32 lane_scale(u32 scales, int half, int lane)
 // A fragments of both tiles for half a group: two steps of k16.
 __device__ __forceinline__ void dequantize_rows(u32 (&a)[2][2][4], const Operands& at, int half, int lane)
 {
-    const uint4 scales = *reinterpret_cast<const uint4*>(at.row_scales + 4 * (lane / 4));
+    const uint4 scales = *reinterpret_cast<const uint4*>(at.row_scales);
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
-        const uint4 codes = at.rows[m * LANES + lane];
+        const uint4 codes = at.rows[m * LANES];
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             u32 values[4];
@@ -62,16 +62,19 @@ __device__ __forceinline__ void dequantize_rows(u32 (&a)[2][2][4], const Operand
     }
 }
 
+// Where a lane's scales begin among those of the warp's columns: those of column 8 n + g at [n].
+__device__ __forceinline__ int first_column_scale(int lane) { return 8 * (lane / 4); }
+
 __device__ __forceinline__ void multiply_group(WarpTile& acc, const Operands& at, int lane)
 {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         u32 a[2][2][4];
         dequantize_rows(a, at, half, lane);
-        const uint4* column_scales = reinterpret_cast<const uint4*>(at.column_scales + 8 * (lane / 4));
+        const uint4* column_scales = reinterpret_cast<const uint4*>(at.column_scales);
 #pragma unroll
         for (int n = 0; n < 8; ++n) {
-            const uint4 codes = at.columns[n / 2 * LANES + lane];
+            const uint4 codes = at.columns[n / 2 * LANES];
             u32 values[4];
             const u32 scales = word(column_scales[n / 4], n % 4);
             dequantize(values, word(codes, n % 2 * 2 + half), scale_pair(lane_scale(scales, half, lane)));

@@ -14,6 +14,22 @@ typedef unsigned int u32;
 #define HAS_SM80 0
 #endif
 
+// The same value, which the compiler takes for another: what is computed from it is computed where it is needed, not ahead
+// of a loop and kept in registers.
+__device__ __forceinline__ int opaque(int value)
+{
+    asm volatile("" : "+r"(value));
+    return value;
+}
+
+// %tid.x, read again: a value that the compiler can't keep in a register from one use to the next.
+__device__ __forceinline__ int thread_index_again()
+{
+    int index;
+    asm volatile("mov.u32 %0, %tid.x;" : "=r"(index));
+    return index;
+}
+
 // ------------------------------------------------------------------------------------------ warps
 
 __device__ __forceinline__ u32 shuffle_xor(u32 value, int mask)

@@ -61,7 +61,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
 
     const GemmInput in = {codes, scales, hidden, weight, weight_scales, up, mp, np, k / GROUP, rank / 16};
     WarpTile acc = {};
-    multiply(acc, in, Ring{memory}, outer + column, warp_m, warp_n, lane);
+    multiply(acc, in, memory, outer + column, warp_m, warp_n, lane);
 
     Rows16 rows[2];
 #pragma unroll

@@ -28,7 +28,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
 
     const GemmInput in = {codes, scales, hidden, weight, weight_scales, up, mp, np, k / GROUP, rank / 16};
     WarpTile acc = {};
-    multiply(acc, in, Ring{memory}, outer + column, warp_m, warp_n, lane);
+    multiply(acc, in, memory, outer + column, warp_m, warp_n, lane);
 #pragma unroll
     for (int tile = 0; tile < 2; ++tile) {
         const Rows16 rows = rounded_rows(acc, tile, bias ? bias + column : nullptr, lane);

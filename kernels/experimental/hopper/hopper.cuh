@@ -104,21 +104,6 @@ __device__ __forceinline__ void take_registers()
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
 }
 
-// %tid.x, read again: a value that the compiler can't keep in a register from one use to the next.
-__device__ __forceinline__ int thread_index_again()
-{
-    int index;
-    asm volatile("mov.u32 %0, %tid.x;" : "=r"(index));
-    return index;
-}
-
-// The same value, which the compiler takes for another: what was computed from it before is computed again, not kept.
-__device__ __forceinline__ int opaque(int value)
-{
-    asm volatile("" : "+r"(value));
-    return value;
-}
-
 // ------------------------------------------------------------------------------------------ numbers
 
 // stmatrix.x4.trans: four 8 x 8 matrices of 16-bit numbers, each stored transposed. A lane's register i holds row g,

@@ -7,7 +7,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from svdq_cli.errors import UsageError
 from svdq_cli.pack.kernel_tiles import STEP
+
+# Words of an operand's codes: kernels/gemm_pipeline.cuh counts vectors of four of them in 32 bits.
+MOST_WORDS = 2**33
 
 Quantized = tuple[Tensor, Tensor, Tensor]  # packed codes, scales, hidden
 
@@ -43,6 +47,12 @@ def layer_records(tensors: Sequence[Tensor]) -> tuple[Quantized, Product]:
 
 
 def sizes_of(quantized: Quantized, product: Product) -> tuple[int, int, int, int]:
-    """MP, NP, K and R, as the tensors are padded."""
+    """MP, NP, K and R, as the tensors are padded. Raises UsageError for an operand that the kernels can't index."""
     codes = quantized[0]
+    for packed in (codes, product.weight):
+        if packed.numel() > MOST_WORDS:
+            raise UsageError(
+                f"an operand of {8 * packed.numel():,} codes: the kernels index at most {8 * MOST_WORDS:,}",
+                hint="call the layer on fewer rows at a time",
+            )
     return 16 * codes.shape[1], 16 * product.weight.shape[1], STEP * codes.shape[0], 16 * product.up.shape[0]

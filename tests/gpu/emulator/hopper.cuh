@@ -22,8 +22,6 @@ inline void copy_bulk(void* shared, const void* global, u32 bytes, u64* barrier)
 }
 inline void meet(int id, int threads) { emulator::meet(id, threads); }
 
-inline int thread_index_again() { return int(threadIdx.x); }
-inline int opaque(int value) { return value; }
 
 template <int COUNT>
 inline void keep_registers()

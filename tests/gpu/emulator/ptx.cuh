@@ -59,6 +59,8 @@ using std::isnan;
 
 // ------------------------------------------------------------------------------------------ warps
 
+inline int thread_index_again() { return int(threadIdx.x); }
+inline int opaque(int value) { return value; }
 inline int lane_index() { return int(threadIdx.x) % emulator::LANES; }
 
 template <class T>
