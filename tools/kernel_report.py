@@ -31,8 +31,8 @@ FLOAT = ("FFMA", "FMUL", "FADD")
 @dataclass(frozen=True, slots=True)
 class Card:
     """Of a scheduler's share of a multiprocessor: dense multiply-adds a cycle by operand type, with sums in float32 or
-    int32, and float32 lanes. From NVIDIA's architecture papers and data sheets: tera-operations over multiprocessors and boost
-    clock."""
+    int32, and float32 lanes. From NVIDIA's architecture papers and data sheets: tera-operations over multiprocessors
+    and boost clock."""
 
     name: str
     target: str
