@@ -7,7 +7,7 @@ Records that hold tensors compare by identity.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -145,6 +145,13 @@ class ModelPlan:
     @property
     def w4a16(self) -> tuple[W4A16Plan, ...]:
         return tuple(layer for layer in self.layers if isinstance(layer, W4A16Plan))
+
+    def with_own_branches(self) -> ModelPlan:
+        """The plan in which no layers share a down projection."""
+        inputs = (
+            replace(shared, branches=tuple((name,) for name in shared.layers)) for shared in self.inputs
+        )
+        return replace(self, inputs=tuple(inputs))
 
     def layer_groups(self, *, data_free: bool) -> tuple[SharedInput, ...]:
         """What is solved, and in memory, at a time, in the order of `inputs`: of each the W4A4 layers together, because

@@ -128,7 +128,7 @@ def inverse(indices: Tensor) -> Tensor:
 def not_together(module: StoredModule, one: str, other: str, what: str) -> UsageError:
     return UsageError(
         f"{module.name} stores {one} and {other} as one matrix, but their {what} differ",
-        hint="quantize the model again: svdq solves layers that share an input together",
+        hint="convert the model again with this format among the outputs, and without share_branches: false",
         where=other,
         kind="not-exact",
     )

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
@@ -91,6 +92,8 @@ def prepare(
         keeps_modulation=recipe.modulation == "keep",
         observe=observation(source, sampling),
     )
+    if not _shares_branches(quantization.share_branches, formats):
+        plan = plan.with_own_branches()
     dtype = torch.float16 if recipe.model.dtype == "float16" else torch.bfloat16
     settings = SolveSettings(
         quantization.chosen_smoothing,
@@ -104,6 +107,11 @@ def prepare(
     if not every_layer:
         plan = restricted(plan, {layer.name for target in targets for layer in target.plan.layers})
     return Prepared(recipe, source, inventory, plan, targets, settings, sampling)
+
+
+def _shares_branches(wanted: bool | Literal["auto"], formats: Sequence[Format]) -> bool:
+    """Whether layers of one input share their down projection; `auto`: unless every output keeps them apart."""
+    return not all(fmt.own_names for fmt in formats) if wanted == "auto" else wanted
 
 
 def _unsupported_reason(formats: Sequence[Format], layer: LayerPlan) -> str | None:

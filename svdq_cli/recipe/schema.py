@@ -235,6 +235,8 @@ class Quantization(Section):
     """Without calibration: the maximum of rounds in which branch and codes are fitted to each other's residual."""
     rank: Rank = DEFAULT_RANK
     """Rank of the 16-bit branch: a multiple of 16, or auto (searched per layer)."""
+    share_branches: bool | Literal["auto"] = True
+    """One down projection for q, k and v: true, false, or auto (false where every output keeps them apart)."""
     size_budget: SizeBudget | None = None
     """Size limit of the weights, such as 6.5GB: the layers that lose the most quality per byte stay at 16 bits."""
     seed: Seed = 0
