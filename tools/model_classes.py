@@ -66,7 +66,8 @@ def row_of(name: str, folder: Path) -> Row:
     try:
         prepared = prepare(default_recipe(str(path)))
     except SvdqError as error:
-        return Row(name, str(error).removeprefix(f"{path}: ").removeprefix(f"{folder}: "))
+        said = f"{error.message}; {error.hint}" if error.hint else error.message
+        return Row(name, said.removeprefix(f"{path}: ").removeprefix(f"{folder}: "))
     notes = (*prepared.source.warnings, *kept_warnings(prepared.plan, prepared.inventory))
     report = inspect_prepared(prepared)
     return Row(name, "; ".join(notes), report, prepared.plan.by_names, tuple(wrong_in(name, report)))

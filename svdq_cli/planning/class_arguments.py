@@ -285,6 +285,17 @@ OF_CLASS: Mapping[str, Mapping[str, Maker]] = {
         "decoder_input_tokens": _tensor(1, "targets_length", "input_dims"),
         "decoder_noise_time": _TIME,
     },
+    # of VQ-Diffusion, which reads codes; others have channels
+    "Transformer2DModel": {
+        "hidden_states": lambda w, n: (
+            longs(1, w.config["sample_size"] ** 2)
+            if w.config["num_vector_embeds"]
+            else floats(1, w.config["in_channels"], w.extent.side, w.extent.side)
+        ),
+        "timestep": _value(
+            torch.tensor(0)
+        ),  # of all images: its norms split what they make of it along the first axis
+    },
     "TransformerTemporalModel": {
         "hidden_states": lambda w, n: floats(
             w.extent.frames, w.config["in_channels"], w.extent.side, w.extent.side

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from svdq_cli.errors import InputError, RecipeError
 from svdq_cli.families import Family, family_named, find_family
+from svdq_cli.families.layouts import LAYOUTS
 from svdq_cli.planning.inventory import Inventory, empty_model, model_config, take_inventory
 from svdq_cli.planning.matching import require_own_tensors
 from svdq_cli.planning.structure import (
@@ -108,12 +109,7 @@ def plan_model(
         else:
             layers.append(wanted)
     if not layers:
-        raise InputError(
-            f"{where}: nothing to quantize: no layer of this model fits the output format"
-            + (f" ({unsupported_reasons[0]})" if unsupported_reasons else ""),
-            hint="choose another output format, or name layers with include rules in the recipe",
-            where=where,
-        )
+        raise _nothing_fits(where, known, unsupported_reasons)
     planned = {layer.name for layer in layers}
     return ModelPlan(
         family=known.name if known else STRUCTURAL,
@@ -125,6 +121,23 @@ def plan_model(
         by_names=roles.by_names,
         kept_because={linear.name: reasons[linear.name] for linear in kept if linear.name in reasons},
         inputs=tuple(shared for group in roles.inputs if (shared := _only(group, planned)) is not None),
+    )
+
+
+def _nothing_fits(where: str, family: Family | None, unsupported_reasons: Sequence[str]) -> InputError:
+    """The error for a model of which no layer becomes 4-bit, with what its user can do."""
+    others = [layout.format for layout in LAYOUTS if family and layout.family == family.name]
+    if not unsupported_reasons:
+        hint = "name layers with include rules in the recipe"
+    elif others:
+        hint = f"--format {others[0]} has a place for them"
+    else:
+        hint = "no output format of svdq has a place for layers of these sizes: this model stays as it is"
+    return InputError(
+        f"{where}: nothing to quantize: no layer of this model fits the output format"
+        + (f" ({unsupported_reasons[0]})" if unsupported_reasons else ""),
+        hint=hint,
+        where=where,
     )
 
 
