@@ -91,11 +91,12 @@ def tiny_flux_transformer(
     return model
 
 
-def tiny_vae() -> AutoencoderKL:
+def tiny_vae(levels: int = 2) -> AutoencoderKL:
+    """One latent has 2^(levels - 1) pixels on each side."""
     return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
-        up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
-        block_out_channels=(16, 16),
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=(16,) * levels,
         norm_num_groups=8,
         layers_per_block=1,
         latent_channels=LATENT_CHANNELS,

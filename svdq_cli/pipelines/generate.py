@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from svdq_cli.errors import InputError, OutOfResourcesError, UsageError, first_line
+from svdq_cli.errors import (
+    EnvironmentLacksError,
+    InputError,
+    OutOfResourcesError,
+    UsageError,
+    first_line,
+)
 from svdq_cli.pipelines.arguments import INPUT_NAMES, missing_inputs, optional_arguments
 from svdq_cli.pipelines.embeddings import EncodedPrompts
 from svdq_cli.pipelines.finite import finite_images, require_finite_latents
@@ -171,6 +177,11 @@ def _strip(frames: Sequence[Image]) -> Image:
 
 def _check_image(image: Image, pipe: DiffusionPipeline, settings: SamplingSettings) -> None:
     """UsageError for what is not an image of the size that was asked for."""
+    if not hasattr(image, "size") or callable(image.size):
+        raise UsageError(
+            f"{type(pipe).__name__} makes no images but {type(image).__name__}s",
+            hint="svdq generate and eval make images and videos; run it from Python: svdq_cli.load_pipeline(CKPT)",
+        )
     if image.size != (settings.width, settings.height):
         raise UsageError(
             f"asked for {settings.width}x{settings.height} pixels, but {type(pipe).__name__} generates "
@@ -286,7 +297,13 @@ def denoise(
         if (refused := _as_usage_error(error, pipe, missing_inputs(settings, accepted))) is None:
             raise
         raise refused from error
-    return list(out.images if hasattr(out, "images") else out.frames)
+    except NameError as error:
+        # diffusers imports what cleans prompts only where it is there, and some pipelines use it all the same
+        raise EnvironmentLacksError(
+            f"{type(pipe).__name__} needs the Python package {error.name}", hint=f"pip install {error.name}"
+        ) from error
+    made = ("images", "frames", "audios")
+    return list(next(getattr(out, name) for name in made if hasattr(out, name)))
 
 
 def _as_usage_error(
@@ -364,11 +381,11 @@ def _checked_class(folder: Path, *, given: Collection[str]) -> type[DiffusionPip
         raise InputError(f"{index}: not a JSON object", hint="download the folder again", where=str(index))
     pipeline_class = _named_class(index, parts.get("_class_name"))
     for name, value in parts.items():
-        # a component is [library, class]; [null, null] is one that the pipeline does without
+        # a component is [library, class]; [null, null] is one that the pipeline does without, numbers are its settings
         if name.startswith("_") or name in given:
             continue
-        if isinstance(value, list) and len(value) == 2 and value[0] is not None:
-            _check_component(folder, name, str(value[0]))
+        if isinstance(value, list) and len(value) == 2 and isinstance(value[0], str):
+            _check_component(folder, name, value[0])
     return pipeline_class
 
 

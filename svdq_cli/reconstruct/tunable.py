@@ -37,11 +37,11 @@ class Tunable(nn.Module):
             unscaled = QuantizedWeight(solution.codes, solution.scales, solution.outer)
         self.weight = dequantize_weight(unscaled, solution.plan.precision)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """(..., K) -> (..., N)."""
-        if x.ndim == 4:  # the place of a 1x1 convolution
-            return channels_first(self(channels_last(x)))
-        rows = x.reshape(-1, x.shape[-1]).float()
+        if input.ndim == 4:  # the place of a 1x1 convolution
+            return channels_first(self(channels_last(input)))
+        rows = input.reshape(-1, input.shape[-1]).float()
         # kept for the gradient: what is multiplied; what is between is made again, which costs less than its memory
         quantized = checkpoint(self._quantized, rows, use_reentrant=False, preserve_rng_state=False)
         weight = self.weight
@@ -52,7 +52,7 @@ class Tunable(nn.Module):
         y = quantized @ weight.T + rows @ self.down.T @ self.up.T
         if self.bias is not None:
             y = y + self.bias
-        return y.reshape(*x.shape[:-1], -1).to(x.dtype)
+        return y.reshape(*input.shape[:-1], -1).to(input.dtype)
 
     def _quantized(self, rows: Tensor) -> Tensor:
         """Smoothed and rounded. Rounding passes the gradient straight through; the scale, a group's peak over 7 or 6,

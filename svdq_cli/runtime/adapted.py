@@ -27,9 +27,9 @@ class AdaptedLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptedLinear:
         return super()._apply(keep_dtypes(fn), recurse)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """(..., K) -> (..., N)."""
-        rows = x.to(self.down.dtype).float()
+        rows = input.to(self.down.dtype).float()
         added = F.linear(F.linear(rows, self.down.float()), self.up.float())
-        y = self.base(x).float() + added
-        return (y if self.bias is None else y + self.bias.float()).to(x.dtype)
+        y = self.base(input).float() + added
+        return (y if self.bias is None else y + self.bias.float()).to(input.dtype)

@@ -186,14 +186,14 @@ class CpuW4A16Linear(KernelLinear):
     def solution(self) -> W4A16Solution:
         return unpack_cpu_w4a16(CpuW4A16Operands(self.weight_codes, self.scales, self.bias), self.plan)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """(..., K) -> (..., N)."""
-        _refuse_gradients(x)
-        rows = x.reshape(-1, self.in_features).to(self.scales.dtype).contiguous()
+        _refuse_gradients(input)
+        rows = input.reshape(-1, self.in_features).to(self.scales.dtype).contiguous()
         y = torch.ops.svdq.cpu_w4a16_linear(
             rows, self.weight_codes, self.scales, self.bias, n=self.out_features
         )
-        return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
+        return y.to(input.dtype).reshape(*input.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, w4a16"

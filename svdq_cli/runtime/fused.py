@@ -131,11 +131,11 @@ class FusedW4A16Linear(KernelLinear):
     def solution(self) -> W4A16Solution:
         return unpack_w4a16(W4A16Operands(self.weight, self.scales, self.bias), self.plan)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """(..., K) -> (..., N)."""
-        rows = x.reshape(-1, self.in_features).to(self.scales.dtype).contiguous()
+        rows = input.reshape(-1, self.in_features).to(self.scales.dtype).contiguous()
         y = torch.ops.svdq.w4a16_linear(rows, self.weight, self.scales, self.bias, n=self.out_features)
-        return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
+        return y.to(input.dtype).reshape(*input.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, w4a16"
@@ -177,9 +177,9 @@ class SplitLinear(nn.Module):
         second = replace(branch, down=branch.down[:, start:].contiguous(), bias=shift)
         self.unsigned.set_branch(second)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """(..., K) -> (..., N)."""
-        first, second = x.split([self.signed.in_features, self.unsigned.in_features], dim=-1)
+        first, second = input.split([self.signed.in_features, self.unsigned.in_features], dim=-1)
         return self.signed(first) + self.unsigned(second)
 
 

@@ -91,9 +91,9 @@ class KernelW4A4Linear(KernelLinear, ABC):
         GELU's result."""
         return None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """(..., K) -> (..., N)."""
-        return self.finished(self.quantize(x), x)
+        return self.finished(self.quantize(input), input)
 
     def quantize(self, x: Tensor) -> Quantized:
         """`x` (..., K) in any float dtype."""

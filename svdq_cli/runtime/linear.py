@@ -204,11 +204,11 @@ class W4A4Linear(QuantizedLinear):
         self.plan = replace(self.plan, rank=branch.down.shape[0])
         self.down, self.up, self.bias = branch.down, branch.up, branch.bias
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """(..., K) -> (..., N)."""
         solution = self.solution
         weight = self._weight(lambda: w4a4_weight(solution))
-        return w4a4_forward(x, solution, weight=weight, unsigned_from=self.unsigned_from)
+        return w4a4_forward(input, solution, weight=weight, unsigned_from=self.unsigned_from)
 
     def extra_repr(self) -> str:
         precision, rank = self.plan.precision.name, self.up.shape[1]
@@ -233,10 +233,10 @@ class W4A16Linear(QuantizedLinear):
     def solution(self) -> W4A16Solution:
         return W4A16Solution(self.plan, self.codes, self.scales, self.zeros, self.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """(..., K) -> (..., N)."""
         solution = self.solution
-        return w4a16_forward(x, solution, weight=self._weight(lambda: w4a16_rounded_weight(solution)))
+        return w4a16_forward(input, solution, weight=self._weight(lambda: w4a16_rounded_weight(solution)))
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, w4a16"

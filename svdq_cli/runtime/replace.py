@@ -19,8 +19,8 @@ class PointwiseConvolution(nn.Module):
         super().__init__()
         self.linear = linear
 
-    def forward(self, x: Tensor) -> Tensor:
-        return channels_first(self.linear(channels_last(x)))
+    def forward(self, input: Tensor) -> Tensor:
+        return channels_first(self.linear(channels_last(input)))
 
 
 def replace_linears(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:

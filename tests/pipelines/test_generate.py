@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from svdq_cli.calibration import SamplingSettings, generate_images, load_source_pipeline
-from svdq_cli.errors import InputError, UsageError
+from svdq_cli.errors import EnvironmentLacksError, InputError, UsageError
 from svdq_cli.pipelines.generate import split_batches
 from svdq_cli.records import Event
 
@@ -147,3 +147,13 @@ def test_the_seed_after_the_largest_is_0(pipe: DiffusionPipeline):
     batches = split_batches(PROMPTS[:2], settings=replace(SETTINGS, seed=2**64 - 1, batch_size=2))
     assert [batch.seeds for batch in batches] == [(2**64 - 1, 0)]
     generate_images(pipe, PROMPTS[:2], settings=replace(SETTINGS, seed=2**64 - 1, steps=1))
+
+
+def test_a_package_that_a_pipeline_lacks_is_named(pipe: DiffusionPipeline, monkeypatch: pytest.MonkeyPatch):
+    def clean(*_: object, **__: object) -> None:
+        raise NameError("name 'ftfy' is not defined", name="ftfy")
+
+    monkeypatch.setattr(type(pipe), "encode_prompt", clean)
+    with pytest.raises(EnvironmentLacksError, match="needs the Python package ftfy") as refused:
+        generate_images(pipe, PROMPTS[:1], settings=SETTINGS)
+    assert refused.value.hint == "pip install ftfy"

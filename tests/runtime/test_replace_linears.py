@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from torch import nn
 
 from svdq_cli.errors import InputError
+from svdq_cli.experimental.hopper.linear import HopperW4A4Linear
+from svdq_cli.reconstruct.tunable import Tunable
 from svdq_cli.records import Int4, Linear, W4A4Plan
-from svdq_cli.runtime.linear import W4A4Linear
+from svdq_cli.runtime.adapted import AdaptedLinear
+from svdq_cli.runtime.cpu_fused import CpuW4A4Linear, CpuW4A16Linear
+from svdq_cli.runtime.fused import FusedW4A4Linear, FusedW4A16Linear, SplitLinear
+from svdq_cli.runtime.linear import W4A4Linear, W4A16Linear
 from svdq_cli.runtime.naive import naive_solution
-from svdq_cli.runtime.replace import replace_linears
+from svdq_cli.runtime.replace import PointwiseConvolution, replace_linears
 
 
 class Block(nn.Module):
@@ -81,3 +88,28 @@ def test_one_bad_name_leaves_the_whole_model_as_it_was():
     with pytest.raises(InputError):
         replace_linears(m, {"0.net.0": converted(good), "nowhere": converted(good)})
     assert m.get_submodule("0.net.0") is good
+
+
+@pytest.mark.parametrize(
+    ("module", "replaced"),
+    [
+        (W4A4Linear, nn.Linear),
+        (W4A16Linear, nn.Linear),
+        (FusedW4A4Linear, nn.Linear),
+        (FusedW4A16Linear, nn.Linear),
+        (SplitLinear, nn.Linear),
+        (CpuW4A4Linear, nn.Linear),
+        (CpuW4A16Linear, nn.Linear),
+        (HopperW4A4Linear, nn.Linear),
+        (AdaptedLinear, nn.Linear),
+        (Tunable, nn.Linear),
+        (PointwiseConvolution, nn.Conv2d),
+    ],
+)
+def test_a_layer_is_called_by_keyword_as_the_one_it_replaces(
+    module: type[nn.Module], replaced: type[nn.Module]
+):
+    """AnimateDiff's motion modules do so."""
+    assert [*inspect.signature(module.forward).parameters] == [
+        *inspect.signature(replaced.forward).parameters
+    ]
