@@ -273,6 +273,7 @@ class EvalReport:
     missing: Mapping[str, str]
     seconds_per_picture: float | None
     seconds: float
+    backend: str  # of the 4-bit layers, and why
     page: str | None = None  # the HTML report
     same_source: bool | None = None  # see CheckReport; what speaks against it is in `warnings`
     loras: tuple[str, ...] = ()  # the same

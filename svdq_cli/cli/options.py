@@ -243,6 +243,13 @@ EventsFile = Annotated[
 ]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Show no progress on stderr.")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Show more detail: every layer.")]
+Backend = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|kernels|kernels:MODE|cpu|reference",
+        help="Backend that computes the 4-bit layers. MODE, on Hopper: exact, w4a8, fp8.",
+    ),
+]
 Device = Annotated[
     str,
     typer.Option(

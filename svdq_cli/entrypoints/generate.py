@@ -86,7 +86,7 @@ def generate(
         _save(frames, out)
     return GenerateReport(
         path=str(out),
-        backend=f"{facts.name}: {facts.reason}",
+        backend=facts.sentence,
         seconds=time.monotonic() - started,
         width=frames[0].width,
         height=frames[0].height,

@@ -220,6 +220,7 @@ def evaluate(
     batch_size: int | None = None,
     seed: int | None = None,
     without: Sequence[str] = (),
+    backend: str = "auto",
     base: str | Path | None = None,
     loras: Loras | None = None,
     device: str = "auto",
@@ -235,6 +236,7 @@ def evaluate(
         samples: Number of prompts; 16 when None.
         image, mask, strength: What pipelines that edit or fill in start from.
         without: Passes to leave out, of "naive", "floor", "own-noise", "outputs" and "nf4".
+        backend: What computes the 4-bit layers, as in `load_pipeline`.
         base, loras: As in `convert`, of the 16-bit model.
 
     Returns:
@@ -260,6 +262,7 @@ def evaluate(
         recipe,
         report_folder=_path(report),
         without=passes_of_text(list(without)),
+        backend=backend,
         options=options,
         observe=on_event,
     )

@@ -70,16 +70,17 @@ def compare_in(
     recipe: Recipe,
     *,
     without: Collection[str] = (),
+    backend: str = "auto",
     page: str | None = None,
     options: RunOptions = DEFAULT_OPTIONS,
     observe: Observer = ignore_events,
 ) -> Evaluation:
     """Generate what is missing in `folder` of the checkpoint at `path`, of the recipe's source and of the baselines;
     score all of it. A folder with images of another run is refused. `without`: passes to leave out
-    (`OPTIONAL_PASSES`). `page`: where the HTML report will be.
+    (`OPTIONAL_PASSES`). `backend`: see `load_pipeline`. `page`: where the HTML report will be.
     """
     started = time.monotonic()
-    run = _run(path, recipe, options, observe)
+    run = _run(path, recipe, backend, options, observe)
     facts = _facts(run)
     image_store = open_image_store(folder, facts, run.prompts, overwrite=options.overwrite)
     sampled = sample_all(run, image_store, without, observe)
@@ -121,7 +122,7 @@ def _noise(
     return {metric: [a - b for a, b in zip(own[metric], nudged[metric], strict=True)] for metric in own}
 
 
-def _run(path: Path, recipe: Recipe, options: RunOptions, observe: Observer) -> Run:
+def _run(path: Path, recipe: Recipe, backend: str, options: RunOptions, observe: Observer) -> Run:
     source = source_of(recipe, options)
     checkpoint = open_checkpoint(path, base=source.pipeline, hint=NAME_AGAINST)
     source = only(source, checkpoint.source.components)
@@ -138,7 +139,12 @@ def _run(path: Path, recipe: Recipe, options: RunOptions, observe: Observer) -> 
     prompts = chosen_prompts(recipe, options, observe).texts
     settings = sampling_for(recipe, origin.source, beside=options.beside).settings
     device = resolve_device(options.device)
-    return Run(path, checkpoint, origin.source, origin, recipe, prompts, settings, device)
+    chosen = choose_backend(backend, device, checkpoint.dtype)
+    return Run(
+        *(path, checkpoint, origin.source, origin, recipe, prompts, settings, device),
+        backend=chosen,
+        asked_backend=backend,
+    )
 
 
 def _facts(run: Run) -> dict[str, object]:
@@ -152,7 +158,7 @@ def _facts(run: Run) -> dict[str, object]:
         "other components": _component_sizes(run.source),
         "settings": settings,
         "device": gpu,
-        "backend": choose_backend("auto", run.device, run.checkpoint.dtype).name,
+        "backend": run.backend.label,
         "svdq": __version__,
         **{name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")},
     }
@@ -231,6 +237,7 @@ def _report(
         next=next_step(evidence, checkpoint=str(run.path), page=page),
         missing={**metrics.missing, **missing},
         seconds_per_picture=converted.seconds_per_picture,
+        backend=run.backend.sentence,
         seconds=time.monotonic() - started,
         page=page,
         same_source=run.origin.same,

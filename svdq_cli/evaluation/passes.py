@@ -19,7 +19,7 @@ from svdq_cli.evaluation.layer_sqnr import JudgedLayers, judge_layers, keep_laye
 from svdq_cli.evaluation.outputs import OutputCall, keep_outputs, kept_outputs, output_sqnr, record_outputs
 from svdq_cli.evaluation.own_noise import can_nudge, nudged_start
 from svdq_cli.evaluation.plausible import ImageProblems, look_at
-from svdq_cli.inference.backend import compute_dtype
+from svdq_cli.inference.backend import Backend, compute_dtype
 from svdq_cli.inference.load import load_16bit_pipeline, load_pipeline, replace_layers
 from svdq_cli.pipelines.generate import generate_each
 from svdq_cli.pipelines.joint import joint_model
@@ -132,6 +132,8 @@ class Run:
     prompts: tuple[str, ...]
     settings: SamplingSettings
     device: torch.device
+    backend: Backend  # of the 4-bit layers, and how it was asked for
+    asked_backend: str
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -326,7 +328,8 @@ def _sixteen_bit_pipeline(run: Run) -> DiffusionPipeline:
 def _converted_pipeline(run: Run) -> DiffusionPipeline:
     # a single file has no other components of its own
     base = run.checkpoint.source.pipeline or run.source.pipeline
-    return reading_inputs(load_pipeline(run.path, device=run.device, base=base), run.settings)
+    pipe = load_pipeline(run.path, device=run.device, backend=run.asked_backend, base=base)
+    return reading_inputs(pipe, run.settings)
 
 
 MakeLayer = Callable[[Run, LayerPlan, Tensor, Tensor | None], nn.Module]
@@ -350,7 +353,7 @@ def _naive_layer(run: Run, plan: LayerPlan, weight: Tensor, bias: Tensor | None)
     else:
         bias = None if bias is None else bias.float()
         solution = solve_w4a16(plan, weight.float(), bias, dtype=dtype)
-    return (engine_linear(solution) if run.device.type == "cpu" else None) or quantized_linear(solution)
+    return (engine_linear(solution) if run.backend.name == "cpu" else None) or quantized_linear(solution)
 
 
 def _nf4_layer(run: Run, plan: LayerPlan, weight: Tensor, bias: Tensor | None) -> nn.Module:

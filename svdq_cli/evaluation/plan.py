@@ -37,6 +37,7 @@ def plan_evaluation(
     *,
     report_folder: Path | None = None,
     without: Collection[str] = (),
+    backend: str = "auto",
     options: RunOptions = DEFAULT_OPTIONS,
     observe: Observer = ignore_events,
 ) -> EvalPlanReport:
@@ -52,7 +53,7 @@ def plan_evaluation(
     job = forecast_of(prepared, None, generates=True, device=device, options=options)
     once = pass_seconds(job, speed_of(device, compute_dtype(device), existing(report_folder or Path())))
     each = settings.steps * (2 if settings.true_cfg > 1 else 1)  # calls of the denoiser for an image
-    on_kernels = choose_backend("auto", device, checkpoint.dtype).name == "kernels"
+    on_kernels = choose_backend(backend, device, checkpoint.dtype).name == "kernels"
     lacking = _lacking(device.type)
     found: list[PassFacts] = []
     for wanted in PASSES:

@@ -14,7 +14,6 @@ from svdq_cli.evaluation.images import PSNR_CAP_DB
 from svdq_cli.evaluation.page import Figure, LayerRow, Plot, ReportSection, Table, Variant, show_images
 from svdq_cli.evaluation.passes import CONVERTED, SIXTEEN_BIT, TITLES
 from svdq_cli.evaluation.plot import conversion_report
-from svdq_cli.inference.backend import choose_backend
 from svdq_cli.metrics import METRICS
 from svdq_cli.prepare.facts import sizes_of
 from svdq_cli.records import Int4, W4A4Plan
@@ -264,7 +263,7 @@ def _speed_table(found: Evaluation, ways: Sequence[Variant], facts: Mapping[str,
     seconds |= {way.title: facts[way.key].seconds_per_picture for way in ways}
     base = seconds[TITLES[SIXTEEN_BIT]]
     run = found.run
-    backend = choose_backend("auto", run.device, run.checkpoint.dtype)
+    backend = run.backend
     return Table(
         "Speed",
         ["made by", "per image", "speed against 16-bit"],

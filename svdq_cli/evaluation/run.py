@@ -25,17 +25,24 @@ def evaluate(
     *,
     report_folder: Path | None = None,
     without: Collection[str] = (),
+    backend: str = "auto",
     options: RunOptions = DEFAULT_OPTIONS,
     observe: Observer = ignore_events,
 ) -> EvalReport:
     """Images of the 16-bit model (the recipe's source), of the baselines and of the checkpoint, at equal seeds.
 
     With `report_folder`: images, grid, figures, plots and the HTML report are kept there, and a run that was stopped
-    continues where it stopped. `without`: passes to leave out (`OPTIONAL_PASSES`).
+    continues where it stopped. `without`: passes to leave out (`OPTIONAL_PASSES`). `backend`: see `load_pipeline`.
     """
     if report_folder is None:
         with tempfile.TemporaryDirectory(prefix="svdq-eval-") as folder:
-            found = compare_in(Path(folder), path, recipe, without=without, options=options, observe=observe)
+            found = compare_in(
+                *(Path(folder), path, recipe),
+                without=without,
+                backend=backend,
+                options=options,
+                observe=observe,
+            )
             return found.report
     # Imports matplotlib, which takes a while
     from svdq_cli.evaluation.plot import search_of
@@ -48,7 +55,12 @@ def evaluate(
         search = search_of(path)  # refuses a damaged report now, not after the long work
         page = str(report_folder / PAGE_FILE)
         found = compare_in(
-            report_folder, path, recipe, without=without, page=page, options=options, observe=observe
+            *(report_folder, path, recipe),
+            without=without,
+            backend=backend,
+            page=page,
+            options=options,
+            observe=observe,
         )
         write_report(report_folder, found, search=search)
     return found.report

@@ -23,6 +23,16 @@ class Backend:
     reason: str
     mode: HopperMode | None = None  # which of Hopper's own kernels run int4 layers; None: the portable ones
 
+    @property
+    def label(self) -> str:
+        """What results depend on: backends of one label compute the same numbers."""
+        return self.name if self.mode is None else f"{self.name}:{self.mode.label}"
+
+    @property
+    def sentence(self) -> str:
+        """As reports have it."""
+        return f"{self.name}: {self.reason}"
+
 
 HOPPER_BACKENDS = {f"kernels:{mode.label}": mode for mode in HopperMode}
 BACKENDS = ("auto", "kernels", *HOPPER_BACKENDS, "cpu", "reference")

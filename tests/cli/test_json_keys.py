@@ -38,7 +38,7 @@ KEYS = {
     f"{SQNR}, {LAYERS}, layers_taken_over, {MODEL}, {OUTPUTS}, peak{{ram_bytes, vram_bytes}}, precision, "
     f"provenance{{}}, {RANK}, read_as, recipe{{}}, schema, search{{blocks{{}}, layers{{*{SEARCHED}}}}}, "
     "seconds{calibrate, check, pack, solve, total}, status, svdq_version, warnings[]}",
-    "eval": "{baselines{*{clip, fid, image_reward, lpips, "
+    "eval": "{backend, baselines{*{clip, fid, image_reward, lpips, "
     f"psnr_db{SUMMARY}, seconds_per_picture, ssim{SUMMARY}}}}}, clip, command, fid, gates_missed[], image_reward, "
     f"images, {SQNR}, loras[], lpips, missing{{}}, next, noise_floor_psnr_db, output_sqnr_db{{step, sum}}, "
     f"own_noise_psnr_db, page, psnr_db{SUMMARY}, reference{{clip, image_reward, seconds_per_picture}}, same_source, "

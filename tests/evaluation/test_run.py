@@ -13,7 +13,7 @@ from PIL import Image
 
 import svdq_cli.evaluation.passes
 from svdq_cli.checkpoint.reader import open_checkpoint
-from svdq_cli.errors import CanceledRunError, UsageError
+from svdq_cli.errors import CanceledRunError, EnvironmentLacksError, UsageError
 from svdq_cli.evaluation.passes import passes_of_text
 from svdq_cli.evaluation.plan import plan_evaluation
 from svdq_cli.evaluation.run import evaluate
@@ -102,6 +102,26 @@ def test_an_evaluation_scores_the_checkpoint_and_its_baseline_and_goes_on_where_
     assert again.psnr_db == report.psnr_db
     _, stages = drawn(replace(CPU, overwrite=True))
     assert {"generate 16-bit", "generate naive 4-bit", "generate SVDQuant"} <= stages
+
+
+def test_the_4_bit_layers_run_on_the_backend_that_is_asked_for_and_the_report_says_so(
+    checkpoint: Path, recipe: Recipe, tmp_path: Path
+):
+    without = passes_of_text(["naive,floor,own-noise,outputs,nf4"])
+    folder = tmp_path / "report"
+    report = evaluate(
+        checkpoint, recipe, report_folder=folder, without=without, backend="reference", options=CPU
+    )
+    assert report.backend == "reference: plain torch on cpu, as asked"
+    assert "Backend: reference (plain torch on cpu, as asked)" in unescape(
+        (folder / "report.html").read_text()
+    )
+    # before anything is sampled, and by the plan too
+    for run in (evaluate, plan_evaluation):
+        with pytest.raises(EnvironmentLacksError, match="GPU"):
+            run(checkpoint, recipe, without=without, backend="kernels", options=CPU)
+        with pytest.raises(UsageError, match="unknown backend 'gpu'"):
+            run(checkpoint, recipe, without=without, backend="gpu", options=CPU)
 
 
 def test_passes_can_be_left_out_and_made_later(checkpoint: Path, recipe: Recipe, tmp_path: Path):

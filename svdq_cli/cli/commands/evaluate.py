@@ -38,6 +38,7 @@ def evaluate(
         bool,
         typer.Option("--plan", help="List the passes, their purpose and their predicted time; run nothing."),
     ] = False,
+    backend: opt.Backend = "auto",
     device: opt.Device = "auto",
     resume: opt.Resume = False,
     overwrite: opt.Overwrite = False,
@@ -75,6 +76,7 @@ def evaluate(
             recipe,
             report_folder=report,
             without=left_out,
+            backend=backend,
             options=how,
             observe=observe,
         )

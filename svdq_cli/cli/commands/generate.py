@@ -24,13 +24,7 @@ def generate(
     frames: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Frames of a video (default: the model's own).")
     ] = None,
-    backend: Annotated[
-        str,
-        typer.Option(
-            metavar="auto|kernels|kernels:MODE|cpu|reference",
-            help="Backend that computes the 4-bit layers. MODE, on Hopper: exact, w4a8, fp8.",
-        ),
-    ] = "auto",
+    backend: opt.Backend = "auto",
     device: opt.Device = "auto",
     overwrite: opt.Overwrite = False,
     json: opt.Json = False,
