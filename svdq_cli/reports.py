@@ -88,6 +88,30 @@ class ByteFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class HiddenSqnr:
+    """SQNR in dB of a text encoder's hidden states for prompts that it was not rounded for: mean over its blocks, and
+    of the last one."""
+
+    mean: float
+    last: float
+
+
+@dataclass(frozen=True, slots=True)
+class TextEncoderFacts:
+    """A text encoder with 4-bit weights. `kept`: linear layers at 16 bits, with the reason. `layer_sqnr_db` is of
+    outputs where it was calibrated, of weights where it was not; None where that is not known, of a plan or from the
+    headers of a checkpoint. `hidden_sqnr_db`: None too where too few prompts were there to hold any out."""
+
+    model_class: str = field(metadata={"json": "class"})
+    bytes: ByteFacts
+    w4a16: int
+    kept: Mapping[str, str]
+    calibrated: bool | None = None
+    layer_sqnr_db: LayerSqnr | None = None
+    hidden_sqnr_db: HiddenSqnr | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ConvertSeconds:
     calibrate: float
     solve: float
@@ -126,6 +150,7 @@ class ConvertReport:
     layers_taken_over: int = 0  # solved by an earlier run that this one went on from
     # versions, sha256 of all inputs
     provenance: Mapping[str, object] = field(default_factory=dict[str, object])
+    text_encoders: Mapping[str, TextEncoderFacts] = field(default_factory=dict[str, TextEncoderFacts])
     command: str = "convert"
     schema: int = 1
 
@@ -202,6 +227,7 @@ class PlanReport:
     stages: PlanSeconds
     prompts: PromptFacts | None = None  # None: it uses none
     gpu: GpuFacts | None = None  # of the card that --gpu names
+    text_encoders: Mapping[str, TextEncoderFacts] = field(default_factory=dict[str, TextEncoderFacts])
     command: str = "convert"
     status: str = "planned"
     schema: int = 1
@@ -350,6 +376,7 @@ class CheckReport:
     same_source: bool | None = None
     loras: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    text_encoders: tuple[str, ...] = ()  # components with 4-bit weights, which were checked too
     command: str = "check"
     schema: int = 1
 
@@ -378,6 +405,7 @@ class InspectReport:
     provenance: Mapping[str, object] | None
     read_as: str | None = None  # of a source: how its weights are stored
     warnings: tuple[str, ...] = ()
+    text_encoders: Mapping[str, TextEncoderFacts] = field(default_factory=dict[str, TextEncoderFacts])
     command: str = "inspect"
     status: str = "ok"
     schema: int = 1

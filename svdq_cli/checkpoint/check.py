@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from svdq_cli.checkpoint.check_encoders import encoder_problems, four_bit_encoders
 from svdq_cli.checkpoint.detect import STORED_DTYPES, specs_of_headers
 from svdq_cli.checkpoint.reader import Checkpoint, open_checkpoint
 from svdq_cli.errors import CheckFailedError, InputError
@@ -50,12 +51,18 @@ def check(
         require_same_model(checkpoint, against)
         against = checkpoint.stored_biases(against)
     problems, errors = _examined(checkpoint, against, observe)
+    own = checkpoint.source.pipeline if path.is_dir() else None
+    encoders = four_bit_encoders(own) if own else ()
+    for name in encoders:
+        assert own is not None
+        problems += encoder_problems(own, name, against.pipeline if against else None)
     return CheckReport(
         status="failed" if problems else "ok",
         format=checkpoint.format.name,
         layers=len(checkpoint.layers),
         problems=tuple(problems),
         layer_error=errors or None,
+        text_encoders=encoders,
     )
 
 

@@ -46,9 +46,9 @@ SHARD_BYTES = 10_000_000_000  # the most that diffusers itself puts into one fil
 _PACKERS = 2  # threads; few, because each holds a module
 WEIGHT_FILE = "diffusion_pytorch_model.safetensors"
 # Other frameworks' and pickled copies of weights that a Hub folder may hold next to its safetensors.
-_NOT_COPIED = shutil.ignore_patterns(
-    "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.msgpack", "*.h5", "*.onnx*"
-)
+_OTHER_WEIGHTS = ("*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.msgpack", "*.h5", "*.onnx*")
+_NOT_COPIED = shutil.ignore_patterns(*_OTHER_WEIGHTS)
+_NO_WEIGHTS = shutil.ignore_patterns(*_OTHER_WEIGHTS, "*.safetensors", "*.safetensors.index.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,10 +164,17 @@ def output_file(
 
 
 def write_target(
-    path: Path, target: Target, contents: Contents, *, pipeline: Path | None
+    path: Path,
+    target: Target,
+    contents: Contents,
+    *,
+    pipeline: Path | None,
+    weightless: Collection[str] = (),
 ) -> tuple[Path, ...]:
     """Write one output to `path`: the pipeline's folder with its denoisers quantized (or the only one's alone, without
     a pipeline), or a single file. Returns the weight files. The bytes depend on the arguments alone.
+
+    `weightless`: components that are copied without their weights, which the caller writes.
     """
     denoisers = target.denoisers()
     if target.format.single_file:
@@ -175,7 +182,7 @@ def write_target(
         return _write_file(path, component, denoiser, contents)
     path.mkdir(parents=True, exist_ok=True)
     if pipeline:
-        copy_pipeline(pipeline, path, skip=denoisers)
+        copy_pipeline(pipeline, path, skip=denoisers, weightless=weightless)
         if not has_settings(pipeline, contents.scheduler):
             write_scheduler(path, pipeline, contents.scheduler)
     weights: list[Path] = []
@@ -341,13 +348,16 @@ def _write_index(path: Path, files: Sequence[Path], shards: Sequence[Sequence[_P
 # ---------------------------------------------------------------------------------------------------- whole or nothing
 
 
-def copy_pipeline(source: Path, target: Path, *, skip: Collection[str]) -> None:
-    """Copy the other components, and how the model is sampled. The source's README stays behind: it describes another
-    model."""
+def copy_pipeline(
+    source: Path, target: Path, *, skip: Collection[str], weightless: Collection[str] = ()
+) -> None:
+    """Copy the other components, and how the model is sampled; those that are `weightless` without their weights. The
+    source's README stays behind: it describes another model."""
     index = pipeline_index(source)
     shutil.copyfile(source / "model_index.json", target / "model_index.json")
     for name in index:
         if name not in skip and not name.startswith("_") and (source / name).is_dir():
-            shutil.copytree(source / name, target / name, ignore=_NOT_COPIED, copy_function=shutil.copyfile)
+            ignore = _NO_WEIGHTS if name in weightless else _NOT_COPIED
+            shutil.copytree(source / name, target / name, ignore=ignore, copy_function=shutil.copyfile)
     for text in (*source.glob("LICENSE*"), *source.glob(SAMPLING_FILE)):
         shutil.copyfile(text, target / text.name)

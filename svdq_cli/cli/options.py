@@ -59,6 +59,10 @@ def _whole_number_or_word(text: str) -> int | str:
     return int(text) if text.isdecimal() else text
 
 
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
 # ------------------------------------------------------------------------------------- what sets keys of the recipe
 
 Precision = Annotated[
@@ -100,6 +104,15 @@ Formats = Annotated[
         rich_help_panel="Output",
     ),
     sets("outputs.format", on="convert inspect"),
+]
+Components = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME[,NAME]",
+        help="Text encoders of the pipeline to store with 4-bit weights too: text_encoder,text_encoder_2.",
+        rich_help_panel="Quantization",
+    ),
+    sets("components", on="convert init inspect", read=_names),
 ]
 Prompts = Annotated[
     str | None,

@@ -27,6 +27,7 @@ UNITS = {  # what a stage counts, by the first word of its name
     "solve": "layers",
     "reconstruct": "blocks",
     "pack": "outputs",
+    "encoder": "layers",
     "check": "layers",
     "score": "images",
     "push": "files",

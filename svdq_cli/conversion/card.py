@@ -14,7 +14,7 @@ from typing import Any
 from svdq_cli import __version__
 from svdq_cli.checkpoint.reader import Checkpoint
 from svdq_cli.prepare.locate import hub_id
-from svdq_cli.reports import ConvertReport, LoraFacts, to_json
+from svdq_cli.reports import ConvertReport, LoraFacts, TextEncoderFacts, to_json
 from svdq_cli.source import is_expert
 from svdq_cli.storage.json_files import read_json
 from svdq_cli.text import cell, number, table
@@ -144,8 +144,11 @@ def _body(report: ConvertReport, base_model: str | None) -> Iterator[str]:
     yield from table(("", ""), list(_facts(report)))
     yield ""
     single = [output.format for output in report.outputs if output.path.endswith(".safetensors")]
+    whole = len(single) < len(report.outputs)
     experts = any(map(is_expert, report.layer_sqnr_db.per_layer))
-    yield from _loading(single, pipeline=len(single) < len(report.outputs), experts=experts)
+    yield from _loading(
+        single, pipeline=whole, experts=experts, encoders=bool(report.text_encoders) and whole
+    )
     yield ""
     worst = sorted(report.layer_sqnr_db.per_layer.items(), key=lambda item: item[1])[:WORST_LAYERS]
     yield from table(("worst layers", "SQNR (dB)"), [(name, number(value)) for name, value in worst])
@@ -169,9 +172,18 @@ def _facts(report: ConvertReport) -> Iterator[tuple[object, ...]]:
     yield "layers", f"{counts.w4a4} W4A4, {counts.w4a16} W4A16, {counts.kept} kept at 16 bits"
     on = "of weights" if report.data_free else "of outputs, on calibration rows"
     yield f"layer SQNR {on}", f"{sqnr.mean:.1f} dB on average, {sqnr.min:.1f} dB at worst"
+    for name, encoder in report.text_encoders.items():
+        yield name, _encoder_text(encoder)
     for gate, condition in _gates(report).items():
         missed = next((text for text in report.gates_missed if text.startswith(f"{gate} ")), None)
         yield f"gate {gate} {condition}", f"missed: {missed}" if missed else "met, or left to svdq eval"
+
+
+def _encoder_text(encoder: TextEncoderFacts) -> str:
+    size = f"{encoder.bytes.output} bytes, {encoder.bytes.ratio:.2f} times smaller than at 16 bits"
+    states = encoder.hidden_sqnr_db
+    near = f"; hidden states {states.last:.1f} dB SQNR on held-out prompts" if states else ""
+    return f"{cell(encoder.model_class)} with {encoder.w4a16} layers in NF4 (bitsandbytes), {size}{near}"
 
 
 def _gates(report: ConvertReport) -> Mapping[str, object]:
@@ -185,11 +197,17 @@ def _model(report: ConvertReport) -> Mapping[str, object]:
     return model
 
 
-def _loading(single: Sequence[str], *, pipeline: bool, experts: bool) -> Iterator[str]:
+def _loading(
+    single: Sequence[str], *, pipeline: bool, experts: bool, encoders: bool = False
+) -> Iterator[str]:
     """`single`: the formats of the outputs that are single files; `pipeline`: whether one is a pipeline folder;
-    `experts`: whether layers are experts that diffusers stacks in one tensor, so that it can't load them."""
+    `experts`: whether layers are experts that diffusers stacks in one tensor, so that it can't load them; `encoders`:
+    whether text encoders of it have 4-bit weights."""
     yield "## How to load it"
     yield ""
+    if encoders:
+        yield "The text encoders' 4-bit layers need bitsandbytes (`pip install bitsandbytes`)."
+        yield ""
     if experts:
         yield "Its experts are layers of their own, for which diffusers' own loader has no place; svdq runs them:"
         base = "" if pipeline else ', base="PIPELINE_FOLDER"'

@@ -6,7 +6,7 @@ import hashlib
 import importlib.metadata
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -34,6 +34,7 @@ from svdq_cli.conversion.ranges import range_warnings
 from svdq_cli.conversion.read_weights import finite_tensor, require_in_range
 from svdq_cli.conversion.resume import kept_work, work_beside
 from svdq_cli.conversion.solve_layers import Statistics, load_solved, solve_into, solved_elsewhere
+from svdq_cli.conversion.text_encoders import FourBitEncoder, quantize_encoders
 from svdq_cli.conversion.tune_blocks import require_blocks_run, tune_blocks
 from svdq_cli.conversion.work_folder import BLOCKS, LAYERS, Identity, WorkFolder, remove_finished
 from svdq_cli.conversion.workers import CALIBRATED
@@ -139,16 +140,25 @@ def convert(
     job = begin(recipe, (out,) if isinstance(out, Path) else out, calibration, options, observe)
     with _work_of(job) as work:
         solved = _solve(job, work)
+        encoders = quantize_encoders(
+            job.prepared,
+            work,
+            data_free=job.data_free,
+            device=job.device,
+            options=options,
+            observe=job.observe,
+        )
         contents = _contents(job, solved)
         with finished_outputs(
             # checked against the source as it is: what a user gives to check and eval
             replace(solved.prepared, source=job.prepared.source),
             job.paths,
             contents,
+            encoders,
             overwrite=job.replaces,
             observe=observe,
         ) as outputs:
-            report = gated(_report(job, solved, contents, outputs, started), recipe)
+            report = gated(_report(job, solved, contents, encoders, outputs, started), recipe)
             card = model_card(report, pipeline=job.prepared.source.pipeline, beside=options.beside)
             outputs.write_reports(report, card)
             work.keep_json(NAMING, _names(job.paths))
@@ -272,7 +282,18 @@ def identity_of(job: Job) -> Identity:
         "calibration": _calibration_identity(job),
         "recipe": {key: value for key, value in recipe.items() if key != "version"},
         "formats": [target.format.name for target in job.prepared.targets],
+        **_encoders_identity(job),
     }
+
+
+def _encoders_identity(job: Job) -> Mapping[str, object]:
+    """Weights of text encoders, and the prompts that they are rounded for."""
+    encoders = job.prepared.encoders
+    if not encoders:
+        return {}
+    prompts = None if job.prepared.prompts is None else prompts_digest(job.prepared.prompts.texts)
+    weights = {plan.component: file_sha256(*plan.files) for plan in encoders}
+    return {"text encoders": {"sha256": weights, "prompts sha256": prompts}}
 
 
 def _calibration_identity(job: Job) -> Mapping[str, object] | None:
@@ -447,7 +468,14 @@ def _versions() -> dict[str, str]:
     }
 
 
-def _report(job: Job, solved: Solved, contents: Contents, outputs: Outputs, started: float) -> ConvertReport:
+def _report(
+    job: Job,
+    solved: Solved,
+    contents: Contents,
+    encoders: Sequence[FourBitEncoder],
+    outputs: Outputs,
+    started: float,
+) -> ConvertReport:
     prepared, recipe = solved.prepared, job.recipe
     assert contents.provenance is not None
     return ConvertReport(
@@ -477,4 +505,5 @@ def _report(job: Job, solved: Solved, contents: Contents, outputs: Outputs, star
         recipe=resolved(recipe),
         warnings=tuple(job.warnings),
         layers_taken_over=solved.taken_over,
+        text_encoders={encoder.plan.component: encoder.facts for encoder in encoders},
     )

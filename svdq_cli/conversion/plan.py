@@ -22,7 +22,7 @@ from svdq_cli.conversion.predict import (
 )
 from svdq_cli.conversion.solve_layers import layer_groups_at_once
 from svdq_cli.inference.backend import compute_dtype
-from svdq_cli.prepare.facts import layer_counts, model_facts, predicted_sizes, rank_facts
+from svdq_cli.prepare.facts import encoders_planned, layer_counts, model_facts, predicted_sizes, rank_facts
 from svdq_cli.prepare.options import DEFAULT_OPTIONS, RunOptions
 from svdq_cli.prepare.prepare import is_data_free, prepare, warnings_of
 from svdq_cli.prepare.prompts import chosen_prompts
@@ -92,5 +92,6 @@ def predict(
         ),
         stages=stages,
         prompts=prompts,
+        text_encoders=encoders_planned(prepared),
         gpu=on_card(job, card, settings, speed, preparing=preparing) if card else None,
     )

@@ -113,7 +113,9 @@ def uses_prompts(prepared: Prepared, calibration: Path | None) -> bool:
     recipe = prepared.recipe
     if recipe.calibration is None or is_data_free(recipe, calibration):
         return False
-    return calibration is None or recipe.quantization.effort == "best" or generates_for_gains(prepared)
+    if calibration is None or prepared.encoders:
+        return True
+    return recipe.quantization.effort == "best" or generates_for_gains(prepared)
 
 
 # ------------------------------------------------------------------------------------------------- time
@@ -357,7 +359,7 @@ def disk_bytes(prepared: Prepared) -> int:
     state = prepared.inventory.state
     folders = [target for target in prepared.targets if not target.format.single_file]
     packed = sum(target.bytes(state) for target in prepared.targets)
-    return packed + len(folders) * other_components_bytes(prepared.source)
+    return packed + len(folders) * other_components_bytes(prepared.source, prepared.encoders)
 
 
 def work_bytes(plan: ModelPlan, dtype: torch.dtype) -> int:

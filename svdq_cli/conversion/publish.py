@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from svdq_cli.checkpoint.check import require_sound
-from svdq_cli.checkpoint.text_encoders import quantize_encoder
 from svdq_cli.checkpoint.writer import (
     Contents,
     Target,
@@ -23,6 +22,7 @@ from svdq_cli.checkpoint.writer import (
 )
 from svdq_cli.conversion.card import CARD_FILE, card_path
 from svdq_cli.conversion.read_weights import require_finite
+from svdq_cli.conversion.text_encoders import FourBitEncoder
 from svdq_cli.prepare.prepare import Prepared
 from svdq_cli.recipe import Recipe, figure_of
 from svdq_cli.records import Event, Observer
@@ -51,7 +51,13 @@ class Outputs:
 
 @contextmanager
 def finished_outputs(
-    prepared: Prepared, paths: Sequence[Path], contents: Contents, *, overwrite: bool, observe: Observer
+    prepared: Prepared,
+    paths: Sequence[Path],
+    contents: Contents,
+    encoders: Sequence[FourBitEncoder] = (),
+    *,
+    overwrite: bool,
+    observe: Observer,
 ) -> Iterator[Outputs]:
     """Every output, packed and checked; they get their names when the block is left without an error.
 
@@ -60,7 +66,7 @@ def finished_outputs(
     with ExitStack() as stack:
         partials = tuple(stack.enter_context(whole_output(path, overwrite=overwrite)) for path in paths)
         started = time.monotonic()
-        weights = _pack(prepared, partials, contents, observe)
+        weights = _pack(prepared, partials, contents, encoders, observe)
         packed = time.monotonic()
         with in_background(lambda stop: _on_disk(prepared.targets, paths, partials, weights, stop)) as facts:
             for partial in partials:
@@ -99,7 +105,11 @@ def write_reports_beside(
 
 
 def _pack(
-    prepared: Prepared, partials: Sequence[Path], contents: Contents, observe: Observer
+    prepared: Prepared,
+    partials: Sequence[Path],
+    contents: Contents,
+    encoders: Sequence[FourBitEncoder],
+    observe: Observer,
 ) -> tuple[tuple[Path, ...], ...]:
     """Every output under its partial name. Returns the weight files of each."""
     total = len(partials)
@@ -108,11 +118,15 @@ def _pack(
     weights: list[tuple[Path, ...]] = []
     source = prepared.source
     for target, partial in zip(prepared.targets, partials, strict=True):
-        weights.append(write_target(partial, target, contents, pipeline=source.pipeline))
+        packed = {encoder.plan.component: encoder for encoder in encoders}
+        written = write_target(partial, target, contents, pipeline=source.pipeline, weightless=packed)
+        weights.append(written)
         if not target.format.single_file:
-            for name in prepared.recipe.components:
-                quantize_encoder(partial / name, dtype=prepared.settings.dtype)
+            for name, encoder in packed.items():
+                encoder.put_into(partial / name)
             for name, entries in source.companions.items():
+                if name in packed:
+                    continue
                 replace_weights(
                     partial / name,
                     entries,

@@ -6,6 +6,7 @@
     WORK/choices.json               what every rank would cost and bring, where ranks are searched
     WORK/layers/LAYER.safetensors   a layer group, named after its first layer: its solutions and their reports
     WORK/blocks/BLOCK.safetensors   effort best: a block's layers as they were tuned, with their reports
+    WORK/encoders/NAME.safetensors  a text encoder with 4-bit weights, whole once NAME.json is next to it
     WORK/passages/                  effort best: hidden states that host memory had no room for, while blocks are tuned
     WORK/done                       the outputs have their names, and the folder is about to go
 
@@ -51,6 +52,7 @@ from svdq_cli.storage.tensor_file import TensorSpec, write_tensors
 JOURNAL = "journal.json"
 LAYERS, CALIBRATION, IMAGES = "layers", "calibration", "pictures"
 BLOCKS, PASSAGES = "blocks", "passages"
+ENCODERS = "encoders"
 CHOICES = "choices.json"
 CURVES = "curves.json"  # names of the modulation layers that are stored as curves
 _LOCK, _DONE = "lock", "done"
@@ -81,6 +83,11 @@ class WorkFolder:
     def passages(self) -> Path:
         """The folder for hidden states that do not fit in host memory; of no use to another run."""
         return self.path / PASSAGES
+
+    @property
+    def encoders(self) -> Path:
+        """The folder for text encoders with 4-bit weights."""
+        return self.path / ENCODERS
 
     def has(self, folder: str, name: str) -> bool:
         """Whether a part is finished."""
@@ -152,7 +159,7 @@ class WorkFolder:
     def remove(self) -> None:
         """Everything svdq put there, and the folder if that was all. What tells whose the folder is goes last."""
         remove_unfinished(self.path)
-        for name in (LAYERS, BLOCKS, PASSAGES, IMAGES, CALIBRATION):
+        for name in (LAYERS, BLOCKS, ENCODERS, PASSAGES, IMAGES, CALIBRATION):
             shutil.rmtree(self.path / name, ignore_errors=True)
         others = {*self.path.glob("*.json")} - {self.path / JOURNAL}
         for file in [*others, *(self.path / name for name in (JOURNAL, _LOCK, _DONE))]:

@@ -42,10 +42,9 @@ OPTIONAL = {  # what svdq does with them
     "kernels": "diffusers' own 4-bit runtime",
     "peft": "LoRAs on 16-bit pipelines",
     "gguf": "models in GGUF files",
-    "compressed-tensors": "text encoders with 4-bit weights",
     "lpips": "LPIPS in eval",
     "torchvision": "FID in eval",
-    "bitsandbytes": "NF4 as a baseline in eval",
+    "bitsandbytes": "text encoders with 4-bit weights, NF4 as a baseline in eval",
 }
 # Random Gaussian layers reach about 18 dB (int4) and 20 dB (nvfp4) at rank 16; half of that means broken arithmetic.
 LEAST_SQNR_DB = 10.0

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from svdq_cli.checkpoint.check_encoders import four_bit_encoders, stored_facts
 from svdq_cli.checkpoint.reader import open_checkpoint
-from svdq_cli.prepare.facts import inspect_layer, predicted_sizes, sizes_of
+from svdq_cli.prepare.facts import encoders_planned, inspect_layer, predicted_sizes, sizes_of
 from svdq_cli.prepare.options import DEFAULT_OPTIONS, RunOptions
 from svdq_cli.prepare.plan_warnings import plan_warnings
 from svdq_cli.prepare.prepare import Prepared, prepare
@@ -37,6 +38,7 @@ def inspect_prepared(prepared: Prepared) -> InspectReport:
         bytes=predicted_sizes(prepared),
         provenance=None,
         read_as=prepared.source.kind,
+        text_encoders=encoders_planned(prepared),
         warnings=(*prepared.source.warnings, *plan_warnings(prepared.plan, prepared.inventory)),
     )
 
@@ -44,6 +46,7 @@ def inspect_prepared(prepared: Prepared) -> InspectReport:
 def inspect_checkpoint(path: Path, *, base: Path | None = None) -> InspectReport:
     """What a converted checkpoint holds, from its headers. `base`: see `open_checkpoint`."""
     checkpoint = open_checkpoint(path, base=base)
+    own = checkpoint.source.pipeline if path.is_dir() else None
     linears = [plan.linear for plan in checkpoint.layers] + list(checkpoint.kept)
     return InspectReport(
         kind="checkpoint",
@@ -56,4 +59,5 @@ def inspect_checkpoint(path: Path, *, base: Path | None = None) -> InspectReport
         layers=tuple(inspect_layer(linear, checkpoint.by_name.get(linear.name)) for linear in linears),
         bytes=sizes_of(checkpoint.state, checkpoint.source.bytes),
         provenance=checkpoint.provenance,
+        text_encoders={name: stored_facts(own, name) for name in four_bit_encoders(own)} if own else {},
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import json
 import time
@@ -26,6 +27,8 @@ from svdq_cli.pipelines.embeddings import EncodedPrompts
 from svdq_cli.pipelines.finite import finite_images, require_finite_latents
 from svdq_cli.pipelines.settings import SamplingSettings
 from svdq_cli.records import Event, Observer, ignore_events
+from svdq_cli.source import pipeline_index
+from svdq_cli.storage.json_files import read_json
 from svdq_cli.system.quiet import quiet_loading
 
 if TYPE_CHECKING:
@@ -51,6 +54,7 @@ def load_source_pipeline(
     Raises InputError where a component is missing, damaged or unknown; OutOfResourcesError if the device is too small.
     """
     pipeline_class = _checked_class(folder, given=(components or {}).keys())
+    _require_packages(folder, given=(components or {}).keys())
     try:
         with quiet_loading():
             # DiffusionPipeline.from_pretrained loads components that are optional arguments of the class (Wan's
@@ -63,6 +67,7 @@ def load_source_pipeline(
                 trust_remote_code=False,
                 **(components or {}),
             )
+        _as_asked(pipe, dtype)
         if device is not None:
             pipe.to(device)
     except (torch.OutOfMemoryError, MemoryError) as error:
@@ -80,6 +85,34 @@ def load_source_pipeline(
         ) from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _as_asked(pipe: DiffusionPipeline, dtype: torch.dtype) -> None:
+    """What transformers 5 leaves in the file's dtype next to bitsandbytes' layers (weights of norms, embeddings) in
+    `dtype`, as it leaves it elsewhere."""
+    for part in pipe.components.values():
+        if not getattr(part, "is_loaded_in_4bit", False):
+            continue
+        for parameter in cast("torch.nn.Module", part).parameters():
+            if parameter.is_floating_point() and not hasattr(parameter, "quant_state"):
+                parameter.data = parameter.data.to(dtype)
+
+
+def _require_packages(folder: Path, *, given: Collection[str]) -> None:
+    """EnvironmentLacksError where a component is stored in 4 bits and the package that reads it is missing."""
+    if importlib.util.find_spec("bitsandbytes") is not None:
+        return
+    for name in pipeline_index(folder):
+        file = folder / name / "config.json"
+        if name in given or not file.is_file():
+            continue
+        section = read_json(file).get("quantization_config")
+        if isinstance(section, dict) and section.get("quant_method") == "bitsandbytes":
+            raise EnvironmentLacksError(
+                f"{folder / name}: its 4-bit weights need the package bitsandbytes",
+                hint='pip install "svdq[encoders]"',
+                where="bitsandbytes",
+            )
 
 
 def generate_images(

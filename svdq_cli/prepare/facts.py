@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
+from svdq_cli.checkpoint.text_encoders import EncoderPlan
 from svdq_cli.prepare.prepare import Prepared
 from svdq_cli.records import (
     LayerPlan,
@@ -18,12 +19,14 @@ from svdq_cli.records import (
 from svdq_cli.reports import (
     BlockSearch,
     ByteFacts,
+    HiddenSqnr,
     InspectLayer,
     LayerCounts,
     LayerSqnr,
     ModelFacts,
     RankFacts,
     SearchFacts,
+    TextEncoderFacts,
 )
 from svdq_cli.source import Source, component_files
 
@@ -46,11 +49,34 @@ def sizes_of(state: Mapping[str, tuple[int, ...]], output: int) -> ByteFacts:
     return ByteFacts(count, output, count / output)
 
 
-def other_components_bytes(source: Source) -> int:
-    """The files copied next to the quantized component: the pipeline's other components, or the base pipeline's."""
+def other_components_bytes(source: Source, encoders: Sequence[EncoderPlan] = ()) -> int:
+    """The files copied next to the quantized component: the pipeline's other components, or the base pipeline's.
+    `encoders`: those that get 4-bit weights."""
     if source.pipeline is None:
         return 0
-    return sum(file.stat().st_size for file in component_files(source.pipeline, skip=source.components))
+    skip = {*source.components, *(plan.component for plan in encoders)}
+    copied = sum(file.stat().st_size for file in component_files(source.pipeline, skip=skip))
+    return copied + sum(plan.bytes_after for plan in encoders)
+
+
+def encoder_facts(
+    plan: EncoderPlan,
+    *,
+    calibrated: bool | None = None,
+    layer_sqnr_db: LayerSqnr | None = None,
+    hidden_sqnr_db: HiddenSqnr | None = None,
+) -> TextEncoderFacts:
+    """What a plan says of a text encoder, and what is known once it is quantized."""
+    before, after = plan.bytes_before, plan.bytes_after
+    size = ByteFacts(before, after, before / after)
+    return TextEncoderFacts(
+        plan.class_name, size, len(plan.layers), plan.kept, calibrated, layer_sqnr_db, hidden_sqnr_db
+    )
+
+
+def encoders_planned(prepared: Prepared) -> dict[str, TextEncoderFacts]:
+    """The text encoders that will have 4-bit weights, by component."""
+    return {plan.component: encoder_facts(plan) for plan in prepared.encoders}
 
 
 def layer_counts(plan: ModelPlan) -> LayerCounts:

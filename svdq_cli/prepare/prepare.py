@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from svdq_cli.checkpoint.text_encoders import require_encoders
+from svdq_cli.checkpoint.text_encoders import EncoderPlan, plan_encoders
 from svdq_cli.checkpoint.writer import Target, require_precision, target_of
 from svdq_cli.errors import UsageError
 from svdq_cli.families import find_family
@@ -57,6 +57,7 @@ class Prepared:
     settings: SolveSettings
     sampling: Sampling | None
     prompts: ChosenPrompts | None = None  # of a run that uses any, once they were read
+    encoders: tuple[EncoderPlan, ...] = ()  # text encoders that get 4-bit weights
 
 
 def prepare(
@@ -81,7 +82,8 @@ def prepare(
             hint="drop components, or add an output in format nunchaku-lite",
             where="components",
         )
-    require_encoders(source.pipeline, recipe.components)
+    dtype = torch.float16 if recipe.model.dtype == "float16" else torch.bfloat16
+    encoders = plan_encoders(source.pipeline, recipe.components, dtype=dtype, replaced=source.companions)
     plan = plan_model(
         source,
         precision=quantization.number_format,
@@ -94,7 +96,6 @@ def prepare(
     )
     if not _shares_branches(quantization.share_branches, formats):
         plan = plan.with_own_branches()
-    dtype = torch.float16 if recipe.model.dtype == "float16" else torch.bfloat16
     settings = SolveSettings(
         quantization.chosen_smoothing,
         quantization.seed,
@@ -106,7 +107,7 @@ def prepare(
     targets = tuple(target_of(fmt, plan, inventory.state, dtype) for fmt in formats)
     if not every_layer:
         plan = restricted(plan, {layer.name for target in targets for layer in target.plan.layers})
-    return Prepared(recipe, source, inventory, plan, targets, settings, sampling)
+    return Prepared(recipe, source, inventory, plan, targets, settings, sampling, encoders=encoders)
 
 
 def _shares_branches(wanted: bool | Literal["auto"], formats: Sequence[Format]) -> bool:

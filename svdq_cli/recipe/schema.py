@@ -419,6 +419,29 @@ Gates = Annotated[
 ]
 
 
+def _components(value: object) -> object:
+    """A list of names. A mapping of names to w4a16 says the same, as recipes did before there was nothing else."""
+    if not isinstance(value, dict):
+        return value
+    named = cast("dict[object, object]", value)
+    return list(named) if all(kind == "w4a16" for kind in named.values()) else named
+
+
+Components = Annotated[
+    tuple[Text, ...],
+    Field(strict=False),
+    BeforeValidator(_components),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "array", "items": {"type": "string"}},
+                {"type": "object", "additionalProperties": {"const": "w4a16"}},
+            ]
+        }
+    ),
+]
+
+
 class Recipe(Section):
     """A conversion: a model, its calibration and quantization, and the outputs."""
 
@@ -436,8 +459,8 @@ class Recipe(Section):
     """Layer rules, later ones win: {match: GLOB} with rank: 64, keep: true, skip: true, include: w4a4, group: [...]."""
     modulation: Literal["auto", "w4a16", "curve", "keep"] = "auto"
     """Modulation layers: w4a16, keep (16 bits), curve (where only the timestep enters), or auto: as measured."""
-    components: dict[Text, Literal["w4a16"]] = {}
-    """Text encoders to quantize in a pipeline folder: {text_encoder_2: w4a16}; T5 only."""
+    components: Components = ()
+    """Text encoders to store with 4-bit weights in a pipeline folder: [text_encoder, text_encoder_2]."""
     outputs: Annotated[tuple[Output, ...], Field(strict=False)] = ()
     """The outputs: {format, path}."""
     gates: Gates = ()

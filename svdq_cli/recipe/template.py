@@ -32,7 +32,7 @@ _UNSET = {  # what a key that may be absent would look like
 }
 _EXAMPLES = {
     "layers": ('- {match: "transformer_blocks.*.ff.net.2", rank: 64}', "- {match: proj_out, keep: true}"),
-    "components": ("text_encoder_2: w4a16",),
+    "components": ("- text_encoder_2",),
     "outputs": ("- {format: nunchaku-lite, path: out/model-int4}",),
     "gates": ('psnr_db: ">= 20"', 'size_ratio: ">= 3.5"'),
 }

@@ -58,7 +58,7 @@ class Grid(Protocol):
 
     def error(self, values: Tensor, parameters: Parameters, importance: Tensor | None) -> Tensor:
         """How far rounding moves each group of `values` (N, G): the norm (N,) of the differences, each times its
-        importance (1, G) where there is one. Without the rounding of what codes represent to 16 bits."""
+        importance, (1, G) or (N, G), where there is one. Without the rounding of what codes represent to 16 bits."""
         ...
 
     def fitted(self, values: Tensor, parameters: Parameters, importance: Tensor | None) -> Parameters | None:
@@ -80,8 +80,16 @@ class Rounded:
         )
 
 
-def gptq(weight: Tensor, hessian: Tensor, grid: Grid, *, damping: float = DAMPING) -> Rounded | None:
-    """`weight` (N, K) float32 on `grid` for inputs with second moments `hessian` (K, K).
+def gptq(
+    weight: Tensor,
+    hessian: Tensor,
+    grid: Grid,
+    *,
+    damping: float = DAMPING,
+    parameters: Parameters | None = None,
+) -> Rounded | None:
+    """`weight` (N, K) float32 on `grid` for inputs with second moments `hessian` (K, K). `parameters`, (N, K/G) each:
+    those of every group, where they are chosen already.
 
     None where the Hessian says nothing (no activation at all, or one that is not finite).
     """
@@ -98,10 +106,14 @@ def gptq(weight: Tensor, hessian: Tensor, grid: Grid, *, damping: float = DAMPIN
         errors = torch.zeros_like(block)
         for offset in range(0, BLOCK, grid.group):
             inside = slice(offset, offset + grid.group)
-            parameters = _best(block[inside].T, factor.diagonal()[inside], grid)
-            chosen.append(parameters)
+            if parameters is None:
+                importance = (1 / factor.diagonal()[inside]).unsqueeze(0)
+                own = best_parameters(block[inside].T, importance, grid)
+            else:
+                own = tuple(each[:, (start + offset) // grid.group] for each in parameters)
+            chosen.append(own)
             for column in range(offset, offset + grid.group):
-                code, value = grid.round(block[column], parameters)
+                code, value = grid.round(block[column], own)
                 codes.append(code)
                 errors[column] = (block[column] - value) / factor[column, column]
                 block[column + 1 :].addr_(factor[column, column + 1 :], errors[column], alpha=-1)
@@ -127,7 +139,7 @@ def nearest(weight: Tensor, grid: Grid) -> Rounded:
 def _nearest(weight: Tensor, grid: Grid) -> Rounded:
     rows, columns = weight.shape
     groups = weight.reshape(-1, grid.group)  # every group is a row of its own
-    parameters = _best(groups, None, grid)
+    parameters = best_parameters(groups, None, grid)
     codes, _ = grid.round(groups, tuple(parameter.unsqueeze(1) for parameter in parameters))
     return Rounded(codes.reshape(rows, columns), tuple(each.reshape(rows, -1) for each in parameters))
 
@@ -150,10 +162,9 @@ def _inverse_cholesky(hessian: Tensor, damping: float) -> Tensor | None:
     return None if int(failed) else matrix.to(hessian.dtype)
 
 
-def _best(values: Tensor, factor: Tensor | None, grid: Grid) -> Parameters:
-    """Each row's best of the candidates for one group (N, G), by rounding error, which weighs 1 / factor^2 where there
-    is a factor (G,)."""
-    importance = None if factor is None else (1 / factor).unsqueeze(0)
+def best_parameters(values: Tensor, importance: Tensor | None, grid: Grid) -> Parameters:
+    """Each row's best of the candidates for one group (N, G), by rounding error, times its `importance` (1, G) or
+    (N, G) where there is one."""
     candidates = list(grid.candidates(values))
     errors = torch.stack([grid.error(values, parameters, importance) for parameters in candidates])
     least = errors.min(0, keepdim=True)  # the first of equals; three times as fast as argmin

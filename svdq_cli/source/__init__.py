@@ -27,6 +27,7 @@ from svdq_cli.source.folders import (
     open_pipeline,
     pipeline_index,
     shard_number,
+    text_encoders_of,
     weight_files,
 )
 from svdq_cli.source.gguf_file import open_gguf
@@ -77,6 +78,7 @@ __all__ = [
     "stacks_of",
     "take_experts_apart",
     "tensor_entry",
+    "text_encoders_of",
     "weight_files",
 ]
 

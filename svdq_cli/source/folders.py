@@ -67,6 +67,16 @@ def denoiser_components(pipeline: Path) -> tuple[str, ...]:
     )
 
 
+def text_encoders_of(pipeline: Path) -> tuple[str, ...]:
+    """The components of a pipeline that are models of transformers and read text, by their names."""
+    index = pipeline_index(pipeline)
+    return tuple(
+        name
+        for name, value in index.items()
+        if name.startswith("text_encoder") and isinstance(value, list) and value[:1] == ["transformers"]
+    )
+
+
 def is_denoiser(component: str) -> bool:
     """Whether a pipeline's component of that name is what svdq quantizes."""
     return _DENOISER.fullmatch(component) is not None

@@ -1,4 +1,4 @@
-"""T5 encoders with 4-bit weights: small files that transformers loads by itself."""
+"""What becomes of every layer of a text encoder."""
 
 from __future__ import annotations
 
@@ -8,91 +8,91 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import T5EncoderModel
 
-from svdq_cli.checkpoint.text_encoders import (
-    pack_words,
-    quantize_encoder,
-    require_encoders,
-    unpack_words,
+from svdq_cli.checkpoint.text_encoders import EncoderPlan, plan_encoder, plan_encoders
+from svdq_cli.errors import InputError
+from svdq_cli.source import text_encoders_of
+from tests.tiny_encoders import ENCODERS, tiny_encoder
+
+
+def planned(folder: Path) -> EncoderPlan:
+    return plan_encoder(folder, "text_encoder", dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_the_layers_of_all_text_blocks_get_4_bits(name: str, tmp_path: Path):
+    plan = planned(tiny_encoder(name, tmp_path / name))
+    assert len(plan.blocks) == 2
+    in_blocks = [layer for layer in plan.layers if layer.block]
+    assert len(in_blocks) == {"T5EncoderModel": 12, "CLIPTextModelWithProjection": 12}.get(name, 14)
+    assert plan.bytes_after == sum(spec.bytes for spec in plan.specs.values())
+    # 16 bits become 4 and an 8-bit scale for 64, and a little more
+    saved = sum(layer.in_features * layer.out_features for layer in plan.layers) * (2 - 0.5 - 1 / 64)
+    assert plan.bytes_before - saved < plan.bytes_after < plan.bytes_before - 0.95 * saved
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "reason"),
+    [
+        ("T5EncoderModel", "encoder.block.0.layer.1.DenseReluDense.wo", "transformers keeps wo at 16 bits"),
+        ("CLIPTextModelWithProjection", "text_projection", "is outside the blocks"),
+        ("Qwen2_5_VLForConditionalGeneration", "model.visual.blocks.0.attn.qkv", "does not read text"),
+        ("Qwen3ForCausalLM", "lm_head", "has no weights of its own"),
+    ],
 )
-from svdq_cli.conversion.convert import convert
-from svdq_cli.errors import InputError, UsageError
-from svdq_cli.inference.load import load_pipeline
-from svdq_cli.pipelines.generate import generate_images
-from svdq_cli.pipelines.settings import SamplingSettings
-from svdq_cli.prepare.options import RunOptions
-from svdq_cli.prepare.prepare import prepare
-from svdq_cli.recipe import Output, Quantization, default_recipe
-
-WO = "encoder.block.0.layer.1.DenseReluDense.wo"
+def test_what_stays_at_16_bits_has_its_reason(name: str, layer: str, reason: str, tmp_path: Path):
+    assert planned(tiny_encoder(name, tmp_path / name)).kept[layer] == reason
 
 
-@pytest.fixture
-def encoder(tiny_flux_copy: Path) -> Path:
-    return tiny_flux_copy / "text_encoder_2"
+def test_a_head_with_weights_of_its_own_gets_4_bits(tmp_path: Path):
+    plan = planned(tiny_encoder("LlamaForCausalLM", tmp_path / "llama"))
+    assert [layer.name for layer in plan.layers if layer.block is None] == ["lm_head"]
 
 
-def test_words_unpack_to_their_codes():
-    codes = torch.randint(-8, 8, (5, 64), dtype=torch.int8)
-    assert torch.equal(unpack_words(pack_words(codes)), codes)
+def test_a_width_that_64_does_not_divide_stays(tmp_path: Path):
+    folder = tiny_encoder("LlamaForCausalLM", tmp_path / "llama")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 200}))
+    weights = load_file(folder / "model.safetensors")
+    for name in weights:
+        if "gate_proj" in name or "up_proj" in name:
+            weights[name] = weights[name][:200].contiguous()
+        elif "down_proj" in name:
+            weights[name] = weights[name][:, :200].contiguous()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert planned(folder).kept["model.layers.0.mlp.down_proj"] == "its width, 200, is not a multiple of 64"
 
 
-def test_words_are_those_of_compressed_tensors():
-    library = pytest.importorskip("compressed_tensors.compressors", reason="needs compressed-tensors")
-    codes = torch.randint(-8, 8, (5, 64), dtype=torch.int8)
-    assert torch.equal(pack_words(codes), library.pack_to_int32(codes, 4))
+def test_what_is_no_text_encoder_is_refused(tiny_flux: Path):
+    assert text_encoders_of(tiny_flux) == ("text_encoder", "text_encoder_2")
 
+    def plan(pipeline: Path | None, name: str) -> None:
+        plan_encoders(pipeline, [name], dtype=torch.bfloat16, replaced={})
 
-def test_transformers_loads_what_was_written(encoder: Path):
-    pytest.importorskip("compressed_tensors", reason="needs compressed-tensors")
-    before = load_file(encoder / "model.safetensors")
-    quantize_encoder(encoder, dtype=torch.bfloat16)
-    after = load_file(encoder / "model.safetensors")
-    assert after[f"{WO}.weight_packed"].shape == (128, 16)
-    codes, scales = unpack_words(after[f"{WO}.weight_packed"]).float(), after[f"{WO}.weight_scale"].float()
-    rebuilt = (codes.unflatten(1, (-1, 64)) * scales.unsqueeze(-1)).flatten(1)
-    model = T5EncoderModel.from_pretrained(encoder, dtype=torch.float32)
-    assert torch.equal(model.get_parameter(f"{WO}.weight"), rebuilt.to(torch.bfloat16).float())
-    wanted = before[f"{WO}.weight"].float()
-    assert (rebuilt - wanted).norm() < 0.15 * wanted.norm()  # 4 bits, nearest: 0.1 on normal weights
-    assert torch.equal(model.get_parameter("shared.weight"), before["shared.weight"].float())
-
-
-def test_a_pipeline_with_a_quantized_encoder_generates(tiny_flux: Path, tmp_path: Path):
-    pytest.importorskip("compressed_tensors", reason="needs compressed-tensors")
-    quantization = Quantization.model_validate({"effort": "datafree", "rank": 16})
-    recipe = default_recipe(str(tiny_flux), quantization=quantization)
-    recipe = recipe.model_copy(update={"components": {"text_encoder_2": "w4a16"}})
-    convert(recipe, tmp_path / "out", options=RunOptions(device="cpu"))
-    config = json.loads((tmp_path / "out/text_encoder_2/config.json").read_text())
-    assert config["quantization_config"]["format"] == "pack-quantized"
-    pipe = load_pipeline(tmp_path / "out", device="cpu")
-    settings = SamplingSettings(steps=1, guidance=1.0, height=32, width=32, seed=0, max_sequence_length=16)
-    (image,) = generate_images(pipe, ["a red circle"], settings=settings)
-    assert image.size == (32, 32)
-
-
-def test_other_encoders_and_missing_ones_are_refused(tiny_flux: Path):
-    with pytest.raises(InputError, match="text_encoder is a CLIPTextModel"):
-        require_encoders(tiny_flux, ["text_encoder"])
-    with pytest.raises(InputError, match="there is no 'text_encoder_9'"):
-        require_encoders(tiny_flux, ["text_encoder_9"])
+    with pytest.raises(InputError, match="there is no 'text_encoder_9'") as refused:
+        plan(tiny_flux, "text_encoder_9")
+    assert refused.value.hint == "name a text encoder of the pipeline: text_encoder, text_encoder_2"
+    with pytest.raises(InputError, match="vae is no text encoder of transformers"):
+        plan(tiny_flux, "vae")
     with pytest.raises(InputError, match="this is not a pipeline"):
-        require_encoders(None, ["text_encoder_2"])
+        plan(None, "text_encoder_2")
 
 
-def test_single_files_have_no_place_for_an_encoder(tiny_flux: Path):
-    recipe = default_recipe(str(tiny_flux), outputs=[Output(format="nunchaku", path="out.safetensors")])
-    with pytest.raises(UsageError, match="text_encoder_2 would be lost"):
-        prepare(recipe.model_copy(update={"components": {"text_encoder_2": "w4a16"}}))
+def test_a_quantized_encoder_is_refused_by_name(tmp_path: Path):
+    folder = tiny_encoder("T5EncoderModel", tmp_path / "t5")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps({**config, "quantization_config": {"quant_method": "gptq"}})
+    )
+    with pytest.raises(InputError, match=r"already quantized \(gptq\)"):
+        planned(folder)
 
 
-def test_a_damaged_encoder_is_refused_and_left_alone(encoder: Path):
-    weights = load_file(encoder / "model.safetensors")
-    weights[f"{WO}.weight"][0, 0] = float("nan")
-    save_file(weights, encoder / "model.safetensors", metadata={"format": "pt"})
-    config = (encoder / "config.json").read_text()
-    with pytest.raises(InputError, match="NaN"):
-        quantize_encoder(encoder, dtype=torch.bfloat16)
-    assert (encoder / "config.json").read_text() == config
+def test_weights_of_another_size_than_the_config_says_are_refused(tmp_path: Path):
+    folder = tiny_encoder("T5EncoderModel", tmp_path / "t5")
+    weights = load_file(folder / "model.safetensors")
+    name = "encoder.block.0.layer.0.SelfAttention.q.weight"
+    weights[name] = weights[name][:64].contiguous()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"SelfAttention.q.weight is \(64, 128\), but the config describes"):
+        planned(folder)

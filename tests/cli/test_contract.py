@@ -190,7 +190,7 @@ def test_check_and_eval_and_their_gates(
     assert run(words.split()) == 0
     report = said(capsys)
     assert report["lpips"] is None
-    assert set(report["baselines"]) == {"rtn"}
+    assert set(report["baselines"]) - {"nf4"} == {"rtn"}  # NF4 where bitsandbytes is installed
     assert report.keys() >= EVAL_KEYS
     assert report["psnr_db"].keys() >= {"mean", "std", "min"}
     assert run([*words.split(), "--fail-if", "psnr_db<99"]) == 6

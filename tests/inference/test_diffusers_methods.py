@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import filecmp
+import json
 import pickle
 import shutil
 from collections.abc import Callable
@@ -16,10 +17,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import svdq_cli
+from svdq_cli.checkpoint.nf4_layers import stored_config
 from svdq_cli.checkpoint.reader import open_checkpoint
-from svdq_cli.checkpoint.text_encoders import quantize_encoder
+from svdq_cli.checkpoint.text_encoders import plan_encoder
+from svdq_cli.conversion.encoder_weights import write_encoder
 from svdq_cli.errors import InputError, SvdqError, UsageError
 from svdq_cli.inference.backend import Backend
+from svdq_cli.storage.json_files import read_json
 from tests.adapters.test_loras import peft
 from tests.lora.layers import QKV, small_lora
 from tests.lora.test_fold import saved
@@ -174,11 +178,16 @@ def test_a_checkpoint_that_was_replaced_meanwhile_is_not_taken_for_the_loaded_on
 
 
 def test_a_quantized_text_encoder_is_saved_as_it_is_stored(checkpoint: Path, tmp_path: Path):
-    pytest.importorskip("compressed_tensors", reason="needs compressed-tensors")
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
     own = Path(shutil.copytree(checkpoint, tmp_path / "own"))
-    for file in (own / "text_encoder_2").iterdir():
-        file.chmod(0o644)
-    quantize_encoder(own / "text_encoder_2", dtype=torch.bfloat16)
+    encoder = own / "text_encoder_2"
+    plan = plan_encoder(encoder, "text_encoder_2", dtype=torch.bfloat16)
+    write_encoder(tmp_path / "packed", plan, None, device=torch.device("cpu"))
+    config = stored_config(read_json(encoder / "config.json"), plan.dtype, plan.kept)
+    for file in encoder.iterdir():
+        file.unlink()
+    shutil.copyfile(tmp_path / "packed", encoder / "model.safetensors")
+    (encoder / "config.json").write_text(json.dumps(config))
     pipe = load(own)
     pipe.save_pretrained(tmp_path / "saved")
     assert same_component(own / "text_encoder_2", tmp_path / "saved" / "text_encoder_2", "model.safetensors")

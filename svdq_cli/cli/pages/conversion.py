@@ -14,6 +14,7 @@ from svdq_cli.cli.failures import FailureReport
 from svdq_cli.cli.pages.shared import (
     WORST_LAYERS,
     count_text,
+    encoder_rows,
     facts_table,
     print_layers,
     size_text,
@@ -33,6 +34,8 @@ def conversion(console: Console, report: ConvertReport, verbose: bool) -> None:
     counts = report.layers
     table.add_row("layers", f"{counts.w4a4} W4A4, {counts.w4a16} W4A16, {counts.kept} kept at 16 bits")
     table.add_row("size", size_text(report.bytes.input, report.bytes.output, report.bytes.ratio))
+    for row in encoder_rows(report.text_encoders):
+        table.add_row(*row)
     kind = "weights" if report.data_free else "outputs on the calibration rows"
     sqnr = report.layer_sqnr_db
     table.add_row("layer SQNR", f"mean {sqnr.mean:.1f} dB, worst {sqnr.min:.1f} dB ({kind})")
@@ -96,6 +99,8 @@ def plan(console: Console, report: PlanReport) -> None:
     counts = report.layers
     table.add_row("layers", f"{counts.w4a4} W4A4, {counts.w4a16} W4A16, {counts.kept} kept at 16 bits")
     table.add_row("size", size_text(report.bytes.input, report.bytes.output, report.bytes.ratio))
+    for row in encoder_rows(report.text_encoders):
+        table.add_row(*row)
     if (prompts := report.prompts) is not None:
         table.add_row("prompts", f"{prompts.used} of {prompts.available} from {prompts.read_from}")
     table.add_row("disk", bytes_text(report.disk_bytes))

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from svdq_cli.cli.pages.shared import count_text, facts_table, size_text
+from svdq_cli.cli.pages.shared import count_text, encoder_rows, facts_table, size_text
 from svdq_cli.planning.blocks import Place, in_blocks, places_of
 from svdq_cli.reports import InspectLayer, InspectReport
 
@@ -25,6 +25,8 @@ def inspection(console: Console, report: InspectReport, verbose: bool) -> None:
     facts.add_row("format", f"{report.format}, {report.precision}, rank {report.rank}")
     planned = " planned" if report.kind == "source" else ""
     facts.add_row(f"size{planned}", size_text(report.bytes.input, report.bytes.output, report.bytes.ratio))
+    for row in encoder_rows(report.text_encoders):
+        facts.add_row(*row)
     if report.provenance:
         for key in ("svdq_version", "source_sha256", "calibration_sha256", "fingerprint"):
             if (value := report.provenance.get(key)) is not None:

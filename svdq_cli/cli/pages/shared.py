@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterator, Mapping
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from svdq_cli.reports import LayerSqnr, Summary
+from svdq_cli.reports import LayerSqnr, Summary, TextEncoderFacts
 from svdq_cli.text import bytes_text
 
 WORST_LAYERS = 5
@@ -51,3 +52,15 @@ def count_text(parameters: int) -> str:
 
 def vram_text(count: int | None) -> str:
     return f", {bytes_text(count)} VRAM" if count is not None else ""
+
+
+def encoder_rows(encoders: Mapping[str, TextEncoderFacts]) -> Iterator[tuple[str, str]]:
+    """A row for each text encoder with 4-bit weights: its size, and how near it is to its source."""
+    for name, facts in encoders.items():
+        said = size_text(facts.bytes.input, facts.bytes.output, facts.bytes.ratio)
+        if (states := facts.hidden_sqnr_db) is not None:
+            said += f"; hidden states {states.last:.1f} dB on held-out prompts"
+        elif facts.layer_sqnr_db is not None:
+            kind = "outputs" if facts.calibrated else "weights, not calibrated"
+            said += f"; mean {facts.layer_sqnr_db.mean:.1f} dB ({kind})"
+        yield name, said

@@ -1,0 +1,105 @@
+"""Tiny text encoders with random weights, of the real classes that pipelines have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as t
+from torch import Tensor
+
+from svdq_cli.pipelines.encoder_calls import EncoderCall
+
+_WORDS = 120
+_LLM: dict[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 160,
+}
+
+
+def _t5() -> Any:
+    config = t.T5Config(
+        d_model=128,
+        d_kv=32,
+        d_ff=256,
+        num_layers=2,
+        num_heads=4,
+        vocab_size=160,
+        feed_forward_proj="gated-gelu",
+    )
+    return t.T5EncoderModel(config)
+
+
+def _clip() -> Any:
+    config = t.CLIPTextConfig(
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=160,
+        projection_dim=128,
+    )
+    return t.CLIPTextModelWithProjection(config)
+
+
+def _qwen_vl() -> Any:
+    rope = {"type": "mrope", "mrope_section": [4, 6, 6]}
+    vision: dict[str, Any] = {
+        "depth": 1,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_heads": 2,
+        "out_hidden_size": 128,
+        "patch_size": 14,
+    }
+    config = t.Qwen2_5_VLConfig(text_config={**_LLM, "rope_scaling": rope}, vision_config=vision)
+    return t.Qwen2_5_VLForConditionalGeneration(config)
+
+
+def _mistral() -> Any:
+    vision = t.PixtralVisionConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2
+    )
+    config = t.Mistral3Config(text_config=t.MistralConfig(**_LLM, head_dim=32), vision_config=vision)
+    return t.Mistral3ForConditionalGeneration(config)
+
+
+ENCODERS: Mapping[str, Callable[[], Any]] = {
+    "T5EncoderModel": _t5,
+    "CLIPTextModelWithProjection": _clip,
+    "Qwen2_5_VLForConditionalGeneration": _qwen_vl,
+    "Qwen3ForCausalLM": lambda: t.Qwen3ForCausalLM(
+        t.Qwen3Config(**_LLM, head_dim=32, tie_word_embeddings=True)
+    ),
+    "Gemma2Model": lambda: t.Gemma2Model(t.Gemma2Config(**_LLM, head_dim=32)),
+    "LlamaForCausalLM": lambda: t.LlamaForCausalLM(t.LlamaConfig(**_LLM)),
+    "Mistral3ForConditionalGeneration": _mistral,
+}
+
+
+def tiny_encoder(name: str, folder: Path) -> Path:
+    """Writes one, in bfloat16; the same weights each time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = ENCODERS[name]()
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def tokens(prompts: int, *, seed: int = 0) -> Tensor:
+    """(prompts, 12) token numbers; the last few only fill the prompt up."""
+    ids = torch.randint(3, _WORDS, (prompts, 12), generator=torch.Generator().manual_seed(seed))
+    ids[:, 9:] = 0
+    return ids
+
+
+def tiny_call(prompts: int = 40, *, masked: bool = True) -> EncoderCall:
+    """What a pipeline would give an encoder; not every pipeline gives its mask."""
+    ids = tokens(prompts)
+    return EncoderCall({"input_ids": ids, **({"attention_mask": (ids != 0).long()} if masked else {})})
