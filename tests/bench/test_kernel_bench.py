@@ -177,13 +177,14 @@ def test_a_step_on_a_cpu_is_a_row_with_time_and_memory(monkeypatch: pytest.Monke
     settings = BenchSettings(CPU, seconds_per_row=1e-3)
     shapes = ShapeSet("one", "one layer", (LinearShape("layer", 2, 128, 128),))
     report = bench_shapes(shapes, precisions=precisions_named("int4"), settings=settings)
-    found = with_steps(report, (Int4(),), settings=settings)
+    found = with_steps(report, precisions_named(None), settings=settings)
     steps = [row for row in found.rows if row.op == "transformer-step"]
     assert [(row.mode, row.precision, row.baseline) for row in steps] == [
         ("torch", "bfloat16", "torch-bf16"),
         ("fused", "int4", "torch-bf16"),
+        ("fused", "nvfp4", "torch-bf16"),
     ]
-    assert steps[1].ratio == steps[0].us.median / steps[1].us.median
+    assert [row.ratio for row in steps] == [steps[0].us.median / row.us.median for row in steps]
     assert all(step.peak_bytes is not None for step in found.steps)
     show(found, json=False)
 
