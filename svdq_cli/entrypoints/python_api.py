@@ -231,13 +231,11 @@ def evaluate(
 
     Args:
         against: The 16-bit model that the checkpoint was made from, or a recipe that names it.
-        report: Folder for images, figures and `report.html`; a second run generates what is missing. Nothing is kept
-            when None.
+        report: Folder that keeps images, figures and `report.html`; a second run adds what is missing.
         samples: Number of prompts; 16 when None.
         image, mask, strength: What pipelines that edit or fill in start from.
         without: Passes to leave out, of "naive", "floor", "own-noise", "outputs" and "nf4".
-        backend: What computes the 4-bit layers, as in `load_pipeline`.
-        base, loras: As in `convert`, of the 16-bit model.
+        backend, base, loras: As in `load_pipeline` and `convert`; the last two of the 16-bit model.
 
     Returns:
         PSNR in dB and SSIM against the 16-bit images, other metrics where their weights are installed, the same of the
@@ -258,8 +256,7 @@ def evaluate(
     inputs = Inputs(_path(image), _path(mask), strength)
     recipe = recipe_against(Path(checkpoint), named, given, inputs=inputs, options=options)
     return run(
-        Path(checkpoint),
-        recipe,
+        *(Path(checkpoint), recipe),
         report_folder=_path(report),
         without=passes_of_text(list(without)),
         backend=backend,
