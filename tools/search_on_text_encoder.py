@@ -35,7 +35,8 @@ from svdq_cli.records import (
     W4A4Plan,
 )
 from svdq_cli.solve.forward import LinearWeights
-from svdq_cli.solve.linear import evenly, solve_input
+from svdq_cli.solve.linear import solve_input
+from svdq_cli.solve.smoothing_methods import evenly
 
 TEXTS, BATCH, ROWS = 256, 32, 4096
 KINDS = {

@@ -23,10 +23,11 @@ from svdq_cli.solve.nf4 import GROUP
 from svdq_cli.source import TensorEntry, pipeline_index, read_header, text_encoders_of, weight_files
 from svdq_cli.source.quantized import already_quantized, refuse_quantized
 from svdq_cli.storage.json_files import read_json
-from svdq_cli.storage.tensor_file import TensorSpec
+from svdq_cli.storage.tensor_file import DTYPE_OF_NAME, TensorSpec
 from svdq_cli.system.quiet import quiet_loading
 
 _FLOATS = ("F16", "BF16", "F32")
+_KEPT_AS_STORED = ("I64", "I32", "BOOL")  # tables of positions, which no version reads any more
 _BLOCK = re.compile(r"^(?:\w+\.)*?\w+\.\d+(?=\.)")
 
 
@@ -63,8 +64,12 @@ class EncoderPlan:
             if layer := packed.get(name):
                 found |= stored_specs(name, layer.out_features, layer.in_features)
             else:
-                found[name] = TensorSpec(entry.shape, self.dtype)
+                found[name] = TensorSpec(entry.shape, self.stored_dtype(entry))
         return found
+
+    def stored_dtype(self, entry: TensorEntry) -> torch.dtype:
+        """The dtype of a tensor that is not in 4 bits."""
+        return self.dtype if entry.dtype in _FLOATS else DTYPE_OF_NAME[entry.dtype]
 
     @property
     def bytes_before(self) -> int:
@@ -141,7 +146,7 @@ def plan_encoder(
             f"{folder}: the weights are missing", hint="download the folder again", where=str(folder)
         )
     for name, entry in tensors.items():
-        if entry.dtype not in _FLOATS and len(entry.shape) > 1:
+        if entry.dtype not in (*_FLOATS, *_KEPT_AS_STORED):
             raise InputError(
                 f"{entry.file}: {name} is stored as {entry.dtype}, not in 16 or 32 bits",
                 hint=f"use the 16-bit {component}, or drop it from components",

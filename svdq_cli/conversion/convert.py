@@ -140,6 +140,7 @@ def convert(
     job = begin(recipe, (out,) if isinstance(out, Path) else out, calibration, options, observe)
     with _work_of(job) as work:
         solved = _solve(job, work)
+        begun = time.monotonic()
         encoders = quantize_encoders(
             job.prepared,
             work,
@@ -148,6 +149,7 @@ def convert(
             options=options,
             observe=job.observe,
         )
+        solved = replace(solved, solve_seconds=solved.solve_seconds + time.monotonic() - begun)
         contents = _contents(job, solved)
         with finished_outputs(
             # checked against the source as it is: what a user gives to check and eval

@@ -25,8 +25,9 @@ from svdq_cli.conversion.read_weights import require_finite
 from svdq_cli.errors import InputError
 from svdq_cli.pipelines.encoder_calls import EncoderCall
 from svdq_cli.records import Event, Observer, ignore_events
-from svdq_cli.solve.nf4 import Nf4Solution, nearest, solve_for_rows
+from svdq_cli.solve.nf4 import SCALE_FACTORS, Nf4Solution, nearest, solve_for_rows
 from svdq_cli.solve.smoothing_methods import evenly
+from svdq_cli.solve.work import Work
 from svdq_cli.source import TensorEntry
 from svdq_cli.storage.atomic import whole_file
 from svdq_cli.storage.tensor_file import TensorWriter, write_tensors
@@ -63,20 +64,49 @@ UNLIMITED = Budget(MOST_TOKENS, math.inf)
 
 
 def budget_of(plan: EncoderPlan, free: int) -> Budget | None:
-    """What `free` bytes leave of memory beside the weights that are there at once; None where that is too little for a
-    block. In float32, as a CPU computes."""
+    """What `free` bytes leave beside the weights that are in memory at once; None where that is too little for a block
+    and its inputs."""
+    left = free - _weights_bytes(plan)
+    tokens = min(MOST_TOKENS, int(left / 2 / _token_bytes(plan)))
+    return Budget(tokens, left / 2) if tokens >= LEAST_TOKENS else None
+
+
+def calibration_bytes(plan: EncoderPlan) -> int:
+    """What rounding for prompts takes where nothing limits it."""
+    widest = max(layer.in_features for layer in plan.layers if layer.block is not None)
+    return _weights_bytes(plan) + MOST_TOKENS * _token_bytes(plan) + _FACTORED * widest**2
+
+
+def encoder_work(plan: EncoderPlan, *, calibrated: bool) -> Work:
+    """What rounding an encoder takes, in operations. Layers of one module with one width count as reading one input."""
+    total = Work()
+    inputs: set[tuple[str, int]] = set()
+    for layer in plan.layers:
+        size, width = layer.in_features * layer.out_features, layer.in_features
+        total += Work(quantized=len(SCALE_FACTORS) * size, compared=size)
+        if calibrated and layer.block is not None:
+            passes = 2 * 2 * MOST_TOKENS * size
+            total += Work(gptq=size, matmul=passes, calls=10 * width)
+            inputs.add((layer.name.rpartition(".")[0], width))
+    moments = sum(width**2 for _, width in inputs)
+    return total + Work(matmul=2 * MOST_ROWS * moments, factored=3 * sum(width**3 for _, width in inputs))
+
+
+def _weights_bytes(plan: EncoderPlan) -> int:
+    """Weights outside the blocks and, of one block, its own, what they become, and a copy of those that are solved at
+    once; in float32, as a CPU computes."""
     inside = {layer.tensor for layer in plan.layers if layer.block is not None}
     sizes = {name: 4 * math.prod(entry.shape) for name, entry in plan.tensors.items()}
     block = max(
         sum(sizes[layer.tensor] for layer in plan.layers if layer.block == each) for each in plan.blocks
     )
-    # of a block: its weights, those of the layers that are solved at once, and what these become
-    weights = sum(size for name, size in sizes.items() if name not in inside) + 3 * block
+    return sum(size for name, size in sizes.items() if name not in inside) + 3 * block
+
+
+def _token_bytes(plan: EncoderPlan) -> int:
+    """Inputs and outputs of a block's layers for one token."""
     first = plan.blocks[0]
-    widths = [layer.in_features + layer.out_features for layer in plan.layers if layer.block == first]
-    left = free - weights
-    tokens = min(MOST_TOKENS, int(left / 2 / (4 * sum(widths))))
-    return Budget(tokens, left / 2) if tokens >= LEAST_TOKENS else None
+    return 4 * sum(layer.in_features + layer.out_features for layer in plan.layers if layer.block == first)
 
 
 def write_encoder(
@@ -110,7 +140,10 @@ def write_encoder(
         for name, entry in plan.tensors.items():
             if name not in packed:
                 writer.write(
-                    name, _in_range(require_finite(entry.read(), name, entry), name, entry, plan.dtype)
+                    name,
+                    _in_range(
+                        require_finite(entry.read(), name, entry), name, entry, plan.stored_dtype(entry)
+                    ),
                 )
     progress.end()
     return EncoderFigures(call is not None, sink.errors, hidden)

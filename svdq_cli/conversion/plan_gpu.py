@@ -117,6 +117,7 @@ def _generation(job: Forecast, settings: SamplingSettings, usable: int) -> GpuGe
     sampling = counts_of(prepared, settings).forward_bytes(batch=1, itemsize=2)
     pipeline = prepared.source.pipeline
     others = _component_bytes(pipeline, prepared.source.components) if pipeline else {}
+    others |= {plan.component: plan.bytes_after for plan in prepared.encoders}
     decoding = _decoding_bytes(pipeline, settings) if pipeline else 0
     together = packed + sum(others.values()) + max(sampling, decoding)
     alone = [packed + sampling, others.pop("vae", 0) + decoding, *others.values()]
@@ -124,7 +125,7 @@ def _generation(job: Forecast, settings: SamplingSettings, usable: int) -> GpuGe
 
 
 def _component_bytes(pipeline: Path, denoisers: Collection[str]) -> dict[str, int]:
-    """Weights of a pipeline's other components, as they are stored (text encoders in 16 bits)."""
+    """Weights of a pipeline's other components, as they are stored."""
     found: dict[str, int] = {}
     for file in component_files(pipeline, skip=denoisers):
         if file.suffix in (".safetensors", ".bin") and file.parent.name in pipeline_index(pipeline):

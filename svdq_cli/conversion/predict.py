@@ -17,6 +17,7 @@ from svdq_cli.calibration.budget import rows_within, statistics_bytes
 from svdq_cli.conversion.allocation import generates_for_gains
 from svdq_cli.conversion.block_forecast import BlockForecast, block_forecast, hidden_state_bytes
 from svdq_cli.conversion.calibrate import input_widths
+from svdq_cli.conversion.encoder_weights import calibration_bytes, encoder_work
 from svdq_cli.conversion.machine_speed import Speed
 from svdq_cli.conversion.memory import free_ram, free_vram, reserved_ram
 from svdq_cli.conversion.memory_backoff import (
@@ -130,6 +131,8 @@ def stage_seconds(job: Forecast, speed: Speed, preparing: float, *, at_once: int
     calibrate = _calibrate_seconds(job, speed) + STARTING * preparing if job.generates else 0.0
     kept = work_bytes(prepared.plan, prepared.settings.dtype)
     solve = speed.solve.seconds(_solve_work(job)) / at_once + kept / speed.write
+    for plan in prepared.encoders:
+        solve += speed.solve.seconds(encoder_work(plan, calibrated=not job.data_free))
     if job.tunes_blocks:
         solve += _reconstruct_seconds(job, speed)
     weights = sum(layer.linear.in_features * layer.linear.out_features for layer in prepared.plan.layers)
@@ -204,6 +207,8 @@ def ram_bytes(job: Forecast) -> int:
     """Peak of the process: what it holds now, with everything imported, and the largest stage's needs. A conversion
     that `--max-ram` leaves less than that makes do with less."""
     stages = [0, *_solving_bytes(job)]
+    if job.device.type == "cpu" and not job.data_free:
+        stages += [calibration_bytes(plan) for plan in job.prepared.encoders]
     if job.generates:
         stages += _generating_stages(job, cpu=job.device.type == "cpu")
     if job.tunes_blocks:
@@ -236,6 +241,8 @@ def vram_bytes(job: Forecast) -> int | None:
     if job.device.type != "cuda":
         return None
     stages = [_planned(job, layer_group)[1].vram for layer_group in _layer_groups(job)]
+    if not job.data_free:
+        stages += [calibration_bytes(plan) for plan in job.prepared.encoders]
     if job.generates:
         stages += _generating_stages(job, cpu=True)
     if job.tunes_blocks:

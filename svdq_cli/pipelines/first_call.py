@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from svdq_cli.pipelines.encode import EncodedPrompts
+from svdq_cli.pipelines.embeddings import EncodedPrompts
 from svdq_cli.pipelines.generate import Batch, denoise
 from svdq_cli.pipelines.settings import SamplingSettings
 

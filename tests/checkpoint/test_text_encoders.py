@@ -96,3 +96,11 @@ def test_weights_of_another_size_than_the_config_says_are_refused(tmp_path: Path
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match=r"SelfAttention.q.weight is \(64, 128\), but the config describes"):
         planned(folder)
+
+
+def test_tables_of_positions_stay_integers(tmp_path: Path):
+    folder = tiny_encoder("CLIPTextModelWithProjection", tmp_path / "clip")
+    weights = load_file(folder / "model.safetensors")
+    weights["text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert planned(folder).specs["text_model.embeddings.position_ids"].dtype == torch.int64
