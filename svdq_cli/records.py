@@ -39,6 +39,11 @@ Precision = Int4 | NvFp4
 # bfloat16; fixed in Nunchaku's fused kernel and in comfy-kitchen's op.
 GELU_SHIFT = 0.171875
 
+# What the 16 codes of a weight with 8-bit activations represent, as shares of its group's scale: the Lloyd-Max levels
+# of 16 normal numbers over the largest of them, which is what a rotation makes of any weight.
+_POSITIVE = (0.0532, 0.1605, 0.2707, 0.3861, 0.5096, 0.6455, 0.7998, 0.9817)
+LEVELS = (*(-level for level in reversed(_POSITIVE)), *_POSITIVE)
+
 MAX_SEED = 2**64 - 1  # the largest that torch's generators take
 
 
@@ -86,6 +91,11 @@ class W4A4Plan:
     def name(self) -> str:
         return self.linear.name
 
+    @property
+    def alone(self) -> bool:
+        """Whether nothing ties it to the other layers that read its input."""
+        return self.curve
+
 
 @dataclass(frozen=True, slots=True)
 class W4A16Plan:
@@ -93,13 +103,44 @@ class W4A16Plan:
 
     linear: Linear
     group: ClassVar[int] = 64
+    alone: ClassVar[bool] = True  # nothing ties it to the other layers that read its input
 
     @property
     def name(self) -> str:
         return self.linear.name
 
 
-LayerPlan = W4A4Plan | W4A16Plan
+@dataclass(frozen=True, slots=True)
+class RotatedPlan:
+    """A linear whose inputs are rotated before they are quantized (ConvRot): 4-bit weights, no low-rank branch.
+
+    Every `rotation` inputs side by side are multiplied by a Hadamard matrix, which spreads what single channels hold.
+    """
+
+    linear: Linear
+    rotation: int  # 256, 64 or 16; divides K
+    activation_bits: Literal[4, 8] = 4
+    group: ClassVar[int] = (
+        16  # of the weight's scales, with 8-bit activations; with 4-bit ones they are by row
+    )
+    alone: ClassVar[bool] = False
+    # of the matrix, each four times the next: the largest that divides K is the best
+    rotations: ClassVar[tuple[int, ...]] = (256, 64, 16)
+
+    @classmethod
+    def of(cls, linear: Linear, activation_bits: Literal[4, 8] = 4) -> RotatedPlan:
+        """With the largest rotation that divides its inputs; 1, which rotates nothing, where none does."""
+        fits = (size for size in cls.rotations if linear.in_features % size == 0)
+        return cls(linear, next(fits, 1), activation_bits)
+
+    @property
+    def name(self) -> str:
+        return self.linear.name
+
+
+LayerPlan = W4A4Plan | W4A16Plan | RotatedPlan
+# How a format's runtime keeps outliers from 4-bit numbers: a smoothing factor and a 16-bit branch, or a rotation.
+Scheme = Literal["branch", "rotation"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +187,10 @@ class ModelPlan:
     def w4a16(self) -> tuple[W4A16Plan, ...]:
         return tuple(layer for layer in self.layers if isinstance(layer, W4A16Plan))
 
+    @property
+    def rotated(self) -> tuple[RotatedPlan, ...]:
+        return tuple(layer for layer in self.layers if isinstance(layer, RotatedPlan))
+
     def with_own_branches(self) -> ModelPlan:
         """The plan in which no layers share a down projection."""
         inputs = (
@@ -155,11 +200,11 @@ class ModelPlan:
 
     def layer_groups(self, *, data_free: bool) -> tuple[SharedInput, ...]:
         """What is solved, and in memory, at a time, in the order of `inputs`: of each the W4A4 layers together, because
-        they share a smoothing factor, and every W4A16 layer and curve alone (the modulations of all blocks read one
-        input).
+        they share a smoothing factor, or the rotated ones, and every W4A16 layer and curve alone (the modulations of
+        all blocks read one input).
         Data-free, where there is no smoothing, every branch alone. A layer group has its input's name; its first
         layer's is its own."""
-        alone = {layer.name for layer in self.layers if isinstance(layer, W4A16Plan) or layer.curve}
+        alone = {layer.name for layer in self.layers if layer.alone}
         found: list[SharedInput] = []
         for shared in self.inputs:
             kept = (tuple(name for name in part if name not in alone) for part in shared.branches)
@@ -230,7 +275,22 @@ class W4A16Solution:
     bias: Tensor | None  # (N,) 16-bit
 
 
-LayerSolution = W4A4Solution | W4A16Solution
+@dataclass(frozen=True, slots=True, eq=False)
+class RotatedSolution:
+    """One linear in rotated coordinates: y = qa(x H) . (values(codes) * scales)^T + bias.
+
+    H is block-diagonal, of normalized regular Hadamard matrices. 4-bit activations: the values are the codes, and
+    `scales` are all there is. 8-bit activations: round(LEVELS[code] * scale), an 8-bit integer, times `row_scales`.
+    """
+
+    plan: RotatedPlan
+    codes: Tensor  # (N, K) int8: -7..7, or an index 0..15 into `LEVELS`
+    scales: Tensor  # (N, 1) float32, or (N, K/16) float8_e4m3fn
+    row_scales: Tensor | None  # (N,) float32 with 8-bit activations
+    bias: Tensor | None  # (N,) 16-bit
+
+
+LayerSolution = W4A4Solution | W4A16Solution | RotatedSolution
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,9 +52,12 @@ class RankFacts:
 
 @dataclass(frozen=True, slots=True)
 class LayerCounts:
+    """Layers by what became of them; `w4a4` with and without a low-rank branch."""
+
     w4a4: int
     w4a16: int
     kept: int
+    w4a8: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -386,7 +389,7 @@ class InspectLayer:
     name: str
     in_features: int = field(metadata={"json": "in"})
     out_features: int = field(metadata={"json": "out"})
-    role: Literal["w4a4", "w4a16", "kept"]
+    role: Literal["w4a4", "w4a8", "w4a16", "kept"]
     rank: int | None
     input: str | None = None  # the layer whose input it shares (itself, where it is alone); None where kept
 

@@ -79,7 +79,7 @@ def solve_random(plans: Sequence[LayerPlan], settings: BenchSettings) -> Iterato
         weight = random_weight(settings, plan.linear)
         shared = SharedInput(plan.name, (plan.name,), ((plan.name,),))
         solved = solve_input(shared, {plan.name: plan}, {plan.name: LinearWeights(weight, None)}, None, solve)
-        yield from (*solved.w4a4, *solved.w4a16)
+        yield from solved.solutions
 
 
 def random_weight(settings: BenchSettings, linear: Linear) -> Tensor:

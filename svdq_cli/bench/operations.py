@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from svdq_cli.records import LayerSolution, W4A4Solution, W4A16Solution
-from svdq_cli.runtime.linear import quantized_linear, w4a4_weight
+from svdq_cli.records import LayerSolution, RotatedSolution, W4A4Solution, W4A16Solution
+from svdq_cli.runtime.linear import NO_ROTATION, quantized_linear, w4a4_weight
 from svdq_cli.solve.quantizers import quantize_activation
 
 NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
@@ -106,6 +106,8 @@ def reference_linear(solution: LayerSolution) -> Operation:
                 lambda x: w4a16_float64(x, solution),
                 f"float32 sums; weight and result rounded to {NAMES[dtype]}",
             )
+        case RotatedSolution():
+            raise ValueError(f"{solution.plan.name}: {NO_ROTATION}")
 
 
 def without_branch(solution: W4A4Solution) -> W4A4Solution:

@@ -32,6 +32,8 @@ from svdq_cli.pack.padding import pad
 from svdq_cli.records import (
     LayerPlan,
     LayerSolution,
+    RotatedPlan,
+    RotatedSolution,
     W4A4Plan,
     W4A4Solution,
     W4A16Plan,
@@ -57,6 +59,8 @@ def join_layers(module: StoredModule, solutions: Mapping[str, LayerSolution]) ->
             stored = W4A16Solution(
                 plan, only.codes, only.scales, only.zeros, stored_bias(module, parts, one_offset(module))
             )
+        case RotatedPlan():
+            stored = _rotated_stack(plan, [_rotated(solutions[layer.name]) for layer in module.layers])
     return _reordered(stored, stored_rows(module))
 
 
@@ -98,7 +102,7 @@ def take_layer(
     match layer:
         case W4A4Plan():
             return _columns_joined(layer, [_w4a4(part) for part in found])
-        case W4A16Plan():
+        case W4A16Plan() | RotatedPlan():
             return found[0]
 
 
@@ -117,6 +121,10 @@ def _part(
                 raise InputError(f"{layer.name}: stored as W4A16, planned as W4A4", where=layer.name)
             bias = source_bias(layer, module, stored, rows, one_offset(module), moved)
             return W4A16Solution(layer, stored.codes, stored.scales, stored.zeros, bias)
+        case RotatedSolution():
+            if not isinstance(layer, RotatedPlan):
+                raise InputError(f"{layer.name}: stored rotated, planned otherwise", where=layer.name)
+            return _rotated_rows(stored, layer, rows)
 
 
 def _columns_joined(layer: W4A4Plan, parts: list[W4A4Solution]) -> W4A4Solution:
@@ -207,6 +215,32 @@ def _cut(
     )
 
 
+def _rotated_stack(plan: RotatedPlan, parts: list[RotatedSolution]) -> RotatedSolution:
+    """The rows of all layers under one another. They read one input; nothing else ties them."""
+    row_scales = [part.row_scales for part in parts if part.row_scales is not None]
+    biases = [part.bias for part in parts if part.bias is not None]
+    if len(biases) not in (0, len(parts)):
+        raise UsageError(f"{plan.name}: only some of its layers have a bias", where=plan.name)
+    return RotatedSolution(
+        plan=plan,
+        codes=torch.cat([part.codes for part in parts]),
+        scales=join([part.scales for part in parts]),
+        row_scales=torch.cat(row_scales) if row_scales else None,
+        bias=torch.cat(biases) if biases else None,
+    )
+
+
+def _rotated_rows(stored: RotatedSolution, layer: RotatedPlan, rows: slice) -> RotatedSolution:
+    """One layer's rows of a module in stacked order."""
+    return RotatedSolution(
+        plan=layer,
+        codes=stored.codes[rows].contiguous(),
+        scales=stored.scales[rows].contiguous(),
+        row_scales=None if stored.row_scales is None else stored.row_scales[rows].clone(),
+        bias=None if stored.bias is None else stored.bias[rows].clone(),
+    )
+
+
 def _padded(solution: W4A4Solution) -> W4A4Solution:
     """Grown to whole tiles: zeros, but ones where the runtime divides by it or multiplies with it."""
     precision = solution.plan.precision
@@ -252,11 +286,25 @@ def _reordered(solution: LayerSolution, indices: Tensor | None) -> LayerSolution
                 zeros=take_rows(solution.zeros, indices),
                 bias=moved(solution.bias),
             )
+        case RotatedSolution():
+            return replace(
+                solution,
+                codes=take_rows(solution.codes, indices),
+                scales=take_rows(solution.scales, indices),
+                row_scales=moved(solution.row_scales),
+                bias=moved(solution.bias),
+            )
 
 
 def _w4a4(solution: LayerSolution) -> W4A4Solution:
     if not isinstance(solution, W4A4Solution):
         raise ValueError(f"{solution.plan.name} is not a W4A4 layer")
+    return solution
+
+
+def _rotated(solution: LayerSolution) -> RotatedSolution:
+    if not isinstance(solution, RotatedSolution):
+        raise ValueError(f"{solution.plan.name} is not a rotated layer")
     return solution
 
 

@@ -16,6 +16,12 @@ from svdq_cli.checkpoint.file_layout import (
     padded,
     with_prefix,
 )
+from svdq_cli.checkpoint.original_layout import (
+    OriginalLayout,
+    lay_out_original,
+    layers_in_original,
+    original_layout_of,
+)
 from svdq_cli.errors import InputError, UsageError
 from svdq_cli.families.layouts import layout_of
 from svdq_cli.families.layouts.layout import (
@@ -26,24 +32,28 @@ from svdq_cli.families.layouts.layout import (
 )
 from svdq_cli.formats.contract import Format, LayoutTraits
 from svdq_cli.planning.joint import with_name
-from svdq_cli.records import Int4, LayerPlan, Linear, ModelPlan, W4A4Plan, W4A16Plan
+from svdq_cli.records import Int4, LayerPlan, Linear, ModelPlan, RotatedPlan, W4A4Plan, W4A16Plan
 from svdq_cli.source import by_component, prefix_of, stacks_of
 
+Layout = ModelLayout | OriginalLayout | None  # None: diffusers' own modules
 
-def marker_names(layout: ModelLayout | None, config: Mapping[str, object]) -> tuple[str, ...]:
+
+def marker_names(layout: Layout, config: Mapping[str, object]) -> tuple[str, ...]:
     """The empty tensors by which a file's runtime tells what the model's config says."""
     markers = layout.markers if layout else ()
     return tuple(marker.name for marker in markers if config.get(marker.value) is True)
 
 
-def known_layout(fmt: Format, family: str) -> ModelLayout | None:
-    """The family's layout in a format, None where the format keeps diffusers' modules. UsageError without one."""
+def known_layout(fmt: Format, family: str, model_class: str) -> Layout:
+    """A model's layout in a format, None where the format keeps diffusers' modules. UsageError without one."""
+    if fmt.original_names:
+        return original_layout_of(model_class, fmt.name)
     return None if fmt.own_names else layout_of(family, fmt.name)
 
 
 def lay_out(
     fmt: Format,
-    layout: ModelLayout | None,
+    layout: Layout,
     layers: tuple[LayerPlan, ...],
     state: Mapping[str, tuple[int, ...]],
 ) -> FileLayout:
@@ -51,6 +61,8 @@ def lay_out(
 
     Raises UsageError for what the format has no place for; a format that mixes keeps such layers at 16 bits instead.
     """
+    if isinstance(layout, OriginalLayout):
+        return lay_out_original(fmt, layout, layers, state)
     planned = {layer.name: layer for layer in layers}
     if layout is None:
         own = tuple(
@@ -92,7 +104,7 @@ def _kept_as_they_are(names: Sequence[str], state: Mapping[str, tuple[int, ...]]
 
 
 def lay_out_denoisers(
-    fmt: Format, layout: ModelLayout | None, plan: ModelPlan, state: Mapping[str, tuple[int, ...]]
+    fmt: Format, layout: Layout, plan: ModelPlan, state: Mapping[str, tuple[int, ...]]
 ) -> FileLayout:
     """`lay_out` of every denoiser of a plan, all under their joint names. `state`: the tensors of all of them."""
     layers = by_component(plan.components, plan.by_name)
@@ -106,7 +118,7 @@ def lay_out_denoisers(
 
 
 def layers_in_file(
-    layout: ModelLayout | None,
+    layout: Layout,
     stored: tuple[LayerPlan, ...],
     linears: Mapping[str, Linear],
     state: Mapping[str, tuple[int, ...]],
@@ -118,6 +130,8 @@ def layers_in_file(
     """
     if layout is None:
         return stored
+    if isinstance(layout, OriginalLayout):
+        return layers_in_original(layout, stored, linears, state)
     modules = {plan.name: plan for plan in stored}
     found: dict[str, LayerPlan] = {}
     for block, stored_prefix, prefix in _blocks(layout, state):
@@ -146,6 +160,8 @@ def _source_plan(
     """The plan of one layer in a stored module; `other` is what an earlier part of its columns said."""
     if isinstance(stored, W4A16Plan):
         return W4A16Plan(linear)
+    if isinstance(stored, RotatedPlan):
+        raise InputError(f"{stored.name}: no format with these names has rotated modules", where=stored.name)
     # Parts that others solved apart have branches of their own; together they are one of all their ranks.
     rank = stored.rank // len(rule.branches) + (other.rank if isinstance(other, W4A4Plan) else 0)
     return W4A4Plan(linear, stored.precision, ranks.get(linear.name, rank))
@@ -276,7 +292,7 @@ def _stored_plan(linear: Linear, branches: tuple[tuple[LayerPlan, ...], ...]) ->
     """Branches with down projections of their own are stored as one of all their ranks."""
     ranks: list[int] = []
     first = branches[0][0]
-    if isinstance(first, W4A16Plan):
+    if not isinstance(first, W4A4Plan):
         return replace(first, linear=linear)
     for branch in branches:
         for layer in branch:

@@ -27,10 +27,9 @@ from svdq_cli.checkpoint.detect import (
     specs_of_headers,
 )
 from svdq_cli.checkpoint.file_layout import FileLayout, StoredModule, joined_files, kept_shapes, with_prefix
-from svdq_cli.checkpoint.match_layout import known_layout, lay_out, layers_in_file, marker_names
+from svdq_cli.checkpoint.match_layout import Layout, known_layout, lay_out, layers_in_file, marker_names
 from svdq_cli.errors import InputError, UsageError
 from svdq_cli.families import find_family
-from svdq_cli.families.layouts.layout import ModelLayout
 from svdq_cli.formats import NAMES
 from svdq_cli.formats.contract import Branch, Format, PackedFacts
 from svdq_cli.formats.headers import (
@@ -140,7 +139,7 @@ class Checkpoint:
 
     def marker_names(self) -> tuple[str, ...]:
         """The empty tensors that must be there for the runtime to tell the variant."""
-        layout = known_layout(self.format, self.family)
+        layout = known_layout(self.format, self.family, self.model_class)
         return marker_names(layout, self.source.config) if self.format.single_file else ()
 
     def kept_names(self) -> tuple[str, ...]:
@@ -352,7 +351,7 @@ def _indexed(
     inventory = take_inventory(source, family)
     facts = fmt.parse_metadata(config)
     specs = specs_of_headers(source)
-    layout = known_layout(fmt, family_name)
+    layout = known_layout(fmt, family_name, inventory.model_class)
     metadata = header_metadata(source.path) if fmt.single_file else {}
     linears = {linear.name: linear for linear in inventory.linears}
     stored = fmt.layer_plans(facts, specs)
@@ -393,7 +392,7 @@ def layer_of(tensor: str) -> str:
 
 def _file_layout(
     fmt: Format,
-    layout: ModelLayout | None,
+    layout: Layout,
     layers: tuple[LayerPlan, ...],
     inventory: Inventory,
     source: Source,

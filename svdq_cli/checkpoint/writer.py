@@ -17,7 +17,7 @@ from torch import Tensor
 from svdq_cli.checkpoint.assembly import join_layers, kept_tensor
 from svdq_cli.checkpoint.biases import moved_biases
 from svdq_cli.checkpoint.file_layout import EMPTY, FileLayout, KeptTensor, StoredModule, files_of, kept_shapes
-from svdq_cli.checkpoint.match_layout import known_layout, lay_out_denoisers, marker_names
+from svdq_cli.checkpoint.match_layout import Layout, known_layout, lay_out_denoisers, marker_names
 from svdq_cli.checkpoint.reader import PROVENANCE
 from svdq_cli.errors import UsageError
 from svdq_cli.families.layouts.layout import ModelLayout
@@ -56,7 +56,7 @@ class Target:
     """One output to write: its format, and what becomes of the model in it."""
 
     format: Format
-    layout: ModelLayout | None
+    layout: Layout
     file: FileLayout  # of all denoisers, under their joint names
     plan: ModelPlan  # of the model's layers, as far as this file holds them in 4 bits
     dtype: torch.dtype  # of everything that is stored in 16 bits
@@ -122,7 +122,7 @@ def target_of(
             where=plan.components[1],
             kind="several-denoisers",
         )
-    layout = known_layout(fmt, plan.family)
+    layout = known_layout(fmt, plan.family, plan.model_class)
     file = lay_out_denoisers(fmt, layout, plan, state)
     held = {layer.name for layer in file.layers}
     target = Target(fmt, layout, file, restricted(plan, held), dtype)
@@ -231,7 +231,8 @@ def _write_file(path: Path, component: str, target: Target, contents: Contents) 
         **({} if component in COMPONENTS else {COMPONENT: component}),
         **({SCHEDULER: contents.scheduler} if contents.scheduler else {}),
     }
-    metadata = {**fmt.model_metadata(target.layout, config), **target.metadata(), **own}
+    layout = target.layout if isinstance(target.layout, ModelLayout) else None
+    metadata = {**fmt.model_metadata(layout, config), **target.metadata(), **own}
     path.parent.mkdir(parents=True, exist_ok=True)
     markers = marker_names(target.layout, config)
     return _save(path, target, contents, as_text(metadata), markers=markers)

@@ -13,8 +13,9 @@ from typing import Any
 
 from svdq_cli import __version__
 from svdq_cli.checkpoint.reader import Checkpoint
+from svdq_cli.prepare.facts import layers_text
 from svdq_cli.prepare.locate import hub_id
-from svdq_cli.reports import ConvertReport, LoraFacts, TextEncoderFacts, to_json
+from svdq_cli.reports import ConvertReport, LoraFacts, RankFacts, TextEncoderFacts, to_json
 from svdq_cli.source import is_expert
 from svdq_cli.storage.json_files import read_json
 from svdq_cli.text import cell, number, table
@@ -26,6 +27,8 @@ _CARRIED_OVER = ("license", "license_name", "license_link", "pipeline_tag", "lan
 _OF_THE_BASE = (*_CARRIED_OVER, "base_model")  # what a card made from a checkpoint's card repeats
 _WORD = re.compile(r"[\w .:/+-]{1,200}")  # what a license, a tag or a link consists of
 _PAPER = "https://arxiv.org/abs/2411.05007"
+COMFY_CORE = "comfy-core"  # the format without a low-rank branch
+_CONVROT = "https://arxiv.org/abs/2512.03673"
 _PROVENANCE = (
     "The header of the weights holds recipe, versions and sha256 of all inputs; `svdq inspect` shows them."
 )
@@ -129,6 +132,16 @@ def _pipeline_tag(pipeline: Path | None) -> str:
     )
 
 
+def _rotated_title(base_model: str | None, model_class: str) -> Iterator[str]:
+    """The first lines of the body of a file for ComfyUI itself, up to "made with"."""
+    source = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else cell(model_class)
+    yield f"# {cell((base_model or model_class).rpartition('/')[2])}, ConvRot int4 for ComfyUI"
+    yield ""
+    yield f"{source} with 4-bit weights, for ComfyUI without custom nodes. Inputs are rotated ([ConvRot]({_CONVROT}))"
+    yield "and quantized. There is no low-rank branch as in SVDQuant's files: where layers are W4A4, quality is lower."
+    yield "Made with"
+
+
 def _title(base_model: str | None, model_class: str, precision: str, more: str = "") -> Iterator[str]:
     """The first lines of the body, up to "made with"."""
     source = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else cell(model_class)
@@ -138,7 +151,10 @@ def _title(base_model: str | None, model_class: str, precision: str, more: str =
 
 
 def _body(report: ConvertReport, base_model: str | None) -> Iterator[str]:
-    yield from _title(base_model, report.model.model_class, report.precision)
+    if any(output.format == COMFY_CORE for output in report.outputs):
+        yield from _rotated_title(base_model, report.model.model_class)
+    else:
+        yield from _title(base_model, report.model.model_class, report.precision)
     yield f"svdq {report.svdq_version}."
     yield ""
     yield from table(("", ""), list(_facts(report)))
@@ -164,12 +180,9 @@ def _facts(report: ConvertReport) -> Iterator[tuple[object, ...]]:
         f"{report.bytes.output} bytes, {report.bytes.ratio:.2f} times smaller than at 16 bits",
     )
     yield "precision", report.precision
-    yield (
-        "rank",
-        rank.max if rank.min == rank.max else f"{rank.min} to {rank.max}, {rank.mean:.1f} on average",
-    )
+    yield "rank", _rank_text(rank)
     yield "effort", f"{report.effort}{', without calibration' if report.data_free else ''}"
-    yield "layers", f"{counts.w4a4} W4A4, {counts.w4a16} W4A16, {counts.kept} kept at 16 bits"
+    yield "layers", layers_text(counts)
     on = "of weights" if report.data_free else "of outputs, on calibration rows"
     yield f"layer SQNR {on}", f"{sqnr.mean:.1f} dB on average, {sqnr.min:.1f} dB at worst"
     for name, encoder in report.text_encoders.items():
@@ -184,6 +197,12 @@ def _encoder_text(encoder: TextEncoderFacts) -> str:
     states = encoder.hidden_sqnr_db
     near = f"; hidden states {states.last:.1f} dB SQNR on held-out prompts" if states else ""
     return f"{cell(encoder.model_class)} with {encoder.w4a16} layers in NF4 (bitsandbytes), {size}{near}"
+
+
+def _rank_text(rank: RankFacts) -> str | int:
+    if not rank.max:
+        return "none: no low-rank branch"
+    return rank.max if rank.min == rank.max else f"{rank.min} to {rank.max}, {rank.mean:.1f} on average"
 
 
 def _gates(report: ConvertReport) -> Mapping[str, object]:
@@ -220,6 +239,10 @@ def _loading(
         yield from ('pipe = DiffusionPipeline.from_pretrained("THIS_FOLDER_OR_REPOSITORY")', "```", "")
         yield "Anywhere, a CPU too:"
         base = ""
+    elif single[0] == COMFY_CORE:
+        yield "In ComfyUI 0.38 and later: put the file into `models/diffusion_models` and choose it in the node Load"
+        yield "Diffusion Model. In diffusers, on a CPU too:"
+        base = ', base="PIPELINE_FOLDER"'
     else:
         yield f"In the runtime that reads {cell(single[0])} files; in diffusers, on a CPU too:"
         base = ', base="PIPELINE_FOLDER"'

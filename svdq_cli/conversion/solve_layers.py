@@ -40,7 +40,6 @@ from svdq_cli.records import (
     Event,
     LayerPlan,
     LayerReport,
-    LayerSolution,
     ModelPlan,
     Observer,
     SharedInput,
@@ -157,15 +156,11 @@ def _key(layer_group: SharedInput) -> str:
 
 def _keep(work: WorkFolder, layer_group: SharedInput, solved: SolvedInput) -> None:
     """Codes are packed two a byte where they were solved, so that half as many bytes leave a GPU."""
-    solutions, about = _solutions(solved), {"reports": [report_json(report) for report in solved.reports]}
+    solutions, about = solved.solutions, {"reports": [report_json(report) for report in solved.reports]}
     try:
         work.keep(LAYERS, _key(layer_group), solutions, about)
     except torch.OutOfMemoryError:  # the next layer group has taken what a GPU had left
         work.keep(LAYERS, _key(layer_group), [on_device(each, CPU) for each in solutions], about)
-
-
-def _solutions(solved: SolvedInput) -> tuple[LayerSolution, ...]:
-    return (*solved.w4a4, *solved.w4a16)
 
 
 def load_solved(

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from svdq_cli.errors import InputError, UsageError
 from svdq_cli.pack.row_major import pack_rows, unpack_rows
-from svdq_cli.pack.tiles import join_nibbles, split_nibbles
+from svdq_cli.pack.tiles import join_nibbles, signed_nibbles, split_nibbles
 from svdq_cli.records import (
     Int4,
     LayerPlan,
@@ -40,6 +40,8 @@ from svdq_cli.records import (
     LayerSearch,
     LayerSolution,
     NvFp4,
+    RotatedPlan,
+    RotatedSolution,
     W4A4Plan,
     W4A4Solution,
     W4A16Plan,
@@ -337,7 +339,7 @@ def _stored(solution: LayerSolution) -> dict[str, Tensor]:
     match solution:
         case W4A4Solution():
             return {**tensors, "codes": pack_rows(solution.codes, solution.plan.precision)}
-        case W4A16Solution():
+        case W4A16Solution() | RotatedSolution():
             return {**tensors, "codes": join_nibbles(solution.codes)}
 
 
@@ -352,6 +354,8 @@ def solved_bytes(plan: LayerPlan, dtype: torch.dtype) -> int:
             sixteen_bit = columns + rank * (rows + columns) + bias + isinstance(precision, NvFp4)
         case W4A16Plan(group=group):
             scales, sixteen_bit = 2 * rows * (columns // group) * dtype.itemsize, bias
+        case RotatedPlan(activation_bits=bits, group=group):
+            scales, sixteen_bit = 4 * rows + (rows * (columns // group) if bits == 8 else 0), bias
     return rows * columns // 2 + scales + sixteen_bit * dtype.itemsize
 
 
@@ -374,6 +378,12 @@ def _solution(plan: LayerPlan, stored: Mapping[str, Tensor]) -> LayerSolution:
         case W4A16Plan():
             codes = split_nibbles(stored["codes"].view(torch.uint8))
             return W4A16Solution(plan, codes, stored["scales"], stored["zeros"], stored.get("bias"))
+        case RotatedPlan():
+            nibbles = split_nibbles(stored["codes"].view(torch.uint8))
+            codes = signed_nibbles(nibbles) if plan.activation_bits == 4 else nibbles.view(torch.int8)
+            return RotatedSolution(
+                plan, codes, stored["scales"], stored.get("row_scales"), stored.get("bias")
+            )
 
 
 def report_json(report: LayerReport) -> dict[str, object]:

@@ -191,7 +191,7 @@ def _round_trip_sqnr(precision: Precision | None) -> float:
     shared = SharedInput("layer", ("layer",), (("layer",),))
     settings = SolveSettings("none", 0, torch.bfloat16)
     solved = solve_input(shared, {"layer": plan}, {"layer": LinearWeights(weight, None)}, None, settings)
-    (solution,) = (*solved.w4a4, *solved.w4a16)
+    (solution,) = solved.solutions
     fmt = format_named(DEFAULT)
     return layer_sqnr_db(weight, None, fmt.decode(plan, fmt.encode(solution)), rows)
 

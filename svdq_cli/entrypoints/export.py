@@ -34,7 +34,7 @@ from svdq_cli.errors import CheckFailedError, InputError, UsageError
 from svdq_cli.formats import format_named
 from svdq_cli.formats.contract import Format
 from svdq_cli.prepare.options import DEFAULT_OPTIONS, RunOptions
-from svdq_cli.records import Event, LayerSolution, Observer, W4A4Plan, W4A16Solution, ignore_events
+from svdq_cli.records import Event, LayerSolution, Observer, W4A16Plan, W4A16Solution, ignore_events
 from svdq_cli.reports import RepackReport
 from svdq_cli.runtime.linear import w4a16_rounded_weight
 from svdq_cli.source import needed_settings
@@ -128,7 +128,7 @@ def _target(checkpoint: Checkpoint, fmt: Format) -> Target:
     target = target_of(fmt, checkpoint.plan(), checkpoint.state, checkpoint.dtype)
     held = {layer.name for layer in target.plan.layers}
     for layer in checkpoint.layers:
-        if layer.name not in held and isinstance(layer, W4A4Plan):
+        if layer.name not in held and not isinstance(layer, W4A16Plan):
             reason = fmt.unsupported_reason(layer) or "that format keeps this layer at 16 bits"
             raise UsageError(
                 f"{layer.name}: {fmt.name} can't hold this 4-bit layer: {reason}",

@@ -27,11 +27,11 @@ from svdq_cli.pipelines.settings import SamplingSettings
 from svdq_cli.pipelines.siblings import reading_inputs
 from svdq_cli.prepare.origin import Origin
 from svdq_cli.recipe import Recipe
-from svdq_cli.records import Event, LayerPlan, Observer, W4A4Plan
+from svdq_cli.records import Event, LayerPlan, Observer, RotatedPlan, W4A4Plan, W4A16Plan
 from svdq_cli.reports import OutputSqnr
 from svdq_cli.runtime.cpu_fused import engine_linear
 from svdq_cli.runtime.linear import quantized_linear
-from svdq_cli.runtime.naive import naive_solution
+from svdq_cli.runtime.naive import naive_rotated, naive_solution
 from svdq_cli.runtime.nf4 import nf4_linear, require_nf4
 from svdq_cli.solve.modulation import solve_w4a16
 from svdq_cli.source import Source, read_tensor
@@ -348,11 +348,14 @@ def _replace(pipe: DiffusionPipeline, run: Run, make: MakeLayer) -> None:
 def _naive_layer(run: Run, plan: LayerPlan, weight: Tensor, bias: Tensor | None) -> nn.Module:
     """Rounded to nearest, nothing else."""
     dtype = run.checkpoint.dtype
-    if isinstance(plan, W4A4Plan):
-        solution = naive_solution(plan, weight, bias, dtype)
-    else:
-        bias = None if bias is None else bias.float()
-        solution = solve_w4a16(plan, weight.float(), bias, dtype=dtype)
+    match plan:
+        case W4A4Plan():
+            solution = naive_solution(plan, weight, bias, dtype)
+        case RotatedPlan():
+            solution = naive_rotated(plan, weight, bias, dtype)
+        case W4A16Plan():
+            bias = None if bias is None else bias.float()
+            solution = solve_w4a16(plan, weight.float(), bias, dtype=dtype)
     return (engine_linear(solution) if run.backend.name == "cpu" else None) or quantized_linear(solution)
 
 

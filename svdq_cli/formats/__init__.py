@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from svdq_cli.formats.contract import Format
 
 # As users write them. The module has the same name with underscores, and holds `FORMAT`.
-NAMES = ("nunchaku-lite", "nunchaku", "comfy", "vllm-omni")
+NAMES = ("nunchaku-lite", "nunchaku", "comfy", "comfy-core", "vllm-omni")
 DEFAULT = "nunchaku-lite"
 
 

@@ -36,6 +36,7 @@ from svdq_cli.records import (
     Linear,
     ModelPlan,
     NvFp4,
+    RotatedPlan,
     W4A4Plan,
     W4A4Solution,
     W4A16Plan,
@@ -69,6 +70,8 @@ class Comfy(Format):
     def unsupported_reason(self, layer: LayerPlan) -> str | None:
         """Why comfy-kitchen can't run this module in 4 bits, or None."""
         match layer:
+            case RotatedPlan():
+                return self.scheme_reason(layer)
             case W4A16Plan():
                 return "comfy keeps modulation layers at 16 bits"
             case W4A4Plan(precision=NvFp4()):

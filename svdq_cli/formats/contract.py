@@ -20,6 +20,10 @@ itself, not x / smooth. 16-bit is the checkpoint's dtype, bfloat16 or float16, e
 
 A W4A16 layer quantizes weights only: W = codes · scales + zeros, codes 0..15 (N, K), scales and zeros (N, K/64) 16-bit.
 
+A rotated layer has no branch: y = q(x H) · Wᵀ + bias, H block-diagonal of Hadamard matrices (`solve.rotation`). q has
+one float32 scale a row of x. With 4-bit activations it is m / 7, and W = codes · scales, codes -7..7, one float32 scale
+a row; with 8-bit ones it is m / 127, and W = round(level · scale) · row scale, 16 levels, one e4m3 scale per 16 inputs.
+
 `records.W4A4Solution` and `records.W4A16Solution` hold these operands, `solve.quantizers` quantizes to them,
 `runtime.linear` computes the formula, `pack` knows the bit layouts. docs/formats/README.md has the same table.
 """
@@ -36,7 +40,15 @@ import torch
 from torch import Tensor
 
 from svdq_cli.families.layouts.layout import ModelLayout
-from svdq_cli.records import LayerPlan, LayerSolution, ModelPlan, Precision
+from svdq_cli.records import (
+    LayerPlan,
+    LayerSolution,
+    ModelPlan,
+    Precision,
+    RotatedPlan,
+    Scheme,
+    W4A4Plan,
+)
 from svdq_cli.storage.tensor_file import TensorSpec
 
 
@@ -88,6 +100,10 @@ class Format(ABC):
     single_file: ClassVar[bool] = True
     # Modules are those of diffusers, so that no family needs a layout.
     own_names: ClassVar[bool] = False
+    # Modules are those of the models' original checkpoints (`source.original_names`), so that no family needs a layout.
+    original_names: ClassVar[bool] = False
+    # How its runtime keeps outliers from 4-bit numbers.
+    scheme: ClassVar[Scheme] = "branch"
     # A layer that the format or the plan leaves at 16 bits has a place among quantized ones.
     mixes: ClassVar[bool] = True
     # int4 modules fed by a plain GELU read unsigned activations.
@@ -102,6 +118,14 @@ class Format(ABC):
     @abstractmethod
     def unsupported_reason(self, layer: LayerPlan) -> str | None:
         """Why the format can't hold this module ("out_features 200 is not a multiple of 128"), or None."""
+
+    def scheme_reason(self, layer: LayerPlan) -> str | None:
+        """Why a layer is none of this format's scheme, or None."""
+        if isinstance(layer, RotatedPlan) and self.scheme != "rotation":
+            return f"{self.name} has no rotated layers"
+        if isinstance(layer, W4A4Plan) and self.scheme != "branch":
+            return f"{self.name} has no low-rank branch"
+        return None
 
     @abstractmethod
     def tensor_specs(

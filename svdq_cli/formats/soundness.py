@@ -14,6 +14,7 @@ from svdq_cli.records import (
     LayerPlan,
     LayerSolution,
     NvFp4,
+    RotatedSolution,
     W4A4Plan,
     W4A4Solution,
     W4A16Solution,
@@ -107,7 +108,13 @@ def dtype_name(dtype: torch.dtype) -> str:
 def require_sound(solution: LayerSolution) -> None:
     """ValueError unless shapes, dtypes and numbers are those that `records` promises for the plan."""
     plan, tensors = solution.plan, _tensors_of(solution)
-    dtype = solution.scales.dtype if isinstance(solution, W4A16Solution) else solution.smooth.dtype
+    match solution:
+        case W4A4Solution():
+            dtype = solution.smooth.dtype
+        case W4A16Solution():
+            dtype = solution.scales.dtype
+        case RotatedSolution(bias=bias):
+            dtype = torch.bfloat16 if bias is None else bias.dtype
     if dtype not in SIXTEEN_BIT:
         raise ValueError(f"{plan.name}: {dtype} is not a 16-bit dtype")
     wrong = differences(_natural_specs(solution, dtype), specs_of(tensors)) or unsound_numbers(tensors)
@@ -176,6 +183,13 @@ def _natural_specs(solution: LayerSolution, dtype: torch.dtype) -> dict[str, Ten
                 "scales": TensorSpec((rows, groups), dtype),
                 "zeros": TensorSpec((rows, groups), dtype),
             }
+        case RotatedSolution(plan=plan):
+            specs = {"codes": TensorSpec((rows, columns), torch.int8)}
+            if plan.activation_bits == 4:
+                specs["scales"] = TensorSpec((rows, 1), torch.float32)
+            else:
+                specs["scales"] = TensorSpec((rows, columns // plan.group), torch.float8_e4m3fn)
+                specs["row_scales"] = TensorSpec((rows,), torch.float32)
     if linear.bias:
         specs["bias"] = TensorSpec((rows,), dtype)
     return specs

@@ -31,6 +31,8 @@ from svdq_cli.records import (
     LayerPlan,
     LayerSolution,
     NvFp4,
+    RotatedPlan,
+    RotatedSolution,
     W4A4Plan,
     W4A4Solution,
     W4A16Plan,
@@ -51,6 +53,8 @@ def unsupported_reason(layer: LayerPlan) -> str | None:
             row_tile, column_tile = 128, 128
         case W4A16Plan():
             row_tile, column_tile = 8, 64
+        case RotatedPlan():
+            return "Nunchaku's kernels have no rotated layers"
     if rows % row_tile:
         return f"out_features {rows} is not a multiple of {row_tile}"
     if columns % column_tile:
@@ -77,6 +81,8 @@ def tensor_specs(layer: LayerPlan, dtype: torch.dtype) -> dict[str, TensorSpec]:
                 "wscales": TensorSpec((columns // group, rows), dtype),
                 "wzeros": TensorSpec((columns // group, rows), dtype),
             }
+        case RotatedPlan():
+            raise ValueError(f"{layer.name}: {unsupported_reason(layer)}")
     if linear.bias:
         specs["bias"] = TensorSpec((rows,), dtype)
     return specs
@@ -92,6 +98,8 @@ def encode(solution: LayerSolution) -> dict[str, Tensor]:
             return _encode_w4a4(solution)
         case W4A16Solution():
             return _encode_w4a16(solution)
+        case RotatedSolution():  # refused above
+            raise AssertionError(solution.plan.name)
 
 
 def decode(layer: LayerPlan, tensors: Mapping[str, Tensor], outer: Tensor | None) -> LayerSolution:
@@ -101,6 +109,8 @@ def decode(layer: LayerPlan, tensors: Mapping[str, Tensor], outer: Tensor | None
             return _decode_w4a4(layer, tensors, outer)
         case W4A16Plan():
             return _decode_w4a16(layer, tensors)
+        case RotatedPlan():
+            raise ValueError(f"{layer.name}: {unsupported_reason(layer)}")
 
 
 def encode_branch(branch: Branch) -> dict[str, Tensor]:

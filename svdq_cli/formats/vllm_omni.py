@@ -34,6 +34,7 @@ from svdq_cli.records import (
     Linear,
     ModelPlan,
     NvFp4,
+    RotatedPlan,
     W4A4Plan,
     W4A4Solution,
     W4A16Plan,
@@ -55,6 +56,8 @@ class VllmOmni(Format):
     def unsupported_reason(self, layer: LayerPlan) -> str | None:
         """Why the runtime can't hold this module in 4 bits, or None."""
         match layer:
+            case RotatedPlan():
+                return self.scheme_reason(layer)
             case W4A16Plan():
                 return "vllm-omni keeps modulation layers at 16 bits"
             case W4A4Plan(precision=Int4()):

@@ -29,7 +29,17 @@ from svdq_cli.recipe import (
     RankOverride,
     SkipOverride,
 )
-from svdq_cli.records import LayerPlan, Linear, ModelPlan, Precision, SharedInput, W4A4Plan, W4A16Plan
+from svdq_cli.records import (
+    LayerPlan,
+    Linear,
+    ModelPlan,
+    Precision,
+    RotatedPlan,
+    Scheme,
+    SharedInput,
+    W4A4Plan,
+    W4A16Plan,
+)
 from svdq_cli.source import Source, denoisers_of, is_expert, prefix_of
 
 if TYPE_CHECKING:
@@ -58,6 +68,7 @@ def plan_model(
     *,
     precision: Precision,
     rank: int,
+    scheme: Scheme = "branch",
     family: str = "auto",
     overrides: Sequence[LayerOverride] = (),
     supports: Callable[[LayerPlan], str | None],
@@ -66,6 +77,7 @@ def plan_model(
 ) -> ModelPlan:
     """The plan of one model. A model without a family file, or `family` "structural", gets a structural plan.
 
+    `scheme`: how layers with 4-bit activations are stored; a rotated one has no rank.
     `overrides`: the recipe's layer rules, in their order.
     `keeps_modulation`: layers that would be W4A16 stay at 16 bits, but for those that a rule includes.
     `supports` is the output format's say: None, or why it can't hold a layer; such a layer is kept at 16 bits. Experts
@@ -89,13 +101,8 @@ def plan_model(
     unsupported_reasons: list[str] = []
     for linear in inventory.linears:
         override = _override_for(linear.name, exceptions)
-        wanted: LayerPlan | None = None
-        if linear.name in roles.w4a4:
-            wanted = W4A4Plan(
-                linear, precision, override.rank if isinstance(override, RankOverride) else rank
-            )
-        elif linear.name in roles.w4a16:
-            wanted = W4A16Plan(linear)
+        own = override.rank if isinstance(override, RankOverride) else rank
+        wanted = _wanted(linear, roles, W4A4Plan(linear, precision, own), scheme)
         unsupported_reason = supports(wanted) if wanted else None
         if unsupported_reason and is_expert(linear.name) and supports(W4A16Plan(linear)) is None:
             wanted, unsupported_reason = W4A16Plan(linear), None
@@ -122,6 +129,13 @@ def plan_model(
         kept_because={linear.name: reasons[linear.name] for linear in kept if linear.name in reasons},
         inputs=tuple(shared for group in roles.inputs if (shared := _only(group, planned)) is not None),
     )
+
+
+def _wanted(linear: Linear, roles: Roles, branched: W4A4Plan, scheme: Scheme) -> LayerPlan | None:
+    """What a layer's role makes of it, None for one that stays at 16 bits. `branched`: a W4A4 layer with a branch."""
+    if linear.name in roles.w4a4:
+        return RotatedPlan.of(linear) if scheme == "rotation" else branched
+    return W4A16Plan(linear) if linear.name in roles.w4a16 else None
 
 
 def _nothing_fits(where: str, family: Family | None, unsupported_reasons: Sequence[str]) -> InputError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -14,7 +15,9 @@ from svdq_cli.records import (
     LayerReport,
     Linear,
     ModelPlan,
+    RotatedPlan,
     W4A4Plan,
+    W4A16Plan,
 )
 from svdq_cli.reports import (
     BlockSearch,
@@ -80,7 +83,14 @@ def encoders_planned(prepared: Prepared) -> dict[str, TextEncoderFacts]:
 
 
 def layer_counts(plan: ModelPlan) -> LayerCounts:
-    return LayerCounts(len(plan.w4a4), len(plan.w4a16), len(plan.kept))
+    four = sum(layer.activation_bits == 4 for layer in plan.rotated)
+    return LayerCounts(len(plan.w4a4) + four, len(plan.w4a16), len(plan.kept), w4a8=len(plan.rotated) - four)
+
+
+def layers_text(counts: LayerCounts) -> str:
+    """The counts as people read them; only those of kinds that every output may have are there when they are 0."""
+    eight = f"{counts.w4a8} W4A8, " if counts.w4a8 else ""
+    return f"{counts.w4a4} W4A4, {eight}{counts.w4a16} W4A16, {counts.kept} kept at 16 bits"
 
 
 def rank_facts(prepared: Prepared) -> RankFacts:
@@ -106,7 +116,18 @@ def inspect_layer(
     linear: Linear, plan: LayerPlan | None, input_of: Mapping[str, str] | None = None
 ) -> InspectLayer:
     """`input_of`: the name of the shared input of every quantized layer, where a plan knows it."""
-    role = "kept" if plan is None else "w4a4" if isinstance(plan, W4A4Plan) else "w4a16"
     rank = plan.rank if isinstance(plan, W4A4Plan) else None
     shared = (input_of or {}).get(linear.name)
-    return InspectLayer(linear.name, linear.in_features, linear.out_features, role, rank, shared)
+    return InspectLayer(linear.name, linear.in_features, linear.out_features, _role(plan), rank, shared)
+
+
+def _role(plan: LayerPlan | None) -> Literal["w4a4", "w4a8", "w4a16", "kept"]:
+    match plan:
+        case None:
+            return "kept"
+        case W4A4Plan() | RotatedPlan(activation_bits=4):
+            return "w4a4"
+        case RotatedPlan():
+            return "w4a8"
+        case W4A16Plan():
+            return "w4a16"

@@ -33,6 +33,7 @@ from svdq_cli.records import (
     LayerPlan,
     ModelPlan,
     Observer,
+    Scheme,
     SolveSettings,
 )
 from svdq_cli.sampling.token_counts import TokenCounts, token_counts
@@ -72,6 +73,7 @@ def prepare(
     formats = [format_named(output.format) for output in recipe.outputs] or [format_named(DEFAULT)]
     for fmt in formats:
         require_precision(fmt, quantization.number_format)
+    scheme = _one_scheme(formats)
     source = source or source_of(recipe, RunOptions(beside=beside))
     recipe = with_model_sampling(recipe, source)
     calibrates = recipe.calibration is not None and (every_layer or quantization.effort != "datafree")
@@ -88,6 +90,7 @@ def prepare(
         source,
         precision=quantization.number_format,
         rank=DEFAULT_RANK if quantization.rank == "auto" else quantization.rank,  # until it is searched
+        scheme=scheme,
         family=recipe.model.family,
         overrides=recipe.layers,
         supports=lambda layer: None if every_layer else _unsupported_reason(formats, layer),
@@ -113,6 +116,21 @@ def prepare(
 def _shares_branches(wanted: bool | Literal["auto"], formats: Sequence[Format]) -> bool:
     """Whether layers of one input share their down projection; `auto`: unless every output keeps them apart."""
     return not all(fmt.own_names for fmt in formats) if wanted == "auto" else wanted
+
+
+def _one_scheme(formats: Sequence[Format]) -> Scheme:
+    """UsageError for formats whose layers are solved in two ways."""
+    schemes: set[Scheme] = {fmt.scheme for fmt in formats}
+    if len(schemes) > 1:
+        rotated = next(fmt.name for fmt in formats if fmt.scheme == "rotation")
+        other = next(fmt.name for fmt in formats if fmt.scheme != "rotation")
+        raise UsageError(
+            f"{rotated} rotates inputs and has no low-rank branch, so its layers are solved in another way than those "
+            f"of {other}",
+            hint="convert once for each; svdq calibrate makes statistics that serve both (--calib)",
+            where="outputs",
+        )
+    return schemes.pop()
 
 
 def _unsupported_reason(formats: Sequence[Format], layer: LayerPlan) -> str | None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from svdq_cli.cpu.engine import lack_of_engine
 from svdq_cli.errors import UsageError
 from svdq_cli.pack.cpu_panels import BLOCK, STEP, pack_down, pack_up
-from svdq_cli.records import GELU_SHIFT, LayerSolution, W4A4Solution, W4A16Solution
+from svdq_cli.records import GELU_SHIFT, LayerSolution, RotatedSolution, W4A4Solution, W4A16Solution
 from svdq_cli.runtime import ops  # noqa: F401  defines torch.ops.svdq.cpu_*
 from svdq_cli.runtime.cpu_operands import (
     CpuOperands,
@@ -25,7 +25,7 @@ from svdq_cli.runtime.cpu_operands import (
 )
 from svdq_cli.runtime.input_quantizer import InputQuantizer
 from svdq_cli.runtime.kernel_linear import FusedFeedForward, KernelLinear, KernelW4A4Linear
-from svdq_cli.runtime.linear import RunningBranch
+from svdq_cli.runtime.linear import NO_ROTATION, RunningBranch
 from svdq_cli.runtime.operands import tensors_of
 from svdq_cli.runtime.ops.records import Quantized
 
@@ -208,6 +208,8 @@ def cpu_linear(
             return CpuW4A4Linear(solution, unsigned_from=unsigned_from)
         case W4A16Solution():
             return CpuW4A16Linear(solution)
+        case RotatedSolution():
+            raise ValueError(f"{solution.plan.name}: {NO_ROTATION}")
 
 
 def engine_linear(solution: LayerSolution) -> CpuW4A4Linear | CpuW4A16Linear | None:

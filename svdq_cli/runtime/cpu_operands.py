@@ -23,8 +23,17 @@ from svdq_cli.pack.cpu_panels import (
     unpack_up,
 )
 from svdq_cli.pack.padding import pad
-from svdq_cli.records import Int4, LayerSolution, NvFp4, W4A4Plan, W4A4Solution, W4A16Plan, W4A16Solution
-from svdq_cli.runtime.linear import RunningBranch, shift_in_product, w4a4_weight
+from svdq_cli.records import (
+    Int4,
+    LayerSolution,
+    NvFp4,
+    RotatedSolution,
+    W4A4Plan,
+    W4A4Solution,
+    W4A16Plan,
+    W4A16Solution,
+)
+from svdq_cli.runtime.linear import NO_ROTATION, RunningBranch, shift_in_product, w4a4_weight
 
 # Activations and weights are multiplied as twice their e2m1 values, and e4m3 scales as 2^-8 of theirs
 _OUTER = 2.0**6
@@ -57,6 +66,8 @@ class CpuW4A16Operands:
 def cpu_unsupported_reason(solution: LayerSolution) -> str | None:
     """Why the engine can't run a layer, or None."""
     k = solution.codes.shape[1]
+    if isinstance(solution, RotatedSolution):
+        return NO_ROTATION
     if isinstance(solution, W4A16Solution):
         return f"in_features {k} is not a multiple of {STEP}" if k % STEP else None
     if isinstance(solution.plan.precision, NvFp4):

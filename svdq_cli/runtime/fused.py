@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from svdq_cli.records import (
     GELU_SHIFT,
     LayerSolution,
+    RotatedSolution,
     W4A4Solution,
     W4A16Solution,
 )
 from svdq_cli.runtime import ops  # noqa: F401  defines torch.ops.svdq
 from svdq_cli.runtime.input_quantizer import InputQuantizer
 from svdq_cli.runtime.kernel_linear import KernelLinear, KernelW4A4Linear
-from svdq_cli.runtime.linear import RunningBranch, shift_in_product, w4a4_weight
+from svdq_cli.runtime.linear import NO_ROTATION, RunningBranch, shift_in_product, w4a4_weight
 from svdq_cli.runtime.operands import (
     W4A4Operands,
     W4A16Operands,
@@ -218,3 +219,5 @@ def fused_linear(
             return FusedW4A4Linear(solution, unsigned=unsigned_from == 0)
         case W4A16Solution():
             return FusedW4A16Linear(solution)
+        case RotatedSolution():
+            raise ValueError(f"{solution.plan.name}: {NO_ROTATION}")

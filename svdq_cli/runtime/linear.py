@@ -22,12 +22,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from svdq_cli.records import GELU_SHIFT, LayerSolution, W4A4Solution, W4A16Solution
+from svdq_cli.records import GELU_SHIFT, LayerSolution, RotatedSolution, W4A4Solution, W4A16Solution
+from svdq_cli.solve.forward import sixteen_bit_of
 from svdq_cli.solve.quantizers import QuantizedWeight, dequantize_weight, fake_quantize_activation
+from svdq_cli.solve.rotation import fake_quantize_rows, rotate, rotated_weight
 
 # A float32 copy of the weight is kept per layer up to this size (1024 x 1024). Larger layers dequantize at
 # every call, so that a large model does not grow to 8 times its file in memory.
 CACHE_BYTES = 4 * 2**20
+NO_ROTATION = "no kernel of svdq rotates its input"  # why other backends leave such a layer to this module
 
 # ------------------------------------------------------------------------------------------ W4A4
 
@@ -126,6 +129,27 @@ def w4a16_forward(x: Tensor, solution: W4A16Solution, *, weight: Tensor | None =
     return _shaped_as(x, _with_bias(_matmul(rows, weight), solution.bias)).to(dtype).to(x.dtype)
 
 
+# ------------------------------------------------------------------------------------------ rotated
+
+
+@torch.no_grad()
+def rotated_exact(x: Tensor, solution: RotatedSolution, *, weight: Tensor | None = None) -> Tensor:
+    """The layer's contract value: no 16-bit rounding but that of x. `x` (..., K) -> (..., N) float32. `weight`:
+    rotated_weight(solution), where the caller keeps it."""
+    plan = solution.plan
+    rows = _sixteen_bit_rows(x, sixteen_bit_of(solution, x.dtype))
+    with torch.autocast(rows.device.type, enabled=False):
+        drawn = fake_quantize_rows(rotate(rows, plan.rotation), plan.activation_bits)
+    weight = rotated_weight(solution) if weight is None else weight
+    return _shaped_as(x, _with_bias(_matmul(drawn, weight), solution.bias))
+
+
+def rotated_forward(x: Tensor, solution: RotatedSolution, *, weight: Tensor | None = None) -> Tensor:
+    """The layer as comfy-kitchen's kernels run it: rotated and quantized in float32, the result rounded to 16 bits
+    once. `x` (..., K) -> (..., N) in x's dtype. `weight`: see `rotated_exact`."""
+    return rotated_exact(x, solution, weight=weight).to(sixteen_bit_of(solution, x.dtype)).to(x.dtype)
+
+
 # ------------------------------------------------------------------------------------------ modules
 
 
@@ -148,7 +172,7 @@ class RunningBranch:
 
 
 class QuantizedLinear(nn.Module):
-    """What both converted linears share: nn.Linear's features, buffers that keep their dtype, a weight cache."""
+    """What all converted linears share: nn.Linear's features, buffers that keep their dtype, a weight cache."""
 
     def __init__(self, codes: Tensor, *, cache_bytes: int) -> None:
         super().__init__()
@@ -242,15 +266,45 @@ class W4A16Linear(QuantizedLinear):
         return f"in_features={self.in_features}, out_features={self.out_features}, w4a16"
 
 
+class RotatedLinear(QuantizedLinear):
+    """A RotatedSolution in the place of an nn.Linear. Computes `rotated_forward`."""
+
+    codes: Tensor
+    scales: Tensor
+    row_scales: Tensor | None
+    bias: Tensor | None
+
+    def __init__(self, solution: RotatedSolution, *, cache_bytes: int = CACHE_BYTES) -> None:
+        super().__init__(solution.codes, cache_bytes=cache_bytes)
+        self.plan = solution.plan
+        for name in ("codes", "scales", "row_scales", "bias"):
+            self.register_buffer(name, getattr(solution, name))
+
+    @property
+    def solution(self) -> RotatedSolution:
+        return RotatedSolution(self.plan, self.codes, self.scales, self.row_scales, self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., K) -> (..., N)."""
+        solution = self.solution
+        return rotated_forward(x, solution, weight=self._weight(lambda: rotated_weight(solution)))
+
+    def extra_repr(self) -> str:
+        bits, rotation = self.plan.activation_bits, self.plan.rotation
+        return f"in_features={self.in_features}, out_features={self.out_features}, w4a{bits}, rotation={rotation}"
+
+
 def quantized_linear(
     solution: LayerSolution, *, cache_bytes: int = CACHE_BYTES, unsigned_from: int | None = None
-) -> W4A4Linear | W4A16Linear:
+) -> W4A4Linear | W4A16Linear | RotatedLinear:
     """The module that runs a solution. `unsigned_from`: see `w4a4_forward`."""
     match solution:
         case W4A4Solution():
             return W4A4Linear(solution, cache_bytes=cache_bytes, unsigned_from=unsigned_from)
         case W4A16Solution():
             return W4A16Linear(solution, cache_bytes=cache_bytes)
+        case RotatedSolution():
+            return RotatedLinear(solution, cache_bytes=cache_bytes)
 
 
 # ------------------------------------------------------------------------------------------ shared steps

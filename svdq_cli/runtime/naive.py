@@ -7,8 +7,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from svdq_cli.records import Int4, NvFp4, Precision, W4A4Plan, W4A4Solution
+from svdq_cli.records import Int4, NvFp4, Precision, RotatedPlan, RotatedSolution, W4A4Plan, W4A4Solution
 from svdq_cli.solve.quantizers import QuantizedWeight, absmax, quantize_weight
+from svdq_cli.solve.rotation import MOST, quantize_rows, rotate
 
 
 def naive_solution(plan: W4A4Plan, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> W4A4Solution:
@@ -23,6 +24,21 @@ def naive_solution(plan: W4A4Plan, weight: Tensor, bias: Tensor | None, dtype: t
         codes=quantized.codes,
         scales=quantized.scales,
         outer=quantized.outer,
+        bias=None if bias is None else bias.to(dtype),
+    )
+
+
+def naive_rotated(
+    plan: RotatedPlan, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> RotatedSolution:
+    """Rotated, rounded to nearest with absmax scales of rows, 4-bit activations: what comfy-kitchen's own quantizer
+    makes of a weight. `weight` (N, K), any float dtype."""
+    codes, scales = quantize_rows(rotate(weight, plan.rotation), MOST)
+    return RotatedSolution(
+        plan=replace(plan, activation_bits=4),
+        codes=codes.to(torch.int8),
+        scales=scales,
+        row_scales=None,
         bias=None if bias is None else bias.to(dtype),
     )
 

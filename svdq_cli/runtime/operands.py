@@ -30,12 +30,13 @@ from svdq_cli.records import (
     Int4,
     LayerSolution,
     NvFp4,
+    RotatedSolution,
     W4A4Plan,
     W4A4Solution,
     W4A16Plan,
     W4A16Solution,
 )
-from svdq_cli.runtime.linear import RunningBranch
+from svdq_cli.runtime.linear import NO_ROTATION, RunningBranch
 from svdq_cli.runtime.ops.records import InputOperands, Product
 
 if TYPE_CHECKING:
@@ -81,6 +82,8 @@ class W4A16Operands:
 
 def unsupported_reason(solution: LayerSolution) -> str | None:
     """Why the kernels can't run a layer, or None."""
+    if isinstance(solution, RotatedSolution):
+        return NO_ROTATION
     n, k = solution.codes.shape
     if k % STEP:
         return f"in_features {k} is not a multiple of {STEP}"

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from svdq_cli.records import LayerSolution, W4A4Plan, W4A4Solution, W4A16Solution
+from svdq_cli.records import LayerSolution, RotatedSolution, W4A4Plan, W4A4Solution, W4A16Solution
 from svdq_cli.solve.modulation import dequantize_w4a16
 from svdq_cli.solve.quantizers import QuantizedWeight, dequantize_weight, fake_quantize_activation, row_blocks
+from svdq_cli.solve.rotation import fake_quantize_rows, rotate, rotated_weight
 
 # Calibration rows whose outputs are in memory at a time. A constant, and not what happens to fit: products of other
 # shapes are added up in another order, and the figures would depend on the machine's free memory.
@@ -51,7 +52,7 @@ def stacked_weights(plans: Sequence[W4A4Plan], weights: Mapping[str, LinearWeigh
 
 def relative_errors(
     x: Tensor,
-    solutions: Mapping[str, W4A4Solution],
+    solutions: Mapping[str, LayerSolution],
     weights: Mapping[str, LinearWeights],
     mean: Tensor | None = None,
 ) -> dict[str, float]:
@@ -92,6 +93,14 @@ def output_as_run(solution: LayerSolution) -> Callable[[Tensor], Tensor]:
             dtype = solution.scales.dtype
             rebuilt = dequantize_w4a16(solution).to(dtype).float()
             return lambda x: _rounded(x.to(dtype).float() @ rebuilt.T, solution.bias, dtype)
+        case RotatedSolution():
+            product, dtype = output_of(solution), sixteen_bit_of(solution, torch.bfloat16)
+            return lambda x: _rounded(product(x.to(dtype).float()), solution.bias, dtype)
+
+
+def sixteen_bit_of(solution: RotatedSolution, otherwise: torch.dtype) -> torch.dtype:
+    """What a rotated layer's results are rounded to: its scales are float32 and float8, so only a bias says it."""
+    return otherwise if solution.bias is None else solution.bias.dtype
 
 
 def _rounded(y: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -113,6 +122,9 @@ def output_of(solution: LayerSolution) -> Callable[[Tensor], Tensor]:
         case W4A16Solution():
             rebuilt = dequantize_w4a16(solution)
             return lambda x: x @ rebuilt.T
+        case RotatedSolution(plan=plan):
+            rotated = rotated_weight(solution)
+            return lambda x: fake_quantize_rows(rotate(x, plan.rotation), plan.activation_bits) @ rotated.T
 
 
 def _output_sums(

@@ -18,9 +18,12 @@ from torch import Tensor
 from svdq_cli.errors import UsageError
 from svdq_cli.records import (
     ActivationStats,
+    LayerPlan,
     LayerReport,
     LayerSearch,
     LayerSolution,
+    RotatedPlan,
+    RotatedSolution,
     SharedInput,
     SolveSettings,
     W4A4Plan,
@@ -35,6 +38,7 @@ from svdq_cli.solve.modulation import solve_curve, solve_w4a16
 from svdq_cli.solve.quantizers import QuantizedWeight, quantize_weight
 from svdq_cli.solve.rebuild import Residual, relative_error
 from svdq_cli.solve.refine import refined
+from svdq_cli.solve.rotated import solve_rotated
 from svdq_cli.solve.smoothing import snap_to_storage
 from svdq_cli.solve.smoothing_methods import choose_smoothing
 from svdq_cli.solve.steps import LayerGroup
@@ -46,12 +50,17 @@ class SolvedInput:
 
     w4a4: tuple[W4A4Solution, ...]
     w4a16: tuple[W4A16Solution, ...]
+    rotated: tuple[RotatedSolution, ...]
     reports: tuple[LayerReport, ...]
+
+    @property
+    def solutions(self) -> tuple[LayerSolution, ...]:
+        return (*self.w4a4, *self.w4a16, *self.rotated)
 
 
 def solve_input(
     shared: SharedInput,
-    plans: Mapping[str, W4A4Plan | W4A16Plan],
+    plans: Mapping[str, LayerPlan],
     weights: Mapping[str, LinearWeights],
     stats: ActivationStats | None,
     settings: SolveSettings,
@@ -60,7 +69,9 @@ def solve_input(
     w4a4_plans = [plan for name in shared.layers if isinstance(plan := plans[name], W4A4Plan)]
     curves = [plan for plan in w4a4_plans if plan.curve]
     w4a16_plans = [plan for name in shared.layers if isinstance(plan := plans[name], W4A16Plan)]
+    rotated_plans = [plan for name in shared.layers if isinstance(plan := plans[name], RotatedPlan)]
     rows = None if stats is None else stats.rows.to(_device(weights)).float()
+    mean = None if stats is None else stats.mean
     solved: list[tuple[LayerSolution, LayerSearch]] = []
     if len(curves) < len(w4a4_plans):
         smoothed = [plan for plan in w4a4_plans if not plan.curve]
@@ -68,15 +79,18 @@ def solve_input(
     for plan in curves:
         solution = _curve(plan, weights[plan.name], stats, settings)
         solved.append((solution, _without_search(solution, plan.rank, "none (curve)")))
+    if rotated_plans:
+        rotated, results = solve_rotated(rotated_plans, weights, rows, settings, mean)
+        solved += ((each, _as_found(each, results)) for each in rotated.values())
     for plan in w4a16_plans:
         source = weights[plan.name]
         known = rows if "gptq" in settings.steps else None
         solution = solve_w4a16(plan, source.weight, source.bias, dtype=settings.dtype, rows=known)
         solved.append((solution, _without_search(solution)))
-    mean = None if stats is None else stats.mean
     return SolvedInput(
         tuple(each for each, _ in solved if isinstance(each, W4A4Solution)),
         tuple(each for each, _ in solved if isinstance(each, W4A16Solution)),
+        tuple(each for each, _ in solved if isinstance(each, RotatedSolution)),
         tuple(
             LayerReport(each.plan.name, *measured(each, weights[each.plan.name], rows, mean), search)
             for each, search in solved
@@ -101,20 +115,23 @@ def _searched(
     step_results = StepResults()
     if settings.steps and stats is not None and rows is not None:
         solutions, step_results = _improve(shared, plans, weights, stats, rows, settings, solutions)
-    for name, solution in solutions.items():
-        errors = step_results.errors.get(name, {})
-        yield (
-            solution,
-            LayerSearch(
-                rank=solution.plan.rank,
-                smoothing=label,
-                steps_db={step: round(_decibels(error), 3) for step, error in errors.items()},
-                steps_seconds=step_results.seconds,
-                steps_taken=tuple(step_results.taken),
-                fallback=tuple(step_results.fallback),
-                device=solution.codes.device.type,
-            ),
-        )
+    for solution in solutions.values():
+        yield solution, _as_found(solution, step_results, solution.plan.rank, label)
+
+
+def _as_found(
+    solution: LayerSolution, results: StepResults, rank: int | None = None, smoothing: str | None = None
+) -> LayerSearch:
+    errors = results.errors.get(solution.plan.name, {})
+    return LayerSearch(
+        rank=rank,
+        smoothing=smoothing,
+        steps_db={step: round(_decibels(error), 3) for step, error in errors.items()},
+        steps_seconds=results.seconds,
+        steps_taken=tuple(results.taken),
+        fallback=tuple(results.fallback),
+        device=solution.codes.device.type,
+    )
 
 
 def _without_search(

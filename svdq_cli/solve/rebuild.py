@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from svdq_cli.records import LayerSolution, W4A4Solution, W4A16Solution
+from svdq_cli.records import LayerSolution, RotatedSolution, W4A4Solution, W4A16Solution
 from svdq_cli.solve.modulation import dequantize_w4a16
 from svdq_cli.solve.quantizers import QuantizedWeight, Rows, dequantize_weight, row_blocks
+from svdq_cli.solve.rotation import rotate, rotated_weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,8 @@ def rebuilt_weight(solution: LayerSolution) -> Tensor:
             return four_bit + solution.up.float() @ solution.down.float()
         case W4A16Solution():
             return dequantize_w4a16(solution)
+        case RotatedSolution():
+            return rotate(rotated_weight(solution), solution.plan.rotation)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -141,6 +144,14 @@ def rows_of(solution: LayerSolution, rows: slice) -> LayerSolution:
                 zeros=solution.zeros[rows],
                 bias=None if solution.bias is None else solution.bias[rows],
             )
+        case RotatedSolution(row_scales=row_scales):
+            return replace(
+                solution,
+                codes=solution.codes[rows],
+                scales=solution.scales[rows],
+                row_scales=None if row_scales is None else row_scales[rows],
+                bias=None if solution.bias is None else solution.bias[rows],
+            )
 
 
 def _compared(
@@ -156,6 +167,8 @@ def _compared(
             return dequantize_weight(quantized, solution.plan.precision), left, whole
         case W4A16Solution():
             return dequantize_w4a16(solution), weight, weight
+        case RotatedSolution():
+            return rebuilt_weight(solution), weight, weight
 
 
 def _energies(solution: LayerSolution, weight: Tensor, smooth: Tensor | None) -> tuple[Tensor, Tensor]:

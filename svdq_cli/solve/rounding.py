@@ -37,6 +37,7 @@ SCALE_FACTORS = (1.0, 0.70, 0.75, 0.80, 0.85, 0.90, 0.95, 1.03)
 NVFP4_FACTORS = (*SCALE_FACTORS, 1.2, 1.35, 1.5)
 NO_SEARCH = (1.0,)
 DAMPING = 0.01  # share of the mean diagonal added to the Hessian, as in GPTQ
+MIDDLE = 8  # the code of W4A16 weights that some runtimes count from
 BLOCK = 64  # columns between two updates of the rest of the matrix; a multiple of every group size
 
 Parameters = tuple[Tensor, ...]  # what is stored for one group, (N,) each, in its stored dtype
@@ -267,6 +268,9 @@ class AffineGrid:
     ranges that are now and then the best (the others of SCALE_FACTORS are for 1 group in 1,000 of a trained model's
     modulations, or none). Then scale and zero are fitted to the codes of the best by least squares, which takes 1.4 %
     off the error that 16 candidates leave.
+
+    Runtimes count codes from 0 or from the middle, 8. So that one solution serves both, zero + 8 * scale is exact in
+    16 bits; where it would not be (a group far from 0 for its width), the grid is the one around 0.
     """
 
     dtype: torch.dtype
@@ -283,8 +287,12 @@ class AffineGrid:
 
     def _parameters(self, scale: Tensor, zero: Tensor | None) -> Parameters:
         scale = scale.to(self.dtype)
+        if (
+            zero is not None
+        ):  # of a group of one number, which the zero is: 8 codes further up must be exact as well
+            scale = torch.where(scale == 0, zero.abs().to(self.dtype) / MIDDLE, scale)
         scale.masked_fill_(scale == 0, 1)
-        return scale, (-7 * scale if zero is None else zero).to(self.dtype)
+        return scale, _middled(scale, (-7 * scale if zero is None else zero).to(self.dtype))
 
     def round(self, values: Tensor, parameters: Parameters) -> tuple[Tensor, Tensor]:
         scale, zero = (parameter.float() for parameter in parameters)
@@ -308,7 +316,16 @@ class AffineGrid:
         # Codes that are all one tell nothing about the scale, and a slope of 0 or less is not a scale.
         slope = torch.where((spread > 0) & (slope > 0), slope, scale).to(self.dtype)
         slope = torch.where(slope > 0, slope, parameters[0].unsqueeze(1))  # not where it vanishes in 16 bits
-        return slope.squeeze(1), ((value_sum - code_sum * slope.float()) / count).squeeze(1).to(self.dtype)
+        zero = ((value_sum - code_sum * slope.float()) / count).to(self.dtype)
+        return slope.squeeze(1), _middled(slope, zero).squeeze(1)
+
+
+def _middled(scale: Tensor, zero: Tensor) -> Tensor:
+    """The nearest zero from which code 8 represents a 16-bit number; -8 * scale where there is none near. 16-bit."""
+    eight = MIDDLE * scale.float()
+    exact = (zero.float() + eight).to(scale.dtype).float() - eight
+    rounded = exact.to(scale.dtype)
+    return torch.where(rounded.float() == exact, rounded, (-eight).to(scale.dtype))
 
 
 # ---------------------------------------------------------------------------------------------------- W4A4 weights

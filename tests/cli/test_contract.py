@@ -146,7 +146,7 @@ def test_plan_predicts_and_writes_nothing(
     assert run(f"convert {tiny_flux} -o {tmp_path / 'out'} --plan --json".split()) == 0
     report = said(capsys)
     assert report["status"] == "planned"
-    assert report["layers"] == {"w4a4": 17, "w4a16": 3, "kept": 8}
+    assert report["layers"] == {"w4a4": 17, "w4a16": 3, "kept": 8, "w4a8": 0}
     assert list(tmp_path.iterdir()) == []
 
 

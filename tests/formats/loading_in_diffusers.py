@@ -29,6 +29,7 @@ from svdq_cli.records import (
     NvFp4,
     Precision,
     W4A4Plan,
+    W4A4Solution,
     W4A16Plan,
     W4A16Solution,
 )
@@ -209,6 +210,7 @@ def formula(solution: LayerSolution, x: Tensor) -> Tensor:
         weight = (grouped + solution.zeros.float().unsqueeze(-1)).flatten(1)
         y = x.float() @ weight.T
     else:
+        assert isinstance(solution, W4A4Solution)
         precision = solution.plan.precision
         quantized = QuantizedWeight(solution.codes, solution.scales, solution.outer)
         activation = fake_quantize_activation(x / solution.smooth, precision)

@@ -12,6 +12,8 @@ from svdq_cli.records import (
     ModelPlan,
     NvFp4,
     Precision,
+    RotatedPlan,
+    RotatedSolution,
     W4A4Plan,
     W4A4Solution,
     W4A16Plan,
@@ -61,6 +63,14 @@ def random_solution(
     if isinstance(plan, W4A16Plan):
         scales = positive(rows, columns // plan.group, around=columns**-0.5 / 4).to(dtype)
         return W4A16Solution(plan, codes(0, 16, torch.uint8), scales, -(scales * 7), bias)
+
+    if isinstance(plan, RotatedPlan):
+        if plan.activation_bits == 4:
+            scales = positive(rows, 1, around=columns**-0.5 / 4)
+            return RotatedSolution(plan, codes(-7, 8, torch.int8), scales, None, bias)
+        scales = positive(rows, columns // plan.group, around=120.0).to(torch.float8_e4m3fn)
+        by_row = positive(rows, around=columns**-0.5 / 40)
+        return RotatedSolution(plan, codes(0, 16, torch.int8), scales, by_row, bias)
 
     floating = isinstance(plan.precision, NvFp4)
     groups = columns // plan.precision.group

@@ -21,7 +21,16 @@ from svdq_cli.checkpoint.writer import Contents, target_of, write_target
 from svdq_cli.families import find_family
 from svdq_cli.families.layouts import LAYOUTS
 from svdq_cli.formats import all_formats, format_named
-from svdq_cli.records import Int4, LayerPlan, LayerSolution, NvFp4, W4A4Solution, W4A16Plan, W4A16Solution
+from svdq_cli.records import (
+    Int4,
+    LayerPlan,
+    LayerSolution,
+    NvFp4,
+    W4A4Plan,
+    W4A4Solution,
+    W4A16Plan,
+    W4A16Solution,
+)
 from tests.full_size import full_size_plan
 
 GOLDEN = Path(__file__).parents[1] / "golden/conversions"
@@ -58,6 +67,7 @@ def solved(plan: LayerPlan, dtype: torch.dtype) -> LayerSolution:
         scales = integers((name, "scales"), 128, 256, rows, columns // plan.group).to(dtype) / 4096
         codes = integers((name, "codes"), 0, 16, rows, columns).to(torch.uint8)
         return W4A16Solution(plan, codes, scales, -(scales * 8), bias)
+    assert isinstance(plan, W4A4Plan)
     groups = columns // plan.precision.group
     if isinstance(plan.precision, NvFp4):
         codes = integers((name, "codes"), 0, 16, rows, columns).to(torch.int8)

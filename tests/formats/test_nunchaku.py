@@ -178,7 +178,7 @@ def test_the_key_list_of_flux1_dev_at_full_size(tmp_path: Path, precision: Preci
 
 def test_the_single_blocks_output_is_cut_where_the_attention_ends(tmp_path: Path):
     plan, inventory = full_size_plan(tmp_path, FLUX_DEV, NUNCHAKU, Int4())
-    file = lay_out(NUNCHAKU, known_layout(NUNCHAKU, "flux"), plan.layers, inventory.state)
+    file = lay_out(NUNCHAKU, known_layout(NUNCHAKU, "flux", plan.model_class), plan.layers, inventory.state)
     attention, mlp = file.parts_of("single_transformer_blocks.5.proj_out")
     assert (attention.columns, mlp.columns) == ((0, 3072), (3072, 15360))
     assert (attention.traits.unsigned, mlp.traits.unsigned) == (False, True)

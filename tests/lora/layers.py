@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from svdq_cli.checkpoint.reader import Checkpoint
-from svdq_cli.records import W4A4Solution
+from svdq_cli.records import W4A4Solution, W4A16Solution
 from svdq_cli.runtime.linear import w4a4_exact, w4a16_rounded_weight
 from tests.adapters.test_loras import RANK, Halves
 
@@ -57,6 +57,7 @@ def layer_output(checkpoint: Checkpoint, name: str, x: Tensor) -> Tensor:
     solution = checkpoint.solution(plan)
     if isinstance(solution, W4A4Solution):
         return w4a4_exact(x, solution, unsigned_from=checkpoint.unsigned_from(plan))
+    assert isinstance(solution, W4A16Solution)
     bias = None if solution.bias is None else solution.bias.float()
     return F.linear(x, w4a16_rounded_weight(solution), bias)
 

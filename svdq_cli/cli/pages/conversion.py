@@ -22,6 +22,7 @@ from svdq_cli.cli.pages.shared import (
     vram_text,
 )
 from svdq_cli.cli.several import RecipeRun, SeveralReport, said_of
+from svdq_cli.prepare.facts import layers_text
 from svdq_cli.reports import CalibrateReport, ConvertReport, GpuFacts, LoraReport, PlanReport, RepackReport
 from svdq_cli.text import bytes_text, seconds_text
 
@@ -30,9 +31,10 @@ def conversion(console: Console, report: ConvertReport, verbose: bool) -> None:
     table = facts_table()
     for output in report.outputs:
         table.add_row("written", output.path)
-        table.add_row("format", f"{output.format}, {report.precision}, rank {report.rank.requested}")
+        branch = f"rank {report.rank.requested}" if report.rank.max else "no low-rank branch"
+        table.add_row("format", f"{output.format}, {report.precision}, {branch}")
     counts = report.layers
-    table.add_row("layers", f"{counts.w4a4} W4A4, {counts.w4a16} W4A16, {counts.kept} kept at 16 bits")
+    table.add_row("layers", layers_text(counts))
     table.add_row("size", size_text(report.bytes.input, report.bytes.output, report.bytes.ratio))
     for row in encoder_rows(report.text_encoders):
         table.add_row(*row)
@@ -97,7 +99,7 @@ def plan(console: Console, report: PlanReport) -> None:
         "model", f"{report.model.family} ({report.model.model_class}), {count_text(report.model.parameters)}"
     )
     counts = report.layers
-    table.add_row("layers", f"{counts.w4a4} W4A4, {counts.w4a16} W4A16, {counts.kept} kept at 16 bits")
+    table.add_row("layers", layers_text(counts))
     table.add_row("size", size_text(report.bytes.input, report.bytes.output, report.bytes.ratio))
     for row in encoder_rows(report.text_encoders):
         table.add_row(*row)

@@ -1,0 +1,225 @@
+"""What ComfyUI itself loads, without custom nodes: rotated layers (`convrot_w4a4`, `asym_w4a8_int8`) and `awq_w4a16`.
+
+Every quantized module carries its own metadata, JSON in a uint8 tensor `comfy_quant`, by which ComfyUI's loader chooses
+the layout class of comfy-kitchen that reads it; a linear without one is an ordinary 16-bit layer. No low-rank branch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from svdq_cli.errors import InputError, UsageError
+from svdq_cli.formats.contract import PLAIN, Branch, Format, LayoutTraits, PackedFacts
+from svdq_cli.formats.headers import FORMAT as FORMAT_KEY
+from svdq_cli.formats.implied import suffixes_of
+from svdq_cli.formats.json_keys import json_object
+from svdq_cli.formats.soundness import require_16_bit, require_sound, require_sound_tensors, sixteen_bit_dtype
+from svdq_cli.pack.kitchen import bytes_text, text_bytes
+from svdq_cli.pack.kitchen_awq import pack_awq, unpack_awq
+from svdq_cli.pack.row_major import pack_rows, unpack_rows
+from svdq_cli.pack.tiles import join_nibbles, split_nibbles
+from svdq_cli.records import (
+    LEVELS,
+    Int4,
+    LayerPlan,
+    LayerSolution,
+    Linear,
+    ModelPlan,
+    RotatedPlan,
+    RotatedSolution,
+    Scheme,
+    W4A4Plan,
+    W4A16Plan,
+    W4A16Solution,
+)
+from svdq_cli.storage.headers import header_metadata
+from svdq_cli.storage.tensor_file import TensorSpec
+
+NAME = "comfy-core"
+MARKER = "comfy_quant"
+W4A4, W4A8, W4A16 = "convrot_w4a4", "asym_w4a8_int8", "awq_w4a16"
+_COLUMNS = (
+    64  # K in features must be a multiple: of the packed bytes that comfy-kitchen's kernels take at once
+)
+
+
+class ComfyCore(Format):
+    """A file for ComfyUI as it is."""
+
+    name = NAME
+    precisions = (Int4(),)
+    original_names = True
+    scheme: ClassVar[Scheme] = "rotation"
+    one_rank = False
+
+    def unsupported_reason(self, layer: LayerPlan) -> str | None:
+        """Why ComfyUI can't run this module in 4 bits, or None."""
+        if reason := self.scheme_reason(layer):
+            return reason
+        if layer.linear.kind != "linear":
+            return "it is a 1x1 convolution, and ComfyUI reads linear layers only"
+        columns = layer.linear.in_features
+        return f"in_features {columns} is not a multiple of {_COLUMNS}" if columns % _COLUMNS else None
+
+    def tensor_specs(
+        self, layer: LayerPlan, dtype: torch.dtype, traits: LayoutTraits = PLAIN
+    ) -> dict[str, TensorSpec]:
+        rows, columns = layer.linear.out_features, layer.linear.in_features
+        specs = {"weight": TensorSpec((rows, columns // 2), torch.int8)}
+        match layer:
+            case RotatedPlan(activation_bits=4):
+                specs["weight_scale"] = TensorSpec((rows,), torch.float32)
+            case RotatedPlan(group=group):
+                specs["weight_s_rel"] = TensorSpec((rows, columns // group), torch.float8_e4m3fn)
+                specs["weight_s_channel"] = TensorSpec((rows,), torch.float32)
+                specs["weight_codebook"] = TensorSpec((len(LEVELS),), torch.float32)
+            case W4A16Plan(group=group):
+                for suffix in ("weight_scale", "weight_zeros"):
+                    specs[suffix] = TensorSpec((columns // group, rows), dtype)
+            case W4A4Plan():
+                raise ValueError(f"{layer.name}: {self.scheme_reason(layer)}")
+        specs[MARKER] = TensorSpec((len(_marker(layer)),), torch.uint8)
+        if layer.linear.bias:
+            specs["bias"] = TensorSpec((rows,), dtype)
+        return specs
+
+    def encode(self, solution: LayerSolution, traits: LayoutTraits = PLAIN) -> dict[str, Tensor]:
+        if reason := self.unsupported_reason(solution.plan):
+            raise ValueError(f"{solution.plan.name}: {reason}")
+        require_sound(solution)
+        tensors: dict[str, Tensor]
+        match solution:
+            case RotatedSolution(row_scales=None):
+                tensors = {
+                    "weight": pack_rows(solution.codes, Int4()),
+                    "weight_scale": solution.scales.flatten().clone(),
+                }
+            case RotatedSolution(row_scales=Tensor() as row_scales):
+                tensors = {
+                    "weight": join_nibbles(solution.codes).view(torch.int8),
+                    "weight_s_rel": solution.scales.clone(),
+                    "weight_s_channel": row_scales.clone(),
+                    "weight_codebook": torch.tensor(LEVELS),
+                }
+            case W4A16Solution():
+                weight, scales, zeros = pack_awq(solution.codes, solution.scales, solution.zeros)
+                tensors = {"weight": weight, "weight_scale": scales, "weight_zeros": zeros}
+            case _:  # refused above
+                raise AssertionError(solution.plan.name)
+        tensors[MARKER] = text_bytes(_marker(solution.plan))
+        if solution.bias is not None:
+            tensors["bias"] = solution.bias.clone()
+        return tensors
+
+    def decode(
+        self, layer: LayerPlan, tensors: Mapping[str, Tensor], traits: LayoutTraits = PLAIN
+    ) -> LayerSolution:
+        _require_marker(layer, tensors)
+        read = {suffix: tensor for suffix, tensor in tensors.items() if suffix != MARKER}
+        specs = self.tensor_specs(layer, sixteen_bit_dtype(read), traits)
+        require_sound_tensors(layer, {name: spec for name, spec in specs.items() if name != MARKER}, read)
+        weight, bias = tensors["weight"], tensors["bias"].clone() if "bias" in tensors else None
+        match layer:
+            case RotatedPlan(activation_bits=4):
+                scales = tensors["weight_scale"].unsqueeze(1).clone()
+                return RotatedSolution(layer, unpack_rows(weight, Int4()), scales, None, bias)
+            case RotatedPlan():
+                if not torch.equal(tensors["weight_codebook"], torch.tensor(LEVELS)):
+                    raise InputError(
+                        f"{layer.name}: weight_codebook holds other levels than svdq's",
+                        where=layer.name,
+                        hint="svdq reads only comfy-core files that svdq convert wrote",
+                    )
+                codes = split_nibbles(weight.contiguous().view(torch.uint8)).view(torch.int8)
+                scales, by_row = tensors["weight_s_rel"].clone(), tensors["weight_s_channel"].clone()
+                return RotatedSolution(layer, codes, scales, by_row, bias)
+            case W4A16Plan():
+                try:
+                    found = unpack_awq(weight, tensors["weight_scale"], tensors["weight_zeros"])
+                except ValueError as error:
+                    raise InputError(f"{layer.name}: {error}", where=layer.name) from error
+                return W4A16Solution(layer, *found, bias)
+            case W4A4Plan():
+                raise ValueError(f"{layer.name}: {self.scheme_reason(layer)}")
+
+    def encode_branch(self, branch: Branch, traits: LayoutTraits = PLAIN) -> dict[str, Tensor]:
+        raise ValueError(f"{NAME} has no low-rank branch")
+
+    def decode_branch(self, tensors: Mapping[str, Tensor], traits: LayoutTraits = PLAIN) -> Branch:
+        raise ValueError(f"{NAME} has no low-rank branch")
+
+    def metadata(self, plan: ModelPlan, dtype: torch.dtype) -> dict[str, object]:
+        require_16_bit(self.name, dtype)
+        if not plan.rotated:
+            raise UsageError(f"{NAME} needs W4A4 layers, and the plan has none")
+        return {}
+
+    def parse_metadata(self, config: Mapping[str, object]) -> PackedFacts:
+        """The header says nothing that the tensors do not."""
+        return PackedFacts((), (), Int4(), None, None)
+
+    def layer_plans(self, facts: PackedFacts, specs: Mapping[str, TensorSpec]) -> tuple[LayerPlan, ...]:
+        return tuple(
+            _plan_of(key.removesuffix(f".{MARKER}"), specs) for key in specs if key.endswith(f".{MARKER}")
+        )
+
+    def recognizes(self, path: Path) -> bool:
+        return path.is_file() and header_metadata(path).get(FORMAT_KEY) == NAME
+
+    def implied_metadata(self, specs: Mapping[str, TensorSpec]) -> dict[str, object] | None:
+        found = suffixes_of(specs)
+        quantized = {MARKER, "weight"} <= found and found & {"weight_scale", "weight_s_rel"}
+        return {} if quantized and not found & {"proj_down", "weight_proj_down"} else None
+
+
+FORMAT = ComfyCore()
+
+
+def _marker(plan: LayerPlan) -> str:
+    """A module's metadata: what ComfyUI's loader passes on to comfy-kitchen."""
+    match plan:
+        case RotatedPlan(activation_bits=4, rotation=rotation):
+            said: dict[str, object] = {"format": W4A4, "convrot_groupsize": rotation}
+        case RotatedPlan(rotation=rotation, group=group):
+            said = {"format": W4A8, "group_size": group, "convrot_groupsize": rotation}
+        case _:
+            said = {"format": W4A16, "group_size": W4A16Plan.group}
+    return json.dumps(said)
+
+
+def _plan_of(name: str, specs: Mapping[str, TensorSpec]) -> LayerPlan:
+    """A stored module from its shapes. InputError for one that is not whole."""
+    weight = specs.get(f"{name}.weight")
+    if weight is None or len(weight.shape) != 2:
+        raise InputError(
+            f"{name}: weight of a quantized module must have two axes",
+            where=name,
+            hint="the file is damaged, or packed for another runtime",
+        )
+    linear = Linear(name, 2 * weight.shape[1], weight.shape[0], f"{name}.bias" in specs)
+    if f"{name}.weight_zeros" in specs:
+        return W4A16Plan(linear)
+    return RotatedPlan.of(linear, 8 if f"{name}.weight_s_rel" in specs else 4)
+
+
+def _require_marker(plan: LayerPlan, tensors: Mapping[str, Tensor]) -> None:
+    """InputError unless the module's own metadata says what its tensors do."""
+    marker = tensors.get(MARKER)
+    try:
+        said = json_object(json.loads(bytes_text(marker))) if marker is not None else None
+    except ValueError:
+        said = None
+    if said is None:
+        raise InputError(f"{plan.name}: {MARKER} is missing or not a JSON object", where=plan.name)
+    if said != json.loads(_marker(plan)):
+        raise InputError(
+            f"{plan.name}: {MARKER} says {json.dumps(said)} instead of {_marker(plan)}",
+            where=plan.name,
+            hint="svdq reads only comfy-core files that svdq convert wrote",
+        )

@@ -1,0 +1,302 @@
+"""comfy-core files: what comfy-kitchen reads in them, and what its eager operators compute, held as golden vectors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from svdq_cli.checkpoint.check import check
+from svdq_cli.checkpoint.reader import open_checkpoint
+from svdq_cli.conversion.convert import convert
+from svdq_cli.errors import InputError, UsageError
+from svdq_cli.formats import format_named
+from svdq_cli.inference.load import load_pipeline
+from svdq_cli.pack.kitchen import text_bytes
+from svdq_cli.prepare.options import RunOptions
+from svdq_cli.recipe import Output, Quantization, default_recipe
+from svdq_cli.records import LayerPlan, Linear, RotatedPlan, RotatedSolution, W4A16Plan, W4A16Solution
+from svdq_cli.runtime.linear import RotatedLinear, quantized_linear
+from svdq_cli.solve.rebuild import rebuilt_weight
+from svdq_cli.source import open_source
+from svdq_cli.source.single_file import has_original_names
+from tests.formats.solutions import differing_fields, random_solution, same_bits
+
+CORE = format_named("comfy-core")
+GOLDEN = Path(__file__).parents[1] / "golden/comfy_core/kitchen.safetensors"
+LAYERS = {"k256": (24, 256), "k320": (16, 320), "k512": (8, 512)}
+MARKERS = {
+    "w4a4": {"format": "convrot_w4a4", "convrot_groupsize": 256},
+    "w4a8": {"format": "asym_w4a8_int8", "group_size": 16, "convrot_groupsize": 256},
+    "w4a16": {"format": "awq_w4a16", "group_size": 64},
+}
+
+# ---------------------------------------------------------------------------------------------- golden vectors
+
+
+def golden(layer: str, kind: str) -> tuple[LayerPlan, dict[str, Tensor], dict[str, Tensor]]:
+    """A layer's plan, its stored tensors as comfy-kitchen made them, and what it computes with them."""
+    rows, columns = LAYERS[layer]
+    found = {
+        key.partition("/")[2]: tensor for key, tensor in load_file(GOLDEN).items() if key.startswith(layer)
+    }
+    stored = {key.removeprefix(f"{kind}."): t for key, t in found.items() if key.startswith(f"{kind}.weight")}
+    linear = Linear(layer, columns, rows, bias=False)
+    plan = W4A16Plan(linear) if kind == "w4a16" else RotatedPlan.of(linear, 4 if kind == "w4a4" else 8)
+    marker = dict(MARKERS[kind])
+    if columns % 256:
+        marker["convrot_groupsize"] = 64
+    if kind == "w4a16":
+        marker = MARKERS[kind]
+    return plan, {**stored, "comfy_quant": text_bytes(json.dumps(marker))}, found
+
+
+@pytest.mark.parametrize("kind", MARKERS)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_what_comfy_kitchen_made_is_read_and_written_again_bit_for_bit(layer: str, kind: str):
+    plan, stored, _ = golden(layer, kind)
+    again = CORE.encode(CORE.decode(plan, stored))
+    assert again.keys() == stored.keys()
+    assert [name for name in stored if not same_bits(stored[name], again[name])] == []
+
+
+@pytest.mark.parametrize("kind", ["w4a4", "w4a8"])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_rotated_weight_is_what_comfy_kitchen_dequantizes(layer: str, kind: str):
+    plan, stored, found = golden(layer, kind)
+    # a rotation adds up 256 numbers in float32
+    torch.testing.assert_close(
+        rebuilt_weight(CORE.decode(plan, stored)), found[f"{kind}.dequantized"], rtol=0, atol=2e-5
+    )
+
+
+@pytest.mark.parametrize("kind", MARKERS)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_layer_computes_what_comfy_kitchen_computes(layer: str, kind: str):
+    """In float32, where neither rounds on the way."""
+    plan, stored, found = golden(layer, kind)
+    solution = CORE.decode(plan, stored)
+    y = quantized_linear(solution)(found["x"]) + found["bias"]
+    error = float((y - found[f"{kind}.y"]).norm() / found[f"{kind}.y"].norm())
+    # W4A16 modules round their input and their weights to 16 bits; a rotated code that lies on an edge may flip
+    assert error < (6e-3 if kind == "w4a16" else 1e-3)
+
+
+def test_rounding_to_nearest_gives_the_bytes_of_comfy_kitchens_own_quantizer():
+    from svdq_cli.runtime.naive import naive_rotated
+
+    plan, stored, found = golden("k512", "w4a4")
+    assert isinstance(plan, RotatedPlan)
+    encoded = CORE.encode(naive_rotated(plan, found["weight"], None, torch.bfloat16))
+    differing = encoded["weight"] != stored["weight"]
+    assert int(differing.sum()) <= 2  # codes on an edge, where sums in another order fall to the other side
+    torch.testing.assert_close(encoded["weight_scale"], stored["weight_scale"], rtol=1e-6, atol=0)
+
+
+# ---------------------------------------------------------------------------------------------- single modules
+
+PLANS: dict[str, LayerPlan] = {
+    "w4a4": RotatedPlan.of(Linear("a", 320, 24, bias=True)),
+    "w4a8": RotatedPlan.of(Linear("a", 512, 24, bias=True), 8),
+    "w4a16": W4A16Plan(Linear("a", 128, 24, bias=True)),
+}
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_is_encoded_is_decoded_bit_for_bit_and_as_the_specs_say(plan: LayerPlan, dtype: torch.dtype):
+    solution = random_solution(plan, dtype=dtype)
+    stored = CORE.encode(solution)
+    specs = CORE.tensor_specs(plan, dtype)
+    assert {name: (tuple(t.shape), t.dtype) for name, t in stored.items()} == {
+        name: (spec.shape, spec.dtype) for name, spec in specs.items()
+    }
+    assert differing_fields(CORE.decode(plan, stored), solution) == []
+
+
+def test_a_zero_that_the_middle_code_cannot_hold_is_refused():
+    solution = random_solution(PLANS["w4a16"])
+    assert isinstance(solution, W4A16Solution)
+    solution.zeros[0, 0] = 1 + 2**-7  # next to scales of 0.02, 8 codes further down takes more than 8 bits
+    with pytest.raises(ValueError, match="not exact in 16 bits"):
+        CORE.encode(solution)
+
+
+@pytest.mark.parametrize(
+    ("linear", "reason"),
+    [
+        (Linear("a", 96, 24, bias=True), "in_features 96 is not a multiple of 64"),
+        (
+            Linear("a", 128, 24, True, "conv1x1"),
+            "it is a 1x1 convolution, and ComfyUI reads linear layers only",
+        ),
+    ],
+)
+def test_what_comfyui_cannot_run_is_refused_with_the_reason(linear: Linear, reason: str):
+    assert CORE.unsupported_reason(RotatedPlan.of(linear)) == reason
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"format": "svdquant_w4a4"}, "comfy_quant says"),
+        ({"format": "convrot_w4a4", "convrot_groupsize": 16}, "comfy_quant says"),
+        (None, "comfy_quant is missing or not a JSON object"),
+    ],
+)
+def test_a_module_whose_metadata_says_something_else_is_refused(said: object, message: str):
+    plan = PLANS["w4a4"]
+    stored = CORE.encode(random_solution(plan))
+    if said is None:
+        del stored["comfy_quant"]
+    else:
+        stored["comfy_quant"] = text_bytes(json.dumps(said))
+    with pytest.raises(InputError, match=message):
+        CORE.decode(plan, stored)
+
+
+# ---------------------------------------------------------------------------------------------- whole files
+
+FAMILIES = ("flux", "flux2", "chroma", "qwen-image", "z-image", "wan", "sd3", "sdxl", "pixart")
+
+
+@pytest.fixture(scope="module")
+def model_of(tmp_path_factory: pytest.TempPathFactory, tiny_flux: Path) -> Callable[[str], Path]:
+    """By family, its tiny pipeline."""
+    from tests.tiny_families import tiny_pipeline
+
+    made: dict[str, Path] = {"flux": tiny_flux}
+
+    def of(family: str) -> Path:
+        if family not in made:
+            made[family] = tiny_pipeline(family, tmp_path_factory.mktemp(family) / family)
+        return made[family]
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def converted(
+    model_of: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """By family, a data-free conversion to comfy-core."""
+    made: dict[str, Path] = {}
+
+    def of(family: str) -> Path:
+        if family not in made:
+            made[family] = tmp_path_factory.mktemp("out") / f"{family}.safetensors"
+            recipe = default_recipe(
+                str(model_of(family)),
+                quantization=Quantization(effort="datafree"),
+                outputs=(Output(format="comfy-core"),),
+            )
+            convert(recipe, made[family], options=RunOptions(device="cpu"))
+        return made[family]
+
+    return of
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_written_under_the_names_of_its_original_and_checks(converted, model_of, family: str):
+    file = converted(family)
+    checkpoint, source = open_checkpoint(file), open_source(model_of(family))
+    report = check(file, against=source)
+    assert report.problems == ()
+    assert report.format == "comfy-core"
+    assert any(isinstance(layer, RotatedPlan) for layer in checkpoint.layers)
+    if family != "qwen-image":  # whose original names are diffusers'
+        assert has_original_names(checkpoint.source.tensors)
+
+
+@pytest.mark.parametrize("family", ["flux", "z-image", "sdxl"])
+def test_what_stays_at_16_bits_comes_back_under_its_own_name(converted, model_of, family: str):
+    from svdq_cli.source import read_tensor
+
+    checkpoint, source = open_checkpoint(converted(family)), open_source(model_of(family))
+    quantized = {f"{layer.name}.{kind}" for layer in checkpoint.layers for kind in ("weight", "bias")}
+    assert set(checkpoint.kept_names()) == source.tensors.keys() - quantized
+    for name in checkpoint.kept_names():
+        assert same_bits(checkpoint.kept_tensor(name), read_tensor(source, name).to(torch.bfloat16)), name
+
+
+@pytest.mark.parametrize(
+    ("family", "modules"),
+    [
+        ("flux", {"double_blocks.0.img_attn.qkv": "convrot_w4a4", "single_blocks.0.linear1": "convrot_w4a4"}),
+        ("flux", {"double_blocks.0.img_mod.lin": "awq_w4a16", "single_blocks.0.modulation.lin": "awq_w4a16"}),
+        (
+            "qwen-image",
+            {"transformer_blocks.0.attn.to_q": "convrot_w4a4", "transformer_blocks.0.img_mod.1": "awq_w4a16"},
+        ),
+        ("z-image", {"layers.0.attention.qkv": "convrot_w4a4", "layers.0.feed_forward.w2": "convrot_w4a4"}),
+        ("wan", {"blocks.0.self_attn.q": "convrot_w4a4", "blocks.0.ffn.2": "convrot_w4a4"}),
+    ],
+)
+def test_modules_carry_the_metadata_by_which_comfyui_chooses_their_layout(converted, family: str, modules):
+    with safe_open(converted(family), framework="pt") as file:
+        for name, algorithm in modules.items():
+            said = json.loads(file.get_tensor(f"{name}.comfy_quant").numpy().tobytes())
+            assert said["format"] == algorithm, name
+
+
+def test_sdxl_keeps_the_text_projections_whose_shape_tells_comfyui_the_model(converted):
+    """ComfyUI reads the text width off `attn2.to_k`, whose packed weight would have half of it."""
+    with safe_open(converted("sdxl"), framework="pt") as file:
+        names = [name for name in file.keys() if name.endswith("attn2.to_k.weight")]  # noqa: SIM118  no iterator
+        assert names
+        assert all(file.get_tensor(name).dtype == torch.bfloat16 for name in names)
+
+
+def test_a_file_generates_in_plain_torch(converted, tiny_flux: Path):
+    pipe = load_pipeline(converted("flux"), base=tiny_flux, device="cpu", backend="auto")
+    assert isinstance(pipe.transformer.transformer_blocks[0].attn.to_q, RotatedLinear)
+    assert torch.isfinite(pipe.transformer.transformer_blocks[0].attn.to_q(torch.randn(3, 128))).all()
+
+
+def test_a_file_that_lost_its_header_is_still_recognized(converted, tiny_flux: Path, tmp_path: Path):
+    bare = tmp_path / "bare.safetensors"
+    save_file(load_file(converted("flux")), bare)
+    assert open_checkpoint(bare, base=tiny_flux).format.name == "comfy-core"
+
+
+def test_a_changed_code_is_found_without_the_source(converted, tmp_path: Path, tiny_flux: Path):
+    file = converted("flux")
+    tensors = load_file(file)
+    weight = tensors["double_blocks.0.img_mlp.0.weight"]
+    tensors["double_blocks.0.img_mlp.0.weight"] = weight.roll(5, 0)
+    with safe_open(file, framework="pt") as opened:
+        save_file(tensors, tmp_path / "rolled.safetensors", opened.metadata())
+    report = check(tmp_path / "rolled.safetensors", against=open_source(tiny_flux))
+    assert [problem.layer for problem in report.problems] == ["transformer_blocks.0.ff.net.0.proj"]
+
+
+def test_formats_with_and_without_a_branch_are_not_one_conversion(tiny_flux: Path, tmp_path: Path):
+    recipe = default_recipe(
+        str(tiny_flux),
+        quantization=Quantization(effort="datafree"),
+        outputs=(Output(format="nunchaku-lite"), Output(format="comfy-core")),
+    )
+    with pytest.raises(UsageError, match="comfy-core rotates inputs") as refused:
+        convert(recipe, (tmp_path / "a", tmp_path / "b.safetensors"), options=RunOptions(device="cpu"))
+    assert refused.value.hint is not None
+    assert "--calib" in refused.value.hint
+
+
+def test_a_branch_is_not_exported_into_a_format_that_has_none(converted, tmp_path: Path):
+    from svdq_cli.entrypoints.export import export
+
+    with pytest.raises(UsageError, match="rotated"):
+        export(converted("flux"), "nunchaku-lite", tmp_path / "out")
+
+
+def test_solutions_of_layers_that_share_an_input_are_stored_as_one_matrix(converted):
+    checkpoint = open_checkpoint(converted("flux"))
+    module = next(module for module in checkpoint.file.modules if module.name == "single_blocks.0.linear1")
+    assert [layer.name.rpartition(".")[2] for layer in module.layers] == ["to_q", "to_k", "to_v", "proj_mlp"]
+    assert all(isinstance(checkpoint.solution(layer), RotatedSolution) for layer in module.layers)
