@@ -21,6 +21,7 @@ from svdq_cli.calibration.prompts import dataset_prompts, read_prompts, read_tex
 from svdq_cli.calibration.shards import samples_of
 from svdq_cli.errors import InputError, UsageError
 from svdq_cli.storage.images import READ_SUFFIXES
+from svdq_cli.storage.pipeline_index import is_pipeline
 
 CAPTION_SUFFIXES = (".txt", ".caption")  # kohya's trainers write either
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -232,7 +233,7 @@ def _of_values(path: Path, values: Iterable[object], column: str | None) -> Prom
 
 def _of_folder(folder: Path, column: str | None) -> PromptList:
     """Captions next to images, an image folder's metadata, or data files. InputError for a folder of anything else."""
-    if (folder / "model_index.json").is_file():
+    if is_pipeline(folder):
         raise InputError(
             f"{folder}: a model (a diffusers pipeline), not prompts", hint=_ONE_A_LINE, where=str(folder)
         )

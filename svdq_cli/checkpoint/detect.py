@@ -9,6 +9,7 @@ from svdq_cli.formats import all_formats
 from svdq_cli.formats.contract import Format
 from svdq_cli.source import Source, denoiser_order, is_denoiser, pipeline_index, read_header
 from svdq_cli.storage.json_files import read_json
+from svdq_cli.storage.pipeline_index import is_pipeline
 from svdq_cli.storage.tensor_file import DTYPE_OF_NAME, TensorSpec
 
 STORED_DTYPES = ("BF16", "F16", "F32", "I8", "U8", "I32", "F8_E4M3")  # of all formats
@@ -75,7 +76,7 @@ def _component_folder(path: Path) -> Path | None:
 def component_folders(path: Path) -> list[Path]:
     """The denoisers of a folder: those of a pipeline that are quantized, or the first where none is; or the folder
     itself."""
-    if not (path / "model_index.json").is_file():
+    if not is_pipeline(path):
         return [path] if (path / "config.json").is_file() else []
     names = [name for name in pipeline_index(path) if is_denoiser(name)]
     there = [

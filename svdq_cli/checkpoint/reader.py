@@ -60,6 +60,7 @@ from svdq_cli.source import (
 from svdq_cli.source.means import MovedMean, means_by_layer, moved_of_json, without_means
 from svdq_cli.source.tensors import SliceTensor
 from svdq_cli.storage.headers import header_metadata
+from svdq_cli.storage.pipeline_index import is_pipeline
 from svdq_cli.storage.tensor_file import TensorSpec
 
 PROVENANCE = "svdq"  # key of the safetensors metadata
@@ -247,7 +248,7 @@ def _open_folder(path: Path) -> Checkpoint:
             where=str(path),
             kind=kind,
         )
-    pipeline = path if (path / "model_index.json").is_file() else None
+    pipeline = path if is_pipeline(path) else None
     return _joined([_open_component(path, folder, pipeline) for folder in folders])
 
 

@@ -23,6 +23,7 @@ from svdq_cli.solve.nf4 import GROUP
 from svdq_cli.source import TensorEntry, pipeline_index, read_header, text_encoders_of, weight_files
 from svdq_cli.source.quantized import already_quantized, refuse_quantized
 from svdq_cli.storage.json_files import read_json
+from svdq_cli.storage.pipeline_index import is_pipeline
 from svdq_cli.storage.tensor_file import DTYPE_OF_NAME, TensorSpec
 from svdq_cli.system.quiet import quiet_loading
 
@@ -171,8 +172,7 @@ def _method(config: Mapping[str, object]) -> object:
 
 def _class_of(folder: Path, component: str, config: Mapping[str, object]) -> str:
     """The class that diffusers loads: the pipeline's index names it."""
-    index = folder.parent / "model_index.json"
-    entry = pipeline_index(folder.parent).get(component) if index.is_file() else None
+    entry = pipeline_index(folder.parent).get(component) if is_pipeline(folder.parent) else None
     if (
         isinstance(entry, list)
         and len(entry) == 2

@@ -37,8 +37,11 @@ from svdq_cli.source import (
     pipeline_index,
     weight_files,
 )
+from svdq_cli.source.modular_index import index_of_copy
 from svdq_cli.storage.atomic import write_text
+from svdq_cli.storage.json_files import read_json
 from svdq_cli.storage.output_paths import REPORT_FILE
+from svdq_cli.storage.pipeline_index import index_file, is_modular
 from svdq_cli.storage.tensor_file import DTYPE_OF_NAME, TensorSpec, write_tensors
 from svdq_cli.system.threads import cores, prefetch
 
@@ -355,7 +358,13 @@ def copy_pipeline(
     """Copy the other components, and how the model is sampled; those that are `weightless` without their weights. The
     source's README stays behind: it describes another model."""
     index = pipeline_index(source)
-    shutil.copyfile(source / "model_index.json", target / "model_index.json")
+    listed = index_file(source)
+    assert listed is not None  # `pipeline_index` has read it
+    if is_modular(source):
+        here = {name for name in index if (source / name).is_dir()}
+        write_text(target / listed.name, json.dumps(index_of_copy(read_json(listed), here), indent=2) + "\n")
+    else:
+        shutil.copyfile(listed, target / listed.name)
     for name in index:
         if name not in skip and not name.startswith("_") and (source / name).is_dir():
             ignore = _NO_WEIGHTS if name in weightless else _NOT_COPIED

@@ -16,8 +16,8 @@ from svdq_cli.checkpoint.reader import Checkpoint
 from svdq_cli.prepare.facts import layers_text
 from svdq_cli.prepare.locate import hub_id
 from svdq_cli.reports import ConvertReport, LoraFacts, RankFacts, TextEncoderFacts, to_json
-from svdq_cli.source import is_expert
-from svdq_cli.storage.json_files import read_json
+from svdq_cli.source import is_expert, pipeline_index
+from svdq_cli.storage.pipeline_index import is_pipeline
 from svdq_cli.text import cell, number, table
 
 CARD_FILE = "README.md"
@@ -123,8 +123,7 @@ def _header_of(path: Path, keys: Sequence[str]) -> dict[str, Any]:
 
 def _pipeline_tag(pipeline: Path | None) -> str:
     """The pipeline tag of the Hub (text-to-image ...), from the name of the pipeline's class."""
-    index = pipeline / "model_index.json" if pipeline else None
-    name = str(read_json(index).get("_class_name")) if index and index.is_file() else ""
+    name = str(pipeline_index(pipeline).get("_class_name")) if pipeline and is_pipeline(pipeline) else ""
     if re.search("Video|Wan|LTX|Mochi", name):
         return "text-to-video"
     return (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +14,9 @@ from svdq_cli.checkpoint.writer import report_path
 from svdq_cli.conversion.card import CARD_FILE, card_path
 from svdq_cli.errors import CheckFailedError, EnvironmentLacksError, GateMissedError, UsageError
 from svdq_cli.records import Event, Observer, ignore_events
+from svdq_cli.source.modular_index import index_of_copy
 from svdq_cli.storage.json_files import read_json
+from svdq_cli.storage.pipeline_index import MODULAR_INDEX
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -47,7 +50,7 @@ def push(
     observe: Observer = ignore_events,
 ) -> PushReport:
     """Upload a checkpoint. A folder goes as it is, but for the report, which names folders of this machine; a file goes
-    under its name, with the card next to it.
+    under its name, with the card next to it. The index of a modular pipeline is made to name the repository.
 
     Raises CheckFailedError for a checkpoint that fails its check, GateMissedError for one that missed its gates,
     EnvironmentLacksError where the Hub can't be reached or does not let one in.
@@ -103,6 +106,14 @@ def _files(path: Path) -> Mapping[str, Path]:
     }
 
 
+def _content(file: Path, repository: str) -> str | bytes:
+    """A file's path; the text of a modular index, whose components are those of the repository."""
+    if file.name != MODULAR_INDEX:
+        return str(file)
+    here = {folder.name for folder in file.parent.iterdir() if folder.is_dir()}
+    return json.dumps(index_of_copy(read_json(file), here, repository), indent=2).encode()
+
+
 def _commit(repository: str, files: Mapping[str, Path], *, private: bool) -> str:
     from huggingface_hub import CommitOperationAdd, HfApi
 
@@ -111,7 +122,7 @@ def _commit(repository: str, files: Mapping[str, Path], *, private: bool) -> str
         api.create_repo(repository, private=private, exist_ok=True)
         done = api.create_commit(
             repository,
-            [CommitOperationAdd(name, str(file)) for name, file in files.items()],
+            [CommitOperationAdd(name, _content(file, repository)) for name, file in files.items()],
             commit_message="Upload a checkpoint made with svdq",
         )
     except Exception as error:  # the client raises its own kinds and those of its HTTP library

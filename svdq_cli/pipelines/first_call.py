@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # args and kwargs
 
 
-class _Called(Exception):
-    """Ends the run."""
+class _Called(BaseException):
+    """Ends the run. No Exception: Modular Diffusers logs those on their way."""
 
     def __init__(self, arguments: Arguments) -> None:
         super().__init__()

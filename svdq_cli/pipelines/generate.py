@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-import json
 import time
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -25,10 +24,12 @@ from svdq_cli.errors import (
 from svdq_cli.pipelines.arguments import INPUT_NAMES, missing_inputs, optional_arguments
 from svdq_cli.pipelines.embeddings import EncodedPrompts
 from svdq_cli.pipelines.finite import finite_images, require_finite_latents
+from svdq_cli.pipelines.modular import answer_of, is_modular_pipeline, load_modular
 from svdq_cli.pipelines.settings import SamplingSettings
 from svdq_cli.records import Event, Observer, ignore_events
 from svdq_cli.source import pipeline_index
 from svdq_cli.storage.json_files import read_json
+from svdq_cli.storage.pipeline_index import INDEXES, MODULAR_INDEX, index_file, is_modular
 from svdq_cli.system.quiet import quiet_loading
 
 if TYPE_CHECKING:
@@ -57,16 +58,7 @@ def load_source_pipeline(
     _require_packages(folder, given=(components or {}).keys())
     try:
         with quiet_loading():
-            # DiffusionPipeline.from_pretrained loads components that are optional arguments of the class (Wan's
-            # transformers) from the folder, whatever it is given for them
-            pipe = pipeline_class.from_pretrained(
-                str(folder),
-                torch_dtype=dtype,  # deprecated, but diffusers before `dtype` would ignore that and load float32
-                local_files_only=True,
-                use_safetensors=True,
-                trust_remote_code=False,
-                **(components or {}),
-            )
+            pipe = _loaded(pipeline_class, folder, dtype, components or {})
         _as_asked(pipe, dtype)
         if device is not None:
             pipe.to(device)
@@ -113,6 +105,23 @@ def _require_packages(folder: Path, *, given: Collection[str]) -> None:
                 hint='pip install "svdq[encoders]"',
                 where="bitsandbytes",
             )
+
+
+def _loaded(
+    pipeline_class: Any, folder: Path, dtype: torch.dtype, components: Mapping[str, object]
+) -> DiffusionPipeline:
+    if is_modular(folder):
+        return load_modular(pipeline_class, folder, dtype=dtype, components=components)
+    # DiffusionPipeline.from_pretrained loads components that are optional arguments of the class (Wan's transformers)
+    # from the folder, whatever it is given for them
+    return pipeline_class.from_pretrained(
+        str(folder),
+        torch_dtype=dtype,  # deprecated, but diffusers before `dtype` would ignore that and load float32
+        local_files_only=True,
+        use_safetensors=True,
+        trust_remote_code=False,
+        **components,
+    )
 
 
 def generate_images(
@@ -319,7 +328,10 @@ def denoise(
     }
     try:
         with finite_images(pipe), encoded.replayed(pipe, batch) if encoded else nullcontext():
-            out = call(**{name: value for name, value in arguments.items() if name in accepted})
+            given = {name: value for name, value in arguments.items() if name in accepted}
+            if is_modular_pipeline(pipe):
+                return answer_of(pipe, given)
+            out = call(**given)
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise OutOfResourcesError(
             f"out of memory while generating {len(batch.prompts)} images of {settings.width}x{settings.height} at a "
@@ -397,21 +409,14 @@ def _steps_observed(stage: str, done: int, total: int, observe: Observer) -> Ite
 def _checked_class(folder: Path, *, given: Collection[str]) -> type[DiffusionPipeline]:
     """The class of the pipeline in a folder. Refuses early, and with a better message than diffusers', what can't be a
     pipeline folder. Components that are `given` need not be there."""
-    index = folder / "model_index.json"
-    if not index.is_file():
+    index = index_file(folder)
+    if index is None:
         raise InputError(
-            f"{folder}: not a diffusers pipeline folder (it has no model_index.json)",
+            f"{folder}: not a diffusers pipeline folder (it has no {' and no '.join(INDEXES)})",
             hint="give a folder that save_pretrained wrote, or a complete download",
             where=str(folder),
         )
-    try:
-        parts = json.loads(index.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(
-            f"{index}: not valid JSON ({error})", hint="download the folder again", where=str(index)
-        ) from None
-    if not isinstance(parts, dict):
-        raise InputError(f"{index}: not a JSON object", hint="download the folder again", where=str(index))
+    parts = pipeline_index(folder)
     pipeline_class = _named_class(index, parts.get("_class_name"))
     for name, value in parts.items():
         # a component is [library, class]; [null, null] is one that the pipeline does without, numbers are its settings
@@ -424,16 +429,16 @@ def _checked_class(folder: Path, *, given: Collection[str]) -> type[DiffusionPip
 
 def _named_class(index: Path, name: object) -> type[DiffusionPipeline]:
     import diffusers
-    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
+    base: Any = diffusers.ModularPipeline if index.name == MODULAR_INDEX else diffusers.DiffusionPipeline
     found = getattr(diffusers, name, None) if isinstance(name, str) else None
-    if not (inspect.isclass(found) and issubclass(found, DiffusionPipeline)):
+    if not (inspect.isclass(found) and issubclass(found, base)):
         raise InputError(
             f"{index}: _class_name {name!r} is not a pipeline of diffusers {diffusers.__version__}",
             hint="upgrade diffusers; svdq runs no pipeline code from the folder itself",
             where=str(index),
         )
-    return found
+    return cast("type[DiffusionPipeline]", found)
 
 
 def _check_component(folder: Path, name: str, library: str) -> None:
@@ -448,6 +453,6 @@ def _check_component(folder: Path, name: str, library: str) -> None:
     if not (folder / name).is_dir():
         raise InputError(
             f"{folder}: component {name!r} is missing",
-            hint=f"download the folder again; {name}/ should be next to model_index.json",
+            hint=f"download the folder again; {name}/ should be next to the index",
             where=str(folder / name),
         )

@@ -13,6 +13,7 @@ from svdq_cli.recipe import find_source, recipe_like, user_path
 from svdq_cli.sampling import SAMPLING_FILE
 from svdq_cli.source import COMPONENTS
 from svdq_cli.storage.atomic import cache_errors, cached_folder
+from svdq_cli.storage.pipeline_index import INDEXES, is_pipeline
 from svdq_cli.storage.resources import cache_folder, demo_model_folder
 
 _OFFLINE = {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectionError", "ConnectError"}
@@ -20,7 +21,7 @@ DEMO_SOURCES = ("demo", "demo:outliers")
 _HUB_ID = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
 # What a conversion reads and copies; single-file duplicates of the weights at a repository's top stay on the Hub.
 _HUB_FILES = (
-    "model_index.json",
+    *INDEXES,
     SAMPLING_FILE,
     "README.md",
     "LICENSE*",
@@ -139,7 +140,7 @@ def _from_hub(name: str, revision: str | None, *, leave: tuple[str, ...] = ()) -
             where=name,
             kind="not-found",
         ) from error
-    if not (folder / "model_index.json").is_file() and not (folder / "config.json").is_file():
+    if not is_pipeline(folder) and not (folder / "config.json").is_file():
         raise InputError(
             f"{name}: this repository holds no diffusers pipeline",
             hint="download its .safetensors or .gguf file and give that, with --base for the other parts",

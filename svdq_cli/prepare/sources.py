@@ -14,6 +14,7 @@ from svdq_cli.recipe import (
     Recipe,
 )
 from svdq_cli.source import Source, denoiser_components, only, open_source
+from svdq_cli.storage.pipeline_index import is_pipeline
 
 # What Wan's own files and ComfyUI's call the second transformer of Wan 2.2.
 _LOW_NOISE = re.compile("low[-_ ]?noise", re.IGNORECASE)
@@ -57,7 +58,7 @@ def pipeline_of(recipe: Recipe, options: RunOptions) -> Path | None:
     if recipe.model.base:
         return locate_base(recipe.model.base, beside=options.beside)
     path = locate_source(recipe.model.source, beside=options.beside, revision=recipe.model.revision)
-    return path if (path / "model_index.json").is_file() else None
+    return path if is_pipeline(path) else None
 
 
 def lora_files(recipe: Recipe, options: RunOptions) -> tuple[Path, ...]:

@@ -91,7 +91,13 @@ def _asked_defaults(pipeline_class: str) -> Mapping[str, object]:
     """Those that are numbers, texts or None; of every other argument None."""
     import diffusers
 
-    call = getattr(diffusers, pipeline_class).__call__
+    found = getattr(diffusers, pipeline_class)
+    if issubclass(found, diffusers.ModularPipeline):
+        inputs = {param.name: param.default for param in found().blocks.inputs if param.name}
+        return {
+            name: value if isinstance(value, (int, float, str)) else None for name, value in inputs.items()
+        }
+    call = found.__call__
     given = {key: argument.default for key, argument in inspect.signature(call).parameters.items()}
     return {key: value if isinstance(value, (int, float, str)) else None for key, value in given.items()}
 

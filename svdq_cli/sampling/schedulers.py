@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 from svdq_cli.errors import InputError
 from svdq_cli.source import scheduler_config
 from svdq_cli.storage.json_files import read_json
+from svdq_cli.storage.pipeline_index import index_file
 
 if TYPE_CHECKING:
     from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -52,8 +53,13 @@ def write_scheduler(folder: Path, pipeline: Path, settings: Mapping[str, object]
     """Puts that scheduler into a copy of the pipeline."""
     scheduler = scheduler_with(pipeline, settings)
     scheduler.save_pretrained(str(folder / "scheduler"))
-    index = {**read_json(folder / "model_index.json"), "scheduler": ["diffusers", type(scheduler).__name__]}
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    path = index_file(folder)
+    assert path is not None  # it is a copy of a pipeline
+    index = read_json(path)
+    said = index.get("scheduler")
+    source = said[2:] if isinstance(said, list) else []  # of a modular one
+    index = {**index, "scheduler": ["diffusers", type(scheduler).__name__, *source]}
+    path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _class(pipeline: Path, name: str) -> type[SchedulerMixin]:

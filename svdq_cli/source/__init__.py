@@ -1,7 +1,8 @@
 """The 16-bit model on disk: found, indexed from its headers, read one tensor at a time.
 
-A source is a diffusers pipeline folder (`model_index.json`), the folder of one component (`config.json` next to its
-weights), a single file under any of the names in use, or a bare `config.json` (enough for `svdq inspect`).
+A source is a diffusers pipeline folder (`model_index.json`, or `modular_model_index.json` of Modular Diffusers), the
+folder of one component (`config.json` next to its weights), a single file under any of the names in use, or a bare
+`config.json` (enough for `svdq inspect`).
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ from svdq_cli.source.single_file import has_original_names, open_single_file
 from svdq_cli.source.tensors import TensorEntry, is_finite
 from svdq_cli.storage.headers import pickled
 from svdq_cli.storage.json_files import read_json
+from svdq_cli.storage.pipeline_index import INDEXES, is_pipeline
 
 __all__ = [
     "COMPONENTS",
@@ -95,9 +97,9 @@ def open_source(path: Path, *, base: Path | None = None) -> Source:
 
 
 def _opened(path: Path, base: Path | None) -> Source:
-    if base is not None and not (base / "model_index.json").is_file():
+    if base is not None and not is_pipeline(base):
         raise InputError(
-            f"{base}: not a pipeline folder (it has no model_index.json)",
+            f"{base}: not a pipeline folder (it has no {' and no '.join(INDEXES)})",
             hint="--base is a whole diffusers pipeline: a folder or a Hub id",
             where=str(base),
         )
@@ -126,7 +128,7 @@ def _opened(path: Path, base: Path | None) -> Source:
 
 
 def _open_folder(path: Path, base: Path | None) -> Source:
-    if (path / "model_index.json").is_file():
+    if is_pipeline(path):
         if base is not None:
             raise InputError(
                 f"{path} is a whole pipeline and needs no base",
@@ -147,7 +149,7 @@ def _open_folder(path: Path, base: Path | None) -> Source:
     if files := model_files(path):
         return open_single_file(path, base=base, files=files)
     raise InputError(
-        f"{path}: neither model_index.json nor config.json is in this folder",
+        f"{path}: none of {', '.join(INDEXES)} and config.json is in this folder",
         hint="give a diffusers pipeline folder (the one with model_index.json)",
         where=str(path),
     )

@@ -1,5 +1,5 @@
-"""Diffusers folders: a whole pipeline (`model_index.json`) or one component (`config.json` next to its
-weights)."""
+"""Diffusers folders: a whole pipeline (`model_index.json`, or `modular_model_index.json` of Modular Diffusers), or one
+component (`config.json` next to its weights)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import stat
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 from svdq_cli.errors import InputError
 from svdq_cli.source.classes import shapes_of
@@ -20,6 +21,7 @@ from svdq_cli.source.tensors import StoredTensor
 from svdq_cli.source.upconverted import upconverted
 from svdq_cli.storage.headers import damaged, pickled
 from svdq_cli.storage.json_files import read_json
+from svdq_cli.storage.pipeline_index import INDEXES, index_file
 
 _WEIGHT_NAMES = ("diffusion_pytorch_model", "model")
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -97,9 +99,10 @@ def component_config(pipeline: Path) -> Mapping[str, object] | None:
 
 
 def pipeline_index(pipeline: Path) -> Mapping[str, object]:
-    """`model_index.json`. Raises InputError where a component's name would lead out of the folder."""
-    path = pipeline / "model_index.json"
-    index = read_json(path)
+    """The index: components as [library, class], or [null, null] where the pipeline does without. Raises InputError
+    where a component's name would lead out of the folder."""
+    path = index_file(pipeline) or pipeline / INDEXES[0]
+    index = {name: _component_entry(value) for name, value in read_json(path).items()}
     for name in index:
         if name in ("", ".", "..") or any(mark in name for mark in "/\\\0"):
             raise InputError(
@@ -109,6 +112,12 @@ def pipeline_index(pipeline: Path) -> Mapping[str, object]:
                 kind="unsafe-path",
             )
     return index
+
+
+def _component_entry(value: object) -> object:
+    """A modular index has a third item: where the component is loaded from unless it is in the folder."""
+    entry = cast("list[object]", value) if isinstance(value, list) else []
+    return entry[:2] if len(entry) == 3 and isinstance(entry[2], dict) else value
 
 
 def component_files(pipeline: Path, *, skip: Collection[str]) -> Iterator[Path]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from svdq_cli.errors import InputError
+from svdq_cli.storage.pipeline_index import is_pipeline
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +86,7 @@ def refuse_other_components(path: Path, config: Mapping[str, object] | None) -> 
     if found is None:
         return
     folder = path if path.is_dir() else path.parent
-    above = next(
-        (parent for parent in (folder, folder.parent) if (parent / "model_index.json").is_file()), None
-    )
+    above = next((parent for parent in (folder, folder.parent) if is_pipeline(parent)), None)
     raise InputError(
         f"{path}: {found}{f' ({name})' if name else ''}, not a diffusion model",
         hint=f"give the pipeline it belongs to: {above}" if above else "give the pipeline's folder",

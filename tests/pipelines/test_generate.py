@@ -120,7 +120,7 @@ def _truncate(path: Path) -> None:
 
 DAMAGE = {
     "no model_index.json": lambda folder: (folder / "model_index.json").unlink(),
-    "not valid JSON": lambda folder: (folder / "model_index.json").write_text("{"),
+    "not readable JSON": lambda folder: (folder / "model_index.json").write_text("{"),
     "is not a pipeline of diffusers": lambda folder: _edit_index(folder, _class_name="FluxPipelineX"),
     "_class_name \\['pipe', 'Mine'\\] is not": lambda folder: _edit_index(
         folder, _class_name=["pipe", "Mine"]
