@@ -3,7 +3,6 @@
 //   a  (steps, 2, 8, 8) uint4   core matrices of 64 rows: [step][k16][row / 8][row % 8]
 //   b  (steps, 2, 16, 8) uint4  the same of 128 rows
 //   c  (64, 128) float32
-//   leading_*, stride_*: the descriptors' offsets in bytes, so that the caller can try both readings of the manual
 //
 // Compute capability 9.0 (sm_90a).
 #include "wgmma.cuh"
@@ -11,8 +10,7 @@
 constexpr int LANES = 32, A_VECTORS = 128, B_VECTORS = 256;
 
 extern "C" __global__ void __launch_bounds__(128)
-    wgmma_exact(const uint4* a, const uint4* b, float* c, int steps, int leading_a, int stride_a, int leading_b,
-                int stride_b)
+    wgmma_exact(const uint4* a, const uint4* b, float* c, int steps)
 {
     __shared__ alignas(128) uint4 rows[A_VECTORS];
     __shared__ alignas(128) uint4 columns[B_VECTORS];
@@ -26,7 +24,7 @@ extern "C" __global__ void __launch_bounds__(128)
         fence_stores_before_wgmma();
         __syncthreads();
         wgmma_fence();
-        wgmma_e4m3(d, matrix_descriptor(rows, leading_a, stride_a), matrix_descriptor(columns, leading_b, stride_b), 1);
+        wgmma_e4m3(d, matrix_descriptor(rows, 64 * 16, 8 * 16), matrix_descriptor(columns, 128 * 16, 8 * 16), 1);
         wgmma_commit();
         wgmma_wait<0>();
     }

@@ -5,11 +5,12 @@
 //   dropped
 //   -D OPERAND: 0 e4m3, 1 int8, 2 bfloat16
 //   -D PROMOTE: 0 sums stay in the instruction; 1 each group is added by one fma with a row's scale (W4A8);
-//               2 by a product of a row's and a column's scale (exact W4A4)
+//               2 by a row's scale and a column's, a product and an fma (exact W4A4)
 //
 // Compute capability 9.0 (sm_90a). Multiply-adds: grid * 2 * 64 * 128 * 64 * repeats (half of it for bfloat16).
 #include "wgmma.cuh"
 
+constexpr int COLUMN_SCALES = 32; // vectors of four
 constexpr int A_BYTES = 64 * 64, B_BYTES = 128 * 64; // per warpgroup, and shared by both
 
 #if OPERAND == 1
@@ -41,10 +42,12 @@ extern "C" __global__ void __launch_bounds__(256) wgmma_rate(const uint4* operan
     const u64 a = matrix_descriptor(memory + group * (A_BYTES / 16), 1024, 128);
     const u64 b = matrix_descriptor(memory + 2 * (A_BYTES / 16), 2048, 128);
     const float row_scales[2] = {1.0f + threadIdx.x, 2.0f + threadIdx.x};
-    float column_scales[32];
-#pragma unroll
-    for (int i = 0; i < 32; ++i)
-        column_scales[i] = __uint_as_float(memory[i].x & 0x3fffffffu);
+    // As in hopper_product.cuh the scales of columns come from shared memory, four at a time, at another place for every
+    // group: else the compiler multiplies both factors once, before the loop.
+    __shared__ float4 column_scales[COLUMN_SCALES + 15];
+    for (int i = threadIdx.x; i < COLUMN_SCALES + 15; i += blockDim.x)
+        column_scales[i] = make_float4(1.0f + i, 2.0f + i, 3.0f + i, 4.0f + i);
+    __syncthreads();
 
     Sum sums[64] = {};
     float acc[64] = {};
@@ -56,10 +59,18 @@ extern "C" __global__ void __launch_bounds__(256) wgmma_rate(const uint4* operan
         wgmma_commit();
         wgmma_wait<0>();
 #if PROMOTE
+        const float4* scales = column_scales + repeat % 16 + threadIdx.x % 4;
 #pragma unroll
-        for (int i = 0; i < 64; ++i) {
-            const float scale = PROMOTE == 1 ? row_scales[i / 2 % 2] : row_scales[i / 2 % 2] * column_scales[i / 4 * 2 + i % 2];
-            acc[i] = fmaf(float(sums[i]), scale, acc[i]);
+        for (int pair = 0; pair < 8; ++pair) {
+            const float4 four = scales[4 * pair];
+            const float columns[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+            for (int j = 0; j < 8; ++j) {
+                const int i = 8 * pair + j;
+                const float sum = float(sums[i]) * row_scales[j / 2 % 2];
+                acc[i] = PROMOTE == 1 ? fmaf(float(sums[i]), row_scales[j / 2 % 2], acc[i])
+                                      : fmaf(sum, columns[j / 4 * 2 + j % 2], acc[i]);
+            }
         }
 #endif
     }

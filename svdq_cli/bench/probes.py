@@ -15,6 +15,7 @@ K32 = 32
 ROWS, COLUMNS = 64, 128  # of one wgmma
 SECONDS = 0.1
 REPEATS = 2000
+L2_TILE_BYTES, L2_TILES, L2_STAGES = 20480, 1024, 8  # 20 MB, which L2 holds; 160 KB of shared memory
 CODING_UNITS = {"normal": 1.0, "subnormal": 2.0**-9}
 WGMMA_TYPES = {"e4m3": 0, "int8": 1, "bfloat16": 2}
 SHARED_LOADS = ("LDS.128, 32 addresses", "LDS.128, 4 addresses", "LDS.64, 4 addresses", "LDS.32, 4 addresses")
@@ -24,7 +25,7 @@ PROMOTIONS = {"none": 0, "row scale": 1, "row and column scale": 2}
 
 
 def exactness(gpu: CudaDevice) -> Iterator[dict[str, object]]:
-    """Sums of int4 codes held in e4m3, for both readings of the descriptor's offsets: the right one is exact.
+    """Sums of int4 codes held in e4m3, against the integers.
 
     Codings of rows and columns: hopper_gemm.cu has subnormal rows (the weight) and normal columns.
     """
@@ -39,13 +40,13 @@ def _exactness(gpu: CudaDevice, coding: tuple[str, str], pattern: str, columns: 
     others = codes_like(pattern.removesuffix(" unsigned"), COLUMNS, columns, seed=1)
     unit = CODING_UNITS[coding[0]] * CODING_UNITS[coding[1]]
     wanted = rows.double() @ others.double().T
-    errors: dict[str, float] = {}
-    for reading in ("leading along k", "leading along rows"):
-        found = _multiply(gpu, e4m3_codes(rows, coding[0]), e4m3_codes(others, coding[1]), reading).cpu()
-        errors[reading] = float((found.double() / unit - wanted).abs().max())
+    found = _multiply(gpu, e4m3_codes(rows, coding[0]), e4m3_codes(others, coding[1])).cpu()
     return {
         **{"probe": "e4m3 sums", "coding": " x ".join(coding), "codes": pattern, "k": columns},
-        **{"largest_sum": float(wanted.abs().max()), "largest_error": errors},
+        **{
+            "largest_sum": float(wanted.abs().max()),
+            "largest_error": float((found.double() / unit - wanted).abs().max()),
+        },
     }
 
 
@@ -80,19 +81,14 @@ def core_matrices(matrix: Tensor) -> Tensor:
     return matrix.reshape(rows // 8, 8, columns // K32, 2, 16).permute(2, 3, 0, 1, 4).contiguous()
 
 
-def _multiply(gpu: CudaDevice, rows: Tensor, others: Tensor, reading: str) -> Tensor:
+def _multiply(gpu: CudaDevice, rows: Tensor, others: Tensor) -> Tensor:
     device = torch.device("cuda", gpu.index)
     result = torch.zeros(ROWS, COLUMNS, device=device)
-    offsets = [(16 * ROWS, 128), (16 * COLUMNS, 128)]
-    if reading == "leading along rows":
-        offsets = [(stride, leading) for leading, stride in offsets]
     gpu.launch(
         Variant("probes/wgmma_exact", ()),
         (1, 1, 1),
         128,
         *(core_matrices(rows).to(device), core_matrices(others).to(device), result, rows.shape[1] // K32),
-        *offsets[0],
-        *offsets[1],
     )
     return result
 
@@ -130,6 +126,34 @@ def wavefronts(gpu: CudaDevice) -> Iterator[dict[str, object]]:
         us = measure([call], seconds=SECONDS, device=device).median
         known = known or us
         yield {"probe": "shared memory", "load": name, "us": us, "wavefronts": 4 * us / known}
+
+
+def l2_bandwidth(gpu: CudaDevice) -> Iterator[dict[str, object]]:
+    """Bytes a cycle and multiprocessor that bulk copies bring from L2: what bounds every GEMM that is not bound by
+    its instructions."""
+    device = torch.device("cuda", gpu.index)
+    source = torch.zeros(L2_TILES * L2_TILE_BYTES, dtype=torch.uint8, device=device)
+    cycles = torch.zeros(gpu.multiprocessors, dtype=torch.int64, device=device)
+    variant = l2_variant()
+    call: Callable[[], None] = lambda: gpu.launch(  # noqa: E731
+        variant, (gpu.multiprocessors, 1, 1), 32, source, cycles, L2_TILES, REPEATS
+    )
+    us = measure([call], seconds=SECONDS, device=device).median
+    copied = REPEATS * L2_TILE_BYTES
+    yield {
+        **{"probe": "L2 bandwidth", "us": us, "tb_per_s": gpu.multiprocessors * copied / us / 1e6},
+        "bytes_per_cycle": copied / float(cycles.double().mean()),
+    }
+
+
+def l2_variant() -> Variant:
+    """The probe of L2, with its ring of tiles."""
+    ring = {
+        "TILE_BYTES": L2_TILE_BYTES,
+        "STAGES": L2_STAGES,
+        "DYNAMIC_SHARED": L2_STAGES * L2_TILE_BYTES + 128,
+    }
+    return Variant("probes/l2_bandwidth", tuple(ring.items()))
 
 
 def _combinations() -> Iterator[tuple[str, str, str]]:

@@ -19,6 +19,9 @@ CPU_CACHE_BYTES = 64 * 2**20
 LEAST_COPIES, MOST_COPIES = 3, 256
 LEAST_SAMPLES = {"cpu": 5, "cuda": 50}
 MOST_SAMPLES = 10_000
+LEAST_REPLAYS = 10  # of a graph of many calls, and of a call that takes long
+LONG_CALL = 2e-3  # seconds, from which what the CPU takes for a launch is nothing
+LEAST_REPLAY, MOST_IN_GRAPH = 1e-3, 512  # seconds a replay should take, and calls that it may hold for that
 COPY_BYTES = {"cpu": 256 * 2**20, "cuda": 2**30}
 COPY_SECONDS = 0.2
 
@@ -39,8 +42,9 @@ def copies_beyond_cache(bytes_per_call: int, device: torch.device) -> int:
 def measure(calls: Sequence[Call], *, seconds: float, device: torch.device) -> Microseconds:
     """Median, 10th and 90th percentile of one call. `calls` do the same on operands of their own and take turns.
 
-    Samples are taken for about `seconds`, and at least LEAST_SAMPLES of them. On a GPU the time is what passes on
-    the device between two events around the call, gaps between its kernels included.
+    Samples are taken for about `seconds`, and at least LEAST_SAMPLES of them. On a GPU all calls together become a CUDA
+    graph, and a sample is the time between two events around its replay, over the number of calls: so the time that
+    the CPU takes to launch a call is not in it. Calls that can't be captured are timed one by one.
     """
     if device.type == "cuda":
         with torch.cuda.device(device):
@@ -74,17 +78,37 @@ def _on_cuda(calls: Sequence[Call], seconds: float, device: torch.device) -> lis
     """All calls are queued before the first is waited for: a wait between them would empty the queue."""
     turns = cycle(calls)
     each = _warm_up(turns.__next__, seconds / 4, wait=lambda: torch.cuda.synchronize(device))
-    count = min(max(round(seconds / each), LEAST_SAMPLES["cuda"]), MOST_SAMPLES)
+    # A replay should last longer than what lies between two of them
+    graph_calls = [
+        next(turns) for _ in range(max(len(calls), min(MOST_IN_GRAPH, round(LEAST_REPLAY / each))))
+    ]
+    replay = _captured(graph_calls) if each < LONG_CALL else None
+    run, calls_a_run = (replay, len(graph_calls)) if replay else (lambda: next(turns)(), 1)
+    run()
+    torch.cuda.synchronize(device)
+    least = LEAST_REPLAYS if replay or each >= LONG_CALL else LEAST_SAMPLES["cuda"]
+    count = min(max(round(seconds / each / calls_a_run), least), MOST_SAMPLES)
     events = [
         (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)
     ]
     for before, after in events:
-        call = next(turns)
         before.record()
-        call()
+        run()
         after.record()
     torch.cuda.synchronize(device)
-    return [before.elapsed_time(after) * 1e3 for before, after in events]
+    return [before.elapsed_time(after) * 1e3 / calls_a_run for before, after in events]
+
+
+def _captured(calls: Sequence[Call]) -> Call | None:
+    """The calls as one CUDA graph; None where one of them can't be captured, as it waits for the GPU."""
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            for call in calls:
+                call()
+    except RuntimeError:
+        return None
+    return graph.replay
 
 
 def _warm_up(next_call: Callable[[], Call], seconds: float, *, wait: Call) -> float:

@@ -25,6 +25,7 @@ class Architecture:
     bfloat16: bool
     shared_kb: int  # of a multiprocessor: CUDA C++ Programming Guide, technical specifications per compute capability
     block_scaled: bool = False  # mxf4nvf4 mma
+    least_nvrtc: tuple[int, int] = (12, 8)  # that knows the target: release notes of CUDA
     hopper_modes: bool = False  # kernels/experimental/hopper/hopper_*.cu
 
 
@@ -35,7 +36,12 @@ ARCHITECTURES = (
     Architecture("sm_86", CodeMma.S4_K64, bfloat16=True, shared_kb=100),
     Architecture("sm_89", CodeMma.S4_K64, bfloat16=True, shared_kb=100),
     Architecture("sm_90a", CodeMma.S8_K32, bfloat16=True, shared_kb=228, hopper_modes=True),
+    Architecture("sm_100", CodeMma.S8_K32, bfloat16=True, shared_kb=228),
+    Architecture("sm_110", CodeMma.S8_K32, bfloat16=True, shared_kb=228, least_nvrtc=(13, 0)),
     Architecture("sm_120a", CodeMma.S8_K32, bfloat16=True, shared_kb=100, block_scaled=True),
+    Architecture(
+        *("sm_121a", CodeMma.S8_K32), bfloat16=True, shared_kb=100, block_scaled=True, least_nvrtc=(12, 9)
+    ),
 )
 
 
@@ -46,8 +52,8 @@ def architecture(target: str) -> Architecture:
 def architecture_of(major: int, minor: int) -> Architecture:
     """The target for a card of this compute capability.
 
-    A card between two known ones takes the code of the nearest older one of its generation (8.7 runs sm_86). Raises
-    EnvironmentLacksError for a card that no target's code runs on.
+    A card between two known ones takes the code of the nearest older one of its generation (8.7 runs sm_86, 10.3 runs
+    sm_100). Raises EnvironmentLacksError for a card that no target's code runs on.
     """
     fitting = [known for known in ARCHITECTURES if _runs_on(known.target, major, minor)]
     if not fitting:

@@ -32,13 +32,13 @@ class CudaDevice:
     def launch(
         self, variant: Variant, grid: tuple[int, int, int], threads: int, *arguments: Argument
     ) -> None:
-        kernel = self._kernels.get(variant) or self.load(variant)
-        # CuPy keeps kernels for each device, and asks its own runtime which one is current
+        # CuPy loads a module, and sets a kernel's limits, on the device that its own runtime calls current
         with _cupy().cuda.Device(self.index), self._current_stream():
+            kernel = self._kernels.get(variant) or self._load(variant)
             kernel(grid, (threads, 1, 1), c_values(arguments), shared_mem=variant.dynamic_shared)
 
-    def load(self, variant: Variant) -> Any:
-        """The kernel as CuPy's RawKernel, compiled unless a cache has it."""
+    def _load(self, variant: Variant) -> Any:
+        """The kernel as CuPy's RawKernel on the current device, compiled unless a cache has it."""
         cubin = compile_variant(variant, self.architecture.target)
         kernel = _cupy().RawModule(path=str(cubin.path)).get_function(variant.entry)
         if variant.dynamic_shared:
@@ -80,9 +80,10 @@ def require_dtype(device: CudaDevice, dtype: torch.dtype) -> None:
 def device_at(index: int) -> CudaDevice:
     """The launcher of GPU `index`, checked once."""
     _cupy()
-    nvrtc.version()
     facts = torch.cuda.get_device_properties(index)
-    return CudaDevice(index, architecture_of(facts.major, facts.minor), facts.multi_processor_count)
+    kind = architecture_of(facts.major, facts.minor)
+    nvrtc.require_version(kind.least_nvrtc, kind.target)
+    return CudaDevice(index, kind, facts.multi_processor_count)
 
 
 # As the kernel's parameter has it: CuPy passes an int as 8 bytes, a numpy scalar as its own size. A table, because a

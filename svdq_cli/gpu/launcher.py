@@ -14,6 +14,7 @@ from svdq_cli.pack.kernel_tiles import STEP
 from svdq_cli.records import NvFp4, Precision
 
 MOST_SPLITS = 8
+BLOCKS_A_MULTIPROCESSOR = 2  # of quantize_down
 LEAST_STEPS_A_WARP = 2  # of quantize_down, below which splitting K gains nothing
 
 Argument = Tensor | int | float | None
@@ -57,9 +58,10 @@ def aligned(x: Tensor) -> Tensor:
 
 
 def splits_of(launcher: Launcher, blocks: int, k: int) -> int:
-    """The number of parts that K is cut into, so that every multiprocessor has a block to run."""
+    """The number of parts that K is cut into, so that every multiprocessor has as many blocks to run as fit it: one
+    block of eight warps can't hide the latency of its own arithmetic."""
     useful = k // STEP // (LEAST_STEPS_A_WARP * variants.QUANTIZE_WARPS)
-    return max(1, min(launcher.multiprocessors // blocks, useful, MOST_SPLITS))
+    return max(1, min(BLOCKS_A_MULTIPROCESSOR * launcher.multiprocessors // blocks, useful, MOST_SPLITS))
 
 
 def _round_up(size: int, multiple: int) -> int:

@@ -10,10 +10,13 @@ import ctypes
 import ctypes.util
 import functools
 import importlib.util
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from svdq_cli.errors import EnvironmentLacksError
 
@@ -61,6 +64,16 @@ def version() -> tuple[int, int]:
     return _version_of(_library())
 
 
+def require_version(least: tuple[int, int], target: str) -> None:
+    """Raises EnvironmentLacksError where NVRTC is missing, or too old for a target."""
+    if (found := version()) < least:
+        raise EnvironmentLacksError(
+            f"NVRTC {_dotted(found)} does not know {target}: {_dotted(least)} or newer is needed",
+            hint=f'upgrade it: pip install --upgrade "svdq[cuda{least[0]}]"',
+            kind="no-nvrtc",
+        )
+
+
 @functools.cache
 def _library() -> ctypes.CDLL:
     too_old: list[str] = []
@@ -99,14 +112,21 @@ def _dotted(version: tuple[int, int]) -> str:
 
 
 def _candidates() -> Iterator[str]:
-    """The wheels' libraries, newest CUDA first, then what the system finds."""
+    """The wheels' libraries, then what the system finds. Those of the CUDA that torch was built for come first: a
+    driver that runs torch loads their machine code, and may refuse a newer CUDA's. Then the newest."""
     pattern = "bin/**/nvrtc64_*.dll" if sys.platform == "win32" else "lib/libnvrtc.so.*"
     spec = importlib.util.find_spec("nvidia")
     for folder in (spec.submodule_search_locations or ()) if spec else ():
         found = (path for path in Path(folder).glob(f"*/{pattern}") if "alt" not in path.name)
-        yield from (str(path) for path in sorted(found, key=lambda path: path.name, reverse=True))
+        yield from map(str, sorted(found, key=lambda path: (_of_torchs_cuda(path), path.name), reverse=True))
     if system := ctypes.util.find_library("nvrtc"):
         yield system
+
+
+def _of_torchs_cuda(path: Path) -> bool:
+    """Whether a library such as libnvrtc.so.13 or nvrtc64_130_0.dll is of the CUDA that torch was built for."""
+    major = (torch.version.cuda or "").partition(".")[0]
+    return bool(major) and re.search(rf"(\.so\.|nvrtc64_){major}", path.name) is not None
 
 
 def _load_builtins(nvrtc: Path) -> None:

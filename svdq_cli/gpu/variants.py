@@ -22,6 +22,7 @@ TWO_BLOCKS = {
     "w4a4_gemm": ((CodeMma.S4_K32, "sm_75"), *_AMPERE, (CodeMma.S8_K32, "sm_90a")),
     "w4a4_gelu_quantize": (*_AMPERE, (CodeMma.S8_K32, "sm_90a")),
 }
+TWO_BLOCKS_TARGETS = {target for products in TWO_BLOCKS.values() for _, target in products}
 # Two blocks of four stages exceed Turing's 64 KB of shared memory; copies are waited for there, so that a stage more
 # would hide nothing.
 TWO_BLOCKS_STAGES = {"sm_75": 3}

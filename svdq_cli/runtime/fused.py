@@ -17,7 +17,7 @@ from svdq_cli.records import (
 )
 from svdq_cli.runtime import ops  # noqa: F401  defines torch.ops.svdq
 from svdq_cli.runtime.input_quantizer import InputQuantizer
-from svdq_cli.runtime.kernel_linear import KernelLinear, KernelW4A4Linear
+from svdq_cli.runtime.kernel_linear import UNFUSED_RANK, KernelLinear, KernelW4A4Linear
 from svdq_cli.runtime.linear import NO_ROTATION, RunningBranch, shift_in_product, w4a4_weight
 from svdq_cli.runtime.operands import (
     W4A4Operands,
@@ -99,7 +99,7 @@ class FusedW4A4Linear(KernelW4A4Linear):
 
     def feeds(self, after: KernelW4A4Linear) -> bool:
         same_kind = isinstance(after, FusedW4A4Linear) and after.plan.precision == self.plan.precision
-        return same_kind and after.in_features == self.out_features
+        return same_kind and after.in_features == self.out_features and after.plan.rank < UNFUSED_RANK
 
     def multiply_gelu_quantize(self, quantized: Quantized, m: int, after: KernelW4A4Linear) -> Quantized:
         return torch.ops.svdq.w4a4_gelu_quantize(

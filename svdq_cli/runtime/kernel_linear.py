@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from svdq_cli.records import W4A4Plan, W4A4Solution, W4A16Plan
@@ -13,6 +14,11 @@ from svdq_cli.runtime.input_quantizer import InputQuantizer
 from svdq_cli.runtime.linear import RunningBranch, keep_dtypes
 from svdq_cli.runtime.ops.records import Quantized
 from svdq_cli.system.offload import brought, is_hooked
+
+# Fusing two layers saves the activation between them: 4 M N bytes, written and read as 16 bits. It costs the partial
+# hidden vectors of the second layer's branch, one for each of N / 128 blocks of columns: M N R / 16 bytes, written and
+# read as float32. From this rank on nothing is saved.
+UNFUSED_RANK = 64
 
 
 class KernelLinear(nn.Module):
@@ -150,7 +156,11 @@ class FusedFeedForward(nn.Module):
         return y.reshape(*x.shape[:-1], self.second.out_features)
 
     def _between(self, rows: Tensor, quantized: Quantized) -> Quantized:
-        """What the second layer reads of some rows of `joined`'s x."""
+        """What the second layer reads of some rows of `joined`'s x. A branch that was added since may make it better to
+        run the two one after the other."""
+        if not self.first.feeds(self.second):
+            y = self.first.multiply(quantized, rows.shape[0])
+            return self.second.quantize(F.gelu(y, approximate="tanh"))
         return self.first.multiply_gelu_quantize(quantized, rows.shape[0], self.second)
 
 

@@ -134,16 +134,16 @@ def _layer(precision: Precision, dtype: torch.dtype, device: torch.device) -> W4
     return W4A4Operands(**{name: moved(tensor, device) for name, tensor in packed.items()})  # type: ignore[arg-type]
 
 
-def sample_solution(precision: Precision, dtype: torch.dtype) -> W4A4Solution:
+def sample_solution(precision: Precision, dtype: torch.dtype, *, k: int = K, n: int = N) -> W4A4Solution:
     """A layer of K inputs, N outputs and rank RANK, the same at every call."""
-    plan = W4A4Plan(Linear("self-test", K, N, bias=True), precision, RANK)
-    naive = naive_solution(plan, _draw(1, N, K) / K**0.5, _draw(2, N), dtype)
+    plan = W4A4Plan(Linear("self-test", k, n, bias=True), precision, RANK)
+    naive = naive_solution(plan, _draw(1, n, k) / k**0.5, _draw(2, n), dtype)
     return replace(
         naive,
         plan=plan,
-        smooth=(_draw(3, K).abs() + 0.5).to(dtype),
-        down=(_draw(4, RANK, K) / K**0.5).to(dtype),
-        up=(_draw(5, N, RANK) / 8).to(dtype),
+        smooth=(_draw(3, k).abs() + 0.5).to(dtype),
+        down=(_draw(4, RANK, k) / k**0.5).to(dtype),
+        up=(_draw(5, n, RANK) / 8).to(dtype),
     )
 
 
@@ -164,9 +164,11 @@ def _quantized(
     )
 
 
-def sample_rows(dtype: torch.dtype, device: torch.device, unsigned: bool) -> Tensor:
+def sample_rows(
+    dtype: torch.dtype, device: torch.device, unsigned: bool, *, m: int = M, k: int = K
+) -> Tensor:
     """Its input, (M, K); positive where `unsigned`."""
-    x = _draw(0, M, K).to(dtype).to(device)
+    x = _draw(0, m, k).to(dtype).to(device)
     return x.abs() if unsigned else x
 
 

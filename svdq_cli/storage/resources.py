@@ -3,7 +3,10 @@ And the user's folder for what can be made again."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
+import stat
 import sys
 import tempfile
 from pathlib import Path
@@ -34,7 +37,7 @@ def demo_lora_file() -> Path:
 
 def cache_folder() -> Path:
     """Where svdq keeps what it can make again, such as compiled kernels: $SVDQ_CACHE, or the platform's place for
-    caches."""
+    caches, or one among the temporary files where that can't be written, as in a container's read-only home."""
     if chosen := os.environ.get("SVDQ_CACHE"):
         return Path(chosen)
     if sys.platform == "win32":
@@ -43,7 +46,29 @@ def cache_folder() -> Path:
         base = _home() / "Library" / "Caches"
     else:
         base = Path(os.environ.get("XDG_CACHE_HOME") or _home() / ".cache")
-    return base / "svdq"
+    folder = base / "svdq"
+    return folder if _writable(folder) else _temporary_folder()
+
+
+def _writable(folder: Path) -> bool:
+    """Whether it can be written to, or made."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    return os.access(there, os.W_OK)
+
+
+@functools.cache
+def _temporary_folder() -> Path:
+    """This user's folder among the temporary files. What it holds is run: one that others could have filled is not
+    taken, but a new one for this process."""
+    if sys.platform == "win32":
+        return Path(tempfile.gettempdir()) / "svdq"
+    folder = Path(tempfile.gettempdir()) / f"svdq-{os.getuid()}"
+    with contextlib.suppress(OSError):
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022:
+            return folder
+    return Path(tempfile.mkdtemp(prefix="svdq-"))
 
 
 def _home() -> Path:
@@ -51,4 +76,4 @@ def _home() -> Path:
     try:
         return Path.home()
     except RuntimeError:
-        return Path(tempfile.gettempdir()) / f"svdq-{os.getuid()}"
+        return _temporary_folder()

@@ -8,16 +8,19 @@ import pytest
 import torch
 
 from svdq_cli.bench import probes
-from svdq_cli.gpu.compile import Variant, compile_variant
+from svdq_cli.gpu.compile import Variant, compile_variant, read_source
 from svdq_cli.gpu.nvrtc import CompileError
 from svdq_cli.storage.resources import data_root
 from tests.gpu.test_compile import needs_nvrtc
+from tests.tools.test_kernel_report import needs_nvdisasm
+from tools.sass import Loop, main_loop
 
 VARIANTS = [
     Variant("probes/wgmma_exact", ()),
     *(Variant("probes/wgmma_rate", (("OPERAND", o), ("PROMOTE", p))) for o in (0, 1) for p in (0, 2)),
     Variant("probes/wgmma_rate", (("OPERAND", 2), ("PROMOTE", 0))),
     Variant("probes/mma_rate", (("PROMOTE", 2),)),
+    probes.l2_variant(),
     *(
         Variant("probes/shared_wavefronts", (("PATTERN", pattern),))
         for pattern in range(len(probes.SHARED_LOADS))
@@ -35,6 +38,31 @@ def test_every_probe_compiles_for_hopper_without_spills(variant: Variant, tmp_pa
 def test_all_probes_are_compiled_here():
     files = {path.stem for path in (data_root("kernels") / "probes").glob("*.cu")}
     assert files == {variant.entry for variant in VARIANTS}
+
+
+@needs_nvrtc
+@needs_nvdisasm
+@pytest.mark.parametrize("operand", [0, 1])
+def test_the_probe_of_two_scales_multiplies_by_both_in_every_group(operand: int, tmp_path: Path):
+    """The product of factors that no group changes was taken before the loop once: nothing was measured."""
+
+    def loop(promote: int) -> Loop:
+        variant = Variant("probes/wgmma_rate", (("OPERAND", operand), ("PROMOTE", promote)))
+        return main_loop(compile_variant(variant, "sm_90a", cache=tmp_path).path)
+
+    row, both = loop(1), loop(2)
+    groups = sum(1 for _ in both.products) // 2
+    assert (both.count("FMUL"), both.count("FFMA")) == (64 * groups, 64 * groups)
+    assert both.count("LDS") == 8 * groups
+    assert row.count("FMUL") == row.count("LDS") == 0
+
+
+def test_no_probe_reads_outside_its_shared_memory():
+    """The descriptor's offsets are those of the layout; a second reading of the manual would reach far beyond it."""
+    source = read_source("probes/wgmma_exact")
+    assert source.count("matrix_descriptor(") == 2
+    assert "matrix_descriptor(rows, 64 * 16, 8 * 16)" in source  # 2 k16 columns of 64 rows of 16 bytes
+    assert "matrix_descriptor(columns, 128 * 16, 8 * 16)" in source
 
 
 @needs_nvrtc

@@ -76,7 +76,7 @@ def portable(kind: Architecture) -> Iterator[Variant]:
     yield ops.w4a4_gemm.variant(dtype, Int4(), kind, block_m=large)
     yield ops.w4a4_gemm.variant(dtype, NvFp4(), kind, block_m=large)
     yield ops.w4a4_gelu_quantize.variant(dtype, Int4(), kind, block_m=large, next_unsigned=True)
-    if kind.target in ("sm_86", "sm_89"):
+    if kind.target in ("sm_86", "sm_89", "sm_100", "sm_110", "sm_121a"):
         return
     yield ops.quantize_down.variant(dtype, Int4(), rank=64, unsigned=True)
     yield ops.quantize_down.variant(dtype, NvFp4(), rank=64)
@@ -127,7 +127,7 @@ def test_two_blocks_share_a_multiprocessor_where_that_is_asked_for(
     kind: Architecture, compiled: dict[str, list[Compiled]]
 ):
     asked = [item for item in compiled[kind.target] if dict(item.variant.defines).get("MIN_BLOCKS") == 2]
-    assert bool(asked) == (kind.target != "sm_120a")
+    assert bool(asked) == (kind.target in variants.TWO_BLOCKS_TARGETS)
     for item in asked:
         assert item.usage
         assert blocks_that_fit(item.variant, item.usage, kind) >= 2, item.variant.label
@@ -212,17 +212,28 @@ def test_the_block_scaled_product_is_refused_where_the_instruction_is_not():
         ((8, 7), "sm_86"),
         ((8, 9), "sm_89"),
         ((9, 0), "sm_90a"),
+        ((10, 0), "sm_100"),
+        ((10, 3), "sm_100"),
+        ((11, 0), "sm_110"),
         ((12, 0), "sm_120a"),
+        ((12, 1), "sm_121a"),
     ],
 )
 def test_a_card_gets_the_newest_code_that_runs_on_it(capability: tuple[int, int], target: str):
     assert architecture_of(*capability) == architecture(target)
 
 
-@pytest.mark.parametrize("capability", [(7, 0), (10, 0), (12, 1)])
+@pytest.mark.parametrize("capability", [(7, 0), (12, 2), (13, 0)])
 def test_a_card_that_no_code_runs_on_is_refused(capability: tuple[int, int]):
     with pytest.raises(EnvironmentLacksError, match=r"compute capability \d+\.\d"):
         architecture_of(*capability)
+
+
+def test_a_card_that_is_newer_than_nvrtc_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(nvrtc, "version", lambda: (12, 8))
+    nvrtc.require_version(architecture("sm_120a").least_nvrtc, "sm_120a")
+    with pytest.raises(EnvironmentLacksError, match=r"NVRTC 12\.8 does not know sm_110: 13\.0 or newer"):
+        nvrtc.require_version(architecture("sm_110").least_nvrtc, "sm_110")
 
 
 def test_sources_need_no_headers_but_their_own():

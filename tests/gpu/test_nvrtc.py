@@ -6,6 +6,7 @@ import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -49,6 +50,23 @@ def test_doctor_says_so_too(old_library: Path):
     (row,) = [test for test in diagnose().tests if test.op == "nvrtc"]
     assert row.status == "unavailable"
     assert f"{old_library} is NVRTC 12.4: too old" in row.detail
+
+
+@pytest.mark.parametrize(
+    ("cuda", "first"), [("12.8", "libnvrtc.so.12"), ("13.0", "libnvrtc.so.13"), (None, "libnvrtc.so.13")]
+)
+def test_the_compiler_of_torchs_cuda_comes_first(
+    cuda: str | None, first: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A driver of CUDA 12 refuses machine code of a CUDA 13 wheel that lies around."""
+    for folder, name in (("cuda_nvrtc", "libnvrtc.so.12"), ("cu13", "libnvrtc.so.13")):
+        (tmp_path / folder / "lib").mkdir(parents=True)
+        (tmp_path / folder / "lib" / name).touch()
+    wheels = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr(nvrtc.importlib.util, "find_spec", lambda name: wheels)
+    monkeypatch.setattr(nvrtc.torch.version, "cuda", cuda)
+    monkeypatch.setattr(nvrtc.sys, "platform", "linux")
+    assert Path(next(nvrtc._candidates())).name == first
 
 
 def test_no_extra_installs_an_nvrtc_that_is_too_old():

@@ -19,7 +19,7 @@ from svdq_cli.runtime.fused import (
     fused_linear,
     split_columns,
 )
-from svdq_cli.runtime.kernel_linear import FusedFeedForward, fused_feed_forward
+from svdq_cli.runtime.kernel_linear import FusedFeedForward, KernelW4A4Linear, fused_feed_forward
 from svdq_cli.runtime.linear import w4a4_exact, w4a4_forward, w4a16_forward
 from svdq_cli.runtime.naive import naive_solution
 from svdq_cli.runtime.operands import pack_w4a4, pack_w4a16, unpack_w4a4, unpack_w4a16, unsupported_reason
@@ -359,3 +359,26 @@ def test_torch_compile_keeps_the_graph_whole():
             "svdq.w4a4_gemm",
             "svdq.w4a16_linear",
         ]
+
+
+@pytest.mark.parametrize("mode", [None, HopperMode.EXACT], ids=["portable", "hopper"])
+def test_feed_forwards_whose_branch_is_large_run_one_layer_after_the_other(mode: HopperMode | None):
+    """Partial hidden vectors of a rank of 64 are as many bytes as the activation that fusing saves."""
+
+    def layer(rank: int, n: int, k: int) -> KernelW4A4Linear:
+        solution = random_w4a4(Int4(), n=n, k=k, rank=rank)
+        made = fused_linear(solution) if mode is None else hopper_linear(solution, mode)
+        assert isinstance(made, KernelW4A4Linear)
+        return made
+
+    first = layer(32, 192, 128)
+    assert fused_feed_forward(first, layer(64, 128, 192)) is None
+    second = layer(32, 128, 192)
+    fused = fused_feed_forward(first, second)
+    assert fused is not None
+    second.set_branch(layer(96, 128, 192).branch)  # as a LoRA that is added to a loaded model does
+    x = activations(9, 128)
+    ran: list[str] = []
+    first.multiply_gelu_quantize = lambda *_: ran.append("fused")  # type: ignore[method-assign]
+    assert torch.equal(fused(x), second(nn.functional.gelu(first(x), approximate="tanh")))
+    assert not ran

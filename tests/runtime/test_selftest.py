@@ -8,7 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from svdq_cli.experimental.hopper.selftest import kernel_cases
+from svdq_cli.experimental.hopper import operations as hopper
+from svdq_cli.experimental.hopper.modes import HopperMode
+from svdq_cli.experimental.hopper.selftest import RING_K, RING_N, SMALL_M, kernel_cases
+from svdq_cli.runtime.selftest import M
 from tests.gpu.emulation import HOPPER, EmulatedDevice, needs_compiler
 
 CPU = torch.device("cpu")
@@ -61,3 +64,16 @@ def test_a_kernel_that_is_right_passes(name: str):
 def test_a_kernel_that_does_nothing_fails(name: str, number: float):
     case = CASES[name]
     assert not case.disagreement(DeadDevice(number=number), CPU) <= case.most
+
+
+def test_the_gemms_of_hopper_go_round_their_rings_with_either_tile():
+    """Parities return, tiles follow one another in a block, a stage is half full."""
+    stages, groups = -(-RING_K // 128) + 1, RING_K // 64
+    assert groups % 2 == 1
+    for m, tokens in ((M, hopper.TOKENS), (SMALL_M, hopper.SMALL_TOKENS)):
+        assert hopper.token_tile(m) == tokens
+        visits = stages * (RING_N // hopper.FEATURES) * -(-m // tokens)
+        for mode in HopperMode:
+            assert visits > 2 * hopper.stages_that_fit(mode, tokens), (mode, tokens)
+    names = {f"{mode.label}{end}" for mode in HopperMode for end in ("", ", 128 tokens")}
+    assert {case.mode for case in CASES.values() if case.op == "hopper_gemm"} == names

@@ -17,7 +17,7 @@ from svdq_cli.experimental.hopper.tiles import unpack_rows
 from svdq_cli.records import GELU_SHIFT, W4A4Solution
 from svdq_cli.runtime.fused import SplitLinear, split_columns, with_shifted_bias
 from svdq_cli.runtime.input_quantizer import InputQuantizer
-from svdq_cli.runtime.kernel_linear import KernelW4A4Linear
+from svdq_cli.runtime.kernel_linear import UNFUSED_RANK, KernelW4A4Linear
 from svdq_cli.runtime.linear import RunningBranch
 from svdq_cli.runtime.operands import product_tensors, unpack_branch
 from svdq_cli.runtime.ops.records import Quantized
@@ -81,7 +81,7 @@ class HopperW4A4Linear(KernelW4A4Linear):
 
     def feeds(self, after: KernelW4A4Linear) -> bool:
         exact = isinstance(after, HopperW4A4Linear) and self.mode == after.mode == HopperMode.EXACT
-        return exact and after.in_features == self.out_features
+        return exact and after.in_features == self.out_features and after.plan.rank < UNFUSED_RANK
 
     def multiply_gelu_quantize(self, quantized: Quantized, m: int, after: KernelW4A4Linear) -> Quantized:
         return torch.ops.svdq.hopper_gelu_quantize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 
@@ -11,13 +12,14 @@ from svdq_cli.experimental.hopper.modes import HopperMode
 from svdq_cli.experimental.hopper.operands import HopperOperands, pack_hopper
 from svdq_cli.gpu.architectures import Architecture
 from svdq_cli.gpu.compile import Variant
-from svdq_cli.gpu.launcher import Launcher
+from svdq_cli.gpu.launcher import Argument, Launcher
 from svdq_cli.records import Int4
 from svdq_cli.runtime.operands import tensors_of
 from svdq_cli.runtime.selftest import (
     MOST_CODES,
     MOST_ERROR,
     RANK,
+    K,
     KernelCase,
     M,
     N,
@@ -29,7 +31,26 @@ from svdq_cli.runtime.selftest import (
     sample_solution,
 )
 
+SMALL_M = 100  # for which the tile is the small one
+RING_K, RING_N = 448, 384  # 7 groups, the last stage half full, and a rank step: 5 stages a tile, 3 tiles
 MOST_FP8_ERROR = 3e-3  # in modes whose sums keep about 14 bits
+
+
+@dataclass(frozen=True, slots=True)
+class OneBlock:
+    """A GPU, all of whose tiles are one block's."""
+
+    launcher: Launcher
+    multiprocessors: int = 1
+
+    @property
+    def architecture(self) -> Architecture:
+        return self.launcher.architecture
+
+    def launch(
+        self, variant: Variant, grid: tuple[int, int, int], threads: int, *arguments: Argument
+    ) -> None:
+        self.launcher.launch(variant, grid, threads, *arguments)
 
 
 def kernel_cases(dtype: torch.dtype, kind: Architecture) -> Iterator[KernelCase]:
@@ -38,7 +59,8 @@ def kernel_cases(dtype: torch.dtype, kind: Architecture) -> Iterator[KernelCase]
     if kind.hopper_modes:
         for mode in HopperMode:
             yield _quantize_case(dtype, mode)
-            yield _gemm_case(dtype, mode)
+            for m in (M, SMALL_M):
+                yield _gemm_case(dtype, mode, m)
         yield _fused_case(dtype)
 
 
@@ -55,19 +77,24 @@ def _quantize_case(dtype: torch.dtype, mode: HopperMode) -> KernelCase:
     return KernelCase("hopper_quantize_down", "int4", mode.label, variant, disagreement, MOST_ERROR)
 
 
-def _gemm_case(dtype: torch.dtype, mode: HopperMode) -> KernelCase:
+def _gemm_case(dtype: torch.dtype, mode: HopperMode, m: int) -> KernelCase:
+    """Few blocks for many tiles: each goes round its ring more than twice, so that every barrier's parity returns."""
+    tokens = operations.token_tile(m)
+
     def disagreement(launcher: Launcher, device: torch.device) -> float:
-        layer, x = _layer(mode, dtype, device), sample_rows(dtype, device, unsigned=False)
+        layer = _layer(mode, dtype, device, k=RING_K, n=RING_N)
+        x = sample_rows(dtype, device, unsigned=False, m=m, k=RING_K)
         quantized = reference.quantize_down(x, layer.inverse_smooth, layer.down, mode=mode)
-        how = {"m": M, "n": N, "mode": mode}
-        ours = operations.gemm(launcher, *quantized, *layer.product, **how)
+        how = {"m": m, "n": RING_N, "mode": mode}
+        ours = operations.gemm(OneBlock(launcher), *quantized, *layer.product, **how)
         return relative_error(ours, reference.gemm(*quantized, *layer.product, **how))
 
     def variant(kind: Architecture) -> Variant:
-        return operations.gemm_variant(dtype, mode, tokens=operations.token_tile(M))
+        return operations.gemm_variant(dtype, mode, tokens=tokens)
 
     most = MOST_ERROR if mode == HopperMode.EXACT else MOST_FP8_ERROR
-    return KernelCase("hopper_gemm", "int4", mode.label, variant, disagreement, most)
+    name = mode.label if tokens == operations.TOKENS else f"{mode.label}, {tokens} tokens"
+    return KernelCase("hopper_gemm", "int4", name, variant, disagreement, most)
 
 
 def _fused_case(dtype: torch.dtype) -> KernelCase:
@@ -86,6 +113,8 @@ def _fused_case(dtype: torch.dtype) -> KernelCase:
     return KernelCase("hopper_gelu_quantize", "int4", mode.label, variant, disagreement, MOST_CODES)
 
 
-def _layer(mode: HopperMode, dtype: torch.dtype, device: torch.device) -> HopperOperands:
-    packed = tensors_of(pack_hopper(sample_solution(Int4(), dtype), mode))
+def _layer(
+    mode: HopperMode, dtype: torch.dtype, device: torch.device, *, k: int = K, n: int = N
+) -> HopperOperands:
+    packed = tensors_of(pack_hopper(sample_solution(Int4(), dtype, k=k, n=n), mode))
     return HopperOperands(**{name: moved(tensor, device) for name, tensor in packed.items()})  # type: ignore[arg-type]
