@@ -1,7 +1,8 @@
-"""Everything that needs a GPU, in the order of kernels/README.md: `python kernels/measure.py STAGE... --out FOLDER`.
+"""Everything that needs a GPU, in the order of kernels/README.md: `python kernels/measure.py [STAGE...] --out FOLDER`.
 
-What each stage needs is looked up before the first one starts. Every stage writes its own JSON as soon as it is done,
-so a run that is cut short keeps what it has. Run from a checkout: the tests are part of it.
+What each stage needs is looked up before the first one starts. Each stage runs in a process of its own, and after a
+fault or a hang a new one goes on with the next item (svdq_cli/bench/supervise.py). Each figure is in
+FOLDER/measured.jsonl as soon as it is there. Run from a checkout: the tests are part of it.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -57,11 +58,11 @@ import torch  # noqa: E402
 from svdq_cli.bench import probes  # noqa: E402
 from svdq_cli.bench.cases import BenchSettings  # noqa: E402
 from svdq_cli.bench.device import device_facts  # noqa: E402
-from svdq_cli.bench.goals import GoalRow, layer_goals, step_goals  # noqa: E402
+from svdq_cli.bench.goals import layer_goals, step_goals  # noqa: E402
 from svdq_cli.bench.plot import draw_plot  # noqa: E402
-from svdq_cli.bench.report import BenchReport, StepRow  # noqa: E402
-from svdq_cli.bench.run import bench_shapes, precisions_named  # noqa: E402
-from svdq_cli.bench.shapes import FLUX1_DEV, PIXART_SIGMA, SDXL, ShapeSet  # noqa: E402
+from svdq_cli.bench.report import BenchDevice, BenchReport, BenchRow, Microseconds, StepRow  # noqa: E402
+from svdq_cli.bench.run import precisions_named, row_calls  # noqa: E402
+from svdq_cli.bench.shapes import FLUX1_DEV, PIXART_SIGMA, SDXL, LinearShape  # noqa: E402
 from svdq_cli.bench.step import (  # noqa: E402
     Arithmetic,
     StepSettings,
@@ -69,6 +70,7 @@ from svdq_cli.bench.step import (  # noqa: E402
     random_w4a4,
     step_rows,
 )
+from svdq_cli.bench.supervise import Found, Item, Record, Stage, found_lines, serve, supervise  # noqa: E402
 from svdq_cli.bench.transformer import FLUX1_DEV_STEP  # noqa: E402
 from svdq_cli.errors import EnvironmentLacksError  # noqa: E402
 from svdq_cli.experimental.hopper.choice import (  # noqa: E402
@@ -84,47 +86,100 @@ from svdq_cli.gpu.launch import cuda_device  # noqa: E402
 from svdq_cli.records import Int4, ignore_events  # noqa: E402
 from svdq_cli.reports import to_json  # noqa: E402
 from svdq_cli.runtime.fused import FusedW4A4Linear  # noqa: E402
+from svdq_cli.runtime.selftest import KernelCase  # noqa: E402
 
 GPU = torch.device("cuda", 0)
 RANK = 32
-TESTS = (
-    "tests/gpu/test_on_device.py",
-    "tests/experimental/hopper/test_on_device.py",
-    "-q",
-    "-p",
-    "no:cacheprovider",
-)
+TESTS = {
+    "portable": "tests/gpu/test_on_device.py",
+    "hopper": "tests/experimental/hopper/test_on_device.py",
+}
+PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
+RECORD, PLOT = "measured.jsonl", "measured.png"
+BUDGET = 520.0  # seconds: what is lent ten minutes at a time
 # What pictures of a mode are drawn with and compared by, where diffusers is installed
 IMAGES = 8
 
 
-def self_test(out: Path) -> Iterator[dict[str, object]]:
-    """Every kernel against its reference. Nothing else is worth running where this fails."""
+# ------------------------------------------------------------------------------------------ stages and their items
+
+
+def probe(out: Path) -> Iterator[Item]:
+    """What the Hopper kernels' design rests on: exactness of e4m3 sums, bytes from L2, rates, the cost of rescaling."""
     gpu = cuda_device(GPU)
-    for case in kernel_cases(torch.bfloat16, gpu.architecture):
-        found = case.disagreement(gpu, GPU)
+    if gpu.architecture.hopper_modes:
+        yield "e4m3 sums", lambda: probes.exactness(gpu)
+        yield "L2 bandwidth", lambda: probes.l2_bandwidth(gpu)
+        yield "wavefronts", lambda: probes.wavefronts(gpu)
+        yield "rates", lambda: probes.rates(gpu)
+
+
+def largest(out: Path) -> Iterator[Item]:
+    """The three largest shapes of FLUX.1-dev, all modes, all baselines."""
+    return _rows(_by_size()[:3])
+
+
+def speed(out: Path) -> Iterator[Item]:
+    """FLUX.1-dev's other shapes."""
+    return _rows(_by_size()[3:])
+
+
+def more_shapes(out: Path) -> Iterator[Item]:
+    """SDXL's and PixArt-Sigma's shapes."""
+    return _rows((*SDXL.shapes, *PIXART_SIGMA.shapes))
+
+
+def _by_size() -> list[LinearShape]:
+    return sorted(FLUX1_DEV.shapes, key=lambda shape: shape.m * shape.k * shape.n, reverse=True)
+
+
+def _rows(shapes: Iterable[LinearShape]) -> Iterator[Item]:
+    def found(call: Callable[[], BenchRow]) -> Iterator[Found]:
+        yield to_json(call())
+
+    settings = BenchSettings(GPU)
+    for name, call in row_calls(shapes, precisions=precisions_named(None), rank=RANK, settings=settings):
+        yield name, lambda call=call: found(call)
+
+
+def self_test(out: Path) -> Iterator[Item]:
+    """Every kernel against its reference."""
+    gpu = cuda_device(GPU)
+
+    def found(case: KernelCase) -> Iterator[Found]:
+        disagreement = case.disagreement(gpu, GPU)
         yield {
             **{"op": case.op, "precision": case.precision, "mode": case.mode},
-            **{"disagreement": found, "ok": found <= case.most},
+            **{"disagreement": disagreement, "ok": disagreement <= case.most},
         }
 
+    dtype = torch.bfloat16 if gpu.architecture.bfloat16 else torch.float16
+    for case in kernel_cases(dtype, gpu.architecture):
+        yield f"{case.op} {case.precision} {case.mode}", lambda case=case: found(case)
 
-def correctness(out: Path) -> Iterator[dict[str, object]]:
-    """All shapes, 1,000 launches, CUDA graphs, streams."""
-    yield _run([sys.executable, "-m", "pytest", *TESTS])
+
+def correctness(out: Path) -> Iterator[Item]:
+    """All shapes, 1,000 launches, CUDA graphs, streams; the portable kernels and Hopper's own apart."""
+    for name, file in _tests():
+        yield name, lambda file=file: _run([*PYTEST, file])
 
 
-def sanitizer(out: Path) -> Iterator[dict[str, object]]:
+def sanitizer(out: Path) -> Iterator[Item]:
     """compute-sanitizer over the self-tests and a few awkward shapes."""
     chosen = "test_self_test or (reference and (m129 or m7-) and (r32 or r80 or r64))"
-    if "-k" in TESTS:  # the last -k counts
-        chosen = f"({chosen}) and {TESTS[-1]}"
     for tool in ("memcheck", "racecheck"):
         words = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
-        yield {"tool": tool, **_run([*words, sys.executable, "-m", "pytest", *TESTS, "-k", chosen])}
+        for name, file in _tests():
+            yield f"{tool} {name}", lambda file=file, words=words: _run([*words, *PYTEST, file, "-k", chosen])
 
 
-def overhead(out: Path) -> Iterator[dict[str, object]]:
+def _tests() -> Iterator[tuple[str, str]]:
+    for name, file in TESTS.items():
+        if name == "portable" or cuda_device(GPU).architecture.hopper_modes:
+            yield name, file
+
+
+def overhead(out: Path) -> Iterator[Item]:
     """Microseconds of the CPU for one call of a kernel, and of a whole layer, with the GPU far behind."""
     layer = FusedW4A4Linear(random_w4a4(3072, 3072, RANK, Int4(), GPU))
     x = torch.randn(64, 3072, device=GPU, dtype=torch.bfloat16)
@@ -136,7 +191,7 @@ def overhead(out: Path) -> Iterator[dict[str, object]]:
         "torch bfloat16 linear": _bf16_call(x),
     }
     for name, call in calls.items():
-        yield {"call": name, "us": _host_us(call)}
+        yield name, lambda call=call: iter([{"us": _host_us(call)}])
 
 
 def _bf16_call(x: torch.Tensor) -> Callable[[], object]:
@@ -156,72 +211,40 @@ def _host_us(call: Callable[[], object], count: int = 200) -> float:
     return us
 
 
-def speed(out: Path) -> Iterator[dict[str, object]]:
-    """FLUX.1-dev's shapes, all modes, all baselines, and which goals were met."""
-    report = _bench(FLUX1_DEV, out)
-    _show_goals(layer_goals(report.rows))
-    yield to_json(report)
-
-
-def more_shapes(out: Path) -> Iterator[dict[str, object]]:
-    """SDXL's and PixArt-Sigma's shapes."""
-    for shapes in (SDXL, PIXART_SIGMA):
-        yield to_json(_bench(shapes, out))
-
-
-def _bench(shapes: ShapeSet, out: Path) -> BenchReport:
-    report = bench_shapes(shapes, precisions=precisions_named(None), rank=RANK, settings=BenchSettings(GPU))
-    draw_plot(report, out / f"{shapes.name}.png")
-    for row in report.rows:
-        rank = "" if row.rank is None else f" R {row.rank}"
-        print(
-            f"  {row.layer:22} {row.op:18} {row.mode:22} {row.precision:10}{rank:6} {row.us.median:9.1f} us "
-            f"{row.tflops:7.1f} T  x{row.ratio:.2f}  error {row.relative_error:.1e}"
-            + (f"  floor {row.floor_us:.1f} us" if row.floor_us else ""),
-            flush=True,
-        )
-    print("\n".join(f"  {note}" for note in report.notes))
-    return report
-
-
-def _show_goals(goals: Iterator[GoalRow]) -> None:
-    for goal in goals:
-        word = "met" if goal.met else "MISSED"
-        print(f"  {word:6} {goal.found:6.2f} {goal.wanted:8} {goal.layer:22} {goal.goal}", flush=True)
-
-
-def step(out: Path) -> Iterator[dict[str, object]]:
+def step(out: Path) -> Iterator[Item]:
     """A whole step of a FLUX.1-dev-shaped transformer: bfloat16, int4 in every mode, nvfp4."""
-    yield from _steps(StepSettings(FLUX1_DEV_STEP, GPU, RANK), arithmetics(precisions_named(None), GPU))
+    settings = StepSettings(FLUX1_DEV_STEP, GPU, RANK)
+    return _steps(settings, arithmetics(precisions_named(None), GPU))
 
 
-def compiled_step(out: Path) -> Iterator[dict[str, object]]:
+def compiled_step(out: Path) -> Iterator[Item]:
     """The same under torch.compile too: bfloat16, and int4 in Hopper's 4-bit modes (elsewhere the portable kernels)."""
     modes = [Arithmetic(Int4(), mode) for mode in (HopperMode.EXACT, HopperMode.W4A8)]
     chosen = modes if cuda_device(GPU).architecture.hopper_modes else [Arithmetic(Int4())]
-    yield from _steps(StepSettings(FLUX1_DEV_STEP, GPU, RANK, compiled=True), (Arithmetic(), *chosen))
+    return _steps(StepSettings(FLUX1_DEV_STEP, GPU, RANK, compiled=True), (Arithmetic(), *chosen))
 
 
-def _steps(settings: StepSettings, models: Sequence[Arithmetic]) -> Iterator[dict[str, object]]:
-    rows: list[StepRow] = []
-    for row in step_rows(settings, models):
-        rows.append(row)
-        yield to_json(row)
-    _show_goals(step_goals(rows))
+def _steps(settings: StepSettings, models: Sequence[Arithmetic]) -> Iterator[Item]:
+    """A model an item, the 16-bit one not beside it: ratios are worked out at the end."""
+    for model in models:
+        yield model.name, lambda model=model: map(to_json, step_rows(settings, (model,)))
 
 
-def modes(out: Path) -> Iterator[dict[str, object]]:
+def modes(out: Path) -> Iterator[Item]:
     """Which of Hopper's modes is the default: times of the stage `step`, images of the embedded model (needs
     diffusers and transformers). Writes FOLDER/measured_sm_90a.json, which takes effect in kernels/."""
-    steps = json.loads((out / "step.json").read_text(encoding="utf-8"))["results"]
+    yield "modes", lambda: _modes(out)
+
+
+def _modes(out: Path) -> Iterator[Found]:
+    steps = [line for line in found_lines(out / RECORD) if line["stage"] == "step" and "us" in line]
     us = {row["precision"]: row["us"]["median"] for row in steps if row["mode"] == "CUDA graph"}
     psnr = _psnr_to_exact(out)
+    names = {PORTABLE: "int4", **{mode.label: f"int4 hopper {mode.label}" for mode in HopperMode}}
     found = [
         ModeMeasurement(label, us[name], psnr[label])
-        for label, name in (
-            (PORTABLE, "int4"),
-            *((mode.label, f"int4 hopper {mode.label}") for mode in HopperMode),
-        )
+        for label, name in names.items()
+        if name in us and label in psnr
     ]
     measured = {"device": to_json(device_facts(GPU)), "modes": [to_json(item) for item in found]}
     (out / FILE_NAME).write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
@@ -241,7 +264,8 @@ def _psnr_to_exact(out: Path) -> dict[str, float]:
     from svdq_cli.prepare.sampling import sampling_for, with_model_sampling
     from svdq_cli.recipe import Calibration, default_recipe
 
-    folder, options = out / "embedded-int4", RunOptions(device="cuda", overwrite=True)
+    folder = Path(tempfile.mkdtemp()) / "embedded-int4"  # what comes back of a rented machine is few files
+    options = RunOptions(device="cuda")
     convert(default_recipe("demo", calibration=Calibration()), folder, options=options)
     checkpoint = open_checkpoint(folder)
     recipe = with_model_sampling(evaluation_recipe(checkpoint, "demo"), checkpoint.source, held_out=True)
@@ -257,61 +281,80 @@ def _psnr_to_exact(out: Path) -> dict[str, float]:
     return {label: compare(exact, others).psnr.mean for label, others in drawn.items()}
 
 
-def probe(out: Path) -> Iterator[dict[str, object]]:
-    """What the Hopper kernels' design rests on: exactness of e4m3 sums, rates, the cost of rescaling."""
-    gpu = cuda_device(GPU)
-    yield from probes.exactness(gpu)
-    yield from probes.wavefronts(gpu)
-    yield from probes.rates(gpu)
+def leave_hopper_out() -> None:
+    """Measures the portable kernels alone."""
+    kinds = (replace(kind, hopper_modes=False) for kind in architectures.ARCHITECTURES)
+    architectures.ARCHITECTURES = tuple(kinds)
 
 
-STAGES = {
-    stage.__name__: stage
-    for stage in (
-        *(self_test, correctness, probe, speed, overhead, step, modes, sanitizer, compiled_step),
-        more_shapes,
+def _run(words: Sequence[str]) -> Iterator[Found]:
+    """A command whose output goes to the screen while it runs."""
+    environment = {**os.environ, "SVDQ_REQUIRE_GPU": "1"}
+    tail: list[str] = []
+    command = subprocess.Popen(
+        words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert command.stdout is not None
+    for line in command.stdout:
+        print(line, end="", file=sys.stderr, flush=True)
+        tail = [*tail[-29:], line]
+    status = command.wait()
+    yield {"command": " ".join(words), "exit_code": status, "ok": status == 0, "tail": "".join(tail)[-3000:]}
+
+
+# The most valuable first: a budget drops the tail. Seconds after which an item hangs, and with which it is begun.
+STAGES: dict[str, tuple[Callable[[Path], Iterator[Item]], Stage]] = {
+    stage.name: (items, stage)
+    for items, stage in (
+        (probe, Stage("probe", 40)),
+        (largest, Stage("largest", 60)),
+        (self_test, Stage("self_test", 40)),
+        (correctness, Stage("correctness", 150, least_seconds=30)),
+        (overhead, Stage("overhead", 40)),
+        (speed, Stage("speed", 60)),
+        (step, Stage("step", 90, least_seconds=40)),
+        (modes, Stage("modes", 240, least_seconds=60)),
+        (compiled_step, Stage("compiled_step", 240, least_seconds=120)),
+        (more_shapes, Stage("more_shapes", 60)),
+        (sanitizer, Stage("sanitizer", 240, least_seconds=120)),
     )
 }
 
-
-def leave_hopper_out() -> None:
-    """A kernel of Hopper's own that fails takes the process's CUDA context with it: the others are measured without."""
-    global TESTS
-    kinds = (replace(kind, hopper_modes=False) for kind in architectures.ARCHITECTURES)
-    architectures.ARCHITECTURES = tuple(kinds)
-    TESTS = (*(word for word in TESTS if "hopper" not in word), "-k", "not hopper")
+# ------------------------------------------------------------------------------------------ what it all says
 
 
-def _run(words: list[str]) -> dict[str, object]:
-    environment = {**os.environ, "SVDQ_REQUIRE_GPU": "1"}
-    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    tail = (done.stdout + done.stderr)[-3000:]
-    print(tail, flush=True)
-    return {"command": " ".join(words), "exit_code": done.returncode, "tail": tail}
+def summary(out: Path, device: BenchDevice) -> None:
+    """Prints which goals were met, and writes the plot, from what the record holds."""
+    rows: list[BenchRow] = []
+    steps: list[StepRow] = []
+    for line in found_lines(out / RECORD):
+        if "us" not in line or not isinstance(line["us"], dict):
+            continue
+        plain = {key: value for key, value in line.items() if key not in ("stage", "item")}
+        kind, to = (StepRow, steps) if "model" in plain else (BenchRow, rows)
+        to.append(kind(**{**plain, "us": Microseconds(**plain["us"])}))  # type: ignore[arg-type]
+    for goal in (*layer_goals(rows), *step_goals(_beside_16_bit(steps))):
+        word = "met" if goal.met else "MISSED"
+        print(f"  {word:6} {goal.found:6.2f} {goal.wanted:8} {goal.layer:22} {goal.goal}", flush=True)
+    if rows:
+        draw_plot(BenchReport(device, tuple(rows), ()), out / PLOT)
 
 
-def run_stage(name: str, out: Path) -> tuple[bool, list[dict[str, object]]]:
-    """Prints and writes what a stage finds. Returns whether it ran to its end, and its results."""
-    started = time.monotonic()
-    print(f"== {name}: {(STAGES[name].__doc__ or '').strip()}", flush=True)
-    results: list[dict[str, object]] = []
-    problem = None
-    try:
-        for result in STAGES[name](out):
-            results.append(result)
-            if "rows" not in result:
-                print(f"  {json.dumps(result)[:400]}", flush=True)
-    except Exception:  # the next stage may still have something to say
-        problem = traceback.format_exc()
-        print(problem, flush=True)
-    seconds = time.monotonic() - started
-    found = {
-        **{"stage": name, "seconds": seconds, "device": to_json(device_facts(GPU))},
-        **{"results": results, "problem": problem},
-    }
-    (out / f"{name}.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
-    print(f"== {name}: {seconds:.0f} s", flush=True)
-    return problem is None, results
+def _beside_16_bit(steps: Sequence[StepRow]) -> list[StepRow]:
+    """With the ratios that a step measured alone does not know."""
+    baseline = next((row for row in steps if row.precision == "bfloat16"), None)
+    if baseline is None:
+        return []
+    return [
+        replace(
+            row,
+            ratio=baseline.us.median / row.us.median,
+            memory_ratio=baseline.peak_bytes / row.peak_bytes
+            if baseline.peak_bytes and row.peak_bytes and row is not baseline
+            else None,
+        )
+        for row in steps
+    ]
 
 
 def chosen_stages(asked: Sequence[str]) -> list[str]:
@@ -327,31 +370,58 @@ def chosen_stages(asked: Sequence[str]) -> list[str]:
     return chosen
 
 
+def install_wheels(folder: Path) -> None:
+    """What the machine lacks and its network does not give: the wheels of a folder, for the processes of this run."""
+    target = tempfile.mkdtemp(prefix="svdq-wheels-")
+    words = [
+        *(sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", target)
+    ]
+    subprocess.run([*words, *map(str, sorted(folder.glob("*.whl")))], check=True)
+    paths = [target, os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    sys.path.append(target)
+
+
+def _process(asked: argparse.Namespace) -> Callable[[str, Sequence[str]], Sequence[str]]:
+    """The words that run a stage's process."""
+    options = ["--portable"] if asked.portable else []
+    words = [sys.executable, str(Path(__file__).resolve()), "--out", str(asked.out), *options]
+    return lambda stage, over: [*words, "--serve", stage, "--over", json.dumps(list(over))]
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("stages", nargs="+", choices=(*STAGES, "all"))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("stages", nargs="*", choices=(*STAGES, "all"), default="all")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--portable", action="store_true", help="leave Hopper's own kernels out")
+    parser.add_argument("--budget", type=float, default=BUDGET, help="seconds; what does not fit is left out")
+    parser.add_argument("--wheels", type=Path, help="a folder of wheels that the machine lacks")
+    parser.add_argument("--serve", choices=STAGES, help=argparse.SUPPRESS)
+    parser.add_argument("--over", type=json.loads, default=[], help=argparse.SUPPRESS)
     asked = parser.parse_args()
-    stages = chosen_stages(asked.stages)
     if asked.portable:
         leave_hopper_out()
+    if asked.serve:
+        items, _ = STAGES[asked.serve]
+        return serve(items(asked.out), asked.over, to=sys.stdout)
+    started = time.monotonic()
+    if asked.wheels:
+        install_wheels(asked.wheels)
+    stages = chosen_stages([asked.stages] if isinstance(asked.stages, str) else asked.stages)
     try:
         cuda_device(GPU)
     except EnvironmentLacksError as lack:
         print(f"{lack.message}. {lack.hint or ''}", file=sys.stderr)
         return lack.code
     asked.out.mkdir(parents=True, exist_ok=True)
-    failed = False
-    for name in stages:
-        ended, results = run_stage(name, asked.out)
-        failed = failed or not ended or any(result.get("exit_code") for result in results)
-        if name == "self_test" and not (ended and all(result["ok"] for result in results)):
-            print(
-                "the self-test failed: stopping here; --portable leaves Hopper's own kernels out", flush=True
-            )
-            return 1
-    return int(failed)
+    record, device = Record(asked.out / RECORD), device_facts(GPU)
+    record.add({"stage": "device", **to_json(device)})
+    left = asked.budget - (time.monotonic() - started)
+    sound = supervise([STAGES[name][1] for name in stages], _process(asked), record, budget=left)
+    summary(asked.out, device)
+    return int(not sound or any(line.get("ok") is False for line in record.lines))
 
 
 if __name__ == "__main__":

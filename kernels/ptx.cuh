@@ -187,7 +187,8 @@ __device__ __forceinline__ void mma_s4_k32(int& c0, int& c1, u32 a, u32 b)
             : "r"(a), "r"(b));
 }
 
-#if defined(__CUDA_ARCH_FEAT_SM120_ALL) || defined(__CUDA_ARCH_FEAT_SM121_ALL)
+// sm_120a, or sm_121a, which newer compilers tell by the second macro only.
+#if defined(__CUDA_ARCH_FEAT_SM120_ALL) || (defined(__CUDA_ARCH_SPECIFIC__) && __CUDA_ARCH__ / 100 == 12)
 #define HAS_MXF4 1
 // mma.m16n8k64 mxf4nvf4 with a ue4m3 scale for every 16 of k: c (16 x 8, f32) += scaled a . scaled b. Scale words hold
 // one scale a byte, k = 0..15 lowest. Those of `a` are read from lanes t = 0 (row g) and t = 1 (row g + 8), those of

@@ -6,7 +6,7 @@ import copy
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeGuard
 
@@ -21,7 +21,7 @@ from svdq_cli.bench.hopper_operations import hopper_operations
 from svdq_cli.bench.kernel_operations import kernel_operations
 from svdq_cli.bench.operations import NAMES, Operation, reference_linear, torch_linear, without_branch
 from svdq_cli.bench.report import FUSED, BenchReport, BenchRow, StepRow
-from svdq_cli.bench.shapes import MODULATION_ROWS, ShapeSet
+from svdq_cli.bench.shapes import MODULATION_ROWS, LinearShape, ShapeSet
 from svdq_cli.bench.step import StepSettings, arithmetics, step_rows
 from svdq_cli.bench.timing import Call, cache_bytes, copies_beyond_cache, measure
 from svdq_cli.bench.transformer import FLUX1_DEV_BLOCKS, FLUX1_DEV_STEP
@@ -96,6 +96,42 @@ def bench_shapes(
             Case(linear, m, lambda plans=plans: solve_random(plans, settings)),
         )
     return _report(tuple(cases.values()), settings, observe)
+
+
+def row_calls(
+    shapes: Iterable[LinearShape], *, precisions: Sequence[Precision], rank: int, settings: BenchSettings
+) -> Iterator[tuple[str, Callable[[], BenchRow]]]:
+    """`bench_shapes` of a GPU one row at a time: what a row is called, and what measures it. Any row may be left out;
+    the baseline is measured when the first of its shape is."""
+    for shape in shapes:
+        linear = Linear(shape.name, shape.k, shape.n, bias=False)
+        plans = plans_of(linear, shape, precisions, rank)
+        case = Case(linear, shape.m, lambda plans=plans: solve_random(plans, settings))
+        yield from _row_calls(case, settings)
+
+
+def _row_calls(case: Case, settings: BenchSettings) -> Iterator[tuple[str, Callable[[], BenchRow]]]:
+    name, linear = case.linear.name, case.linear
+    x = random_numbers(settings.seed, case.m, linear.in_features).to(settings.device)
+    medians: dict[str, float] = {}
+
+    def baseline() -> BenchRow:
+        ((dtype, operation),) = _baselines(case, settings)
+        row = _row(case, operation, x, settings, {})
+        medians[_baseline_name(dtype, settings.device)] = row.us.median
+        return row
+
+    def beside(operation: Callable[[], Operation]) -> BenchRow:
+        if not medians:
+            baseline()
+        return _row(case, operation(), x, settings, medians)
+
+    yield f"{name}: torch", baseline
+    for other, make in gpu_baselines(case.m):
+        yield f"{name}: {other}", lambda make=make: beside(lambda: make(random_weight(settings, linear)))
+    for operation in _operations(case, settings):
+        rank = "" if operation.rank is None else f" R {operation.rank}"
+        yield f"{name}: {operation.label}{rank}", lambda found=operation: beside(lambda: found)
 
 
 def bench_layers(
