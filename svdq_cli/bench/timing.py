@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from svdq_cli.bench.report import Microseconds
+from svdq_cli.pack.padding import ceil_div
 
 Call = Callable[[], object]
 
@@ -35,7 +36,7 @@ def cache_bytes(device: torch.device) -> int:
 
 def copies_beyond_cache(bytes_per_call: int, device: torch.device) -> int:
     """How many sets of operands to go round, so that none is still in the cache when its turn comes again."""
-    wanted = 1 + -(-cache_bytes(device) // max(1, bytes_per_call))
+    wanted = 1 + ceil_div(cache_bytes(device), max(1, bytes_per_call))
     return min(max(wanted, LEAST_COPIES), MOST_COPIES)
 
 

@@ -12,6 +12,7 @@ import torch
 
 from svdq_cli.families.layouts.layout import STACKED, RowOrder
 from svdq_cli.formats.contract import PLAIN, LayoutTraits
+from svdq_cli.pack.padding import round_up
 from svdq_cli.planning.joint import with_name
 from svdq_cli.records import LayerPlan
 from svdq_cli.source import by_component
@@ -150,4 +151,4 @@ def files_of(file: FileLayout, components: Sequence[str]) -> dict[str, FileLayou
 
 def padded(size: int) -> int:
     """Rounded up to whole tiles."""
-    return -(-size // TILE) * TILE
+    return round_up(size, TILE)

@@ -15,6 +15,7 @@ from svdq_cli.cpu.build import built_library
 from svdq_cli.cpu.instruction_sets import InstructionSet, best_here
 from svdq_cli.errors import EnvironmentLacksError
 from svdq_cli.pack.cpu_panels import BLOCK, STEP
+from svdq_cli.pack.padding import ceil_div, round_up
 from svdq_cli.records import NvFp4, Precision
 
 BETWEEN_BYTES = 8 * 2**20  # of a GELU's results that wait to be quantized
@@ -196,7 +197,7 @@ def new_quantized(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Uninitialized codes, scales and hidden vectors of a quantized activation (M, K). `dtype`: the layer's 16-bit
     one."""
-    blocks, kp = -(-m // BLOCK), -(-k // STEP) * STEP
+    blocks, kp = ceil_div(m, BLOCK), round_up(k, STEP)
     return (
         torch.empty(blocks, kp // 4, BLOCK, 4, dtype=torch.int8),
         torch.empty(2, blocks, kp // precision.group, BLOCK, dtype=torch.float32),

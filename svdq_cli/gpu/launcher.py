@@ -11,6 +11,7 @@ from svdq_cli.gpu import variants
 from svdq_cli.gpu.architectures import Architecture
 from svdq_cli.gpu.compile import Variant
 from svdq_cli.pack.kernel_tiles import STEP
+from svdq_cli.pack.padding import round_up
 from svdq_cli.records import NvFp4, Precision
 
 MOST_SPLITS = 8
@@ -36,7 +37,7 @@ class Launcher(Protocol):
 
 def padded_rows(m: int) -> int:
     """M rounded up to whole blocks of the GEMM that will read it."""
-    return _round_up(m, variants.block_rows(m))
+    return round_up(m, variants.block_rows(m))
 
 
 def new_quantized(
@@ -62,7 +63,3 @@ def splits_of(launcher: Launcher, blocks: int, k: int) -> int:
     block of eight warps can't hide the latency of its own arithmetic."""
     useful = k // STEP // (LEAST_STEPS_A_WARP * variants.QUANTIZE_WARPS)
     return max(1, min(BLOCKS_A_MULTIPROCESSOR * launcher.multiprocessors // blocks, useful, MOST_SPLITS))
-
-
-def _round_up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple

@@ -6,6 +6,7 @@ import torch
 
 from svdq_cli.gpu.architectures import Architecture, CodeMma
 from svdq_cli.gpu.compile import Variant
+from svdq_cli.pack.padding import ceil_div
 from svdq_cli.records import NvFp4, Precision
 
 LANES = 32
@@ -42,8 +43,8 @@ def rank_chunk(rank: int) -> int:
     """How many ranks a block of quantize_down takes: as even a share as multiples of 16 allow, at most 64."""
     if rank == 0:
         return 0
-    chunks = -(-rank // MOST_RANK_CHUNK)
-    return -(-rank // (16 * chunks)) * 16
+    chunks = ceil_div(rank, MOST_RANK_CHUNK)
+    return 16 * ceil_div(rank, 16 * chunks)
 
 
 def gemm_constants(

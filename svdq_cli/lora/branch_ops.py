@@ -6,6 +6,7 @@ The branch reads the raw activation, as a LoRA does, so no smoothing factor is i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -82,7 +83,7 @@ def padded(branches: Branches, *, rank: int) -> dict[str, Branch]:
 
 def whole_tiles(rank: int) -> int:
     """The next multiple of `RANK_TILE`."""
-    return -(-rank // RANK_TILE) * RANK_TILE
+    return math.ceil(rank / RANK_TILE) * RANK_TILE
 
 
 def _up_in(addition: Addition, name: str, branch: Branch) -> Tensor:

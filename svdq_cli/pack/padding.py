@@ -13,11 +13,26 @@ import torch
 from torch import Tensor
 
 
+def ceil_div(size: int, by: int) -> int:
+    """How many parts of the size `by` cover `size`."""
+    return -(-size // by)
+
+
+def round_up(size: int, multiple: int) -> int:
+    """The smallest multiple that is not below `size`."""
+    return ceil_div(size, multiple) * multiple
+
+
+def pad_rows(rows: Tensor, *, multiple: int) -> Tensor:
+    """Zeros below `rows` (N, ...), up to the next multiple."""
+    return pad(rows, multiples=(multiple,) + (1,) * (rows.ndim - 1), fill=0)
+
+
 def pad(tensor: Tensor, *, multiples: Sequence[int], fill: float) -> Tensor:
     """Grow every axis to the next multiple of its entry in `multiples`; new elements are `fill`. Of any shape."""
     if tensor.ndim != len(multiples):
         raise ValueError(f"{len(multiples)} multiples for a tensor of the shape {tuple(tensor.shape)}")
-    shape = [-(-size // multiple) * multiple for size, multiple in zip(tensor.shape, multiples, strict=True)]
+    shape = [round_up(*each) for each in zip(tensor.shape, multiples, strict=True)]
     grown = torch.full(shape, fill, device=tensor.device).to(tensor.dtype)
     crop(grown, shape=tensor.shape).copy_(tensor)
     return grown

@@ -10,6 +10,7 @@ from torch import Tensor
 from svdq_cli.cpu.engine import lack_of_engine
 from svdq_cli.errors import UsageError
 from svdq_cli.pack.cpu_panels import BLOCK, STEP, pack_down, pack_up
+from svdq_cli.pack.padding import ceil_div
 from svdq_cli.records import GELU_SHIFT, LayerSolution, RotatedSolution, W4A4Solution, W4A16Solution
 from svdq_cli.runtime import ops  # noqa: F401  defines torch.ops.svdq.cpu_*
 from svdq_cli.runtime.cpu_operands import (
@@ -124,7 +125,7 @@ class CpuW4A4Linear(KernelW4A4Linear):
         codes, scales, hidden = quantized
         for start in range(0, m, ROWS_AT_ONCE):
             some = slice(start, min(start + ROWS_AT_ONCE, m))
-            blocks = slice(start // BLOCK, -(-some.stop // BLOCK))
+            blocks = slice(start // BLOCK, ceil_div(some.stop, BLOCK))
             yield some, (codes[blocks], scales[:, blocks], hidden[blocks])
 
     def multiply_gelu_quantize(

@@ -22,7 +22,7 @@ from svdq_cli.pack.cpu_panels import (
     unpack_scales,
     unpack_up,
 )
-from svdq_cli.pack.padding import pad
+from svdq_cli.pack.padding import pad, pad_rows
 from svdq_cli.records import (
     Int4,
     LayerSolution,
@@ -88,7 +88,7 @@ def pack_cpu(solution: W4A4Solution, *, unsigned_from: int | None = None) -> Cpu
         case NvFp4():
             nibbles, scales = codes.to(torch.uint8), solution.scales.view(torch.uint8)
             assert solution.outer is not None
-            outer = _padded(solution.outer.float().expand(codes.shape[0]) * _OUTER)
+            outer = pad_rows(solution.outer.float().expand(codes.shape[0]) * _OUTER, multiple=PANEL)
     shifted = None
     if unsigned_from is not None:
         start, group = unsigned_from, solution.plan.precision.group
@@ -116,8 +116,8 @@ def pack_cpu(solution: W4A4Solution, *, unsigned_from: int | None = None) -> Cpu
 def cpu_bias(bias: Tensor | None, shifted: Tensor | None) -> Tensor | None:
     """What is added to a product, (NP,) float32: a layer's bias less what the shift of its unsigned channels adds."""
     if shifted is None:
-        return None if bias is None else _padded(bias.float())
-    return _padded(-shifted if bias is None else bias.float() - shifted)
+        return None if bias is None else pad_rows(bias.float(), multiple=PANEL)
+    return pad_rows(-shifted if bias is None else bias.float() - shifted, multiple=PANEL)
 
 
 def unpack_cpu(operands: CpuOperands, plan: W4A4Plan, bias: Tensor | None) -> W4A4Solution:
@@ -153,11 +153,11 @@ def pack_cpu_w4a16(solution: W4A16Solution) -> CpuW4A16Operands:
     """ValueError where `cpu_unsupported_reason` has one."""
     if reason := cpu_unsupported_reason(solution):
         raise ValueError(f"{solution.plan.name}: {reason}")
-    pairs = [pack_scales(_padded(part)) for part in (solution.scales, solution.zeros)]
+    pairs = [pack_scales(pad_rows(part, multiple=PANEL)) for part in (solution.scales, solution.zeros)]
     return CpuW4A16Operands(
-        weight_codes=pack_codes(_padded(solution.codes)),
+        weight_codes=pack_codes(pad_rows(solution.codes, multiple=PANEL)),
         scales=torch.stack(pairs, 2),
-        bias=None if solution.bias is None else _padded(solution.bias),
+        bias=None if solution.bias is None else pad_rows(solution.bias, multiple=PANEL),
     )
 
 
@@ -172,7 +172,3 @@ def unpack_cpu_w4a16(operands: CpuW4A16Operands, plan: W4A16Plan) -> W4A16Soluti
         zeros=zeros,
         bias=None if operands.bias is None else operands.bias[:n],
     )
-
-
-def _padded(rows: Tensor) -> Tensor:
-    return pad(rows, multiples=(PANEL,) + (1,) * (rows.ndim - 1), fill=0)

@@ -25,7 +25,7 @@ from svdq_cli.pack.kernel_tiles import (
     unpack_w4a16_weight,
     unpack_weight_codes,
 )
-from svdq_cli.pack.padding import crop, pad
+from svdq_cli.pack.padding import crop, pad, pad_rows
 from svdq_cli.records import (
     Int4,
     LayerSolution,
@@ -103,21 +103,21 @@ def pack_w4a4(solution: W4A4Solution) -> W4A4Operands:
         raise ValueError(f"{solution.plan.name}: {reason}")
     match solution.plan.precision:
         case Int4():
-            scales, outer = pack_column_scales(_padded(solution.scales)), None
+            scales, outer = pack_column_scales(pad_rows(solution.scales, multiple=BLOCK_N)), None
         case NvFp4():
-            bits = _padded(solution.scales.view(torch.uint8)).view(solution.scales.dtype)
+            bits = pad_rows(solution.scales.view(torch.uint8), multiple=BLOCK_N).view(solution.scales.dtype)
             assert solution.outer is not None
             every = solution.outer.float().expand(solution.codes.shape[0])
-            scales, outer = pack_column_micro_scales(bits), _padded(every)
+            scales, outer = pack_column_micro_scales(bits), pad_rows(every, multiple=BLOCK_N)
     down, up = pack_branch(solution.down, solution.up)
     return W4A4Operands(
         inverse_smooth=1 / solution.smooth.float(),
         down=down,
-        weight=pack_weight_codes(_padded(solution.codes)),
+        weight=pack_weight_codes(pad_rows(solution.codes, multiple=BLOCK_N)),
         weight_scales=scales,
         up=up,
         outer=outer,
-        bias=None if solution.bias is None else _padded(solution.bias),
+        bias=None if solution.bias is None else pad_rows(solution.bias, multiple=BLOCK_N),
     )
 
 
@@ -131,7 +131,8 @@ def pack_branch(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
 
 def pack_running(branch: RunningBranch) -> tuple[Tensor, Tensor, Tensor | None]:
     """Another branch of a layer and its bias, (N,) padded to whole blocks."""
-    return (*pack_branch(branch.down, branch.up), None if branch.bias is None else _padded(branch.bias))
+    bias = None if branch.bias is None else pad_rows(branch.bias, multiple=BLOCK_N)
+    return (*pack_branch(branch.down, branch.up), bias)
 
 
 def unpack_w4a4(operands: W4A4Operands, plan: W4A4Plan) -> W4A4Solution:
@@ -197,9 +198,9 @@ def pack_w4a16(solution: W4A16Solution) -> W4A16Operands:
         raise ValueError(f"{solution.plan.name}: {reason}")
     pairs = torch.stack((solution.scales, solution.zeros), -1)
     return W4A16Operands(
-        weight=pack_w4a16_weight(_padded(solution.codes)),
-        scales=_padded(pairs).transpose(0, 1).contiguous(),
-        bias=None if solution.bias is None else _padded(solution.bias),
+        weight=pack_w4a16_weight(pad_rows(solution.codes, multiple=BLOCK_N)),
+        scales=pad_rows(pairs, multiple=BLOCK_N).transpose(0, 1).contiguous(),
+        bias=None if solution.bias is None else pad_rows(solution.bias, multiple=BLOCK_N),
     )
 
 
@@ -225,7 +226,3 @@ def product_tensors(operands: DataclassInstance) -> dict[str, Tensor | None]:
     """Tensors that the second of a W4A4 layer's two kernels reads, by field name."""
     tensors = tensors_of(operands)
     return {name: tensor for name, tensor in tensors.items() if name not in ("inverse_smooth", "down")}
-
-
-def _padded(rows: Tensor) -> Tensor:
-    return pad(rows, multiples=(BLOCK_N,) + (1,) * (rows.ndim - 1), fill=0)

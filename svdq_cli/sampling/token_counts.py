@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -95,7 +96,7 @@ def token_counts(
 def image_tokens(source: Source, *, height: int, width: int) -> int:
     """Tokens of an image of `height` x `width` pixels in the source's model; of a UNet, in its widest level."""
     side = pixels_per_token(source)
-    return max(1, -(-height // side) * -(-width // side))
+    return max(1, math.ceil(height / side) * math.ceil(width / side))
 
 
 def text_tokens(source: Source, max_sequence_length: int | None) -> int:

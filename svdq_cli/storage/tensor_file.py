@@ -162,5 +162,5 @@ def _header(specs: Mapping[str, TensorSpec], places: Mapping[str, int], metadata
             "data_offsets": [begin, begin + spec.bytes],
         }
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    padded = text.ljust(-(-len(text) // _ALIGNMENT) * _ALIGNMENT)
+    padded = text + b" " * (-len(text) % _ALIGNMENT)
     return len(padded).to_bytes(8, "little") + padded

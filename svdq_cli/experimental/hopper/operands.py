@@ -18,7 +18,7 @@ from svdq_cli.experimental.hopper.tiles import (
     unpack_signed_codes,
 )
 from svdq_cli.pack.kernel_tiles import pack_down_fragments
-from svdq_cli.pack.padding import pad
+from svdq_cli.pack.padding import pad, pad_rows
 from svdq_cli.records import Int4, LayerSolution, W4A4Plan, W4A4Solution
 from svdq_cli.runtime.linear import RunningBranch, w4a4_weight
 from svdq_cli.runtime.operands import unpack_branch
@@ -65,7 +65,7 @@ def pack_hopper(solution: W4A4Solution, mode: HopperMode) -> HopperOperands:
         weight=weight,
         weight_scales=scales,
         up=up,
-        bias=None if solution.bias is None else _padded(solution.bias),
+        bias=None if solution.bias is None else pad_rows(solution.bias, multiple=FEATURES),
     )
 
 
@@ -79,7 +79,7 @@ def pack_hopper_branch(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
 
 def pack_running(branch: RunningBranch) -> tuple[Tensor, Tensor, Tensor | None]:
     """Another branch of a layer and its bias, (N,) padded to whole tiles."""
-    bias = None if branch.bias is None else _padded(branch.bias)
+    bias = None if branch.bias is None else pad_rows(branch.bias, multiple=FEATURES)
     return (*pack_hopper_branch(branch.down, branch.up), bias)
 
 
@@ -113,12 +113,9 @@ def requantized_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 def _weight(solution: W4A4Solution, mode: HopperMode) -> tuple[Tensor, Tensor]:
     if mode == HopperMode.FP8:
         rows, scales = requantized_rows(w4a4_weight(solution))
-        return pack_rows(_padded(rows.view(torch.uint8)), tile=FEATURES), _padded(scales)
+        codes = pad_rows(rows.view(torch.uint8), multiple=FEATURES)
+        return pack_rows(codes, tile=FEATURES), pad_rows(scales, multiple=FEATURES)
     return (
-        pack_signed_codes(_padded(solution.codes), tile=FEATURES),
-        pack_feature_scales(_padded(solution.scales), tile=FEATURES),
+        pack_signed_codes(pad_rows(solution.codes, multiple=FEATURES), tile=FEATURES),
+        pack_feature_scales(pad_rows(solution.scales, multiple=FEATURES), tile=FEATURES),
     )
-
-
-def _padded(rows: Tensor) -> Tensor:
-    return pad(rows, multiples=(FEATURES,) + (1,) * (rows.ndim - 1), fill=0)

@@ -17,6 +17,7 @@ from svdq_cli.gpu import variants
 from svdq_cli.gpu.compile import Variant
 from svdq_cli.gpu.launcher import Launcher, aligned, splits_of
 from svdq_cli.pack.kernel_tiles import STEP
+from svdq_cli.pack.padding import ceil_div, round_up
 
 FEATURES = 128  # rows of a weight's tile
 TOKENS, SMALL_TOKENS = 192, 128  # of an activation's
@@ -33,12 +34,12 @@ REDUCE_WARPS = 8
 
 def token_tile(m: int) -> int:
     """Tokens in a tile, for M of them: the large one, unless it pads much more."""
-    large, small = (-(-m // size) * size for size in (TOKENS, SMALL_TOKENS))
+    large, small = (round_up(m, size) for size in (TOKENS, SMALL_TOKENS))
     return SMALL_TOKENS if large - small > MOST_PADDING * m else TOKENS
 
 
 def padded_tokens(m: int) -> int:
-    return -(-m // token_tile(m)) * token_tile(m)
+    return round_up(m, token_tile(m))
 
 
 def stage_bytes(mode: HopperMode, tokens: int) -> int:
@@ -55,7 +56,7 @@ def stage_bytes(mode: HopperMode, tokens: int) -> int:
 
 def dynamic_shared(mode: HopperMode, tokens: int, stages: int) -> int:
     """Stages, the two warpgroups' staging of a result, barriers (hopper_block.cuh)."""
-    staging, barriers = 2 * tokens * (64 * 2 + 16), -(-2 * stages * 8 // 128) * 128
+    staging, barriers = 2 * tokens * (64 * 2 + 16), round_up(2 * stages * 8, 128)
     return stages * stage_bytes(mode, tokens) + staging + barriers
 
 
@@ -138,7 +139,7 @@ def quantize_down(
     if m == 0:
         return codes, scales, hidden
     chunk = variants.rank_chunk(rank)
-    chunks = -(-rank // chunk) if rank else 1
+    chunks = ceil_div(rank, chunk) if rank else 1
     blocks = mp // variants.QUANTIZE_ROWS
     splits = splits_of(launcher, blocks * chunks, k) if rank and mode == HopperMode.EXACT else 1
     partial = x.new_empty(splits, mp, rank, dtype=torch.float32) if splits > 1 else None
@@ -159,7 +160,7 @@ def reduce_hidden(launcher: Launcher, partial: Tensor, hidden: Tensor) -> None:
     threads = REDUCE_WARPS * variants.LANES
     launcher.launch(
         reduce_hidden_variant(hidden.dtype, tokens=hidden.shape[3]),
-        (-(-mp * (rank // 8) // threads), 1, 1),
+        (ceil_div(mp * (rank // 8), threads), 1, 1),
         threads,
         *(partial, hidden, splits, mp, rank),
     )

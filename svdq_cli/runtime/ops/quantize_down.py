@@ -14,7 +14,7 @@ from svdq_cli.gpu.compile import Variant
 from svdq_cli.gpu.launcher import Launcher, aligned, new_quantized, padded_rows, splits_of
 from svdq_cli.gpu.variants import variant_of
 from svdq_cli.pack.kernel_tiles import pack_hidden_fragments
-from svdq_cli.pack.padding import pad
+from svdq_cli.pack.padding import ceil_div, pad
 from svdq_cli.records import NvFp4, Precision
 from svdq_cli.runtime.ops import reduce_hidden
 from svdq_cli.runtime.ops.arithmetic import hidden_rows, quantize_rows
@@ -52,7 +52,7 @@ def launch(
         return codes, scales, hidden
     x = aligned(x)
     chunk = variants.rank_chunk(rank)
-    chunks = -(-rank // chunk) if rank else 1
+    chunks = ceil_div(rank, chunk) if rank else 1
     splits = splits_of(launcher, mp // variants.QUANTIZE_ROWS * chunks, k) if rank else 1
     partial = x.new_empty(splits, mp, rank, dtype=torch.float32) if splits > 1 else None
     launcher.launch(

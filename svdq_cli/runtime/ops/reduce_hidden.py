@@ -11,6 +11,7 @@ from svdq_cli.gpu import variants
 from svdq_cli.gpu.compile import Variant
 from svdq_cli.gpu.launcher import Launcher
 from svdq_cli.gpu.variants import variant_of
+from svdq_cli.pack.padding import ceil_div
 
 
 @functools.cache
@@ -24,7 +25,7 @@ def launch(launcher: Launcher, partial: Tensor, hidden: Tensor) -> None:
     tiles = mp // 16 * (rank // 16)
     launcher.launch(
         variant(hidden.dtype),
-        (-(-tiles // variants.REDUCE_WARPS), 1, 1),
+        (ceil_div(tiles, variants.REDUCE_WARPS), 1, 1),
         variants.REDUCE_WARPS * variants.LANES,
         *(partial, hidden, splits, mp, rank),
     )

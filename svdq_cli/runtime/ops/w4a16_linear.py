@@ -13,6 +13,7 @@ from svdq_cli.gpu.compile import Variant
 from svdq_cli.gpu.launcher import Launcher, aligned
 from svdq_cli.gpu.variants import variant_of
 from svdq_cli.pack.kernel_tiles import STEP, unpack_w4a16_weight
+from svdq_cli.pack.padding import ceil_div
 from svdq_cli.runtime.ops.define import define, define_cpu
 
 
@@ -32,7 +33,7 @@ def launch(
         return y
     launcher.launch(
         variant(x.dtype),
-        (np // variants.W4A16_COLUMNS, -(-m // 16), 1),
+        (np // variants.W4A16_COLUMNS, ceil_div(m, 16), 1),
         variants.W4A16_WARPS * variants.LANES,
         *(aligned(x), weight, scales, bias, y, m, n, np, k),
     )
