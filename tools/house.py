@@ -28,7 +28,8 @@ LIMITS = {
     # One more since rooms take their files from storage/, where each wrote them in its own way
     "arrows": 231,
     "circles": 0,
-    "long_functions": 9,  # one is python_api.convert, whose signature and docstring alone take 60 lines
+    # python_api.convert, whose signature and docstring alone take 60 lines, and the command of the same name
+    "long_functions": 2,
     "without_shapes": 0,
 }
 TITLES = {

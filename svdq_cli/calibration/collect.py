@@ -101,8 +101,7 @@ def collect_parts(
         _add(tallies[name], activation, batch=drawn, spread=spread, turns=turns[name])
 
     def see(reader: tuple[str, str], output: Tensor) -> None:
-        peaks, peak = tallies[reader[0]].outputs, torch.linalg.vector_norm(output, math.inf).float()
-        peaks[reader[1]] = torch.maximum(peaks[reader[1]], peak) if reader[1] in peaks else peak
+        tallies[reader[0]].note_output(reader[1], output)
 
     def finish() -> None:
         _refuse_non_finite(tallies, layers)
@@ -198,6 +197,11 @@ class _Tally:
     turns: dict[int, int] = field(default_factory=dict)  # image -> turns taken
     rows: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # (image, turn) -> (M, K) bfloat16
     outputs: dict[str, Tensor] = field(default_factory=dict)  # layer -> the largest number it gave
+
+    def note_output(self, layer: str, output: Tensor) -> None:
+        """Takes the largest number of a layer's `output`, of any shape, into account."""
+        peak = torch.linalg.vector_norm(output, math.inf).float()
+        self.outputs[layer] = torch.maximum(self.outputs[layer], peak) if layer in self.outputs else peak
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ import importlib.metadata
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,6 +39,7 @@ from svdq_cli.evaluation.verdict import Evidence, next_step, verdict_of
 from svdq_cli.inference.backend import choose_backend
 from svdq_cli.metrics import METRICS
 from svdq_cli.pipelines.settings import settings_json
+from svdq_cli.prepare.facts import other_weights
 from svdq_cli.prepare.options import DEFAULT_OPTIONS, RunOptions
 from svdq_cli.prepare.origin import origin_of
 from svdq_cli.prepare.prompts import chosen_prompts
@@ -46,7 +48,7 @@ from svdq_cli.prepare.sources import source_of
 from svdq_cli.recipe import Recipe, figure_of, section_of
 from svdq_cli.records import Event, Observer, ignore_events
 from svdq_cli.reports import BaselineFacts, EvalReport, ImageFacts, ReferenceFacts, to_json
-from svdq_cli.source import Source, file_sha256, only, source_digest
+from svdq_cli.source import file_sha256, only, source_digest
 from svdq_cli.system.machine import resolve_device
 
 
@@ -155,24 +157,13 @@ def _facts(run: Run) -> dict[str, object]:
     return {
         "checkpoint": {file.name: file_sha256(file) for file in run.checkpoint.source.files},
         "source": run.origin.digest or source_digest(run.source),
-        "other components": _component_sizes(run.source),
+        # By their sizes: text encoders and autoencoder are rarely swapped, and long to digest
+        "other components": other_weights(run.source),
         "settings": settings,
         "device": gpu,
         "backend": run.backend.label,
         "svdq": __version__,
         **{name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")},
-    }
-
-
-def _component_sizes(source: Source) -> dict[str, int]:
-    """Bytes of the weight files of text encoders and autoencoder: they are rarely swapped, and long to digest."""
-    if source.pipeline is None:
-        return {}
-    files = sorted(source.pipeline.glob("*/*.safetensors"))
-    return {
-        file.relative_to(source.pipeline).as_posix(): file.stat().st_size
-        for file in files
-        if file.parent.name not in source.components
     }
 
 
@@ -189,25 +180,9 @@ def _report(
 ) -> EvalReport:
     own = score_images(image_store, SIXTEEN_BIT, run.prompts, metrics)
     missing, problems = sampled.missing, sampled.problems
-
-    def chance(first: str, second: str, figure: str) -> float | None:
-        """PSNR of two passes that should be the same."""
-        if figure in missing:
-            return None
-        stage = f"score {TITLES[second]} against {TITLES[first]}"
-        found = score_pairs(
-            image_store,
-            first,
-            second,
-            run.prompts[:NOISE_IMAGES],
-            metrics.without_networks(),
-            observe,
-            stage=stage,
-        )
-        return summarize(found.per_image["psnr_db"]).mean
-
-    floor = chance(SIXTEEN_BIT, AGAIN, "noise_floor_psnr_db")
-    own_noise = chance(CONVERTED, NUDGED, "own_noise_psnr_db")
+    chance = partial(_chance_psnr_db, run, image_store, metrics, observe)
+    floor = None if "noise_floor_psnr_db" in missing else chance(SIXTEEN_BIT, AGAIN)
+    own_noise = None if "own_noise_psnr_db" in missing else chance(CONVERTED, NUDGED)
     facts = {way: facts_of(image_store, way, found) for way, found in scores.items()}
     converted = facts.pop(CONVERTED)
     evidence = Evidence(
@@ -248,6 +223,22 @@ def _report(
             *sampled.converted_problems.sentences("4-bit"),
         ),
     )
+
+
+def _chance_psnr_db(
+    run: Run, image_store: ImageStore, metrics: Loaded, observe: Observer, first: str, second: str
+) -> float:
+    """Mean PSNR of two passes that differ by chance alone."""
+    found = score_pairs(
+        image_store,
+        first,
+        second,
+        run.prompts[:NOISE_IMAGES],
+        metrics.without_networks(),
+        observe,
+        stage=f"score {TITLES[second]} against {TITLES[first]}",
+    )
+    return summarize(found.per_image["psnr_db"]).mean
 
 
 def facts_of(image_store: ImageStore, way: str, scores: Scores) -> BaselineFacts:

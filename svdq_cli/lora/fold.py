@@ -80,34 +80,32 @@ def fold(
         weights = _write(partial, checkpoint, target, edits, joined, facts)
         require_folded(checkpoint, open_checkpoint(partial), edits, joined)
         written = OutputFile(target.format.name, str(out), weights.stat().st_size, file_sha256(weights))
-        seconds = time.monotonic() - started
         report = LoraReport(
             source_format=checkpoint.format.name,
             outputs=(written,),
             loras=facts,
             keys=table_of(checkpoint, given, edits, joined.cut),
             rank={"before": _rank(checkpoint.layers), "after": _rank(target.plan.layers)},
-            bytes={
-                "before": sum(file.stat().st_size for file in checkpoint.source.files),
-                "after": written.bytes,
-            },
+            bytes={"before": _file_bytes(checkpoint), "after": written.bytes},
             layer_error=dict(sorted(joined.layer_error.items())),
             warnings=_warnings(given, edits, checkpoint),
-            seconds=seconds,
+            seconds=time.monotonic() - started,
             peak=peak_memory(),
         )
-        card = derived_card(
-            checkpoint,
-            DerivedFacts(target.format.name, target.format.single_file, written.bytes, facts),
-        )
+        derived = DerivedFacts(target.format.name, target.format.single_file, written.bytes, facts)
+        card = derived_card(checkpoint, derived)
         if not target.format.single_file:
             write_report(report_path(partial, target.format), report)
             (partial / CARD_FILE).write_text(card, encoding="utf-8")
     if target.format.single_file:
         write_report(report_path(out, target.format), report)
         write_text(card_path(out), card)
-    observe(Event("end", "fold", 1, 1, seconds=seconds))
+    observe(Event("end", "fold", 1, 1, seconds=report.seconds))
     return report
+
+
+def _file_bytes(checkpoint: Checkpoint) -> int:
+    return sum(file.stat().st_size for file in checkpoint.source.files)
 
 
 def facts_of(given: Sequence[GivenLora]) -> tuple[LoraFacts, ...]:

@@ -3,65 +3,74 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from svdq_cli.cli import options as opt
 
+if TYPE_CHECKING:
+    from svdq_cli.bench.cases import BenchSettings
+    from svdq_cli.bench.report import BenchReport
+    from svdq_cli.records import Observer
+
+Checkpoint = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="CKPT",
+        help="Checkpoint whose layers to measure (default: random layers of known shapes).",
+    ),
+]
+Shapes = Annotated[
+    str | None,
+    typer.Option(
+        metavar="demo|flux1-dev|sdxl|pixart-sigma",
+        help="Layer shapes to measure (default: flux1-dev on a GPU, demo on a CPU).",
+    ),
+]
+Precision = Annotated[
+    str | None,
+    typer.Option(
+        metavar="int4|nvfp4", help="4-bit number format (default: both).", rich_help_panel="Quantization"
+    ),
+]
+Rank = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Rank of the 16-bit branch, a multiple of 16 (default: 16).",
+        rich_help_panel="Quantization",
+    ),
+]
+Rows = Annotated[int | None, typer.Option("--m", metavar="N", help="Number of tokens in W4A4 layers.")]
+Step = Annotated[
+    bool,
+    typer.Option(help="Also measure a step of a FLUX.1-shaped transformer; on a CPU, of two of its blocks."),
+]
+Plot = Annotated[Path | None, typer.Option(metavar="FILE.png", help="Plot the rows as bars into this file.")]
+Seconds = Annotated[float, typer.Option(help="Seconds to measure each row.")]
+Seed = Annotated[
+    int,
+    typer.Option(
+        metavar="N",
+        help="Seed of the random layers and inputs.",
+        rich_help_panel="Run",
+        min=0,
+        max=opt.MAX_SEED,
+    ),
+]
+
 
 def bench(
-    checkpoint: Annotated[
-        Path | None,
-        typer.Argument(
-            metavar="CKPT",
-            help="Checkpoint whose layers to measure (default: random layers of known shapes).",
-        ),
-    ] = None,
-    shapes: Annotated[
-        str | None,
-        typer.Option(
-            metavar="demo|flux1-dev|sdxl|pixart-sigma",
-            help="Layer shapes to measure (default: flux1-dev on a GPU, demo on a CPU).",
-        ),
-    ] = None,
-    precision: Annotated[
-        str | None,
-        typer.Option(
-            metavar="int4|nvfp4", help="4-bit number format (default: both).", rich_help_panel="Quantization"
-        ),
-    ] = None,
-    rank: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="Rank of the 16-bit branch, a multiple of 16 (default: 16).",
-            rich_help_panel="Quantization",
-        ),
-    ] = None,
-    rows: Annotated[
-        int | None, typer.Option("--m", metavar="N", help="Number of tokens in W4A4 layers.")
-    ] = None,
-    step: Annotated[
-        bool,
-        typer.Option(
-            help="Also measure a step of a FLUX.1-shaped transformer; on a CPU, of two of its blocks."
-        ),
-    ] = False,
-    plot: Annotated[
-        Path | None, typer.Option(metavar="FILE.png", help="Plot the rows as bars into this file.")
-    ] = None,
-    seconds: Annotated[float, typer.Option(help="Seconds to measure each row.")] = 0.2,
-    seed: Annotated[
-        int,
-        typer.Option(
-            metavar="N",
-            help="Seed of the random layers and inputs.",
-            rich_help_panel="Run",
-            min=0,
-            max=opt.MAX_SEED,
-        ),
-    ] = 0,
+    checkpoint: Checkpoint = None,
+    shapes: Shapes = None,
+    precision: Precision = None,
+    rank: Rank = None,
+    rows: Rows = None,
+    step: Step = False,
+    plot: Plot = None,
+    seconds: Seconds = 0.2,
+    seed: Seed = 0,
     fail_if: opt.FailIf = None,
     device: opt.Device = "auto",
     json: opt.Json = False,
@@ -74,16 +83,8 @@ def bench(
     from svdq_cli.bench.cases import BenchSettings
     from svdq_cli.bench.gates import judged
     from svdq_cli.bench.plot import draw_plot
-    from svdq_cli.bench.run import (
-        RANK,
-        bench_layers,
-        bench_shapes,
-        precisions_named,
-        refuse_given,
-        with_steps,
-    )
+    from svdq_cli.bench.run import RANK, bench_shapes, precisions_named, refuse_given, with_steps
     from svdq_cli.bench.shapes import default_shapes, shape_set
-    from svdq_cli.checkpoint.reader import NEEDS_METADATA, open_checkpoint
     from svdq_cli.cli import render
     from svdq_cli.cli.progress import progress
     from svdq_cli.cli.summary import append_summary
@@ -98,8 +99,7 @@ def bench(
     with progress(quiet=quiet, verbose=verbose, events=events) as observe:
         if checkpoint is not None:
             refuse_given(shapes=shapes, precision=precision, rank=rank)
-            opened = open_checkpoint(checkpoint, hint=NEEDS_METADATA)
-            report = bench_layers(opened.layers, opened.solution, settings=settings, observe=observe)
+            report = _bench_checkpoint(checkpoint, settings, observe)
         else:
             report = bench_shapes(
                 shape_set(shapes) if shapes else default_shapes(settings.device),
@@ -116,3 +116,12 @@ def bench(
     append_summary(report, summary)
     render.show(report, json=json, verbose=verbose)
     render.exit_with(report)
+
+
+def _bench_checkpoint(path: Path, settings: BenchSettings, observe: Observer) -> BenchReport:
+    """The checkpoint's own layers, measured."""
+    from svdq_cli.bench.run import bench_layers
+    from svdq_cli.checkpoint.reader import NEEDS_METADATA, open_checkpoint
+
+    opened = open_checkpoint(path, hint=NEEDS_METADATA)
+    return bench_layers(opened.layers, opened.solution, settings=settings, observe=observe)

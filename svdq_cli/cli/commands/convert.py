@@ -13,36 +13,42 @@ from svdq_cli.cli.parsing import card_of, recipe_for, run_options, shared_run
 if TYPE_CHECKING:
     from svdq_cli.reports import ConvertReport, PlanReport
 
+Sources = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="SOURCE...",
+        help="Recipe (.yaml, or a name that svdq recipes lists), pipeline folder, .safetensors or .gguf file, "
+        "Hub id, or demo; or several recipes.",
+        autocompletion=opt.recipe_names,
+    ),
+]
+Out = Annotated[
+    Path | None, typer.Option("-o", "--output", help="Where to write (default: the recipe's path).")
+]
+Calib = Annotated[
+    Path | None, typer.Option("--calib", metavar="CALIB", help="Finished folder of svdq calibrate.")
+]
+Plan = Annotated[
+    bool, typer.Option("--plan", help="Predict layers, bytes, time, memory and disk; convert nothing.")
+]
+Gpu = Annotated[
+    str | None,
+    typer.Option(
+        "--gpu",
+        metavar="GPU",
+        help='With --plan: predict for a GPU, given by name ("RTX 4070") or memory (12GB).',
+    ),
+]
+
 
 @opt.recipe_options("convert")
 def convert(
-    sources: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="SOURCE...",
-            help="Recipe (.yaml, or a name that svdq recipes lists), pipeline folder, .safetensors or .gguf file, "
-            "Hub id, or demo; or several recipes.",
-            autocompletion=opt.recipe_names,
-        ),
-    ],
-    out: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Where to write (default: the recipe's path).")
-    ] = None,
-    calib: Annotated[
-        Path | None, typer.Option("--calib", metavar="CALIB", help="Finished folder of svdq calibrate.")
-    ] = None,
+    sources: Sources,
+    out: Out = None,
+    calib: Calib = None,
     given: opt.Given = opt.NOTHING,
-    plan: Annotated[
-        bool, typer.Option("--plan", help="Predict layers, bytes, time, memory and disk; convert nothing.")
-    ] = False,
-    gpu: Annotated[
-        str | None,
-        typer.Option(
-            "--gpu",
-            metavar="GPU",
-            help='With --plan: predict for a GPU, given by name ("RTX 4070") or memory (12GB).',
-        ),
-    ] = None,
+    plan: Plan = False,
+    gpu: Gpu = None,
     device: opt.Device = "auto",
     work: opt.Work = None,
     resume: opt.Resume = False,

@@ -10,34 +10,39 @@ import typer
 from svdq_cli.cli import options as opt
 from svdq_cli.cli.parsing import beyond_the_model, of_the_model, run_options
 
+Against = Annotated[str, typer.Option(metavar="SOURCE", help="The 16-bit model to compare with.")]
+Report = Annotated[
+    Path | None,
+    typer.Option(
+        "--report",
+        metavar="DIR",
+        help="Save images, figures and report.html in this folder; a second run generates only what is missing.",
+    ),
+]
+Without = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PASS,...",
+        help="Passes to skip: naive, floor, own-noise, outputs or nf4; --plan explains each.",
+    ),
+]
+Plan = Annotated[
+    bool,
+    typer.Option("--plan", help="List the passes, their purpose and their predicted time; run nothing."),
+]
+
 
 @opt.recipe_options("eval")
 def evaluate(
     checkpoint: opt.Checkpoint,
-    against: Annotated[str, typer.Option(metavar="SOURCE", help="The 16-bit model to compare with.")],
-    report: Annotated[
-        Path | None,
-        typer.Option(
-            "--report",
-            metavar="DIR",
-            help="Save images, figures and report.html in this folder; a second run generates only what is missing.",
-        ),
-    ] = None,
+    against: Against,
+    report: Report = None,
     given: opt.Given = opt.NOTHING,
     image: opt.Image = None,
     mask: opt.Mask = None,
     strength: opt.Strength = None,
-    without: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="PASS,...",
-            help="Passes to skip: naive, floor, own-noise, outputs or nf4; --plan explains each.",
-        ),
-    ] = None,
-    plan: Annotated[
-        bool,
-        typer.Option("--plan", help="List the passes, their purpose and their predicted time; run nothing."),
-    ] = False,
+    without: Without = None,
+    plan: Plan = False,
     backend: opt.Backend = "auto",
     device: opt.Device = "auto",
     resume: opt.Resume = False,

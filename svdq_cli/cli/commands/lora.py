@@ -9,39 +9,43 @@ import typer
 from svdq_cli.cli import options as opt
 from svdq_cli.cli.parsing import run_options
 
+Loras = Annotated[
+    list[str],
+    typer.Option("--lora", metavar="FILE[:WEIGHT]", help="LoRA to fold in. Repeatable."),
+]
+MaxRank = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N", help="Compress each branch to rank N by SVD; the report has every layer's error."
+    ),
+]
+ApproximateRank = Annotated[
+    int,
+    typer.Option(
+        metavar="N",
+        help="Rank to which DoRA, full differences, and LoHa or LoKr of a higher rank are reduced.",
+    ),
+]
+SkipW4a16 = Annotated[
+    bool,
+    typer.Option("--skip-w4a16", help="Leave modulation layers unchanged, even where a LoRA changes them."),
+]
+To = Annotated[
+    str | None,
+    typer.Option(
+        "--format", metavar="nunchaku", help="Write a LoRA file for Nunchaku's FLUX.1 engine instead."
+    ),
+]
+
 
 def lora(
     checkpoint: opt.Checkpoint,
-    loras: Annotated[
-        list[str],
-        typer.Option("--lora", metavar="FILE[:WEIGHT]", help="LoRA to fold in. Repeatable."),
-    ],
+    loras: Loras,
     out: opt.Out,
-    max_rank: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", help="Compress each branch to rank N by SVD; the report has every layer's error."
-        ),
-    ] = None,
-    approximate_rank: Annotated[
-        int,
-        typer.Option(
-            metavar="N",
-            help="Rank to which DoRA, full differences, and LoHa or LoKr of a higher rank are reduced.",
-        ),
-    ] = 64,
-    skip_w4a16: Annotated[
-        bool,
-        typer.Option(
-            "--skip-w4a16", help="Leave modulation layers unchanged, even where a LoRA changes them."
-        ),
-    ] = False,
-    to: Annotated[
-        str | None,
-        typer.Option(
-            "--format", metavar="nunchaku", help="Write a LoRA file for Nunchaku's FLUX.1 engine instead."
-        ),
-    ] = None,
+    max_rank: MaxRank = None,
+    approximate_rank: ApproximateRank = 64,
+    skip_w4a16: SkipW4a16 = False,
+    to: To = None,
     overwrite: opt.Overwrite = False,
     json: opt.Json = False,
     events: opt.EventsFile = None,
