@@ -123,18 +123,18 @@ def _times(image_store: ImageStore) -> dict[str, dict[str, float]]:
 
 def _continue_run(run: Path, facts: Facts, prompts: Sequence[str]) -> None:
     found = _read(run)
-    there, drawn = found.get("facts"), found.get("prompts")
-    if found.get("schema") != _SCHEMA or not isinstance(there, dict) or not isinstance(drawn, list):
+    there, generated = found.get("facts"), found.get("prompts")
+    if found.get("schema") != _SCHEMA or not isinstance(there, dict) or not isinstance(generated, list):
         raise _another_run(run, "made by another version of svdq")
     here = cast("dict[str, object]", json.loads(json.dumps(facts)))  # tuples are lists on disk
     for name in {**there, **here}:
         if there.get(name) != here.get(name):
             raise _another_run(run, f"{name} {_short(there.get(name))} there, {_short(here.get(name))} here")
-    common = min(len(drawn), len(prompts))
-    for index, (old, new) in enumerate(zip(drawn[:common], prompts[:common], strict=True)):
+    common = min(len(generated), len(prompts))
+    for index, (old, new) in enumerate(zip(generated[:common], prompts[:common], strict=True)):
         if old != new:
             raise _another_run(run, f"prompt {index} {_short(old)} there, {_short(new)} here")
-    if len(prompts) > len(drawn):
+    if len(prompts) > len(generated):
         _write_run(run, facts, prompts)
 
 

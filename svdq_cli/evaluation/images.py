@@ -57,7 +57,7 @@ def summarize(figures: Sequence[float], noise: Sequence[float] = ()) -> Summary:
 
 def _mean_interval(values: Tensor, noise: Tensor) -> tuple[float, float] | None:
     """95 % confidence interval of the mean by the percentile bootstrap (Efron 1979), which assumes no distribution:
-    PSNR over pictures is skewed. Every figure that is drawn is moved by one of `noise`, up or down. Seeded, so that
+    PSNR over images is skewed. Every figure that is sampled is moved by one of `noise`, up or down. Seeded, so that
     equal figures have equal intervals; None for a single figure."""
     count = len(values)
     if count < 2:
@@ -65,10 +65,10 @@ def _mean_interval(values: Tensor, noise: Tensor) -> tuple[float, float] | None:
     generator = torch.Generator().manual_seed(0)
     means: list[Tensor] = []
     for _ in range(BOOTSTRAP_SAMPLES):
-        drawn = values[torch.randint(count, (count,), generator=generator)]
+        sampled = values[torch.randint(count, (count,), generator=generator)]
         if len(noise):
             moved = noise[torch.randint(len(noise), (count,), generator=generator)]
-            drawn = drawn + moved * (2 * torch.randint(2, (count,), generator=generator) - 1)
-        means.append(drawn.mean())
+            sampled = sampled + moved * (2 * torch.randint(2, (count,), generator=generator) - 1)
+        means.append(sampled.mean())
     low, high = torch.quantile(torch.stack(means), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high

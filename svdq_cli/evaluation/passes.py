@@ -151,7 +151,7 @@ def sample_all(run: Run, image_store: ImageStore, without: Collection[str], obse
     """All passes but those in `without`, as far as their images are not in the gallery yet."""
     missing = {_FIGURES[key]: f"skipped by --without {key}" for key in without}
     layers, problems, calls = _sixteen_bit_and_naive(run, image_store, without, observe)
-    if "nf4" not in without and (lack := _draw_nf4(run, image_store, observe)):
+    if "nf4" not in without and (lack := _generate_nf4(run, image_store, observe)):
         missing[NF4] = lack
     outputs = _converted(run, image_store, calls, without, missing, observe)
     different = len(set(run.prompts)) > 1
@@ -195,7 +195,7 @@ def generate_missing(
     started = time.monotonic()
     kept = 0
     with inside(pipe):
-        drawn = generate_each(
+        generated = generate_each(
             pipe,
             run.prompts,
             settings=run.settings,
@@ -203,7 +203,7 @@ def generate_missing(
             observe=observe,
             wanted=missing.__contains__,
         )
-        for index, image in drawn:
+        for index, image in generated:
             keep_image(image_store, way, index, image)
             kept += 1
     note_time(image_store, way, images=kept, seconds=time.monotonic() - started)
@@ -304,7 +304,7 @@ def _judged(
     return found
 
 
-def _draw_nf4(run: Run, image_store: ImageStore, observe: Observer) -> str | None:
+def _generate_nf4(run: Run, image_store: ImageStore, observe: Observer) -> str | None:
     """The baseline of bitsandbytes, or why there is none."""
     try:
         require_nf4(run.device)

@@ -7,15 +7,15 @@ from pathlib import Path
 
 from svdq_cli.checkpoint.reader import NAME_AGAINST, open_checkpoint
 from svdq_cli.conversion.machine_speed import speed_of
-from svdq_cli.conversion.predict import forecast_of, pass_seconds
+from svdq_cli.conversion.predict import pass_seconds
 from svdq_cli.errors import EnvironmentLacksError
 from svdq_cli.evaluation.image_store import RUN_FILE, ImageStore
 from svdq_cli.evaluation.passes import PASSES, Pass
 from svdq_cli.inference.backend import choose_backend, compute_dtype
 from svdq_cli.prepare.options import DEFAULT_OPTIONS, RunOptions
-from svdq_cli.prepare.prepare import prepare
+from svdq_cli.prepare.prepare import counts_of, prepare
 from svdq_cli.prepare.prompts import chosen_prompts
-from svdq_cli.prepare.sampling import with_model_sampling
+from svdq_cli.prepare.sampling import sampling_for, with_model_sampling
 from svdq_cli.prepare.sources import source_of
 from svdq_cli.recipe import Recipe
 from svdq_cli.records import Observer, ignore_events
@@ -48,10 +48,10 @@ def plan_evaluation(
     recipe = with_model_sampling(recipe, source, held_out=True)
     prompts = len(chosen_prompts(recipe, options, observe).texts)
     prepared = prepare(recipe, beside=options.beside, every_layer=True, source=source)
-    assert prepared.sampling is not None
-    settings, device = prepared.sampling.settings, resolve_device(options.device)
-    job = forecast_of(prepared, None, generates=True, device=device, options=options)
-    once = pass_seconds(job, speed_of(device, compute_dtype(device), existing(report_folder or Path())))
+    sampling = prepared.sampling or sampling_for(recipe, source, beside=options.beside)
+    settings, device = sampling.settings, resolve_device(options.device)
+    speed = speed_of(device, compute_dtype(device), existing(report_folder or Path()))
+    once = pass_seconds(prepared.plan, counts_of(prepared, settings), speed)
     each = settings.steps * (2 if settings.true_cfg > 1 else 1)  # calls of the denoiser for an image
     on_kernels = choose_backend(backend, device, checkpoint.dtype).name == "kernels"
     lacking = _lacking(device.type)

@@ -329,12 +329,12 @@ def _recipe_text(found: Evaluation) -> str:
 def _provenance(found: Evaluation) -> Table:
     settings = found.run.settings
     recipe = found.run.recipe
-    drawn = recipe.calibration
+    wanted = recipe.calibration
     said = {
         "checkpoint": str(found.run.path),
         "format": found.run.checkpoint.format.name,
         "source": recipe.model.source,
-        "prompts": "" if drawn is None else str(drawn.prompts),
+        "prompts": "" if wanted is None else str(wanted.prompts),
         "sampled with": f"{settings.steps} steps, guidance {settings.guidance}, {settings.width} x {settings.height} "
         f"pixels, seeds {settings.seed} to {settings.seed_of(len(found.run.prompts) - 1)}",
     }

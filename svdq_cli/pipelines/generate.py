@@ -138,10 +138,10 @@ def generate_images(
 
     `seeds` default to those of `settings`. Events count images times steps.
     """
-    drawn = generate_each(
+    generated = generate_each(
         pipe, prompts, settings=settings, seeds=seeds, stage=stage, observe=observe, on_step=on_step
     )
-    return [image for _, image in drawn]
+    return [image for _, image in generated]
 
 
 def generate_each(
@@ -166,7 +166,7 @@ def generate_each(
         for batch in split_batches(prompts, settings=settings, seeds=seeds)
         if any(wanted(batch.first + i) for i in range(len(batch.prompts)))
     ]
-    drawn = generated_batches(
+    generated = generated_batches(
         pipe,
         batches,
         settings=settings,
@@ -176,7 +176,7 @@ def generate_each(
         observe=observe,
         on_step=on_step,
     )
-    for batch, images in zip(batches, drawn, strict=True):
+    for batch, images in zip(batches, generated, strict=True):
         for index, image in enumerate(images, batch.first):
             frames: list[Image] = image if isinstance(image, list) else [image]
             for frame in frames:
@@ -188,7 +188,7 @@ def generate_one(
     pipe: DiffusionPipeline, prompt: str, *, settings: SamplingSettings, observe: Observer = ignore_events
 ) -> list[Image]:
     """The image of one prompt, or the frames of its video."""
-    drawn = generated_batches(
+    generated = generated_batches(
         pipe,
         split_batches([prompt], settings=settings),
         settings=settings,
@@ -197,7 +197,7 @@ def generate_one(
         stage="generate",
         observe=observe,
     )
-    (found,) = next(iter(list(drawn)))
+    (found,) = next(iter(list(generated)))
     frames = found if isinstance(found, list) else [found]
     for frame in frames:
         _check_image(frame, pipe, settings)
@@ -254,16 +254,16 @@ def generated_batches(
     on_batch: Callable[[Batch], None] | None = None,
     on_step: OnStep | None = None,
 ) -> Iterator[list[Any]]:
-    """Draws batch after batch, with events. `on_batch` is called before each.
+    """Generates batch after batch, with events. `on_batch` is called before each.
 
     `total`: images of the whole stage; those that are not in `batches` count as generated before. `encoded` holds the
     prompts' embeddings where the pipeline has no text encoders any more.
     """
     steps = settings.steps
-    drawn = total - sum(len(batch.prompts) for batch in batches)
-    with _steps_observed(stage, drawn * steps, total * steps, observe) as advance:
+    generated = total - sum(len(batch.prompts) for batch in batches)
+    with _steps_observed(stage, generated * steps, total * steps, observe) as advance:
         for batch in batches:
-            before, size = drawn * steps, len(batch.prompts)
+            before, size = generated * steps, len(batch.prompts)
 
             def step_done(step: int, before: int = before, size: int = size) -> None:
                 if on_step is not None:
@@ -276,8 +276,8 @@ def generated_batches(
             yield denoise(
                 pipe, batch, settings=settings, output_type=output_type, encoded=encoded, on_step=step_done
             )
-            drawn += size
-            advance(drawn * steps)
+            generated += size
+            advance(generated * steps)
 
 
 def split_batches(

@@ -27,23 +27,23 @@ class Trajectory:
 
 
 def record_trajectories(
-    model: nn.Module, draws: Iterable[Callable[[], object]], *, steps: int, most: int
+    model: nn.Module, runs: Iterable[Callable[[], object]], *, steps: int, most: int
 ) -> list[Trajectory]:
-    """The trajectories of each of `draws`, which generate one batch of images each in `steps` steps.
+    """The trajectories of each of `runs`, which generate one batch of images each in `steps` steps.
 
     Of a trajectory at most `most` calls are kept, evenly spaced. A model that is called several times a step (true
     guidance, with and without the prompt) gives as many trajectories.
     """
-    return record_each({"": model}, draws, steps=steps, most=most)[""]
+    return record_each({"": model}, runs, steps=steps, most=most)[""]
 
 
 def record_each(
-    models: Mapping[str, nn.Module], draws: Iterable[Callable[[], object]], *, steps: int, most: int
+    models: Mapping[str, nn.Module], runs: Iterable[Callable[[], object]], *, steps: int, most: int
 ) -> dict[str, list[Trajectory]]:
     """`record_trajectories` of all models of a pipeline at once, by name."""
     found: dict[str, list[Trajectory]] = {name: [] for name in models}
-    for draw in draws:
-        calls = _calls_of(models, draw)
+    for run in runs:
+        calls = _calls_of(models, run)
         turns = len(list(groupby(name for name, _ in calls)))
         in_turn = turns == len({name for name, _ in calls})  # each model has its part of the steps
         for name in models:
@@ -86,7 +86,7 @@ def detached(value: Any) -> Any:
     return mapped(value, Tensor.detach)
 
 
-def _calls_of(models: Mapping[str, nn.Module], draw: Callable[[], object]) -> list[tuple[str, Call]]:
+def _calls_of(models: Mapping[str, nn.Module], run: Callable[[], object]) -> list[tuple[str, Call]]:
     """Records the calls of all models, in the order in which they are made."""
     calls: list[tuple[str, Call]] = []
 
@@ -97,7 +97,7 @@ def _calls_of(models: Mapping[str, nn.Module], draw: Callable[[], object]) -> li
         model.register_forward_pre_hook(noting(name), with_kwargs=True) for name, model in models.items()
     ]
     try:
-        draw()
+        run()
     finally:
         for handle in handles:
             handle.remove()

@@ -62,8 +62,8 @@ class Tunable(nn.Module):
         groups = smoothed.unflatten(1, (-1, precision.group))
         peak = groups.abs().amax(-1, keepdim=True).clamp(min=1e-12)
         with torch.no_grad():
-            drawn = fake_quantize_activation(smoothed, precision).unflatten(1, (-1, precision.group))
-            share = (drawn - groups) / peak
+            rounded = fake_quantize_activation(smoothed, precision).unflatten(1, (-1, precision.group))
+            share = (rounded - groups) / peak
         return (groups + share * peak).flatten(1)
 
     def rounded(self, smooth: Tensor, down: Tensor) -> W4A4Solution:

@@ -60,8 +60,8 @@ def learn_smoothing(
         s = log_s.exp()
         exact = v * s
         rounded = torch.lerp(exact, _fake_quantize(exact, precision, weight=True), weight_noise)
-        drawn = _fake_quantize(x / s, precision, weight=False) @ rounded.T
-        loss = (drawn - x @ v.T).square().mean()
+        output = _fake_quantize(x / s, precision, weight=False) @ rounded.T
+        loss = (output - x @ v.T).square().mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

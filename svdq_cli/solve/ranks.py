@@ -43,14 +43,14 @@ def _errors_at(
     precision: Precision,
     settings: SolveSettings,
 ) -> dict[int, tuple[float, ...]]:
-    drawn = fake_quantize_activation(rows / smooth, precision)
+    activation = fake_quantize_activation(rows / smooth, precision)
     smoothed = stack.weight * smooth
     up, down = split_low_rank(smoothed, rank=max(ranks), seed=settings.seed)
     errors: dict[int, tuple[float, ...]] = {}
     for rank in ranks:
         left = smoothed - up[:, :rank] @ down[:rank]
         rounded = fake_quantize_weight(left, precision, dtype=settings.dtype)
-        lost = drawn @ rounded.T - (rows / smooth) @ left.T
+        lost = activation @ rounded.T - (rows / smooth) @ left.T
         parts = zip(lost.split(stack.counts, dim=1), stack.signals, strict=True)
         errors[rank] = tuple(float(noise.square().sum()) / signal for noise, signal in parts)
     return errors

@@ -157,8 +157,8 @@ def _rounded(attempt: Attempt) -> Solutions | None:
     too. All layers see one input, so one Hessian serves all."""
     layer_group, best = attempt.layer_group, attempt.best
     factors = SCALE_FACTORS if "scales" in attempt.steps else NO_SEARCH
-    drawn = fake_quantize_activation(attempt.train / _smooth(best), layer_group.precision)
-    hessian = second_moments(drawn)
+    activation = fake_quantize_activation(attempt.train / _smooth(best), layer_group.precision)
+    hessian = second_moments(activation)
     left = _residual(layer_group, best)
     quantized = gptq_weight(
         left,
@@ -177,13 +177,13 @@ def _refitted(attempt: Attempt) -> Solutions | None:
     refitted: Solutions = {}
     smooth = _smooth(best)
     x = train / smooth
-    drawn = fake_quantize_activation(x, layer_group.precision)
+    activation = fake_quantize_activation(x, layer_group.precision)
     for members in layer_group.branches:
         down = best[members[0].name].down.float()
         ups = torch.cat([best[plan.name].up.float() for plan in members])
         product = (ups @ down) * smooth
         four_bit = torch.cat([dequantized_weight(best[plan.name]) for plan in members])
-        missing = train @ layer_group.stacked(members).T - drawn @ four_bit.T - x @ product.T
+        missing = train @ layer_group.stacked(members).T - activation @ four_bit.T - x @ product.T
         found = refit_branch(
             x, missing, product, rank=members[0].rank, ridge=ridge_for(x), seed=layer_group.seed
         )

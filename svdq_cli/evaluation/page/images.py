@@ -65,20 +65,20 @@ def _encoded(
     page_folder: Path,
 ) -> Iterator[Shown]:
     for (index, prompt, seed), said in zip(prompts, figures, strict=True):
-        drawn = {way.key: read_image(image_store, way.key, index) for way in ways}
-        reference, *others = drawn.values()
+        generated = {way.key: read_image(image_store, way.key, index) for way in ways}
+        reference, *others = generated.values()
         yield Shown(
             prompt=prompt,
             seed=seed,
             width=reference.width,
             height=reference.height,
-            images={key: data_uri(image, side=side) for key, image in drawn.items()},
+            images={key: data_uri(image, side=side) for key, image in generated.items()},
             differences={
                 way.key: data_uri(difference_map(reference, other), side=side // 2)
                 for way, other in zip(ways[1:], others, strict=True)
             },
             figures=said,
-            links={key: _link(image_store.path(key, index), page_folder) for key in drawn},
+            links={key: _link(image_store.path(key, index), page_folder) for key in generated},
             reduced=max(reference.size) > side,
         )
 

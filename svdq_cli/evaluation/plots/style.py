@@ -136,10 +136,10 @@ def save(figure: Figure, path: Path) -> None:
     figure.patch.set_visible(False)
     for axes in figure.axes:
         axes.patch.set_visible(False)
-    drawn = io.StringIO()
+    written = io.StringIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": path.stem}):
-        figure.savefig(drawn, format="svg", dpi=150, metadata={"Date": None, "Creator": None})
-    svg = drawn.getvalue()
+        figure.savefig(written, format="svg", dpi=150, metadata={"Date": None, "Creator": None})
+    svg = written.getvalue()
     svg = svg[svg.index("<svg") :]  # without the XML declaration, which has no place in a page
     for color, variable in _THEMED.items():
         svg = svg.replace(f": {color}", f": var({variable}, {color})")
