@@ -28,6 +28,7 @@ from svdq_cli.conversion.allocation import (
     allocate_ranks,
 )
 from svdq_cli.conversion.move_means import with_means_moved
+from svdq_cli.conversion.needs import needs_of
 from svdq_cli.conversion.read_weights import finite_tensor
 from svdq_cli.conversion.solve_layers import Statistics, load_solved, solve_into
 from svdq_cli.conversion.tune_blocks import tune_blocks
@@ -42,7 +43,7 @@ from svdq_cli.pipelines.joint import joint_model
 from svdq_cli.pipelines.settings import SamplingSettings
 from svdq_cli.prepare.locate import DEMO_SOURCES
 from svdq_cli.prepare.options import DEFAULT_OPTIONS, RunOptions
-from svdq_cli.prepare.prepare import Prepared, is_data_free, prepare
+from svdq_cli.prepare.prepare import Prepared, prepare
 from svdq_cli.prepare.prompts import chosen_prompts
 from svdq_cli.prepare.sampling import sampling_for
 from svdq_cli.recipe import Calibration, default_recipe, with_overrides
@@ -210,15 +211,24 @@ def measure(
 def _solved(
     prepared: Prepared, drawn: Statistics, work: WorkFolder, device: torch.device, options: RunOptions
 ) -> tuple[Prepared, SolvedLayers]:
-    data_free = is_data_free(prepared.recipe, None)
-    statistics = None if data_free else drawn
+    needs = needs_of(prepared, None)
+    statistics = None if needs.data_free else drawn
     prepared, statistics = with_means_moved(prepared, statistics)
-    prepared, _ = allocate_ranks(prepared, statistics, device, _quiet, options=options, work=work)
+    prepared, _ = allocate_ranks(
+        prepared, statistics, needs.gains, device, _quiet, options=options, work=work
+    )
     solve_into(work, prepared, statistics, device, _quiet)
-    solved, reports = load_solved(prepared.plan, work, data_free=data_free)
-    if prepared.recipe.quantization.effort == "best" and statistics is not None:
+    solved, reports = load_solved(prepared.plan, work, data_free=needs.data_free)
+    if needs.tuning and statistics is not None:
         solved, _, _ = tune_blocks(
-            prepared, statistics, solved, reports, options=options, device=device, observe=_quiet
+            prepared,
+            needs.tuning,
+            statistics,
+            solved,
+            reports,
+            options=options,
+            device=device,
+            observe=_quiet,
         )
     return prepared, solved
 
@@ -226,14 +236,14 @@ def _solved(
 def _calibrated(prepared: Prepared, options: RunOptions) -> Statistics:
     device = resolve_device(options.device)
     pipe = load_16bit_pipeline(prepared.source, class_name=prepared.plan.model_class, device=device)
-    assert prepared.sampling is not None
+    sampling = sampling_for(prepared.recipe, prepared.source)
     stats = collect_stats(
         pipe,
         joint_model(pipe, prepared.source.components),
         prepared.plan.inputs,
         chosen_prompts(prepared.recipe, options, _quiet).texts,
-        sampling=prepared.sampling.settings,
-        rows=prepared.sampling.rows,
+        sampling=sampling.settings,
+        rows=sampling.rows,
     )
     return Statistics("", stats)
 

@@ -25,7 +25,7 @@ from typing import Any
 from tools.generate_flux import generate_flux
 
 PROMPTS = ("a red circle", "two blue squares", "a green triangle on the left", "three small stars")
-DRAWN = ("--samples", "4", "--steps", "6")
+SAMPLED = ("--samples", "4", "--steps", "6")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,16 +35,16 @@ class Configuration:
     name: str
     source: str | int
     options: tuple[str, ...]
-    draws: bool = False
+    generates: bool = False
 
 
 CONFIGURATIONS = (
     Configuration("demo, data-free", "demo", ("--effort", "datafree")),
-    Configuration("demo, fast", "demo", ("--effort", "fast"), draws=True),
+    Configuration("demo, fast", "demo", ("--effort", "fast"), generates=True),
     Configuration(
-        "demo, balanced, nvfp4", "demo", ("--effort", "balanced", "--precision", "nvfp4"), draws=True
+        "demo, balanced, nvfp4", "demo", ("--effort", "balanced", "--precision", "nvfp4"), generates=True
     ),
-    Configuration("demo, best", "demo", ("--effort", "best"), draws=True),
+    Configuration("demo, best", "demo", ("--effort", "best"), generates=True),
     Configuration("FLUX, width 1024, data-free", 8, ("--effort", "datafree")),
     Configuration("FLUX, width 3072, data-free", 24, ("--effort", "datafree")),
 )
@@ -65,10 +65,10 @@ def measure(configuration: Configuration, folder: Path) -> Row:
     source = _source(configuration, folder)
     out = folder / "out"
     command = ["convert", source, "-o", str(out), *configuration.options, "--device", "cpu", "--json", "-q"]
-    if configuration.draws:
+    if configuration.generates:
         prompts = folder / "prompts.txt"
         prompts.write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
-        command += ["--prompts", str(prompts), *DRAWN]
+        command += ["--prompts", str(prompts), *SAMPLED]
     _run([*command, "--plan"])  # the first one measures the machine
     plan = _run([*command, "--plan"])
     with _largest(folder / ".out.work", out, folder) as disk:

@@ -18,8 +18,9 @@ from svdq_cli.conversion.memory_backoff import (
     stored_itemsize,
     where_it_fits,
 )
+from svdq_cli.conversion.needs import is_searched
 from svdq_cli.conversion.read_weights import StreamedWeights
-from svdq_cli.conversion.record import Sample, can_record, record_calls
+from svdq_cli.conversion.record import Sample, record_calls
 from svdq_cli.conversion.solve_layers import Statistics
 from svdq_cli.conversion.work_folder import CHOICES, WorkFolder
 from svdq_cli.errors import UsageError
@@ -27,6 +28,7 @@ from svdq_cli.planning.plan import restricted
 from svdq_cli.prepare.facts import predicted_sizes
 from svdq_cli.prepare.options import DEFAULT_OPTIONS, RunOptions
 from svdq_cli.prepare.prepare import Prepared
+from svdq_cli.prepare.sampling import Sampling
 from svdq_cli.recipe import DEFAULT_RANK, RankOverride
 from svdq_cli.reconstruct import output_gains
 from svdq_cli.records import Event, ModelPlan, Observer, SharedInput, W4A4Plan
@@ -41,6 +43,7 @@ GAIN_SAMPLE = Sample(images=8, batches=1, calls=8)  # shows how a layer's noise 
 def allocate_ranks(
     prepared: Prepared,
     statistics: Statistics | None,
+    gains: Sampling | None,
     device: torch.device,
     observe: Observer,
     *,
@@ -49,16 +52,16 @@ def allocate_ranks(
 ) -> tuple[Prepared, tuple[str, ...]]:
     """The prepared model with ranks and 16-bit layers chosen by measured output error per byte, and warnings.
 
-    A layer's error counts as much as it reaches the model's output (`output_gains`), which needs the pipeline and
-    prompts; without them all layers weigh the same. Ranks are chosen so that the layers' mean SQNR does not fall below
-    that of one rank for all.
+    A layer's error counts as much as it reaches the model's output (`output_gains`), measured on images that are
+    sampled as `gains` says; where that is None all layers weigh the same. Ranks are chosen so that the layers' mean
+    SQNR does not fall below that of one rank for all.
 
     The budget is the recipe's `size_budget` (bytes of the quantized component's weights) or, for `rank: auto` alone,
     the bytes of rank 32 everywhere. What was measured is kept in the work folder and not measured again. Raises
     UsageError where the budget can't be met, or where there is no calibration.
     """
     wanted = prepared.recipe.quantization
-    if not is_searched(prepared):
+    if not is_searched(prepared.recipe):
         return prepared, ()
     if statistics is None:
         raise UsageError(
@@ -71,10 +74,10 @@ def allocate_ranks(
     ranks = RANKS if wanted.rank == "auto" else (wanted.rank,)
     candidates = _kept_candidates(work)
     if candidates is None:
-        gains = layer_gains(prepared, options, device, observe) if generates_for_gains(prepared) else None
-        candidates = candidates_of(prepared, statistics, ranks, device, observe, gains, options=options)
+        measured = layer_gains(prepared, gains, options, device, observe) if gains else None
+        candidates = candidates_of(prepared, statistics, ranks, device, observe, measured, options=options)
         work.keep_json(CHOICES, [asdict(candidate) for candidate in candidates])
-    warnings = () if generates_for_gains(prepared) else (_ALIKE,)
+    warnings = () if gains else (_ALIKE,)
     budget = budget_of(prepared, candidates)
     chosen = choices_of(candidates, budget, rival=None if wanted.size_bytes else DEFAULT_RANK)
     try:
@@ -97,22 +100,11 @@ _ALIKE = (
 )
 
 
-def is_searched(prepared: Prepared) -> bool:
-    """Whether the recipe leaves ranks or 16-bit layers to a search."""
-    wanted = prepared.recipe.quantization
-    return wanted.rank == "auto" or wanted.size_bytes is not None
-
-
-def generates_for_gains(prepared: Prepared) -> bool:
-    """Whether the search generates images, to see how layers' noise reaches the output."""
-    return is_searched(prepared) and can_record(prepared)
-
-
 def layer_gains(
-    prepared: Prepared, options: RunOptions, device: torch.device, observe: Observer
+    prepared: Prepared, sampling: Sampling, options: RunOptions, device: torch.device, observe: Observer
 ) -> dict[str, float]:
     """How a W4A4 layer's noise reaches the model's output, measured on a few images."""
-    found = record_calls(prepared, GAIN_SAMPLE, options=options, device=device, observe=observe)
+    found = record_calls(prepared, sampling, GAIN_SAMPLE, options=options, device=device, observe=observe)
     names = by_component(prepared.source.components, {plan.name: None for plan in prepared.plan.w4a4})
     lengths = {
         component: sum(each.length for each in trajectories) for component, (_, trajectories) in found.items()

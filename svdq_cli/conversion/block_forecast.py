@@ -12,8 +12,10 @@ from svdq_cli.conversion.memory import free_ram
 from svdq_cli.conversion.record import BLOCK_SAMPLE, sample_settings
 from svdq_cli.conversion.work_folder import solved_bytes
 from svdq_cli.inference.backend import compute_dtype
+from svdq_cli.pack.padding import ceil_div
 from svdq_cli.prepare.options import RunOptions
 from svdq_cli.prepare.prepare import Prepared, counts_of
+from svdq_cli.prepare.sampling import Sampling
 from svdq_cli.reconstruct import blocks_of
 from svdq_cli.reconstruct.costs import BlockSize, CallCounts, block_bytes, block_work
 from svdq_cli.records import W4A4Plan
@@ -27,6 +29,7 @@ class BlockForecast:
     """A model's blocks, and the calls that are recorded of it."""
 
     sizes: dict[str, BlockSize]
+    tokens: TokenCounts
     calls: CallCounts
     images: int  # that are generated to record them
     steps: int  # of each
@@ -56,19 +59,18 @@ class BlockForecast:
         return 2 * self.calls.all * max(passed, default=0)
 
 
-def block_forecast(prepared: Prepared, options: RunOptions, device: torch.device) -> BlockForecast:
-    """The forecast of tuning, from the plan alone. Needs a recipe with prompts."""
-    wanted = prepared.sampling
-    assert wanted is not None
+def block_forecast(prepared: Prepared, sampling: Sampling, device: torch.device) -> BlockForecast:
+    """The forecast of tuning, from the plan alone. `sampling`: of the images."""
     sample = BLOCK_SAMPLE
-    settings = sample_settings(prepared, sample)
-    images = min(sample.images, sample.batches * settings.batch_size, wanted.samples)
-    batches = -(-images // settings.batch_size)
+    settings = sample_settings(sampling, sample)
+    images = min(sample.images, sample.batches * settings.batch_size, sampling.samples)
+    batches = ceil_div(images, settings.batch_size)
     batch = min(settings.batch_size, images)
     counts = counts_of(prepared, settings)
     sizes = {block: _size(prepared, counts, block, batch) for block in blocks_of(prepared.plan)}
     return BlockForecast(
         sizes=sizes,
+        tokens=counts,
         calls=CallCounts(batches * (2 if settings.true_cfg > 1 else 1), min(sample.calls, settings.steps)),
         images=images,
         steps=settings.steps,
@@ -91,9 +93,11 @@ def _beside(prepared: Prepared, sizes: Mapping[str, BlockSize]) -> dict[str, int
     }
 
 
-def hidden_state_bytes(prepared: Prepared, options: RunOptions, device: torch.device) -> int:
+def hidden_state_bytes(
+    prepared: Prepared, sampling: Sampling, options: RunOptions, device: torch.device
+) -> int:
     """Bytes of host memory for hidden states: half of what the tuned block leaves free."""
-    tuning = block_forecast(prepared, options, device).device_bytes if device.type == "cpu" else 0
+    tuning = block_forecast(prepared, sampling, device).device_bytes if device.type == "cpu" else 0
     return max(0, free_ram(options) - tuning) // 2
 
 

@@ -50,7 +50,7 @@ from svdq_cli.storage.output_paths import require_places
 from svdq_cli.system.machine import resolve_device
 
 BEGUN = "begun"  # topic: where the work is
-DRAWN = "drawn"  # topic: a process has generated its images
+GENERATED = "generated"  # topic: a process has generated its images
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ def calibrate(
         overwrite=options.overwrite,
         replaceable=is_calibration,
     )
-    require_drawable(prepared)
+    require_generating(prepared)
     prepared = replace(prepared, prompts=prompts_of(prepared, options, observe))
     calibration_run = calibration_run_of(
         prepared, options, observe, source_sha256=source_digest(prepared.source)
@@ -118,7 +118,7 @@ def calibrate(
     )
 
 
-def require_drawable(prepared: Prepared) -> Sampling:
+def require_generating(prepared: Prepared) -> Sampling:
     """What it samples. UsageError without prompts, InputError where there is no pipeline to generate with."""
     wanted = prepared.sampling
     if wanted is None:
@@ -135,9 +135,9 @@ def require_drawable(prepared: Prepared) -> Sampling:
 def calibration_run_of(
     prepared: Prepared, options: RunOptions, observe: Observer, *, source_sha256: str
 ) -> CalibrationRun:
-    """The calibration that the recipe asks for. Raises as `require_drawable`, and InputError for prompts that can't be
-    read."""
-    wanted = require_drawable(prepared)
+    """The calibration that the recipe asks for. Raises as `require_generating`, and InputError for prompts that
+    can't be read."""
+    wanted = require_generating(prepared)
     prompts = prompts_of(prepared, options, observe).texts
     settings = wanted.settings
     facts = CalibrationFacts(
@@ -156,10 +156,10 @@ def calibration_run_of(
 def collect_calibration(
     out: Path, calibration_run: CalibrationRun, work: WorkFolder, *, options: RunOptions, observe: Observer
 ) -> CalibrationManifest:
-    """Draws what the work folder lacks, and writes the artefact from all of it. Other processes take their part of the
-    images in `generate_share`."""
+    """Generates what the work folder lacks, and writes the artefact from all of it. Other processes take their part
+    of the images in `generate_share`."""
     generate_share(calibration_run, work, options=options, observe=observe)
-    options.team.gather(DRAWN)
+    options.team.gather(GENERATED)
     parts = PartFolder(work.images)
     wait_for_files(work.path, lambda: [b.first for b in _batches(calibration_run) if b.first not in parts])
     names = [shared.name for shared in calibration_run.prepared.plan.inputs]
@@ -178,7 +178,7 @@ def generate_share(
     mine = options.team.share(_batches(calibration_run))
     if any(batch.first not in parts for batch in mine):
         _generate(calibration_run, mine, parts, options, observe)
-    options.team.done(DRAWN)
+    options.team.done(GENERATED)
 
 
 def _generate(

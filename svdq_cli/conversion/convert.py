@@ -21,21 +21,28 @@ from svdq_cli.calibration.prompts import prompts_digest
 from svdq_cli.checkpoint.check import WEIGHT_ERROR
 from svdq_cli.checkpoint.reader import MOVED_MEANS
 from svdq_cli.checkpoint.writer import Contents, report_path
-from svdq_cli.conversion.allocation import allocate_ranks, generates_for_gains
+from svdq_cli.conversion.allocation import allocate_ranks
 from svdq_cli.conversion.block_forecast import tuned_bytes
 from svdq_cli.conversion.calibrate import BEGUN, calibration_run_of, collect_calibration
 from svdq_cli.conversion.card import card_path, model_card
 from svdq_cli.conversion.curves import choose_curves
 from svdq_cli.conversion.memory import reserved_ram
 from svdq_cli.conversion.move_means import with_means_moved
-from svdq_cli.conversion.predict import disk_bytes, forecast_of, require_memory, uses_prompts, work_bytes
+from svdq_cli.conversion.needs import (
+    GivenStatistics,
+    Needs,
+    given_statistics,
+    needs_of,
+    require_blocks_run,
+)
+from svdq_cli.conversion.predict import Forecast, disk_bytes, require_memory, work_bytes
 from svdq_cli.conversion.publish import Outputs, finished_outputs, gated, write_reports_beside
 from svdq_cli.conversion.ranges import range_warnings
 from svdq_cli.conversion.read_weights import finite_tensor, require_in_range
 from svdq_cli.conversion.resume import kept_work, work_beside
 from svdq_cli.conversion.solve_layers import Statistics, load_solved, solve_into, solved_elsewhere
 from svdq_cli.conversion.text_encoders import FourBitEncoder, quantize_encoders
-from svdq_cli.conversion.tune_blocks import require_blocks_run, tune_blocks
+from svdq_cli.conversion.tune_blocks import tune_blocks
 from svdq_cli.conversion.work_folder import BLOCKS, LAYERS, Identity, WorkFolder, remove_finished
 from svdq_cli.conversion.workers import CALIBRATED
 from svdq_cli.errors import InputError
@@ -52,7 +59,8 @@ from svdq_cli.prepare.facts import (
 )
 from svdq_cli.prepare.locate import portable_name
 from svdq_cli.prepare.options import DEFAULT_OPTIONS, RunOptions
-from svdq_cli.prepare.prepare import Prepared, is_data_free, prepare, prompts_of, warnings_of
+from svdq_cli.prepare.prepare import Prepared, prepare, prompts_of, warnings_of
+from svdq_cli.prepare.sampling import Sampling
 from svdq_cli.prepare.sources import lora_files, source_of
 from svdq_cli.recipe import Recipe, embedded, resolved
 from svdq_cli.records import Event, LayerReport, LayerSolution, Observer, ignore_events
@@ -76,8 +84,7 @@ class Job:
     prepared: Prepared
     paths: tuple[Path, ...]  # one for each output
     digest: str  # of the source's weights
-    calibration: Calibration | None  # the artefact that was given
-    data_free: bool
+    needs: Needs
     device: torch.device
     options: RunOptions
     observe: Observer
@@ -88,15 +95,6 @@ class Job:
     @property
     def recipe(self) -> Recipe:
         return self.prepared.recipe
-
-    @property
-    def tunes_blocks(self) -> bool:
-        return self.recipe.quantization.effort == "best" and not self.data_free
-
-    @property
-    def draws_again(self) -> bool:
-        """Whether it generates images, for its blocks or its ranks, although statistics were given."""
-        return self.tunes_blocks or generates_for_gains(self.prepared)
 
     @property
     def work(self) -> Path:
@@ -144,7 +142,7 @@ def convert(
         encoders = quantize_encoders(
             job.prepared,
             work,
-            data_free=job.data_free,
+            sampling=job.needs.encoders,
             device=job.device,
             options=options,
             observe=job.observe,
@@ -186,10 +184,13 @@ def begin(
     with in_background(partial(source_digest, source)) as digesting:  # prepare imports diffusers, on one core
         prepared = prepare(recipe, beside=options.beside, source=source)
         _require_weights_and_places(prepared, paths, calibration, overwrite=replaces)
-        data_free = is_data_free(recipe, calibration)
-        if uses_prompts(prepared, calibration):
+        given = given_statistics(recipe, calibration)
+        needs = needs_of(prepared, given)
+        if needs.prompts:
             prepared = replace(prepared, prompts=prompts_of(prepared, options, observe))
         digest = digesting.result()
+    if calibration is not None and given is not None:
+        _require_made_for(prepared, calibration, given, digest)
     if prepared.settings.dtype is torch.float16:
         require_in_range(source, torch.float16)
     return_freed_memory()  # of the digest: what a process holds counts against --max-ram
@@ -197,24 +198,19 @@ def begin(
         prepared=prepared,
         paths=paths,
         digest=digest,
-        calibration=None if data_free or calibration is None else _made_for(prepared, calibration, digest),
-        data_free=data_free,
+        needs=needs,
         device=resolve_device(options.device),
         options=options,
         observe=observe,
         reserved=reserved_ram(),
         replaces=replaces,
     )
-    if job.tunes_blocks:
-        require_blocks_run(prepared)
-    generates = not data_free and job.calibration is None
-    require_memory(
-        forecast_of(prepared, job.calibration, generates=generates, device=job.device, options=options)
-    )
+    require_blocks_run(prepared, needs)
+    require_memory(Forecast(prepared, needs, job.device, options))
     limit_vram(job.device, options.max_vram)
     require_disk({paths[0]: disk_bytes(prepared), job.work: _work_bytes(job)})
-    job.warn(warnings_of(prepared, data_free=data_free))
-    if data_free and calibration is not None:
+    job.warn(warnings_of(prepared, data_free=needs.data_free))
+    if needs.data_free and calibration is not None:
         job.warn((f"{calibration}: not used, because effort datafree takes no calibration",))
     return job
 
@@ -252,14 +248,13 @@ def _names(paths: tuple[Path, ...]) -> list[str]:
 def _work_bytes(job: Job) -> int:
     """What is still to be written into the work folder."""
     there = sum(file.stat().st_size for file in job.work.rglob("*") if file.is_file())
-    tuned = tuned_bytes(job.prepared) if job.tunes_blocks else 0
+    tuned = tuned_bytes(job.prepared) if job.needs.tuning else 0
     return max(0, work_bytes(job.prepared.plan, job.prepared.settings.dtype) + tuned - there)
 
 
-def _made_for(prepared: Prepared, path: Path, digest: str) -> Calibration:
-    """An artefact. InputError for one of other weights."""
-    opened = open_calibration(path)
-    made_for = opened.manifest.facts
+def _require_made_for(prepared: Prepared, path: Path, given: Calibration, digest: str) -> None:
+    """InputError for an artefact of other weights."""
+    made_for = given.manifest.facts
     if made_for.source_sha256 != digest:
         raise InputError(
             f"{path}: this calibration was made with different weights ({made_for.model_class}, "
@@ -267,7 +262,6 @@ def _made_for(prepared: Prepared, path: Path, digest: str) -> Calibration:
             hint="run svdq calibrate on this model",
             where=str(path),
         )
-    return opened
 
 
 # ------------------------------------------------------------------------------------------------- the work folder
@@ -299,19 +293,18 @@ def _encoders_identity(job: Job) -> Mapping[str, object]:
 
 
 def _calibration_identity(job: Job) -> Mapping[str, object] | None:
-    if job.data_free:
+    if job.needs.data_free:
         return None
-    if job.calibration is not None:
-        artefact = {"sha256": job.calibration.digest}
-        return {**artefact, **_sampling_identity(job)} if job.draws_again else artefact
-    return _sampling_identity(job)
+    given = job.needs.statistics
+    artefact = {"sha256": given.artefact.digest} if isinstance(given, GivenStatistics) else {}
+    images = _sampling_identity(job, job.needs.images) if job.needs.images else {}
+    return {**artefact, **images}
 
 
-def _sampling_identity(job: Job) -> Mapping[str, object]:
+def _sampling_identity(job: Job, sampling: Sampling) -> Mapping[str, object]:
     """The prompts and sampling settings of the calibration images."""
     prompts = prompts_of(job.prepared, job.options, ignore_events)
-    assert job.prepared.sampling is not None
-    return {"prompts sha256": prompts_digest(prompts.texts), **settings_json(job.prepared.sampling.settings)}
+    return {"prompts sha256": prompts_digest(prompts.texts), **settings_json(sampling.settings)}
 
 
 def _batch_count(job: Job) -> int:
@@ -325,7 +318,7 @@ def _batch_count(job: Job) -> int:
 @contextmanager
 def _work_of(job: Job) -> Iterator[WorkFolder]:
     """The job's work folder, once no leftovers of a killed run are in the way."""
-    layer_groups = len(job.prepared.plan.layer_groups(data_free=job.data_free))
+    layer_groups = len(job.prepared.plan.layer_groups(data_free=job.needs.data_free))
 
     def kept(work: WorkFolder) -> str:
         said = [f"{len(work.finished(LAYERS))} of {layer_groups} layer groups solved"]
@@ -355,7 +348,7 @@ def _work_of(job: Job) -> Iterator[WorkFolder]:
 def _solve(job: Job, work: WorkFolder) -> Solved:
     began = time.monotonic()
     _tell_begun(job, work)
-    statistics = None if job.data_free else _statistics(job, work)
+    statistics = None if job.needs.data_free else _statistics(job, work)
     calibrated = time.monotonic()
     if statistics is not None and isinstance(statistics.of, Calibration):
         seen = statistics.of.manifest.inputs
@@ -364,7 +357,13 @@ def _solve(job: Job, work: WorkFolder) -> Solved:
     if prepared.source.moved:
         job.warn((_MOVED,))
     prepared, warnings = allocate_ranks(
-        prepared, statistics, job.device, job.observe, options=job.options, work=work
+        prepared,
+        statistics,
+        job.needs.gains,
+        job.device,
+        job.observe,
+        options=job.options,
+        work=work,
     )
     prepared, left_over = choose_curves(
         prepared, statistics, job.device, job.observe, options=job.options, work=work
@@ -374,12 +373,13 @@ def _solve(job: Job, work: WorkFolder) -> Solved:
     taken_over = solve_into(
         work, prepared, statistics, job.device, job.observe, options=job.options, reserved=job.reserved
     )
-    solutions, reports = load_solved(prepared.plan, work, data_free=job.data_free)
+    solutions, reports = load_solved(prepared.plan, work, data_free=job.needs.data_free)
     job.warn(solved_elsewhere(reports, job.device))
     blocks: dict[str, BlockSearch] = {}
-    if job.tunes_blocks and statistics is not None:
+    if job.needs.tuning and statistics is not None:
         solutions, reports, blocks = tune_blocks(
             prepared,
+            job.needs.tuning,
             statistics,
             solutions,
             reports,
@@ -407,15 +407,17 @@ _MOVED = (
 
 def _tell_begun(job: Job, work: WorkFolder) -> None:
     """The other processes learn where the work is, and whether images are generated for it."""
-    generates = not (job.data_free or job.calibration or (work.calibration / MANIFEST).is_file())
-    begun = {"work": str(work.path.resolve()), "source_sha256": job.digest, "draws": generates}
+    generates = job.needs.calibrates is not None and not (work.calibration / MANIFEST).is_file()
+    begun = {"work": str(work.path.resolve()), "source_sha256": job.digest, "generates": generates}
     job.options.team.broadcast(BEGUN, begun)
 
 
 def _statistics(job: Job, work: WorkFolder) -> Statistics:
     """The calibration statistics: those given, or those generated once into the work folder."""
-    opened = job.calibration
-    if opened is None:
+    given = job.needs.statistics
+    if isinstance(given, GivenStatistics):
+        opened = given.artefact
+    else:
         if not (work.calibration / MANIFEST).is_file():
             calibration_run = calibration_run_of(
                 job.prepared, job.options, job.observe, source_sha256=job.digest
@@ -486,8 +488,8 @@ def _report(
         model=model_facts(prepared, job.digest),
         read_as=prepared.source.kind,
         precision=recipe.quantization.precision,
-        effort="datafree" if job.data_free else recipe.quantization.effort,
-        data_free=job.data_free,
+        effort="datafree" if job.needs.data_free else recipe.quantization.effort,
+        data_free=job.needs.data_free,
         rank=rank_facts(prepared),
         layers=layer_counts(prepared.plan),
         layer_sqnr_db=layer_sqnr(solved.reports),

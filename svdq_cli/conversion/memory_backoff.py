@@ -16,6 +16,7 @@ import torch
 from svdq_cli.conversion.memory import free_ram, reserved_ram
 from svdq_cli.conversion.read_weights import reading_bytes
 from svdq_cli.errors import OutOfResourcesError, as_out_of_memory
+from svdq_cli.pack.padding import ceil_div
 from svdq_cli.prepare.options import RunOptions
 from svdq_cli.prepare.prepare import Prepared
 from svdq_cli.records import Event, LayerPlan, Observer, SharedInput, SolveSettings
@@ -77,7 +78,7 @@ def memory_need(
 
 def stored_itemsize(prepared: Prepared) -> int:
     """Bytes of a stored weight, rounded up: sources are of one dtype but for a few small tensors."""
-    return -(-prepared.source.bytes // max(1, prepared.plan.parameters))
+    return ceil_div(prepared.source.bytes, max(1, prepared.plan.parameters))
 
 
 def open_placements(

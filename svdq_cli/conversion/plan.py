@@ -8,23 +8,22 @@ from pathlib import Path
 
 import torch
 
-from svdq_cli.calibration.artefact import open_calibration
 from svdq_cli.conversion.machine_speed import speed_of
+from svdq_cli.conversion.needs import given_statistics, needs_of
 from svdq_cli.conversion.plan_gpu import on_card
 from svdq_cli.conversion.predict import (
-    forecast_of,
+    Forecast,
     on_the_cpu,
     peak_disk_bytes,
     ram_bytes,
     stage_seconds,
-    uses_prompts,
     vram_bytes,
 )
 from svdq_cli.conversion.solve_layers import layer_groups_at_once
 from svdq_cli.inference.backend import compute_dtype
 from svdq_cli.prepare.facts import encoders_planned, layer_counts, model_facts, predicted_sizes, rank_facts
 from svdq_cli.prepare.options import DEFAULT_OPTIONS, RunOptions
-from svdq_cli.prepare.prepare import is_data_free, prepare, warnings_of
+from svdq_cli.prepare.prepare import prepare, warnings_of
 from svdq_cli.prepare.prompts import chosen_prompts
 from svdq_cli.prepare.sampling import usual_sampling
 from svdq_cli.recipe import Recipe, resolved
@@ -55,15 +54,12 @@ def predict(
     preparing = time.monotonic() - started + spared_cost().seconds
     prompts: PromptFacts | None = None
     told: list[Event] = []
-    if uses_prompts(prepared, calibration):
+    given = given_statistics(recipe, calibration)
+    if sampling := needs_of(prepared, given).prompts:
         prompts = chosen_prompts(prepared.recipe, options, told.append).facts
-        assert prepared.sampling is not None
-        prepared = replace(prepared, sampling=replace(prepared.sampling, samples=prompts.used))
-    data_free = is_data_free(recipe, calibration)
+        prepared = replace(prepared, sampling=replace(sampling, samples=prompts.used))
     device = resolve_device(options.device)
-    artefact = open_calibration(calibration) if calibration and not data_free else None
-    generates = not data_free and artefact is None
-    job = forecast_of(prepared, artefact, generates=generates, device=device, options=options)
+    job = Forecast(prepared, needs_of(prepared, given), device, options)
     out = Path(recipe.outputs[0].path or "") if recipe.outputs else Path()
     side_by_side = layer_groups_at_once(device)
     with torch_threads(1 if side_by_side else torch.get_num_threads()):
@@ -86,7 +82,7 @@ def predict(
         vram_bytes=vram_bytes(job),
         recipe=resolved(prepared.recipe),
         warnings=(
-            *warnings_of(prepared, data_free=data_free),
+            *warnings_of(prepared, data_free=job.needs.data_free),
             *(event.detail for event in told if event.kind == "warning"),
             *on_the_cpu(job),
         ),

@@ -6,7 +6,7 @@ operations at what NVIDIA publishes of the card, of which a range of shares is r
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -16,11 +16,12 @@ import torch
 from svdq_cli.conversion.machine_speed import RANK, SIDE, Speed
 from svdq_cli.conversion.predict import Forecast, stage_seconds, vram_bytes
 from svdq_cli.pipelines.settings import SamplingSettings
+from svdq_cli.prepare.facts import other_weights
 from svdq_cli.prepare.prepare import counts_of
 from svdq_cli.reports import GpuConversion, GpuFacts, GpuGeneration
 from svdq_cli.solve.costs import Rates
 from svdq_cli.solve.low_rank import OVERSAMPLE
-from svdq_cli.source import component_files, pipeline_index
+from svdq_cli.source import Source
 from svdq_cli.storage.json_files import read_json
 from svdq_cli.system.graphics_cards import Card, Published
 
@@ -48,7 +49,7 @@ def on_card(
     usable = max(0, card.memory_bytes - CONTEXT)
     options = replace(job.options, max_vram=usable)
     there = replace(job, device=torch.device("cuda"), options=options)
-    least = _least_to_calibrate(there, settings) if there.generates else 0
+    least = _least_to_calibrate(there, settings) if there.images else 0
     seconds = None
     if card.published is not None and least <= usable:
         low, high = (
@@ -116,7 +117,7 @@ def _generation(job: Forecast, settings: SamplingSettings, usable: int) -> GpuGe
     packed = prepared.targets[0].bytes(prepared.inventory.state)
     sampling = counts_of(prepared, settings).forward_bytes(batch=1, itemsize=2)
     pipeline = prepared.source.pipeline
-    others = _component_bytes(pipeline, prepared.source.components) if pipeline else {}
+    others = _component_bytes(prepared.source)
     others |= {plan.component: plan.bytes_after for plan in prepared.encoders}
     decoding = _decoding_bytes(pipeline, settings) if pipeline else 0
     together = packed + sum(others.values()) + max(sampling, decoding)
@@ -124,12 +125,12 @@ def _generation(job: Forecast, settings: SamplingSettings, usable: int) -> GpuGe
     return GpuGeneration(together <= usable, max(alone) <= usable, together, max(alone))
 
 
-def _component_bytes(pipeline: Path, denoisers: Collection[str]) -> dict[str, int]:
-    """Weights of a pipeline's other components, as they are stored."""
+def _component_bytes(source: Source) -> dict[str, int]:
+    """Weights of the pipeline's other components, by component."""
     found: dict[str, int] = {}
-    for file in component_files(pipeline, skip=denoisers):
-        if file.suffix in (".safetensors", ".bin") and file.parent.name in pipeline_index(pipeline):
-            found[file.parent.name] = found.get(file.parent.name, 0) + file.stat().st_size
+    for file, size in other_weights(source).items():
+        component = file.partition("/")[0]
+        found[component] = found.get(component, 0) + size
     return found
 
 

@@ -5,16 +5,12 @@ Counts come from the plan (`solve.costs`, `tokens`), rates from this machine (`s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
-from pathlib import Path
+from functools import cached_property, partial
 
 import torch
 
-from svdq_cli.calibration.artefact import Calibration
 from svdq_cli.calibration.budget import rows_within, statistics_bytes
-from svdq_cli.conversion.allocation import generates_for_gains
 from svdq_cli.conversion.block_forecast import BlockForecast, block_forecast, hidden_state_bytes
 from svdq_cli.conversion.calibrate import input_widths
 from svdq_cli.conversion.encoder_weights import calibration_bytes, encoder_work
@@ -29,14 +25,15 @@ from svdq_cli.conversion.memory_backoff import (
     stored_itemsize,
     too_large,
 )
-from svdq_cli.conversion.record import can_record
+from svdq_cli.conversion.needs import GivenStatistics, Needs
 from svdq_cli.conversion.solve_layers import SPARED, layer_groups_at_once
 from svdq_cli.conversion.work_folder import solved_bytes
 from svdq_cli.errors import OutOfResourcesError
 from svdq_cli.inference.backend import compute_dtype
-from svdq_cli.prepare.facts import other_components_bytes
+from svdq_cli.prepare.facts import other_components_bytes, other_weights
 from svdq_cli.prepare.options import RunOptions
-from svdq_cli.prepare.prepare import Prepared, counts_of, is_data_free
+from svdq_cli.prepare.prepare import Prepared, counts_of
+from svdq_cli.prepare.sampling import Sampling
 from svdq_cli.records import (
     ModelPlan,
     SharedInput,
@@ -51,72 +48,51 @@ STARTING = 0.3
 
 
 @dataclass(frozen=True, slots=True)
+class Images:
+    """Images that are generated, and the tokens that each layer reads for one of them."""
+
+    sampling: Sampling
+    tokens: TokenCounts
+
+
+# Without slots: what is cached is kept in the instance
+@dataclass(frozen=True)
 class Forecast:
     """One conversion to be predicted."""
 
     prepared: Prepared
-    artefact: Calibration | None  # statistics that were given
-    generates: bool  # whether it generates its own statistics
+    needs: Needs
     device: torch.device
     options: RunOptions
-    tokens: TokenCounts | None  # of an image of the recipe's calibration; None where it has none
-
-    @property
-    def data_free(self) -> bool:
-        return self.artefact is None and not self.generates
 
     def rows(self, shared: SharedInput) -> int:
         """Calibration rows of an input, 0 for data-free."""
-        if self.artefact is not None:
-            entries = self.artefact.manifest.inputs
+        if isinstance(given := self.needs.statistics, GivenStatistics):
+            entries = given.artefact.manifest.inputs
             return next((entry.rows for entry in entries if entry.name == shared.name), 0)
-        wanted = self.prepared.sampling
-        if not self.generates or wanted is None:
+        if (images := self.images) is None:
             return 0
+        wanted = images.sampling
         kept = rows_within(input_widths(self.prepared.plan), rows=wanted.rows, budget=wanted.size_bytes)
-        return min(kept, wanted.samples * wanted.settings.steps * self.by_layer[shared.layers[0]])
+        return min(kept, wanted.samples * wanted.settings.steps * images.tokens.by_layer[shared.layers[0]])
 
-    @property
-    def by_layer(self) -> Mapping[str, int]:
-        """Tokens that each layer reads for one image. Of a recipe with prompts."""
-        assert self.tokens is not None
-        return self.tokens.by_layer
+    @cached_property
+    def images(self) -> Images | None:
+        """The images of its own statistics; None where it has none of its own."""
+        wanted = self.needs.calibrates
+        return Images(wanted, counts_of(self.prepared, wanted.settings)) if wanted else None
 
-    @property
-    def tunes_blocks(self) -> bool:
-        """Whether it reconstructs blocks."""
-        calibrated = self.generates or self.artefact is not None
-        wanted = self.prepared.recipe.quantization.effort == "best"
-        return wanted and calibrated and can_record(self.prepared)
+    @cached_property
+    def blocks(self) -> BlockForecast | None:
+        """The tuning of blocks; None where none are tuned."""
+        wanted = self.needs.tuning
+        return block_forecast(self.prepared, wanted, self.device) if wanted else None
 
-    @property
-    def blocks(self) -> BlockForecast:
-        """The forecast of tuning blocks, for a conversion that tunes them."""
-        return block_forecast(self.prepared, self.options, self.device)
-
-
-def forecast_of(
-    prepared: Prepared,
-    artefact: Calibration | None,
-    *,
-    generates: bool,
-    device: torch.device,
-    options: RunOptions,
-) -> Forecast:
-    """What is to be predicted of a conversion that uses `artefact`'s statistics or, with `generates`, its own."""
-    tokens = counts_of(prepared, prepared.sampling.settings) if prepared.sampling else None
-    return Forecast(prepared, artefact, generates, device, options, tokens)
-
-
-def uses_prompts(prepared: Prepared, calibration: Path | None) -> bool:
-    """Whether a conversion generates images: for its statistics, its blocks, or the search for ranks. `calibration`:
-    statistics that were given."""
-    recipe = prepared.recipe
-    if recipe.calibration is None or is_data_free(recipe, calibration):
-        return False
-    if calibration is None or prepared.encoders:
-        return True
-    return recipe.quantization.effort == "best" or generates_for_gains(prepared)
+    @cached_property
+    def hidden_state_bytes(self) -> int:
+        """Bytes of host memory for the hidden states that wait while blocks are tuned."""
+        wanted = self.needs.tuning
+        return hidden_state_bytes(self.prepared, wanted, self.options, self.device) if wanted else 0
 
 
 # ------------------------------------------------------------------------------------------------- time
@@ -128,13 +104,13 @@ def stage_seconds(job: Forecast, speed: Speed, preparing: float, *, at_once: int
     prepared = job.prepared
     source, packed = prepared.source.bytes, sum(t.bytes(prepared.inventory.state) for t in prepared.targets)
     digest = source / speed.hashed + source / speed.read
-    calibrate = _calibrate_seconds(job, speed) + STARTING * preparing if job.generates else 0.0
+    calibrate = _calibrate_seconds(job, job.images, speed) + STARTING * preparing if job.images else 0.0
     kept = work_bytes(prepared.plan, prepared.settings.dtype)
     solve = speed.solve.seconds(_solve_work(job)) / at_once + kept / speed.write
     for plan in prepared.encoders:
-        solve += speed.solve.seconds(encoder_work(plan, calibrated=not job.data_free))
-    if job.tunes_blocks:
-        solve += _reconstruct_seconds(job, speed)
+        solve += speed.solve.seconds(encoder_work(plan, calibrated=not job.needs.data_free))
+    if job.blocks:
+        solve += _reconstruct_seconds(job, job.blocks, speed)
     weights = sum(layer.linear.in_features * layer.linear.out_features for layer in prepared.plan.layers)
     # to unpack takes as long as to compare; two threads do either
     unpacked = len(prepared.targets) * speed.solve.seconds(Work(compared=weights)) / min(2, at_once)
@@ -158,46 +134,36 @@ def _solve_work(job: Forecast) -> Work:
     return total
 
 
-def _calibrate_seconds(job: Forecast, speed: Speed) -> float:
+def _calibrate_seconds(job: Forecast, images: Images, speed: Speed) -> float:
     """All images and one step to see what runs; loading and keeping of what is read and kept."""
-    prepared = job.prepared
-    wanted = prepared.sampling
-    assert wanted is not None
-    settings = wanted.settings
+    plan, wanted, settings = job.prepared.plan, images.sampling, images.sampling.settings
     passes = (wanted.samples * settings.steps + 1) * (2 if settings.true_cfg > 1 else 1)
-    statistics = statistics_bytes(input_widths(prepared.plan), rows=wanted.rows)
-    return passes * pass_seconds(job, speed) + _loading_seconds(job, speed) + 2 * statistics / speed.write
+    statistics = statistics_bytes(input_widths(plan), rows=wanted.rows)
+    return (
+        passes * pass_seconds(plan, images.tokens, speed)
+        + _loading_seconds(job, speed)
+        + 2 * statistics / speed.write
+    )
 
 
-def _reconstruct_seconds(job: Forecast, speed: Speed) -> float:
+def _reconstruct_seconds(job: Forecast, blocks: BlockForecast, speed: Speed) -> float:
     """The images are generated, both streams go through the blocks, and every block is tuned and kept."""
-    blocks = job.blocks
-    calibration_run = blocks.images * blocks.steps * pass_seconds(job, speed) + _loading_seconds(job, speed)
-    return calibration_run + speed.solve.seconds(blocks.work) + blocks.kept / speed.write
+    passes = blocks.images * blocks.steps
+    images = passes * pass_seconds(job.prepared.plan, blocks.tokens, speed) + _loading_seconds(job, speed)
+    return images + speed.solve.seconds(blocks.work) + blocks.kept / speed.write
 
 
-def pass_seconds(job: Forecast, speed: Speed) -> float:
+def pass_seconds(plan: ModelPlan, tokens: TokenCounts, speed: Speed) -> float:
     """The denoiser, once for one image."""
     flops, calls = 0.0, 0
-    for layer in job.prepared.plan.layers:
-        flops += 2 * job.by_layer[layer.name] * layer.linear.in_features * layer.linear.out_features
+    for layer in plan.layers:
+        flops += 2 * tokens.by_layer[layer.name] * layer.linear.in_features * layer.linear.out_features
         calls += 15  # of torch: the layer, its hook, and its share of norms, activations and attention
     return flops / speed.forward + calls / speed.solve.calls
 
 
 def _loading_seconds(job: Forecast, speed: Speed) -> float:
-    return (job.prepared.source.bytes + other_bytes(job)) / speed.read
-
-
-def other_bytes(job: Forecast) -> int:
-    """Bytes of the pipeline's other components, as they are stored."""
-    pipeline = job.prepared.source.pipeline
-    if pipeline is None:
-        return 0
-    files = pipeline.glob("*/*.safetensors")
-    return sum(
-        file.stat().st_size for file in files if file.parent.name not in job.prepared.source.components
-    )
+    return (job.prepared.source.bytes + sum(other_weights(job.prepared.source).values())) / speed.read
 
 
 # ------------------------------------------------------------------------------------------------- memory and disk
@@ -207,14 +173,15 @@ def ram_bytes(job: Forecast) -> int:
     """Peak of the process: what it holds now, with everything imported, and the largest stage's needs. A conversion
     that `--max-ram` leaves less than that makes do with less."""
     stages = [0, *_solving_bytes(job)]
-    if job.device.type == "cpu" and not job.data_free:
+    on_cpu = job.device.type == "cpu"
+    if on_cpu and not job.needs.data_free:
         stages += [calibration_bytes(plan) for plan in job.prepared.encoders]
-    if job.generates:
-        stages += _generating_stages(job, cpu=job.device.type == "cpu")
-    if job.tunes_blocks:
-        blocks, on_cpu = job.blocks, job.device.type == "cpu"
-        stages += _generating_stages(job, cpu=on_cpu, batch=blocks.batch)
-        waiting = min(blocks.passed_bytes, hidden_state_bytes(job.prepared, job.options, job.device))
+    if images := job.images:
+        batch = images.sampling.settings.batch_size
+        stages += _generating_stages(job, images.tokens, batch=batch, cpu=on_cpu)
+    if blocks := job.blocks:
+        stages += _generating_stages(job, blocks.tokens, batch=blocks.batch, cpu=on_cpu)
+        waiting = min(blocks.passed_bytes, job.hidden_state_bytes)
         stages.append(waiting + (blocks.device_bytes if on_cpu else 0))
     peak = reserved_ram() + max(stages)
     return peak if job.options.max_ram is None else min(peak, job.options.max_ram)
@@ -241,12 +208,14 @@ def vram_bytes(job: Forecast) -> int | None:
     if job.device.type != "cuda":
         return None
     stages = [_planned(job, layer_group)[1].vram for layer_group in _layer_groups(job)]
-    if not job.data_free:
+    if not job.needs.data_free:
         stages += [calibration_bytes(plan) for plan in job.prepared.encoders]
-    if job.generates:
-        stages += _generating_stages(job, cpu=True)
-    if job.tunes_blocks:
-        stages += [*_generating_stages(job, cpu=True, batch=job.blocks.batch), job.blocks.device_bytes]
+    if images := job.images:
+        batch = images.sampling.settings.batch_size
+        stages += _generating_stages(job, images.tokens, batch=batch, cpu=True)
+    if blocks := job.blocks:
+        stages += _generating_stages(job, blocks.tokens, batch=blocks.batch, cpu=True)
+        stages.append(blocks.device_bytes)
     peak = max(stages)
     return peak if job.options.max_vram is None else min(peak, job.options.max_vram)
 
@@ -258,12 +227,12 @@ def require_memory(job: Forecast) -> None:
         needs = _needs(job, layer_group)
         if not open_placements(placements_on(job.device), needs.__getitem__, job.options):
             raise too_large(layer_group.layers[0], needs.__getitem__, job.device, job.options)
-    if job.tunes_blocks:
-        _require_block_memory(job)
+    if job.blocks:
+        _require_block_memory(job, job.blocks)
 
 
-def _require_block_memory(job: Forecast) -> None:
-    needed, cpu = job.blocks.device_bytes, job.device.type == "cpu"
+def _require_block_memory(job: Forecast, blocks: BlockForecast) -> None:
+    needed, cpu = blocks.device_bytes, job.device.type == "cpu"
     if needed <= (free_ram(job.options) if cpu else free_vram(job.device, job.options)):
         return
     option, limit = ("--max-ram", job.options.max_ram) if cpu else ("--max-vram", job.options.max_vram)
@@ -274,7 +243,7 @@ def _require_block_memory(job: Forecast) -> None:
         else f"too little is free on {job.device}"
     )
     raise OutOfResourcesError(
-        f"{next(iter(job.blocks.sizes))}: tuning it takes {(held + needed) / 1e9:.2f} GB, but {there}",
+        f"{next(iter(blocks.sizes))}: tuning it takes {(held + needed) / 1e9:.2f} GB, but {there}",
         hint=f"lower batch_size or the image size under calibration, raise {option}, or use --effort balanced",
         where="quantization.effort",
         kind="out-of-memory",
@@ -298,7 +267,7 @@ def on_the_cpu(job: Forecast) -> tuple[str, ...]:
 
 
 def _layer_groups(job: Forecast) -> tuple[SharedInput, ...]:
-    return job.prepared.plan.layer_groups(data_free=job.data_free)
+    return job.prepared.plan.layer_groups(data_free=job.needs.data_free)
 
 
 def _needs(job: Forecast, layer_group: SharedInput) -> dict[Placement, MemoryNeed]:
@@ -327,37 +296,32 @@ def _waiting_bytes(job: Forecast, layer_group: SharedInput) -> int:
     return waiting_bytes(layer_group, plans, itemsize=stored_itemsize(job.prepared), pinned=pinned)
 
 
-def _generating_stages(job: Forecast, *, cpu: bool, batch: int | None = None) -> list[int]:
+def _generating_stages(job: Forecast, tokens: TokenCounts, *, batch: int, cpu: bool) -> list[int]:
     """The text encoders with the rest of the pipeline, then the denoiser with its activations. `cpu`: whether they
-    compute where the memory is asked for; `batch`: images generated at a time, where it is not the recipe's."""
+    compute where the memory is asked for; `batch`: images generated at a time."""
     itemsize = compute_dtype(job.device).itemsize
-    others = other_bytes(job) * itemsize // 2  # stored in 16 bits
-    prepared = job.prepared
+    others = sum(other_weights(job.prepared.source).values()) * itemsize // 2  # stored in 16 bits
     if not cpu:
         return [others]
-    assert prepared.sampling is not None
-    assert job.tokens is not None
-    size = batch or prepared.sampling.settings.batch_size
-    activations = job.tokens.forward_bytes(batch=size, itemsize=itemsize)
-    denoiser = prepared.plan.parameters * itemsize
+    activations = tokens.forward_bytes(batch=batch, itemsize=itemsize)
+    denoiser = job.prepared.plan.parameters * itemsize
     return [others, denoiser + activations]
 
 
 def peak_disk_bytes(job: Forecast) -> int:
     """Bytes on the disk at its fullest: statistics that were generated, twice while the parts of batches are
     merged; or once, with the solved layers and the outputs."""
-    wanted = job.prepared.sampling
     statistics = 0
-    if job.generates and wanted is not None:
+    if job.images:
         statistics = sum(
             8 * width + 2 * width * job.rows(shared)
             for width, shared in zip(input_widths(job.prepared.plan), job.prepared.plan.inputs, strict=True)
         )
     kept = work_bytes(job.prepared.plan, job.prepared.settings.dtype)
     spilled = 0
-    if job.tunes_blocks:
-        kept += job.blocks.kept
-        spilled = job.blocks.passed_bytes - hidden_state_bytes(job.prepared, job.options, job.device)
+    if blocks := job.blocks:
+        kept += blocks.kept
+        spilled = blocks.passed_bytes - job.hidden_state_bytes
     return max(2 * statistics, statistics + kept + max(spilled, disk_bytes(job.prepared)))
 
 

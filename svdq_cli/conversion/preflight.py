@@ -19,7 +19,7 @@ from svdq_cli.prepare.from_command_line import outputs_of
 def require_convertible(recipe: Recipe, options: RunOptions) -> tuple[Path, ...]:
     """Refuses what a conversion would refuse before it reads a weight; returns its outputs. A model that has to be
     downloaded first is not looked at."""
-    from svdq_cli.conversion.predict import uses_prompts
+    from svdq_cli.conversion.needs import needs_of
     from svdq_cli.prepare.locate import hub_id
     from svdq_cli.prepare.prepare import prepare
     from svdq_cli.prepare.prompts import chosen_prompts
@@ -30,6 +30,6 @@ def require_convertible(recipe: Recipe, options: RunOptions) -> tuple[Path, ...]
             refuse_existing(path, overwrite=options.overwrite)
     if hub_id(recipe.model.source, beside=options.beside) is None:
         prepared = prepare(recipe, beside=options.beside)
-        if uses_prompts(prepared, None):
+        if needs_of(prepared, None).prompts:
             chosen_prompts(prepared.recipe, options, ignore_events)
     return paths

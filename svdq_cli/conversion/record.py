@@ -21,6 +21,7 @@ from svdq_cli.pipelines.settings import SamplingSettings
 from svdq_cli.planning.joint import plan_of
 from svdq_cli.prepare.options import RunOptions
 from svdq_cli.prepare.prepare import Prepared, prompts_of
+from svdq_cli.prepare.sampling import Sampling
 from svdq_cli.reconstruct import Recording, Trajectory, block_graph_of, blocks_of, record_each
 from svdq_cli.records import Observer
 
@@ -42,13 +43,9 @@ class Sample:
 BLOCK_SAMPLE = Sample(images=32, batches=8, calls=8)  # the last quarter of the batches judges
 
 
-def can_record(prepared: Prepared) -> bool:
-    """Whether there are prompts, and a whole pipeline to generate them with."""
-    return prepared.sampling is not None and prepared.source.pipeline is not None
-
-
 def record_calls(
     prepared: Prepared,
+    sampling: Sampling,
     sample: Sample,
     *,
     options: RunOptions,
@@ -56,7 +53,7 @@ def record_calls(
     observe: Observer,
 ) -> dict[str, tuple[nn.Module, list[Trajectory]]]:
     """The 16-bit denoisers, whole on `device`, and their recorded calls, by component."""
-    settings = sample_settings(prepared, sample)
+    settings = sample_settings(sampling, sample)
     batches = _batches(prepared, sample, settings, options, observe)
     pipe = load_16bit_pipeline(prepared.source, class_name=prepared.plan.model_class, device=device)
     trajectories = _trajectories(prepared, pipe, batches, settings, sample.calls, None, observe)
@@ -65,6 +62,7 @@ def record_calls(
 
 def record_blocks(
     prepared: Prepared,
+    sampling: Sampling,
     sample: Sample,
     *,
     options: RunOptions,
@@ -72,7 +70,7 @@ def record_blocks(
     observe: Observer,
 ) -> dict[str, Recording]:
     """Recorded calls with the block graphs of the denoisers, which need not fit on the device and are freed."""
-    settings = sample_settings(prepared, sample)
+    settings = sample_settings(sampling, sample)
     batches = _batches(prepared, sample, settings, options, observe)
     pipe = load_without_denoiser(prepared.source, class_name=prepared.plan.model_class, device=device)
     encoded = encode_prompts(pipe, batches, settings=settings, observe=observe)
@@ -94,10 +92,9 @@ def record_blocks(
     )
 
 
-def sample_settings(prepared: Prepared, sample: Sample) -> SamplingSettings:
-    """The sampling settings of a sample."""
-    assert prepared.sampling is not None
-    settings = prepared.sampling.settings
+def sample_settings(sampling: Sampling, sample: Sample) -> SamplingSettings:
+    """The sampling settings of a sample of the images."""
+    settings = sampling.settings
     return replace(settings, batch_size=max(1, min(settings.batch_size, sample.images // sample.batches)))
 
 

@@ -101,7 +101,7 @@ def solve_into(
     if team.size > 1 or layer_groups_at_once(device):
         left = job.longest_first(left)
     if team.size > 1:
-        team.broadcast(LEFT, {"portions": [_key(layer_group) for layer_group in left]})
+        team.broadcast(LEFT, {"layer groups": [_key(layer_group) for layer_group in left]})
     # Closed where it is left, or its threads would begin what follows until the garbage is collected.
     with (
         background_writer() as keep,
@@ -126,7 +126,7 @@ def solve_share(
     """What a process other than the first does of `solve_into`."""
     layer_groups = {_key(each): each for each in prepared.plan.layer_groups(data_free=statistics is None)}
     team = options.team
-    left = [layer_groups[key] for key in cast("list[str]", team.receive(LEFT)["portions"])]
+    left = [layer_groups[key] for key in cast("list[str]", team.receive(LEFT)["layer groups"])]
     job = Solving(prepared, statistics, device, options, ignore_events)
     with (
         background_writer() as keep,

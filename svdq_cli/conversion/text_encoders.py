@@ -21,6 +21,7 @@ from svdq_cli.pipelines.encoder_calls import EncoderCall, record_call
 from svdq_cli.prepare.facts import encoder_facts
 from svdq_cli.prepare.options import RunOptions
 from svdq_cli.prepare.prepare import Prepared, prompts_of
+from svdq_cli.prepare.sampling import Sampling
 from svdq_cli.records import Event, Observer
 from svdq_cli.reports import HiddenSqnr, LayerSqnr, TextEncoderFacts
 from svdq_cli.storage.json_files import read_json
@@ -48,12 +49,12 @@ def quantize_encoders(
     prepared: Prepared,
     work: WorkFolder,
     *,
-    data_free: bool,
+    sampling: Sampling | None,
     device: torch.device,
     options: RunOptions,
     observe: Observer,
 ) -> tuple[FourBitEncoder, ...]:
-    """All text encoders of the recipe. One that an earlier run had finished is taken over. What could not be calibrated
+    """All text encoders of the recipe, rounded for its prompts, which `sampling` encodes; to nearest without. One that an earlier run had finished is taken over. What could not be calibrated
     is rounded to nearest, with a warning."""
     folder = work.encoders
     made: list[FourBitEncoder] = []
@@ -64,7 +65,7 @@ def quantize_encoders(
         kept = f"{ENCODERS}/{plan.component}.json"
         if work.read_json(kept) is None:
             figures = _quantize(
-                plan, file, prepared, data_free=data_free, device=device, options=options, observe=observe
+                plan, file, prepared, sampling=sampling, device=device, options=options, observe=observe
             )
             work.keep_json(kept, asdict(figures))
         figures = EncoderFigures(**cast("dict[str, Any]", work.read_json(kept)))
@@ -77,18 +78,18 @@ def _quantize(
     file: Path,
     prepared: Prepared,
     *,
-    data_free: bool,
+    sampling: Sampling | None,
     device: torch.device,
     options: RunOptions,
     observe: Observer,
 ) -> EncoderFigures:
     call: EncoderCall | None = None
     budget = budget_of(plan, free_ram(options) if device.type == "cpu" else free_vram(device, options))
-    if not data_free and prepared.sampling is not None:
+    if sampling is not None:
         why = "there is too little memory for a block and its inputs"
         if budget is not None:
             prompts = prompts_of(prepared, options, observe).texts
-            found = record_call(prepared.source, plan.component, prompts, prepared.sampling.settings)
+            found = record_call(prepared.source, plan.component, prompts, sampling.settings)
             call, why = (found, "") if isinstance(found, EncoderCall) else (None, found)
         if call is None:
             detail = f"{plan.component} is rounded to nearest, without calibration: {why}"

@@ -17,14 +17,15 @@ import torch
 from svdq_cli.conversion.block_forecast import hidden_state_bytes
 from svdq_cli.conversion.memory_backoff import return_device_memory
 from svdq_cli.conversion.read_weights import source_weight
-from svdq_cli.conversion.record import BLOCK_SAMPLE, can_record, record_blocks
+from svdq_cli.conversion.record import BLOCK_SAMPLE, record_blocks
 from svdq_cli.conversion.solve_layers import Statistics
 from svdq_cli.conversion.work_folder import BLOCKS, SolvedLayers, WorkFolder, report_json, report_of_json
-from svdq_cli.errors import InputError, UsageError
+from svdq_cli.errors import InputError
 from svdq_cli.inference.load import load_beside
 from svdq_cli.planning.joint import plan_of
 from svdq_cli.prepare.options import RunOptions
 from svdq_cli.prepare.prepare import Prepared
+from svdq_cli.prepare.sampling import Sampling
 from svdq_cli.reconstruct import Reconstruction, TensorCache, TunedBlock, blocks_of, reconstruct
 from svdq_cli.records import Event, LayerReport, LayerSolution, Observer
 from svdq_cli.reports import BlockSearch
@@ -33,18 +34,9 @@ from svdq_cli.source import denoisers_of, prefix_of
 from svdq_cli.system.machine import on_device
 
 
-def require_blocks_run(prepared: Prepared) -> None:
-    """UsageError where the blocks can't be run later, before hours are spent on the layers."""
-    if not can_record(prepared):
-        raise UsageError(
-            "effort best tunes the model's blocks, which needs the whole pipeline and prompts",
-            hint="give a recipe with prompts and the pipeline (--prompts, --base), or use --effort balanced",
-            where="quantization.effort",
-        )
-
-
 def tune_blocks(
     prepared: Prepared,
+    sampling: Sampling,
     statistics: Statistics,
     solved: SolvedLayers,
     reports: list[LayerReport],
@@ -55,14 +47,16 @@ def tune_blocks(
 ) -> tuple[SolvedLayers, list[LayerReport], dict[str, BlockSearch]]:
     """All layers with the blocks tuned, their reports, and what tuning brought per block.
 
-    Blocks that the work folder of `solved` holds already are not tuned again. Needs the pipeline and the recipe's
-    prompts (`require_blocks_run`): a block is judged in the model, not on an artefact's rows.
+    Blocks that the work folder of `solved` holds already are not tuned again. `sampling`: of the images that they are
+    tuned on, from the pipeline and the recipe's prompts: a block is judged in the model, not on an artefact's rows.
     """
     work, blocks = solved.work, blocks_of(prepared.plan)
     finished = [block for block in blocks if _is_finished(work, block, observe)]
     if len(finished) < len(blocks):
         before, cpu = {report.name: report for report in reports}, torch.device("cpu")
-        for tuned in _tuned(prepared, _overlaid(solved, finished), finished, options, device, observe):
+        for tuned in _tuned(
+            prepared, sampling, _overlaid(solved, finished), finished, options, device, observe
+        ):
             again = [
                 _again(before[name], solution, prepared, statistics, device)
                 for name, solution in tuned.solutions.items()
@@ -80,13 +74,16 @@ def tune_blocks(
 
 def _tuned(
     prepared: Prepared,
+    sampling: Sampling,
     solved: SolvedLayers,
     finished: Collection[str],
     options: RunOptions,
     device: torch.device,
     observe: Observer,
 ) -> Iterator[TunedBlock]:
-    recordings = record_blocks(prepared, BLOCK_SAMPLE, options=options, device=device, observe=observe)
+    recordings = record_blocks(
+        prepared, sampling, BLOCK_SAMPLE, options=options, device=device, observe=observe
+    )
     for denoiser in denoisers_of(prepared.source):
         gc.collect()  # the pipeline, or the denoiser before, is done; modules with hooks refer to themselves
         return_device_memory()
@@ -99,7 +96,7 @@ def _tuned(
         )
         folder = solved.work.passages
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
-        tensor_cache = TensorCache(folder, host_bytes=hidden_state_bytes(prepared, options, device))
+        tensor_cache = TensorCache(folder, host_bytes=hidden_state_bytes(prepared, sampling, options, device))
         plan = plan_of(prepared.plan, denoiser.component)
         for tuned in reconstruct(
             Reconstruction(model, weights, plan, _Own(solved, prefix), recording, tensor_cache),

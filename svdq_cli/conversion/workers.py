@@ -13,11 +13,12 @@ from svdq_cli.conversion.allocation import allocate_ranks
 from svdq_cli.conversion.calibrate import BEGUN, calibration_run_of, generate_share
 from svdq_cli.conversion.curves import choose_curves
 from svdq_cli.conversion.move_means import with_means_moved
+from svdq_cli.conversion.needs import given_statistics, needs_of
 from svdq_cli.conversion.solve_layers import Statistics, solve_share
 from svdq_cli.conversion.work_folder import WorkFolder
 from svdq_cli.errors import SvdqError
 from svdq_cli.prepare.options import RunOptions
-from svdq_cli.prepare.prepare import Prepared, is_data_free, prepare
+from svdq_cli.prepare.prepare import Prepared, prepare
 from svdq_cli.recipe import Recipe
 from svdq_cli.records import ignore_events
 from svdq_cli.system.machine import resolve_device
@@ -41,19 +42,23 @@ def share_convert(recipe: Recipe, *, calibration: Path | None, options: RunOptio
     team = options.team
     prepared, begun = _begun(recipe, options)
     work = WorkFolder(Path(str(begun["work"])))
-    if begun["draws"]:
+    if begun["generates"]:
         calibration_run = calibration_run_of(
             prepared, options, ignore_events, source_sha256=str(begun["source_sha256"])
         )
         generate_share(calibration_run, work, options=options, observe=ignore_events)
     team.receive(CALIBRATED)
     statistics: Statistics | None = None
-    if not is_data_free(recipe, calibration):
-        opened = open_calibration(calibration or work.calibration)
+    given = given_statistics(recipe, calibration)
+    needs = needs_of(prepared, given)
+    if not needs.data_free:
+        opened = given or open_calibration(work.calibration)
         statistics = Statistics(opened.digest, opened)
     device = resolve_device(options.device)
     prepared, statistics = with_means_moved(prepared, statistics)
-    prepared, _ = allocate_ranks(prepared, statistics, device, ignore_events, options=options, work=work)
+    prepared, _ = allocate_ranks(
+        prepared, statistics, needs.gains, device, ignore_events, options=options, work=work
+    )
     prepared, _ = choose_curves(prepared, statistics, device, ignore_events, options=options, work=work)
     solve_share(work, prepared, statistics, device, options=options)
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from svdq_cli.errors import InputError, RecipeError
 from svdq_cli.families import Family, family_named, find_family
@@ -42,25 +42,17 @@ from svdq_cli.records import (
 )
 from svdq_cli.source import Source, denoisers_of, is_expert, prefix_of
 
-if TYPE_CHECKING:
-    from torch import nn
-
 __all__ = [
     "Inventory",
     "plan_model",
     "restricted",
     "take_inventory",
+    "watch_denoisers",
 ]
 
 
-Observation = Callable[["nn.Module", Source], Mapping[str, Reading] | None]
-
-
-def watch(model: nn.Module) -> Mapping[str, Reading] | None:
-    """One forward pass of an empty model with arguments made up from its signature (`trace_inputs`)."""
-    from svdq_cli.planning.trace_inputs import watch as watch_model
-
-    return watch_model(model)
+# What the layers of each denoiser read, by component; None where no forward pass showed it
+Readings = Mapping[str, Mapping[str, Reading] | None]
 
 
 def plan_model(
@@ -73,7 +65,7 @@ def plan_model(
     overrides: Sequence[LayerOverride] = (),
     supports: Callable[[LayerPlan], str | None],
     keeps_modulation: bool = False,
-    observe: Observation = lambda model, source: watch(model),
+    readings: Readings | None = None,
 ) -> ModelPlan:
     """The plan of one model. A model without a family file, or `family` "structural", gets a structural plan.
 
@@ -82,51 +74,32 @@ def plan_model(
     `keeps_modulation`: layers that would be W4A16 stay at 16 bits, but for those that a rule includes.
     `supports` is the output format's say: None, or why it can't hold a layer; such a layer is kept at 16 bits. Experts
     that no W4A4 layer of the format fits become W4A16: they are most of a model's weights, and only svdq runs them.
-    `observe` runs an empty model (of a source with one denoiser) to see what its layers read; only a structural plan
-    asks.
+    `readings`: what a structural plan rests on; without it, what `watch_denoisers` sees.
     Raises InputError when names and rules disagree, RecipeError for an override that matches nothing.
     """
-    where = str(source.path)
     known = _family_of(source, family)
     inventory = take_inventory(source, known)
     require_own_tensors(source, inventory)
-    roles = _roles(source, family, observe)
+    if readings is None:
+        readings = watch_denoisers(source, family)
+    roles = _roles(source, family, readings)
     unmodulated = sorted(roles.w4a16) if keeps_modulation else []
     roles = _with_rules(_without(roles, unmodulated), inventory, overrides)
     exceptions = [rule for rule in overrides if isinstance(rule, RankOverride | KeepOverride)]
-
-    layers: list[LayerPlan] = []
-    kept: list[Linear] = []
-    reasons = {**dict.fromkeys(unmodulated, "the recipe keeps modulation"), **roles.kept}
-    unsupported_reasons: list[str] = []
-    for linear in inventory.linears:
-        override = _override_for(linear.name, exceptions)
-        own = override.rank if isinstance(override, RankOverride) else rank
-        wanted = _wanted(linear, roles, W4A4Plan(linear, precision, own), scheme)
-        unsupported_reason = supports(wanted) if wanted else None
-        if unsupported_reason and is_expert(linear.name) and supports(W4A16Plan(linear)) is None:
-            wanted, unsupported_reason = W4A16Plan(linear), None
-        if unsupported_reason:
-            unsupported_reasons.append(f"{linear.name}: {unsupported_reason}")
-            reasons[linear.name] = unsupported_reason
-        elif isinstance(override, KeepOverride):
-            reasons[linear.name] = "a rule of the recipe keeps it"
-        if wanted is None or isinstance(override, KeepOverride) or unsupported_reason is not None:
-            kept.append(linear)
-        else:
-            layers.append(wanted)
-    if not layers:
-        raise _nothing_fits(where, known, unsupported_reasons)
-    planned = {layer.name for layer in layers}
+    because = {**dict.fromkeys(unmodulated, "the recipe keeps modulation"), **roles.kept}
+    decided = _decided(inventory, roles, exceptions, because, rank, precision, scheme, supports)
+    if not decided.layers:
+        raise _nothing_fits(str(source.path), known, decided.unsupported)
+    planned = {layer.name for layer in decided.layers}
     return ModelPlan(
         family=known.name if known else STRUCTURAL,
         model_class=inventory.model_class,
         components=source.components,
         parameters=inventory.parameters,
-        layers=tuple(layers),
-        kept=tuple(kept),
+        layers=tuple(decided.layers),
+        kept=tuple(decided.kept),
         by_names=roles.by_names,
-        kept_because={linear.name: reasons[linear.name] for linear in kept if linear.name in reasons},
+        kept_because=decided.kept_because,
         inputs=tuple(shared for group in roles.inputs if (shared := _only(group, planned)) is not None),
     )
 
@@ -155,7 +128,74 @@ def _nothing_fits(where: str, family: Family | None, unsupported_reasons: Sequen
     )
 
 
-def _roles(source: Source, family: str, observe: Observation) -> Roles:
+@dataclass(frozen=True, slots=True)
+class _Decided:
+    """Every linear of a model, quantized or kept. `unsupported`: "layer: why" of those that the format can't hold."""
+
+    layers: list[LayerPlan]
+    kept: list[Linear]
+    kept_because: dict[str, str]
+    unsupported: list[str]
+
+
+def _decided(
+    inventory: Inventory,
+    roles: Roles,
+    exceptions: Sequence[RankOverride | KeepOverride],
+    because: Mapping[str, str],
+    rank: int,
+    precision: Precision,
+    scheme: Scheme,
+    supports: Callable[[LayerPlan], str | None],
+) -> _Decided:
+    """What becomes of each linear by its role, the recipe's exceptions and what the format can hold. `because`: why
+    some are kept already."""
+    decided = _Decided([], [], {}, [])
+    for linear in inventory.linears:
+        override = _override_for(linear.name, exceptions)
+        own_rank = override.rank if isinstance(override, RankOverride) else rank
+        wanted = _wanted(linear, roles, W4A4Plan(linear, precision, own_rank), scheme)
+        refusal = supports(wanted) if wanted else None
+        if refusal and (expert := _as_expert(linear, supports)):
+            wanted, refusal = expert, None
+        if refusal:
+            decided.unsupported.append(f"{linear.name}: {refusal}")
+        kept_by_rule = "a rule of the recipe keeps it" if isinstance(override, KeepOverride) else None
+        reason = refusal or kept_by_rule
+        if wanted is not None and reason is None:
+            decided.layers.append(wanted)
+            continue
+        decided.kept.append(linear)
+        if why := reason or because.get(linear.name):
+            decided.kept_because[linear.name] = why
+    return decided
+
+
+def _as_expert(linear: Linear, supports: Callable[[LayerPlan], str | None]) -> LayerPlan | None:
+    """An expert that the format can hold with 4-bit weights alone; None for any other layer."""
+    plan = W4A16Plan(linear)
+    return plan if is_expert(linear.name) and supports(plan) is None else None
+
+
+def watch_denoisers(source: Source, family: str = "auto") -> dict[str, Mapping[str, Reading] | None]:
+    """What the layers of every denoiser without a family file read, by component: seen in one forward pass of an empty
+    model with arguments made up from its signature, None where no such call works.
+
+    Of denoisers of one class and config the first is run.
+    """
+    from svdq_cli.planning.trace_inputs import watch
+
+    parts = {config: part for config, part in reversed(_structural(source, family))}
+    return {part.component: watch(empty_model(part, None)) for part in parts.values()}
+
+
+def _structural(source: Source, family: str) -> list[tuple[tuple[str, str], Source]]:
+    """The denoisers without a family file, each alone, with their class and config."""
+    parts = denoisers_of(source)
+    return [(model_config(part, None), part) for part in parts if _family_of(part, family) is None]
+
+
+def _roles(source: Source, family: str, readings: Readings) -> Roles:
     """Roles of every denoiser's layers, under their joint names. Denoisers of one class and config have the same."""
     known: dict[tuple[str, str], Roles] = {}
     found = Roles(frozenset(), frozenset(), ())
@@ -167,7 +207,7 @@ def _roles(source: Source, family: str, observe: Observation) -> Roles:
             known[config] = (
                 _resolve_rules(own, inventory, str(part.path))
                 if own
-                else structural_roles(inventory, observe(empty_model(part, None), part))
+                else structural_roles(inventory, readings.get(part.component))
             )
         found = joined_roles(found, known[config], prefix_of(source.components, part.component))
     return found

@@ -9,6 +9,7 @@ but scale, shift and gate whole channels, or choose experts.
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -174,7 +175,7 @@ class Dataflow(Weightless):
     def readings(self) -> dict[str, Reading]:
         found: dict[str, Reading] = {}
         for name, (source, rows, origins) in self._seen.items():
-            tokens = -(-rows // self._batch)
+            tokens = math.ceil(rows / self._batch)
             uses = self._uses[name]
             of_tokens = bool(origins - self._vectors)
             of_image = self._latents in origins

@@ -82,6 +82,19 @@ def encoders_planned(prepared: Prepared) -> dict[str, TextEncoderFacts]:
     return {plan.component: encoder_facts(plan) for plan in prepared.encoders}
 
 
+def other_weights(source: Source) -> dict[str, int]:
+    """The weight files of the pipeline's other components, by their path in it, with their bytes as they are stored
+    (text encoders in 16 bits). Empty for a source that is one component."""
+    if source.pipeline is None:
+        return {}
+    files = sorted(component_files(source.pipeline, skip=source.components))
+    return {
+        file.relative_to(source.pipeline).as_posix(): file.stat().st_size
+        for file in files
+        if file.suffix in (".safetensors", ".bin")
+    }
+
+
 def layer_counts(plan: ModelPlan) -> LayerCounts:
     four = sum(layer.activation_bits == 4 for layer in plan.rotated)
     return LayerCounts(len(plan.w4a4) + four, len(plan.w4a16), len(plan.kept), w4a8=len(plan.rotated) - four)

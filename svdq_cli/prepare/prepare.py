@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import nn
 
 from svdq_cli.checkpoint.text_encoders import EncoderPlan, plan_encoders
 from svdq_cli.checkpoint.writer import Target, require_precision, target_of
@@ -18,7 +17,8 @@ from svdq_cli.families import find_family
 from svdq_cli.formats import DEFAULT, format_named
 from svdq_cli.formats.contract import Format
 from svdq_cli.pipelines.settings import SamplingSettings
-from svdq_cli.planning.plan import Inventory, Observation, plan_model, restricted, take_inventory, watch
+from svdq_cli.planning.inventory import empty_model
+from svdq_cli.planning.plan import Inventory, plan_model, restricted, take_inventory, watch_denoisers
 from svdq_cli.planning.structure import Reading
 from svdq_cli.prepare.options import RunOptions
 from svdq_cli.prepare.plan_warnings import plan_warnings
@@ -37,7 +37,7 @@ from svdq_cli.records import (
     SolveSettings,
 )
 from svdq_cli.sampling.token_counts import TokenCounts, token_counts
-from svdq_cli.source import Source, pipeline_index
+from svdq_cli.source import Source, denoisers_of, pipeline_index
 
 _DENOISER_CLASS = re.compile("Transformer|UNet|Prior")  # in the names of diffusers' classes
 
@@ -95,7 +95,7 @@ def prepare(
         overrides=recipe.layers,
         supports=lambda layer: None if every_layer else _unsupported_reason(formats, layer),
         keeps_modulation=recipe.modulation == "keep",
-        observe=observation(source, sampling),
+        readings=_readings(source, recipe.model.family, sampling),
     )
     if not _shares_branches(quantization.share_branches, formats):
         plan = plan.with_own_branches()
@@ -140,19 +140,21 @@ def _unsupported_reason(formats: Sequence[Format], layer: LayerPlan) -> str | No
     return None if None in reasons else reasons[0]
 
 
-def observation(source: Source, sampling: Sampling | None = None) -> Observation:
-    """How a structural plan sees what layers read: arguments made up from the signature or, where those do not do, the
-    pipeline's own."""
+def _readings(
+    source: Source, family: str, sampling: Sampling | None
+) -> dict[str, Mapping[str, Reading] | None]:
+    """What a structural plan rests on: arguments made up from the signature or, where those do not do, the pipeline's
+    own."""
+    readings = watch_denoisers(source, family)
+    for part in denoisers_of(source):
+        if source.pipeline is not None and part.component in readings and not readings[part.component]:
+            from svdq_cli.pipelines.capture import watch_in_pipeline
 
-    def observe(model: nn.Module, denoiser: Source) -> Mapping[str, Reading] | None:
-        from svdq_cli.pipelines.capture import watch_in_pipeline
-
-        if (readings := watch(model)) or source.pipeline is None:
-            return readings
-        usual = sampling or usual_sampling(source)
-        return watch_in_pipeline(source.pipeline, denoiser.component, model, usual.settings)
-
-    return observe
+            usual = sampling or usual_sampling(source)
+            readings[part.component] = watch_in_pipeline(
+                source.pipeline, part.component, empty_model(part, None), usual.settings
+            )
+    return readings
 
 
 def prompts_of(prepared: Prepared, options: RunOptions, observe: Observer) -> ChosenPrompts:
@@ -174,10 +176,6 @@ def counts_of(prepared: Prepared, settings: SamplingSettings) -> TokenCounts:
 
 
 # ------------------------------------------------------------------------------------------------- facts for reports
-
-
-def is_data_free(recipe: Recipe, calibration: Path | None) -> bool:
-    return recipe.quantization.effort == "datafree" or (recipe.calibration is None and calibration is None)
 
 
 def warnings_of(prepared: Prepared, *, data_free: bool) -> tuple[str, ...]:

@@ -31,9 +31,15 @@ def with_model_sampling(recipe: Recipe, source: Source, *, held_out: bool = Fals
 
     `held_out`: for evaluation, with prompts that calibration does not see.
     """
-    wanted = recipe.calibration
-    if wanted is None:
+    if recipe.calibration is None:
         return recipe
+    wanted = _with_model_sampling(recipe.calibration, recipe, source, held_out=held_out)
+    return recipe.model_copy(update={"calibration": wanted})
+
+
+def _with_model_sampling(
+    wanted: Calibration, recipe: Recipe, source: Source, *, held_out: bool = False
+) -> Calibration:
     own = sampling_of(source, loras=[lora.path for lora in recipe.model.loras])
     of_model = {
         "prompts": own.held_out_prompts if held_out else own.prompts,
@@ -47,13 +53,13 @@ def with_model_sampling(recipe: Recipe, source: Source, *, held_out: bool = Fals
     if wanted.guidance is None and wanted.true_cfg is None:
         of_model |= {"guidance": own.guidance, "true_cfg": own.true_cfg}
     filled = {name: value for name, value in of_model.items() if getattr(wanted, name) is None}
-    return recipe.model_copy(update={"calibration": wanted.model_copy(update=filled)})
+    return wanted.model_copy(update=filled)
 
 
 def sampling_for(recipe: Recipe, source: Source, *, beside: Path | None = None) -> Sampling:
-    """What the calibration of a recipe samples. Images that the pipeline reads are hashed here, once."""
-    wanted = with_model_sampling(recipe, source).calibration
-    assert wanted is not None
+    """What the calibration of a recipe samples, or the model's own where the recipe has none. Images that the pipeline
+    reads are hashed here, once."""
+    wanted = _with_model_sampling(recipe.calibration or Calibration(), recipe, source)
     samples, steps, height, width, batch = (
         int(value or 0)
         for value in (wanted.samples, wanted.steps, wanted.height, wanted.width, wanted.batch_size)
@@ -77,7 +83,7 @@ def sampling_for(recipe: Recipe, source: Source, *, beside: Path | None = None) 
 
 def usual_sampling(source: Source) -> Sampling:
     """How a model is sampled by default."""
-    return sampling_for(default_recipe("model", calibration=Calibration()), source)
+    return sampling_for(default_recipe("model"), source)
 
 
 def _images(path: str | None, beside: Path | None) -> tuple[ImageFile, ...]:

@@ -17,6 +17,7 @@ from svdq_cli.errors import OutOfResourcesError
 from svdq_cli.inference.load import load_beside
 from svdq_cli.prepare.options import RunOptions
 from svdq_cli.prepare.prepare import prepare
+from svdq_cli.prepare.sampling import sampling_for
 from svdq_cli.recipe import Calibration, Quantization, Recipe, default_recipe
 from svdq_cli.reconstruct import Reconstruction, TensorCache, reconstruct, tuning
 from svdq_cli.records import (
@@ -127,13 +128,16 @@ def test_tuning_a_block_takes_the_memory_that_is_predicted(
     monkeypatch.setattr(tuning, "JUDGE_EVERY", 1)
     recipe = best_recipe(tiny_flux, tmp_path, height=side, width=side, max_sequence_length=text)
     prepared, cpu = prepare(recipe), torch.device("cpu")
-    recordings = record_blocks(prepared, BLOCK_SAMPLE, options=CPU, device=cpu, observe=ignore_events)
+    sampling = sampling_for(recipe, prepared.source)
+    recordings = record_blocks(
+        prepared, sampling, BLOCK_SAMPLE, options=CPU, device=cpu, observe=ignore_events
+    )
     recording = recordings["transformer"]
     solutions = solved_in(tmp_path / "work", prepared)
     model, weights = load_beside(
         prepared.source, recording.block_graph.order, class_name=prepared.plan.model_class, device=cpu
     )
-    forecast = block_forecast(prepared, CPU, cpu)
+    forecast = block_forecast(prepared, sampling, cpu)
     assert forecast.calls.all == len(recording.calls)
     tensor_cache = TensorCache(tmp_path / "shelf", host_bytes=0)  # all in files
     job = Reconstruction(model, weights, prepared.plan, solutions, recording, tensor_cache)
@@ -146,7 +150,10 @@ def test_tuning_a_block_takes_the_memory_that_is_predicted(
 def test_hidden_states_take_the_memory_that_is_predicted(tiny_flux: Path, tmp_path: Path):
     recipe = best_recipe(tiny_flux, tmp_path, height=32, width=32, max_sequence_length=32)
     prepared, cpu = prepare(recipe), torch.device("cpu")
-    recordings = record_blocks(prepared, BLOCK_SAMPLE, options=CPU, device=cpu, observe=ignore_events)
+    sampling = sampling_for(recipe, prepared.source)
+    recordings = record_blocks(
+        prepared, sampling, BLOCK_SAMPLE, options=CPU, device=cpu, observe=ignore_events
+    )
     recording = recordings["transformer"]
     model, weights = load_beside(
         prepared.source, recording.block_graph.order, class_name=prepared.plan.model_class, device=cpu
@@ -161,7 +168,7 @@ def test_hidden_states_take_the_memory_that_is_predicted(tiny_flux: Path, tmp_pa
     tensor_cache = TensorCache(folder, host_bytes=0)
     job = Reconstruction(model, weights, prepared.plan, solutions, recording, tensor_cache)
     list(reconstruct(job, seed=0, finished=recording.block_graph.order, observe=look))
-    assert max(seen) == pytest.approx(block_forecast(prepared, CPU, cpu).passed_bytes, rel=0.25)
+    assert max(seen) == pytest.approx(block_forecast(prepared, sampling, cpu).passed_bytes, rel=0.25)
 
 
 def test_a_block_that_memory_has_no_room_for_is_refused_before_the_work(tiny_flux: Path, tmp_path: Path):

@@ -27,6 +27,7 @@ from svdq_cli.inference.load import load_pipeline
 from svdq_cli.lora.fold import fold
 from svdq_cli.prepare.options import RunOptions
 from svdq_cli.prepare.prepare import prepare, warnings_of
+from svdq_cli.prepare.sampling import sampling_for
 from svdq_cli.recipe import Recipe, default_recipe
 from svdq_cli.recipe.schema import Calibration, Quantization, output_of
 from svdq_cli.reconstruct import tuning
@@ -174,10 +175,11 @@ def test_blocks_of_both_are_tuned(wan: Path, tmp_path: Path, monkeypatch: pytest
 def test_ranks_weigh_each_denoiser_by_its_steps(wan: Path):
     """Every layer has a gain; those of one step in four reach the image less often than those of three."""
     prepared = prepare(recipe_for(wan))
-    gains = layer_gains(prepared, CPU, torch.device("cpu"), ignore_events)
+    sampling = sampling_for(prepared.recipe, prepared.source)
+    gains = layer_gains(prepared, sampling, CPU, torch.device("cpu"), ignore_events)
     assert gains.keys() == {plan.name for plan in prepared.plan.w4a4}
     found = record_calls(
-        prepared, GAIN_SAMPLE, options=CPU, device=torch.device("cpu"), observe=ignore_events
+        prepared, sampling, GAIN_SAMPLE, options=CPU, device=torch.device("cpu"), observe=ignore_events
     )
     lengths = {name: {each.length for each in trajectories} for name, (_, trajectories) in found.items()}
     assert lengths == {"transformer": {1}, "transformer_2": {3}}

@@ -12,8 +12,9 @@ import pytest
 from svdq_cli.entrypoints.inspect import inspect_source
 from svdq_cli.formats import format_named
 from svdq_cli.planning.inventory import Inventory, take_inventory
-from svdq_cli.planning.plan import plan_model, watch
+from svdq_cli.planning.plan import plan_model
 from svdq_cli.planning.structure import structural_roles
+from svdq_cli.planning.trace_inputs import watch
 from svdq_cli.recipe import default_recipe
 from svdq_cli.records import Int4, ModelPlan
 from svdq_cli.source import open_source

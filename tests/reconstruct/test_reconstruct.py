@@ -14,6 +14,7 @@ from svdq_cli.conversion.record import Sample, record_blocks
 from svdq_cli.inference.load import load_beside
 from svdq_cli.prepare.options import RunOptions
 from svdq_cli.prepare.prepare import prepare
+from svdq_cli.prepare.sampling import sampling_for
 from svdq_cli.recipe import Calibration, Quantization, default_recipe
 from svdq_cli.reconstruct import (
     Call,
@@ -217,6 +218,7 @@ def test_blocks_are_given_what_the_whole_model_gives_them(family: str, tmp_path:
     prepared = prepare(default_recipe(str(source), calibration=calibration))
     recordings = record_blocks(
         prepared,
+        sampling_for(prepared.recipe, prepared.source),
         Sample(images=1, batches=1, calls=2),
         options=CPU,
         device=torch.device("cpu"),

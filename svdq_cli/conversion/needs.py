@@ -1,0 +1,102 @@
+"""What a conversion needs besides the weights, decided once: statistics, and images of the 16-bit model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from svdq_cli.calibration.artefact import Calibration, open_calibration
+from svdq_cli.errors import UsageError
+from svdq_cli.prepare.prepare import Prepared
+from svdq_cli.prepare.sampling import Sampling
+from svdq_cli.recipe import Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class DataFree:
+    """No activations are seen: no smoothing, and layers are judged by their weights alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class GivenStatistics:
+    """Statistics of the activations that `svdq calibrate` has written."""
+
+    artefact: Calibration
+
+
+@dataclass(frozen=True, slots=True)
+class OwnStatistics:
+    """Statistics of the activations of images that the conversion generates first."""
+
+    sampling: Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What a conversion is given or generates. `tuning` and `gains`: how images are sampled to tune blocks on (effort
+    best), and to weigh layers by their effect on the image (a search for ranks); None where that is not done.
+    `encoders`: whose prompts text encoders are rounded for; None where none become 4-bit, or no prompts are named."""
+
+    statistics: DataFree | GivenStatistics | OwnStatistics
+    tuning: Sampling | None
+    gains: Sampling | None
+    encoders: Sampling | None
+
+    @property
+    def data_free(self) -> bool:
+        return isinstance(self.statistics, DataFree)
+
+    @property
+    def calibrates(self) -> Sampling | None:
+        """How the images of its own statistics are sampled; None where it has no statistics of its own."""
+        return self.statistics.sampling if isinstance(self.statistics, OwnStatistics) else None
+
+    @property
+    def images(self) -> Sampling | None:
+        """How images are sampled, whatever they are needed for; None where none are."""
+        return self.calibrates or self.tuning or self.gains
+
+    @property
+    def prompts(self) -> Sampling | None:
+        """How the prompts that it reads are sampled; None where it reads none."""
+        return self.images or self.encoders
+
+
+def needs_of(prepared: Prepared, given: Calibration | None) -> Needs:
+    """What the conversion of a recipe needs. `given`: of `given_statistics`."""
+    sampling = prepared.sampling
+    if given is not None:
+        statistics = GivenStatistics(given)
+    elif sampling is not None and prepared.recipe.quantization.effort != "datafree":
+        statistics = OwnStatistics(sampling)
+    else:
+        return Needs(DataFree(), tuning=None, gains=None, encoders=None)
+    # Both run the whole pipeline on the recipe's prompts
+    recorded = sampling if prepared.source.pipeline is not None else None
+    return Needs(
+        statistics,
+        tuning=recorded if prepared.recipe.quantization.effort == "best" else None,
+        gains=recorded if is_searched(prepared.recipe) else None,
+        encoders=sampling if prepared.encoders else None,
+    )
+
+
+def given_statistics(recipe: Recipe, path: Path | None) -> Calibration | None:
+    """The artefact of `--calib`, where the effort takes any."""
+    return open_calibration(path) if path and recipe.quantization.effort != "datafree" else None
+
+
+def is_searched(recipe: Recipe) -> bool:
+    """Whether the recipe leaves ranks or 16-bit layers to a search."""
+    return recipe.quantization.rank == "auto" or recipe.quantization.size_bytes is not None
+
+
+def require_blocks_run(prepared: Prepared, needs: Needs) -> None:
+    """UsageError where the recipe wants blocks tuned and they can't be run later, before hours are spent on layers."""
+    wanted = prepared.recipe.quantization.effort == "best" and not needs.data_free
+    if wanted and needs.tuning is None:
+        raise UsageError(
+            "effort best tunes the model's blocks, which needs the whole pipeline and prompts",
+            hint="give a recipe with prompts and the pipeline (--prompts, --base), or use --effort balanced",
+            where="quantization.effort",
+        )
