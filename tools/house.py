@@ -28,8 +28,8 @@ LIMITS = {
     # One more since rooms take their files from storage/, where each wrote them in its own way
     "arrows": 231,
     "circles": 0,
-    # python_api.convert, whose signature and docstring alone take 60 lines, and the command of the same name
-    "long_functions": 2,
+    # convert and evaluate of the Python API, whose signatures and docstrings take most of it, and the command convert
+    "long_functions": 3,
     "without_shapes": 0,
 }
 TITLES = {

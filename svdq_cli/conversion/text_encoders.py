@@ -54,8 +54,11 @@ def quantize_encoders(
     options: RunOptions,
     observe: Observer,
 ) -> tuple[FourBitEncoder, ...]:
-    """All text encoders of the recipe, rounded for its prompts, which `sampling` encodes; to nearest without. One that an earlier run had finished is taken over. What could not be calibrated
-    is rounded to nearest, with a warning."""
+    """All text encoders of the recipe, rounded for its prompts as `sampling` encodes them; to nearest without.
+
+    One that an earlier run had finished is taken over. What could not be calibrated is rounded to nearest, with a
+    warning.
+    """
     folder = work.encoders
     made: list[FourBitEncoder] = []
     for plan in prepared.encoders:
