@@ -85,9 +85,16 @@ def predict(
             *warnings_of(prepared, data_free=job.needs.data_free),
             *(event.detail for event in told if event.kind == "warning"),
             *on_the_cpu(job),
+            *_limit_without_gpu(options, device, card),
         ),
         stages=stages,
         prompts=prompts,
         text_encoders=encoders_planned(prepared),
         gpu=on_card(job, card, settings, speed, preparing=preparing) if card else None,
     )
+
+
+def _limit_without_gpu(options: RunOptions, device: torch.device, card: Card | None) -> tuple[str, ...]:
+    if options.max_vram is None or device.type != "cpu" or card is not None:
+        return ()
+    return ("--max-vram has no effect: this plan is for the CPU. --gpu NAME or --gpu 24GB plans for a GPU",)

@@ -46,7 +46,9 @@ def on_card(
     `settings`: how images are generated; `local`: this machine's speed, whose disk and processor are taken to be the
     card's machine's; `preparing`: seconds that making the plan took.
     """
-    usable = max(0, card.memory_bytes - CONTEXT)
+    whole = max(0, card.memory_bytes - CONTEXT)
+    limit = job.options.max_vram
+    usable = whole if limit is None else min(whole, limit)
     options = replace(job.options, max_vram=usable)
     there = replace(job, device=torch.device("cuda"), options=options)
     least = _least_to_calibrate(there, settings) if there.images else 0
@@ -65,7 +67,7 @@ def on_card(
         name=card.name,
         memory_bytes=card.memory_bytes,
         convert=GpuConversion(fits, seconds, peak),
-        generate=_generation(there, settings, usable),
+        generate=_generation(there, settings, whole),
         basis=BASIS if card.published is not None else "times are predicted if the GPU is given by name",
     )
 

@@ -34,6 +34,16 @@ def _on(recipe: Recipe, card: Card) -> GpuFacts:
     return gpu
 
 
+def test_a_limit_of_gpu_memory_needs_a_gpu_and_is_the_conversions(recipe: Recipe):
+    limited = RunOptions(device="cpu", max_vram=1000)
+    assert any("--max-vram has no effect" in warning for warning in predict(recipe, options=limited).warnings)
+    planned = predict(recipe, options=limited, card=card_named("24GB"))
+    assert not any("--max-vram" in warning for warning in planned.warnings)
+    assert planned.gpu is not None
+    assert not planned.gpu.convert.fits
+    assert planned.gpu.generate.fits
+
+
 def test_a_faster_card_takes_less_time_and_the_range_has_two_ends(recipe: Recipe):
     slow, fast = (_on(recipe, card_named(name)) for name in ("RTX 3050", "RTX 5090"))
     assert slow.convert.seconds is not None
