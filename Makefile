@@ -15,7 +15,7 @@ TORCH ?= torch==2.13.0
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench bench-convert bench-quality check-cpu bench-peers-cpu kernel-report findings classes wheel
+.PHONY: help setup demo test lint bench bench-convert bench-quality check-cpu bench-peers-cpu kernel-report findings classes pipelines wheel
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,8 +62,11 @@ bench-peers-cpu: $(STAMP) ## the CPU engine beside ggml's Q4_0 and Q8_0 (builds 
 kernel-report: $(STAMP) ## the CUDA kernels' main loops, counted in machine code: no GPU (a minute)
 	$(BIN)/python -m tools.kernel_report
 
-classes: $(STAMP) ## what becomes of every transformer that diffusers has: docs/families/classes.md (three minutes)
+classes: $(STAMP) ## what becomes of every transformer that diffusers has, with the results of make pipelines: docs/families/classes.md (three minutes)
 	$(BIN)/python -m tools.model_classes
+
+pipelines: $(STAMP) ## every class converted, every tiny pipeline from calibration to an image (nightly; half an hour)
+	$(BIN)/python -m tools.class_conversions
 
 findings: ## the surprises about other software in findings/, each with pinned packages of its own (half an hour)
 	@failed=0; for script in findings/*.sh; do echo "== $$script"; sh "$$script" || failed=1; done; exit $$failed

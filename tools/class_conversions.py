@@ -1,7 +1,7 @@
 """Convert every class of diffusers that can be built, and keep what came of it for docs/families/classes.md.
 
-`make pipelines`, a nightly target: about an hour on two cores. Without calibration: each class with one layer where
-its config counts layers, and narrower where that works, with random weights. With calibration: every tiny pipeline of
+`make pipelines`, a nightly target: about half an hour on two cores. Without calibration: each class with two layers
+where its config counts layers, and narrower where that works, with random weights. With calibration: every pipeline of
 `tests/tiny_pipelines.py`, from its prompts to an image. Exit code 1 where one fails that does not fail by its sizes.
 """
 

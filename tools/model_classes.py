@@ -12,7 +12,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from svdq_cli.prepare.plan_warnings import kept_warnings
 from svdq_cli.prepare.prepare import prepare
 from svdq_cli.recipe import default_recipe
 from svdq_cli.reports import InspectReport
+from tools.class_conversions import Conversions, known
 from tools.model_class_facts import CONFIGS, EXPECTED
 
 PAGE = Path(__file__).parents[1] / "docs/families/classes.md"
@@ -38,6 +39,7 @@ class Row:
     report: InspectReport | None = None
     by_names: bool = False  # no forward pass showed what its layers are
     wrong: tuple[str, ...] = ()
+    conversions: Conversions = field(default_factory=Conversions)
 
     @property
     def plan(self) -> str:
@@ -70,7 +72,8 @@ def row_of(name: str, folder: Path) -> Row:
         return Row(name, said.removeprefix(f"{path}: ").removeprefix(f"{folder}: "))
     notes = (*prepared.source.warnings, *kept_warnings(prepared.plan, prepared.inventory))
     report = inspect_prepared(prepared)
-    return Row(name, "; ".join(notes), report, prepared.plan.by_names, tuple(wrong_in(name, report)))
+    wrong, found = tuple(wrong_in(name, report)), known().get(name, Conversions())
+    return Row(name, "; ".join(notes), report, prepared.plan.by_names, wrong, found)
 
 
 def wrong_in(name: str, report: InspectReport) -> Iterator[str]:
@@ -109,23 +112,32 @@ def page(rows: list[Row], version: str) -> str:
         "Written by `make classes`. *Wrong* counts layers of blocks whose role is not the one that the class's source "
         "calls for (`tools/model_class_facts.py`); the note says what stays at 16 bits, as `svdq inspect` does.",
         "",
-        "| class | plan | B params | W4A4 / W4A16 / kept | wrong | ratio | note |",
-        "|---|---|---|---|---|---|---|",
+        "*Data-free* and *calibrated* are what `make pipelines` found: a small model of the class with random weights "
+        f"was converted without calibration and checked ({_ok(rows, 'data_free')} of {len(rows)}); a tiny pipeline of "
+        f"it was calibrated, converted, checked, and has generated ({_ok(rows, 'calibrated')}; nothing stands where no "
+        "tiny pipeline was made).",
+        "",
+        "| class | plan | B params | W4A4 / W4A16 / kept | wrong | ratio | data-free | calibrated | note |",
+        "|---|---|---|---|---|---|---|---|---|",
         *map(_line, rows),
     ]
     return "\n".join(lines) + "\n"
 
 
+def _ok(rows: list[Row], what: str) -> int:
+    return sum(getattr(row.conversions, what) == "ok" for row in rows)
+
+
 def _line(row: Row) -> str:
     note = row.note.replace("|", "\\|")
     if row.report is None:
-        return f"| {row.name} | none | | | | | refused: {note} |"
+        return f"| {row.name} | none | | | | | | | refused: {note} |"
     roles = [layer.role for layer in row.report.layers]
     counts = " / ".join(str(roles.count(role)) for role in ("w4a4", "w4a16", "kept"))
     shown = "; ".join([*row.wrong[:2], note] if row.wrong else [note])
     return (
         f"| {row.name} | {row.plan} | {row.report.parameters / 1e9:.2f} | {counts} | {len(row.wrong)} "
-        f"| {row.report.bytes.ratio:.2f} | {shown} |"
+        f"| {row.report.bytes.ratio:.2f} | {row.conversions.data_free} | {row.conversions.calibrated} | {shown} |"
     )
 
 
