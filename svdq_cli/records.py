@@ -301,7 +301,7 @@ class SolveSettings:
     seed: int
     dtype: dtype  # the 16-bit dtype of everything that is stored unquantized
     steps: tuple[SearchStep, ...] = ()  # taken after the smoothing search, where there are calibration rows
-    refinements: int = 4  # rounds of branch and codes without calibration, at most
+    refinements: int = 5  # rounds of branch and codes without calibration, at most
 
 
 @dataclass(frozen=True, slots=True)

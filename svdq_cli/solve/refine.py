@@ -2,8 +2,8 @@
 
 The paper takes the branch from the weight alone (SVDQuant, arXiv 2411.05007, section 4.2): what rounding then loses has
 large directions of its own, which the same rank can hold. Taking the branch again from W - dequant(Q), and Q again from
-W - U D, is in LoftQ (arXiv 2310.08659). Ours: the branch goes half as far again as that (RELAX), which takes a third of
-the rounds, and each SVD begins where the last one ended.
+W - U D, is in LoftQ (arXiv 2310.08659). Ours: the branch goes further than that, first by more and at last not at all
+(RELAX), which takes a third of the rounds, and each SVD begins where the last one ended.
 """
 
 from __future__ import annotations
@@ -19,9 +19,12 @@ from svdq_cli.solve.low_rank import find_low_rank
 from svdq_cli.solve.quantizers import QuantizedWeight, empty_quantized, quantize_rows, row_blocks
 from svdq_cli.solve.rebuild import Residual
 
-ROUNDS = 4
-RELAX = 0.5  # share of the rounding error that the branch is asked to take over beyond all of it
-LEAST_GAIN = 0.01  # a round that takes less off the error is the last one
+ROUNDS = 5
+# The branch is asked to take over all of the rounding error, and this share of it besides for each round that is still
+# to come after its own. Far at first leads out of the nearest dead end; the last branch is the one that stays.
+RELAX = 3 / 8
+MOST_RELAX = 2.0  # of many rounds, the first
+LEAST_GAIN = 0.01  # a round that takes less off the error skips half of those that were to come
 # The first branch need not be exact, and those that follow begin with its basis.
 POWER_ITERATIONS = 1
 
@@ -54,9 +57,11 @@ def refined(
     targets = [weight.new_empty(weight.shape, dtype=torch.bfloat16) for weight in weights if rounds and rank]
     start: Tensor | None = None
     best: Refined | None = None
-    for turn in range(rounds + 1):
+    step = min(RELAX, MOST_RELAX / max(1, rounds - 1))
+    left = rounds if rank else 0
+    while True:
         found = find_low_rank(
-            targets if turn else weights,
+            weights if best is None else targets,
             rank=rank,
             seed=seed,
             power_iterations=POWER_ITERATIONS,
@@ -64,16 +69,16 @@ def refined(
         )
         start, up, down = found.basis, found.up.to(dtype), found.down.to(dtype)
         del found
-        last = turn == rounds or rank == 0
-        made = _rounded(weights, up, down, precision, dtype, targets=() if last else targets)
+        made = _rounded(
+            weights, up, down, precision, dtype, targets=targets if left else (), beyond=step * (left - 1)
+        )
         gain = 1.0 if best is None else 1 - made.error / max(best.error, 1e-30)
         if best is None or gain > 0:
             best = made
         del made
-        if last or gain < LEAST_GAIN:
-            break
-    assert best is not None
-    return best
+        if not left:
+            return best
+        left = left - 1 if gain >= LEAST_GAIN else left // 2
 
 
 def _rounded(
@@ -84,9 +89,10 @@ def _rounded(
     dtype: torch.dtype,
     *,
     targets: Sequence[Tensor],
+    beyond: float,
 ) -> Refined:
     """What a branch leaves over, rounded. `targets` get what the next branch is to be near to: the weights less their
-    codes, and RELAX of what rounding lost besides."""
+    codes, and `beyond` times what rounding lost besides."""
     made: list[QuantizedWeight] = []
     error = torch.zeros((), dtype=torch.float64, device=down.device)
     parts = up.split([len(weight) for weight in weights])
@@ -99,6 +105,8 @@ def _rounded(
             lost = left.sub_(four_bit)
             error += torch.linalg.vector_norm(lost, dim=1).double().square().sum()
             if targets:
-                targets[index][rows] = torch.sub(weight[rows], four_bit, out=four_bit).add_(lost, alpha=RELAX)
+                targets[index][rows] = torch.sub(weight[rows], four_bit, out=four_bit).add_(
+                    lost, alpha=beyond
+                )
         made.append(quantized)
     return Refined(up, down, tuple(made), float(error))

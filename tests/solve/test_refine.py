@@ -38,9 +38,9 @@ def _lost(found: Refined, weights: list[Tensor], precision: Precision) -> float:
 
 @pytest.mark.parametrize("precision", BOTH)
 def test_rounds_lower_the_error_of_what_is_stored(weights: list[Tensor], precision: Precision):
-    errors = [_refined(weights, precision, rounds).error for rounds in range(5)]
+    errors = [_refined(weights, precision, rounds).error for rounds in (0, 1, 2, 3, 5, 8, 20)]
     assert errors == sorted(errors, reverse=True)
-    assert errors[4] < 0.75 * errors[0]
+    assert errors[4] < 0.7 * errors[0]
 
 
 @pytest.mark.parametrize("precision", BOTH)
