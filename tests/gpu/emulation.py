@@ -39,6 +39,8 @@ class EmulatedDevice:
     architecture: Architecture = HOPPER
     multiprocessors: int = 4
     descending: bool = False
+    lazy_warp: int | None = None  # runs only when no other warp can
+    sources: Path | None = None  # the kernels that are run; those of the repository without one
 
     def launch(
         self, variant: Variant, grid: tuple[int, int, int], threads: int, *arguments: Argument
@@ -46,7 +48,8 @@ class EmulatedDevice:
         assert variant in variants_of(self.architecture), f"{variant.label} is not in gpu.compile_all's list"
         values = [_c_value(argument) for argument in arguments]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
-        failure = _library(variant)(*grid, threads, int(self.descending), pointers)
+        order = int(self.descending) if self.lazy_warp is None else 2 + self.lazy_warp
+        failure = _library(variant, self.sources)(*grid, threads, order, pointers)
         if failure:
             raise AssertionError(f"{variant.label}: {failure.decode()}")
 
@@ -65,8 +68,8 @@ def _c_value(argument: Argument) -> ctypes._SimpleCData:
 
 
 @functools.cache
-def _library(variant: Variant):
-    function = ctypes.CDLL(str(build(variant))).emulate
+def _library(variant: Variant, sources: Path | None = None):
+    function = ctypes.CDLL(str(build(variant, sources))).emulate
     function.restype = ctypes.c_char_p
     function.argtypes = [
         ctypes.c_uint,
@@ -79,25 +82,38 @@ def _library(variant: Variant):
     return function
 
 
-def build(variant: Variant) -> Path:
-    """The library of one variant, built once for each state of the sources."""
+def build(variant: Variant, sources: Path | None = None) -> Path:
+    """The library of one variant, built once for each state of the sources: those of the repository, or a folder of
+    `mutated` ones."""
     digest = hashlib.sha256(variant.label.encode())
-    for path in (*sorted(EMULATOR.iterdir()), *kernel_files(".cu"), *kernel_files(".cuh")):
+    kernels = sorted(sources.iterdir()) if sources else (*kernel_files(".cu"), *kernel_files(".cuh"))
+    for path in (*sorted(EMULATOR.iterdir()), *kernels):
         digest.update(path.read_bytes())
+    sources = sources or staged_sources()
     folder = Path(tempfile.gettempdir()) / f"svdq-emulated-kernels-{os.getuid()}"
     folder.mkdir(exist_ok=True)
     library = folder / f"{variant.kernel}-{digest.hexdigest()[:20]}.so"
     if not library.exists():
         # The emulator's folder comes first, so that its ptx.cuh is included instead of the kernels'
         words = [COMPILER, "-std=c++17", "-O1", "-shared", "-fPIC", "-ffp-contract=off", "-U_FORTIFY_SOURCE"]
-        words += ["-Wno-unknown-pragmas", "-iquote", str(EMULATOR), "-iquote", str(staged_sources())]
+        words += ["-Wno-unknown-pragmas", "-iquote", str(EMULATOR), "-iquote", str(sources)]
         words += ["-I", str(EMULATOR)]
         words += [f"-D{name}={value}" for name, value in variant.defines]
-        words += [f"-DKERNEL={variant.kernel}", f'-DSOURCE="{staged_sources() / variant.kernel}.cu"']
+        words += [f"-DKERNEL={variant.kernel}", f'-DSOURCE="{sources / variant.kernel}.cu"']
         partial = library.with_suffix(f".{os.getpid()}.partial")
         subprocess.run([*words, str(EMULATOR / "main.cpp"), "-o", str(partial)], check=True)
         os.replace(partial, library)
     return library
+
+
+def mutated(folder: Path, file: str, text: str, other: str) -> Path:
+    """The kernels' sources in `folder`, with one place of one file changed."""
+    for path in staged_sources().iterdir():
+        shutil.copy(path, folder)
+    before = (folder / file).read_text()
+    assert before.count(text) == 1, f"{file} has {before.count(text)} places like {text!r}"
+    (folder / file).write_text(before.replace(text, other))
+    return folder
 
 
 @functools.cache

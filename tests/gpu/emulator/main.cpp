@@ -27,7 +27,7 @@ void body() { call(&KERNEL); }
 
 // Runs a grid, block after block. `values` points to the kernel's arguments, as cuLaunchKernel's kernelParams do.
 // Returns null, or what went wrong.
-extern "C" const char* emulate(unsigned x, unsigned y, unsigned z, int threads, int descending, void** values)
+extern "C" const char* emulate(unsigned x, unsigned y, unsigned z, int threads, int order, void** values)
 {
     arguments = values;
     emulator::block.body = body;
@@ -35,7 +35,7 @@ extern "C" const char* emulate(unsigned x, unsigned y, unsigned z, int threads, 
     emulator::grid_size = {x, y, z};
     for (unsigned i = 0; i < x * y * z; ++i) {
         emulator::block_index = {i % x, i / x % y, i / x / y};
-        if (!emulator::run_block(threads, descending))
+        if (!emulator::run_block(threads, order))
             return emulator::block.failure.c_str();
     }
     return nullptr;

@@ -359,18 +359,23 @@ inline bool perform_late_copies()
     return !copies.empty();
 }
 
-// One block, threads in ascending or descending order; bulk copies happen at once, or as late as they may. False when it
-// failed.
-inline bool run_block(int threads, bool descending)
+// One block. `order` 0: threads in ascending order, bulk copies at once; 1: in descending order, bulk copies as late as
+// they may; 2 + w: as 0, but warp w runs only when no other can. False when it failed.
+inline bool run_block(int threads, int order)
 {
     start_block(threads);
+    const bool descending = order == 1;
+    const int lazy = order - 2;
     block.copies_late = descending;
     const int warps = threads / LANES;
     for (int idle = 0; block.alive > 0 && block.failure.empty();) {
         bool moved = false;
         block.round++;
         for (int i = 0; i < warps; ++i)
-            moved |= run_warp(descending ? warps - 1 - i : i, descending);
+            if (i != lazy)
+                moved |= run_warp(descending ? warps - 1 - i : i, descending);
+        if (lazy >= 0 && !moved)
+            moved = run_warp(lazy, false);
         // Who lets others run waits for two rounds
         idle = moved || perform_late_copies() ? 0 : idle + 1;
         if (idle > 2)
