@@ -21,12 +21,17 @@ Z_IMAGE = Family(
     classes=("ZImageTransformer2DModel",),
     config_signature=frozenset({"all_patch_size", "all_f_patch_size", "cap_feat_dim"}),
     component="transformer",
-    blocks=tuple(BlockRule(stack, _RULES) for stack in ("noise_refiner", "context_refiner", "layers")),
+    blocks=(
+        *(BlockRule(stack, _RULES) for stack in ("noise_refiner", "context_refiner", "layers")),
+        # of the variants that also read images
+        BlockRule("siglip_refiner", _RULES, optional=True),
+    ),
     keep=(
         "*.adaLN_modulation.*",
         "all_x_embedder.*",
         "all_final_layer.*",
         "t_embedder.*",
         "cap_embedder.*",
+        "siglip_embedder.*",
     ),
 )

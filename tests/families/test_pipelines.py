@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -155,3 +156,13 @@ def test_qwen_image_s_newer_edit_model_has_two_kinds_of_modulation(tmp_path: Pat
     assert image.tokens_seen == 2 * text.tokens_seen
     report = convert(recipe_for(folder), tmp_path / "out", calibration=tmp_path / "calib", options=CPU)
     assert report.status == "ok"
+
+
+def test_z_image_that_reads_images_is_planned_by_the_family(tmp_path: Path):
+    """Its image tokens have refiners of their own, which are blocks as the others."""
+    config = {"_class_name": "ZImageTransformer2DModel", "siglip_feat_dim": 1152, "n_layers": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    plan = prepare(default_recipe(str(tmp_path / "config.json"))).plan
+    refined = [layer.name for layer in plan.w4a4 if layer.name.startswith("siglip_refiner.")]
+    assert len(refined) == 2 * 7
+    assert "siglip_embedder.1" in {linear.name for linear in plan.kept}
