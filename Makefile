@@ -15,7 +15,7 @@ TORCH ?= torch==2.13.0
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench bench-convert bench-quality check-cpu bench-peers-cpu kernel-report findings classes pipelines wheel
+.PHONY: help setup demo test lint bench bench-convert bench-quality comfy-core check-cpu bench-peers-cpu kernel-report findings classes pipelines wheel
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,12 @@ bench: $(STAMP) ## speed of converted layers on this machine
 bench-convert: $(STAMP) ## what --plan predicts against what conversions take, and they against reading and SVD
 	$(BIN)/python -m tools.plan_accuracy
 	$(BIN)/python -m tools.streaming
+
+# The version that ComfyUI 0.38.1 requires; eager operators only, so that no GPU is needed
+KITCHEN := build/comfy-kitchen
+comfy-core: $(STAMP) ## comfy-core files read by the real comfy-kitchen and run by its operators (a quarter of an hour)
+	@test -d $(KITCHEN)/comfy_kitchen || $(PIP) --no-deps --target $(KITCHEN) comfy-kitchen==0.2.36
+	$(BIN)/python -m tools.comfy_core --kitchen $(KITCHEN)
 
 bench-quality: $(STAMP) ## what each step of the search is worth, on the embedded model (half an hour)
 	$(BIN)/python -m tools.bench_quality

@@ -55,8 +55,9 @@ OUTPUT = Output(format="comfy-core")
 QUANTIZATION = {"w4a4": Quantization(effort="datafree")}
 
 
-def kitchen_weights(file: Path) -> tuple[dict[str, Any], set[str]]:
-    """Every quantized module of a file as comfy-kitchen's tensor, and the keys of all other tensors."""
+def kitchen_weights(file: Path, dtype: torch.dtype) -> tuple[dict[str, Any], set[str]]:
+    """Every quantized module of a file as comfy-kitchen's tensor, and the keys of all other tensors. `dtype`: of the
+    activations."""
     from comfy_kitchen import tensor as kitchen  # pyright: ignore[reportMissingImports]
 
     state = load_file(file)
@@ -82,14 +83,14 @@ def kitchen_weights(file: Path) -> tuple[dict[str, Any], set[str]]:
             case "awq_w4a16":
                 layout = kitchen.TensorCoreAWQW4A16Layout
                 params = {
-                    "scale": state.pop(f"{name}.weight_scale"),
-                    "zeros": state.pop(f"{name}.weight_zeros"),
+                    "scale": state.pop(f"{name}.weight_scale").to(dtype),
+                    "zeros": state.pop(f"{name}.weight_zeros").to(dtype),
                     "group_size": int(said.get("group_size", 64)),
                 }
             case other:
                 raise SystemExit(f"{name}: ComfyUI has no quantization format {other!r}")
         shape = (weight.shape[0], 2 * weight.shape[1])
-        made = layout.Params(**params, orig_dtype=torch.bfloat16, orig_shape=shape)
+        made = layout.Params(**params, orig_dtype=dtype, orig_shape=shape)
         found[name] = kitchen.QuantizedTensor(weight, layout.__name__, made)
     return found, set(state)
 
@@ -99,20 +100,19 @@ class KitchenLinear(nn.Module):
 
     def __init__(self, weight: Any, rows: slice, bias: Tensor | None) -> None:
         super().__init__()
-        self.dtype = torch.float32
         self.kitchen, self.rows, self.bias = [weight], rows, bias  # in a list: not a parameter to be moved
         self.out_features, self.in_features = rows.stop - rows.start, weight.shape[1]
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N)."""
-        y = F.linear(x.to(self.dtype), self.kitchen[0])[..., self.rows]
+        y = F.linear(x.to(self.kitchen[0].dtype), self.kitchen[0])[..., self.rows]
         return (y if self.bias is None else y + self.bias).to(x.dtype)
 
 
-def kitchen_layers(checkpoint: Checkpoint) -> dict[str, KitchenLinear]:
+def kitchen_layers(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, KitchenLinear]:
     """Every quantized layer of a checkpoint, run by comfy-kitchen. SystemExit where ComfyUI would find a tensor that is
     none of its."""
-    weights, left = kitchen_weights(checkpoint.source.path)
+    weights, left = kitchen_weights(checkpoint.source.path, dtype)
     biases = {f"{name}.bias" for name in weights}
     if foreign := left - biases - set(checkpoint.kept_specs()) - set(checkpoint.marker_names()):
         raise SystemExit(f"{checkpoint.source.path}: left over: {', '.join(sorted(foreign))}")
@@ -164,13 +164,12 @@ def compared(name: str, folder: Path, activations: str) -> Result:
     exact = drawn(original)
     pipe = load_pipeline(file, base=base, device="cpu", backend="reference")
     own = drawn(pipe)
-    layers = kitchen_layers(checkpoint)
+    layers = kitchen_layers(checkpoint, torch.float32)
     difference = max(_differences(checkpoint, layers))
     component = component_in(base, checkpoint)
     replace_linears(getattr(pipe, component), layers)
     theirs = drawn(pipe)
-    for layer in layers.values():
-        layer.dtype = torch.bfloat16
+    replace_linears(getattr(pipe, component), kitchen_layers(checkpoint, torch.bfloat16))
     rounded = drawn(pipe)
     return Result(
         name,

@@ -31,9 +31,19 @@ from svdq_cli.prepare.prepare import Prepared
 from svdq_cli.prepare.sampling import Sampling
 from svdq_cli.recipe import DEFAULT_RANK, RankOverride
 from svdq_cli.reconstruct import output_gains
-from svdq_cli.records import Event, ModelPlan, Observer, SharedInput, W4A4Plan
+from svdq_cli.records import (
+    Event,
+    LayerPlan,
+    ModelPlan,
+    Observer,
+    RotatedPlan,
+    SharedInput,
+    W4A4Plan,
+    W4A16Plan,
+)
 from svdq_cli.solve.allocate import Candidate, Choice, allocate, allocate_against, output_error, uniform
 from svdq_cli.solve.ranks import rank_errors
+from svdq_cli.solve.rotated import bit_errors
 from svdq_cli.source import by_component, prefix_of
 
 RANKS = tuple(range(16, 129, 16))
@@ -61,7 +71,7 @@ def allocate_ranks(
     UsageError where the budget can't be met, or where there is no calibration.
     """
     wanted = prepared.recipe.quantization
-    if not is_searched(prepared.recipe):
+    if not is_searched(prepared):
         return prepared, ()
     if statistics is None:
         raise UsageError(
@@ -105,7 +115,8 @@ def layer_gains(
 ) -> dict[str, float]:
     """How a W4A4 layer's noise reaches the model's output, measured on a few images."""
     found = record_calls(prepared, sampling, GAIN_SAMPLE, options=options, device=device, observe=observe)
-    names = by_component(prepared.source.components, {plan.name: None for plan in prepared.plan.w4a4})
+    quantized = (*prepared.plan.w4a4, *prepared.plan.rotated)
+    names = by_component(prepared.source.components, {plan.name: None for plan in quantized})
     lengths = {
         component: sum(each.length for each in trajectories) for component, (_, trajectories) in found.items()
     }
@@ -151,11 +162,12 @@ def candidates_of(
     *,
     options: RunOptions = DEFAULT_OPTIONS,
 ) -> list[Candidate]:
-    """The branches of the model with what each rank leaves of error. `gains` None: all layers weigh the same."""
+    """The branches of the model with what each rank leaves of error, and rotated layers, those of an input together,
+    with what activations of 4 and of 8 bits leave. `gains` None: all layers weigh the same."""
     layer_groups = [
         layer_group
         for layer_group in prepared.plan.layer_groups(data_free=False)
-        if isinstance(prepared.plan.by_name[layer_group.layers[0]], W4A4Plan)
+        if isinstance(prepared.plan.by_name[layer_group.layers[0]], W4A4Plan | RotatedPlan)
     ]
     found: list[Candidate] = []
     started = time.monotonic()
@@ -192,14 +204,17 @@ def _rank_errors(
     options: RunOptions,
     observe: Observer,
 ) -> list[tuple[tuple[str, ...], dict[int, tuple[float, ...]]]]:
-    """`rank_errors` of a layer group of W4A4 layers, in the available memory."""
+    """`rank_errors` of a layer group of W4A4 layers, or `bit_errors` of rotated ones, in the available memory."""
     members = [plan for plan in prepared.plan.w4a4 if plan.name in layer_group.layers]
-    plans = {plan.name: plan for plan in members}
+    rotated = [plan for plan in prepared.plan.rotated if plan.name in layer_group.layers]
+    plans = {plan.name: plan for plan in (*members, *rotated)}
 
     def attempt(placement: Placement) -> list[tuple[tuple[str, ...], dict[int, tuple[float, ...]]]]:
         streamed = StreamedWeights(prepared.source, plans, layer_group.layers, placement.device)
         weights = streamed if placement.streamed else dict(streamed)
         stats = statistics(layer_group.name)
+        if rotated:
+            return [(tuple(plans), bit_errors(rotated, weights, stats, prepared.settings))]
         return rank_errors(
             layer_group, members, weights, stats, prepared.settings, _usable(prepared, members, ranks)
         )
@@ -245,10 +260,10 @@ def _stored_bytes(prepared: Prepared, names: Sequence[str], rank: int | None) ->
     total = 0
     for name in names:
         plan = prepared.plan.by_name[name]
-        if rank is None or not isinstance(plan, W4A4Plan):
+        if rank is None or isinstance(plan, W4A16Plan):
             total += 2 * plan.linear.out_features * (plan.linear.in_features + plan.linear.bias)
         else:
-            specs = target.format.tensor_specs(replace(plan, rank=rank), target.dtype)
+            specs = target.format.tensor_specs(_chosen(plan, rank), target.dtype)
             total += sum(spec.bytes for spec in specs.values())
     return total
 
@@ -276,6 +291,8 @@ def budget_of(prepared: Prepared, candidates: Sequence[Candidate]) -> int:
 
 def _planned_rank(plan: ModelPlan, candidate: Candidate) -> int:
     layer = plan.by_name[candidate.layers[0]]
+    if isinstance(layer, RotatedPlan):
+        return layer.activation_bits
     return layer.rank if isinstance(layer, W4A4Plan) else DEFAULT_RANK
 
 
@@ -307,6 +324,17 @@ def _with_choices(prepared: Prepared, candidates: Sequence[Candidate], chosen: S
     return replace(prepared, plan=plan, targets=targets)
 
 
+def _chosen(layer: LayerPlan, rank: int) -> LayerPlan:
+    """The layer with that rank or, where it is rotated, with activations of that many bits."""
+    match layer:
+        case W4A4Plan():
+            return replace(layer, rank=rank)
+        case RotatedPlan():
+            return replace(layer, activation_bits=8 if rank == 8 else 4)
+        case W4A16Plan():
+            return layer
+
+
 def plan_with(plan: ModelPlan, candidates: Sequence[Candidate], chosen: Sequence[Choice]) -> ModelPlan:
     """`plan` with the choices made, whatever a format can say of them."""
     ranks = {
@@ -315,8 +343,7 @@ def plan_with(plan: ModelPlan, candidates: Sequence[Candidate], chosen: Sequence
         for name in candidate.layers
     }
     layers = tuple(
-        replace(layer, rank=rank) if isinstance(layer, W4A4Plan) and (rank := ranks[layer.name]) else layer
-        for layer in plan.layers
+        _chosen(layer, rank) if (rank := ranks.get(layer.name)) else layer for layer in plan.layers
     )
     return restricted(
         replace(plan, layers=layers), {layer.name for layer in layers if ranks.get(layer.name, 1) is not None}

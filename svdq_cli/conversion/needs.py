@@ -75,8 +75,9 @@ def needs_of(prepared: Prepared, given: Calibration | None) -> Needs:
     recorded = sampling if prepared.source.pipeline is not None else None
     return Needs(
         statistics,
-        tuning=recorded if prepared.recipe.quantization.effort == "best" else None,
-        gains=recorded if is_searched(prepared.recipe) else None,
+        # blocks are tuned by their low-rank branches
+        tuning=recorded if prepared.recipe.quantization.effort == "best" and prepared.plan.w4a4 else None,
+        gains=recorded if is_searched(prepared) else None,
         encoders=sampling if prepared.encoders else None,
     )
 
@@ -86,9 +87,10 @@ def given_statistics(recipe: Recipe, path: Path | None) -> Calibration | None:
     return open_calibration(path) if path and recipe.quantization.effort != "datafree" else None
 
 
-def is_searched(recipe: Recipe) -> bool:
-    """Whether the recipe leaves ranks or 16-bit layers to a search."""
-    return recipe.quantization.rank == "auto" or recipe.quantization.size_bytes is not None
+def is_searched(prepared: Prepared) -> bool:
+    """Whether the recipe leaves ranks, bits of activations or 16-bit layers to a search."""
+    wanted = prepared.recipe.quantization
+    return (wanted.rank == "auto" and bool(prepared.plan.w4a4)) or wanted.size_bytes is not None
 
 
 def require_blocks_run(prepared: Prepared, needs: Needs) -> None:

@@ -37,7 +37,7 @@ from svdq_cli.lora.targets import (
     on_device,
 )
 from svdq_cli.lora.weights import require_same_base
-from svdq_cli.records import LayerPlan, LayerSolution, W4A4Plan, W4A4Solution
+from svdq_cli.records import LayerPlan, LayerSolution, W4A4Plan, W4A4Solution, W4A16Plan
 from svdq_cli.runtime.linear import RunningBranch
 from svdq_cli.runtime.replace import share_quantizers
 from svdq_cli.solve.rebuild import rebuilt_weight
@@ -249,7 +249,8 @@ def _layer_place(state: LoadedLoras, name: str) -> Place:
         running = cast("LayerWithBranch", layer)
         return BranchPlace(name, running, on_device(running.branch, torch.device("cpu")))
     above, _, leaf = path.rpartition(".")
-    dtype = cast("Tensor", layer.scales).dtype
+    scales = cast("Tensor", layer.scales)
+    dtype = scales.dtype if isinstance(plan, W4A16Plan) else torch.bfloat16
     empty = RunningBranch(
         torch.empty(0, plan.linear.in_features, dtype=dtype),
         torch.empty(plan.linear.out_features, 0, dtype=dtype),

@@ -60,6 +60,12 @@ def read_loras(checkpoint: Checkpoint, loras: Sequence[tuple[Path, float]]) -> t
     """The LoRAs (file, weight) that a checkpoint's model is to take. InputError as `read_adapter` raises it."""
     if not loras:
         raise UsageError("no LoRA is named", hint="give --lora FILE or --lora FILE:WEIGHT")
+    if checkpoint.format.scheme == "rotation":
+        raise UsageError(
+            f"{checkpoint.source.path}: {checkpoint.format.name} has no low-rank branch to fold a LoRA into",
+            hint="merge it when converting: svdq convert SOURCE --lora FILE",
+            where=str(checkpoint.source.path),
+        )
     if len(checkpoint.denoisers) > 1:
         raise UsageError(
             f"{checkpoint.source.path}: this pipeline has several denoisers "

@@ -17,7 +17,7 @@ _TINY = 1e-9  # noise over signal of what has none: a layer at 16 bits
 class Choice:
     """One way to store the layers of a branch."""
 
-    rank: int | None  # None: they stay at 16 bits
+    rank: int | None  # of rotated layers, the bits of their activations; None: they stay at 16 bits
     bytes: int
     errors: tuple[float, ...]  # noise over signal of each layer's output
 

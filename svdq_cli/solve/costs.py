@@ -14,6 +14,7 @@ from svdq_cli.records import (
     LayerPlan,
     NvFp4,
     Precision,
+    RotatedPlan,
     SharedInput,
     SolveSettings,
     W4A4Plan,
@@ -24,6 +25,7 @@ from svdq_cli.solve.forward import ROWS_AT_ONCE
 from svdq_cli.solve.improve import HELD_OUT, LEAST_ROWS
 from svdq_cli.solve.low_rank import OVERSAMPLE, POWER_ITERATIONS, SEARCH_POWER_ITERATIONS
 from svdq_cli.solve.quantizers import BLOCK, NVFP4_SHARES
+from svdq_cli.solve.rotated import ROW_FACTORS
 from svdq_cli.solve.smoothing_methods import SEARCH_ROWS, SMOOTHING_METHODS
 from svdq_cli.solve.steps import STEPS, LayerSizes, StepMatrices
 from svdq_cli.solve.work import NVFP4_ROUNDING, Shapes, Work, split_work
@@ -46,6 +48,23 @@ def solve_work(
     for name in shared.layers:
         if isinstance(plan := plans[name], W4A16Plan):
             total += _w4a16_work(plan, settings, rows)
+    rotated = [plan.linear for name in shared.layers if isinstance(plan := plans[name], RotatedPlan)]
+    if rotated:
+        total += _rotated_work(
+            sum(linear.out_features for linear in rotated), rotated[0].in_features, settings, rows
+        )
+    return total
+
+
+def _rotated_work(n: int, width: int, settings: SolveSettings, rows: int) -> Work:
+    """Rounded to nearest with a search of every row's scale, then by GPTQ."""
+    total = Work(
+        matmul=2 * RotatedPlan.rotations[0] * n * width, quantized=len(ROW_FACTORS) * n * width, calls=200
+    )
+    total += Work(compared=n * width) + (_output(n, width, rows) if rows else Work())
+    if rows >= LEAST_ROWS and "gptq" in settings.steps:
+        no_branch = LayerSizes([(n, 0)], width, rows - rows // HELD_OUT, Work(), Int4())
+        total += STEPS["gptq"].work(no_branch) + _output(n, width, rows // HELD_OUT) * 2
     return total
 
 

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from svdq_cli.records import LEVELS, RotatedPlan, RotatedSolution, SolveSettings
+from svdq_cli.records import LEVELS, ActivationStats, RotatedPlan, RotatedSolution, SolveSettings
 from svdq_cli.solve.forward import LinearWeights, relative_errors
 from svdq_cli.solve.improve import HELD_OUT, LEAST_ROWS, StepResults
 from svdq_cli.solve.quantizers import E4M3_MAX, E4M3_TINY, row_blocks
 from svdq_cli.solve.rotation import MOST, MOST_8_BIT, fake_quantize_rows, levels_of, rotate
 from svdq_cli.solve.rounding import NO_SEARCH, SCALE_FACTORS, Grid, Parameters, Rounded, gptq, nearest
 from svdq_cli.solve.second_moments import second_moments
+from svdq_cli.solve.smoothing_methods import SEARCH_ROWS, evenly
 
 # Of the scale with which a row's largest weight becomes 7. A rotated row is close to normal, of which few numbers are
 # large: clipping those gains resolution for all others.
@@ -73,6 +74,24 @@ def solve_rotated(
     if better:
         results.taken.append("gptq")
     return (tried if better else start), results
+
+
+def bit_errors(
+    plans: Sequence[RotatedPlan],
+    weights: Mapping[str, LinearWeights],
+    stats: ActivationStats,
+    settings: SolveSettings,
+) -> dict[int, tuple[float, ...]]:
+    """Noise over signal of each layer of an input, by bits of the activations, 4 and 8, with rounding to nearest."""
+    rows = evenly(stats.rows.to(weights[plans[0].name].weight.device).float(), SEARCH_ROWS)
+    errors: dict[int, tuple[float, ...]] = {}
+    for bits in (4, 8):
+        solutions, _ = solve_rotated(
+            [replace(plan, activation_bits=bits) for plan in plans], weights, None, settings
+        )
+        found = relative_errors(rows, solutions, weights, stats.mean)
+        errors[bits] = tuple(found[plan.name] for plan in plans)
+    return errors
 
 
 def _prepared(

@@ -295,6 +295,44 @@ def test_a_branch_is_not_exported_into_a_format_that_has_none(converted, tmp_pat
         export(converted("flux"), "nunchaku-lite", tmp_path / "out")
 
 
+def test_a_lora_is_not_folded_into_a_file_without_a_branch(converted, tmp_path: Path):
+    from svdq_cli.lora.fold import fold
+
+    with pytest.raises(UsageError, match="no low-rank branch to fold a LoRA into") as refused:
+        fold(converted("flux"), ((tmp_path / "lora.safetensors", 1.0),), tmp_path / "out.safetensors")
+    assert refused.value.hint == "merge it when converting: svdq convert SOURCE --lora FILE"
+
+
+@pytest.fixture(scope="module")
+def demo_calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from svdq_cli.cli import run
+
+    folder = tmp_path_factory.mktemp("calibration") / "demo"
+    assert run(f"calibrate demo --samples 4 --steps 2 --batch-size 4 -o {folder}".split()) == 0
+    return folder
+
+
+def test_a_size_budget_gives_some_layers_8_bit_activations(demo_calibration: Path, tmp_path: Path):
+    """All layers of one input together, for they may be one matrix in the file."""
+
+    def made(budget: int | None) -> tuple[int, dict[str, int]]:
+        file = tmp_path / f"{budget}.safetensors"
+        quantization = Quantization(effort="fast", size_budget=budget)
+        recipe = default_recipe("demo", quantization=quantization, outputs=(Output(format="comfy-core"),))
+        convert(recipe, file, calibration=demo_calibration, options=RunOptions(device="cpu"))
+        layers = [layer for layer in open_checkpoint(file).layers if isinstance(layer, RotatedPlan)]
+        return file.stat().st_size, {layer.name: layer.activation_bits for layer in layers}
+
+    least, plain = made(None)
+    size, mixed = made(least * 51 // 50)
+    assert set(plain.values()) == {4}
+    assert set(mixed.values()) == {4, 8}
+    assert least < size <= least * 51 // 50
+    for block in range(2):
+        head = f"transformer_blocks.{block}.attn"
+        assert len({mixed[f"{head}.{name}"] for name in ("to_q", "to_k", "to_v")}) == 1
+
+
 def test_solutions_of_layers_that_share_an_input_are_stored_as_one_matrix(converted):
     checkpoint = open_checkpoint(converted("flux"))
     module = next(module for module in checkpoint.file.modules if module.name == "single_blocks.0.linear1")
