@@ -128,7 +128,8 @@ def target_of(
     layout = known_layout(fmt, plan.family, plan.model_class)
     file = lay_out_denoisers(fmt, layout, plan, state)
     held = {layer.name for layer in file.layers}
-    target = Target(fmt, layout, file, restricted(plan, held), dtype)
+    because = {layer.name: f"{fmt.name} has no 4-bit module for them" for layer in plan.layers}
+    target = Target(fmt, layout, file, restricted(plan, held, because), dtype)
     for denoiser in target.denoisers().values():
         denoiser.metadata()  # refuses now what the format could not say at the end
     return target

@@ -161,6 +161,10 @@ class Format(ABC):
         The plan is that of the file: its layers are stored modules. UsageError where the format can't hold it.
         """
 
+    def warnings(self, plan: ModelPlan) -> tuple[str, ...]:
+        """What a user is to know of a file of these stored modules before it is made."""
+        return ()
+
     def model_metadata(self, layout: ModelLayout | None, config: Mapping[str, object]) -> dict[str, object]:
         """What the runtime builds the model from beyond its diffusers config; for most of them nothing."""
         return {}

@@ -10,6 +10,7 @@ no kernel reads and the Python loaders ask for.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
@@ -58,6 +59,13 @@ ENGINE_NAMES = {
 }
 _Value = TypeVar("_Value", Tensor, TensorSpec)
 _PYTHON_NAMES = {engine: python for python, engine in ENGINE_NAMES.items()}
+
+
+def sglang_name(name: str, precision: str, rank: int) -> str:
+    """The name under which SGLang takes the file `name` for a 4-bit one, and reads both from it: `name` itself where it
+    says them already."""
+    said = f"svdq-{'fp4' if precision == NvFp4.name else precision}_r{rank}"
+    return name if re.search(rf"{said}(?!\d)", name) else f"{said}-{name}"
 
 
 class Nunchaku(Format):

@@ -45,6 +45,7 @@ from svdq_cli.storage.tensor_file import TensorSpec
 NAME = "vllm-omni"
 METHOD = "svdquant"
 QUANTIZATION = "quantization_config"
+FUSED_RANKS = 32
 
 
 class VllmOmni(Format):
@@ -153,6 +154,15 @@ class VllmOmni(Format):
                 "modules_to_not_convert": kept,
             }
         }
+
+    def warnings(self, plan: ModelPlan) -> tuple[str, ...]:
+        rank = plan.w4a4[0].rank
+        if not rank % FUSED_RANKS:
+            return ()
+        return (
+            f"rank {rank}: FlashInfer's fused nvfp4 kernels take multiples of {FUSED_RANKS}; with another rank this "
+            "file will stay on slower ones",
+        )
 
     def parse_metadata(self, config: Mapping[str, object]) -> PackedFacts:
         section = optional_section(config, QUANTIZATION)

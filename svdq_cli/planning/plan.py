@@ -412,12 +412,20 @@ def _only(shared: SharedInput, planned: set[str]) -> SharedInput | None:
     return SharedInput(shared.name, layers, tuple(part for part in branches if part))
 
 
-def restricted(plan: ModelPlan, names: Set[str]) -> ModelPlan:
-    """The plan in which only the layers in `names` are quantized; the others are kept."""
+def restricted(plan: ModelPlan, names: Set[str], because: Mapping[str, str] | None = None) -> ModelPlan:
+    """The plan in which only the layers in `names` are quantized; the others are kept, `because` of what is said there
+    by layer."""
     layers = tuple(layer for layer in plan.layers if layer.name in names)
     if len(layers) == len(plan.layers):
         return plan
     dropped = tuple(layer.linear for layer in plan.layers if layer.name not in names)
     planned = {layer.name for layer in layers}
     inputs = tuple(shared for group in plan.inputs if (shared := _only(group, planned)) is not None)
-    return replace(plan, layers=layers, kept=(*plan.kept, *dropped), inputs=inputs)
+    reasons = {linear.name: said for linear in dropped if (said := (because or {}).get(linear.name))}
+    return replace(
+        plan,
+        layers=layers,
+        kept=(*plan.kept, *dropped),
+        kept_because={**plan.kept_because, **reasons},
+        inputs=inputs,
+    )

@@ -109,7 +109,8 @@ def prepare(
     inventory = take_inventory(source, find_family(source.config))
     targets = tuple(target_of(fmt, plan, inventory.state, dtype) for fmt in formats)
     if not every_layer:
-        plan = restricted(plan, {layer.name for target in targets for layer in target.plan.layers})
+        held = {layer.name for target in targets for layer in target.plan.layers}
+        plan = restricted(plan, held, targets[0].plan.kept_because)
     return Prepared(recipe, source, inventory, plan, targets, settings, sampling, encoders=encoders)
 
 
@@ -195,6 +196,8 @@ def warnings_of(prepared: Prepared, *, data_free: bool) -> tuple[str, ...]:
         found.append(
             f"data-free: no calibration, so activations are not smoothed and quality is lower; {cure}"
         )
+    for target in prepared.targets:
+        found += target.format.warnings(target.stored_plan)
     return (*found, *plan_warnings(prepared.plan, prepared.inventory))
 
 

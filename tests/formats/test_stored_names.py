@@ -42,9 +42,7 @@ QWEN_NUNCHAKU = {
 Z_IMAGE_NUNCHAKU = dict.fromkeys(
     ("attention.to_qkv", "attention.to_out.0", "feed_forward.net.0.proj", "feed_forward.net.2"), "w4a4"
 )
-Z_IMAGE_OMNI = dict.fromkeys(
-    ("attention.to_qkv", "attention.to_out.0", "feed_forward.w13", "feed_forward.w2"), "w4a4"
-)
+Z_IMAGE_OMNI = dict.fromkeys(("attention.to_qkv", "attention.to_out.0", "feed_forward.w2"), "w4a4")
 SANA_NUNCHAKU = dict.fromkeys(
     (
         "attn.qkv_proj",

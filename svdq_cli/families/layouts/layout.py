@@ -160,6 +160,7 @@ class ModelLayout:
     row_scales: bool = False  # the runtime wants an outer scale per row in every nvfp4 module
     pads: bool = False  # the runtime knows the true sizes and reads matrices padded to whole tiles
     runtime_class: str | None = None  # the runtime's name for the model class
+    sglang: bool = False  # SGLang loads the file too, if its name says precision and rank
     markers: tuple[Marker, ...] = ()
     comfy_class: str | None = None  # ComfyUI's name, where its nodes build the model from the file alone
     comfy_constants: tuple[

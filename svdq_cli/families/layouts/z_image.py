@@ -1,7 +1,8 @@
 """Z-Image in the files of Nunchaku's Python modules and of vLLM-Omni.
 
-The feed-forward network is w2(silu(w1 x) * w3 x). Nunchaku stacks hidden before gate (w3, w1), vLLM-Omni gate before
-hidden (w1, w3).
+The feed-forward network is w2(silu(w1 x) * w3 x). Nunchaku stacks hidden before gate (w3, w1). vLLM-Omni 0.30 stacks
+gate before hidden, and can't load the stack in 4 bits: its loader takes the ".w1" of ".w13" for the gate, and the gate
+and hidden layer apart for shards, of which `wtscale` has none. There both stay at 16 bits, under their own names.
 """
 
 from __future__ import annotations
@@ -28,13 +29,11 @@ NUNCHAKU = ModelLayout(
         renamed("feed_forward.net.2", "feed_forward.w2"),
     ),
     runtime_class="NunchakuZImageTransformer2DModel",
+    sglang=True,
 )
 
 VLLM_OMNI = ModelLayout(
     family="z-image",
     format="vllm-omni",
-    blocks=_blocks(
-        stacked("feed_forward.w13", "feed_forward.w1", "feed_forward.w3"),
-        same("feed_forward.w2"),
-    ),
+    blocks=_blocks(same("feed_forward.w2")),
 )
