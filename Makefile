@@ -15,7 +15,7 @@ TORCH ?= torch==2.13.0
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench bench-convert bench-quality comfy-core check-cpu bench-peers-cpu kernel-report findings classes pipelines wheel
+.PHONY: help setup demo test lint bench bench-convert bench-quality comfy-core check-cpu bench-peers-cpu kernel-report findings runtimes classes pipelines wheel
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -73,6 +73,8 @@ classes: $(STAMP) ## what becomes of every transformer that diffusers has, with 
 
 pipelines: $(STAMP) ## every class converted, every tiny pipeline from calibration to an image (nightly; half an hour)
 	$(BIN)/python -m tools.class_conversions
+runtimes: $(STAMP) ## files of svdq in vLLM-Omni's and SGLang's own loaders, from their wheels (ten minutes, 6 GB)
+	$(BIN)/python -m tools.runtimes
 
 findings: ## the surprises about other software in findings/, each with pinned packages of its own (half an hour)
 	@failed=0; for script in findings/*.sh; do echo "== $$script"; sh "$$script" || failed=1; done; exit $$failed

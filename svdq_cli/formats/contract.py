@@ -165,6 +165,10 @@ class Format(ABC):
         """What a user is to know of a file of these stored modules before it is made."""
         return ()
 
+    def naming(self, name: str, family: str, precision: str, rank: int) -> str | None:
+        """What a user is to know where a runtime reads something from a file's name, and `name` does not say it."""
+        return None
+
     def model_metadata(self, layout: ModelLayout | None, config: Mapping[str, object]) -> dict[str, object]:
         """What the runtime builds the model from beyond its diffusers config; for most of them nothing."""
         return {}

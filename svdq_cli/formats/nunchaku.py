@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from svdq_cli.errors import InputError, UsageError
+from svdq_cli.families.layouts import LAYOUTS
 from svdq_cli.families.layouts.layout import ComfyArgument, ModelLayout
 from svdq_cli.formats import tiled
 from svdq_cli.formats.contract import PLAIN, Branch, Format, LayoutTraits, PackedFacts
@@ -75,6 +76,12 @@ class Nunchaku(Format):
     precisions = (Int4(), NvFp4())
     mixes = False
     unsigned_after_gelu = True
+
+    def naming(self, name: str, family: str, precision: str, rank: int) -> str | None:
+        said = sglang_name(name, precision, rank)
+        if said == name or not any(layout.sglang for layout in LAYOUTS if layout.family == family):
+            return None
+        return f"in SGLang: name the file {said}, by which it knows precision and rank"
 
     def unsupported_reason(self, layer: LayerPlan) -> str | None:
         return tiled.unsupported_reason(layer)

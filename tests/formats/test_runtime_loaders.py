@@ -15,6 +15,7 @@ from safetensors import safe_open
 
 from svdq_cli.conversion.convert import convert
 from svdq_cli.families.layouts import LAYOUTS
+from svdq_cli.formats import format_named
 from svdq_cli.formats.nunchaku import sglang_name
 from svdq_cli.prepare.options import RunOptions
 from svdq_cli.prepare.prepare import prepare, warnings_of
@@ -36,6 +37,15 @@ OMNI_RULES = {
 OMNI_LINEARS = ("attention.to_qkv", "attention.to_out.0", "feed_forward.w13", "feed_forward.w2")
 OMNI_PARAMETERS = {"qweight", "wscales", "proj_down", "proj_up", "smooth_factor", "wcscales", "wtscale"}
 OMNI_TAKES_NO_SHARD = "wtscale"
+# Nunchaku 1.2.0, models/unets/unet_sdxl.py: the first of these that is in a name is replaced
+SDXL_RULES = (
+    (".lora_down", ".proj_down"),
+    (".lora_up", ".proj_up"),
+    (".smooth_orig", ".smooth_factor_orig"),
+    (".smooth", ".smooth_factor"),
+)
+# ... and the parameters of its W4A4 linear
+NUNCHAKU_PARAMETERS = {"qweight", "wscales", "smooth_factor", "smooth_factor_orig", "proj_down", "proj_up"}
 # SGLang 0.5.23: what it looks for in a file's name
 SGLANG_NAME = re.compile(r"svdq-(int4|fp4)_r(\d+)")
 
@@ -119,6 +129,17 @@ def test_sglang_reads_precision_and_rank_from_the_proposed_name(
     assert match.groups() == ("fp4" if precision == "nvfp4" else precision, str(rank))
 
 
+def test_only_where_sglang_loads_the_family_a_name_is_proposed():
+    nunchaku = format_named("nunchaku")
+    said = nunchaku.naming("z.safetensors", "z-image", "int4", 32)
+    assert (
+        said == "in SGLang: name the file svdq-int4_r32-z.safetensors, by which it knows precision and rank"
+    )
+    assert nunchaku.naming("svdq-int4_r32-z.safetensors", "z-image", "int4", 32) is None
+    assert nunchaku.naming("f.safetensors", "flux", "int4", 32) is None
+    assert format_named("comfy").naming("z.safetensors", "z-image", "int4", 32) is None
+
+
 def test_a_file_for_sglang_names_the_class_that_it_serves(z_image: Path, tmp_path: Path):
     out = tmp_path / "out.safetensors"
     convert(recipe_for(z_image, out, "nunchaku", "int4"), (out,), options=RunOptions(device="cpu"))
@@ -128,3 +149,48 @@ def test_a_file_for_sglang_names_the_class_that_it_serves(z_image: Path, tmp_pat
         assert file.get_slice("layers.0.attention.to_qkv.proj_down").get_shape()[1] == 32
         assert file.get_tensor("layers.0.attention.to_qkv.smooth_factor_orig").dtype == torch.bfloat16
     assert config["_class_name"] == "ZImageTransformer2DModel"
+
+
+@pytest.mark.parametrize("precision", ["int4", "nvfp4"])
+def test_nunchakus_loader_of_sdxl_renames_tensors_to_the_parameters_of_its_linear(
+    precision: str, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+):
+    unet = tiny_pipeline("sdxl", tmp_path_factory.mktemp("sdxl") / "sdxl") / "unet"
+    out = tmp_path / "out.safetensors"
+    convert(recipe_for(unet, out, "nunchaku", precision), (out,), options=RunOptions(device="cpu"))
+    found: dict[str, set[str]] = {}
+    with safe_open(out, "pt") as file:
+        names = list(file.keys())
+    for name in names:
+        rule = next((rule for rule in SDXL_RULES if ".transformer_blocks." in name and rule[0] in name), None)
+        module, _, parameter = (name.replace(*rule) if rule else name).rpartition(".")
+        found.setdefault(module, set()).add(parameter)
+    quantized = {module: parameters for module, parameters in found.items() if "qweight" in parameters}
+    expected = NUNCHAKU_PARAMETERS | ({"wcscales"} if precision == "nvfp4" else set())
+    assert quantized
+    assert {module for module, parameters in quantized.items() if parameters - {"bias"} != expected} == set()
+
+
+def test_the_page_says_of_every_runtime_what_the_tool_saw():
+    from tools.runtimes import CASES, NUNCHAKU_CASES
+
+    page = (Path(__file__).parents[2] / "docs/compatibility.md").read_text(encoding="utf-8")
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in page.splitlines()
+        if line.startswith("| `")
+    ]
+    names = {
+        "vllm_omni": "vLLM-Omni 0.30.0",
+        "sglang": "SGLang 0.5.23",
+        "nunchaku": "Nunchaku 1.2.0 (Python classes)",
+    }
+    for case in (*CASES, *NUNCHAKU_CASES):
+        said = [
+            row[3]
+            for row in rows
+            if row[0] == f"`{case.format}`"
+            and row[2] == names[case.runtime]
+            and case.family in row[1].split(", ")
+        ]
+        assert [text.startswith("yes" if case.loads else "no") for text in said] == [True], case

@@ -22,8 +22,7 @@ from svdq_cli.cli.pages.shared import (
     vram_text,
 )
 from svdq_cli.cli.several import RecipeRun, SeveralReport, said_of
-from svdq_cli.families.layouts import LAYOUTS
-from svdq_cli.formats.nunchaku import sglang_name
+from svdq_cli.formats import format_named
 from svdq_cli.prepare.facts import layers_text
 from svdq_cli.reports import CalibrateReport, ConvertReport, GpuFacts, LoraReport, PlanReport, RepackReport
 from svdq_cli.text import bytes_text, seconds_text
@@ -55,13 +54,9 @@ def conversion(console: Console, report: ConvertReport, verbose: bool) -> None:
     source = _as_typed(report.recipe["model"])
     console.print(f"next: {typed('svdq', 'eval', report.outputs[0].path, '--against', *source)}")
     for output in report.outputs:
-        name = PurePath(output.path).name
-        served = sglang_name(name, report.precision, report.rank.max)
-        if served != name and any(
-            layout.sglang and (layout.family, layout.format) == (report.model.family, output.format)
-            for layout in LAYOUTS
-        ):
-            console.print(f"in SGLang: name the file {served}, by which it knows precision and rank")
+        fmt, name = format_named(output.format), PurePath(output.path).name
+        if (said := fmt.naming(name, report.model.family, report.precision, report.rank.max)) is not None:
+            console.print(said)
 
 
 def several(console: Console, report: SeveralReport) -> None:

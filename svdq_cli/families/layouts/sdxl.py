@@ -1,4 +1,5 @@
-"""Stable Diffusion XL's UNet in Nunchaku's files. Its loader takes outer scales by row only."""
+"""Stable Diffusion XL's UNet in Nunchaku's files. Its loader takes outer scales by row only, and tensors under the
+engine's names only: it renames them itself, `smooth` to `smooth_factor` even where it is that already."""
 
 from __future__ import annotations
 
@@ -22,6 +23,7 @@ NUNCHAKU = ModelLayout(
     family="sdxl",
     format="nunchaku",
     blocks=tuple(BlockLayout(stack, stack, _MODULES) for stack in _STACKS),
+    dialect="engine",
     row_scales=True,
     runtime_class="NunchakuSDXLUNet2DConditionModel",
 )
