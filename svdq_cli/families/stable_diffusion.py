@@ -39,7 +39,7 @@ _KEEP = (
     "*.resnets.*.conv_shortcut",
     "time_embedding.*",
     "add_embedding.*",
-    "class_embedding.*",
+    "class_embedding*",
     "encoder_hid_proj*",
 )
 

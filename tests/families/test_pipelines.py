@@ -166,3 +166,16 @@ def test_z_image_that_reads_images_is_planned_by_the_family(tmp_path: Path):
     refined = [layer.name for layer in plan.w4a4 if layer.name.startswith("siglip_refiner.")]
     assert len(refined) == 2 * 7
     assert "siglip_embedder.1" in {linear.name for linear in plan.kept}
+
+
+def test_a_unet_with_one_linear_for_its_class_is_planned_by_the_family(tmp_path: Path):
+    config = {
+        "_class_name": "UNet2DConditionModel",
+        "cross_attention_dim": 768,
+        "class_embed_type": "simple_projection",
+        "projection_class_embeddings_input_dim": 512,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    plan = prepare(default_recipe(str(tmp_path / "config.json"))).plan
+    assert plan.family == "sd15"
+    assert "class_embedding" in {linear.name for linear in plan.kept}
