@@ -12,7 +12,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -39,7 +39,6 @@ class Row:
     report: InspectReport | None = None
     by_names: bool = False  # no forward pass showed what its layers are
     wrong: tuple[str, ...] = ()
-    conversions: Conversions = field(default_factory=Conversions)
 
     @property
     def plan(self) -> str:
@@ -72,8 +71,7 @@ def row_of(name: str, folder: Path) -> Row:
         return Row(name, said.removeprefix(f"{path}: ").removeprefix(f"{folder}: "))
     notes = (*prepared.source.warnings, *kept_warnings(prepared.plan, prepared.inventory))
     report = inspect_prepared(prepared)
-    wrong, found = tuple(wrong_in(name, report)), known().get(name, Conversions())
-    return Row(name, "; ".join(notes), report, prepared.plan.by_names, wrong, found)
+    return Row(name, "; ".join(notes), report, prepared.plan.by_names, tuple(wrong_in(name, report)))
 
 
 def wrong_in(name: str, report: InspectReport) -> Iterator[str]:
@@ -96,6 +94,7 @@ def wrong_in(name: str, report: InspectReport) -> Iterator[str]:
 
 
 def page(rows: list[Row], version: str) -> str:
+    found = known()
     planned = [row for row in rows if row.report]
     seen = sum(row.plan == "seen" for row in rows)
     families = sum(row.plan.startswith("family") for row in rows)
@@ -113,22 +112,22 @@ def page(rows: list[Row], version: str) -> str:
         "calls for (`tools/model_class_facts.py`); the note says what stays at 16 bits, as `svdq inspect` does.",
         "",
         "*Data-free* and *calibrated* are what `make pipelines` found: a small model of the class with random weights "
-        f"was converted without calibration and checked ({_ok(rows, 'data_free')} of {len(rows)}); a tiny pipeline of "
-        f"it was calibrated, converted, checked, and has generated ({_ok(rows, 'calibrated')}; nothing stands where no "
-        "tiny pipeline was made).",
+        f"was converted without calibration and checked ({_ok(found, 'data_free')} of {len(rows)}); a tiny pipeline of "
+        f"it was calibrated, converted, checked, and has generated ({_ok(found, 'calibrated')}; nothing stands where "
+        "no tiny pipeline was made).",
         "",
         "| class | plan | B params | W4A4 / W4A16 / kept | wrong | ratio | data-free | calibrated | note |",
         "|---|---|---|---|---|---|---|---|---|",
-        *map(_line, rows),
+        *(_line(row, found.get(row.name, Conversions())) for row in rows),
     ]
     return "\n".join(lines) + "\n"
 
 
-def _ok(rows: list[Row], what: str) -> int:
-    return sum(getattr(row.conversions, what) == "ok" for row in rows)
+def _ok(found: Mapping[str, Conversions], what: str) -> int:
+    return sum(getattr(each, what) == "ok" for each in found.values())
 
 
-def _line(row: Row) -> str:
+def _line(row: Row, found: Conversions) -> str:
     note = row.note.replace("|", "\\|")
     if row.report is None:
         return f"| {row.name} | none | | | | | | | refused: {note} |"
@@ -137,7 +136,7 @@ def _line(row: Row) -> str:
     shown = "; ".join([*row.wrong[:2], note] if row.wrong else [note])
     return (
         f"| {row.name} | {row.plan} | {row.report.parameters / 1e9:.2f} | {counts} | {len(row.wrong)} "
-        f"| {row.report.bytes.ratio:.2f} | {row.conversions.data_free} | {row.conversions.calibrated} | {shown} |"
+        f"| {row.report.bytes.ratio:.2f} | {found.data_free} | {found.calibrated} | {shown} |"
     )
 
 
