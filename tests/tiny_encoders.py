@@ -62,6 +62,40 @@ def _qwen_vl() -> Any:
     return t.Qwen2_5_VLForConditionalGeneration(config)
 
 
+def _qwen3_vl() -> Any:
+    vision = {
+        "depth": 1,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_heads": 2,
+        "out_hidden_size": 128,
+        "patch_size": 14,
+        "deepstack_visual_indexes": [0],
+    }
+    rope = {"rope_type": "default", "mrope_section": [4, 6, 6]}
+    config = t.Qwen3VLConfig(text_config={**_LLM, "head_dim": 32, "rope_scaling": rope}, vision_config=vision)
+    return t.Qwen3VLForConditionalGeneration(config)
+
+
+def _umt5() -> Any:
+    config = t.UMT5Config(d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4, vocab_size=160)
+    return t.UMT5EncoderModel(config)
+
+
+def _gemma3() -> Any:
+    vision = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    text = {**_LLM, "head_dim": 32, "sliding_window": 8}
+    config = t.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    return t.Gemma3ForConditionalGeneration(config)
+
+
 def _mistral() -> Any:
     vision = t.PixtralVisionConfig(
         hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2
@@ -78,6 +112,9 @@ ENCODERS: Mapping[str, Callable[[], Any]] = {
         t.Qwen3Config(**_LLM, head_dim=32, tie_word_embeddings=True)
     ),
     "Gemma2Model": lambda: t.Gemma2Model(t.Gemma2Config(**_LLM, head_dim=32)),
+    "Qwen3VLForConditionalGeneration": _qwen3_vl,
+    "UMT5EncoderModel": _umt5,
+    "Gemma3ForConditionalGeneration": _gemma3,
     "LlamaForCausalLM": lambda: t.LlamaForCausalLM(t.LlamaConfig(**_LLM)),
     "Mistral3ForConditionalGeneration": _mistral,
 }

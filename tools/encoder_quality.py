@@ -5,8 +5,8 @@
 
 The encoders of the embedded demo (CLIP and T5 of 2 layers, its own captions) and, with a folder, all-MiniLM-L6-v2 on
 paragraphs of Python's own manual. Prints the SQNR of hidden states, mean over all blocks and after the last one, of
-three ways to NF4: to nearest as bitsandbytes does, to nearest with chosen scales (svdq without prompts), and svdq with
-64 prompts. Judged on 64 others.
+int4 in groups of 128 and of three ways to NF4: to nearest as bitsandbytes does, to nearest with chosen scales (svdq
+without prompts), and svdq with 64 prompts. Judged on 64 others.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import math
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
+from torch import Tensor
 
 from svdq_cli.checkpoint.nf4_layers import stored_weight
 from svdq_cli.checkpoint.text_encoders import EncoderPlan, plan_encoder
@@ -35,20 +36,18 @@ from svdq_cli.storage.resources import data_root
 from tools.search_on_text_encoder import paragraphs
 
 PROMPTS = 64
+INT4_GROUP = 128
 
 
-def hidden_sqnr(plan: EncoderPlan, file: Path, call: EncoderCall) -> list[float]:
-    """SQNR in dB of the hidden states after every block, over the tokens that count."""
+def hidden_sqnr(plan: EncoderPlan, weights: Mapping[str, Tensor], call: EncoderCall) -> list[float]:
+    """SQNR in dB of the hidden states after every block, over the tokens that count. `weights` of layers, (N, K)."""
     model_class: Any = getattr(transformers, plan.class_name)
     exact = model_class.from_pretrained(plan.folder, dtype=torch.float32).eval()
     rough = model_class.from_pretrained(plan.folder, dtype=torch.float32).eval()
-    stored = load_file(file)
     counted = call.token_weights() > 0
     with torch.no_grad():
-        for layer in plan.layers:
-            rough.get_submodule(layer.name).weight.copy_(
-                stored_weight(layer.tensor, stored).rows(slice(None))
-            )
+        for name, weight in weights.items():
+            rough.get_submodule(name).weight.copy_(weight)
         states = [
             model(**call.arguments, output_hidden_states=True).hidden_states for model in (exact, rough)
         ]
@@ -96,13 +95,32 @@ def main() -> None:
     print("| encoder | 16 bits, bytes | NF4, bytes | way | hidden states, dB: mean | last |")
     print("|---|---|---|---|---|---|")
     for title, plan, seen, fresh in cases(given.minilm):
+        found = {"int4 in groups of 128, nearest": int4_weights(plan)}
         for way, (call, plain) in {**ways, "svdq, 64 prompts": (seen, False)}.items():
-            with tempfile.TemporaryDirectory() as scratch:
-                file = Path(scratch) / "model.safetensors"
-                write_encoder(file, plan, call, device=torch.device("cpu"), plain=plain)
-                found = hidden_sqnr(plan, file, fresh)
-            size = f"{plan.bytes_before} | {plan.bytes_after}"
-            print(f"| {title} | {size} | {way} | {fmean(found):.1f} | {found[-1]:.1f} |", flush=True)
+            found[way] = nf4_weights(plan, call, plain=plain)
+        for way, weights in found.items():
+            sqnr = hidden_sqnr(plan, weights, fresh)
+            size = "" if way.startswith("int4") else f"{plan.bytes_before} | {plan.bytes_after}"
+            print(f"| {title} | {size or ' | '} | {way} | {fmean(sqnr):.1f} | {sqnr[-1]:.1f} |", flush=True)
+
+
+def nf4_weights(plan: EncoderPlan, call: EncoderCall | None, *, plain: bool) -> dict[str, Tensor]:
+    """What the file that svdq writes stands for."""
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "model.safetensors"
+        write_encoder(file, plan, call, device=torch.device("cpu"), plain=plain)
+        stored = load_file(file)
+    return {layer.name: stored_weight(layer.tensor, stored).rows(slice(None)) for layer in plan.layers}
+
+
+def int4_weights(plan: EncoderPlan) -> dict[str, Tensor]:
+    """Symmetric int4, scale absmax / 7: what W4A16 in compressed-tensors' default layout would hold."""
+    found: dict[str, Tensor] = {}
+    for layer in plan.layers:
+        groups = plan.tensors[layer.tensor].read().float().unflatten(1, (-1, INT4_GROUP))
+        scale = groups.abs().amax(-1, keepdim=True) / 7
+        found[layer.name] = ((groups / scale).round().clamp(-8, 7) * scale).flatten(1)
+    return found
 
 
 if __name__ == "__main__":

@@ -142,10 +142,11 @@ def convert(
         encoders = quantize_encoders(
             job.prepared,
             work,
-            sampling=job.needs.encoders,
+            needs=job.needs,
             device=job.device,
             options=options,
             observe=job.observe,
+            warn=job.warn,
         )
         solved = replace(solved, solve_seconds=solved.solve_seconds + time.monotonic() - begun)
         contents = _contents(job, solved)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -14,15 +15,16 @@ import torch
 
 from svdq_cli.checkpoint.nf4_layers import stored_config
 from svdq_cli.checkpoint.text_encoders import EncoderPlan
-from svdq_cli.conversion.encoder_weights import UNLIMITED, EncoderFigures, budget_of, write_encoder
+from svdq_cli.conversion.encoder_weights import EncoderFigures, budget_of, write_encoder
 from svdq_cli.conversion.memory import free_ram, free_vram
+from svdq_cli.conversion.needs import Needs
 from svdq_cli.conversion.work_folder import ENCODERS, WorkFolder
-from svdq_cli.pipelines.encoder_calls import EncoderCall, record_call
+from svdq_cli.errors import SvdqError, first_line
+from svdq_cli.pipelines.encoder_calls import record_call
 from svdq_cli.prepare.facts import encoder_facts
 from svdq_cli.prepare.options import RunOptions
 from svdq_cli.prepare.prepare import Prepared, prompts_of
-from svdq_cli.prepare.sampling import Sampling
-from svdq_cli.records import Event, Observer
+from svdq_cli.records import Observer
 from svdq_cli.reports import HiddenSqnr, LayerSqnr, TextEncoderFacts
 from svdq_cli.storage.json_files import read_json
 
@@ -49,12 +51,13 @@ def quantize_encoders(
     prepared: Prepared,
     work: WorkFolder,
     *,
-    sampling: Sampling | None,
+    needs: Needs,
     device: torch.device,
     options: RunOptions,
     observe: Observer,
+    warn: Callable[[tuple[str, ...]], None],
 ) -> tuple[FourBitEncoder, ...]:
-    """All text encoders of the recipe, rounded for its prompts as `sampling` encodes them; to nearest without.
+    """All text encoders of the recipe, rounded for the prompts that it needs; to nearest without.
 
     One that an earlier run had finished is taken over. What could not be calibrated is rounded to nearest, with a
     warning.
@@ -68,7 +71,14 @@ def quantize_encoders(
         kept = f"{ENCODERS}/{plan.component}.json"
         if work.read_json(kept) is None:
             figures = _quantize(
-                plan, file, prepared, sampling=sampling, device=device, options=options, observe=observe
+                plan,
+                file,
+                prepared,
+                needs=needs,
+                device=device,
+                options=options,
+                observe=observe,
+                warn=warn,
             )
             work.keep_json(kept, asdict(figures))
         figures = EncoderFigures(**cast("dict[str, Any]", work.read_json(kept)))
@@ -81,23 +91,34 @@ def _quantize(
     file: Path,
     prepared: Prepared,
     *,
-    sampling: Sampling | None,
+    needs: Needs,
     device: torch.device,
     options: RunOptions,
     observe: Observer,
+    warn: Callable[[tuple[str, ...]], None],
 ) -> EncoderFigures:
-    call: EncoderCall | None = None
+    def nearest(why: str) -> EncoderFigures:
+        warn((f"{plan.component} is rounded to nearest, without calibration: {why}",))
+        return write_encoder(file, plan, None, device=device, observe=observe)
+
+    if needs.data_free:
+        return write_encoder(file, plan, None, device=device, observe=observe)
+    if needs.encoders is None:
+        return nearest("there are no prompts; name them with --prompts or in the recipe")
     budget = budget_of(plan, free_ram(options) if device.type == "cpu" else free_vram(device, options))
-    if sampling is not None:
-        why = "there is too little memory for a block and its inputs"
-        if budget is not None:
-            prompts = prompts_of(prepared, options, observe).texts
-            found = record_call(prepared.source, plan.component, prompts, sampling.settings)
-            call, why = (found, "") if isinstance(found, EncoderCall) else (None, found)
-        if call is None:
-            detail = f"{plan.component} is rounded to nearest, without calibration: {why}"
-            observe(Event("warning", "encoder", detail=detail))
-    return write_encoder(file, plan, call, device=device, budget=budget or UNLIMITED, observe=observe)
+    if budget is None:
+        return nearest("there is too little memory for a block and its inputs")
+    prompts = prompts_of(prepared, options, observe).texts
+    call = record_call(prepared.source, plan.component, prompts, needs.encoders.settings)
+    if isinstance(call, str):
+        return nearest(call)
+    try:
+        return write_encoder(file, plan, call, device=device, budget=budget, observe=observe)
+    except SvdqError:
+        raise
+    except Exception as error:  # a model of any class, run in a way that its authors did not foresee
+        why = f"it could not be run block by block ({type(error).__name__}: {first_line(error)})"
+    return nearest(why)
 
 
 def _facts(plan: EncoderPlan, figures: EncoderFigures) -> TextEncoderFacts:

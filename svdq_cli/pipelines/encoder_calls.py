@@ -23,8 +23,19 @@ from svdq_cli.source.classes import arguments_of, empty_instance
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-# of a call, what decides only what is returned
-_LEFT_OUT = ("output_hidden_states", "output_attentions", "return_dict", "use_cache")
+# of a call, what decides only what is returned, and what is of images: these are not what weights are rounded for
+_LEFT_OUT = (
+    "output_hidden_states",
+    "output_attentions",
+    "return_dict",
+    "use_cache",
+    "pixel_values",
+    "pixel_values_videos",
+    "image_grid_thw",
+    "video_grid_thw",
+    "image_sizes",
+    "mm_token_type_ids",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,21 +74,15 @@ class EncoderCall:
         return EncoderCall({name: some(value) for name, value in self.arguments.items()})
 
     def token_weights(self) -> Tensor:
-        """(B, T) float32: how much each token counts. 0 for what a mask hides; the tokens that fill a prompt up, which
-        are many and alike, count as much together as the prompt's own."""
+        """(B, T) float32: how much each token counts. 0 for what a mask hides; repetitions of the token before, which
+        fill a prompt up or hold the place of an image, count at most as much together as all others."""
         ids = self.ids
         mask = self.arguments.get("attention_mask")
         seen = mask.float() if isinstance(mask, Tensor) and mask.shape == ids.shape else torch.ones(ids.shape)
-        filling = _repeats(ids.flip(1)).flip(1) | _repeats(ids)
+        filling = torch.nn.functional.pad(ids[:, 1:] == ids[:, :-1], (1, 0), value=False)
         own, filled = (seen * ~filling).sum(1, keepdim=True), (seen * filling).sum(1, keepdim=True)
         share = (own.clamp(min=1) / filled.clamp(min=1)).clamp(max=1)
         return torch.where(filling, seen * share, seen)
-
-
-def _repeats(ids: Tensor) -> Tensor:
-    """Tokens at the start of a row that are equal to the next one, up to the first that is not. (B, T) -> (B, T)."""
-    equal = torch.nn.functional.pad(ids[:, 1:] == ids[:, :-1], (0, 1), value=False)
-    return equal.long().cumprod(1).bool()
 
 
 class _Recorded(Exception):

@@ -10,6 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from svdq_cli.checkpoint.check import check
+from svdq_cli.conversion.calibrate import calibrate
 from svdq_cli.conversion.convert import convert
 from svdq_cli.conversion.plan import predict
 from svdq_cli.entrypoints.inspect import inspect_checkpoint
@@ -21,6 +22,7 @@ from svdq_cli.prepare.options import RunOptions
 from svdq_cli.prepare.prepare import prepare
 from svdq_cli.prepare.sources import source_of
 from svdq_cli.recipe import Calibration, Output, Quantization, Recipe, default_recipe
+from svdq_cli.records import Event
 from svdq_cli.reports import ConvertReport
 
 BOTH = ("text_encoder", "text_encoder_2")
@@ -33,15 +35,19 @@ def recipe_of(source: Path, effort: str, components: tuple[str, ...] = BOTH) -> 
     return recipe.model_copy(update={"components": components})
 
 
-@pytest.fixture(scope="module")
-def made(tiny_flux: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ConvertReport]:
-    """Calibrated, with both encoders."""
-    folder = tmp_path_factory.mktemp("encoders")
+def calibrated_recipe(source: Path, folder: Path) -> Recipe:
     prompts = folder / "prompts.txt"
     prompts.write_text("\n".join(f"a photo of {count} red circles" for count in range(16)))
     asked = {"prompts": str(prompts), "samples": 16, "steps": 1, "height": 32, "width": 32}
     calibration = Calibration.model_validate({**asked, "max_sequence_length": 16, "batch_size": 16})
-    recipe = recipe_of(tiny_flux, "fast").model_copy(update={"calibration": calibration})
+    return recipe_of(source, "fast").model_copy(update={"calibration": calibration})
+
+
+@pytest.fixture(scope="module")
+def made(tiny_flux: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ConvertReport]:
+    """Calibrated, with both encoders."""
+    folder = tmp_path_factory.mktemp("encoders")
+    recipe = calibrated_recipe(tiny_flux, folder)
     return folder / "out", convert(recipe, folder / "out", options=RunOptions(device="cpu"))
 
 
@@ -130,6 +136,26 @@ def test_data_free_says_so(tiny_flux: Path, tmp_path: Path):
     assert not facts.calibrated
     assert facts.hidden_sqnr_db is None
     assert not (tmp_path / ".out.work").exists()
+
+
+def test_statistics_without_prompts_leave_the_encoders_to_nearest_and_say_so(tiny_flux: Path, tmp_path: Path):
+    recipe = calibrated_recipe(tiny_flux, tmp_path)
+    calibrate(recipe, tmp_path / "calib", options=RunOptions(device="cpu"))
+    warnings: list[str] = []
+
+    def observe(event: Event) -> None:
+        if event.kind == "warning":
+            warnings.append(event.detail)
+
+    promptless = recipe.model_copy(update={"calibration": None, "components": BOTH[1:]})
+    options = RunOptions(device="cpu")
+    report = convert(
+        promptless, tmp_path / "out", calibration=tmp_path / "calib", options=options, observe=observe
+    )
+    assert not report.text_encoders["text_encoder_2"].calibrated
+    (said,) = (warning for warning in warnings if warning.startswith("text_encoder_2"))
+    assert "there are no prompts" in said
+    assert said in report.warnings
 
 
 def test_single_files_have_no_place_for_an_encoder(tiny_flux: Path):
