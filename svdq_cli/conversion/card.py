@@ -100,7 +100,7 @@ def _header(said: dict[str, Any], base_model: str | None, pipeline: Path | None,
     data = ModelCardData(
         base_model=base_model,
         library_name="diffusers",
-        tags=["svdquant", "quantized", *tags],
+        tags=["convrot" if COMFY_CORE in tags else "svdquant", "quantized", *tags],
         pipeline_tag=said.pop("pipeline_tag", None) or _pipeline_tag(pipeline),
         **({"base_model_relation": "quantized"} if base_model else {}),
         **said,

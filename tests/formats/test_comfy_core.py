@@ -288,6 +288,20 @@ def test_formats_with_and_without_a_branch_are_not_one_conversion(tiny_flux: Pat
     assert "--calib" in refused.value.hint
 
 
+def test_a_plan_says_that_there_is_no_branch_and_what_helps(
+    tiny_flux: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    from svdq_cli.cli import run
+
+    out = tmp_path / "out.safetensors"
+    command = f"convert {tiny_flux} --format comfy-core --effort datafree -o {out} --plan --json"
+    assert run(command.split()) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["layers"] == {"w4a4": 17, "w4a16": 3, "kept": 8, "w4a8": 0}
+    (warning,) = (text for text in said["warnings"] if "no low-rank branch" in text)
+    assert "size_budget" in warning
+
+
 def test_a_branch_is_not_exported_into_a_format_that_has_none(converted, tmp_path: Path):
     from svdq_cli.entrypoints.export import export
 

@@ -22,7 +22,8 @@ def inspection(console: Console, report: InspectReport, verbose: bool) -> None:
     facts = facts_table()
     facts.add_row("kind", f"{report.kind} ({report.read_as})" if report.read_as else report.kind)
     facts.add_row("model", f"{report.family} ({report.model_class}), {count_text(report.parameters)}")
-    facts.add_row("format", f"{report.format}, {report.precision}, rank {report.rank}")
+    branch = "no low-rank branch" if report.rank is None else f"rank {report.rank}"
+    facts.add_row("format", f"{report.format}, {report.precision}, {branch}")
     planned = " planned" if report.kind == "source" else ""
     facts.add_row(f"size{planned}", size_text(report.bytes.input, report.bytes.output, report.bytes.ratio))
     for row in encoder_rows(report.text_encoders):
