@@ -113,9 +113,14 @@ class InputQuantizer(nn.Module):
         self.readers = tuple(other for other in self.readers if other != reader)
         self._kept = None
 
+    @property
+    def _numbers(self) -> dict[str, str | bool | float | None]:
+        """The options that change a number. `n`, the reader's features, only decides where they are stored."""
+        return {name: value for name, value in self.options.items() if name != "n"}
+
     def equals(self, other: InputQuantizer) -> bool:
         """Whether both make the same of every activation."""
-        if (self.kernel, self.dtype, self.options) != (other.kernel, other.dtype, other.options):
+        if (self.kernel, self.dtype, self._numbers) != (other.kernel, other.dtype, other._numbers):
             return False
         mine, theirs = (self.smoothing, self.down), (other.smoothing, other.down)
         return all(

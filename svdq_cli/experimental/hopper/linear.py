@@ -44,6 +44,7 @@ class HopperW4A4Linear(KernelW4A4Linear):
             mode=mode.label,
             unsigned=shifted,
             shift=shift,
+            n=solution.plan.linear.out_features,
         )
         super().__init__(solution.plan, quantizer, product_tensors(packed), unsigned=shifted, shift=shift)
         self.mode = mode

@@ -21,6 +21,9 @@ from svdq_cli.pack.padding import ceil_div, round_up
 
 FEATURES = 128  # rows of a weight's tile
 TOKENS, SMALL_TOKENS = 192, 128  # of an activation's
+BLOCKS = 132  # that run at once: multiprocessors of an H100 or H200 with SXM
+# Of a stage of the large and the small tile, by counting (`make kernel-report`): instructions issued or tensor cores
+STAGE_CYCLES = {HopperMode.EXACT: (552, 416), HopperMode.W4A8: (384, 270), HopperMode.FP8: (384, 256)}
 MOST_PADDING = 1 / 20  # above which the smaller tile is taken, if it pads less
 PIECES, PIECE_BYTES = 4, 16  # of a row in a tile
 RANK_STEP = 32
@@ -32,14 +35,22 @@ REDUCE_WARPS = 8
 # ------------------------------------------------------------------------------------------ tiles and variants
 
 
-def token_tile(m: int) -> int:
-    """Tokens in a tile, for M of them: the large one, unless it pads much more."""
+def token_tile(m: int, n: int = 0, mode: HopperMode = HopperMode.EXACT) -> int:
+    """Tokens in a tile, for M of them. Blocks take the tiles of a result of N features in waves, and the last wave may
+    leave most of them idle: the tile whose waves take less time, the large one where both take the same. Where N is not
+    known (0) the large one, unless it pads much more."""
+    if n:
+        large, small = (
+            cycles * -(-(-(-m // size) * -(-n // FEATURES)) // BLOCKS)
+            for size, cycles in zip((TOKENS, SMALL_TOKENS), STAGE_CYCLES[mode], strict=True)
+        )
+        return SMALL_TOKENS if small < large else TOKENS
     large, small = (round_up(m, size) for size in (TOKENS, SMALL_TOKENS))
     return SMALL_TOKENS if large - small > MOST_PADDING * m else TOKENS
 
 
-def padded_tokens(m: int) -> int:
-    return round_up(m, token_tile(m))
+def padded_tokens(m: int, n: int = 0, mode: HopperMode = HopperMode.EXACT) -> int:
+    return round_up(m, token_tile(m, n, mode))
 
 
 def stage_bytes(mode: HopperMode, tokens: int) -> int:
@@ -130,11 +141,13 @@ def quantize_down(
     mode: HopperMode,
     unsigned: bool = False,
     shift: float = 0.0,
+    n: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """hopper_quantize_down.cu. `x` (M, K) contiguous, `down` of a rank that is a multiple of 32. `unsigned` in
-    mode EXACT only. Returns packed codes, token scales and hidden."""
+    mode EXACT only. `n`: features of the layer that reads it, 0 where not known. Returns packed codes, token scales and
+    hidden."""
     (m, k), rank = x.shape, 8 * down.shape[1]
-    tokens, mp = token_tile(m), padded_tokens(m)
+    tokens, mp = token_tile(m, n, mode), padded_tokens(m, n, mode)
     codes, scales, hidden = new_quantized(x, mp, k, rank, mode=mode, tokens=tokens)
     if m == 0:
         return codes, scales, hidden

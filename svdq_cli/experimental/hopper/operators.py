@@ -11,10 +11,14 @@ from svdq_cli.experimental.hopper.modes import HopperMode, hopper_mode
 from svdq_cli.runtime.ops.define import define
 
 
-def _quantized_shapes(x: Tensor, inverse_smooth: Tensor, down: Tensor, *, mode: HopperMode, **_: Any):
+def _quantized_shapes(
+    x: Tensor, inverse_smooth: Tensor, down: Tensor, *, mode: HopperMode, n: int = 0, **_: Any
+):
     (m, k), rank = x.shape, 8 * down.shape[1]
     return operations.new_quantized(
-        x, operations.padded_tokens(m), k, rank, mode=mode, tokens=operations.token_tile(m)
+        *(x, operations.padded_tokens(m, n, mode), k, rank),
+        mode=mode,
+        tokens=operations.token_tile(m, n, mode),
     )
 
 
@@ -37,7 +41,8 @@ _LAYER = (
 )
 define(
     "hopper_quantize_down",
-    "Tensor x, Tensor inverse_smooth, Tensor down, *, str mode, bool unsigned=False, float shift=0.0",
+    "Tensor x, Tensor inverse_smooth, Tensor down, *, str mode, bool unsigned=False, "
+    "float shift=0.0, int n=0",
     "(Tensor, Tensor, Tensor)",
     launch=operations.quantize_down,
     reference=reference.quantize_down,

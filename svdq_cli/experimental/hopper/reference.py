@@ -36,12 +36,13 @@ def quantize_down(
     mode: HopperMode,
     unsigned: bool = False,
     shift: float = 0.0,
+    n: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`x` (M, K) 16-bit -> packed codes, token scales and hidden, with rows of zeros added to `x` up to whole tiles."""
     m = x.shape[0]
-    rows = pad(x, multiples=(padded_tokens(m) or 1, 1), fill=0)
+    rows = pad(x, multiples=(padded_tokens(m, n, mode) or 1, 1), fill=0)
     codes, scales = quantize_rows(rows, inverse_smooth, mode=mode, unsigned=unsigned, shift=shift)
-    return _packed(codes, scales, hidden_rows(rows, down), mode=mode, tile=token_tile(m))
+    return _packed(codes, scales, hidden_rows(rows, down), mode=mode, tile=token_tile(m, n, mode))
 
 
 def _packed(

@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from svdq_cli.experimental.hopper import operations as hopper
+from svdq_cli.experimental.hopper.linear import HopperW4A4Linear, hopper_linear
+from svdq_cli.experimental.hopper.modes import HopperMode
 from svdq_cli.experimental.hopper.tiles import (
     pack_feature_scales,
     pack_rows,
@@ -15,6 +18,8 @@ from svdq_cli.experimental.hopper.tiles import (
     unpack_signed_codes,
     unpack_token_scales,
 )
+from svdq_cli.records import Int4
+from tests.runtime.test_fused import random_w4a4
 
 TILES = (128, 192)
 
@@ -92,3 +97,33 @@ def test_a_code_outside_four_bits_is_refused(code: int):
     codes[3, 5] = code
     with pytest.raises(ValueError, match=r"-8\.\.7"):
         pack_signed_codes(codes, tile=128)
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "mode", "tile"),
+    [
+        # 576 tiles of 192 tokens are 5 waves of 132 blocks, the last of them less than half full; 864 of 128 are 7
+        (4608, 3072, HopperMode.FP8, hopper.SMALL_TOKENS),
+        (4608, 3072, HopperMode.W4A8, hopper.SMALL_TOKENS),
+        (4608, 3072, HopperMode.EXACT, hopper.TOKENS),  # whose small tile issues more instructions a token
+        (4608, 9216, HopperMode.FP8, hopper.SMALL_TOKENS),
+        (4608, 9216, HopperMode.EXACT, hopper.TOKENS),
+        (4096, 3072, HopperMode.FP8, hopper.TOKENS),
+        (1, 3072, HopperMode.EXACT, hopper.SMALL_TOKENS),
+    ],
+)
+def test_a_tile_is_chosen_by_the_waves_of_blocks(m: int, n: int, mode: HopperMode, tile: int):
+    assert hopper.token_tile(m, n, mode) == tile
+    assert hopper.padded_tokens(m, n, mode) % tile == 0
+
+
+def test_layers_of_other_widths_share_an_input_that_is_quantized_once():
+    one, two = (hopper_linear(random_w4a4(Int4(), n=n, k=128), HopperMode.EXACT) for n in (128, 256))
+    assert isinstance(one, HopperW4A4Linear)
+    assert isinstance(two, HopperW4A4Linear)
+    other = two.quantizer._like(one.quantizer.down, 1)
+    other.smoothing = one.quantizer.smoothing
+    assert other.options != one.quantizer.options
+    assert one.quantizer.equals(other)
+    x = torch.randn(4608, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert two(x).shape == (4608, 256)
