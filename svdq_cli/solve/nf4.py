@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -41,6 +42,7 @@ SCALE_FACTORS = (1.0, 0.75, 0.80, 0.85, 0.90, 0.95, 1.05)
 SCALES_IN_BLOCK = 256  # scales that share one scale of their own
 SCALE_OCTAVES = 13  # between the least and the largest of them
 _LEAST = 1e-30  # scale of a block of zeros
+_PLACES = 4096  # between -1 and 1, whose nearest level is in a table
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +64,13 @@ class Nf4Grid:
     def error(self, values: Tensor, parameters: Parameters, importance: Tensor | None) -> Tensor:
         scale = parameters[0].unsqueeze(1)
         exact = values / scale
-        lost = decode(nearest_codes(exact)).sub_(exact)
+        lost = about_levels(exact).sub_(exact)
         if importance is not None:
             lost.mul_(importance)
         return torch.linalg.vector_norm(lost, dim=1).mul_(parameters[0])
 
     def fitted(self, values: Tensor, parameters: Parameters, importance: Tensor | None) -> Parameters:
-        levels = decode(nearest_codes(values / parameters[0].unsqueeze(1)))
+        levels = about_levels(values / parameters[0].unsqueeze(1))
         weight = levels if importance is None else levels * importance.square()
         product, size = (weight * values).sum(1), (weight * levels).sum(1)
         scale = product / size
@@ -80,6 +82,20 @@ def nearest_codes(values: Tensor) -> Tensor:
     shape, which stays."""
     levels = torch.tensor(LEVELS, device=values.device)
     return torch.bucketize(values.contiguous(), (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
+
+
+def about_levels(values: Tensor) -> Tensor:
+    """The levels nearest to `values`, or next to nearest for a value within 1/4096 of the middle between two: enough to
+    compare scales, in a tenth of the time of `nearest_codes`. Of any shape, which stays."""
+    places = (values * (_PLACES / 2)).add_(_PLACES / 2).clamp_(0, _PLACES - 1).int()
+    return _level_table(values.device).index_select(0, places.flatten()).view(values.shape)
+
+
+@lru_cache(maxsize=8)
+def _level_table(device: torch.device) -> Tensor:
+    """(4096,) float32: the level nearest to each of as many places from -1 to 1."""
+    middles = (torch.arange(_PLACES, device=device) + 0.5) * (2 / _PLACES) - 1
+    return decode(nearest_codes(middles))
 
 
 def decode(codes: Tensor) -> Tensor:

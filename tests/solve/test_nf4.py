@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from svdq_cli.solve.nf4 import LEVELS, decode, nearest, nearest_codes, solve_for_rows, stored_scales
+from svdq_cli.solve.nf4 import (
+    LEVELS,
+    about_levels,
+    decode,
+    nearest,
+    nearest_codes,
+    solve_for_rows,
+    stored_scales,
+)
 
 
 def test_codes_are_of_the_nearest_level():
@@ -14,6 +22,16 @@ def test_codes_are_of_the_nearest_level():
     wanted = (values[:, None] - levels).abs().argmin(1)
     assert torch.equal(nearest_codes(values).long(), wanted)
     assert torch.equal(decode(nearest_codes(levels)), levels)
+
+
+def test_the_table_of_levels_differs_only_next_to_a_middle():
+    values = torch.linspace(-1.2, 1.2, 10_001)
+    exact, quick = decode(nearest_codes(values)), about_levels(values)
+    levels = torch.tensor(LEVELS)
+    middles = (levels[1:] + levels[:-1]) / 2
+    off = values[exact != quick]
+    assert len(off) < 20
+    assert bool(((off[:, None] - middles).abs().amin(1) <= 1 / 4096).all())
 
 
 def test_scales_in_8_bits_keep_their_resolution_next_to_a_large_one():
