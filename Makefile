@@ -15,7 +15,7 @@ TORCH ?= torch==2.13.0
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench bench-convert bench-quality comfy-core check-cpu bench-peers-cpu kernel-report findings runtimes classes pipelines wheel
+.PHONY: help setup demo test lint bench bench-convert bench-quality bench-peers comfy-core check-cpu bench-peers-cpu kernel-report findings runtimes classes pipelines wheel
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +50,9 @@ comfy-core: $(STAMP) ## comfy-core files read by the real comfy-kitchen and run 
 
 bench-quality: $(STAMP) ## what each step of the search is worth, on the embedded model (half an hour)
 	$(BIN)/python -m tools.bench_quality
+
+bench-peers: $(STAMP) ## data-free conversion beside auto-round, sdnq, cache-dit and modelopt on the same weights (two minutes)
+	$(BIN)/python -m tools.bench_peers
 
 # The same 60 random layers on every instruction set, and under the sanitizers: equal digests, no report. NEON runs in
 # qemu-user where Debian's g++-aarch64-linux-gnu and qemu-user are installed.
