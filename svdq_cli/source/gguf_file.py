@@ -132,7 +132,8 @@ def _require_readable(path: Path, stored: Any) -> None:
     if stored.tensor_type.name in _PLAIN:
         return
     try:
-        dequantize(stored.data[:1], stored.tensor_type)
+        # a row; of a vector, which stable-diffusion.cpp quantizes where its name ends in "weight", all
+        dequantize(stored.data[:1] if stored.data.ndim > 1 else stored.data, stored.tensor_type)
     except NotImplementedError as error:
         raise InputError(
             f"{path}: {stored.name} is stored as {stored.tensor_type.name}, which the gguf package can't dequantize",

@@ -24,12 +24,14 @@ from tests.source.test_single_file import weights_of
 Kind = GGMLQuantizationType
 
 
-def gguf_file(state: dict[str, Tensor], out: Path, kind: Kind) -> Path:
-    """Matrices as `kind`, vectors and what does not divide into its blocks as float32, as the field's converters do."""
+def gguf_file(state: dict[str, Tensor], out: Path, kind: Kind, *, vectors: bool = False) -> Path:
+    """Matrices as `kind`, vectors and what does not divide into its blocks as float32, as most converters do.
+
+    `vectors`: they are quantized too, as stable-diffusion.cpp does with the weights of norms."""
     writer = GGUFWriter(str(out), "flux")
     for name, tensor in state.items():
         values = tensor.float().numpy()
-        chosen = kind if tensor.ndim > 1 and tensor.shape[1] % 32 == 0 else Kind.F32
+        chosen = kind if tensor.ndim > (not vectors) and tensor.shape[-1] % 32 == 0 else Kind.F32
         if chosen in (Kind.F32, Kind.F16):
             writer.add_tensor(name, values.astype(numpy.float16 if chosen == Kind.F16 else numpy.float32))
         else:
@@ -65,6 +67,17 @@ def test_a_quantized_file_is_the_model_within_its_own_error(
         assert bool((error <= allowed).all())
         assert float(error.max()) > 0
     assert torch.equal(read_tensor(source, "proj_out.bias"), original["proj_out.bias"].float())
+
+
+def test_quantized_vectors_are_read_too(tiny_flux: Path, tmp_path: Path, bfl_state: dict[str, Tensor]):
+    """stable-diffusion.cpp stores the weights of SD 1.5's and SDXL's group norms in 4 bits."""
+    source = open_source(gguf_file(bfl_state, tmp_path / "m.gguf", Kind.Q4_0, vectors=True), base=tiny_flux)
+    expected = weights_of(tiny_flux)["transformer_blocks.0.ff.net.0.proj.bias"].float()
+    found = read_tensor(source, "transformer_blocks.0.ff.net.0.proj.bias")
+    assert found.shape == expected.shape
+    blocks = expected.reshape(-1, 32)
+    # Q4_0 has 8 steps for the largest value of a block, of which the one opposite to it is clipped
+    assert bool(((found.reshape(-1, 32) - blocks).abs() <= blocks.abs().amax(1, keepdim=True) / 8).all())
 
 
 def test_unquantized_gguf_is_the_same_model(tiny_flux: Path, tmp_path: Path, bfl_state: dict[str, Tensor]):
