@@ -76,6 +76,7 @@ classes: $(STAMP) ## what becomes of every transformer that diffusers has, with 
 
 pipelines: $(STAMP) ## every class converted, every tiny pipeline from calibration to an image (nightly; half an hour)
 	$(BIN)/python -m tools.class_conversions
+
 runtimes: $(STAMP) ## files of svdq in vLLM-Omni's and SGLang's own loaders, from their wheels (ten minutes, 6 GB)
 	$(BIN)/python -m tools.runtimes
 
