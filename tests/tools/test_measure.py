@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import io
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from svdq_cli.bench import run
+from svdq_cli.bench.device import device_facts
+from svdq_cli.bench.shapes import LinearShape
+from svdq_cli.bench.step import StepSettings
+from svdq_cli.bench.transformer import TransformerShape
 from svdq_cli.storage.resources import data_root
 
 MEASURE = data_root("kernels") / "measure.py"
@@ -64,3 +72,48 @@ def test_what_a_stage_lacks_is_said_before_the_first_one_starts(tmp_path: Path):
 def test_a_package_that_every_stage_needs_is_named(tmp_path: Path):
     done = measure(tmp_path, "speed", absent=("PIL",))
     assert (done.returncode, done.stderr) == (1, "kernels/measure.py: pip install pillow\n")
+
+
+def test_stages_measure_what_they_say_on_a_cpu_in_a_gpus_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """The items of layers and steps, as their process tells them, and the summary of the record."""
+    spec = importlib.util.spec_from_file_location("measure", MEASURE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    spec.loader.exec_module(module)
+    cpu = torch.device("cpu")
+    shapes = [LinearShape(name, 2, 128, 128) for name in "abc"] + [LinearShape("m", 1, 128, 128, "w4a16")]
+    monkeypatch.setitem(run.BASELINES, "cpu", (torch.bfloat16,))
+    monkeypatch.setattr(run, "gpu_baselines", lambda rows: [])
+    small = TransformerShape("small", 128, 2, 256, 1, 1, 20, 12)
+    for name, value in {
+        **{"GPU": cpu, "_by_size": lambda: shapes, "FLUX1_DEV_STEP": small},
+        "BenchSettings": lambda device: run.BenchSettings(device, seconds_per_row=1e-3),
+        "StepSettings": lambda *given: StepSettings(*given, seconds=1e-3),
+    }.items():
+        monkeypatch.setattr(module, name, value)
+    record = module.Record(tmp_path / module.RECORD)
+    told: dict[str, list[str]] = {}
+    for stage in ("largest", "speed", "step"):
+        said = io.StringIO()
+        assert module.serve(module.STAGES[stage][0](tmp_path), [], to=said) == 0
+        lines = [json.loads(line) for line in said.getvalue().splitlines()]
+        told[stage] = [line["begin"] for line in lines if "begin" in line]
+        for found in (line["found"] for line in lines if "found" in line):
+            record.add({"stage": stage, "item": stage, **found})
+    assert {name.split(":")[0] for name in told["largest"]} == {"a", "b", "c"}
+    assert {name.split(":")[0] for name in told["speed"]} == {"m"}
+    assert told["step"] == ["bfloat16", "int4", "nvfp4"]
+    module.summary(tmp_path, device_facts(cpu))
+    assert "memory of bfloat16 over ours" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["measured.jsonl", "measured.png"]
+
+
+def test_a_run_begins_with_what_decides_most():
+    order = ["probe", "largest", "self_test", "correctness"]
+    text = MEASURE.read_text(encoding="utf-8")
+    places = [text.index(f'Stage("{stage}"') for stage in order]
+    assert places == sorted(places)
