@@ -6,9 +6,10 @@ FOLDER holds comfy-kitchen as pip installs it (`pip install --no-deps --target F
 ComfyUI 0.38.1 requires). For the embedded demo model and tiny pipelines of each family (NAME: demo, flux, sdxl,
 qwen-image, z-image, wan), a conversion is read the way ComfyUI's loader reads one (`comfy/ops.py`,
 `_load_quantized_module`, commit 0271a469): every module's `comfy_quant` chooses the layout, whose parameters are the
-module's other tensors. Printed: the largest difference of a layer's output to svdq's own runtime, and the
-images of both against the 16-bit model's, comfy-kitchen's with activations in float32, as its CUDA kernels compute, and
-in bfloat16. Exit code 1 where an image in float32 is more than a decibel apart or a tensor is left over.
+module's other tensors. Printed: the largest difference of a layer's output to svdq's own runtime, and the images of
+both against the 16-bit model's, comfy-kitchen's with bfloat16 activations and float32 arithmetic, as its CUDA kernels
+compute, and with bfloat16 arithmetic. Exit code 1 where an image in float32 is more than a decibel apart or a tensor is
+left over.
 """
 
 from __future__ import annotations
@@ -83,14 +84,15 @@ def kitchen_weights(file: Path, dtype: torch.dtype) -> tuple[dict[str, Any], set
             case "awq_w4a16":
                 layout = kitchen.TensorCoreAWQW4A16Layout
                 params = {
-                    "scale": state.pop(f"{name}.weight_scale").to(dtype),
-                    "zeros": state.pop(f"{name}.weight_zeros").to(dtype),
+                    "scale": state.pop(f"{name}.weight_scale"),
+                    "zeros": state.pop(f"{name}.weight_zeros"),
                     "group_size": int(said.get("group_size", 64)),
                 }
             case other:
                 raise SystemExit(f"{name}: ComfyUI has no quantization format {other!r}")
         shape = (weight.shape[0], 2 * weight.shape[1])
-        made = layout.Params(**params, orig_dtype=dtype, orig_shape=shape)
+        own = torch.bfloat16 if said["format"] == "awq_w4a16" else dtype  # it computes in its scales' dtype
+        made = layout.Params(**params, orig_dtype=own, orig_shape=shape)
         found[name] = kitchen.QuantizedTensor(weight, layout.__name__, made)
     return found, set(state)
 
@@ -105,8 +107,9 @@ class KitchenLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N)."""
-        y = F.linear(x.to(self.kitchen[0].dtype), self.kitchen[0])[..., self.rows]
-        return (y if self.bias is None else y + self.bias).to(x.dtype)
+        rows = x.to(torch.bfloat16).to(self.kitchen[0].dtype)
+        y = F.linear(rows, self.kitchen[0])[..., self.rows]
+        return (y if self.bias is None else y + self.bias).to(torch.bfloat16).to(x.dtype)
 
 
 def kitchen_layers(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, KitchenLinear]:

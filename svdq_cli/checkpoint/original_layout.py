@@ -120,7 +120,13 @@ def _original(
     """The original layers of a model and what they consist of, in the order of the model's tensors."""
     layers = tuple(dict.fromkeys(map(_layer_of, state)))
     places = {layer: place for place, layer in enumerate(layers)}
-    found = original_layers(layout.naming, layers)
+    found: dict[str, tuple[Part, ...]] = {}
+    spoken: set[str] = set()
+    for original, parts in original_layers(layout.naming, layers).items():
+        targets = {part.target for part in parts}
+        if spoken.isdisjoint(targets):  # a rule for all layers of a block comes after those for single ones
+            found[original] = parts
+            spoken |= targets
     yield from sorted(found.items(), key=lambda item: min(places[part.target] for part in item[1]))
 
 

@@ -210,6 +210,8 @@ def test_every_family_is_written_under_the_names_of_its_original_and_checks(conv
     assert report.problems == ()
     assert report.format == "comfy-core"
     assert any(isinstance(layer, RotatedPlan) for layer in checkpoint.layers)
+    stored = [layer.name for module in checkpoint.file.modules for layer in module.layers]
+    assert sorted(stored) == sorted(layer.name for layer in checkpoint.layers)  # each once
     if family != "qwen-image":  # whose original names are diffusers'
         assert has_original_names(checkpoint.source.tensors)
 
