@@ -29,7 +29,7 @@ LIMITS = {
     "arrows": 231,
     "circles": 0,
     # convert and evaluate of the Python API, whose signatures and docstrings take most of it, and the command convert
-    "long_functions": 3,
+    "long_functions": 2,
     "without_shapes": 0,
 }
 TITLES = {
