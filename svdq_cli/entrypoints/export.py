@@ -117,6 +117,15 @@ def _target(checkpoint: Checkpoint, fmt: Format) -> Target:
             f"{checkpoint.source.path} is already a {fmt.name} checkpoint",
             hint="name another format with --to",
         )
+    if fmt.scheme != checkpoint.format.scheme:
+        rotated = fmt if fmt.scheme == "rotation" else checkpoint.format
+        raise UsageError(
+            f"{rotated.name} rotates inputs and has no low-rank branch, so nothing can be exported from "
+            f"{checkpoint.format.name} to {fmt.name}",
+            hint=f"convert the model from its source with --format {fmt.name}",
+            where="--to",
+            kind="not-exact",
+        )
     if lossy := _unrecorded(checkpoint):
         raise UsageError(
             f"{lossy}: its bias is stored shifted for the runtime and rounded, and this file does not record the "

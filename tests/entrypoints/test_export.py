@@ -120,6 +120,21 @@ def test_what_the_target_cannot_say_is_refused_in_words(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_layers_with_a_branch_and_rotated_ones_are_not_exported_to_one_another(
+    converted_flux: Callable[[str], Path], tiny_flux: Path, tmp_path: Path
+):
+    core = converted_alone(tiny_flux, tmp_path / "core.safetensors", "comfy-core", "int4")
+    for path, to in (
+        (core, "nunchaku-lite"),
+        (core, "nunchaku"),
+        (converted_flux("int4") / "lite", "comfy-core"),
+    ):
+        with pytest.raises(UsageError, match="no low-rank branch, so nothing can be exported") as refused:
+            export(path, to, tmp_path / "out")
+        assert refused.value.hint == f"convert the model from its source with --format {to}"
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_shift_that_the_header_does_not_record_is_refused(
     converted_flux: Callable[[str], Path], tmp_path: Path
 ):
