@@ -343,4 +343,4 @@ def _with_refused(backend: Backend, refused: Mapping[str, str]) -> Backend:
         return backend
     name, reason = next(iter(refused.items()))
     others = f" and {len(refused) - 1} more layers" if len(refused) > 1 else ""
-    return replace(backend, reason=f"{backend.reason}; but {name} {reason}{others}")
+    return replace(backend, reason=f"{backend.reason}; but {name}{others} {reason}")
