@@ -253,7 +253,11 @@ def test_doctor_lists_every_kernel_in_every_precision_and_mode(capsys: pytest.Ca
         *(("w4a4_gelu_quantize", "nvfp4", "to signed"), ("w4a16_linear", "int4", "-")),
         # Without a GPU Hopper's are compiled with all others; another GPU than a Hopper doesn't list them
         *(("hopper_quantize_down", "int4", mode) for mode in ("exact", "w4a8", "fp8")),
-        *(("hopper_gemm", "int4", mode) for mode in ("exact", "w4a8", "fp8")),
+        *(
+            ("hopper_gemm", "int4", mode + tile)
+            for mode in ("exact", "w4a8", "fp8")
+            for tile in ("", ", 128 tokens")
+        ),
         ("hopper_gelu_quantize", "int4", "exact"),
     }
     for test in tests:

@@ -26,18 +26,19 @@ NAMED = {
 NAMED_ABOVE = {"search.layers", "search.blocks", "baselines"}
 OUTPUTS = "outputs[]{bytes, format, path, sha256}"
 MODEL = "model{class, family, parameters, source_sha256}"
-LAYERS = "layers{kept, w4a16, w4a4}"
+LAYERS = "layers{kept, w4a16, w4a4, w4a8}"
 RANK = "rank{max, mean, min, requested}"
 SQNR = "layer_sqnr_db{mean, min, per_layer{}}"
 SUMMARY = "{ci95[], max, mean, min, std}"
 SEARCHED = "{device, fallback[], rank, smoothing, steps_db{}, steps_seconds{}, steps_taken[]}"
 KEYS = {
     "calibrate": "{bytes, command, digest, inputs, path, prompts, schema, seconds, status, steps, tokens_seen}",
-    "check": "{command, format, layer_error{}, layers, loras[], problems[], same_source, schema, status, warnings[]}",
+    "check": "{command, format, layer_error{}, layers, loras[], problems[], same_source, schema, status, "
+    "text_encoders[], warnings[]}",
     "convert": "{bytes{input, output, ratio}, command, data_free, effort, fingerprint, gates_missed[], "
     f"{SQNR}, {LAYERS}, layers_taken_over, {MODEL}, {OUTPUTS}, peak{{ram_bytes, vram_bytes}}, precision, "
     f"provenance{{}}, {RANK}, read_as, recipe{{}}, schema, search{{blocks{{}}, layers{{*{SEARCHED}}}}}, "
-    "seconds{calibrate, check, pack, solve, total}, status, svdq_version, warnings[]}",
+    "seconds{calibrate, check, pack, solve, total}, status, svdq_version, text_encoders{}, warnings[]}",
     "eval": "{backend, baselines{*{clip, fid, image_reward, lpips, "
     f"psnr_db{SUMMARY}, seconds_per_picture, ssim{SUMMARY}}}}}, clip, command, fid, gates_missed[], image_reward, "
     f"images, {SQNR}, loras[], lpips, missing{{}}, next, noise_floor_psnr_db, output_sqnr_db{{step, sum}}, "
@@ -50,11 +51,11 @@ KEYS = {
     "generate": "{backend, command, frames, height, path, schema, seconds, status, width}",
     "inspect": "{bytes{input, output, ratio}, class, command, family, format, kind, "
     "layers[]{in, input, name, out, rank, role}, parameters, precision, provenance{}, rank, read_as, schema, status, "
-    "warnings[]}",
+    "text_encoders{}, warnings[]}",
     "plan": "{bytes{input, output, ratio}, command, disk_bytes, effort, gpu{basis, convert{fits, peak_bytes, seconds}, "
     f"generate{{fits, fits_with_offload, offload_peak_bytes, peak_bytes}}, memory_bytes, name}}, {LAYERS}, {MODEL}, "
     f"precision, prompts{{available, read_from, used}}, ram_bytes, {RANK}, read_as, recipe{{}}, schema, seconds, "
-    "stages{calibrate, check, pack, prepare, solve, total}, status, vram_bytes, warnings[]}",
+    "stages{calibrate, check, pack, prepare, solve, total}, status, text_encoders{}, vram_bytes, warnings[]}",
 }
 
 

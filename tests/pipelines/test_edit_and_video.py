@@ -142,7 +142,7 @@ def test_a_pipeline_shows_what_a_made_up_call_can_not(tmp_path: Path, monkeypatc
     folder = tiny_pipeline("qwen-image", tmp_path / "qwen-image")
     recipe = recipe_for(folder)
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"family": "structural"})})
-    monkeypatch.setattr("svdq_cli.prepare.prepare.watch", lambda model: None)
+    monkeypatch.setattr("svdq_cli.planning.trace_inputs.watch", lambda model: None)
     plan = prepare(recipe).plan
     groups = {shared.layers for shared in plan.inputs if len(shared.layers) > 1}
     assert tuple(f"transformer_blocks.0.attn.to_{name}" for name in "qkv") in groups
