@@ -45,7 +45,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    # Advice that these libraries print at import (missing torchvision, tensor cores, kernels) is not about the user's model.
+    # Advice that these libraries print at import (missing torchvision, tensor cores, kernels) is not about the model.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
