@@ -135,7 +135,8 @@ def _plain_lines(*, verbose: bool) -> Observer:
                 shown[title] = now
             case "end":
                 took = f" in {event.seconds:.1f} s" if event.seconds is not None else ""
-                _say(f"{title}: done{took}")
+                of = f" {event.detail}" if event.detail else ""
+                _say(f"{title}{of}: done{took}")
             case "advance":
                 if verbose or now - shown.get(title, now) >= PLAIN_INTERVAL:
                     shown[title] = now

@@ -167,7 +167,8 @@ class _Progress:
 
     def end(self) -> None:
         count = len(self.plan.layers)
-        self.observe(Event("end", "encoder", count, count, seconds=time.monotonic() - self.started))
+        seconds = time.monotonic() - self.started
+        self.observe(Event("end", "encoder", count, count, self.plan.component, seconds))
 
 
 @dataclass(slots=True)

@@ -257,4 +257,5 @@ def test_no_other_module_renames_files_into_place():
         )
     }
     measures_a_disk = {"conversion/machine_speed.py"}
-    assert found.keys() - own == measures_a_disk, found
+    keeps_a_log = {"bench/supervise.py"}  # whose lines are each there at once, whatever dies next
+    assert found.keys() - own == measures_a_disk | keeps_a_log, found
