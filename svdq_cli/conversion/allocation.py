@@ -281,9 +281,8 @@ def budget_of(prepared: Prepared, candidates: Sequence[Candidate]) -> int:
     least = others + sum(min(choice.bytes for choice in candidate.choices) for candidate in candidates)
     if wanted < least:
         raise UsageError(
-            f"size_budget {wanted / 1e9:.3f} GB is too small: the smallest possible for this model is "
-            f"{least / 1e9:.3f} GB",
-            hint="raise size_budget, or lower the rank",
+            f"size_budget of {wanted:,} bytes is too small: the smallest possible for this model is {least:,} bytes",
+            hint="raise size_budget" if prepared.plan.rotated else "raise size_budget, or lower the rank",
             where="quantization.size_budget",
         )
     return wanted - others

@@ -96,7 +96,7 @@ def is_searched(prepared: Prepared) -> bool:
 def require_blocks_run(prepared: Prepared, needs: Needs) -> None:
     """UsageError where the recipe wants blocks tuned and they can't be run later, before hours are spent on layers."""
     wanted = prepared.recipe.quantization.effort == "best" and not needs.data_free
-    if wanted and needs.tuning is None:
+    if wanted and prepared.plan.w4a4 and needs.tuning is None:
         raise UsageError(
             "effort best tunes the model's blocks, which needs the whole pipeline and prompts",
             hint="give a recipe with prompts and the pipeline (--prompts, --base), or use --effort balanced",

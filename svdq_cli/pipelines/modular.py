@@ -73,7 +73,17 @@ def answer_of(pipe: Any, arguments: Mapping[str, Any]) -> list[Any]:
             hint="give a pipeline whose last block decodes images",
         )
     given = {name: value for name, value in arguments.items() if (name, value) != ("output_type", "latent")}
-    return list(pipe(**given, output=made))
+    return list(pipe(**_with_negatives(pipe, given), output=made))
+
+
+def _with_negatives(pipe: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Qwen-Image's blocks encode one empty negative prompt, whose batch then differs from that of several prompts."""
+    prompts = given.get("prompt")
+    name = type(pipe).__name__
+    if not isinstance(prompts, list) or len(prompts) < 2 or not name.startswith("QwenImage"):
+        return dict(given)
+    empty = " " if "Edit" in name else ""  # as the blocks have it
+    return {"negative_prompt": [empty] * len(prompts), **given}
 
 
 def _without_bars(blocks: Any) -> None:

@@ -212,6 +212,8 @@ def _rotated_warnings(prepared: Prepared) -> Iterator[str]:
         f"{name} has no low-rank branch, and rank is not used: its W4A4 layers are less exact than SVDQuant's, by 5 dB "
         f"on the embedded demo model{cure}"
     )
+    if prepared.recipe.quantization.effort == "best":
+        yield f"{name}: effort best does what balanced does: blocks are tuned by their low-rank branches"
 
 
 def _denoisers_left_out(source: Source) -> Iterator[str]:

@@ -328,6 +328,15 @@ def demo_calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_effort_best_has_no_branches_to_tune_and_says_so(demo_calibration: Path, tmp_path: Path):
+    recipe = default_recipe(
+        "demo", quantization=Quantization(effort="best"), outputs=(Output(format="comfy-core"),)
+    )
+    options = RunOptions(device="cpu")
+    report = convert(recipe, tmp_path / "out.safetensors", calibration=demo_calibration, options=options)
+    assert any("effort best does what balanced does" in warning for warning in report.warnings)
+
+
 def test_a_size_budget_gives_some_layers_8_bit_activations(demo_calibration: Path, tmp_path: Path):
     """All layers of one input together, for they may be one matrix in the file."""
 

@@ -59,6 +59,12 @@ def test_a_calibrated_conversion_is_sound_and_draws(folder: Path, converted: Pat
     assert other.size == (32, 32)
 
 
+def test_several_prompts_in_one_call_have_as_many_negative_prompts(folder: Path, converted: Path):
+    pipe: Any = load_pipeline(converted, device="cpu")
+    settings = sampling_for(recipe_for(folder), open_source(folder)).settings
+    assert len(generate_images(pipe, ["a red circle", "two blue squares"], settings=settings)) == 2
+
+
 def test_the_output_is_a_modular_folder_whose_components_are_its_own(folder: Path, converted: Path):
     index = json.loads((converted / INDEX).read_text())
     assert index["_class_name"] == "QwenImageModularPipeline"
