@@ -47,8 +47,11 @@ def kept_work(
                 yield work
         except BaseException as error:
             refusal = stopped(error) or error
-            if work.is_empty or _fails_again(error, work):
+            if work.is_empty or (_is_refused(error, work) and not work.calibration.exists()):
                 work.remove()
+            elif _is_refused(error, work):
+                said = f"move {work.calibration}, the calibration statistics, elsewhere and give them with --calib"
+                add_to_hint(error, said, stage, observe)
             else:
                 said = f"{work.path} keeps {kept(work)}; continue with --resume"
                 say_what_is_kept(refusal, said, stage, observe)
@@ -76,18 +79,23 @@ def wait_for_files(folder: Path, missing: Callable[[], Sequence[object]]) -> Non
         time.sleep(1)
 
 
-def _fails_again(error: BaseException, work: WorkFolder) -> bool:
+def _is_refused(error: BaseException, work: WorkFolder) -> bool:
     """Whether the same command would end the same way, so that there is nothing to continue with. Statistics that were
     generated serve other runs too; they are never thrown away."""
     about_the_work = isinstance(error, SvdqError) and str(error.where).startswith(str(work.path))
-    refused = isinstance(error, (UsageError, RecipeError, InputError, CheckFailedError))
-    return refused and not about_the_work and not work.calibration.exists()
+    return isinstance(error, (UsageError, RecipeError, InputError, CheckFailedError)) and not about_the_work
 
 
 def say_what_is_kept(error: BaseException, said: str, stage: str, observe: Observer) -> None:
     """Add what is kept to the error's hint; for a bug, which has no hint, send it as a warning."""
+    if isinstance(error, SvdqError):
+        error.resumable = True
+    add_to_hint(error, said, stage, observe)
+
+
+def add_to_hint(error: BaseException, said: str, stage: str, observe: Observer) -> None:
+    """`said` behind the error's hint; for a bug, which has no hint, as a warning."""
     if not isinstance(error, SvdqError):
         observe(Event("warning", stage, detail=said))
         return
-    error.resumable = True
     error.hint = f"{error.hint}; {said}" if error.hint else said

@@ -116,6 +116,22 @@ def test_a_size_budget_below_the_smallest_size_names_that(tiny_flux: Path, artef
         )
 
 
+def test_statistics_of_a_refused_recipe_are_given_to_the_next_one_as_the_error_says(
+    tiny_flux: Path, prompts: Path, tmp_path: Path
+):
+    with pytest.raises(UsageError, match="too small") as refusal:
+        convert(recipe_for(tiny_flux, prompts, size_budget="10kB"), tmp_path / "out", options=CPU)
+    kept = tmp_path / ".out.work" / "calibration"
+    assert str(refusal.value.hint).endswith(
+        f"move {kept}, the calibration statistics, elsewhere and give them with --calib"
+    )
+    assert not refusal.value.resumable  # with another recipe there is nothing to resume
+    calibration = kept.rename(tmp_path / "calib")
+    fresh = RunOptions(device="cpu", overwrite=True)
+    report = convert(recipe_for(tiny_flux, None), tmp_path / "out", calibration=calibration, options=fresh)
+    assert report.status == "ok"
+
+
 def test_a_rank_that_the_recipe_gives_a_layer_is_kept_by_the_search(
     tiny_flux: Path, artefact: Path, tmp_path: Path
 ):
