@@ -194,9 +194,8 @@ def warnings_of(prepared: Prepared, *, data_free: bool) -> tuple[str, ...]:
             if prepared.recipe.quantization.effort == "datafree"
             else "name prompts with --prompts or a recipe, or give --calib"
         )
-        found.append(
-            f"data-free: no calibration, so activations are not smoothed and quality is lower; {cure}"
-        )
+        lost = "activations are not smoothed" if prepared.plan.w4a4 else "weights are rounded to nearest"
+        found.append(f"data-free: no calibration, so {lost} and quality is lower; {cure}")
     for target in prepared.targets:
         found += target.format.warnings(target.stored_plan)
     return (*found, *plan_warnings(prepared.plan, prepared.inventory))
