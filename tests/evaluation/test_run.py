@@ -127,7 +127,7 @@ def test_the_4_bit_layers_run_on_the_backend_that_is_asked_for_and_the_report_sa
 def test_passes_can_be_left_out_and_made_later(checkpoint: Path, recipe: Recipe, tmp_path: Path):
     folder = tmp_path / "report"
     events: list[Event] = []
-    without = passes_of_text(["naive,floor", "own-noise,outputs"])
+    without = passes_of_text(["naive,floor", "own-noise,outputs,nf4"])
     report = evaluate(
         checkpoint, recipe, report_folder=folder, without=without, options=CPU, observe=events.append
     )
