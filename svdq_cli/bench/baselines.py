@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -162,10 +163,11 @@ def nf4(weight: Tensor) -> Operation:
     from bitsandbytes.functional import dequantize_4bit  # type: ignore[import-not-found]
 
     n, k = weight.shape
-    module = bitsandbytes.nn.Linear4bit(
+    library: Any = bitsandbytes.nn  # whose types name neither `quant_type` nor what a weight carries
+    module = library.Linear4bit(
         k, n, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4", device="cpu"
     )
-    module.weight = bitsandbytes.nn.Params4bit(weight.bfloat16().cpu(), requires_grad=False, quant_type="nf4")
+    module.weight = library.Params4bit(weight.bfloat16().cpu(), requires_grad=False, quant_type="nf4")
     module = module.to(weight.device)
     values = dequantize_4bit(module.weight.data, module.weight.quant_state).double()
     return Operation(

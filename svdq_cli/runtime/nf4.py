@@ -33,10 +33,11 @@ def nf4_linear(weight: Tensor, bias: Tensor | None, *, dtype: torch.dtype) -> nn
     import bitsandbytes  # type: ignore[import-not-found]
 
     out_features, in_features = weight.shape
-    module: Any = bitsandbytes.nn.Linear4bit(
+    library: Any = bitsandbytes.nn  # whose types do not name `quant_type`
+    module = library.Linear4bit(
         in_features, out_features, bias=bias is not None, compute_dtype=dtype, quant_type="nf4", device="cpu"
     )
-    module.weight = bitsandbytes.nn.Params4bit(weight.to(dtype).cpu(), requires_grad=False, quant_type="nf4")
+    module.weight = library.Params4bit(weight.to(dtype).cpu(), requires_grad=False, quant_type="nf4")
     if bias is not None:
         module.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
     return module
