@@ -44,6 +44,12 @@ GELU_SHIFT = 0.171875
 _POSITIVE = (0.0532, 0.1605, 0.2707, 0.3861, 0.5096, 0.6455, 0.7998, 0.9817)
 LEVELS = (*(-level for level in reversed(_POSITIVE)), *_POSITIVE)
 
+
+def reciprocal(smooth: Tensor) -> Tensor:
+    """1 / smooth in its own dtype, by which runtimes without a branch multiply inputs. Of any shape."""
+    return (1 / smooth.float()).to(smooth.dtype)
+
+
 MAX_SEED = 2**64 - 1  # the largest that torch's generators take
 
 
@@ -78,6 +84,8 @@ class Linear:
 class W4A4Plan:
     """A linear that becomes 4-bit weights and activations plus a 16-bit low-rank branch.
 
+    Rank 0: no branch. Runtimes without one multiply inputs by 1 / smooth, which 16 bits then hold exactly, and store
+    layers of one input as one matrix, so that nvfp4 layers of an input share one outer scale.
     `curve`: its input depends on the timestep alone, so it runs along a curve that spans few directions; the branch
     holds all of the layer and the codes are zero.
     """
@@ -95,6 +103,11 @@ class W4A4Plan:
     def alone(self) -> bool:
         """Whether nothing ties it to the other layers that read its input."""
         return self.curve
+
+    @property
+    def branchless(self) -> bool:
+        """Whether it has no low-rank branch."""
+        return self.rank == 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,8 +152,9 @@ class RotatedPlan:
 
 
 LayerPlan = W4A4Plan | W4A16Plan | RotatedPlan
-# How a format's runtime keeps outliers from 4-bit numbers: a smoothing factor and a 16-bit branch, or a rotation.
-Scheme = Literal["branch", "rotation"]
+# How a format's runtime keeps outliers from 4-bit numbers: a smoothing factor and a 16-bit branch, a rotation, or a
+# smoothing factor alone.
+Scheme = Literal["branch", "rotation", "smoothing"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +211,12 @@ class ModelPlan:
             replace(shared, branches=tuple((name,) for name in shared.layers)) for shared in self.inputs
         )
         return replace(self, inputs=tuple(inputs))
+
+    def with_whole_inputs(self) -> ModelPlan:
+        """The plan in which all layers of an input are solved together, data-free too: they may be one matrix."""
+        return replace(
+            self, inputs=tuple(replace(shared, branches=(shared.layers,)) for shared in self.inputs)
+        )
 
     def layer_groups(self, *, data_free: bool) -> tuple[SharedInput, ...]:
         """What is solved, and in memory, at a time, in the order of `inputs`: of each the W4A4 layers together, because

@@ -8,7 +8,8 @@ qwen-image, z-image, wan), a conversion is read the way ComfyUI's loader reads o
 `_load_quantized_module`, commit 0271a469): every module's `comfy_quant` chooses the layout, whose parameters are the
 module's other tensors. Printed: the largest difference of a layer's output to svdq's own runtime, and the images of
 both against the 16-bit model's, comfy-kitchen's with bfloat16 activations and float32 arithmetic, as its CUDA kernels
-compute, and with bfloat16 arithmetic. Exit code 1 where an image in float32 is more than a decibel apart or a tensor is
+compute, and with bfloat16 arithmetic. nvfp4's product has no version for CPUs: its two operands are dequantized and
+multiplied. Exit code 1 where comfy-kitchen's image in float32 is more than a decibel worse than svdq's or a tensor is
 left over.
 """
 
@@ -37,8 +38,8 @@ from svdq_cli.pipelines.generate import generate_one
 from svdq_cli.prepare.options import DEFAULT_OPTIONS, RunOptions
 from svdq_cli.prepare.sampling import usual_sampling
 from svdq_cli.prepare.sources import source_of
-from svdq_cli.recipe import Output, Quantization, default_recipe
-from svdq_cli.records import ignore_events
+from svdq_cli.recipe import Calibration, Output, Quantization, default_recipe
+from svdq_cli.records import W4A4Solution, ignore_events
 from svdq_cli.runtime.linear import quantized_linear
 from svdq_cli.runtime.replace import replace_linears
 from tests.tiny import tiny_flux_pipeline
@@ -49,11 +50,17 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 NAMES = ("demo", "flux", "sdxl", "qwen-image", "z-image", "wan")
-MOST_APART = 1.0  # dB
+MOST_APART = 1.0  # dB by which comfy-kitchen's image may be worse
 STEPS = 4
 PROMPT = "a pink rabbit"
 OUTPUT = Output(format="comfy-core")
-QUANTIZATION = {"w4a4": Quantization(effort="datafree")}
+QUANTIZATION = {
+    "int4": Quantization(effort="datafree"),
+    "nvfp4": Quantization(
+        precision="nvfp4", effort="fast"
+    ),  # calibrated, for a smoothing factor that is not 1
+}
+CALIBRATION = Calibration(samples=2, steps=2, rows=256)
 
 
 def kitchen_weights(file: Path, dtype: torch.dtype) -> tuple[dict[str, Any], set[str]]:
@@ -88,6 +95,12 @@ def kitchen_weights(file: Path, dtype: torch.dtype) -> tuple[dict[str, Any], set
                     "zeros": state.pop(f"{name}.weight_zeros"),
                     "group_size": int(said.get("group_size", 64)),
                 }
+            case "nvfp4":
+                layout = kitchen.TensorCoreNVFP4Layout
+                params = {
+                    "scale": state.pop(f"{name}.weight_scale_2"),
+                    "block_scale": state.pop(f"{name}.weight_scale"),
+                }
             case other:
                 raise SystemExit(f"{name}: ComfyUI has no quantization format {other!r}")
         shape = (weight.shape[0], 2 * weight.shape[1])
@@ -97,27 +110,47 @@ def kitchen_weights(file: Path, dtype: torch.dtype) -> tuple[dict[str, Any], set
     return found, set(state)
 
 
+def smoothing_factors(file: Path) -> dict[str, Tensor]:
+    """By module, what ComfyUI multiplies inputs by before they are quantized; of nvfp4 modules only."""
+    suffix = ".pre_quant_scale"
+    return {key.removesuffix(suffix): t for key, t in load_file(file).items() if key.endswith(suffix)}
+
+
 class KitchenLinear(nn.Module):
     """The rows of one of comfy-kitchen's modules that are one of diffusers' layers."""
 
-    def __init__(self, weight: Any, rows: slice, bias: Tensor | None) -> None:
+    def __init__(self, weight: Any, rows: slice, bias: Tensor | None, smooth: Tensor | None) -> None:
         super().__init__()
         self.kitchen, self.rows, self.bias = [weight], rows, bias  # in a list: not a parameter to be moved
+        self.smooth = smooth
         self.out_features, self.in_features = rows.stop - rows.start, weight.shape[1]
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N)."""
-        rows = x.to(torch.bfloat16).to(self.kitchen[0].dtype)
+        rows = x.to(torch.bfloat16)
+        if self.smooth is not None:
+            rows = self._quantized((rows * self.smooth).flatten(0, -2))
+        rows = rows.to(self.kitchen[0].dtype)
+        if self.smooth is not None:
+            rows = rows.reshape(x.shape)
         y = F.linear(rows, self.kitchen[0])[..., self.rows]
         return (y if self.bias is None else y + self.bias).to(torch.bfloat16).to(x.dtype)
+
+    def _quantized(self, rows: Tensor) -> Tensor:
+        """What nvfp4's operator multiplies with, (M, K): ComfyUI gives no scale, so it is the tensor's own."""
+        from comfy_kitchen import tensor as kitchen  # pyright: ignore[reportMissingImports]
+
+        quantized = kitchen.QuantizedTensor.from_float(rows, "TensorCoreNVFP4Layout")
+        return quantized.to(self.kitchen[0].dtype).dequantize()
 
 
 def kitchen_layers(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, KitchenLinear]:
     """Every quantized layer of a checkpoint, run by comfy-kitchen. SystemExit where ComfyUI would find a tensor that is
     none of its."""
     weights, left = kitchen_weights(checkpoint.source.path, dtype)
-    biases = {f"{name}.bias" for name in weights}
-    if foreign := left - biases - set(checkpoint.kept_specs()) - set(checkpoint.marker_names()):
+    smooth = smoothing_factors(checkpoint.source.path)
+    own = {f"{name}.bias" for name in weights} | {f"{name}.pre_quant_scale" for name in smooth}
+    if foreign := left - own - set(checkpoint.kept_specs()) - set(checkpoint.marker_names()):
         raise SystemExit(f"{checkpoint.source.path}: left over: {', '.join(sorted(foreign))}")
     layers: dict[str, KitchenLinear] = {}
     for module in checkpoint.file.modules:
@@ -125,7 +158,9 @@ def kitchen_layers(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Kitc
         for layer in module.layers:
             rows = slice(start, start + layer.linear.out_features)
             start = rows.stop
-            layers[layer.name] = KitchenLinear(weights[module.name], rows, checkpoint.solution(layer).bias)
+            layers[layer.name] = KitchenLinear(
+                weights[module.name], rows, checkpoint.solution(layer).bias, smooth.get(module.name)
+            )
     return layers
 
 
@@ -143,15 +178,17 @@ class Result:
 
     @property
     def sound(self) -> bool:
-        return abs(self.kitchen_db - self.own_db) <= MOST_APART
+        return self.own_db - self.kitchen_db <= MOST_APART
 
 
-def compared(name: str, folder: Path, activations: str) -> Result:
+def compared(name: str, folder: Path, numbers: str) -> Result:
     """A conversion of a tiny model, run by both."""
     model = "demo" if name == "demo" else str(_pipeline(name, folder / "model"))
-    recipe = default_recipe(model, quantization=QUANTIZATION[activations], outputs=(OUTPUT,))
+    wanted = QUANTIZATION[numbers]
+    calibration = None if wanted.effort == "datafree" else CALIBRATION
+    recipe = default_recipe(model, quantization=wanted, calibration=calibration, outputs=(OUTPUT,))
     prepared_source = source_of(recipe, DEFAULT_OPTIONS)
-    file = folder / f"{activations}.safetensors"
+    file = folder / f"{numbers}.safetensors"
     convert(recipe, file, options=RunOptions(device="cpu"))
     base = prepared_source.pipeline
     assert base is not None
@@ -190,11 +227,15 @@ def _pipeline(name: str, folder: Path) -> Path:
 
 
 def _differences(checkpoint: Checkpoint, layers: Mapping[str, nn.Module]) -> Iterator[float]:
-    """Of each layer's outputs for random rows, relative to their size."""
+    """Of each layer's outputs for random rows of the size that smoothing expects, relative to their size."""
     generator = torch.Generator().manual_seed(0)
     for plan in checkpoint.layers:
-        x = torch.randn(64, plan.linear.in_features, generator=generator).to(torch.bfloat16).float()
-        own = quantized_linear(checkpoint.solution(plan))(x).float()
+        solution = checkpoint.solution(plan)
+        x = torch.randn(64, plan.linear.in_features, generator=generator)
+        if isinstance(solution, W4A4Solution):
+            x = x * solution.smooth.float()
+        x = x.to(torch.bfloat16).float()
+        own = quantized_linear(solution)(x).float()
         yield float((layers[plan.name](x).float() - own).norm() / own.norm())
 
 
@@ -208,12 +249,12 @@ def main() -> int:
     print(f"{'model':12} {'':5} layers  layer differs " + " ".join(f"{title:>9}" for title in titles))
     sound = True
     for name in said.names:
-        for activations in QUANTIZATION:
+        for numbers in QUANTIZATION:
             with tempfile.TemporaryDirectory() as folder:
-                found = compared(name, Path(folder), activations)
+                found = compared(name, Path(folder), numbers)
             values = (found.kitchen_db, found.bfloat16_db, found.own_db, found.between_db)
             print(
-                f"{found.name:12} {activations:5} {found.layers:6} {found.difference:14.2%} ",
+                f"{found.name:12} {numbers:5} {found.layers:6} {found.difference:14.2%} ",
                 *(f"{value:6.2f} dB" for value in values),
                 "" if found.sound else "apart",
                 flush=True,

@@ -188,6 +188,9 @@ def _stacked_outer(module: StoredModule, parts: list[W4A4Solution]) -> Tensor | 
             "per row",
             where=parts[0].plan.name,
         )
+    for part in parts[1:]:
+        if not same_bits(part.outer, outers[0]):
+            raise not_together(module, parts[0].plan.name, part.plan.name, "outer scales")
     return outers[0]
 
 

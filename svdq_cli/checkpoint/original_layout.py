@@ -13,7 +13,7 @@ from svdq_cli.checkpoint.file_layout import FileLayout, KeptTensor, StoredModule
 from svdq_cli.errors import InputError, UsageError
 from svdq_cli.families.layouts.layout import STACKED, HalvesSwapped, Marker, RowOrder
 from svdq_cli.formats.contract import Format
-from svdq_cli.records import LayerPlan, Linear, RotatedPlan
+from svdq_cli.records import LayerPlan, Linear, RotatedPlan, W4A4Plan, W4A16Plan
 from svdq_cli.source.names import Naming, Part, original_layers, renamed, split_key
 from svdq_cli.source.original_names import CHROMA, FLUX1, FLUX2, LDM_UNET, PIXART, SD3, WAN, Z_IMAGE
 
@@ -142,7 +142,7 @@ def _module(
     first = members[0] if members else None
     if first is None or len(members) < len(plans):
         return None
-    if len(members) > 1 and not all(isinstance(plan, RotatedPlan) for plan in members):
+    if len(members) > 1 and not all(isinstance(plan, RotatedPlan | W4A4Plan) for plan in members):
         return None
     if len({_kind(plan) for plan in members}) > 1:
         return None
@@ -157,7 +157,14 @@ def _module(
 
 
 def _kind(plan: LayerPlan) -> object:
-    return (type(plan), plan.activation_bits, plan.rotation) if isinstance(plan, RotatedPlan) else type(plan)
+    """What layers that are stored as one matrix have in common."""
+    match plan:
+        case RotatedPlan():
+            return type(plan), plan.activation_bits, plan.rotation
+        case W4A4Plan():
+            return type(plan), plan.precision, plan.rank
+        case W4A16Plan():
+            return type(plan)
 
 
 def _kept(

@@ -409,10 +409,10 @@ def _file_layout(
 
 
 def _rank(facts: PackedFacts, layers: tuple[LayerPlan, ...]) -> int | None:
-    """The rank that the file says, else the largest of its layers'."""
+    """The rank that the file says, else the largest of its layers'; None without a branch."""
     if facts.rank is not None:
         return facts.rank
-    return max((layer.rank for layer in layers if isinstance(layer, W4A4Plan)), default=None)
+    return max((layer.rank for layer in layers if isinstance(layer, W4A4Plan)), default=0) or None
 
 
 def _common_dtype(specs: Mapping[str, TensorSpec]) -> torch.dtype:

@@ -236,7 +236,10 @@ def _rank_errors(
 
 
 def _usable(prepared: Prepared, members: Sequence[W4A4Plan], ranks: Sequence[int]) -> list[int]:
-    """The ranks to choose from: the recipe's own word for these layers, else `ranks` up to half the smallest side."""
+    """The ranks to choose from: 0 without branches, the recipe's own word for these layers, else `ranks` up to half
+    the smallest side."""
+    if members[0].branchless:
+        return [0]
     said = [o for o in prepared.recipe.layers if isinstance(o, RankOverride)]
     if any(fnmatchcase(plan.name, override.match) for plan in members for override in said):
         return sorted({plan.rank for plan in members})

@@ -15,6 +15,7 @@ from svdq_cli import __version__
 from svdq_cli.checkpoint.reader import Checkpoint
 from svdq_cli.prepare.facts import layers_text
 from svdq_cli.prepare.locate import hub_id
+from svdq_cli.records import NvFp4
 from svdq_cli.reports import ConvertReport, LoraFacts, RankFacts, TextEncoderFacts, to_json
 from svdq_cli.source import is_expert, pipeline_index
 from svdq_cli.storage.pipeline_index import is_pipeline
@@ -29,6 +30,7 @@ _WORD = re.compile(r"[\w .:/+-]{1,200}")  # what a license, a tag or a link cons
 _PAPER = "https://arxiv.org/abs/2411.05007"
 COMFY_CORE = "comfy-core"  # the format without a low-rank branch
 _CONVROT = "https://arxiv.org/abs/2512.03673"
+_SMOOTHQUANT = "https://arxiv.org/abs/2211.10438"
 _PROVENANCE = (
     "The header of the weights holds recipe, versions and sha256 of all inputs; `svdq inspect` shows them."
 )
@@ -100,12 +102,18 @@ def _header(said: dict[str, Any], base_model: str | None, pipeline: Path | None,
     data = ModelCardData(
         base_model=base_model,
         library_name="diffusers",
-        tags=["convrot" if COMFY_CORE in tags else "svdquant", "quantized", *tags],
+        tags=[_method(tags), "quantized", *tags],
         pipeline_tag=said.pop("pipeline_tag", None) or _pipeline_tag(pipeline),
         **({"base_model_relation": "quantized"} if base_model else {}),
         **said,
     )
     return f"---\n{data.to_yaml()}\n---"
+
+
+def _method(tags: Sequence[str]) -> str:
+    if COMFY_CORE not in tags:
+        return "svdquant"
+    return "smoothquant" if NvFp4.name in tags else "convrot"
 
 
 def _header_of(path: Path, keys: Sequence[str]) -> dict[str, Any]:
@@ -131,12 +139,17 @@ def _pipeline_tag(pipeline: Path | None) -> str:
     )
 
 
-def _rotated_title(base_model: str | None, model_class: str) -> Iterator[str]:
+def _branchless_title(report: ConvertReport, base_model: str | None) -> Iterator[str]:
     """The first lines of the body of a file for ComfyUI itself, up to "made with"."""
+    model_class, floats = report.model.model_class, report.precision == NvFp4.name
     source = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else cell(model_class)
-    yield f"# {cell((base_model or model_class).rpartition('/')[2])}, ConvRot int4 for ComfyUI"
+    title = f"{'nvfp4' if floats else 'ConvRot int4'} for ComfyUI"
+    yield f"# {cell((base_model or model_class).rpartition('/')[2])}, {title}"
     yield ""
-    yield f"{source} with 4-bit weights, for ComfyUI without custom nodes. Inputs are rotated ([ConvRot]({_CONVROT}))"
+    how = f"smoothed ([SmoothQuant]({_SMOOTHQUANT}))" if floats else f"rotated ([ConvRot]({_CONVROT}))"
+    if floats and report.data_free:
+        how = "not smoothed, for there was no calibration,"
+    yield f"{source} with 4-bit weights, for ComfyUI without custom nodes. Inputs are {how}"
     yield "and quantized. There is no low-rank branch as in SVDQuant's files: where layers are W4A4, quality is lower."
     yield "Made with"
 
@@ -151,7 +164,7 @@ def _title(base_model: str | None, model_class: str, precision: str, more: str =
 
 def _body(report: ConvertReport, base_model: str | None) -> Iterator[str]:
     if any(output.format == COMFY_CORE for output in report.outputs):
-        yield from _rotated_title(base_model, report.model.model_class)
+        yield from _branchless_title(report, base_model)
     else:
         yield from _title(base_model, report.model.model_class, report.precision)
     yield f"svdq {report.svdq_version}."

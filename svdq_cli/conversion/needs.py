@@ -90,7 +90,8 @@ def given_statistics(recipe: Recipe, path: Path | None) -> Calibration | None:
 def is_searched(prepared: Prepared) -> bool:
     """Whether the recipe leaves ranks, bits of activations or 16-bit layers to a search."""
     wanted = prepared.recipe.quantization
-    return (wanted.rank == "auto" and bool(prepared.plan.w4a4)) or wanted.size_bytes is not None
+    ranked = any(not plan.branchless for plan in prepared.plan.w4a4)
+    return (wanted.rank == "auto" and ranked) or wanted.size_bytes is not None
 
 
 def require_blocks_run(prepared: Prepared, needs: Needs) -> None:

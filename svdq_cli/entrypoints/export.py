@@ -117,11 +117,11 @@ def _target(checkpoint: Checkpoint, fmt: Format) -> Target:
             f"{checkpoint.source.path} is already a {fmt.name} checkpoint",
             hint="name another format with --to",
         )
-    if fmt.scheme != checkpoint.format.scheme:
-        rotated = fmt if fmt.scheme == "rotation" else checkpoint.format
+    if fmt.has_branch != checkpoint.format.has_branch:
+        alone = checkpoint.format if fmt.has_branch else fmt
         raise UsageError(
-            f"{rotated.name} rotates inputs and has no low-rank branch, so nothing can be exported from "
-            f"{checkpoint.format.name} to {fmt.name}",
+            f"{alone.name} has no low-rank branch, so nothing can be exported from {checkpoint.format.name} to "
+            f"{fmt.name}",
             hint=f"convert the model from its source with --format {fmt.name}",
             where="--to",
             kind="not-exact",

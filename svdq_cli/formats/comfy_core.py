@@ -1,4 +1,5 @@
-"""What ComfyUI itself loads, without custom nodes: rotated layers (`convrot_w4a4`, `asym_w4a8_int8`) and `awq_w4a16`.
+"""What ComfyUI itself loads, without custom nodes: rotated int4 layers (`convrot_w4a4`, `asym_w4a8_int8`), smoothed
+`nvfp4` ones, and `awq_w4a16`.
 
 Every quantized module carries its own metadata, JSON in a uint8 tensor `comfy_quant`, by which ComfyUI's loader chooses
 the layout class of comfy-kitchen that reads it; a linear without one is an ordinary 16-bit layer. No low-rank branch.
@@ -9,7 +10,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,13 @@ from svdq_cli.formats.json_keys import json_object
 from svdq_cli.formats.soundness import require_16_bit, require_sound, require_sound_tensors, sixteen_bit_dtype
 from svdq_cli.pack.kitchen import bytes_text, text_bytes
 from svdq_cli.pack.kitchen_awq import pack_awq, unpack_awq
+from svdq_cli.pack.kitchen_nvfp4 import (
+    pack_block_scales,
+    pack_nvfp4_codes,
+    scale_shape,
+    unpack_block_scales,
+    unpack_nvfp4_codes,
+)
 from svdq_cli.pack.row_major import pack_rows, unpack_rows
 from svdq_cli.pack.tiles import join_nibbles, split_nibbles
 from svdq_cli.records import (
@@ -31,32 +38,40 @@ from svdq_cli.records import (
     LayerSolution,
     Linear,
     ModelPlan,
+    NvFp4,
+    Precision,
     RotatedPlan,
     RotatedSolution,
     Scheme,
     W4A4Plan,
+    W4A4Solution,
     W4A16Plan,
     W4A16Solution,
+    reciprocal,
 )
 from svdq_cli.storage.headers import header_metadata
 from svdq_cli.storage.tensor_file import TensorSpec
 
 NAME = "comfy-core"
 MARKER = "comfy_quant"
-W4A4, W4A8, W4A16 = "convrot_w4a4", "asym_w4a8_int8", "awq_w4a16"
+W4A4, W4A8, W4A16, NVFP4 = "convrot_w4a4", "asym_w4a8_int8", "awq_w4a16", "nvfp4"
+PRECISION = "precision"  # a key of the header, of nvfp4 files
 _COLUMNS = (
     64  # K in features must be a multiple: of the packed bytes that comfy-kitchen's kernels take at once
 )
+_ROWS = 16  # N out features of nvfp4 must be a multiple: comfy-kitchen pads a weight to it
 
 
 class ComfyCore(Format):
     """A file for ComfyUI as it is."""
 
     name = NAME
-    precisions = (Int4(),)
+    precisions = (Int4(), NvFp4())
     original_names = True
-    scheme: ClassVar[Scheme] = "rotation"
     one_rank = False
+
+    def scheme_of(self, precision: Precision) -> Scheme:
+        return "rotation" if isinstance(precision, Int4) else "smoothing"
 
     def unsupported_reason(self, layer: LayerPlan) -> str | None:
         """Why ComfyUI can't run this module in 4 bits, or None."""
@@ -64,7 +79,9 @@ class ComfyCore(Format):
             return reason
         if layer.linear.kind != "linear":
             return "it is a 1x1 convolution, and ComfyUI reads linear layers only"
-        columns = layer.linear.in_features
+        rows, columns = layer.linear.out_features, layer.linear.in_features
+        if isinstance(layer, W4A4Plan) and rows % _ROWS:
+            return f"out_features {rows} is not a multiple of {_ROWS}"
         return f"in_features {columns} is not a multiple of {_COLUMNS}" if columns % _COLUMNS else None
 
     def tensor_specs(
@@ -83,7 +100,13 @@ class ComfyCore(Format):
                 for suffix in ("weight_scale", "weight_zeros"):
                     specs[suffix] = TensorSpec((columns // group, rows), dtype)
             case W4A4Plan():
-                raise ValueError(f"{layer.name}: {self.scheme_reason(layer)}")
+                if reason := self.scheme_reason(layer):
+                    raise ValueError(f"{layer.name}: {reason}")
+                specs["weight"] = TensorSpec((rows, columns // 2), torch.uint8)
+                groups = columns // layer.precision.group
+                specs["weight_scale"] = TensorSpec(scale_shape(rows, groups), torch.float8_e4m3fn)
+                specs["weight_scale_2"] = TensorSpec((), torch.float32)
+                specs["pre_quant_scale"] = TensorSpec((columns,), dtype)
         specs[MARKER] = TensorSpec((len(_marker(layer)),), torch.uint8)
         if layer.linear.bias:
             specs["bias"] = TensorSpec((rows,), dtype)
@@ -110,6 +133,8 @@ class ComfyCore(Format):
             case W4A16Solution():
                 weight, scales, zeros = pack_awq(solution.codes, solution.scales, solution.zeros)
                 tensors = {"weight": weight, "weight_scale": scales, "weight_zeros": zeros}
+            case W4A4Solution(outer=Tensor() as outer):
+                tensors = _nvfp4_tensors(solution, outer)
             case _:  # refused above
                 raise AssertionError(solution.plan.name)
         tensors[MARKER] = text_bytes(_marker(solution.plan))
@@ -146,7 +171,7 @@ class ComfyCore(Format):
                     raise InputError(f"{layer.name}: {error}", where=layer.name) from error
                 return W4A16Solution(layer, *found, bias)
             case W4A4Plan():
-                raise ValueError(f"{layer.name}: {self.scheme_reason(layer)}")
+                return _nvfp4_solution(layer, tensors, bias)
 
     def encode_branch(self, branch: Branch, traits: LayoutTraits = PLAIN) -> dict[str, Tensor]:
         raise ValueError(f"{NAME} has no low-rank branch")
@@ -156,13 +181,14 @@ class ComfyCore(Format):
 
     def metadata(self, plan: ModelPlan, dtype: torch.dtype) -> dict[str, object]:
         require_16_bit(self.name, dtype)
-        if not plan.rotated:
+        if not plan.rotated and not plan.w4a4:
             raise UsageError(f"{NAME} needs W4A4 layers, and the plan has none")
-        return {}
+        return {PRECISION: NvFp4.name} if plan.w4a4 else {}
 
     def parse_metadata(self, config: Mapping[str, object]) -> PackedFacts:
-        """The header says nothing that the tensors do not."""
-        return PackedFacts((), (), Int4(), None, None)
+        """Of what the tensors say as well, the precision."""
+        precision = NvFp4() if config.get(PRECISION) == NvFp4.name else Int4()
+        return PackedFacts((), (), precision, None, None)
 
     def layer_plans(self, facts: PackedFacts, specs: Mapping[str, TensorSpec]) -> tuple[LayerPlan, ...]:
         return tuple(
@@ -175,7 +201,9 @@ class ComfyCore(Format):
     def implied_metadata(self, specs: Mapping[str, TensorSpec]) -> dict[str, object] | None:
         found = suffixes_of(specs)
         quantized = {MARKER, "weight"} <= found and found & {"weight_scale", "weight_s_rel"}
-        return {} if quantized and not found & {"proj_down", "weight_proj_down"} else None
+        if not quantized or found & {"proj_down", "weight_proj_down"}:
+            return None
+        return {PRECISION: NvFp4.name} if "weight_scale_2" in found else {}
 
 
 FORMAT = ComfyCore()
@@ -188,7 +216,9 @@ def _marker(plan: LayerPlan) -> str:
             said: dict[str, object] = {"format": W4A4, "convrot_groupsize": rotation}
         case RotatedPlan(rotation=rotation, group=group):
             said = {"format": W4A8, "group_size": group, "convrot_groupsize": rotation}
-        case _:
+        case W4A4Plan():
+            said = {"format": NVFP4}
+        case W4A16Plan():
             said = {"format": W4A16, "group_size": W4A16Plan.group}
     return json.dumps(said)
 
@@ -205,7 +235,57 @@ def _plan_of(name: str, specs: Mapping[str, TensorSpec]) -> LayerPlan:
     linear = Linear(name, 2 * weight.shape[1], weight.shape[0], f"{name}.bias" in specs)
     if f"{name}.weight_zeros" in specs:
         return W4A16Plan(linear)
+    if f"{name}.weight_scale_2" in specs:
+        return W4A4Plan(linear, NvFp4(), 0)
     return RotatedPlan.of(linear, 8 if f"{name}.weight_s_rel" in specs else 4)
+
+
+def _nvfp4_tensors(solution: W4A4Solution, outer: Tensor) -> dict[str, Tensor]:
+    """ValueError where the module has several outer scales, or where 1 / smooth does not give smooth back."""
+    if outer.numel() > 1:
+        raise ValueError(f"{solution.plan.name}: {NAME} stores one outer scale for a module")
+    inverse = reciprocal(solution.smooth)
+    if not torch.equal(reciprocal(inverse), solution.smooth):
+        raise ValueError(f"{solution.plan.name}: 1 / smooth is not exact in 16 bits")
+    return {
+        "weight": pack_nvfp4_codes(solution.codes),
+        "weight_scale": pack_block_scales(solution.scales),
+        "weight_scale_2": outer.float().reshape(()),
+        "pre_quant_scale": inverse,
+    }
+
+
+def _nvfp4_solution(plan: W4A4Plan, tensors: Mapping[str, Tensor], bias: Tensor | None) -> W4A4Solution:
+    """The inverse of `_nvfp4_tensors`."""
+    rows, columns = plan.linear.out_features, plan.linear.in_features
+    inverse, scale = tensors["pre_quant_scale"], tensors["weight_scale_2"]
+    smooth, outer = reciprocal(inverse), scale.to(inverse.dtype)
+    if bool((inverse == 0).any()) or not torch.equal(reciprocal(smooth), inverse):
+        raise _foreign(plan, "pre_quant_scale is not 1 / smooth of a smoothing factor of 16 bits")
+    if not torch.equal(outer.float(), scale):
+        raise _foreign(plan, f"weight_scale_2 is not exact in {inverse.dtype}")
+    try:
+        scales = unpack_block_scales(tensors["weight_scale"], rows, columns // plan.precision.group)
+    except ValueError as error:
+        raise _foreign(plan, str(error)) from error
+    return W4A4Solution(
+        plan=plan,
+        smooth=smooth,
+        down=inverse.new_empty(0, columns),
+        up=inverse.new_empty(rows, 0),
+        codes=unpack_nvfp4_codes(tensors["weight"]),
+        scales=scales,
+        outer=outer.reshape(1),
+        bias=bias,
+    )
+
+
+def _foreign(plan: LayerPlan, what: str) -> InputError:
+    return InputError(
+        f"{plan.name}: {what}",
+        where=plan.name,
+        hint="the file is damaged, or not from svdq: svdq reads only comfy-core files that svdq convert wrote",
+    )
 
 
 def _require_marker(plan: LayerPlan, tensors: Mapping[str, Tensor]) -> None:

@@ -20,6 +20,8 @@ itself, not x / smooth. 16-bit is the checkpoint's dtype, bfloat16 or float16, e
 
 A W4A16 layer quantizes weights only: W = codes · scales + zeros, codes 0..15 (N, K), scales and zeros (N, K/64) 16-bit.
 
+A layer of rank 0 has no branch, and smooth is exact as 1 / (1 / smooth) in 16 bits.
+
 A rotated layer has no branch: y = q(x H) · Wᵀ + bias, H block-diagonal of Hadamard matrices (`solve.rotation`). q has
 one float32 scale a row of x. With 4-bit activations it is m / 7, and W = codes · scales, codes -7..7, one float32 scale
 a row; with 8-bit ones it is m / 127, and W = round(level · scale) · row scale, 16 levels, one e4m3 scale per 16 inputs.
@@ -102,8 +104,6 @@ class Format(ABC):
     own_names: ClassVar[bool] = False
     # Modules are those of the models' original checkpoints (`source.original_names`), so that no family needs a layout.
     original_names: ClassVar[bool] = False
-    # How its runtime keeps outliers from 4-bit numbers.
-    scheme: ClassVar[Scheme] = "branch"
     # A layer that the format or the plan leaves at 16 bits has a place among quantized ones.
     mixes: ClassVar[bool] = True
     # int4 modules fed by a plain GELU read unsigned activations.
@@ -119,13 +119,27 @@ class Format(ABC):
     def unsupported_reason(self, layer: LayerPlan) -> str | None:
         """Why the format can't hold this module ("out_features 200 is not a multiple of 128"), or None."""
 
+    def scheme_of(self, precision: Precision) -> Scheme:
+        """How its runtime keeps outliers from 4-bit numbers of that format."""
+        return "branch"
+
+    @property
+    def has_branch(self) -> bool:
+        """Whether its layers have a low-rank branch."""
+        return all(self.scheme_of(precision) == "branch" for precision in self.precisions)
+
     def scheme_reason(self, layer: LayerPlan) -> str | None:
-        """Why a layer is none of this format's scheme, or None."""
-        if isinstance(layer, RotatedPlan) and self.scheme != "rotation":
-            return f"{self.name} has no rotated layers"
-        if isinstance(layer, W4A4Plan) and self.scheme != "branch":
-            return f"{self.name} has no low-rank branch"
-        return None
+        """Why a layer is none of this format's schemes, or None."""
+        match layer:
+            case RotatedPlan():
+                rotates = any(self.scheme_of(precision) == "rotation" for precision in self.precisions)
+                return None if rotates else f"{self.name} has no rotated layers"
+            case W4A4Plan(precision=precision) if not self.has_branch:
+                if layer.branchless and self.scheme_of(precision) == "smoothing":
+                    return None
+                return f"{self.name} has no low-rank branch"
+            case _:
+                return None
 
     @abstractmethod
     def tensor_specs(

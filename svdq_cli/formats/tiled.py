@@ -47,8 +47,10 @@ def unsupported_reason(layer: LayerPlan) -> str | None:
     """Why the kernels behind this format can't run `layer`, or None."""
     rows, columns = layer.linear.out_features, layer.linear.in_features
     match layer:
+        case W4A4Plan(rank=0):
+            return "it has no low-rank branch, which Nunchaku's kernels need"
         case W4A4Plan(rank=rank):
-            if rank <= 0 or rank % 16 or rank > MAX_RANK:
+            if rank < 0 or rank % 16 or rank > MAX_RANK:
                 return f"rank {rank} is not a multiple of 16 from 16 to {MAX_RANK}"
             row_tile, column_tile = 128, 128
         case W4A16Plan():

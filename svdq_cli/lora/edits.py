@@ -60,7 +60,7 @@ def read_loras(checkpoint: Checkpoint, loras: Sequence[tuple[Path, float]]) -> t
     """The LoRAs (file, weight) that a checkpoint's model is to take. InputError as `read_adapter` raises it."""
     if not loras:
         raise UsageError("no LoRA is named", hint="give --lora FILE or --lora FILE:WEIGHT")
-    if checkpoint.format.scheme == "rotation":
+    if not checkpoint.format.has_branch:
         raise UsageError(
             f"{checkpoint.source.path}: {checkpoint.format.name} has no low-rank branch to fold a LoRA into",
             hint="merge it when converting: svdq convert SOURCE --lora FILE",

@@ -69,7 +69,7 @@ def plan_model(
 ) -> ModelPlan:
     """The plan of one model. A model without a family file, or `family` "structural", gets a structural plan.
 
-    `scheme`: how layers with 4-bit activations are stored; a rotated one has no rank.
+    `scheme`: how layers with 4-bit activations are stored; without a branch no rank is used.
     `overrides`: the recipe's layer rules, in their order.
     `keeps_modulation`: layers that would be W4A16 stay at 16 bits, but for those that a rule includes.
     `supports` is the output format's say: None, or why it can't hold a layer; such a layer is kept at 16 bits. Experts
@@ -107,7 +107,13 @@ def plan_model(
 def _wanted(linear: Linear, roles: Roles, branched: W4A4Plan, scheme: Scheme) -> LayerPlan | None:
     """What a layer's role makes of it, None for one that stays at 16 bits. `branched`: a W4A4 layer with a branch."""
     if linear.name in roles.w4a4:
-        return RotatedPlan.of(linear) if scheme == "rotation" else branched
+        match scheme:
+            case "branch":
+                return branched
+            case "rotation":
+                return RotatedPlan.of(linear)
+            case "smoothing":
+                return replace(branched, rank=0)
     return W4A16Plan(linear) if linear.name in roles.w4a16 else None
 
 

@@ -33,6 +33,7 @@ from svdq_cli.records import (
     LayerPlan,
     ModelPlan,
     Observer,
+    Precision,
     Scheme,
     SolveSettings,
 )
@@ -73,7 +74,7 @@ def prepare(
     formats = [format_named(output.format) for output in recipe.outputs] or [format_named(DEFAULT)]
     for fmt in formats:
         require_precision(fmt, quantization.number_format)
-    scheme = _one_scheme(formats)
+    scheme = _one_scheme(formats, quantization.number_format)
     source = source or source_of(recipe, RunOptions(beside=beside))
     recipe = with_model_sampling(recipe, source)
     calibrates = recipe.calibration is not None and (every_layer or quantization.effort != "datafree")
@@ -97,7 +98,9 @@ def prepare(
         keeps_modulation=recipe.modulation == "keep",
         readings=_readings(source, recipe.model.family, sampling),
     )
-    if not _shares_branches(quantization.share_branches, formats):
+    if scheme == "smoothing":
+        plan = plan.with_whole_inputs()
+    elif not _shares_branches(quantization.share_branches, formats):
         plan = plan.with_own_branches()
     settings = SolveSettings(
         quantization.chosen_smoothing,
@@ -119,14 +122,15 @@ def _shares_branches(wanted: bool | Literal["auto"], formats: Sequence[Format]) 
     return not all(fmt.own_names for fmt in formats) if wanted == "auto" else wanted
 
 
-def _one_scheme(formats: Sequence[Format]) -> Scheme:
+def _one_scheme(formats: Sequence[Format], precision: Precision) -> Scheme:
     """UsageError for formats whose layers are solved in two ways."""
-    schemes: set[Scheme] = {fmt.scheme for fmt in formats}
+    schemes: set[Scheme] = {fmt.scheme_of(precision) for fmt in formats}
     if len(schemes) > 1:
-        rotated = next(fmt.name for fmt in formats if fmt.scheme == "rotation")
-        other = next(fmt.name for fmt in formats if fmt.scheme != "rotation")
+        alone = next(fmt for fmt in formats if fmt.scheme_of(precision) != "branch")
+        other = next(fmt.name for fmt in formats if fmt.scheme_of(precision) == "branch")
+        rotates = "rotates inputs and " if alone.scheme_of(precision) == "rotation" else ""
         raise UsageError(
-            f"{rotated} rotates inputs and has no low-rank branch, so its layers are solved in another way than those "
+            f"{alone.name} {rotates}has no low-rank branch, so its layers are solved in another way than those "
             f"of {other}",
             hint="convert once for each; svdq calibrate makes statistics that serve both (--calib)",
             where="outputs",
@@ -187,7 +191,7 @@ def warnings_of(prepared: Prepared, *, data_free: bool) -> tuple[str, ...]:
             "name the pipeline it belongs to with --base"
         )
     found += _denoisers_left_out(prepared.source)
-    found += _rotated_warnings(prepared)
+    found += _branchless_warnings(prepared)
     if data_free:
         cure = (
             "use --effort fast, balanced or best to calibrate"
@@ -201,15 +205,19 @@ def warnings_of(prepared: Prepared, *, data_free: bool) -> tuple[str, ...]:
     return (*found, *plan_warnings(prepared.plan, prepared.inventory))
 
 
-def _rotated_warnings(prepared: Prepared) -> Iterator[str]:
+def _branchless_warnings(prepared: Prepared) -> Iterator[str]:
     """What a format without a low-rank branch costs."""
-    if not prepared.plan.rotated:
-        return
     name = prepared.targets[0].format.name
-    cure = "" if prepared.recipe.quantization.size_bytes else "; a size_budget gives layers 8-bit activations"
+    budget = prepared.recipe.quantization.size_bytes
+    if prepared.plan.rotated:
+        lost, cure = "5", "a size_budget gives layers 8-bit activations"
+    elif any(plan.branchless for plan in prepared.plan.w4a4):
+        lost, cure = "2.5", "a size_budget leaves layers at 16 bits"
+    else:
+        return
     yield (
-        f"{name} has no low-rank branch, and rank is not used: its W4A4 layers are less exact than SVDQuant's, by 5 dB "
-        f"on the embedded demo model{cure}"
+        f"{name} has no low-rank branch, and rank is not used: its W4A4 layers are less exact than SVDQuant's, by "
+        f"{lost} dB on the embedded demo model{'' if budget else f'; {cure}'}"
     )
     if prepared.recipe.quantization.effort == "best":
         yield f"{name}: effort best does what balanced does: blocks are tuned by their low-rank branches"

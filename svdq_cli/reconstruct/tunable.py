@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from svdq_cli.planning.pointwise import channels_first, channels_last
 from svdq_cli.records import Int4, SharedInput, W4A4Solution
 from svdq_cli.solve.quantizers import QuantizedWeight, dequantize_weight, fake_quantize_activation
-from svdq_cli.solve.smoothing import SMOOTH_RANGE
+from svdq_cli.solve.smoothing import SMOOTH_RANGE, invertible
 
 
 class Tunable(nn.Module):
@@ -118,6 +118,8 @@ class TunableBlock:
             for down, names in branches:
                 dtype = self.layers[names[0]].solution.up.dtype
                 smooth = log_smooth.detach().exp().clamp(*SMOOTH_RANGE).to(dtype)
+                if self.layers[names[0]].solution.plan.branchless:
+                    smooth = invertible(smooth, dtype)
                 for name in names:
                     stored[name] = self.layers[name].rounded(smooth, down.detach().to(dtype))
         return stored

@@ -69,7 +69,7 @@ def _rotated_work(n: int, width: int, settings: SolveSettings, rows: int) -> Wor
 
 
 def _w4a4_work(shapes: Shapes, width: int, settings: SolveSettings, rows: int, precision: Precision) -> Work:
-    n = sum(count for count, _ in shapes)
+    n, branched = sum(count for count, _ in shapes), any(rank for _, rank in shapes)
     size = n * width
     rounded = size * (NVFP4_ROUNDING if isinstance(precision, NvFp4) else 1)
     nearest = rounded * (len(NVFP4_SHARES) if isinstance(precision, NvFp4) else 1)
@@ -78,7 +78,7 @@ def _w4a4_work(shapes: Shapes, width: int, settings: SolveSettings, rows: int, p
         first = split_work(shapes, width, refine.POWER_ITERATIONS) + Work(quantized=nearest, calls=200)
         # each takes two products, rounds, and looks at what was lost, which is half of what a comparison does
         more = split_work(shapes, width, 0) + Work(quantized=nearest, compared=size / 2, calls=200)
-        return first + more * settings.refinements + report
+        return first + more * (settings.refinements if branched else 0) + report
     final = split_work(shapes, width, POWER_ITERATIONS) + Work(quantized=nearest, calls=200)
     search = min(rows, SEARCH_ROWS)
     point = split_work(shapes, width, SEARCH_POWER_ITERATIONS) + Work(
@@ -91,6 +91,8 @@ def _w4a4_work(shapes: Shapes, width: int, settings: SolveSettings, rows: int, p
         train = rows - judge
         total += _output(n, width, judge) * (1 + len(settings.steps))
         for step in settings.steps:
+            if step == "refit" and not branched:
+                continue
             total += STEPS[step].work(LayerSizes(shapes, width, train, final, precision))
     return total
 
@@ -174,7 +176,10 @@ def solve_bytes(
     if isinstance(members[0], W4A4Plan):
         rank = max(plan.rank for plan in members if isinstance(plan, W4A4Plan))
         factors = 4 * (rank + OVERSAMPLE) * (branch + k)
-        if rows:
+        if rank == 0:
+            # a copy of all weights as one matrix, which is rounded
+            phases.append(one + 4 * total * k + _rounding_bytes(members[0].precision, total * k, compared))
+        elif rows:
             # the low-rank branch, before there are codes
             phases.append(4 * branch * k + 3 * factors - total * k)
             phases.append(one + 2 * factors + _rounding_bytes(members[0].precision, big * k, compared))

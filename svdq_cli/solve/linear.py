@@ -31,7 +31,7 @@ from svdq_cli.records import (
     W4A16Plan,
     W4A16Solution,
 )
-from svdq_cli.solve.forward import LinearWeights, output_sqnr_db
+from svdq_cli.solve.forward import LinearWeights, output_sqnr_db, stacked_weights
 from svdq_cli.solve.improve import StepResults, improve
 from svdq_cli.solve.low_rank import split_low_rank
 from svdq_cli.solve.modulation import solve_curve, solve_w4a16
@@ -108,7 +108,7 @@ def _searched(
 ) -> Iterator[tuple[W4A4Solution, LayerSearch]]:
     """The W4A4 layers of an input, which share its smoothing factor, and how each was found. `rows` (M, K)."""
     smooth, label = choose_smoothing(shared, plans, weights, stats, rows, settings)
-    if stats is None:
+    if stats is None and not plans[0].branchless:
         solutions = _solve_data_free(shared, plans, weights, settings)
     else:
         solutions = _solve_w4a4(shared, plans, weights, smooth, settings)
@@ -159,12 +159,14 @@ def _improve(
     start: dict[str, W4A4Solution],
 ) -> tuple[dict[str, W4A4Solution], StepResults]:
     layer_group = LayerGroup(shared.members(plans), weights, rows, settings.dtype, settings.seed, stats.mean)
-    x_peak = stats.abs_max.to(rows.device).float()
+    x_peak, branchless = stats.abs_max.to(rows.device).float(), plans[0].branchless
     return improve(
         layer_group,
         start,
-        steps=settings.steps,
-        place=lambda s: snap_to_storage(s, x_peak, layer_group.precision, dtype=settings.dtype),
+        steps=[step for step in settings.steps if step != "refit"] if branchless else settings.steps,
+        place=lambda s: snap_to_storage(
+            s, x_peak, layer_group.precision, dtype=settings.dtype, inverted=branchless
+        ),
         round_to_nearest=lambda s: _solve_w4a4(shared, plans, weights, s, settings),
     )
 
@@ -181,6 +183,8 @@ def _solve_w4a4(
     settings: SolveSettings,
 ) -> dict[str, W4A4Solution]:
     """Branch, residual and codes for a given smoothing factor, in the order of `plans`."""
+    if plans[0].branchless:
+        return _solve_branchless(plans, weights, smooth, settings)
     solved: dict[str, W4A4Solution] = {}
     for members in _branches(shared, plans):
         up, down = split_low_rank(
@@ -195,6 +199,28 @@ def _solve_w4a4(
                 plan, weights[plan.name], smooth, down, rows.to(settings.dtype), settings
             )
     return {plan.name: solved[plan.name] for plan in plans}
+
+
+def _solve_branchless(
+    plans: list[W4A4Plan],
+    weights: Mapping[str, LinearWeights],
+    smooth: Tensor,
+    settings: SolveSettings,
+) -> dict[str, W4A4Solution]:
+    """Codes alone, of all layers as one matrix: with one outer scale."""
+    whole = stacked_weights(plans, weights).mul_(smooth)
+    quantized = quantize_weight(whole, plans[0].precision, dtype=settings.dtype)
+    counts = [plan.linear.out_features for plan in plans]
+    solved: dict[str, W4A4Solution] = {}
+    for plan, codes, scales in zip(
+        plans, quantized.codes.split(counts), quantized.scales.split(counts), strict=True
+    ):
+        outer = None if quantized.outer is None else quantized.outer.clone()
+        own = QuantizedWeight(codes.contiguous(), scales.contiguous(), outer)
+        down = torch.zeros(0, plan.linear.in_features, dtype=settings.dtype, device=whole.device)
+        up = torch.zeros(plan.linear.out_features, 0, dtype=settings.dtype, device=whole.device)
+        solved[plan.name] = _solution(plan, weights[plan.name], smooth.to(settings.dtype), down, up, own)
+    return solved
 
 
 def _solve_data_free(

@@ -342,7 +342,7 @@ def gptq_weight(
 ) -> QuantizedWeight | None:
     """Codes and scales of a W4A4 residual `weight` (N, K) float32; None where the Hessian says nothing.
 
-    `parts`: the rows of each layer stacked in `weight`; nvfp4 has one outer scale for each, returned as (N,).
+    `parts`: the rows of `weight` that have an nvfp4 outer scale of their own, usually each layer's; returned as (N,).
     `factors`: the scales to choose from for a group, as shares of the one that reaches its peak; NO_SEARCH is GPTQ as
     published.
     """

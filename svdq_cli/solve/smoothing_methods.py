@@ -41,8 +41,9 @@ class SmoothingTask:
         """The factor (K,) of two exponents, as it is stored."""
         x_peak = self.stats.abs_max.to(self.rows.device).float()
         w_peak = torch.stack([self.weights[plan.name].weight.abs().amax(0) for plan in self.plans]).amax(0)
+        inverted = self.plans[0].branchless
         return lambda exponents: smooth_factor(
-            x_peak, w_peak, exponents, self.precision, dtype=self.settings.dtype
+            x_peak, w_peak, exponents, self.precision, dtype=self.settings.dtype, inverted=inverted
         )
 
 

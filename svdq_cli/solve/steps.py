@@ -47,6 +47,11 @@ class LayerGroup:
     def precision(self) -> Precision:
         return self.plans[0].precision
 
+    @property
+    def scaled_together(self) -> tuple[int, ...]:
+        """Rows that share an nvfp4 outer scale: those of a layer, and of all where there are no branches."""
+        return (sum(self.counts),) if self.plans[0].branchless else self.counts
+
     def stacked(self, branch: Sequence[W4A4Plan]) -> Tensor:
         """The branch's weights under one another, (sum of N, K)."""
         return stacked_weights(branch, self.weights)
@@ -165,7 +170,7 @@ def _rounded(attempt: Attempt) -> Solutions | None:
         hessian,
         layer_group.precision,
         dtype=layer_group.dtype,
-        parts=layer_group.counts,
+        parts=layer_group.scaled_together,
         factors=factors,
     )
     return None if quantized is None else _with_codes(layer_group, best, quantized)

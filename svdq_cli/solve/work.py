@@ -39,6 +39,8 @@ def split_work(shapes: Shapes, width: int, power_iterations: int) -> Work:
     """The randomized SVD of every branch, and the product of its factors."""
     total = Work()
     for n, rank in shapes:
+        if rank == 0:
+            continue
         columns = min(rank + OVERSAMPLE, n, width)
         products = (2 * power_iterations + 2) * 2 * n * width * columns
         # the SVD of what is left, (columns, K), takes five times as long as its QR

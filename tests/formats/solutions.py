@@ -19,6 +19,7 @@ from svdq_cli.records import (
     W4A16Plan,
     W4A16Solution,
 )
+from svdq_cli.solve.smoothing import invertible
 
 
 def w4a4_plan(
@@ -76,11 +77,12 @@ def random_solution(
     groups = columns // plan.precision.group
     scales = positive(rows, groups, around=64.0 if floating else columns**-0.5 / 4)
     outer = positive(rows if outer_per_row else 1, around=columns**-0.5 / 128).to(dtype) if floating else None
+    smooth = positive(columns, around=1.0)
     return W4A4Solution(
         plan=plan,
-        smooth=positive(columns, around=1.0).to(dtype),
+        smooth=invertible(smooth, dtype) if plan.branchless else smooth.to(dtype),
         down=normal(plan.rank, columns, std=columns**-0.5),
-        up=normal(rows, plan.rank, std=plan.rank**-0.5),
+        up=normal(rows, plan.rank, std=max(1, plan.rank) ** -0.5),
         codes=codes(0, 16, torch.int8) if floating else codes(-8, 8, torch.int8),
         scales=scales.to(scale_dtype(plan, dtype)),
         outer=outer,
@@ -94,7 +96,7 @@ def same_bits(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
         return a is b
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    return torch.equal(*(each.contiguous().reshape(-1).view(torch.uint8) for each in (a, b)))
 
 
 def differing_fields(a: LayerSolution, b: LayerSolution) -> list[str]:

@@ -218,7 +218,7 @@ def test_a_solution_that_contradicts_its_plan_is_refused() -> None:
     [
         (w4a4_plan(precision=Int4(), rows=200), "out_features 200 is not a multiple of 128"),
         (w4a4_plan(precision=NvFp4(), columns=192), "in_features 192 is not a multiple of 128"),
-        (w4a4_plan(precision=Int4(), rank=0), "rank 0 is not a multiple of 16 from 16 to 1024"),
+        (w4a4_plan(precision=Int4(), rank=0), "it has no low-rank branch, which Nunchaku's kernels need"),
         (w4a4_plan(precision=Int4(), rank=17), "rank 17 is not a multiple of 16 from 16 to 1024"),
         (w4a4_plan(precision=Int4(), rank=1040), "rank 1040 is not a multiple of 16 from 16 to 1024"),
         (w4a16_plan(rows=12), "out_features 12 is not a multiple of 8"),
