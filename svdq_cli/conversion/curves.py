@@ -24,7 +24,6 @@ from svdq_cli.conversion.memory_backoff import (
 from svdq_cli.conversion.read_weights import source_weight
 from svdq_cli.conversion.solve_layers import Statistics
 from svdq_cli.conversion.work_folder import CURVES, WorkFolder
-from svdq_cli.errors import UsageError
 from svdq_cli.prepare.options import RunOptions
 from svdq_cli.prepare.prepare import Prepared
 from svdq_cli.recipe import DEFAULT_RANK
@@ -47,18 +46,10 @@ def choose_curves(
     """The prepared model with curves in its plan, and warnings. `curve` takes one wherever a layer depends on the
     timestep alone; `auto` where it is also no larger than W4A16 and nearer, as the first layer of its size shows.
 
-    What was chosen is kept in the work folder. Raises UsageError where `curve` has no calibration.
+    What was chosen is kept in the work folder.
     """
     wanted = prepared.recipe.modulation
-    if wanted not in ("auto", "curve"):
-        return prepared, ()
-    if statistics is None:
-        if wanted == "curve":
-            raise UsageError(
-                "modulation: curve needs to see the timesteps, but there is no calibration",
-                hint="name prompts with --prompts or a recipe, give --calib, or write modulation: w4a16",
-                where="modulation",
-            )
+    if wanted not in ("auto", "curve") or statistics is None:
         return prepared, ()
     chosen = work.read_json(CURVES)
     if not isinstance(chosen, list):

@@ -63,12 +63,18 @@ class Needs:
 
 
 def needs_of(prepared: Prepared, given: Calibration | None) -> Needs:
-    """What the conversion of a recipe needs. `given`: of `given_statistics`."""
+    """What the conversion of a recipe needs. `given`: of `given_statistics`. UsageError for curves without any."""
     sampling = prepared.sampling
     if given is not None:
         statistics = GivenStatistics(given)
     elif sampling is not None and prepared.recipe.quantization.effort != "datafree":
         statistics = OwnStatistics(sampling)
+    elif prepared.recipe.modulation == "curve":
+        raise UsageError(
+            "modulation: curve needs to see the timesteps, but there is no calibration",
+            hint="name prompts with --prompts or a recipe, give --calib, or write modulation: w4a16",
+            where="modulation",
+        )
     else:
         return Needs(DataFree(), tuning=None, gains=None, encoders=None)
     # Both run the whole pipeline on the recipe's prompts

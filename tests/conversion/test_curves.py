@@ -14,6 +14,7 @@ from svdq_cli.checkpoint.check import check
 from svdq_cli.checkpoint.reader import open_checkpoint
 from svdq_cli.conversion.calibrate import calibrate
 from svdq_cli.conversion.convert import convert
+from svdq_cli.conversion.plan import predict
 from svdq_cli.errors import UsageError
 from svdq_cli.inference.load import load_pipeline
 from svdq_cli.prepare.options import RunOptions
@@ -179,6 +180,8 @@ def test_keep_leaves_modulation_at_16_bits(qwen: Path, tmp_path: Path):
 def test_a_curve_without_calibration_is_refused(qwen: Path, tmp_path: Path):
     with pytest.raises(UsageError, match="there is no calibration"):
         converted(qwen, "curve", tmp_path / "out", calibrated=False)
+    with pytest.raises(UsageError, match="there is no calibration"):
+        predict(recipe_of(qwen, "curve", tmp_path / "out", calibrated=False), options=CPU)
 
 
 def test_a_format_that_can_hold_no_curve_is_named(tiny_flux: Path, tmp_path: Path):
