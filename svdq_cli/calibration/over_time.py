@@ -22,6 +22,7 @@ from svdq_cli.pipelines.encode import EncodedPrompts
 from svdq_cli.pipelines.first_call import first_call
 from svdq_cli.pipelines.generate import Batch
 from svdq_cli.pipelines.settings import SamplingSettings
+from svdq_cli.planning.made_arguments import TIME
 from svdq_cli.records import ModelPlan, SharedInput, W4A16Plan
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 
 TIMES = 128
 _GOLDEN = 0.618033988749895
-_TIME = re.compile(r"timesteps?|t|time_step|sigma")  # the argument's name in diffusers' models
 _PERTURBED = 1.125  # what all other numbers are multiplied by
 
 
@@ -78,7 +78,7 @@ def inputs_over_time(
 def _swept(
     model: nn.Module, inputs: Sequence[SharedInput], arguments: dict[str, Any], train_timesteps: int
 ) -> dict[str, Tensor]:
-    time = next((name for name in arguments if _TIME.fullmatch(name)), None)
+    time = next((name for name in arguments if re.fullmatch(TIME, name)), None)
     if time is None or not isinstance(arguments[time], Tensor | int | float):
         return {}
     others = {name: value if name == time else _perturbed(value) for name, value in arguments.items()}

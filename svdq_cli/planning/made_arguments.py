@@ -172,6 +172,9 @@ def _ids(world: World, name: str) -> Tensor | None:
 
 Maker = Callable[[World, str], Any]
 
+# What diffusers' models call the argument that says the time
+TIME = r"t|timesteps?|time_step|timestep_r|r_timestep|sigma|timestep_ratio|target_timestep"
+
 # In this order, the first that matches an argument's name makes it.
 MAKERS: tuple[tuple[str, Maker], ...] = (
     (
@@ -184,10 +187,7 @@ MAKERS: tuple[tuple[str, Maker], ...] = (
         lambda w, n: floats(1, 8, w.width(n, "image_dim", "image_embed_dim")),
     ),
     (r"encoder_hidden_states\w*|context|cap_feats|text_embeds?|prompt_embeds|text_bth", _text),
-    (
-        r"t|timesteps?|time_step|timestep_r|r_timestep|sigma|timestep_ratio|target_timestep",
-        lambda w, n: torch.tensor([0.5]),
-    ),
+    (TIME, lambda w, n: torch.tensor([0.5])),
     (r"guidance", lambda w, n: torch.tensor([3.5]) if w.get("guidance_embeds", "guidance_embed") else None),
     (
         r"pooled_\w*|clip_text_pooled|global_hidden_states",
