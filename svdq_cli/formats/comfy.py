@@ -1,4 +1,4 @@
-"""ComfyUI's `svdquant_w4a4`, tile-packed: what comfy-kitchen's op computes. int4 only.
+"""ComfyUI's `svdquant_w4a4`, tile-packed: what comfy-kitchen's op computes. int4 only. Modulations are `awq_w4a16`.
 
 Every module carries its own metadata, JSON in a uint8 tensor `comfy_quant`; ComfyUI loads a linear without one as an
 ordinary 16-bit layer. Smoothing factors, down projections and biases are stored in their natural order.
@@ -14,15 +14,22 @@ import torch
 from torch import Tensor
 
 from svdq_cli.errors import InputError, UsageError
+from svdq_cli.formats.comfy_modules import (
+    MARKER,
+    W4A16_MARKER,
+    ZEROS,
+    decode_w4a16,
+    encode_w4a16,
+    said_by_marker,
+    w4a16_specs,
+)
 from svdq_cli.formats.contract import PLAIN, Branch, Format, LayoutTraits, PackedFacts
 from svdq_cli.formats.headers import FORMAT as FORMAT_KEY
 from svdq_cli.formats.implied import suffixes_of
-from svdq_cli.formats.json_keys import json_object
 from svdq_cli.formats.soundness import require_16_bit, require_sound, require_sound_tensors, sixteen_bit_dtype
 from svdq_cli.pack.kitchen import (
     COLUMNS,
     ROWS,
-    bytes_text,
     pack_kitchen_codes,
     pack_kitchen_rows,
     text_bytes,
@@ -40,12 +47,12 @@ from svdq_cli.records import (
     W4A4Plan,
     W4A4Solution,
     W4A16Plan,
+    W4A16Solution,
 )
 from svdq_cli.storage.headers import header_metadata
 from svdq_cli.storage.tensor_file import TensorSpec
 
 NAME = "comfy"
-MARKER = "comfy_quant"
 ALGORITHM = "svdquant_w4a4"
 LAYOUT = "kitchen_tile_packed_w4a4"
 # What comfy-quants, whose files these are the bytes of, writes into the header. No loader reads it.
@@ -72,8 +79,6 @@ class Comfy(Format):
         match layer:
             case RotatedPlan():
                 return self.scheme_reason(layer)
-            case W4A16Plan():
-                return "comfy keeps modulation layers at 16 bits"
             case W4A4Plan(precision=NvFp4()):
                 return "comfy has no nvfp4 with a low-rank branch"
             case W4A4Plan(rank=rank) if rank < 1:
@@ -81,7 +86,7 @@ class Comfy(Format):
             case _:
                 pass
         rows, columns = layer.linear.out_features, layer.linear.in_features
-        if rows % ROWS:
+        if isinstance(layer, W4A4Plan) and rows % ROWS:
             return f"out_features {rows} is not a multiple of {ROWS}"
         if columns % COLUMNS:
             return f"in_features {columns} is not a multiple of {COLUMNS}"
@@ -90,33 +95,39 @@ class Comfy(Format):
     def tensor_specs(
         self, layer: LayerPlan, dtype: torch.dtype, traits: LayoutTraits = PLAIN
     ) -> dict[str, TensorSpec]:
-        plan = _w4a4(layer)
+        plan = _stored(layer)
         rows, columns = plan.linear.out_features, plan.linear.in_features
-        specs = {
+        marker = TensorSpec((len(_marker(plan, traits)),), torch.uint8)
+        bias = {"bias": TensorSpec((rows,), dtype)} if plan.linear.bias else {}
+        if isinstance(plan, W4A16Plan):
+            return {**w4a16_specs(plan, dtype), MARKER: marker, **bias}
+        return {
             "weight": TensorSpec((rows // ROWS, columns // COLUMNS, 32, 128), torch.int8),
             "weight_scale": TensorSpec((rows // ROWS, columns // COLUMNS, ROWS), dtype),
             "smooth_factor": TensorSpec((columns,), dtype),
             "proj_down": TensorSpec((columns, plan.rank), dtype),
             "proj_up": TensorSpec((rows // ROWS, plan.rank, ROWS), dtype),
-            MARKER: TensorSpec((len(_marker(traits)),), torch.uint8),
+            MARKER: marker,
+            **bias,
         }
-        if plan.linear.bias:
-            specs["bias"] = TensorSpec((rows,), dtype)
-        return specs
 
     def encode(self, solution: LayerSolution, traits: LayoutTraits = PLAIN) -> dict[str, Tensor]:
         if reason := self.unsupported_reason(solution.plan):
             raise ValueError(f"{solution.plan.name}: {reason}")
         require_sound(solution)
-        if not isinstance(solution, W4A4Solution):
-            raise ValueError(f"{solution.plan.name} is not a W4A4 layer")
-        tensors = {
-            "weight": pack_kitchen_codes(solution.codes),
-            "weight_scale": pack_kitchen_rows(solution.scales),
-            "smooth_factor": solution.smooth.clone(),
-            **self.encode_branch(Branch(solution.down, solution.up)),
-            MARKER: text_bytes(_marker(traits)),
-        }
+        match solution:
+            case W4A4Solution():
+                tensors = {
+                    "weight": pack_kitchen_codes(solution.codes),
+                    "weight_scale": pack_kitchen_rows(solution.scales),
+                    "smooth_factor": solution.smooth.clone(),
+                    **self.encode_branch(Branch(solution.down, solution.up)),
+                }
+            case W4A16Solution():
+                tensors = encode_w4a16(solution)
+            case _:  # refused above
+                raise AssertionError(solution.plan.name)
+        tensors[MARKER] = text_bytes(_marker(solution.plan, traits))
         if solution.bias is not None:
             tensors["bias"] = solution.bias.clone()
         return tensors
@@ -124,13 +135,15 @@ class Comfy(Format):
     def decode(
         self, layer: LayerPlan, tensors: Mapping[str, Tensor], traits: LayoutTraits = PLAIN
     ) -> LayerSolution:
-        plan = _w4a4(layer)
+        plan = _stored(layer)
         _require_marker(plan, tensors, traits)
         sixteen = {suffix: tensor for suffix, tensor in tensors.items() if suffix != MARKER}
         specs = self.tensor_specs(layer, sixteen_bit_dtype(sixteen), traits)
         require_sound_tensors(
             layer, {suffix: spec for suffix, spec in specs.items() if suffix != MARKER}, sixteen
         )
+        if isinstance(plan, W4A16Plan):
+            return decode_w4a16(plan, tensors)
         branch = self.decode_branch(tensors)
         return W4A4Solution(
             plan=plan,
@@ -160,21 +173,9 @@ class Comfy(Format):
         return PackedFacts((), (), Int4(), None, None)
 
     def layer_plans(self, facts: PackedFacts, specs: Mapping[str, TensorSpec]) -> tuple[LayerPlan, ...]:
-        plans: list[LayerPlan] = []
-        for key in specs:
-            name, _, suffix = key.rpartition(".")
-            if suffix != MARKER:
-                continue
-            weight, up = specs.get(f"{name}.weight"), specs.get(f"{name}.proj_up")
-            if weight is None or up is None or len(weight.shape) != 4 or len(up.shape) != 3:
-                raise InputError(
-                    f"{name}: weight and proj_up of a {LAYOUT} module must have four and three axes",
-                    where=name,
-                    hint="the file is damaged, or packed in another layout of comfy-kitchen",
-                )
-            linear = Linear(name, weight.shape[1] * COLUMNS, weight.shape[0] * ROWS, f"{name}.bias" in specs)
-            plans.append(W4A4Plan(linear, Int4(), up.shape[1]))
-        return tuple(plans)
+        return tuple(
+            _plan_of(key.removesuffix(f".{MARKER}"), specs) for key in specs if key.endswith(f".{MARKER}")
+        )
 
     def recognizes(self, path: Path) -> bool:
         header = header_metadata(path) if path.is_file() else {}
@@ -187,7 +188,7 @@ class Comfy(Format):
 FORMAT = Comfy()
 
 
-def _marker(traits: LayoutTraits) -> str:
+def _marker(plan: LayerPlan, traits: LayoutTraits) -> str:
     """A module's metadata, as comfy-quants spells it: sorted keys, no spaces, `act_unsigned` only where it is true."""
     said: dict[str, object] = {
         "format": ALGORITHM,
@@ -197,22 +198,21 @@ def _marker(traits: LayoutTraits) -> str:
     }
     if traits.unsigned:
         said["act_unsigned"] = True
-    return json.dumps(said, sort_keys=True, separators=(",", ":"))
+    return json.dumps(
+        W4A16_MARKER if isinstance(plan, W4A16Plan) else said, sort_keys=True, separators=(",", ":")
+    )
 
 
-def _require_marker(plan: W4A4Plan, tensors: Mapping[str, Tensor], traits: LayoutTraits) -> None:
+def _require_marker(plan: W4A4Plan | W4A16Plan, tensors: Mapping[str, Tensor], traits: LayoutTraits) -> None:
     """InputError unless the module's own metadata says what its layout does."""
-    marker = tensors.get(MARKER)
-    try:
-        said = json_object(json.loads(bytes_text(marker))) if marker is not None else None
-    except ValueError:
-        said = None
-    if said is None:
-        raise InputError(f"{plan.name}: {MARKER} is missing or not a JSON object", where=plan.name)
-    if said.get("format") != ALGORITHM:
-        raise InputError(
-            f"{plan.name}: {MARKER} says {said.get('format')!r} instead of {ALGORITHM!r}", where=plan.name
-        )
+    said, expected = said_by_marker(plan, tensors), json.loads(_marker(plan, traits))
+    for key in ("format", "group_size"):
+        if key in expected and said.get(key) != expected[key]:
+            raise InputError(
+                f"{plan.name}: {MARKER} says {said.get(key)!r} instead of {expected[key]!r}",
+                where=plan.name,
+                hint="the file is damaged, or packed for another runtime",
+            )
     if bool(said.get("act_unsigned")) != traits.unsigned:
         raise InputError(
             f"{plan.name}: {MARKER} says that its activations are "
@@ -222,7 +222,23 @@ def _require_marker(plan: W4A4Plan, tensors: Mapping[str, Tensor], traits: Layou
         )
 
 
-def _w4a4(layer: LayerPlan) -> W4A4Plan:
-    if not isinstance(layer, W4A4Plan):
-        raise ValueError(f"{layer.name}: comfy holds W4A4 modules only")
+def _plan_of(name: str, specs: Mapping[str, TensorSpec]) -> LayerPlan:
+    """A stored module from its shapes. InputError for one that is not whole."""
+    weight, up = specs.get(f"{name}.weight"), specs.get(f"{name}.proj_up")
+    bias = f"{name}.bias" in specs
+    if f"{name}.{ZEROS}" in specs and weight is not None and len(weight.shape) == 2:
+        return W4A16Plan(Linear(name, 2 * weight.shape[1], weight.shape[0], bias))
+    if weight is None or up is None or len(weight.shape) != 4 or len(up.shape) != 3:
+        raise InputError(
+            f"{name}: weight and proj_up of a {LAYOUT} module must have four and three axes",
+            where=name,
+            hint="the file is damaged, or packed in another layout of comfy-kitchen",
+        )
+    linear = Linear(name, weight.shape[1] * COLUMNS, weight.shape[0] * ROWS, bias)
+    return W4A4Plan(linear, Int4(), up.shape[1])
+
+
+def _stored(layer: LayerPlan) -> W4A4Plan | W4A16Plan:
+    if isinstance(layer, RotatedPlan):
+        raise ValueError(f"{layer.name}: comfy holds W4A4 and W4A16 modules only")
     return layer

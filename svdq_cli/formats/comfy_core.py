@@ -15,13 +15,21 @@ import torch
 from torch import Tensor
 
 from svdq_cli.errors import InputError, UsageError
+from svdq_cli.formats.comfy_modules import (
+    COLUMNS,
+    MARKER,
+    W4A16_MARKER,
+    ZEROS,
+    decode_w4a16,
+    encode_w4a16,
+    said_by_marker,
+    w4a16_specs,
+)
 from svdq_cli.formats.contract import PLAIN, Branch, Format, LayoutTraits, PackedFacts
 from svdq_cli.formats.headers import FORMAT as FORMAT_KEY
 from svdq_cli.formats.implied import suffixes_of
-from svdq_cli.formats.json_keys import json_object
 from svdq_cli.formats.soundness import require_16_bit, require_sound, require_sound_tensors, sixteen_bit_dtype
-from svdq_cli.pack.kitchen import bytes_text, text_bytes
-from svdq_cli.pack.kitchen_awq import pack_awq, unpack_awq
+from svdq_cli.pack.kitchen import text_bytes
 from svdq_cli.pack.kitchen_nvfp4 import (
     pack_block_scales,
     pack_nvfp4_codes,
@@ -53,12 +61,8 @@ from svdq_cli.storage.headers import header_metadata
 from svdq_cli.storage.tensor_file import TensorSpec
 
 NAME = "comfy-core"
-MARKER = "comfy_quant"
-W4A4, W4A8, W4A16, NVFP4 = "convrot_w4a4", "asym_w4a8_int8", "awq_w4a16", "nvfp4"
+W4A4, W4A8, NVFP4 = "convrot_w4a4", "asym_w4a8_int8", "nvfp4"
 PRECISION = "precision"  # a key of the header, of nvfp4 files
-_COLUMNS = (
-    64  # K in features must be a multiple: of the packed bytes that comfy-kitchen's kernels take at once
-)
 _ROWS = 16  # N out features of nvfp4 must be a multiple: comfy-kitchen pads a weight to it
 
 
@@ -82,7 +86,7 @@ class ComfyCore(Format):
         rows, columns = layer.linear.out_features, layer.linear.in_features
         if isinstance(layer, W4A4Plan) and rows % _ROWS:
             return f"out_features {rows} is not a multiple of {_ROWS}"
-        return f"in_features {columns} is not a multiple of {_COLUMNS}" if columns % _COLUMNS else None
+        return f"in_features {columns} is not a multiple of {COLUMNS}" if columns % COLUMNS else None
 
     def tensor_specs(
         self, layer: LayerPlan, dtype: torch.dtype, traits: LayoutTraits = PLAIN
@@ -96,9 +100,8 @@ class ComfyCore(Format):
                 specs["weight_s_rel"] = TensorSpec((rows, columns // group), torch.float8_e4m3fn)
                 specs["weight_s_channel"] = TensorSpec((rows,), torch.float32)
                 specs["weight_codebook"] = TensorSpec((len(LEVELS),), torch.float32)
-            case W4A16Plan(group=group):
-                for suffix in ("weight_scale", "weight_zeros"):
-                    specs[suffix] = TensorSpec((columns // group, rows), dtype)
+            case W4A16Plan():
+                specs = w4a16_specs(layer, dtype)
             case W4A4Plan():
                 if reason := self.scheme_reason(layer):
                     raise ValueError(f"{layer.name}: {reason}")
@@ -131,8 +134,7 @@ class ComfyCore(Format):
                     "weight_codebook": torch.tensor(LEVELS),
                 }
             case W4A16Solution():
-                weight, scales, zeros = pack_awq(solution.codes, solution.scales, solution.zeros)
-                tensors = {"weight": weight, "weight_scale": scales, "weight_zeros": zeros}
+                tensors = encode_w4a16(solution)
             case W4A4Solution(outer=Tensor() as outer):
                 tensors = _nvfp4_tensors(solution, outer)
             case _:  # refused above
@@ -165,11 +167,7 @@ class ComfyCore(Format):
                 scales, by_row = tensors["weight_s_rel"].clone(), tensors["weight_s_channel"].clone()
                 return RotatedSolution(layer, codes, scales, by_row, bias)
             case W4A16Plan():
-                try:
-                    found = unpack_awq(weight, tensors["weight_scale"], tensors["weight_zeros"])
-                except ValueError as error:
-                    raise InputError(f"{layer.name}: {error}", where=layer.name) from error
-                return W4A16Solution(layer, *found, bias)
+                return decode_w4a16(layer, tensors)
             case W4A4Plan():
                 return _nvfp4_solution(layer, tensors, bias)
 
@@ -219,7 +217,7 @@ def _marker(plan: LayerPlan) -> str:
         case W4A4Plan():
             said = {"format": NVFP4}
         case W4A16Plan():
-            said = {"format": W4A16, "group_size": W4A16Plan.group}
+            said = dict(W4A16_MARKER)
     return json.dumps(said)
 
 
@@ -233,7 +231,7 @@ def _plan_of(name: str, specs: Mapping[str, TensorSpec]) -> LayerPlan:
             hint="the file is damaged, or packed for another runtime",
         )
     linear = Linear(name, 2 * weight.shape[1], weight.shape[0], f"{name}.bias" in specs)
-    if f"{name}.weight_zeros" in specs:
+    if f"{name}.{ZEROS}" in specs:
         return W4A16Plan(linear)
     if f"{name}.weight_scale_2" in specs:
         return W4A4Plan(linear, NvFp4(), 0)
@@ -290,13 +288,7 @@ def _foreign(plan: LayerPlan, what: str) -> InputError:
 
 def _require_marker(plan: LayerPlan, tensors: Mapping[str, Tensor]) -> None:
     """InputError unless the module's own metadata says what its tensors do."""
-    marker = tensors.get(MARKER)
-    try:
-        said = json_object(json.loads(bytes_text(marker))) if marker is not None else None
-    except ValueError:
-        said = None
-    if said is None:
-        raise InputError(f"{plan.name}: {MARKER} is missing or not a JSON object", where=plan.name)
+    said = said_by_marker(plan, tensors)
     if said != json.loads(_marker(plan)):
         raise InputError(
             f"{plan.name}: {MARKER} says {json.dumps(said)} instead of {_marker(plan)}",

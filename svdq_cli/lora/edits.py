@@ -99,7 +99,7 @@ def plan_edits(checkpoint: Checkpoint, loras: Sequence[GivenLora], *, w4a16: W4A
             _require_vector(checkpoint, lora, name)
             vectors[name] = vectors.get(name, 0) + lora.weight * added
     skipped = frozenset(modulations if w4a16 == "skip" else ())
-    if modulations and w4a16 == "dense" and not checkpoint.format.own_names:
+    if modulations and w4a16 == "dense" and not checkpoint.format.mixes:
         raise _no_place_for_modulation(checkpoint, min(modulations))
     return Edits(
         branches=dict(branches),

@@ -203,13 +203,14 @@ def _rank(layers: Sequence[object]) -> int:
 def _warnings(given: tuple[GivenLora, ...], edits: Edits, checkpoint: Checkpoint) -> tuple[str, ...]:
     found = [warning for lora in given for warning in lora.adapter.warnings]
     if edits.dense:
-        numbers = sum(
-            layer.linear.in_features * layer.linear.out_features
+        # 16 bits instead of a code, and a scale and a zero for a group
+        more = sum(
+            layer.linear.in_features * layer.linear.out_features * (2 - 0.5 - 4 / layer.group)
             for layer in checkpoint.plan().w4a16
             if layer.name in edits.dense
         )
         found.append(
-            f"{len(edits.dense)} W4A16 layers become 16-bit ones, which takes {numbers * 1.5 / 1e6:.1f} MB more; "
+            f"{len(edits.dense)} W4A16 layers become 16-bit ones, which takes {more / 1e6:.1f} MB more; "
             "--skip-w4a16 leaves them unchanged"
         )
     if edits.skipped:

@@ -81,12 +81,11 @@ def changed_tensors(
     before = {module.name: module for module in checkpoint.file.modules}
     for module in target.file.modules:
         yield from _changed_in_module(checkpoint, before[module.name], module, edits, joined)
-    found = specs_of_headers(checkpoint.source)
+    dtypes = _kept_dtypes(checkpoint)
     for name, kept in target.file.kept.items():
         if any(is_changed_tensor(source, edits) for source in kept.sources):
             parts = [new_tensor(checkpoint, source, edits) for source in kept.sources]
-            dtype = found[name].dtype if name in found else checkpoint.dtype
-            yield name, kept_tensor(kept, parts).to(dtype).contiguous()
+            yield name, kept_tensor(kept, parts).to(dtypes.get(name, checkpoint.dtype)).contiguous()
 
 
 def is_changed_tensor(name: str, edits: Edits) -> bool:
@@ -110,17 +109,24 @@ def new_tensor(checkpoint: Checkpoint, name: str, edits: Edits) -> Tensor:
 
 def _specs(checkpoint: Checkpoint, target: Target) -> dict[str, TensorSpec]:
     """Every tensor of the new file. 16-bit tensors keep the dtype that they have."""
-    found = specs_of_headers(checkpoint.source)
+    dtypes = _kept_dtypes(checkpoint)
     specs = {
         f"{module.name}.{suffix}": TensorSpec(spec.shape, spec.dtype)
         for module in target.file.modules
         for suffix, spec in target.format.tensor_specs(module.plan, target.dtype, module.traits).items()
     }
     for name, shape in kept_shapes(target.file, checkpoint.state).items():
-        specs[name] = TensorSpec(shape, found[name].dtype if name in found else checkpoint.dtype)
+        specs[name] = TensorSpec(shape, dtypes.get(name, checkpoint.dtype))
     for name in checkpoint.marker_names():
         specs[name] = EMPTY
     return specs
+
+
+def _kept_dtypes(checkpoint: Checkpoint) -> dict[str, torch.dtype]:
+    """By stored name, the dtype of every tensor that is at 16 bits in the checkpoint. A quantized module may have a
+    tensor of a name that its 16-bit weight has when it becomes one."""
+    found, kept = specs_of_headers(checkpoint.source), checkpoint.kept_specs()
+    return {name: spec.dtype for name, spec in found.items() if name in kept}
 
 
 def _changed_in_module(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,7 @@ from svdq_cli.entrypoints.export import export
 from svdq_cli.errors import InputError, UsageError
 from svdq_cli.inference.load import load_pipeline
 from svdq_cli.prepare.options import RunOptions
-from svdq_cli.recipe import Output, Quantization, default_recipe
+from svdq_cli.recipe import Output, Quantization, default_recipe, with_overrides
 from svdq_cli.records import W4A4Solution, W4A16Solution
 from svdq_cli.runtime.linear import w4a16_rounded_weight
 from svdq_cli.source import open_source
@@ -28,12 +28,21 @@ from svdq_cli.source import open_source
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
 
-def converted_alone(source: Path, out: Path, name: str, precision: str) -> Path:
+def converted_alone(
+    source: Path,
+    out: Path,
+    name: str,
+    precision: str,
+    *,
+    layers: Sequence[Mapping[str, object]] = (),
+    modulation: str = "auto",
+) -> Path:
     recipe = default_recipe(
         str(source),
         quantization=Quantization.model_validate({"precision": precision, "rank": 16, "effort": "datafree"}),
         outputs=[Output.model_validate({"format": name, "path": str(out)})],
     )
+    recipe = with_overrides(recipe, {"layers": layers, "modulation": modulation})
     convert(recipe, out, options=RunOptions(device="cpu"))
     return out
 
@@ -87,14 +96,26 @@ def test_without_a_base_lite_is_the_component_alone_and_the_report_says_so(
     assert open_checkpoint(tmp_path / "out").format.name == "nunchaku-lite"
 
 
-def test_a_modulation_that_the_target_keeps_is_written_as_its_kernel_computes_it(
-    converted_flux: Callable[[str], Path], tmp_path: Path
-):
-    before = open_checkpoint(converted_flux("int4") / "nunchaku.safetensors")
-    report = export(before.source.path, "comfy", tmp_path / "out.safetensors")
-    assert "W4A16 layers are written at 16 bits" in report.warnings[0]
+def test_comfy_to_classic_and_back_is_the_same_file(converted_flux: Callable[[str], Path], tmp_path: Path):
+    """Modulations too: their zeros count from the middle code in one, from code 0 in the other."""
+    folder = converted_flux("int4")
+    export(folder / "comfy.safetensors", "nunchaku", tmp_path / "classic.safetensors")
+    export(tmp_path / "classic.safetensors", "comfy", tmp_path / "comfy.safetensors")
+    assert same_but_provenance(tmp_path / "classic.safetensors", folder / "nunchaku.safetensors")
+    assert same_but_provenance(tmp_path / "comfy.safetensors", folder / "comfy.safetensors")
+
+
+def test_a_modulation_that_the_target_keeps_is_written_as_its_kernel_computes_it(tmp_path: Path):
+    from tests.tiny_families import tiny_pipeline
+
+    source = tiny_pipeline("z-image", tmp_path / "z-image") / "transformer"
+    name = "layers.0.adaLN_modulation.0"
+    rule = {"match": name, "include": "w4a16"}
+    converted = converted_alone(source, tmp_path / "lite", "nunchaku-lite", "int4", layers=[rule])
+    before = open_checkpoint(converted)
+    report = export(before.source.path, "nunchaku", tmp_path / "out.safetensors")
+    assert "1 W4A16 layers are written at 16 bits" in report.warnings[0]
     after = open_checkpoint(tmp_path / "out.safetensors")
-    name = "transformer_blocks.0.norm1.linear"
     solution = before.solution(next(layer for layer in before.layers if layer.name == name))
     assert isinstance(solution, W4A16Solution)
     assert torch.equal(after.kept_tensor(f"{name}.weight").float(), w4a16_rounded_weight(solution))
@@ -108,7 +129,6 @@ def test_a_modulation_that_the_target_keeps_is_written_as_its_kernel_computes_it
         ("nunchaku.safetensors", "int4", "vllm-omni", "vllm-omni stores nvfp4, not int4"),
         ("nunchaku.safetensors", "nvfp4", "vllm-omni", "no layout for the model family 'flux'"),
         ("nunchaku.safetensors", "int4", "nunchaku", "is already a nunchaku checkpoint"),
-        ("comfy.safetensors", "int4", "nunchaku", r"stores transformer_blocks\.0\.norm1\.linear in 4 bits"),
         ("lite", "int4", "gguf", "unknown format 'gguf'"),
     ],
 )
@@ -118,6 +138,15 @@ def test_what_the_target_cannot_say_is_refused_in_words(
     with pytest.raises(UsageError, match=said):
         export(converted_flux(precision) / source, to, tmp_path / "out.safetensors")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_modulations_that_stay_at_16_bits_have_no_place_in_classic_files(tiny_flux: Path, tmp_path: Path):
+    path = tmp_path / "comfy.safetensors"
+    converted_alone(tiny_flux, path, "comfy", "int4", modulation="keep")
+    kept = open_checkpoint(path).kept_names()
+    assert "transformer_blocks.0.norm1.linear.weight" in kept
+    with pytest.raises(UsageError, match=r"stores transformer_blocks\.0\.norm1\.linear in 4 bits"):
+        export(path, "nunchaku", tmp_path / "out.safetensors")
 
 
 def test_layers_with_a_branch_and_rotated_ones_are_not_exported_to_one_another(

@@ -12,13 +12,23 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from svdq_cli.checkpoint.reader import open_checkpoint
+from svdq_cli.checkpoint.reader import Checkpoint, open_checkpoint
 from svdq_cli.errors import InputError, UsageError
 from svdq_cli.formats import format_named
 from svdq_cli.formats.contract import LayoutTraits
-from svdq_cli.records import GELU_SHIFT, Int4, Linear, W4A4Plan, W4A4Solution
-from svdq_cli.runtime.linear import w4a4_exact
-from tests.formats.solutions import random_solution, same_bits, w4a4_plan
+from svdq_cli.records import (
+    GELU_SHIFT,
+    Int4,
+    LayerPlan,
+    Linear,
+    NvFp4,
+    W4A4Plan,
+    W4A4Solution,
+    W4A16Plan,
+    W4A16Solution,
+)
+from svdq_cli.runtime.linear import w4a4_exact, w4a16_weight
+from tests.formats.solutions import differing_fields, random_solution, same_bits, w4a4_plan, w4a16_plan
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "comfy"
 COMFY = format_named("comfy")
@@ -84,24 +94,11 @@ def test_stored_layers_compute_the_golden_outputs(name: str):
 
 
 def kitchen_linear(stored: dict[str, Tensor], x: Tensor) -> Tensor:
-    """The released op on the tensors of one module of a file, as a loader would hand them over."""
+    """The released op on the tensors of one module of a file, as a loader that reads its marker hands them over."""
     pytest.importorskip("comfy_kitchen", reason="needs comfy-kitchen (pip install comfy-kitchen)")
-    from comfy_kitchen.tensor.base import QuantizedTensor, register_layout_class  # pyright: ignore[reportMissingImports]
-    from comfy_kitchen.tensor.svdquant_w4a4 import TensorCoreSVDQuantW4A4Layout  # pyright: ignore[reportMissingImports]
+    from tools.kitchen import kitchen_weight
 
-    register_layout_class("TensorCoreSVDQuantW4A4Layout", TensorCoreSVDQuantW4A4Layout)
-    rows, columns = stored["weight"].shape[0] * 128, stored["weight"].shape[1] * 64
-    said = json.loads(stored["comfy_quant"].numpy().tobytes())
-    parameters = TensorCoreSVDQuantW4A4Layout.Params(
-        scale=stored["weight_scale"],
-        orig_dtype=x.dtype,
-        orig_shape=(rows, columns),
-        proj_down=stored["proj_down"],
-        proj_up=stored["proj_up"],
-        smooth_factor=stored["smooth_factor"],
-        act_unsigned=said.get("act_unsigned", False),
-    )
-    weight = QuantizedTensor(stored["weight"], "TensorCoreSVDQuantW4A4Layout", parameters)
+    weight = kitchen_weight(dict(stored), x.dtype)
     return torch.nn.functional.linear(x, weight, stored.get("bias"))
 
 
@@ -114,6 +111,8 @@ def kitchen_linear(stored: dict[str, Tensor], x: Tensor) -> Tensor:
         "double_blocks.0.img_mlp.2",  # unsigned activations, shift folded into the bias
         "single_blocks.0.linear1",  # two branches side by side
         "single_blocks.0.linear2",
+        "double_blocks.0.txt_mod.lin",  # awq_w4a16
+        "single_blocks.0.modulation.lin",
     ],
 )
 def test_comfy_kitchens_op_computes_our_layers(converted_flux, module: str):
@@ -121,19 +120,12 @@ def test_comfy_kitchens_op_computes_our_layers(converted_flux, module: str):
     path = converted_flux("int4") / "comfy.safetensors"
     checkpoint = open_checkpoint(path)
     stored = {k.rpartition(".")[2]: t for k, t in load_file(path).items() if k.rpartition(".")[0] == module}
-    columns = stored["smooth_factor"].numel()
+    held = next(m for m in checkpoint.file.modules if m.name == module)
+    columns = held.plan.linear.in_features
     x = torch.randn(64, columns, generator=torch.Generator().manual_seed(0))
     if module.endswith("_mlp.2"):
         x = torch.nn.functional.gelu(2 * x, approximate="tanh")
-    held = next(m for m in checkpoint.file.modules if m.name == module)
-    ours = torch.cat(
-        [
-            w4a4_exact(x, widened(solution), unsigned_from=checkpoint.unsigned_from(layer))
-            for layer in held.layers
-            if isinstance(solution := checkpoint.solution(layer), W4A4Solution)
-        ],
-        dim=1,
-    )
+    ours = torch.cat([exact_output(checkpoint, layer, x) for layer in held.layers], dim=1)
 
     def error(theirs: Tensor) -> float:
         return float((theirs.float() - ours).norm() / ours.norm())
@@ -143,6 +135,16 @@ def test_comfy_kitchens_op_computes_our_layers(converted_flux, module: str):
     assert error(kitchen_linear(wide, x)) < 1e-3
     # as stored the op rounds every step to bfloat16, and single codes of the activation flip
     assert error(kitchen_linear(stored, x.to(torch.bfloat16))) < 0.06
+
+
+def exact_output(checkpoint: Checkpoint, layer: LayerPlan, x: Tensor) -> Tensor:
+    """(M, N) float32 of the stored numbers, rounded nowhere on the way."""
+    solution = checkpoint.solution(layer)
+    if isinstance(solution, W4A4Solution):
+        return w4a4_exact(x, widened(solution), unsigned_from=checkpoint.unsigned_from(layer))
+    assert isinstance(solution, W4A16Solution)
+    weight = w4a16_weight(solution)
+    return x @ weight.T if solution.bias is None else x @ weight.T + solution.bias.float()
 
 
 def widened(solution: W4A4Solution) -> W4A4Solution:
@@ -165,6 +167,42 @@ def test_nvfp4_is_refused_before_any_work(tiny_flux: Path, tmp_path: Path):
     )
     with pytest.raises(UsageError, match="comfy stores int4, not nvfp4"):
         convert(recipe, tmp_path / "x.safetensors")
+
+
+def test_a_modulation_has_the_tensors_that_comfyui_reads_and_is_read_back_bit_for_bit():
+    """Those of `comfy-core`, whose bytes are held against comfy-kitchen's own (test_comfy_core.py)."""
+    plan = w4a16_plan(rows=24)  # no multiple of the 128 rows of a W4A4 tile
+    solution = random_solution(plan)
+    stored = COMFY.encode(solution)
+    core = format_named("comfy-core").encode(solution)
+    assert stored.keys() == core.keys() == COMFY.tensor_specs(plan, torch.bfloat16).keys()
+    assert [key for key in stored if key != "comfy_quant" and not same_bits(stored[key], core[key])] == []
+    for marker in (stored["comfy_quant"], core["comfy_quant"]):
+        assert json.loads(marker.numpy().tobytes()) == {"format": "awq_w4a16", "group_size": 64}
+    assert differing_fields(COMFY.decode(plan, stored), solution) == []
+
+
+@pytest.mark.parametrize(
+    ("plan", "reason"),
+    [
+        (W4A16Plan(Linear("a", 96, 24, bias=True)), "in_features 96 is not a multiple of 64"),
+        (W4A4Plan(Linear("a", 128, 24, bias=True), Int4(), 16), "out_features 24 is not a multiple of 128"),
+        (
+            W4A4Plan(Linear("a", 128, 128, bias=True), NvFp4(), 16),
+            "comfy has no nvfp4 with a low-rank branch",
+        ),
+    ],
+)
+def test_what_the_op_cannot_run_is_refused_with_the_reason(plan: LayerPlan, reason: str):
+    assert COMFY.unsupported_reason(plan) == reason
+
+
+def test_a_modulation_whose_marker_says_other_groups_is_refused():
+    plan = w4a16_plan()
+    stored = COMFY.encode(random_solution(plan))
+    other = b'{"format":"awq_w4a16","group_size":128}'
+    with pytest.raises(InputError, match="says 128 instead of 64"):
+        COMFY.decode(plan, {**stored, "comfy_quant": torch.tensor(list(other), dtype=torch.uint8)})
 
 
 def test_a_marker_that_says_another_algorithm_or_sign_is_refused():

@@ -89,5 +89,5 @@ def test_inspect_tells_what_a_single_file_holds(converted_flux: Callable[[str], 
     )
     roles = {layer.name: layer.role for layer in report.layers}
     assert roles["transformer_blocks.0.attn.to_k"] == "w4a4"
-    assert roles["transformer_blocks.0.norm1.linear"] == ("w4a16" if name == "nunchaku" else "kept")
+    assert roles["transformer_blocks.0.norm1.linear"] == "w4a16"
     assert report.provenance is not None

@@ -105,10 +105,10 @@ COMFY = ModelLayout(
                 renamed("img_mlp.2", "ff.net.2", after_gelu=True),
                 renamed("txt_mlp.0", "ff_context.net.0.proj"),
                 renamed("txt_mlp.2", "ff_context.net.2", after_gelu=True),
+                renamed("img_mod.lin", "norm1.linear"),
+                renamed("txt_mod.lin", "norm1_context.linear"),
             ),
             kept=(
-                *kept_linear("img_mod.lin", "norm1.linear"),
-                *kept_linear("txt_mod.lin", "norm1_context.linear"),
                 kept("img_attn.norm.query_norm.scale", "attn.norm_q.weight"),
                 kept("img_attn.norm.key_norm.scale", "attn.norm_k.weight"),
                 kept("txt_attn.norm.query_norm.scale", "attn.norm_added_q.weight"),
@@ -121,9 +121,9 @@ COMFY = ModelLayout(
             modules=(
                 ModuleRule("linear1", (("attn.to_q", "attn.to_k", "attn.to_v"), ("proj_mlp",))),
                 renamed("linear2", "proj_out"),
+                renamed("modulation.lin", "norm.linear"),
             ),
             kept=(
-                *kept_linear("modulation.lin", "norm.linear"),
                 kept("norm.query_norm.scale", "attn.norm_q.weight"),
                 kept("norm.key_norm.scale", "attn.norm_k.weight"),
             ),

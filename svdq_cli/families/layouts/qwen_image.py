@@ -58,6 +58,8 @@ COMFY = ModelLayout(
                 same("attn.to_out.0"),
                 same("attn.to_add_out"),
                 *_MLPS,
+                same("img_mod.1"),
+                same("txt_mod.1"),
             ),
         ),
     ),
