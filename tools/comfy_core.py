@@ -63,11 +63,14 @@ class Case:
     format: str
     quantization: Quantization
 
-    @property
-    def calibration(self) -> Calibration | None:
+    def calibration(self, name: str) -> Calibration | None:
+        """Of as few images as smoothing takes; of the demo in its own size."""
         if self.quantization.effort == "datafree":
             return None
-        return Calibration(samples=2, steps=2, rows=256, height=PIXELS, width=PIXELS)
+        small = Calibration(samples=2, steps=2, rows=256)
+        if name == "demo":
+            return small
+        return small.model_copy(update={"height": PIXELS, "width": PIXELS, "frames": _frames(name)})
 
     def has(self, name: str) -> bool:
         """Whether the format has a layout for a model."""
@@ -108,7 +111,7 @@ def compared(name: str, case: Case, folder: Path) -> Result:
     recipe = default_recipe(
         model,
         quantization=case.quantization,
-        calibration=case.calibration,
+        calibration=case.calibration(name),
         outputs=(Output(format=case.format),),
     )
     prepared_source = source_of(recipe, DEFAULT_OPTIONS)
@@ -119,8 +122,7 @@ def compared(name: str, case: Case, folder: Path) -> Result:
     checkpoint = open_checkpoint(file)
     settings = replace(usual_sampling(prepared_source).settings, steps=STEPS, batch_size=1)
     if name != "demo":
-        frames = FRAMES if settings.frames or name == "wan" else None
-        settings = replace(settings, height=PIXELS, width=PIXELS, frames=frames)
+        settings = replace(settings, height=PIXELS, width=PIXELS, frames=_frames(name))
 
     def drawn(pipe: DiffusionPipeline) -> Image:
         return generate_one(pipe, PROMPT, settings=settings, observe=ignore_events)[0]
@@ -147,6 +149,10 @@ def compared(name: str, case: Case, folder: Path) -> Result:
         own_db=psnr_db(own, exact),
         between_db=psnr_db(theirs, own),
     )
+
+
+def _frames(name: str) -> int | None:
+    return FRAMES if name == "wan" else None
 
 
 def _pipeline(name: str, folder: Path) -> Path:
