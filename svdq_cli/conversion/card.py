@@ -11,8 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
+import torch
+
 from svdq_cli import __version__
 from svdq_cli.checkpoint.reader import Checkpoint
+from svdq_cli.formats.soundness import dtype_name
 from svdq_cli.prepare.facts import layers_text
 from svdq_cli.prepare.locate import hub_id
 from svdq_cli.records import NvFp4
@@ -41,12 +44,15 @@ def card_path(file: Path) -> Path:
     return file.with_name(f"{file.name}.{CARD_FILE}")
 
 
-def model_card(report: ConvertReport, *, pipeline: Path | None, beside: Path | None = None) -> str:
-    """The card of an output. `pipeline`: the source's folder, whose license is carried over; `beside`: the recipe's."""
+def model_card(
+    report: ConvertReport, dtype: torch.dtype, *, pipeline: Path | None, beside: Path | None = None
+) -> str:
+    """The card of an output whose 16-bit tensors are `dtype`. `pipeline`: the source's folder, whose license is carried
+    over; `beside`: the recipe's."""
     name = hub_id(str(_model(report)["source"]), beside=beside)
     tags = [report.precision, *(output.format for output in report.outputs)]
     said = _header_of(pipeline / CARD_FILE, _CARRIED_OVER) if pipeline else {}
-    lines = [_header(said, name, pipeline, tags), "", *_body(report, name)]
+    lines = [_header(said, name, pipeline, tags), "", *_body(report, dtype, name)]
     return "\n".join(lines) + "\n"
 
 
@@ -88,7 +94,9 @@ def _derived_body(checkpoint: Checkpoint, facts: DerivedFacts, base_model: str |
         yield ""
     layers = [layer.name for layer in checkpoint.layers]
     single = [facts.format] if facts.single_file else []
-    yield from _loading(single, pipeline=not facts.single_file, experts=any(map(is_expert, layers)))
+    yield from _loading(
+        single, checkpoint.dtype, pipeline=not facts.single_file, experts=any(map(is_expert, layers))
+    )
     yield ""
     yield _PROVENANCE
 
@@ -162,7 +170,7 @@ def _title(base_model: str | None, model_class: str, precision: str, more: str =
     yield f"{source} with 4-bit weights and activations and a 16-bit low-rank branch ([SVDQuant]({_PAPER})), made with"
 
 
-def _body(report: ConvertReport, base_model: str | None) -> Iterator[str]:
+def _body(report: ConvertReport, dtype: torch.dtype, base_model: str | None) -> Iterator[str]:
     if any(output.format == COMFY_CORE for output in report.outputs):
         yield from _branchless_title(report, base_model)
     else:
@@ -175,7 +183,7 @@ def _body(report: ConvertReport, base_model: str | None) -> Iterator[str]:
     whole = len(single) < len(report.outputs)
     experts = any(map(is_expert, report.layer_sqnr_db.per_layer))
     yield from _loading(
-        single, pipeline=whole, experts=experts, encoders=bool(report.text_encoders) and whole
+        single, dtype, pipeline=whole, experts=experts, encoders=bool(report.text_encoders) and whole
     )
     yield ""
     worst = sorted(report.layer_sqnr_db.per_layer.items(), key=lambda item: item[1])[:WORST_LAYERS]
@@ -229,7 +237,7 @@ def _model(report: ConvertReport) -> Mapping[str, object]:
 
 
 def _loading(
-    single: Sequence[str], *, pipeline: bool, experts: bool, encoders: bool = False
+    single: Sequence[str], dtype: torch.dtype, *, pipeline: bool, experts: bool, encoders: bool = False
 ) -> Iterator[str]:
     """`single`: the formats of the outputs that are single files; `pipeline`: whether one is a pipeline folder;
     `experts`: whether layers are experts that diffusers stacks in one tensor, so that it can't load them; `encoders`:
@@ -247,8 +255,10 @@ def _loading(
         yield "diffusers downloads its kernels from a repository on the Hub, and asks you to allow that code to run:"
         yield ""
         yield from ("```sh", "export DIFFUSERS_TRUST_REMOTE_KERNELS=true", "```", "")
-        yield from ("```python", "from diffusers import DiffusionPipeline", "")
-        yield from ('pipe = DiffusionPipeline.from_pretrained("THIS_FOLDER_OR_REPOSITORY")', "```", "")
+        # without a dtype diffusers makes the other components float32, which the transformer can't take
+        where, name = "THIS_FOLDER_OR_REPOSITORY", dtype_name(dtype)
+        yield from ("```python", "import torch", "from diffusers import DiffusionPipeline", "")
+        yield from (f'pipe = DiffusionPipeline.from_pretrained("{where}", dtype=torch.{name})', "```", "")
         yield "Anywhere, a CPU too:"
         base = ""
     elif single[0] == COMFY_CORE:

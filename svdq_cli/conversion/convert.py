@@ -160,7 +160,12 @@ def convert(
             observe=observe,
         ) as outputs:
             report = gated(_report(job, solved, contents, encoders, outputs, started), recipe)
-            card = model_card(report, pipeline=job.prepared.source.pipeline, beside=options.beside)
+            card = model_card(
+                report,
+                job.prepared.settings.dtype,
+                pipeline=job.prepared.source.pipeline,
+                beside=options.beside,
+            )
             outputs.write_reports(report, card)
             work.keep_json(NAMING, _names(job.paths))
         write_reports_beside(job.prepared.targets, job.paths, report, card)

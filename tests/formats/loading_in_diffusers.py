@@ -1,6 +1,7 @@
-"""A process of its own: what diffusers' real nunchaku_lite loader makes of our tensors, as JSON by precision on stdout.
+"""A process of its own: what diffusers' real nunchaku_lite loader makes of our tensors, as JSON by precision on stdout,
+and of a converted pipeline ("card") that is loaded as its model card says.
 
-    python -m tests.formats.loading_in_diffusers FOLDER
+    python -m tests.formats.loading_in_diffusers FOLDER CONVERTED_PIPELINE
 
 Its own process, because the package called `kernels`, once it is seen, stays seen.
 """
@@ -42,14 +43,31 @@ RANK = 16
 ROWS = (1, 17, 257)
 
 
-def main(folder: Path) -> dict[str, dict[str, Any]]:
+def main(folder: Path, pipeline: Path) -> dict[str, dict[str, Any]]:
     torch.set_num_threads(1)
     written: dict[str, dict[str, LayerSolution]] = {}
     for precision in (Int4(), NvFp4()):
         (folder / precision.name).mkdir()
         written[precision.name] = write_checkpoint(folder / precision.name, precision)
     standin_kernels.install()
-    return {name: load_and_run(folder / name, solutions) for name, solutions in written.items()}
+    found = {name: load_and_run(folder / name, solutions) for name, solutions in written.items()}
+    return {**found, "card": load_as_the_card_says(pipeline)}
+
+
+def load_as_the_card_says(folder: Path) -> dict[str, Any]:
+    """Runs the first Python of the model card, and the pipeline that it makes."""
+    from PIL import Image
+
+    code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    names: dict[str, Any] = {}
+    exec(code.replace("THIS_FOLDER_OR_REPOSITORY", str(folder)), names)
+    pipe = names["pipe"]
+    (image,) = pipe("a red circle", height=32, width=32, num_inference_steps=1, max_sequence_length=16).images
+    assert isinstance(image, Image.Image)
+    return {
+        "size": image.size,
+        "kinds": sorted({type(module).__name__ for module in pipe.transformer.modules()}),
+    }
 
 
 def load_and_run(folder: Path, solutions: dict[str, LayerSolution]) -> dict[str, Any]:
@@ -225,4 +243,4 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(Path(sys.argv[1]))))
+    print(json.dumps(main(Path(sys.argv[1]), Path(sys.argv[2]))))

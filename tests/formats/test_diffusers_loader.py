@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,12 @@ TOLERANCE = 3 * 2**-9
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+def both(
+    converted_flux: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict[str, Any]]:
+    folder, pipeline = tmp_path_factory.mktemp("lite"), converted_flux("int4") / "lite"
     run = subprocess.run(
-        [sys.executable, "-m", "tests.formats.loading_in_diffusers", str(tmp_path_factory.mktemp("lite"))],
+        [sys.executable, "-m", "tests.formats.loading_in_diffusers", str(folder), str(pipeline)],
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
@@ -62,3 +66,11 @@ def test_the_whole_model_runs_and_every_layer_in_it_follows_the_formula(loaded: 
 
 def test_every_layer_follows_the_formula_for_1_17_and_257_rows(loaded: dict[str, Any]) -> None:
     assert {name: errors for name, errors in loaded["errors_alone"].items() if max(errors) > TOLERANCE} == {}
+
+
+def test_the_pipeline_generates_an_image_when_it_is_loaded_as_its_model_card_says(
+    both: dict[str, dict[str, Any]],
+) -> None:
+    """Without a dtype, diffusers makes the text encoders float32, and the first layer of the transformer fails."""
+    assert both["card"]["size"] == [32, 32]
+    assert "SVDQW4A4Linear" in both["card"]["kinds"]
