@@ -20,18 +20,20 @@ from svdq_cli.runtime.ops.records import Quantized
 LINEAR, QUANTIZE = "linear", "quantize and down"
 
 
-def cpu_operations(solution: LayerSolution, m: int) -> Iterator[Operation]:
-    """`m`: rows of the input that will be measured."""
+def cpu_operations(solution: LayerSolution, m: int) -> Iterator[tuple[Operation, ...]]:
+    """Operations, those together that are to take turns. `m`: rows of the input that will be measured."""
     match solution:
         case W4A4Solution():
-            yield _w4a4(FUSED, solution, cpu_linear(solution))
-            if solution.up.shape[1] > 0:
-                bare = without_branch(solution)
-                yield _w4a4(NO_BRANCH, bare, cpu_linear(bare))
-                yield _w4a4(UNFUSED, solution, UnfusedBranch(CpuW4A4Linear(bare), solution))
-                yield _quantize(solution, m)
+            fused = _w4a4(FUSED, solution, cpu_linear(solution))
+            if solution.up.shape[1] == 0:
+                yield (fused,)
+                return
+            bare = without_branch(solution)
+            unfused = UnfusedBranch(CpuW4A4Linear(bare), solution)
+            yield fused, _w4a4(NO_BRANCH, bare, cpu_linear(bare)), _w4a4(UNFUSED, solution, unfused)
+            yield (_quantize(solution, m),)
         case W4A16Solution():
-            yield _modulation(solution)
+            yield (_modulation(solution),)
 
 
 def cpu_baselines(m: int) -> Iterator[tuple[str, Make]]:

@@ -34,6 +34,9 @@ class BenchRow:
     tflops: float  # 2 M K N over the median: the branch is overhead, not work
     baseline: str
     ratio: float  # the baseline's median over this one: above 1 is faster
+    # What the branch adds to a layer on the CPU engine, as a part of that layer without it: the median over calls next
+    # to each other. None where the two were not measured in turns
+    branch_cost: float | None
     floor_us: float | None  # its least bytes over the measured speed of copying, where these decide the time
     # Frobenius norm, against the operation's own definition in float64; None of a whole step
     relative_error: float | None

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import TypeGuard
 
 import torch
@@ -19,14 +18,14 @@ from svdq_cli.bench.cpu_operations import LINEAR, cpu_baselines, cpu_operations
 from svdq_cli.bench.device import device_facts, lack_of_kernels, load_average
 from svdq_cli.bench.hopper_operations import hopper_operations
 from svdq_cli.bench.kernel_operations import kernel_operations
-from svdq_cli.bench.operations import NAMES, Operation, reference_linear, torch_linear, without_branch
+from svdq_cli.bench.measured_rows import BASELINES, SHORT, baseline_name, measured_rows
+from svdq_cli.bench.operations import Operation, reference_linear, torch_linear, without_branch
 from svdq_cli.bench.report import FUSED, BenchReport, BenchRow, StepRow
 from svdq_cli.bench.shapes import MODULATION_ROWS, LinearShape, ShapeSet
 from svdq_cli.bench.step import StepSettings, arithmetics, step_rows
-from svdq_cli.bench.timing import Call, cache_bytes, copies_beyond_cache, measure
 from svdq_cli.bench.transformer import FLUX1_DEV_BLOCKS, FLUX1_DEV_STEP
 from svdq_cli.cpu.engine import lack_of_engine
-from svdq_cli.errors import EnvironmentLacksError, InputError, UsageError
+from svdq_cli.errors import EnvironmentLacksError, UsageError
 from svdq_cli.experimental.hopper.operands import unsupported_reason as hopper_reason
 from svdq_cli.gpu.launch import cuda_device
 from svdq_cli.records import (
@@ -50,11 +49,6 @@ RANK = 16
 RANK_STEP = 16  # what every format packs
 CHECKPOINT_ROWS = {"cpu": 68 * 8, "cuda": 4096}  # M of a checkpoint's W4A4 layers: as in the sets of shapes
 BUSY = 0.5  # load average a core from which other work is worth a note
-ERROR_ROWS = 128  # rows of a result do not depend on each other: a sample tells its error
-# torch's own linear, the 16-bit model's arithmetic first: a row's ratio refers to it. On a CPU our own layers get a row
-# for float32 too, as many CPUs compute bfloat16 more slowly.
-BASELINES = {"cpu": (torch.bfloat16, torch.float32), "cuda": (torch.bfloat16,)}
-SHORT = {torch.bfloat16: "torch-bf16", torch.float32: "torch-fp32"}  # as CPU rows call a baseline
 
 
 def precisions_named(name: str | None) -> tuple[Precision, ...]:
@@ -117,19 +111,20 @@ def _row_calls(case: Case, settings: BenchSettings) -> Iterator[tuple[str, Calla
 
     def baseline() -> BenchRow:
         ((dtype, operation),) = _baselines(case, settings)
-        row = _row(case, operation, x, settings, {})
-        medians[_baseline_name(dtype, settings.device)] = row.us.median
+        (row,) = measured_rows(case, (operation,), x, settings, {})
+        medians[baseline_name(dtype, settings.device)] = row.us.median
         return row
 
     def beside(operation: Callable[[], Operation]) -> BenchRow:
         if not medians:
             baseline()
-        return _row(case, operation(), x, settings, medians)
+        (row,) = measured_rows(case, (operation(),), x, settings, medians)
+        return row
 
     yield f"{name}: torch", baseline
     for other, make in gpu_baselines(case.m):
         yield f"{name}: {other}", lambda make=make: beside(lambda: make(random_weight(settings, linear)))
-    for operation in _operations(case, settings):
+    for operation in chain.from_iterable(_operations(case, settings)):
         rank = "" if operation.rank is None else f" R {operation.rank}"
         yield f"{name}: {operation.label}{rank}", lambda found=operation: beside(lambda: found)
 
@@ -203,6 +198,7 @@ def _step_as_row(step: StepRow, how: StepSettings) -> BenchRow:
         tflops=how.shape.operations / step.us.median / 1e6,
         baseline=SHORT[torch.bfloat16],
         ratio=step.ratio,
+        branch_cost=None,
         floor_us=None,
         relative_error=None,
         exactness="random weights; the exactness of each layer is that of its own rows",
@@ -227,20 +223,16 @@ def _report(cases: Sequence[Case], settings: BenchSettings, observe: Observer) -
         if shape not in baselines:
             medians = baselines.setdefault(shape, {})
             for dtype, operation in _baselines(case, settings):
-                row = _row(case, operation, x, settings, medians)
-                medians[_baseline_name(dtype, settings.device)] = row.us.median
+                (row,) = measured_rows(case, (operation,), x, settings, medians)
+                medians[baseline_name(dtype, settings.device)] = row.us.median
                 rows.append(row)
             rows.extend(_other_rows(case, x, settings, baselines[shape], lacking))
-        for operation in _operations(case, settings):
-            row = _row(case, operation, x, settings, baselines[shape])
-            rows += [row, *_beside_others(row, baselines[shape])]
+        for operations in _operations(case, settings):
+            for row in measured_rows(case, operations, x, settings, baselines[shape]):
+                rows += [row, *_beside_others(row, baselines[shape])]
         observe(Event("advance", "bench", done, len(cases), linear.name, time.monotonic() - started))
     observe(Event("end", "bench", len(cases), len(cases), seconds=time.monotonic() - started))
     return BenchReport(device_facts(settings.device), tuple(rows), _notes(settings, busy, lacking))
-
-
-def _baseline_name(dtype: torch.dtype, device: torch.device) -> str:
-    return SHORT[dtype] if device.type == "cpu" else f"torch linear {NAMES[dtype]}"
 
 
 def _beside_others(row: BenchRow, medians: Mapping[str, float]) -> Iterator[BenchRow]:
@@ -273,22 +265,23 @@ def _other_rows(
     others = gpu_baselines(case.m) if settings.device.type == "cuda" else cpu_baselines(case.m)
     for name, make in others:
         try:
-            yield _row(case, make(weight), x, settings, baselines)
+            yield from measured_rows(case, (make(weight),), x, settings, baselines)
         except (RuntimeError, NotImplementedError, ImportError) as error:
             lacking[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
 
 
-def _operations(case: Case, settings: BenchSettings) -> Iterator[Operation]:
-    """The operations to measure: on the kernels where they run, else on the reference backend."""
+def _operations(case: Case, settings: BenchSettings) -> Iterator[tuple[Operation, ...]]:
+    """The operations to measure, those together that take turns: on the kernels where they run, on the CPU engine, else
+    on the reference backend."""
     on_kernels = lack_of_kernels(settings.device) is None
     for found in case.solve():
         solution = on_device(found, settings.device)
         if on_kernels:
-            yield from kernel_operations(solution, case.m)
+            yield from ((each,) for each in kernel_operations(solution, case.m))
             if _has_hopper_modes(solution, settings.device):
-                yield from hopper_operations(solution, case.m)
+                yield from ((each,) for each in hopper_operations(solution, case.m))
             continue
-        yield reference_linear(solution)
+        yield (reference_linear(solution),)
         if (
             settings.device.type == "cpu"
             and lack_of_engine() is None
@@ -297,78 +290,12 @@ def _operations(case: Case, settings: BenchSettings) -> Iterator[Operation]:
             yield from cpu_operations(solution, case.m)
             continue
         if isinstance(solution, W4A4Solution) and solution.up.shape[1] > 0:
-            yield reference_linear(without_branch(solution))
+            yield (reference_linear(without_branch(solution)),)
 
 
 def _has_hopper_modes(solution: LayerSolution, device: torch.device) -> TypeGuard[W4A4Solution]:
     modes = cuda_device(device).architecture.hopper_modes
     return modes and isinstance(solution, W4A4Solution) and hopper_reason(solution) is None
-
-
-@torch.no_grad()
-def _row(
-    case: Case, operation: Operation, x: Tensor, settings: BenchSettings, baselines: Mapping[str, float]
-) -> BenchRow:
-    """`baselines`: medians by name, the one that ratios refer to first; empty where this row is it."""
-    name = next(iter(baselines), _baseline_name(BASELINES[settings.device.type][0], settings.device))
-    x = x.to(operation.dtype)
-    error = _relative_error(case.linear.name, operation, x)  # also fills the module's weight cache
-    us = measure(
-        _turns(operation, x, settings.device), seconds=settings.seconds_per_row, device=settings.device
-    )
-    linear = case.linear
-    return BenchRow(
-        layer=linear.name,
-        op=operation.op,
-        mode=operation.mode,
-        precision=operation.precision,
-        m=case.m,
-        k=linear.in_features,
-        n=linear.out_features,
-        rank=operation.rank,
-        us=us,
-        tflops=2 * case.m * linear.in_features * linear.out_features / us.median / 1e6,
-        baseline=name,
-        ratio=baselines[name] / us.median if baselines else 1.0,
-        floor_us=None if operation.least_bytes is None else operation.least_bytes / settings.bytes_per_us,
-        relative_error=error,
-        exactness=operation.exactness,
-    )
-
-
-def _turns(operation: Operation, x: Tensor, device: torch.device) -> list[Call]:
-    """The call on as many copies of input and layer as it takes to leave the cache.
-
-    A layer that is larger than the cache drives itself out of it and is not copied.
-    """
-    layer, inputs = operation.module, operation.prepare(x)
-    layer_bytes = sum(tensor.nbytes for tensor in (*layer.parameters(), *layer.buffers()))
-    count = copies_beyond_cache(layer_bytes + sum(tensor.nbytes for tensor in inputs), device)
-    shared = layer_bytes >= cache_bytes(device)
-
-    def call(layer: Callable[..., object], inputs: Sequence[Tensor]) -> Call:
-        return lambda: layer(*inputs)
-
-    return [
-        call(layer if shared else copy.deepcopy(layer), [tensor.clone() for tensor in inputs])
-        for _ in range(count)
-    ]
-
-
-def _relative_error(layer: str, operation: Operation, x: Tensor) -> float:
-    """|y - y64| / |y64| on a sample of rows. Raises InputError where the layer's numbers are not finite."""
-    count = x.shape[0]
-    sample = torch.linspace(0, count - 1, min(count, ERROR_ROWS), device=x.device).round().long()
-    wanted = operation.define(x[sample])
-    found = operation.rows_of(operation.module(*operation.prepare(x)))
-    error = float((found[sample].double() - wanted).norm() / wanted.norm())
-    if not math.isfinite(error):
-        raise InputError(
-            f"{layer}: {operation.label} returns values that are not finite, or only zeros",
-            hint="svdq check shows what is wrong with a checkpoint",
-            where=layer,
-        )
-    return error
 
 
 # ------------------------------------------------------------------------------------------ layers to measure
@@ -409,7 +336,8 @@ def _where(device: torch.device) -> str:
     if device.type == "cpu" and lack_of_engine() is None:
         return (
             "fused: the whole layer on svdq's CPU engine. no-branch: without its low-rank branch. unfused-branch: the "
-            "branch as separate torch operations. These figures say nothing about speed on a GPU."
+            "branch as separate torch operations. These three take turns, and what a branch adds is the "
+            "median over calls next to each other. These figures say nothing about speed on a GPU."
         )
     if device.type == "cpu":
         return (

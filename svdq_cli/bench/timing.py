@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Sequence
-from itertools import cycle
+from itertools import cycle, permutations
 
 import torch
 from torch import Tensor
@@ -49,8 +49,37 @@ def measure(calls: Sequence[Call], *, seconds: float, device: torch.device) -> M
     """
     if device.type == "cuda":
         with torch.cuda.device(device):
-            return _spread(_on_cuda(calls, seconds, device))
-    return _spread(_on_cpu(calls, seconds))
+            return spread(_on_cuda(calls, seconds, device))
+    (samples,) = measure_in_turns([calls], seconds=seconds)
+    return spread(samples)
+
+
+def measure_in_turns(ways: Sequence[Sequence[Call]], *, seconds: float) -> list[list[float]]:
+    """Microseconds of calls on the CPU, for each way as many; those of one index were made in one round.
+
+    In a round every way is called once. The order changes from round to round, as a call finds in the caches what the
+    one before it left. `ways`: for each, calls that do the same on operands of their own. Samples are taken for about
+    `seconds` a way, LEAST_SAMPLES of each at the least.
+    """
+    turns = [cycle(calls) for calls in ways]
+    for each in turns:
+        _warm_up(each.__next__, seconds / 4, wait=lambda: None)
+    samples: list[list[float]] = [[] for _ in ways]
+    started = time.perf_counter()
+    together, orders = seconds * len(ways), cycle(permutations(range(len(ways))))
+    while _wants_more(len(samples[0]), time.perf_counter() - started, together, LEAST_SAMPLES["cpu"]):
+        for way in next(orders):
+            call = next(turns[way])
+            before = time.perf_counter_ns()
+            call()
+            samples[way].append((time.perf_counter_ns() - before) / 1e3)
+    return samples
+
+
+def spread(samples: Sequence[float]) -> Microseconds:
+    """Median, 10th and 90th percentile of microseconds."""
+    p10, median, p90 = _quantiles(torch.tensor(samples, dtype=torch.float64))
+    return Microseconds(median, p10, p90)
 
 
 @functools.cache
@@ -60,19 +89,6 @@ def bytes_per_microsecond(device: torch.device) -> float:
     target = torch.empty_like(source)
     us = measure([lambda: target.copy_(source)], seconds=COPY_SECONDS, device=device)
     return 2 * source.nbytes / us.median
-
-
-def _on_cpu(calls: Sequence[Call], seconds: float) -> list[float]:
-    turns = cycle(calls)
-    _warm_up(turns.__next__, seconds / 4, wait=lambda: None)
-    samples: list[float] = []
-    started = time.perf_counter()
-    while _wants_more(len(samples), time.perf_counter() - started, seconds, LEAST_SAMPLES["cpu"]):
-        call = next(turns)
-        before = time.perf_counter_ns()
-        call()
-        samples.append((time.perf_counter_ns() - before) / 1e3)
-    return samples
 
 
 def _on_cuda(calls: Sequence[Call], seconds: float, device: torch.device) -> list[float]:
@@ -88,9 +104,9 @@ def _on_cuda(calls: Sequence[Call], seconds: float, device: torch.device) -> lis
     run()
     torch.cuda.synchronize(device)
     least = LEAST_REPLAYS if replay or each >= LONG_CALL else LEAST_SAMPLES["cuda"]
-    count = min(max(round(seconds / each / calls_a_run), least), MOST_SAMPLES)
+    replays = min(max(round(seconds / each / calls_a_run), least), MOST_SAMPLES)
     events = [
-        (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)
+        (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(replays)
     ]
     for before, after in events:
         before.record()
@@ -129,11 +145,6 @@ def _warm_up(next_call: Callable[[], Call], seconds: float, *, wait: Call) -> fl
 
 def _wants_more(samples: int, elapsed: float, seconds: float, least: int) -> bool:
     return samples < least or (elapsed < seconds and samples < MOST_SAMPLES)
-
-
-def _spread(samples: list[float]) -> Microseconds:
-    p10, median, p90 = _quantiles(torch.tensor(samples, dtype=torch.float64))
-    return Microseconds(median, p10, p90)
 
 
 def _quantiles(samples: Tensor) -> list[float]:

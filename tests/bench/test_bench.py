@@ -44,7 +44,7 @@ SMALL = ShapeSet(
 )
 ROW_KEYS = {
     *("op", "mode", "precision", "m", "k", "n", "rank", "us"),
-    *("tflops", "baseline", "ratio", "floor_us", "relative_error", "exactness"),
+    *("tflops", "baseline", "ratio", "branch_cost", "floor_us", "relative_error", "exactness"),
 }
 
 # One rounding to bfloat16 is at most 2^-8 of the value, float32 sums of 256 terms are a thousand times finer.
@@ -151,6 +151,16 @@ def test_ratios_refer_to_the_baseline_of_the_same_shape_and_run(report: BenchRep
     for row in report.rows:
         baseline = of_shape[row.m, row.k, row.n, row.baseline]
         assert row.ratio == baseline.us.median / row.us.median
+
+
+def test_what_a_branch_costs_is_told_where_its_layer_ran_in_turns_with_the_bare_one(report: BenchReport):
+    told = {(row.op, row.mode) for row in report.rows if row.branch_cost is not None}
+    assert told == {("linear", "fused"), ("linear", "unfused-branch")}
+    assert all(
+        (row.branch_cost is not None) == (row.rank == 16)
+        for row in report.rows
+        if row.mode == "unfused-branch"
+    )
 
 
 def test_the_engines_layers_stand_beside_both_of_torchs_dtypes(report: BenchReport):

@@ -16,6 +16,7 @@ def row(op: str, mode: str, us: float, **more) -> BenchRow:
         tflops=1.0,
         baseline="torch linear bfloat16",
         ratio=300 / us,
+        branch_cost=None,
         relative_error=1e-3,
         exactness="",
         **facts,

@@ -1,4 +1,4 @@
-"""What a measurement on a GPU counts, on a GPU that is a clock."""
+"""What a measurement counts, on machines that are clocks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from svdq_cli.bench import timing
-from svdq_cli.bench.timing import measure
+from svdq_cli.bench.timing import measure, measure_in_turns, spread
 
 CUDA = torch.device("cuda", 0)
 LAUNCH_US, KERNEL_US = 20.0, 5.0
@@ -89,3 +89,52 @@ def test_what_cant_be_captured_is_timed_call_by_call(monkeypatch: pytest.MonkeyP
     gpu = FakeGpu(capturable=False)
     on_gpu(monkeypatch, gpu)
     assert measure([gpu.call] * 3, seconds=0.01, device=CUDA).median >= KERNEL_US
+
+
+class FakeCpu:
+    """Takes 0.3 % longer for each call than for the one before."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.slower = 1.0
+        self.called: list[str] = []
+
+    def call(self, name: str, seconds: float):
+        def run() -> None:
+            self.called.append(name)
+            self.seconds += seconds * self.slower
+            self.slower *= 1.003
+
+        return run
+
+
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> FakeCpu:
+    cpu = FakeCpu()
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: cpu.seconds)
+    monkeypatch.setattr(timing.time, "perf_counter_ns", lambda: round(cpu.seconds * 1e9))
+    return cpu
+
+
+def test_ways_that_take_turns_are_compared_fairly_on_a_machine_that_slows_down(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    cpu = on_cpu(monkeypatch)
+    ways = [[cpu.call("bare", 1.0)], [cpu.call("whole", 1.04)]]
+    bare, whole = measure_in_turns(ways, seconds=30.0)
+    assert max(bare) > 1.1 * min(bare)
+    # In a round the two are one call apart: 0.3 %
+    assert spread(whole).median / spread(bare).median == pytest.approx(1.04, abs=0.005)
+
+
+def test_ways_that_take_turns_are_called_equally_often_and_each_first_in_some_rounds(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    cpu = on_cpu(monkeypatch)
+    ways = [[cpu.call(name, 0.01)] for name in "abc"]
+    samples = measure_in_turns(ways, seconds=0.06)
+    rounds = len(samples[0])
+    assert [len(each) for each in samples] == [rounds] * 3
+    measured = cpu.called[-3 * rounds :]
+    in_rounds = [measured[i : i + 3] for i in range(0, len(measured), 3)]
+    assert all(sorted(each) == ["a", "b", "c"] for each in in_rounds)
+    assert {each[0] for each in in_rounds} == set("abc")

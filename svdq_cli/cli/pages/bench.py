@@ -73,10 +73,10 @@ def bench(console: Console, report: BenchReport) -> None:
     facts.add_row("baseline", report.rows[0].baseline)
     console.print(facts)
     table = Table(box=None, pad_edge=False, collapse_padding=True)
+    layers = [row for row in report.rows if row.op != "transformer-step"]
     for title in ("op", "precision", "M", "K", "N", "R", "us", "spread", "TFLOP/s", "ratio", "error"):
         table.add_column(title, justify="left" if title in ("op", "precision") else "right", no_wrap=True)
     shape = None
-    layers = [row for row in report.rows if row.op != "transformer-step"]
     for row in layers:
         if shape not in (None, (row.m, row.k, row.n)):
             table.add_row()
@@ -98,10 +98,26 @@ def bench(console: Console, report: BenchReport) -> None:
     for label, exactness in exact.items():
         console.print(f"{label.removesuffix(', R None')}: {exactness}")
     console.print()
+    _branches(console, layers)
     if report.steps:
         _steps(console, report.steps)
     for note in report.notes:
         console.print(note)
+
+
+def _branches(console: Console, layers: Sequence[BenchRow]) -> None:
+    """What a branch adds to each layer that was measured with and without one."""
+    costs: dict[tuple[str, str], dict[str, float]] = {}
+    for row in layers:
+        if row.branch_cost is not None:
+            shape = f"M {row.m}, K {row.k}, N {row.n}"
+            costs.setdefault((shape, row.precision), {})[row.mode] = row.branch_cost
+    for (shape, precision), found in costs.items():
+        console.print(
+            f"{shape}, {precision}: the branch adds {found[FUSED]:.1%} fused, {found[UNFUSED]:.1%} unfused"
+        )
+    if costs:
+        console.print()
 
 
 def _named(row: BenchRow) -> str:
