@@ -210,6 +210,16 @@ class GpuFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class SizeBudgetFacts:
+    """`size_budget`, in bytes of an output's weight files with their headers: `least` are needed, and what is left goes
+    to the layers that gain the most by it, which is measured while converting."""
+
+    wanted: int
+    least: int
+    left: int
+
+
+@dataclass(frozen=True, slots=True)
 class PlanReport:
     """What `--plan` predicts. Bytes are peaks: of the process, of torch's GPU allocator (None without a GPU), and of
     the disk, work folder included."""
@@ -230,6 +240,7 @@ class PlanReport:
     stages: PlanSeconds
     prompts: PromptFacts | None = None  # None: it uses none
     gpu: GpuFacts | None = None  # of the card that --gpu names
+    size_budget: SizeBudgetFacts | None = None
     text_encoders: Mapping[str, TextEncoderFacts] = field(default_factory=dict[str, TextEncoderFacts])
     command: str = "convert"
     status: str = "planned"

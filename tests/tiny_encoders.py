@@ -13,6 +13,7 @@ from torch import Tensor
 from svdq_cli.pipelines.encoder_calls import EncoderCall
 
 _WORDS = 120
+_IMAGE, _START_OF_IMAGE = 130, 131  # token numbers
 _LLM: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 256,
@@ -58,7 +59,12 @@ def _qwen_vl() -> Any:
         "out_hidden_size": 128,
         "patch_size": 14,
     }
-    config = t.Qwen2_5_VLConfig(text_config={**_LLM, "rope_scaling": rope}, vision_config=vision)
+    config = t.Qwen2_5_VLConfig(
+        text_config={**_LLM, "rope_scaling": rope},
+        vision_config=vision,
+        image_token_id=_IMAGE,
+        vision_start_token_id=_START_OF_IMAGE,
+    )
     return t.Qwen2_5_VLForConditionalGeneration(config)
 
 
@@ -73,7 +79,12 @@ def _qwen3_vl() -> Any:
         "deepstack_visual_indexes": [0],
     }
     rope = {"rope_type": "default", "mrope_section": [4, 6, 6]}
-    config = t.Qwen3VLConfig(text_config={**_LLM, "head_dim": 32, "rope_scaling": rope}, vision_config=vision)
+    config = t.Qwen3VLConfig(
+        text_config={**_LLM, "head_dim": 32, "rope_scaling": rope},
+        vision_config=vision,
+        image_token_id=_IMAGE,
+        vision_start_token_id=_START_OF_IMAGE,
+    )
     return t.Qwen3VLForConditionalGeneration(config)
 
 
@@ -140,3 +151,21 @@ def tiny_call(prompts: int = 40, *, masked: bool = True) -> EncoderCall:
     """What a pipeline would give an encoder; not every pipeline gives its mask."""
     ids = tokens(prompts)
     return EncoderCall({"input_ids": ids, **({"attention_mask": (ids != 0).long()} if masked else {})})
+
+
+def tiny_call_with_images(prompts: int = 40) -> EncoderCall:
+    """What a pipeline that edits gives a Qwen-VL: in every prompt an image of 4 by 4 patches, or of 4 by 8, which are 4
+    or 8 tokens."""
+    seeded = torch.Generator().manual_seed(2)
+    grids = torch.tensor([[1, 4, 4 * (1 + number % 2)] for number in range(prompts)])
+    ids = tokens(prompts)
+    places = torch.full((prompts, 8), _IMAGE)
+    places[::2, 4:] = 0
+    ids = torch.cat([torch.full((prompts, 1), _START_OF_IMAGE), places, ids], 1)
+    patches = torch.randn(int(grids.prod(-1).sum()), 3 * 2 * 14 * 14, generator=seeded)
+    given = {
+        "input_ids": ids,
+        "attention_mask": (ids != 0).long(),
+        "mm_token_type_ids": (ids == _IMAGE).long(),
+    }
+    return EncoderCall({**given, "pixel_values": patches, "image_grid_thw": grids})

@@ -29,6 +29,7 @@ from svdq_cli.conversion.allocation import (
 )
 from svdq_cli.conversion.move_means import with_means_moved
 from svdq_cli.conversion.needs import needs_of
+from svdq_cli.conversion.provenance import contents_before
 from svdq_cli.conversion.read_weights import finite_tensor
 from svdq_cli.conversion.solve_layers import Statistics, load_solved, solve_into
 from svdq_cli.conversion.tune_blocks import tune_blocks
@@ -215,7 +216,14 @@ def _solved(
     statistics = None if needs.data_free else drawn
     prepared, statistics = with_means_moved(prepared, statistics)
     prepared, _ = allocate_ranks(
-        prepared, statistics, needs.gains, device, _quiet, options=options, work=work
+        prepared,
+        statistics,
+        needs.gains,
+        device,
+        _quiet,
+        contents=lambda: contents_before(prepared, options),
+        options=options,
+        work=work,
     )
     solve_into(work, prepared, statistics, device, _quiet)
     solved, reports = load_solved(prepared.plan, work, data_free=needs.data_free)

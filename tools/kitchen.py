@@ -89,7 +89,7 @@ def kitchen_modules(file: Path, dtype: torch.dtype) -> tuple[dict[str, KitchenMo
             weight = kitchen_weight(stored, dtype)
             smooth, bias = stored.pop(SMOOTHING, None), stored.pop("bias", None)
             found[name] = KitchenModule(weight, smooth, bias)
-        left |= {f"{name}.{suffix}" for suffix in stored}
+        left |= {f"{name}.{suffix}" if name else suffix for suffix in stored}
     return found, left
 
 

@@ -37,6 +37,12 @@ def moved_biases(module: StoredModule, solutions: Mapping[str, LayerSolution]) -
     return {} if bias is None else {layer.name: bias[rows].clone()}
 
 
+def moved_sizes(module: StoredModule) -> dict[str, int]:
+    """How many numbers `moved_biases` has of each layer."""
+    rows = _moved_rows(module)
+    return {} if rows is None else {layer.name: len(rows) for layer in moved_layers(module)}
+
+
 def moved_layers(module: StoredModule) -> tuple[LayerPlan, ...]:
     """The layers whose bias the module holds moved by an offset."""
     if _moved_rows(module) is None:

@@ -6,7 +6,7 @@ branches take are here, for `assembly` too.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -19,7 +19,7 @@ from svdq_cli.errors import InputError, UsageError
 from svdq_cli.families.layouts.layout import Interleaved
 from svdq_cli.formats.contract import Branch
 from svdq_cli.pack.padding import pad
-from svdq_cli.records import LayerPlan, W4A4Plan
+from svdq_cli.records import LayerPlan, SharedInput, W4A4Plan
 
 
 class HasBranch(Protocol):
@@ -129,6 +129,38 @@ def not_together(module: StoredModule, one: str, other: str, what: str) -> Usage
     return UsageError(
         f"{module.name} stores {one} and {other} as one matrix, but their {what} differ",
         hint="convert the model again with this format among the outputs, and without share_branches: false",
+        where=other,
+        kind="not-exact",
+    )
+
+
+def require_solved_together(module: StoredModule, inputs: Sequence[SharedInput]) -> None:
+    """UsageError where layers that the module stacks will be solved apart, so that what it has one of differs.
+
+    `inputs`: of the plan; those of a checkpoint are not known, and there the numbers themselves tell.
+    """
+    if not inputs or len(module.layers) < 2 or not isinstance(module.plan, W4A4Plan):
+        return
+    first, *others = (layer.name for layer in module.layers)
+    together = next((shared for shared in inputs if first in shared.layers), None)
+    for other in others:
+        if together is None or other not in together.layers:
+            raise _apart(
+                module, first, other, "a rule under layers (group, include or skip) solves them apart"
+            )
+    if not module.plan.rank:
+        return
+    for part in module.branches:
+        branch = next(each for each in together.branches if part[0].name in each) if together else ()
+        for layer in part:
+            if layer.name not in branch:
+                raise _apart(module, part[0].name, layer.name, "share_branches is false")
+
+
+def _apart(module: StoredModule, one: str, other: str, why: str) -> UsageError:
+    return UsageError(
+        f"{module.name} stores {one} and {other} as one matrix, but {why}",
+        hint="drop that, or choose a format that stores every layer by itself, such as nunchaku-lite",
         where=other,
         kind="not-exact",
     )

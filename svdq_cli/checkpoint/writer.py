@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from svdq_cli.checkpoint.assembly import join_layers, kept_tensor
-from svdq_cli.checkpoint.biases import moved_biases
+from svdq_cli.checkpoint.biases import moved_biases, moved_sizes
+from svdq_cli.checkpoint.branches import require_solved_together
 from svdq_cli.checkpoint.file_layout import EMPTY, FileLayout, KeptTensor, StoredModule, files_of, kept_shapes
 from svdq_cli.checkpoint.match_layout import Layout, known_layout, lay_out_denoisers, marker_names
 from svdq_cli.checkpoint.reader import PROVENANCE
@@ -42,7 +43,7 @@ from svdq_cli.storage.atomic import write_text
 from svdq_cli.storage.json_files import read_json
 from svdq_cli.storage.output_paths import REPORT_FILE
 from svdq_cli.storage.pipeline_index import index_file, is_modular
-from svdq_cli.storage.tensor_file import DTYPE_OF_NAME, TensorSpec, write_tensors
+from svdq_cli.storage.tensor_file import DTYPE_OF_NAME, TensorSpec, file_bytes, write_tensors
 from svdq_cli.system.threads import cores, prefetch
 
 SHARD_BYTES = 10_000_000_000  # the most that diffusers itself puts into one file
@@ -127,6 +128,8 @@ def target_of(
         )
     layout = known_layout(fmt, plan.family, plan.model_class)
     file = lay_out_denoisers(fmt, layout, plan, state)
+    for module in file.modules:
+        require_solved_together(module, plan.inputs)
     held = {layer.name for layer in file.layers}
     because = {layer.name: f"{fmt.name} has no 4-bit module for them" for layer in plan.layers}
     target = Target(fmt, layout, file, restricted(plan, held, because), dtype)
@@ -218,15 +221,25 @@ def _write_component(
 
 
 def _write_file(path: Path, component: str, target: Target, contents: Contents) -> tuple[Path, ...]:
+    biases: dict[str, Tensor] = {}
+    for module in target.file.modules:
+        biases |= moved_biases(module, contents.solutions)
+    metadata = _metadata_of_file(component, target, contents, biases)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    markers = marker_names(target.layout, contents.configs[component])
+    return _save(path, target, contents, metadata, markers=markers)
+
+
+def _metadata_of_file(
+    component: str, target: Target, contents: Contents, biases: Mapping[str, Tensor]
+) -> dict[str, str]:
+    """What the header of a single file says, but for the provenance. `biases`: those that modules hold moved."""
     fmt = target.format
     config = _with_class(target, contents.configs[component])
-    biases: dict[str, Tensor] = {}
 
     def own_name(layer: str) -> str:
         return component_of(target.plan.components, layer)[1]
 
-    for module in target.file.modules:
-        biases |= moved_biases(module, contents.solutions)
     own = {
         CONFIG: config,
         FORMAT: fmt.name,
@@ -236,10 +249,32 @@ def _write_file(path: Path, component: str, target: Target, contents: Contents) 
         **({SCHEDULER: contents.scheduler} if contents.scheduler else {}),
     }
     layout = target.layout if isinstance(target.layout, ModelLayout) else None
-    metadata = {**fmt.model_metadata(layout, config), **target.metadata(), **own}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    markers = marker_names(target.layout, config)
-    return _save(path, target, contents, as_text(metadata), markers=markers)
+    return as_text({**fmt.model_metadata(layout, config), **target.metadata(), **own})
+
+
+def weight_bytes(target: Target, contents: Contents) -> int:
+    """The size of the weight files that `write_target` writes, headers included, before any number exists.
+
+    `contents` needs no solutions. Of its provenance, numbers count with the digits that they have.
+    """
+    total = 0
+    for component, denoiser in target.denoisers().items():
+        metadata, markers, limit = {}, (), float(SHARD_BYTES)
+        if target.format.single_file:
+            sizes = {k: n for module in denoiser.file.modules for k, n in moved_sizes(module).items()}
+            biases = {name: torch.zeros(size, dtype=target.dtype) for name, size in sizes.items()}
+            metadata = _metadata_of_file(component, denoiser, contents, biases)
+            markers, limit = marker_names(target.layout, contents.configs[component]), math.inf
+        for pieces in _shards([*_pieces(denoiser, contents), *map(_empty, markers)], limit):
+            total += file_bytes(_specs(pieces), _with_provenance(metadata, contents))
+    return total
+
+
+def _with_provenance(metadata: Mapping[str, str], contents: Contents) -> dict[str, str]:
+    said = {"format": "pt", **metadata}
+    if contents.provenance is not None:
+        said[PROVENANCE] = json.dumps(contents.provenance, sort_keys=True)
+    return said
 
 
 def _with_class(target: Target, given: Mapping[str, object]) -> dict[str, object]:
@@ -291,6 +326,10 @@ def _pieces(target: Target, contents: Contents) -> list[_Piece]:
     return [*modules, *others]
 
 
+def _specs(pieces: Sequence[_Piece]) -> dict[str, TensorSpec]:
+    return {name: spec for piece in pieces for name, spec in piece.specs.items()}
+
+
 def _empty(name: str) -> _Piece:
     return _Piece({name: EMPTY}, lambda: {name: torch.empty(EMPTY.shape, dtype=EMPTY.dtype)})
 
@@ -306,14 +345,11 @@ def _save(
 ) -> tuple[Path, ...]:
     """The weights as one file, or as shards next to each other where they are more than `limit` bytes. No more than
     three modules are in memory. Returns the files."""
-    said = {"format": "pt", **metadata}
-    if contents.provenance is not None:
-        said[PROVENANCE] = json.dumps(contents.provenance, sort_keys=True)
+    said = _with_provenance(metadata, contents)
     shards = _shards([*_pieces(target, contents), *map(_empty, markers)], limit)
     files = [path] if len(shards) == 1 else [_shard_name(path, n, len(shards)) for n in range(len(shards))]
     for file, pieces in zip(files, shards, strict=True):
-        specs = {name: spec for piece in pieces for name, spec in piece.specs.items()}
-        with write_tensors(file, specs, said) as writer:
+        with write_tensors(file, _specs(pieces), said) as writer:
             for _, tensors in prefetch(pieces, lambda piece: piece.make(), threads=cores(_PACKERS)):
                 for name, tensor in tensors.items():
                     writer.write(name, tensor)

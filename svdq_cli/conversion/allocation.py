@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from fnmatch import fnmatchcase
 from typing import Any, cast
 
 import torch
 
-from svdq_cli.checkpoint.writer import target_of
+from svdq_cli.checkpoint.writer import Contents
 from svdq_cli.conversion.memory_backoff import (
     MemoryNeed,
     Placement,
@@ -21,15 +20,16 @@ from svdq_cli.conversion.memory_backoff import (
 from svdq_cli.conversion.needs import is_searched
 from svdq_cli.conversion.read_weights import StreamedWeights
 from svdq_cli.conversion.record import Sample, record_calls
+from svdq_cli.conversion.size_budget import RANKS, most_bytes, own_rank, too_small, with_plan
 from svdq_cli.conversion.solve_layers import Statistics
-from svdq_cli.conversion.work_folder import CHOICES, WorkFolder
+from svdq_cli.conversion.work_folder import CHOICES, CHOSEN, WorkFolder
 from svdq_cli.errors import UsageError
 from svdq_cli.planning.plan import restricted
 from svdq_cli.prepare.facts import predicted_sizes
 from svdq_cli.prepare.options import DEFAULT_OPTIONS, RunOptions
 from svdq_cli.prepare.prepare import Prepared
 from svdq_cli.prepare.sampling import Sampling
-from svdq_cli.recipe import DEFAULT_RANK, RankOverride
+from svdq_cli.recipe import DEFAULT_RANK
 from svdq_cli.reconstruct import output_gains
 from svdq_cli.records import (
     Event,
@@ -46,7 +46,7 @@ from svdq_cli.solve.ranks import rank_errors
 from svdq_cli.solve.rotated import bit_errors
 from svdq_cli.source import by_component, prefix_of
 
-RANKS = tuple(range(16, 129, 16))
+_PARTS = 2000  # of a budget: what bisection may leave of it
 GAIN_SAMPLE = Sample(images=8, batches=1, calls=8)  # shows how a layer's noise reaches the output
 
 
@@ -57,6 +57,7 @@ def allocate_ranks(
     device: torch.device,
     observe: Observer,
     *,
+    contents: Callable[[], Contents],
     options: RunOptions,
     work: WorkFolder,
 ) -> tuple[Prepared, tuple[str, ...]]:
@@ -66,32 +67,75 @@ def allocate_ranks(
     sampled as `gains` says; where that is None all layers weigh the same. Ranks are chosen so that the layers' mean
     SQNR does not fall below that of one rank for all.
 
-    The budget is the recipe's `size_budget` (bytes of the quantized component's weights) or, for `rank: auto` alone,
-    the bytes of rank 32 everywhere. What was measured is kept in the work folder and not measured again. Raises
-    UsageError where the budget can't be met, or where there is no calibration.
+    The budget is the recipe's `size_budget`, which no output's weight files exceed (`contents`: of the outputs, without
+    solutions), or, for `rank: auto` alone, the bytes of rank 32 everywhere. What was measured and chosen is kept in the
+    work folder, for other processes too. UsageError where no rank for all layers fits.
     """
-    wanted = prepared.recipe.quantization
     if not is_searched(prepared):
         return prepared, ()
-    if statistics is None:
-        raise UsageError(
-            "rank auto and size_budget measure layers on calibration rows, but there is no calibration",
-            hint="name prompts with --prompts or a recipe, give --calib, or give a fixed rank",
-            where="quantization.rank",
-        )
-    if wanted.size_bytes is not None:
-        _require_mixing(prepared)
+    assert statistics is not None  # `require_search` has refused it
+    wanted = prepared.recipe.quantization
     ranks = RANKS if wanted.rank == "auto" else (wanted.rank,)
     candidates = _kept_candidates(work)
     if candidates is None:
         measured = layer_gains(prepared, gains, options, device, observe) if gains else None
         candidates = candidates_of(prepared, statistics, ranks, device, observe, measured, options=options)
         work.keep_json(CHOICES, [asdict(candidate) for candidate in candidates])
-    warnings = () if gains else (_ALIKE,)
-    budget = budget_of(prepared, candidates)
-    chosen = choices_of(candidates, budget, rival=None if wanted.size_bytes else DEFAULT_RANK)
+    if (taken := kept_allocation(prepared, work)) is not None:
+        return taken
+    found, chosen, warnings = _within_budget(prepared, candidates, ranks, contents)
+    warnings = (*(() if gains else (_ALIKE,)), *warnings)
+    places = [each.choices.index(choice) for each, choice in zip(candidates, chosen, strict=True)]
+    work.keep_json(CHOSEN, {"choices": places, "warnings": list(warnings)})
+    return found, warnings
+
+
+def kept_allocation(prepared: Prepared, work: WorkFolder) -> tuple[Prepared, tuple[str, ...]] | None:
+    """What an earlier run, or the first process, has chosen, with its warnings; None where nothing was."""
+    candidates, kept = _kept_candidates(work), cast("dict[str, Any] | None", work.read_json(CHOSEN))
+    if candidates is None or kept is None:
+        return None
+    chosen = [each.choices[place] for each, place in zip(candidates, kept["choices"], strict=True)]
+    return _with_choices(prepared, candidates, chosen), tuple(kept["warnings"])
+
+
+def _within_budget(
+    prepared: Prepared,
+    candidates: Sequence[Candidate],
+    ranks: Sequence[int],
+    contents: Callable[[], Contents],
+) -> tuple[Prepared, Sequence[Choice], tuple[str, ...]]:
+    """The best choices that are within the budget in every output, with a warning where that takes one rank for all.
+
+    What layers take by themselves is not quite what they take in a file, which stacks, pads and lists them: where the
+    file is too large, the layers are given less, as much as bisection finds that fits.
+    """
+    wanted, most = prepared.recipe.quantization.size_bytes, budget_of(prepared, candidates)
+    best = _chosen_for(prepared, candidates, ranks, most)
+    if wanted is None or most_bytes(best[0], contents()) <= wanted:
+        return best
+    cheapest = [min(each.choices, key=lambda choice: choice.bytes) for each in candidates]
+    best = _with_choices(prepared, candidates, cheapest), cheapest, ()
+    if (needed := most_bytes(best[0], contents())) > wanted:
+        raise too_small(prepared, wanted, needed)
+    least = sum(choice.bytes for choice in cheapest)
+    while most - least > max(1, wanted // _PARTS):
+        middle = (least + most) // 2
+        found = _chosen_for(prepared, candidates, ranks, middle)
+        if most_bytes(found[0], contents()) <= wanted:
+            best, least = found, middle
+        else:
+            most = middle
+    return best
+
+
+def _chosen_for(
+    prepared: Prepared, candidates: Sequence[Candidate], ranks: Sequence[int], budget: int
+) -> tuple[Prepared, Sequence[Choice], tuple[str, ...]]:
+    rival = None if prepared.recipe.quantization.size_bytes else DEFAULT_RANK
+    chosen = choices_of(candidates, budget, rival=rival)
     try:
-        return _with_choices(prepared, candidates, chosen), warnings
+        return _with_choices(prepared, candidates, chosen), chosen, ()
     except UsageError as refusal:
         if len({choice.rank for choice in chosen} - {None}) < 2:
             raise
@@ -101,7 +145,7 @@ def allocate_ranks(
             f"rank {one} for all layers: {refusal.message}. Individual ranks would leave "
             f"{1 - best / max(reached, 1e-30):.0%} less error at the same bytes"
         )
-        return _with_choices(prepared, candidates, choices), (*warnings, warning)
+        return _with_choices(prepared, candidates, choices), choices, (warning,)
 
 
 _ALIKE = (
@@ -240,21 +284,10 @@ def _usable(prepared: Prepared, members: Sequence[W4A4Plan], ranks: Sequence[int
     the smallest side."""
     if members[0].branchless:
         return [0]
-    said = [o for o in prepared.recipe.layers if isinstance(o, RankOverride)]
-    if any(fnmatchcase(plan.name, override.match) for plan in members for override in said):
+    if any(own_rank(prepared, plan) is not None for plan in members):
         return sorted({plan.rank for plan in members})
     least = min(min(plan.linear.in_features, plan.linear.out_features) for plan in members)
     return [rank for rank in ranks if rank <= max(16, least // 32 * 16)] or [min(ranks)]
-
-
-def _require_mixing(prepared: Prepared) -> None:
-    for target in prepared.targets:
-        if not target.format.mixes:
-            raise UsageError(
-                f"size_budget leaves layers at 16 bits, but format {target.format.name!r} can't store them",
-                hint="drop size_budget, or choose another format",
-                where="quantization.size_budget",
-            )
 
 
 def _stored_bytes(prepared: Prepared, names: Sequence[str], rank: int | None) -> int:
@@ -280,15 +313,7 @@ def budget_of(prepared: Prepared, candidates: Sequence[Candidate]) -> int:
     )
     if wanted is None:
         return planned
-    others = predicted_sizes(prepared).output - planned
-    least = others + sum(min(choice.bytes for choice in candidate.choices) for candidate in candidates)
-    if wanted < least:
-        raise UsageError(
-            f"size_budget of {wanted:,} bytes is too small: the smallest possible for this model is {least:,} bytes",
-            hint="raise size_budget" if prepared.plan.rotated else "raise size_budget, or lower the rank",
-            where="quantization.size_budget",
-        )
-    return wanted - others
+    return wanted - (predicted_sizes(prepared).output - planned)
 
 
 def _planned_rank(plan: ModelPlan, candidate: Candidate) -> int:
@@ -301,29 +326,31 @@ def _planned_rank(plan: ModelPlan, candidate: Candidate) -> int:
 def _best_uniform(
     candidates: Sequence[Candidate], ranks: Sequence[int], budget: int
 ) -> tuple[int, list[Choice]]:
-    """The rank for all that leaves the least error within the budget."""
+    """The rank for all that leaves the least error within the budget, or the least rank where none is within it.
+    UsageError where no rank is possible for all."""
     found: list[tuple[float, int, list[Choice]]] = []
+    least: tuple[int, list[Choice]] | None = None
     for rank in ranks:
         same = uniform(candidates, rank, otherwise=True)
         if any(not candidate.choices for candidate in same):
             continue
         choices = allocate(same, budget)
+        least = least or (rank, choices)
         if sum(choice.bytes for choice in choices) <= budget:
             found.append((output_error(same, choices), rank, choices))
-    if not found:
+    if least is None:
         raise UsageError(
-            "no single rank fits size_budget", hint="raise size_budget", where="quantization.size_budget"
+            "no single rank is possible for all layers", hint="give a fixed rank", where="quantization.rank"
         )
+    if not found:
+        return least
     _, rank, choices = min(found, key=lambda each: each[0])
     return rank, choices
 
 
 def _with_choices(prepared: Prepared, candidates: Sequence[Candidate], chosen: Sequence[Choice]) -> Prepared:
     """The plan with the choices made. UsageError where an output can't say them."""
-    plan = plan_with(prepared.plan, candidates, chosen)
-    state, dtype = prepared.inventory.state, prepared.settings.dtype
-    targets = tuple(target_of(target.format, plan, state, dtype) for target in prepared.targets)
-    return replace(prepared, plan=plan, targets=targets)
+    return with_plan(prepared, plan_with(prepared.plan, candidates, chosen))
 
 
 def _chosen(layer: LayerPlan, rank: int) -> LayerPlan:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,8 +16,6 @@ from svdq_cli import __version__
 from svdq_cli.calibration.artefact import MANIFEST, Calibration, open_calibration
 from svdq_cli.calibration.parts import PartFolder
 from svdq_cli.calibration.prompts import prompts_digest
-from svdq_cli.checkpoint.check import WEIGHT_ERROR
-from svdq_cli.checkpoint.reader import MOVED_MEANS
 from svdq_cli.checkpoint.writer import Contents, report_path
 from svdq_cli.conversion.allocation import allocate_ranks
 from svdq_cli.conversion.block_forecast import tuned_bytes
@@ -36,10 +32,12 @@ from svdq_cli.conversion.needs import (
     require_blocks_run,
 )
 from svdq_cli.conversion.predict import Forecast, disk_bytes, require_memory, work_bytes
+from svdq_cli.conversion.provenance import REPORTED, contents_before, contents_of
 from svdq_cli.conversion.publish import Outputs, finished_outputs, gated, write_reports_beside
 from svdq_cli.conversion.ranges import range_warnings
-from svdq_cli.conversion.read_weights import finite_tensor, require_in_range
+from svdq_cli.conversion.read_weights import require_in_range
 from svdq_cli.conversion.resume import kept_work, work_beside
+from svdq_cli.conversion.size_budget import require_search
 from svdq_cli.conversion.solve_layers import Statistics, load_solved, solve_into, solved_elsewhere
 from svdq_cli.conversion.text_encoders import FourBitEncoder, quantize_encoders
 from svdq_cli.conversion.tune_blocks import tune_blocks
@@ -57,23 +55,20 @@ from svdq_cli.prepare.facts import (
     search_facts,
     sizes_of,
 )
-from svdq_cli.prepare.locate import portable_name
 from svdq_cli.prepare.options import DEFAULT_OPTIONS, RunOptions
 from svdq_cli.prepare.prepare import Prepared, prepare, prompts_of, warnings_of
 from svdq_cli.prepare.sampling import Sampling
-from svdq_cli.prepare.sources import lora_files, source_of
+from svdq_cli.prepare.sources import source_of
 from svdq_cli.recipe import Recipe, embedded, resolved
 from svdq_cli.records import Event, LayerReport, LayerSolution, Observer, ignore_events
 from svdq_cli.reports import BlockSearch, ConvertReport, ConvertSeconds
-from svdq_cli.source import file_sha256, needed_settings, source_digest
-from svdq_cli.source.means import moved_json
+from svdq_cli.source import file_sha256, source_digest
 from svdq_cli.storage.atomic import refuse_existing, remove_leftovers, require_disk
-from svdq_cli.storage.output_paths import require_name, require_places
+from svdq_cli.storage.output_paths import name_warnings, require_name, require_places
 from svdq_cli.system.allocator import return_freed_memory
 from svdq_cli.system.machine import limit_vram, peak_memory, resolve_device
 from svdq_cli.system.threads import in_background
 
-_REPORTED = ("svdq_version", "versions", "source_sha256", "calibration_sha256", "loras_sha256")
 NAMING = "naming.json"  # in the work folder: the outputs of a run that has started to give them their names
 
 
@@ -212,10 +207,12 @@ def begin(
         replaces=replaces,
     )
     require_blocks_run(prepared, needs)
+    require_search(prepared, needs, lambda: contents_before(prepared, options, digest=digest))
     require_memory(Forecast(prepared, needs, job.device, options))
     limit_vram(job.device, options.max_vram)
     require_disk({paths[0]: disk_bytes(prepared), job.work: _work_bytes(job)})
     job.warn(warnings_of(prepared, data_free=needs.data_free))
+    job.warn(name_warnings(paths, folders=[not target.format.single_file for target in prepared.targets]))
     if needs.data_free and calibration is not None:
         job.warn((f"{calibration}: not used, because effort datafree takes no calibration",))
     return job
@@ -368,6 +365,7 @@ def _solve(job: Job, work: WorkFolder) -> Solved:
         job.needs.gains,
         job.device,
         job.observe,
+        contents=lambda: contents_before(prepared, job.options, digest=job.digest),
         options=job.options,
         work=work,
     )
@@ -439,43 +437,14 @@ def _statistics(job: Job, work: WorkFolder) -> Statistics:
 
 
 def _contents(job: Job, solved: Solved) -> Contents:
-    """The numbers of the outputs, and how they were made."""
-    source = solved.prepared.source
-    provenance: dict[str, object] = {
-        "svdq_version": __version__,
-        "recipe": embedded(
-            job.recipe, source=portable_name(job.recipe.model.source, job.digest, beside=job.options.beside)
-        ),
-        "source_sha256": job.digest,
-        "calibration_sha256": solved.statistics.digest if solved.statistics else None,
-    }
-    return Contents(
-        configs=source.configs,
-        state=job.prepared.inventory.state,
+    return contents_of(
+        solved.prepared,
+        job.options,
+        digest=job.digest,
+        calibration=solved.statistics.digest if solved.statistics else None,
         solutions=solved.solutions,
-        kept=lambda name: finite_tensor(source, name),
-        scheduler=needed_settings(source),
-        provenance={
-            **provenance,
-            "fingerprint": hashlib.sha256(json.dumps(provenance, sort_keys=True).encode()).hexdigest(),
-            "versions": _versions(),
-            "loras_sha256": {
-                path.name: file_sha256(path)
-                for path in lora_files(job.recipe, job.options)
-                if path.is_file()  # a folder of peft's is in the digest of the source
-            },
-            **({MOVED_MEANS: moved_json(source.moved)} if source.moved else {}),
-            WEIGHT_ERROR: {report.name: round(report.weight_error, 5) for report in solved.reports},
-        },
+        weight_errors={report.name: report.weight_error for report in solved.reports},
     )
-
-
-def _versions() -> dict[str, str]:
-    """What the numbers depend on besides svdq; outside of the fingerprint, which names the intent."""
-    return {
-        name: importlib.metadata.version(name)
-        for name in ("torch", "diffusers", "transformers", "safetensors")
-    }
 
 
 def _report(
@@ -510,7 +479,7 @@ def _report(
         ),
         peak=peak_memory(),
         fingerprint=str(contents.provenance["fingerprint"]),
-        provenance={key: contents.provenance[key] for key in _REPORTED},
+        provenance={key: contents.provenance[key] for key in REPORTED},
         svdq_version=__version__,
         recipe=resolved(recipe),
         warnings=tuple(job.warnings),

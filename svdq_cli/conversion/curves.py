@@ -8,12 +8,10 @@ compared at timesteps that neither has seen.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 
 from svdq_cli.calibration.over_time import modulation_inputs
-from svdq_cli.checkpoint.writer import target_of
 from svdq_cli.conversion.memory_backoff import (
     MemoryNeed,
     Placement,
@@ -22,12 +20,12 @@ from svdq_cli.conversion.memory_backoff import (
     where_it_fits,
 )
 from svdq_cli.conversion.read_weights import source_weight
+from svdq_cli.conversion.size_budget import as_curve, layer_bytes, with_curves
 from svdq_cli.conversion.solve_layers import Statistics
 from svdq_cli.conversion.work_folder import CURVES, WorkFolder
 from svdq_cli.prepare.options import RunOptions
 from svdq_cli.prepare.prepare import Prepared
-from svdq_cli.recipe import DEFAULT_RANK
-from svdq_cli.records import ActivationStats, LayerPlan, Observer, SharedInput, W4A4Plan, W4A16Plan
+from svdq_cli.records import ActivationStats, Observer, SharedInput, W4A4Plan, W4A16Plan
 from svdq_cli.solve.forward import output_sqnr_db
 from svdq_cli.solve.modulation import solve_curve, solve_w4a16
 
@@ -55,7 +53,9 @@ def choose_curves(
     if not isinstance(chosen, list):
         chosen = list(_chosen(prepared, statistics, device, observe, options))
         work.keep_json(CURVES, chosen)
-    return _with_curves(prepared, {str(name) for name in chosen}), _left_over(prepared, wanted, len(chosen))
+    names = {str(name) for name in chosen}
+    curved = with_curves(prepared, lambda layer: layer.name in names)
+    return curved, _left_over(prepared, wanted, len(chosen))
 
 
 def _left_over(prepared: Prepared, wanted: str, chosen: int) -> tuple[str, ...]:
@@ -80,6 +80,7 @@ def _chosen(
     """The names of the layers that become curves."""
     if not all(target.format.curves for target in prepared.targets):
         return
+    target = prepared.targets[0]
     plans = {layer.name: layer for layer in prepared.plan.w4a16}
     every = prepared.recipe.modulation == "curve"
     nearer: dict[tuple[int, int], bool] = {}  # by size, the answer for `auto`
@@ -87,12 +88,12 @@ def _chosen(
         stats = statistics(shared.name)
         for name in shared.layers if stats.over_time is not None else ():
             plan, size = plans[name], (plans[name].linear.out_features, plans[name].linear.in_features)
-            curve = _as_curve(prepared, plan)
+            curve = as_curve(prepared, plan)
             if curve is None:
                 continue
             if not every and size in nearer:
                 taken = nearer[size]
-            elif not every and _bytes(prepared, curve) > _bytes(prepared, plan):
+            elif not every and layer_bytes(target, curve) > layer_bytes(target, plan):
                 taken = False
             else:
                 taken = _is_nearer(prepared, curve, plan, stats, device, observe, options)
@@ -135,31 +136,3 @@ def _is_nearer(
     return where_it_fits(
         plan.name, attempt, need, device=device, options=options, observe=observe, stage="modulation"
     )
-
-
-def _as_curve(prepared: Prepared, plan: LayerPlan) -> W4A4Plan | None:
-    """The layer as a curve; None where an output can't hold it."""
-    quantization = prepared.recipe.quantization
-    ranks = {layer.rank for layer in prepared.plan.w4a4}
-    rank = max(ranks) if ranks else DEFAULT_RANK if quantization.rank == "auto" else quantization.rank
-    curve = W4A4Plan(plan.linear, quantization.number_format, rank, curve=True)
-    fits = all(target.format.unsupported_reason(curve) is None for target in prepared.targets)
-    return curve if fits else None
-
-
-def _bytes(prepared: Prepared, plan: LayerPlan) -> int:
-    target = prepared.targets[0]
-    return sum(spec.bytes for spec in target.format.tensor_specs(plan, target.dtype).values())
-
-
-def _with_curves(prepared: Prepared, names: set[str]) -> Prepared:
-    if not names:
-        return prepared
-    layers = tuple(
-        _as_curve(prepared, layer) or layer if layer.name in names else layer
-        for layer in prepared.plan.layers
-    )
-    plan = replace(prepared.plan, layers=layers)
-    state, dtype = prepared.inventory.state, prepared.settings.dtype
-    targets = tuple(target_of(target.format, plan, state, dtype) for target in prepared.targets)
-    return replace(prepared, plan=plan, targets=targets)

@@ -34,14 +34,14 @@ def run_by_block(
 ) -> None:
     """One forward pass of an empty `model`. `weights`: a parameter by its own name. `blocks`: paths, each visited once.
 
-    Parts that are neither in a block nor needed for text (towers for images) stay empty.
+    Parts that are neither in a block nor needed for text (towers for images) stay empty, unless the call has images.
     """
     _without_cache(model)
     if (head := model.get_output_embeddings()) is not None and head is not model.get_input_embeddings():
         _replace(model, head, nn.Identity())  # logits of every token of every prompt, which nobody reads
     model.tie_weights()  # what is tied has one name below
     inside = tuple(f"{block}." for block in blocks)
-    used = _used_outside(model, inside)
+    used = _used_outside(model, inside, images=call.has_images)
     _fill(model, used, weights, device)
     model.tie_weights()
     for buffered in model.modules():
@@ -76,14 +76,18 @@ def _visited(
         block.to("meta")
 
 
-def _used_outside(model: Any, inside: tuple[str, ...]) -> list[str]:
-    """Parameters that a text needs outside the blocks: all of the models that the blocks are in, and no other's."""
+def _used_outside(model: Any, inside: tuple[str, ...], *, images: bool) -> list[str]:
+    """Parameters that a call needs outside the blocks: all of the models that the blocks are in, and no other's but for
+    those of images."""
     from transformers import PreTrainedModel
 
     others = [
         f"{path}."
         for path, module in model.named_modules()
-        if path and isinstance(module, PreTrainedModel) and not inside[0].startswith(f"{path}.")
+        if path
+        and not images
+        and isinstance(module, PreTrainedModel)
+        and not inside[0].startswith(f"{path}.")
     ]
     return [
         name

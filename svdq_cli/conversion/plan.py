@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from svdq_cli.conversion.machine_speed import speed_of
-from svdq_cli.conversion.needs import given_statistics, needs_of
+from svdq_cli.conversion.needs import given_statistics, needs_of, require_blocks_run
 from svdq_cli.conversion.plan_gpu import on_card
 from svdq_cli.conversion.predict import (
     Forecast,
@@ -19,11 +19,13 @@ from svdq_cli.conversion.predict import (
     stage_seconds,
     vram_bytes,
 )
+from svdq_cli.conversion.provenance import contents_before
+from svdq_cli.conversion.size_budget import require_search
 from svdq_cli.conversion.solve_layers import layer_groups_at_once
 from svdq_cli.inference.backend import compute_dtype
 from svdq_cli.prepare.facts import encoders_planned, layer_counts, model_facts, predicted_sizes, rank_facts
 from svdq_cli.prepare.options import DEFAULT_OPTIONS, RunOptions
-from svdq_cli.prepare.prepare import prepare, warnings_of
+from svdq_cli.prepare.prepare import Prepared, prepare, warnings_of
 from svdq_cli.prepare.prompts import chosen_prompts
 from svdq_cli.prepare.sampling import usual_sampling
 from svdq_cli.recipe import Recipe, resolved
@@ -31,6 +33,7 @@ from svdq_cli.records import Event
 from svdq_cli.reports import PlanReport, PromptFacts
 from svdq_cli.storage.atomic import existing
 from svdq_cli.storage.library_facts import spared_cost
+from svdq_cli.storage.output_paths import name_warnings
 from svdq_cli.system.allocator import return_freed_memory
 from svdq_cli.system.graphics_cards import Card
 from svdq_cli.system.machine import resolve_device
@@ -59,7 +62,10 @@ def predict(
         prompts = chosen_prompts(prepared.recipe, options, told.append).facts
         prepared = replace(prepared, sampling=replace(sampling, samples=prompts.used))
     device = resolve_device(options.device)
-    job = Forecast(prepared, needs_of(prepared, given), device, options)
+    needs = needs_of(prepared, given)
+    require_blocks_run(prepared, needs)
+    budget = require_search(prepared, needs, lambda: contents_before(prepared, options))
+    job = Forecast(prepared, needs, device, options)
     out = Path(recipe.outputs[0].path or "") if recipe.outputs else Path()
     side_by_side = layer_groups_at_once(device)
     with torch_threads(1 if side_by_side else torch.get_num_threads()):
@@ -83,6 +89,7 @@ def predict(
         recipe=resolved(prepared.recipe),
         warnings=(
             *warnings_of(prepared, data_free=job.needs.data_free),
+            *_output_names(prepared, recipe),
             *(event.detail for event in told if event.kind == "warning"),
             *on_the_cpu(job),
             *_limit_without_gpu(options, device, card),
@@ -90,8 +97,18 @@ def predict(
         stages=stages,
         prompts=prompts,
         text_encoders=encoders_planned(prepared),
+        size_budget=budget,
         gpu=on_card(job, card, settings, speed, preparing=preparing) if card else None,
     )
+
+
+def _output_names(prepared: Prepared, recipe: Recipe) -> tuple[str, ...]:
+    named = [
+        (Path(output.path), not target.format.single_file)
+        for output, target in zip(recipe.outputs, prepared.targets, strict=False)
+        if output.path
+    ]
+    return name_warnings([path for path, _ in named], folders=[is_folder for _, is_folder in named])
 
 
 def _limit_without_gpu(options: RunOptions, device: torch.device, card: Card | None) -> tuple[str, ...]:

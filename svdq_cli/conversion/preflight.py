@@ -19,7 +19,9 @@ from svdq_cli.prepare.from_command_line import outputs_of
 def require_convertible(recipe: Recipe, options: RunOptions) -> tuple[Path, ...]:
     """Refuses what a conversion would refuse before it reads a weight; returns its outputs. A model that has to be
     downloaded first is not looked at."""
-    from svdq_cli.conversion.needs import needs_of
+    from svdq_cli.conversion.needs import needs_of, require_blocks_run
+    from svdq_cli.conversion.provenance import contents_before
+    from svdq_cli.conversion.size_budget import require_search
     from svdq_cli.prepare.locate import hub_id
     from svdq_cli.prepare.prepare import prepare
     from svdq_cli.prepare.prompts import chosen_prompts
@@ -30,6 +32,9 @@ def require_convertible(recipe: Recipe, options: RunOptions) -> tuple[Path, ...]
             refuse_existing(path, overwrite=options.overwrite)
     if hub_id(recipe.model.source, beside=options.beside) is None:
         prepared = prepare(recipe, beside=options.beside)
-        if needs_of(prepared, None).prompts:
+        needs = needs_of(prepared, None)
+        require_blocks_run(prepared, needs)
+        require_search(prepared, needs, lambda: contents_before(prepared, options))
+        if needs.prompts:
             chosen_prompts(prepared.recipe, options, ignore_events)
     return paths

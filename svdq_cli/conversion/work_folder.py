@@ -4,6 +4,7 @@
     WORK/pictures/N.safetensors     what each batch of calibration images adds to the statistics, until all are done
     WORK/calibration/               the statistics, if the run collected them itself: an ordinary calibration artefact
     WORK/choices.json               what every rank would cost and bring, where ranks are searched
+    WORK/chosen.json                which of them were taken
     WORK/layers/LAYER.safetensors   a layer group, named after its first layer: its solutions and their reports
     WORK/blocks/BLOCK.safetensors   effort best: a block's layers as they were tuned, with their reports
     WORK/encoders/NAME.safetensors  a text encoder with 4-bit weights, whole once NAME.json is next to it
@@ -55,7 +56,7 @@ JOURNAL = "journal.json"
 LAYERS, CALIBRATION, IMAGES = "layers", "calibration", "pictures"
 BLOCKS, PASSAGES = "blocks", "passages"
 ENCODERS = "encoders"
-CHOICES = "choices.json"
+CHOICES, CHOSEN = "choices.json", "chosen.json"
 CURVES = "curves.json"  # names of the modulation layers that are stored as curves
 _LOCK, _DONE = "lock", "done"
 _ABOUT = "svdq"  # key of the safetensors metadata

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from svdq_cli.calibration.artefact import open_calibration
-from svdq_cli.conversion.allocation import allocate_ranks
+from svdq_cli.conversion.allocation import kept_allocation
 from svdq_cli.conversion.calibrate import BEGUN, calibration_run_of, generate_share
 from svdq_cli.conversion.curves import choose_curves
 from svdq_cli.conversion.move_means import with_means_moved
@@ -56,9 +56,7 @@ def share_convert(recipe: Recipe, *, calibration: Path | None, options: RunOptio
         statistics = Statistics(opened.digest, opened)
     device = resolve_device(options.device)
     prepared, statistics = with_means_moved(prepared, statistics)
-    prepared, _ = allocate_ranks(
-        prepared, statistics, needs.gains, device, ignore_events, options=options, work=work
-    )
+    prepared, _ = kept_allocation(prepared, work) or (prepared, ())
     prepared, _ = choose_curves(prepared, statistics, device, ignore_events, options=options, work=work)
     solve_share(work, prepared, statistics, device, options=options)
 

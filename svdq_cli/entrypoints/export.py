@@ -39,7 +39,7 @@ from svdq_cli.reports import RepackReport
 from svdq_cli.runtime.linear import w4a16_rounded_weight
 from svdq_cli.source import needed_settings
 from svdq_cli.storage.atomic import refuse_existing, require_disk, whole_output, write_text
-from svdq_cli.storage.output_paths import require_places
+from svdq_cli.storage.output_paths import name_warnings, require_places
 
 
 def export(
@@ -90,7 +90,10 @@ def export(
             source_format=checkpoint.format.name,
             outputs=(output_file(fmt, out, weights),),
             layers=len(target.plan.layers),
-            warnings=_warnings(checkpoint, target, pipeline),
+            warnings=(
+                *_warnings(checkpoint, target, pipeline),
+                *name_warnings([out], folders=[not fmt.single_file]),
+            ),
             seconds=time.monotonic() - started,
         )
         card = derived_card(checkpoint, DerivedFacts(fmt.name, fmt.single_file, report.outputs[0].bytes))

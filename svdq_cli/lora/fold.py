@@ -25,7 +25,7 @@ from svdq_cli.reports import LoraFacts, LoraReport, OutputFile
 from svdq_cli.source import file_sha256
 from svdq_cli.storage.atomic import refuse_existing, require_disk, whole_output, write_text
 from svdq_cli.storage.headers import header_metadata
-from svdq_cli.storage.output_paths import require_places
+from svdq_cli.storage.output_paths import name_warnings, require_places
 from svdq_cli.system.machine import peak_memory
 
 
@@ -88,7 +88,10 @@ def fold(
             rank={"before": _rank(checkpoint.layers), "after": _rank(target.plan.layers)},
             bytes={"before": _file_bytes(checkpoint), "after": written.bytes},
             layer_error=dict(sorted(joined.layer_error.items())),
-            warnings=_warnings(given, edits, checkpoint),
+            warnings=(
+                *_warnings(given, edits, checkpoint),
+                *name_warnings([out], folders=[not target.format.single_file]),
+            ),
             seconds=time.monotonic() - started,
             peak=peak_memory(),
         )

@@ -23,24 +23,25 @@ from svdq_cli.source.classes import arguments_of, empty_instance
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-# of a call, what decides only what is returned, and what is of images: these are not what weights are rounded for
 _LEFT_OUT = (
     "output_hidden_states",
     "output_attentions",
     "return_dict",
     "use_cache",
-    "pixel_values",
+)  # decide what is returned
+# Of images: what an encoder sees besides the prompt in pipelines that edit. Patches of all images lie one after another
+# in PIXELS, and GRIDS says of each image how many it has.
+PIXELS, GRIDS, IMAGE_TOKENS = "pixel_values", "image_grid_thw", "mm_token_type_ids"
+_OTHER_IMAGES = (
     "pixel_values_videos",
-    "image_grid_thw",
     "video_grid_thw",
     "image_sizes",
-    "mm_token_type_ids",
-)
+)  # not taken apart here: left out, with all
 
 
 @dataclass(frozen=True, slots=True)
 class EncoderCall:
-    """Arguments of one call of a text encoder, of several prompts at once."""
+    """Arguments of one call of a text encoder, of several prompts at once, each with as many images as the others."""
 
     arguments: Mapping[str, Any]
 
@@ -49,15 +50,31 @@ class EncoderCall:
         """(B, T) token numbers."""
         return self.arguments["input_ids"]
 
+    @property
+    def has_images(self) -> bool:
+        """Whether the encoder sees images too."""
+        return PIXELS in self.arguments
+
     def taking(self, rows: Tensor) -> EncoderCall:
         """The same of some prompts, in the order of `rows` (n,), which may name one twice."""
         count = len(self.ids)
 
-        def some(value: Any) -> Any:
+        def some(name: str, value: Any) -> Any:
             mine = isinstance(value, Tensor) and value.ndim > 0 and len(value) == count
-            return value[rows] if mine else value
+            return value[rows] if mine and name not in (PIXELS, GRIDS) else value
 
-        return EncoderCall({name: some(value) for name, value in self.arguments.items()})
+        found = {name: some(name, value) for name, value in self.arguments.items()}
+        return EncoderCall(found | self._images_of(rows))
+
+    def _images_of(self, rows: Tensor) -> dict[str, Tensor]:
+        """The patches and grids of some prompts' images."""
+        if not self.has_images:
+            return {}
+        grids, patches = self.arguments[GRIDS], self.arguments[PIXELS]
+        images = list(patches.split(grids.prod(-1).tolist()))
+        each = len(images) // len(self.ids)
+        wanted = [row * each + image for row in rows.tolist() for image in range(each)]
+        return {PIXELS: torch.cat([images[index] for index in wanted]), GRIDS: grids[wanted]}
 
     def cropped(self) -> EncoderCall:
         """The same without the columns that the mask hides in every prompt."""
@@ -176,8 +193,23 @@ def _arguments(
     except _Recorded as recorded:
         given = {name: value for name, value in recorded.arguments.items() if value is not None}
         if isinstance(given.get("input_ids"), Tensor) and given["input_ids"].ndim == 2:
-            return {name: value for name, value in given.items() if name not in _LEFT_OUT}
+            left_out = {
+                *_LEFT_OUT,
+                *(() if _images_divide(given) else (PIXELS, GRIDS, IMAGE_TOKENS, *_OTHER_IMAGES)),
+            }
+            return {name: value for name, value in given.items() if name not in left_out}
     return None
+
+
+def _images_divide(given: Mapping[str, Any]) -> bool:
+    """Whether images can be told apart, as many for each prompt. Those of other encoders are left out: weights are then
+    rounded for the prompt alone."""
+    grids, patches = given.get(GRIDS), given.get(PIXELS)
+    if not isinstance(grids, Tensor) or not isinstance(patches, Tensor) or grids.ndim != 2:
+        return False
+    if any(name in given for name in _OTHER_IMAGES) or len(grids) % len(given["input_ids"]):
+        return False
+    return int(grids.prod(-1).sum()) == len(patches)
 
 
 def _merged(calls: Sequence[Mapping[str, Any] | None]) -> dict[str, Any] | None:

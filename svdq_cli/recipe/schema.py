@@ -238,7 +238,7 @@ class Quantization(Section):
     share_branches: bool | Literal["auto"] = True
     """One down projection for q, k and v: true, false, or auto (false where every output keeps them apart)."""
     size_budget: SizeBudget | None = None
-    """Size limit of the weights, such as 6.5GB: the layers that lose the most quality per byte stay at 16 bits."""
+    """Most bytes of an output's weight files, such as 6.5GB: layers that lose most by 4 bits, per byte, stay at 16."""
     seed: Seed = 0
     """Seed of the randomized search."""
 

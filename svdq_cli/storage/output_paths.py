@@ -14,6 +14,7 @@ from svdq_cli.storage.json_files import read_json
 
 REPORT_FILE = "svdq_report.json"
 DEMO_REPORT = "report.json"
+WEIGHTS_SUFFIX = ".safetensors"
 MAX_NAME_BYTES = 200  # file systems allow 255, and the partial name is longer than the final one
 _OTHER = "choose another path with -o"
 
@@ -56,6 +57,23 @@ def require_places(
                 raise UsageError(
                     f"{path}: can't write there: {error.strerror}", hint=_OTHER, where=str(path)
                 ) from error
+
+
+def name_warnings(outputs: Sequence[Path], *, folders: Sequence[bool]) -> tuple[str, ...]:
+    """What a user is to know of outputs whose names say something else than they are. `folders`: which are folders."""
+    found: list[str] = []
+    for path, is_folder in zip(outputs, folders, strict=True):
+        named_file = path.suffix.lower() == WEIGHTS_SUFFIX
+        if is_folder and named_file:
+            found.append(
+                f"{path}: will be a folder, for diffusers; --format names the formats that are single files"
+            )
+        elif not is_folder and not named_file:
+            found.append(
+                f"{path}: programs find only files whose names end in {WEIGHTS_SUFFIX}; name it so with -o, or "
+                "rename it"
+            )
+    return tuple(found)
 
 
 def require_image_place(

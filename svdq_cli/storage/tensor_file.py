@@ -111,6 +111,11 @@ def write_tensors(
             raise ValueError(f"{path}: {len(writer.missing)} tensors were not written: {writer.missing[0]}")
 
 
+def file_bytes(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> int:
+    """The size of a file of `write_tensors`, header included."""
+    return len(_header(specs, _places(specs), metadata)) + sum(spec.bytes for spec in specs.values())
+
+
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """All at once, as `save_file` does, whose files no other user may read, whatever the umask says."""
     specs = {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}

@@ -55,7 +55,8 @@ KEYS = {
     "plan": "{bytes{input, output, ratio}, command, disk_bytes, effort, gpu{basis, convert{fits, peak_bytes, seconds}, "
     f"generate{{fits, fits_with_offload, offload_peak_bytes, peak_bytes}}, memory_bytes, name}}, {LAYERS}, {MODEL}, "
     f"precision, prompts{{available, read_from, used}}, ram_bytes, {RANK}, read_as, recipe{{}}, schema, seconds, "
-    "stages{calibrate, check, pack, prepare, solve, total}, status, text_encoders{}, vram_bytes, warnings[]}",
+    "size_budget, stages{calibrate, check, pack, prepare, solve, total}, status, text_encoders{}, vram_bytes, "
+    "warnings[]}",
 }
 
 

@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from svdq_cli.checkpoint.nf4_layers import packed_weights, stored_config, stored_weight
 from svdq_cli.checkpoint.text_encoders import EncoderPlan, plan_encoder
 from svdq_cli.conversion.encoder_weights import Budget, EncoderFigures, budget_of, write_encoder
 from svdq_cli.errors import InputError
 from svdq_cli.pipelines.encoder_calls import EncoderCall
-from tests.tiny_encoders import ENCODERS, tiny_call, tiny_encoder, tokens
+from tests.tiny_encoders import ENCODERS, tiny_call, tiny_call_with_images, tiny_encoder, tokens
 
 CPU = torch.device("cpu")
 
@@ -44,6 +45,52 @@ def test_hidden_states_of_other_prompts_stay_nearer_than_rounded_to_nearest(name
     # 3 to 9 dB after the last block, with random weights
     assert ours.hidden[-1] > plain.hidden[-1] + 2
     assert set(ours.layers) == {layer.name for layer in plan.layers}
+
+
+@pytest.mark.parametrize("name", ["Qwen2_5_VLForConditionalGeneration", "Qwen3VLForConditionalGeneration"])
+def test_an_encoder_that_sees_images_is_rounded_for_what_it_sees(name: str, tmp_path: Path):
+    """Held-out prompts with their images through both models whole, against the block by block figures."""
+    import transformers
+
+    folder = tiny_encoder(name, tmp_path / name)
+    call = tiny_call_with_images()
+    plan, ours = quantized(folder, tmp_path / "ours", call)
+    blind, _ = quantized(folder, tmp_path / "blind", tiny_call())
+    assert len(ours.hidden) == len(plan.blocks)
+    held = call.taking(torch.arange(4))
+    assert held.arguments["pixel_values"].shape[0] == 16 + 32 + 16 + 32
+    exact = getattr(transformers, name).from_pretrained(folder, dtype=torch.float32).eval()
+    counted = held.token_weights() > 0
+
+    def states(weights: dict[str, Tensor]) -> list[Tensor]:
+        model = getattr(transformers, name).from_pretrained(folder, dtype=torch.float32).eval()
+        for key in packed_weights(weights):
+            parameter = model.get_parameter(plan.parameters[key])
+            parameter.data.copy_(stored_weight(key, weights).rows(slice(None)))
+        return [each[counted] for each in model(**held.arguments, output_hidden_states=True).hidden_states]
+
+    def error(weights: dict[str, Tensor]) -> float:
+        first, second = reference[-1], states(weights)[-1]
+        return float(10 * torch.log10(first.square().sum() / (first - second).square().sum()))
+
+    with torch.no_grad():
+        reference = [
+            each[counted] for each in exact(**held.arguments, output_hidden_states=True).hidden_states
+        ]
+        seen, unseen = (load_file(tmp_path / each / "model.safetensors") for each in ("ours", "blind"))
+        assert error(seen) > error(unseen)
+    assert blind.blocks == plan.blocks
+
+
+def test_images_are_taken_with_their_prompts():
+    call = tiny_call_with_images(6)
+    some = call.taking(torch.tensor([5, 0, 5]))
+    starts = [0, 16, 48, 64, 96, 112, 144]
+    pixels = call.arguments["pixel_values"]
+    expected = torch.cat([pixels[112:144], pixels[:16], pixels[112:144]])
+    assert torch.equal(some.arguments["pixel_values"], expected)
+    assert some.arguments["image_grid_thw"].tolist() == [[1, 4, 8], [1, 4, 4], [1, 4, 8]]
+    assert len(pixels) == starts[-1]
 
 
 def test_the_figures_are_those_of_the_written_file(tmp_path: Path):
@@ -120,14 +167,16 @@ def test_a_damaged_encoder_is_refused(tmp_path: Path):
 _LOADS = """
 import sys, torch, transformers
 from pathlib import Path
+from safetensors.torch import load_file, save_file
 for folder in sorted(Path(sys.argv[1]).iterdir()):
     model, info = getattr(transformers, folder.name).from_pretrained(folder, output_loading_info=True)
     assert not any(info.values()), info
     four = [m for m in model.modules() if type(m).__name__ == "Linear4bit"]
-    ids = torch.load(Path(sys.argv[2]), weights_only=True)
+    ids = load_file(sys.argv[2])["ids"]
     with torch.no_grad():
         states = model.eval()(input_ids=ids, output_hidden_states=True).hidden_states[-1]
-    torch.save((len(four), states.float()), Path(sys.argv[3]) / folder.name)
+    answer = {"layers": torch.tensor(len(four)), "states": states.float().contiguous()}
+    save_file(answer, Path(sys.argv[3]) / folder.name)
 assert "svdq_cli" not in sys.modules
 """
 
@@ -139,15 +188,16 @@ def test_transformers_loads_every_class_without_svdq(tmp_path: Path):
     made, ids = tmp_path / "made", tokens(2, seed=1)
     made.mkdir()
     plans = {name: quantized(tiny_encoder(name, tmp_path / name), made / name, None)[0] for name in ENCODERS}
-    torch.save(ids, tmp_path / "ids")
+    save_file({"ids": ids}, tmp_path / "ids")
     answers = tmp_path / "answers"
     answers.mkdir()
     environment = {**os.environ, "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
     command = [sys.executable, "-c", _LOADS, str(made), str(tmp_path / "ids"), str(answers)]
     subprocess.run(command, check=True, env=environment, cwd=tmp_path, timeout=120)
     for name, plan in plans.items():
-        layers, states = torch.load(answers / name, weights_only=True)
-        assert layers == len(plan.layers)
+        answer = load_file(answers / name)
+        states = answer["states"]
+        assert int(answer["layers"]) == len(plan.layers)
         model = getattr(transformers, name).from_pretrained(tmp_path / name, dtype=torch.float32).eval()
         stored = load_file(made / name / "model.safetensors")
         with torch.no_grad():

@@ -23,6 +23,7 @@ from svdq_cli.conversion import convert as converting
 from svdq_cli.conversion import solve_layers
 from svdq_cli.conversion.calibrate import calibrate
 from svdq_cli.conversion.convert import convert
+from svdq_cli.conversion.resume import kept_work
 from svdq_cli.errors import InterruptedRunError, OutOfResourcesError, SvdqError, Terminated, UsageError
 from svdq_cli.prepare.options import RunOptions
 from svdq_cli.prepare.prepare import prepare
@@ -529,3 +530,22 @@ def test_work_is_not_gone_on_with_for_other_prompts_in_a_file_of_the_same_name(
     drawn.write_text("another one\n")
     with pytest.raises(UsageError, match=r"calibration\.prompts sha256: "):
         convert(recipe, tmp_path / "out", calibration=tmp_path / "calib", options=RESUME)
+
+
+def test_statistics_of_a_run_that_is_refused_late_serve_the_next_one_as_the_error_says(tmp_path: Path):
+    folder = tmp_path / ".out.work"
+
+    def refused() -> None:
+        with kept_work(
+            folder, {}, options=CPU, stage="convert", kept=lambda work: "", observe=lambda event: None
+        ) as work:
+            work.calibration.mkdir()
+            (work.calibration / "manifest.json").write_text("{}")
+            raise UsageError("a layer does not fit", hint="choose another rank")
+
+    with pytest.raises(UsageError) as refusal:
+        refused()
+    said = f"move {folder / 'calibration'}, the calibration statistics, elsewhere and give them with --calib"
+    assert refusal.value.hint == f"choose another rank; {said}"
+    assert not refusal.value.resumable  # with another recipe there is nothing to resume
+    assert (folder / "calibration").is_dir()

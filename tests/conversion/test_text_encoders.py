@@ -14,7 +14,7 @@ from svdq_cli.conversion.calibrate import calibrate
 from svdq_cli.conversion.convert import convert
 from svdq_cli.conversion.plan import predict
 from svdq_cli.entrypoints.inspect import inspect_checkpoint
-from svdq_cli.errors import EnvironmentLacksError, UsageError
+from svdq_cli.errors import EnvironmentLacksError, InterruptedRunError, UsageError
 from svdq_cli.inference.load import load_pipeline
 from svdq_cli.pipelines.generate import generate_images
 from svdq_cli.pipelines.settings import SamplingSettings
@@ -76,6 +76,37 @@ def test_the_report_says_size_and_how_near_each_encoder_is(made: tuple[Path, Con
         "layer_sqnr_db",
         "hidden_sqnr_db",
     }
+
+
+def test_a_run_that_dies_in_the_second_encoder_goes_on_with_it_to_the_same_bytes(
+    made: tuple[Path, ConvertReport], tiny_flux: Path, tmp_path: Path
+):
+    recipe, out = calibrated_recipe(tiny_flux, made[0].parent), tmp_path / "out"
+    begun: list[str] = []
+
+    def die(event: Event) -> None:
+        if event.stage == "encoder" and event.kind == "start":
+            begun.append(event.detail)
+        if event.stage == "encoder" and event.kind == "advance" and begun == list(BOTH):
+            raise KeyboardInterrupt
+
+    with pytest.raises(InterruptedRunError, match="interrupted"):
+        convert(recipe, out, options=RunOptions(device="cpu"), observe=die)
+    kept = tmp_path / ".out.work" / "encoders"
+    assert sorted(path.name for path in kept.iterdir()) == ["text_encoder.json", "text_encoder.safetensors"]
+    begun.clear()
+    again = RunOptions(device="cpu", resume=True)
+    report = convert(recipe, out, options=again, observe=lambda event: _note(begun, event))
+    assert begun == ["text_encoder_2"]
+    for name in BOTH:
+        written, expected = (folder / name / "model.safetensors" for folder in (out, made[0]))
+        assert written.read_bytes() == expected.read_bytes()
+    assert report.text_encoders == made[1].text_encoders
+
+
+def _note(begun: list[str], event: Event) -> None:
+    if event.stage == "encoder" and event.kind == "start":
+        begun.append(event.detail)
 
 
 def test_plan_and_inspect_know_the_same_sizes(made: tuple[Path, ConvertReport], tiny_flux: Path):

@@ -352,14 +352,14 @@ def test_a_modulation_without_a_place_is_refused_or_left_as_it_is_and_listed(
     lora = saved(tmp_path / "lora.safetensors", peft(adapter))
     base = converted_flux("int4") / "nunchaku.safetensors"
     with pytest.raises(UsageError, match="neither a branch nor a 16-bit form") as caught:
-        fold(base, [(lora, 1.0)], tmp_path / "out")
+        fold(base, [(lora, 1.0)], tmp_path / "out.safetensors")
     assert "--skip-w4a16" in str(caught.value.hint)
-    report = fold(base, [(lora, 1.0)], tmp_path / "out", settings=FoldSettings(skip_w4a16=True))
+    report = fold(base, [(lora, 1.0)], tmp_path / "out.safetensors", settings=FoldSettings(skip_w4a16=True))
     left = [row for row in report.keys if row.how == "not applicable"]
     assert [row.layers for row in left] == [tuple(MODULATION)]
     assert "--skip-w4a16" in str(left[0].why)
     assert "left unchanged" in report.warnings[-1]
-    require_folded(base, tmp_path / "out", [({n: adapter[n] for n in FOUR_BIT}, 1.0)])
+    require_folded(base, tmp_path / "out.safetensors", [({n: adapter[n] for n in FOUR_BIT}, 1.0)])
 
 
 def test_a_modulation_at_16_bits_says_what_it_takes(converted_flux: Callable[[str], Path], tmp_path: Path):

@@ -106,6 +106,12 @@ def plan(console: Console, report: PlanReport) -> None:
     counts = report.layers
     table.add_row("layers", layers_text(counts))
     table.add_row("size", size_text(report.bytes.input, report.bytes.output, report.bytes.ratio))
+    if (budget := report.size_budget) is not None:
+        table.add_row(
+            "budget",
+            f"{bytes_text(budget.wanted)}, of which {bytes_text(budget.least)} are needed; what the other "
+            f"{bytes_text(budget.left)} go to is measured while converting",
+        )
     for row in encoder_rows(report.text_encoders):
         table.add_row(*row)
     if (prompts := report.prompts) is not None:
