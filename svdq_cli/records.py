@@ -61,7 +61,7 @@ def following_seed(seed: int, distance: int) -> int:
 Effort = Literal["datafree", "fast", "balanced", "best"]
 Smoothing = Literal["none", "closed-form", "grid"]
 # Beyond the paper, in the order in which they are taken; `scales` is part of gptq: it searches every group's scale.
-SearchStep = Literal["means", "learned", "gptq", "scales", "refit"]
+SearchStep = Literal["means", "learned", "refine", "gptq", "scales", "refit"]
 
 # ---------------------------------------------------------------------------------------------------- the plan
 
@@ -321,7 +321,7 @@ class SolveSettings:
     seed: int
     dtype: dtype  # the 16-bit dtype of everything that is stored unquantized
     steps: tuple[SearchStep, ...] = ()  # taken after the smoothing search, where there are calibration rows
-    refinements: int = 5  # rounds of branch and codes without calibration, at most
+    refinements: int = 5  # rounds of branch and codes that are fitted to each other, at most
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TextIO
+from typing import TextIO, get_args
 
 import torch
 from diffusers import DiffusionPipeline
@@ -48,11 +48,12 @@ from svdq_cli.prepare.prepare import Prepared, prepare
 from svdq_cli.prepare.prompts import chosen_prompts
 from svdq_cli.prepare.sampling import sampling_for
 from svdq_cli.recipe import Calibration, default_recipe, with_overrides
-from svdq_cli.records import ActivationStats, Event, LayerSolution, W4A4Solution, following_seed
+from svdq_cli.records import ActivationStats, Event, LayerSolution, SearchStep, W4A4Solution, following_seed
 from svdq_cli.runtime.linear import quantized_linear
 from svdq_cli.source.means import means_by_layer
 from svdq_cli.system.machine import resolve_device
 
+ALL_STEPS: tuple[SearchStep, ...] = get_args(SearchStep)
 NORMAL_95 = 1.96  # standard deviations
 SQNR_PROMPTS = 16  # of the judging prompts, for activations that no step has seen
 JUDGE_SEED = 1000
@@ -64,11 +65,12 @@ VARIANTS: dict[str, dict[str, object]] = {
     "paper + gptq + scales": {"effort": "fast", "search": ("gptq", "scales")},
     "balanced": {"effort": "balanced"},
     "best": {"effort": "best"},
-    "balanced + means": {"effort": "balanced", "search": ("means", "learned", "gptq", "scales", "refit")},
-    "balanced - learned": {"effort": "balanced", "search": ("gptq", "scales", "refit")},
-    "balanced - gptq": {"effort": "balanced", "search": ("learned", "refit")},
-    "balanced - scales": {"effort": "balanced", "search": ("learned", "gptq", "refit")},
-    "balanced - refit": {"effort": "balanced", "search": ("learned", "gptq", "scales")},
+    "balanced + means": {"effort": "balanced", "search": ALL_STEPS},
+    "balanced - learned": {"effort": "balanced", "search": ("refine", "gptq", "scales", "refit")},
+    "balanced - refine": {"effort": "balanced", "search": ("learned", "gptq", "scales", "refit")},
+    "balanced - gptq": {"effort": "balanced", "search": ("learned", "refine", "refit")},
+    "balanced - scales": {"effort": "balanced", "search": ("learned", "refine", "gptq", "refit")},
+    "balanced - refit": {"effort": "balanced", "search": ("learned", "refine", "gptq", "scales")},
     "balanced, rank 32": {"effort": "balanced", "rank": 32},
     "balanced, rank auto, same bytes": {"effort": "balanced", "rank": "auto"},
 }

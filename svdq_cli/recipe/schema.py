@@ -230,9 +230,9 @@ class Quantization(Section):
     smoothing: Smoothing | None = None
     """none, closed-form or grid: the start of the search; the effort's choice when absent."""
     search: Annotated[tuple[SearchStep, ...] | None, Field(strict=False)] = None
-    """Search steps beyond the paper's: means, learned, gptq, scales (with gptq), refit; the effort's when absent."""
+    """Search steps beyond the paper's: means, learned, refine, gptq, scales (with gptq), refit; else the effort's."""
     refinements: Annotated[int, Field(ge=0, le=20)] = 5
-    """Without calibration: the maximum of rounds in which branch and codes are fitted to each other's residual."""
+    """Rounds at most that fit branch and codes to each other: without calibration, and in the step refine."""
     rank: Rank = DEFAULT_RANK
     """Rank of the 16-bit branch: a multiple of 16, or auto (searched per layer)."""
     share_branches: bool | Literal["auto"] = True

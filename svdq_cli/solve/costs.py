@@ -27,7 +27,7 @@ from svdq_cli.solve.low_rank import OVERSAMPLE, POWER_ITERATIONS, SEARCH_POWER_I
 from svdq_cli.solve.quantizers import BLOCK, NVFP4_SHARES
 from svdq_cli.solve.rotated import ROW_FACTORS
 from svdq_cli.solve.smoothing_methods import SEARCH_ROWS, SMOOTHING_METHODS
-from svdq_cli.solve.steps import STEPS, LayerSizes, StepMatrices
+from svdq_cli.solve.steps import STEPS, LayerSizes, StepMatrices, steps_for
 from svdq_cli.solve.work import NVFP4_ROUNDING, Shapes, Work, split_work
 
 
@@ -76,8 +76,7 @@ def _w4a4_work(shapes: Shapes, width: int, settings: SolveSettings, rows: int, p
     report = Work(compared=size, calls=200) + (_output(n, width, rows) if rows else Work())
     if not rows:
         first = split_work(shapes, width, refine.POWER_ITERATIONS) + Work(quantized=nearest, calls=200)
-        # each takes two products, rounds, and looks at what was lost, which is half of what a comparison does
-        more = split_work(shapes, width, 0) + Work(quantized=nearest, compared=size / 2, calls=200)
+        more = refine.round_work(shapes, width, precision)
         return first + more * (settings.refinements if branched else 0) + report
     final = split_work(shapes, width, POWER_ITERATIONS) + Work(quantized=nearest, calls=200)
     search = min(rows, SEARCH_ROWS)
@@ -90,10 +89,9 @@ def _w4a4_work(shapes: Shapes, width: int, settings: SolveSettings, rows: int, p
         judge = rows // HELD_OUT
         train = rows - judge
         total += _output(n, width, judge) * (1 + len(settings.steps))
-        for step in settings.steps:
-            if step == "refit" and not branched:
-                continue
-            total += STEPS[step].work(LayerSizes(shapes, width, train, final, precision))
+        sizes = LayerSizes(shapes, width, train, final, precision, settings.refinements)
+        for step in steps_for(settings, branched=branched):
+            total += STEPS[step].work(sizes)
     return total
 
 
@@ -169,12 +167,12 @@ def solve_bytes(
     branch = max(sum(plans[name].linear.out_features for name in part) for part in shared.branches)
     one = 4 * (big if streamed else total) * k  # weights in float32, while a layer of its own is looked at
     stacked = 0 if streamed else one  # the same, while a copy of them all is
+    rank = max((plan.rank for plan in members if isinstance(plan, W4A4Plan)), default=0)
     compared = min(big * k, BLOCK + k)  # weights are compared some rows at a time
     phases = [one + 12 * compared]
     if rows:
         phases.append(one + _output_bytes(big, k, min(rows, ROWS_AT_ONCE)))
     if isinstance(members[0], W4A4Plan):
-        rank = max(plan.rank for plan in members if isinstance(plan, W4A4Plan))
         factors = 4 * (rank + OVERSAMPLE) * (branch + k)
         if rank == 0:
             # a copy of all weights as one matrix, which is rounded
@@ -184,28 +182,18 @@ def solve_bytes(
             phases.append(4 * branch * k + 3 * factors - total * k)
             phases.append(one + 2 * factors + _rounding_bytes(members[0].precision, big * k, compared))
         else:
-            phases += _refining_bytes(members[0].precision, one, branch, k, rank + OVERSAMPLE, compared)
+            held = max(one, 4 * branch * k)
+            phases.append(
+                held + refine.held_bytes(members[0].precision, branch, k, rank + OVERSAMPLE, compared)
+            )
         if rows:
             phases.append(stacked + _search_bytes(branch, k, min(rows, SEARCH_ROWS)))
     if rows >= LEAST_ROWS:
-        matrices = StepMatrices(outputs=total, branch=branch, width=k, rows=rows)
-        phases += [stacked + STEPS[step].bytes(matrices) for step in settings.steps]
+        precision = members[0].precision if isinstance(members[0], W4A4Plan) else Int4()
+        matrices = StepMatrices(total, branch, k, rows, rank, precision, at_once=compared)
+        steps = steps_for(settings, branched=rank > 0)
+        phases += [stacked + STEPS[step].bytes(matrices) for step in steps]
     return 4 * rows * k + total * k + max(phases)  # rows in float32, codes
-
-
-def _refining_bytes(
-    precision: Precision, weights: int, branch: int, k: int, columns: int, at_once: int
-) -> list[int]:
-    """Bytes of the data-free rounds of branch and codes: the branch is found next to the codes of the best round, in
-    16-bit weights; then these are rounded next to them. `columns`: of the basis that a branch is found in."""
-    factors = 4 * columns * (branch + k)
-    held = max(weights, 4 * branch * k) + 2 * branch * k
-    scales = 2 * branch * k * (2 if isinstance(precision, Int4) else 1) // precision.group
-    rounding = at_once * (13 if isinstance(precision, Int4) else 21)
-    return [
-        held + 3 * factors,
-        held + branch * k + 2 * factors + 4 * columns * branch + scales + rounding,
-    ]
 
 
 def _rounding_bytes(precision: Precision, numbers: int, at_once: int) -> int:

@@ -41,7 +41,7 @@ from svdq_cli.solve.refine import refined
 from svdq_cli.solve.rotated import solve_rotated
 from svdq_cli.solve.smoothing import snap_to_storage
 from svdq_cli.solve.smoothing_methods import choose_smoothing
-from svdq_cli.solve.steps import LayerGroup
+from svdq_cli.solve.steps import LayerGroup, steps_for
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -158,12 +158,20 @@ def _improve(
     settings: SolveSettings,
     start: dict[str, W4A4Solution],
 ) -> tuple[dict[str, W4A4Solution], StepResults]:
-    layer_group = LayerGroup(shared.members(plans), weights, rows, settings.dtype, settings.seed, stats.mean)
+    layer_group = LayerGroup(
+        shared.members(plans),
+        weights,
+        rows,
+        settings.dtype,
+        settings.seed,
+        stats.mean,
+        settings.refinements,
+    )
     x_peak, branchless = stats.abs_max.to(rows.device).float(), plans[0].branchless
     return improve(
         layer_group,
         start,
-        steps=[step for step in settings.steps if step != "refit"] if branchless else settings.steps,
+        steps=steps_for(settings, branched=any(plan.rank for plan in plans)),
         place=lambda s: snap_to_storage(
             s, x_peak, layer_group.precision, dtype=settings.dtype, inverted=branchless
         ),

@@ -12,12 +12,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from svdq_cli.records import NvFp4, Precision, SearchStep, W4A4Plan, W4A4Solution
+from svdq_cli.records import NvFp4, Precision, SearchStep, SolveSettings, W4A4Plan, W4A4Solution
 from svdq_cli.solve.forward import LinearWeights, dequantized_weight, stacked_weights
 from svdq_cli.solve.learned import GPTQ_LEAVES, OUTPUTS_PER_STEP, ROWS_PER_STEP, learn_smoothing
 from svdq_cli.solve.learned import STEPS as LEARNING_STEPS
-from svdq_cli.solve.low_rank import POWER_ITERATIONS, SEARCH_POWER_ITERATIONS, split_low_rank
+from svdq_cli.solve.low_rank import OVERSAMPLE, POWER_ITERATIONS, SEARCH_POWER_ITERATIONS, split_low_rank
 from svdq_cli.solve.quantizers import QuantizedWeight, fake_quantize_activation
+from svdq_cli.solve.refine import held_bytes, refined, round_work
 from svdq_cli.solve.refit import refit_branch, ridge_for
 from svdq_cli.solve.rounding import NO_SEARCH, SCALE_FACTORS, gptq_weight
 from svdq_cli.solve.second_moments import second_moments
@@ -34,6 +35,7 @@ class LayerGroup:
     dtype: torch.dtype
     seed: int
     mean: Tensor | None = None  # (K,): what the rows are less than the 16-bit model's
+    refinements: int = 0  # of branch and codes, at most
 
     @property
     def plans(self) -> tuple[W4A4Plan, ...]:
@@ -75,13 +77,15 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True)
 class LayerSizes:
-    """The layers of one input as costs see them. `train`: rows; `final`: the work of solving with nearest rounding."""
+    """The layers of one input as costs see them. `train`: rows; `final`: the work of solving with nearest rounding;
+    `refinements`: of branch and codes."""
 
     shapes: Shapes
     width: int
     train: int
     final: Work
     precision: Precision
+    refinements: int = 0
 
     @property
     def size(self) -> int:
@@ -96,12 +100,15 @@ class LayerSizes:
 @dataclass(frozen=True, slots=True)
 class StepMatrices:
     """Sizes of what a step has in memory. `outputs`: N of all layers of the input; `branch`: N of its largest branch;
-    `width`: K; `rows`: M."""
+    `width`: K; `rows`: M; `at_once`: numbers that are rounded at a time."""
 
     outputs: int
     branch: int
     width: int
     rows: int
+    rank: int
+    precision: Precision
+    at_once: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +162,35 @@ def _learned(attempt: Attempt) -> Solutions:
         seed=layer_group.seed,
     )
     return attempt.round_to_nearest(attempt.place(learned))
+
+
+def _refined(attempt: Attempt) -> Solutions:
+    """Branches and codes, rounded to nearest, fitted to each other in smoothed coordinates. GPTQ then has less to lose:
+    what such a branch leaves of the weights is nearer to numbers of 4 bits."""
+    layer_group, best = attempt.layer_group, attempt.best
+    solved: Solutions = {}
+    for members in layer_group.branches:
+        found = refined(
+            [layer_group.weights[plan.name].weight for plan in members],
+            rank=members[0].rank,
+            seed=layer_group.seed,
+            precision=layer_group.precision,
+            dtype=layer_group.dtype,
+            rounds=layer_group.refinements,
+            smooth=_smooth(best),
+            anew=True,
+        )
+        ups = found.up.split([plan.linear.out_features for plan in members])
+        for plan, up, quantized in zip(members, ups, found.codes, strict=True):
+            solved[plan.name] = replace(
+                best[plan.name],
+                down=found.down,
+                up=up.contiguous(),
+                codes=quantized.codes,
+                scales=quantized.scales,
+                outer=quantized.outer,
+            )
+    return {plan.name: solved[plan.name] for plan in layer_group.plans}
 
 
 def _rounded(attempt: Attempt) -> Solutions | None:
@@ -249,6 +285,10 @@ def _learned_work(sizes: LayerSizes) -> Work:
     return steps + branches + sizes.final
 
 
+def _refine_work(sizes: LayerSizes) -> Work:
+    return round_work(sizes.shapes, sizes.width, sizes.precision, anew=True) * (1 + sizes.refinements)
+
+
 def _gptq_work(sizes: LayerSizes) -> Work:
     width, size, train = sizes.width, sizes.size, sizes.train
     update = size * width  # each block of columns is taken from all that follow
@@ -276,6 +316,12 @@ def _learned_bytes(held: StepMatrices) -> int:
     return max(24 * n * k, 8 * n * k + 22 * sampled * k)
 
 
+def _refine_bytes(held: StepMatrices) -> int:
+    # The best codes there were stay beside those of the rounds
+    made = held.outputs * held.width
+    return made + held_bytes(held.precision, held.branch, held.width, held.rank + OVERSAMPLE, held.at_once)
+
+
 def _gptq_bytes(held: StepMatrices) -> int:
     return 20 * held.width**2 + 12 * held.outputs * held.width
 
@@ -298,8 +344,17 @@ STEPS: Mapping[SearchStep, Step] = {
     # `conversion.move_means` does it; a sum over the rows
     "means": Step(None, _no_work, _no_bytes),
     "learned": Step(_learned, _learned_work, _learned_bytes),
+    "refine": Step(_refined, _refine_work, _refine_bytes),
     "gptq": Step(_rounded, _gptq_work, _gptq_bytes),
     # gptq does it, and is measured with it
     "scales": Step(None, _no_work, _no_bytes),
     "refit": Step(_refitted, _refit_work, _refit_bytes),
 }
+
+
+def steps_for(settings: SolveSettings, *, branched: bool) -> tuple[SearchStep, ...]:
+    """The steps that layers are solved with: without branches there are none to fit."""
+    left_out: set[SearchStep] = set() if branched else {"refine", "refit"}
+    if not settings.refinements:
+        left_out.add("refine")
+    return tuple(step for step in settings.steps if step not in left_out)

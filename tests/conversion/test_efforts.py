@@ -210,7 +210,7 @@ def test_best_tunes_blocks_and_stores_what_it_judged(
     for block in report.search.blocks.values():
         assert 0 < block.after <= block.before
     steps = report.search.layers["transformer_blocks.0.ff.net.2"].steps_db
-    assert list(steps) == ["start", "learned", "gptq", "refit"]
+    assert list(steps) == ["start", "learned", "refine", "gptq", "refit"]
     assert open_checkpoint(tmp_path / "out").rank == 16
 
 

@@ -42,7 +42,7 @@ from tests.solving import solved_in
 CPU = RunOptions(device="cpu")
 DATA_FREE = SolveSettings("none", 0, torch.bfloat16)
 PAPERS = SolveSettings("grid", 0, torch.bfloat16)
-SEARCHED = SolveSettings("grid", 0, torch.bfloat16, ("learned", "gptq", "refit"))
+SEARCHED = SolveSettings("grid", 0, torch.bfloat16, ("learned", "refine", "gptq", "refit"))
 
 
 class _ReadWhenAsked(Mapping[str, LinearWeights]):

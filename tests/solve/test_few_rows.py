@@ -24,7 +24,7 @@ from svdq_cli.solve.linear import solve_input
 from svdq_cli.solve.second_moments import second_moments, shrinkage
 
 K, N = 512, 256
-STEPS: tuple[SearchStep, ...] = ("gptq", "scales", "refit")
+STEPS: tuple[SearchStep, ...] = ("refine", "gptq", "scales", "refit")
 
 
 def inputs(kind: str, rows: int, seed: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -14,7 +15,7 @@ from svdq_cli.solve.linear import SolvedInput, solve_input
 from svdq_cli.solve.quantizers import dequantize_weight, quantize_weight
 from svdq_cli.solve.refit import refit_branch
 from svdq_cli.solve.rounding import gptq_weight
-from svdq_cli.solve.steps import STEPS, LayerSizes
+from svdq_cli.solve.steps import STEPS, LayerSizes, steps_for
 from svdq_cli.solve.work import Work
 from tests.solve.test_linear import SHARED, plans, stats_of, weights
 
@@ -49,7 +50,7 @@ def test_balanced_beats_the_papers_search_on_fresh_rows(precision: Precision):
     # on the trained layers this was developed with the gain is 2 dB; this small world gives at least half of that
     assert fresh_db(balanced) > fresh_db(fast) + 1.0
     for report in balanced.reports:
-        assert list(report.search.steps_db) == ["start", "learned", "gptq", "refit"]
+        assert list(report.search.steps_db) == ["start", "learned", "refine", "gptq", "refit"]
 
 
 @BOTH
@@ -127,6 +128,26 @@ def test_searching_scales_pays_over_gptq_as_published(precision: Precision):
         return fresh_db(solve_input(SHARED, plans(precision), weights(), stats, settings))
 
     assert reached("gptq", "scales") > reached("gptq")
+
+
+def test_no_step_fits_a_branch_where_there_is_none():
+    steps: tuple[SearchStep, ...] = ("refine", "gptq", "refit")
+    settings = SolveSettings("grid", 0, torch.bfloat16, steps)
+    assert steps_for(settings, branched=True) == steps
+    assert steps_for(settings, branched=False) == ("gptq",)
+    assert steps_for(replace(settings, refinements=0), branched=True) == ("gptq", "refit")
+
+
+@BOTH
+def test_refining_brings_stored_weights_nearer_in_smoothed_coordinates(precision: Precision):
+    stats = stats_of(correlated_rows(1000, seed=5))
+
+    def weight_errors(*steps: SearchStep) -> list[float]:
+        settings = SolveSettings("grid", 0, torch.bfloat16, steps)
+        solved = solve_input(SHARED, plans(precision), weights(), stats, settings)
+        return [report.weight_error for report in solved.reports]
+
+    assert sum(weight_errors("refine")) < 0.9 * sum(weight_errors())
 
 
 def test_every_step_of_the_recipe_has_a_record_with_its_cost():

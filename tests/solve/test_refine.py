@@ -51,6 +51,32 @@ def test_the_error_is_that_of_the_stored_numbers(weights: list[Tensor], precisio
     assert found.up.dtype == found.down.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("anew", [False, True])
+def test_smoothed_weights_are_fitted_where_they_are_rounded(weights: list[Tensor], anew: bool):
+    smooth = torch.rand(256, generator=torch.Generator().manual_seed(3)) * 4 + 0.25
+
+    def found(rounds: int) -> Refined:
+        return refined(
+            weights,
+            rank=16,
+            seed=0,
+            precision=Int4(),
+            dtype=torch.bfloat16,
+            rounds=rounds,
+            smooth=smooth,
+            anew=anew,
+        )
+
+    several = found(4)
+    branch = (several.up.float() @ several.down.float()).split([len(weight) for weight in weights])
+    lost = sum(
+        float((dequantize_weight(codes, Int4()) - (weight - part) * smooth).double().square().sum())
+        for codes, part, weight in zip(several.codes, branch, weights, strict=True)
+    )
+    assert several.error == pytest.approx(lost, rel=1e-5)
+    assert several.error < 0.8 * found(0).error
+
+
 @pytest.mark.parametrize("precision", BOTH)
 def test_without_rounds_it_is_the_papers_split_rounded(weights: list[Tensor], precision: Precision):
     """But for a rougher first branch, which is within a few percent of the exact one."""

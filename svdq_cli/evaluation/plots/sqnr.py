@@ -32,8 +32,8 @@ from svdq_cli.evaluation.plots.style import (
 )
 from svdq_cli.planning.blocks import in_blocks, places_of
 
-_STYLES = {"learned": (SKY, "^"), "gptq": (BLUE, "D"), "refit": (VERMILION, "o")}
-_OTHERS = ((ORANGE, "s"), (GREEN, "v"), (PURPLE, "P"))  # steps of checkpoints from other versions
+_STYLES = {"learned": (SKY, "^"), "refine": (GREEN, "v"), "gptq": (BLUE, "D"), "refit": (VERMILION, "o")}
+_OTHERS = ((ORANGE, "s"), (PURPLE, "P"))  # steps of checkpoints from other versions
 _LEAST_GAIN = -1.0  # dB; a step that was not taken may lie far below, and is drawn at the edge
 
 
