@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -18,10 +19,14 @@ USUAL_COLUMNS = (
     "positive_prompt",
     "txt",
     "instruction",  # data sets of edits
+    "edit_instruction",
+    "edit_prompt",
     "messages",  # chats, as fine-tuning libraries keep them
     "conversations",
 )
 _USERS = ("user", "human")
+# where a chat's image goes into the text: LLaVA's, LLaMA-Factory's and ms-swift's data sets have it in the text itself
+_PLACEHOLDER = re.compile(r"<(?:image|video)>")
 
 
 def column_of(
@@ -58,7 +63,13 @@ def text_of(cell: object) -> str | None:
 
     A text is itself; of several captions of one image the first counts, and of a chat what the user says first: lists
     of `{"role", "content"}` or `{"from", "value"}`, whose content may be a list of parts of which some are text.
+    Placeholders of images, `<image>`, are left out.
     """
+    text = _first_text(cell)
+    return None if text is None else _PLACEHOLDER.sub("", text).strip()
+
+
+def _first_text(cell: object) -> str | None:
     if isinstance(cell, str):
         return cell
     if not isinstance(cell, list) or not cell:

@@ -32,12 +32,14 @@ _OTHER_SUFFIXES = {
     **{suffix: "an image" for suffix in (*READ_SUFFIXES, ".gif", ".avif")},
     **{suffix: "a model or a LoRA" for suffix in _WEIGHT_SUFFIXES},
     **{suffix: "a spreadsheet" for suffix in (".xlsx", ".xls", ".ods")},
-    **{suffix: "an archive" for suffix in (".zip", ".gz", ".7z", ".arrow")},
+    **{suffix: "an archive" for suffix in (".zip", ".gz", ".7z", ".arrow", ".zst", ".xz", ".bz2")},
+    **{suffix: "settings" for suffix in (".toml", ".ini", ".cfg")},
 }
 _CURES = {
     "an image": "write what to generate as text, one prompt a line; images to edit are the recipe's `image`",
     "a model or a LoRA": "LoRAs are named with --lora; write the prompts as text, one a line",
     "a spreadsheet": "save it as CSV, with a column `prompt`",
+    "settings": "write the prompts as text, one a line; image size and steps are options (--width, --height, --steps)",
     "an archive": "unpack it, and give the file or folder inside",
 }
 _ONE_A_LINE = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import itertools
+import re
 import unicodedata
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ from svdq_cli.errors import EnvironmentLacksError, InputError, UsageError, first
 from svdq_cli.recipe import user_path
 from svdq_cli.records import Event, Observer, ignore_events
 
+# kohya's prompt files say how to sample in the line itself: "a house --n blurry --w 768 --h 512 --s 28"
+_SAMPLING = re.compile(r"\s--(?:[a-z]|[a-z][a-z])\s+\S.*$")
 MAX_PROMPT = 20_000  # characters; text encoders read some 500 tokens, about 2000 characters
 
 
@@ -45,7 +48,8 @@ def read_text(path: Path) -> str:
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:
-    """One prompt a line, UTF-8. Blank lines and lines that start with '#' are skipped.
+    """One prompt a line, UTF-8. Blank lines and lines that start with '#' are skipped, and so is the end of a line from
+    the first of kohya's options on (`--n`, `--w`, `--h`, ...).
 
     Raises InputError for a file that is missing, not UTF-8, or holds no prompt.
     """
@@ -71,7 +75,7 @@ def refuse_no_prompt(path: Path, prompts: Sequence[str]) -> None:
 
 def _prompt_lines(path: Path, text: str) -> Iterator[str]:
     for number, line in enumerate(text.split("\n"), start=1):
-        prompt = line.strip()
+        prompt = _SAMPLING.sub("", line.strip())
         if not prompt or prompt.startswith("#"):
             continue
         if wrong := _not_a_prompt(prompt):

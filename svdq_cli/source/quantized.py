@@ -37,7 +37,7 @@ SCHEMES = (
     Scheme("bitsandbytes FP4", (r"\.quant_state\.bitsandbytes__fp4$",)),
     Scheme("bitsandbytes 4-bit", (r"\.weight\.absmax$", r"\.weight\.quant_map$")),
     Scheme("bitsandbytes INT8", (r"\.SCB$",)),
-    Scheme("quanto", (r"\.weight\._data$", r"\.weight\._scale$")),
+    Scheme("quanto", (r"\.weight\._data(\._data)?$", r"\.weight\._scale$")),
     Scheme("compressed-tensors", (r"\.weight_packed$",)),
     Scheme("NVFP4", (r"\.weight_scale_2$",)),
     Scheme("block-scaled FP8", (r"\.weight_scale_inv$",)),

@@ -136,6 +136,8 @@ def test_captions_without_their_images_and_an_image_folder_s_metadata(tmp_path: 
         ("circle.png", "", "an image, not a file of prompts", "one prompt a line"),
         ("style.safetensors", "", "a model or a LoRA", "--lora"),
         ("p.xlsx", "", "a spreadsheet", "CSV"),
+        ("p.jsonl.zst", "", "an archive", "unpack it"),
+        ("p.toml", "[prompt]\nwidth = 512\n", "settings, not a file of prompts", "one a line"),
         ("recipe.yaml", "version: 1\nmodel: {source: demo}\n", "a recipe, not", "svdq convert"),
     ],
 )
@@ -294,12 +296,31 @@ def shard(path: Path, members: Mapping[str, bytes]) -> Path:
         },
         {"conversations": [{"from": "human", "value": PROMPTS[0]}, {"from": "gpt", "value": "done"}]},
         {"instruction": PROMPTS[0], "input_image": "a.png", "edited_image": "b.png"},
+        {"edit_prompt": PROMPTS[0], "original_image": "a.png", "edited_image": "b.png"},
+        {"conversations": [{"from": "human", "value": f"<image>\n{PROMPTS[0]}"}], "image": "a.png"},
+        {"instruction": f"<image>{PROMPTS[0]}", "images": ["a.png"]},
         {"captions": [PROMPTS[0], "another caption of the image"]},
     ],
-    ids=["chat", "chat with an image", "chat of from and value", "edit", "several captions"],
+    ids=[
+        "chat",
+        "chat with an image",
+        "chat of from and value",
+        "edit",
+        "edit_prompt",
+        "placeholder in a chat",
+        "placeholder in an edit",
+        "several captions",
+    ],
 )
 def test_chats_edits_and_several_captions_give_the_first_text_of_the_user(row: object, write_text: WriteText):
     assert prompts_in(write_text("p.jsonl", json.dumps(row))).texts == PROMPTS[:1]
+
+
+def test_a_prompt_file_of_kohya_s_trainers_loses_its_sampling_options(write_text: WriteText):
+    lines = f"{PROMPTS[0]} --n blurry, bad hands --w 512 --h 768 --l 7.5 --s 28\n{PROMPTS[1]} --d 1\n"
+    assert prompts_in(write_text("sample_prompts.txt", lines)).texts == PROMPTS
+    dashes = "a house -- blue -- by the sea, --style raw"
+    assert prompts_in(write_text("p.txt", dashes)).texts == (dashes,)
 
 
 def test_webdataset_shards_give_the_captions_of_their_samples(tmp_path: Path):

@@ -238,6 +238,8 @@ SCHEMES: tuple[tuple[str, dict[str, Tensor]], ...] = (
     ("bitsandbytes FP4", {"img_in.weight": BYTES, "img_in.weight.quant_state.bitsandbytes__fp4": BYTES}),
     ("bitsandbytes INT8", {"img_in.weight": BYTES, "img_in.SCB": BYTES}),
     ("quanto", {"img_in.weight._data": BYTES, "img_in.weight._scale": BYTES}),
+    # its 4-bit weights, as diffusers 0.42.1 saves them
+    ("quanto", {f"img_in.weight.{name}": BYTES for name in ("_data._data", "_scale", "_shift")}),
     ("torchao", {"img_in._weight_qdata": BYTES, "img_in._weight_scale": BYTES}),
     ("compressed-tensors", {"img_in.weight_packed": WORDS, "img_in.weight_scale": BYTES}),
     ("NVFP4", {"img_in.weight": BYTES, "img_in.weight_scale": BYTES, "img_in.weight_scale_2": BYTES}),
