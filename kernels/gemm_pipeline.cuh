@@ -31,43 +31,66 @@ constexpr int SCALE_VECTORS = ROW_SCALE_VECTORS + COLUMN_SCALE_VECTORS;
 static_assert(ROW_COPIES * THREADS == ROW_VECTORS && COLUMN_COPIES * THREADS == COLUMN_VECTORS, "whole copies");
 static_assert(SCALE_VECTORS <= THREADS, "at most one vector of scales a thread");
 
-// Where a thread's copies begin in step 0: indices of vectors. 32 bits hold them (runtime/ops/records.py sees to that),
-// so that an address costs one instruction: the loop that multiplies has none to spare.
+// MP is a multiple of LEAST_ROWS (or of BLOCK_M where that is less), so the last block of 256 rows may have only half of
+// them. Its other half reads the first half's rows again: nothing outside is read, and no such row is stored.
+constexpr int LEAST_ROWS = 128;
+constexpr bool MAY_BE_HALF = BLOCK_M > LEAST_ROWS;
+static_assert(!MAY_BE_HALF || (BLOCK_M == 2 * LEAST_ROWS && ROW_COPIES == 2), "a thread copies of either half once");
+
+// Whether the block has all of its rows, of MP `rows`.
+__device__ __forceinline__ bool is_whole(int rows) { return !MAY_BE_HALF || int(blockIdx.x + 1) * BLOCK_M <= rows; }
+
+// Where a thread's copies begin in step 0, and how far its rows' are apart: indices of vectors. 32 bits hold them
+// (runtime/ops/records.py sees to that), so that an address costs one instruction: the loop that multiplies has none to
+// spare.
 struct Share {
-    int row = blockIdx.x * BLOCK_M * 2 + threadIdx.x, column = blockIdx.y * BLOCK_N * 2 + threadIdx.x;
+    int row, between_rows, column;
+    int scale; // among the block's: the first threads copy the rows', the next ones the columns'
+
+    __device__ __forceinline__ explicit Share(int rows)
+    {
+        constexpr int HALF = ROW_SCALE_VECTORS / 2;
+        const bool whole = is_whole(rows);
+        const int i = threadIdx.x;
+        row = blockIdx.x * BLOCK_M * 2 + i;
+        between_rows = whole ? THREADS : 0;
+        column = blockIdx.y * BLOCK_N * 2 + i;
+        scale = !whole && i >= HALF && i < ROW_SCALE_VECTORS ? i - HALF : i;
+    }
 };
 
+// `apart`: how far a thread's vectors are from each other in global memory.
 template <int COUNT>
-__device__ __forceinline__ void copy_share(uint4* stage, const uint4* from, int index)
+__device__ __forceinline__ void copy_share(uint4* stage, const uint4* from, int index, int apart)
 {
 #pragma unroll
     for (int part = 0; part < COUNT; ++part)
-        copy_async_16(stage + threadIdx.x + part * THREADS, from + (index + part * THREADS));
+        copy_async_16(stage + threadIdx.x + part * THREADS, from + (index + part * apart));
 }
 
-// One vector of the scales of a group: the first threads copy the rows', the next ones the columns'.
-__device__ __forceinline__ void copy_scales(uint4* stage, const GemmInput& in, int group)
+// A thread's vector of the scales of a group.
+__device__ __forceinline__ void copy_scales(uint4* stage, const GemmInput& in, int group, const Share& mine)
 {
     constexpr int ENTRIES = 16 / sizeof(Scale); // of a vector
     const int i = threadIdx.x;
     const bool of_rows = i < ROW_SCALE_VECTORS;
     const int first = of_rows ? group * in.rows + int(blockIdx.x) * BLOCK_M : group * in.columns + int(blockIdx.y) * BLOCK_N;
     const uint4* from = of_rows ? in.scales : in.weight_scales - ROW_SCALE_VECTORS;
-    copy_async_16(stage + i, from + (first / ENTRIES + i));
+    copy_async_16(stage + i, from + (first / ENTRIES + mine.scale));
 }
 
 // Start the copies of a step. One past the end starts none, but still counts as a group of copies.
 __device__ __forceinline__ void fetch(const GemmInput& in, int step, uint4* stage, const Share& mine)
 {
     if (step < in.groups) {
-        copy_share<ROW_COPIES>(stage, in.codes, step * (in.rows * 2) + mine.row);
-        copy_share<COLUMN_COPIES>(stage + ROW_VECTORS, in.weight, step * (in.columns * 2) + mine.column);
+        copy_share<ROW_COPIES>(stage, in.codes, step * (in.rows * 2) + mine.row, mine.between_rows);
+        copy_share<COLUMN_COPIES>(stage + ROW_VECTORS, in.weight, step * (in.columns * 2) + mine.column, THREADS);
         if (threadIdx.x < SCALE_VECTORS)
-            copy_scales(stage + ROW_VECTORS + COLUMN_VECTORS, in, step);
+            copy_scales(stage + ROW_VECTORS + COLUMN_VECTORS, in, step, mine);
     } else if (step < in.groups + in.rank_tiles) {
         const int tile = step - in.groups;
-        copy_share<ROW_COPIES>(stage, in.hidden, tile * (in.rows * 2) + mine.row);
-        copy_share<COLUMN_COPIES>(stage + ROW_VECTORS, in.up, tile * (in.columns * 2) + mine.column);
+        copy_share<ROW_COPIES>(stage, in.hidden, tile * (in.rows * 2) + mine.row, mine.between_rows);
+        copy_share<COLUMN_COPIES>(stage + ROW_VECTORS, in.up, tile * (in.columns * 2) + mine.column, THREADS);
     }
     commit_copies();
 }
@@ -100,7 +123,7 @@ __device__ __forceinline__ void multiply(WarpTile& acc, const GemmInput& in, uin
 {
     constexpr int AHEAD = STAGES - 1;
     const LaneOffsets offsets(warp_m, warp_n, lane);
-    const Share mine;
+    const Share mine(in.rows);
     for (int step = 0; step < AHEAD; ++step)
         fetch(in, step, memory + step * STAGE_VECTORS, mine);
     uint4* stage = memory;                        // read next

@@ -8,6 +8,8 @@ FOLDER/measured.jsonl as soon as it is there. Run from a checkout: the tests are
 from __future__ import annotations
 
 import argparse
+import importlib
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -20,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+STARTED = time.monotonic()
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -49,6 +52,51 @@ def stage_lack(stage: str) -> str | None:
         return f"{program} is not on the PATH; it is part of the CUDA toolkit"
     return lacking(STAGE_PACKAGES.get(stage, {}))
 
+
+def install_wheels(folder: Path) -> None:
+    """What the machine lacks and its network does not give: the wheels of a folder, for the processes of this run.
+    What it has stays as it is. SystemExit for a folder without wheels, or with one that pip refuses."""
+    wheels = sorted(folder.glob("*.whl"))
+    if not wheels:
+        raise SystemExit(f"--wheels {folder}: no wheels are there")
+    wanted = [wheel for wheel in wheels if not _is_installed(wheel.name.partition("-")[0])]
+    target = tempfile.mkdtemp(prefix="svdq-wheels-")
+    if wanted:
+        words = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-index",
+            "--no-deps",
+            "--target",
+            target,
+        ]
+        done = subprocess.run([*words, *map(str, wanted)], capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"--wheels {folder}: {done.stderr.strip()}")
+    names = ", ".join(wheel.name for wheel in wanted) or "none: all are installed already"
+    print(f"== wheels for this run: {names}", flush=True)
+    paths = [target, os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    sys.path.append(target)
+    importlib.invalidate_caches()
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        importlib.metadata.distribution(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+if __name__ == "__main__":  # before anything is looked for: a wheel may be what is lacking
+    _early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    _early.add_argument("--wheels", type=Path)
+    if _wheels := _early.parse_known_args()[0].wheels:
+        install_wheels(_wheels)
 
 if install := lacking(PACKAGES):
     raise SystemExit(f"kernels/measure.py: {install}")
@@ -370,18 +418,6 @@ def chosen_stages(asked: Sequence[str]) -> list[str]:
     return chosen
 
 
-def install_wheels(folder: Path) -> None:
-    """What the machine lacks and its network does not give: the wheels of a folder, for the processes of this run."""
-    target = tempfile.mkdtemp(prefix="svdq-wheels-")
-    words = [
-        *(sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", target)
-    ]
-    subprocess.run([*words, *map(str, sorted(folder.glob("*.whl")))], check=True)
-    paths = [target, os.environ.get("PYTHONPATH", "")]
-    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-    sys.path.append(target)
-
-
 def _process(asked: argparse.Namespace) -> Callable[[str, Sequence[str]], Sequence[str]]:
     """The words that run a stage's process."""
     options = ["--portable"] if asked.portable else []
@@ -406,9 +442,7 @@ def main() -> int:
     if asked.serve:
         items, _ = STAGES[asked.serve]
         return serve(items(asked.out), asked.over, to=sys.stdout)
-    started = time.monotonic()
-    if asked.wheels:
-        install_wheels(asked.wheels)
+
     stages = chosen_stages([asked.stages] if isinstance(asked.stages, str) else asked.stages)
     try:
         cuda_device(GPU)
@@ -418,7 +452,7 @@ def main() -> int:
     asked.out.mkdir(parents=True, exist_ok=True)
     record, device = Record(asked.out / RECORD), device_facts(GPU)
     record.add({"stage": "device", **to_json(device)})
-    left = asked.budget - (time.monotonic() - started)
+    left = asked.budget - (time.monotonic() - STARTED)
     sound = supervise([STAGES[name][1] for name in stages], _process(asked), record, budget=left)
     summary(asked.out, device)
     return int(not sound or any(line.get("ok") is False for line in record.lines))

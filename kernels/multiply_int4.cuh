@@ -78,27 +78,30 @@ __device__ __forceinline__ void multiply_codes(int (&sum)[4], const RowCodes& a,
 __device__ __forceinline__ int first_column_scale(int lane) { return 16 * (lane % 4); }
 
 // Scales of a lane's rows g + 8 i, times the unit of the sums.
-__device__ __forceinline__ void load_row_scales(float (&scales)[4], const Scale* rows)
+__device__ __forceinline__ void load_row_scales(float (&scales)[2 * ROW_TILES], const Scale* rows)
 {
-    const uint2 four = *reinterpret_cast<const uint2*>(rows);
-    scales[0] = low_float(four.x) * SUM_UNIT, scales[1] = high_float(four.x) * SUM_UNIT;
-    scales[2] = low_float(four.y) * SUM_UNIT, scales[3] = high_float(four.y) * SUM_UNIT;
+#pragma unroll
+    for (int i = 0; i < 2 * ROW_TILES; i += 4) {
+        const uint2 four = *reinterpret_cast<const uint2*>(rows + i / 4 * SCALED_ROWS);
+        scales[i] = low_float(four.x) * SUM_UNIT, scales[i + 1] = high_float(four.x) * SUM_UNIT;
+        scales[i + 2] = low_float(four.y) * SUM_UNIT, scales[i + 3] = high_float(four.y) * SUM_UNIT;
+    }
 }
 
 // acc = fma(sum over the group * column scale, row scale, acc): one rounding, as sum * column scale is exact. The lanes meet
 // between the halves of the columns: otherwise the compiler unpacks all their scales first, and spills.
 __device__ __forceinline__ void multiply_group(WarpTile& acc, const Operands& at, int)
 {
-    RowCodes rows[2];
-    float row_scales[4];
+    RowCodes rows[ROW_TILES];
+    float row_scales[2 * ROW_TILES];
 #pragma unroll
-    for (int m = 0; m < 2; ++m)
+    for (int m = 0; m < ROW_TILES; ++m)
         rows[m] = row_codes(at.rows[m * LANES]);
     load_row_scales(row_scales, at.row_scales);
     uint4 column_scales;
 #pragma unroll
     for (int pair = 0; pair < 4; ++pair) {
-        if (pair == 2)
+        if (pair == 2 && WARP_M == 32)
             __syncwarp();
         if (pair % 2 == 0)
             column_scales = reinterpret_cast<const uint4*>(at.column_scales)[pair / 2];
@@ -110,7 +113,7 @@ __device__ __forceinline__ void multiply_group(WarpTile& acc, const Operands& at
             const float scales[2] = {low_float(both), high_float(both)};
             const float starts[2] = {-SUM_START_VALUE * scales[0], -SUM_START_VALUE * scales[1]};
 #pragma unroll
-            for (int m = 0; m < 2; ++m) {
+            for (int m = 0; m < ROW_TILES; ++m) {
                 int sum[4];
                 multiply_codes(sum, rows[m], columns);
 #pragma unroll

@@ -12,12 +12,14 @@ __device__ __forceinline__ int first_column_scale(int lane) { return 8 * (lane /
 
 __device__ __forceinline__ void multiply_group(WarpTile& acc, const Operands& at, int lane)
 {
-    const uint4 row_scales = *reinterpret_cast<const uint4*>(at.row_scales);
     const uint4* column_scales = reinterpret_cast<const uint4*>(at.column_scales);
     const bool lower = lane % 2; // lane t = 0 gives the scales of row g, lane t = 1 those of row g + 8
-    u32 a[2][4];
+    u32 a[ROW_TILES][4], row_scales[ROW_TILES];
 #pragma unroll
-    for (int m = 0; m < 2; ++m) {
+    for (int m = 0; m < ROW_TILES; ++m) {
+        const uint4 four = *reinterpret_cast<const uint4*>(at.row_scales + m / 2 * SCALED_ROWS);
+        const u32 upper_scales = word(four, m % 2 * 2), lower_scales = word(four, m % 2 * 2 + 1);
+        row_scales[m] = lower ? lower_scales : upper_scales;
         const uint4 codes = at.rows[m * LANES];
         a[m][0] = codes.x, a[m][1] = codes.y, a[m][2] = codes.z, a[m][3] = codes.w;
     }
@@ -26,10 +28,8 @@ __device__ __forceinline__ void multiply_group(WarpTile& acc, const Operands& at
         const uint4 codes = at.columns[n / 2 * LANES];
         const u32 b[2] = {word(codes, n % 2 * 2), word(codes, n % 2 * 2 + 1)};
 #pragma unroll
-        for (int m = 0; m < 2; ++m) {
-            const u32 upper_scales = word(row_scales, 2 * m), lower_scales = word(row_scales, 2 * m + 1);
-            mma_mxf4(acc[m][n], a[m], b, lower ? lower_scales : upper_scales, word(column_scales[n / 4], n % 4));
-        }
+        for (int m = 0; m < ROW_TILES; ++m)
+            mma_mxf4(acc[m][n], a[m], b, row_scales[m], word(column_scales[n / 4], n % 4));
     }
 }
 

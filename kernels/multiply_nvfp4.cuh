@@ -44,17 +44,17 @@ __device__ __forceinline__ u32 lane_scale(u32 scales, int half, int lane)
     return (scales >> (16 * half + 8 * (lane % 4 / 2))) & 0xffu;
 }
 
-// A fragments of both tiles for half a group: two steps of k16.
-__device__ __forceinline__ void dequantize_rows(u32 (&a)[2][2][4], const Operands& at, int half, int lane)
+// A fragments of all tiles for half a group: two steps of k16.
+__device__ __forceinline__ void dequantize_rows(u32 (&a)[ROW_TILES][2][4], const Operands& at, int half, int lane)
 {
-    const uint4 scales = *reinterpret_cast<const uint4*>(at.row_scales);
 #pragma unroll
-    for (int m = 0; m < 2; ++m) {
+    for (int m = 0; m < ROW_TILES; ++m) {
+        const uint4 scales = *reinterpret_cast<const uint4*>(at.row_scales + m / 2 * SCALED_ROWS);
         const uint4 codes = at.rows[m * LANES];
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             u32 values[4];
-            dequantize(values, word(codes, 2 * half + r), scale_pair(lane_scale(word(scales, 2 * m + r), half, lane)));
+            dequantize(values, word(codes, 2 * half + r), scale_pair(lane_scale(word(scales, m % 2 * 2 + r), half, lane)));
 #pragma unroll
             for (int p = 0; p < 2; ++p)
                 a[m][p][r] = values[2 * p], a[m][p][2 + r] = values[2 * p + 1];
@@ -69,7 +69,7 @@ __device__ __forceinline__ void multiply_group(WarpTile& acc, const Operands& at
 {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        u32 a[2][2][4];
+        u32 a[ROW_TILES][2][4];
         dequantize_rows(a, at, half, lane);
         const uint4* column_scales = reinterpret_cast<const uint4*>(at.column_scales);
 #pragma unroll
@@ -82,7 +82,7 @@ __device__ __forceinline__ void multiply_group(WarpTile& acc, const Operands& at
             for (int p = 0; p < 2; ++p) {
                 const u32 b[2] = {values[2 * p], values[2 * p + 1]};
 #pragma unroll
-                for (int m = 0; m < 2; ++m)
+                for (int m = 0; m < ROW_TILES; ++m)
                     Element::mma(acc[m][n], a[m][p], b);
             }
         }

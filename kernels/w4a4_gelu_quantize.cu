@@ -22,11 +22,11 @@ static_assert(BLOCK_M * RANK_STEP * sizeof(float) * (WARPS_N - 1) <= sizeof(uint
 
 // Rows of the block by RANK_STEP ranks, from the C fragments of one warp.
 template <bool ADD>
-__device__ __forceinline__ void put_hidden(float* to, const float* from, const float (&hidden)[2][2][4], int stride,
+__device__ __forceinline__ void put_hidden(float* to, const float* from, const float (&hidden)[ROW_TILES][2][4], int stride,
                                            int lane)
 {
 #pragma unroll
-    for (int tile = 0; tile < 2; ++tile)
+    for (int tile = 0; tile < ROW_TILES; ++tile)
 #pragma unroll
         for (int octet = 0; octet < 2; ++octet)
 #pragma unroll
@@ -36,13 +36,13 @@ __device__ __forceinline__ void put_hidden(float* to, const float* from, const f
             }
 }
 
-__device__ __forceinline__ void add_octets(float (&hidden)[2][2][4], const Rows16 (&rows)[2], const uint4* down)
+__device__ __forceinline__ void add_octets(float (&hidden)[ROW_TILES][2][4], const Rows16 (&rows)[ROW_TILES], const uint4* down)
 {
 #pragma unroll
     for (int octet = 0; octet < 2; ++octet) {
         const uint4 halves[2] = {down[2 * octet * LANES], down[(2 * octet + 1) * LANES]};
 #pragma unroll
-        for (int tile = 0; tile < 2; ++tile)
+        for (int tile = 0; tile < ROW_TILES; ++tile)
             add_down(hidden[tile][octet], rows[tile], halves);
     }
 }
@@ -57,15 +57,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
     const int warp_m = warp / WARPS_N, warp_n = warp % WARPS_N;
     const int row = blockIdx.x * BLOCK_M + warp_m * WARP_M, column = blockIdx.y * BLOCK_N + warp_n * WARP_N;
-    const bool inside = column < n; // the last block may be half padding
+    // The last block may be half padding either way
+    const bool inside = column < n && (!MAY_BE_HALF || row < mp);
 
     const GemmInput in = {codes, scales, hidden, weight, weight_scales, up, mp, np, k / GROUP, rank / 16};
     WarpTile acc = {};
     multiply(acc, in, memory, outer + column, warp_m, warp_n, lane);
 
-    Rows16 rows[2];
+    Rows16 rows[ROW_TILES];
 #pragma unroll
-    for (int tile = 0; tile < 2; ++tile) {
+    for (int tile = 0; tile < ROW_TILES; ++tile) {
         rows[tile] = rounded_rows(acc, tile, bias ? bias + column : nullptr, lane);
         apply_gelu(rows[tile]);
     }
@@ -74,7 +75,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
         float factors[16];
         load_lane_columns(factors, next_inverse_smooth + column, lane % 4);
 #pragma unroll
-        for (int tile = 0; tile < 2; ++tile)
+        for (int tile = 0; tile < ROW_TILES; ++tile)
             store_quantized(quantize_rows(rows[tile], factors, shift), next_codes, next_scales, row / 16 + tile, group,
                             mp, lane);
     }
@@ -82,7 +83,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     // The warps of a row of the block add their columns' shares, the last first.
     float* shared = reinterpret_cast<float*>(memory) + warp_m * WARP_M * RANK_STEP;
     for (int first = 0; first < next_rank; first += RANK_STEP) {
-        float sums[2][2][4] = {};
+        float sums[ROW_TILES][2][4] = {};
         if (inside)
             add_octets(sums, rows, next_down + (size_t(group) * (next_rank / 8) + first / 8) * 2 * LANES + lane);
         for (int turn = WARPS_N - 1; turn > 0; --turn) {
@@ -95,7 +96,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
             }
         }
         __syncthreads();
-        if (warp_n == 0)
+        if (warp_n == 0 && (!MAY_BE_HALF || row < mp))
             put_hidden<true>(partial + (size_t(blockIdx.y) * mp + row) * next_rank + first, shared, sums, next_rank, lane);
     }
 }

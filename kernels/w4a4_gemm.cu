@@ -5,13 +5,13 @@
 //   codes, scales, hidden, weight, weight_scales, up: layouts of fragments.cuh, all 16-byte aligned
 //   outer  (NP,) float32, nvfp4 only         bias  (NP,) 16-bit float, or null
 //   y      (M, N) 16-bit float, contiguous, 16-byte aligned; N a multiple of 8
-//   K a multiple of 64, R of 16 (or 0), MP of BLOCK_M, NP of BLOCK_N.
+//   K a multiple of 64, R of 16 (or 0), MP of BLOCK_M (of 128 where that is 256), NP of BLOCK_N.
 //
-// Grid: (MP / BLOCK_M, NP / BLOCK_N): neighbors in time share a weight tile, which stays in the L2 cache.
+// Grid: (MP / BLOCK_M rounded up, NP / BLOCK_N): neighbors in time share a weight tile, which stays in the L2 cache.
 // Exactness: int4 sums are exact integers, each group is added by one float32 fma, groups in order. nvfp4 products are
 // exact, their sums float32. The result is rounded once. Deterministic.
 // -D: ELEMENT_BF16, PRECISION_NVFP4, BLOCK_SCALED (sm_120a), CODES_UNSIGNED, CODE_MMA (multiply_int4.cuh), BLOCK_M,
-// BLOCK_N, STAGES, MIN_BLOCKS (that share a multiprocessor).
+// BLOCK_N, WARP_M, STAGES, MIN_BLOCKS (that share a multiprocessor). Every size of a block gives the same bits.
 // Compute capability: 8.0 with bfloat16, 7.5 with float16. Reference: svdq_cli/runtime/ops/w4a4_gemm.py.
 #include "product.cuh"
 #include "gemm_pipeline.cuh"
@@ -30,7 +30,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     WarpTile acc = {};
     multiply(acc, in, memory, outer + column, warp_m, warp_n, lane);
 #pragma unroll
-    for (int tile = 0; tile < 2; ++tile) {
+    for (int tile = 0; tile < ROW_TILES; ++tile) {
         const Rows16 rows = rounded_rows(acc, tile, bias ? bias + column : nullptr, lane);
         store_rows(y, rows, row + 16 * tile, column, m, n, lane);
     }

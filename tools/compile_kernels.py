@@ -69,9 +69,13 @@ def _portable(dtype: torch.dtype, kind: Architecture) -> Iterator[Variant]:
         yield ops.quantize_down.variant(dtype, NvFp4(), rank=rank)
         for unsigned in (False, True):
             yield ops.quantize_down.variant(dtype, Int4(), rank=rank, unsigned=unsigned)
-    for block_m in (variants.SMALL_BLOCK_M, variants.BLOCK_M):
-        yield ops.w4a4_gemm.variant(dtype, NvFp4(), kind, block_m=block_m)
-        yield ops.w4a4_gelu_quantize.variant(dtype, NvFp4(), kind, block_m=block_m)
+    for block_m in (variants.SMALL_BLOCK_M, variants.BLOCK_M, variants.LARGE_BLOCK_M):
+        large = block_m == variants.LARGE_BLOCK_M
+        if not large or variants.has_large_blocks(NvFp4(), kind):
+            yield ops.w4a4_gemm.variant(dtype, NvFp4(), kind, block_m=block_m)
+            yield ops.w4a4_gelu_quantize.variant(dtype, NvFp4(), kind, block_m=block_m)
+        if large and not variants.has_large_blocks(Int4(), kind):
+            continue
         for unsigned in (False, True):
             yield ops.w4a4_gemm.variant(dtype, Int4(), kind, block_m=block_m, unsigned=unsigned)
             for following in (False, True):

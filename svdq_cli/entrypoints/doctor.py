@@ -29,6 +29,7 @@ from svdq_cli.gpu.launch import CudaDevice, cuda_device
 from svdq_cli.prepare.locate import locate_source
 from svdq_cli.records import Int4, Linear, NvFp4, Precision, SharedInput, SolveSettings, W4A4Plan, W4A16Plan
 from svdq_cli.runtime.cpu_selftest import MOST, EngineCase, engine_cases
+from svdq_cli.runtime.large_blocks import has_large_blocks, prove_large_blocks
 from svdq_cli.runtime.selftest import KernelCase
 from svdq_cli.solve.forward import LinearWeights
 from svdq_cli.solve.linear import solve_input
@@ -244,6 +245,21 @@ def _test_kernels() -> Iterator[SelfTest]:
         return
     for case in kernel_cases(_dtype_of(gpu.architecture), gpu.architecture):
         yield _run_kernel(case, gpu)
+    if has_large_blocks(gpu.architecture):
+        yield _try_large_blocks(gpu)
+
+
+def _try_large_blocks(gpu: CudaDevice) -> SelfTest:
+    """Their trial, now: where they failed once, this is how they get another chance."""
+    started = time.monotonic()
+    found = prove_large_blocks(gpu, again=True)
+    if found is None:
+        status, said = "unavailable", "the trial could not run; blocks of 128 rows are used"
+    elif found.sound:
+        status, said = "ok", f"{gpu.architecture.target}, {found.reason}"
+    else:
+        status, said = "failed", f"{gpu.architecture.target}: {found.reason}; blocks of 128 rows are used"
+    return SelfTest("large blocks", "-", "-", "kernels", status, said, time.monotonic() - started)
 
 
 def _run_kernel(case: KernelCase, gpu: CudaDevice) -> SelfTest:

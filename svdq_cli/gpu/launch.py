@@ -16,6 +16,7 @@ from svdq_cli.gpu import nvrtc
 from svdq_cli.gpu.architectures import Architecture, architecture_of
 from svdq_cli.gpu.compile import Variant, compile_variant
 from svdq_cli.gpu.launcher import Argument
+from svdq_cli.gpu.verdicts import proven_on
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,10 @@ class CudaDevice:
     multiprocessors: int
     _kernels: dict[Variant, Any] = field(default_factory=dict, compare=False, repr=False)
     _streams: dict[int, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def large_blocks(self) -> bool:
+        return proven_on(self.index, self.architecture)
 
     def launch(
         self, variant: Variant, grid: tuple[int, int, int], threads: int, *arguments: Argument

@@ -30,6 +30,11 @@ class Launcher(Protocol):
     @property
     def multiprocessors(self) -> int: ...
 
+    @property
+    def large_blocks(self) -> bool:
+        """Whether the GEMM's large blocks have been proven here (gpu/verdicts.py)."""
+        ...
+
     def launch(
         self, variant: Variant, grid: tuple[int, int, int], threads: int, *arguments: Argument
     ) -> None: ...
@@ -38,6 +43,14 @@ class Launcher(Protocol):
 def padded_rows(m: int) -> int:
     """M rounded up to whole blocks of the GEMM that will read it."""
     return round_up(m, variants.block_rows(m))
+
+
+def gemm_rows(launcher: Launcher, m: int, n: int, precision: Precision) -> int:
+    """Rows of a block of the GEMM for an (M, N) result: large ones where they are proven and pay."""
+    kind, count = launcher.architecture, launcher.multiprocessors
+    if launcher.large_blocks and variants.large_blocks_pay(m, n, precision, kind, multiprocessors=count):
+        return variants.LARGE_BLOCK_M
+    return variants.block_rows(m)
 
 
 def new_quantized(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -13,6 +13,7 @@ from svdq_cli.experimental.hopper.choice import HopperChoice, choose_hopper_mode
 from svdq_cli.experimental.hopper.modes import HopperMode
 from svdq_cli.gpu.architectures import Architecture
 from svdq_cli.gpu.launch import cuda_device, require_dtype
+from svdq_cli.runtime.large_blocks import prove_large_blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,17 @@ def choose_backend(wanted: str, device: torch.device, dtype: torch.dtype) -> Bac
             raise
         return Backend("reference", f"plain torch on {device}: {lack.message}")
     return _on_kernels(gpu.architecture, HOPPER_BACKENDS.get(wanted))
+
+
+def with_large_blocks(backend: Backend, device: torch.device) -> Backend:
+    """The backend after a card's first use: the trial of the GEMM's large blocks, in seconds, once for a card and a
+    version of the kernels. A card on which they fail keeps the blocks before; the reason says so."""
+    if backend.name != "kernels":
+        return backend
+    found = prove_large_blocks(cuda_device(device))
+    if found is None or found.sound:
+        return backend
+    return replace(backend, reason=f"{backend.reason}, without large blocks ({found.reason})")
 
 
 def _on_cpu(wanted: str, device: torch.device) -> Backend:

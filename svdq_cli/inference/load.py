@@ -16,7 +16,7 @@ from svdq_cli.checkpoint.reader import Checkpoint, component_in, open_checkpoint
 from svdq_cli.errors import InputError, OutOfResourcesError
 from svdq_cli.experimental.hopper.linear import hopper_linear
 from svdq_cli.experimental.hopper.modes import HopperMode
-from svdq_cli.inference.backend import Backend, choose_backend, compute_dtype
+from svdq_cli.inference.backend import Backend, choose_backend, compute_dtype, with_large_blocks
 from svdq_cli.inference.diffusers_methods import adopt_model, adopt_pipeline
 from svdq_cli.inference.save import MEANS, Origin
 from svdq_cli.pipelines.generate import load_source_pipeline
@@ -61,7 +61,7 @@ def load_pipeline(
     """
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     checkpoint = open_checkpoint(Path(path), base=Path(base) if base is not None else None)
-    backend_facts = choose_backend(backend, chosen, checkpoint.dtype)
+    backend_facts = with_large_blocks(choose_backend(backend, chosen, checkpoint.dtype), chosen)
     pipeline = Path(base) if base is not None else checkpoint.source.pipeline
     if pipeline is None:
         raise InputError(

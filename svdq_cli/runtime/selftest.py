@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,6 +28,8 @@ from svdq_cli.runtime.naive import naive_solution
 from svdq_cli.runtime.operands import W4A4Operands, W4A16Operands, pack_w4a4, pack_w4a16, tensors_of
 
 M, K, N, RANK = 130, 256, 256, 32  # two blocks of rows, one of them almost empty
+# Of large blocks: a whole one and half of one, and steps that go round their ring
+LARGE_M, LARGE_K = 300, 448
 # Kernel and reference differ where a sum in another order rounds to the neighboring 16-bit number or code.
 MOST_ERROR = 2e-3
 MOST_CODES = 0.02  # share that may differ, where the quantizer's input is itself such a sum
@@ -54,6 +56,15 @@ def portable_cases(dtype: torch.dtype) -> Iterator[KernelCase]:
             yield _gemm_case(precision, dtype, unsigned)
             yield _fused_case(precision, dtype, unsigned)
     yield _w4a16_case(dtype)
+
+
+def large_block_cases(dtype: torch.dtype, kind: Architecture) -> Iterator[KernelCase]:
+    """The GEMM's large blocks against those of BLOCK_M rows, where a card has any: they give the same bits."""
+    for precision in (Int4(), NvFp4()):
+        if variants.has_large_blocks(precision, kind):
+            for unsigned in (False, True) if isinstance(precision, Int4) else (False,):
+                yield _large_gemm_case(precision, dtype, unsigned)
+                yield _large_fused_case(precision, dtype, unsigned)
 
 
 def _quantize_case(precision: Precision, dtype: torch.dtype, unsigned: bool) -> KernelCase:
@@ -110,6 +121,53 @@ def _fused_case(precision: Precision, dtype: torch.dtype, unsigned: bool) -> Ker
     return KernelCase("w4a4_gelu_quantize", precision.name, mode, variant, disagreement, MOST_CODES)
 
 
+def _large_gemm_case(precision: Precision, dtype: torch.dtype, unsigned: bool) -> KernelCase:
+    def disagreement(launcher: Launcher, device: torch.device) -> float:
+        layer = _layer(precision, dtype, device, k=LARGE_K)
+        quantized = _quantized(layer, precision, dtype, device, unsigned, m=LARGE_M)
+        how = {"m": LARGE_M, "n": N, "precision": precision, "unsigned": unsigned}
+        ours, known = (
+            ops.w4a4_gemm.launch(launcher, quantized, layer.product, **how, block_m=block_m)
+            for block_m in (variants.LARGE_BLOCK_M, variants.BLOCK_M)
+        )
+        return share_of_other_bits((ours,), (known,))
+
+    def variant(kind: Architecture) -> Variant:
+        return ops.w4a4_gemm.variant(
+            dtype, precision, kind, block_m=variants.LARGE_BLOCK_M, unsigned=unsigned
+        )
+
+    return KernelCase(
+        "w4a4_gemm", precision.name, f"large blocks, {_mode(unsigned)}", variant, disagreement, 0.0
+    )
+
+
+def _large_fused_case(precision: Precision, dtype: torch.dtype, unsigned: bool) -> KernelCase:
+    def disagreement(launcher: Launcher, device: torch.device) -> float:
+        layer = _layer(precision, dtype, device, k=LARGE_K)
+        after = _layer(precision, dtype, device)
+        quantized = _quantized(layer, precision, dtype, device, unsigned=False, m=LARGE_M)
+        how = {
+            **{"m": LARGE_M, "precision": precision, "next_unsigned": unsigned},
+            "shift": GELU_SHIFT if unsigned else 0.0,
+        }
+        ours, known = (
+            ops.w4a4_gelu_quantize.launch(
+                launcher, quantized, layer.product, after.input, **how, block_m=block_m
+            )
+            for block_m in (variants.LARGE_BLOCK_M, variants.BLOCK_M)
+        )
+        return share_of_other_bits(ours, known)
+
+    def variant(kind: Architecture) -> Variant:
+        return ops.w4a4_gelu_quantize.variant(
+            dtype, precision, kind, block_m=variants.LARGE_BLOCK_M, next_unsigned=unsigned
+        )
+
+    mode = f"large blocks, to {_mode(unsigned)}"
+    return KernelCase("w4a4_gelu_quantize", precision.name, mode, variant, disagreement, 0.0)
+
+
 def _w4a16_case(dtype: torch.dtype) -> KernelCase:
     def disagreement(launcher: Launcher, device: torch.device) -> float:
         layer = _modulation(dtype, device)
@@ -129,8 +187,8 @@ def _mode(unsigned: bool) -> str:
     return "unsigned" if unsigned else "signed"
 
 
-def _layer(precision: Precision, dtype: torch.dtype, device: torch.device) -> W4A4Operands:
-    packed = tensors_of(pack_w4a4(sample_solution(precision, dtype)))
+def _layer(precision: Precision, dtype: torch.dtype, device: torch.device, *, k: int = K) -> W4A4Operands:
+    packed = tensors_of(pack_w4a4(sample_solution(precision, dtype, k=k)))
     return W4A4Operands(**{name: moved(tensor, device) for name, tensor in packed.items()})  # type: ignore[arg-type]
 
 
@@ -156,9 +214,15 @@ def _modulation(dtype: torch.dtype, device: torch.device) -> W4A16Operands:
 
 
 def _quantized(
-    layer: W4A4Operands, precision: Precision, dtype: torch.dtype, device: torch.device, unsigned: bool
+    layer: W4A4Operands,
+    precision: Precision,
+    dtype: torch.dtype,
+    device: torch.device,
+    unsigned: bool,
+    *,
+    m: int = M,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    x = sample_rows(dtype, device, unsigned)
+    x = sample_rows(dtype, device, unsigned, m=m, k=layer.inverse_smooth.shape[0])
     return ops.quantize_down.reference(
         x, layer.inverse_smooth, layer.down, precision=precision, unsigned=unsigned
     )
@@ -188,6 +252,14 @@ def quantized_disagreement(
     Both of the same shapes, any shape."""
     shares = [float((a != b).float().mean()) for a, b in zip(ours[:2], theirs[:2], strict=True)]
     return float(torch.tensor([*shares, relative_error(ours[2], theirs[2])]).max())
+
+
+def share_of_other_bits(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
+    """The largest share of a tensor's bytes that are others than those of its counterpart. Of any shape."""
+    return max(
+        float((a.view(torch.uint8) != b.view(torch.uint8)).float().mean())
+        for a, b in zip(ours, theirs, strict=True)
+    )
 
 
 def relative_error(ours: Tensor, theirs: Tensor) -> float:

@@ -38,6 +38,7 @@ class EmulatedDevice:
 
     architecture: Architecture = HOPPER
     multiprocessors: int = 4
+    large_blocks: bool = False
     descending: bool = False
     lazy_warp: int | None = None  # runs only when no other warp can
     sources: Path | None = None  # the kernels that are run; those of the repository without one

@@ -76,6 +76,10 @@ def portable(kind: Architecture) -> Iterator[Variant]:
     yield ops.w4a4_gemm.variant(dtype, Int4(), kind, block_m=large)
     yield ops.w4a4_gemm.variant(dtype, NvFp4(), kind, block_m=large)
     yield ops.w4a4_gelu_quantize.variant(dtype, Int4(), kind, block_m=large, next_unsigned=True)
+    for precision in (Int4(), NvFp4()):
+        if variants.has_large_blocks(precision, kind):
+            yield ops.w4a4_gemm.variant(dtype, precision, kind, block_m=variants.LARGE_BLOCK_M)
+            yield ops.w4a4_gelu_quantize.variant(dtype, precision, kind, block_m=variants.LARGE_BLOCK_M)
     if kind.target in ("sm_86", "sm_89", "sm_100", "sm_110", "sm_121a"):
         return
     yield ops.quantize_down.variant(dtype, Int4(), rank=64, unsigned=True)

@@ -184,8 +184,8 @@ PORTABLE = (
     Mutation(
         "scales of the step before",
         "gemm_pipeline.cuh",
-        "COLUMN_VECTORS, in, step);",
-        "COLUMN_VECTORS, in, step > 0 ? step - 1 : 0);",
+        "COLUMN_VECTORS, in, step, mine);",
+        "COLUMN_VECTORS, in, step > 0 ? step - 1 : 0, mine);",
     ),
 )
 

@@ -107,6 +107,41 @@ def test_a_step_of_the_main_loop_issues_no_more_than_this(op, precision: str, ta
     assert loop.count("LDGSTS") <= 5
 
 
+@needs_nvrtc
+@needs_nvdisasm
+@pytest.mark.parametrize("product", [pair for pair in variants.STEP_CYCLES if pair[1] != "sm_121a"], ids=str)
+def test_blocks_are_chosen_by_what_the_report_counts(product: tuple[str, str], tmp_path: Path):
+    """Another NVRTC may count a few instructions more; the choice is not so fine."""
+    name, target = product
+    precision: Precision = Int4() if name == "int4" else NvFp4()
+    card = next(card for card in kernel_report.CARDS if card.target == target)
+    for block_m, wanted in zip(
+        (variants.BLOCK_M, variants.LARGE_BLOCK_M), variants.STEP_CYCLES[product], strict=True
+    ):
+        variant = ops.w4a4_gemm.variant(torch.bfloat16, precision, architecture(target), block_m=block_m)
+        row = kernel_report._row(card, "w4a4_gemm", variant, tmp_path)
+        assert row.predicted_cycles == pytest.approx(wanted, rel=0.06)
+        assert row.usage.spill_bytes == 0
+
+
+@needs_nvrtc
+@needs_nvdisasm
+@pytest.mark.parametrize("target", ["sm_86", "sm_89"])
+def test_a_large_block_issues_less_and_reads_less_for_the_same_products(target: str, tmp_path: Path):
+    card = next(card for card in kernel_report.CARDS if card.target == target)
+    usual, large = (
+        kernel_report._row(
+            *(card, "w4a4_gemm int4"),
+            ops.w4a4_gemm.variant(torch.bfloat16, Int4(), architecture(target), block_m=block_m),
+            tmp_path,
+        )
+        for block_m in (variants.BLOCK_M, variants.LARGE_BLOCK_M)
+    )
+    assert large.tensor_cycles == 2 * usual.tensor_cycles
+    assert large.loop.issued / large.tensor_cycles <= 0.82
+    assert (large.bytes_a_cycle or 0) <= 0.76 * (usual.bytes_a_cycle or 0)
+
+
 def test_every_card_of_the_report_is_a_target():
     assert {card.target for card in kernel_report.CARDS} == {
         *("sm_80", "sm_86", "sm_89", "sm_90a", "sm_120a"),

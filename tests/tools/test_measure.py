@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,55 @@ def test_what_a_stage_lacks_is_said_before_the_first_one_starts(tmp_path: Path):
 def test_a_package_that_every_stage_needs_is_named(tmp_path: Path):
     done = measure(tmp_path, "speed", absent=("PIL",))
     assert (done.returncode, done.stderr) == (1, "kernels/measure.py: pip install pillow\n")
+
+
+def wheel(folder: Path, name: str, code: str = "", *, tag: str = "py3-none-any") -> Path:
+    """A wheel of one module."""
+    folder.mkdir(exist_ok=True)
+    path, facts = folder / f"{name}-1.0-{tag}.whl", f"{name}-1.0.dist-info"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(f"{name}.py", code)
+        archive.writestr(f"{facts}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        archive.writestr(f"{facts}/WHEEL", f"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: {tag}\n")
+        archive.writestr(f"{facts}/RECORD", "")
+    return path
+
+
+def test_a_carried_wheel_is_there_for_every_process_of_the_run(tmp_path: Path):
+    """A process that measures is one like it: what its PYTHONPATH brings, it has."""
+    wheel(tmp_path / "carried", "svdq_carried", "ANSWER = 42")
+    code = (
+        "import os, runpy, subprocess, sys; sys.argv = ['measure.py', '--help']\n"
+        f"sys.path.insert(0, {str(MEASURE.parent)!r})\n"
+        "import measure; from pathlib import Path\n"
+        f"measure.install_wheels(Path({str(tmp_path / 'carried')!r}))\n"
+        "import svdq_carried; print(svdq_carried.ANSWER)\n"
+        "subprocess.run([sys.executable, '-c', 'import svdq_carried; print(svdq_carried.ANSWER)'], check=True)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == (
+        "== wheels for this run: svdq_carried-1.0-py3-none-any.whl\n42\n42\n",
+        "",
+    )
+
+
+def test_a_wheel_may_bring_what_every_stage_needs(tmp_path: Path):
+    wheel(tmp_path / "carried", "svdq_carried")
+    wheel(tmp_path / "carried", "numpy", "raise RuntimeError('the machine has its own')")
+    done = measure(tmp_path, "speed", "--wheels", str(tmp_path / "carried"), absent=("PIL",))
+    # Wheels come first, and leave what is installed alone
+    assert done.stdout == "== wheels for this run: svdq_carried-1.0-py3-none-any.whl\n"
+    assert (done.returncode, done.stderr) == (1, "kernels/measure.py: pip install pillow\n")
+
+
+def test_wheels_that_can_not_be_installed_are_named(tmp_path: Path):
+    (tmp_path / "carried").mkdir()
+    done = measure(tmp_path, "speed", "--wheels", str(tmp_path / "carried"))
+    assert (done.returncode, done.stderr) == (1, f"--wheels {tmp_path / 'carried'}: no wheels are there\n")
+    wheel(tmp_path / "carried", "svdq_carried", tag="cp27-cp27m-win32")
+    done = measure(tmp_path, "speed", "--wheels", str(tmp_path / "carried"))
+    assert done.returncode == 1
+    assert "svdq_carried-1.0-cp27-cp27m-win32.whl is not a supported wheel" in done.stderr
 
 
 def test_stages_measure_what_they_say_on_a_cpu_in_a_gpus_place(

@@ -47,6 +47,10 @@ class OneBlock:
     def architecture(self) -> Architecture:
         return self.launcher.architecture
 
+    @property
+    def large_blocks(self) -> bool:
+        return self.launcher.large_blocks
+
     def launch(
         self, variant: Variant, grid: tuple[int, int, int], threads: int, *arguments: Argument
     ) -> None:

@@ -13,9 +13,10 @@ from svdq_cli.cpu import engine
 from svdq_cli.gpu import variants
 from svdq_cli.gpu.architectures import Architecture
 from svdq_cli.gpu.compile import Variant
-from svdq_cli.gpu.launcher import Launcher, new_quantized
+from svdq_cli.gpu.launcher import Launcher, gemm_rows, new_quantized
 from svdq_cli.gpu.variants import gemm_constants, variant_of
 from svdq_cli.pack.kernel_tiles import pack_hidden_fragments
+from svdq_cli.pack.padding import ceil_div
 from svdq_cli.records import Precision
 from svdq_cli.runtime.ops import reduce_hidden, w4a4_gemm
 from svdq_cli.runtime.ops.arithmetic import hidden_rows, quantize_rows
@@ -49,15 +50,17 @@ def launch(
     unsigned: bool = False,
     next_unsigned: bool = False,
     shift: float = 0.0,
+    block_m: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """kernels/w4a4_gelu_quantize.cu. Returns the next layer's packed codes, scales and hidden, of (M, N) numbers."""
+    """kernels/w4a4_gelu_quantize.cu. Returns the next layer's packed codes, scales and hidden, of (M, N) numbers.
+    `block_m`: as `w4a4_gemm.launch` has it."""
     mp, np, k, rank = sizes_of(quantized, product)
     up, n, next_rank = product.up, following.inverse_smooth.shape[0], 8 * following.down.shape[1]
     next_codes, next_scales, next_hidden = new_quantized(up, mp, n, next_rank, precision)
     if m == 0:
         return next_codes, next_scales, next_hidden
     partial = up.new_empty(np // variants.BLOCK_N, mp, next_rank, dtype=torch.float32)
-    block_m = variants.block_rows(m)
+    block_m = block_m or gemm_rows(launcher, m, n, precision)
     launcher.launch(
         variant(
             up.dtype,
@@ -67,7 +70,7 @@ def launch(
             unsigned=unsigned,
             next_unsigned=next_unsigned,
         ),
-        (mp // block_m, np // variants.BLOCK_N, 1),
+        (ceil_div(mp, block_m), np // variants.BLOCK_N, 1),
         variants.gemm_threads(block_m),
         *(*quantized, *product, *following),
         *(next_codes, next_scales, partial),

@@ -12,9 +12,10 @@ from torch import Tensor
 from svdq_cli.gpu import variants
 from svdq_cli.gpu.architectures import Architecture
 from svdq_cli.gpu.compile import Variant
-from svdq_cli.gpu.launcher import Launcher
+from svdq_cli.gpu.launcher import Launcher, gemm_rows
 from svdq_cli.gpu.variants import gemm_constants, variant_of
 from svdq_cli.pack.kernel_tiles import unpack_hidden_fragments, unpack_up_fragments
+from svdq_cli.pack.padding import ceil_div
 from svdq_cli.records import Precision
 from svdq_cli.runtime.ops.arithmetic import four_bit_product
 from svdq_cli.runtime.ops.define import define, define_cpu
@@ -38,16 +39,18 @@ def launch(
     n: int,
     precision: Precision,
     unsigned: bool = False,
+    block_m: int | None = None,
 ) -> Tensor:
-    """kernels/w4a4_gemm.cu. Returns y (M, N) in the layer's dtype."""
+    """kernels/w4a4_gemm.cu. Returns y (M, N) in the layer's dtype, the same for every `block_m`: the rows of a block,
+    which are chosen by M and N without one."""
     mp, np, k, rank = sizes_of(quantized, product)
     y = product.up.new_empty(m, n)
     if m == 0:
         return y
-    block_m = variants.block_rows(m)
+    block_m = block_m or gemm_rows(launcher, m, n, precision)
     launcher.launch(
         variant(product.up.dtype, precision, launcher.architecture, block_m=block_m, unsigned=unsigned),
-        (mp // block_m, np // variants.BLOCK_N, 1),
+        (ceil_div(mp, block_m), np // variants.BLOCK_N, 1),
         variants.gemm_threads(block_m),
         *(*quantized, *product, y, m, mp, n, np, k, rank),
     )
