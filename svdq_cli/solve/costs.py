@@ -81,7 +81,7 @@ def _w4a4_work(shapes: Shapes, width: int, settings: SolveSettings, rows: int, p
     final = split_work(shapes, width, POWER_ITERATIONS) + Work(quantized=nearest, calls=200)
     search = min(rows, SEARCH_ROWS)
     point = split_work(shapes, width, SEARCH_POWER_ITERATIONS) + Work(
-        matmul=4 * search * size, quantized=rounded + size + search * width, calls=500
+        matmul=2 * search * size, quantized=rounded + size + search * width, calls=500
     )
     points = SMOOTHING_METHODS[settings.smoothing].tried
     total = point * points + Work(matmul=2 * search * size if points else 0) + final + report

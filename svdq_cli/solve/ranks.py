@@ -46,11 +46,10 @@ def _errors_at(
     activation = fake_quantize_activation(rows / smooth, precision)
     smoothed = stack.weight * smooth
     up, down = split_low_rank(smoothed, rank=max(ranks), seed=settings.seed)
+    hidden = (rows / smooth) @ down.T
     errors: dict[int, tuple[float, ...]] = {}
     for rank in ranks:
         left = smoothed - up[:, :rank] @ down[:rank]
         rounded = fake_quantize_weight(left, precision, dtype=settings.dtype)
-        lost = activation @ rounded.T - (rows / smooth) @ left.T
-        parts = zip(lost.split(stack.counts, dim=1), stack.signals, strict=True)
-        errors[rank] = tuple(float(noise.square().sum()) / signal for noise, signal in parts)
+        errors[rank] = stack.errors(activation, rounded, hidden[:, :rank], up[:, :rank])
     return errors

@@ -114,22 +114,28 @@ def _search_error(
     parts = [
         fake_quantize_weight(part, precision, dtype=settings.dtype) for part in left_over.split(stack.counts)
     ]
-    lost = quantized @ torch.cat(parts).T - (rows / smooth) @ left_over.T
-    total = 0.0
-    for noise, signal in zip(lost.split(stack.counts, dim=1), stack.signals, strict=True):
-        total += float(noise.square().sum()) / signal
-    return total
+    return sum(stack.errors(quantized, torch.cat(parts), (rows / smooth) @ down.T, up))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Stack:
-    """The layers of one branch under one another, and the size of each one's exact output on the search rows."""
+    """The layers of one branch under one another, and their exact output on the search rows."""
 
     layers: tuple[str, ...]
     weight: Tensor  # (sum of N, K)
     counts: list[int]
-    signals: list[float]
+    outputs: Tensor  # (M, sum of N)
+    signals: list[float]  # each layer's sum of squares in it
     rank: int
+
+    def errors(self, activation: Tensor, four_bit: Tensor, hidden: Tensor, up: Tensor) -> tuple[float, ...]:
+        """Noise over signal of each layer's output, `activation` (M, K) times `four_bit` (sum of N, K) and `hidden`
+        (M, R) times `up` (sum of N, R)."""
+        # Less the exact output, which is there: one large product a candidate, not one each for what is rounded and what
+        # it stands for
+        lost = torch.addmm(self.outputs, hidden, up.T, beta=-1).addmm_(activation, four_bit.T)
+        parts = zip(lost.split(self.counts, dim=1), self.signals, strict=True)
+        return tuple(float(noise.square().sum()) / signal for noise, signal in parts)
 
 
 def stacks_of(
@@ -144,8 +150,9 @@ def stacks_of(
 def _stack(members: Sequence[W4A4Plan], weights: Mapping[str, LinearWeights], rows: Tensor) -> Stack:
     weight = stacked_weights(members, weights)
     counts = [plan.linear.out_features for plan in members]
-    signals = [max(float((rows @ each.T).square().sum()), 1e-30) for each in weight.split(counts)]
-    return Stack(tuple(plan.name for plan in members), weight, counts, signals, members[0].rank)
+    outputs = rows @ weight.T
+    signals = [max(float(each.square().sum()), 1e-30) for each in outputs.split(counts, dim=1)]
+    return Stack(tuple(plan.name for plan in members), weight, counts, outputs, signals, members[0].rank)
 
 
 def evenly(rows: Tensor, count: int) -> Tensor:

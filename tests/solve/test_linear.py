@@ -29,6 +29,7 @@ from svdq_cli.solve.low_rank import split_low_rank
 from svdq_cli.solve.modulation import dequantize_w4a16, solve_w4a16
 from svdq_cli.solve.rebuild import relative_error, weight_error
 from svdq_cli.solve.rounding import AffineGrid
+from svdq_cli.solve.smoothing_methods import Stack
 
 K, N, ROWS = 256, 128, 400
 NAMES = ("q", "k", "v", "mlp")
@@ -284,3 +285,16 @@ def test_codes_in_another_order_agree_with_nothing():
     error = weight_error(shuffled, weights()["q"].weight)
     assert error.agreement < 0.1
     assert error.strayed_rows > 0.9
+
+
+def test_a_candidates_errors_are_those_of_its_outputs():
+    generator = torch.Generator().manual_seed(1)
+    rows, activation, hidden = (torch.randn(40, width, generator=generator) for width in (128, 128, 16))
+    weight, four_bit = torch.randn(2, 96, 128, generator=generator)
+    up = torch.randn(96, 16, generator=generator)
+    outputs = rows @ weight.T
+    stack = Stack(("q", "k"), weight, [64, 32], outputs, [1.0, 2.0], 16)
+    lost = (activation @ four_bit.T + hidden @ up.T - outputs).double().square()
+    wanted = (float(lost[:, :64].sum()), float(lost[:, 64:].sum()) / 2)
+    # Two orders of float32 sums of 128 products
+    assert stack.errors(activation, four_bit, hidden, up) == pytest.approx(wanted, rel=1e-5)
