@@ -131,8 +131,8 @@ class Stack:
     def errors(self, activation: Tensor, four_bit: Tensor, hidden: Tensor, up: Tensor) -> tuple[float, ...]:
         """Noise over signal of each layer's output, `activation` (M, K) times `four_bit` (sum of N, K) and `hidden`
         (M, R) times `up` (sum of N, R)."""
-        # Less the exact output, which is there: one large product a candidate, not one each for what is rounded and what
-        # it stands for
+        # Less the exact output, which is there: a candidate takes one large product, not one each for what is rounded
+        # and for what that stands for
         lost = torch.addmm(self.outputs, hidden, up.T, beta=-1).addmm_(activation, four_bit.T)
         parts = zip(lost.split(self.counts, dim=1), self.signals, strict=True)
         return tuple(float(noise.square().sum()) / signal for noise, signal in parts)
