@@ -104,8 +104,9 @@ if install := lacking(PACKAGES):
 import torch  # noqa: E402
 
 from svdq_cli.bench import probes  # noqa: E402
+from svdq_cli.bench.block_sizes import block_sizes, time_blocks  # noqa: E402
 from svdq_cli.bench.cases import BenchSettings  # noqa: E402
-from svdq_cli.bench.device import device_facts  # noqa: E402
+from svdq_cli.bench.device import clocks, device_facts  # noqa: E402
 from svdq_cli.bench.goals import layer_goals, step_goals  # noqa: E402
 from svdq_cli.bench.plot import draw_plot  # noqa: E402
 from svdq_cli.bench.report import BenchDevice, BenchReport, BenchRow, Microseconds, StepRow  # noqa: E402
@@ -130,10 +131,11 @@ from svdq_cli.experimental.hopper.choice import (  # noqa: E402
 from svdq_cli.experimental.hopper.modes import HopperMode  # noqa: E402
 from svdq_cli.experimental.hopper.selftest import kernel_cases  # noqa: E402
 from svdq_cli.gpu import architectures  # noqa: E402
-from svdq_cli.gpu.launch import cuda_device  # noqa: E402
-from svdq_cli.records import Int4, ignore_events  # noqa: E402
+from svdq_cli.gpu.launch import CudaDevice, cuda_device  # noqa: E402
+from svdq_cli.records import Int4, NvFp4, Precision, ignore_events  # noqa: E402
 from svdq_cli.reports import to_json  # noqa: E402
 from svdq_cli.runtime.fused import FusedW4A4Linear  # noqa: E402
+from svdq_cli.runtime.large_blocks import has_large_blocks, prove_large_blocks  # noqa: E402
 from svdq_cli.runtime.selftest import KernelCase  # noqa: E402
 
 GPU = torch.device("cuda", 0)
@@ -144,6 +146,7 @@ TESTS = {
 }
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
 RECORD, PLOT = "measured.jsonl", "measured.png"
+CLOCKS = "clocks"  # beside a figure: how the GPU ran right after it
 BUDGET = 520.0  # seconds: what is lent ten minutes at a time
 # What pictures of a mode are drawn with and compared by, where diffusers is installed
 IMAGES = 8
@@ -183,11 +186,37 @@ def _by_size() -> list[LinearShape]:
 
 def _rows(shapes: Iterable[LinearShape]) -> Iterator[Item]:
     def found(call: Callable[[], BenchRow]) -> Iterator[Found]:
-        yield to_json(call())
+        yield {**to_json(call()), CLOCKS: clocks(GPU)}
 
     settings = BenchSettings(GPU)
     for name, call in row_calls(shapes, precisions=precisions_named(None), rank=RANK, settings=settings):
         yield name, lambda call=call: found(call)
+
+
+def blocks(out: Path) -> Iterator[Item]:
+    """The GEMM in blocks of 128 and of 256 rows, on the largest shapes and on four images at once; whether the trial of
+    the large ones passes."""
+    gpu = cuda_device(GPU)
+    if has_large_blocks(gpu.architecture):
+        yield "trial", lambda: _trial(gpu)
+    shapes = _by_size()[:3]
+    shapes.append(replace(shapes[0], name=f"{shapes[0].name}, M 16384", m=16384))
+    for shape in shapes:
+        for precision in (Int4(), NvFp4()):
+            for block_m in block_sizes(precision, gpu):
+                name = f"{shape.name}: {precision.name}, {block_m} rows"
+                yield name, lambda given=(shape, precision, block_m): _block_time(gpu, *given)
+
+
+def _trial(gpu: CudaDevice) -> Iterator[Found]:
+    found = prove_large_blocks(gpu, again=True)
+    yield {"ok": found is not None and found.sound, "reason": found.reason if found else "it could not run"}
+
+
+def _block_time(gpu: CudaDevice, shape: LinearShape, precision: Precision, block_m: int) -> Iterator[Found]:
+    us = time_blocks(shape, precision, rank=RANK, block_m=block_m, launcher=gpu, device=GPU)
+    tera = 2 * shape.m * shape.k * shape.n / us.median / 1e6
+    yield {"call_us": to_json(us), "tera_operations": tera, CLOCKS: clocks(GPU)}
 
 
 def self_test(out: Path) -> Iterator[Item]:
@@ -357,6 +386,7 @@ STAGES: dict[str, tuple[Callable[[Path], Iterator[Item]], Stage]] = {
         (probe, Stage("probe", 40)),
         (largest, Stage("largest", 60)),
         (self_test, Stage("self_test", 40)),
+        (blocks, Stage("blocks", 60, least_seconds=10)),
         (correctness, Stage("correctness", 150, least_seconds=30)),
         (overhead, Stage("overhead", 40)),
         (speed, Stage("speed", 60)),
@@ -378,7 +408,7 @@ def summary(out: Path, device: BenchDevice) -> None:
     for line in found_lines(out / RECORD):
         if "us" not in line or not isinstance(line["us"], dict):
             continue
-        plain = {key: value for key, value in line.items() if key not in ("stage", "item")}
+        plain = {key: value for key, value in line.items() if key not in ("stage", "item", CLOCKS)}
         kind, to = (StepRow, steps) if "model" in plain else (BenchRow, rows)
         to.append(kind(**{**plain, "us": Microseconds(**plain["us"])}))  # type: ignore[arg-type]
     for goal in (*layer_goals(rows), *step_goals(_beside_16_bit(steps))):

@@ -71,12 +71,26 @@ def _cpu_name() -> str:
 
 def _driver() -> str | None:
     """The NVIDIA driver's version; torch knows only the CUDA version it was built for."""
-    found = shutil.which("nvidia-smi")
-    if found is None:
-        return None
-    words = [found, "--query-gpu=driver_version", "--format=csv,noheader"]
+    found = _nvidia_smi("driver_version")
+    return found[0] if found else None
+
+
+def clocks(device: torch.device) -> dict[str, str] | None:
+    """How a GPU runs now: figures of a card that throttles are not another's. None where no driver tells."""
+    names = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
+    found = _nvidia_smi(",".join(names), "--id", str(device.index or 0))
+    return dict(zip(names, found, strict=True)) if found and len(found) == len(names) else None
+
+
+def _nvidia_smi(query: str, *options: str) -> list[str]:
+    """What nvidia-smi says of a GPU, of the first one without `--id`; nothing where it says nothing."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return []
+    words = [program, f"--query-gpu={query}", "--format=csv,noheader", *options]
     try:
         answer = subprocess.run(words, capture_output=True, text=True, timeout=NVIDIA_SMI_SECONDS, check=True)
     except (OSError, subprocess.SubprocessError):
-        return None
-    return answer.stdout.splitlines()[0].strip() if answer.stdout.strip() else None
+        return []
+    lines = answer.stdout.strip().splitlines()
+    return [word.strip() for word in lines[0].split(",")] if lines else []

@@ -15,11 +15,15 @@ import pytest
 import torch
 
 from svdq_cli.bench import run
-from svdq_cli.bench.device import device_facts
+from svdq_cli.bench.block_sizes import block_sizes, time_blocks
+from svdq_cli.bench.device import clocks, device_facts
 from svdq_cli.bench.shapes import LinearShape
 from svdq_cli.bench.step import StepSettings
 from svdq_cli.bench.transformer import TransformerShape
+from svdq_cli.gpu.architectures import architecture
+from svdq_cli.records import Int4, NvFp4
 from svdq_cli.storage.resources import data_root
+from tests.gpu.emulation import EmulatedDevice, needs_compiler
 
 MEASURE = data_root("kernels") / "measure.py"
 # What svdq requires and a rented machine with torch and CuPy may lack
@@ -160,6 +164,45 @@ def test_stages_measure_what_they_say_on_a_cpu_in_a_gpus_place(
     module.summary(tmp_path, device_facts(cpu))
     assert "memory of bfloat16 over ours" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["measured.jsonl", "measured.png"]
+
+
+@needs_compiler
+def test_blocks_of_either_size_are_timed():
+    """An emulated card on a CPU: that the figures are of the blocks they are called after."""
+    seen: list[int] = []
+
+    class Watched(EmulatedDevice):
+        def launch(self, variant, grid, threads, *arguments) -> None:
+            if variant.kernel == "w4a4_gemm":
+                seen.append(dict(variant.defines)["BLOCK_M"])
+            super().launch(variant, grid, threads, *arguments)
+
+    launcher = Watched(architecture("sm_89"))
+    assert block_sizes(Int4(), launcher) == (128, 256)
+    assert block_sizes(NvFp4(), launcher) == (128,)
+    shape = LinearShape("a", 256, 64, 128)
+    for block_m in block_sizes(Int4(), launcher):
+        seen.clear()
+        us = time_blocks(
+            *(shape, Int4()),
+            **{"rank": 16, "block_m": block_m, "launcher": launcher},
+            device=torch.device("cpu"),
+            seconds=1e-3,
+        )
+        assert us.median > 0
+        assert set(seen) == {block_m}
+
+
+def test_clocks_are_told_where_a_driver_tells_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert clocks(torch.device("cuda", 0)) is None
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho '1980 MHz, 2619 MHz, 612.33 W, 61'\n")
+    program.chmod(0o755)
+    assert clocks(torch.device("cuda", 0)) == {
+        **{"clocks.sm": "1980 MHz", "clocks.mem": "2619 MHz"},
+        **{"power.draw": "612.33 W", "temperature.gpu": "61"},
+    }
 
 
 def test_a_run_begins_with_what_decides_most():
