@@ -239,12 +239,25 @@ class PlanReport:
     warnings: tuple[str, ...]
     stages: PlanSeconds
     prompts: PromptFacts | None = None  # None: it uses none
+    sampling: SampledFacts | None = None  # None: it samples nothing
     gpu: GpuFacts | None = None  # of the card that --gpu names
     size_budget: SizeBudgetFacts | None = None
     text_encoders: Mapping[str, TextEncoderFacts] = field(default_factory=dict[str, TextEncoderFacts])
     command: str = "convert"
     status: str = "planned"
     schema: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class SampledFacts:
+    """What a conversion samples for each prompt. `frames`: 1 of an image. `tokens`: of the image or video in the
+    denoiser, without the text's."""
+
+    width: int
+    height: int
+    frames: int
+    steps: int
+    tokens: int
 
 
 # By key of `svdq_cli.metrics`: over the images, or of all of them in one. None: not measured.
@@ -260,11 +273,47 @@ class ReferenceFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class VideoFacts:
+    """Figures of videos against the 16-bit ones, over the videos; PSNR and SSIM elsewhere are means over their frames.
+
+    `frames`: of each video. `worst_frame_psnr_db`, `worst_frame_ssim`: of each video's worst frame. `temporal_psnr_db`:
+    PSNR of the differences between frames that follow each other. `audio_snr_db`: of the sound; None where there is
+    none.
+    """
+
+    frames: int
+    fps: float
+    worst_frame_psnr_db: Summary
+    worst_frame_ssim: Summary
+    temporal_psnr_db: Summary
+    audio_snr_db: Summary | None
+
+
+# Figures of `VideoFacts` as tables have them: heading, digits after the point
+VIDEO_FIGURES: Mapping[str, tuple[str, int]] = {
+    "worst_frame_psnr_db": ("worst frame PSNR (dB)", 2),
+    "worst_frame_ssim": ("worst frame SSIM", 4),
+    "temporal_psnr_db": ("frame to frame PSNR (dB)", 2),
+    "audio_snr_db": ("sound SNR (dB)", 2),
+}
+
+
+def video_columns(video: VideoFacts | None) -> tuple[tuple[str, Summary, int], ...]:
+    """What was measured of videos, for tables: heading, figure, digits after the point. Nothing of images."""
+    found = {key: getattr(video, key, None) for key in VIDEO_FIGURES}
+    return tuple(
+        (*VIDEO_FIGURES[key][:1], value, VIDEO_FIGURES[key][1]) for key, value in found.items() if value
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class BaselineFacts:
-    """Images of one origin against the 16-bit ones. None: not measured, `EvalReport.missing` says why."""
+    """Images of one origin against the 16-bit ones. None: not measured, `EvalReport.missing` says why; `video` is None
+    of images."""
 
     figures: Figures = field(metadata=INLINE)
     seconds_per_picture: float | None
+    video: VideoFacts | None = None
 
     def summary(self, key: str) -> Summary:
         """Of a figure that is always measured."""
@@ -296,7 +345,8 @@ class EvalReport:
     with the reason and the cure.
 
     `noise_floor_psnr_db`: the 16-bit model against itself. `own_noise_psnr_db`: the 4-bit model against itself, its
-    start noise off by one rounding; the intervals of PSNR and SSIM include it. `verdict`, `next`: sentences.
+    start noise off by one rounding; the intervals of PSNR and SSIM include it. `verdict`, `next`: sentences. `video`:
+    None of images.
     """
 
     images: int
@@ -314,6 +364,7 @@ class EvalReport:
     seconds_per_picture: float | None
     seconds: float
     backend: str  # of the 4-bit layers, and why
+    video: VideoFacts | None = None
     page: str | None = None  # the HTML report
     same_source: bool | None = None  # see CheckReport; what speaks against it is in `warnings`
     loras: tuple[str, ...] = ()  # the same
@@ -359,6 +410,7 @@ class EvalPlanReport:
     steps: int
     width: int
     height: int
+    frames: int  # 1 of an image
     passes: tuple[PassFacts, ...]
     seconds: tuple[float, float] | None
     basis: str
@@ -442,12 +494,17 @@ class CalibrateReport:
 
 @dataclass(frozen=True, slots=True)
 class GenerateReport:
+    """`width`, `height` and `frames` are 0 of a sound alone. `fps`: of a video's file. `audio_seconds`: of the sound in
+    the file, alone or with its video; None where there is none."""
+
     path: str
     backend: str
     seconds: float
     width: int
     height: int
     frames: int = 1  # more of a video
+    fps: float | None = None
+    audio_seconds: float | None = None
     command: str = "generate"
     status: str = "ok"
     schema: int = 1

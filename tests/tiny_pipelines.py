@@ -14,11 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import diffusers
+from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder
+from PIL import Image
 from torch import nn
 from transformers import (
     CLIPTextModelWithProjection,
     Gemma2Config,
     Gemma2Model,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen2Tokenizer,
@@ -265,6 +269,108 @@ def tiny_ltx() -> diffusers.LTXPipeline:
     )
 
 
+def tiny_wan_i2v() -> diffusers.WanImageToVideoPipeline:
+    """It starts from an image, whose latents and mask are channels beside the video's."""
+    parts = tiny_wan().components
+    return diffusers.WanImageToVideoPipeline(
+        tokenizer=parts["tokenizer"],
+        text_encoder=parts["text_encoder"],
+        vae=parts["vae"],
+        scheduler=parts["scheduler"],
+        transformer=diffusers.WanTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=WIDTH // 2,
+            # the video's, the image's, and a mask with a channel for each frame that a latent joins
+            in_channels=2 * LATENT_CHANNELS + 2,
+            out_channels=LATENT_CHANNELS,
+            text_dim=TEXT_WIDTH,
+            freq_dim=32,
+            ffn_dim=2 * WIDTH,
+            num_layers=1,
+        ),
+        # no image encoder, as Wan 2.2 has none
+        boundary_ratio=None,
+    )
+
+
+def tiny_ltx_i2v() -> diffusers.LTXImageToVideoPipeline:
+    return diffusers.LTXImageToVideoPipeline(**tiny_ltx().components)
+
+
+def tiny_ltx2() -> diffusers.LTX2Pipeline:
+    """A video with its sound: both are tokens of the same blocks."""
+    tokenizer = byte_tokenizer()
+    layers = 1
+    return diffusers.LTX2Pipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        vae=diffusers.AutoencoderKLLTX2Video(
+            latent_channels=LATENT_CHANNELS,
+            block_out_channels=(8,),
+            down_block_types=("LTX2VideoDownBlock3D",),
+            decoder_block_out_channels=(8,),
+            layers_per_block=(1, 1),
+            decoder_layers_per_block=(1, 1),
+            spatio_temporal_scaling=(True,),
+            decoder_spatio_temporal_scaling=(True,),
+            decoder_inject_noise=(False, False),
+            downsample_type=("spatiotemporal",),
+            upsample_residual=(False,),
+            upsample_factor=(1,),
+            upsample_type=("spatiotemporal",),
+            patch_size=2,
+        ),
+        audio_vae=diffusers.AutoencoderKLLTX2Audio(
+            base_channels=4,
+            ch_mult=(1,),
+            num_res_blocks=1,
+            in_channels=2,
+            output_channels=2,
+            latent_channels=2,
+            mel_bins=8,
+        ),
+        text_encoder=tiny_gemma3(tokenizer, layers=layers),
+        tokenizer=tokenizer,
+        connectors=LTX2TextConnectors(
+            caption_channels=TEXT_WIDTH,
+            text_proj_in_factor=layers + 1,
+            video_connector_num_attention_heads=2,
+            video_connector_attention_head_dim=TEXT_WIDTH // 2,
+            video_connector_num_layers=1,
+            video_connector_num_learnable_registers=None,
+            audio_connector_num_attention_heads=2,
+            audio_connector_attention_head_dim=TEXT_WIDTH // 2,
+            audio_connector_num_layers=1,
+            audio_connector_num_learnable_registers=None,
+            connector_rope_base_seq_len=32,
+            rope_double_precision=False,
+        ),
+        transformer=diffusers.LTX2VideoTransformer3DModel(
+            in_channels=LATENT_CHANNELS,
+            out_channels=LATENT_CHANNELS,
+            num_attention_heads=2,
+            attention_head_dim=WIDTH // 2,
+            cross_attention_dim=WIDTH,
+            audio_in_channels=2 * 2,
+            audio_out_channels=2 * 2,
+            audio_num_attention_heads=2,
+            audio_attention_head_dim=WIDTH // 2,
+            audio_cross_attention_dim=WIDTH,
+            num_layers=1,
+            caption_channels=TEXT_WIDTH,
+            rope_double_precision=False,
+        ),
+        vocoder=LTX2Vocoder(
+            in_channels=2 * 8,
+            hidden_channels=16,
+            upsample_kernel_sizes=[4, 4],
+            upsample_factors=[2, 2],
+            resnet_kernel_sizes=[3],
+            resnet_dilations=[[1, 3, 5]],
+            output_sampling_rate=8000,
+        ),
+    )
+
+
 def tiny_latte() -> diffusers.LattePipeline:
     tokenizer = t5_tokenizer()
     return diffusers.LattePipeline(
@@ -405,6 +511,7 @@ class Tiny:
     make: Callable[[], diffusers.DiffusionPipeline]
     size: int = 32  # of its images, in pixels
     frames: int | None = None  # of its videos
+    image: bool = False  # whether it starts from one
 
 
 PIPELINES: Mapping[str, Tiny] = {
@@ -418,6 +525,9 @@ PIPELINES: Mapping[str, Tiny] = {
     "cogvideox": Tiny(tiny_cogvideox, frames=5),
     "ltx": Tiny(tiny_ltx, frames=9),
     "latte": Tiny(tiny_latte, frames=2),
+    "wan-i2v": Tiny(tiny_wan_i2v, frames=5, image=True),
+    "ltx-i2v": Tiny(tiny_ltx_i2v, frames=9, image=True),
+    "ltx2": Tiny(tiny_ltx2, frames=9),
     # it draws images of one area
     "hidream": Tiny(tiny_hidream, size=256),
     "skyreels": Tiny(tiny_skyreels, frames=5),
@@ -434,7 +544,7 @@ def round_trip(name: str, folder: Path) -> ConvertReport:
     it. Raises what goes wrong; AssertionError where the check finds something, or the image is of one color."""
     tiny, cpu = PIPELINES[name], RunOptions(device="cpu")
     source, out = save_tiny(tiny.make, folder / "source"), folder / "out"
-    recipe = _recipe(source, tiny)
+    recipe = recipe_of(source, tiny)
     report = convert(recipe, out, options=cpu)
     assert check(out, against=open_source(source)).status == "ok"
     settings = sampling_for(recipe, open_source(source)).settings
@@ -443,9 +553,12 @@ def round_trip(name: str, folder: Path) -> ConvertReport:
     return report
 
 
-def _recipe(source: Path, tiny: Tiny) -> Recipe:
+def recipe_of(source: Path, tiny: Tiny) -> Recipe:
+    """Two samples of two steps, calibrated as a user would."""
     prompts = source.parent / "prompts.txt"
     prompts.write_text("a red circle\na blue square\n")
+    image = source.parent / "first.png"
+    Image.effect_noise((tiny.size, tiny.size), 60).save(image)
     calibration = Calibration(
         prompts=str(prompts),
         samples=2,
@@ -453,6 +566,7 @@ def _recipe(source: Path, tiny: Tiny) -> Recipe:
         height=tiny.size,
         width=tiny.size,
         frames=tiny.frames,
+        image=str(image) if tiny.image else None,
         max_sequence_length=16,
         rows=128,
     )
@@ -536,6 +650,32 @@ def tiny_gemma2(tokenizer: Qwen2Tokenizer) -> Gemma2Model:
             pad_token_id=tokenizer.pad_token_id,
             bos_token_id=None,
             eos_token_id=None,
+        )
+    )
+
+
+def tiny_gemma3(tokenizer: Qwen2Tokenizer, *, layers: int) -> Gemma3ForConditionalGeneration:
+    return Gemma3ForConditionalGeneration(
+        Gemma3Config(
+            text_config={
+                "vocab_size": len(tokenizer),
+                "hidden_size": TEXT_WIDTH,
+                "intermediate_size": 64,
+                "num_hidden_layers": layers,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 2,
+                "head_dim": 16,
+                "pad_token_id": tokenizer.pad_token_id,
+            },
+            vision_config={
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 1,
+                "image_size": 28,
+                "patch_size": 14,
+            },
+            mm_tokens_per_image=4,
         )
     )
 

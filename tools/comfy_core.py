@@ -125,7 +125,7 @@ def compared(name: str, case: Case, folder: Path) -> Result:
         settings = replace(settings, height=PIXELS, width=PIXELS, frames=_frames(name))
 
     def drawn(pipe: DiffusionPipeline) -> Image:
-        return generate_one(pipe, PROMPT, settings=settings, observe=ignore_events)[0]
+        return generate_one(pipe, PROMPT, settings=settings, observe=ignore_events).frames[0]
 
     original = load_16bit_pipeline(
         prepared_source, class_name=checkpoint.model_class, device=torch.device("cpu")

@@ -16,7 +16,6 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
         "--image",
         "--mask",
         "--strength",
-        "--frames",
         "--calib",
     ),
     "Quantization": (),

@@ -171,6 +171,24 @@ Height = Annotated[
     ),
     sets("calibration.height", on="convert calibrate eval"),
 ]
+Frames = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Frames of a video (default: as calibrated, else the model's own).",
+        rich_help_panel="Prompts and sampling",
+    ),
+    sets("calibration.frames", on="convert calibrate eval generate"),
+]
+Fps = Annotated[
+    float | None,
+    typer.Option(
+        metavar="N",
+        help="Frames per second of a video (default: the model's own).",
+        rich_help_panel="Prompts and sampling",
+    ),
+    sets("calibration.fps", on="convert calibrate eval generate"),
+]
 BatchSize = Annotated[
     int | None,
     typer.Option(

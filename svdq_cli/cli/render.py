@@ -8,7 +8,7 @@ from rich.console import Console
 
 from svdq_cli.cli.failures import print_failure
 from svdq_cli.cli.pages import bench, conversion, demo, evaluation, inspect
-from svdq_cli.cli.pages.shared import typed
+from svdq_cli.cli.pages.shared import generated_text, typed
 from svdq_cli.cli.several import SeveralReport
 from svdq_cli.cli.streams import printing
 from svdq_cli.errors import CheckFailedError, GateMissedError
@@ -76,7 +76,7 @@ def _show_page(report: object, verbose: bool) -> None:
         case EvalReport():
             evaluation.evaluation(console, report, verbose)
         case GenerateReport():
-            console.print(f"{report.path}: {report.width} x {report.height}, {report.seconds:.1f} s")
+            console.print(f"{report.path}: {generated_text(report)}, {report.seconds:.1f} s")
             console.print(f"backend: {report.backend}")
         case _:
             _heavy(console, report, verbose)

@@ -9,7 +9,7 @@ from typing import cast
 
 from svdq_cli.errors import UsageError
 from svdq_cli.metrics import METRICS
-from svdq_cli.reports import to_json
+from svdq_cli.reports import VIDEO_FIGURES, to_json
 from svdq_cli.text import cell, number, table
 
 WORST_LAYERS = 5
@@ -148,13 +148,18 @@ def _figures(report: Mapping[str, object]) -> Iterator[str]:
         return
     yield ""
     rows: list[tuple[object, ...]] = []
+    videos = [key for key in VIDEO_FIGURES if _section(_section(report, "video"), key)]
     for model, figures in models.items():
         cells: list[object] = [model]
         for key in names:
             figure = cast("Mapping[str, object]", figures).get(key)  # type: ignore[union-attr]
             cells.append(f"{number(figure['mean'])} (worst {number(figure['min'])})" if figure else "")  # type: ignore[index]
+        for key in videos:
+            figure = _section(_section(cast("Mapping[str, object]", figures), "video"), key)
+            cells.append(f"{number(figure['mean'])} (worst {number(figure['min'])})" if figure else "")
         rows.append(tuple(cells))
-    yield from table(("", *(_FIGURES[key] for key in names)), rows)
+    headings = (*(_FIGURES[key] for key in names), *(VIDEO_FIGURES[key][0] for key in videos))
+    yield from table(("", *headings), rows)
     per_layer = cast("Mapping[str, float]", _section(report, "layer_sqnr_db").get("per_layer") or {})
     worst = sorted(per_layer.items(), key=lambda item: item[1])[:WORST_LAYERS]
     if worst:

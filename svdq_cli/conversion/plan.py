@@ -27,10 +27,11 @@ from svdq_cli.prepare.facts import encoders_planned, layer_counts, model_facts, 
 from svdq_cli.prepare.options import DEFAULT_OPTIONS, RunOptions
 from svdq_cli.prepare.prepare import Prepared, prepare, warnings_of
 from svdq_cli.prepare.prompts import chosen_prompts
-from svdq_cli.prepare.sampling import usual_sampling
+from svdq_cli.prepare.sampling import Sampling, usual_sampling
 from svdq_cli.recipe import Recipe, resolved
 from svdq_cli.records import Event
-from svdq_cli.reports import PlanReport, PromptFacts
+from svdq_cli.reports import PlanReport, PromptFacts, SampledFacts
+from svdq_cli.sampling.token_counts import image_tokens, latent_frames
 from svdq_cli.storage.atomic import existing
 from svdq_cli.storage.library_facts import spared_cost
 from svdq_cli.storage.output_paths import name_warnings
@@ -96,6 +97,7 @@ def predict(
         ),
         stages=stages,
         prompts=prompts,
+        sampling=_sampled(prepared, images) if (images := job.needs.images) else None,
         text_encoders=encoders_planned(prepared),
         size_budget=budget,
         gpu=on_card(job, card, settings, speed, preparing=preparing) if card else None,
@@ -109,6 +111,13 @@ def _output_names(prepared: Prepared, recipe: Recipe) -> tuple[str, ...]:
         if output.path
     ]
     return name_warnings([path for path, _ in named], folders=[is_folder for _, is_folder in named])
+
+
+def _sampled(prepared: Prepared, sampling: Sampling) -> SampledFacts:
+    settings = sampling.settings
+    image = image_tokens(prepared.source, height=settings.height, width=settings.width)
+    tokens = image * latent_frames(prepared.source, settings.frames)
+    return SampledFacts(settings.width, settings.height, settings.frames or 1, settings.steps, tokens)
 
 
 def _limit_without_gpu(options: RunOptions, device: torch.device, card: Card | None) -> tuple[str, ...]:

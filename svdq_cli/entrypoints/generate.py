@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,23 +14,25 @@ from svdq_cli.inference.backend import Backend
 from svdq_cli.inference.load import load_pipeline
 from svdq_cli.pipelines.arguments import opened_image
 from svdq_cli.pipelines.generate import generate_one
+from svdq_cli.pipelines.generated import Generated
 from svdq_cli.pipelines.settings import SamplingSettings
-from svdq_cli.pipelines.siblings import makes_videos, reading_inputs
+from svdq_cli.pipelines.siblings import makes_sounds, makes_videos, reading_inputs
 from svdq_cli.prepare.options import DEFAULT_OPTIONS, RunOptions
 from svdq_cli.prepare.sampling import sampling_for
 from svdq_cli.recipe import Calibration, Recipe
-from svdq_cli.records import Observer, ignore_events
+from svdq_cli.records import Event, Observer, ignore_events
 from svdq_cli.reports import GenerateReport
 from svdq_cli.storage.atomic import disk_errors, refuse_existing
-from svdq_cli.storage.images import write_image
-from svdq_cli.storage.output_paths import require_animated, require_image_place
+from svdq_cli.storage.images import ANIMATED_SUFFIXES, WRITTEN_SUFFIXES, write_image
+from svdq_cli.storage.output_paths import require_image_place, require_type
+from svdq_cli.storage.sounds import SOUND_SUFFIX, write_sound
+from svdq_cli.storage.videos import USUAL_FPS, VIDEO_SUFFIXES, holds_sound, require_encoder, write_video
 from svdq_cli.system.machine import resolve_device
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from diffusers import DiffusionPipeline
 
 SIZE_STEP = 16  # pixels: what an autoencoder's scale and a patch divide in every family
-VIDEO_FPS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,6 @@ class Inputs:
     image: Path | None = None
     mask: Path | None = None
     strength: float | None = None
-    frames: int | None = None
 
 
 NO_INPUTS = Inputs()
@@ -61,7 +61,7 @@ def generate(
     options: RunOptions = DEFAULT_OPTIONS,
     observe: Observer = ignore_events,
 ) -> GenerateReport:
-    """One image, or one video, from a checkpoint, sampled as `recipe` says but for its inputs. `base`: see
+    """One image, video or sound from a checkpoint, sampled as `recipe` says but for its inputs. `base`: see
     `load_pipeline`.
 
     An image that is given decides the size, where neither width nor height does. A text-to-image checkpoint reads it in
@@ -69,7 +69,8 @@ def generate(
     """
     refuse_existing(out, overwrite=options.overwrite)
     read = [file for file in (path, inputs.image, inputs.mask) if file is not None]
-    require_image_place(out, inputs=read, overwrite=options.overwrite, animated=True)
+    require_image_place(out, inputs=read, overwrite=options.overwrite, others=(*VIDEO_SUFFIXES, SOUND_SUFFIX))
+    require_encoder(out)
     started = time.monotonic()
     source = open_checkpoint(path, base=base).source
     read_with = with_inputs(recipe, inputs)
@@ -78,28 +79,47 @@ def generate(
     pipe = load_pipeline(path, device=resolve_device(options.device), backend=backend, base=base)
     facts: Backend = pipe.svdq_backend  # type: ignore[attr-defined]
     pipe = reading_inputs(pipe, settings)
-    if makes_videos(pipe) and settings.frames != 1:
-        require_animated(out)
-    frames = generate_one(pipe, prompt, settings=settings, observe=observe)
+    _require_kind(pipe, settings, out)
+    made = generate_one(pipe, prompt, settings=settings, observe=observe)
+    fps = settings.fps or USUAL_FPS
     with disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        _save(frames, out)
+        _save(made, out, fps)
+    width, height = made.frames[0].size if made.frames else (0, 0)
+    kept = made.sound is not None and holds_sound(out)
+    if made.sound is not None and not kept:
+        said = f"{out} holds no sound, which this model makes too: name the output .mp4"
+        observe(Event("warning", "generate", detail=said))
     return GenerateReport(
         path=str(out),
         backend=facts.sentence,
         seconds=time.monotonic() - started,
-        width=frames[0].width,
-        height=frames[0].height,
-        frames=len(frames),
+        width=width,
+        height=height,
+        frames=len(made.frames),
+        fps=fps if len(made.frames) > 1 else None,
+        audio_seconds=made.sound.seconds if made.sound is not None and kept else None,
     )
 
 
-def _save(frames: Sequence[Image], path: Path) -> None:
-    if len(frames) == 1:
-        write_image(path, frames[0])
+def _require_kind(pipe: DiffusionPipeline, settings: SamplingSettings, out: Path) -> None:
+    """UsageError, before the work, where the file's type does not hold what the pipeline makes."""
+    if makes_videos(pipe) and settings.frames != 1:
+        require_type(out, VIDEO_SUFFIXES, "a video", hint=", or give --frames 1")
+    elif makes_sounds(pipe):
+        require_type(out, (SOUND_SUFFIX,), "a sound")
     else:
-        moving = {"save_all": True, "append_images": frames[1:], "duration": 1000 / VIDEO_FPS, "loop": 0}
-        write_image(path, frames[0], **moving)
+        require_type(out, (*WRITTEN_SUFFIXES, *ANIMATED_SUFFIXES), "an image")
+
+
+def _save(made: Generated, path: Path, fps: float) -> None:
+    if not made.frames:
+        assert made.sound is not None
+        write_sound(path, made.sound)
+    elif len(made.frames) == 1:
+        write_image(path, made.frames[0])
+    else:
+        write_video(path, made.frames, fps=fps, sound=made.sound)
 
 
 def with_inputs(recipe: Recipe, inputs: Inputs) -> Recipe:
@@ -111,8 +131,6 @@ def with_inputs(recipe: Recipe, inputs: Inputs) -> Recipe:
         "mask": None if inputs.mask is None else str(inputs.mask.absolute()),
         "strength": inputs.strength,
     }
-    if inputs.frames is not None:
-        given["frames"] = inputs.frames
     calibration = recipe.calibration or Calibration()
     return recipe.model_copy(update={"calibration": calibration.model_copy(update=given)})
 

@@ -49,6 +49,7 @@ from svdq_cli.recipe import Recipe, figure_of, section_of
 from svdq_cli.records import Event, Observer, ignore_events
 from svdq_cli.reports import BaselineFacts, EvalReport, ImageFacts, ReferenceFacts, to_json
 from svdq_cli.source import file_sha256, only, source_digest
+from svdq_cli.storage.videos import USUAL_FPS
 from svdq_cli.system.machine import resolve_device
 
 
@@ -84,7 +85,8 @@ def compare_in(
     started = time.monotonic()
     run = _run(path, recipe, backend, options, observe)
     facts = _facts(run)
-    image_store = open_image_store(folder, facts, run.prompts, overwrite=options.overwrite)
+    fps = run.settings.fps or USUAL_FPS
+    image_store = open_image_store(folder, facts, run.prompts, overwrite=options.overwrite, fps=fps)
     sampled = sample_all(run, image_store, without, observe)
     metrics = load_metrics(run.device, images=len(run.prompts))
     ways = [CONVERTED, *(way for way in (NAIVE, NF4) if way not in sampled.missing)]
@@ -214,6 +216,7 @@ def _report(
         seconds_per_picture=converted.seconds_per_picture,
         backend=run.backend.sentence,
         seconds=time.monotonic() - started,
+        video=converted.video,
         page=page,
         same_source=run.origin.same,
         loras=run.origin.loras,
@@ -243,13 +246,17 @@ def _chance_psnr_db(
 
 def facts_of(image_store: ImageStore, way: str, scores: Scores) -> BaselineFacts:
     """One way of sampling as a report has it."""
-    return BaselineFacts(scores.figures("pair", "image", "all images"), seconds_per_picture(image_store, way))
+    return BaselineFacts(
+        scores.figures("pair", "image", "all images"),
+        seconds_per_picture(image_store, way),
+        scores.video.facts(image_store.fps) if scores.video else None,
+    )
 
 
 def _gated(report: EvalReport, recipe: Recipe) -> EvalReport:
     """The gates that were missed; a metric that could not be measured counts as missed."""
     plain = to_json(report)
-    compared = {key for key, metric in METRICS.items() if metric.kind != "image"}
+    compared = {"video", *(key for key, metric in METRICS.items() if metric.kind != "image")}
     missed: list[str] = []
     for gate in recipe.gates:
         value, section = figure_of(gate, plain), section_of(gate)
@@ -257,8 +264,11 @@ def _gated(report: EvalReport, recipe: Recipe) -> EvalReport:
             missed.append(f"{gate} (is {value:.4g}, which is meaningless: {report.warnings[-1]})")
         elif value is not None and not gate.holds(value):
             missed.append(f"{gate} (is {value:.4g})")
+        elif section == "video" and value is None:
+            missed.append(f"{gate} (not measured: {'no sound' if report.video else 'these are images'})")
         elif section in plain and plain[section] is None:
-            missed.append(f"{gate} (not measured: {report.missing.get(section, 'no such metric')})")
+            why = report.missing.get(section, "no such metric")
+            missed.append(f"{gate} (not measured: {why})")
     if not missed:
         return report
     return replace(report, status="gate-missed", gates_missed=tuple(missed))

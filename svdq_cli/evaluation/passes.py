@@ -24,7 +24,7 @@ from svdq_cli.inference.load import load_16bit_pipeline, load_pipeline, replace_
 from svdq_cli.pipelines.generate import generate_each
 from svdq_cli.pipelines.joint import joint_model
 from svdq_cli.pipelines.settings import SamplingSettings
-from svdq_cli.pipelines.siblings import reading_inputs
+from svdq_cli.pipelines.siblings import makes_sounds, reading_inputs
 from svdq_cli.prepare.origin import Origin
 from svdq_cli.recipe import Recipe
 from svdq_cli.records import Event, LayerPlan, Observer, RotatedPlan, W4A4Plan, W4A16Plan
@@ -203,8 +203,8 @@ def generate_missing(
             observe=observe,
             wanted=missing.__contains__,
         )
-        for index, image in generated:
-            keep_image(image_store, way, index, image)
+        for index, made in generated:
+            keep_image(image_store, way, index, made)
             kept += 1
     note_time(image_store, way, images=kept, seconds=time.monotonic() - started)
 
@@ -322,6 +322,11 @@ def _generate_nf4(run: Run, image_store: ImageStore, observe: Observer) -> str |
 
 def _sixteen_bit_pipeline(run: Run) -> DiffusionPipeline:
     pipe = load_16bit_pipeline(run.source, class_name=run.checkpoint.model_class, device=run.device)
+    if makes_sounds(pipe):
+        raise UsageError(
+            f"{type(pipe).__name__} makes sounds, and svdq eval compares images and videos",
+            hint="listen to what svdq generate -o NAME.wav makes; svdq check --against SOURCE compares the weights",
+        )
     return reading_inputs(pipe, run.settings)
 
 

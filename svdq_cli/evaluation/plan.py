@@ -71,6 +71,7 @@ def plan_evaluation(
         steps=settings.steps,
         width=settings.width,
         height=settings.height,
+        frames=settings.frames or 1,
         passes=tuple(found),
         seconds=(sum(low for low, _ in known), sum(high for _, high in known))
         if len(known) == len(found)

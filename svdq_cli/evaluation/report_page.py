@@ -10,14 +10,16 @@ from typing import cast
 
 from svdq_cli.checkpoint.reader import Checkpoint
 from svdq_cli.evaluation.compare import Evaluation, facts_of
+from svdq_cli.evaluation.image_store import SHOWN_FRAMES
 from svdq_cli.evaluation.images import PSNR_CAP_DB
 from svdq_cli.evaluation.page import Figure, LayerRow, Plot, ReportSection, Table, Variant, show_images
 from svdq_cli.evaluation.passes import CONVERTED, SIXTEEN_BIT, TITLES
 from svdq_cli.evaluation.plot import conversion_report
+from svdq_cli.evaluation.score import Scores
 from svdq_cli.metrics import METRICS
 from svdq_cli.prepare.facts import sizes_of
 from svdq_cli.records import Int4, W4A4Plan
-from svdq_cli.reports import BaselineFacts, ByteFacts, Figures, Summary
+from svdq_cli.reports import BaselineFacts, ByteFacts, EvalReport, Figures, Summary, video_columns
 from svdq_cli.text import bytes_text, seconds_text
 
 SHOWN = 64  # images of a chapter, if the page's budget allows
@@ -128,18 +130,22 @@ def _figures(found: Evaluation) -> list[Figure]:
         Figure(
             "PSNR",
             f"{report.psnr_db.mean:.1f} dB",
-            "meaningless: see the warning" if empty else f"worst image {report.psnr_db.min:.1f} dB",
+            "meaningless: see the warning" if empty else _worst(report, "psnr_db"),
         ),
         Figure(
             "SSIM",
             f"{report.ssim.mean:.3f}",
-            "meaningless: see the warning" if empty else f"worst image {report.ssim.min:.3f}",
+            "meaningless: see the warning" if empty else _worst(report, "ssim"),
         ),
         Figure("smaller", f"{sizes.ratio:.2f}x", f"{bytes_text(sizes.input)} to {bytes_text(sizes.output)}"),
         Figure("layer SQNR", f"{sqnr.mean:.1f} dB", f"worst {sqnr.min:.1f} dB, {worst}"),
     ]
     if isinstance(lpips := report.figures["lpips"], Summary):
         figures.insert(2, Figure("LPIPS", f"{lpips.mean:.3f}", f"worst image {lpips.max:.3f}"))
+    if (video := report.video) is not None:
+        figures.insert(2, _video_figure("frame to frame", video.temporal_psnr_db, "PSNR of what moves"))
+        if video.audio_snr_db is not None:
+            figures.insert(3, _video_figure("sound", video.audio_snr_db, "SNR"))
     if (floor := report.noise_floor_psnr_db) is not None:
         exact = floor >= PSNR_CAP_DB
         value = "none" if exact else f"{floor:.1f} dB"
@@ -160,6 +166,21 @@ def _figures(found: Evaluation) -> list[Figure]:
     return figures
 
 
+def _worst(report: EvalReport, key: str) -> str:
+    """The remark under PSNR or SSIM: the worst image, or the worst frame of all videos."""
+    summary = report.figures[key]
+    assert isinstance(summary, Summary)
+    worst, what = summary.min, "image"
+    if (video := report.video) is not None:
+        worst = (video.worst_frame_psnr_db if key == "psnr_db" else video.worst_frame_ssim).min
+        what = f"of {video.frames} frames a video"
+    return f"worst {what} {METRICS[key].text(round(worst, 1 if key == 'psnr_db' else 3))}"
+
+
+def _video_figure(label: str, summary: Summary, what: str) -> Figure:
+    return Figure(label, f"{summary.mean:.1f} dB", f"{what}; worst video {summary.min:.1f} dB")
+
+
 def _sizes(checkpoint: Checkpoint) -> ByteFacts:
     """Sizes of the quantized component, as the conversion's report counts them: whole files."""
     return sizes_of(checkpoint.state, sum(file.stat().st_size for file in checkpoint.source.files))
@@ -170,16 +191,23 @@ def _scores(found: Evaluation, ways: Sequence[Variant], facts: Mapping[str, Base
     rows: dict[str, Figures] = {TITLES[SIXTEEN_BIT]: found.report.reference.figures}
     rows |= {way.title: facts[way.key].figures for way in ways}
     columns = [key for key in METRICS if any(row.get(key) is not None for row in rows.values())]
+    videos = {way.title: facts[way.key].video for way in ways if facts[way.key].video}
     table = [
-        [title, *(_cell(row.get(key), METRICS[key].digits) for key in columns)]
+        [
+            title,
+            *(_cell(row.get(key), METRICS[key].digits) for key in columns),
+            *(_cell(value, digits) for _, value, digits in video_columns(videos.get(title))),
+        ]
         for title, row in rows.items()
         if any(value is not None for value in row.values())
     ]
+    more = [heading for heading, _, _ in video_columns(next(iter(videos.values()), None))]
     return Table(
-        "Against the 16-bit images, equal prompts and seeds",
-        ["made by", *(METRICS[key].heading for key in columns)],
+        f"Against the 16-bit {'videos' if videos else 'images'}, equal prompts and seeds",
+        ["made by", *(METRICS[key].heading for key in columns), *more],
         table,
-        "Mean ± standard deviation over images, with the 95 % confidence interval of the mean in brackets "
+        f"Mean ± standard deviation over {'videos' if videos else 'images'}, with the 95 % confidence interval of the "
+        "mean in brackets "
         "(bootstrap; including the 4-bit model's own noise, if it was measured).",
     )
 
@@ -197,19 +225,30 @@ def _cell(summary: Summary | float | None, digits: int) -> str:
 
 
 def _image_figures(found: Evaluation, ways: Sequence[Variant], index: int) -> dict[str, str]:
-    return {
-        way.key: f"{found.scores[way.key].per_image['psnr_db'][index]:.1f} dB, "
-        f"SSIM {found.scores[way.key].per_image['ssim'][index]:.3f}"
-        for way in ways
-    }
+    return {way.key: _image_text(found.scores[way.key], index) for way in ways}
+
+
+def _image_text(scores: Scores, index: int) -> str:
+    text = f"{scores.per_image['psnr_db'][index]:.1f} dB, SSIM {scores.per_image['ssim'][index]:.3f}"
+    if (video := scores.video) is not None:
+        text += f", worst frame {min(video.frames['psnr_db'][index]):.1f} dB"
+        text += f", frame to frame {video.temporal_psnr_db[index]:.1f} dB"
+        if video.audio_snr_db:
+            text += f", sound {video.audio_snr_db[index]:.1f} dB"
+    return text
 
 
 def _shown_note(found: Evaluation, shown: int) -> str:
     total = len(found.run.prompts)
-    which = f"All {total} images" if shown == total else f"The {shown} of {total} images"
+    what = "videos" if found.report.video else "images"
+    which = f"All {total} {what}" if shown == total else f"The {shown} of {total} {what}"
+    frames = (
+        f"Of each video, {SHOWN_FRAMES} frames at most, first to last; its link opens all of them, moving. "
+    )
     order = "lowest PSNR first" if shown == total else "with the lowest PSNR, lowest first"
     return (
-        f"{which}, {order}. Drag the divider, or focus an image and use the arrow keys. Difference maps show the "
+        f"{which}, {order}. {frames if found.report.video else ''}Drag the divider, or focus an image and use the "
+        "arrow keys. Difference maps show the "
         "largest difference of the three channels, 8 times as bright. Large images are reduced and compressed here, "
         "after the difference maps were made; the links open the full-size ones in the report's folder."
     )
@@ -266,7 +305,7 @@ def _speed_table(found: Evaluation, ways: Sequence[Variant], facts: Mapping[str,
     backend = run.backend
     return Table(
         "Speed",
-        ["made by", "per image", "speed against 16-bit"],
+        ["made by", "per video" if found.report.video else "per image", "speed against 16-bit"],
         [
             [title, seconds_text(taken), f"{base / taken:.2f}x" if base else ""]
             for title, taken in seconds.items()
@@ -336,7 +375,8 @@ def _provenance(found: Evaluation) -> Table:
         "source": recipe.model.source,
         "prompts": "" if wanted is None else str(wanted.prompts),
         "sampled with": f"{settings.steps} steps, guidance {settings.guidance}, {settings.width} x {settings.height} "
-        f"pixels, seeds {settings.seed} to {settings.seed_of(len(found.run.prompts) - 1)}",
+        f"pixels{f', {settings.frames} frames' if settings.frames else ''}, seeds {settings.seed} to "
+        f"{settings.seed_of(len(found.run.prompts) - 1)}",
     }
     made = found.run.checkpoint.provenance or {}
     said |= {_MADE.get(key, key): value for key, value in made.items() if isinstance(value, str)}

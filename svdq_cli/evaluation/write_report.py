@@ -8,7 +8,7 @@ from pathlib import Path
 from svdq_cli import __version__
 from svdq_cli.evaluation.compare import Evaluation
 from svdq_cli.evaluation.grid import image_grid
-from svdq_cli.evaluation.image_store import read_image
+from svdq_cli.evaluation.image_store import SHOWN_FRAMES, read_image
 from svdq_cli.evaluation.page import PAGE_IMAGE_BYTES, Page, render_page
 from svdq_cli.evaluation.passes import CONVERTED, NAIVE, SIXTEEN_BIT, TITLES
 from svdq_cli.evaluation.plot import Search, plot_evaluation
@@ -17,7 +17,7 @@ from svdq_cli.reports import json_text
 from svdq_cli.storage.atomic import write_text
 from svdq_cli.storage.images import write_image
 
-GRID_ROWS = 8  # prompts shown in the image grid
+GRID_ROWS = 8  # images shown in the image grid; a video shows several of its frames
 PAGE_FILE = "report.html"
 
 
@@ -52,7 +52,10 @@ def _image_figures(found: Evaluation) -> list[dict[str, object]]:
             "prompt": prompt,
             "seed": found.run.settings.seed_of(index),
             **{
-                way: {metric: figures[index] for metric, figures in scores.per_image.items()}
+                way: {
+                    **{metric: figures[index] for metric, figures in scores.per_image.items()},
+                    **(scores.video.plain(index) if scores.video else {}),
+                }
                 for way, scores in found.scores.items()
             },
         }
@@ -67,7 +70,8 @@ def _write_grid(path: Path, found: Evaluation) -> None:
         **({NAIVE: f"{TITLES[NAIVE]}\n{naive.summary('psnr_db').mean:.1f} dB"} if naive else {}),
         CONVERTED: f"{TITLES[CONVERTED]}\n{found.report.psnr_db.mean:.1f} dB",
     }
-    rows = range(min(GRID_ROWS, len(found.run.prompts)))
+    rows_of = GRID_ROWS // SHOWN_FRAMES if found.report.video else GRID_ROWS
+    rows = range(min(rows_of, len(found.run.prompts)))
     grid = image_grid(
         [
             (title, [read_image(found.image_store, way, row) for row in rows])

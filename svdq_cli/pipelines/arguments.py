@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from svdq_cli.errors import InputError, UsageError
 from svdq_cli.pipelines.settings import ImageFile, SamplingSettings
+from svdq_cli.storage.videos import FRAME_ARGUMENTS, RATE_ARGUMENTS
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -16,7 +17,8 @@ INPUT_NAMES: Mapping[str, tuple[str, ...]] = {
     "image": ("image", "images"),
     "mask": ("mask_image", "mask"),
     "strength": ("strength",),
-    "frames": ("num_frames", "video_length", "frames"),
+    "frames": FRAME_ARGUMENTS,
+    "fps": RATE_ARGUMENTS,
 }
 
 
@@ -43,6 +45,9 @@ def optional_arguments(
     for name, value in (("strength", settings.strength), ("frames", settings.frames)):
         if value:
             arguments[_argument(name, accepted, pipeline)] = value
+    if settings.fps is not None and (rate := argument_of("fps", accepted)):
+        # most models do not read it: it is then the rate at which their videos are shown
+        arguments[rate] = int(settings.fps) if settings.fps.is_integer() else settings.fps
     for name, files in (("image", settings.image), ("mask", settings.mask)):
         if files:
             read = _images(files, images, settings, mask=name == "mask")
@@ -69,8 +74,14 @@ def _as_large_as_asked(settings: SamplingSettings) -> dict[str, Any]:
     }
 
 
+def argument_of(name: str, accepted: Collection[str]) -> str | None:
+    """What a pipeline calls an input of `INPUT_NAMES`; None where it takes none of the kind. `accepted`: the names of
+    its arguments."""
+    return next((argument for argument in INPUT_NAMES[name] if argument in accepted), None)
+
+
 def _argument(name: str, accepted: Collection[str], pipeline: str) -> str:
-    found = next((argument for argument in INPUT_NAMES[name] if argument in accepted), None)
+    found = argument_of(name, accepted)
     if found is None:
         raise UsageError(
             f"{pipeline} takes no {name}",

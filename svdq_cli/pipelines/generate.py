@@ -24,10 +24,12 @@ from svdq_cli.errors import (
 from svdq_cli.pipelines.arguments import INPUT_NAMES, missing_inputs, optional_arguments
 from svdq_cli.pipelines.embeddings import EncodedPrompts
 from svdq_cli.pipelines.finite import finite_images, require_finite_latents
+from svdq_cli.pipelines.generated import Generated, answers_of, generated_of
 from svdq_cli.pipelines.modular import answer_of, is_modular_pipeline, load_modular
 from svdq_cli.pipelines.settings import SamplingSettings
 from svdq_cli.records import Event, Observer, ignore_events
 from svdq_cli.source import pipeline_index
+from svdq_cli.storage.images import stacked
 from svdq_cli.storage.json_files import read_json
 from svdq_cli.storage.pipeline_index import INDEXES, MODULAR_INDEX, index_file, is_modular
 from svdq_cli.system.quiet import quiet_loading
@@ -134,14 +136,15 @@ def generate_images(
     observe: Observer = ignore_events,
     on_step: OnStep | None = None,
 ) -> list[Image]:
-    """One image per prompt. An image depends on its prompt and seed, not on the batch it was generated in.
+    """One image per prompt; of a video, its frames one below the other. An image depends on its prompt and seed, not on
+    the batch it was generated in.
 
     `seeds` default to those of `settings`. Events count images times steps.
     """
     generated = generate_each(
         pipe, prompts, settings=settings, seeds=seeds, stage=stage, observe=observe, on_step=on_step
     )
-    return [image for _, image in generated]
+    return [stacked(made.frames) for _, made in generated]
 
 
 def generate_each(
@@ -154,9 +157,8 @@ def generate_each(
     observe: Observer = ignore_events,
     on_step: OnStep | None = None,
     wanted: Callable[[int], bool] = lambda index: True,
-) -> Iterator[tuple[int, Image]]:
-    """`generate_images`, image by image with its index, so that no more than a batch is held. A video is one image: its
-    frames, one below the other.
+) -> Iterator[tuple[int, Generated]]:
+    """`generate_images`, one by one with its index, so that no more than a batch is held.
 
     Batches that hold no `wanted` image are left out; the others are generated whole, so that an image is the same
     whatever was left out.
@@ -176,19 +178,16 @@ def generate_each(
         observe=observe,
         on_step=on_step,
     )
-    for batch, images in zip(batches, generated, strict=True):
-        for index, image in enumerate(images, batch.first):
-            frames: list[Image] = image if isinstance(image, list) else [image]
-            for frame in frames:
-                _check_image(frame, pipe, settings)
-            yield index, _strip(frames)
+    for batch, answers in zip(batches, generated, strict=True):
+        for index, answer in enumerate(answers, batch.first):
+            yield index, _checked(generated_of(answer), pipe, settings)
 
 
 def generate_one(
     pipe: DiffusionPipeline, prompt: str, *, settings: SamplingSettings, observe: Observer = ignore_events
-) -> list[Image]:
-    """The image of one prompt, or the frames of its video."""
-    generated = generated_batches(
+) -> Generated:
+    """What the pipeline makes of one prompt."""
+    batches = generated_batches(
         pipe,
         split_batches([prompt], settings=settings),
         settings=settings,
@@ -197,24 +196,14 @@ def generate_one(
         stage="generate",
         observe=observe,
     )
-    (found,) = next(iter(list(generated)))
-    frames = found if isinstance(found, list) else [found]
-    for frame in frames:
+    (answer,) = next(iter(list(batches)))
+    return _checked(generated_of(answer), pipe, settings)
+
+
+def _checked(made: Generated, pipe: DiffusionPipeline, settings: SamplingSettings) -> Generated:
+    for frame in made.frames:
         _check_image(frame, pipe, settings)
-    return frames
-
-
-def _strip(frames: Sequence[Image]) -> Image:
-    """One image, or the frames of a video one below the other: figures of it are those of the whole video."""
-    if len(frames) == 1:
-        return frames[0]
-    from PIL import Image as pil
-
-    width, height = frames[0].size
-    strip = pil.new(frames[0].mode, (width, height * len(frames)))
-    for index, frame in enumerate(frames):
-        strip.paste(frame, (0, index * height))
-    return strip
+    return made
 
 
 def _check_image(image: Image, pipe: DiffusionPipeline, settings: SamplingSettings) -> None:
@@ -222,7 +211,8 @@ def _check_image(image: Image, pipe: DiffusionPipeline, settings: SamplingSettin
     if not hasattr(image, "size") or callable(image.size):
         raise UsageError(
             f"{type(pipe).__name__} makes no images but {type(image).__name__}s",
-            hint="svdq generate and eval make images and videos; run it from Python: svdq_cli.load_pipeline(CKPT)",
+            hint="svdq generate and eval make images, videos and sounds; run it from Python: "
+            "svdq_cli.load_pipeline(CKPT)",
         )
     if image.size != (settings.width, settings.height):
         raise UsageError(
@@ -304,7 +294,8 @@ def denoise(
     encoded: EncodedPrompts | None = None,
     on_step: OnStep | None = None,
 ) -> list[Any]:
-    """Generate one batch. `output_type` "latent" stops before the autoencoder. `encoded` replaces the text encoders.
+    """Generate one batch: what the pipeline answers for each prompt (`generated_of` reads it). `output_type` "latent"
+    stops before the autoencoder. `encoded` replaces the text encoders.
 
     Passes only what the pipeline's __call__ takes. A pipeline without step callbacks never calls `on_step`.
     """
@@ -331,7 +322,7 @@ def denoise(
             given = {name: value for name, value in arguments.items() if name in accepted}
             if is_modular_pipeline(pipe):
                 return answer_of(pipe, given)
-            out = call(**given)
+            return answers_of(pipe, call(**given))
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise OutOfResourcesError(
             f"out of memory while generating {len(batch.prompts)} images of {settings.width}x{settings.height} at a "
@@ -347,8 +338,6 @@ def denoise(
         raise EnvironmentLacksError(
             f"{type(pipe).__name__} needs the Python package {error.name}", hint=f"pip install {error.name}"
         ) from error
-    made = ("images", "frames", "audios")
-    return list(next(getattr(out, name) for name in made if hasattr(out, name)))
 
 
 def _as_usage_error(

@@ -13,7 +13,7 @@ from svdq_cli.errors import InputError, UsageError
 from svdq_cli.records import MAX_SEED, following_seed
 from svdq_cli.storage.images import READ_SUFFIXES
 
-_INPUTS = ("image", "mask", "strength", "frames")  # what a pipeline may read besides text
+_INPUTS = ("image", "mask", "strength", "frames", "fps")  # what a pipeline may read besides text
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class SamplingSettings:
     `true_cfg` above 1 generates with a second, unconditional pass (an empty negative prompt) where the pipeline has
     one. Pipelines that edit read `image` and `mask`: prompt i takes image i of each, and they start over where there
     are fewer than prompts. `strength`, above 0 and at most 1, says how much of the image is changed. Pipelines that
-    make videos make `frames` images a prompt.
+    make videos make `frames` images a prompt, `fps` of them a second.
     """
 
     steps: int
@@ -46,6 +46,7 @@ class SamplingSettings:
     mask: tuple[ImageFile, ...] = ()
     frames: int | None = None
     strength: float | None = None
+    fps: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "height", "width", "batch_size"):

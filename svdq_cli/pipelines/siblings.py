@@ -11,6 +11,9 @@ from svdq_cli.errors import UsageError
 from svdq_cli.pipelines.arguments import INPUT_NAMES
 from svdq_cli.pipelines.settings import SamplingSettings
 
+# By which pipelines that make sounds are told: how long it lasts
+SOUND_ARGUMENTS = ("audio_end_in_s", "audio_length_in_s", "audio_duration", "duration")
+
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
@@ -37,6 +40,12 @@ def reading_inputs(pipe: DiffusionPipeline, settings: SamplingSettings) -> Diffu
 def makes_videos(pipe: DiffusionPipeline) -> bool:
     """Whether the pipeline answers a prompt with frames."""
     return any(name in _arguments(pipe) for name in INPUT_NAMES["frames"])
+
+
+def makes_sounds(pipe: DiffusionPipeline) -> bool:
+    """Whether the pipeline answers a prompt with a sound alone."""
+    accepted = _arguments(pipe)
+    return not makes_videos(pipe) and any(name in accepted for name in SOUND_ARGUMENTS)
 
 
 def _require_steps(pipe: DiffusionPipeline, settings: SamplingSettings) -> None:

@@ -49,6 +49,8 @@ def _with_model_sampling(
         "width": own.width,
         "batch_size": own.batch_size,
         "max_sequence_length": own.max_sequence_length,
+        "frames": own.frames,
+        "fps": own.fps,
     }
     if wanted.guidance is None and wanted.true_cfg is None:
         of_model |= {"guidance": own.guidance, "true_cfg": own.true_cfg}
@@ -76,6 +78,7 @@ def sampling_for(recipe: Recipe, source: Source, *, beside: Path | None = None) 
         image=_images(wanted.image, beside),
         mask=_images(wanted.mask, beside),
         frames=wanted.frames,
+        fps=wanted.fps,
         strength=wanted.strength,
     )
     return Sampling(settings, samples, wanted.rows, wanted.size_bytes)

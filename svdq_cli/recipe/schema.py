@@ -198,13 +198,15 @@ class Calibration(Section):
     max_sequence_length: Count | None = None
     """Number of text tokens that prompts are padded to, if the pipeline has a choice."""
     image: Text | None = None
-    """An image, or a folder of images, for pipelines that edit images; prompt i uses image i."""
+    """An image, or a folder, for pipelines that edit images or start videos from one; prompt i uses image i."""
     mask: Text | None = None
     """A mask, or a folder of masks, for inpainting pipelines; prompt i uses mask i."""
     strength: Annotated[float, Field(gt=0, le=1)] | None = None
     """How much the image is changed, for image-to-image pipelines; the pipeline's own when absent."""
     frames: Count | None = None
     """Frames per video, for pipelines that generate videos; the pipeline's own when absent."""
+    fps: Annotated[float, Field(gt=0, le=240)] | None = None
+    """Frames per second: of videos that are written, and for pipelines that read it; the pipeline's own when absent."""
     batch_size: Count | None = None
     """Images generated at once: faster, but more memory; 1 when absent, more for very small models."""
     rows: Count = 4096

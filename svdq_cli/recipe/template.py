@@ -26,6 +26,7 @@ _UNSET = {  # what a key that may be absent would look like
     "mask": "masks/",
     "strength": 0.6,
     "frames": 17,
+    "fps": 16,
     "smoothing": "grid",
     "size_budget": "6.5GB",
     "search": list(ALL_STEPS),

@@ -11,6 +11,7 @@ from typing import cast
 from svdq_cli.sampling.distilled import distillation_of
 from svdq_cli.sampling.file import stored_sampling
 from svdq_cli.sampling.size import own_size
+from svdq_cli.sampling.video import EXAMPLE_FPS, fps_in_example, fps_of, frames_of
 from svdq_cli.source import Source, pipeline_index
 from svdq_cli.storage.library_facts import library_fact
 
@@ -33,6 +34,8 @@ class ModelSampling:
     guidance: float | None
     true_cfg: float | None = None
     max_sequence_length: int | None = None  # text tokens
+    frames: int | None = None  # of a video
+    fps: float | None = None  # frames a second, of a video
     batch_size: int = 1
     samples: int = SAMPLES
     prompts: str = "calib_prompts/general.txt"
@@ -49,11 +52,12 @@ def sampling_of(source: Source, *, loras: Sequence[str] = ()) -> ModelSampling:
     and the names of the `loras` that were merged into it, and the defaults of its diffusers class.
     Raises InputError for a damaged config.
     """
-    height, width = own_size(source)
-    if (stored := stored_sampling(source)) is not None:
-        size = {"height": height, "width": width}
-        return ModelSampling(**{**size, **stored, "basis": "the model's sampling file", "differs": True})  # type: ignore[arg-type]
     call = _class_defaults(source)
+    height, width = own_size(source, call)
+    video = {"frames": frames_of(source, call), "fps": fps_of(call)}
+    if (stored := stored_sampling(source)) is not None:
+        size = {"height": height, "width": width, **video}
+        return ModelSampling(**{**size, **stored, "basis": "the model's sampling file", "differs": True})  # type: ignore[arg-type]
     guidance, true_cfg = _number(call.get("guidance_scale")), _number(call.get("true_cfg_scale"))
     if found := distillation_of(source, loras):
         # Qwen-Image is guided by true_cfg alone
@@ -68,12 +72,13 @@ def sampling_of(source: Source, *, loras: Sequence[str] = ()) -> ModelSampling:
             samples=SAMPLES_OF_FEW_STEPS if found.steps <= FEW_STEPS else SAMPLES,
             basis=found.basis,
             differs=True,
+            **video,
         )
     own_steps = call.get("num_inference_steps")
     steps = min(own_steps, MAX_STEPS) if isinstance(own_steps, int) else MAX_STEPS
     basis = "the defaults of its diffusers class" if call else "svdq's defaults"
     samples = SAMPLES_OF_FEW_STEPS if steps <= FEW_STEPS else SAMPLES
-    return ModelSampling(height, width, steps, guidance, true_cfg, samples=samples, basis=basis)
+    return ModelSampling(height, width, steps, guidance, true_cfg, samples=samples, basis=basis, **video)
 
 
 def _class_defaults(source: Source) -> Mapping[str, object]:
@@ -99,7 +104,8 @@ def _asked_defaults(pipeline_class: str) -> Mapping[str, object]:
         }
     call = found.__call__
     given = {key: argument.default for key, argument in inspect.signature(call).parameters.items()}
-    return {key: value if isinstance(value, (int, float, str)) else None for key, value in given.items()}
+    plain = {key: value if isinstance(value, (int, float, str)) else None for key, value in given.items()}
+    return {**plain, EXAMPLE_FPS: fps_in_example(inspect.getdoc(call) or "")}
 
 
 def _number(value: object) -> float | None:

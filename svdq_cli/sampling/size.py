@@ -5,21 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import cast
 
-from svdq_cli.sampling.token_counts import latent_scale, vae_config
+from svdq_cli.sampling.compression import latent_scale, vae_config
 from svdq_cli.source import Source
 
 USUAL_SIDE = 1024  # pixels
 _MULTIPLE = 8
 
 
-def own_size(source: Source) -> tuple[int, int]:
-    """(height, width) in pixels: of the denoiser's `sample_size`, else of the autoencoder's, else 1024."""
+def own_size(source: Source, call: Mapping[str, object]) -> tuple[int, int]:
+    """(height, width) in pixels: of the denoiser's `sample_size`, else of the autoencoder's, else what the pipeline's
+    class assumes, else 1024. `call`: the defaults of the pipeline's call, by argument."""
     vae = vae_config(source.pipeline)
     denoiser = _sides(source.config)
     if denoiser is not None:
         scale = latent_scale(vae)
         return _usable(denoiser[0] * scale), _usable(denoiser[1] * scale)
-    height, width = _sides(vae) or (USUAL_SIDE, USUAL_SIDE)
+    assumed = _sides({"sample_height": call.get("height"), "sample_width": call.get("width")})
+    height, width = _sides(vae) or assumed or (USUAL_SIDE, USUAL_SIDE)
     return _usable(height), _usable(width)
 
 

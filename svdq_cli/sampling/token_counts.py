@@ -6,13 +6,11 @@ import math
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import cast
 
 from svdq_cli.planning.blocks import places_of
 from svdq_cli.records import Linear
+from svdq_cli.sampling.compression import frames_a_latent, latent_scale, vae_config
 from svdq_cli.source import Source
-from svdq_cli.storage.json_files import read_json
 
 TEXT_TOKENS = 512  # T5's and Qwen's usual padding, where the recipe does not say
 CLIP_TOKENS = 77
@@ -22,6 +20,7 @@ TEXT_LAYERS = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff_conte
 CROSS_ATTENTION = (".attn2.to_k", ".attn2.to_v")
 # Feature maps of a UNet's level that are alive at once: input, normalized input, output, and the skip connection
 _MAPS = 4
+_VIDEO_SIDES = 3  # frames, height, width
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,23 +126,16 @@ def pixels_per_token(source: Source) -> int:
 
 
 def latent_frames(source: Source, frames: int | None) -> int:
-    """Frames that the denoiser sees of a video's `frames`: its autoencoder keeps the first and joins the others."""
+    """Frames that the denoiser sees of a video's `frames`: its autoencoder keeps the first and joins the others, and
+    the model's own patches may join more."""
     if frames is None:
         return 1
-    vae = vae_config(source.pipeline)
-    joined = vae.get("temperal_downsample")  # so spelled by AutoencoderKLWan
-    ratio = (
-        2 ** sum(map(bool, joined))
-        if isinstance(joined, (list, tuple))
-        else vae.get("temporal_compression_ratio")
-    )
-    return 1 + (frames - 1) // (ratio if isinstance(ratio, int) and ratio > 0 else 1)
-
-
-def latent_scale(vae: Mapping[str, object]) -> int:
-    """Pixels a side of one latent pixel, from the autoencoder's config."""
-    levels = vae.get("block_out_channels") or vae.get("encoder_block_out_channels") or vae.get("dim_mult")
-    return 2 ** (len(cast("Sequence[object]", levels)) - 1) if isinstance(levels, (list, tuple)) else 8
+    latents = 1 + (frames - 1) // frames_a_latent(vae_config(source.pipeline))
+    patch = source.config.get("patch_size_t")
+    whole = source.config.get("patch_size")
+    if isinstance(whole, (list, tuple)) and len(whole) == _VIDEO_SIDES:
+        patch = whole[0]
+    return math.ceil(latents / patch) if isinstance(patch, int) and patch > 0 else latents
 
 
 def _level_channels(source: Source) -> tuple[int, ...]:
@@ -167,9 +159,3 @@ def _level(layer: str, levels: int) -> int:
 def _reads_time(linear: Linear) -> bool:
     """Whether a linear of a UNet reads the time's (or the size's) embedding: all outside the attentions do."""
     return linear.kind == "linear" and ".attentions." not in linear.name
-
-
-def vae_config(pipeline: Path | None) -> Mapping[str, object]:
-    """The config of a pipeline's autoencoder; empty where there is none."""
-    config = pipeline / "vae" / "config.json" if pipeline else None
-    return read_json(config) if config and config.is_file() else {}

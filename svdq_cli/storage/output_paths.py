@@ -9,7 +9,7 @@ from pathlib import Path
 
 from svdq_cli.errors import UsageError
 from svdq_cli.storage.atomic import disk_errors
-from svdq_cli.storage.images import ANIMATED_SUFFIXES, WRITTEN_SUFFIXES
+from svdq_cli.storage.images import WRITTEN_SUFFIXES
 from svdq_cli.storage.json_files import read_json
 
 REPORT_FILE = "svdq_report.json"
@@ -77,23 +77,24 @@ def name_warnings(outputs: Sequence[Path], *, folders: Sequence[bool]) -> tuple[
 
 
 def require_image_place(
-    path: Path, *, inputs: Sequence[Path] = (), overwrite: bool, animated: bool = False
+    path: Path, *, inputs: Sequence[Path] = (), overwrite: bool, others: Sequence[str] = ()
 ) -> None:
-    """UsageError for an image of an unknown type, or one that can't be written there. `animated`: it may be a video,
-    as which Pillow writes some types."""
-    if path.suffix.lower() not in (*WRITTEN_SUFFIXES, *(ANIMATED_SUFFIXES if animated else ())):
+    """UsageError for an image of an unknown type, or one that can't be written there. `others`: more types that it may
+    have."""
+    if path.suffix.lower() not in (*WRITTEN_SUFFIXES, *others):
+        more = "; .mp4 for a video, .wav for a sound" if others else ""
         raise UsageError(
-            f"{path}: unknown image type", hint="name the output .png, .jpg or .webp", where=str(path)
+            f"{path}: unknown image type", hint=f"name the output .png, .jpg or .webp{more}", where=str(path)
         )
     require_places([path], folders=[False], inputs=inputs, overwrite=overwrite)
 
 
-def require_animated(path: Path) -> None:
-    """UsageError for a type that holds a single image, and no video."""
-    if path.suffix.lower() not in ANIMATED_SUFFIXES:
+def require_type(path: Path, suffixes: Sequence[str], what: str, *, hint: str = "") -> None:
+    """UsageError for a file type that can't hold `what` a model generates. `hint`: what else would do."""
+    if path.suffix.lower() not in suffixes:
         raise UsageError(
-            f"{path}: this model generates a video, but such a file holds one image",
-            hint=f"name the output {', '.join(ANIMATED_SUFFIXES)} (animated), or give --frames 1",
+            f"{path}: this model generates {what}, but such a file can't hold it",
+            hint=f"name the output {', '.join(suffixes)}{hint}",
             where=str(path),
         )
 

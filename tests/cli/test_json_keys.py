@@ -40,23 +40,25 @@ KEYS = {
     f"provenance{{}}, {RANK}, read_as, recipe{{}}, schema, search{{blocks{{}}, layers{{*{SEARCHED}}}}}, "
     "seconds{calibrate, check, pack, solve, total}, status, svdq_version, text_encoders{}, warnings[]}",
     "eval": "{backend, baselines{*{clip, fid, image_reward, lpips, "
-    f"psnr_db{SUMMARY}, seconds_per_picture, ssim{SUMMARY}}}}}, clip, command, fid, gates_missed[], image_reward, "
+    f"psnr_db{SUMMARY}, seconds_per_picture, ssim{SUMMARY}, video}}}}, "
+    f"clip, command, fid, gates_missed[], image_reward, "
     f"images, {SQNR}, loras[], lpips, missing{{}}, next, noise_floor_psnr_db, output_sqnr_db{{step, sum}}, "
     f"own_noise_psnr_db, page, psnr_db{SUMMARY}, reference{{clip, image_reward, seconds_per_picture}}, same_source, "
     "schema, seconds, seconds_per_picture, sixteen_bit_images{alike, black, meaningless, nearly_uniform}, "
-    f"ssim{SUMMARY}, status, verdict, warnings[]}}",
-    "eval --plan": "{basis, command, height, images, missing{}, passes[]{calls, images, key, seconds[], title, why}, "
+    f"ssim{SUMMARY}, status, verdict, video, warnings[]}}",
+    "eval --plan": "{basis, command, frames, height, images, missing{}, "
+    "passes[]{calls, images, key, seconds[], title, why}, "
     "schema, seconds[], status, steps, warnings[], width}",
     "export": f"{{command, layers, {OUTPUTS}, schema, seconds, source_format, status, warnings[]}}",
-    "generate": "{backend, command, frames, height, path, schema, seconds, status, width}",
+    "generate": "{audio_seconds, backend, command, fps, frames, height, path, schema, seconds, status, width}",
     "inspect": "{bytes{input, output, ratio}, class, command, family, format, kind, "
     "layers[]{in, input, name, out, rank, role}, parameters, precision, provenance{}, rank, read_as, schema, status, "
     "text_encoders{}, warnings[]}",
     "plan": "{bytes{input, output, ratio}, command, disk_bytes, effort, gpu{basis, convert{fits, peak_bytes, seconds}, "
     f"generate{{fits, fits_with_offload, offload_peak_bytes, peak_bytes}}, memory_bytes, name}}, {LAYERS}, {MODEL}, "
-    f"precision, prompts{{available, read_from, used}}, ram_bytes, {RANK}, read_as, recipe{{}}, schema, seconds, "
-    "size_budget, stages{calibrate, check, pack, prepare, solve, total}, status, text_encoders{}, vram_bytes, "
-    "warnings[]}",
+    f"precision, prompts{{available, read_from, used}}, ram_bytes, {RANK}, read_as, recipe{{}}, "
+    "sampling{frames, height, steps, tokens, width}, schema, seconds, size_budget, "
+    "stages{calibrate, check, pack, prepare, solve, total}, status, text_encoders{}, vram_bytes, warnings[]}",
 }
 
 

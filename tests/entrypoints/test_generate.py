@@ -178,7 +178,7 @@ def test_what_does_not_go_together_is_refused_in_words(
         assert message in str(refused(capsys, checkpoint, out, *words)["message"]), words
     said = refused(capsys, converted("flux-fill"), out, "--image", image)
     assert "--mask" in str(said["hint"])
-    assert "holds one image" in str(refused(capsys, converted("wan"), tmp_path / "v.jpg")["message"])
+    assert "generates a video" in str(refused(capsys, converted("wan"), tmp_path / "v.jpg")["message"])
 
 
 def test_eval_judges_with_the_image_that_is_given(

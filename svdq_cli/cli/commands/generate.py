@@ -13,7 +13,7 @@ from svdq_cli.cli.parsing import base_of, beyond_the_model, run_options
 @opt.recipe_options("generate")
 def generate(
     checkpoint: opt.Checkpoint,
-    prompt: Annotated[str, typer.Option(help="Text to generate an image from.")],
+    prompt: Annotated[str, typer.Option(help="Text to generate from.")],
     out: opt.Out,
     given: opt.Given = opt.NOTHING,
     width: opt.Width = None,
@@ -21,9 +21,6 @@ def generate(
     image: opt.Image = None,
     mask: opt.Mask = None,
     strength: opt.Strength = None,
-    frames: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Frames of a video (default: the model's own).")
-    ] = None,
     backend: opt.Backend = "auto",
     device: opt.Device = "auto",
     overwrite: opt.Overwrite = False,
@@ -32,7 +29,7 @@ def generate(
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
 ) -> None:
-    """Generate one image, or one video, with a converted checkpoint."""
+    """Generate one image, video or sound with a converted checkpoint."""
     from svdq_cli.checkpoint.reader import open_checkpoint
     from svdq_cli.cli import render
     from svdq_cli.cli.progress import progress
@@ -55,7 +52,7 @@ def generate(
             backend=backend,
             width=width,
             height=height,
-            inputs=Inputs(image, mask, strength, frames),
+            inputs=Inputs(image, mask, strength),
             base=pipeline,
             options=run_options(device, overwrite),
             observe=observe,

@@ -16,6 +16,7 @@ from svdq_cli.cli.pages.shared import (
     count_text,
     encoder_rows,
     facts_table,
+    frames_text,
     print_layers,
     size_text,
     typed,
@@ -116,6 +117,13 @@ def plan(console: Console, report: PlanReport) -> None:
         table.add_row(*row)
     if (prompts := report.prompts) is not None:
         table.add_row("prompts", f"{prompts.used} of {prompts.available} from {prompts.read_from}")
+    if (sampled := report.sampling) is not None:
+        what = "an image" if sampled.frames == 1 else "a video"
+        table.add_row(
+            "sampling",
+            f"{sampled.width} x {sampled.height} pixels, {frames_text(sampled.frames)}{sampled.steps} steps, "
+            f"{sampled.tokens:,} tokens {what}",
+        )
     table.add_row("disk", bytes_text(report.disk_bytes))
     stages = report.stages
     parts = ", ".join(

@@ -6,9 +6,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from svdq_cli.cli.pages.shared import WORST_LAYERS, db_text, print_layers
+from svdq_cli.cli.pages.shared import WORST_LAYERS, db_text, frames_text, print_layers
 from svdq_cli.metrics import METRICS, Metric
-from svdq_cli.reports import CheckReport, EvalPlanReport, EvalReport, Summary
+from svdq_cli.reports import CheckReport, EvalPlanReport, EvalReport, Summary, video_columns
 from svdq_cli.text import seconds_text
 
 
@@ -63,8 +63,11 @@ def evaluation(console: Console, report: EvalReport, verbose: bool) -> None:
             *(_learned(metric, figures[metric.key]) for metric in measured),
         )
     console.print(table)
+    if report.video is not None:
+        _videos(console, report)
+    what = "video" if report.video else "image"
     console.print(
-        f"{report.images} image{'s' * (report.images != 1)}, {report.seconds:.1f} s{_chance(report)}"
+        f"{report.images} {what}{'s' * (report.images != 1)}, {report.seconds:.1f} s{_chance(report)}"
     )
     if (outputs := report.output_sqnr_db) is not None:
         console.print(
@@ -83,10 +86,25 @@ def evaluation(console: Console, report: EvalReport, verbose: bool) -> None:
     console.print(Text(f"next: {report.next}"))
 
 
+def _videos(console: Console, report: EvalReport) -> None:
+    """What a table of images has no columns for."""
+    titles = {"rtn": "naive 4-bit", "nf4": "bitsandbytes NF4"}
+    ways = {titles.get(name, name): scores.video for name, scores in report.baselines.items()}
+    table = Table(box=None, pad_edge=False)
+    table.add_column(f"{report.video.frames} frames a video" if report.video else "")
+    for heading, _, _ in video_columns(report.video):
+        table.add_column(heading, justify="right")
+    for title, video in {"converted": report.video, **ways}.items():
+        cells = [f"{value.mean:.{digits - 1}f}" for _, value, digits in video_columns(video)]
+        table.add_row(title, *cells)
+    console.print(table)
+
+
 def evaluation_plan(console: Console, report: EvalPlanReport) -> None:
+    what = "image" if report.frames == 1 else "video"
     console.print(
-        f"{report.images} image{'s' * (report.images != 1)} of {report.width} x {report.height} pixels, "
-        f"{report.steps} steps"
+        f"{report.images} {what}{'s' * (report.images != 1)} of {report.width} x {report.height} pixels, "
+        f"{frames_text(report.frames)}{report.steps} steps"
     )
     table = Table(box=None, pad_edge=False)
     table.add_column("pass", overflow="fold")

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from svdq_cli.reports import LayerSqnr, Summary, TextEncoderFacts
+from svdq_cli.reports import GenerateReport, LayerSqnr, Summary, TextEncoderFacts
 from svdq_cli.text import bytes_text
 
 WORST_LAYERS = 5
@@ -31,6 +31,19 @@ def facts_table() -> Table:
 
 def db_text(summary: Summary) -> str:
     return f"{summary.mean:.1f} dB"
+
+
+def frames_text(frames: int) -> str:
+    """The length of a video, before more facts; nothing for an image."""
+    return "" if frames == 1 else f"{frames} frames, "
+
+
+def generated_text(report: GenerateReport) -> str:
+    """What was generated: its size, and of what moves or sounds how long it is."""
+    size = f"{report.width} x {report.height}" if report.width else ""
+    moves = f"{report.frames} frames, {report.fps:g} a second" if report.frames > 1 and report.fps else ""
+    sounds = f"{report.audio_seconds:.1f} s of sound" if report.audio_seconds is not None else ""
+    return ", ".join(part for part in (size, moves, sounds) if part)
 
 
 def typed(*words: str) -> str:

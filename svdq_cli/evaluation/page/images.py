@@ -67,19 +67,20 @@ def _encoded(
     for (index, prompt, seed), said in zip(prompts, figures, strict=True):
         generated = {way.key: read_image(image_store, way.key, index) for way in ways}
         reference, *others = generated.values()
+        rows = max(1, reference.height // reference.width)  # of the frames of a video
         yield Shown(
             prompt=prompt,
             seed=seed,
             width=reference.width,
             height=reference.height,
-            images={key: data_uri(image, side=side) for key, image in generated.items()},
+            images={key: data_uri(image, side=side * rows) for key, image in generated.items()},
             differences={
-                way.key: data_uri(difference_map(reference, other), side=side // 2)
+                way.key: data_uri(difference_map(reference, other), side=side * rows // 2)
                 for way, other in zip(ways[1:], others, strict=True)
             },
             figures=said,
             links={key: _link(image_store.path(key, index), page_folder) for key in generated},
-            reduced=max(reference.size) > side,
+            reduced=max(reference.size) > side * rows,
         )
 
 
