@@ -5,6 +5,7 @@ The same checkpoint has the same card: nothing in it tells where or how fast it 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,16 +16,19 @@ import torch
 
 from svdq_cli import __version__
 from svdq_cli.checkpoint.reader import Checkpoint
+from svdq_cli.formats import format_named
 from svdq_cli.formats.soundness import dtype_name
 from svdq_cli.prepare.facts import layers_text
 from svdq_cli.prepare.locate import hub_id
 from svdq_cli.records import NvFp4
-from svdq_cli.reports import ConvertReport, LoraFacts, RankFacts, TextEncoderFacts, to_json
+from svdq_cli.reports import ConvertReport, LoraFacts, OutputFile, RankFacts, TextEncoderFacts, to_json
 from svdq_cli.source import is_expert, pipeline_index
 from svdq_cli.storage.pipeline_index import is_pipeline
 from svdq_cli.text import cell, number, table
 
 CARD_FILE = "README.md"
+HERE = "."  # in code that runs in the output's folder
+_BASE = "PIPELINE_FOLDER"
 WORST_LAYERS = 5
 _MAX_BYTES = 1 << 20  # of a card that is read
 _CARRIED_OVER = ("license", "license_name", "license_link", "pipeline_tag", "language")
@@ -44,16 +48,25 @@ def card_path(file: Path) -> Path:
     return file.with_name(f"{file.name}.{CARD_FILE}")
 
 
-def model_card(
+def model_cards(
     report: ConvertReport, dtype: torch.dtype, *, pipeline: Path | None, beside: Path | None = None
+) -> tuple[str, ...]:
+    """The card of each output, whose 16-bit tensors are `dtype`. `pipeline`: the source's folder, whose license is
+    carried over; `beside`: the recipe's."""
+    return tuple(_model_card(report, output, dtype, pipeline, beside) for output in report.outputs)
+
+
+def _model_card(
+    report: ConvertReport, output: OutputFile, dtype: torch.dtype, pipeline: Path | None, beside: Path | None
 ) -> str:
-    """The card of an output whose 16-bit tensors are `dtype`. `pipeline`: the source's folder, whose license is carried
-    over; `beside`: the recipe's."""
     name = hub_id(str(_model(report)["source"]), beside=beside)
-    tags = [report.precision, *(output.format for output in report.outputs)]
     said = _header_of(pipeline / CARD_FILE, _CARRIED_OVER) if pipeline else {}
-    lines = [_header(said, name, pipeline, tags), "", *_body(report, dtype, name)]
-    return "\n".join(lines) + "\n"
+    single = format_named(output.format).single_file
+    file = PurePath(output.path).name if single else None
+    whole = pipeline is not None and not single
+    place = _Place(output.format, report.model.model_class, dtype, file, whole, name)
+    header = _header(said, name, pipeline, [report.precision, output.format])
+    return "\n".join([header, "", *_body(report, output, place)]) + "\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +74,8 @@ class DerivedFacts:
     """A checkpoint that was made from another one: exported, or with LoRAs folded in."""
 
     format: str
-    single_file: bool
+    file: str | None  # its name; None for a folder
+    whole: bool  # a pipeline's folder
     bytes: int  # of its weight file
     loras: tuple[LoraFacts, ...] = ()
 
@@ -93,10 +107,10 @@ def _derived_body(checkpoint: Checkpoint, facts: DerivedFacts, base_model: str |
         yield from table(("LoRA", "weight", "sha256"), named)
         yield ""
     layers = [layer.name for layer in checkpoint.layers]
-    single = [facts.format] if facts.single_file else []
-    yield from _loading(
-        single, checkpoint.dtype, pipeline=not facts.single_file, experts=any(map(is_expert, layers))
+    place = _Place(
+        facts.format, checkpoint.model_class, checkpoint.dtype, facts.file, facts.whole, base_model
     )
+    yield from _loading(place, experts=any(map(is_expert, layers)))
     yield ""
     yield _PROVENANCE
 
@@ -170,21 +184,17 @@ def _title(base_model: str | None, model_class: str, precision: str, more: str =
     yield f"{source} with 4-bit weights and activations and a 16-bit low-rank branch ([SVDQuant]({_PAPER})), made with"
 
 
-def _body(report: ConvertReport, dtype: torch.dtype, base_model: str | None) -> Iterator[str]:
-    if any(output.format == COMFY_CORE for output in report.outputs):
-        yield from _branchless_title(report, base_model)
+def _body(report: ConvertReport, output: OutputFile, place: _Place) -> Iterator[str]:
+    if output.format == COMFY_CORE:
+        yield from _branchless_title(report, place.base_model)
     else:
-        yield from _title(base_model, report.model.model_class, report.precision)
+        yield from _title(place.base_model, report.model.model_class, report.precision)
     yield f"svdq {report.svdq_version}."
     yield ""
-    yield from table(("", ""), list(_facts(report)))
+    yield from table(("", ""), list(_facts(report, output)))
     yield ""
-    single = [output.format for output in report.outputs if output.path.endswith(".safetensors")]
-    whole = len(single) < len(report.outputs)
     experts = any(map(is_expert, report.layer_sqnr_db.per_layer))
-    yield from _loading(
-        single, dtype, pipeline=whole, experts=experts, encoders=bool(report.text_encoders) and whole
-    )
+    yield from _loading(place, experts=experts, encoders=bool(report.text_encoders) and place.whole)
     yield ""
     worst = sorted(report.layer_sqnr_db.per_layer.items(), key=lambda item: item[1])[:WORST_LAYERS]
     yield from table(("worst layers", "SQNR (dB)"), [(name, number(value)) for name, value in worst])
@@ -192,12 +202,12 @@ def _body(report: ConvertReport, dtype: torch.dtype, base_model: str | None) -> 
     yield _PROVENANCE
 
 
-def _facts(report: ConvertReport) -> Iterator[tuple[object, ...]]:
+def _facts(report: ConvertReport, output: OutputFile) -> Iterator[tuple[object, ...]]:
     rank, sqnr, counts = report.rank, report.layer_sqnr_db, report.layers
     yield "model", f"{report.model.model_class}, {report.model.parameters} parameters"
     yield (
         "size",
-        f"{report.bytes.output} bytes, {report.bytes.ratio:.2f} times smaller than at 16 bits",
+        f"{output.bytes} bytes, {report.bytes.input / output.bytes:.2f} times smaller than at 16 bits",
     )
     yield "precision", report.precision
     yield "rank", _rank_text(rank)
@@ -236,12 +246,21 @@ def _model(report: ConvertReport) -> Mapping[str, object]:
     return model
 
 
-def _loading(
-    single: Sequence[str], dtype: torch.dtype, *, pipeline: bool, experts: bool, encoders: bool = False
-) -> Iterator[str]:
-    """`single`: the formats of the outputs that are single files; `pipeline`: whether one is a pipeline folder;
-    `experts`: whether layers are experts that diffusers stacks in one tensor, so that it can't load them; `encoders`:
-    whether text encoders of it have 4-bit weights."""
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """What an output is: a single file of that name, or a folder, of a pipeline or of one component."""
+
+    format: str
+    model_class: str
+    dtype: torch.dtype
+    file: str | None  # None for a folder
+    whole: bool  # a pipeline's folder
+    base_model: str | None
+
+
+def _loading(place: _Place, *, experts: bool, encoders: bool = False) -> Iterator[str]:
+    """Code that works as it is: in a folder, and next to a file. `experts`: whether layers are experts that diffusers
+    stacks in one tensor, so that it can't load them; `encoders`: whether text encoders of it have 4-bit weights."""
     yield "## How to load it"
     yield ""
     if encoders:
@@ -249,24 +268,53 @@ def _loading(
         yield ""
     if experts:
         yield "Its experts are layers of their own, for which diffusers' own loader has no place; svdq runs them:"
-        base = "" if pipeline else ', base="PIPELINE_FOLDER"'
-    elif pipeline:
-        yield "Where diffusers' 4-bit runtime runs (diffusers 0.42 and later with `kernels`; NVIDIA GPUs but Hopper's)."
-        yield "diffusers downloads its kernels from a repository on the Hub, and asks you to allow that code to run:"
-        yield ""
-        yield from ("```sh", "export DIFFUSERS_TRUST_REMOTE_KERNELS=true", "```", "")
-        # without a dtype diffusers makes the other components float32, which the transformer can't take
-        where, name = "THIS_FOLDER_OR_REPOSITORY", dtype_name(dtype)
-        yield from ("```python", "import torch", "from diffusers import DiffusionPipeline", "")
-        yield from (f'pipe = DiffusionPipeline.from_pretrained("{where}", dtype=torch.{name})', "```", "")
+    elif place.file is None:
+        yield from _in_diffusers(place)
         yield "Anywhere, a CPU too:"
-        base = ""
-    elif single[0] == COMFY_CORE:
+    elif place.format == COMFY_CORE:
         yield "In ComfyUI 0.38 and later: put the file into `models/diffusion_models` and choose it in the node Load"
         yield "Diffusion Model. In diffusers, on a CPU too:"
-        base = ', base="PIPELINE_FOLDER"'
     else:
-        yield f"In the runtime that reads {cell(single[0])} files; in diffusers, on a CPU too:"
-        base = ', base="PIPELINE_FOLDER"'
+        yield f"In the runtime that reads {cell(place.format)} files; in diffusers, on a CPU too:"
     yield ""
-    yield from ("```python", "import svdq_cli", "", f'pipe = svdq_cli.load_pipeline("PATH"{base})', "```")
+    if not place.whole:
+        yield from _base_pipeline(place.base_model)
+    base = "" if place.whole else f', base="{_BASE}"'
+    path = json.dumps(place.file or HERE, ensure_ascii=False)
+    yield from ("```python", "import svdq_cli", "", f"pipe = svdq_cli.load_pipeline({path}{base})", "```")
+
+
+def _in_diffusers(place: _Place) -> Iterator[str]:
+    """What diffusers' own loader takes, in the output's folder."""
+    yield "Where diffusers' 4-bit runtime runs (diffusers 0.42 and later with `kernels`; NVIDIA GPUs but Hopper's)."
+    yield "diffusers downloads its kernels from a repository on the Hub, and asks you to allow that code to run:"
+    yield ""
+    yield from ("```sh", "export DIFFUSERS_TRUST_REMOTE_KERNELS=true", "```", "")
+    yield "In this folder (from elsewhere, with its path or the repository's name in place of the dot):"
+    yield ""
+    name = dtype_name(place.dtype)
+    yield from ("```python", "import torch")
+    if place.whole:
+        # without a dtype diffusers makes the other components float32, which the transformer can't take
+        yield from ("from diffusers import DiffusionPipeline", "")
+        yield f'pipe = DiffusionPipeline.from_pretrained("{HERE}", dtype=torch.{name})'
+    else:
+        yield from (f"from diffusers import {place.model_class}", "")
+        yield f'model = {place.model_class}.from_pretrained("{HERE}", torch_dtype=torch.{name})'
+    yield from ("```", "")
+
+
+def _base_pipeline(base_model: str | None) -> Iterator[str]:
+    """How to come by the other components."""
+    if base_model is None:
+        yield f"`{_BASE}` is the folder of the 16-bit pipeline, which has the other components."
+    else:
+        yield "The other components are those of the 16-bit pipeline:"
+        yield ""
+        yield from ("```sh", f"hf download {base_model} --local-dir {_BASE}", "```")
+    yield ""
+
+
+def with_repository(card: str, repository: str) -> str:
+    """The card as it is read on the Hub, where code runs in no folder of the repository."""
+    return card.replace(f'.from_pretrained("{HERE}"', f'.from_pretrained("{repository}"')

@@ -20,7 +20,7 @@ from svdq_cli.checkpoint.writer import Contents, report_path
 from svdq_cli.conversion.allocation import allocate_ranks
 from svdq_cli.conversion.block_forecast import tuned_bytes
 from svdq_cli.conversion.calibrate import BEGUN, calibration_run_of, collect_calibration
-from svdq_cli.conversion.card import card_path, model_card
+from svdq_cli.conversion.card import card_path, model_cards
 from svdq_cli.conversion.curves import choose_curves
 from svdq_cli.conversion.memory import reserved_ram
 from svdq_cli.conversion.move_means import with_means_moved
@@ -155,15 +155,15 @@ def convert(
             observe=observe,
         ) as outputs:
             report = gated(_report(job, solved, contents, encoders, outputs, started), recipe)
-            card = model_card(
+            cards = model_cards(
                 report,
                 job.prepared.settings.dtype,
                 pipeline=job.prepared.source.pipeline,
                 beside=options.beside,
             )
-            outputs.write_reports(report, card)
+            outputs.write_reports(report, cards)
             work.keep_json(NAMING, _names(job.paths))
-        write_reports_beside(job.prepared.targets, job.paths, report, card)
+        write_reports_beside(job.prepared.targets, job.paths, report, cards)
     return report
 
 

@@ -41,9 +41,9 @@ class Outputs:
     _partials: tuple[Path, ...]
     _targets: tuple[Target, ...]
 
-    def write_reports(self, report: ConvertReport, card: str) -> None:
-        """Write the reports, and the model card into the outputs that are folders."""
-        for target, partial in zip(self._targets, self._partials, strict=True):
+    def write_reports(self, report: ConvertReport, cards: Sequence[str]) -> None:
+        """Write the report and its model card into each output that is a folder."""
+        for target, partial, card in zip(self._targets, self._partials, cards, strict=True):
             if not target.format.single_file:
                 write_report(report_path(partial, target.format), report)
                 (partial / CARD_FILE).write_text(card, encoding="utf-8")
@@ -95,10 +95,10 @@ def _on_disk(
 
 
 def write_reports_beside(
-    targets: Sequence[Target], paths: Sequence[Path], report: ConvertReport, card: str
+    targets: Sequence[Target], paths: Sequence[Path], report: ConvertReport, cards: Sequence[str]
 ) -> None:
-    """Write a model card next to each output that is a file."""
-    for target, path in zip(targets, paths, strict=True):
+    """Write the report and its model card next to each output that is a file."""
+    for target, path, card in zip(targets, paths, cards, strict=True):
         if target.format.single_file:
             write_report(report_path(path, target.format), report)
             write_text(card_path(path), card)

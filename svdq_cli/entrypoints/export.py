@@ -96,7 +96,8 @@ def export(
             ),
             seconds=time.monotonic() - started,
         )
-        card = derived_card(checkpoint, DerivedFacts(fmt.name, fmt.single_file, report.outputs[0].bytes))
+        file, whole = (out.name, False) if fmt.single_file else (None, pipeline is not None)
+        card = derived_card(checkpoint, DerivedFacts(fmt.name, file, whole, report.outputs[0].bytes))
         if not fmt.single_file:
             write_report(report_path(partial, fmt), report)
             (partial / CARD_FILE).write_text(card, encoding="utf-8")

@@ -11,7 +11,7 @@ from pathlib import Path
 from svdq_cli.checkpoint.check import check
 from svdq_cli.checkpoint.reader import NEEDS_METADATA, open_checkpoint
 from svdq_cli.checkpoint.writer import report_path
-from svdq_cli.conversion.card import CARD_FILE, card_path
+from svdq_cli.conversion.card import CARD_FILE, card_path, with_repository
 from svdq_cli.errors import CheckFailedError, EnvironmentLacksError, GateMissedError, UsageError
 from svdq_cli.records import Event, Observer, ignore_events
 from svdq_cli.source.modular_index import index_of_copy
@@ -107,7 +107,10 @@ def _files(path: Path) -> Mapping[str, Path]:
 
 
 def _content(file: Path, repository: str) -> str | bytes:
-    """A file's path; the text of a modular index, whose components are those of the repository."""
+    """A file's path; the text of a model card, whose code loads the repository, and of a modular index, whose
+    components are those of the repository."""
+    if file.name.endswith(CARD_FILE):
+        return with_repository(file.read_text(encoding="utf-8"), repository).encode()
     if file.name != MODULAR_INDEX:
         return str(file)
     here = {folder.name for folder in file.parent.iterdir() if folder.is_dir()}

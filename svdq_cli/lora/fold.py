@@ -95,7 +95,13 @@ def fold(
             seconds=time.monotonic() - started,
             peak=peak_memory(),
         )
-        derived = DerivedFacts(target.format.name, target.format.single_file, written.bytes, facts)
+        derived = DerivedFacts(
+            target.format.name,
+            out.name if target.format.single_file else None,
+            checkpoint.source.pipeline is not None,
+            written.bytes,
+            facts,
+        )
         card = derived_card(checkpoint, derived)
         if not target.format.single_file:
             write_report(report_path(partial, target.format), report)
