@@ -15,7 +15,7 @@ TORCH ?= torch==2.13.0
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench bench-convert bench-quality bench-peers comfy-core check-cpu bench-peers-cpu kernel-report findings runtimes classes pipelines wheel
+.PHONY: help setup demo test lint bench bench-convert bench-quality bench-peers comfy-core comfy-layers check-cpu bench-peers-cpu kernel-report findings runtimes classes pipelines wheel
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,9 +44,15 @@ bench-convert: $(STAMP) ## what --plan predicts against what conversions take, a
 
 # The version that ComfyUI 0.38.1 requires; eager operators only, so that no GPU is needed
 KITCHEN := build/comfy-kitchen
-comfy-core: $(STAMP) ## comfy-core files read by the real comfy-kitchen and run by its operators (a quarter of an hour)
+comfy-core: $(STAMP) ## files for ComfyUI read by the real comfy-kitchen and run by its operators (five minutes)
 	@test -d $(KITCHEN)/comfy_kitchen || $(PIP) --no-deps --target $(KITCHEN) comfy-kitchen==0.2.36
 	$(BIN)/python -m tools.comfy_core --kitchen $(KITCHEN)
+
+CTQ := build/convert-to-quant
+comfy-layers: $(STAMP) ## layers of comfy-core files beside comfy-kitchen's own quantizer and convert-to-quant (five minutes)
+	@test -d $(KITCHEN)/comfy_kitchen || $(PIP) --no-deps --target $(KITCHEN) comfy-kitchen==0.2.36
+	@test -d $(CTQ)/convert_to_quant || $(PIP) --no-deps --target $(CTQ) convert-to-quant==1.3.4 prodigy-plus-schedule-free
+	$(BIN)/python -m tools.comfy_layers --kitchen $(KITCHEN) --ctq $(CTQ)
 
 bench-quality: $(STAMP) ## what each step of the search is worth, on the embedded model (half an hour)
 	$(BIN)/python -m tools.bench_quality

@@ -111,7 +111,11 @@ def test_a_folder_is_uploaded_in_one_commit_without_its_report(
     assert hub.files.keys() == {file["path"] for file in report["files"]}
     assert {"README.md", "model_index.json", "transformer/config.json"} <= hub.files.keys()
     assert "svdq_report.json" not in hub.files
+    card = hub.files.pop("README.md").decode()
     assert all(content == (folder / name).read_bytes() for name, content in hub.files.items())
+    # there its code loads the repository
+    assert 'DiffusionPipeline.from_pretrained("someone/model", dtype=torch.bfloat16)' in card
+    assert card.replace("someone/model", ".") == (folder / "README.md").read_text()
     assert report["url"].endswith(COMMIT)
 
 
