@@ -90,10 +90,7 @@ def export(
             source_format=checkpoint.format.name,
             outputs=(output_file(fmt, out, weights),),
             layers=len(target.plan.layers),
-            warnings=(
-                *_warnings(checkpoint, target, pipeline),
-                *name_warnings([out], folders=[not fmt.single_file]),
-            ),
+            warnings=_warnings(checkpoint, target, pipeline, out),
             seconds=time.monotonic() - started,
         )
         file, whole = (out.name, False) if fmt.single_file else (None, pipeline is not None)
@@ -209,7 +206,7 @@ def _require_same(before: Checkpoint, after: Checkpoint) -> None:
         )
 
 
-def _warnings(checkpoint: Checkpoint, target: Target, pipeline: Path | None) -> tuple[str, ...]:
+def _warnings(checkpoint: Checkpoint, target: Target, pipeline: Path | None, out: Path) -> tuple[str, ...]:
     found: list[str] = []
     dropped = len(checkpoint.layers) - len(target.plan.layers)
     if dropped:
@@ -218,4 +215,4 @@ def _warnings(checkpoint: Checkpoint, target: Target, pipeline: Path | None) -> 
         )
     if not target.format.single_file and pipeline is None:
         found.append("only the quantized component was written; --base adds the rest of the pipeline")
-    return tuple(found)
+    return (*found, *name_warnings([out], folders=[not target.format.single_file]))

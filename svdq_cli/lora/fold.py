@@ -88,21 +88,11 @@ def fold(
             rank={"before": _rank(checkpoint.layers), "after": _rank(target.plan.layers)},
             bytes={"before": _file_bytes(checkpoint), "after": written.bytes},
             layer_error=dict(sorted(joined.layer_error.items())),
-            warnings=(
-                *_warnings(given, edits, checkpoint),
-                *name_warnings([out], folders=[not target.format.single_file]),
-            ),
+            warnings=_warnings(given, edits, checkpoint, out),
             seconds=time.monotonic() - started,
             peak=peak_memory(),
         )
-        derived = DerivedFacts(
-            target.format.name,
-            out.name if target.format.single_file else None,
-            checkpoint.source.pipeline is not None,
-            written.bytes,
-            facts,
-        )
-        card = derived_card(checkpoint, derived)
+        card = derived_card(checkpoint, _derived(checkpoint, out, written.bytes, facts))
         if not target.format.single_file:
             write_report(report_path(partial, target.format), report)
             (partial / CARD_FILE).write_text(card, encoding="utf-8")
@@ -111,6 +101,13 @@ def fold(
         write_text(card_path(out), card)
     observe(Event("end", "fold", 1, 1, seconds=report.seconds))
     return report
+
+
+def _derived(checkpoint: Checkpoint, out: Path, size: int, loras: tuple[LoraFacts, ...]) -> DerivedFacts:
+    """What the card says of the output, which is stored as the checkpoint is."""
+    file = out.name if checkpoint.format.single_file else None
+    whole = checkpoint.source.pipeline is not None
+    return DerivedFacts(checkpoint.format.name, file, whole, size, loras)
 
 
 def _file_bytes(checkpoint: Checkpoint) -> int:
@@ -209,7 +206,9 @@ def _rank(layers: Sequence[object]) -> int:
     return max((layer.rank for layer in layers if isinstance(layer, W4A4Plan)), default=0)
 
 
-def _warnings(given: tuple[GivenLora, ...], edits: Edits, checkpoint: Checkpoint) -> tuple[str, ...]:
+def _warnings(
+    given: tuple[GivenLora, ...], edits: Edits, checkpoint: Checkpoint, out: Path
+) -> tuple[str, ...]:
     found = [warning for lora in given for warning in lora.adapter.warnings]
     if edits.dense:
         # 16 bits instead of a code, and a scale and a zero for a group
@@ -224,4 +223,4 @@ def _warnings(given: tuple[GivenLora, ...], edits: Edits, checkpoint: Checkpoint
         )
     if edits.skipped:
         found.append(f"{len(edits.skipped)} W4A16 layers were left unchanged, without their LoRA")
-    return tuple(found)
+    return (*found, *name_warnings([out], folders=[not checkpoint.format.single_file]))
