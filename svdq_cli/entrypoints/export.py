@@ -59,9 +59,8 @@ def export(
     refuse_existing(out, overwrite=options.overwrite)
     checkpoint = open_checkpoint(path, hint=NEEDS_METADATA)
     pipeline = base or checkpoint.source.pipeline
-    if (
-        pipeline is not None and len(checkpoint.denoisers) == 1
-    ):  # a file does not always say its component's name
+    # a file does not always say its component's name
+    if pipeline is not None and len(checkpoint.denoisers) == 1:
         checkpoint = with_component(checkpoint, component_in(pipeline, checkpoint))
     if problems := find_problems(checkpoint):
         first = problems[0]
@@ -93,8 +92,9 @@ def export(
             warnings=_warnings(checkpoint, target, pipeline, out),
             seconds=time.monotonic() - started,
         )
-        file, whole = (out.name, False) if fmt.single_file else (None, pipeline is not None)
-        card = derived_card(checkpoint, DerivedFacts(fmt.name, file, whole, report.outputs[0].bytes))
+        file = out.name if fmt.single_file else None
+        facts = DerivedFacts(fmt.name, file, file is None and pipeline is not None, report.outputs[0].bytes)
+        card = derived_card(checkpoint, facts)
         if not fmt.single_file:
             write_report(report_path(partial, fmt), report)
             (partial / CARD_FILE).write_text(card, encoding="utf-8")
