@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from svdq_cli.experimental.hopper.modes import HopperMode
 from svdq_cli.experimental.hopper.operands import HopperOperands, pack_hopper
 from svdq_cli.gpu.launcher import Launcher
+from svdq_cli.gpu.variants import BLOCK_N
 from svdq_cli.pack.kernel_tiles import (
     pack_column_micro_scales,
     pack_column_scales,
@@ -20,10 +22,12 @@ from svdq_cli.pack.kernel_tiles import (
     pack_w4a16_weight,
     pack_weight_codes,
 )
-from svdq_cli.pack.padding import pad
+from svdq_cli.pack.padding import pad_rows
 from svdq_cli.records import Int4, Linear, NvFp4, Precision, W4A4Plan, W4A4Solution
 from svdq_cli.runtime import ops  # defines torch.ops.svdq
 from svdq_cli.runtime.ops.records import InputOperands, Product
+
+padded = partial(pad_rows, multiple=BLOCK_N)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,20 +85,20 @@ def random_operands(shape: Shape, precision: Precision, dtype: torch.dtype, *, s
     match precision:
         case Int4():
             codes = torch.randint(-8, 8, (n, k), generator=draw, dtype=torch.int8)
-            scales = pack_column_scales(_padded(torch.rand(n, k // 64, generator=draw).to(dtype) / 16))
+            scales = pack_column_scales(padded(torch.rand(n, k // 64, generator=draw).to(dtype) / 16))
         case NvFp4():
             codes = torch.randint(0, 16, (n, k), generator=draw, dtype=torch.int8)
             micro = (torch.rand(n, k // 16, generator=draw) * 448).to(torch.float8_e4m3fn).view(torch.uint8)
-            scales = pack_column_micro_scales(_padded(micro).view(torch.float8_e4m3fn))
-            outer = _padded(torch.rand(n, generator=draw) / 1000)
+            scales = pack_column_micro_scales(padded(micro).view(torch.float8_e4m3fn))
+            outer = padded(torch.rand(n, generator=draw) / 1000)
     return Operands(
         inverse_smooth=1 / (torch.rand(k, generator=draw) + 0.5).to(dtype).float(),
         down=pack_down_fragments((torch.randn(rank, k, generator=draw) / k**0.5).to(dtype)),
-        weight=pack_weight_codes(_padded(codes)),
+        weight=pack_weight_codes(padded(codes)),
         weight_scales=scales,
-        up=pack_up_fragments(_padded(up)),
+        up=pack_up_fragments(padded(up)),
         outer=outer,
-        bias=_padded(torch.randn(n, generator=draw).to(dtype)) if seed % 3 else None,
+        bias=padded(torch.randn(n, generator=draw).to(dtype)) if seed % 3 else None,
     )
 
 
@@ -113,9 +117,9 @@ def random_w4a16(shape: Shape, dtype: torch.dtype, *, seed: int) -> tuple[Tensor
     n, k = shape.n, shape.k
     codes = torch.randint(0, 16, (n, k), generator=draw, dtype=torch.uint8)
     pairs = torch.stack((torch.rand(n, k // 64, generator=draw), torch.randn(n, k // 64, generator=draw)), -1)
-    scales = _padded((pairs / 8).to(dtype)).transpose(0, 1).contiguous()
-    bias = _padded(torch.randn(n, generator=draw).to(dtype)) if seed % 3 else None
-    return pack_w4a16_weight(_padded(codes)), scales, bias
+    scales = padded((pairs / 8).to(dtype)).transpose(0, 1).contiguous()
+    bias = padded(torch.randn(n, generator=draw).to(dtype)) if seed % 3 else None
+    return pack_w4a16_weight(padded(codes)), scales, bias
 
 
 def random_shapes(count: int) -> Iterator[Shape]:
@@ -170,10 +174,6 @@ def assert_agrees(
     largest = float(reference.float().abs().max())
     torch.testing.assert_close(found, reference, rtol=ulp, atol=slack * max(largest, 1e-30))
     assert (found != reference).float().mean() <= differing
-
-
-def _padded(rows: Tensor) -> Tensor:
-    return pad(rows, multiples=(128,) + (1,) * (rows.ndim - 1), fill=0)
 
 
 def random_hopper_operands(

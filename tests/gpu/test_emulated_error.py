@@ -39,7 +39,7 @@ def hopper_exact(x: Tensor, solution: W4A4Solution) -> Tensor:
     mode, device = HopperMode.EXACT, EmulatedDevice()
     layer = pack_hopper(solution, mode)
     quantized = hopper.quantize_down(device, x, layer.inverse_smooth, layer.down, mode=mode)
-    return hopper.gemm(device, *quantized, *layer.product, m=x.shape[0], n=N, mode=mode)
+    return hopper.gemm(device, quantized, layer.product, m=x.shape[0], n=N, mode=mode)
 
 
 @pytest.mark.parametrize(

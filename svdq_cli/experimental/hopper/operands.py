@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from svdq_cli.experimental.hopper.modes import HopperMode
-from svdq_cli.experimental.hopper.operations import FEATURES, RANK_STEP
+from svdq_cli.experimental.hopper.operations import FEATURES, RANK_STEP, HopperProduct
 from svdq_cli.experimental.hopper.tiles import (
     pack_feature_scales,
     pack_rows,
@@ -23,6 +23,7 @@ from svdq_cli.records import Int4, LayerSolution, W4A4Plan, W4A4Solution
 from svdq_cli.runtime.linear import RunningBranch, w4a4_weight
 from svdq_cli.runtime.operands import unpack_branch
 from svdq_cli.runtime.operands import unsupported_reason as portable_reason
+from svdq_cli.runtime.ops.records import InputOperands
 from svdq_cli.solve.quantizers import E4M3_MAX
 
 
@@ -38,10 +39,14 @@ class HopperOperands:
     bias: Tensor | None  # (NP,) 16-bit
 
     @property
-    def product(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """What the GEMM reads, in the order of its parameters. Packed from (N, K) codes, (N, K/64) scales, (N, R) and
-        (N,)."""
-        return self.weight, self.weight_scales, self.up, self.bias
+    def product(self) -> HopperProduct:
+        """What the GEMM reads."""
+        return HopperProduct(self.weight, self.weight_scales, self.up, self.bias)
+
+    @property
+    def input(self) -> InputOperands:
+        """What the first kernel reads."""
+        return InputOperands(self.inverse_smooth, self.down)
 
 
 def unsupported_reason(solution: LayerSolution) -> str | None:

@@ -8,6 +8,7 @@ returns.
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from svdq_cli.gpu.compile import Variant
 from svdq_cli.gpu.launcher import Launcher, aligned, splits_of
 from svdq_cli.pack.kernel_tiles import STEP
 from svdq_cli.pack.padding import ceil_div, round_up
+from svdq_cli.runtime.ops.records import InputOperands, Quantized
 
 FEATURES = 128  # rows of a weight's tile
 TOKENS, SMALL_TOKENS = 192, 128  # of an activation's
@@ -31,6 +33,16 @@ THREADS = 384  # a producer warpgroup and two consumers
 STAGE_GROUPS = 2
 SHARED_BYTES = 227 * 1024  # of a multiprocessor, for one block
 REDUCE_WARPS = 8
+
+
+class HopperProduct(NamedTuple):
+    """What a product reads of its layer. Shapes: `experimental.hopper.tiles`, with N padded to 128 and R to 32."""
+
+    weight: Tensor
+    weight_scales: Tensor
+    up: Tensor
+    bias: Tensor | None  # (NP,) 16-bit
+
 
 # ------------------------------------------------------------------------------------------ tiles and variants
 
@@ -181,29 +193,25 @@ def reduce_hidden(launcher: Launcher, partial: Tensor, hidden: Tensor) -> None:
 
 def gemm(
     launcher: Launcher,
-    codes: Tensor,
-    token_scales: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    weight_scales: Tensor,
-    up: Tensor,
-    bias: Tensor | None,
+    quantized: Quantized,
+    product: HopperProduct,
     *,
     m: int,
     n: int,
     mode: HopperMode,
 ) -> Tensor:
     """hopper_gemm.cu. Returns y (M, N) in the dtype of `up`."""
+    up = product.up
     y = up.new_empty(m, n)
     if m == 0:
         return y
-    token_tiles, groups, _, tokens, _ = codes.shape
+    token_tiles, groups, _, tokens, _ = quantized[0].shape
     feature_tiles, rank_steps = up.shape[:2]
     launcher.launch(
         gemm_variant(up.dtype, mode, tokens=tokens),
         (min(launcher.multiprocessors, token_tiles * feature_tiles), 1, 1),
         THREADS,
-        *(codes, token_scales, hidden, weight, weight_scales, up, bias, y),
+        *(*quantized, *product, y),
         *(token_tiles, feature_tiles, groups, rank_steps, m, n),
     )
     return y
@@ -211,15 +219,9 @@ def gemm(
 
 def gelu_quantize(
     launcher: Launcher,
-    codes: Tensor,
-    token_scales: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    weight_scales: Tensor,
-    up: Tensor,
-    bias: Tensor | None,
-    next_inverse_smooth: Tensor,
-    next_down: Tensor,
+    quantized: Quantized,
+    product: HopperProduct,
+    following: InputOperands,
     *,
     m: int,
     next_unsigned: bool = False,
@@ -227,9 +229,10 @@ def gelu_quantize(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """hopper_gelu_quantize.cu, both layers in mode EXACT. Returns the next layer's codes, scales and hidden. Packed
     from (M, K) codes, (M, K/64) scales and (M, R), as `experimental.hopper.tiles` says."""
-    token_tiles, groups, _, tokens, _ = codes.shape
+    up = product.up
+    token_tiles, groups, _, tokens, _ = quantized[0].shape
     feature_tiles, rank_steps = up.shape[:2]
-    n, next_rank, mp = next_inverse_smooth.shape[0], 8 * next_down.shape[1], token_tiles * tokens
+    n, next_rank, mp = following.inverse_smooth.shape[0], 8 * following.down.shape[1], token_tiles * tokens
     found = new_quantized(up, mp, n, next_rank, mode=HopperMode.EXACT, tokens=tokens)
     if m == 0:
         return found
@@ -238,7 +241,7 @@ def gelu_quantize(
         gelu_quantize_variant(up.dtype, tokens=tokens, next_unsigned=next_unsigned),
         (min(launcher.multiprocessors, token_tiles * feature_tiles), 1, 1),
         THREADS,
-        *(codes, token_scales, hidden, weight, weight_scales, up, bias, next_inverse_smooth, next_down),
+        *(*quantized, *product, *following),
         *(found[0], found[1], partial, shift),
         *(token_tiles, feature_tiles, groups, rank_steps, n, next_rank),
     )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
 from svdq_cli.experimental.hopper import operations, reference
 from svdq_cli.experimental.hopper.modes import HopperMode, hopper_mode
+from svdq_cli.experimental.hopper.operations import HopperProduct
 from svdq_cli.runtime.ops.define import define
+from svdq_cli.runtime.ops.records import InputOperands, Quantized
 
 
 def _quantized_shapes(
@@ -22,17 +25,21 @@ def _quantized_shapes(
     )
 
 
-def _product_shape(*tensors: Any, m: int, n: int, **_: Any):
-    up = tensors[5]
-    return up.new_empty(m, n)
+def _layer_records(tensors: Sequence[Tensor]) -> tuple[Quantized, HopperProduct]:
+    """The records of an operator's first seven parameters, those of `_LAYER`. Packed from (M, K) codes, (N, K)
+    weights."""
+    codes, scales, hidden, *product = tensors[:7]
+    return (codes, scales, hidden), HopperProduct(*product)
 
 
-def _fused_shapes(*tensors: Any, **_: Any):
-    codes, up, next_inverse_smooth, next_down = tensors[0], tensors[5], tensors[7], tensors[8]
-    rank, tokens = 8 * next_down.shape[1], codes.shape[3]
-    return operations.new_quantized(
-        up, codes.shape[0] * tokens, next_inverse_smooth.shape[0], rank, mode=HopperMode.EXACT, tokens=tokens
-    )
+def _product_shape(quantized: Quantized, product: HopperProduct, *, m: int, n: int, **_: Any):
+    return product.up.new_empty(m, n)
+
+
+def _fused_shapes(quantized: Quantized, product: HopperProduct, following: InputOperands, **_: Any):
+    tiles, tokens = quantized[0].shape[0], quantized[0].shape[3]
+    n, rank = following.inverse_smooth.shape[0], 8 * following.down.shape[1]
+    return operations.new_quantized(product.up, tiles * tokens, n, rank, mode=HopperMode.EXACT, tokens=tokens)
 
 
 _LAYER = (
@@ -56,6 +63,7 @@ define(
     launch=operations.gemm,
     reference=reference.gemm,
     shapes=_product_shape,
+    gather=_layer_records,
     records={"mode": hopper_mode},
 )
 define(
@@ -66,4 +74,5 @@ define(
     launch=operations.gelu_quantize,
     reference=reference.gelu_quantize,
     shapes=_fused_shapes,
+    gather=lambda tensors: (*_layer_records(tensors), InputOperands(*tensors[7:])),
 )

@@ -11,7 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from svdq_cli.experimental.hopper.modes import HopperMode
-from svdq_cli.experimental.hopper.operations import STAGE_GROUPS, STEP, padded_tokens, token_tile
+from svdq_cli.experimental.hopper.operations import (
+    STAGE_GROUPS,
+    STEP,
+    HopperProduct,
+    padded_tokens,
+    token_tile,
+)
 from svdq_cli.experimental.hopper.tiles import (
     pack_rows,
     pack_token_scales,
@@ -23,6 +29,7 @@ from svdq_cli.experimental.hopper.tiles import (
 from svdq_cli.pack.padding import pad
 from svdq_cli.records import Int4
 from svdq_cli.runtime.ops.arithmetic import grouped_product, hidden_rows
+from svdq_cli.runtime.ops.records import InputOperands, Quantized
 from svdq_cli.solve.quantizers import E4M3_MAX, quantize_activation
 
 CODE_UNIT = 2.0**-9  # what a weight's code is worth as an e4m3 number, but in mode FP8
@@ -74,19 +81,16 @@ def quantize_rows(
 
 
 def gemm(
-    codes: Tensor,
-    token_scales: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    weight_scales: Tensor,
-    up: Tensor,
-    bias: Tensor | None,
+    quantized: Quantized,
+    layer: HopperProduct,
     *,
     m: int,
     n: int,
     mode: HopperMode,
 ) -> Tensor:
     """The packed operands of one layer -> y (M, N) in the dtype of `up`."""
+    codes, token_scales, hidden = quantized
+    weight, weight_scales, up, bias = layer
     y = product(codes, token_scales, weight, weight_scales, mode=mode)
     y = y + F.linear(unpack_rows(hidden).float(), unpack_rows(up).float())
     if bias is not None:
@@ -95,15 +99,9 @@ def gemm(
 
 
 def gelu_quantize(
-    codes: Tensor,
-    token_scales: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    weight_scales: Tensor,
-    up: Tensor,
-    bias: Tensor | None,
-    next_inverse_smooth: Tensor,
-    next_down: Tensor,
+    quantized: Quantized,
+    layer: HopperProduct,
+    following: InputOperands,
     *,
     m: int,
     next_unsigned: bool = False,
@@ -111,17 +109,12 @@ def gelu_quantize(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One layer, GELU by tanh, the next layer's `quantize_down`. Rows from M on are as the first layer gives them.
     Packed from (M, K) codes, (M, K/64) scales and (M, R), as `experimental.hopper.tiles` says."""
-    tiles, _, _, tile, _ = codes.shape
+    tiles, _, _, tile, _ = quantized[0].shape
     mode = HopperMode.EXACT
-    y = gemm(
-        *(codes, token_scales, hidden, weight, weight_scales, up, bias),
-        m=tiles * tile,
-        n=next_inverse_smooth.shape[0],
-        mode=mode,
-    )
+    y = gemm(quantized, layer, m=tiles * tile, n=following.inverse_smooth.shape[0], mode=mode)
     a = F.gelu(y.float(), approximate="tanh").to(y.dtype)
-    found = quantize_rows(a, next_inverse_smooth, mode=mode, unsigned=next_unsigned, shift=shift)
-    return _packed(*found, hidden_rows(a, next_down), mode=mode, tile=tile)
+    found = quantize_rows(a, following.inverse_smooth, mode=mode, unsigned=next_unsigned, shift=shift)
+    return _packed(*found, hidden_rows(a, following.down), mode=mode, tile=tile)
 
 
 def product(

@@ -140,7 +140,7 @@ def test_a_nan_in_the_input_is_not_lost(mode: HopperMode):
     x[3, 70] = float("nan")
     found = hopper.quantize_down(DEVICES[0], x, layer.inverse_smooth, layer.down, mode=mode)
     found[2].zero_()  # the branch brings a NaN of its own
-    y = hopper.gemm(DEVICES[0], *found, *layer.product, m=7, n=128, mode=mode)
+    y = hopper.gemm(DEVICES[0], found, layer.product, m=7, n=128, mode=mode)
     assert y[3].isnan().all()
     assert not y[torch.arange(7) != 3].isnan().any()
 
@@ -155,8 +155,8 @@ def test_gemm_matches_its_reference(mode: HopperMode):
         x = random_rows(shape, BF16, seed=seed)
         quantized = reference.quantize_down(x, layer.inverse_smooth, layer.down, mode=mode)
         how = {"m": shape.m, "n": shape.n, "mode": mode}
-        y = hopper.gemm(DEVICES[seed % 2], *quantized, *layer.product, **how)
-        expected = reference.gemm(*quantized, *layer.product, **how)
+        y = hopper.gemm(DEVICES[seed % 2], quantized, layer.product, **how)
+        expected = reference.gemm(quantized, layer.product, **how)
         if mode == HopperMode.EXACT:
             assert_agrees(y, expected, exact=shape.rank == 0)
         else:
@@ -170,8 +170,8 @@ def test_gemm_in_float16_matches_its_reference():
         x = random_rows(shape, FP16, seed=seed)
         quantized = reference.quantize_down(x, layer.inverse_smooth, layer.down, mode=mode)
         how = {"m": shape.m, "n": shape.n, "mode": mode}
-        y = hopper.gemm(DEVICES[seed], *quantized, *layer.product, **how)
-        assert_agrees(y, reference.gemm(*quantized, *layer.product, **how), exact=shape.rank == 0)
+        y = hopper.gemm(DEVICES[seed], quantized, layer.product, **how)
+        assert_agrees(y, reference.gemm(quantized, layer.product, **how), exact=shape.rank == 0)
 
 
 @pytest.mark.parametrize("unsigned", [False, True])
@@ -191,13 +191,17 @@ def test_group_sums_are_exact_integers_in_a_narrow_accumulator(unsigned: bool):
         ones = torch.ones(tile, 1)
         y = hopper.gemm(
             DEVICES[0],
-            pack_rows(codes.to(torch.float8_e4m3fn).view(torch.uint8), tile=tile),
-            pack_token_scales(ones / reference.CODE_UNIT, tile=tile),
-            torch.zeros(1, 0, 4, tile, 8, dtype=FP16),
-            pack_signed_codes(columns.to(torch.int8), tile=n),
-            pack_feature_scales(torch.ones(n, 1, dtype=FP16), tile=n),
-            torch.zeros(1, 0, 4, n, 8, dtype=FP16),
-            bias,
+            (
+                pack_rows(codes.to(torch.float8_e4m3fn).view(torch.uint8), tile=tile),
+                pack_token_scales(ones / reference.CODE_UNIT, tile=tile),
+                torch.zeros(1, 0, 4, tile, 8, dtype=FP16),
+            ),
+            hopper.HopperProduct(
+                pack_signed_codes(columns.to(torch.int8), tile=n),
+                pack_feature_scales(torch.ones(n, 1, dtype=FP16), tile=n),
+                torch.zeros(1, 0, 4, n, 8, dtype=FP16),
+                bias,
+            ),
             **{"m": 1, "n": n, "mode": HopperMode.EXACT},
         )
         assert torch.equal(y[0].double(), exact + bias.double())
@@ -222,7 +226,7 @@ def test_gelu_quantize_matches_its_reference():
         quantized = reference.quantize_down(x, layer.inverse_smooth, layer.down, mode=HopperMode.EXACT)
         unsigned = hopper.token_tile(shape.m) == hopper.TOKENS  # one build for each tile
         how = {"m": shape.m, "next_unsigned": unsigned, "shift": GELU_SHIFT if unsigned else 0.0}
-        tensors = (*quantized, *layer.product, after.inverse_smooth, after.down)
+        tensors = (quantized, layer.product, after.input)
         found = hopper.gelu_quantize(DEVICES[seed % 2], *tensors, **how)
         expected = reference.gelu_quantize(*tensors, **how)
         # One rounding of y or of the GELU apart moves a code by one, or a scale by its last bit
@@ -255,4 +259,4 @@ def test_an_empty_input_gives_an_empty_result():
     layer = random_hopper_operands(Shape(1, 128, 128, 32), mode, BF16, seed=0)
     x = torch.empty(0, 128, dtype=BF16)
     nothing = hopper.quantize_down(DEVICES[0], x, layer.inverse_smooth, layer.down, mode=mode)
-    assert hopper.gemm(DEVICES[0], *nothing, *layer.product, m=0, n=128, mode=mode).shape == (0, 128)
+    assert hopper.gemm(DEVICES[0], nothing, layer.product, m=0, n=128, mode=mode).shape == (0, 128)
