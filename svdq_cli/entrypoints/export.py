@@ -63,11 +63,10 @@ def export(
     if pipeline is not None and len(checkpoint.denoisers) == 1:
         checkpoint = with_component(checkpoint, component_in(pipeline, checkpoint))
     if problems := find_problems(checkpoint):
-        first = problems[0]
         raise InputError(
-            f"{path}: {first.layer}: {first.what}",
+            f"{path}: {problems[0].layer}: {problems[0].what}",
             hint="svdq check lists what is wrong; convert the model again",
-            where=first.layer,
+            where=problems[0].layer,
         )
     fmt = format_named(to)
     target = _target(checkpoint, fmt)
