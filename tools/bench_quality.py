@@ -47,7 +47,7 @@ from svdq_cli.prepare.options import DEFAULT_OPTIONS, RunOptions
 from svdq_cli.prepare.prepare import Prepared, prepare
 from svdq_cli.prepare.prompts import chosen_prompts
 from svdq_cli.prepare.sampling import sampling_for
-from svdq_cli.recipe import Calibration, default_recipe, with_overrides
+from svdq_cli.recipe import Calibration, default_recipe, output_of, with_overrides
 from svdq_cli.records import ActivationStats, Event, LayerSolution, SearchStep, W4A4Solution, following_seed
 from svdq_cli.runtime.linear import quantized_linear
 from svdq_cli.source.means import means_by_layer
@@ -203,7 +203,9 @@ def measure(
     drawn = _calibrated(judge.prepared, options)
     for name in variants:
         wanted = recipe.quantization.model_copy(update=VARIANTS[name])
-        prepared = prepare(recipe.model_copy(update={"quantization": wanted}))
+        # the layers of a file in most formats have one rank, which nothing is left to choose of
+        outputs = (output_of("comfy", None),) if wanted.rank == "auto" else ()
+        prepared = prepare(recipe.model_copy(update={"quantization": wanted, "outputs": outputs}))
         started = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
             solved, solutions = _solved(prepared, drawn, WorkFolder(Path(folder)), judge.device, options)
