@@ -305,3 +305,20 @@ def test_a_loaded_pipeline_without_arguments_samples_as_its_model_wants(
     assert type(pipe).__name__ == "FluxPipeline"
     pipe.save_pretrained(tmp_path / "saved")
     assert json.loads((tmp_path / "saved" / SAMPLING_FILE).read_text()) == said
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "config", "expected"),
+    [
+        # (width, height, frames, fps)
+        ("WanPipeline", {"_class_name": "WanTransformer3DModel"}, (832, 480, 81, 16)),
+        ("LTXPipeline", {"_class_name": "LTXVideoTransformer3DModel"}, (704, 512, 161, 25)),
+        ("LTX2Pipeline", {"_class_name": "LTX2VideoTransformer3DModel"}, (768, 512, 121, 24)),
+        ("FluxPipeline", FLUX_DEV, (1024, 1024, None, None)),
+    ],
+)
+def test_a_video_has_the_size_length_and_rate_of_its_class(
+    model: Make, pipeline: str, config: dict[str, object], expected: tuple[int | None, ...]
+):
+    found = sampling_of(model(pipeline, config, vae={}))
+    assert (found.width, found.height, found.frames, found.fps) == expected

@@ -98,3 +98,15 @@ def test_a_video_is_read_as_its_autoencoder_joins_frames(vae: dict[str, object],
     assert latent_frames(source, 81) == seen
     assert latent_frames(source, None) == 1
     assert pixels_per_token(source) == 16
+
+
+def test_an_autoencoder_whose_config_leaves_its_ratios_open_is_asked(tmp_path: Path):
+    """LTX joins 32 x 32 pixels and 8 frames, which only its class makes of the config; CogVideoX's model joins two of
+    its latent frames more."""
+    config: dict[str, object] = {"_class_name": "LTXVideoTransformer3DModel", "patch_size": 1}
+    source = _source(tmp_path, "transformer", config, {"_class_name": "AutoencoderKLLTXVideo"})
+    assert (pixels_per_token(source), latent_frames(source, 161)) == (32, 21)
+    config = {"_class_name": "CogVideoXTransformer3DModel", "patch_size": 2, "patch_size_t": 2}
+    vae: dict[str, object] = {"temporal_compression_ratio": 4, "block_out_channels": [128, 256, 256, 512]}
+    source = _source(tmp_path / "other", "transformer", config, vae)
+    assert (pixels_per_token(source), latent_frames(source, 81)) == (16, 11)
