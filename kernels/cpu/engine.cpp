@@ -3,6 +3,7 @@
 // number of threads, rows and batches.
 #include SVDQ_VECTOR
 
+#include "attention.h"
 #include "multiply.h"
 #include "parallel.h"
 #include "quantize.h"
@@ -22,6 +23,7 @@ namespace {
 
 constexpr int64_t BYTES_OF_ROWS = 512 * 1024; // of codes that stay in the second cache while the weights pass by
 constexpr int64_t MOST_BLOCKS = 16;           // of rows a task
+constexpr int64_t BYTES_OF_HEADS = 8 * 1024 * 1024; // of k and v that are packed at once
 constexpr double WORTH_A_THREAD = 2e6;        // multiplications below which waking another thread costs more than it saves
 
 int64_t worth(int64_t threads, double products)
@@ -153,3 +155,33 @@ SVDQ_API void svdq_w4a16(const uint16_t* x, int64_t m, const W4A16Weights* weigh
         });
     });
 }
+
+#ifdef __AVX512BF16__
+// Softmax of q times k, times v, of every batch and head; bfloat16.
+SVDQ_API void svdq_attention(const Attention* how, const Heads* q, const Heads* k, const Heads* v, const Heads* out, int64_t threads)
+{
+    const int64_t heads = how->batches * how->heads, size = how->packed(), blocks = how->blocks(), wide = how->wide();
+    const int64_t parts = (how->queries + QUERIES - 1) / QUERIES;
+    int64_t together = BYTES_OF_HEADS / (4 * size);
+    together = together < 1 ? 1 : together > heads ? heads : together;
+    threads = worth(threads, double(heads) * double(how->queries) * double(how->keys) * double(how->size));
+    const std::unique_ptr<uint16_t[]> packed(new uint16_t[together * 2 * size]);
+    for (int64_t first = 0; first < heads; first += together) {
+        const int64_t some = heads - first < together ? heads - first : together;
+        const auto keys = [&](int64_t head) { return packed.get() + head * 2 * size; };
+        const auto at = [&](const Heads& of, int64_t head) { return of.of((first + head) / how->heads, (first + head) % how->heads); };
+        in_parallel(some * blocks, threads, [&](int64_t task) {
+            const int64_t head = task / blocks, key = task % blocks * KEYS, rows = how->keys - key < KEYS ? how->keys - key : KEYS;
+            pack_keys(at(*k, head) + key * k->row, k->row, rows, how->size, keys(head) + key * how->size);
+            pack_values(at(*v, head) + key * v->row, v->row, rows, how->size, wide, keys(head) + size + key * wide);
+        });
+        in_parallel(some * parts, threads, [&](int64_t task) {
+            const std::unique_ptr<Room> room(new Room);
+            const int64_t head = task / parts, row = task % parts * QUERIES, rows = how->queries - row < QUERIES ? how->queries - row : QUERIES;
+            const float* bias = how->bias ? how->bias + (first + head) / how->heads * how->keys : nullptr;
+            attend(*how, bias, at(*q, head) + row * q->row, q->row, rows, keys(head), keys(head) + size, at(*out, head) + row * out->row,
+                   out->row, *room);
+        });
+    }
+}
+#endif

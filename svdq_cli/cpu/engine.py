@@ -46,6 +46,17 @@ class _W4A16Weights(Structure):
     ]
 
 
+class _Heads(Structure):
+    _fields_ = [("at", c_void_p), *((name, c_int64) for name in ("batch", "head", "row"))]
+
+
+class _Attention(Structure):
+    _fields_ = [
+        *((name, c_int64) for name in ("batches", "heads", "queries", "keys", "size")),
+        *(("scale", c_float), ("bias", c_void_p)),
+    ]
+
+
 class Engine:
     """A loaded library. Its calls let other Python threads run, use `torch.get_num_threads()` threads, and give the
     same bits for any number of them."""
@@ -91,6 +102,11 @@ class Engine:
             library.svdq_w4a16,
             *(c_void_p, c_int64, POINTER(_W4A16Weights), c_void_p, c_void_p, c_int32, c_int64),
         )
+        self.has_attention = hasattr(library, "svdq_attention")
+        if self.has_attention:
+            self._attention = _function(
+                library.svdq_attention, POINTER(_Attention), *(POINTER(_Heads),) * 4, c_int64
+            )
         _function(library.svdq_use_team, c_void_p)(_team_of_torch())
 
     def quantize_down(
@@ -191,6 +207,23 @@ class Engine:
         )
         return y
 
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *, scale: float) -> Tensor:
+        """bfloat16 `q` (B, H, M, D) and `k`, `v` (B, H, N, D) with rows without gaps, `bias` (B, N) contiguous float32
+        -> (B, H, M, D), heads side by side in memory. D is even, 256 at most."""
+        batches, heads, queries, size = q.shape
+        out = new_attention(q)
+        how = _Attention(batches, heads, queries, k.shape[2], size, scale, _address(bias))
+        self._attention(
+            byref(how), *(byref(_heads(each)) for each in (q, k, v, out)), torch.get_num_threads()
+        )
+        return out
+
+
+def new_attention(q: Tensor) -> Tensor:
+    """Uninitialized: what attention of `q` (B, H, M, D) gives, as a model reads it next."""
+    batches, heads, queries, size = q.shape
+    return q.new_empty(batches, queries, heads, size).transpose(1, 2)
+
 
 def new_quantized(
     m: int, k: int, rank: int, dtype: torch.dtype, precision: Precision
@@ -252,6 +285,10 @@ def _team_of_torch() -> int | None:
 
 def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
+
+
+def _heads(tensor: Tensor) -> _Heads:
+    return _Heads(tensor.data_ptr(), *tensor.stride()[:3])
 
 
 def _quantized(codes: Tensor, scales: Tensor, hidden: Tensor) -> _Quantized:

@@ -26,6 +26,7 @@ from svdq_cli.evaluation.plot import search_of
 from svdq_cli.evaluation.report_page import section_of
 from svdq_cli.evaluation.score import score_pairs
 from svdq_cli.evaluation.write_report import PAGE_FILE, footer, write_figures
+from svdq_cli.inference.backend import compute_dtype
 from svdq_cli.inference.load import load_pipeline
 from svdq_cli.prepare.defaults import evaluation_recipe
 from svdq_cli.prepare.locate import DEMO_SOURCES, locate_source
@@ -213,7 +214,13 @@ def _conversions(
 def _with_nvfp4(found: Evaluation, checkpoint: Path, observe: Observer) -> Evaluation:
     """The evaluation of the int4 checkpoint with the other one generated next to it."""
     run, image_store = found.run, found.image_store
-    generate_missing(image_store, NVFP4, run, lambda: load_pipeline(checkpoint, device=run.device), observe)
+    generate_missing(
+        image_store,
+        NVFP4,
+        run,
+        lambda: load_pipeline(checkpoint, device=run.device, dtype=compute_dtype(run.device)),
+        observe,
+    )
     scores = score_pairs(
         image_store, SIXTEEN_BIT, NVFP4, run.prompts, found.metrics, observe, stage="score SVDQuant nvfp4"
     )

@@ -16,6 +16,7 @@ from svdq_cli.conversion.convert import convert
 from svdq_cli.demo.pink import sample_pink_captions
 from svdq_cli.evaluation.grid import image_grid
 from svdq_cli.evaluation.images import compare
+from svdq_cli.inference.backend import compute_dtype
 from svdq_cli.inference.load import load_16bit_pipeline, load_pipeline
 from svdq_cli.lora.fold import fold
 from svdq_cli.pipelines.generate import generate_images
@@ -134,7 +135,10 @@ def _images_4_bit(
     observe: Observer,
 ) -> list[Image]:
     return generate_images(
-        load_pipeline(checkpoint, device=device), prompts, settings=settings, observe=observe
+        load_pipeline(checkpoint, device=device, dtype=compute_dtype(device)),
+        prompts,
+        settings=settings,
+        observe=observe,
     )
 
 

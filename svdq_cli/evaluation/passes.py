@@ -333,7 +333,13 @@ def _sixteen_bit_pipeline(run: Run) -> DiffusionPipeline:
 def _converted_pipeline(run: Run) -> DiffusionPipeline:
     # a single file has no other components of its own
     base = run.checkpoint.source.pipeline or run.source.pipeline
-    pipe = load_pipeline(run.path, device=run.device, backend=run.asked_backend, base=base)
+    pipe = load_pipeline(
+        run.path,
+        device=run.device,
+        dtype=compute_dtype(run.device),
+        backend=run.asked_backend,
+        base=base,
+    )
     return reading_inputs(pipe, run.settings)
 
 

@@ -16,11 +16,18 @@ from svdq_cli.checkpoint.reader import Checkpoint, component_in, open_checkpoint
 from svdq_cli.errors import InputError, OutOfResourcesError
 from svdq_cli.experimental.hopper.linear import hopper_linear
 from svdq_cli.experimental.hopper.modes import HopperMode
-from svdq_cli.inference.backend import Backend, choose_backend, compute_dtype, with_large_blocks
+from svdq_cli.inference.backend import (
+    Backend,
+    choose_backend,
+    compute_dtype,
+    running_dtype,
+    with_large_blocks,
+)
 from svdq_cli.inference.diffusers_methods import adopt_model, adopt_pipeline
 from svdq_cli.inference.save import MEANS, Origin
 from svdq_cli.pipelines.generate import load_source_pipeline
 from svdq_cli.records import Int4, LayerSolution, W4A4Solution
+from svdq_cli.runtime.cpu_attention import use_engine_attention
 from svdq_cli.runtime.cpu_fused import cpu_linear
 from svdq_cli.runtime.cpu_operands import cpu_unsupported_reason
 from svdq_cli.runtime.fused import fused_linear
@@ -55,9 +62,10 @@ def load_pipeline(
     """A diffusers pipeline that computes what the 4-bit runtimes compute.
 
     `path` is a folder or a single file that `svdq convert` wrote; a single file needs the other components of its
-    pipeline from `base`, a diffusers pipeline folder. `device` defaults to the GPU where there is one. The choice of
-    backend is stored in `pipe.svdq_backend`. A call without arguments samples as the model wants it: image size, steps
-    and guidance are its own. Raises InputError for a damaged or foreign checkpoint.
+    pipeline from `base`, a diffusers pipeline folder. `device` defaults to the GPU where there is one, `dtype` (of what
+    is not 4-bit) to bfloat16 where the device multiplies such numbers itself, else to float32. The choice of backend is
+    stored in `pipe.svdq_backend`. A call without arguments samples as the model wants it: image size, steps and
+    guidance are its own. Raises InputError for a damaged or foreign checkpoint.
     """
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     checkpoint = open_checkpoint(Path(path), base=Path(base) if base is not None else None)
@@ -69,7 +77,7 @@ def load_pipeline(
             hint="name the pipeline that has the other components (base=FOLDER, --base FOLDER)",
             where=str(path),
         )
-    dtype = dtype or compute_dtype(chosen)
+    dtype = dtype or running_dtype(backend_facts, chosen, checkpoint.dtype)
     models: dict[str, nn.Module] = {}
     refused: dict[str, str] = {}
     for denoiser in checkpoint.denoisers:
@@ -286,6 +294,8 @@ def load_model(
     if backend.name != "reference":
         fuse_feed_forwards(model)
         share_quantizers(model)
+    if backend.name == "cpu":
+        use_engine_attention(model)
     kept = {name: checkpoint.kept_tensor(name).to(dtype) for name in checkpoint.kept_names()}
     model.load_state_dict(kept, strict=False, assign=True)
     if empty := [name for name, parameter in model.named_parameters() if parameter.is_meta]:

@@ -7,6 +7,9 @@ What launches is a parameter: a GPU (`gpu.launch`), or in the tests a CPU that r
 """
 
 from svdq_cli.runtime.ops import (
+    attention as attention,
+)
+from svdq_cli.runtime.ops import (
     quantize_down as quantize_down,
 )
 from svdq_cli.runtime.ops import (
