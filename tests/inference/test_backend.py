@@ -157,7 +157,7 @@ def test_the_embedded_models_images_are_the_reference_backends(tmp_path: Path):
     prompts = chosen_prompts(drawing, RunOptions(device="cpu"), ignore_events).texts[:2]
 
     def images(backend: Backend):
-        pipe = load_pipeline(tmp_path / "int4", device="cpu")
+        pipe = load_pipeline(tmp_path / "int4", device="cpu", dtype=torch.float32)
         pipe.register_modules(transformer=load_model(checkpoint, dtype=torch.float32, backend=backend)[0])
         return generate_images(pipe, prompts, settings=sampling_for(drawing, checkpoint.source).settings)
 
