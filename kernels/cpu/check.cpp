@@ -98,6 +98,25 @@ struct Layer {
     Quantizer quantizer(int64_t unsigned_from) const { return {smooth.data(), down.data(), k, rank, unsigned_from, 0.171875f}; }
 };
 
+#ifdef __AVX512BF16__
+// Attention of random rows. Not among the digests: other instruction sets leave it to torch.
+uint64_t attended(Draw& draw, int64_t threads)
+{
+    const int64_t heads = 1 + draw.below(3), queries = 1 + draw.below(120), keys = 1 + draw.below(600), size = 2 * (1 + draw.below(80));
+    auto q = numbers(draw, heads * queries * size, true, 1.0f), k = numbers(draw, heads * keys * size, true, 1.0f),
+         v = numbers(draw, heads * keys * size, true, 1.0f);
+    std::vector<uint16_t> y(q.size());
+    std::vector<float> bias(keys);
+    for (float& each : bias)
+        each = draw.below(3) ? 0.0f : -INFINITY;
+    const auto of = [&](std::vector<uint16_t>& x) { return Heads{x.data(), 0, size, heads * size}; };
+    const Heads at[] = {of(q), of(k), of(v), of(y)};
+    const Attention how{1, heads, queries, keys, size, 0.2f, draw.below(2) ? bias.data() : nullptr};
+    svdq_attention(&how, at, at + 1, at + 2, at + 3, threads);
+    return digest(y, 0);
+}
+#endif
+
 uint64_t one(int index, int64_t threads)
 {
     Draw draw{uint64_t(index) * 7919 + 1};
@@ -146,6 +165,13 @@ int main(int count, char** words)
     const int threads = count > 2 ? std::atoi(words[2]) : 1;
     for (int i = 0; i < cases; ++i) {
         const uint64_t found = one(i, 1);
+#ifdef __AVX512BF16__
+        Draw first{uint64_t(i)}, again{uint64_t(i)};
+        if (attended(first, 1) != attended(again, 2 + i % 3)) {
+            std::printf("attention %d differs on %d threads\n", i, 2 + i % 3);
+            return 1;
+        }
+#endif
         for (int again = 0; again < repeats && threads > 1; ++again)
             if (one(i, 2 + again % (threads - 1)) != found) {
                 std::printf("case %d differs on %d threads\n", i, 2 + again % (threads - 1));

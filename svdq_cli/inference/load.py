@@ -89,7 +89,7 @@ def load_pipeline(
     pipe = load_source_pipeline(pipeline, dtype=dtype, device=chosen, components=components)
     adopt_pipeline(pipe, pipeline)
     with_call_defaults(pipe, sampling_of(replace(checkpoint.source, pipeline=pipeline)))
-    pipe.svdq_backend = _with_refused(backend_facts, refused)  # type: ignore[attr-defined]
+    pipe.svdq_backend = _with_refused(_with_dtype(backend_facts, dtype), refused)  # type: ignore[attr-defined]
     return pipe
 
 
@@ -345,6 +345,15 @@ def _kernel_linear(solution: LayerSolution, mode: HopperMode | None, unsigned_fr
 def _wants_hopper(solution: LayerSolution, mode: HopperMode | None) -> bool:
     return (
         mode is not None and isinstance(solution, W4A4Solution) and isinstance(solution.plan.precision, Int4)
+    )
+
+
+def _with_dtype(backend: Backend, dtype: torch.dtype) -> Backend:
+    """What the rest computes in is said on a CPU, where it depends on the processor."""
+    if backend.name != "cpu":
+        return backend
+    return replace(
+        backend, reason=f"{backend.reason}; what is not 4-bit in {str(dtype).removeprefix('torch.')}"
     )
 
 
