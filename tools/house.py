@@ -26,7 +26,7 @@ LIMITS = {
     "loose_modules": 4,
     "rooms": 33,  # with metrics/, below recipe/, whose gates speak of every metric; and experimental/
     # One more since rooms take their files from storage/, where each wrote them in its own way
-    "arrows": 231,
+    "arrows": 232,
     "circles": 0,
     # convert and evaluate of the Python API, whose signatures and docstrings take most of it, and the command convert
     "long_functions": 2,

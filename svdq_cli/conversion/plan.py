@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from svdq_cli.conversion.machine_speed import speed_of
+from svdq_cli.conversion.machine_speed import Speed, speed_of
 from svdq_cli.conversion.needs import given_statistics, needs_of, require_blocks_run
 from svdq_cli.conversion.plan_gpu import on_card
 from svdq_cli.conversion.predict import (
@@ -68,12 +68,9 @@ def predict(
     budget = require_search(prepared, needs, lambda: contents_before(prepared, options))
     job = Forecast(prepared, needs, device, options)
     out = Path(recipe.outputs[0].path or "") if recipe.outputs else Path()
-    side_by_side = layer_groups_at_once(device)
-    with torch_threads(1 if side_by_side else torch.get_num_threads()):
-        speed = speed_of(device, compute_dtype(device), existing(out))
-    speed = replace(speed, forward=speed.forward * max(1, side_by_side))  # which has all cores
-    return_freed_memory()  # of measuring: what this process holds now is what a conversion begins with
-    stages = stage_seconds(job, speed, preparing, at_once=max(1, side_by_side))
+    at_once = layer_groups_at_once(device)
+    speed = _measured_speed(device, existing(out), at_once)
+    stages = stage_seconds(job, speed, preparing, at_once=max(1, at_once))
     settings = (prepared.sampling or usual_sampling(prepared.source)).settings
     return PlanReport(
         model=model_facts(prepared, None),
@@ -102,6 +99,14 @@ def predict(
         size_budget=budget,
         gpu=on_card(job, card, settings, speed, preparing=preparing) if card else None,
     )
+
+
+def _measured_speed(device: torch.device, folder: Path, at_once: int) -> Speed:
+    """This machine's, where so many layer groups are solved side by side, each with one thread."""
+    with torch_threads(1 if at_once else torch.get_num_threads()):
+        speed = speed_of(device, compute_dtype(device), folder)
+    return_freed_memory()  # of measuring: what this process holds now is what a conversion begins with
+    return replace(speed, forward=speed.forward * max(1, at_once))  # which has all cores
 
 
 def _output_names(prepared: Prepared, recipe: Recipe) -> tuple[str, ...]:

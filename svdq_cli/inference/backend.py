@@ -65,7 +65,7 @@ def choose_backend(wanted: str, device: torch.device, dtype: torch.dtype) -> Bac
 def with_large_blocks(backend: Backend, device: torch.device) -> Backend:
     """The backend after a card's first use: the trial of the GEMM's large blocks, in seconds, once for a card and a
     version of the kernels. A card on which they fail keeps the blocks before; the reason says so."""
-    if backend.name != "kernels":
+    if backend.name != "kernels" or device.type != "cuda":
         return backend
     found = prove_large_blocks(cuda_device(device))
     if found is None or found.sound:

@@ -35,8 +35,7 @@ MOST_RELAX = 2.0  # of many rounds, the first
 LEAST_GAIN = 0.01  # a round that takes less off the error skips half of those that were to come
 # The first branch need not be exact, and those that follow begin with its basis.
 POWER_ITERATIONS = 1
-# Where inputs are quantized too, their noise grows with what the branch leaves to the codes: these SVDs are finer, and
-# the summed output gains 0.2 dB by it.
+# Where inputs are quantized too, their noise grows with what the branch leaves to the codes: these SVDs are finer.
 ANEW_POWER_ITERATIONS = 2
 
 

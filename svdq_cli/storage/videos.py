@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
-import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from itertools import cycle, islice
@@ -92,4 +92,4 @@ def _encode(path: Path, frames: Sequence[Image], fps: float, sound: Sound | None
                 hint=f"name the output {', '.join(ANIMATED_SUFFIXES)} (animated)",
                 where=str(path),
             ) from error
-        os.replace(named, partial)
+        shutil.copyfile(named, partial)

@@ -9,6 +9,7 @@ import errno
 import json
 import os
 import resource
+import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -148,11 +149,16 @@ def file_size_limit(limit: int) -> Generator[None, None, None]:
     """No file grows beyond so many bytes; a write that would is refused with EFBIG, as on a file system of small files.
     (Python ignores the signal that comes with it.)"""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    kept, sys.dont_write_bytecode = (
+        sys.dont_write_bytecode,
+        True,
+    )  # a module's, cut off, would fail every later import
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        sys.dont_write_bytecode = kept
 
 
 @pytest.mark.parametrize(
