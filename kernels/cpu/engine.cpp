@@ -1,6 +1,6 @@
 // The 4-bit layers on a CPU, as C functions that svdq_cli/cpu/ calls. Compiled once for the instruction set that
 // SVDQ_VECTOR names; layouts.h says what is stored where. Every result has the same bits on every instruction set, for any
-// number of threads, rows and batches.
+// number of threads, rows and batches; attention is there on one of them only.
 #include SVDQ_VECTOR
 
 #include "attention.h"

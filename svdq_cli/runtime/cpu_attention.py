@@ -48,14 +48,6 @@ def attention_bias(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
     return alike.float().contiguous()
 
 
-def attention_reference(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *, scale: float) -> Tensor:
-    """What `torch.ops.svdq.cpu_attention` rounds, in float64: (B, H, M, D) of the same arguments."""
-    scores = scale * (q.double() @ k.double().mT)
-    if bias is not None:
-        scores = scores + bias.double()[:, None, None]
-    return torch.softmax(scores, -1).nan_to_num(0.0) @ v.double()
-
-
 class _EngineAttention(TorchFunctionMode):
     def __torch_function__(
         self,

@@ -77,3 +77,15 @@ def _chain(total: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 def _fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """a * b + c, rounded once, but for double rounding in 2^-29 of cases."""
     return (a.double() * b.double() + c.double()).float()
+
+
+def exact_attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention in float64, (B, H, M, D) of the arguments of `torch.ops.svdq.cpu_attention`, and how far its results
+    may be off: weights and results are rounded to 8 significant bits, by 2^-8 at most each, sums to float32."""
+    scores = scale * (q.double() @ k.double().mT)
+    if bias is not None:
+        scores = scores + bias.double()[:, None, None]
+    weights = torch.softmax(scores, -1).nan_to_num(0.0)  # a row without a key is 0
+    return weights @ v.double(), 2**-7 * (weights @ v.double().abs()) + 1e-5

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from svdq_cli.cpu.engine import engine
 from svdq_cli.pack.cpu_panels import unpack_row_codes, unpack_row_scales
 from svdq_cli.records import (
     Int4,
@@ -20,7 +21,7 @@ from svdq_cli.records import (
     W4A16Plan,
     W4A16Solution,
 )
-from svdq_cli.runtime.cpu_definition import defined_linear, defined_w4a16, quantized_rows
+from svdq_cli.runtime.cpu_definition import defined_linear, defined_w4a16, exact_attention, quantized_rows
 from svdq_cli.runtime.cpu_fused import CpuW4A4Linear, cpu_linear
 from svdq_cli.runtime.kernel_linear import FusedFeedForward
 from svdq_cli.runtime.naive import naive_solution
@@ -52,6 +53,8 @@ def engine_cases(dtype: torch.dtype) -> Iterator[EngineCase]:
                 )
         yield EngineCase("w4a4_gelu_quantize", precision.name, "-", lambda p=precision: _fused(p, dtype))
     yield EngineCase("w4a16_linear", "int4", "-", lambda: _w4a16(dtype))
+    if engine().has_attention:
+        yield EngineCase("attention", "bfloat16", "-", _attention)
 
 
 def _quantize(precision: Precision, dtype: torch.dtype, unsigned_from: int | None) -> float:
@@ -86,6 +89,15 @@ def _w4a16(dtype: torch.dtype) -> float:
     solution = W4A16Solution(plan, codes, scales, -7 * scales, _draw(7, N).to(dtype))
     x = _rows(dtype)[:3]
     return _different(cpu_linear(solution)(x), defined_w4a16(x, solution))
+
+
+def _attention() -> float:
+    """The share of numbers that are further off than their rounding."""
+    q, k, v = (_draw(seed, 1, 2, rows, 40).bfloat16() for seed, rows in ((8, M), (9, N), (10, N)))
+    bias = torch.zeros(1, N).masked_fill_(torch.arange(N) % 5 == 0, -torch.inf)
+    found = torch.ops.svdq.cpu_attention(q, k, v, bias, scale=0.5)
+    wanted, most = exact_attention(q, k, v, bias, scale=0.5)
+    return float((~((found - wanted).abs() <= most)).float().mean())
 
 
 def _solution(precision: Precision, dtype: torch.dtype, *, n: int = N, k: int = K) -> W4A4Solution:

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from svdq_cli.cpu.engine import Engine, engine, lack_of_engine
-from svdq_cli.runtime.cpu_attention import attention_bias, attention_reference, use_engine_attention
+from svdq_cli.runtime.cpu_attention import attention_bias, use_engine_attention
+from svdq_cli.runtime.cpu_definition import exact_attention
 
 pytestmark = pytest.mark.skipif(
     lack_of_engine() is not None or not engine().has_attention,
@@ -50,9 +51,7 @@ def test_attention_is_float64s_but_for_the_rounding_of_weights_and_results(
     q, k, v = _drawn(*shape)
     mask = torch.arange(shape[3])[None, None, None] % 3 != 1 if masked else None
     bias, scale = attention_bias(mask, q, k), shape[-1] ** -0.5
-    wanted = attention_reference(q, k, v, bias, scale=scale)
-    # weights and results are rounded to 8 significant bits, by 2^-8 at most each; 1e-5: float32 sums
-    most = 2**-7 * attention_reference(q, k, v.abs(), bias, scale=scale) + 1e-5
+    wanted, most = exact_attention(q, k, v, bias, scale=scale)
     assert bool(((_attended(q, k, v, mask).double() - wanted).abs() <= most).all())
 
 
