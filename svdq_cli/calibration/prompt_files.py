@@ -11,19 +11,19 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from svdq_cli.calibration.columns import column_of, text_of
 from svdq_cli.calibration.prompt_sets import prompts_by_image
 from svdq_cli.calibration.prompts import dataset_prompts, read_prompts, read_text, refuse_no_prompt
-from svdq_cli.calibration.shards import samples_of
+from svdq_cli.calibration.shards import CAPTION_KINDS, samples_of
 from svdq_cli.errors import InputError, UsageError
 from svdq_cli.storage.images import READ_SUFFIXES
 from svdq_cli.storage.pipeline_index import is_pipeline
 
-CAPTION_SUFFIXES = (".txt", ".caption")  # kohya's trainers write either
+CAPTION_SUFFIXES = tuple(f".{kind}" for kind in CAPTION_KINDS)
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _METADATA = ("metadata.jsonl", "metadata.csv")  # captions of an image folder, as `datasets` reads them
 _DATA_SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".json")
@@ -46,6 +46,7 @@ _ONE_A_LINE = (
     "give a text file with one prompt a line, a table with a column `prompt`, or a folder of captions"
 )
 _MAX_CAPTIONS = 1_000_000
+_NAMED_KINDS = 8  # in an error
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,22 +271,44 @@ def _of_data_set(name: str, column: str | None) -> PromptList:
 
 
 def _of_shards(files: Sequence[Path], column: str | None) -> PromptList:
-    """Captions of webdataset shards: a sample's .txt or .caption, else a key of its .json."""
+    """Captions of webdataset shards: a sample's .txt or another text, else a key of its .json."""
     captions: list[str] = []
     rows: list[Mapping[str, object]] = []
+    kinds: set[str] = set()
     for file in files:
         for sample in samples_of(file):
-            if sample.caption is not None and column is None:
-                captions.append(" ".join(sample.caption.split()))
+            kinds |= sample.texts.keys()
+            if (caption := sample.caption(column)) is not None:
+                captions.append(" ".join(caption.split()))
             elif sample.facts is not None:
                 rows.append(sample.facts)
         if len(captions) + len(rows) > _MAX_CAPTIONS:
             raise _unreadable(file, f"more than {_MAX_CAPTIONS} samples")
-    if captions or not rows:
+    if captions:
         refuse_no_prompt(files[0], [text for text in captions if text])
         return PromptList(tuple(text for text in captions if text), f"captions in {_named(files)}")
+    if not rows:
+        raise _no_caption(files, kinds, column)
     found = _of_rows(files[0], rows, column)
     return PromptList(found.texts, f"{found.origin.partition(' of ')[0]} of {_named(files)}")
+
+
+def _no_caption(files: Sequence[Path], kinds: Collection[str], column: str | None) -> InputError:
+    """`kinds`: of the texts that there are instead."""
+    texts = ", ".join(f".{kind}" for kind in sorted(kinds)[:_NAMED_KINDS])
+    what = (
+        f"no text .{column}"
+        if column
+        else "several texts, none of them called a caption"
+        if kinds
+        else "no text"
+    )
+    cure = (
+        f"name the one that holds the prompts with --prompt-column {min(kinds)}; there is {texts}"
+        if kinds
+        else f"a sample's prompt is a member of its name with .{', .'.join(CAPTION_KINDS)} or .json; or {_ONE_A_LINE}"
+    )
+    return InputError(f"{_named(files)}: its samples have {what}", hint=cure, where=str(files[0]))
 
 
 def _named(files: Sequence[Path]) -> str:

@@ -9,21 +9,32 @@ from __future__ import annotations
 import json
 import tarfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from svdq_cli.calibration.columns import USUAL_COLUMNS
 from svdq_cli.errors import InputError, first_line
 
-_CAPTIONS = ("txt", "caption")
+# What the names of captions end in, the likeliest first; kohya's trainers write the first two
+CAPTION_KINDS = ("txt", "caption", "cap", "prompt", "text")
 _LARGEST = 1 << 20  # bytes of a caption or of a sample's facts; what is larger is no such thing
 
 
 @dataclass(slots=True)
 class Sample:
-    """What a shard says of one image in words."""
+    """What a shard says of one image in words. `texts`: by what follows the sample's name, `txt` or
+    `instruction.txt`."""
 
-    caption: str | None = None  # its .txt or .caption
+    texts: dict[str, str] = field(default_factory=dict[str, str])
     facts: Mapping[str, object] | None = None  # its .json
+
+    def caption(self, column: str | None) -> str | None:
+        """The text that `column` names; without one the likeliest, or the only one there is."""
+        if column is not None:
+            return self.texts.get(column)
+        usual = (*CAPTION_KINDS, *(f"{name}.{kind}" for name in USUAL_COLUMNS for kind in CAPTION_KINDS))
+        found = next((self.texts[kind] for kind in usual if kind in self.texts), None)
+        return next(iter(self.texts.values())) if found is None and len(self.texts) == 1 else found
 
 
 def samples_of(path: Path) -> Iterator[Sample]:
@@ -53,8 +64,8 @@ def _samples(path: Path, shard: tarfile.TarFile) -> Iterator[Sample]:
             yield sample
             sample = Sample()
         key = (folder, stem)
-        if kind in _CAPTIONS:
-            sample.caption = _text(path, shard, member)
+        if kind.rpartition(".")[2] in CAPTION_KINDS:
+            sample.texts[kind] = _text(path, shard, member)
         elif kind == "json":
             sample.facts = _facts(path, shard, member)
     if key is not None:

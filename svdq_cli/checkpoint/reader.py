@@ -30,7 +30,6 @@ from svdq_cli.checkpoint.file_layout import FileLayout, StoredModule, joined_fil
 from svdq_cli.checkpoint.match_layout import Layout, known_layout, lay_out, layers_in_file, marker_names
 from svdq_cli.errors import InputError, UsageError
 from svdq_cli.families import find_family
-from svdq_cli.formats import NAMES
 from svdq_cli.formats.contract import Branch, Format, PackedFacts
 from svdq_cli.formats.headers import (
     COMPONENT,
@@ -58,6 +57,7 @@ from svdq_cli.source import (
     tensor_entry,
 )
 from svdq_cli.source.means import MovedMean, means_by_layer, moved_of_json, without_means
+from svdq_cli.source.quantized import already_quantized, quantizer_of, refuse_quantized
 from svdq_cli.source.tensors import SliceTensor
 from svdq_cli.storage.headers import header_metadata
 from svdq_cli.storage.pipeline_index import is_pipeline
@@ -265,11 +265,7 @@ def _open_component(path: Path, folder: Path, pipeline: Path | None) -> Checkpoi
     config = cast("dict[str, object]", section)
     fmt = folder_format(folder)
     if fmt is None:
-        raise InputError(
-            f"{folder}: quantized by {config.get('quant_method', 'an unknown method')}, which svdq does not read",
-            hint=f"svdq reads {', '.join(NAMES)}",
-            where=str(folder),
-        )
+        raise already_quantized(folder, quantizer_of(config), where=str(folder))
     return _indexed(source, fmt, config)
 
 
@@ -316,6 +312,7 @@ def _open_file(path: Path, base: Path | None, hint: str) -> Checkpoint:
     if lost is not None:
         fmt = lost[0]
     if fmt is None:
+        refuse_quantized(path, tensors)
         raise InputError(
             f"{path}: not a checkpoint of a format that svdq reads",
             hint="give a file that svdq convert wrote, or convert this model with svdq convert",

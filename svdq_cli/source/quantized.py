@@ -51,11 +51,15 @@ SCHEMES = (
     Scheme("Marlin", (r"\.workspace$", r"\.B$", r"\.s$")),
     Scheme("torchao", (r"[._:](weight_)?q?data$", r"[._:](weight_)?scale$")),
 )
+# What `quant_method` says, where the project is known by another name
 _METHOD_NAMES = {
     "nunchaku_lite": "SVDQuant (nunchaku-lite)",
-    "bitsandbytes": "bitsandbytes",
     "gptq": "GPTQ",
     "awq": "AWQ",
+    "hqq": "HQQ",
+    "fp8": "block-scaled FP8",
+    "modelopt": "NVIDIA ModelOpt",
+    "sdnq": "SDNQ",
 }
 _LABEL_BYTES = 1 << 16  # of a layer's `comfy_quant`; ComfyUI's have 100
 _UNREADABLE = "quantization of an unreadable kind"
@@ -79,10 +83,16 @@ def refuse_quantized_config(folder: Path, config: Mapping[str, object]) -> None:
     found = config.get("quantization_config")
     if found is None:
         return
-    method = found.get("quant_method") if isinstance(found, Mapping) else None
-    name = _METHOD_NAMES.get(str(method), str(method or "unknown method"))
+    name = quantizer_of(found)
     hint = _SVDQUANT_HINT if "SVDQuant" in name else _HINT
     raise already_quantized(folder, name, where=str(folder), hint=hint)
+
+
+def quantizer_of(quantization_config: object) -> str:
+    """The name of the quantizer that a config's `quantization_config` speaks of."""
+    said = quantization_config if isinstance(quantization_config, Mapping) else {}
+    method = said.get("quant_method")
+    return _METHOD_NAMES.get(str(method), str(method or "unknown method"))
 
 
 def already_quantized(path: Path, scheme: str, *, where: str, hint: str = _HINT) -> InputError:

@@ -345,6 +345,31 @@ def test_a_shard_whose_captions_are_in_its_json_is_read_by_column(tmp_path: Path
     assert prompts_in(path, column="caption").texts == PROMPTS
 
 
+def test_captions_of_a_shard_are_found_under_other_names(tmp_path: Path):
+    texts = [text.encode() for text in PROMPTS]
+    for kinds in (("cap", "prompt"), ("instruction.txt", "instruction.txt"), ("short.txt", "short.txt")):
+        path = shard(
+            tmp_path / "s.tar",
+            {f"{i}.{k}": text for i, (k, text) in enumerate(zip(kinds, texts, strict=True))},
+        )
+        assert prompts_in(path).texts == PROMPTS
+    edits = {"1.edited_prompt.txt": b"a cat", "1.instruction.txt": texts[0], "2.instruction.txt": texts[1]}
+    assert prompts_in(shard(tmp_path / "s.tar", edits)).texts == PROMPTS
+    assert prompts_in(tmp_path / "s.tar", column="edited_prompt.txt").texts == ("a cat",)
+
+
+def test_a_shard_without_captions_says_what_texts_it_has(tmp_path: Path):
+    path = shard(tmp_path / "s.tar", {"1.long.txt": b"a", "1.ocr.txt": b"b"})
+    with pytest.raises(InputError, match="none of them called a caption") as caught:
+        prompts_in(path)
+    assert "--prompt-column long.txt; there is .long.txt, .ocr.txt" in str(caught.value.hint)
+    with pytest.raises(InputError, match=r"no text \.tags\.txt"):
+        prompts_in(path, column="tags.txt")
+    with pytest.raises(InputError, match="have no text") as caught:
+        prompts_in(shard(path, {"1.jpg": b"jpg"}))
+    assert ".txt, .caption, .cap" in str(caught.value.hint)
+
+
 @pytest.mark.parametrize(
     ("members", "message"),
     [({"1.txt": b"\xff\xfe\x00"}, "not a caption"), ({"1.json": b"{"}, "not readable JSON")],
