@@ -257,6 +257,7 @@ def _open_component(path: Path, folder: Path, pipeline: Path | None) -> Checkpoi
     source = index_component(folder, pipeline=pipeline, component=component)
     section = source.config.get("quantization_config")
     if not isinstance(section, dict):
+        refuse_quantized(folder, source.tensors)
         raise InputError(
             f"{path}: this model is not quantized",
             hint="give a folder that svdq convert wrote; svdq convert makes one from this model",

@@ -41,7 +41,7 @@ from svdq_cli.source.model import (
     source_digest,
     tensor_entry,
 )
-from svdq_cli.source.other_files import refuse_other_components
+from svdq_cli.source.other_files import refuse_exports, refuse_other_components
 from svdq_cli.source.prediction import has_settings, needed_settings, scheduler_config
 from svdq_cli.source.single_file import has_original_names, open_single_file
 from svdq_cli.source.tensors import TensorEntry, is_finite
@@ -115,6 +115,8 @@ def _opened(path: Path, base: Path | None) -> Source:
         return Source(path, None, "transformer", config, MappingProxyType({}))
     if path.is_file() and is_dduf(path):
         return open_dduf(path, base=base)
+    if path.is_file():
+        refuse_exports(path)
     if path.suffix.lower() in _PICKLE_SUFFIXES and path.is_file():
         raise pickled(path)
     if path.is_file():
@@ -148,6 +150,12 @@ def _open_folder(path: Path, base: Path | None) -> Source:
     # A model's own repository, or shards alone: one model under whatever names, in one file or several
     if files := model_files(path):
         return open_single_file(path, base=base, files=files)
+    if gguf := sorted(path.glob("*.gguf")):
+        raise InputError(
+            f"{path}: a folder with {len(gguf)} GGUF file{'s' if len(gguf) > 1 else ''} and no pipeline",
+            hint=f"give the file: {gguf[0]}",
+            where=str(gguf[0]),
+        )
     raise InputError(
         f"{path}: none of {', '.join(INDEXES)} and config.json is in this folder",
         hint="give a diffusers pipeline folder (the one with model_index.json)",

@@ -15,6 +15,7 @@ from svdq_cli.source.classes import shapes_of
 from svdq_cli.source.denoisers import joined
 from svdq_cli.source.headers import Header, read_whole_header
 from svdq_cli.source.model import COMPONENTS, Source
+from svdq_cli.source.other_files import is_openvino_weights, refuse_exports
 from svdq_cli.source.prefixes import find_model, is_wrapped
 from svdq_cli.source.quantized import refuse_quantized_config
 from svdq_cli.source.tensors import StoredTensor
@@ -212,7 +213,8 @@ def header_of_files(files: Sequence[Path]) -> Header:
 
 def weight_files(folder: Path) -> tuple[Path, ...]:
     """The safetensors files of a component folder: one file, the shards its index names, or a whole set of shards
-    without an index. Raises InputError where a shard is missing, or the weights are there in another way only."""
+    without an index. Raises InputError where a shard is missing, or the weights are there in another way only: as a
+    variant, a pickle, or another framework's."""
     for stem in _WEIGHT_NAMES:
         index = folder / f"{stem}{INDEX_SUFFIX}"
         if index.is_file():
@@ -228,8 +230,13 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
             where=str(variants[0]),
             kind="variant-only",
         )
-    if pickles := sorted(file for pattern in _PICKLES for file in folder.glob(pattern)):
+    pickles = sorted(
+        file for pattern in _PICKLES for file in folder.glob(pattern) if not is_openvino_weights(file)
+    )
+    if pickles:
         raise pickled(pickles[0])
+    if folder.is_dir():
+        refuse_exports(folder)
     return ()
 
 

@@ -39,7 +39,8 @@ def read_whole_header(path: Path, *, at: tuple[int, int] | None = None) -> Heade
     `at`: where it begins and how many bytes it has, inside of an archive that stores it as it is.
     """
     header, begin, size = header_json(path, at)
-    metadata = header.pop("__metadata__", {})
+    # MLX writes null where it has none, and safetensors' own reader takes that for none
+    metadata = header.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise damaged(path, "its metadata is not a JSON object of texts")
     entries = {name: _entry(path, name, facts, begin) for name, facts in header.items()}

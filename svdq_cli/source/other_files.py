@@ -60,6 +60,43 @@ def refuse_other_files(path: Path, names: Iterable[str]) -> None:
             )
 
 
+# What models are exported to, by the suffix of a file or folder; none of it are weights that svdq reads
+_EXPORTS = {
+    ".onnx": "an ONNX model",
+    ".xml": "an OpenVINO model",
+    ".engine": "a TensorRT engine",
+    ".plan": "a TensorRT engine",
+    ".trt": "a TensorRT engine",
+    ".mlpackage": "a Core ML model",
+    ".mlmodelc": "a Core ML model",
+    ".mlmodel": "a Core ML model",
+    ".msgpack": "Flax weights",
+    ".h5": "Keras weights",
+    ".tflite": "a LiteRT model",
+    ".npz": "an archive of NumPy arrays, as MLX writes them",
+}
+_EXPORTED = "convert the model it was made from: a diffusers pipeline folder, or a .safetensors or .gguf file"
+_ARRAYS = "save them as safetensors: safetensors.numpy.save_file(dict(numpy.load(FILE)), OUT)"
+
+
+def is_openvino_weights(path: Path) -> bool:
+    """Whether a `.bin` file is the weights of an OpenVINO model, which is next to it, and no pickle."""
+    return path.suffix == ".bin" and path.with_suffix(".xml").is_file()
+
+
+def refuse_exports(path: Path) -> None:
+    """InputError for a model in the format of another framework or runtime: a file, a folder that is one, or a folder
+    that holds one."""
+    for file in (path, *(sorted(path.iterdir()) if path.is_dir() else ())):
+        suffix = ".xml" if is_openvino_weights(file) else file.suffix.lower()
+        if what := _EXPORTS.get(suffix):
+            raise InputError(
+                f"{path}: {what if file == path else f'holds {what} ({file.name})'}, which svdq does not read",
+                hint=_ARRAYS if suffix == ".npz" else _EXPORTED,
+                where=str(file),
+            )
+
+
 _OTHER_CLASSES = (  # of configs, by the start or a part of the class's name
     (re.compile(r"^(Asymmetric)?Autoencoder|^VQModel|VAE|^ConsistencyDecoder"), "an autoencoder"),
     (re.compile(r"ControlNet"), "a ControlNet"),

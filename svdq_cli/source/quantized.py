@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from svdq_cli.errors import InputError
-from svdq_cli.source.tensors import StoredTensor, entry_bytes
+from svdq_cli.source.tensors import TensorEntry, entry_bytes
+from svdq_cli.storage.json_files import read_json
 from svdq_cli.storage.tensor_file import bytes_of
 
 _HINT = "convert the 16-bit model it was made from"
@@ -18,19 +19,32 @@ _SVDQUANT_HINT = f"{_HINT}; svdq export re-packs a finished checkpoint for anoth
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """A quantization scheme, told by keys: every pattern must be found in some key."""
+    """A quantization scheme, told by keys: every pattern must be found in some key; the first one's tensor is stored in
+    one of `dtypes`, where there are any."""
 
     name: str
     patterns: tuple[str, ...]
     hint: str = _HINT
+    dtypes: tuple[str, ...] = ()
+
+    def found_in(self, tensors: Mapping[str, TensorEntry]) -> str | None:
+        """The key that the first pattern is found in, if this is the scheme of a file with these tensors."""
+        first, *others = (re.compile(pattern).search for pattern in self.patterns)
+        if not all(any(map(search, tensors)) for search in others):
+            return None
+        fits = (name for name in tensors if first(name))
+        return next((name for name in fits if not self.dtypes or tensors[name].dtype in self.dtypes), None)
 
 
-# The first that matches is named. Key suffixes are those that each project's own writer uses.
-SCHEMES = (
+# The first that matches is named: SVDQuant, then what ComfyUI's labels say, then the others. Key suffixes are those
+# that each project's own writer uses.
+_SVDQUANT = (
     Scheme(
         "SVDQuant (comfy-kitchen)", (r"\.proj_down$", r"\.smooth_factor$", r"\.comfy_quant$"), _SVDQUANT_HINT
     ),
     Scheme("SVDQuant (nunchaku)", (r"\.qweight$", r"\.wscales$"), _SVDQUANT_HINT),
+)
+_OTHERS = (
     Scheme("GPTQ", (r"\.qweight$", r"\.qzeros$", r"\.g_idx$")),
     Scheme("AWQ", (r"\.qweight$", r"\.qzeros$")),
     Scheme("bitsandbytes NF4", (r"\.quant_state\.bitsandbytes__nf4$",)),
@@ -40,6 +54,8 @@ SCHEMES = (
     Scheme("quanto", (r"\.weight\._data(\._data)?$", r"\.weight\._scale$")),
     Scheme("compressed-tensors", (r"\.weight_packed$",)),
     Scheme("NVFP4", (r"\.weight_scale_2$",)),
+    # powers of two, one for 32 inputs: ModelOpt stores them as bytes
+    Scheme("MXFP8 or MXFP4", (r"\.(weight_scale|scale_weight)$",), dtypes=("U8", "F8_E8M0")),
     Scheme("block-scaled FP8", (r"\.weight_scale_inv$",)),
     Scheme("HQQ", (r"\.W_q$",)),
     Scheme("NVIDIA ModelOpt", (r"_quantizer\._(amax|scale|double_scale|pre_quant_scale)$",)),
@@ -47,7 +63,10 @@ SCHEMES = (
     Scheme("AQLM", (r"\.codebooks$", r"\.codes$")),
     Scheme("VPTQ", (r"\.centroids(\.weight)?$", r"\.indices$")),
     Scheme("HIGGS", (r"\.tables$", r"\.tables2$")),
+    Scheme("NNCF", (r"^__nncf_hooks\.",)),
     Scheme("MLX", (r"\.scales$", r"\.biases$")),
+    # without offsets: its mxfp4, mxfp8 and nvfp4
+    Scheme("MLX", (r"\.weight$", r"\.scales$"), dtypes=("U32",)),
     Scheme("Marlin", (r"\.workspace$", r"\.B$", r"\.s$")),
     Scheme("torchao", (r"[._:](weight_)?q?data$", r"[._:](weight_)?scale$")),
 )
@@ -67,15 +86,19 @@ _UNREADABLE = "quantization of an unreadable kind"
 _FLOAT8_FORMATS = ("float8_e4m3fn", "float8_e5m2")
 
 
-def refuse_quantized(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
+def refuse_quantized(path: Path, tensors: Mapping[str, TensorEntry]) -> None:
     """Raises InputError (kind `already-quantized`) naming the scheme, the file and the cure."""
-    for scheme in SCHEMES:
-        found = [_first_match(pattern, tensors) for pattern in scheme.patterns]
-        if all(found):
-            raise already_quantized(path, scheme.name, where=str(found[0]), hint=scheme.hint)
+    _refuse_schemes(path, tensors, _SVDQUANT)
     for name, entry in tensors.items():
         if name.endswith(".comfy_quant") and (scheme_name := _comfy_format(entry)) not in _FLOAT8_FORMATS:
             raise already_quantized(path, f"ComfyUI {scheme_name}", where=name)
+    _refuse_schemes(path, tensors, _OTHERS)
+
+
+def _refuse_schemes(path: Path, tensors: Mapping[str, TensorEntry], schemes: Iterable[Scheme]) -> None:
+    for scheme in schemes:
+        if found := scheme.found_in(tensors):
+            raise already_quantized(path, scheme.name, where=found, hint=scheme.hint)
 
 
 def refuse_quantized_config(folder: Path, config: Mapping[str, object]) -> None:
@@ -104,12 +127,17 @@ def already_quantized(path: Path, scheme: str, *, where: str, hint: str = _HINT)
     )
 
 
-def _first_match(pattern: str, names: Mapping[str, StoredTensor]) -> str | None:
-    search = re.compile(pattern).search
-    return next((name for name in names if search(name)), None)
+def quantizer_beside(path: Path) -> str | None:
+    """The quantizer that the config next to a weight file, or in a model's folder, speaks of."""
+    file = (path if path.is_dir() else path.parent) / "config.json"
+    try:
+        found = read_json(file).get("quantization_config") if file.is_file() else None
+    except InputError:
+        return None
+    return None if found is None else quantizer_of(found)
 
 
-def _comfy_format(entry: StoredTensor) -> str:
+def _comfy_format(entry: TensorEntry) -> str:
     """What a layer's `comfy_quant` says: JSON text as bytes."""
     if entry_bytes(entry) > _LABEL_BYTES:
         return _UNREADABLE

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from svdq_cli.errors import InputError
 from svdq_cli.source.markers import LAYER_MARKERS
-from svdq_cli.source.quantized import already_quantized, refuse_quantized
+from svdq_cli.source.quantized import already_quantized, quantizer_beside, refuse_quantized
 from svdq_cli.source.tensors import (
     SIXTEEN_BIT_OR_MORE,
     Float8Tensor,
@@ -84,7 +84,7 @@ def upconverted(path: Path, stored: Mapping[str, StoredTensor]) -> Readable:
         else:
             scale = _foreign_scale(name, stored)
             how = f", {scale} goes with it" if scale else ""
-            raise already_quantized(path, f"{name} is stored as {entry.dtype}{how}", where=name)
+            raise _quantized(path, f"{name} is stored as {entry.dtype}{how}", where=name)
     return Readable(tensors, _float8_warning(path, eight), tuple(no_weights))
 
 
@@ -113,9 +113,7 @@ def _scale_of(
         )
     scale = scales[0] if scales else None
     if scale is None and (foreign := _foreign_scale(name, stored)):
-        raise already_quantized(
-            path, f"8-bit floats with scales as {foreign}, which svdq does not read", where=name
-        )
+        raise _quantized(path, f"8-bit floats with scales as {foreign}, which svdq does not read", where=name)
     if scale is None or (
         scale.dtype in (*SIXTEEN_BIT_OR_MORE, "F64") and _is_one_or_per_row(scale.shape, entry.shape)
     ):
@@ -127,6 +125,12 @@ def _scale_of(
         where=name,
         kind="already-quantized",
     )
+
+
+def _quantized(path: Path, how: str, *, where: str) -> InputError:
+    """Refused for how it is stored, by the quantizer that a config beside it names."""
+    quantizer = quantizer_beside(path)
+    return already_quantized(path, f"{quantizer}: {how}" if quantizer else how, where=where)
 
 
 def _foreign_scale(name: str, stored: Mapping[str, StoredTensor]) -> str | None:

@@ -194,6 +194,14 @@ def test_a_16_bit_file_is_no_checkpoint(tiny_flux: Path):
         check(tiny_flux / WEIGHTS)
 
 
+def test_another_quantizer_s_file_is_called_by_its_name(tmp_path: Path):
+    save_file(
+        {"a.weight.absmax": torch.zeros(4), "a.weight.quant_map": torch.zeros(16)}, tmp_path / "b.safetensors"
+    )
+    with pytest.raises(InputError, match=r"already quantized \(bitsandbytes 4-bit\)"):
+        check(tmp_path / "b.safetensors")
+
+
 def test_a_checkpoint_of_another_size_is_refused(smoothed_flux: Path, tmp_path: Path):
     """The header's config and the tensors contradict each other."""
     import json

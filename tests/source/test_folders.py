@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from svdq_cli.cli import run
 from svdq_cli.errors import InputError
 from svdq_cli.source import open_source, read_header, read_tensor, source_digest
 
@@ -129,6 +130,21 @@ def test_a_quantized_model_is_refused_by_name(tiny_flux_copy: Path):
     with pytest.raises(InputError, match="already quantized \\(bitsandbytes\\)") as caught:
         open_source(tiny_flux_copy)
     assert caught.value.kind == "already-quantized"
+
+
+@pytest.mark.parametrize("command", ["inspect", "check", "export --format nunchaku -o out.safetensors"])
+def test_every_command_calls_a_quantized_model_by_its_quantizer(
+    tiny_flux_copy: Path, capsys: pytest.CaptureFixture[str], command: str
+):
+    config = tiny_flux_copy / "transformer/config.json"
+    content = json.loads(config.read_text())
+    config.write_text(json.dumps({**content, "quantization_config": {"quant_method": "modelopt"}}))
+    name, *options = command.split()
+    assert run([name, str(tiny_flux_copy), *options, "--json", "-q"]) == 3
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert error["kind"] == "already-quantized"
+    assert "already quantized (NVIDIA ModelOpt)" in error["message"]
+    assert "convert the 16-bit model" in error["hint"]
 
 
 def test_integer_weights_are_refused_by_dtype(tiny_flux_copy: Path):

@@ -208,3 +208,10 @@ def test_counters_and_float64_are_read_past_and_rounded(
         read_tensor(source, "proj_out.weight"), weights_of(tiny_flux)["proj_out.weight"].float()
     )
     assert "position_ids" in source.warnings[0]
+
+
+def test_a_folder_of_gguf_files_says_which_file_to_give(tmp_path: Path):
+    (tmp_path / "flux1-Q4_K_S.gguf").write_bytes(b"GGUF")
+    with pytest.raises(InputError, match="a folder with 1 GGUF file and no pipeline") as caught:
+        open_source(tmp_path)
+    assert caught.value.hint == f"give the file: {tmp_path / 'flux1-Q4_K_S.gguf'}"

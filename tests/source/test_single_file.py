@@ -248,6 +248,15 @@ SCHEMES: tuple[tuple[str, dict[str, Tensor]], ...] = (
     ("AQLM", {"a.codes": BYTES, "a.codebooks": BYTES, "a.scales": BYTES}),
     ("HIGGS", {"a.weight": WORDS, "a.scales": BYTES, "a.tables": BYTES, "a.tables2": BYTES}),
     ("MLX", {"img_in.weight": WORDS, "img_in.scales": BYTES, "img_in.biases": BYTES}),
+    # its mxfp4, mxfp8 and nvfp4, as mlx 0.32.4 saves them
+    ("MLX", {"img_in.weight": WORDS.to(torch.uint32), "img_in.scales": BYTES}),
+    # ModelOpt 0.47.0 has the powers of two as bytes
+    ("MXFP8 or MXFP4", {"img_in.weight": FLOAT8, "img_in.weight_scale": BYTES}),
+    ("MXFP8 or MXFP4", {"img_in.weight": FLOAT8, "img_in.weight_scale": BYTES.view(torch.float8_e8m0fnu)}),
+    (
+        "NNCF",
+        {"img_in.weight": BYTES.to(torch.int8), "__nncf_hooks.post_hooks.img_in:weight__0.0._scale": FLOAT8},
+    ),
     (
         "8-bit floats with scales as img_in.scale, which svdq does not read",
         {"img_in.weight": FLOAT8, "img_in.scale": FLOAT8.float()},
@@ -274,6 +283,54 @@ def test_a_quantized_file_is_refused_by_name(
     assert f"already quantized ({scheme})" in caught.value.message
     assert (caught.value.kind, caught.value.code) == ("already-quantized", 3)
     assert "16-bit" in str(caught.value.hint)
+
+
+def test_codes_of_no_known_scheme_have_the_name_that_a_config_beside_them_says(
+    tiny_flux: Path, tmp_path: Path
+):
+    """SDNQ's keys are `weight` and `scale`; what packs them is in its config alone."""
+    added = {"img_in.weight": BYTES, "img_in.scale": FLOAT8.float()}
+    file = quantized_file(tiny_flux, tmp_path / "q.safetensors", added)
+    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "sdnq"}}')
+    with pytest.raises(InputError, match=r"already quantized \(SDNQ: img_in\.weight is stored as U8"):
+        open_source(file, base=tiny_flux)
+
+
+def test_metadata_may_be_null(tiny_flux: Path, tmp_path: Path):
+    """As MLX writes it where it has none; safetensors reads it."""
+    file = diffusers_file(tiny_flux, tmp_path / "m.safetensors")
+    length = int.from_bytes(file.read_bytes()[:8], "little")
+    header, data = file.read_bytes()[8 : 8 + length], file.read_bytes()[8 + length :]
+    said = json.dumps({**json.loads(header), "__metadata__": None}).encode()
+    file.write_bytes(len(said).to_bytes(8, "little") + said + data)
+    assert load_file(file).keys() == open_source(file, base=tiny_flux).tensors.keys()
+
+
+@pytest.mark.parametrize(
+    ("names", "what"),
+    [
+        (("model.onnx",), "an ONNX model"),
+        (("openvino_model.xml", "openvino_model.bin"), "an OpenVINO model"),
+        (("unet.plan",), "a TensorRT engine"),
+        (("Unet.mlpackage",), "a Core ML model"),
+        (("diffusion_flax_model.msgpack",), "Flax weights"),
+        (("weights.npz",), "an archive of NumPy arrays"),
+    ],
+)
+def test_a_model_of_another_framework_is_called_that(
+    tiny_flux: Path, tmp_path: Path, names: tuple[str, ...], what: str
+):
+    (tmp_path / "config.json").write_bytes((tiny_flux / "transformer/config.json").read_bytes())
+    for name in names:
+        # first bytes of a pickle that torch saves, and of a zip archive
+        (tmp_path / name).write_bytes(b"PK\x03\x04" + bytes(60))
+        with pytest.raises(InputError, match=f"{name}: {what}, which svdq does not read"):
+            open_source(tmp_path / name)
+    with pytest.raises(InputError, match=f"holds {what}") as caught:
+        open_source(tmp_path)
+    assert ("safetensors.numpy" if "npz" in names[0] else "convert the model it was made from") in str(
+        caught.value.hint
+    )
 
 
 def test_svdq_s_own_output_is_refused_by_name(tiny_flux: Path, tmp_path: Path, from_folder: bytes):
