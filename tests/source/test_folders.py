@@ -132,7 +132,7 @@ def test_a_quantized_model_is_refused_by_name(tiny_flux_copy: Path):
     assert caught.value.kind == "already-quantized"
 
 
-@pytest.mark.parametrize("command", ["inspect", "check", "export --format nunchaku -o out.safetensors"])
+@pytest.mark.parametrize("command", ["inspect", "check", "export --to nunchaku -o out.safetensors"])
 def test_every_command_calls_a_quantized_model_by_its_quantizer(
     tiny_flux_copy: Path, capsys: pytest.CaptureFixture[str], command: str
 ):
