@@ -36,13 +36,24 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
 
 
+def _moved(key: str, section: str) -> str:
+    """The hint of a key that stands in the wrong section."""
+    return (
+        f"put {key!r} into {section!r}"
+        if section
+        else f"put {key!r} at the top of the recipe, outside of sections"
+    )
+
+
 def _problems(details: ErrorDetails) -> list[Problem]:
     location, context = _without_tag(details["loc"]), details.get("ctx", {})
     match details["type"]:
         case "unknown_keys":  # raised by model.Section
             known = cast("list[str]", context["known"])
             keys = cast("list[str]", context["keys"])
-            return [Problem((*location, key), f"unknown key {key!r}", nearest(key, known)) for key in keys]
+            places = cast("dict[str, str]", context.get("elsewhere", {}))
+            hints = {key: _moved(key, places[key]) if key in places else nearest(key, known) for key in keys}
+            return [Problem((*location, key), f"unknown key {key!r}", hints[key]) for key in keys]
         case "missing":
             return [_missing(location)]
         case "at_key":  # raised by a validator that looks at a whole section

@@ -3,7 +3,7 @@ comments of `svdq init` and the descriptions of the JSON Schema."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Annotated, Literal, cast, get_args
 
@@ -106,7 +106,8 @@ class Section(BaseModel):
             unknown = [key for key in given if key not in cls.model_fields]
             if unknown:
                 known = [key for key in cls.model_fields if key not in given]
-                raise PydanticCustomError("unknown_keys", "unknown key", {"keys": unknown, "known": known})
+                context = {"keys": unknown, "known": known, "elsewhere": _places(unknown)}
+                raise PydanticCustomError("unknown_keys", "unknown key", context)
         return cast(object, value)
 
 
@@ -476,6 +477,12 @@ class Recipe(Section):
                 context = {"key": "outputs", "path": path, "hint": "give every output its own path"}
                 raise PydanticCustomError("at_key", "two outputs have the path {path}", context)
         return self
+
+
+def _places(keys: Iterable[str]) -> dict[str, str]:
+    """Where keys of another section belong: `{"rank": "quantization"}`, "" for the top of a recipe."""
+    sections = {"": Recipe, "model": Model, "calibration": Calibration, "quantization": Quantization}
+    return {key: name for key in keys for name, section in sections.items() if key in section.model_fields}
 
 
 def default_recipe(

@@ -96,6 +96,19 @@ def test_a_misspelt_name_is_answered_with_the_nearest_valid_one(old: str, new: s
 
 
 @pytest.mark.parametrize(
+    ("old", "new", "hint"),
+    [
+        ("rank: 32", "modulation: keep", "put 'modulation' at the top of the recipe, outside of sections"),
+        ("steps: 20", "effort: fast", "put 'effort' into 'quantization'"),
+        ("version: 1", "version: 1\nrank: 32", "put 'rank' into 'quantization'"),
+        ("format: nunchaku-lite", "precision: int4", "put 'precision' into 'quantization'"),
+    ],
+)
+def test_a_key_in_the_wrong_section_is_answered_with_its_place(old: str, new: str, hint: str):
+    assert refusal(old, new).hint == hint
+
+
+@pytest.mark.parametrize(
     ("old", "new", "message"),
     [
         ("steps: 20", "steps: twenty", "r.yaml:3: calibration.steps: must be a whole number, not 'twenty'"),
