@@ -59,6 +59,21 @@ def test_every_link_of_a_page_leads_somewhere(page: Path):
         assert (page.parent / target).exists(), target
 
 
+def test_a_docstring_names_modules_that_exist():
+    """`room.module` in a module's docstring is a file of that room."""
+    found = 0
+    for path in PACKAGE.rglob("*.py"):
+        docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        for name in re.findall(r"`([a-z_]+\.[a-z_.]+)`", docstring):
+            room, module = name.split(".")[:2]
+            if not (PACKAGE / room).is_dir():
+                continue
+            found += 1
+            home = PACKAGE / room
+            assert (home / f"{module}.py").exists() or (home / module).is_dir(), f"{path}: {name}"
+    assert found > 10
+
+
 def test_the_table_of_rooms_is_that_of_the_import_contract_and_the_docstrings():
     """After a change: python -m tools.rooms"""
     text = rooms.PAGE.read_text(encoding="utf-8")

@@ -1,8 +1,8 @@
 """LoRA files: whatever trainer wrote them, which layers of a model they change, and by what.
 
-A key that finds no place is an error, never skipped. `adapter_keys` sorts the keys, `adapter_names` knows how layers
-are called, `adapter_configs` what the trainer said next to the file, `adapter_fitting` puts the layers into the model,
-`adapter_changes` reads their numbers.
+A key that finds no place is an error, never skipped. `adapters.keys` sorts the keys, `adapters.names` knows how layers
+are called, `adapters.configs` what the trainer said next to the file, `adapters.fitting` puts the layers into the
+model, `adapters.changes` reads their numbers.
 """
 
 from __future__ import annotations

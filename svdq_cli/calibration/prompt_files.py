@@ -36,14 +36,14 @@ _OTHER_SUFFIXES = {
     **{suffix: "settings" for suffix in (".toml", ".ini", ".cfg")},
 }
 _CURES = {
-    "an image": "write what to generate as text, one prompt a line; images to edit are the recipe's `image`",
-    "a model or a LoRA": "LoRAs are named with --lora; write the prompts as text, one a line",
+    "an image": "write what to generate as text, one prompt per line; images to edit are the recipe's `image`",
+    "a model or a LoRA": "LoRAs are named with --lora; write the prompts as text, one per line",
     "a spreadsheet": "save it as CSV, with a column `prompt`",
-    "settings": "write the prompts as text, one a line; image size and steps are options (--width, --height, --steps)",
+    "settings": "write prompts as text, one per line; image size and steps are options (--width, --height, --steps)",
     "an archive": "unpack it, and give the file or folder inside",
 }
 _ONE_A_LINE = (
-    "give a text file with one prompt a line, a table with a column `prompt`, or a folder of captions"
+    "give a text file with one prompt per line, a table with a column `prompt`, or a folder of captions"
 )
 _MAX_CAPTIONS = 1_000_000
 _NAMED_KINDS = 8  # in an error
@@ -91,11 +91,11 @@ def prompts_in(path: Path, *, column: str | None = None) -> PromptList:
 def _of_lines(path: Path, column: str | None) -> PromptList:
     if column is not None:
         raise UsageError(
-            f"--prompt-column {column}: {path} is a list, one prompt a line, and has no columns",
+            f"--prompt-column {column}: {path} is a list, one prompt per line, and has no columns",
             hint="leave --prompt-column out, or give a .csv, .tsv, .json, .jsonl or .parquet file",
             where="--prompt-column",
         )
-    return PromptList(read_prompts(path), f"{path}, one a line")
+    return PromptList(read_prompts(path), f"{path}, one per line")
 
 
 def _of_yaml(path: Path, column: str | None) -> PromptList:

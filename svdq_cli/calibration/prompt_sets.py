@@ -78,7 +78,7 @@ def _fetched(repository: str, file: str) -> Path:
     except ImportError as error:
         raise EnvironmentLacksError(
             f"{repository} comes from the Hub, but huggingface_hub is not installed",
-            hint="pip install huggingface_hub, or give a text file with one prompt a line",
+            hint="pip install huggingface_hub, or give a text file with one prompt per line",
         ) from error
     try:
         return Path(hf_hub_download(repository, file, repo_type="dataset"))
@@ -95,6 +95,6 @@ def _fetched(repository: str, file: str) -> Path:
 def _unreadable(path: Path, why: str) -> InputError:
     return InputError(
         f"{path}: not a list of prompts: {why}",
-        hint="download the data set again, or give a text file with one prompt a line",
+        hint="download the data set again, or give a text file with one prompt per line",
         where=str(path),
     )

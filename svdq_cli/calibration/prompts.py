@@ -30,19 +30,19 @@ def read_text(path: Path) -> str:
     except FileNotFoundError:
         raise InputError(
             f"{path}: no such prompt file",
-            hint="give a text file with one prompt a line; calib_prompts/ holds ready ones",
+            hint="give a text file with one prompt per line; calib_prompts/ holds ready ones",
             where=str(path),
         ) from None
     except UnicodeDecodeError as error:
         raise InputError(
             f"{path}: not UTF-8 text (byte {error.start})",
-            hint="save the file as UTF-8 text: one prompt a line, or a .csv, .json or .jsonl file",
+            hint="save the file as UTF-8 text: one prompt per line, or a .csv, .json or .jsonl file",
             where=str(path),
         ) from None
     except OSError as error:
         raise InputError(
             f"{path}: can't be read ({error.strerror})",
-            hint="give a readable text file with one prompt a line",
+            hint="give a readable text file with one prompt per line",
             where=str(path),
         ) from None
 
@@ -63,7 +63,7 @@ def refuse_no_prompt(path: Path, prompts: Sequence[str]) -> None:
     if not prompts:
         raise InputError(
             f"{path}: holds no prompt",
-            hint="write one prompt a line; blank lines and lines that start with '#' are skipped",
+            hint="write one prompt per line; blank lines and lines that start with '#' are skipped",
             where=str(path),
         )
     for number, prompt in enumerate(prompts, 1):
@@ -81,7 +81,7 @@ def _prompt_lines(path: Path, text: str) -> Iterator[str]:
         if wrong := _not_a_prompt(prompt):
             raise InputError(
                 f"{path}:{number}: {wrong}",
-                hint="write one prompt a line, in plain text",
+                hint="write one prompt per line, in plain text",
                 where=f"{path}:{number}",
             )
         yield prompt
@@ -194,7 +194,7 @@ def _datasets_library() -> Any:
     except ImportError as error:
         raise EnvironmentLacksError(
             "prompts from a data set need the `datasets` library",
-            hint="pip install datasets, or give a text file with one prompt a line",
+            hint="pip install datasets, or give a text file with one prompt per line",
         ) from error
     return datasets
 

@@ -136,7 +136,9 @@ def _usage_errors() -> Any:
 
 def _usage_hint(error: object) -> str:
     context = getattr(error, "ctx", None)
-    return f"{context.command_path if context else 'svdq'} --help shows the options"
+    if context is None or context.parent is None:
+        return "svdq --help shows the commands"
+    return f"{context.command_path} --help shows the options"
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

@@ -118,7 +118,7 @@ Prompts = Annotated[
     str | None,
     typer.Option(
         metavar="FILE|FOLDER|NAME",
-        help="Prompts: .txt (one a line), .csv, .tsv, .json, .jsonl, .parquet or .tar (webdataset), a folder of "
+        help="Prompts: .txt (one per line), .csv, .tsv, .json, .jsonl, .parquet or .tar (webdataset), a folder of "
         "captions next to images, or MJHQ-30K, sDCI or PartiPrompts from the Hub.",
         rich_help_panel="Prompts and sampling",
     ),

@@ -1,7 +1,7 @@
 """`--plan --gpu NAME`: whether converting and generating fit a card that this machine need not have, and how long.
 
-Nothing here was measured on a GPU. Memory is counted as `predicting` counts it; times are the conversion's counts of
-operations at what NVIDIA publishes of the card, of which a range of shares is reached.
+Nothing here was measured on a GPU. Memory is counted as `conversion.predict` counts it; times are the conversion's
+counts of operations at what NVIDIA publishes of the card, of which a range of shares is reached.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """What a conversion will take of time, memory and disk, before a weight is read.
 
-Counts come from the plan (`solve.costs`, `tokens`), rates from this machine (`speed`). Nothing here reads weights.
+Counts come from the plan (`solve.costs`, `sampling.token_counts`), rates from this machine
+(`conversion.machine_speed`). Nothing here reads weights.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ from svdq_cli.prepare.defaults import evaluation_recipe
 from svdq_cli.prepare.locate import DEMO_SOURCES, locate_source
 from svdq_cli.prepare.options import DEFAULT_OPTIONS, RunOptions
 from svdq_cli.recipe import Calibration, Output, default_recipe, with_overrides
-from svdq_cli.records import Observer, ignore_events
+from svdq_cli.records import Event, Observer, ignore_events
 from svdq_cli.reports import ConvertReport, Summary, json_text
 from svdq_cli.storage.atomic import disk_errors, refuse_existing, whole_folder, write_text
 from svdq_cli.storage.images import write_image
@@ -55,6 +55,10 @@ _PAGE_TITLE = "svdq demo"
 _PAGE_LEAD = (
     "The embedded model, a small trained FLUX.1-class pipeline, converted to 4 bits and compared "
     "with the 16-bit original on prompts used neither for training nor for calibration."
+)
+_PAGE_NEXT = (
+    "look at the images below, worst images first; then convert a model of yours: "
+    "svdq convert MODEL --prompts calib_prompts/general.txt -o OUT"
 )
 
 
@@ -157,6 +161,7 @@ def _one_source(source: str, folder: Path, options: RunOptions, observe: Observe
     """Convert, generate images and evaluate. `budget`: bytes of the page for images."""
     folder.mkdir(parents=True)
     made = _conversions(source, folder, options, observe)
+    observe(Event("note", source, detail="compare the images of the 16-bit and the converted models"))
     judged = with_overrides(
         evaluation_recipe(open_checkpoint(folder / "int4"), source), {"calibration.samples": EVAL_PROMPTS}
     )
@@ -185,7 +190,8 @@ def _one_source(source: str, folder: Path, options: RunOptions, observe: Observe
         budget=budget,
         page_folder=folder.parent,
     )
-    return _Told(_rows(source, found, made), section)
+    # what the evaluation says next is how to upload the checkpoint, which nobody wants of a demo
+    return _Told(_rows(source, found, made), replace(section, next=_PAGE_NEXT))
 
 
 def _conversions(
@@ -195,9 +201,12 @@ def _conversions(
     recipe = with_overrides(
         default_recipe(source, calibration=Calibration()), {"quantization.rank": DEMO_RANK}
     )
+    observe(Event("note", source, detail="calibrate, once for both conversions"))
     calibrate(recipe, folder / "calibration", options=options, observe=observe)
-    return {
-        precision: convert(
+    made = {}
+    for precision in ("int4", NVFP4):
+        observe(Event("note", source, detail=f"convert to {precision}"))
+        made[precision] = convert(
             with_overrides(
                 recipe,
                 {"quantization.precision": precision, "outputs": [Output(path=str(folder / precision))]},
@@ -207,8 +216,7 @@ def _conversions(
             options=options,
             observe=observe,
         )
-        for precision in ("int4", NVFP4)
-    }
+    return made
 
 
 def _with_nvfp4(found: Evaluation, checkpoint: Path, observe: Observer) -> Evaluation:

@@ -38,14 +38,14 @@ def find_prompts(path: str | Path, beside: Path | None) -> Path:
     if _reads_like_a_prompt(str(path)):
         raise InputError(
             f"no prompt file {str(path)!r}: this looks like a prompt, but a prompt file is expected",
-            hint=f"save it in a text file, one prompt a line, and give that file, {ships}",
+            hint=f"save it in a text file, one prompt per line, and give that file, {ships}",
             where=str(path),
             kind="not-found",
         )
     hub = "; a data set on the Hub also needs --prompt-column" if _HUB_ID.fullmatch(str(path)) else ""
     raise InputError(
         f"no prompt file {str(path)!r} (looked in: {looked})",
-        hint=f"give a text file with one prompt a line, a table, a folder of captions, {ships}{hub}",
+        hint=f"give a text file with one prompt per line, a table, a folder of captions, {ships}{hub}",
         where=str(path),
         kind="not-found",
     )

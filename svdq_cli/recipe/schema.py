@@ -181,7 +181,7 @@ class Calibration(Section):
     """Prompts for which the 16-bit model generates images, to record its activations."""
 
     prompts: Prompts | None = None
-    """A text file with one prompt a line, or {dataset, config, split, column}; one that fits the model when absent."""
+    """A text file with a prompt per line, or {dataset, config, split, column}; one that fits the model when absent."""
     samples: Count | None = None
     """Number of prompts; 64 when absent, 96 for models with few steps."""
     steps: Count | None = None

@@ -1,7 +1,8 @@
 """What is stored in another type than the 16 and 32 bit floats that svdq works with, and how it is read.
 
-8-bit floats are found their scale, if they have one, and up-converted; 64-bit ones are rounded to 32. Integers are
-counters and positions next to the weights, which are left out, or the codes of a quantizer, which are refused.
+The scale of 8-bit floats is found here, if they have one, and multiplied in when rows are read
+(`source.tensors.Float8Tensor`); 64-bit floats are rounded to 32 bits. Integers are counters and positions next to the
+weights, which are left out, or the codes of a quantizer, which are refused.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ PROMPTS = ("a red circle, on white", "a blue square")
 @pytest.mark.parametrize(
     ("name", "content", "origin"),
     [
-        ("p.txt", "# by hand\na red circle, on white\n\na blue square\n", "one a line"),
+        ("p.txt", "# by hand\na red circle, on white\n\na blue square\n", "one per line"),
         ("p.csv", 'prompt,seed\n"a red circle, on white",1\na blue square,2\n', "column prompt of"),
         (
             "p.csv",
@@ -122,8 +122,8 @@ def test_captions_without_their_images_and_an_image_folder_s_metadata(tmp_path: 
         ("p.csv", "title,year\nx,1\n", "no column is named prompt", "title, year"),
         ("p.csv", 'prompt\n"a red circle\n', "can't be read", "fix the file"),
         ("p.csv", "prompt,prompt\na,b\n", "two columns are called 'prompt'", "fix the file"),
-        ("p.csv", "prompt\n\n", "holds no prompt", "one prompt a line"),
-        ("p.csv", "", "holds no prompt", "one prompt a line"),
+        ("p.csv", "prompt\n\n", "holds no prompt", "one prompt per line"),
+        ("p.csv", "", "holds no prompt", "one prompt per line"),
         ("p.json", "{", "can't be read", "fix the file"),
         ("p.json", "3", "int instead of a list", "fix the file"),
         ("p.json", "[" * 100_000, "can't be read", "fix the file"),
@@ -133,11 +133,11 @@ def test_captions_without_their_images_and_an_image_folder_s_metadata(tmp_path: 
         ("p.jsonl", '{"prompt": "a"}\n"b"\n', "entry 2 is str", "fix the file"),
         ("p.jsonl", '{"prompt": "a"}\n{"text": "b"}\n', "entry 2 has no 'prompt'", "fix the file"),
         ("p.json", json.dumps(["x" * 30_000]), "30000 characters", "plain text"),
-        ("circle.png", "", "an image, not a file of prompts", "one prompt a line"),
+        ("circle.png", "", "an image, not a file of prompts", "one prompt per line"),
         ("style.safetensors", "", "a model or a LoRA", "--lora"),
         ("p.xlsx", "", "a spreadsheet", "CSV"),
         ("p.jsonl.zst", "", "an archive", "unpack it"),
-        ("p.toml", "[prompt]\nwidth = 512\n", "settings, not a file of prompts", "one a line"),
+        ("p.toml", "[prompt]\nwidth = 512\n", "settings, not a file of prompts", "one per line"),
         ("recipe.yaml", "version: 1\nmodel: {source: demo}\n", "a recipe, not", "svdq convert"),
     ],
 )

@@ -48,8 +48,8 @@ def demo(console: Console, report: DemoReport) -> None:
     if w4a4:
         slowest, fastest = min(row.ratio for row in w4a4), max(row.ratio for row in w4a4)
         console.print(
-            f"Layer speed on {report.bench.device.name} ({report.bench.device.backend} backend): "
-            f"{slowest:.2f} to {fastest:.2f} times that of {w4a4[0].baseline}; svdq bench shows more."
+            f"Speed of 4-bit layers on {report.bench.device.name} ({report.bench.device.backend} backend), roughly: "
+            f"{slowest:.2f} to {fastest:.2f} times that of {w4a4[0].baseline}; svdq bench measures it."
         )
     for grid in report.grids:
         console.print(f"images: {grid}")
