@@ -44,7 +44,7 @@ from svdq_cli.prepare.sampling import Sampling
 from svdq_cli.recipe import Recipe
 from svdq_cli.records import ModelPlan, Observer, ignore_events
 from svdq_cli.reports import CalibrateReport
-from svdq_cli.source import source_digest
+from svdq_cli.source import components_digest, source_digest
 from svdq_cli.storage.atomic import refuse_existing, require_disk
 from svdq_cli.storage.output_paths import require_places
 from svdq_cli.system.machine import resolve_device
@@ -251,6 +251,7 @@ def _identity(calibration_run: CalibrationRun, options: RunOptions) -> Identity:
         "model sha256": calibration_run.facts.source_sha256,
         "calibration": {
             "prompts sha256": calibration_run.facts.prompts_sha256,
+            "pipeline sha256": components_digest(calibration_run.prepared.source),
             "rows": calibration_run.rows,
             **settings_json(calibration_run.settings),
         },

@@ -62,7 +62,7 @@ from svdq_cli.prepare.sources import source_of
 from svdq_cli.recipe import Recipe, embedded, resolved
 from svdq_cli.records import Event, LayerReport, LayerSolution, Observer, ignore_events
 from svdq_cli.reports import BlockSearch, ConvertReport, ConvertSeconds
-from svdq_cli.source import file_sha256, source_digest
+from svdq_cli.source import components_digest, file_sha256, source_digest
 from svdq_cli.storage.atomic import refuse_existing, remove_leftovers, require_disk
 from svdq_cli.storage.output_paths import name_warnings, require_name, require_places
 from svdq_cli.system.allocator import return_freed_memory
@@ -305,9 +305,13 @@ def _calibration_identity(job: Job) -> Mapping[str, object] | None:
 
 
 def _sampling_identity(job: Job, sampling: Sampling) -> Mapping[str, object]:
-    """The prompts and sampling settings of the calibration images."""
+    """The prompts, other components and sampling settings of the calibration images."""
     prompts = prompts_of(job.prepared, job.options, ignore_events)
-    return {"prompts sha256": prompts_digest(prompts.texts), **settings_json(sampling.settings)}
+    return {
+        "prompts sha256": prompts_digest(prompts.texts),
+        "pipeline sha256": components_digest(job.prepared.source),
+        **settings_json(sampling.settings),
+    }
 
 
 def _batch_count(job: Job) -> int:

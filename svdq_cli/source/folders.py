@@ -3,6 +3,8 @@ component (`config.json` next to its weights)."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import stat
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -13,8 +15,8 @@ from typing import cast
 from svdq_cli.errors import InputError
 from svdq_cli.source.classes import shapes_of
 from svdq_cli.source.denoisers import joined
-from svdq_cli.source.headers import Header, read_whole_header
-from svdq_cli.source.model import COMPONENTS, Source
+from svdq_cli.source.headers import Header, file_sha256, read_whole_header
+from svdq_cli.source.model import COMPONENTS, Source, described_config
 from svdq_cli.source.other_files import is_openvino_weights, refuse_exports
 from svdq_cli.source.prefixes import find_model, is_wrapped
 from svdq_cli.source.quantized import refuse_quantized_config
@@ -29,6 +31,8 @@ INDEX_SUFFIX = ".safetensors.index.json"
 _SHARD = re.compile(r"-(\d{1,6})-of-(\d{1,6})\.safetensors$")
 # What pipelines call their denoisers: transformer, transformer_2, unet, unconditional_transformer.
 _DENOISER = re.compile(r"([a-z]+_)?(transformer|unet)(_\d+)?")
+_SETTINGS = (".json", ".txt", ".model", ".jinja")
+_LARGEST_SETTINGS = 64 * 2**20  # bytes; the largest tokenizer.json in use has 33 million
 _PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth")
 
 
@@ -127,6 +131,19 @@ def component_files(pipeline: Path, *, skip: Collection[str]) -> Iterator[Path]:
         folder = pipeline / name
         if name not in skip and not name.startswith("_") and folder.is_dir():
             yield from _plain_files(folder)
+
+
+def components_digest(source: Source) -> str | None:
+    """sha256 of what a pipeline's other components bring to its images: the scheduler's settings, configs and
+    tokenizers as they are, weights by their sizes. None for a source without a pipeline."""
+    if source.pipeline is None:
+        return None
+    digest = hashlib.sha256(json.dumps(described_config(source.scheduler), sort_keys=True).encode())
+    for file in sorted(component_files(source.pipeline, skip=source.components)):
+        size = file.stat().st_size
+        content = file_sha256(file) if file.suffix in _SETTINGS and size <= _LARGEST_SETTINGS else size
+        digest.update(f"{file.relative_to(source.pipeline).as_posix()} {content}\n".encode())
+    return digest.hexdigest()
 
 
 def _plain_files(folder: Path) -> Iterator[Path]:

@@ -532,6 +532,24 @@ def test_work_is_not_gone_on_with_for_other_prompts_in_a_file_of_the_same_name(
         convert(recipe, tmp_path / "out", calibration=tmp_path / "calib", options=RESUME)
 
 
+def test_a_calibration_is_not_gone_on_with_for_another_schedule(
+    tiny_flux_copy: Path, prompts: Path, tmp_path: Path
+):
+    """The scheduler lies beside the model, and what it is set to decides what the model is fed."""
+    recipe = best_recipe(tiny_flux_copy, prompts)
+
+    def stop(event: Event) -> None:
+        if event.stage == "calibrate" and event.kind == "advance":
+            raise Terminated
+
+    with pytest.raises(InterruptedRunError):
+        calibrate(recipe, tmp_path / "calib", options=CPU, observe=stop)
+    file = tiny_flux_copy / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "shift": 5.0}))
+    with pytest.raises(UsageError, match=r"calibration\.pipeline sha256: "):
+        calibrate(recipe, tmp_path / "calib", options=RESUME)
+
+
 def test_statistics_of_a_run_that_is_refused_late_serve_the_next_one_as_the_error_says(tmp_path: Path):
     folder = tmp_path / ".out.work"
 
