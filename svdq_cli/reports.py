@@ -455,6 +455,9 @@ class InspectLayer:
     role: Literal["w4a4", "w4a8", "w4a16", "kept"]
     rank: int | None
     input: str | None = None  # the layer whose input it shares (itself, where it is alone); None where kept
+    kept_because: str | None = (
+        None  # why it stays at 16 bits; None where it does not, or where a checkpoint is silent
+    )
 
 
 @dataclass(frozen=True, slots=True)

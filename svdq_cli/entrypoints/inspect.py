@@ -6,7 +6,7 @@ from pathlib import Path
 
 from svdq_cli.checkpoint.check_encoders import four_bit_encoders, stored_facts
 from svdq_cli.checkpoint.reader import open_checkpoint
-from svdq_cli.prepare.facts import encoders_planned, inspect_layer, predicted_sizes, sizes_of
+from svdq_cli.prepare.facts import encoders_planned, inspect_layer, predicted_sizes, sizes_of, why_kept
 from svdq_cli.prepare.options import DEFAULT_OPTIONS, RunOptions
 from svdq_cli.prepare.plan_warnings import plan_warnings
 from svdq_cli.prepare.prepare import Prepared, prepare
@@ -33,7 +33,8 @@ def inspect_prepared(prepared: Prepared) -> InspectReport:
         rank=int(quantization.rank),
         parameters=prepared.plan.parameters,
         layers=tuple(
-            inspect_layer(linear, planned.get(linear.name), input_of) for linear in prepared.inventory.linears
+            inspect_layer(linear, planned.get(linear.name), input_of, why_kept(prepared.plan, linear.name))
+            for linear in prepared.inventory.linears
         ),
         bytes=predicted_sizes(prepared),
         provenance=None,

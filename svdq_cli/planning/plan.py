@@ -51,6 +51,8 @@ __all__ = [
 ]
 
 
+BY_RULE = "a rule of the recipe keeps it"
+
 # What the layers of each denoiser read, by component; None where no forward pass showed it
 Readings = Mapping[str, Mapping[str, Reading] | None]
 
@@ -84,9 +86,15 @@ def plan_model(
         readings = watch_denoisers(source, family)
     roles = _roles(source, family, readings)
     unmodulated = sorted(roles.w4a16) if keeps_modulation else []
-    roles = _with_rules(_without(roles, unmodulated), inventory, overrides)
+    before = _without(roles, unmodulated)
+    roles = _with_rules(before, inventory, overrides)
     exceptions = [rule for rule in overrides if isinstance(rule, RankOverride | KeepOverride)]
-    because = {**dict.fromkeys(unmodulated, "the recipe keeps modulation"), **roles.kept}
+    skipped = before.quantized - roles.quantized
+    because = {
+        **dict.fromkeys(unmodulated, "the recipe keeps modulation"),
+        **dict.fromkeys(skipped, BY_RULE),
+        **roles.kept,
+    }
     decided = _decided(inventory, roles, exceptions, because, rank, precision, scheme, supports)
     if not decided.layers:
         raise _nothing_fits(str(source.path), known, decided.unsupported)
@@ -166,7 +174,7 @@ def _decided(
             wanted, refusal = expert, None
         if refusal:
             decided.unsupported.append(f"{linear.name}: {refusal}")
-        kept_by_rule = "a rule of the recipe keeps it" if isinstance(override, KeepOverride) else None
+        kept_by_rule = BY_RULE if isinstance(override, KeepOverride) else None
         reason = refusal or kept_by_rule
         if wanted is not None and reason is None:
             decided.layers.append(wanted)

@@ -52,6 +52,10 @@ class Roles:
     kept: Mapping[str, str] = field(default_factory=dict[str, str])  # layers of blocks, and why they stay
     by_names: bool = False  # no forward pass showed them, nor does a family file
 
+    @property
+    def quantized(self) -> frozenset[str]:
+        return self.w4a4 | self.w4a16
+
 
 def structural_roles(inventory: Inventory, readings: Mapping[str, Reading] | None) -> Roles:
     """Roles of every layer by structure. `readings` None: no forward pass could be run.

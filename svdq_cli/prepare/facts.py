@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 
 from svdq_cli.checkpoint.text_encoders import EncoderPlan
+from svdq_cli.planning.structure import STRUCTURAL
 from svdq_cli.prepare.prepare import Prepared
 from svdq_cli.records import (
     LayerPlan,
@@ -126,12 +127,25 @@ def search_facts(reports: list[LayerReport], blocks: Mapping[str, BlockSearch]) 
 
 
 def inspect_layer(
-    linear: Linear, plan: LayerPlan | None, input_of: Mapping[str, str] | None = None
+    linear: Linear, plan: LayerPlan | None, input_of: Mapping[str, str] | None = None, why: str | None = None
 ) -> InspectLayer:
-    """`input_of`: the name of the shared input of every quantized layer, where a plan knows it."""
+    """`input_of`: the name of the shared input of every quantized layer, where a plan knows it. `why`: it is kept."""
     rank = plan.rank if isinstance(plan, W4A4Plan) else None
     shared = (input_of or {}).get(linear.name)
-    return InspectLayer(linear.name, linear.in_features, linear.out_features, _role(plan), rank, shared)
+    role = _role(plan)
+    kept_because = why if role == "kept" else None
+    return InspectLayer(
+        linear.name, linear.in_features, linear.out_features, role, rank, shared, kept_because
+    )
+
+
+def why_kept(plan: ModelPlan, name: str) -> str:
+    """Why a layer of the plan stays at 16 bits."""
+    if reason := plan.kept_because.get(name):
+        return reason
+    if plan.family == STRUCTURAL:
+        return "its place in the model's structure"
+    return f"a rule of family {plan.family} keeps it"
 
 
 def _role(plan: LayerPlan | None) -> Literal["w4a4", "w4a8", "w4a16", "kept"]:

@@ -173,7 +173,8 @@ def test_inspect_shows_a_source_and_a_checkpoint(
     source = said(capsys)
     assert source["kind"] == "source"
     assert source["provenance"] is None
-    assert source["layers"][0].keys() == {"name", "in", "out", "role", "rank", "input"}
+    keys = {"name", "in", "out", "role", "rank", "input", "kept_because"}
+    assert source["layers"][0].keys() == keys
     assert run(["inspect", str(converted), "--json"]) == 0
     made = said(capsys)
     assert (made["kind"], made["format"]) == ("checkpoint", "nunchaku-lite")

@@ -52,8 +52,8 @@ KEYS = {
     "export": f"{{command, layers, {OUTPUTS}, schema, seconds, source_format, status, warnings[]}}",
     "generate": "{audio_seconds, backend, command, fps, frames, height, path, schema, seconds, status, width}",
     "inspect": "{bytes{input, output, ratio}, class, command, family, format, kind, "
-    "layers[]{in, input, name, out, rank, role}, parameters, precision, provenance{}, rank, read_as, schema, status, "
-    "text_encoders{}, warnings[]}",
+    "layers[]{in, input, kept_because, name, out, rank, role}, parameters, precision, provenance{}, rank, read_as, "
+    "schema, status, text_encoders{}, warnings[]}",
     "plan": "{bytes{input, output, ratio}, command, disk_bytes, effort, gpu{basis, convert{fits, peak_bytes, seconds}, "
     f"generate{{fits, fits_with_offload, offload_peak_bytes, peak_bytes}}, memory_bytes, name}}, {LAYERS}, {MODEL}, "
     f"precision, prompts{{available, read_from, used}}, ram_bytes, {RANK}, read_as, recipe{{}}, "

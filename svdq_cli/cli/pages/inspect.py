@@ -53,7 +53,8 @@ def recipes(console: Console, report: RecipesReport, verbose: bool) -> None:
 def _every_layer(report: InspectReport) -> Table:
     table = _table("role", "rank", "in", "out", "layer")
     for layer in report.layers:
-        table.add_row(*_figures(layer), Text(layer.name))
+        why = f": {layer.kept_because}" if layer.kept_because else ""
+        table.add_row(*_figures(layer), Text(layer.name).append(why, style="dim"))
     return table
 
 
