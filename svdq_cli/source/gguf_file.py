@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from svdq_cli.errors import EnvironmentLacksError, InputError
+from svdq_cli.source.classes import shapes_of
 from svdq_cli.source.model import Source
 from svdq_cli.source.single_file import source_of_file
+from svdq_cli.source.tensors import TensorEntry
 from svdq_cli.source.upconverted import Readable, is_no_weight
 from svdq_cli.storage.headers import damaged
 from svdq_cli.storage.tensor_file import DTYPE_OF_NAME
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 _PLAIN = {name: DTYPE_OF_NAME[name] for name in ("F32", "F16", "BF16", "F64")}
 _SIXTEEN_BIT = ("F16", "BF16")
 _WHOLE_NUMBERS = ("I8", "I16", "I32", "I64")
+_CONVOLUTION_3D = 5  # axes
 _ORIGINAL_SHAPE = "comfy.gguf.orig_shape."  # of tensors that were reshaped to fit a quantization block
 
 
@@ -72,7 +75,20 @@ def open_gguf(path: Path, *, base: Path | None = None) -> Source:
         stored.name: GgufTensor(path, stored.name, _shape(reader, stored), stored.tensor_type.name)
         for stored in reader.tensors
     }
-    return source_of_file(path, tensors, _dequantized, base=base, kind="GGUF")
+    source = source_of_file(path, tensors, _dequantized, base=base, kind="GGUF")
+    wanted = shapes_of(source.config, where=str(path))
+    unfolded = {name: _unfolded(entry, wanted.get(name)) for name, entry in source.tensors.items()}
+    return replace(source, tensors=unfolded)
+
+
+def _unfolded(entry: TensorEntry, wanted: tuple[int, ...] | None) -> TensorEntry:
+    """A tensor with the axes that its model's has. stable-diffusion.cpp writes no first axis of 1; and of a 3D
+    convolution, which has an axis more than GGUF knows, the first two as one."""
+    if wanted is None or not isinstance(entry, GgufTensor):
+        return entry
+    with_ones = (1,) * (len(wanted) - len(entry.shape)) + entry.shape
+    folded = (wanted[0] * wanted[1], *wanted[2:]) if len(wanted) == _CONVOLUTION_3D else None
+    return replace(entry, shape=wanted) if wanted == with_ones or entry.shape == folded else entry
 
 
 def _dequantized(path: Path, stored: Mapping[str, GgufTensor]) -> Readable:

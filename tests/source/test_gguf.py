@@ -17,9 +17,10 @@ from svdq_cli.conversion.convert import convert
 from svdq_cli.errors import EnvironmentLacksError, InputError
 from svdq_cli.recipe import default_recipe, with_overrides
 from svdq_cli.source import open_source, read_tensor, source_digest
-from svdq_cli.source.original_names import FLUX1
+from svdq_cli.source.original_names import FLUX1, NAMINGS
 from tests.source.originals import original_state
 from tests.source.test_single_file import weights_of
+from tests.tiny_families import tiny_pipeline
 
 Kind = GGMLQuantizationType
 
@@ -208,6 +209,39 @@ def test_counters_and_float64_are_read_past_and_rounded(
         read_tensor(source, "proj_out.weight"), weights_of(tiny_flux)["proj_out.weight"].float()
     )
     assert "position_ids" in source.warnings[0]
+
+
+def as_ggml_has_it(tensor: Tensor) -> Tensor:
+    """Without first axes of 1, and of five axes the first two as one: what stable-diffusion.cpp writes."""
+    if tensor.ndim == 5:
+        return tensor.flatten(0, 1)
+    while tensor.ndim > 1 and tensor.shape[0] == 1:
+        tensor = tensor[0]
+    return tensor
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("z-image", "x_pad_token"),
+        ("sd3", "pos_embed.pos_embed"),
+        ("wan", "blocks.0.scale_shift_table"),
+        ("wan", "patch_embedding.weight"),
+    ],
+)
+def test_axes_that_stable_diffusion_cpp_drops_or_folds_are_there_again(
+    tmp_path: Path, family: str, name: str
+):
+    """ComfyUI-GGUF #379 and #136, SGLang #38904: other readers take the file for another model."""
+    base = tiny_pipeline(family, tmp_path / "base")
+    state = weights_of(base)
+    naming = next((n for n in NAMINGS if n.model_class == open_source(base).config["_class_name"]), None)
+    assert naming is not None
+    stored = {key: as_ggml_has_it(value) for key, value in original_state(naming, state).items()}
+    source = open_source(gguf_file(stored, tmp_path / "m.gguf", Kind.F16), base=base)
+    assert source.tensors[name].shape == tuple(state[name].shape)
+    assert torch.equal(read_tensor(source, name), state[name].half().to(read_tensor(source, name).dtype))
+    assert source.tensors.keys() == state.keys()
 
 
 def test_a_folder_of_gguf_files_says_which_file_to_give(tmp_path: Path):

@@ -22,7 +22,7 @@ def _qwen_rest(facts: Facts) -> Facts | None:
 
 
 def _sd3_facts(tensors: Shapes) -> Facts:
-    positions = size(tensors, "pos_embed.pos_embed", 1)
+    positions = size(tensors, "pos_embed.pos_embed", -2)  # GGUF drops the first axis, which is 1
     dual = block_numbers([n for n in tensors if ".attn2." in n], "transformer_blocks.{}")
     hidden = size(tensors, "context_embedder.weight", 0)
     return {

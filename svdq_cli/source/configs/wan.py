@@ -12,12 +12,14 @@ _HEAD = 128  # width of a head in every published model
 
 
 def _wan_facts(tensors: Shapes) -> Facts:
-    patch = list(tensors[_PATCHES].shape[2:]) if _PATCHES in tensors else []
+    # A convolution (N, C, T, H, W), of which GGUF folds the first two axes
+    shape = tensors[_PATCHES].shape if _PATCHES in tensors else ()
+    patch, hidden = list(shape[-3:]), size(tensors, "blocks.0.attn1.to_q.weight", 0)
     return {
         "patch_size": patch,
-        "num_attention_heads": size(tensors, _PATCHES, 0) // _HEAD,
+        "num_attention_heads": hidden // _HEAD,
         "attention_head_dim": _HEAD,
-        "in_channels": size(tensors, _PATCHES, 1),
+        "in_channels": math.prod(shape[:-3]) // max(hidden, 1),
         "out_channels": size(tensors, "proj_out.weight", 0) // math.prod(patch or [1]),
         "text_dim": size(tensors, "condition_embedder.text_embedder.linear_1.weight", 1),
         "freq_dim": size(tensors, "condition_embedder.time_embedder.linear_1.weight", 1),
@@ -27,7 +29,7 @@ def _wan_facts(tensors: Shapes) -> Facts:
         "qk_norm": "rms_norm_across_heads" if "blocks.0.attn1.norm_q.weight" in tensors else None,
         "image_dim": size(tensors, f"{_IMAGE}.norm1.weight", 0) or None,
         "added_kv_proj_dim": size(tensors, "blocks.0.attn2.add_k_proj.weight", 1) or None,
-        "pos_embed_seq_len": size(tensors, f"{_IMAGE}.pos_embed", 1) or None,
+        "pos_embed_seq_len": size(tensors, f"{_IMAGE}.pos_embed", -2) or None,
     }
 
 
