@@ -311,8 +311,8 @@ def _speed_table(found: Evaluation, ways: Sequence[Variant], facts: Mapping[str,
             for title, taken in seconds.items()
             if taken
         ],
-        f"Backend: {backend.name} ({backend.reason}). Measured while the images were generated, without warm-up or "
-        "repetition; svdq bench measures speed. The "
+        f"Backend: {backend.name} ({backend.reason}). Times are taken while the images are generated, without warm-up "
+        "or repetition, and include whatever else the machine does; svdq bench measures speed. The "
         "reference backend computes what the 4-bit runtimes compute, but not at their speed.",
     )
 
