@@ -15,7 +15,7 @@ TORCH ?= torch==2.13.0
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench bench-convert bench-quality bench-peers comfy-core comfy-layers check-cpu bench-peers-cpu kernel-report findings runtimes classes pipelines wheel
+.PHONY: help setup demo test lint bench bench-convert bench-quality bench-peers comfy-core comfy-layers check-cpu bench-peers-cpu kernel-report findings runtimes compatibility classes pipelines wheel
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -85,6 +85,9 @@ pipelines: $(STAMP) ## every class converted, every tiny pipeline from calibrati
 
 runtimes: $(STAMP) ## files of svdq in vLLM-Omni's and SGLang's own loaders, from their wheels (ten minutes, 6 GB)
 	$(BIN)/python -m tools.runtimes
+
+compatibility: $(STAMP) ## other libraries' models read by svdq, and how they round: tables of docs/compatibility.md (ten minutes, 3 GB)
+	$(BIN)/python -m tools.compatibility
 
 findings: ## the surprises about other software in findings/, each with pinned packages of its own (half an hour)
 	@failed=0; for script in findings/*.sh; do echo "== $$script"; sh "$$script" || failed=1; done; exit $$failed

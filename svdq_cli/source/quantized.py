@@ -82,6 +82,7 @@ _METHOD_NAMES = {
 }
 _LABEL_BYTES = 1 << 16  # of a layer's `comfy_quant`; ComfyUI's have 100
 _UNREADABLE = "quantization of an unreadable kind"
+_UNNAMED = "layers of an unnamed format"  # as nodes that know their own files write them
 # of ComfyUI's per-layer `comfy_quant`: svdq reads these two
 _FLOAT8_FORMATS = ("float8_e4m3fn", "float8_e5m2")
 
@@ -145,4 +146,4 @@ def _comfy_format(entry: TensorEntry) -> str:
         said = json.loads(bytes_of(entry.read()).numpy().tobytes())
     except (ValueError, RecursionError):
         return _UNREADABLE
-    return str(said.get("format")) if isinstance(said, dict) else _UNREADABLE
+    return str(said.get("format") or _UNNAMED) if isinstance(said, dict) else _UNREADABLE

@@ -134,3 +134,46 @@ def test_a_lokr_of_flux_2_s_fused_attention_is_taken_apart(flux2: Source, tmp_pa
     tensors = {f"{theirs}.lokr_w1": w1, f"{theirs}.lokr_w2": w2, f"{theirs}.alpha": torch.tensor(1e9)}
     expected = dict(zip(names, torch.kron(w1, w2).chunk(3), strict=True))
     require(changes(flux2, tmp_path / "lokr.safetensors", tensors), expected)
+
+
+def test_a_lora_of_z_image_s_modulation_with_an_alpha_merges(z_image: Source, tmp_path: Path):
+    name = "layers.0.adaLN_modulation.0"
+    tensors, change = kohya(f"diffusion_model.{name}", *z_image.tensors[f"{name}.weight"].shape, seed=0)
+    require(changes(z_image, tmp_path / "lora.safetensors", tensors), {f"{name}.weight": change})
+
+
+def test_a_lokr_of_flux_2_s_feed_forward_in_simpletuner_s_names_merges(flux2: Source, tmp_path: Path):
+    rows, columns = flux2.tensors["transformer_blocks.0.ff.linear_in.weight"].shape
+    w1, w2 = normal(4, 4, seed=0), normal(rows // 4, columns // 4, seed=1)
+    theirs = "lycoris_transformer_blocks_0_ff_linear_in"
+    tensors = {f"{theirs}.lokr_w1": w1, f"{theirs}.lokr_w2": w2, f"{theirs}.alpha": torch.tensor(1.0)}
+    expected = {"transformer_blocks.0.ff.linear_in.weight": torch.kron(w1, w2)}
+    require(changes(flux2, tmp_path / "lokr.safetensors", tensors), expected)
+
+
+def test_a_lora_of_flux_2_in_ai_toolkit_s_names_merges(flux2: Source, tmp_path: Path):
+    names = [f"transformer_blocks.0.attn.to_{part}.weight" for part in "qkv"]
+    rows, columns = flux2.tensors[names[0]].shape
+    down, up = normal(RANK, columns, seed=0), normal(3 * rows, RANK, seed=1)
+    theirs = "diffusion_model.double_blocks.0.img_attn.qkv"
+    tensors = {f"{theirs}.lora_A.weight": down, f"{theirs}.lora_B.weight": up}
+    expected = dict(zip(names, (up @ down).chunk(3), strict=True))
+    require(changes(flux2, tmp_path / "lora.safetensors", tensors), expected)
+
+
+@pytest.mark.parametrize(
+    "theirs",
+    [
+        "transformer.transformer_blocks.0.attn.to_q",
+        "transformer_blocks.0.attn.to_q",
+        "lora_transformer_transformer_blocks_0_attn_to_q",
+        "lora_unet_transformer_blocks_0_attn_to_q",
+    ],
+)
+def test_every_form_that_onetrainer_saves_merges(tiny_flux: Path, tmp_path: Path, theirs: str):
+    """diffusers' own names with kohya's endings, too, which diffusers did not read; trained embeddings are left out."""
+    source = open_source(tiny_flux)
+    name = "transformer_blocks.0.attn.to_q.weight"
+    tensors, change = kohya(theirs, *source.tensors[name].shape, seed=0)
+    tensors["bundle_emb.token.clip_l"] = normal(2, 8, seed=2)
+    require(changes(source, tmp_path / "lora.safetensors", tensors), {name: change})

@@ -244,6 +244,23 @@ def test_axes_that_stable_diffusion_cpp_drops_or_folds_are_there_again(
     assert source.tensors.keys() == state.keys()
 
 
+def test_a_tensor_that_a_converter_reshaped_has_the_shape_that_the_file_says(
+    tiny_flux: Path, tmp_path: Path, bfl_state: dict[str, Tensor]
+):
+    """InvokeAI #9537: ComfyUI's converter makes rows of 256 of what does not divide into blocks."""
+    writer = GGUFWriter(str(tmp_path / "m.gguf"), "flux")
+    for name, tensor in bfl_state.items():
+        stored = tensor.reshape(-1, 256) if name == "img_in.weight" else tensor
+        writer.add_tensor(name, stored.float().numpy())
+    writer.add_array("comfy.gguf.orig_shape.img_in.weight", list(bfl_state["img_in.weight"].shape))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    source = open_source(tmp_path / "m.gguf", base=tiny_flux)
+    assert torch.equal(read_tensor(source, "x_embedder.weight"), bfl_state["img_in.weight"].float())
+
+
 def test_a_folder_of_gguf_files_says_which_file_to_give(tmp_path: Path):
     (tmp_path / "flux1-Q4_K_S.gguf").write_bytes(b"GGUF")
     with pytest.raises(InputError, match="a folder with 1 GGUF file and no pipeline") as caught:

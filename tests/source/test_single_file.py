@@ -269,6 +269,10 @@ SCHEMES: tuple[tuple[str, dict[str, Tensor]], ...] = (
         "ComfyUI mxfp8",
         {"img_in.comfy_quant": torch.frombuffer(bytearray(b'{"format": "mxfp8"}'), dtype=torch.uint8)},
     ),
+    (
+        "ComfyUI layers of an unnamed format",
+        {"img_in.comfy_quant": torch.frombuffer(bytearray(b'{"convrot": true}'), dtype=torch.uint8)},
+    ),
     ("img_in.weight is stored as I8", {"img_in.weight": BYTES.to(torch.int8)}),
 )
 
