@@ -29,7 +29,7 @@ from svdq_cli.adapters.names import (
     untouched_components,
 )
 from svdq_cli.errors import InputError
-from svdq_cli.source.headers import Header, read_whole_header
+from svdq_cli.source.headers import Header, is_gguf, read_whole_header
 from svdq_cli.source.tensors import StoredTensor
 
 # Where a model reads its image; what was trained on more channels (control, inpainting) is wider here, and only here
@@ -80,6 +80,8 @@ def read_adapter(path: Path, model: ModelShapes) -> Adapter:
     Raises InputError: damaged, an adapter of another kind, made for another model, or with keys that have no place.
     """
     file = adapter_file(path)
+    if is_gguf(file):
+        raise refused(file, "a GGUF file, not safetensors", "give the LoRA as it was trained", str(file))
     header = read_whole_header(file)
     trained = config_in_header(file, header.metadata) or config_beside(
         file, named_by_peft=any(key.startswith("base_model.model.") for key in header.tensors)

@@ -22,8 +22,10 @@ from svdq_cli.calibration.shards import CAPTION_KINDS, samples_of
 from svdq_cli.errors import InputError, UsageError
 from svdq_cli.storage.images import READ_SUFFIXES
 from svdq_cli.storage.pipeline_index import is_pipeline
+from svdq_cli.storage.videos import VIDEO_SUFFIXES
 
 CAPTION_SUFFIXES = tuple(f".{kind}" for kind in CAPTION_KINDS)
+_CAPTIONED_SUFFIXES = {*READ_SUFFIXES, *VIDEO_SUFFIXES, ".avi", ".webm"}
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _METADATA = ("metadata.jsonl", "metadata.csv")  # captions of an image folder, as `datasets` reads them
 _DATA_SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".json")
@@ -33,12 +35,14 @@ _OTHER_SUFFIXES = {
     **{suffix: "a model or a LoRA" for suffix in _WEIGHT_SUFFIXES},
     **{suffix: "a spreadsheet" for suffix in (".xlsx", ".xls", ".ods")},
     **{suffix: "an archive" for suffix in (".zip", ".gz", ".7z", ".arrow", ".zst", ".xz", ".bz2")},
+    **{suffix: "a document" for suffix in (".rtf", ".docx", ".doc", ".odt", ".pdf")},
     **{suffix: "settings" for suffix in (".toml", ".ini", ".cfg")},
 }
 _CURES = {
     "an image": "write what to generate as text, one prompt per line; images to edit are the recipe's `image`",
     "a model or a LoRA": "LoRAs are named with --lora; write the prompts as text, one per line",
     "a spreadsheet": "save it as CSV, with a column `prompt`",
+    "a document": "save it as plain text, one prompt per line",
     "settings": "write prompts as text, one per line; image size and steps are options (--width, --height, --steps)",
     "an archive": "unpack it, and give the file or folder inside",
 }
@@ -201,6 +205,7 @@ def _of_json(path: Path, column: str | None) -> PromptList:
 
 
 def _of_object(path: Path, content: Mapping[str, object], column: str | None) -> PromptList:
+    _refuse_workflow(path, content)
     lists = {name: value for name, value in content.items() if isinstance(value, list)}
     if lists:  # {"prompt": [...]}
         chosen = column_of(path, list(lists), column)
@@ -214,6 +219,15 @@ def _of_object(path: Path, content: Mapping[str, object], column: str | None) ->
     if not entries or len(entries) < len(content):
         raise _unreadable(path, "an object that is neither columns nor prompts by image")
     return _of_rows(path, entries, column)
+
+
+def _refuse_workflow(path: Path, content: Mapping[str, object]) -> None:
+    """InputError for ComfyUI's two forms of a workflow, for its API and for its pages."""
+    nodes = [node for node in content.values() if isinstance(node, dict)]
+    if ("links" in content and "nodes" in content) or (nodes and all("class_type" in node for node in nodes)):
+        raise InputError(
+            f"{path}: a ComfyUI workflow, not a file of prompts", hint=_ONE_A_LINE, where=str(path)
+        )
 
 
 def _of_values(path: Path, values: Iterable[object], column: str | None) -> PromptList:
@@ -246,7 +260,7 @@ def _of_folder(folder: Path, column: str | None) -> PromptList:
     files = sorted(file for file in folder.rglob("*") if file.is_file() and not _is_hidden(file, folder))
     if files and all(file.suffix.lower() == ".tar" for file in files):
         return _of_shards(files, column)
-    images = {file.with_suffix("") for file in files if file.suffix.lower() in READ_SUFFIXES}
+    images = {file.with_suffix("") for file in files if file.suffix.lower() in _CAPTIONED_SUFFIXES}
     captions = [file for file in files if file.suffix.lower() in CAPTION_SUFFIXES]
     if column is None and captions:
         if images:

@@ -19,6 +19,7 @@ from svdq_cli.recipe import user_path
 from svdq_cli.records import Event, Observer, ignore_events
 
 # kohya's prompt files say how to sample in the line itself: "a house --n blurry --w 768 --h 512 --s 28"
+_SAVED_TO_DISK = "state.json"  # what `Dataset.save_to_disk` writes into its folder
 _SAMPLING = re.compile(r"\s--(?:[a-z]|[a-z][a-z])\s+\S.*$")
 MAX_PROMPT = 20_000  # characters; text encoders read some 500 tokens, about 2000 characters
 
@@ -207,6 +208,8 @@ def _open_rows(library: Any, name_or_path: str, *, config: str | None, split: st
                 f"{path}: no such data set file", hint="check the path of the data set", where=name_or_path
             )
         return library.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
+    if (path / _SAVED_TO_DISK).is_file():
+        return library.load_from_disk(str(path)).to_iterable_dataset()
     source = str(path) if path.is_dir() else name_or_path
     found = library.load_dataset(source, config, split=split, streaming=True)
     return found if split is not None else _only_split(found, name_or_path)

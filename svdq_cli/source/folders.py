@@ -28,7 +28,7 @@ from svdq_cli.storage.pipeline_index import INDEXES, index_file
 
 _WEIGHT_NAMES = ("diffusion_pytorch_model", "model")
 INDEX_SUFFIX = ".safetensors.index.json"
-_SHARD = re.compile(r"-(\d{1,6})-of-(\d{1,6})\.safetensors$")
+_SHARD = re.compile(r"-(\d{1,6})-of-(\d{1,6})\.(?:safetensors|gguf)$")
 # What pipelines call their denoisers: transformer, transformer_2, unet, unconditional_transformer.
 _DENOISER = re.compile(r"([a-z]+_)?(transformer|unet)(_\d+)?")
 _SETTINGS = (".json", ".txt", ".model", ".jinja")
@@ -305,9 +305,10 @@ def model_files(folder: Path) -> tuple[Path, ...]:
 
 
 def one_shard(path: Path, number: int, total: int) -> InputError:
+    joined = "join them with llama.cpp's `llama-gguf-split --merge`, and give the result"
     return InputError(
         f"{path}: shard {number} of {total}: only a part of a model",
-        hint=f"give the folder with all {total} shards: {path.parent}",
+        hint=joined if path.suffix == ".gguf" else f"give the folder with all {total} shards: {path.parent}",
         where=str(path),
         kind="one-shard",
     )

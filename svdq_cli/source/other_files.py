@@ -25,7 +25,7 @@ OTHER_FILES = (
     OtherFile(
         "a LoRA",
         re.compile(
-            r"[._]lora\d?[._](A|B|up|down)\b|\.lora_linear_layer\.|\.hada_w1_a|\.lokr_w1|\.oft_blocks"
+            r"[._]lora\d?[._](A|B|up|down)\b|\.lora_linear_layer\.|\.hada_w1_a|\.lokr_w1|\.oft_blocks|\.lora_[ab]$"
         ),
         "give the model it belongs to, and this file with --lora FILE:WEIGHT",
     ),
@@ -38,6 +38,11 @@ OTHER_FILES = (
         "a text encoder",
         re.compile(r"^(encoder\.block\.0\.layer\.|(text_model\.)?embeddings\.token_|model\.embed_tokens\.)"),
         _PART,
+    ),
+    OtherFile(
+        "a text encoder or another part of a language model (llama.cpp's names)",
+        re.compile(r"^(token_embd\.|(v\.|a\.|enc\.|dec\.)?blk\.\d+\.|mm\.\d+\.)"),
+        "give the diffusion model; text encoders come from the pipeline folder given with --base",
     ),
     OtherFile(
         "a ControlNet",
@@ -73,7 +78,7 @@ _EXPORTS = {
     ".msgpack": "Flax weights",
     ".h5": "Keras weights",
     ".tflite": "a LiteRT model",
-    ".npz": "an archive of NumPy arrays, as MLX writes them",
+    ".npz": "an archive of NumPy arrays",
 }
 _EXPORTED = "convert the model it was made from: a diffusers pipeline folder, or a .safetensors or .gguf file"
 _ARRAYS = "save them as safetensors: safetensors.numpy.save_file(dict(numpy.load(FILE)), OUT)"

@@ -510,6 +510,12 @@ def test_other_kinds_of_adapters_are_refused_by_name(tiny_flux: Path, tmp_path: 
     assert kind in refused(tiny_flux, tmp_path / "l.safetensors", tensors).message
 
 
+def test_a_lora_in_a_gguf_file_is_refused_by_name(tiny_flux: Path, tmp_path: Path):
+    (tmp_path / "l.gguf").write_bytes(b"GGUF" + bytes(60))
+    with pytest.raises(InputError, match="a GGUF file, not safetensors"):
+        merge_loras(open_source(tiny_flux), [(tmp_path / "l.gguf", 1.0)])
+
+
 def test_a_missing_lora_file_is_named(tiny_flux: Path, tmp_path: Path):
     with pytest.raises(InputError, match="no such LoRA file") as caught:
         merge_loras(open_source(tiny_flux), [(tmp_path / "none.safetensors", 1.0)])

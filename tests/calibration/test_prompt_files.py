@@ -93,6 +93,20 @@ def test_a_folder_of_captions_as_trainers_keep_them(tmp_path: Path):
     assert found.origin == f"captions in {tmp_path}; 1 images have none"
 
 
+def test_captions_of_videos_may_have_several_lines(tmp_path: Path):
+    for name, text in zip("ab", PROMPTS, strict=True):
+        (tmp_path / f"{name}.mp4").touch()
+        (tmp_path / f"{name}.txt").write_text(text.replace(" ", "\n", 1))
+    assert prompts_in(tmp_path).texts == PROMPTS
+
+
+def test_a_data_set_that_was_saved_to_disk_is_read(tmp_path: Path):
+    import datasets
+
+    datasets.Dataset.from_dict({"prompt": list(PROMPTS), "id": [1, 2]}).save_to_disk(tmp_path / "saved")
+    assert prompts_in(tmp_path / "saved").texts == PROMPTS
+
+
 def test_captions_without_their_images_and_an_image_folder_s_metadata(tmp_path: Path):
     (tmp_path / "captions").mkdir()
     for name, text in zip("ab", PROMPTS, strict=True):
@@ -137,6 +151,9 @@ def test_captions_without_their_images_and_an_image_folder_s_metadata(tmp_path: 
         ("style.safetensors", "", "a model or a LoRA", "--lora"),
         ("p.xlsx", "", "a spreadsheet", "CSV"),
         ("p.jsonl.zst", "", "an archive", "unpack it"),
+        ("p.rtf", "", "a document, not a file of prompts", "plain text"),
+        ("w.json", '{"6": {"class_type": "CLIPTextEncode"}}', "a ComfyUI workflow", "one prompt per line"),
+        ("w.json", '{"nodes": [{"id": 6}], "links": []}', "a ComfyUI workflow", "one prompt per line"),
         ("p.toml", "[prompt]\nwidth = 512\n", "settings, not a file of prompts", "one per line"),
         ("recipe.yaml", "version: 1\nmodel: {source: demo}\n", "a recipe, not", "svdq convert"),
     ],

@@ -261,6 +261,29 @@ def test_a_tensor_that_a_converter_reshaped_has_the_shape_that_the_file_says(
     assert torch.equal(read_tensor(source, "x_embedder.weight"), bfl_state["img_in.weight"].float())
 
 
+@pytest.mark.parametrize(
+    ("key", "what"),
+    [
+        ("token_embd.weight", "a text encoder or another part of a language model"),
+        ("enc.blk.0.attn_q.weight", "a text encoder or another part of a language model"),
+        ("double_blocks.0.img_attn.proj.weight.lora_a", "a LoRA"),
+    ],
+)
+def test_a_gguf_file_of_another_kind_is_called_that(tmp_path: Path, key: str, what: str):
+    file = gguf_file({key: torch.zeros(4, 32)}, tmp_path / "m.gguf", Kind.F16)
+    with pytest.raises(InputError, match=f"m.gguf: {what}.*, not a diffusion model"):
+        open_source(file)
+
+
+def test_a_shard_of_a_gguf_file_says_how_to_join_them(tmp_path: Path):
+    file = tmp_path / "wan-00002-of-00003.gguf"
+    file.write_bytes(b"GGUF")
+    with pytest.raises(InputError, match="shard 2 of 3") as caught:
+        open_source(file)
+    assert caught.value.kind == "one-shard"
+    assert "llama-gguf-split --merge" in str(caught.value.hint)
+
+
 def test_a_folder_of_gguf_files_says_which_file_to_give(tmp_path: Path):
     (tmp_path / "flux1-Q4_K_S.gguf").write_bytes(b"GGUF")
     with pytest.raises(InputError, match="a folder with 1 GGUF file and no pipeline") as caught:
