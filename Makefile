@@ -77,10 +77,10 @@ bench-peers-cpu: $(STAMP) ## the CPU engine beside ggml's Q4_0 and Q8_0 (builds 
 kernel-report: $(STAMP) ## the CUDA kernels' main loops, counted in machine code: no GPU (a minute)
 	$(BIN)/python -m tools.kernel_report
 
-classes: $(STAMP) ## what becomes of every transformer that diffusers has, with the results of make pipelines: docs/families/classes.md (three minutes)
+classes: $(STAMP) ## what becomes of every transformer that diffusers has, with the results of make pipelines: docs/families/classes.md (five minutes)
 	$(BIN)/python -m tools.model_classes
 
-pipelines: $(STAMP) ## every class converted, every tiny pipeline from calibration to an image (nightly; half an hour)
+pipelines: $(STAMP) ## every class converted, every tiny pipeline from calibration to an image, into the same page (nightly; half an hour)
 	$(BIN)/python -m tools.class_conversions
 
 runtimes: $(STAMP) ## files of svdq in vLLM-Omni's and SGLang's own loaders, from their wheels (ten minutes, 6 GB)

@@ -91,7 +91,7 @@ def tiny_flux_transformer(
     return model
 
 
-def tiny_vae(levels: int = 2) -> AutoencoderKL:
+def tiny_vae(levels: int = 2, *, channels: int = LATENT_CHANNELS) -> AutoencoderKL:
     """One latent has 2^(levels - 1) pixels on each side."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * levels,
@@ -99,7 +99,7 @@ def tiny_vae(levels: int = 2) -> AutoencoderKL:
         block_out_channels=(16,) * levels,
         norm_num_groups=8,
         layers_per_block=1,
-        latent_channels=LATENT_CHANNELS,
+        latent_channels=channels,
         sample_size=32,
         use_quant_conv=False,
         use_post_quant_conv=False,

@@ -16,19 +16,12 @@ from pathlib import Path
 
 import diffusers
 import torch
-from tokenizers import pre_tokenizers
 from torch import nn
 from transformers import (
     CLIPTextModelWithProjection,
-    Gemma2Config,
-    Gemma2Model,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3ForCausalLM,
-    UMT5Config,
-    UMT5EncoderModel,
 )
 
 from tests.tiny import (
@@ -41,9 +34,16 @@ from tests.tiny import (
     tiny_t5,
     tiny_vae,
 )
-
-WIDTH = 128  # hidden size of the denoisers
-_CHAT = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+from tests.tiny_parts import (
+    WIDTH,
+    byte_tokenizer,
+    flux2_vae,
+    qwen2_5_vl,
+    qwen_image_vae,
+    tiny_gemma2,
+    tiny_umt5,
+    wan_vae,
+)
 
 
 def tiny_pipeline(family: str, folder: Path, *, seed: int = 0) -> Path:
@@ -154,20 +154,7 @@ def tiny_sana(**config: object) -> diffusers.SanaPipeline:
     tokenizer = byte_tokenizer()
     return diffusers.SanaPipeline(
         tokenizer=tokenizer,
-        text_encoder=Gemma2Model(
-            Gemma2Config(
-                vocab_size=len(tokenizer),
-                hidden_size=TEXT_WIDTH,
-                intermediate_size=64,
-                num_hidden_layers=1,
-                num_attention_heads=2,
-                num_key_value_heads=2,
-                head_dim=16,
-                pad_token_id=tokenizer.pad_token_id,
-                bos_token_id=None,
-                eos_token_id=None,
-            )
-        ),
+        text_encoder=tiny_gemma2(tokenizer, layers=1),
         vae=diffusers.AutoencoderDC(
             latent_channels=LATENT_CHANNELS,
             attention_head_dim=2,
@@ -236,36 +223,8 @@ def tiny_qwen_image(*, zero_cond_t: bool = False) -> diffusers.QwenImagePipeline
     tokenizer = byte_tokenizer()
     return diffusers.QwenImagePipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
-        vae=diffusers.AutoencoderKLQwenImage(
-            base_dim=8,
-            z_dim=LATENT_CHANNELS,
-            dim_mult=[1, 1],
-            num_res_blocks=1,
-            temperal_downsample=[False],
-            latents_mean=[0.0] * LATENT_CHANNELS,
-            latents_std=[1.0] * LATENT_CHANNELS,
-        ),
-        text_encoder=Qwen2_5_VLForConditionalGeneration(
-            Qwen2_5_VLConfig(
-                text_config={
-                    "vocab_size": len(tokenizer),
-                    "hidden_size": TEXT_WIDTH,
-                    "intermediate_size": 64,
-                    "num_hidden_layers": 1,
-                    "num_attention_heads": 2,
-                    "num_key_value_heads": 2,
-                    "rope_scaling": {"type": "mrope", "mrope_section": [8, 12, 12]},
-                },
-                vision_config={
-                    "depth": 1,
-                    "hidden_size": 32,
-                    "intermediate_size": 32,
-                    "num_heads": 2,
-                    "out_hidden_size": TEXT_WIDTH,
-                    "fullatt_block_indexes": [0],
-                },
-            )
-        ),
+        vae=qwen_image_vae(),
+        text_encoder=qwen2_5_vl(tokenizer),
         tokenizer=tokenizer,
         transformer=diffusers.QwenImageTransformer2DModel(
             in_channels=4 * LATENT_CHANNELS,
@@ -307,16 +266,7 @@ def tiny_flux2() -> diffusers.Flux2KleinPipeline:
     encoder = _qwen3(tokenizer, layers=27, width=32)
     return diffusers.Flux2KleinPipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
-        vae=diffusers.AutoencoderKLFlux2(
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            block_out_channels=(16, 16),
-            layers_per_block=1,
-            latent_channels=LATENT_CHANNELS,
-            norm_num_groups=8,
-            sample_size=32,
-            mid_block_add_attention=False,
-        ),
+        vae=flux2_vae(),
         text_encoder=encoder,
         tokenizer=tokenizer,
         transformer=diffusers.Flux2Transformer2DModel(
@@ -388,28 +338,8 @@ def tiny_wan(*, two: bool = False) -> diffusers.WanPipeline:
     tokenizer = t5_tokenizer()
     return diffusers.WanPipeline(
         tokenizer=tokenizer,
-        text_encoder=UMT5EncoderModel(
-            UMT5Config(
-                vocab_size=len(tokenizer),
-                d_model=TEXT_WIDTH,
-                d_kv=32,
-                num_heads=2,
-                num_layers=1,
-                d_ff=64,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        ),
-        vae=diffusers.AutoencoderKLWan(
-            base_dim=8,
-            z_dim=LATENT_CHANNELS,
-            dim_mult=[1, 1],
-            num_res_blocks=1,
-            temperal_downsample=[True],
-            latents_mean=[0.0] * LATENT_CHANNELS,
-            latents_std=[1.0] * LATENT_CHANNELS,
-            scale_factor_temporal=2,
-            scale_factor_spatial=2,
-        ),
+        text_encoder=tiny_umt5(tokenizer),
+        vae=wan_vae(),
         transformer=_wan(),
         transformer_2=_wan(num_layers=1) if two else None,
         boundary_ratio=0.7 if two else None,
@@ -478,15 +408,6 @@ PUBLISHED = {
 
 
 # ------------------------------------------------------------------------------------------------- their parts
-
-
-def byte_tokenizer() -> Qwen2Tokenizer:
-    """Bytes only, no merges; a chat template that is nothing but the message."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate(alphabet)}
-    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=[], model_max_length=512)
-    tokenizer.chat_template = _CHAT
-    return tokenizer
 
 
 def _qwen3(tokenizer: Qwen2Tokenizer, *, layers: int, width: int = TEXT_WIDTH) -> Qwen3ForCausalLM:

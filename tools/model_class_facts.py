@@ -172,3 +172,19 @@ EXPECTED: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     # scale, shift and gate by a condition of each residue
     "RFD4ProteinaTransformer": {"w4a16": ("*.to_gamma.*", "*.to_beta", "*.scale_output.*")},
 }
+
+# Why no tiny pipeline of a class is taken through calibration
+_NO_PIPELINE = "no pipeline of diffusers takes it"
+_MODULAR = "only modular pipelines take it"
+WITHOUT_PIPELINE: Mapping[str, str] = {
+    "DreamLiteTransformer2DModel": _NO_PIPELINE,
+    "Flux3Transformer2DModel": _MODULAR,
+    "MiniMaxH3Transformer3DModel": _MODULAR,
+    "MiniMaxMusic3RVQDepthDecoder": _MODULAR,
+    "MiniMaxMusic3Transformer1DModel": _MODULAR,
+    "MotionAdapter": "a part of UNetMotionModel, which is calibrated with it",
+    "SanaWMLTX2RefinerTransformer3DModel": _NO_PIPELINE,
+    "T5FilmDecoder": _NO_PIPELINE,
+    "TransformerTemporalModel": "a part of other models",
+    "WanAnimate2Transformer3DModel": _MODULAR,
+}

@@ -176,7 +176,7 @@ class _Sharing:
         call = self.calls[name] = self.calls.get(name, 0) + 1
         item = self.input_of[name]
         other, seen = self.first.setdefault((item.name, call), (name, activation))
-        if seen is not activation and not (seen.shape == activation.shape and torch.equal(seen, activation)):
+        if seen is not activation and not _same(seen, activation):
             raise InputError(
                 f"layers {other} and {name} are planned to share an input, but they read different activations",
                 hint="separate them in the recipe's layers: {match: MODULE, group: [LAYER]} gives LAYER its own input",
@@ -184,6 +184,11 @@ class _Sharing:
             )
         if all(self.calls.get(layer, 0) >= call for layer in item.layers):
             del self.first[item.name, call]
+
+
+def _same(x: Tensor, y: Tensor) -> bool:
+    # what is not a number is no other number either: that it should be one is said elsewhere
+    return x.shape == y.shape and (torch.equal(x, y) or torch.equal(x.nan_to_num(), y.nan_to_num()))
 
 
 @dataclass(slots=True)

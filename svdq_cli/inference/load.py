@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -231,17 +231,24 @@ def _does_not_fit(where: Path, device: torch.device) -> OutOfResourcesError:
 
 
 def _set_dtype(model: nn.Module, dtype: torch.dtype) -> None:
-    """Set the dtype of an empty model's tensors. Some classes keep a few modules in float32, as diffusers' loading
-    does; buffers that no file holds (position tables) stay as the class made them."""
-    exact = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    """Set the dtype of an empty model's tensors; buffers that no file holds (position tables) stay as the class made
+    them."""
+    wanted = _dtypes(model, dtype)
     stored = model.state_dict()
     for path, module in model.named_modules():
-        wanted = torch.float32 if exact & set(path.split(".")) else dtype
         for name, parameter in module.named_parameters(recurse=False):
-            module.register_parameter(name, nn.Parameter(parameter.to(wanted), requires_grad=False))
+            given = parameter.to(wanted(f"{path}.{name}"))
+            module.register_parameter(name, nn.Parameter(given, requires_grad=False))
         for name, buffer in module.named_buffers(recurse=False):
             if f"{path}.{name}".lstrip(".") in stored and buffer.is_floating_point():
-                module.register_buffer(name, buffer.to(wanted))
+                module.register_buffer(name, buffer.to(wanted(f"{path}.{name}")))
+
+
+def _dtypes(model: nn.Module, dtype: torch.dtype) -> Callable[[str], torch.dtype]:
+    """The dtype of a tensor by its name, where the model computes in `dtype`: some classes keep a few modules in
+    float32, as diffusers' loading does."""
+    exact = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    return lambda name: torch.float32 if exact & set(name.split(".")) else dtype
 
 
 def _replace_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], component: str) -> None:
@@ -296,7 +303,8 @@ def load_model(
         share_quantizers(model)
     if backend.name == "cpu":
         use_engine_attention(model)
-    kept = {name: checkpoint.kept_tensor(name).to(dtype) for name in checkpoint.kept_names()}
+    wanted = _dtypes(model, dtype)
+    kept = {name: checkpoint.kept_tensor(name).to(wanted(name)) for name in checkpoint.kept_names()}
     model.load_state_dict(kept, strict=False, assign=True)
     if empty := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
         raise InputError(

@@ -41,7 +41,7 @@ def optional_arguments(
                 hint="leave true_cfg at 1 and set guidance instead",
             )
         arguments["true_cfg_scale"] = settings.true_cfg
-        arguments["negative_prompt"] = [""] * len(images)
+        arguments["negative_prompt"] = "" if len(images) == 1 else [""] * len(images)
     for name, value in (("strength", settings.strength), ("frames", settings.frames)):
         if value:
             arguments[_argument(name, accepted, pipeline)] = value
@@ -65,12 +65,14 @@ def missing_inputs(settings: SamplingSettings, accepted: Collection[str]) -> lis
 
 def _as_large_as_asked(settings: SamplingSettings) -> dict[str, Any]:
     """Pipelines that round the size to one of their own (PixArt, SANA) or scale to an area (FLUX.1 Kontext) are told
-    not to: activations come from images of the size that the recipe names, and from prompts as they are written."""
+    not to: activations come from images of the size that the recipe names, and from prompts as they are written, by
+    which text encoders alone have run."""
     return {
         "use_resolution_binning": False,
         "max_area": settings.height * settings.width,
         "_auto_resize": False,
         "clean_caption": False,
+        "enable_prompt_rewrite": False,
     }
 
 

@@ -302,12 +302,12 @@ def denoise(
     call = cast(Callable[..., Any], pipe)
     accepted = inspect.signature(type(pipe).__call__).parameters
     arguments = {
-        "prompt": list(batch.prompts),
+        "prompt": _alone(batch.prompts),
         "num_inference_steps": settings.steps,
         "height": settings.height,
         "width": settings.width,
         # on the CPU: a CUDA generator draws other numbers on another GPU model
-        "generator": [torch.Generator("cpu").manual_seed(seed) for seed in batch.seeds],
+        "generator": _alone([torch.Generator("cpu").manual_seed(seed) for seed in batch.seeds]),
         "output_type": output_type,
         "callback_on_step_end": _step_callback(on_step, images=output_type != "latent"),
         **optional_arguments(
@@ -338,6 +338,11 @@ def denoise(
         raise EnvironmentLacksError(
             f"{type(pipe).__name__} needs the Python package {error.name}", hint=f"pip install {error.name}"
         ) from error
+
+
+def _alone(values: Sequence[Any]) -> Any:
+    """One value is not put into a list: some pipelines take no lists."""
+    return values[0] if len(values) == 1 else list(values)
 
 
 def _as_usage_error(

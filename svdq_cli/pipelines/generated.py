@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
     from PIL.Image import Image
 
-_IMAGES = ("images", "frames")  # what the library's outputs call them
+_IMAGES = ("images", "frames", "image")  # what the library's outputs call them
 _SOUNDS = ("audios", "audio")
 # Where a pipeline's sampling rate is: of a part, by its attribute or in its config; the first that is there
 _RATES = (

@@ -74,6 +74,22 @@ def _lumina_rope(world: World, name: str) -> torch.Tensor:
     return get_2d_rotary_pos_embed_lumina(head, 384, 384)
 
 
+def _residues(world: World, name: str) -> dict[str, torch.Tensor]:
+    """Atoms, molecules and bonds of a protein without structure. A time and a recycle index are all that condition it,
+    as they are where no CATH label is given."""
+    atoms = torch.zeros(1, TEXT, 37)
+    chemistry = ("hbond", "pistack", "pication", "saltbridge", "hydrophobic", "metal-coord")
+    return {
+        **{f"condition_{what}_1_atom": atoms for what in chemistry},
+        "condition_index-group_1_token": longs(1, TEXT),
+        "molecule_iid": longs(1, TEXT),
+        "molecule_entity_id": longs(1, TEXT),
+        "token_bond_path_length": longs(1, TEXT, TEXT),
+        "is_in_context_conditioning": torch.zeros(1, TEXT, dtype=torch.bool),
+        "supports_local_latent": torch.ones(1, TEXT, dtype=torch.bool),
+    }
+
+
 def _wan_animate_cache(world: World, name: str) -> Any:
     from diffusers.models.transformers.transformer_wan_animate_2 import WanAnimate2KVCache
 
@@ -264,6 +280,16 @@ OF_CLASS: Mapping[str, Mapping[str, Maker]] = {
     "QwenImage21Transformer2DModel": {
         # three text tokens, then the slots of the image, each of which represents 2x2 latent tokens
         "img_mask": lambda w, n: torch.tensor([[False] * TEXT + [True] * (w.tokens // 4)]),
+    },
+    "RFD4ProteinaTransformer": {
+        "bb_ca": _tensor(1, TEXT, 3),
+        "local_latents": _tensor(1, TEXT, "latent_dim"),
+        "bb_ca_time": _TIME,
+        "local_latents_time": _TIME,
+        "padding_mask": _mask(1, TEXT),
+        "token_type": _value(longs(1, TEXT)),
+        "atom37_mask": _mask(1, TEXT, 37),
+        "conditioning": _residues,
     },
     "SanaWMTransformer3DModel": {
         "timestep": lambda w, n: torch.full((1, 1, w.grid[0]), 0.5),

@@ -121,14 +121,18 @@ def _linear(name: str, module: nn.Module) -> Linear | None:
 
 
 def _stacks(model: nn.Module) -> tuple[str, ...]:
-    """Lists whose members are of one class and hold two linear layers or more, none inside another."""
+    """Lists whose members are of one class and hold two linear layers or more, none inside another. A dictionary with
+    numbers for keys is such a list with gaps."""
     from torch import nn
 
     found: list[str] = []
     for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or any(name.startswith(f"{outer}.") for outer in found):
+        numbered = isinstance(module, nn.ModuleDict) and all(key.isdigit() for key in module)
+        if not (numbered or isinstance(module, nn.ModuleList)):
             continue
-        members = list(module)
+        if any(name.startswith(f"{outer}.") for outer in found):
+            continue
+        members = list(module.children()) if numbered else list(module)
         alike = len({type(member) for member in members}) == 1
         if alike and all(_linears_in(member) >= 2 for member in members):
             found.append(name)

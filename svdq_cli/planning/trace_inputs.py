@@ -108,23 +108,32 @@ class Dataflow(Weightless):
             yield module.register_forward_pre_hook(check, with_kwargs=True)
         if isinstance(module, nn.Linear) or is_pointwise(module):
 
-            def note(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-                self._note(name, layer, args[0] if args else kwargs["input"], output)
+            def note(
+                layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+            ) -> Tensor:
+                return self._note(name, layer, args[0] if args else kwargs["input"], output)
 
             yield module.register_forward_hook(note, with_kwargs=True)
 
-    def _note(self, name: str, layer: nn.Module, x: Tensor, output: Tensor) -> None:
+    def _note(self, name: str, layer: nn.Module, x: Tensor, output: Tensor) -> Tensor:
+        """The output that the model goes on with."""
+        y = channels_last(x) if isinstance(layer, nn.Conv2d) else x
+        origins = self._origins.get(x, frozenset())
+        # tokens may happen to be equal, a vector that was repeated for every token is one vector
+        rows = y.numel() // y.shape[-1] if origins - self._vectors else _distinct_rows(y)
         if name not in self._seen:
             if x not in self._numbers:
                 self._numbers[x] = len(self._seen)
-            y = channels_last(x) if isinstance(layer, nn.Conv2d) else x
-            origins = self._origins.get(x, frozenset())
-            # tokens may happen to be equal, a vector that was repeated for every token is one vector
-            rows = y.numel() // y.shape[-1] if origins - self._vectors else _distinct_rows(y)
             self._seen[name] = (self._numbers[x], rows, origins)
             self._rows[name] = rows
             self._uses[name] = set()
+        if rows == 1 and y is x and output.numel() > output.shape[-1]:
+            # a layer without weights gives numbers of a pool, which would make different rows of equal ones
+            first = output.reshape(-1, output.shape[-1])[0]
+            output = first.expand_as(output).clone()
+            self._origins[output] = origins
         self._outputs[output] = frozenset([name])
+        return output
 
     def __torch_dispatch__(
         self,

@@ -63,14 +63,21 @@ def _kept_in_blocks(plan: ModelPlan, inventory: Inventory) -> Iterator[str]:
     by_reason: dict[str, list[Linear]] = defaultdict(list)
     for linear in plan.kept:
         if places[linear.name].stack:
-            by_reason[plan.kept_because.get(linear.name, "")].append(linear)
+            by_reason[_why_kept(linear, plan)].append(linear)
     for reason, linears in by_reason.items():
         share = _share(plan, linears)
         count = "1 block layer" if len(linears) == 1 else f"{len(linears)} block layers"
-        yield (
-            f"{count} ({share:.1%} of the weights) kept at 16 bits, such as {linears[0].name}"
-            f"{': ' if reason else ''}{reason}"
-        )
+        yield (f"{count} ({share:.1%} of the weights) kept at 16 bits, such as {linears[0].name}: {reason}")
+
+
+def _why_kept(linear: Linear, plan: ModelPlan) -> str:
+    if linear.name in plan.kept_because:
+        return plan.kept_because[linear.name]
+    if linear.kind == "conv1x1":
+        return "1x1 convolutions stay unless a rule of the recipe includes them"
+    if plan.family != STRUCTURAL:
+        return f"the {plan.family} family keeps it"
+    return "it is outside the stacks of transformer blocks"
 
 
 def _weights_without_a_layer(plan: ModelPlan, inventory: Inventory) -> Iterator[str]:

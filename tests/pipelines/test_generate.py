@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,8 +11,10 @@ import pytest
 import torch
 
 from svdq_cli.calibration import SamplingSettings, generate_images, load_source_pipeline
+from svdq_cli.calibration.collect import _same
 from svdq_cli.errors import EnvironmentLacksError, InputError, UsageError
 from svdq_cli.pipelines.generate import split_batches
+from svdq_cli.pipelines.generated import answers_of
 from svdq_cli.records import Event
 
 if TYPE_CHECKING:
@@ -77,10 +80,12 @@ def test_events_count_images_times_steps(pipe: DiffusionPipeline):
 
 def test_a_pipeline_gets_only_the_arguments_it_takes():
     class Plain:
-        def __call__(self, prompt: list[str], num_inference_steps: int, generator: list[torch.Generator]):
+        def __call__(self, prompt: str, num_inference_steps: int, generator: torch.Generator):
             from PIL.Image import new
 
-            return type("Out", (), {"images": [new("RGB", (24, 16)) for _ in prompt]})
+            assert isinstance(prompt, str), "some pipelines take no lists"
+            assert isinstance(generator, torch.Generator)
+            return type("Out", (), {"images": [new("RGB", (24, 16))]})
 
     images = generate_images(Plain(), PROMPTS, settings=SETTINGS)  # type: ignore[arg-type]
     assert len(images) == 3
@@ -157,3 +162,14 @@ def test_a_package_that_a_pipeline_lacks_is_named(pipe: DiffusionPipeline, monke
     with pytest.raises(EnvironmentLacksError, match="needs the Python package ftfy") as refused:
         generate_images(pipe, PROMPTS[:1], settings=SETTINGS)
     assert refused.value.hint == "pip install ftfy"
+
+
+def test_the_answer_of_a_pipeline_that_calls_its_images_an_image_is_read(pipe: DiffusionPipeline):
+    """As Kandinsky 5's does."""
+    assert answers_of(pipe, SimpleNamespace(image=["first", "second"])) == ["first", "second"]
+
+
+def test_activations_that_are_no_numbers_are_not_said_to_differ():
+    broken = torch.tensor([1.0, float("nan")])
+    assert _same(broken, broken.clone())
+    assert not _same(broken, torch.tensor([2.0, float("nan")]))

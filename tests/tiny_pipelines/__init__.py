@@ -1,0 +1,142 @@
+"""Tiny random pipelines of classes that svdq has no family file for: the library's own, small widths, random weights.
+
+`make pipelines` takes all of them from calibration to an image, with those of `tests/tiny_families.py`; the tests take
+those that need no more than a few seconds (`FAST`).
+"""
+
+# The annotations of diffusers and transformers are narrower than what their classes take.
+# pyright: reportArgumentType=false, reportCallIssue=false
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import diffusers
+from PIL import Image
+
+from svdq_cli.checkpoint.check import check
+from svdq_cli.conversion.convert import convert
+from svdq_cli.inference.load import load_pipeline
+from svdq_cli.pipelines.generate import generate_images
+from svdq_cli.prepare.options import RunOptions
+from svdq_cli.prepare.sampling import sampling_for
+from svdq_cli.recipe import Calibration, Quantization, Recipe, default_recipe
+from svdq_cli.reports import ConvertReport
+from svdq_cli.source import open_source
+from tests.tiny_families import PIPELINES as FAMILIES
+from tests.tiny_families import save_tiny
+from tests.tiny_pipelines import images, videos
+
+
+@dataclass(frozen=True, slots=True)
+class Tiny:
+    """A tiny pipeline, and what it can be sampled with."""
+
+    make: Callable[[], diffusers.DiffusionPipeline]
+    size: int = 32  # of its images, in pixels
+    frames: int | None = None  # of its videos
+    image: bool = False  # whether it starts from one
+    mask: bool = False  # whether it changes a part of it
+
+
+PIPELINES: Mapping[str, Tiny] = {
+    **{name: Tiny(make) for name, make in FAMILIES.items() if not name.startswith(("wan", "flux-"))},
+    "flux": Tiny(images.tiny_flux),
+    "flux-kontext": Tiny(FAMILIES["flux-kontext"], image=True),
+    "flux-fill": Tiny(FAMILIES["flux-fill"], image=True, mask=True),
+    "chroma-i2i": Tiny(images.tiny_chroma_i2i, image=True),
+    "z-image-i2i": Tiny(images.tiny_z_image_i2i, image=True),
+    "nucleus": Tiny(images.tiny_nucleus),
+    "krea2": Tiny(images.tiny_krea2),
+    "lumina": Tiny(images.tiny_lumina),
+    "lumina2": Tiny(images.tiny_lumina2),
+    "auraflow": Tiny(images.tiny_auraflow),
+    "ovis": Tiny(images.tiny_ovis),
+    "cogview3": Tiny(images.tiny_cogview3),
+    "cogview4": Tiny(images.tiny_cogview4),
+    "bria": Tiny(images.tiny_bria),
+    "bria-fibo": Tiny(images.tiny_bria_fibo),
+    "ernie": Tiny(images.tiny_ernie),
+    "longcat": Tiny(images.tiny_longcat),
+    "omnigen": Tiny(images.tiny_omnigen),
+    "prx": Tiny(images.tiny_prx),
+    "hunyuan-dit": Tiny(images.tiny_hunyuan_dit, size=64),
+    "hunyuan-image": Tiny(images.tiny_hunyuan_image),
+    "kandinsky3": Tiny(images.tiny_kandinsky3),
+    # the smallest of the sizes that it knows
+    "kandinsky5-t2i": Tiny(images.tiny_kandinsky5_t2i, size=1024),
+    # it draws images of one area
+    "hidream": Tiny(images.tiny_hidream, size=256),
+    "cogvideox": Tiny(videos.tiny_cogvideox, frames=5),
+    "ltx": Tiny(videos.tiny_ltx, frames=9),
+    "latte": Tiny(videos.tiny_latte, frames=2),
+    "ltx-i2v": Tiny(videos.tiny_ltx_i2v, frames=9, image=True),
+    "ltx2": Tiny(videos.tiny_ltx2, frames=9),
+    "wan": Tiny(FAMILIES["wan"], frames=5),
+    "wan-2.2": Tiny(FAMILIES["wan-2.2"], frames=5),
+    "wan-i2v": Tiny(videos.tiny_wan_i2v, frames=5, image=True),
+    "wan-vace": Tiny(videos.tiny_wan_vace, frames=5),
+    "chronoedit": Tiny(videos.tiny_chronoedit, frames=5, image=True),
+    "anyflow": Tiny(videos.tiny_anyflow, frames=5),
+    "skyreels": Tiny(videos.tiny_skyreels, frames=5),
+    "hunyuan-video": Tiny(videos.tiny_hunyuan_video, frames=5),
+    "hunyuan-video-1.5": Tiny(videos.tiny_hunyuan_video_15, frames=5),
+    "kandinsky5": Tiny(videos.tiny_kandinsky5, frames=5),
+    "allegro": Tiny(videos.tiny_allegro, frames=4),
+    "mochi": Tiny(videos.tiny_mochi, frames=7),
+    "sana-video": Tiny(videos.tiny_sana_video, frames=5),
+    "easyanimate": Tiny(videos.tiny_easyanimate, frames=5),
+    "svd": Tiny(videos.tiny_svd, frames=2, image=True),
+    "modelscope": Tiny(videos.tiny_modelscope, frames=2),
+    "animatediff": Tiny(videos.tiny_animatediff, frames=2),
+}
+FAST = (
+    "nucleus",
+    "krea2",
+    "lumina2",
+    "cogview4",
+    "ernie",
+    "longcat",
+    "prx",
+    "hunyuan-video",
+    "kandinsky5",
+    "wan-vace",
+)
+
+
+def round_trip(name: str, folder: Path) -> ConvertReport:
+    """A tiny pipeline calibrated and converted, its checkpoint checked against it, loaded, and an image generated from
+    it. Raises what goes wrong; AssertionError where the check finds something, or the image is of one color."""
+    tiny, cpu = PIPELINES[name], RunOptions(device="cpu")
+    source, out = save_tiny(tiny.make, folder / "source"), folder / "out"
+    recipe = recipe_of(source, tiny)
+    report = convert(recipe, out, options=cpu)
+    assert check(out, against=open_source(source)).status == "ok"
+    settings = sampling_for(recipe, open_source(source)).settings
+    (image,) = generate_images(load_pipeline(out, device="cpu"), ["a red circle"], settings=settings)
+    assert len(image.getcolors(maxcolors=image.width * image.height) or ()) > 1
+    return report
+
+
+def recipe_of(source: Path, tiny: Tiny) -> Recipe:
+    """Two samples of two steps, calibrated as a user would."""
+    prompts = source.parent / "prompts.txt"
+    prompts.write_text("a red circle\na blue square\n")
+    image = source.parent / "first.png"
+    Image.effect_noise((tiny.size, tiny.size), 60).save(image)
+    calibration = Calibration(
+        prompts=str(prompts),
+        samples=2,
+        steps=2,
+        height=tiny.size,
+        width=tiny.size,
+        frames=tiny.frames,
+        image=str(image) if tiny.image else None,
+        mask=str(image) if tiny.mask else None,
+        max_sequence_length=16,
+        rows=128,
+    )
+    quantization = Quantization.model_validate({"rank": 16, "smoothing": "closed-form"})
+    return default_recipe(str(source), calibration=calibration, quantization=quantization)
