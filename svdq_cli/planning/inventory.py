@@ -132,7 +132,7 @@ def _stacks(model: nn.Module) -> tuple[str, ...]:
             continue
         if any(name.startswith(f"{outer}.") for outer in found):
             continue
-        members = list(module.children()) if numbered else list(module)
+        members = list(module._modules.values())
         alike = len({type(member) for member in members}) == 1
         if alike and all(_linears_in(member) >= 2 for member in members):
             found.append(name)
