@@ -61,7 +61,8 @@ def following_seed(seed: int, distance: int) -> int:
 Effort = Literal["datafree", "fast", "balanced", "best"]
 Smoothing = Literal["none", "closed-form", "grid"]
 # Beyond the paper, in the order in which they are taken; `scales` is part of gptq: it searches every group's scale.
-SearchStep = Literal["means", "learned", "refine", "gptq", "scales", "refit"]
+# `means` comes before all layers, `output` after them.
+SearchStep = Literal["means", "learned", "refine", "gptq", "scales", "refit", "output"]
 
 # ---------------------------------------------------------------------------------------------------- the plan
 

@@ -69,9 +69,20 @@ class BlockSearch:
 
 
 @dataclass(frozen=True, slots=True)
+class OutputSearch:
+    """Held-out noise over signal of the model's output, summed over the steps, before and after its last linear was
+    fitted, and the ridge of the fit: None where it stayed as it was."""
+
+    before: float
+    after: float
+    ridge: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class SearchFacts:
     layers: Mapping[str, LayerSearch]
     blocks: Mapping[str, BlockSearch]  # empty but for effort best
+    outputs: Mapping[str, OutputSearch]  # by the last linear; empty where the step `output` was not taken
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ from svdq_cli.calibration.collect import collect_stats
 from svdq_cli.conversion.allocation import (
     allocate_ranks,
 )
+from svdq_cli.conversion.fit_outputs import with_outputs_fitted
 from svdq_cli.conversion.move_means import with_means_moved
 from svdq_cli.conversion.needs import needs_of
 from svdq_cli.conversion.provenance import contents_before
@@ -48,6 +49,7 @@ from svdq_cli.prepare.prepare import Prepared, prepare
 from svdq_cli.prepare.prompts import chosen_prompts
 from svdq_cli.prepare.sampling import sampling_for
 from svdq_cli.recipe import Calibration, default_recipe, output_of, with_overrides
+from svdq_cli.recipe.schema import STEPS_OF_EFFORT
 from svdq_cli.records import ActivationStats, Event, LayerSolution, SearchStep, W4A4Solution, following_seed
 from svdq_cli.runtime.linear import quantized_linear
 from svdq_cli.source.means import means_by_layer
@@ -58,6 +60,12 @@ NORMAL_95 = 1.96  # standard deviations
 SQNR_PROMPTS = 16  # of the judging prompts, for activations that no step has seen
 JUDGE_SEED = 1000
 
+
+def _without(*steps: SearchStep) -> tuple[SearchStep, ...]:
+    """The usual steps of `balanced` but for some."""
+    return tuple(step for step in STEPS_OF_EFFORT["balanced"] if step not in steps)
+
+
 VARIANTS: dict[str, dict[str, object]] = {
     "data-free": {"effort": "datafree"},
     "paper": {"effort": "fast"},
@@ -66,11 +74,14 @@ VARIANTS: dict[str, dict[str, object]] = {
     "balanced": {"effort": "balanced"},
     "best": {"effort": "best"},
     "balanced + means": {"effort": "balanced", "search": ALL_STEPS},
-    "balanced - learned": {"effort": "balanced", "search": ("refine", "gptq", "scales", "refit")},
-    "balanced - refine": {"effort": "balanced", "search": ("learned", "gptq", "scales", "refit")},
-    "balanced - gptq": {"effort": "balanced", "search": ("learned", "refine", "refit")},
-    "balanced - scales": {"effort": "balanced", "search": ("learned", "refine", "gptq", "refit")},
-    "balanced - refit": {"effort": "balanced", "search": ("learned", "refine", "gptq", "scales")},
+    "balanced - learned": {"effort": "balanced", "search": _without("learned")},
+    "balanced - refine": {"effort": "balanced", "search": _without("refine")},
+    "balanced - gptq": {"effort": "balanced", "search": _without("gptq", "scales")},
+    "balanced - scales": {"effort": "balanced", "search": _without("scales")},
+    "balanced - refit": {"effort": "balanced", "search": _without("refit")},
+    "balanced - output": {"effort": "balanced", "search": _without("output")},
+    "best - output": {"effort": "best", "search": _without("output")},
+    "best + means": {"effort": "best", "search": ALL_STEPS},
     "balanced, rank 32": {"effort": "balanced", "rank": 32},
     "balanced, rank auto, same bytes": {"effort": "balanced", "rank": "auto"},
 }
@@ -241,6 +252,10 @@ def _solved(
             options=options,
             device=device,
             observe=_quiet,
+        )
+    if needs.output:
+        prepared, _ = with_outputs_fitted(
+            prepared, needs.output, solved, options=options, device=device, observe=_quiet
         )
     return prepared, solved
 

@@ -26,6 +26,7 @@ UNITS = {  # what a stage counts, by the first word of its name
     "allocate": "layer groups",
     "solve": "layers",
     "reconstruct": "blocks",
+    "output": "blocks",
     "pack": "outputs",
     "encoder": "layers",
     "check": "layers",

@@ -1,4 +1,4 @@
-"""What block reconstruction will take: of time, of the device's memory, of host memory and of the disk."""
+"""What going through the blocks will take: of time, of the device's memory, of host memory and of the disk."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from math import prod
 import torch
 
 from svdq_cli.conversion.memory import free_ram
-from svdq_cli.conversion.record import BLOCK_SAMPLE, sample_settings
+from svdq_cli.conversion.record import Sample, sample_settings
 from svdq_cli.conversion.work_folder import solved_bytes
 from svdq_cli.inference.backend import compute_dtype
 from svdq_cli.pack.padding import ceil_div
@@ -37,19 +37,23 @@ class BlockForecast:
     itemsize: int  # bytes of a 16-bit model's number where it computes
     beside: int  # weights outside the blocks
     kept: int  # bytes of the tuned layers in the work folder
+    tuned: bool  # or only gone through, to fit what comes behind them
 
     @property
     def work(self) -> Work:
-        """Seconds to tune all blocks, without those to generate the images."""
+        """Of going through all blocks, and of tuning them, without that of generating the images."""
         total = Work()
         for size in self.sizes.values():
-            total += block_work(size, self.calls)
+            total += block_work(size, self.calls, tuned=self.tuned)
         return total
 
     @property
     def device_bytes(self) -> int:
-        """Peak bytes on the device that tunes."""
-        blocks = (block_bytes(size, self.calls, itemsize=self.itemsize) for size in self.sizes.values())
+        """Peak bytes on the device."""
+        blocks = [
+            block_bytes(size, self.calls, itemsize=self.itemsize, tuned=self.tuned)
+            for size in self.sizes.values()
+        ]
         return self.itemsize * self.beside + max(blocks, default=0)
 
     @property
@@ -59,9 +63,10 @@ class BlockForecast:
         return 2 * self.calls.all * max(passed, default=0)
 
 
-def block_forecast(prepared: Prepared, sampling: Sampling, device: torch.device) -> BlockForecast:
-    """The forecast of tuning, from the plan alone. `sampling`: of the images."""
-    sample = BLOCK_SAMPLE
+def block_forecast(
+    prepared: Prepared, sampling: Sampling, sample: Sample, device: torch.device, *, tuned: bool = True
+) -> BlockForecast:
+    """The forecast of tuning blocks, or of only going through them, from the plan alone. `sampling`: of the images."""
     settings = sample_settings(sampling, sample)
     images = min(sample.images, sample.batches * settings.batch_size, sampling.samples)
     batches = ceil_div(images, settings.batch_size)
@@ -77,7 +82,8 @@ def block_forecast(prepared: Prepared, sampling: Sampling, device: torch.device)
         batch=batch,
         itemsize=compute_dtype(device).itemsize,
         beside=max(_beside(prepared, sizes).values()),  # denoisers are tuned one after the other
-        kept=tuned_bytes(prepared),
+        kept=tuned_bytes(prepared) if tuned else 0,
+        tuned=tuned,
     )
 
 
@@ -93,12 +99,10 @@ def _beside(prepared: Prepared, sizes: Mapping[str, BlockSize]) -> dict[str, int
     }
 
 
-def hidden_state_bytes(
-    prepared: Prepared, sampling: Sampling, options: RunOptions, device: torch.device
-) -> int:
-    """Bytes of host memory for hidden states: half of what the tuned block leaves free."""
-    tuning = block_forecast(prepared, sampling, device).device_bytes if device.type == "cpu" else 0
-    return max(0, free_ram(options) - tuning) // 2
+def hidden_state_bytes(forecast: BlockForecast, options: RunOptions, device: torch.device) -> int:
+    """Bytes of host memory for hidden states: half of what the block whose turn it is leaves free."""
+    taken = forecast.device_bytes if device.type == "cpu" else 0
+    return max(0, free_ram(options) - taken) // 2
 
 
 def tuned_bytes(prepared: Prepared) -> int:

@@ -22,6 +22,7 @@ from svdq_cli.conversion.block_forecast import tuned_bytes
 from svdq_cli.conversion.calibrate import BEGUN, calibration_run_of, collect_calibration
 from svdq_cli.conversion.card import card_path, model_cards
 from svdq_cli.conversion.curves import choose_curves
+from svdq_cli.conversion.fit_outputs import with_outputs_fitted
 from svdq_cli.conversion.memory import reserved_ram
 from svdq_cli.conversion.move_means import with_means_moved
 from svdq_cli.conversion.needs import (
@@ -31,7 +32,7 @@ from svdq_cli.conversion.needs import (
     needs_of,
     require_blocks_run,
 )
-from svdq_cli.conversion.predict import Forecast, disk_bytes, require_memory, work_bytes
+from svdq_cli.conversion.predict import Forecast, affordable_needs, disk_bytes, require_memory, work_bytes
 from svdq_cli.conversion.provenance import REPORTED, contents_before, contents_of
 from svdq_cli.conversion.publish import Outputs, finished_outputs, gated, write_reports_beside
 from svdq_cli.conversion.ranges import range_warnings
@@ -61,7 +62,7 @@ from svdq_cli.prepare.sampling import Sampling
 from svdq_cli.prepare.sources import source_of
 from svdq_cli.recipe import Recipe, embedded, resolved
 from svdq_cli.records import Event, LayerReport, LayerSolution, Observer, ignore_events
-from svdq_cli.reports import BlockSearch, ConvertReport, ConvertSeconds
+from svdq_cli.reports import BlockSearch, ConvertReport, ConvertSeconds, OutputSearch
 from svdq_cli.source import components_digest, file_sha256, source_digest
 from svdq_cli.storage.atomic import refuse_existing, remove_leftovers, require_disk
 from svdq_cli.storage.output_paths import name_warnings, require_name, require_places
@@ -110,6 +111,7 @@ class Solved:
     solutions: Mapping[str, LayerSolution]
     reports: list[LayerReport]
     blocks: Mapping[str, BlockSearch]
+    outputs: Mapping[str, OutputSearch]
     statistics: Statistics | None
     taken_over: int  # layers that an earlier run had solved
     calibrate_seconds: float
@@ -206,12 +208,14 @@ def begin(
         reserved=reserved_ram(),
         replaces=replaces,
     )
+    affordable, without = affordable_needs(Forecast(prepared, needs, job.device, options))
+    job, needs = replace(job, needs=affordable), affordable
     require_blocks_run(prepared, needs)
     require_search(prepared, needs, lambda: contents_before(prepared, options, digest=digest))
     require_memory(Forecast(prepared, needs, job.device, options))
     limit_vram(job.device, options.max_vram)
     require_disk({paths[0]: disk_bytes(prepared), job.work: _work_bytes(job)})
-    job.warn(warnings_of(prepared, data_free=needs.data_free))
+    job.warn((*warnings_of(prepared, data_free=needs.data_free), *without))
     job.warn(name_warnings(paths, folders=[not target.format.single_file for target in prepared.targets]))
     if needs.data_free and calibration is not None:
         job.warn((f"{calibration}: not used, because effort datafree takes no calibration",))
@@ -384,6 +388,7 @@ def _solve(job: Job, work: WorkFolder) -> Solved:
     solutions, reports = load_solved(prepared.plan, work, data_free=job.needs.data_free)
     job.warn(solved_elsewhere(reports, job.device))
     blocks: dict[str, BlockSearch] = {}
+    outputs: dict[str, OutputSearch] = {}
     if job.needs.tuning and statistics is not None:
         solutions, reports, blocks = tune_blocks(
             prepared,
@@ -395,11 +400,21 @@ def _solve(job: Job, work: WorkFolder) -> Solved:
             device=job.device,
             observe=job.observe,
         )
+    if job.needs.output:
+        prepared, outputs = with_outputs_fitted(
+            prepared,
+            job.needs.output,
+            solutions,
+            options=job.options,
+            device=job.device,
+            observe=job.observe,
+        )
     return Solved(
         prepared=prepared,
         solutions=solutions,
         reports=reports,
         blocks=blocks,
+        outputs=outputs,
         statistics=statistics,
         taken_over=taken_over,
         calibrate_seconds=calibrated - began,
@@ -448,6 +463,7 @@ def _contents(job: Job, solved: Solved) -> Contents:
         calibration=solved.statistics.digest if solved.statistics else None,
         solutions=solved.solutions,
         weight_errors={report.name: report.weight_error for report in solved.reports},
+        fitted=[name for name, search in solved.outputs.items() if search.ridge is not None],
     )
 
 
@@ -472,7 +488,7 @@ def _report(
         rank=rank_facts(prepared),
         layers=layer_counts(prepared.plan),
         layer_sqnr_db=layer_sqnr(solved.reports),
-        search=search_facts(solved.reports, solved.blocks),
+        search=search_facts(solved.reports, solved.blocks, solved.outputs),
         bytes=sizes_of(prepared.inventory.state, outputs.files[0].bytes),
         seconds=ConvertSeconds(
             calibrate=solved.calibrate_seconds,

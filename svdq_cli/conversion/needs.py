@@ -34,11 +34,13 @@ class OwnStatistics:
 @dataclass(frozen=True, slots=True)
 class Needs:
     """What a conversion is given or generates. `tuning` and `gains`: how images are sampled to tune blocks on (effort
-    best), and to weigh layers by their effect on the image (a search for ranks); None where that is not done.
-    `encoders`: whose prompts text encoders are rounded for; None where none become 4-bit, or no prompts are named."""
+    best), to fit the last linear on (`output`), and to weigh layers by their effect on the image (a search for ranks);
+    None where that is not done. `encoders`: whose prompts text encoders are rounded for; None where none become 4-bit,
+    or no prompts are named."""
 
     statistics: DataFree | GivenStatistics | OwnStatistics
     tuning: Sampling | None
+    output: Sampling | None
     gains: Sampling | None
     encoders: Sampling | None
 
@@ -54,7 +56,7 @@ class Needs:
     @property
     def images(self) -> Sampling | None:
         """How images are sampled, whatever they are needed for; None where none are."""
-        return self.calibrates or self.tuning or self.gains
+        return self.calibrates or self.tuning or self.output or self.gains
 
     @property
     def prompts(self) -> Sampling | None:
@@ -76,13 +78,14 @@ def needs_of(prepared: Prepared, given: Calibration | None) -> Needs:
             where="modulation",
         )
     else:
-        return Needs(DataFree(), tuning=None, gains=None, encoders=None)
+        return Needs(DataFree(), tuning=None, output=None, gains=None, encoders=None)
     # Both run the whole pipeline on the recipe's prompts
     recorded = sampling if prepared.source.pipeline is not None else None
     return Needs(
         statistics,
         # blocks are tuned by their low-rank branches
         tuning=recorded if prepared.recipe.quantization.effort == "best" and prepared.plan.w4a4 else None,
+        output=recorded if "output" in prepared.settings.steps and prepared.plan.w4a4 else None,
         gains=recorded if is_searched(prepared) else None,
         encoders=sampling if prepared.encoders else None,
     )

@@ -27,6 +27,7 @@ from svdq_cli.conversion.memory_backoff import (
     too_large,
 )
 from svdq_cli.conversion.needs import GivenStatistics, Needs
+from svdq_cli.conversion.record import BLOCK_SAMPLE, output_sample
 from svdq_cli.conversion.solve_layers import SPARED, layer_groups_at_once
 from svdq_cli.conversion.work_folder import solved_bytes
 from svdq_cli.errors import OutOfResourcesError
@@ -84,16 +85,27 @@ class Forecast:
         return Images(wanted, counts_of(self.prepared, wanted.settings)) if wanted else None
 
     @cached_property
-    def blocks(self) -> BlockForecast | None:
+    def tuning(self) -> BlockForecast | None:
         """The tuning of blocks; None where none are tuned."""
         wanted = self.needs.tuning
-        return block_forecast(self.prepared, wanted, self.device) if wanted else None
+        return wanted and block_forecast(self.prepared, wanted, BLOCK_SAMPLE, self.device)
 
     @cached_property
-    def hidden_state_bytes(self) -> int:
-        """Bytes of host memory for the hidden states that wait while blocks are tuned."""
-        wanted = self.needs.tuning
-        return hidden_state_bytes(self.prepared, wanted, self.options, self.device) if wanted else 0
+    def output(self) -> BlockForecast | None:
+        """The way through the blocks, to fit what comes behind them; None where it is not gone."""
+        if (wanted := self.needs.output) is None:
+            return None
+        sample = output_sample(self.prepared, wanted)
+        return block_forecast(self.prepared, wanted, sample, self.device, tuned=False)
+
+    @property
+    def ways(self) -> tuple[BlockForecast, ...]:
+        """Both, one after the other, as far as they are needed."""
+        return tuple(way for way in (self.tuning, self.output) if way)
+
+    def waiting_bytes(self, way: BlockForecast) -> int:
+        """Bytes of host memory that hidden states take on a way through the blocks."""
+        return min(way.passed_bytes, hidden_state_bytes(way, self.options, self.device))
 
 
 # ------------------------------------------------------------------------------------------------- time
@@ -110,8 +122,7 @@ def stage_seconds(job: Forecast, speed: Speed, preparing: float, *, at_once: int
     solve = speed.solve.seconds(_solve_work(job)) / at_once + kept / speed.write
     for plan in prepared.encoders:
         solve += speed.solve.seconds(encoder_work(plan, calibrated=not job.needs.data_free))
-    if job.blocks:
-        solve += _reconstruct_seconds(job, job.blocks, speed)
+    solve += sum(_reconstruct_seconds(job, way, speed) for way in job.ways)
     weights = sum(layer.linear.in_features * layer.linear.out_features for layer in prepared.plan.layers)
     # to unpack takes as long as to compare; two threads do either
     unpacked = len(prepared.targets) * speed.solve.seconds(Work(compared=weights)) / min(2, at_once)
@@ -148,7 +159,7 @@ def _calibrate_seconds(job: Forecast, images: Images, speed: Speed) -> float:
 
 
 def _reconstruct_seconds(job: Forecast, blocks: BlockForecast, speed: Speed) -> float:
-    """The images are generated, both streams go through the blocks, and every block is tuned and kept."""
+    """The images are generated, both streams go through the blocks, and every block is tuned, if any is, and kept."""
     passes = blocks.images * blocks.steps
     images = passes * pass_seconds(job.prepared.plan, blocks.tokens, speed) + _loading_seconds(job, speed)
     return images + speed.solve.seconds(blocks.work) + blocks.kept / speed.write
@@ -180,10 +191,9 @@ def ram_bytes(job: Forecast) -> int:
     if images := job.images:
         batch = images.sampling.settings.batch_size
         stages += _generating_stages(job, images.tokens, batch=batch, cpu=on_cpu)
-    if blocks := job.blocks:
-        stages += _generating_stages(job, blocks.tokens, batch=blocks.batch, cpu=on_cpu)
-        waiting = min(blocks.passed_bytes, job.hidden_state_bytes)
-        stages.append(waiting + (blocks.device_bytes if on_cpu else 0))
+    for way in job.ways:
+        stages += _generating_stages(job, way.tokens, batch=way.batch, cpu=on_cpu)
+        stages.append(job.waiting_bytes(way) + (way.device_bytes if on_cpu else 0))
     peak = reserved_ram() + max(stages)
     return peak if job.options.max_ram is None else min(peak, job.options.max_ram)
 
@@ -214,9 +224,9 @@ def vram_bytes(job: Forecast) -> int | None:
     if images := job.images:
         batch = images.sampling.settings.batch_size
         stages += _generating_stages(job, images.tokens, batch=batch, cpu=True)
-    if blocks := job.blocks:
-        stages += _generating_stages(job, blocks.tokens, batch=blocks.batch, cpu=True)
-        stages.append(blocks.device_bytes)
+    for way in job.ways:
+        stages += _generating_stages(job, way.tokens, batch=way.batch, cpu=True)
+        stages.append(way.device_bytes)
     peak = max(stages)
     return peak if job.options.max_vram is None else min(peak, job.options.max_vram)
 
@@ -228,14 +238,29 @@ def require_memory(job: Forecast) -> None:
         needs = _needs(job, layer_group)
         if not open_placements(placements_on(job.device), needs.__getitem__, job.options):
             raise too_large(layer_group.layers[0], needs.__getitem__, job.device, job.options)
-    if job.blocks:
-        _require_block_memory(job, job.blocks)
+    if job.tuning and not _blocks_fit(job, job.tuning):
+        raise _blocks_too_large(job, job.tuning)
 
 
-def _require_block_memory(job: Forecast, blocks: BlockForecast) -> None:
+def affordable_needs(job: Forecast) -> tuple[Needs, tuple[str, ...]]:
+    """What the conversion can do in the available memory, `--max-ram` and `--max-vram` kept, and a warning of what it
+    leaves out: the fit of the last linear."""
+    if job.output is None or _blocks_fit(job, job.output):
+        return job.needs, ()
+    warning = (
+        f"the last linear layer is not fitted: to run the 4-bit model beside the 16-bit one takes "
+        f"{job.output.device_bytes / 1e9:.2f} GB, more than is free"
+    )
+    return replace(job.needs, output=None), (warning,)
+
+
+def _blocks_fit(job: Forecast, blocks: BlockForecast) -> bool:
+    on_cpu = job.device.type == "cpu"
+    return blocks.device_bytes <= (free_ram(job.options) if on_cpu else free_vram(job.device, job.options))
+
+
+def _blocks_too_large(job: Forecast, blocks: BlockForecast) -> OutOfResourcesError:
     needed, cpu = blocks.device_bytes, job.device.type == "cpu"
-    if needed <= (free_ram(job.options) if cpu else free_vram(job.device, job.options)):
-        return
     option, limit = ("--max-ram", job.options.max_ram) if cpu else ("--max-vram", job.options.max_vram)
     held = reserved_ram() if cpu and limit is not None else 0
     there = (
@@ -243,7 +268,7 @@ def _require_block_memory(job: Forecast, blocks: BlockForecast) -> None:
         if limit is not None
         else f"too little is free on {job.device}"
     )
-    raise OutOfResourcesError(
+    return OutOfResourcesError(
         f"{next(iter(blocks.sizes))}: tuning it takes {(held + needed) / 1e9:.2f} GB, but {there}",
         hint=f"lower batch_size or the image size under calibration, raise {option}, or use --effort balanced",
         where="quantization.effort",
@@ -319,10 +344,8 @@ def peak_disk_bytes(job: Forecast) -> int:
             for width, shared in zip(input_widths(job.prepared.plan), job.prepared.plan.inputs, strict=True)
         )
     kept = work_bytes(job.prepared.plan, job.prepared.settings.dtype)
-    spilled = 0
-    if blocks := job.blocks:
-        kept += blocks.kept
-        spilled = blocks.passed_bytes - job.hidden_state_bytes
+    kept += sum(way.kept for way in job.ways)
+    spilled = max((way.passed_bytes - job.waiting_bytes(way) for way in job.ways), default=0)
     return max(2 * statistics, statistics + kept + max(spilled, disk_bytes(job.prepared)))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from svdq_cli import __version__
 from svdq_cli.checkpoint.check import WEIGHT_ERROR
@@ -22,6 +22,7 @@ from svdq_cli.source import file_sha256, needed_settings
 from svdq_cli.source.means import moved_json
 
 REPORTED = ("svdq_version", "versions", "source_sha256", "calibration_sha256", "loras_sha256")
+FITTED = "fitted"  # key of the provenance
 _DIGITS = 5  # of a weight's error
 UNKNOWN_DIGEST = 64 * "0"
 _UNKNOWN = 1000 + 10**-_DIGITS  # in place of an error that is not known yet: none has more digits
@@ -35,9 +36,11 @@ def contents_of(
     calibration: str | None,
     solutions: Mapping[str, LayerSolution],
     weight_errors: Mapping[str, float] | None,
+    fitted: Sequence[str] = (),
 ) -> Contents:
     """The numbers of the outputs, and how they were made. `digest`: of the source's weights; `calibration`: of the
-    statistics; `weight_errors`: by layer, None where they are to come, for which room is left."""
+    statistics; `weight_errors`: by layer, None where they are to come, for which room is left; `fitted`: the linears at
+    16 bits whose numbers are not the source's."""
     source, recipe = prepared.source, prepared.recipe
     provenance: dict[str, object] = {
         "svdq_version": __version__,
@@ -63,6 +66,7 @@ def contents_of(
                 if path.is_file()  # a folder of peft's is in the digest of the source
             },
             **({MOVED_MEANS: moved_json(source.moved)} if source.moved else {}),
+            **({FITTED: list(fitted)} if fitted else {}),
             WEIGHT_ERROR: {name: round(error, _DIGITS) for name, error in weight_errors.items()},
         },
     )

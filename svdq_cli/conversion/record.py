@@ -13,6 +13,7 @@ from torch import nn
 from svdq_cli.conversion.memory import run_as_it_fits
 from svdq_cli.errors import InputError
 from svdq_cli.inference.load import load_16bit_pipeline, load_without_denoiser
+from svdq_cli.pack.padding import ceil_div
 from svdq_cli.pipelines.embeddings import EncodedPrompts
 from svdq_cli.pipelines.encode import encode_prompts
 from svdq_cli.pipelines.generate import Batch, generated_batches, split_batches
@@ -20,7 +21,7 @@ from svdq_cli.pipelines.joint import denoisers_in
 from svdq_cli.pipelines.settings import SamplingSettings
 from svdq_cli.planning.joint import plan_of
 from svdq_cli.prepare.options import RunOptions
-from svdq_cli.prepare.prepare import Prepared, prompts_of
+from svdq_cli.prepare.prepare import Prepared, counts_of, prompts_of
 from svdq_cli.prepare.sampling import Sampling
 from svdq_cli.reconstruct import Recording, Trajectory, block_graph_of, blocks_of, record_each
 from svdq_cli.records import Observer
@@ -41,6 +42,18 @@ class Sample:
 
 
 BLOCK_SAMPLE = Sample(images=32, batches=8, calls=8)  # the last quarter of the batches judges
+OUTPUT_IMAGES, OUTPUT_BATCHES, OUTPUT_CALLS = 32, 4, 16
+# What the last linear is fitted to: images of many tokens need be no more than there are batches
+ROWS_PER_CHANNEL = 20
+
+
+def output_sample(prepared: Prepared, sampling: Sampling) -> Sample:
+    """What the last linear is fitted on."""
+    layer, settings = prepared.plan.w4a4[-1], sampling.settings
+    tokens = counts_of(prepared, settings).by_layer[layer.name]
+    enough = max(OUTPUT_BATCHES, ceil_div(ROWS_PER_CHANNEL * layer.linear.in_features, tokens))
+    images = min(OUTPUT_IMAGES, enough)
+    return Sample(images, max(OUTPUT_BATCHES, ceil_div(images, settings.batch_size)), OUTPUT_CALLS)
 
 
 def record_calls(

@@ -1,36 +1,30 @@
 """The effort `best`: after all layers are solved, every transformer block is tuned against the 16-bit block.
 
-A block is kept in the work folder as soon as it is tuned. Only the block whose turn it is has weights, and what the
-blocks before it hand over waits in host memory, or on the disk where there is too little of that.
+A block is kept in the work folder as soon as it is tuned.
 """
 
 from __future__ import annotations
 
-import gc
-import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import asdict, replace
 from typing import cast
 
 import torch
 
-from svdq_cli.conversion.block_forecast import hidden_state_bytes
-from svdq_cli.conversion.memory_backoff import return_device_memory
+from svdq_cli.conversion.block_by_block import Way, reconstructions
 from svdq_cli.conversion.read_weights import source_weight
-from svdq_cli.conversion.record import BLOCK_SAMPLE, record_blocks
+from svdq_cli.conversion.record import BLOCK_SAMPLE
 from svdq_cli.conversion.solve_layers import Statistics
 from svdq_cli.conversion.work_folder import BLOCKS, SolvedLayers, WorkFolder, report_json, report_of_json
 from svdq_cli.errors import InputError
-from svdq_cli.inference.load import load_beside
-from svdq_cli.planning.joint import plan_of
 from svdq_cli.prepare.options import RunOptions
 from svdq_cli.prepare.prepare import Prepared
 from svdq_cli.prepare.sampling import Sampling
-from svdq_cli.reconstruct import Reconstruction, TensorCache, TunedBlock, blocks_of, reconstruct
+from svdq_cli.reconstruct import Recording, TunedBlock, blocks_of, reconstruct
 from svdq_cli.records import Event, LayerReport, LayerSolution, Observer
 from svdq_cli.reports import BlockSearch
 from svdq_cli.solve.linear import measured
-from svdq_cli.source import denoisers_of, prefix_of
+from svdq_cli.source import prefix_of
 from svdq_cli.system.machine import on_device
 
 
@@ -81,48 +75,20 @@ def _tuned(
     device: torch.device,
     observe: Observer,
 ) -> Iterator[TunedBlock]:
-    recordings = record_blocks(
-        prepared, sampling, BLOCK_SAMPLE, options=options, device=device, observe=observe
-    )
-    for denoiser in denoisers_of(prepared.source):
-        gc.collect()  # the pipeline, or the denoiser before, is done; modules with hooks refer to themselves
-        return_device_memory()
-        recording = recordings.pop(denoiser.component)
-        prefix = prefix_of(prepared.source.components, denoiser.component)
-        if all(prefix + block in finished for block in recording.block_graph.order):
-            continue
-        model, weights = load_beside(
-            denoiser, recording.block_graph.order, class_name=prepared.plan.model_class, device=device
-        )
-        folder = solved.work.passages
-        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
-        tensor_cache = TensorCache(folder, host_bytes=hidden_state_bytes(prepared, sampling, options, device))
-        plan = plan_of(prepared.plan, denoiser.component)
+    def left(component: str, recording: Recording) -> bool:
+        prefix = prefix_of(prepared.source.components, component)
+        return not all(prefix + block in finished for block in recording.block_graph.order)
+
+    way = Way(prepared, sampling, BLOCK_SAMPLE, solved, options, device, observe, tuned=True)
+    for prefix, job in reconstructions(way, left):
         for tuned in reconstruct(
-            Reconstruction(model, weights, plan, _Own(solved, prefix), recording, tensor_cache),
+            job,
             seed=prepared.settings.seed,
             finished={block.removeprefix(prefix) for block in finished if block.startswith(prefix)},
             observe=observe,
         ):
             named = {prefix + name: solution for name, solution in tuned.solutions.items()}
             yield replace(tuned, name=prefix + tuned.name, solutions=named)
-
-
-@dataclass(frozen=True, slots=True)
-class _Own(Mapping[str, LayerSolution]):
-    """The solved layers of one denoiser, under its own names."""
-
-    solved: SolvedLayers
-    prefix: str
-
-    def __getitem__(self, name: str) -> LayerSolution:
-        return self.solved[self.prefix + name]
-
-    def __iter__(self) -> Iterator[str]:
-        return (name.removeprefix(self.prefix) for name in self.solved if name.startswith(self.prefix))
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
 
 
 def _again(

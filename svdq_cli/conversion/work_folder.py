@@ -7,8 +7,9 @@
     WORK/chosen.json                which of them were taken
     WORK/layers/LAYER.safetensors   a layer group, named after its first layer: its solutions and their reports
     WORK/blocks/BLOCK.safetensors   effort best: a block's layers as they were tuned, with their reports
+    WORK/outputs/DENOISER.safetensors  step output: its last linear as it was fitted; empty where that stays as it is
     WORK/encoders/NAME.safetensors  a text encoder with 4-bit weights, whole once NAME.json is next to it
-    WORK/passages/                  effort best: hidden states that host memory had no room for, while blocks are tuned
+    WORK/passages/                  hidden states that host memory had no room for, while blocks are gone through
     WORK/done                       the outputs have their names, and the folder is about to go
 
 A file is there when its part is finished: it is written next to its place, forced to the disk and renamed. Nothing in
@@ -55,7 +56,7 @@ from svdq_cli.storage.tensor_file import TensorSpec, write_tensors
 JOURNAL = "journal.json"
 LAYERS, CALIBRATION, IMAGES = "layers", "calibration", "pictures"
 BLOCKS, PASSAGES = "blocks", "passages"
-ENCODERS = "encoders"
+ENCODERS, OUTPUTS = "encoders", "outputs"
 CHOICES, CHOSEN = "choices.json", "chosen.json"
 CURVES = "curves.json"  # names of the modulation layers that are stored as curves
 _LOCK, _DONE = "lock", "done"
@@ -105,6 +106,12 @@ class WorkFolder:
             for solution in solutions
             for key, tensor in _stored(solution).items()
         }
+        self.keep_tensors(folder, name, stored, about)
+
+    def keep_tensors(
+        self, folder: str, name: str, stored: Mapping[str, Tensor], about: Mapping[str, object]
+    ) -> None:
+        """One finished part that is no layer."""
         specs = {key: TensorSpec(tuple(tensor.shape), tensor.dtype) for key, tensor in stored.items()}
         file = self._file(folder, name)
         file.parent.mkdir(exist_ok=True)
@@ -123,6 +130,10 @@ class WorkFolder:
         """What `keep` was told of a part. Raises InputError for a damaged file."""
         header = self._header(folder, name)
         return cast("dict[str, object]", json.loads(header.metadata[_ABOUT]))
+
+    def tensors(self, folder: str, name: str) -> dict[str, Tensor]:
+        """What `keep_tensors` was given. Raises InputError for a damaged file."""
+        return {key: entry.read() for key, entry in self._header(folder, name).tensors.items()}
 
     def solution(self, folder: str, name: str, plan: LayerPlan) -> LayerSolution:
         """One layer of a finished part. Raises InputError for a damaged file."""
@@ -162,7 +173,7 @@ class WorkFolder:
     def remove(self) -> None:
         """Everything svdq put there, and the folder if that was all. What tells whose the folder is goes last."""
         remove_unfinished(self.path)
-        for name in (LAYERS, BLOCKS, ENCODERS, PASSAGES, IMAGES, CALIBRATION):
+        for name in (LAYERS, BLOCKS, OUTPUTS, ENCODERS, PASSAGES, IMAGES, CALIBRATION):
             shutil.rmtree(self.path / name, ignore_errors=True)
         others = {*self.path.glob("*.json")} - {self.path / JOURNAL}
         for file in [*others, *(self.path / name for name in (JOURNAL, _LOCK, _DONE))]:

@@ -28,6 +28,7 @@ from svdq_cli.reports import (
     LayerCounts,
     LayerSqnr,
     ModelFacts,
+    OutputSearch,
     RankFacts,
     SearchFacts,
     TextEncoderFacts,
@@ -122,8 +123,10 @@ def layer_sqnr(reports: list[LayerReport]) -> LayerSqnr:
     return LayerSqnr(sum(per_layer.values()) / len(per_layer), min(per_layer.values()), per_layer)
 
 
-def search_facts(reports: list[LayerReport], blocks: Mapping[str, BlockSearch]) -> SearchFacts:
-    return SearchFacts({report.name: report.search for report in reports}, blocks)
+def search_facts(
+    reports: list[LayerReport], blocks: Mapping[str, BlockSearch], outputs: Mapping[str, OutputSearch]
+) -> SearchFacts:
+    return SearchFacts({report.name: report.search for report in reports}, blocks, outputs)
 
 
 def inspect_layer(

@@ -233,7 +233,7 @@ class Quantization(Section):
     smoothing: Smoothing | None = None
     """none, closed-form or grid: the start of the search; the effort's choice when absent."""
     search: Annotated[tuple[SearchStep, ...] | None, Field(strict=False)] = None
-    """Search steps beyond the paper's: means, learned, refine, gptq, scales (with gptq), refit; else the effort's."""
+    """Steps beyond the paper's: means, learned, refine, gptq, scales (with gptq), refit, output; else the effort's."""
     refinements: Annotated[int, Field(ge=0, le=20)] = 5
     """Rounds at most that fit branch and codes to each other: without calibration, and in the step refine."""
     rank: Rank = DEFAULT_RANK

@@ -1,8 +1,8 @@
-"""How a model's blocks hang together: the order they run in, and how long what one returns is needed."""
+"""How a model's blocks hang together: the order they run in, how long what one returns is needed, and what ends it."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,10 @@ class BlockGraph:
     order: tuple[str, ...]
     last_reader: Mapping[str, int]
     """Block -> the position of the last block that is given something made of its outputs; missing where none is. In a
-    plain stack that is the next one; in a UNet, whose skips go around others, one further on."""
+    plain stack that is the next one; in a UNet, whose skips go around others, one further on. The model's end, which
+    reads what no block does, comes after all of them where there is a `last_linear`."""
+    last_linear: str | None = None
+    """The linear behind all blocks whose outputs are the model's, but for their order; None where there is none."""
 
     def needs(self, block: str, *, after: int) -> bool:
         """Whether a block behind position `after` is given something made of `block`'s outputs."""
@@ -35,6 +38,7 @@ def block_graph_of(model: nn.Module, blocks: Collection[str], call: Call) -> Blo
     order: list[str] = []
     given: dict[str, list[Tensor]] = {}
     made: dict[str, list[Tensor]] = {}
+    linears: list[tuple[str, Tensor]] = []
 
     def before(path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         order.append(path)
@@ -52,7 +56,15 @@ def block_graph_of(model: nn.Module, blocks: Collection[str], call: Call) -> Blo
 
         return mapped(output, leaf)
 
-    handles: list[Any] = []
+    def noting(path: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+        return lambda module, args, output: linears.append((path, output))
+
+    inside = tuple(f"{path}." for path in blocks)
+    handles: list[Any] = [
+        module.register_forward_hook(noting(path))
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not f"{path}.".startswith(inside)
+    ]
     for path in blocks:
         module = model.get_submodule(path)
         handles += [
@@ -63,26 +75,56 @@ def block_graph_of(model: nn.Module, blocks: Collection[str], call: Call) -> Blo
         ]
     try:
         with torch.enable_grad():
-            model(*call.args, **call.kwargs)
+            output = model(*call.args, **call.kwargs)
     finally:
         for handle in handles:
             handle.remove()
     once = [path for path in order if order.count(path) == 1]
     if len(once) < len(order):
         return block_graph_of(model, once, call)
-    return BlockGraph(tuple(order), _last_readers(order, given, made))
+    outputs = [tensor for tensor in tensors_of(output) if tensor.requires_grad]
+    last = _last_linear(linears, outputs)
+    readers = [given[path] for path in order] + ([outputs] if last else [])
+    return BlockGraph(tuple(order), _last_readers(order, readers, made), last)
+
+
+def _last_linear(linears: Sequence[tuple[str, Tensor]], outputs: Sequence[Tensor]) -> str | None:
+    """The linear that ran last, and once, where `outputs` are rearranged from what it returned: no number of that
+    reaches their sum otherwise than the next one does."""
+    paths = [path for path, _ in linears]
+    if not linears or paths.count(paths[-1]) > 1 or not outputs or not linears[-1][1].requires_grad:
+        return None
+    used = used_rows(outputs, linears[-1][1])
+    return paths[-1] if used is not None else None
+
+
+def used_rows(outputs: Sequence[Tensor], returned: Tensor) -> Tensor | None:
+    """Which rows (M,) of what a linear `returned` (..., N) `outputs` consist of; None where they are not rearranged
+    rows, all times one factor at most."""
+    (reached,) = torch.autograd.grad(
+        [tensor.sum() for tensor in outputs], [returned], retain_graph=True, allow_unused=True
+    )
+    if reached is None:
+        return None
+    rows = reached.flatten(0, -2)
+    used = (rows != 0).any(1)
+    factors = rows[used]
+    if not len(factors) or bool((factors != factors.flatten()[0]).any()):
+        return None
+    return used
 
 
 def _last_readers(
-    order: Sequence[str], given: Mapping[str, Sequence[Tensor]], made: Mapping[str, Sequence[Tensor]]
+    order: Sequence[str], given: Sequence[Sequence[Tensor]], made: Mapping[str, Sequence[Tensor]]
 ) -> dict[str, int]:
+    """`given`: what each block is, and behind them the model's end."""
     last: dict[str, int] = {}
-    for position, path in enumerate(order):
+    for position, tensors in enumerate(given):
         leaves = [(block, leaf) for block in order[:position] for leaf in made[block]]
-        if not given[path] or not leaves:
+        if not tensors or not leaves:
             continue
         reached = torch.autograd.grad(
-            [tensor.sum() for tensor in given[path]],
+            [tensor.sum() for tensor in tensors],
             [leaf for _, leaf in leaves],
             retain_graph=True,
             allow_unused=True,

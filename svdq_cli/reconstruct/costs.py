@@ -57,8 +57,10 @@ class CallCounts:
         return min(CALLS_PER_STEP, self.each)
 
 
-def block_work(size: BlockSize, calls: CallCounts) -> Work:
+def block_work(size: BlockSize, calls: CallCounts, *, tuned: bool = True) -> Work:
     """Both streams through the block, and its tuning between."""
+    if not tuned:
+        return _forward(size) * (2 * calls.all)
     steps = STEPS if calls.trajectories > 1 else 0
     judged = calls.held_out * (1 + steps // JUDGE_EVERY)
     forward, trained = _forward(size), _forward(size, gradients=True)
@@ -80,18 +82,32 @@ def _forward(size: BlockSize, *, gradients: bool = False) -> Work:
     )
 
 
-def block_bytes(size: BlockSize, calls: CallCounts, *, itemsize: int) -> int:
+def block_bytes(size: BlockSize, calls: CallCounts, *, itemsize: int, tuned: bool = True) -> int:
     """Bytes on the device that are alive at the peak of the block's turn. `itemsize`: of the 16-bit model's weights."""
+    if not tuned:
+        return _passed_through_bytes(size, itemsize)
     weights = [plan.linear.in_features * plan.linear.out_features for plan, _ in size.w4a4]
-    tuned, largest = sum(weights), max(weights, default=0)
+    all_weights, largest = sum(weights), max(weights, default=0)
     # codes and float32; the layers as they were
-    fixed = itemsize * size.kept + 5 * size.weights + itemsize * tuned
+    fixed = itemsize * size.kept + 5 * size.weights + itemsize * all_weights
     fixed += sum(_parameter_bytes(plan) for plan, _ in size.w4a4)
     passed = 4 * size.tokens * size.width
-    judged = 4 * tuned + 4 * calls.each * passed
+    judged = 4 * all_weights + 4 * calls.each * passed
     # of every call the scaled weights; of one layer at a time their gradient
-    trained = calls.per_step * (4 * tuned + _saved_bytes(size, itemsize) + 6 * passed) + 8 * largest
+    trained = calls.per_step * (4 * all_weights + _saved_bytes(size, itemsize) + 6 * passed) + 8 * largest
     return fixed + max(judged, trained)
+
+
+def _passed_through_bytes(size: BlockSize, itemsize: int) -> int:
+    """The block at 16 bits, its codes and their float32 numbers, and the widest layer at work."""
+    widest = max(
+        tokens * (plan.linear.in_features + plan.linear.out_features) for plan, tokens in size.layers
+    )
+    branches = sum(
+        4 * plan.rank * (plan.linear.in_features + plan.linear.out_features) for plan, _ in size.w4a4
+    )
+    weights = itemsize * (size.kept + size.weights) + 5 * size.weights + branches
+    return weights + 12 * widest + 3 * size.passed_bytes(itemsize)
 
 
 def _parameter_bytes(plan: W4A4Plan) -> int:

@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from svdq_cli.reconstruct.block_graph import BlockGraph
-from svdq_cli.reconstruct.calls import Call, mapped
+from svdq_cli.reconstruct.block_graph import BlockGraph, used_rows
+from svdq_cli.reconstruct.calls import Call, mapped, tensors_of
 from svdq_cli.reconstruct.tensor_cache import Kept, TensorCache
 
 
@@ -47,6 +47,31 @@ class HiddenStates:
             except _Entered as entered:
                 return entered.call
         raise RuntimeError(f"{block} does not run in call {index}, although it ran in the first one")
+
+    def at_the_end(self, layer: str, index: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
+        """What `layer`, the graph's last linear, is given in one of the calls (M, K), and what it returns (M, N), in
+        the rows that the model's output consists of. None where it is not rearranged from them."""
+        call = self._calls[index]
+        forwards = {path: self._recalling(path, index, device) for path in self._block_graph.order}
+        seen: list[tuple[Tensor, Tensor]] = []
+
+        def leaf(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            seen.append((args[0].detach(), output.detach().requires_grad_()))
+            return seen[-1][1].clone()  # a leaf itself could not be changed in place
+
+        handle = self._model.get_submodule(layer).register_forward_hook(leaf)
+        try:
+            with _standing_in(self._model, forwards), torch.enable_grad():
+                output = self._model(*call.args, **call.kwargs)
+        finally:
+            handle.remove()
+        if len(seen) != 1:
+            return None
+        given, returned = seen[0]
+        used = used_rows([each for each in tensors_of(output) if each.requires_grad], returned)
+        if used is None:
+            return None
+        return given.flatten(0, -2)[used], returned.detach().flatten(0, -2)[used]
 
     def keep(self, block: str, index: int, output: object) -> Kept:
         """What `block` returned in one of the calls."""

@@ -1,4 +1,4 @@
-"""One block after the other, each tuned on what the 4-bit blocks before it really hand over.
+"""One block after the other, each tuned on what the 4-bit blocks before it really hand over; then the last linear.
 
 Two streams of hidden states go through the model, of the 16-bit blocks and of the 4-bit ones. One block at a time has
 weights; what is between the blocks always has.
@@ -10,6 +10,7 @@ import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +19,13 @@ from svdq_cli.planning import blocks
 from svdq_cli.reconstruct.block_graph import BlockGraph
 from svdq_cli.reconstruct.calls import Call, Trajectory
 from svdq_cli.reconstruct.hidden_states import HiddenStates
+from svdq_cli.reconstruct.last_linear import HELD_OUT, Moments, fitted, moments_of
 from svdq_cli.reconstruct.swap_modules import put, put_for_now
 from svdq_cli.reconstruct.tensor_cache import Kept, TensorCache
 from svdq_cli.reconstruct.tunable import frozen
 from svdq_cli.reconstruct.tuning import BlockIO, BlockIOs, tune_block
 from svdq_cli.records import Event, LayerSolution, ModelPlan, Observer, W4A4Solution, ignore_events
-from svdq_cli.reports import BlockSearch
+from svdq_cli.reports import BlockSearch, OutputSearch
 from svdq_cli.runtime.linear import quantized_linear
 from svdq_cli.system.allocator import return_freed_memory
 from svdq_cli.system.machine import on_device
@@ -49,6 +51,16 @@ class TunedBlock:
     name: str
     solutions: Mapping[str, W4A4Solution]  # of the layers that were tuned
     search: BlockSearch
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FittedOutput:
+    """The last linear as it was fitted: `weight` (N, K) and `bias` (N,) in float32, None where nothing is gained."""
+
+    name: str
+    weight: Tensor | None
+    bias: Tensor | None
+    search: OutputSearch
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -93,6 +105,22 @@ def reconstruct(
             detail = f"{block}  {tuned.search.before:.2e} -> {tuned.search.after:.2e}"
         observe(Event("advance", "reconstruct", done, len(order), detail, time.monotonic() - started))
     observe(Event("end", "reconstruct", len(order), len(order), seconds=time.monotonic() - started))
+
+
+def fit_output(job: Reconstruction, *, observe: Observer = ignore_events) -> FittedOutput:
+    """The model's last linear, which there has to be, fitted behind the 4-bit blocks as they are."""
+    order, name = job.recording.block_graph.order, job.recording.block_graph.last_linear
+    assert name is not None
+    started = time.monotonic()
+    observe(Event("start", "output", 0, len(order)))
+    walk = _Walk(job)
+    for done, block in enumerate(order, 1):
+        walk.through(block, seed=None)
+        return_freed_memory()
+        observe(Event("advance", "output", done, len(order), block, time.monotonic() - started))
+    found = walk.fitted(name)
+    observe(Event("end", "output", len(order), len(order), seconds=time.monotonic() - started))
+    return found
 
 
 class _Walk:
@@ -152,6 +180,49 @@ class _Walk:
             args, kwargs = given.pop(0).on(self._device)
             self._quantized.keep(block, index, self._job.model.get_submodule(block)(*args, **kwargs))
             self._quantized.forget(block, index)
+
+    def fitted(self, name: str) -> FittedOutput:
+        """The last linear, once both streams are behind all blocks."""
+        linear = cast("nn.Linear", self._job.model.get_submodule(name))
+        biased = "bias" in linear.state_dict()
+        trajectories = self._job.recording.trajectories
+        cut = len(trajectories) - max(1, len(trajectories) // HELD_OUT)
+        train: Moments | None = None
+        judge: Moments | None = None
+        first = 0
+        for number, each in enumerate(trajectories):
+            calls = range(first, first + len(each.calls))
+            first = calls.stop
+            if (summed := self._summed(name, calls)) is None:
+                continue
+            found = moments_of(*summed, constant=float(len(calls)) if biased else None)
+            if number < cut:
+                train = found if train is None else train + found
+            else:
+                judge = found if judge is None else judge + found
+        change, search = fitted(train, judge)
+        if change is None:
+            return FittedOutput(name, None, None, search)
+        change = change.to(linear.weight)
+        weight = linear.weight.detach() + change[: linear.in_features].T
+        bias = (linear.bias.detach() + change[-1]).float().cpu() if biased else None
+        return FittedOutput(name, weight.float().cpu(), bias, search)
+
+    def _summed(self, name: str, calls: range) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Over the calls of one trajectory: what the last linear is given behind the 4-bit blocks (M, K), what it makes
+        of that, and what it returns in the 16-bit model (M, N)."""
+        total: tuple[Tensor, ...] | None = None
+        for index in calls:
+            with put_for_now(self._job.model, self._beside):
+                now = self._quantized.at_the_end(name, index, self._device)
+            exact = self._exact.at_the_end(name, index, self._device)
+            if now is None or exact is None or now[0].shape[0] != exact[0].shape[0]:
+                return None
+            parts = (now[0].float(), now[1].float(), exact[1].float())
+            if total is not None and total[0].shape != parts[0].shape:
+                return None
+            total = parts if total is None else tuple(map(torch.add, total, parts))
+        return None if total is None else (total[0], total[1], total[2])
 
     def _tuned(
         self, block: str, solutions: Mapping[str, LayerSolution], passages: Sequence[BlockIO], seed: int

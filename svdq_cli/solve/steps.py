@@ -349,6 +349,8 @@ STEPS: Mapping[SearchStep, Step] = {
     # gptq does it, and is measured with it
     "scales": Step(None, _no_work, _no_bytes),
     "refit": Step(_refitted, _refit_work, _refit_bytes),
+    # `conversion.block_by_block` does it, once all layers are solved
+    "output": Step(None, _no_work, _no_bytes),
 }
 
 

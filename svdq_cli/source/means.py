@@ -13,7 +13,7 @@ from torch import Tensor
 
 from svdq_cli.errors import InputError
 from svdq_cli.source.model import Source, tensor_entry
-from svdq_cli.source.shifted import ShiftedTensor
+from svdq_cli.source.shifted import with_values
 
 READ_AT_ONCE = 1 << 22  # numbers of a weight
 
@@ -61,8 +61,7 @@ def without_means(source: Source, moved: Sequence[MovedMean], dtype: torch.dtype
         mean = torch.stack(given).mean(0)
         for name in each.readers:
             values[f"{name}.bias"] = bias(f"{name}.bias") + _times(source, f"{name}.weight", mean)
-    tensors = {name: ShiftedTensor(tensor_entry(source, name), value) for name, value in values.items()}
-    return replace(source, tensors={**source.tensors, **tensors}, moved=moved)
+    return replace(with_values(source, values), moved=moved)
 
 
 def _times(source: Source, name: str, vector: Tensor) -> Tensor:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from pydantic import ValidationError
 
 from svdq_cli.checkpoint.check import check
-from svdq_cli.checkpoint.reader import open_checkpoint
+from svdq_cli.checkpoint.reader import Checkpoint, open_checkpoint
 from svdq_cli.conversion.calibrate import calibrate
 from svdq_cli.conversion.convert import convert
 from svdq_cli.conversion.plan import predict
@@ -20,6 +21,7 @@ from svdq_cli.prepare.prepare import prepare
 from svdq_cli.recipe import Calibration, Output, Quantization, RankOverride, Recipe, default_recipe
 from svdq_cli.reconstruct import tuning
 from svdq_cli.reports import ConvertReport
+from svdq_cli.source import open_source
 
 CPU = RunOptions(device="cpu")
 
@@ -212,6 +214,50 @@ def test_best_tunes_blocks_and_stores_what_it_judged(
     steps = report.search.layers["transformer_blocks.0.ff.net.2"].steps_db
     assert list(steps) == ["start", "learned", "refine", "gptq", "refit"]
     assert open_checkpoint(tmp_path / "out").rank == 16
+
+
+def test_the_last_linear_is_fitted_and_stored_where_held_out_images_gain(
+    tiny_flux: Path, prompts: Path, artefact: Path, tmp_path: Path
+):
+    def converted(*search: str) -> tuple[ConvertReport, Checkpoint]:
+        recipe = recipe_for(tiny_flux, prompts, effort="balanced", rank=16, search=search)
+        out = tmp_path / "-".join(search)
+        return convert(recipe, out, calibration=artefact, options=CPU), open_checkpoint(out)
+
+    (report, fitted), (plain, as_it_was) = converted("gptq", "output"), converted("gptq")
+    assert plain.search.outputs == {}
+    assert (as_it_was.provenance or {}).get("fitted") is None
+    (search,) = report.search.outputs.values()
+    assert list(report.search.outputs) == ["proj_out"]
+    assert search.ridge is not None
+    assert 0 < search.after < search.before
+    assert (fitted.provenance or {})["fitted"] == ["proj_out"]
+    changed = [
+        name
+        for name in fitted.kept_names()
+        if not torch.equal(fitted.kept_tensor(name), as_it_was.kept_tensor(name))
+    ]
+    assert changed == ["proj_out.weight", "proj_out.bias"]
+    for plan in fitted.layers:
+        assert torch.equal(fitted.solution(plan).codes, as_it_was.solution(plan).codes)
+    assert check(tmp_path / "gptq-output", against=open_source(tiny_flux)).status == "ok"
+
+
+def test_without_the_pipeline_and_prompts_the_last_linear_stays(
+    tiny_flux: Path, artefact: Path, tmp_path: Path
+):
+    recipe = recipe_for(tiny_flux, None, effort="balanced", rank=16, search=("output",))
+    assert convert(recipe, tmp_path / "out", calibration=artefact, options=CPU).search.outputs == {}
+
+
+def test_a_run_with_too_little_memory_for_both_models_says_that_the_last_linear_stays(
+    tiny_flux: Path, prompts: Path, artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("svdq_cli.conversion.predict._blocks_fit", lambda *_: False)
+    recipe = recipe_for(tiny_flux, prompts, effort="balanced", rank=16, search=("output",))
+    report = convert(recipe, tmp_path / "out", calibration=artefact, options=CPU)
+    assert report.search.outputs == {}
+    assert any("the last linear layer is not fitted" in warning for warning in report.warnings)
 
 
 def test_best_without_prompts_says_so_before_the_long_work(

@@ -137,7 +137,7 @@ def test_tuning_a_block_takes_the_memory_that_is_predicted(
     model, weights = load_beside(
         prepared.source, recording.block_graph.order, class_name=prepared.plan.model_class, device=cpu
     )
-    forecast = block_forecast(prepared, sampling, cpu)
+    forecast = block_forecast(prepared, sampling, BLOCK_SAMPLE, cpu)
     assert forecast.calls.all == len(recording.calls)
     tensor_cache = TensorCache(tmp_path / "shelf", host_bytes=0)  # all in files
     job = Reconstruction(model, weights, prepared.plan, solutions, recording, tensor_cache)
@@ -168,7 +168,9 @@ def test_hidden_states_take_the_memory_that_is_predicted(tiny_flux: Path, tmp_pa
     tensor_cache = TensorCache(folder, host_bytes=0)
     job = Reconstruction(model, weights, prepared.plan, solutions, recording, tensor_cache)
     list(reconstruct(job, seed=0, finished=recording.block_graph.order, observe=look))
-    assert max(seen) == pytest.approx(block_forecast(prepared, sampling, cpu).passed_bytes, rel=0.25)
+    assert max(seen) == pytest.approx(
+        block_forecast(prepared, sampling, BLOCK_SAMPLE, cpu).passed_bytes, rel=0.25
+    )
 
 
 def test_a_block_that_memory_has_no_room_for_is_refused_before_the_work(tiny_flux: Path, tmp_path: Path):

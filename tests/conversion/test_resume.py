@@ -461,12 +461,12 @@ def test_a_run_that_is_killed_between_two_blocks_goes_on(
     """What host memory had no room for lies in files, which the killed run leaves behind."""
     code = f"""
 import os, signal
-from svdq_cli.conversion import tune_blocks
+from svdq_cli.conversion import block_by_block
 from svdq_cli.conversion.convert import convert
 from svdq_cli.reconstruct import tuning
 from tests.conversion.test_resume import CPU, Path, best_recipe
 tuning.STEPS, tuning.JUDGE_EVERY = 4, 2
-tune_blocks.hidden_state_bytes = lambda *_: 0
+block_by_block.hidden_state_bytes = lambda *_: 0
 def kill(event):
     if event.stage == "reconstruct" and event.kind == "advance":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -482,6 +482,35 @@ convert(best_recipe(source, prompts), out, options=CPU, observe=kill)
     convert(best_recipe(tiny_flux, prompts), tmp_path / "out", options=RESUME)
     assert few_steps == ["single_transformer_blocks.0"]
     assert same_bytes(tmp_path / "out", best_whole)
+
+
+def test_a_fitted_last_linear_is_taken_over(tiny_flux: Path, prompts: Path, tmp_path: Path):
+    plain = best_recipe(tiny_flux, prompts)
+    wanted = {"effort": "balanced", "search": ("output",)}
+    recipe = plain.model_copy(update={"quantization": plain.quantization.model_copy(update=wanted)})
+    ways: list[str] = []
+
+    def watch(event: Event) -> None:
+        if event.stage == "output" and event.kind == "end":
+            ways.append("fitted")
+
+    def stop(event: Event) -> None:
+        watch(event)
+        if event.stage == "pack":
+            raise KeyboardInterrupt
+
+    with pytest.raises(InterruptedRunError):
+        convert(recipe, tmp_path / "out", options=CPU, observe=stop)
+    kept = tmp_path / ".out.work/outputs/transformer.safetensors"
+    whole = kept.read_bytes()
+    with pytest.raises(InterruptedRunError):
+        convert(recipe, tmp_path / "out", options=RESUME, observe=stop)
+    assert ways == ["fitted"]
+    kept.write_bytes(whole[:-10])
+    convert(recipe, tmp_path / "out", options=RESUME, observe=watch)
+    assert ways == ["fitted"] * 2, "a damaged file is not taken over"
+    convert(recipe, tmp_path / "again", options=CPU)
+    assert same_bytes(tmp_path / "out", tmp_path / "again")
 
 
 def test_a_damaged_block_is_tuned_again_and_that_is_said(
