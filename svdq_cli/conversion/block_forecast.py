@@ -68,7 +68,7 @@ def block_forecast(
 ) -> BlockForecast:
     """The forecast of tuning blocks, or of only going through them, from the plan alone. `sampling`: of the images."""
     settings = sample_settings(sampling, sample)
-    images = min(sample.images, sample.batches * settings.batch_size, sampling.samples)
+    images = min(sample.images, sample.batches * settings.batch_size, sample.times * sampling.samples)
     batches = ceil_div(images, settings.batch_size)
     batch = min(settings.batch_size, images)
     counts = counts_of(prepared, settings)

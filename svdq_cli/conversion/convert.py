@@ -42,7 +42,14 @@ from svdq_cli.conversion.size_budget import require_search
 from svdq_cli.conversion.solve_layers import Statistics, load_solved, solve_into, solved_elsewhere
 from svdq_cli.conversion.text_encoders import FourBitEncoder, quantize_encoders
 from svdq_cli.conversion.tune_blocks import tune_blocks
-from svdq_cli.conversion.work_folder import BLOCKS, LAYERS, Identity, WorkFolder, remove_finished
+from svdq_cli.conversion.work_folder import (
+    BLOCKS,
+    LAYERS,
+    Identity,
+    SolvedLayers,
+    WorkFolder,
+    remove_finished,
+)
 from svdq_cli.conversion.workers import CALIBRATED
 from svdq_cli.errors import InputError
 from svdq_cli.pipelines.generate import split_batches
@@ -387,39 +394,46 @@ def _solve(job: Job, work: WorkFolder) -> Solved:
     )
     solutions, reports = load_solved(prepared.plan, work, data_free=job.needs.data_free)
     job.warn(solved_elsewhere(reports, job.device))
-    blocks: dict[str, BlockSearch] = {}
-    outputs: dict[str, OutputSearch] = {}
-    if job.needs.tuning and statistics is not None:
+    found = Solved(
+        prepared=prepared,
+        solutions=solutions,
+        reports=reports,
+        blocks={},
+        outputs={},
+        statistics=statistics,
+        taken_over=taken_over,
+        calibrate_seconds=calibrated - began,
+        solve_seconds=0.0,
+    )
+    found = _beside_the_16bit_model(job, found, solutions)
+    return replace(found, solve_seconds=time.monotonic() - calibrated)
+
+
+def _beside_the_16bit_model(job: Job, solved: Solved, solutions: SolvedLayers) -> Solved:
+    """Solved layers with what needs both models side by side: blocks tuned, the last linear fitted."""
+    if job.needs.tuning and solved.statistics is not None:
         solutions, reports, blocks = tune_blocks(
-            prepared,
+            solved.prepared,
             job.needs.tuning,
-            statistics,
+            solved.statistics,
             solutions,
-            reports,
+            solved.reports,
             options=job.options,
             device=job.device,
             observe=job.observe,
         )
+        solved = replace(solved, solutions=solutions, reports=reports, blocks=blocks)
     if job.needs.output:
         prepared, outputs = with_outputs_fitted(
-            prepared,
+            solved.prepared,
             job.needs.output,
             solutions,
             options=job.options,
             device=job.device,
             observe=job.observe,
         )
-    return Solved(
-        prepared=prepared,
-        solutions=solutions,
-        reports=reports,
-        blocks=blocks,
-        outputs=outputs,
-        statistics=statistics,
-        taken_over=taken_over,
-        calibrate_seconds=calibrated - began,
-        solve_seconds=time.monotonic() - calibrated,
-    )
+        solved = replace(solved, prepared=prepared, outputs=outputs)
+    return solved
 
 
 _MOVED = (

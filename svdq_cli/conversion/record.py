@@ -39,10 +39,11 @@ class Sample:
     images: int
     batches: int
     calls: int
+    times: int = 1  # that a prompt may come where there are too few, each time from another noise
 
 
 BLOCK_SAMPLE = Sample(images=32, batches=8, calls=8)  # the last quarter of the batches judges
-OUTPUT_IMAGES, OUTPUT_BATCHES, OUTPUT_CALLS = 32, 4, 16
+OUTPUT_IMAGES, OUTPUT_BATCHES, OUTPUT_CALLS = 64, 4, 8
 # What the last linear is fitted to: images of many tokens need be no more than there are batches
 ROWS_PER_CHANNEL = 20
 
@@ -53,7 +54,8 @@ def output_sample(prepared: Prepared, sampling: Sampling) -> Sample:
     tokens = counts_of(prepared, settings).by_layer[layer.name]
     enough = max(OUTPUT_BATCHES, ceil_div(ROWS_PER_CHANNEL * layer.linear.in_features, tokens))
     images = min(OUTPUT_IMAGES, enough)
-    return Sample(images, max(OUTPUT_BATCHES, ceil_div(images, settings.batch_size)), OUTPUT_CALLS)
+    batches = max(OUTPUT_BATCHES, ceil_div(images, settings.batch_size))
+    return Sample(images, batches, OUTPUT_CALLS, times=2)
 
 
 def record_calls(
@@ -116,7 +118,9 @@ def _batches(
 ) -> tuple[Batch, ...]:
     prompts = prompts_of(prepared, options, observe).texts
     most = min(sample.images, sample.batches * settings.batch_size)
-    return split_batches(prompts[:most], settings=settings)
+    times = min(sample.times, ceil_div(most, len(prompts)))
+    # side by side, so that what judges is of prompts of its own
+    return split_batches([prompt for prompt in prompts for _ in range(times)][:most], settings=settings)
 
 
 def _trajectories(

@@ -7,12 +7,24 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from svdq_cli.planning.pointwise import is_pointwise
+from svdq_cli.runtime.replace import PointwiseConvolution
+
 
 def put(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
-    """`modules` by their paths."""
+    """`modules` by their paths. Converted linears learn to stand where 1x1 convolutions did."""
     for path, module in modules.items():
-        parent, _, leaf = path.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, module)
+        before = model.get_submodule(path)
+        if is_pointwise(before) or isinstance(before, PointwiseConvolution):
+            own = is_pointwise(module) or isinstance(module, PointwiseConvolution)
+            _set(model, path, module if own else PointwiseConvolution(module))
+        else:
+            _set(model, path, module)
+
+
+def _set(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, leaf = path.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
 
 
 @contextmanager
@@ -22,4 +34,5 @@ def put_for_now(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[
     try:
         yield
     finally:
-        put(model, before)
+        for path, module in before.items():
+            _set(model, path, module)

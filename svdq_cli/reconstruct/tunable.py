@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from svdq_cli.planning.pointwise import channels_first, channels_last
 from svdq_cli.records import Int4, SharedInput, W4A4Solution
 from svdq_cli.solve.quantizers import QuantizedWeight, dequantize_weight, fake_quantize_activation
 from svdq_cli.solve.smoothing import SMOOTH_RANGE, invertible
@@ -39,8 +38,6 @@ class Tunable(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., K) -> (..., N)."""
-        if input.ndim == 4:  # the place of a 1x1 convolution
-            return channels_first(self(channels_last(input)))
         rows = input.reshape(-1, input.shape[-1]).float()
         # kept for the gradient: what is multiplied; what is between is made again, which costs less than its memory
         quantized = checkpoint(self._quantized, rows, use_reentrant=False, preserve_rng_state=False)
