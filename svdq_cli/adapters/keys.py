@@ -62,6 +62,9 @@ _OTHER_KINDS = {
     "a LoRA of embeddings": re.compile(r"\.lora_embedding_[AB]\b"),
     "Stability's control LoRA": re.compile(r"^lora_controlnet$"),
     "a LoRA in Nunchaku's own form, made from another file": re.compile(r"\.lora_(?:down|up)$"),
+    "a LoRA in 8-bit floats with scales": re.compile(
+        r"\.lora_(?:down|up|A|B)\.(?:weight_scale|scale_weight)$"
+    ),
     "a difference of modulation tables": re.compile(r"\.modulation\.diff$"),
     "whole tensors that replace the model's own": re.compile(r"\.set_weight$"),
     "a control LoRA, which widens an input": re.compile(r"\.reshape_weight$"),

@@ -496,6 +496,7 @@ def test_a_truncated_file_is_refused(tiny_flux: Path, tmp_path: Path):
         ("lora_unet_x.lora_mid.weight", "LoCon with a Tucker core"),
         ("lora_unet_x.oft_blocks", "OFT"),
         ("transformer_blocks.0.qkv_proj.lora_down", "a LoRA in Nunchaku's own form"),
+        ("lora_unet_x.lora_down.weight_scale", "a LoRA in 8-bit floats with scales"),
         ("diffusion_model.blocks.0.modulation.diff", "a difference of modulation tables"),
         ("lora_unet_x.lokr_t2", "Tucker core"),
         ("lora_controlnet", "Stability's control LoRA"),
