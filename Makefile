@@ -15,7 +15,7 @@ TORCH ?= torch==2.13.0
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench bench-convert bench-quality bench-peers comfy-core comfy-layers check-cpu bench-peers-cpu kernel-report findings runtimes compatibility classes pipelines wheel
+.PHONY: help setup demo test lint bench bench-convert bench-quality bench-peers comfy-core comfy-layers comfyui check-cpu bench-peers-cpu kernel-report findings runtimes compatibility classes pipelines wheel
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +53,13 @@ comfy-layers: $(STAMP) ## layers of comfy-core files beside comfy-kitchen's own 
 	@test -d $(KITCHEN)/comfy_kitchen || $(PIP) --no-deps --target $(KITCHEN) comfy-kitchen==0.2.36
 	@test -d $(CTQ)/convert_to_quant || $(PIP) --no-deps --target $(CTQ) convert-to-quant==1.3.4 prodigy-plus-schedule-free
 	$(BIN)/python -m tools.comfy_layers --kitchen $(KITCHEN) --ctq $(CTQ)
+
+# A checkout of ComfyUI, and a Python with what its requirements.txt asks for
+COMFYUI ?= ../ComfyUI
+COMFYUI_PYTHON ?= $(COMFYUI)/.venv/bin/python
+comfyui: $(STAMP) ## files for ComfyUI in ComfyUI's own loader, and with its LoRA, merge and save nodes (COMFYUI=FOLDER COMFYUI_PYTHON=...; fifteen minutes)
+	$(BIN)/python -m tools.comfyui --checkout $(COMFYUI) --python $(COMFYUI_PYTHON)
+	$(BIN)/python -m tools.comfyui_uses --checkout $(COMFYUI) --python $(COMFYUI_PYTHON)
 
 bench-quality: $(STAMP) ## what each step of the search is worth, on the embedded model (half an hour)
 	$(BIN)/python -m tools.bench_quality

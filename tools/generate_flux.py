@@ -9,19 +9,11 @@ parameters, each single block 142 million; 19 and 38 of them are the published m
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 from pathlib import Path
-from typing import cast
 
-import torch
-from torch import Tensor
-
-from svdq_cli.storage.tensor_file import TensorSpec, write_tensors
+from tools.random_model import write_random_model
 
 HEAD = 128  # width of an attention head
-OUTLIERS = 64  # one input channel in so many is an outlier
-OUTLIER_SIZE = 12.0  # times the others: what smoothing and the low-rank branch are there for
 
 
 def flux_config(*, double: int, single: int, heads: int) -> dict[str, object]:
@@ -45,38 +37,8 @@ def generate_flux(
     folder: Path, *, double: int, single: int, heads: int = 24, seed: int = 0, device: str = "cpu"
 ) -> int:
     """Write the folder; returns the number of parameters. The same arguments on one device give the same bytes."""
-    from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
-
     config = flux_config(double=double, single=single, heads=heads)
-    with torch.device("meta"):
-        model = cast("torch.nn.Module", FluxTransformer2DModel.from_config(config))
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    specs = {name: TensorSpec(shape, torch.bfloat16) for name, shape in shapes.items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    file = folder / "diffusion_pytorch_model.safetensors"
-    with write_tensors(file, specs, {"format": "pt"}) as writer:
-        for name, shape in shapes.items():
-            writer.write(name, random_tensor(name, shape, seed=seed, device=torch.device(device)))
-    return sum(torch.Size(shape).numel() for shape in shapes.values())
-
-
-def random_tensor(name: str, shape: tuple[int, ...], *, seed: int, device: torch.device) -> Tensor:
-    """bfloat16. Matrices keep the variance of what they read and have outlier channels; norms are one; biases small.
-    A tensor depends on its name and the seed, not on its neighbors."""
-    if len(shape) == 1 and name.endswith(".weight"):
-        return torch.ones(shape, dtype=torch.bfloat16)
-    generator = torch.Generator(device).manual_seed(
-        int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8], "little") >> 1
-    )
-    values = torch.randn(shape, generator=generator, device=device)
-    if len(shape) == 1:
-        return (values * 0.02).bfloat16()
-    values *= shape[1] ** -0.5
-    values[:, torch.randperm(shape[1], generator=generator, device=device)[: shape[1] // OUTLIERS]] *= (
-        OUTLIER_SIZE
-    )
-    return values.bfloat16()
+    return write_random_model(folder, config, seed=seed, device=device)
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ the layout class of comfy-kitchen that reads it; a linear without one is an ordi
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -62,6 +63,8 @@ from svdq_cli.storage.tensor_file import TensorSpec
 
 NAME = "comfy-core"
 W4A4, W4A8, NVFP4 = "convrot_w4a4", "asym_w4a8_int8", "nvfp4"
+EXPONENT = "svdq_exponent"  # a key of nvfp4's markers; svdq's runtimes multiply inputs by 2 to its power
+_EXPONENT = re.compile(r"[+-]\d\d")
 PRECISION = "precision"  # a key of the header, of nvfp4 files
 _ROWS = 16  # N out features of nvfp4 must be a multiple: comfy-kitchen pads a weight to it
 
@@ -110,6 +113,7 @@ class ComfyCore(Format):
                 specs["weight_scale"] = TensorSpec(scale_shape(rows, groups), torch.float8_e4m3fn)
                 specs["weight_scale_2"] = TensorSpec((), torch.float32)
                 specs["pre_quant_scale"] = TensorSpec((columns,), dtype)
+        # every marker of a plan has one length
         specs[MARKER] = TensorSpec((len(_marker(layer)),), torch.uint8)
         if layer.linear.bias:
             specs["bias"] = TensorSpec((rows,), dtype)
@@ -120,6 +124,7 @@ class ComfyCore(Format):
             raise ValueError(f"{solution.plan.name}: {reason}")
         require_sound(solution)
         tensors: dict[str, Tensor]
+        exponent = 0
         match solution:
             case RotatedSolution(row_scales=None):
                 tensors = {
@@ -136,10 +141,11 @@ class ComfyCore(Format):
             case W4A16Solution():
                 tensors = encode_w4a16(solution)
             case W4A4Solution(outer=Tensor() as outer):
-                tensors = _nvfp4_tensors(solution, outer)
+                exponent = _exponent(solution)
+                tensors = _nvfp4_tensors(solution, outer, exponent)
             case _:  # refused above
                 raise AssertionError(solution.plan.name)
-        tensors[MARKER] = text_bytes(_marker(solution.plan))
+        tensors[MARKER] = text_bytes(_marker(solution.plan, exponent))
         if solution.bias is not None:
             tensors["bias"] = solution.bias.clone()
         return tensors
@@ -147,7 +153,7 @@ class ComfyCore(Format):
     def decode(
         self, layer: LayerPlan, tensors: Mapping[str, Tensor], traits: LayoutTraits = PLAIN
     ) -> LayerSolution:
-        _require_marker(layer, tensors)
+        exponent = _required_exponent(layer, tensors)
         read = {suffix: tensor for suffix, tensor in tensors.items() if suffix != MARKER}
         specs = self.tensor_specs(layer, sixteen_bit_dtype(read), traits)
         require_sound_tensors(layer, {name: spec for name, spec in specs.items() if name != MARKER}, read)
@@ -169,7 +175,7 @@ class ComfyCore(Format):
             case W4A16Plan():
                 return decode_w4a16(layer, tensors)
             case W4A4Plan():
-                return _nvfp4_solution(layer, tensors, bias)
+                return _nvfp4_solution(layer, tensors, bias, exponent)
 
     def encode_branch(self, branch: Branch, traits: LayoutTraits = PLAIN) -> dict[str, Tensor]:
         raise ValueError(f"{NAME} has no low-rank branch")
@@ -207,15 +213,15 @@ class ComfyCore(Format):
 FORMAT = ComfyCore()
 
 
-def _marker(plan: LayerPlan) -> str:
-    """A module's metadata: what ComfyUI's loader passes on to comfy-kitchen."""
+def _marker(plan: LayerPlan, exponent: int = 0) -> str:
+    """A module's metadata: what ComfyUI's loader passes on to comfy-kitchen, and nvfp4's exponent, which it ignores."""
     match plan:
         case RotatedPlan(activation_bits=4, rotation=rotation):
             said: dict[str, object] = {"format": W4A4, "convrot_groupsize": rotation}
         case RotatedPlan(rotation=rotation, group=group):
             said = {"format": W4A8, "group_size": group, "convrot_groupsize": rotation}
         case W4A4Plan():
-            said = {"format": NVFP4}
+            said = {"format": NVFP4, EXPONENT: f"{exponent:+03d}"}
         case W4A16Plan():
             said = dict(W4A16_MARKER)
     return json.dumps(said)
@@ -238,7 +244,22 @@ def _plan_of(name: str, specs: Mapping[str, TensorSpec]) -> LayerPlan:
     return RotatedPlan.of(linear, 8 if f"{name}.weight_s_rel" in specs else 4)
 
 
-def _nvfp4_tensors(solution: W4A4Solution, outer: Tensor) -> dict[str, Tensor]:
+def _exponent(solution: W4A4Solution) -> int:
+    """The power of two that svdq's runtimes multiply inputs by, besides what smoothing moves between channels.
+
+    It places activations in the range of e4m3 scales. ComfyUI scales activations by itself, and adds LoRAs to a weight
+    as if inputs were not scaled at all: a LoRA would act 2^exponent times. So files hold factors around one.
+    """
+    inverse = reciprocal(solution.smooth)
+    if not bool((inverse > 0).all() and torch.isfinite(inverse).all()):
+        return 0
+    exponent = round(float(inverse.float().log2().mean()))
+    moved = inverse * 2.0**-exponent
+    exact = abs(exponent) < 100 and torch.equal(moved * 2.0**exponent, inverse)
+    return exponent if exact else 0
+
+
+def _nvfp4_tensors(solution: W4A4Solution, outer: Tensor, exponent: int) -> dict[str, Tensor]:
     """ValueError where the module has several outer scales, or where 1 / smooth does not give smooth back."""
     if outer.numel() > 1:
         raise ValueError(f"{solution.plan.name}: {NAME} stores one outer scale for a module")
@@ -248,15 +269,18 @@ def _nvfp4_tensors(solution: W4A4Solution, outer: Tensor) -> dict[str, Tensor]:
     return {
         "weight": pack_nvfp4_codes(solution.codes),
         "weight_scale": pack_block_scales(solution.scales),
-        "weight_scale_2": outer.float().reshape(()),
-        "pre_quant_scale": inverse,
+        "weight_scale_2": outer.float().reshape(()) * 2.0**exponent,
+        "pre_quant_scale": inverse * 2.0**-exponent,
     }
 
 
-def _nvfp4_solution(plan: W4A4Plan, tensors: Mapping[str, Tensor], bias: Tensor | None) -> W4A4Solution:
+def _nvfp4_solution(
+    plan: W4A4Plan, tensors: Mapping[str, Tensor], bias: Tensor | None, exponent: int
+) -> W4A4Solution:
     """The inverse of `_nvfp4_tensors`."""
     rows, columns = plan.linear.out_features, plan.linear.in_features
-    inverse, scale = tensors["pre_quant_scale"], tensors["weight_scale_2"]
+    inverse = tensors["pre_quant_scale"] * 2.0**exponent
+    scale = tensors["weight_scale_2"] * 2.0**-exponent
     smooth, outer = reciprocal(inverse), scale.to(inverse.dtype)
     if bool((inverse == 0).any()) or not torch.equal(reciprocal(smooth), inverse):
         raise _foreign(plan, "pre_quant_scale is not 1 / smooth of a smoothing factor of 16 bits")
@@ -286,12 +310,17 @@ def _foreign(plan: LayerPlan, what: str) -> InputError:
     )
 
 
-def _require_marker(plan: LayerPlan, tensors: Mapping[str, Tensor]) -> None:
-    """InputError unless the module's own metadata says what its tensors do."""
-    said = said_by_marker(plan, tensors)
-    if said != json.loads(_marker(plan)):
+def _required_exponent(plan: LayerPlan, tensors: Mapping[str, Tensor]) -> int:
+    """The exponent of an nvfp4 module, 0 of others and where none is said. InputError unless the module's own metadata
+    says what its tensors do."""
+    found = said_by_marker(plan, tensors)
+    said = dict(found)
+    text = str(said.pop(EXPONENT, "+00")) if isinstance(plan, W4A4Plan) else "+00"
+    wanted = {key: value for key, value in json.loads(_marker(plan)).items() if key != EXPONENT}
+    if said != wanted or not _EXPONENT.fullmatch(text):
         raise InputError(
-            f"{plan.name}: {MARKER} says {json.dumps(said)} instead of {_marker(plan)}",
+            f"{plan.name}: {MARKER} says {json.dumps(found)} instead of {_marker(plan)}",
             where=plan.name,
             hint="svdq reads only comfy-core files that svdq convert wrote",
         )
+    return int(text)

@@ -136,6 +136,9 @@ def test_an_nvfp4_module_of_comfy_kitchen_is_read_and_written_again_bit_for_bit(
     plan, stored, _ = golden_nvfp4(layer)
     again = CORE.encode(CORE.decode(plan, stored))
     assert again.keys() == stored.keys()
+    marker = stored.pop("comfy_quant")
+    said = json.loads(again["comfy_quant"].numpy().tobytes())
+    assert {**json.loads(marker.numpy().tobytes()), "svdq_exponent": "+00"} == said
     assert [name for name in stored if not same_bits(stored[name], again[name])] == []
 
 
@@ -202,6 +205,33 @@ def test_smoothing_factors_are_moved_to_where_their_inverse_gives_them_back(dtyp
     assert torch.equal(reciprocal(reciprocal(moved)), moved)
     assert same_bits(invertible(moved.float(), dtype), moved)
     assert float((moved.float() / sizes - 1).abs().max()) < (8e-3 if dtype == torch.bfloat16 else 1e-3)
+
+
+@pytest.mark.parametrize("exponent", [-9, 0, 7])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_nvfp4_inputs_are_scaled_around_one_so_that_comfyui_adds_loras_at_their_strength(
+    dtype: torch.dtype, exponent: int
+):
+    """ComfyUI adds a LoRA to the weight that multiplies scaled inputs. What svdq scales all of them by is in the
+    marker, and comes back bit for bit."""
+    solution = random_solution(PLANS["nvfp4"], dtype=dtype)
+    assert isinstance(solution, W4A4Solution)
+    assert solution.outer is not None
+    center = round(float(-solution.smooth.float().log2().mean()))
+    solution.smooth.mul_(2.0 ** (center - exponent))
+    stored = CORE.encode(solution)
+    assert abs(float(stored["pre_quant_scale"].float().log2().mean())) <= 0.5
+    product = stored["pre_quant_scale"].float() * stored["weight_scale_2"] * solution.smooth.float()
+    torch.testing.assert_close(product, solution.outer.float().expand_as(product), rtol=1e-2, atol=0)
+    assert differing_fields(CORE.decode(PLANS["nvfp4"], stored), solution) == []
+
+
+@pytest.mark.parametrize("said", ["", "6", "+6", "+1000", "nan"])
+def test_an_exponent_that_svdq_does_not_write_is_refused(said: str):
+    stored = CORE.encode(random_solution(PLANS["nvfp4"]))
+    stored["comfy_quant"] = text_bytes(json.dumps({"format": "nvfp4", "svdq_exponent": said}))
+    with pytest.raises(InputError, match="comfy_quant says"):
+        CORE.decode(PLANS["nvfp4"], stored)
 
 
 def test_an_outer_scale_for_each_row_is_refused():
@@ -381,7 +411,7 @@ def test_modules_carry_the_metadata_by_which_comfyui_chooses_their_layout(
                 "convrot_w4a4", precision.replace("int4", "convrot_w4a4")
             )
             if said["format"] == "nvfp4":
-                assert said == {"format": "nvfp4"}
+                assert said.keys() == {"format", "svdq_exponent"}
                 assert file.get_tensor(f"{name}.pre_quant_scale").dtype == torch.bfloat16
 
 
