@@ -125,12 +125,17 @@ uint64_t one(int index, int64_t threads)
     const int64_t m = 1 + draw.below(40), k = nvfp4 ? 16 * (1 + draw.below(80)) : 64 * (1 + draw.below(20));
     const int64_t n = nvfp4 ? 16 * (1 + draw.below(24)) : 64 * (1 + draw.below(6)), rank = 16 * draw.below(4);
     const int64_t last = 1 + draw.below(90), beside = 64 * draw.below(6), both = beside + n;
-    const Layer first(draw, n, k, rank, nvfp4, bfloat16), second(draw, last, both, rank, nvfp4, bfloat16);
+    Layer first(draw, n, k, rank, nvfp4, bfloat16);
+    const Layer second(draw, last, both, rank, nvfp4, bfloat16);
     const int64_t start = nvfp4 || draw.below(2) ? both : 64 * draw.below(both / 64);
     std::vector<uint16_t> table(65536); // any function will do
     for (size_t i = 0; i < table.size(); ++i)
         table[i] = uint16_t(i & 0x8000 ? 0x8000 : i);
-    const auto x = numbers(draw, m * k, bfloat16, 2.0f), aside = numbers(draw, m * (beside + 3), bfloat16, 2.0f);
+    // Sometimes quotients near the subnormal numbers, and divisors that have no reciprocal
+    const bool tiny = bfloat16 && draw.below(4) == 0, wild = bfloat16 && draw.below(4) == 0;
+    for (auto& each : first.smooth)
+        each = wild && draw.below(40) == 0 ? uint16_t(draw.below(2) ? 0x0010 : 0x7f10) : uint16_t(each + (tiny ? 24 << 7 : 0));
+    const auto x = numbers(draw, m * k, bfloat16, tiny ? 0x1p-99f : 2.0f), aside = numbers(draw, m * (beside + 3), bfloat16, 2.0f);
     std::vector<float> wide(x.size());
     for (size_t i = 0; i < x.size(); ++i)
         wide[i] = (bfloat16 ? BFloat16::to_float(x[i]) : Float16::to_float(x[i])) * 1.001f;

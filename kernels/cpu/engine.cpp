@@ -48,10 +48,14 @@ void quantize_rows(const Rows& before, const Rows& x, int64_t m, const Quantizer
 {
     threads = worth(threads, double(m) * double(how.k) * double(how.rank + 64));
     const int64_t blocks = blocks_of(m), together = blocks < 2 * MOST_TOGETHER * threads ? 1 : MOST_TOGETHER;
+    const bool reciprocals = have_reciprocals<Vector, E>(how.smooth, how.k);
     in_parallel((blocks + together - 1) / together, threads, [&](int64_t task) {
         const int64_t block = task * together, count = blocks - block < together ? blocks - block : together;
         const std::unique_ptr<float[]> sums(new float[count * BLOCK * how.rank + 1]);
-        quantize_blocks<Vector, P, E>(before, x, m, block, int(count), how, out, sums.get());
+        if (reciprocals)
+            quantize_blocks<Vector, P, E, Vector::RECIPROCALS && E::IS_BFLOAT16>(before, x, m, block, int(count), how, out, sums.get());
+        else
+            quantize_blocks<Vector, P, E, false>(before, x, m, block, int(count), how, out, sums.get());
     });
 }
 
@@ -63,26 +67,28 @@ void multiply_rows(const Quantized& x, int64_t first, int64_t m, const Weights& 
     threads = worth(threads, double(m) * double(w.n) * double(kp));
     int64_t at_once = BYTES_OF_ROWS / (BLOCK * kp);
     at_once = at_once < 1 ? 1 : at_once > MOST_BLOCKS ? MOST_BLOCKS : at_once;
-    const int64_t parts_of_m = (blocks + at_once - 1) / at_once;
-    // Enough parts that no thread waits long for the last one
+    // Parts of about equal size, enough of them that no thread waits long for the last one, as many for each thread
+    const int64_t units = (blocks + Vector::BLOCKS_AT_ONCE - 1) / Vector::BLOCKS_AT_ONCE, pairs = (panels + 1) / 2;
+    const int64_t some = (blocks + at_once - 1) / at_once, parts_of_m = some < units ? some : units;
     int64_t parts_of_n = threads <= 1 ? 1 : (8 * threads + parts_of_m - 1) / parts_of_m;
-    const int64_t pairs = (panels + 1) / 2;
+    while (parts_of_m * parts_of_n % threads)
+        ++parts_of_n;
     parts_of_n = parts_of_n > pairs ? pairs : parts_of_n;
-    const int64_t pairs_a_part = (pairs + parts_of_n - 1) / parts_of_n;
     in_parallel(parts_of_m * parts_of_n, threads, [&](int64_t task) {
         // Neighbors in time read the same weights
-        const int64_t from = task % parts_of_m * at_once, until = from + at_once < blocks ? from + at_once : blocks;
-        const int64_t begin = task / parts_of_m * pairs_a_part * 2, end = begin + pairs_a_part * 2;
+        const int64_t of_m = task % parts_of_m, of_n = task / parts_of_m;
+        const int64_t from = units * of_m / parts_of_m * Vector::BLOCKS_AT_ONCE;
+        const int64_t past = units * (of_m + 1) / parts_of_m * Vector::BLOCKS_AT_ONCE, until = past < blocks ? past : blocks;
+        const int64_t begin = pairs * of_n / parts_of_n * 2, end = pairs * (of_n + 1) / parts_of_n * 2;
         for (int64_t panel = begin; panel < end && panel < panels; panel += 2) {
             const int64_t wide = panels - panel < 2 ? 1 : 2;
-            // The next panels' part of the branch: too short a stream, too long a pause for the hardware to foresee it
-            const uint16_t* up = w.up + (panel + wide) * PANEL * w.rank;
-            for (int64_t at = 0; at < 2 * PANEL * w.rank; at += LINE_BYTES / 2)
-                Vector::prefetch(up + at);
+            const uint8_t* next = w.codes + (panel + wide) * kp * PANEL / 2;
+            const int64_t groups = (until - from) * (kp / P::GROUP), lines = (PANEL * kp / LINE_BYTES + groups - 1) / groups;
             for (int64_t block = from; block < until; block += Vector::BLOCKS_AT_ONCE) {
                 const int64_t row = block * BLOCK, end = until * BLOCK < m ? until * BLOCK : m, most = Vector::BLOCKS_AT_ONCE * BLOCK;
                 const int64_t rows = end - row < most ? end - row : most;
-                multiply_blocks<Vector, P, E>(x, first + block, int(rows), w, panel, wide, to, row);
+                multiply_blocks<Vector, P, E>(x, first + block, int(rows), w, panel, wide, to, row,
+                                              next + (block - from) * (kp / P::GROUP) * lines * LINE_BYTES, lines);
             }
         }
     });

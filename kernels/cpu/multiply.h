@@ -11,10 +11,18 @@ template <class V> inline typename V::F weight_scale(const uint16_t* at, BFloat1
 template <class V> inline typename V::F weight_scale(const uint16_t* at, Float16) { return V::template load16<Float16>(at); }
 template <class V, class E> inline typename V::F weight_scale(const uint8_t* at, E) { return V::load_e4m3(at); }
 
+// What a tile fetches beside its work, a few lines a group: the next panels' codes, into the second cache, whose stream
+// is too short for the hardware to foresee; and what `finish` will read, which the codes drove from the first cache.
+struct Beside {
+    const uint8_t* codes;
+    int64_t lines; // of them a group, from the tile's first on
+    const uint16_t *up, *hidden;
+};
+
 // `ROWS` rows of a block from `row` on times `VECTORS` vectors of columns from vector `first` of all on.
 // `sums` [ROWS][VECTORS * LANES].
 template <class V, class P, class E, int ROWS, int VECTORS>
-inline void tile(const Quantized& x, int64_t block, int row, const Weights& w, int64_t first, float* sums)
+inline void tile(const Quantized& x, int64_t block, int row, const Weights& w, int64_t first, const Beside& beside, float* sums)
 {
     constexpr int IN_PANEL = PANEL / V::LANES;
     const int64_t kp = up_to(w.k, STEP), groups = kp / P::GROUP;
@@ -28,11 +36,20 @@ inline void tile(const Quantized& x, int64_t block, int row, const Weights& w, i
         lines[v] = w.codes + panel * (kp / LINE_K) * LINE_BYTES + part * 4 * V::LANES;
         weight_scales[v] = static_cast<const typename P::Scale*>(w.scales) + panel * groups * PANEL + part * V::LANES;
     }
+    const int64_t up_lines = w.rank * VECTORS * V::LANES * 2 / LINE_BYTES;
+    const uint8_t* next = beside.codes;
     typename V::F total[ROWS][VECTORS];
     for (int m = 0; m < ROWS; ++m)
         for (int v = 0; v < VECTORS; ++v)
             total[m][v] = V::zero();
     for (int64_t group = 0; group < groups; ++group) {
+        for (int64_t i = 0; i < beside.lines; ++i, next += LINE_BYTES)
+            V::prefetch_far(next);
+        if (const int64_t line = group + up_lines - groups; line >= 0) {
+            V::prefetch(beside.up + line * LINE_BYTES / 2);
+            if (line % 2 == 0)
+                V::prefetch(beside.hidden + line / 2 * LINE_BYTES / 2);
+        }
         typename V::Sums whole[ROWS][VECTORS];
 #pragma GCC unroll 8
         for (int m = 0; m < ROWS; ++m)
@@ -171,13 +188,14 @@ inline void finish(const float* sums, const Quantized& x, int64_t block, int row
 }
 
 // `rows` rows from block `block` on times the columns of `panels` panels from `panel` on. The block's row 0 is row
-// `row_of_result` of the result. At most V::BLOCKS_AT_ONCE blocks.
+// `row_of_result` of the result. At most V::BLOCKS_AT_ONCE blocks. `next` and `lines`: see Beside; those of the first block.
 template <class V, class P, class E>
 inline void multiply_blocks(const Quantized& x, int64_t block, int rows, const Weights& w, int64_t panel, int64_t panels,
-                            const Result& to, int64_t row_of_result)
+                            const Result& to, int64_t row_of_result, const uint8_t* next, int64_t lines)
 {
     constexpr int IN_PANEL = PANEL / V::LANES, MOST = V::BLOCKS_AT_ONCE * BLOCK;
     alignas(64) float sums[MOST * V::TILE_VECTORS * V::LANES];
+    const int64_t next_bytes = up_to(w.k, STEP) / P::GROUP * lines * LINE_BYTES;
     const auto columns_of = [&](int64_t first, auto vectors) {
         constexpr int VECTORS = decltype(vectors)::value, WIDTH = VECTORS * V::LANES;
         const int64_t left = w.n - first * V::LANES, columns = left < WIDTH ? left : WIDTH;
@@ -189,8 +207,10 @@ inline void multiply_blocks(const Quantized& x, int64_t block, int rows, const W
                     of(block + row / BLOCK, row % BLOCK, sums + row * WIDTH, some, row_of_result + row);
                 });
         };
+        const uint16_t *up = w.up + first / IN_PANEL * w.rank * PANEL, *hidden = x.hidden + block * w.rank * BLOCK;
         each_tile([&](int64_t at, int row, float* to, auto some, int64_t) {
-            tile<V, P, E, decltype(some)::value, VECTORS>(x, at, row, w, first, to);
+            const Beside beside{next + (at - block) * next_bytes, lines, up, hidden};
+            tile<V, P, E, decltype(some)::value, VECTORS>(x, at, row, w, first, beside, to);
         });
         if constexpr (V::BLOCKS_AT_ONCE > 1)
             if (rows == MOST)

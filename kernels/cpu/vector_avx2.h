@@ -11,6 +11,7 @@ struct Vector {
     static constexpr int LANES = 8;
     static constexpr int TILE_ROWS = 3, TILE_VECTORS = 2; // 6 integer and 6 float sums in 16 registers
     static constexpr int BLOCKS_AT_ONCE = 1;
+    static constexpr bool RECIPROCALS = true;
 
     using F = __m256;
     using I = __m256i;
@@ -86,6 +87,12 @@ struct Vector {
         const F nan = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000));
         return _mm256_blendv_ps(kept, nan, _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
     }
+    // Rounded to bfloat16, where it is not halfway between two such numbers.
+    static F rounded_off_middle(F x)
+    {
+        const __m256i up = _mm256_add_epi32(_mm256_castps_si256(x), _mm256_set1_epi32(0x8000));
+        return _mm256_castsi256_ps(_mm256_and_si256(up, _mm256_set1_epi32(int(0xffff0000u))));
+    }
     static F load_e4m3(const uint8_t* from)
     {
         const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
@@ -145,6 +152,7 @@ struct Vector {
         return _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(x, 8 * index), _mm256_set1_epi32(255)));
     }
     static void prefetch(const void* at) { _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T0); }
+    static void prefetch_far(const void* at) { _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T1); }
 
 private:
     // The lower words of 8 numbers below 2^16

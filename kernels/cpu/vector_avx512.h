@@ -30,6 +30,7 @@ struct Vector {
     static constexpr int LANES = 16;
     static constexpr int TILE_ROWS = 6, TILE_VECTORS = 2; // 12 integer and 12 float sums in 32 registers
     static constexpr int BLOCKS_AT_ONCE = 2; // 24 sums hide the time that an addition of the branch takes
+    static constexpr bool RECIPROCALS = true;
 
     using F = __m512;
     using I = __m512i;
@@ -127,6 +128,12 @@ struct Vector {
         const __m512i up = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
         return _mm512_castsi512_ps(_mm512_and_si512(up, _mm512_set1_epi32(int(0xffff0000u))));
     }
+    // Rounded to bfloat16, where it is not halfway between two such numbers.
+    static F rounded_off_middle(F x)
+    {
+        const __m512i up = _mm512_add_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(0x8000));
+        return _mm512_castsi512_ps(_mm512_and_si512(up, _mm512_set1_epi32(int(0xffff0000u))));
+    }
     // 6 rows of 16 words -> [16][6]: three pairs of rows in the result's order, of which each lane takes one.
     static void interleave(const int8_t (&rows)[6][64], uint32_t* to)
     {
@@ -168,6 +175,7 @@ struct Vector {
     // Byte `index` of every lane
     static F byte(Codes x, int index) { return _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srli_epi32(x, 8 * index), _mm512_set1_epi32(255))); }
     static void prefetch(const void* at) { _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T0); }
+    static void prefetch_far(const void* at) { _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T1); }
 };
 
 #ifdef __AVX512BF16__

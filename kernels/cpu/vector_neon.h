@@ -10,6 +10,7 @@ struct Vector {
     static constexpr int LANES = 4;
     static constexpr int TILE_ROWS = 6, TILE_VECTORS = 2; // 12 integer and 12 float sums in 32 registers
     static constexpr int BLOCKS_AT_ONCE = 1;
+    static constexpr bool RECIPROCALS = true;
 
     using F = float32x4_t;
     using I = int32x4_t;
@@ -72,6 +73,11 @@ struct Vector {
         const uint32x4_t kept = vandq_u32(up, vdupq_n_u32(0xffff0000u));
         return vreinterpretq_f32_u32(vbslq_u32(vceqq_f32(x, x), kept, vdupq_n_u32(0x7fc00000u)));
     }
+    // Rounded to bfloat16, where it is not halfway between two such numbers.
+    static F rounded_off_middle(F x)
+    {
+        return vreinterpretq_f32_u32(vandq_u32(vaddq_u32(vreinterpretq_u32_f32(x), vdupq_n_u32(0x8000)), vdupq_n_u32(0xffff0000u)));
+    }
     static F load_e4m3(const uint8_t* from)
     {
         uint32_t four;
@@ -110,6 +116,7 @@ struct Vector {
         return vcvtq_f32_u32(vandq_u32(vshlq_u32(vreinterpretq_u32_u8(x), right), vdupq_n_u32(255)));
     }
     static void prefetch(const void* at) { __builtin_prefetch(at); }
+    static void prefetch_far(const void* at) { __builtin_prefetch(at, 0, 2); }
 
 private:
     template <class E> static float number(uint16_t bits)

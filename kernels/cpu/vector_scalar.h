@@ -9,6 +9,7 @@ struct Vector {
     static constexpr int LANES = 4;
     static constexpr int TILE_ROWS = 6, TILE_VECTORS = 1;
     static constexpr int BLOCKS_AT_ONCE = 1;
+    static constexpr bool RECIPROCALS = false; // divides, as the definition does
 
     struct F {
         float at[LANES];
@@ -85,6 +86,8 @@ struct Vector {
             to[i] = E::from_float(x.at[i]);
     }
     template <class E> static F rounded(F x) { return each([&](int i) { return E::to_float(E::from_float(x.at[i])); }); }
+    // Rounded to bfloat16, where it is not halfway between two such numbers.
+    static F rounded_off_middle(F x) { return rounded<BFloat16>(x); }
     static F load_e4m3(const uint8_t* from) { return each([&](int i) { return Float16::to_float(uint16_t(from[i] << 7)); }); }
 
     template <class E> struct Pair {
@@ -129,6 +132,7 @@ struct Vector {
     static F finish(Sums sums, int32_t) { return each([&](int i) { return float(sums.at[i]); }); }
     static F byte(Codes x, int index) { return each([&](int i) { return float(x.at[i][index]); }); }
     static void prefetch(const void*) {}
+    static void prefetch_far(const void*) {}
 };
 
 } // namespace svdq

@@ -175,6 +175,24 @@ def test_extreme_values_get_the_reference_backends_codes(isa: str, precision: Pr
 
 
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("exponents", [(0, 0), (-3, 125), (90, 121), (-100, -120)])
+def test_quotients_of_all_bfloat16_significands_round_as_divisions_do(isa: str, exponents: tuple[int, int]):
+    """The engine multiplies by reciprocals. A quotient alone in its group of 64 is that group's scale, times 7."""
+    of_x, of_smooth = exponents
+    significands = 1 + torch.arange(128) / 128
+    solution = random_w4a4(Int4(), n=16, k=64 * 128, rank=0)
+    x, smooth = torch.zeros(128, 128, 64), torch.ones(128, 64)
+    x[:, :, 5] = (significands * 2.0**of_x)[:, None]
+    smooth[:, 5] = significands * 2.0**of_smooth
+    changed = replace(solution, smooth=smooth.flatten().bfloat16())
+    rows = x.flatten(1).bfloat16()
+    codes, scales, _ = CpuW4A4Linear(changed).quantize(rows)
+    wanted, wanted_scales = quantized_rows(rows, changed)
+    assert torch.equal(unpack_row_codes(codes)[:128].float(), wanted)
+    assert torch.equal(unpack_row_scales(scales)[:128], wanted_scales)
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_value_that_is_no_number_spoils_its_own_row_only(isa: str, precision: Precision, bad: float):
