@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from statistics import mode
 from typing import TYPE_CHECKING
 
 import torch
@@ -50,9 +51,11 @@ ROWS_PER_CHANNEL = 20
 
 def output_sample(prepared: Prepared, sampling: Sampling) -> Sample:
     """What the last linear is fitted on."""
-    layer, settings = prepared.plan.w4a4[-1], sampling.settings
-    tokens = counts_of(prepared, settings).by_layer[layer.name]
-    enough = max(OUTPUT_BATCHES, ceil_div(ROWS_PER_CHANNEL * layer.linear.in_features, tokens))
+    layers, settings = prepared.plan.w4a4, sampling.settings
+    # the last linear's inputs are as wide as those of attention and the feed-forward, which most layers read
+    width = mode(layer.linear.in_features for layer in layers)
+    tokens = counts_of(prepared, settings).by_layer[layers[-1].name]
+    enough = max(OUTPUT_BATCHES, ceil_div(ROWS_PER_CHANNEL * width, tokens))
     images = min(OUTPUT_IMAGES, enough)
     batches = max(OUTPUT_BATCHES, ceil_div(images, settings.batch_size))
     return Sample(images, batches, OUTPUT_CALLS, times=2)

@@ -12,11 +12,11 @@ import torch
 from svdq_cli.conversion.block_forecast import block_forecast
 from svdq_cli.conversion.convert import convert
 from svdq_cli.conversion.plan import predict
-from svdq_cli.conversion.record import BLOCK_SAMPLE, record_blocks
+from svdq_cli.conversion.record import BLOCK_SAMPLE, output_sample, record_blocks
 from svdq_cli.errors import OutOfResourcesError
 from svdq_cli.inference.load import load_beside
 from svdq_cli.prepare.options import RunOptions
-from svdq_cli.prepare.prepare import prepare
+from svdq_cli.prepare.prepare import counts_of, prepare
 from svdq_cli.prepare.sampling import sampling_for
 from svdq_cli.recipe import Calibration, Quantization, Recipe, default_recipe
 from svdq_cli.reconstruct import Reconstruction, TensorCache, reconstruct, tuning
@@ -223,3 +223,22 @@ def test_what_is_written_is_what_was_predicted(tiny_flux: Path, tmp_path: Path):
     together = parts.prepare + parts.calibrate + parts.solve + parts.pack + parts.check
     assert plan.seconds == pytest.approx(together)
     assert min(parts.calibrate, parts.solve, parts.check) > 0
+
+
+def test_images_of_many_tokens_need_be_fewer_for_the_last_linear():
+    """FLUX.1-dev, 3,072 channels: 20 tokens for each of them, from four images at the least."""
+    config = Path(__file__).parents[1] / "families/configs/flux1-dev.json"
+
+    def images(side: int, batch_size: int) -> tuple[int, int, int]:
+        wanted = {"height": side, "width": side, "batch_size": batch_size}
+        recipe = default_recipe(str(config), calibration=Calibration.model_validate(wanted))
+        prepared = prepare(recipe)
+        sampling = sampling_for(recipe, prepared.source)
+        sample = output_sample(prepared, sampling)
+        tokens = counts_of(prepared, sampling.settings).by_layer["single_transformer_blocks.0.attn.to_v"]
+        return tokens, sample.images, sample.batches
+
+    assert images(1024, 1) == (16896, 4, 4)
+    assert images(512, 1) == (4608, 14, 14)
+    assert images(512, 8) == (4608, 14, 4)
+    assert images(128, 16) == (768, 64, 4)
