@@ -15,6 +15,8 @@ from svdq_cli.storage.tensor_file import bytes_of
 
 _HINT = "convert the 16-bit model it was made from"
 _SVDQUANT_HINT = f"{_HINT}; svdq export re-packs a finished checkpoint for another runtime"
+# ModelOpt's export: one scale a tensor, which is read from files
+_FLOAT8_HINT = f"{_HINT}; where only 8 bits are left, give the weight file with --base and a 16-bit pipeline"
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +111,8 @@ def refuse_quantized_config(folder: Path, config: Mapping[str, object]) -> None:
         return
     name = quantizer_of(found)
     hint = _SVDQUANT_HINT if "SVDQuant" in name else _HINT
+    if isinstance(found, Mapping) and found.get("quant_algo") == "FP8":
+        hint = _FLOAT8_HINT
     raise already_quantized(folder, name, where=str(folder), hint=hint)
 
 

@@ -147,6 +147,15 @@ def test_every_command_calls_a_quantized_model_by_its_quantizer(
     assert "convert the 16-bit model" in error["hint"]
 
 
+def test_a_folder_in_float8_names_the_way_that_its_file_is_read(tiny_flux_copy: Path):
+    config = tiny_flux_copy / "transformer/config.json"
+    said = {"quant_method": "modelopt", "quant_algo": "FP8"}
+    config.write_text(json.dumps({**json.loads(config.read_text()), "quantization_config": said}))
+    with pytest.raises(InputError, match=r"NVIDIA ModelOpt") as caught:
+        open_source(tiny_flux_copy)
+    assert "give the weight file with --base" in str(caught.value.hint)
+
+
 def test_integer_weights_are_refused_by_dtype(tiny_flux_copy: Path):
     weights = tiny_flux_copy / WEIGHTS
     tensors = load_file(weights)
