@@ -209,7 +209,8 @@ inline void multiply_blocks(const Quantized& x, int64_t block, int rows, const W
         };
         const uint16_t *up = w.up + first / IN_PANEL * w.rank * PANEL, *hidden = x.hidden + block * w.rank * BLOCK;
         each_tile([&](int64_t at, int row, float* to, auto some, int64_t) {
-            const Beside beside{next + (at - block) * next_bytes, lines, up, hidden};
+            const bool once = row == 0 && first == panel * IN_PANEL; // where a block takes several tiles
+            const Beside beside{next + (at - block) * next_bytes, once ? lines : 0, up, hidden};
             tile<V, P, E, decltype(some)::value, VECTORS>(x, at, row, w, first, beside, to);
         });
         if constexpr (V::BLOCKS_AT_ONCE > 1)
