@@ -332,16 +332,15 @@ def tiny_bert(tokenizer: BertTokenizer) -> BertModel:
     )
 
 
-def movq() -> diffusers.VQModel:
+def movq(*, levels: int = 2, **config: object) -> diffusers.VQModel:
     return diffusers.VQModel(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("AttnUpDecoderBlock2D",) * 2,
-        block_out_channels=(32, 32),
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        block_out_channels=(32,) * levels,
         latent_channels=LATENT_CHANNELS,
         norm_num_groups=8,
         num_vq_embeddings=16,
         vq_embed_dim=LATENT_CHANNELS,
-        norm_type="spatial",
+        **{"norm_type": "spatial", "up_block_types": ("AttnUpDecoderBlock2D",) * levels, **config},
     )
 
 

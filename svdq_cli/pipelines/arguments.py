@@ -21,6 +21,9 @@ INPUT_NAMES: Mapping[str, tuple[str, ...]] = {
     "fps": RATE_ARGUMENTS,
 }
 
+# Pipelines that guide, and break where they are given no negative prompt
+_WANT_NEGATIVE = ("EasyAnimatePipeline", "EasyAnimateControlPipeline", "EasyAnimateInpaintPipeline")
+
 
 def optional_arguments(
     settings: SamplingSettings, *, accepted: Collection[str], pipeline: str, images: Sequence[int]
@@ -42,6 +45,8 @@ def optional_arguments(
             )
         arguments["true_cfg_scale"] = settings.true_cfg
         arguments["negative_prompt"] = "" if len(images) == 1 else [""] * len(images)
+    if pipeline in _WANT_NEGATIVE:
+        arguments.setdefault("negative_prompt", "" if len(images) == 1 else [""] * len(images))
     for name, value in (("strength", settings.strength), ("frames", settings.frames)):
         if value:
             arguments[_argument(name, accepted, pipeline)] = value

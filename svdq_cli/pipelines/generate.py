@@ -78,7 +78,14 @@ def load_source_pipeline(
             where=str(folder),
         ) from error
     pipe.set_progress_bar_config(disable=True)
+    autoencoder = getattr(pipe, "vae", None)
+    if type(autoencoder).__name__ in _IN_TILES:
+        autoencoder.enable_tiling()
     return pipe
+
+
+# Autoencoders that diffusers has no decoding for but in tiles, which it leaves off all the same
+_IN_TILES = ("AutoencoderKLAllegro",)
 
 
 def _as_asked(pipe: DiffusionPipeline, dtype: torch.dtype) -> None:
@@ -139,12 +146,22 @@ def generate_images(
     """One image per prompt; of a video, its frames one below the other. An image depends on its prompt and seed, not on
     the batch it was generated in.
 
-    `seeds` default to those of `settings`. Events count images times steps.
+    `seeds` default to those of `settings`. Events count images times steps. Raises UsageError for a pipeline that makes
+    sounds alone.
     """
     generated = generate_each(
         pipe, prompts, settings=settings, seeds=seeds, stage=stage, observe=observe, on_step=on_step
     )
-    return [stacked(made.frames) for _, made in generated]
+    return [_image_of(made, pipe) for _, made in generated]
+
+
+def _image_of(made: Generated, pipe: DiffusionPipeline) -> Image:
+    if not made.frames:
+        raise UsageError(
+            f"{type(pipe).__name__} makes sounds, not images",
+            hint="svdq generate writes them to a file; from Python, generate_one gives them",
+        )
+    return stacked(made.frames)
 
 
 def generate_each(

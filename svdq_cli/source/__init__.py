@@ -11,6 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from svdq_cli.errors import InputError
+from svdq_cli.source.classes import shapes_of
 from svdq_cli.source.dduf import is_dduf, open_dduf
 from svdq_cli.source.denoisers import by_component, component_of, denoisers_of, joined, only, prefix_of
 from svdq_cli.source.experts import is_expert, stacks_of, take_experts_apart, with_single_experts
@@ -147,7 +148,7 @@ def _open_folder(path: Path, base: Path | None) -> Source:
         known = denoiser_components(base) if base else COMPONENTS
         component = path.name if path.name in known else known[0]
         source = open_component(path, pipeline=base, component=component)
-        if not has_original_names(source.tensors):
+        if not has_original_names(source.tensors) or _named_as_its_class(source):
             return source
     # A model's own repository, or shards alone: one model under whatever names, in one file or several
     if files := model_files(path):
@@ -163,3 +164,14 @@ def _open_folder(path: Path, base: Path | None) -> Source:
         hint="give a diffusers pipeline folder (the one with model_index.json)",
         where=str(path),
     )
+
+
+def _named_as_its_class(source: Source) -> bool:
+    """Whether a component's tensors have the names of the class in its config, though they begin as another model's
+    original ones do."""
+    if "_class_name" not in source.config:
+        return False
+    try:
+        return source.tensors.keys() == shapes_of(source.config, where=str(source.path)).keys()
+    except InputError:
+        return False

@@ -130,7 +130,8 @@ def _recognized(
     """The table and the class that the names tell. A base may be of a class whose names begin as a known one's do."""
     for naming in NAMINGS:
         if naming.signature <= tensors.keys():
-            return naming, known_class(naming.model_class)
+            own = base is not None and tensors.keys() == _base_names(base)
+            return (None, None) if own else (naming, known_class(naming.model_class))
     known = class_of_names(tensors)
     config = component_config(base) if base else None
     if known is None or config is None or _is_class(known, config):

@@ -13,9 +13,10 @@ import torch
 from svdq_cli.calibration import SamplingSettings, generate_images, load_source_pipeline
 from svdq_cli.calibration.collect import _same
 from svdq_cli.errors import EnvironmentLacksError, InputError, UsageError
-from svdq_cli.pipelines.generate import split_batches
-from svdq_cli.pipelines.generated import answers_of
+from svdq_cli.pipelines.generate import _image_of, split_batches
+from svdq_cli.pipelines.generated import Generated, answers_of
 from svdq_cli.records import Event
+from svdq_cli.storage.sounds import Sound
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -173,3 +174,8 @@ def test_activations_that_are_no_numbers_are_not_said_to_differ():
     broken = torch.tensor([1.0, float("nan")])
     assert _same(broken, broken.clone())
     assert not _same(broken, torch.tensor([2.0, float("nan")]))
+
+
+def test_a_pipeline_of_sounds_has_no_images_and_says_so(pipe: DiffusionPipeline):
+    with pytest.raises(UsageError, match="makes sounds, not images"):
+        _image_of(Generated((), Sound(torch.zeros(2, 8), 8000)), pipe)

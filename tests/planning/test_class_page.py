@@ -14,6 +14,7 @@ from svdq_cli.recipe import default_recipe
 from svdq_cli.reports import InspectReport
 from tools import class_results
 from tools.class_results import Result, each_in_a_process, keep, known, page
+from tools.model_class_facts import WITHOUT_PIPELINE
 from tools.model_classes import classes, planned, wrong_in
 
 
@@ -75,6 +76,11 @@ def test_the_page_has_a_row_for_every_class_and_is_what_the_results_give():
     text = class_results.PAGE.read_text()
     assert [name for name in classes() if f"| {name} |" not in text] == []
     assert text == page(known())
+
+
+def test_every_class_is_calibrated_or_its_row_says_why_not():
+    silent = [name for name, each in known().items() if not each.calibrated and name not in WITHOUT_PIPELINE]
+    assert silent == []
 
 
 def test_a_run_that_was_stopped_goes_on_and_what_fails_is_said(

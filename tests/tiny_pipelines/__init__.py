@@ -19,7 +19,7 @@ from PIL import Image
 from svdq_cli.checkpoint.check import check
 from svdq_cli.conversion.convert import convert
 from svdq_cli.inference.load import load_pipeline
-from svdq_cli.pipelines.generate import generate_images
+from svdq_cli.pipelines.generate import generate_one
 from svdq_cli.prepare.options import RunOptions
 from svdq_cli.prepare.sampling import sampling_for
 from svdq_cli.recipe import Calibration, Quantization, Recipe, default_recipe
@@ -27,7 +27,7 @@ from svdq_cli.reports import ConvertReport
 from svdq_cli.source import open_source
 from tests.tiny_families import PIPELINES as FAMILIES
 from tests.tiny_families import save_tiny
-from tests.tiny_pipelines import images, videos
+from tests.tiny_pipelines import images, sounds, videos
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +60,10 @@ PIPELINES: Mapping[str, Tiny] = {
     "bria-fibo": Tiny(images.tiny_bria_fibo),
     "ernie": Tiny(images.tiny_ernie),
     "longcat": Tiny(images.tiny_longcat),
-    "omnigen": Tiny(images.tiny_omnigen),
     "prx": Tiny(images.tiny_prx),
     "hunyuan-dit": Tiny(images.tiny_hunyuan_dit, size=64),
     "hunyuan-image": Tiny(images.tiny_hunyuan_image),
-    "kandinsky3": Tiny(images.tiny_kandinsky3),
+    "kandinsky3": Tiny(images.tiny_kandinsky3, size=64),
     # the smallest of the sizes that it knows
     "kandinsky5-t2i": Tiny(images.tiny_kandinsky5_t2i, size=1024),
     # it draws images of one area
@@ -84,13 +83,19 @@ PIPELINES: Mapping[str, Tiny] = {
     "hunyuan-video": Tiny(videos.tiny_hunyuan_video, frames=5),
     "hunyuan-video-1.5": Tiny(videos.tiny_hunyuan_video_15, frames=5),
     "kandinsky5": Tiny(videos.tiny_kandinsky5, frames=5),
-    "allegro": Tiny(videos.tiny_allegro, frames=4),
+    "allegro": Tiny(videos.tiny_allegro, frames=24),
     "mochi": Tiny(videos.tiny_mochi, frames=7),
     "sana-video": Tiny(videos.tiny_sana_video, frames=5),
     "easyanimate": Tiny(videos.tiny_easyanimate, frames=5),
     "svd": Tiny(videos.tiny_svd, frames=2, image=True),
     "modelscope": Tiny(videos.tiny_modelscope, frames=2),
     "animatediff": Tiny(videos.tiny_animatediff, frames=2),
+    # its chunks are those of 81 frames
+    "anyflow-far": Tiny(videos.tiny_anyflow_far, frames=81),
+    "helios": Tiny(videos.tiny_helios, frames=5),
+    "framepack": Tiny(videos.tiny_framepack, frames=5, image=True),
+    "amused": Tiny(images.tiny_amused),
+    "stable-audio": Tiny(sounds.tiny_stable_audio),
 }
 FAST = (
     "nucleus",
@@ -115,8 +120,10 @@ def round_trip(name: str, folder: Path) -> ConvertReport:
     report = convert(recipe, out, options=cpu)
     assert check(out, against=open_source(source)).status == "ok"
     settings = sampling_for(recipe, open_source(source)).settings
-    (image,) = generate_images(load_pipeline(out, device="cpu"), ["a red circle"], settings=settings)
-    assert len(image.getcolors(maxcolors=image.width * image.height) or ()) > 1
+    made = generate_one(load_pipeline(out, device="cpu"), "a red circle", settings=settings)
+    assert made.frames or made.sound
+    assert all(len(image.getcolors(maxcolors=image.width * image.height) or ()) > 1 for image in made.frames)
+    assert made.sound is None or made.sound.samples.std() > 0
     return report
 
 

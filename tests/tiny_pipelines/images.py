@@ -355,32 +355,6 @@ def tiny_longcat() -> diffusers.LongCatImagePipeline:
     )
 
 
-def tiny_omnigen() -> diffusers.OmniGenPipeline:
-    tokenizer = byte_tokenizer()
-    return diffusers.OmniGenPipeline(
-        transformer=diffusers.OmniGenTransformer2DModel(
-            in_channels=LATENT_CHANNELS,
-            hidden_size=WIDTH,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            intermediate_size=2 * WIDTH,
-            num_layers=1,
-            pad_token_id=0,
-            vocab_size=len(tokenizer),
-            time_step_dim=32,
-            rope_scaling={
-                "long_factor": [1.0] * 32,
-                "short_factor": [1.0] * 32,
-                "original_max_position_embeddings": 4096,
-                "type": "su",
-            },
-        ),
-        scheduler=euler(invert_sigmas=True, num_train_timesteps=1),
-        vae=tiny_vae(),
-        tokenizer=tokenizer,
-    )
-
-
 def tiny_bria_fibo() -> diffusers.BriaFiboPipeline:
     tokenizer = byte_tokenizer()
     return diffusers.BriaFiboPipeline(
@@ -481,13 +455,13 @@ def tiny_kandinsky3() -> diffusers.Kandinsky3Pipeline:
             time_embedding_dim=WIDTH,
             groups=8,
             attention_head_dim=64,
-            layers_per_block=1,
-            block_out_channels=(WIDTH, 2 * WIDTH),
+            layers_per_block=2,
+            block_out_channels=(WIDTH,) * 4,
             cross_attention_dim=WIDTH,
             encoder_hid_dim=TEXT_WIDTH,
         ),
         scheduler=diffusers.DDPMScheduler(),
-        movq=movq(),
+        movq=movq(levels=4),
     )
 
 
@@ -501,3 +475,30 @@ def tiny_chroma_i2i() -> diffusers.ChromaImg2ImgPipeline:
 
 def tiny_z_image_i2i() -> diffusers.ZImageImg2ImgPipeline:
     return diffusers.ZImageImg2ImgPipeline(**PIPELINES["z-image"]().components)
+
+
+def tiny_amused() -> diffusers.AmusedPipeline:
+    tokenizer = clip_tokenizer()
+    return diffusers.AmusedPipeline(
+        vqvae=movq(norm_type="group", lookup_from_codebook=True, up_block_types=("UpDecoderBlock2D",) * 2),
+        tokenizer=tokenizer,
+        text_encoder=CLIPTextModelWithProjection(tiny_clip(tokenizer).config),
+        transformer=diffusers.UVit2DModel(
+            hidden_size=WIDTH,
+            cond_embed_dim=TEXT_WIDTH,
+            micro_cond_encode_dim=8,
+            micro_cond_embed_dim=5 * 8,
+            encoder_hidden_size=TEXT_WIDTH,
+            vocab_size=24,
+            codebook_size=16,
+            in_channels=WIDTH,
+            block_out_channels=WIDTH,
+            num_res_blocks=1,
+            block_num_heads=2,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=WIDTH,
+            sample_size=16,
+        ),
+        scheduler=diffusers.AmusedScheduler(mask_token_id=23),
+    )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import diffusers
 from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder
+from transformers import SiglipImageProcessorPil, SiglipVisionConfig, SiglipVisionModel
 
 from tests.tiny import (
     LATENT_CHANNELS,
@@ -547,4 +548,44 @@ def tiny_modelscope() -> diffusers.TextToVideoSDPipeline:
             attention_head_dim=64,
         ),
         scheduler=diffusers.DDIMScheduler(clip_sample=False, steps_offset=1),
+    )
+
+
+def tiny_anyflow_far() -> diffusers.AnyFlowFARPipeline:
+    return diffusers.AnyFlowFARPipeline(
+        **{
+            **_of_wan(),
+            "scheduler": diffusers.FlowMapEulerDiscreteScheduler(),
+            "vae": wan_vae(
+                dim_mult=[1, 1, 1],
+                temperal_downsample=[True, True],
+                scale_factor_temporal=4,
+                scale_factor_spatial=4,
+            ),
+        },
+        transformer=diffusers.AnyFlowFARTransformer3DModel(**_WAN, num_layers=1),
+    )
+
+
+def tiny_helios() -> diffusers.HeliosPipeline:
+    return diffusers.HeliosPipeline(
+        **{**_of_wan(), "scheduler": diffusers.HeliosScheduler(stages=1)},
+        transformer=diffusers.HeliosTransformer3DModel(**_WAN, num_layers=1, rope_dim=(16, 24, 24)),
+    )
+
+
+def tiny_framepack() -> diffusers.HunyuanVideoFramepackPipeline:
+    parts = tiny_hunyuan_video().components
+    vision = SiglipVisionConfig(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, patch_size=56
+    )
+    return diffusers.HunyuanVideoFramepackPipeline(
+        **{
+            **parts,
+            "transformer": diffusers.HunyuanVideoFramepackTransformer3DModel(
+                **_HUNYUAN, has_image_proj=True, image_proj_dim=64, has_clean_x_embedder=True
+            ),
+        },
+        image_encoder=SiglipVisionModel(vision),
+        feature_extractor=SiglipImageProcessorPil(),
     )
