@@ -79,7 +79,7 @@ def load_source_pipeline(
         ) from error
     pipe.set_progress_bar_config(disable=True)
     autoencoder = getattr(pipe, "vae", None)
-    if type(autoencoder).__name__ in _IN_TILES:
+    if autoencoder is not None and type(autoencoder).__name__ in _IN_TILES:
         autoencoder.enable_tiling()
     return pipe
 
