@@ -63,6 +63,7 @@ def watch_call(
     finally:
         for handle in handles:
             handle.remove()
+        flow.forget_compiled()
     return flow.readings()
 
 

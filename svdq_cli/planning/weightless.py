@@ -38,6 +38,7 @@ class Weightless(TorchDispatchMode):
         generator = torch.Generator().manual_seed(0)
         self._pool = torch.randn(_POOL, generator=generator)
         self._offset = 0
+        self.compiled = False  # whether attention under a mask that is a program was compiled for this mode
 
     def __torch_dispatch__(
         self,
@@ -64,6 +65,11 @@ class Weightless(TorchDispatchMode):
             return args[0]
         meta_args, meta_kwargs = _with(flat, spec, _to_meta)
         return tree_map(self._filled, func(*meta_args, **meta_kwargs))
+
+    def forget_compiled(self) -> None:
+        """Have torch compile attention anew outside of this mode: what it has compiled inside runs nowhere else."""
+        if self.compiled:
+            torch._dynamo.reset()
 
     def materialize_small(self, model: nn.Module) -> None:
         """Give values to a meta model's small parameters and buffers, in place: norms, biases, tables."""
@@ -112,6 +118,7 @@ def _flex_attention(
     mode: Weightless, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **more: Any
 ) -> Any:
     """Attention under a mask that is a program, in the right shape: (output, log-sum-exp, largest scores)."""
+    mode.compiled = True
     shape = query.shape[:-1]
     output = mode.numbers(*shape, value.shape[-1]).to(query.dtype)
     return output, torch.zeros(shape), torch.zeros(shape)

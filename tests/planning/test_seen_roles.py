@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.nn.attention.flex_attention import flex_attention
 
 from svdq_cli.entrypoints.inspect import inspect_source
 from svdq_cli.formats import format_named
@@ -177,3 +179,11 @@ def test_a_class_that_nobody_can_call_has_no_reading(tmp_path: Path):
     with torch.device("meta"):
         model = MotionAdapter()
     assert watch(model) is None
+
+
+def test_attention_that_torch_compiled_for_the_pass_is_compiled_anew_for_what_runs_after_it(plan_of):
+    plan_of("AnyFlowFARTransformer3DModel", num_layers=1)
+    x = torch.randn(1, 2, 16, 64)
+    attention = flex_attention(x, x, x)
+    assert isinstance(attention, torch.Tensor)
+    torch.testing.assert_close(attention, torch.nn.functional.scaled_dot_product_attention(x, x, x))
