@@ -493,6 +493,8 @@ class InspectReport:
 
 @dataclass(frozen=True, slots=True)
 class CalibrateReport:
+    """`next`: the command that converts with it; empty where there was no command line."""
+
     path: str
     inputs: int
     prompts: int
@@ -501,6 +503,7 @@ class CalibrateReport:
     bytes: int
     digest: str
     seconds: float
+    next: str = ""
     command: str = "calibrate"
     status: str = "ok"
     schema: int = 1

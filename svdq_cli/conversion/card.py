@@ -194,7 +194,12 @@ def _body(report: ConvertReport, output: OutputFile, place: _Place) -> Iterator[
     yield from table(("", ""), list(_facts(report, output)))
     yield ""
     experts = any(map(is_expert, report.layer_sqnr_db.per_layer))
-    yield from _loading(place, experts=experts, encoders=bool(report.text_encoders) and place.whole)
+    yield from _loading(
+        place,
+        experts=experts,
+        encoders=bool(report.text_encoders) and place.whole,
+        modulations=report.layers.w4a16 > 0,
+    )
     yield ""
     worst = sorted(report.layer_sqnr_db.per_layer.items(), key=lambda item: item[1])[:WORST_LAYERS]
     yield from table(("worst layers", "SQNR (dB)"), [(name, number(value)) for name, value in worst])
@@ -258,9 +263,12 @@ class _Place:
     base_model: str | None
 
 
-def _loading(place: _Place, *, experts: bool, encoders: bool = False) -> Iterator[str]:
+def _loading(
+    place: _Place, *, experts: bool, encoders: bool = False, modulations: bool = False
+) -> Iterator[str]:
     """Code that works as it is: in a folder, and next to a file. `experts`: whether layers are experts that diffusers
-    stacks in one tensor, so that it can't load them; `encoders`: whether text encoders of it have 4-bit weights."""
+    stacks in one tensor, so that it can't load them; `encoders`: whether text encoders of it have 4-bit weights;
+    `modulations`: whether it has W4A16 layers."""
     yield "## How to load it"
     yield ""
     if encoders:
@@ -272,8 +280,8 @@ def _loading(place: _Place, *, experts: bool, encoders: bool = False) -> Iterato
         yield from _in_diffusers(place)
         yield "Anywhere, a CPU too:"
     elif place.format == COMFY_CORE:
-        yield "In ComfyUI 0.38 and later: put the file into `models/diffusion_models` and choose it in the node Load"
-        yield "Diffusion Model. In diffusers, on a CPU too:"
+        yield from _in_comfyui(modulations)
+        yield "In diffusers, on a CPU too:"
     else:
         yield f"In the runtime that reads {cell(place.format)} files; in diffusers, on a CPU too:"
     yield ""
@@ -282,6 +290,17 @@ def _loading(place: _Place, *, experts: bool, encoders: bool = False) -> Iterato
     base = "" if place.whole else f', base="{_BASE}"'
     path = json.dumps(place.file or HERE, ensure_ascii=False)
     yield from ("```python", "import svdq_cli", "", f"pipe = svdq_cli.load_pipeline({path}{base})", "```")
+
+
+def _in_comfyui(modulations: bool) -> Iterator[str]:
+    """From which version on, and with which LoRA node."""
+    since = "0.38.1 and later (0.37 stops at `awq_w4a16`)" if modulations else "0.33 and later"
+    yield f"In ComfyUI {since}: put the file into `models/diffusion_models` and choose it in the node Load Diffusion"
+    yield "Model."
+    if modulations:
+        yield "LoRAs that change modulation layers need the node Load LoRA (Bypass); the ordinary one stops with an"
+        yield "error."
+    yield ""
 
 
 def _in_diffusers(place: _Place) -> Iterator[str]:

@@ -40,7 +40,11 @@ def inspect_prepared(prepared: Prepared) -> InspectReport:
         provenance=None,
         read_as=prepared.source.kind,
         text_encoders=encoders_planned(prepared),
-        warnings=(*prepared.source.warnings, *plan_warnings(prepared.plan, prepared.inventory)),
+        warnings=(
+            *prepared.source.warnings,
+            *(said for target in prepared.targets for said in target.format.warnings(target.stored_plan)),
+            *plan_warnings(prepared.plan, prepared.inventory),
+        ),
     )
 
 
@@ -61,4 +65,5 @@ def inspect_checkpoint(path: Path, *, base: Path | None = None) -> InspectReport
         bytes=sizes_of(checkpoint.state, checkpoint.source.bytes),
         provenance=checkpoint.provenance,
         text_encoders={name: stored_facts(own, name) for name in four_bit_encoders(own)} if own else {},
+        warnings=checkpoint.format.warnings(checkpoint.plan()),
     )

@@ -25,6 +25,7 @@ from svdq_cli.formats.comfy_modules import (
     encode_w4a16,
     said_by_marker,
     w4a16_specs,
+    w4a16_warnings,
 )
 from svdq_cli.formats.contract import PLAIN, Branch, Format, LayoutTraits, PackedFacts
 from svdq_cli.formats.headers import FORMAT as FORMAT_KEY
@@ -188,6 +189,9 @@ class ComfyCore(Format):
         if not plan.rotated and not plan.w4a4:
             raise UsageError(f"{NAME} needs W4A4 layers, and the plan has none")
         return {PRECISION: NvFp4.name} if plan.w4a4 else {}
+
+    def warnings(self, plan: ModelPlan) -> tuple[str, ...]:
+        return w4a16_warnings(plan)
 
     def parse_metadata(self, config: Mapping[str, object]) -> PackedFacts:
         """Of what the tensors say as well, the precision."""

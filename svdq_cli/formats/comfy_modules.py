@@ -14,7 +14,7 @@ from svdq_cli.errors import InputError
 from svdq_cli.formats.json_keys import json_object
 from svdq_cli.pack.kitchen import bytes_text
 from svdq_cli.pack.kitchen_awq import pack_awq, unpack_awq
-from svdq_cli.records import LayerPlan, W4A16Plan, W4A16Solution
+from svdq_cli.records import LayerPlan, ModelPlan, W4A16Plan, W4A16Solution
 from svdq_cli.storage.tensor_file import TensorSpec
 
 MARKER = "comfy_quant"
@@ -24,6 +24,16 @@ COLUMNS = (
 )
 W4A16_MARKER: Mapping[str, object] = {"format": W4A16, "group_size": W4A16Plan.group}
 ZEROS = "weight_zeros"  # a module that has it is W4A16
+
+
+def w4a16_warnings(plan: ModelPlan) -> tuple[str, ...]:
+    """What a user of ComfyUI is to know of modulations in 4 bits. `plan` is of stored modules."""
+    if not plan.w4a16:
+        return ()
+    return (
+        f"modulation layers are {W4A16}: ComfyUI loads them from 0.38.1 on, not 0.37, and its LoRA nodes stop at LoRAs "
+        f"of modulations, but for the Bypass ones; modulation: keep in the recipe leaves these layers at 16 bits",
+    )
 
 
 def said_by_marker(plan: LayerPlan, tensors: Mapping[str, Tensor]) -> Mapping[str, object]:

@@ -156,7 +156,9 @@ def test_calibrate_then_convert_from_it(
     calib = tmp_path / "calib"
     words = f"calibrate {tiny_flux} -o {calib} --prompts {prompts} --samples 2 --steps 1 --json {SMALL}"
     assert run(words.split()) == 0
-    assert said(capsys)["inputs"] == 13
+    report = said(capsys)
+    assert report["inputs"] == 13
+    assert report["next"] == f"svdq convert {tiny_flux} --calib {calib} -o {tiny_flux.name}-int4"
     for precision in ("int4", "nvfp4"):
         out = tmp_path / precision
         words = f"convert {tiny_flux} -o {out} --calib {calib} --precision {precision} --rank 16 --json -q"
@@ -494,3 +496,13 @@ def test_a_signal_ends_a_run_cleanly(tiny_flux: Path, prompts: Path, tmp_path: P
     assert process.returncode == code, stderr.decode()
     assert b"Traceback" not in stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["events.jsonl"]
+
+
+def test_the_step_after_a_calibration_is_typed_as_the_model_or_the_recipe_was():
+    from svdq_cli.cli.pages.conversion import after_calibration
+    from svdq_cli.recipe import Output, default_recipe
+
+    bare = default_recipe("org/model")
+    assert after_calibration("org/model", bare, "a b") == "svdq convert org/model --calib 'a b' -o model-int4"
+    named = default_recipe("org/model", outputs=(Output(format="comfy-core", path="m.safetensors"),))
+    assert after_calibration("mine.yaml", named, "calib") == "svdq convert mine.yaml --calib calib"

@@ -32,7 +32,7 @@ SQNR = "layer_sqnr_db{mean, min, per_layer{}}"
 SUMMARY = "{ci95[], max, mean, min, std}"
 SEARCHED = "{device, fallback[], rank, smoothing, steps_db{}, steps_seconds{}, steps_taken[]}"
 KEYS = {
-    "calibrate": "{bytes, command, digest, inputs, path, prompts, schema, seconds, status, steps, tokens_seen}",
+    "calibrate": "{bytes, command, digest, inputs, next, path, prompts, schema, seconds, status, steps, tokens_seen}",
     "check": "{command, format, layer_error{}, layers, loras[], problems[], same_source, schema, status, "
     "text_encoders[], warnings[]}",
     "convert": "{bytes{input, output, ratio}, command, data_free, effort, fingerprint, gates_missed[], "

@@ -627,3 +627,19 @@ def test_solutions_of_layers_that_share_an_input_are_stored_as_one_matrix(conver
     module = next(module for module in checkpoint.file.modules if module.name == "single_blocks.0.linear1")
     assert [layer.name.rpartition(".")[2] for layer in module.layers] == ["to_q", "to_k", "to_v", "proj_mlp"]
     assert all(isinstance(checkpoint.solution(layer), RotatedSolution) for layer in module.layers)
+
+
+def test_users_read_from_which_comfyui_on_modulations_in_four_bits_load(
+    converted, capsys: pytest.CaptureFixture[str]
+):
+    """On the screen of a conversion and of `svdq inspect`, and on the card; SDXL has no modulations."""
+    from svdq_cli.cli import run
+
+    for family, there in (("flux", True), ("sdxl", False)):
+        file = converted(family)
+        assert run(["inspect", str(file)]) == 0
+        assert ("ComfyUI loads them from 0.38.1 on" in " ".join(capsys.readouterr().out.split())) is there
+        card = " ".join(file.with_name(f"{file.name}.README.md").read_text().split())
+        assert ("In ComfyUI 0.38.1 and later" in card) is there
+        assert ("Load LoRA (Bypass)" in card) is there
+        assert ("In ComfyUI 0.33 and later" in card) is not there

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from svdq_cli.cli import options as opt
 from svdq_cli.cli.parsing import recipe_for, run_options, shared_run
 
@@ -24,6 +26,7 @@ def calibrate(
 ) -> None:
     """Run prompts through the 16-bit model and keep its activation statistics, for any number of conversions."""
     from svdq_cli.cli import render
+    from svdq_cli.cli.pages.conversion import after_calibration
     from svdq_cli.cli.progress import progress
     from svdq_cli.conversion.calibrate import calibrate as run_calibrate
     from svdq_cli.conversion.workers import share_calibrate
@@ -40,4 +43,5 @@ def calibrate(
             return
         with rules_named(source):
             report = run_calibrate(recipe, out, options=run, observe=observe)
+    report = replace(report, next=after_calibration(source, recipe, report.path))
     render.show(report, json=json)

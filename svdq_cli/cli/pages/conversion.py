@@ -25,6 +25,7 @@ from svdq_cli.cli.pages.shared import (
 from svdq_cli.cli.several import RecipeRun, SeveralReport, said_of
 from svdq_cli.formats import format_named
 from svdq_cli.prepare.facts import layers_text
+from svdq_cli.recipe import Recipe
 from svdq_cli.reports import CalibrateReport, ConvertReport, GpuFacts, LoraReport, PlanReport, RepackReport
 from svdq_cli.text import bytes_text, seconds_text
 
@@ -52,7 +53,7 @@ def conversion(console: Console, report: ConvertReport, verbose: bool) -> None:
     table.add_row("memory", f"{bytes_text(report.peak.ram_bytes)} RAM" + vram_text(report.peak.vram_bytes))
     console.print(table)
     print_layers(console, sqnr, everything=verbose)
-    source = _as_typed(report.recipe["model"])
+    source = as_typed(report.recipe["model"])
     console.print(f"next: {typed('svdq', 'eval', report.outputs[0].path, '--against', *source)}")
     for output in report.outputs:
         fmt, name = format_named(output.format), PurePath(output.path).name
@@ -90,13 +91,21 @@ def _became(run: RecipeRun) -> tuple[str, str, str, str]:
             return made.status, f"{made.bytes.ratio:.2f}x", sqnr, seconds
 
 
-def _as_typed(model: object) -> list[str]:
+def as_typed(model: object) -> list[str]:
     """A recipe's model as SOURCE and options, the way it would be typed."""
     said = cast("dict[str, object]", model)
     loras = cast("list[dict[str, object]]", said["loras"])
     base = ["--base", str(said["base"])] if said["base"] else []
     adapters = [word for lora in loras for word in ("--lora", f"{lora['path']}:{lora['weight']}")]
     return [str(said["source"]), *base, *adapters]
+
+
+def after_calibration(source: str, recipe: Recipe, path: str) -> str:
+    """The command that converts with a calibration. `source`: as it was typed, a recipe's name or file, or a model."""
+    words = as_typed(recipe.model.model_dump(mode="json")) if recipe.model.source == source else [source]
+    made = f"{PurePath(recipe.model.source).name}-{recipe.quantization.precision}"
+    out = [] if any(output.path for output in recipe.outputs) else ["-o", made]
+    return typed("svdq", "convert", *words, "--calib", path, *out)
 
 
 def plan(console: Console, report: PlanReport) -> None:
@@ -171,7 +180,7 @@ def calibration(console: Console, report: CalibrateReport) -> None:
         f"{report.path}: {report.inputs} layer inputs from {report.prompts} prompts x {report.steps} steps, "
         f"{bytes_text(report.bytes)}, {report.seconds:.1f} s"
     )
-    console.print(f"next: svdq convert SOURCE --calib {typed(report.path)} -o OUT")
+    console.print(Text(f"next: {report.next}"))
 
 
 def repacking(console: Console, report: RepackReport) -> None:
