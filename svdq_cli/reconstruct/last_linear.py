@@ -66,7 +66,10 @@ def fitted(train: Moments | None, judge: Moments | None) -> tuple[Tensor | None,
     ridge = min(errors, key=errors.__getitem__)
     if not errors[ridge] < before:
         return None, OutputSearch(before, before, None)
-    return _solved(train + judge, ridge), OutputSearch(before, errors[ridge], ridge)
+    both = train + judge
+    # as much is added as there was: with more to go by, a smaller share
+    share = float(train.inputs.trace() / both.inputs.trace())
+    return _solved(both, ridge * share), OutputSearch(before, errors[ridge], ridge)
 
 
 def _solved(moments: Moments, ridge: float) -> Tensor:
