@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import math
 import shutil
@@ -36,9 +37,11 @@ from svdq_cli.source import (
     file_sha256,
     has_settings,
     pipeline_index,
+    unread_variants,
     weight_files,
 )
 from svdq_cli.source.modular_index import index_of_copy
+from svdq_cli.source.variants import without_variant
 from svdq_cli.storage.atomic import write_text
 from svdq_cli.storage.json_files import read_json
 from svdq_cli.storage.output_paths import REPORT_FILE
@@ -51,8 +54,7 @@ _PACKERS = 2  # threads; few, because each holds a module
 WEIGHT_FILE = "diffusion_pytorch_model.safetensors"
 # Other frameworks' and pickled copies of weights that a Hub folder may hold next to its safetensors.
 _OTHER_WEIGHTS = ("*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.msgpack", "*.h5", "*.onnx*")
-_NOT_COPIED = shutil.ignore_patterns(*_OTHER_WEIGHTS)
-_NO_WEIGHTS = shutil.ignore_patterns(*_OTHER_WEIGHTS, "*.safetensors", "*.safetensors.index.json")
+_NO_WEIGHTS = (*_OTHER_WEIGHTS, "*.safetensors", "*.safetensors.index*.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -404,7 +406,9 @@ def copy_pipeline(
         shutil.copyfile(listed, target / listed.name)
     for name in index:
         if name not in skip and not name.startswith("_") and (source / name).is_dir():
-            ignore = _NO_WEIGHTS if name in weightless else _NOT_COPIED
+            patterns = _NO_WEIGHTS if name in weightless else _OTHER_WEIGHTS
+            ignore = shutil.ignore_patterns(*patterns, *map(glob.escape, unread_variants(source / name)))
             shutil.copytree(source / name, target / name, ignore=ignore, copy_function=shutil.copyfile)
+            without_variant(target / name)
     for text in (*source.glob("LICENSE*"), *source.glob(SAMPLING_FILE)):
         shutil.copyfile(text, target / text.name)

@@ -45,6 +45,7 @@ from svdq_cli.recipe import Recipe
 from svdq_cli.records import ModelPlan, Observer, ignore_events
 from svdq_cli.reports import CalibrateReport
 from svdq_cli.source import components_digest, source_digest
+from svdq_cli.source.whole import require_whole
 from svdq_cli.storage.atomic import refuse_existing, require_disk
 from svdq_cli.storage.output_paths import require_places
 from svdq_cli.system.machine import resolve_device
@@ -119,7 +120,7 @@ def calibrate(
 
 
 def require_generating(prepared: Prepared) -> Sampling:
-    """What it samples. UsageError without prompts, InputError where there is no pipeline to generate with."""
+    """What it samples. UsageError without prompts, InputError where there is no whole pipeline to generate with."""
     wanted = prepared.sampling
     if wanted is None:
         raise UsageError("the recipe names no calibration prompts", hint="give --prompts FILE")
@@ -129,6 +130,7 @@ def require_generating(prepared: Prepared) -> Sampling:
             hint="give the pipeline it belongs to (--base FOLDER_OR_HUB_ID), or use --effort datafree",
             where=str(prepared.source.path),
         )
+    require_whole(prepared.source.pipeline, skip=prepared.source.components)
     return wanted
 
 

@@ -31,6 +31,7 @@ from svdq_cli.conversion.needs import (
     given_statistics,
     needs_of,
     require_blocks_run,
+    require_parts,
 )
 from svdq_cli.conversion.predict import Forecast, affordable_needs, disk_bytes, require_memory, work_bytes
 from svdq_cli.conversion.provenance import REPORTED, contents_before, contents_of
@@ -196,6 +197,7 @@ def begin(
         _require_weights_and_places(prepared, paths, calibration, overwrite=replaces)
         given = given_statistics(recipe, calibration)
         needs = needs_of(prepared, given)
+        require_parts(prepared, needs)
         if needs.prompts:
             prepared = replace(prepared, prompts=prompts_of(prepared, options, observe))
         digest = digesting.result()

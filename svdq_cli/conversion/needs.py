@@ -10,6 +10,7 @@ from svdq_cli.errors import UsageError
 from svdq_cli.prepare.prepare import Prepared
 from svdq_cli.prepare.sampling import Sampling
 from svdq_cli.recipe import Recipe
+from svdq_cli.source.whole import require_whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,3 +113,12 @@ def require_blocks_run(prepared: Prepared, needs: Needs) -> None:
             hint="give a recipe with prompts and the pipeline (--prompts, --base), or use --effort balanced",
             where="quantization.effort",
         )
+
+
+def require_parts(prepared: Prepared, needs: Needs) -> None:
+    """InputError where a component of the pipeline that is copied into an output, or generated with, is missing or
+    damaged."""
+    pipeline = prepared.source.pipeline
+    copied = not all(target.format.single_file for target in prepared.targets)
+    if pipeline is not None and (copied or needs.prompts is not None):
+        require_whole(pipeline, skip=prepared.source.components)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from svdq_cli.conversion.machine_speed import Speed, speed_of
-from svdq_cli.conversion.needs import given_statistics, needs_of, require_blocks_run
+from svdq_cli.conversion.needs import given_statistics, needs_of, require_blocks_run, require_parts
 from svdq_cli.conversion.plan_gpu import on_card
 from svdq_cli.conversion.predict import (
     Forecast,
@@ -64,6 +64,7 @@ def predict(
         prepared = replace(prepared, sampling=replace(sampling, samples=prompts.used))
     device = resolve_device(options.device)
     needs = needs_of(prepared, given)
+    require_parts(prepared, needs)
     require_blocks_run(prepared, needs)
     budget = require_search(prepared, needs, lambda: contents_before(prepared, options))
     job = Forecast(prepared, needs, device, options)

@@ -19,7 +19,7 @@ from svdq_cli.prepare.from_command_line import outputs_of
 def require_convertible(recipe: Recipe, options: RunOptions) -> tuple[Path, ...]:
     """Refuses what a conversion would refuse before it reads a weight; returns its outputs. A model that has to be
     downloaded first is not looked at."""
-    from svdq_cli.conversion.needs import needs_of, require_blocks_run
+    from svdq_cli.conversion.needs import needs_of, require_blocks_run, require_parts
     from svdq_cli.conversion.provenance import contents_before
     from svdq_cli.conversion.size_budget import require_search
     from svdq_cli.prepare.locate import hub_id
@@ -33,6 +33,7 @@ def require_convertible(recipe: Recipe, options: RunOptions) -> tuple[Path, ...]
     if hub_id(recipe.model.source, beside=options.beside) is None:
         prepared = prepare(recipe, beside=options.beside)
         needs = needs_of(prepared, None)
+        require_parts(prepared, needs)
         require_blocks_run(prepared, needs)
         require_search(prepared, needs, lambda: contents_before(prepared, options))
         if needs.prompts:

@@ -29,6 +29,8 @@ from svdq_cli.pipelines.modular import answer_of, is_modular_pipeline, load_modu
 from svdq_cli.pipelines.settings import SamplingSettings
 from svdq_cli.records import Event, Observer, ignore_events
 from svdq_cli.source import pipeline_index
+from svdq_cli.source.variants import chosen_variant
+from svdq_cli.source.whole import require_component
 from svdq_cli.storage.images import stacked
 from svdq_cli.storage.json_files import read_json
 from svdq_cli.storage.pipeline_index import INDEXES, MODULAR_INDEX, index_file, is_modular
@@ -129,8 +131,16 @@ def _loaded(
         local_files_only=True,
         use_safetensors=True,
         trust_remote_code=False,
+        variant=_variant(folder, given=components.keys()),
         **components,
     )
+
+
+def _variant(folder: Path, *, given: Collection[str]) -> str | None:
+    """The variant that from_pretrained has to be told of; it takes plain weights where a component has no such one."""
+    parts = [folder / name for name in pipeline_index(folder) if name not in given]
+    found = [chosen_variant(part) for part in parts if part.is_dir()]
+    return next((variant for variant in found if variant is not None), None)
 
 
 def generate_images(
@@ -434,7 +444,7 @@ def _checked_class(folder: Path, *, given: Collection[str]) -> type[DiffusionPip
         if name.startswith("_") or name in given:
             continue
         if isinstance(value, list) and len(value) == 2 and isinstance(value[0], str):
-            _check_component(folder, name, value[0])
+            _check_component(folder, name, value[0], str(value[1]))
     return pipeline_class
 
 
@@ -452,7 +462,7 @@ def _named_class(index: Path, name: object) -> type[DiffusionPipeline]:
     return cast("type[DiffusionPipeline]", found)
 
 
-def _check_component(folder: Path, name: str, library: str) -> None:
+def _check_component(folder: Path, name: str, library: str, model_class: str) -> None:
     import diffusers.pipelines
 
     if library not in _LIBRARIES and not hasattr(diffusers.pipelines, library):
@@ -461,9 +471,4 @@ def _check_component(folder: Path, name: str, library: str) -> None:
             hint=f"use a pipeline whose parts come from {' and '.join(_LIBRARIES)}",
             where=str(folder / name),
         )
-    if not (folder / name).is_dir():
-        raise InputError(
-            f"{folder}: component {name!r} is missing",
-            hint=f"download the folder again; {name}/ should be next to the index",
-            where=str(folder / name),
-        )
+    require_component(folder, name, model_class)

@@ -31,6 +31,7 @@ from svdq_cli.source.folders import (
     pipeline_index,
     shard_number,
     text_encoders_of,
+    unread_variants,
     weight_files,
 )
 from svdq_cli.source.gguf_file import open_gguf
@@ -84,6 +85,7 @@ __all__ = [
     "take_experts_apart",
     "tensor_entry",
     "text_encoders_of",
+    "unread_variants",
     "weight_files",
 ]
 

@@ -22,13 +22,13 @@ from svdq_cli.source.prefixes import find_model, is_wrapped
 from svdq_cli.source.quantized import refuse_quantized_config
 from svdq_cli.source.tensors import StoredTensor
 from svdq_cli.source.upconverted import upconverted
+from svdq_cli.source.variants import WEIGHT_NAMES, chosen_variant, spare_files, variant_files, variant_of
 from svdq_cli.storage.headers import damaged, pickled
 from svdq_cli.storage.json_files import read_json
 from svdq_cli.storage.pipeline_index import INDEXES, index_file
 
-_WEIGHT_NAMES = ("diffusion_pytorch_model", "model")
 INDEX_SUFFIX = ".safetensors.index.json"
-_SHARD = re.compile(r"-(\d{1,6})-of-(\d{1,6})\.(?:safetensors|gguf)$")
+_SHARD = re.compile(r"-(\d{1,6})-of-(\d{1,6})(?:(?:\.\w+)?\.safetensors|\.gguf)$")
 # What pipelines call their denoisers: transformer, transformer_2, unet, unconditional_transformer.
 _DENOISER = re.compile(r"([a-z]+_)?(transformer|unet)(_\d+)?")
 _SETTINGS = (".json", ".txt", ".model", ".jinja")
@@ -130,7 +130,13 @@ def component_files(pipeline: Path, *, skip: Collection[str]) -> Iterator[Path]:
     for name in pipeline_index(pipeline):
         folder = pipeline / name
         if name not in skip and not name.startswith("_") and folder.is_dir():
-            yield from _plain_files(folder)
+            spare = unread_variants(folder)
+            yield from (file for file in _plain_files(folder) if file.name not in spare)
+
+
+def unread_variants(folder: Path) -> set[str]:
+    """The names of a component's files that hold its weights once more, as a variant that is not read."""
+    return spare_files([file.name for file in folder.iterdir()], chosen_variant(folder))
 
 
 def components_digest(source: Source) -> str | None:
@@ -178,7 +184,12 @@ def open_component(folder: Path, *, pipeline: Path | None, component: str) -> So
     stored = _unwrapped(folder, config, _stored_tensors(folder))
     read = upconverted(folder, stored)
     source = _component(folder, pipeline, component, stored)
-    return replace(source, tensors=read.tensors, warnings=read.warnings(folder))
+    return replace(source, tensors=read.tensors, warnings=(*read.warnings(folder), *_variant_warning(folder)))
+
+
+def _variant_warning(folder: Path) -> tuple[str, ...]:
+    variant = chosen_variant(folder)
+    return () if variant is None else (f"{folder}: read from variant {variant}, the only weights there",)
 
 
 def index_component(folder: Path, *, pipeline: Path | None, component: str) -> Source:
@@ -229,24 +240,20 @@ def header_of_files(files: Sequence[Path]) -> Header:
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:
-    """The safetensors files of a component folder: one file, the shards its index names, or a whole set of shards
-    without an index. Raises InputError where a shard is missing, or the weights are there in another way only: as a
-    variant, a pickle, or another framework's."""
-    for stem in _WEIGHT_NAMES:
+    """The safetensors files of a component folder: one file, the shards its index names, a whole set of shards without
+    an index, or a variant where there is nothing else. Raises InputError where a shard is missing, or the weights are
+    there in another way only: as several variants, a pickle, or another framework's."""
+    for stem in WEIGHT_NAMES:
         index = folder / f"{stem}{INDEX_SUFFIX}"
         if index.is_file():
             return _shards(folder, index)
         if (folder / f"{stem}.safetensors").is_file():
             return (folder / f"{stem}.safetensors",)
-        if shards := sorted(folder.glob(f"{stem}-*-of-*.safetensors")):
-            return whole_set(shards)
-    if variants := sorted(file for stem in _WEIGHT_NAMES for file in folder.glob(f"{stem}.*.safetensors")):
-        raise InputError(
-            f"{folder}: the weights exist only as a variant ({variants[0].name})",
-            hint="load the pipeline in diffusers with that variant and save it, or rename the files of every component",
-            where=str(variants[0]),
-            kind="variant-only",
-        )
+        shards = [file for file in folder.glob(f"{stem}-*-of-*.safetensors") if variant_of(file.name) is None]
+        if shards:
+            return whole_set(sorted(shards))
+    if (variant := chosen_variant(folder)) is not None and (files := variant_files(folder, variant)):
+        return whole_set(files) if len(files) > 1 or any(map(shard_number, files)) else files
     pickles = sorted(
         file for pattern in _PICKLES for file in folder.glob(pattern) if not is_openvino_weights(file)
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 import threading
 from concurrent.futures import CancelledError
@@ -115,12 +116,28 @@ def test_pickled_weights_are_refused_in_words(tiny_flux_copy: Path):
         open_source(tiny_flux_copy)
 
 
-def test_a_folder_with_a_variant_only_says_what_to_do(tiny_flux_copy: Path):
+def test_weights_that_are_there_only_as_a_variant_are_read(tiny_flux_copy: Path):
+    digest = source_digest(open_source(tiny_flux_copy))
+    as_variant(tiny_flux_copy / WEIGHTS, "fp16")
+    source = open_source(tiny_flux_copy)
+    assert source_digest(source) == digest
+    assert "read from variant fp16" in source.warnings[0]
+
+
+@pytest.mark.parametrize("names", [("ema", "non_ema")])
+def test_of_several_variants_it_is_asked_which_one_is_meant(tiny_flux_copy: Path, names: tuple[str, ...]):
     weights = tiny_flux_copy / WEIGHTS
-    weights.rename(weights.with_name("diffusion_pytorch_model.fp16.safetensors"))
-    with pytest.raises(InputError, match="only as a variant") as caught:
+    for name in names:
+        shutil.copy(weights, weights.with_name(f"diffusion_pytorch_model.{name}.safetensors"))
+    weights.unlink()
+    with pytest.raises(InputError, match="only as several variants \\(ema, non_ema\\)") as caught:
         open_source(tiny_flux_copy)
     assert caught.value.kind == "variant-only"
+    assert "diffusion_pytorch_model.safetensors" in str(caught.value.hint)
+
+
+def as_variant(file: Path, variant: str) -> None:
+    file.rename(file.with_name(file.name.replace(".safetensors", f".{variant}.safetensors")))
 
 
 def test_a_quantized_model_is_refused_by_name(tiny_flux_copy: Path):

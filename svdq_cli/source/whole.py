@@ -1,0 +1,60 @@
+"""Whether a pipeline's components are all there, seen from names and headers: what a conversion copies without reading
+it would only be missed when the result is loaded."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from pathlib import Path
+
+from svdq_cli.errors import InputError
+from svdq_cli.source.folders import header_of_files, pipeline_index, weight_files
+from svdq_cli.storage.pipeline_index import is_modular
+
+_WEIGHTLESS = re.compile(
+    r"Tokenizer|Processor|Scheduler|FeatureExtractor|Guid(er|ance)"
+)  # in names of classes
+_ALONE = "or convert the model alone: give its own folder, or write a single file with --format"
+
+
+def require_whole(pipeline: Path, *, skip: Collection[str]) -> None:
+    """InputError where a component of a pipeline, but for those to `skip`, is missing or damaged, or has its weights
+    only as a pickle. Modular Diffusers may load its components from elsewhere: those that are there are looked at."""
+    for name, value in pipeline_index(pipeline).items():
+        if name in skip or name.startswith("_") or not isinstance(value, list):
+            continue
+        library, model_class = (*value, None, None)[:2]
+        if not isinstance(library, str) or not isinstance(model_class, str):
+            continue
+        if is_modular(pipeline) and not (pipeline / name).is_dir():
+            continue
+        require_component(pipeline, name, model_class)
+
+
+def require_component(pipeline: Path, name: str, model_class: str) -> None:
+    """InputError where one component is missing or damaged."""
+    folder = pipeline / name
+    if not folder.is_dir():
+        raise InputError(
+            f"{pipeline}: component {name!r} is missing",
+            hint=f"download the folder again ({name}/ should be next to the index), {_ALONE}",
+            where=str(folder),
+        )
+    if _WEIGHTLESS.search(model_class):
+        return
+    files = weight_files(folder)
+    has_config = (folder / "config.json").is_file()
+    if files and not has_config:
+        raise InputError(
+            f"{folder}: config.json is missing",
+            hint="the download is incomplete; fetch the folder again",
+            where=str(folder),
+        )
+    if has_config and not files and not any(folder.glob("*.safetensors")):
+        raise InputError(
+            f"{folder}: the weights of {name} are missing",
+            hint=f"the download is incomplete; fetch the folder again, {_ALONE}",
+            where=str(folder),
+            kind="not-found",
+        )
+    header_of_files(files)
