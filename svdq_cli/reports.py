@@ -277,10 +277,17 @@ Figures = Mapping[str, Summary | float | None]
 
 @dataclass(frozen=True, slots=True)
 class ReferenceFacts:
-    """Figures of the 16-bit images themselves, which need no other image to compare with."""
+    """Figures of the 16-bit images themselves, which need no other image to compare with.
+
+    `seconds_per_picture`: of the clock; `processor_seconds_per_picture`: of all processors together.
+    `machine_was_busy`: the clock's say nothing of the model, because a CPU worked on other things meanwhile; None on a
+    GPU.
+    """
 
     figures: Figures = field(metadata=INLINE)
     seconds_per_picture: float | None
+    processor_seconds_per_picture: float | None
+    machine_was_busy: bool | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,10 +327,12 @@ def video_columns(video: VideoFacts | None) -> tuple[tuple[str, Summary, int], .
 @dataclass(frozen=True, slots=True)
 class BaselineFacts:
     """Images of one origin against the 16-bit ones. None: not measured, `EvalReport.missing` says why; `video` is None
-    of images."""
+    of images. Times: see `ReferenceFacts`."""
 
     figures: Figures = field(metadata=INLINE)
     seconds_per_picture: float | None
+    processor_seconds_per_picture: float | None
+    machine_was_busy: bool | None
     video: VideoFacts | None = None
 
     def summary(self, key: str) -> Summary:
@@ -373,6 +382,8 @@ class EvalReport:
     next: str
     missing: Mapping[str, str]
     seconds_per_picture: float | None
+    processor_seconds_per_picture: float | None  # these two: see `ReferenceFacts`
+    machine_was_busy: bool | None
     seconds: float
     backend: str  # of the 4-bit layers, and why
     video: VideoFacts | None = None

@@ -8,19 +8,17 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 
 from svdq_cli import __version__
 from svdq_cli.checkpoint.reader import NAME_AGAINST, open_checkpoint
 from svdq_cli.errors import InputError
-from svdq_cli.evaluation.image_store import (
-    ImageStore,
-    open_image_store,
-    seconds_per_picture,
-)
+from svdq_cli.evaluation.image_store import ImageStore, open_image_store
 from svdq_cli.evaluation.images import summarize
 from svdq_cli.evaluation.layer_sqnr import JudgedLayers
+from svdq_cli.evaluation.pass_times import time_of
 from svdq_cli.evaluation.passes import (
     AGAIN,
     CONVERTED,
@@ -201,7 +199,7 @@ def _report(
     return EvalReport(
         images=len(run.prompts),
         figures=converted.figures,
-        reference=ReferenceFacts(own.figures("image"), seconds_per_picture(image_store, SIXTEEN_BIT)),
+        reference=ReferenceFacts(own.figures("image"), **_time_facts(image_store, SIXTEEN_BIT)),
         baselines=facts,
         layer_sqnr_db=sampled.layers.sqnr,
         noise_floor_psnr_db=floor,
@@ -213,7 +211,7 @@ def _report(
         verdict=verdict_of(evidence),
         next=next_step(evidence, checkpoint=str(run.path), page=page),
         missing={**metrics.missing, **missing},
-        seconds_per_picture=converted.seconds_per_picture,
+        **_time_facts(image_store, CONVERTED),
         backend=run.backend.sentence,
         seconds=time.monotonic() - started,
         video=converted.video,
@@ -248,8 +246,25 @@ def facts_of(image_store: ImageStore, way: str, scores: Scores) -> BaselineFacts
     """One way of sampling as a report has it."""
     return BaselineFacts(
         scores.figures("pair", "image", "all images"),
-        seconds_per_picture(image_store, way),
-        scores.video.facts(image_store.fps) if scores.video else None,
+        **_time_facts(image_store, way),
+        video=scores.video.facts(image_store.fps) if scores.video else None,
+    )
+
+
+class _TimeFacts(TypedDict):
+    """The fields of a report that hold the time of one way of sampling."""
+
+    seconds_per_picture: float | None
+    processor_seconds_per_picture: float | None
+    machine_was_busy: bool | None
+
+
+def _time_facts(image_store: ImageStore, way: str) -> _TimeFacts:
+    taken = time_of(image_store.folder, way)
+    return _TimeFacts(
+        seconds_per_picture=taken and taken.wall,
+        processor_seconds_per_picture=taken and taken.processor,
+        machine_was_busy=taken and taken.was_busy,
     )
 
 

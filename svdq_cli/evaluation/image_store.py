@@ -25,7 +25,6 @@ from svdq_cli.storage.sounds import SOUND_SUFFIX, Sound, read_sound, write_sound
 from svdq_cli.storage.videos import USUAL_FPS, frames_in, write_frames
 
 RUN_FILE = "run.json"
-TIMES_FILE = "times.json"
 SHOWN_FRAMES = 4  # of a video where it is shown as an image
 _SCHEMA = 1
 
@@ -137,24 +136,6 @@ def _readable(path: Path) -> Iterator[None]:
             hint="delete it and run svdq eval again: it generates what is missing",
             where=str(path),
         ) from error
-
-
-def note_time(image_store: ImageStore, way: str, *, images: int, seconds: float) -> None:
-    """Add to the generation time so far, over all runs into this folder."""
-    times = _times(image_store)
-    before = times.get(way, {"pictures": 0, "seconds": 0.0})
-    times[way] = {"pictures": before["pictures"] + images, "seconds": before["seconds"] + seconds}
-    write_text(image_store.folder / TIMES_FILE, json.dumps(times, indent=1) + "\n")
-
-
-def seconds_per_picture(image_store: ImageStore, way: str) -> float | None:
-    found = _times(image_store).get(way)
-    return found["seconds"] / found["pictures"] if found else None
-
-
-def _times(image_store: ImageStore) -> dict[str, dict[str, float]]:
-    path = image_store.folder / TIMES_FILE
-    return cast("dict[str, dict[str, float]]", _read(path)) if path.is_file() else {}
 
 
 def _continue_run(run: Path, facts: Facts, prompts: Sequence[str]) -> None:

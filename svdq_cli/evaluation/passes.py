@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -14,10 +13,11 @@ from torch import Tensor, nn
 
 from svdq_cli.checkpoint.reader import Checkpoint
 from svdq_cli.errors import EnvironmentLacksError, UsageError
-from svdq_cli.evaluation.image_store import ImageStore, keep_image, note_time, read_image
+from svdq_cli.evaluation.image_store import ImageStore, keep_image, read_image
 from svdq_cli.evaluation.layer_sqnr import JudgedLayers, judge_layers, keep_layers, kept_layers
 from svdq_cli.evaluation.outputs import OutputCall, keep_outputs, kept_outputs, output_sqnr, record_outputs
 from svdq_cli.evaluation.own_noise import can_nudge, nudged_start
+from svdq_cli.evaluation.pass_times import start_clock
 from svdq_cli.evaluation.plausible import ImageProblems, look_at
 from svdq_cli.inference.backend import Backend, compute_dtype
 from svdq_cli.inference.load import load_16bit_pipeline, load_pipeline, replace_layers
@@ -192,7 +192,7 @@ def generate_missing(
     if not missing:
         return
     pipe = load()
-    started = time.monotonic()
+    clock = start_clock(run.device)
     kept = 0
     with inside(pipe):
         generated = generate_each(
@@ -206,7 +206,7 @@ def generate_missing(
         for index, made in generated:
             keep_image(image_store, way, index, made)
             kept += 1
-    note_time(image_store, way, images=kept, seconds=time.monotonic() - started)
+    clock.note(image_store.folder, way, images=kept)
 
 
 def _images(run: Run, image_store: ImageStore, way: str) -> Iterator[Image]:

@@ -13,13 +13,22 @@ from svdq_cli.evaluation.compare import Evaluation, facts_of
 from svdq_cli.evaluation.image_store import SHOWN_FRAMES
 from svdq_cli.evaluation.images import PSNR_CAP_DB
 from svdq_cli.evaluation.page import Figure, LayerRow, Plot, ReportSection, Table, Variant, show_images
+from svdq_cli.evaluation.pass_times import BUSY
 from svdq_cli.evaluation.passes import CONVERTED, SIXTEEN_BIT, TITLES
 from svdq_cli.evaluation.plot import conversion_report
 from svdq_cli.evaluation.score import Scores
 from svdq_cli.metrics import METRICS
 from svdq_cli.prepare.facts import sizes_of
 from svdq_cli.records import Int4, W4A4Plan
-from svdq_cli.reports import BaselineFacts, ByteFacts, EvalReport, Figures, Summary, video_columns
+from svdq_cli.reports import (
+    BaselineFacts,
+    ByteFacts,
+    EvalReport,
+    Figures,
+    ReferenceFacts,
+    Summary,
+    video_columns,
+)
 from svdq_cli.text import bytes_text, seconds_text
 
 SHOWN = 64  # images of a chapter, if the page's budget allows
@@ -298,23 +307,46 @@ def _size_tables(found: Evaluation) -> list[Table]:
 
 
 def _speed_table(found: Evaluation, ways: Sequence[Variant], facts: Mapping[str, BaselineFacts]) -> Table:
-    seconds = {TITLES[SIXTEEN_BIT]: found.report.reference.seconds_per_picture}
-    seconds |= {way.title: facts[way.key].seconds_per_picture for way in ways}
-    base = seconds[TITLES[SIXTEEN_BIT]]
-    run = found.run
-    backend = run.backend
-    return Table(
-        "Speed",
-        ["made by", "per video" if found.report.video else "per image", "speed against 16-bit"],
+    run, reference = found.run, found.report.reference
+    backend, per = run.backend, "per video" if found.report.video else "per image"
+    times = {TITLES[SIXTEEN_BIT]: reference, **{way.title: facts[way.key] for way in ways}}
+    on_cpu = run.device.type == "cpu"
+    rows = [
         [
-            [title, seconds_text(taken), f"{base / taken:.2f}x" if base else ""]
-            for title, taken in seconds.items()
-            if taken
-        ],
+            title,
+            seconds_text(taken.seconds_per_picture),
+            *([_processor_time(taken)] if on_cpu else []),
+            _speed(taken, reference),
+        ]
+        for title, taken in times.items()
+        if taken.seconds_per_picture
+    ]
+    note = (
         f"Backend: {backend.name} ({backend.reason}). Times are taken while the images are generated, without warm-up "
         "or repetition, and include whatever else the machine does; svdq bench measures speed. The "
-        "reference backend computes what the 4-bit runtimes compute, but not at their speed.",
+        "reference backend computes what the 4-bit runtimes compute, but not at their speed."
     )
+    if busy := [title for title, taken in times.items() if taken.machine_was_busy]:
+        note += (
+            f" Kept waiting by other programs, so that its time says nothing of the model: {', '.join(busy)}."
+        )
+    processors = [f"processor time {per}"] if on_cpu else []
+    return Table("Speed", ["made by", per, *processors, "speed against 16-bit"], rows, note)
+
+
+def _processor_time(taken: ReferenceFacts | BaselineFacts) -> str:
+    """Of all processors together."""
+    return "" if (seconds := taken.processor_seconds_per_picture) is None else seconds_text(seconds)
+
+
+def _speed(taken: ReferenceFacts | BaselineFacts, reference: ReferenceFacts) -> str:
+    """How many times as fast as the 16-bit model, where the machine worked on nothing else both times."""
+    own, base = taken.seconds_per_picture, reference.seconds_per_picture
+    if not own or not base:
+        return ""
+    if taken.machine_was_busy or reference.machine_was_busy:
+        return "" if taken is reference else f"not measured: {BUSY}"
+    return f"{base / own:.2f}x"
 
 
 def _conversion_table(found: Evaluation) -> list[Table]:

@@ -40,10 +40,12 @@ KEYS = {
     f"provenance{{}}, {RANK}, read_as, recipe{{}}, schema, search{{blocks{{}}, layers{{*{SEARCHED}}}, outputs{{}}}}, "
     "seconds{calibrate, check, pack, solve, total}, status, svdq_version, text_encoders{}, warnings[]}",
     "eval": "{backend, baselines{*{clip, fid, image_reward, lpips, "
-    f"psnr_db{SUMMARY}, seconds_per_picture, ssim{SUMMARY}, video}}}}, "
-    f"clip, command, fid, gates_missed[], image_reward, "
-    f"images, {SQNR}, loras[], lpips, missing{{}}, next, noise_floor_psnr_db, output_sqnr_db{{step, sum}}, "
-    f"own_noise_psnr_db, page, psnr_db{SUMMARY}, reference{{clip, image_reward, seconds_per_picture}}, same_source, "
+    f"machine_was_busy, processor_seconds_per_picture, psnr_db{SUMMARY}, seconds_per_picture, ssim{SUMMARY}, "
+    "video}}, clip, command, fid, gates_missed[], image_reward, "
+    f"images, {SQNR}, loras[], lpips, machine_was_busy, missing{{}}, next, noise_floor_psnr_db, "
+    f"output_sqnr_db{{step, sum}}, own_noise_psnr_db, page, processor_seconds_per_picture, "
+    f"psnr_db{SUMMARY}, reference{{clip, image_reward, machine_was_busy, processor_seconds_per_picture, "
+    f"seconds_per_picture}}, same_source, "
     "schema, seconds, seconds_per_picture, sixteen_bit_images{alike, black, meaningless, nearly_uniform}, "
     f"ssim{SUMMARY}, status, verdict, video, warnings[]}}",
     "eval --plan": "{basis, command, frames, height, images, missing{}, "

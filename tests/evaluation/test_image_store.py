@@ -10,10 +10,8 @@ from PIL import Image
 from svdq_cli.errors import InputError, UsageError
 from svdq_cli.evaluation.image_store import (
     keep_image,
-    note_time,
     open_image_store,
     read_image,
-    seconds_per_picture,
 )
 
 FACTS = {"settings": {"steps": 4, "image": ()}, "source": "abc"}
@@ -101,11 +99,3 @@ def test_a_damaged_run_file_is_refused_until_overwritten(tmp_path: Path):
     with pytest.raises(InputError, match=r"run\.json"):
         open_image_store(tmp_path / "run", FACTS, PROMPTS, overwrite=False)
     open_image_store(tmp_path / "run", FACTS, PROMPTS, overwrite=True)
-
-
-def test_times_add_up_over_runs(tmp_path: Path):
-    image_store = open_image_store(tmp_path / "run", FACTS, PROMPTS, overwrite=False)
-    assert seconds_per_picture(image_store, "16bit") is None
-    note_time(image_store, "16bit", images=1, seconds=4.0)
-    note_time(image_store, "16bit", images=2, seconds=2.0)
-    assert seconds_per_picture(image_store, "16bit") == pytest.approx(2.0)
