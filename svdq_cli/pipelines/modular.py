@@ -7,7 +7,9 @@ signature names them, so that all who ask a pipeline what it takes get an answer
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,6 +88,22 @@ def _with_negatives(pipe: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     return {"negative_prompt": [empty] * len(prompts), **given}
 
 
+@contextmanager
+def _without_traces() -> Generator[None, None, None]:
+    """Where a block fails, the library writes the traceback of its error to stderr, once for each block around it, and
+    raises the error all the same: it is told once."""
+    logger = logging.getLogger("diffusers.modular_pipelines.modular_pipeline")
+
+    def is_told(record: logging.LogRecord) -> bool:
+        return not record.getMessage().lstrip().startswith("Error in block:")
+
+    logger.addFilter(is_told)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_told)
+
+
 def _without_bars(blocks: Any) -> None:
     """The library sets the progress bars of the outermost blocks only."""
     if hasattr(blocks, "set_progress_bar_config"):
@@ -100,7 +118,8 @@ def _name_arguments(pipe: Any) -> None:
     inherited = own.__call__
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return inherited(self, *args, **kwargs)
+        with _without_traces():
+            return inherited(self, *args, **kwargs)
 
     keyword = inspect.Parameter.KEYWORD_ONLY
     given = [p for p in inspect.signature(inherited).parameters.values() if p.kind is not p.VAR_KEYWORD]

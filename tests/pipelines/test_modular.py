@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -105,3 +106,23 @@ def test_blocks_from_the_folder_are_not_run(folder: Path, tmp_path: Path):
     (tmp_path / "config.json").write_text(json.dumps({"auto_map": {"ModularPipelineBlocks": "block.Mine"}}))
     (tmp_path / "block.py").write_text("raise SystemExit('run')")
     assert load_source_pipeline(tmp_path, dtype=torch.float32) is not None
+
+
+def test_an_error_in_a_block_is_raised_and_not_printed_by_the_library_too(folder: Path):
+    """The library writes a traceback for each block around the one that failed."""
+    pipe: Any = load_source_pipeline(folder, dtype=torch.float32)
+    pipe.vae.register_to_config(latents_mean=[0.0])
+    printed: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = printed.append
+    logger = logging.getLogger("diffusers")
+    logger.addHandler(handler)
+    try:
+        settings = sampling_for(recipe_for(folder), open_source(folder)).settings
+        with pytest.raises(RuntimeError, match="is invalid for input of size 1"):
+            generate_images(pipe, ["a red circle"], settings=settings)
+        assert not printed
+        logging.getLogger("diffusers.modular_pipelines.modular_pipeline").error("Error in block: of another")
+        assert printed, "the library's own words are back after the call"
+    finally:
+        logger.removeHandler(handler)
