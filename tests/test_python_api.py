@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 import svdq_cli
+from svdq_cli.cli import options as opt
 from svdq_cli.errors import InputError, UsageError
 from svdq_cli.recipe import Calibration, Quantization, default_recipe
 from svdq_cli.records import Event
@@ -62,6 +63,16 @@ def test_no_public_name_is_that_of_a_room_or_module():
 def test_every_function_says_what_it_does_and_is_on_the_page(name: str):
     assert (getattr(svdq_cli, name).__doc__ or "").strip()
     assert re.search(rf"\b{name}\(", PAGE.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("command", ["convert", "calibrate", "evaluate"])
+def test_a_function_takes_all_sampling_options_of_its_command(command: str):
+    named = "eval" if command == "evaluate" else command
+    options = [each for found in vars(opt).values() for each in getattr(found, "__metadata__", ())]
+    keys = {key for each in options if isinstance(each, opt.Sets) and named in each.on for key in each.keys}
+    wanted = {key.split(".")[-1] for key in keys if key.startswith("calibration.")} - {"column"}
+    assert {"frames", "fps", "width"} <= wanted
+    assert wanted <= set(inspect.signature(getattr(svdq_cli, command)).parameters)
 
 
 def test_the_code_of_the_page_runs_and_makes_what_it_says(page: dict[str, Any]):

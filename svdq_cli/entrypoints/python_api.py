@@ -56,6 +56,8 @@ def convert(
     steps: int | None = None,
     width: int | None = None,
     height: int | None = None,
+    frames: int | None = None,
+    fps: float | None = None,
     batch_size: int | None = None,
     seed: int | None = None,
     family: str | None = None,
@@ -82,6 +84,7 @@ def convert(
         formats: One or more of the output formats; "nunchaku-lite" (a diffusers folder) by default.
         calibration: A folder that `calibrate` wrote, instead of prompts.
         prompts: A file or folder of prompts, or the name of a prompt set.
+        frames, fps: Of videos: frames of each, and how many of them make a second.
         seed: Of calibration and search.
         base: Pipeline (folder or Hub id) with the parts that a single-file source lacks.
         loras: Merged into the model first: one path, or strengths by path.
@@ -112,7 +115,7 @@ def convert(
         "model.family": family,
         "model.base": _text(base),
         "model.denoiser": denoiser,
-        **_sampling(prompts, prompt_column, samples, steps, width, height, batch_size, seed),
+        **_sampling(prompts, prompt_column, samples, steps, width, height, frames, fps, batch_size, seed),
     }
     recipe, options = _recipe(source, options, loras)
     recipe = override(recipe, given)
@@ -133,6 +136,8 @@ def calibrate(
     steps: int | None = None,
     width: int | None = None,
     height: int | None = None,
+    frames: int | None = None,
+    fps: float | None = None,
     batch_size: int | None = None,
     seed: int | None = None,
     family: str | None = None,
@@ -165,7 +170,7 @@ def calibrate(
         "model.family": family,
         "model.base": _text(base),
         "model.denoiser": denoiser,
-        **_sampling(prompts, prompt_column, samples, steps, width, height, batch_size, seed),
+        **_sampling(prompts, prompt_column, samples, steps, width, height, frames, fps, batch_size, seed),
     }
     recipe = override(with_default_calibration(recipe), given)
     with _rules_named(source):
@@ -214,6 +219,8 @@ def evaluate(
     steps: int | None = None,
     width: int | None = None,
     height: int | None = None,
+    frames: int | None = None,
+    fps: float | None = None,
     image: str | Path | None = None,
     mask: str | Path | None = None,
     strength: float | None = None,
@@ -233,6 +240,7 @@ def evaluate(
         against: The 16-bit model that the checkpoint was made from, or a recipe that names it.
         report: Folder that keeps images, figures and `report.html`; a second run adds what is missing.
         samples: Number of prompts; 16 when None.
+        frames, fps: As in `convert`.
         image, mask, strength: What pipelines that edit or fill in start from.
         without: Passes to leave out, of "naive", "floor", "own-noise", "outputs" and "nf4".
         backend, base, loras: As in `load_pipeline` and `convert`; the last two of the 16-bit model.
@@ -252,7 +260,7 @@ def evaluate(
 
     named, options = _recipe(against, _options(device, overwrite), loras)
     named = override(named, {"model.base": _text(base)})
-    given = _sampling(prompts, prompt_column, samples, steps, width, height, batch_size, seed)
+    given = _sampling(prompts, prompt_column, samples, steps, width, height, frames, fps, batch_size, seed)
     inputs = Inputs(_path(image), _path(mask), strength)
     recipe = recipe_against(Path(checkpoint), named, given, inputs=inputs, options=options)
     return run(
@@ -341,6 +349,8 @@ def _sampling(
     steps: int | None,
     width: int | None,
     height: int | None,
+    frames: int | None,
+    fps: float | None,
     batch_size: int | None,
     seed: int | None,
 ) -> dict[str, object]:
@@ -352,6 +362,8 @@ def _sampling(
         "calibration.steps": steps,
         "calibration.width": width,
         "calibration.height": height,
+        "calibration.frames": frames,
+        "calibration.fps": fps,
         "calibration.batch_size": batch_size,
         "calibration.seed": seed,
     }

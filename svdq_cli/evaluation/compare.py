@@ -195,6 +195,7 @@ def _report(
         converted_problems=sampled.converted_problems,
         source_mismatch=run.origin.source_mismatch,
         data_free=(run.checkpoint.provenance or {}).get("calibration_sha256") is None,
+        kind=problems.kind,
     )
     return EvalReport(
         images=len(run.prompts),

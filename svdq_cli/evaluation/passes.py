@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from svdq_cli.checkpoint.reader import Checkpoint
 from svdq_cli.errors import EnvironmentLacksError, UsageError
-from svdq_cli.evaluation.image_store import ImageStore, keep_image, read_image
+from svdq_cli.evaluation.image_store import ImageStore, keep_image, read_frames, read_image
 from svdq_cli.evaluation.layer_sqnr import JudgedLayers, judge_layers, keep_layers, kept_layers
 from svdq_cli.evaluation.outputs import OutputCall, keep_outputs, kept_outputs, output_sqnr, record_outputs
 from svdq_cli.evaluation.own_noise import can_nudge, nudged_start
@@ -155,7 +156,9 @@ def sample_all(run: Run, image_store: ImageStore, without: Collection[str], obse
         missing[NF4] = lack
     outputs = _converted(run, image_store, calls, without, missing, observe)
     different = len(set(run.prompts)) > 1
-    converted = look_at(_images(run, image_store, CONVERTED), different_prompts=different)
+    converted = look_at(
+        _images(run, image_store, CONVERTED), different_prompts=different, kind=_kind(image_store, CONVERTED)
+    )
     if converted.black and not problems.black:
         for sentence in converted.sentences("4-bit")[:1]:
             observe(Event("warning", "evaluate", detail=sentence))
@@ -213,6 +216,11 @@ def _images(run: Run, image_store: ImageStore, way: str) -> Iterator[Image]:
     return (read_image(image_store, way, index) for index in range(len(run.prompts)))
 
 
+def _kind(image_store: ImageStore, way: str) -> str:
+    """What was generated, in a word."""
+    return "video" if sum(1 for _ in islice(read_frames(image_store, way, 0), 2)) > 1 else "image"
+
+
 def _sixteen_bit_and_naive(
     run: Run, image_store: ImageStore, without: Collection[str], observe: Observer
 ) -> tuple[JudgedLayers, ImageProblems, list[OutputCall] | None]:
@@ -231,7 +239,11 @@ def _sixteen_bit_and_naive(
         return with_naive
 
     generate_missing(image_store, SIXTEEN_BIT, run, loaded, observe)
-    problems = look_at(_images(run, image_store, SIXTEEN_BIT), different_prompts=len(set(run.prompts)) > 1)
+    problems = look_at(
+        _images(run, image_store, SIXTEEN_BIT),
+        different_prompts=len(set(run.prompts)) > 1,
+        kind=_kind(image_store, SIXTEEN_BIT),
+    )
     for sentence in problems.sentences("16-bit"):
         # now, so that a run of hours can be stopped
         observe(Event("warning", "evaluate", detail=sentence))

@@ -28,6 +28,7 @@ class ImageProblems:
     black: int
     nearly_uniform: int
     alike: bool
+    kind: str = "image"  # of what the images show: "video" where they are its frames
 
     @property
     def meaningless(self) -> bool:
@@ -39,18 +40,20 @@ class ImageProblems:
         found: list[str] = []
         if self.black:
             found.append(
-                f"{self.black} of {self.images} {whose} images are black: "
+                f"{self.black} of {self.images} {whose} {self.kind}s are black: "
                 "values that are not finite, or a safety checker"
             )
         if self.nearly_uniform:
-            found.append(f"{self.nearly_uniform} of {self.images} {whose} images are nearly one color")
+            found.append(f"{self.nearly_uniform} of {self.images} {whose} {self.kind}s are nearly one color")
         if self.alike:
-            found.append(f"the {whose} images are all alike, though their prompts differ")
+            found.append(f"the {whose} {self.kind}s are all alike, though their prompts differ")
         return tuple(found)
 
 
-def look_at(images: Iterable[Image.Image], *, different_prompts: bool = True) -> ImageProblems:
-    """Reads the images one by one; sizes may not differ."""
+def look_at(
+    images: Iterable[Image.Image], *, different_prompts: bool = True, kind: str = "image"
+) -> ImageProblems:
+    """Reads the images one by one; sizes may not differ. `kind`: see `ImageProblems`."""
     count = black = uniform = 0
     total: Tensor | None = None
     squares = 0.0
@@ -66,7 +69,7 @@ def look_at(images: Iterable[Image.Image], *, different_prompts: bool = True) ->
     if count > 1 and total is not None and different_prompts and black + uniform < count:
         variance = squares / count - (total / count).square().mean().item()
         alike = max(variance, 0.0) ** 0.5 < ALIKE_LEVELS
-    return ImageProblems(count, black, uniform, alike)
+    return ImageProblems(count, black, uniform, alike, kind)
 
 
 def _is_uniform(pixels: Tensor) -> bool:

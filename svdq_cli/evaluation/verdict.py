@@ -29,6 +29,7 @@ class Evidence:
     converted_problems: ImageProblems
     source_mismatch: str | None
     data_free: bool
+    kind: str = "image"  # what was generated: image, video
 
 
 def verdict_of(evidence: Evidence) -> str:
@@ -37,7 +38,7 @@ def verdict_of(evidence: Evidence) -> str:
         return f"No verdict: {evidence.source_mismatch}."
     if evidence.problems.meaningless:
         seen = "; ".join(evidence.problems.sentences("16-bit"))
-        return f"No verdict: {seen}, so figures that compare images with them are meaningless."
+        return f"No verdict: {seen}, so figures that compare {evidence.kind}s with them are meaningless."
     if evidence.converted_problems.black and not evidence.problems.black:
         return f"Broken: {evidence.converted_problems.sentences('4-bit')[0]}."
     return f"{_against_naive(evidence)}{_against_floors(evidence)}."
@@ -54,12 +55,12 @@ def next_step(evidence: Evidence, *, checkpoint: str, page: str | None) -> str:
     if evidence.naive is None:
         return "run the same command without --without naive"
     if (difference := _difference(evidence)).ci95 is None:
-        return "use --samples 64: one image is almost no evidence"
+        return f"use --samples 64: one {evidence.kind} is almost no evidence"
     if difference.ci95[0] > 0:
         look = (
-            f"look at {page}, worst images first; then "
+            f"look at {page}, worst {evidence.kind}s first; then "
             if page
-            else "look at the images with --report DIR; then "
+            else f"look at the {evidence.kind}s with --report DIR; then "
         )
         return f"{look}svdq push {shlex.quote(checkpoint)} OWNER/NAME --dry-run"
     if evidence.data_free:
@@ -72,23 +73,27 @@ def next_step(evidence: Evidence, *, checkpoint: str, page: str | None) -> str:
 def _against_naive(evidence: Evidence) -> str:
     own = summarize(evidence.converted, evidence.noise)
     if evidence.naive is None:
-        return f"{_figure(own)} to the 16-bit images; not compared with naive 4-bit rounding"
+        return f"{_figure(own)} to the 16-bit {evidence.kind}s; not compared with naive 4-bit rounding"
     naive, difference = summarize(evidence.naive, evidence.noise), _difference(evidence)
     figures = f"{_figure(own)} against {_figure(naive)}"
     amount = f"{abs(difference.mean):.1f} dB"
     if own.ci95 is None or naive.ci95 is None or difference.ci95 is None:
-        closer = "closer to the 16-bit image" if difference.mean > 0 else "further from the 16-bit image"
-        return f"One image is little evidence: {amount} {closer} than naive 4-bit rounding ({figures})"
+        closer = f"{'closer to' if difference.mean > 0 else 'further from'} the 16-bit {evidence.kind}"
+        return (
+            f"One {evidence.kind} is little evidence: {amount} {closer} than naive 4-bit rounding ({figures})"
+        )
     if own.ci95[0] > naive.ci95[1]:
-        return f"Good: {amount} closer to the 16-bit images than naive 4-bit rounding ({figures}, no overlap)"
+        return f"Good: {amount} closer to the 16-bit {evidence.kind}s than naive 4-bit rounding ({figures}, no overlap)"
     spread = (
         f"{difference.mean:+.1f} dB, 95 % interval {difference.ci95[0]:+.1f} to {difference.ci95[1]:+.1f}"
     )
+    kind, count = evidence.kind, len(evidence.converted)
     if difference.ci95[0] > 0:
-        return f"Better than naive 4-bit rounding image by image ({spread}), although the intervals overlap ({figures})"
+        apart = f"({spread}), although the intervals overlap ({figures})"
+        return f"Better than naive 4-bit rounding {kind} by {kind} {apart}"
     if difference.ci95[1] < 0:
         return f"Worse than naive 4-bit rounding ({spread}; {figures})"
-    return f"Not distinguishable from naive 4-bit rounding with {len(evidence.converted)} images ({spread}; {figures})"
+    return f"Not distinguishable from naive 4-bit rounding with {count} {kind}s ({spread}; {figures})"
 
 
 def _against_floors(evidence: Evidence) -> str:
@@ -102,7 +107,7 @@ def _against_floors(evidence: Evidence) -> str:
         else:
             said += f"; two runs of the 16-bit model are {floor:.1f} dB apart"
     if own is not None and mean >= own - 2 * AS_CLOSE_DB and own < PSNR_CAP_DB:
-        said += f"; chance alone moves the 4-bit images by as much ({own:.1f} dB)"
+        said += f"; chance alone moves the 4-bit {evidence.kind}s by as much ({own:.1f} dB)"
     return said
 
 

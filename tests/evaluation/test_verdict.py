@@ -93,3 +93,21 @@ def test_noise_of_its_own_widens_the_interval():
 
 def test_a_pasted_command_names_the_checkpoint_as_a_shell_reads_it():
     assert "svdq push 'out/my model' OWNER/NAME" in next_step(GOOD, checkpoint="out/my model", page=None)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        GOOD,
+        replace(GOOD, naive=None),
+        replace(GOOD, converted=[44.0], naive=[39.0]),
+        shifted(-3),
+        replace(GOOD, floor_db=44.5, own_noise_db=45.0),
+        replace(GOOD, problems=replace(SOUND, nearly_uniform=8, kind="video")),
+        replace(GOOD, converted_problems=replace(SOUND, black=8, kind="video")),
+    ],
+)
+def test_videos_are_called_videos(changed: Evidence):
+    evidence = replace(changed, kind="video")
+    said = verdict_of(evidence) + next_step(evidence, checkpoint="out/model", page="report.html")
+    assert "image" not in said
