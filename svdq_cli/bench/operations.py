@@ -11,10 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from svdq_cli.records import LayerSolution, RotatedSolution, W4A4Solution, W4A16Solution
-from svdq_cli.runtime.linear import NO_ROTATION, quantized_linear, w4a4_weight
+from svdq_cli.runtime.linear import quantized_linear, w4a4_weight
+from svdq_cli.solve.forward import sixteen_bit_of
 from svdq_cli.solve.quantizers import quantize_activation
+from svdq_cli.solve.rotation import fake_quantize_rows, rotate, rotated_weight
 
 NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
+ROTATED = "rotated"  # how the operations of ConvRot's layers begin
 
 
 def just_x(x: Tensor) -> tuple[Tensor, ...]:
@@ -107,7 +110,17 @@ def reference_linear(solution: LayerSolution) -> Operation:
                 f"float32 sums; weight and result rounded to {NAMES[dtype]}",
             )
         case RotatedSolution():
-            raise ValueError(f"{solution.plan.name}: {NO_ROTATION}")
+            dtype = sixteen_bit_of(solution, torch.bfloat16)
+            return Operation(
+                f"{ROTATED} w4a{solution.plan.activation_bits} linear",
+                "reference",
+                "int4",
+                None,
+                dtype,
+                module,
+                lambda x: rotated_float64(x, solution),
+                f"rotated, quantized and summed in float32; result rounded to {NAMES[dtype]}",
+            )
 
 
 def without_branch(solution: W4A4Solution) -> W4A4Solution:
@@ -139,4 +152,16 @@ def w4a16_float64(x: Tensor, solution: W4A16Solution) -> Tensor:
     groups = solution.codes.double().unflatten(-1, (-1, solution.plan.group))
     weight = groups * solution.scales.double().unsqueeze(-1) + solution.zeros.double().unsqueeze(-1)
     y = x.double() @ weight.flatten(-2).T
+    return y if solution.bias is None else y + solution.bias.double()
+
+
+def rotated_float64(x: Tensor, solution: RotatedSolution) -> Tensor:
+    """The layer's contract value in float64: y = qa(x H) . W^T + bias with the stored W in rotated coordinates.
+
+    How an activation is rotated and rounded is part of the contract and done as the runtimes do it. `x` (M, K), y (M,
+    N).
+    """
+    plan = solution.plan
+    activation = fake_quantize_rows(rotate(x, plan.rotation), plan.activation_bits)
+    y = activation.double() @ rotated_weight(solution).double().T
     return y if solution.bias is None else y + solution.bias.double()

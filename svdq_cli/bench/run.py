@@ -19,7 +19,7 @@ from svdq_cli.bench.device import device_facts, lack_of_kernels, load_average
 from svdq_cli.bench.hopper_operations import hopper_operations
 from svdq_cli.bench.kernel_operations import kernel_operations
 from svdq_cli.bench.measured_rows import BASELINES, SHORT, baseline_name, measured_rows
-from svdq_cli.bench.operations import Operation, reference_linear, torch_linear, without_branch
+from svdq_cli.bench.operations import ROTATED, Operation, reference_linear, torch_linear, without_branch
 from svdq_cli.bench.report import FUSED, BenchReport, BenchRow, StepRow
 from svdq_cli.bench.shapes import MODULATION_ROWS, LinearShape, ShapeSet
 from svdq_cli.bench.step import StepSettings, arithmetics, step_rows
@@ -37,11 +37,15 @@ from svdq_cli.records import (
     NvFp4,
     Observer,
     Precision,
+    RotatedPlan,
+    RotatedSolution,
     W4A4Plan,
     W4A4Solution,
+    W4A16Plan,
     ignore_events,
 )
 from svdq_cli.runtime.cpu_operands import cpu_unsupported_reason
+from svdq_cli.runtime.linear import NO_ROTATION
 from svdq_cli.system.machine import on_device
 
 PRECISIONS: dict[str, Precision] = {precision.name: precision for precision in (Int4(), NvFp4())}
@@ -140,18 +144,28 @@ def bench_layers(
     distinct: dict[tuple[object, ...], LayerPlan] = {}
     for plan in layers:
         linear = plan.linear
-        kind = (plan.precision, plan.rank) if isinstance(plan, W4A4Plan) else ()
+        kind = _kind_of(plan)
         distinct.setdefault((linear.in_features, linear.out_features, kind), plan)
     rows = settings.m or CHECKPOINT_ROWS[settings.device.type]
     cases = [
         Case(
             plan.linear,
-            rows if isinstance(plan, W4A4Plan) else MODULATION_ROWS,
+            MODULATION_ROWS if isinstance(plan, W4A16Plan) else rows,
             lambda plan=plan: (solution_of(plan),),
         )
         for plan in distinct.values()
     ]
     return _report(cases, settings, observe)
+
+
+def _kind_of(plan: LayerPlan) -> tuple[object, ...]:
+    match plan:
+        case W4A4Plan():
+            return (plan.precision, plan.rank)
+        case RotatedPlan():
+            return (plan.rotation, plan.activation_bits)
+        case W4A16Plan():
+            return ()
 
 
 def with_steps(
@@ -232,7 +246,7 @@ def _report(cases: Sequence[Case], settings: BenchSettings, observe: Observer) -
                 rows += [row, *_beside_others(row, baselines[shape])]
         observe(Event("advance", "bench", done, len(cases), linear.name, time.monotonic() - started))
     observe(Event("end", "bench", len(cases), len(cases), seconds=time.monotonic() - started))
-    return BenchReport(device_facts(settings.device), tuple(rows), _notes(settings, busy, lacking))
+    return BenchReport(device_facts(settings.device), tuple(rows), _notes(settings, busy, lacking, rows))
 
 
 def _beside_others(row: BenchRow, medians: Mapping[str, float]) -> Iterator[BenchRow]:
@@ -276,7 +290,7 @@ def _operations(case: Case, settings: BenchSettings) -> Iterator[tuple[Operation
     on_kernels = lack_of_kernels(settings.device) is None
     for found in case.solve():
         solution = on_device(found, settings.device)
-        if on_kernels:
+        if on_kernels and not isinstance(solution, RotatedSolution):
             yield from ((each,) for each in kernel_operations(solution, case.m))
             if _has_hopper_modes(solution, settings.device):
                 yield from ((each,) for each in hopper_operations(solution, case.m))
@@ -310,7 +324,9 @@ def _require_rank(rank: int, shapes: ShapeSet) -> None:
         )
 
 
-def _notes(settings: BenchSettings, busy: float | None, lacking: Mapping[str, str]) -> tuple[str, ...]:
+def _notes(
+    settings: BenchSettings, busy: float | None, lacking: Mapping[str, str], rows: Sequence[BenchRow]
+) -> tuple[str, ...]:
     notes = [
         _where(settings.device),
         "us: the median. spread: from the 10th to the 90th percentile, over the median. TFLOP/s counts 2 M K N.",
@@ -318,6 +334,11 @@ def _notes(settings: BenchSettings, busy: float | None, lacking: Mapping[str, st
         "error: against the same operation in float64, so it measures arithmetic. svdq eval measures "
         "what 4 bits cost in quality.",
     ]
+    if any(row.op.startswith(ROTATED) for row in rows):
+        notes.append(
+            f"{ROTATED}: {NO_ROTATION}, so these are figures of the reference backend on any device. ComfyUI runs such "
+            "layers on kernels of its own."
+        )
     if settings.device.type == "cuda":
         speed = settings.bytes_per_us / 1e6
         notes += [f"floor: the fewest bytes that must move, over the measured copy speed, {speed:.2f} TB/s."]

@@ -25,8 +25,8 @@ from svdq_cli.conversion.convert import convert
 from svdq_cli.cpu.build import find_compiler
 from svdq_cli.errors import EnvironmentLacksError, InputError, UsageError
 from svdq_cli.prepare.options import RunOptions
-from svdq_cli.recipe import default_recipe
-from svdq_cli.records import W4A4Plan, W4A4Solution, W4A16Solution
+from svdq_cli.recipe import default_recipe, with_overrides
+from svdq_cli.records import RotatedPlan, W4A4Plan, W4A4Solution, W4A16Solution
 from svdq_cli.reports import to_json
 from svdq_cli.runtime.linear import w4a4_exact, w4a16_exact
 
@@ -61,6 +61,7 @@ LARGEST_ERROR = {
     ("quantize and down", "int4"): ONE_ROUNDING,  # hidden vector
     ("quantize and down", "nvfp4"): ONE_ROUNDING,
     ("gemm", "int8"): 0.0,  # integers
+    **{(f"rotated w4a{bits} linear", "int4"): ONE_ROUNDING for bits in (4, 8)},  # the result
 }
 
 
@@ -238,6 +239,32 @@ def test_a_checkpoint_gives_rows_for_every_distinct_layer(checkpoint: Checkpoint
     assert len(stored) == len(wanted)
     assert {row.layer for row in stored} <= {plan.name for plan in checkpoint.layers}
     assert {row.m for row in stored} == {5, 1}  # a modulation layer reads one row for each picture
+    for row in found.rows:
+        assert_measured(row)
+        assert row.relative_error is not None
+        assert row.relative_error <= LARGEST_ERROR[row.op, row.precision]
+
+
+@pytest.mark.parametrize("precision", ["int4", "nvfp4"])
+def test_a_file_of_comfyui_s_own_loader_is_measured_too(precision: str, tiny_flux: Path, tmp_path: Path):
+    file = tmp_path / "comfy-core.safetensors"
+    recipe = with_overrides(
+        default_recipe(str(tiny_flux)),
+        {
+            "quantization.precision": precision,
+            "quantization.effort": "datafree",
+            "outputs": [{"format": "comfy-core", "path": str(file)}],
+        },
+    )
+    convert(recipe, file, options=RunOptions(device="cpu"))
+    checkpoint = open_checkpoint(file)
+    settings = BenchSettings(CPU, m=5, seconds_per_row=QUICK)
+    found = bench_layers(checkpoint.layers, checkpoint.solution, settings=settings)
+    rotated = {plan.linear.in_features for plan in checkpoint.layers if isinstance(plan, RotatedPlan)}
+    measured = rows_of(found, "rotated w4a4 linear")
+    assert {(row.k, row.m, row.rank) for row in measured} == {(k, 5, None) for k in rotated}
+    assert any("no kernel of svdq rotates" in note for note in found.notes) == bool(rotated)
+    assert bool(rotated) == (precision == "int4")
     for row in found.rows:
         assert_measured(row)
         assert row.relative_error is not None
