@@ -114,7 +114,9 @@ class KitchenModule(nn.Module):
         if self.is_nvfp4:
             rows = rows if self.smooth is None else rows * self.smooth
             rows = _nvfp4(rows.flatten(0, -2)).to(weight.dtype).dequantize().reshape(x.shape)
-        y = F.linear(rows.to(weight.dtype), weight)
+        # two axes: given three with the strides of a slice and no bias, torch takes another way than comfy-kitchen's
+        # product, and the input stays at 16 bits
+        y = F.linear(rows.to(weight.dtype).reshape(-1, rows.shape[-1]), weight).unflatten(0, x.shape[:-1])
         return (y if self.bias is None else y + self.bias).to(torch.bfloat16)
 
 
