@@ -18,7 +18,6 @@ from typing import Annotated, Any, get_args
 import typer
 
 from svdq_cli.formats import NAMES
-from svdq_cli.records import MAX_SEED as MAX_SEED
 
 
 def _appendable(path: Path | None) -> Path | None:

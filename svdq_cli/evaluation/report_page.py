@@ -147,7 +147,7 @@ def _figures(found: Evaluation) -> list[Figure]:
             "meaningless: see the warning" if empty else _worst(report, "ssim"),
         ),
         Figure("smaller", f"{sizes.ratio:.2f}x", f"{bytes_text(sizes.input)} to {bytes_text(sizes.output)}"),
-        Figure("layer SQNR", f"{sqnr.mean:.1f} dB", f"worst {sqnr.min:.1f} dB, {worst}"),
+        Figure("layer SQNR, these prompts", f"{sqnr.mean:.1f} dB", f"worst {sqnr.min:.1f} dB, {worst}"),
     ]
     if isinstance(lpips := report.figures["lpips"], Summary):
         figures.insert(2, Figure("LPIPS", f"{lpips.mean:.3f}", f"worst image {lpips.max:.3f}"))

@@ -506,3 +506,12 @@ def test_the_step_after_a_calibration_is_typed_as_the_model_or_the_recipe_was():
     assert after_calibration("org/model", bare, "a b") == "svdq convert org/model --calib 'a b' -o model-int4"
     named = default_recipe("org/model", outputs=(Output(format="comfy-core", path="m.safetensors"),))
     assert after_calibration("mine.yaml", named, "calib") == "svdq convert mine.yaml --calib calib"
+
+
+def test_bench_refuses_a_seed_out_of_range_and_its_help_has_no_range_of_twenty_digits(
+    capsys: pytest.CaptureFixture[str],
+):
+    assert run(["bench", "--seed", "-1"]) == 2
+    assert "give a seed of 0 to" in capsys.readouterr().err
+    assert run(["bench", "--help"]) == 0
+    assert "18446744073709551615" not in capsys.readouterr().out

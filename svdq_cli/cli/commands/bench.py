@@ -55,8 +55,6 @@ Seed = Annotated[
         metavar="N",
         help="Seed of the random layers and inputs.",
         rich_help_panel="Run",
-        min=0,
-        max=opt.MAX_SEED,
     ),
 ]
 
@@ -88,10 +86,16 @@ def bench(
     from svdq_cli.cli import render
     from svdq_cli.cli.progress import progress
     from svdq_cli.cli.summary import append_summary
+    from svdq_cli.errors import UsageError
     from svdq_cli.recipe import parse_fail_if
+    from svdq_cli.records import MAX_SEED
     from svdq_cli.storage.output_paths import require_image_place
     from svdq_cli.system.machine import resolve_device
 
+    if not 0 <= seed <= MAX_SEED:
+        raise UsageError(
+            f"--seed {seed} is out of range", hint=f"give a seed of 0 to {MAX_SEED}", where="--seed"
+        )
     if plot is not None:
         require_image_place(plot, overwrite=True)
     gates = [parse_fail_if(condition) for condition in fail_if or []]

@@ -27,7 +27,7 @@ def demo(console: Console, report: DemoReport) -> None:
             )
             console.print(Text(f"\n{source}", style="bold").append(note, style="not bold"))
             table = Table(box=None, pad_edge=False)
-            for title in ("model", "PSNR", "SSIM", "layer SQNR", "transformer", "smaller", "seconds"):
+            for title in ("model", "PSNR", "SSIM", "layer SQNR*", "transformer", "smaller", "seconds"):
                 table.add_column(title, justify="left" if title == "model" else "right")
             of_source = [other for other in report.rows if other.source == source]
             for other in of_source:
@@ -42,7 +42,8 @@ def demo(console: Console, report: DemoReport) -> None:
                 )
             console.print(table)
     console.print(
-        f"\nPSNR and SSIM against the 16-bit images of {report.prompts} held-out prompts, equal seeds."
+        f"\nPSNR and SSIM against the 16-bit images of {report.prompts} held-out prompts, equal seeds.\n"
+        "* On the activations of calibration; the HTML report has it on the held-out prompts."
     )
     w4a4 = [row for row in layer_ratios(report.bench.rows) if row.rank]
     if w4a4:
