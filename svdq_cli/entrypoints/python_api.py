@@ -240,18 +240,15 @@ def evaluate(
         against: The 16-bit model that the checkpoint was made from, or a recipe that names it.
         report: Folder that keeps images, figures and `report.html`; a second run adds what is missing.
         samples: Number of prompts; 16 when None.
-        frames, fps: As in `convert`.
         image, mask, strength: What pipelines that edit or fill in start from.
         without: Passes to leave out, of "naive", "floor", "own-noise", "outputs" and "nf4".
-        backend, base, loras: As in `load_pipeline` and `convert`; the last two of the 16-bit model.
+        backend, base, loras, frames, fps: As in `load_pipeline` and `convert`; base, loras of the 16-bit model.
 
     Returns:
-        PSNR in dB and SSIM against the 16-bit images, other metrics where their weights are installed, the same of the
-        baselines, and a verdict in words.
+        PSNR in dB, SSIM and installed metrics against the 16-bit images, those of the baselines, a verdict in words.
 
     Raises:
-        UsageError: Arguments are wrong.
-        InputError: A model is missing, damaged or not a whole pipeline.
+        UsageError, InputError: Arguments are wrong; a model is missing, damaged or not a whole pipeline.
     """
     from svdq_cli.entrypoints.evaluate import recipe_against
     from svdq_cli.entrypoints.generate import Inputs
