@@ -20,6 +20,7 @@ TEXT_LAYERS = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff_conte
 CROSS_ATTENTION = (".attn2.to_k", ".attn2.to_v")
 # Feature maps of a UNet's level that are alive at once: input, normalized input, output, and the skip connection
 _MAPS = 4
+_PACKED_CHANNELS = (64, 128)  # 16 and 32 channels of autoencoders, two by two
 _VIDEO_SIDES = 3  # frames, height, width
 
 
@@ -113,13 +114,15 @@ def reads_text(layer: str) -> bool:
 def pixels_per_token(source: Source) -> int:
     """A side in pixels: the autoencoder's downscaling times the model's own patches.
 
-    A model with four times the autoencoder's channels reads latents that its pipeline has packed two by two.
+    A model with four times the autoencoder's channels reads latents that its pipeline has packed two by two. Where no
+    autoencoder is at hand, that is a model without patches of its own and with more channels than any autoencoder of
+    images has: FLUX.1 and Chroma (64), FLUX.2 (128).
     """
     vae = vae_config(source.pipeline)
     scale = latent_scale(vae)
     channels = vae.get("latent_channels") or vae.get("z_dim")
-    packed = isinstance(channels, int) and source.config.get("in_channels") == 4 * channels
-    patch = source.config.get("patch_size")
+    patch, own = source.config.get("patch_size"), source.config.get("in_channels")
+    packed = own == 4 * channels if isinstance(channels, int) else patch == 1 and own in _PACKED_CHANNELS
     if isinstance(patch, (list, tuple)) and patch:  # of a video: frames, height, width
         patch = patch[-1]
     return scale * (2 if packed else patch if isinstance(patch, int) else 1)

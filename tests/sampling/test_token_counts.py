@@ -85,6 +85,23 @@ def test_tokens_come_from_the_autoencoder_and_the_packing(tiny_flux: Path):
 
 
 @pytest.mark.parametrize(
+    ("config", "side"),
+    [
+        ({"_class_name": "FluxTransformer2DModel", "patch_size": 1, "in_channels": 64}, 16),
+        ({"_class_name": "Flux2Transformer2DModel", "patch_size": 1, "in_channels": 128}, 16),
+        ({"_class_name": "QwenImageTransformer2DModel", "patch_size": 2, "in_channels": 64}, 16),
+        ({"_class_name": "PixArtTransformer2DModel", "patch_size": 2, "in_channels": 4}, 16),
+    ],
+)
+def test_a_bare_config_is_counted_as_its_pipeline_would_pack_it(
+    config: dict[str, object], side: int, tmp_path: Path
+):
+    """A 1024 x 1024 image of FLUX.1 has 4,096 tokens, not four times as many: time and memory follow from it."""
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert pixels_per_token(open_source(tmp_path / "config.json")) == side
+
+
+@pytest.mark.parametrize(
     ("vae", "seen"),
     [
         ({"temperal_downsample": [False, True, True]}, 21),  # AutoencoderKLWan: one frame, then four by four
