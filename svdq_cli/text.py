@@ -26,6 +26,11 @@ def seconds_text(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
+def counted(count: int, what: str) -> str:
+    """A number and its noun: "1 tensor", "3 tensors"."""
+    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
+
+
 SIZE_PATTERN = r"^\s*(\d+(?:\.\d+)?)\s*([kKMGT]i?)?B?\s*$"
 SIZE_HINT = "write it like 6500000000, 6.5GB or 6GiB"
 

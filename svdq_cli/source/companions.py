@@ -7,9 +7,8 @@ shape.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,23 +16,23 @@ import torch
 from torch import Tensor
 
 from svdq_cli.errors import InputError
+from svdq_cli.source.companion_names import CLIP_L, PLACES
 from svdq_cli.source.folders import component_tensors, pipeline_index
 from svdq_cli.source.markers import without_markers
-from svdq_cli.source.names import (
-    Naming,
-    Rule,
-    block_numbers,
-    claim,
-    convert_names,
-    expanded,
-    fused,
-    numbered,
-    renamed,
+from svdq_cli.source.names import Naming, claim, convert_names
+from svdq_cli.source.tensors import (
+    DTYPE_OF_NAME,
+    SIXTEEN_BIT_OR_MORE,
+    Float8Tensor,
+    StoredTensor,
+    TensorEntry,
 )
-from svdq_cli.source.tensors import SIXTEEN_BIT_OR_MORE, Float8Tensor, StoredTensor, TensorEntry
 from svdq_cli.source.upconverted import Reading
 
 Entry = TypeVar("Entry", bound=TensorEntry)
+
+
+PROJECTION = "text_projection.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,102 +63,37 @@ class TurnedTensor:
         return self.read()[start:stop]
 
 
-# ------------------------------------------------------------------------------------------------- names
-
-
-_OPEN_CLIP = (
-    renamed("positional_embedding", "text_model.embeddings.position_embedding.weight"),
-    renamed("token_embedding", "text_model.embeddings.token_embedding"),
-    renamed("ln_final", "text_model.final_layer_norm"),
-    renamed("text_projection", "text_projection.weight"),
-    *(
-        fused(
-            f"transformer.resblocks.{{}}.attn.in_proj_{suffix}",
-            *(f"text_model.encoder.layers.{{}}.self_attn.{x}_proj.{suffix}" for x in "qkv"),
-        )
-        for suffix in ("weight", "bias")
-    ),
-    *(
-        renamed(f"transformer.resblocks.{{}}.{old}", f"text_model.encoder.layers.{{}}.{new}")
-        for old, new in (
-            ("attn.out_proj", "self_attn.out_proj"),
-            ("ln_1", "layer_norm1"),
-            ("ln_2", "layer_norm2"),
-            ("mlp.c_fc", "mlp.fc1"),
-            ("mlp.c_proj", "mlp.fc2"),
-        )
-    ),
-)
-_VAE_RESNET = ("norm1", "conv1", "norm2", "conv2")
-_VAE_ATTENTION = (
-    ("norm", "group_norm"),
-    ("q", "to_q"),
-    ("k", "to_k"),
-    ("v", "to_v"),
-    ("proj_out", "to_out.0"),
-)
-
-
-def _vae_resnet(original: str, target: str) -> tuple[Rule, ...]:
-    same = tuple(renamed(f"{original}.{name}", f"{target}.{name}") for name in _VAE_RESNET)
-    return (*same, renamed(f"{original}.nin_shortcut", f"{target}.conv_shortcut"))
-
-
-def _vae_rules(keys: Sequence[str]) -> tuple[Rule, ...]:
-    """LDM counts the decoder's stages from the image inwards, diffusers from the latents outwards."""
-    rules = [renamed(name, name) for name in ("quant_conv", "post_quant_conv")]
-    for half in ("encoder", "decoder"):
-        rules += [renamed(f"{half}.{name}", f"{half}.{name}") for name in ("conv_in", "conv_out")]
-        rules.append(renamed(f"{half}.norm_out", f"{half}.conv_norm_out"))
-        for number in (1, 2):
-            rules += _vae_resnet(f"{half}.mid.block_{number}", f"{half}.mid_block.resnets.{number - 1}")
-        attention = f"{half}.mid_block.attentions.0"
-        rules += [renamed(f"{half}.mid.attn_1.{old}", f"{attention}.{new}") for old, new in _VAE_ATTENTION]
-    for stage in block_numbers(keys, "encoder.down.{}", "encoder.down_blocks.{}"):
-        rules += _vae_stage(keys, f"encoder.down.{stage}", f"encoder.down_blocks.{stage}", "downsample")
-    stages = block_numbers(keys, "decoder.up.{}", "decoder.up_blocks.{}")
-    for stage in stages:
-        target = f"decoder.up_blocks.{stages[-1] - stage}"
-        rules += _vae_stage(keys, f"decoder.up.{stage}", target, "upsample")
-    return tuple(rules)
-
-
-def _vae_stage(keys: Sequence[str], original: str, target: str, sampler: str) -> list[Rule]:
-    rules = [renamed(f"{original}.{sampler}.conv", f"{target}.{sampler}rs.0.conv")]
-    for number in block_numbers(keys, f"{original}.block.{{}}", f"{target}.resnets.{{}}"):
-        for rule in _vae_resnet(f"{original}.block.{{}}", f"{target}.resnets.{{}}"):
-            rules.append(numbered(rule, number))
-    return rules
-
-
-def _unchanged(*names: str) -> Callable[[Sequence[str]], tuple[Rule, ...]]:
-    """Checkpoints hold these text encoders under their transformers names."""
-    return lambda keys: tuple(renamed(name, name) for name in names)
-
-
-OPEN_CLIP = Naming("OpenCLIP", "CLIPTextModelWithProjection", frozenset(), partial(expanded, _OPEN_CLIP), {})
-LDM_VAE = Naming("LDM autoencoder", "AutoencoderKL", frozenset(), _vae_rules, {})
-CLIP = Naming("CLIP", "CLIPTextModel", frozenset(), _unchanged("text_model.*"), {})
-T5 = Naming("T5", "T5EncoderModel", frozenset(), _unchanged("shared", "encoder.*"), {})
-
-# Where whole checkpoints hold the parts of a pipeline: prefix in the file, component, names below the prefix
-_PLACES: tuple[tuple[str, str, Naming], ...] = (
-    ("first_stage_model.", "vae", LDM_VAE),
-    ("vae.", "vae", LDM_VAE),
-    ("cond_stage_model.transformer.", "text_encoder", CLIP),
-    ("conditioner.embedders.0.transformer.", "text_encoder", CLIP),
-    ("conditioner.embedders.1.model.", "text_encoder_2", OPEN_CLIP),
-    ("text_encoders.clip_l.transformer.", "text_encoder", CLIP),
-    ("text_encoders.t5xxl.transformer.", "text_encoder_2", T5),  # FLUX.1
-    ("text_encoders.t5xxl.transformer.", "text_encoder_3", T5),  # SD3
-)
-
-
 _SAMPLED = 24  # tensors of a component, and rows of each
 # Of the numbers that are the base's, rounded to 8 bits: all but those where the base was rounded to bfloat16 from what
 # the file was made of (one in a hundred). A text encoder that was trained for one epoch has half of them.
 _SAME_COMPONENT = 0.95
-PREFIXES = tuple(dict.fromkeys(prefix for prefix, _, _ in _PLACES))
+
+
+@dataclass(frozen=True, slots=True)
+class IdentityTensor:
+    """The projection of a text encoder that a file has without one, in the dtype of `like`."""
+
+    like: TensorEntry
+    size: int
+    origin: str = PROJECTION
+
+    @property
+    def file(self) -> Path:
+        return self.like.file
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.size, self.size)
+
+    @property
+    def dtype(self) -> str:
+        return self.like.dtype
+
+    def read(self) -> Tensor:
+        return torch.eye(self.size, dtype=DTYPE_OF_NAME[self.dtype])
+
+    def read_rows(self, start: int, stop: int) -> Tensor:
+        return self.read()[start:stop]
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,11 +121,12 @@ def companions_in(
     prefixes: list[str] = []
     warnings: list[str] = []
     present = pipeline_index(base)
-    for prefix, component, naming in _PLACES:
+    for prefix, component, naming in PLACES:
         stored = {name.removeprefix(prefix): rest[name] for name in rest if name.startswith(prefix)}
         if not stored or component in found or component not in present:
             continue
-        of_base = component_tensors(base / component)
+        if not (of_base := component_tensors(base / component)):
+            continue
         weights, _ = without_markers(stored, None)
         try:
             read = reading(path, weights)
@@ -205,7 +140,10 @@ def companions_in(
             prefixes.append(prefix)
             continue
         tensors = _as_base(naming, read.tensors, {name: entry.shape for name, entry in of_base.items()})
-        if tensors is None:
+        if isinstance(tensors, str):
+            if _has_names_of(naming, weights, of_base):
+                warnings.append(_of_the_base(path, component, tensors, base))
+                prefixes.append(prefix)
             continue
         prefixes.append(prefix)
         if read.lossy and (why := _why_the_base_is_better(tensors, of_base)):
@@ -264,31 +202,53 @@ def _has_names_of(
 
 def _as_base(
     naming: Naming, stored: Mapping[str, TensorEntry], wanted: Mapping[str, tuple[int, ...]]
-) -> Mapping[str, TensorEntry] | None:
-    """The stored tensors under the base's names; None where the base has one that they lack, or in another shape."""
+) -> Mapping[str, TensorEntry] | str:
+    """The stored tensors under the base's names; why not, where the base has one that they lack, or in another shape.
+
+    Positions that old bases hold are no weights: transformers counts them itself.
+    """
+    wanted = {name: shape for name, shape in wanted.items() if not name.endswith("position_ids")}
     try:
         # what is left over (position ids, logit scales) is not a weight
         converted, _ = convert_names(naming, stored)
-    except ValueError:
-        return None
+    except ValueError as error:
+        return f"can't be read: {error}"
+    converted = _with_projection(converted, wanted.get(PROJECTION), or_identity=naming is CLIP_L)
     if not any(name.startswith("text_model.") for name in wanted):
         # transformers 5.6 and later save CLIPTextModel without its wrapper's name
         wrapped, converted = converted, {}
         for name, entry in wrapped.items():
             claim(converted, name.removeprefix("text_model."), entry)
-    tensors = {
-        name: _shaped(converted[name], shape, transposed=name == "text_projection.weight")
-        for name, shape in wanted.items()
-        if name in converted
-    }
-    fits = wanted and all(name in tensors and tensors[name].shape == shape for name, shape in wanted.items())
-    return tensors if fits else None
+    tensors = {name: _shaped(converted[name], shape) for name, shape in wanted.items() if name in converted}
+    for name, shape in wanted.items():
+        if name not in tensors:
+            return f"lacks {name}"
+        if tensors[name].shape != shape:
+            return f"has {name} of {list(tensors[name].shape)} (the base's is of {list(shape)})"
+    return tensors
 
 
-def _shaped(entry: TensorEntry, shape: tuple[int, ...], *, transposed: bool) -> TensorEntry:
-    """OpenCLIP stores its projection transposed; LDM's autoencoder has 1x1 convolutions for diffusers' linears."""
-    if transposed and len(entry.shape) == 2:
-        return TurnedTensor(entry, (entry.shape[1], entry.shape[0]), transposed=True)
+def _with_projection(
+    converted: Mapping[str, TensorEntry], wanted: tuple[int, ...] | None, *, or_identity: bool
+) -> dict[str, TensorEntry]:
+    """OpenCLIP's bare projection turned; `or_identity`, which diffusers and ComfyUI take where there is none."""
+    tensors = dict(converted)
+    bare = tensors.pop("text_projection", None)
+    if bare is not None and len(bare.shape) == 2:
+        claim(tensors, PROJECTION, TurnedTensor(bare, (bare.shape[1], bare.shape[0]), transposed=True))
+    norm = tensors.get("text_model.final_layer_norm.weight")
+    if (
+        or_identity
+        and PROJECTION not in tensors
+        and norm is not None
+        and wanted == (*norm.shape, *norm.shape)
+    ):
+        tensors[PROJECTION] = IdentityTensor(norm, norm.shape[0])
+    return tensors
+
+
+def _shaped(entry: TensorEntry, shape: tuple[int, ...]) -> TensorEntry:
+    """LDM's autoencoder has 1x1 convolutions for diffusers' linears."""
     if len(entry.shape) == 4 and entry.shape[2:] == (1, 1) and entry.shape[:2] == shape:
         return TurnedTensor(entry, shape, transposed=False)
     return entry

@@ -7,7 +7,7 @@ what config they belong to. The weights stay on disk.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -15,7 +15,8 @@ from typing import TypeVar
 
 from svdq_cli.errors import InputError
 from svdq_cli.source.classes import shapes_of
-from svdq_cli.source.companions import PREFIXES, companions_in
+from svdq_cli.source.companion_names import PREFIXES
+from svdq_cli.source.companions import companions_in
 from svdq_cli.source.configs import (
     KNOWN_CLASSES,
     KnownClass,
@@ -23,7 +24,7 @@ from svdq_cli.source.configs import (
     known_class,
     published_config,
 )
-from svdq_cli.source.folders import component_config, header_of_files, quantized_component
+from svdq_cli.source.folders import component_config, header_of_files, pipeline_index, quantized_component
 from svdq_cli.source.library_names import convert_by_library, published_pipeline
 from svdq_cli.source.markers import Told, told_by, without_markers
 from svdq_cli.source.model import ConfigFrom, Source
@@ -34,6 +35,7 @@ from svdq_cli.source.prediction import prediction_warnings
 from svdq_cli.source.prefixes import find_model
 from svdq_cli.source.tensors import TensorEntry
 from svdq_cli.source.upconverted import Reading, upconverted
+from svdq_cli.text import counted
 
 _DIFFUSERS_NAMES = "diffusers names"
 BASE_HINT = "name a diffusers pipeline of the same model: --base FOLDER_OR_HUB_ID (recipe: model.base)"
@@ -300,9 +302,18 @@ def _config_warning(path: Path, told: Told, config: Mapping[str, object]) -> tup
     )
 
 
-def _left_out_warning(path: Path, left_out: Mapping[str, int], base: Path | None) -> tuple[str, ...]:
-    if not left_out:
-        return ()
-    parts = ", ".join(f"{name} ({count} tensors)" for name, count in sorted(left_out.items()))
-    where = f"the output takes these from {base}" if base else "the output has only the diffusion model"
-    return (f"{path}: also holds {parts}; {where}",)
+def _left_out_warning(path: Path, left_out: Mapping[str, int], base: Path | None) -> Iterator[str]:
+    """What is in the file besides the model and was not taken: parts of a pipeline, and what no output has (averaged
+    weights, a schedule of noise levels)."""
+    components = {prefix.split(".")[0] for prefix in PREFIXES} | set(pipeline_index(base) if base else ())
+    of_base = {name: count for name, count in left_out.items() if base and name in components}
+    rest = {name: count for name, count in left_out.items() if name not in of_base}
+    if of_base:
+        yield f"{path}: also holds {_named(of_base)}; the output takes these from {base}"
+    if rest:
+        why = "not part of the pipeline, left out" if base else "the output has only the diffusion model"
+        yield f"{path}: also holds {_named(rest)}; {why}"
+
+
+def _named(groups: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} ({counted(count, 'tensor')})" for name, count in sorted(groups.items()))

@@ -23,6 +23,7 @@ from svdq_cli.source.tensors import (
     StoredTensor,
     TensorEntry,
 )
+from svdq_cli.text import counted
 
 Entry = TypeVar("Entry", bound=TensorEntry)
 
@@ -49,7 +50,7 @@ class Readable:
         count = len(self.no_weights)
         return (
             *self.lossy,
-            f"{path}: {count} tensors are integers next to the weights and were ignored: {named}",
+            f"{path}: ignored {counted(count, 'tensor')} of integers next to the weights: {named}",
         )
 
 

@@ -19,7 +19,7 @@ from svdq_cli.errors import InputError
 from svdq_cli.inference.load import load_16bit_pipeline
 from svdq_cli.recipe import default_recipe, with_overrides
 from svdq_cli.source import Source, open_source
-from svdq_cli.source.companions import LDM_VAE, OPEN_CLIP
+from svdq_cli.source.companion_names import LDM_VAE, OPEN_CLIP
 from svdq_cli.source.names import convert_names
 from svdq_cli.source.original_names import FLUX1, LDM_UNET
 from tests.source.originals import MemoryTensor, original_state, row_numbers
@@ -67,10 +67,8 @@ def test_open_clip_s_names_are_those_of_diffusers():
     assert "transformer.resblocks.2.attn.in_proj_weight" in original
     assert_converted(OPEN_CLIP.name, original, state)
     expected = theirs.convert_open_clip_checkpoint(
-        model, {CLIP_G + name: t for name, t in original.items()}, prefix=CLIP_G
+        model, {CLIP_G + name: t for name, t in open_clip(state).items()}, prefix=CLIP_G
     )
-    # a rule says where rows come from; that the projection is kept transposed is told apart when it is read
-    expected["text_projection.weight"] = expected["text_projection.weight"].T
     assert_equal(expected, state)
 
 
@@ -100,6 +98,13 @@ def component(folder: Path, name: str) -> dict[str, Tensor]:
     return {k: t for file in (folder / name).glob("*.safetensors") for k, t in load_file(file).items()}
 
 
+def open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Under OpenCLIP's names, which has its projection bare and transposed."""
+    named = original_state(OPEN_CLIP, state)
+    projection = named.pop("text_projection.weight", None)
+    return named if projection is None else named | {"text_projection": projection.T.contiguous()}
+
+
 def sdxl_checkpoint(folder: Path, out: Path) -> Path:
     """The pipeline as one LDM file, every weight of its text encoders and autoencoder moved by training."""
     trained = {name: moved(component(folder, name)) for name in ("vae", "text_encoder", "text_encoder_2")}
@@ -107,8 +112,7 @@ def sdxl_checkpoint(folder: Path, out: Path) -> Path:
     for name, tensor in vae.items():
         if ".mid.attn_1." in name and tensor.ndim == 2:
             vae[name] = tensor[:, :, None, None]
-    clip_g = original_state(OPEN_CLIP, trained["text_encoder_2"])
-    clip_g["text_projection"] = clip_g["text_projection"].T.contiguous()
+    clip_g = open_clip(trained["text_encoder_2"])
     file = {
         **{
             f"model.diffusion_model.{n}": t
@@ -177,7 +181,8 @@ def test_a_text_encoder_of_another_size_stays_the_base_s(base: Path, tmp_path: P
     save_file(state, tmp_path / "other.safetensors")
     opened = open_source(tmp_path / "other.safetensors", base=base)
     assert sorted(opened.companions) == ["text_encoder_2", "vae"]
-    assert "conditioner (" in opened.warnings[0]
+    assert "text_encoder of" in opened.warnings[0]
+    assert "has final_layer_norm.weight of [3] (the base's is of [" in opened.warnings[0]
 
 
 def test_flux_s_t5_is_taken_from_a_comfyui_checkpoint(tiny_flux: Path, tmp_path: Path):

@@ -242,6 +242,6 @@ def test_sdxl_is_planned_from_the_header_of_an_ldm_file(tmp_path: Path):
     path = sparse_file(tmp_path / "sdxl.safetensors", {**keys, **beside})
     source = open_source(path)
     assert (source.component, source.config["cross_attention_dim"]) == ("unet", 2048)
-    assert "conditioner (1 tensors)" in source.warnings[0]
+    assert "conditioner (1 tensor)" in source.warnings[0]
     family, _, _, parameters = planned(path)
     assert (family, parameters) == ("sdxl", 2567463684)

@@ -171,7 +171,8 @@ def test_what_lies_beside_the_model_is_left_out_with_a_warning(
         for name, state in (("whole.gguf", whole_pipeline(bfl_state)), ("alone.gguf", bfl_state))
     )
     assert source_digest(found) == source_digest(alone)
-    assert "text_encoders (1 tensors), vae (1 tensors)" in found.warnings[1]
+    assert f"the output has the vae of {tiny_flux}, not the file's, which lacks" in found.warnings[1]
+    assert f"the output has the text_encoder of {tiny_flux}, not the file's, which lacks" in found.warnings[2]
 
 
 @pytest.mark.parametrize(("kind", "taken"), [(Kind.BF16, True), (Kind.Q8_0, False)])

@@ -178,8 +178,21 @@ def test_a_folder_of_float8_is_upconverted_too(tiny_flux_copy: Path):
 def test_what_else_lies_in_the_file_is_said(tiny_flux: Path, tmp_path: Path):
     source = open_source(comfy_file(tiny_flux, tmp_path / "all.safetensors"), base=tiny_flux)
     assert source.kind == "single file, original (BFL) names"
-    assert "text_encoders (1 tensors), vae (1 tensors)" in source.warnings[0]
-    assert str(tiny_flux) in source.warnings[0]
+    vae, text = source.warnings
+    assert f"the output has the vae of {tiny_flux}, not the file's, which lacks" in vae
+    assert f"also holds text_encoders (1 tensor); the output takes these from {tiny_flux}" in text
+
+
+def test_what_no_output_has_is_not_said_to_be_the_base_s(tiny_flux: Path, tmp_path: Path):
+    file = {MODEL_PREFIX + n: t for n, t in original_state(FLUX1, weights_of(tiny_flux)).items()} | {
+        "model_ema.decay": torch.zeros(1),
+        "model_ema.num_updates": torch.zeros(1),
+        "denoiser.sigmas": torch.zeros(1000),
+    }
+    save_file(file, tmp_path / "ema.safetensors")
+    (warning,) = open_source(tmp_path / "ema.safetensors", base=tiny_flux).warnings
+    assert "also holds denoiser (1 tensor), model_ema (2 tensors); not part of the pipeline" in warning
+    assert str(tiny_flux) not in warning
 
 
 # ------------------------------------------------------------------------------------------------- configs
