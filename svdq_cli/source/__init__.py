@@ -7,6 +7,8 @@ folder of one component (`config.json` next to its weights), a single file under
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -22,6 +24,7 @@ from svdq_cli.source.folders import (
     components_digest,
     denoiser_components,
     denoiser_order,
+    denoisers_in,
     index_component,
     is_denoiser,
     model_files,
@@ -105,7 +108,7 @@ def _opened(path: Path, base: Path | None) -> Source:
     if base is not None and not is_pipeline(base):
         raise InputError(
             f"{base}: not a pipeline folder (it has no {' and no '.join(INDEXES)})",
-            hint="--base is a whole diffusers pipeline: a folder or a Hub id",
+            hint=_snapshot_of(base) or "--base is a whole diffusers pipeline: a folder or a Hub id",
             where=str(base),
         )
     if path.is_dir():
@@ -152,6 +155,8 @@ def _open_folder(path: Path, base: Path | None) -> Source:
         source = open_component(path, pipeline=base, component=component)
         if not has_original_names(source.tensors) or _named_as_its_class(source):
             return source
+    if not has_config and (saved := denoisers_in(path, base)):
+        return _saved_by_a_trainer(path, saved, base)
     # A model's own repository, or shards alone: one model under whatever names, in one file or several
     if files := model_files(path):
         return open_single_file(path, base=base, files=files)
@@ -163,9 +168,38 @@ def _open_folder(path: Path, base: Path | None) -> Source:
         )
     raise InputError(
         f"{path}: none of {', '.join(INDEXES)} and config.json is in this folder",
-        hint="give a diffusers pipeline folder (the one with model_index.json)",
+        hint=_snapshot_of(path) or "give a diffusers pipeline folder (the one with model_index.json)",
         where=str(path),
     )
+
+
+def _saved_by_a_trainer(path: Path, saved: Sequence[str], base: Path | None) -> Source:
+    """A trainer's checkpoint: the component that it trained in a folder below `path`, without the rest of the
+    pipeline."""
+    if len(saved) > 1:
+        raise InputError(
+            f"{path}: holds {' and '.join(saved)}, but no pipeline (none of {', '.join(INDEXES)})",
+            hint=f"give one of them, {path / saved[0]}, or add the pipeline's index and other components",
+            where=str(path),
+        )
+    source = _open_folder(path / saved[0], base)
+    averaged = path / f"{saved[0]}_ema"
+    if not (averaged / "config.json").is_file():
+        return source
+    warning = f"{path}: read from {saved[0]}; for the averaged weights give {averaged}"
+    return replace(source, warnings=(*source.warnings, warning))
+
+
+def _snapshot_of(path: Path) -> str | None:
+    """Where the files are of a repository in the Hub's cache (`models--owner--name`); None for any other folder."""
+    snapshots = sorted(path.glob("snapshots/*/"), key=lambda folder: folder.stat().st_mtime)
+    if not snapshots:
+        return None
+    main = path / "refs/main"
+    current = path / "snapshots" / main.read_text().strip() if main.is_file() else snapshots[-1]
+    _, _, name = path.name.partition("models--")
+    by_id = f", or its Hub id: {name.replace('--', '/', 1)}" if name else ""
+    return f"a repository in the Hub's cache: give its snapshot, {current}{by_id}"
 
 
 def _named_as_its_class(source: Source) -> bool:

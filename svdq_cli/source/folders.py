@@ -34,6 +34,10 @@ _DENOISER = re.compile(r"([a-z]+_)?(transformer|unet)(_\d+)?")
 _SETTINGS = (".json", ".txt", ".model", ".jinja")
 _LARGEST_SETTINGS = 64 * 2**20  # bytes; the largest tokenizer.json in use has 33 million
 _PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth")
+# What trainers keep next to the weights in order to resume: no model
+_TRAINER_STATE = re.compile(
+    r"(optimizer|(lr_)?scheduler|training_args|random_states|rng_state|scaler)([._-].*)?"
+)
 
 
 def open_pipeline(path: Path) -> Source:
@@ -87,6 +91,12 @@ def text_encoders_of(pipeline: Path) -> tuple[str, ...]:
 def is_denoiser(component: str) -> bool:
     """Whether a pipeline's component of that name is what svdq quantizes."""
     return _DENOISER.fullmatch(component) is not None
+
+
+def denoisers_in(folder: Path, base: Path | None) -> tuple[str, ...]:
+    """The folders below one without an index that are a denoiser of `base`, or of any pipeline, as trainers save it."""
+    names = denoiser_components(base) if base else COMPONENTS
+    return tuple(name for name in names if (folder / name / "config.json").is_file())
 
 
 def denoiser_order(component: str) -> tuple[bool, str]:
@@ -255,7 +265,10 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     if (variant := chosen_variant(folder)) is not None and (files := variant_files(folder, variant)):
         return whole_set(files) if len(files) > 1 or any(map(shard_number, files)) else files
     pickles = sorted(
-        file for pattern in _PICKLES for file in folder.glob(pattern) if not is_openvino_weights(file)
+        file
+        for pattern in _PICKLES
+        for file in folder.glob(pattern)
+        if not is_openvino_weights(file) and not _TRAINER_STATE.fullmatch(file.name)
     )
     if pickles:
         raise pickled(pickles[0])

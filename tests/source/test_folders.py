@@ -237,3 +237,65 @@ def test_a_file_of_another_kind_is_called_by_its_name(tmp_path: Path, content: b
     with pytest.raises(InputError, match=what) as caught:
         open_source(path)
     assert caught.value.hint
+
+
+# ------------------------------------------------------------------------------------------------- trainers' folders
+
+
+def checkpoint_of(pipeline: Path, folder: Path, *names: str) -> Path:
+    """What a trainer saves in order to resume: what it trained, and its own state."""
+    for name in names:
+        shutil.copytree(pipeline / "transformer", folder / name)
+    for name in ("optimizer.bin", "scheduler.bin", "random_states_0.pkl"):
+        (folder / name).write_bytes(b"\x80\x04state")
+    return folder
+
+
+@pytest.mark.parametrize("with_base", [True, False])
+def test_a_trainer_s_checkpoint_is_read_with_and_without_a_base(
+    with_base: bool, tiny_flux: Path, tmp_path: Path
+):
+    folder = checkpoint_of(tiny_flux, tmp_path / "checkpoint-500", "transformer")
+    source = open_source(folder, base=tiny_flux if with_base else None)
+    assert source_digest(source) == source_digest(open_source(tiny_flux))
+    assert source.pipeline == (tiny_flux if with_base else None)
+    assert source.component == "transformer"
+    assert source.warnings == ()
+
+
+def test_averaged_weights_beside_the_trained_ones_are_named(tiny_flux: Path, tmp_path: Path):
+    folder = checkpoint_of(tiny_flux, tmp_path / "checkpoint-500", "transformer", "transformer_ema")
+    (warning,) = open_source(folder, base=tiny_flux).warnings
+    assert f"for the averaged weights give {folder / 'transformer_ema'}" in warning
+    assert open_source(folder / "transformer_ema", base=tiny_flux).component == "transformer"
+
+
+def test_of_two_denoisers_without_a_pipeline_it_is_asked_which(tiny_flux: Path, tmp_path: Path):
+    folder = checkpoint_of(tiny_flux, tmp_path / "both", "transformer", "unet")
+    with pytest.raises(InputError, match="holds transformer and unet, but no pipeline") as caught:
+        open_source(folder)
+    assert f"give one of them, {folder / 'transformer'}" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("state", ["optimizer.bin", "training_args.bin", "scheduler.pt", "rng_state.pth"])
+def test_a_trainer_s_state_beside_the_weights_is_no_pickle_of_a_model(
+    state: str, tiny_flux: Path, tmp_path: Path
+):
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    shutil.copy(tiny_flux / WEIGHTS, folder / "model_trained.safetensors")
+    (folder / state).write_bytes(b"\x80\x04state")
+    assert source_digest(open_source(folder, base=tiny_flux)) == source_digest(open_source(tiny_flux))
+
+
+def test_a_folder_of_the_hub_s_cache_is_answered_with_its_snapshot(tiny_flux: Path, tmp_path: Path):
+    folder = tmp_path / "models--owner--name"
+    snapshot = folder / "snapshots" / "abc123"
+    shutil.copytree(tiny_flux, snapshot)
+    (folder / "snapshots" / "later").mkdir()
+    (folder / "refs").mkdir()
+    (folder / "refs/main").write_text("abc123\n")
+    for what, base in ((folder, None), (tiny_flux / "transformer", folder)):
+        with pytest.raises(InputError) as caught:
+            open_source(what, base=base)
+        assert f"give its snapshot, {snapshot}, or its Hub id: owner/name" in str(caught.value.hint)
