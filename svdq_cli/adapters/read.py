@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +32,10 @@ from svdq_cli.adapters.names import (
 from svdq_cli.errors import InputError
 from svdq_cli.source.headers import Header, is_gguf, read_whole_header
 from svdq_cli.source.tensors import StoredTensor
+from svdq_cli.text import counted
 
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_SUFFIXES = (".safetensors", ".gguf", ".ckpt", ".pt", ".pth", ".bin")
 # Where a model reads its image; what was trained on more channels (control, inpainting) is wider here, and only here
 _INPUTS = (
     "x_embedder",
@@ -69,7 +73,7 @@ class Adapter:
         if not self.left_out:
             return self.notes
         return (
-            f"{self.path}: {len(self.left_out)} tensors are for the text encoders, which are left unchanged",
+            f"{self.path}: left out {counted(len(self.left_out), 'tensor')} for the text encoders",
             *self.notes,
         )
 
@@ -121,9 +125,12 @@ def adapter_file(path: Path) -> Path:
             )
         return file
     if not path.is_file():
+        on_hub = _HUB_ID.fullmatch(str(path)) and path.suffix not in _SUFFIXES
         raise InputError(
             f"{path}: no such LoRA file",
-            hint="write --lora FILE or --lora FILE:WEIGHT",
+            hint=f"for the LoRA on the Hub: hf download {path} --local-dir DIR, then --lora DIR/FILE.safetensors"
+            if on_hub
+            else "write --lora FILE or --lora FILE:WEIGHT",
             where=str(path),
             kind="not-found",
         )

@@ -139,7 +139,8 @@ def _outputs(recipe: Recipe, out: Path | None, formats: list[str]) -> list[Outpu
 def parse_lora(text: str) -> Lora:
     """`--lora PATH` or `--lora PATH:WEIGHT`. Raises UsageError for a weight that is not a number."""
     path, colon, weight = text.rpartition(":")
-    if not colon or "/" in weight or "\\" in weight:  # the colon of a drive, or of a folder's name
+    # the colon of a drive, of a folder's name or of the file's
+    if not colon or "/" in weight or "\\" in weight or locate_file(text).exists():
         return lora_of(text)
     try:
         strength = float(weight)

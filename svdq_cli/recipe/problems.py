@@ -105,11 +105,11 @@ def _wrong_value(details: ErrorDetails) -> str:
     context, value = details.get("ctx", {}), _shown(details["input"])
     match details["type"]:
         case "greater_than_equal":
-            return f"must be {context['ge']} or more, not {value}"
+            return f"must be {_number(context['ge'])} or more, not {value}"
         case "greater_than":
-            return f"must be above {context['gt']}, not {value}"
+            return f"must be above {_number(context['gt'])}, not {value}"
         case "less_than_equal":
-            return f"must be {context['le']} or less, not {value}"
+            return f"must be {_number(context['le'])} or less, not {value}"
         case "multiple_of":
             return f"must be a multiple of {context['multiple_of']}, not {value}"
         case "string_too_long":
@@ -122,6 +122,11 @@ def _wrong_value(details: ErrorDetails) -> str:
             return f"must be {_TYPES[kind]}, not {value}"
         case _:
             return details["msg"]
+
+
+def _number(bound: object) -> str:
+    """1000 for the bound 1000.0."""
+    return str(int(bound) if isinstance(bound, float) and bound.is_integer() else bound)
 
 
 def _shown(value: object) -> str:

@@ -65,6 +65,8 @@ def _without_nul(value: str) -> str:
 Text = Annotated[str, Field(min_length=1), AfterValidator(_without_nul)]
 MAX_PATTERN = 512  # characters; the longest layer name of a known model has 65
 Pattern = Annotated[str, Field(min_length=1, max_length=MAX_PATTERN)]
+MAX_STRENGTH = 1000
+Strength = Annotated[float, Field(ge=-MAX_STRENGTH, le=MAX_STRENGTH)]
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 
@@ -131,7 +133,7 @@ class Lora(Section):
 
     path: Text
     """A LoRA's .safetensors file, or the folder that peft saved it in."""
-    weight: float = 1.0
+    weight: Strength = 1.0
     """Strength: 1 is as trained."""
 
 
@@ -525,7 +527,9 @@ def lora_of(path: str, weight: float = 1.0) -> Lora:
         return Lora(path=path, weight=weight)
     except ValidationError as error:
         hint = "write --lora FILE or --lora FILE:0.8"
-        raise UsageError(f"--lora {problems_of(error)[0].message}", hint=hint, where="--lora") from error
+        problem = problems_of(error)[0]
+        named = f"--lora {path}: weight" if problem.location == ("weight",) else "--lora"
+        raise UsageError(f"{named} {problem.message}", hint=hint, where="--lora") from error
 
 
 def resolved(recipe: Recipe) -> dict[str, object]:

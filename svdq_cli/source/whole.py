@@ -4,16 +4,22 @@ it would only be missed when the result is loaded."""
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from svdq_cli.errors import InputError
+from svdq_cli.source.classes import shapes_of
 from svdq_cli.source.folders import header_of_files, pipeline_index, weight_files
+from svdq_cli.storage.json_files import read_json
 from svdq_cli.storage.pipeline_index import is_modular
+from svdq_cli.text import counted
 
 _WEIGHTLESS = re.compile(
     r"Tokenizer|Processor|Scheduler|FeatureExtractor|Guid(er|ance)"
 )  # in names of classes
+_AUTOENCODER = re.compile(r"Autoencoder|VQModel")
+# diffusers reads older files' names of attention too
+_OLD_ATTENTION = re.compile(r"(?<=\.attentions\.\d\.)(query|key|value|proj_attn)(?=\.(?:weight|bias)$)")
 _ALONE = "or convert the model alone: give its own folder, or write a single file with --format"
 
 
@@ -57,4 +63,27 @@ def require_component(pipeline: Path, name: str, model_class: str) -> None:
             where=str(folder),
             kind="not-found",
         )
-    header_of_files(files)
+    stored = header_of_files(files).tensors
+    if files and _AUTOENCODER.search(model_class):
+        _require_tensors(folder, stored, read_json(folder / "config.json"))
+
+
+def _require_tensors(folder: Path, stored: Collection[str], config: Mapping[str, object]) -> None:
+    """InputError where weights lack a tensor of their class: diffusers could not load them."""
+    try:
+        wanted = shapes_of(config, where=str(folder)).keys()
+    except InputError:
+        return  # a class of another release: whether it is whole can't be told here
+    missing = sorted(wanted - {_OLD_ATTENTION.sub(_new_attention, name) for name in stored})
+    if missing:
+        raise InputError(
+            f"{folder}: the weights lack {counted(len(missing), 'tensor')} of {config.get('_class_name')}: "
+            f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}",
+            hint=f"download the folder again, {_ALONE}",
+            where=str(folder),
+            kind="damaged-file",
+        )
+
+
+def _new_attention(found: re.Match[str]) -> str:
+    return {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}[found[1]]

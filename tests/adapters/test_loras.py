@@ -306,9 +306,7 @@ def test_unet_loras_reach_attention_and_convolutions(
     text = {"lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.zeros(2, 2)}
     save_file({**names(adapter), **text}, tmp_path / "lora.safetensors")
     merged = merge_loras(sd15, [(tmp_path / "lora.safetensors", 1.0)])
-    assert merged.warnings == (
-        f"{tmp_path / 'lora.safetensors'}: 1 tensors are for the text encoders, which are left unchanged",
-    )
+    assert merged.warnings == (f"{tmp_path / 'lora.safetensors'}: left out 1 tensor for the text encoders",)
     for layer, (down, up) in adapter.items():
         found = read_tensor(merged, f"{layer}.weight")
         expected = (up.flatten(1) @ down.flatten(1)).reshape(found.shape)
@@ -344,7 +342,7 @@ def test_numbered_layers_are_found_in_their_trainer_s_order(sd15: Source, tmp_pa
     metadata = {"unet": '["CrossAttention", "Attention", "GEGLU"]', "unet:0:rank": "4"}
     save_file({**numbered(adapter), **extra}, tmp_path / "lora.safetensors", metadata=metadata)
     merged = merge_loras(sd15, [(tmp_path / "lora.safetensors", 1.0)])
-    assert "2 tensors are for the text encoders" in merged.warnings[0]
+    assert "left out 2 tensors for the text encoders" in merged.warnings[0]
     for layer, (down, up) in adapter.items():
         torch.testing.assert_close(read_tensor(merged, f"{layer}.weight"), up @ down, rtol=1e-5, atol=1e-5)
 
@@ -543,6 +541,25 @@ def test_the_option_is_a_path_and_perhaps_a_weight(text: str, path: str, weight:
 def test_a_weight_that_is_no_number_is_bad_usage(text: str):
     with pytest.raises(UsageError, match="is not a weight"):
         parse_lora(text)
+
+
+def test_a_colon_in_a_file_s_own_name_is_no_weight(tmp_path: Path):
+    file = tmp_path / "my:lora.safetensors"
+    file.touch()
+    assert parse_lora(str(file)) == Lora(path=str(file), weight=1.0)
+    assert parse_lora(f"{file}:0.8") == Lora(path=str(file), weight=0.8)
+
+
+@pytest.mark.parametrize("text", ["a.safetensors:1e300", "a.safetensors:-1001"])
+def test_a_weight_beyond_reason_is_refused_as_the_lora_s(text: str):
+    with pytest.raises(UsageError, match=r"weight must be -?1000 or (more|less), not -?1"):
+        parse_lora(text)
+
+
+def test_a_lora_s_hub_id_is_answered_with_how_to_download_it(tiny_flux: Path):
+    with pytest.raises(InputError, match="owner/some-lora: no such LoRA file") as caught:
+        merge_loras(open_source(tiny_flux), [(Path("owner/some-lora"), 1.0)])
+    assert "hf download owner/some-lora --local-dir DIR" in str(caught.value.hint)
 
 
 def test_loras_of_the_command_line_come_after_the_recipe_s():

@@ -164,7 +164,7 @@ def test_keys_for_every_text_encoder_are_left_out(tiny_flux: Path, tmp_path: Pat
     tensors |= {f"transformer.{QKV[0]}.lora_down.weight": down, f"transformer.{QKV[0]}.lora_up.weight": up}
     save_file(tensors, file)
     merged = merge_loras(open_source(tiny_flux), [(file, 1.0)])
-    assert f"{left} tensors are for the text encoders" in merged.warnings[0]
+    assert f"left out {left} tensors for the text encoders" in merged.warnings[0]
 
 
 def test_a_lora_for_one_of_two_denoisers_says_which_it_leaves(tmp_path: Path):

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from safetensors.torch import load_file, save_file
 from transformers import T5EncoderModel
 
 from svdq_cli import load_pipeline
@@ -18,8 +19,10 @@ from svdq_cli.conversion.convert import convert
 from svdq_cli.conversion.plan import predict
 from svdq_cli.errors import InputError
 from svdq_cli.recipe import Recipe, default_recipe, with_overrides
+from svdq_cli.source.whole import require_component
 
 T5 = "text_encoder_2/model.safetensors"
+VAE = "vae/diffusion_pytorch_model.safetensors"
 Damage = Callable[[Path], object]
 
 
@@ -41,6 +44,10 @@ def pickle(file: Path) -> None:
     file.unlink()
 
 
+def lose_a_tensor(file: Path) -> None:
+    save_file({name: t for name, t in load_file(file).items() if name != "decoder.conv_in.weight"}, file)
+
+
 def lose_a_shard(file: Path) -> None:
     model = T5EncoderModel.from_pretrained(file.parent)
     file.unlink()
@@ -53,6 +60,11 @@ DAMAGES: dict[str, tuple[Damage, str, str]] = {
     "no tokenizer": (lambda f: shutil.rmtree(f / "tokenizer"), "input", "component 'tokenizer' is missing"),
     "no weights": (lambda f: (f / T5).unlink(), "not-found", "the weights of text_encoder_2 are missing"),
     "no config": (lambda f: (f / "text_encoder_2/config.json").unlink(), "input", "config.json is missing"),
+    "no tensor": (
+        lambda f: lose_a_tensor(f / VAE),
+        "damaged-file",
+        "the weights lack 1 tensor of AutoencoderKL: decoder.conv_in.weight",
+    ),
     "truncated": (lambda f: truncate(f / T5), "damaged-file", "it is truncated"),
     "Git LFS pointer": (lambda f: point(f / T5), "input", "a Git LFS pointer"),
     "pickle": (lambda f: pickle(f / T5), "pickle", "pytorch_model.bin: this is a pickle"),
@@ -81,6 +93,23 @@ def test_calibration_refuses_it_by_the_same_name(tiny_flux_copy: Path, tmp_path:
     recipe = datafree(tiny_flux_copy, **{"calibration.prompts": str(tmp_path / "prompts.txt")})
     with pytest.raises(InputError, match=f"{T5}: damaged"):
         calibrate(recipe, tmp_path / "calib")
+
+
+def test_older_names_of_an_autoencoder_s_attention_are_whole(tmp_path: Path):
+    model = AutoencoderKL(block_out_channels=(32,), norm_num_groups=4)
+    model.save_pretrained(tmp_path / "vae")
+    file = tmp_path / VAE
+    older = load_file(file)
+    for new, old in {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}.items():
+        older = {name.replace(f".{new}.", f".{old}."): tensor for name, tensor in older.items()}
+    assert "decoder.mid_block.attentions.0.proj_attn.weight" in older
+    save_file(older, file)
+    require_component(tmp_path, "vae", "AutoencoderKL")
+    loaded = AutoencoderKL.from_pretrained(tmp_path / "vae").state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in model.state_dict().items())
+    save_file({name: t for name, t in older.items() if not name.endswith("0.query.bias")}, file)
+    with pytest.raises(InputError, match=r"lack 2 tensors of AutoencoderKL: decoder.*attentions.0.to_q.bias"):
+        require_component(tmp_path, "vae", "AutoencoderKL")
 
 
 def test_a_single_file_needs_no_other_component(tiny_flux_copy: Path, tmp_path: Path):
