@@ -28,7 +28,7 @@ from svdq_cli.prepare.options import DEFAULT_OPTIONS, RunOptions
 from svdq_cli.prepare.prepare import Prepared, prepare, warnings_of
 from svdq_cli.prepare.prompts import chosen_prompts
 from svdq_cli.prepare.sampling import Sampling, usual_sampling
-from svdq_cli.recipe import Recipe, resolved
+from svdq_cli.recipe import Recipe, resolved, user_path
 from svdq_cli.records import Event
 from svdq_cli.reports import PlanReport, PromptFacts, SampledFacts
 from svdq_cli.sampling.token_counts import image_tokens, latent_frames
@@ -112,7 +112,7 @@ def _measured_speed(device: torch.device, folder: Path, at_once: int) -> Speed:
 
 def _output_names(prepared: Prepared, recipe: Recipe) -> tuple[str, ...]:
     named = [
-        (Path(output.path), not target.format.single_file)
+        (user_path(output.path), not target.format.single_file)
         for output, target in zip(recipe.outputs, prepared.targets, strict=False)
         if output.path
     ]

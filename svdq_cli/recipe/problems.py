@@ -62,9 +62,7 @@ def _problems(details: ErrorDetails) -> list[Problem]:
             valid = re.findall(r"'([^']*)'", str(context["expected"])) or [str(context["expected"]).lower()]
             return [Problem(location, *_not_one_of(details["input"], valid))]
         case _:
-            return [
-                Problem(location, _wrong_value(details), context.get("hint") or _HINTS.get(details["type"]))
-            ]
+            return [Problem(location, _wrong_value(details), context.get("hint") or _hint(details))]
 
 
 def _without_tag(location: Location) -> Location:
@@ -80,12 +78,26 @@ def _missing(location: Location) -> Problem:
 
 def _not_one_of(value: object, valid: list[str]) -> tuple[str, str]:
     hint = nearest(value, valid) if isinstance(value, str) else f"known: {', '.join(valid)}"
+    if isinstance(value, str) and value in valid:
+        hint = f"write {value} without quotes"
     return f"must be {' or '.join(valid)}, not {_shown(value)}", hint
 
 
 _HINTS = {
     "string_too_long": "is this the intended value?",
     "string_unicode": "rename the file, or give another",
+    "int_type": "write it like 20, without quotes or a fraction",
+    "int_from_float": "write it like 20, without quotes or a fraction",
+    "float_type": "write it like 3.5, without quotes",
+    "finite_number": "write it like 3.5",
+    "string_type": "quotes make text of a number or of yes and no: '20'",
+    "string_too_short": "give a value, or leave the key out",
+    "bool_type": "write true or false, without quotes",
+    "tuple_type": "write [a, b], or a line with - for each item",
+    **dict.fromkeys(
+        ("dict_type", "model_type", "model_attributes_type"),
+        "write key: value in lines of their own below it, or leave it out",
+    ),
 }
 _TYPES = {
     "int_type": "a whole number",
@@ -99,6 +111,20 @@ _TYPES = {
     "model_type": "a section of keys and values",
     "model_attributes_type": "a section of keys and values",
 }
+
+
+def _hint(details: ErrorDetails) -> str | None:
+    """What to write instead, for a value of a wrong type or out of its range."""
+    context = details.get("ctx", {})
+    match details["type"]:
+        case "greater_than_equal" | "less_than_equal" as kind:
+            return f"for example {_number(context['ge' if kind == 'greater_than_equal' else 'le'])}"
+        case "greater_than":
+            return f"for example {_number(context['gt'] + 1)}"
+        case "multiple_of":
+            return f"for example {', '.join(_number(context['multiple_of'] * times) for times in (1, 2, 4))}"
+        case kind:
+            return _HINTS.get(kind)
 
 
 def _wrong_value(details: ErrorDetails) -> str:

@@ -110,21 +110,33 @@ class Section(BaseModel):
                 known = [key for key in cls.model_fields if key not in given]
                 context = {"keys": unknown, "known": known, "elsewhere": _places(unknown)}
                 raise PydanticCustomError("unknown_keys", "unknown key", context)
-        return cast(object, value)
+            # A section with everything in it commented out has its defaults
+            return {
+                key: item for key, item in given.items() if item is not None or not cls._may_be_empty(key)
+            }
+        return value
+
+    @classmethod
+    def _may_be_empty(cls, key: str) -> bool:
+        return isinstance(cls.model_fields[key].default, (Section, tuple))
+
+
+MAX_RANK = 16384  # no model's matrices have more rows and columns
 
 
 def _multiple_of_16_or_auto(value: object) -> object:
-    if value == "auto" or (
-        isinstance(value, int) and not isinstance(value, bool) and value > 0 and value % 16 == 0
-    ):
+    number = value if isinstance(value, int) and not isinstance(value, bool) else 0
+    if value == "auto" or (0 < number <= MAX_RANK and number % 16 == 0):
         return value
-    hint = "the 4-bit runtimes take ranks 16, 32, 48, 64, ..."
+    wanted = f"at most {MAX_RANK}" if number > MAX_RANK else "a multiple of 16, or auto"
     raise PydanticCustomError(
-        "rank", "must be a multiple of 16, or auto, not {value}", {"value": repr(value), "hint": hint}
+        "rank",
+        "must be {wanted}, not {value}",
+        {"value": repr(value), "wanted": wanted, "hint": "the 4-bit runtimes take ranks 16, 32, 48, 64, ..."},
     )
 
 
-FixedRank = Annotated[int, Field(ge=16, multiple_of=16)]
+FixedRank = Annotated[int, Field(ge=16, le=MAX_RANK, multiple_of=16)]
 Rank = Annotated[FixedRank | Literal["auto"], BeforeValidator(_multiple_of_16_or_auto)]
 
 

@@ -118,6 +118,8 @@ def test_a_key_in_the_wrong_section_is_answered_with_its_place(old: str, new: st
         ("guidance: 3.5", "guidance: .nan", "calibration.guidance: must be a finite number, not nan"),
         ("height: 1024", "height: 100", "calibration.height: must be a multiple of 8, not 100"),
         ("rank: 32", "rank: 33", "r.yaml:4: quantization.rank: must be a multiple of 16, or auto, not 33"),
+        ("rank: 32", "rank: 1600000000", "quantization.rank: must be at most 16384, not 1600000000"),
+        ("rank: 64", "rank: 1600000000", "layers[0].rank: must be 16384 or less, not 1600000000"),
         ("rank: 32", "rank: true", "must be a multiple of 16, or auto, not True"),
         ("rank: 64", "rank: 63", "r.yaml:6: layers[0].rank: must be a multiple of 16, not 63"),
         ("keep: true", "keep: false", "layers[1].keep: must be true, not false"),
@@ -217,3 +219,38 @@ def test_a_recipe_file_that_is_not_text_is_refused(tmp_path: Path):
 def test_a_recipe_saved_with_a_byte_order_mark_is_read(tmp_path: Path):
     (tmp_path / "r.yaml").write_text(CONTRACT, encoding="utf-8-sig")
     assert load_recipe(tmp_path / "r.yaml") == parse_recipe(CONTRACT, "r.yaml")
+
+
+# ------------------------------------------------------------------------------------------------- hints
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "hint"),
+    [
+        ("steps: 20", "steps: 0", "for example 1"),
+        ("steps: 20", 'steps: "20"', "write it like 20, without quotes"),
+        ("steps: 20", "steps: 2.5", "without quotes or a fraction"),
+        ("guidance: 3.5", 'guidance: "3.5"', "write it like 3.5, without quotes"),
+        ("guidance: 3.5", "guidance: .inf", "write it like 3.5"),
+        ("height: 1024", "height: 100", "for example 8, 16, 32"),
+        ("rank: 32", "rank: 1600000000", "ranks 16, 32, 48, 64"),
+        ("loras: []", "loras: [{path: 20}]", "quotes make text of a number"),
+        ("loras: []", "loras: x", "write [a, b], or a line with - for each item"),
+        ("loras: []", "loras: [{path: a, weight: 1e300}]", "for example 1000"),
+        (
+            "quantization: {precision: int4, effort: balanced, rank: 32}",
+            "quantization: int4",
+            "write key: value",
+        ),
+        ("version: 1\n", "version: '1'\n", "write 1 without quotes"),
+    ],
+)
+def test_a_wrong_type_or_range_is_answered_with_what_to_write(old: str, new: str, hint: str):
+    assert old in CONTRACT
+    assert hint in (refusal(old, new).hint or "")
+
+
+@pytest.mark.parametrize("section", ["quantization", "layers", "outputs", "gates", "components"])
+def test_a_section_with_everything_commented_out_has_its_defaults(section: str):
+    start = "version: 1\nmodel: {source: demo}\n"
+    assert parse_recipe(f"{start}{section}:\n#  rank: 16\n", "r.yaml") == parse_recipe(start, "r.yaml")
