@@ -119,7 +119,11 @@ def _of_yaml(path: Path, column: str | None) -> PromptList:
 
 def _table_rows(path: Path, delimiter: str) -> Iterator[Mapping[str, object]]:
     """The rows under a header. InputError for a row that does not fit it: a prompt with a comma that is not quoted."""
-    reader = csv.reader(io.StringIO(read_text(path), newline=""), delimiter=delimiter, strict=True)
+    text = read_text(path)
+    header_line = text.partition("\n")[0]
+    if delimiter == "," and ";" in header_line and "," not in header_line:
+        delimiter = ";"  # as spreadsheets save it where a comma is the decimal mark
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         header = next(reader, None)
         if not header:

@@ -17,6 +17,7 @@ from svdq_cli.calibration.columns import column_of, text_of
 from svdq_cli.errors import EnvironmentLacksError, InputError, UsageError, first_line
 from svdq_cli.recipe import user_path
 from svdq_cli.records import Event, Observer, ignore_events
+from svdq_cli.text import counted
 
 # kohya's prompt files say how to sample in the line itself: "a house --n blurry --w 768 --h 512 --s 28"
 _SAVED_TO_DISK = "state.json"  # what `Dataset.save_to_disk` writes into its folder
@@ -132,8 +133,10 @@ def dataset_prompts(
             cells = _cells(itertools.chain([] if first is None else [first], rows), name_or_path, chosen)
             prompts = tuple(itertools.islice(cells, limit))
     except (library.exceptions.DatasetsError, OSError, ValueError, KeyError, RuntimeError) as error:
+        # pyarrow's word for a table without rows
+        why = "it has no rows" if "BatchSize must be greater than 0" in str(error) else first_line(error)
         raise InputError(
-            f"data set {name_or_path}: can't be read: {first_line(error)}",
+            f"data set {name_or_path}: can't be read: {why}",
             hint="check the name, config and split, or give a local .json, .jsonl, .csv or .parquet file",
             where=name_or_path,
         ) from error
@@ -169,7 +172,7 @@ def choose_prompts(
             Event(
                 "warning",
                 "calibrate",
-                detail=f"{len(texts)} prompts found, fewer than the {samples} requested (--samples)",
+                detail=f"{counted(len(texts), 'prompt')} found, fewer than the {samples} requested (--samples)",
             )
         )
     if len(texts) <= samples:

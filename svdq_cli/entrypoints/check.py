@@ -9,7 +9,7 @@ from svdq_cli.checkpoint.check import check
 from svdq_cli.checkpoint.reader import open_checkpoint
 from svdq_cli.prepare.options import DEFAULT_OPTIONS, RunOptions
 from svdq_cli.prepare.origin import origin_of
-from svdq_cli.prepare.sources import pipeline_of
+from svdq_cli.prepare.sources import pipeline_of, without_same_base
 from svdq_cli.recipe import Recipe
 from svdq_cli.records import Event, Observer, ignore_events
 from svdq_cli.reports import CheckReport
@@ -22,6 +22,7 @@ def check_against(
 
     Raises InputError (kind "wrong-source") for another model than the one that the checkpoint was made from.
     """
+    recipe = without_same_base(recipe, options)
     checkpoint = open_checkpoint(path, base=pipeline_of(recipe, options))
     origin = origin_of(checkpoint, recipe, options)
     report = check(path, against=origin.require_same(), observe=observe)

@@ -10,7 +10,7 @@ from svdq_cli.entrypoints.generate import NO_INPUTS, Inputs, with_inputs
 from svdq_cli.prepare.defaults import evaluation_recipe
 from svdq_cli.prepare.from_command_line import override
 from svdq_cli.prepare.options import RunOptions
-from svdq_cli.prepare.sources import pipeline_of
+from svdq_cli.prepare.sources import pipeline_of, without_same_base
 from svdq_cli.recipe import Recipe
 
 
@@ -27,6 +27,7 @@ def recipe_against(
     `against` gives the model and the gates. `given` is put over what the checkpoint says, by the recipe's keys
     (`override`), `inputs` over the images that it reads.
     """
+    against = without_same_base(against, options)
     opened = open_checkpoint(checkpoint, base=pipeline_of(against, options), hint=NAME_AGAINST)
     recipe = evaluation_recipe(opened, against.model.source)
     recipe = override(

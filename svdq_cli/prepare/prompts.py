@@ -23,6 +23,7 @@ from svdq_cli.records import (
 from svdq_cli.reports import (
     PromptFacts,
 )
+from svdq_cli.text import counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +45,9 @@ def chosen_prompts(recipe: Recipe, options: RunOptions, observe: Observer) -> Ch
     texts = choose_prompts(found.texts, samples=wanted.samples, seed=wanted.seed, observe=observe)
     facts = PromptFacts(found.origin, len(found.texts), len(texts))
     count = (
-        f"{facts.used} prompts"
+        counted(facts.used, "prompt")
         if facts.used == facts.available
-        else f"{facts.used} of {facts.available} prompts"
+        else f"{facts.used} of {counted(facts.available, 'prompt')}"
     )
     observe(Event("note", "prompts", detail=f"{count} from {facts.read_from}"))
     return ChosenPrompts(texts, facts)

@@ -30,6 +30,21 @@ def source_of(recipe: Recipe, options: RunOptions) -> Source:
     return merge_loras(_with_denoiser(open_source(path, base=base), wanted.denoiser), adapters)
 
 
+def without_same_base(recipe: Recipe, options: RunOptions) -> Recipe:
+    """A recipe whose base is its own source, a whole pipeline, without the base: next to a checkpoint people name the
+    pipeline as both."""
+    model = recipe.model
+    if not model.base or model.revision:
+        return recipe
+    same = model.base == model.source or (
+        locate_base(model.base, beside=options.beside).resolve()
+        == locate_source(model.source, beside=options.beside).resolve()
+    )
+    if not same:
+        return recipe
+    return recipe.model_copy(update={"model": model.model_copy(update={"base": None})})
+
+
 def _with_denoiser(source: Source, wanted: str | None) -> Source:
     """The source with the denoiser that a recipe names alone. A file with one of a pipeline's is taken for the one that
     its name tells, or for the first, which is said."""

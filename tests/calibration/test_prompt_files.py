@@ -34,6 +34,7 @@ PROMPTS = ("a red circle, on white", "a blue square")
             '\ufeffseed,Caption\r\n1,"a red circle, on white"\r\n2,a blue square\r\n',
             "column Caption of",
         ),
+        ("p.csv", "prompt;seed\na red circle, on white;1\na blue square;2\n", "column prompt of"),
         ("p.tsv", "id\ttext\n1\ta red circle, on white\n2\ta blue square\n", "column text of"),
         ("p.json", json.dumps(PROMPTS), ""),
         ("p.json", json.dumps([{"prompt": text, "seed": 1} for text in PROMPTS]), "column prompt of"),

@@ -103,3 +103,13 @@ def test_the_digest_of_prompts_sees_where_one_ends():
     assert prompts_digest(["ab", "c"]) != prompts_digest(["a", "bc"])
     assert prompts_digest(["a", "b"]) != prompts_digest(["b", "a"])
     assert prompts_digest(["a", "b"]) == prompts_digest(("a", "b"))
+
+
+def test_a_table_without_rows_says_so(tmp_path: Path):
+    import pyarrow
+    from pyarrow import parquet
+
+    file = tmp_path / "empty.parquet"
+    parquet.write_table(pyarrow.table({"prompt": pyarrow.array([], pyarrow.string())}), file)
+    with pytest.raises(InputError, match=r"empty\.parquet: can't be read: it has no rows"):
+        dataset_prompts(str(file))

@@ -86,6 +86,22 @@ def test_a_single_file_with_a_lora_is_inspected_converted_checked_and_judged(
     assert said(capsys)["images"] == 1
 
 
+def test_a_checkpoint_may_be_compared_with_the_pipeline_that_is_its_base_too(
+    tiny_flux: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    out = tmp_path / "out.safetensors"
+    assert run(f"convert {tiny_flux} --format comfy -o {out} {DATA_FREE}".split()) == 0
+    capsys.readouterr()
+    both = f"{out} --against {tiny_flux} --base {tiny_flux}/"
+    assert run(f"check {both} -q --json".split()) == 0
+    assert said(capsys)["same_source"] is True
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\n")
+    drawing = f"--prompts {prompts} --samples 1 --steps 1 --height 32 --width 32 --without naive,floor"
+    assert run(f"eval {both} {drawing} -q --json".split()) == 0
+    assert said(capsys)["images"] == 1
+
+
 def test_a_recipe_names_base_and_loras_beside_itself(
     bfl: Path, lora: Path, tiny_flux: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

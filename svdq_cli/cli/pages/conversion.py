@@ -27,7 +27,7 @@ from svdq_cli.formats import format_named
 from svdq_cli.prepare.facts import layers_text
 from svdq_cli.recipe import Recipe
 from svdq_cli.reports import CalibrateReport, ConvertReport, GpuFacts, LoraReport, PlanReport, RepackReport
-from svdq_cli.text import bytes_text, seconds_text
+from svdq_cli.text import bytes_text, counted, seconds_text
 
 
 def conversion(console: Console, report: ConvertReport, verbose: bool) -> None:
@@ -130,8 +130,8 @@ def plan(console: Console, report: PlanReport) -> None:
         what = "an image" if sampled.frames == 1 else "a video"
         table.add_row(
             "sampling",
-            f"{sampled.width} x {sampled.height} pixels, {frames_text(sampled.frames)}{sampled.steps} steps, "
-            f"{sampled.tokens:,} tokens {what}",
+            f"{sampled.width} x {sampled.height} pixels, {frames_text(sampled.frames)}"
+            f"{counted(sampled.steps, 'step')}, {sampled.tokens:,} tokens {what}",
         )
     table.add_row("disk", bytes_text(report.disk_bytes))
     stages = report.stages
@@ -177,7 +177,8 @@ def _range_text(seconds: tuple[float, float]) -> str:
 
 def calibration(console: Console, report: CalibrateReport) -> None:
     console.print(
-        f"{report.path}: {report.inputs} layer inputs from {report.prompts} prompts x {report.steps} steps, "
+        f"{report.path}: {report.inputs} layer inputs from {counted(report.prompts, 'prompt')} x "
+        f"{counted(report.steps, 'step')}, "
         f"{bytes_text(report.bytes)}, {report.seconds:.1f} s"
     )
     console.print(Text(f"next: {report.next}"))
