@@ -40,7 +40,8 @@ def read_whole_header(path: Path, *, at: tuple[int, int] | None = None) -> Heade
     """
     header, begin, size = header_json(path, at)
     # MLX writes null where it has none, and safetensors' own reader takes that for none
-    metadata = header.pop("__metadata__", None) or {}
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise damaged(path, "its metadata is not a JSON object of texts")
     entries = {name: _entry(path, name, facts, begin) for name, facts in header.items()}

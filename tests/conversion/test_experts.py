@@ -26,7 +26,7 @@ from svdq_cli.source import open_source, read_tensor, take_experts_apart
 from svdq_cli.source.experts import SingleExperts
 from tests.families.test_pipelines import recipe_for
 from tests.tiny_families import save_tiny
-from tests.tiny_pipelines import tiny_nucleus
+from tests.tiny_pipelines.images import tiny_nucleus
 
 CPU = RunOptions(device="cpu")
 STACK = "transformer_blocks.1.img_mlp.experts.gate_up_proj"

@@ -238,7 +238,7 @@ def test_images_of_many_tokens_need_be_fewer_for_the_last_linear():
         tokens = counts_of(prepared, sampling.settings).by_layer["single_transformer_blocks.0.attn.to_v"]
         return tokens, sample.images, sample.batches
 
-    assert images(1024, 1) == (16896, 4, 4)
-    assert images(512, 1) == (4608, 14, 14)
-    assert images(512, 8) == (4608, 14, 4)
-    assert images(128, 16) == (768, 64, 4)
+    assert images(2048, 1) == (16896, 4, 4)
+    assert images(1024, 1) == (4608, 14, 14)
+    assert images(1024, 8) == (4608, 14, 4)
+    assert images(256, 16) == (768, 64, 4)

@@ -133,8 +133,8 @@ DAMAGE = {
     ),
     "runs no code from the folder": lambda folder: _edit_index(folder, transformer=["my_module", "Mine"]),
     "component 'scheduler' is missing": lambda folder: (folder / "scheduler").rename(folder / "x"),
-    "can't load": lambda folder: _truncate(folder / "transformer/diffusion_pytorch_model.safetensors"),
-    "can't load.*model.safetensors": lambda folder: (folder / "text_encoder/model.safetensors").rename(
+    "it is truncated": lambda folder: _truncate(folder / "transformer/diffusion_pytorch_model.safetensors"),
+    "pytorch_model.bin: this is a pickle": lambda folder: (folder / "text_encoder/model.safetensors").rename(
         folder / "text_encoder/pytorch_model.bin"
     ),
 }
