@@ -25,8 +25,9 @@ LONGEST = 60
 LIMITS = {
     "loose_modules": 4,
     "rooms": 33,  # with metrics/, below recipe/, whose gates speak of every metric; and experimental/
-    # One more since rooms take their files from storage/, where each wrote them in its own way
-    "arrows": 232,
+    # One more since rooms take their files from storage/, where each wrote them in its own way; four more since their
+    # messages count in words by text.counted ("1 tensor", "2 tensors")
+    "arrows": 236,
     "circles": 0,
     # convert and evaluate of the Python API, whose signatures and docstrings take most of it, and the command convert
     "long_functions": 2,
