@@ -290,7 +290,7 @@ def test_a_lora_for_weights_that_are_offloaded_is_refused_and_changes_nothing(ch
 def test_text_encoder_tensors_that_a_lora_has_are_said(checkpoint: Path, tmp_path: Path):
     layers = peft(small_lora({QKV[0]: (128, 128)}))
     extra = {"text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(4, 128)}
-    with pytest.warns(UserWarning, match="for the text encoders, which are left unchanged"):
+    with pytest.warns(UserWarning, match="left out 1 tensor for the text encoders"):
         svdq_cli.load_lora(
             load(checkpoint), saved(tmp_path / "both.safetensors", {**layers, **extra}), "both"
         )
