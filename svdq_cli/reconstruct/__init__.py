@@ -1,5 +1,5 @@
-"""The model itself, run with gradients: block reconstruction for the effort `best`, and what each layer's noise does to
-the output, for the ranks. Ours."""
+"""The model itself, run as a whole: block reconstruction for the effort `best`, the fit of its last linear, and what
+each layer's noise does to the output, for the ranks. Ours."""
 
 from svdq_cli.reconstruct.block_graph import BlockGraph, block_graph_of
 from svdq_cli.reconstruct.calls import Call, Trajectory, mapped, record_each, record_trajectories, tensors_of
