@@ -11,7 +11,7 @@ where), and a hint (what to do). Anything else that escapes is a bug and keeps i
       OutOfResourcesError      5    memory or disk ran out
       GateMissedError          6    a quality or size gate was missed; the outputs are kept
       CheckFailedError         7    what was written is not what it should be
-      InterruptedRunError     75    SIGTERM
+      InterruptedRunError     75    SIGTERM, SIGHUP
         CanceledRunError     130    Ctrl-C
 
 `SEVERITY` orders the codes, `Kind` lists the slugs (docs/troubleshooting.md explains each), `stopped` makes a refusal
@@ -162,7 +162,7 @@ class CheckFailedError(SvdqError):
 
 
 class InterruptedRunError(SvdqError):
-    """The run was told to stop (SIGTERM) and did so cleanly."""
+    """The run was told to stop (SIGTERM, or SIGHUP: its terminal is gone) and did so cleanly."""
 
     code = 75
     default_kind = "interrupted"
@@ -176,8 +176,12 @@ class CanceledRunError(InterruptedRunError):
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, raised where the signal met the program. As Ctrl-C's own exception, it is not an `Exception`: no
-    library that tries one thing after the other takes it for a failed try."""
+    """SIGTERM or SIGHUP, raised where the signal met the program. As Ctrl-C's own exception, it is not an `Exception`:
+    no library that tries one thing after the other takes it for a failed try."""
+
+    def __init__(self, signal: str = "SIGTERM") -> None:
+        super().__init__(signal)
+        self.signal = signal
 
 
 # What torch, and the libraries beneath it, say for want of memory. Their errors are RuntimeErrors of no kind of their
@@ -256,7 +260,9 @@ def stopped(error: BaseException) -> SvdqError | None:
         case SvdqError():
             return error
         case Terminated():
-            return InterruptedRunError("stopped by SIGTERM; no output was written under its final name")
+            return InterruptedRunError(
+                f"stopped by {error.signal}; no output was written under its final name"
+            )
         case KeyboardInterrupt():
             return CanceledRunError("interrupted; no output was written under its final name")
         case OSError():

@@ -8,6 +8,7 @@ import os
 import shlex
 import signal
 import sys
+from contextlib import suppress
 from itertools import zip_longest
 from pathlib import Path
 from types import FrameType
@@ -24,7 +25,7 @@ def main() -> NoReturn:
     from svdq_cli.system.allocator import keep_freed_memory
 
     keep_freed_memory()
-    signal.signal(signal.SIGTERM, _stop)
+    stop_cleanly()
     prepare_streams()
     code = run(sys.argv[1:])
     gc.freeze()  # or Python searches torch and diffusers for garbage as it ends, which takes it a second
@@ -53,6 +54,7 @@ def _run(arguments: list[str]) -> int:
 
     from svdq_cli.cli.app import app
     from svdq_cli.cli.completion import VARIABLE, answer
+    from svdq_cli.cli.streams import ReaderGoneError, lead_nowhere
     from svdq_cli.errors import UsageError, stopped
 
     try:
@@ -70,7 +72,8 @@ def _run(arguments: list[str]) -> int:
             print(error.format_message(), file=sys.stderr)
             return UsageError.code
         return _refuse(UsageError(error.format_message(), hint=_usage_hint(error)), arguments)
-    except BrokenPipeError:
+    except ReaderGoneError:  # of the help, say
+        lead_nowhere()
         return 0
     except (Exception, KeyboardInterrupt) as error:
         if (refusal := stopped(error)) is not None:
@@ -82,7 +85,10 @@ def _run(arguments: list[str]) -> int:
 def _refuse(error: SvdqError, arguments: list[str]) -> int:
     """Say what, where and what to do: for people on stderr, for scripts as one JSON object on stdout."""
     from svdq_cli.cli.failures import failure_report, print_failure
+    from svdq_cli.errors import InterruptedRunError
 
+    if isinstance(error, InterruptedRunError):
+        _ignore_signals()  # who is impatient, or a shell that hangs up after Ctrl-C, changes no exit code
     _show_failure(failure_report(error, _command(arguments)), arguments)
     resume = f"to resume: {_resuming(arguments)}" if error.resumable else None
     print_failure(error.message, error.hint, resume)
@@ -105,10 +111,12 @@ def _show_failure(report: FailureReport, arguments: list[str]) -> None:
     """Where the arguments, which may be what is wrong, ask for it: JSON on stdout, and the summary."""
     from svdq_cli.cli.streams import printing
     from svdq_cli.cli.summary import append_summary
+    from svdq_cli.errors import OutOfResourcesError
     from svdq_cli.reports import json_text
 
     if "--json" in arguments:
-        with printing():
+        # What failed counts more than that stdout can't take it
+        with suppress(OutOfResourcesError), printing():
             print(json_text(report))
     append_summary(report, _value_of("--summary", arguments))
 
@@ -141,7 +149,25 @@ def _usage_hint(error: object) -> str:
     return f"{context.command_path} --help shows the options"
 
 
+def _stops() -> list[signal.Signals]:
+    """Signals that end a command cleanly: of a batch system, and of a terminal or connection that is closed."""
+    return [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+
+
+def stop_cleanly() -> None:
+    """Make these signals exceptions, which end a command with what is finished kept."""
+    for number in _stops():
+        # nohup has SIGHUP ignored, which children inherit
+        if number == signal.SIGTERM or signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _stop)
+
+
+def _ignore_signals() -> None:
+    for number in (signal.SIGINT, *_stops()):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _stop(number: int, frame: FrameType | None) -> None:
     from svdq_cli.errors import Terminated
 
-    raise Terminated
+    raise Terminated(signal.Signals(number).name)

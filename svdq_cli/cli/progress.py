@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TextIO
@@ -44,7 +44,7 @@ def progress(*, quiet: bool, verbose: bool, events: Path | None, team: Team = AL
         if not team.leads:
             quiet, events = True, None
         if events is not None:
-            observers.append(_json_lines(stack.enter_context(_opened(events))))
+            observers.append(_json_lines(stack.enter_context(_opened(events)), events))
         if not quiet:
             bars = sys.stderr.isatty()
             observers.append(stack.enter_context(_bars()) if bars else _plain_lines(verbose=verbose))
@@ -63,16 +63,28 @@ def _opened(path: Path) -> Iterator[TextIO]:
         file = path.open("w", encoding="utf-8")
     except OSError as error:
         raise UsageError(f"{path}: can't write events there: {error.strerror}", where=str(path)) from error
-    with file:
+    try:
         yield file
+    finally:
+        with suppress(OSError):  # of what could not be written, which was said
+            file.close()
 
 
-def _json_lines(file: TextIO) -> Observer:
+def _json_lines(file: TextIO, path: Path) -> Observer:
+    """The work counts more than its log: where that can't be written any more, stderr says so, once."""
     started = time.monotonic()
+    lost = False
 
     def observe(event: Event) -> None:
-        file.write(json.dumps({"at": round(time.monotonic() - started, 3), **asdict(event)}) + "\n")
-        file.flush()
+        nonlocal lost
+        if lost:
+            return
+        try:
+            file.write(json.dumps({"at": round(time.monotonic() - started, 3), **asdict(event)}) + "\n")
+            file.flush()
+        except OSError as error:
+            lost = True
+            _say(f"warning: {path}: events are no longer written there: {error.strerror}")
 
     return observe
 
