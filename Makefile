@@ -87,7 +87,7 @@ kernel-report: $(STAMP) ## the CUDA kernels' main loops, counted in machine code
 classes: $(STAMP) ## what becomes of every transformer that diffusers has, with the results of make pipelines: docs/families/classes.md (five minutes)
 	$(BIN)/python -m tools.model_classes
 
-pipelines: $(STAMP) ## every class converted, every tiny pipeline from calibration to an image, into the same page (nightly; half an hour)
+pipelines: $(STAMP) ## every class converted, every tiny pipeline from calibration to an image, into the same page (nightly; half an hour; some need torchvision)
 	$(BIN)/python -m tools.class_conversions
 
 runtimes: $(STAMP) ## files of svdq in vLLM-Omni's and SGLang's own loaders, from their wheels (ten minutes, 6 GB)

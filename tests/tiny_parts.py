@@ -34,6 +34,10 @@ from transformers import (
     Qwen3Model,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    T5Gemma2Encoder,
+    T5Gemma2EncoderConfig,
+    T5GemmaConfig,
+    T5GemmaEncoderModel,
     T5Tokenizer,
     UMT5Config,
     UMT5EncoderModel,
@@ -49,24 +53,28 @@ FLAT_CHAT = (
 )
 
 
-def byte_tokenizer() -> Qwen2Tokenizer:
+def byte_tokenizer(**config: object) -> Qwen2Tokenizer:
     """Bytes only, no merges; a chat template that is nothing but the message."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate(alphabet)}
-    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=[], model_max_length=512)
+    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=[], model_max_length=512, **config)
     tokenizer.chat_template = _CHAT
     return tokenizer
 
 
-def qwen_image_vae() -> diffusers.AutoencoderKLQwenImage:
+def qwen_image_vae(**config: object) -> diffusers.AutoencoderKLQwenImage:
+    """A latent has two pixels a side."""
     return diffusers.AutoencoderKLQwenImage(
-        base_dim=8,
-        z_dim=LATENT_CHANNELS,
-        dim_mult=[1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[False],
-        latents_mean=[0.0] * LATENT_CHANNELS,
-        latents_std=[1.0] * LATENT_CHANNELS,
+        **{
+            "base_dim": 8,
+            "z_dim": LATENT_CHANNELS,
+            "dim_mult": [1, 1],
+            "num_res_blocks": 1,
+            "temperal_downsample": [False],
+            "latents_mean": [0.0] * LATENT_CHANNELS,
+            "latents_std": [1.0] * LATENT_CHANNELS,
+            **config,
+        }
     )
 
 
@@ -357,5 +365,47 @@ def qwen2_vl(tokenizer: Qwen2Tokenizer) -> Qwen2VLForConditionalGeneration:
                 "rope_scaling": {"type": "mrope", "mrope_section": [8, 12, 12]},
             },
             vision_config={"depth": 1, "embed_dim": 32, "hidden_size": TEXT_WIDTH, "num_heads": 2},
+        )
+    )
+
+
+def t5gemma(tokenizer: Qwen2Tokenizer) -> T5GemmaEncoderModel:
+    half = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": TEXT_WIDTH,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    return T5GemmaEncoderModel(T5GemmaConfig(encoder=half, decoder=half, is_encoder_decoder=False))
+
+
+def t5gemma2(tokenizer: T5Tokenizer) -> T5Gemma2Encoder:
+    """Its part for text: the one for images has no weights to read where a config names none."""
+    return T5Gemma2Encoder(
+        T5Gemma2EncoderConfig(
+            text_config={
+                "vocab_size": len(tokenizer),
+                "hidden_size": TEXT_WIDTH,
+                "intermediate_size": 64,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 2,
+                "head_dim": 16,
+                "dropout_rate": 0.0,
+            },
+            vision_config={
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 1,
+                "image_size": 28,
+                "patch_size": 14,
+            },
         )
     )

@@ -177,46 +177,30 @@ EXPECTED: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 _NO_PIPELINE = "no pipeline of diffusers takes it"
 _MODULAR = "only modular pipelines take it"
 _NO_TEXT = "its pipeline reads no text: svdq calibrates with prompts"
-_PROCESSOR = "its pipeline wants a processor that needs torchvision, which the tiny pipelines do without"
 _GUARDRAIL = "its pipeline wants the package cosmos_guardrail, which downloads models"
-_VIDEOS = "its pipeline starts from videos, for which recipes have no key"
-_NOT_MADE = "no tiny pipeline was made"
 WITHOUT_PIPELINE: Mapping[str, str] = {
-    "AceStepTransformer1DModel": _NOT_MADE,
-    "BriaFibo2Transformer2DModel": _PROCESSOR,
     "ConsisIDTransformer3DModel": "its pipeline wants the packages consisid_eva_clip, insightface and facexlib",
     "Cosmos3OmniTransformer": _GUARDRAIL,
     "CosmosTransformer3DModel": _GUARDRAIL,
     "DiTTransformer2DModel": _NO_TEXT,
     "DreamLiteTransformer2DModel": _NO_PIPELINE,
-    "DreamLiteUNetModel": "its pipeline asks its text encoder after the prompts, when svdq has freed it",
     "Flux3Transformer2DModel": _MODULAR,
-    "GlmImageTransformer2DModel": _PROCESSOR,
     "I2VGenXLUNet": "its pipeline (deprecated) asks CLIPTextModel for what it has no more in transformers 5.6",
-    "Ideogram4Transformer2DModel": _NOT_MADE,
-    "JoyImageEditPlusTransformer3DModel": _PROCESSOR,
-    "JoyImageEditTransformer3DModel": _PROCESSOR,
-    "Kandinsky6SRTransformer3DModel": _VIDEOS,
-    "Kandinsky6Transformer3DModel": _PROCESSOR,
-    "LongCatAudioDiTTransformer": _NOT_MADE,
+    "Kandinsky6SRTransformer3DModel": "its pipeline starts from videos and reads no text: svdq calibrates with prompts",
     "MiniMaxH3Transformer3DModel": _MODULAR,
     "MiniMaxMusic3RVQDepthDecoder": _MODULAR,
     "MiniMaxMusic3Transformer1DModel": _MODULAR,
-    "MotifVideoTransformer3DModel": _NOT_MADE,
     "MotionAdapter": "a part of UNetMotionModel, which is calibrated with it",
-    "OmniGenTransformer2DModel": _PROCESSOR,
     "PriorTransformer": "its pipelines make embeddings, not images",
-    "QwenImage21Transformer2DModel": _PROCESSOR,
     "RFD4ProteinaTransformer": _NO_TEXT,
     "SanaWMLTX2RefinerTransformer3DModel": _NO_PIPELINE,
-    "SanaWMTransformer3DModel": _NOT_MADE,
-    "StableAudio3DiTModel": _NOT_MADE,
+    "SanaWMTransformer3DModel": "its pipeline follows a camera's path, for which recipes have no key",
     "StableCascadeUNet": "its pipelines make embeddings, or start from them",
     "T5FilmDecoder": _NO_PIPELINE,
-    "Transformer2DModel": _NOT_MADE,
+    "Transformer2DModel": "its pipeline (VQ-Diffusion, deprecated) can't be read from a folder in diffusers 0.42",
     "TransformerTemporalModel": "a part of other models",
     "UNet1DModel": _NO_TEXT,
     "UNet2DModel": _NO_TEXT,
     "WanAnimate2Transformer3DModel": _MODULAR,
-    "WanAnimateTransformer3DModel": _VIDEOS,
+    "WanAnimateTransformer3DModel": "its pipeline starts from videos of pose and face: recipes have no key for them",
 }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
+from inspect import Parameter
 from typing import TYPE_CHECKING, Any
 
 from svdq_cli.errors import InputError, UsageError
@@ -21,20 +23,25 @@ INPUT_NAMES: Mapping[str, tuple[str, ...]] = {
     "fps": RATE_ARGUMENTS,
 }
 
+_SCHEDULE = "guidance_schedule"
+
 # Pipelines that guide, and break where they are given no negative prompt
 _WANT_NEGATIVE = ("EasyAnimatePipeline", "EasyAnimateControlPipeline", "EasyAnimateInpaintPipeline")
 
 
+# Pipelines to whose prompts belong lists of images, one for each prompt
+_IMAGES_OF_EACH = ("GlmImagePipeline", "JoyImageEditPlusPipeline")
+
+
 def optional_arguments(
-    settings: SamplingSettings, *, accepted: Collection[str], pipeline: str, images: Sequence[int]
+    settings: SamplingSettings, *, accepted: Mapping[str, Parameter], pipeline: str, images: Sequence[int]
 ) -> dict[str, Any]:
-    """Everything beyond prompt, steps, size and generator. `images`: indices of the images to generate.
+    """Everything beyond prompt, steps, size and generator. `accepted`: the parameters of the pipeline's call by name.
+    `images`: indices of the images to generate.
 
     Raises UsageError, naming it, for a setting that the pipeline has no argument for.
     """
-    arguments: dict[str, Any] = _as_large_as_asked(settings)
-    if settings.guidance is not None:
-        arguments["guidance_scale"] = settings.guidance
+    arguments: dict[str, Any] = {**_as_large_as_asked(settings), **_guided(settings, accepted)}
     if settings.max_sequence_length is not None:
         arguments["max_sequence_length"] = settings.max_sequence_length
     if settings.true_cfg > 1:
@@ -56,8 +63,21 @@ def optional_arguments(
     for name, files in (("image", settings.image), ("mask", settings.mask)):
         if files:
             read = _images(files, images, settings, mask=name == "mask")
+            if name == "image" and pipeline in _IMAGES_OF_EACH:
+                read = [[image] for image in (read if isinstance(read, list) else [read])]
             arguments[_argument(name, accepted, pipeline)] = read
     return arguments
+
+
+def _guided(settings: SamplingSettings, accepted: Mapping[str, Parameter]) -> dict[str, Any]:
+    """How strongly the prompt counts. A pipeline that has a value for each of its own number of steps (Ideogram 4) gets
+    these spread over the steps that are asked for, or none beside the one value that is."""
+    found: dict[str, Any] = {} if settings.guidance is None else {"guidance_scale": settings.guidance}
+    if (schedule := accepted.get(_SCHEDULE)) is not None and isinstance(schedule.default, tuple):
+        values = schedule.default
+        spread = [values[step * len(values) // settings.steps] for step in range(settings.steps)]
+        found[_SCHEDULE] = spread if settings.guidance is None else None
+    return found
 
 
 def missing_inputs(settings: SamplingSettings, accepted: Collection[str]) -> list[str]:
@@ -75,6 +95,8 @@ def _as_large_as_asked(settings: SamplingSettings) -> dict[str, Any]:
     return {
         "use_resolution_binning": False,
         "max_area": settings.height * settings.width,
+        # of the images that Qwen-Image 2.1 starts from: the side of a square with as many pixels
+        "output_resolution": round(math.sqrt(settings.height * settings.width)),
         "_auto_resize": False,
         "clean_caption": False,
         "enable_prompt_rewrite": False,

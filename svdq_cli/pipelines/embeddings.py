@@ -23,11 +23,12 @@ if TYPE_CHECKING:
 METHOD = "encode_prompt"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class EncodedPrompts:
     """The results of `encode_prompt` by batch, in the order of the calls: a prompt and perhaps its negative."""
 
     answers: dict[Batch, list[Any]] = field(default_factory=dict)  # nests of tensors, on the CPU
+    is_encoding: bool = False  # while the pipeline is in the method, being recorded
 
     @contextmanager
     def recorded(self, pipe: DiffusionPipeline, batch: Batch) -> Iterator[None]:
@@ -36,7 +37,11 @@ class EncodedPrompts:
         answers = self.answers[batch] = []
 
         def keep(*args: Any, **kwargs: Any) -> Any:
-            answer = encode(*args, **kwargs)
+            self.is_encoding = True
+            try:
+                answer = encode(*args, **kwargs)
+            finally:
+                self.is_encoding = False
             answers.append(tree_map(_to(torch.device("cpu")), answer))
             return answer
 

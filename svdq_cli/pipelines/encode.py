@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,7 +33,8 @@ def encode_prompts(
 ) -> EncodedPrompts | None:
     """Encodes the batches' prompts and frees the text encoders. The denoisers may be empty models.
 
-    None, and nothing is freed, for a pipeline that does not encode its prompts in one method.
+    None, and nothing is freed, for a pipeline that does not encode its prompts in one method, or calls its text
+    encoders outside of it.
     """
     if not hasattr(type(pipe), METHOD):
         return None
@@ -41,22 +43,51 @@ def encode_prompts(
     started, total = time.monotonic(), sum(len(batch.prompts) for batch in batches)
     observe(Event("start", "encode", 0, total))
     done = 0
+    elsewhere: list[str] = []
     for batch in batches:
-        with encoded.recorded(pipe, batch):
+        with encoded.recorded(pipe, batch), _calls_outside(pipe, encoded, elsewhere):
             first_call(pipe, denoisers, batch, settings=settings)
         done += len(batch.prompts)
         observe(Event("advance", "encode", done, total, seconds=time.monotonic() - started))
     observe(Event("end", "encode", total, total, seconds=time.monotonic() - started))
-    if not all(encoded.answers.values()):
+    if elsewhere or not all(encoded.answers.values()):
         return None
     _free_encoders(pipe)
     return encoded
 
 
+def _encoders(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
+    parts = pipe.components.items()
+    return {name: part for name, part in parts if name.startswith(_ENCODERS) and isinstance(part, nn.Module)}
+
+
+@contextmanager
+def _calls_outside(pipe: DiffusionPipeline, encoded: EncodedPrompts, found: list[str]) -> Iterator[None]:
+    """Adds to `found` the text encoders that are called while the pipeline is not in its method."""
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda module, args: None if encoded.is_encoding else found.append(name)
+
+    handles = [part.register_forward_pre_hook(note(name)) for name, part in _encoders(pipe).items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class FreedEncoder:
+    """In the place of a text encoder that is gone: what pipelines ask one for besides its answers (DreamLite, for the
+    dtype of its latents)."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        self.dtype, self.device = encoder.dtype, encoder.device
+        self.config = getattr(encoder, "config", None)
+
+
 def _free_encoders(pipe: DiffusionPipeline) -> None:
-    for name, part in pipe.components.items():
-        if name.startswith(_ENCODERS) and isinstance(part, nn.Module):
-            setattr(pipe, name, None)
+    for name, part in _encoders(pipe).items():
+        setattr(pipe, name, FreedEncoder(part))
     gc.collect()  # modules with hooks refer to themselves
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

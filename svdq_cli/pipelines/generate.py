@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import re
 import time
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
     from PIL.Image import Image
 
+_OUTPUT = "output_type"  # the argument
 OnStep = Callable[[int], None]  # called with the number of denoising steps done, 1 and up
 
 _LIBRARIES = ("diffusers", "transformers")  # anything else in model_index.json would run code from the folder
@@ -73,6 +75,14 @@ def load_source_pipeline(
             where=str(folder),
         ) from error
     except Exception as error:
+        if (package := _lacking(error)) is not None:
+            raise EnvironmentLacksError(
+                f"{folder}: diffusers can't load this pipeline without the package {package}",
+                hint=f"pip install {package}, of the release that belongs to torch {torch.__version__}"
+                if package == "torchvision"
+                else f"pip install {package}",
+                where=package,
+            ) from error
         # from_pretrained raises whatever its parts raise: OSError, ValueError, KeyError, SafetensorError, ...
         raise InputError(
             f"{folder}: diffusers can't load this pipeline: {first_line(error)}",
@@ -84,6 +94,16 @@ def load_source_pipeline(
     if autoencoder is not None and type(autoencoder).__name__ in _IN_TILES:
         autoencoder.enable_tiling()
     return pipe
+
+
+def _lacking(error: Exception) -> str | None:
+    """The package that a pipeline's part wants and that is not installed; None for any other error."""
+    if isinstance(error, ImportError):
+        said = re.search(r"requires the (\w+) library but it was not found", str(error))
+        return said[1].lower() if said else error.name if isinstance(error, ModuleNotFoundError) else None
+    # diffusers defines what reads images (OmniGen's processor) only where torchvision is
+    wanted = isinstance(error, NameError) and importlib.util.find_spec("torchvision") is None
+    return "torchvision" if wanted else None
 
 
 # Autoencoders that diffusers has no decoding for but in tiles, which it leaves off all the same
@@ -335,7 +355,7 @@ def denoise(
         "width": settings.width,
         # on the CPU: a CUDA generator draws other numbers on another GPU model
         "generator": _alone([torch.Generator("cpu").manual_seed(seed) for seed in batch.seeds]),
-        "output_type": output_type,
+        "output_type": _output_type(output_type, accepted),
         "callback_on_step_end": _step_callback(on_step, images=output_type != "latent"),
         **optional_arguments(
             settings,
@@ -365,6 +385,13 @@ def denoise(
         raise EnvironmentLacksError(
             f"{type(pipe).__name__} needs the Python package {error.name}", hint=f"pip install {error.name}"
         ) from error
+
+
+def _output_type(wanted: str, accepted: Mapping[str, inspect.Parameter]) -> Any:
+    """The form that a pipeline answers in: images, as they are `wanted`; those that make sounds alone, and take no
+    height, have forms of their own."""
+    usual = accepted[_OUTPUT].default if _OUTPUT in accepted else None
+    return usual if wanted == "pil" and "height" not in accepted and usual in ("np", "pt") else wanted
 
 
 def _alone(values: Sequence[Any]) -> Any:

@@ -21,6 +21,7 @@ _RATES = (
     ("vocoder", "output_sampling_rate"),
     ("vocoder", "sampling_rate"),
     ("audio_vae", "sampling_rate"),
+    ("audio_vae", "sample_rate"),
     ("vae", "sampling_rate"),
     ("vae", "sample_rate"),
     ("sound_tokenizer", "sampling_rate"),

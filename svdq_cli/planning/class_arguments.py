@@ -369,6 +369,10 @@ OF_CLASS: Mapping[str, Mapping[str, Maker]] = {
     },
 }
 
+# Arguments that no pipeline gives but those for a special task: a sound to inpaint. Layers that read nothing else run
+# in no other calibration.
+SPARE_ARGUMENTS = frozenset({"local_add_cond"})
+
 # Config values that a pass is made with instead of the model's own, where they do not change what its blocks compute.
 CONFIG_CHANGES: Mapping[str, Mapping[str, Any]] = {
     # the model resizes the mask with torchvision, which need not be installed

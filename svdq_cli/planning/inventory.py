@@ -112,10 +112,12 @@ def _linear(name: str, module: nn.Module) -> Linear | None:
 
     from svdq_cli.planning.pointwise import is_pointwise
 
-    bias = getattr(module, "bias", None) is not None
     if isinstance(module, nn.Linear):
-        return Linear(name, module.in_features, module.out_features, bias)
+        return Linear(
+            name, module.in_features, module.out_features, getattr(module, "bias", None) is not None
+        )
     if isinstance(module, nn.Conv2d) and is_pointwise(module):
+        bias = module.bias is not None
         return Linear(name, module.in_channels, module.out_channels, bias, kind="conv1x1")
     return None
 

@@ -20,6 +20,7 @@ STRUCTURAL = "structural"  # the family name of such a plan
 
 # Why a layer of a block stays at 16 bits
 ROUTER = "it chooses experts: an error there sends tokens to other weights"
+SPARE = "it runs in pipelines for a special task alone, such as inpainting"
 MAKES_CONDITIONS = "it makes the modulation of all blocks from timestep or guidance"
 
 # Words of names that diffusers gives to projections of a conditioning vector: img_mod.1, adaLN_modulation.0. Whole
@@ -40,6 +41,7 @@ class Reading:
     # it reads conditioning vectors, or its output only scales, shifts or gates channels
     modulates: bool = False
     conditions: bool = False  # many rows that come from timestep, guidance and the like alone
+    spare: bool = False  # it comes from an argument alone that only pipelines for a special task give
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +79,8 @@ def structural_roles(inventory: Inventory, readings: Mapping[str, Reading] | Non
             w4a16 |= {name} if _named_as_modulation(name) else set()
         elif reading.chooses:
             kept[name] = ROUTER
+        elif reading.spare:
+            kept[name] = SPARE
         elif reading.conditions:
             kept[name] = MAKES_CONDITIONS
         elif reading.modulates:

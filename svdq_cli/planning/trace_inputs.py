@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from svdq_cli.planning.class_arguments import CONFIG_CHANGES, OF_CLASS
+from svdq_cli.planning.class_arguments import CONFIG_CHANGES, OF_CLASS, SPARE_ARGUMENTS
 from svdq_cli.planning.made_arguments import WidthMismatch, calls
 from svdq_cli.planning.pointwise import channels_last, is_pointwise
 from svdq_cli.planning.structure import Reading
@@ -200,6 +200,7 @@ class Dataflow(Weightless):
                 chooses="chooses" in uses,
                 modulates=vector,
                 conditions=not vector and bool(origins) and not of_tokens,
+                spare=bool(origins) and origins <= SPARE_ARGUMENTS,
             )
         return found
 

@@ -3,6 +3,7 @@ it would only be missed when the result is loaded."""
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -37,10 +38,25 @@ def require_whole(pipeline: Path, *, skip: Collection[str]) -> None:
         require_component(pipeline, name, model_class)
 
 
+def _makes_itself(pipeline: Path, name: str) -> bool:
+    """Whether diffusers reads a component from no folder, though the index names it: the pipeline's class has a default
+    for it and makes it (LongCatAudioDiT its scheduler). `save_pretrained` writes none either."""
+    import diffusers
+
+    pipeline_class = getattr(diffusers, str(pipeline_index(pipeline).get("_class_name")), None)
+    if not isinstance(pipeline_class, type) or not issubclass(pipeline_class, diffusers.DiffusionPipeline):
+        return False
+    parameter = inspect.signature(pipeline_class.__init__).parameters.get(name)
+    has_default = parameter is not None and parameter.default is not inspect.Parameter.empty
+    return has_default and name not in pipeline_class._optional_components
+
+
 def require_component(pipeline: Path, name: str, model_class: str) -> None:
     """InputError where one component is missing or damaged."""
     folder = pipeline / name
     if not folder.is_dir():
+        if _makes_itself(pipeline, name):
+            return
         raise InputError(
             f"{pipeline}: component {name!r} is missing",
             hint=f"download the folder again ({name}/ should be next to the index), {_ALONE}",

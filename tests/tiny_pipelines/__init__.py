@@ -9,8 +9,9 @@ those that need no more than a few seconds (`FAST`).
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import diffusers
@@ -27,7 +28,7 @@ from svdq_cli.reports import ConvertReport
 from svdq_cli.source import open_source
 from tests.tiny_families import PIPELINES as FAMILIES
 from tests.tiny_families import save_tiny
-from tests.tiny_pipelines import images, sounds, videos
+from tests.tiny_pipelines import images, processors, sounds, videos
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +40,28 @@ class Tiny:
     frames: int | None = None  # of its videos
     image: bool = False  # whether it starts from one
     mask: bool = False  # whether it changes a part of it
+    package: str | None = None  # without which it can't be made
 
 
+_WITH_PROCESSORS = {
+    name: replace(tiny, package="torchvision")
+    for name, tiny in {
+        "qwen-image-2.1": Tiny(processors.tiny_qwen_image_21),
+        "qwen-image-2.1-edit": Tiny(processors.tiny_qwen_image_21, image=True),
+        # their images have an area of 1024 x 1024 pixels, whatever is asked for
+        "qwen-image-edit-i2i": Tiny(processors.tiny_qwen_image_edit, image=True),
+        "qwen-image-edit-plus": Tiny(processors.tiny_qwen_image_edit_plus, image=True),
+        "bria-fibo2": Tiny(processors.tiny_bria_fibo2, size=64),
+        "bria-fibo2-edit": Tiny(processors.tiny_bria_fibo2, size=64, image=True),
+        "glm-image": Tiny(processors.tiny_glm_image, size=64),
+        "joy-image-edit": Tiny(processors.tiny_joy_image_edit, size=1024, image=True),
+        "joy-image-edit-plus": Tiny(processors.tiny_joy_image_edit_plus, size=1024, image=True),
+        "kandinsky6": Tiny(processors.tiny_kandinsky6, frames=5),
+        "dreamlite": Tiny(processors.tiny_dreamlite),
+        "dreamlite-edit": Tiny(processors.tiny_dreamlite, image=True),
+        "omnigen": Tiny(processors.tiny_omnigen),
+    }.items()
+}
 PIPELINES: Mapping[str, Tiny] = {
     **{name: Tiny(make) for name, make in FAMILIES.items() if not name.startswith(("wan", "flux-"))},
     "flux": Tiny(images.tiny_flux),
@@ -95,7 +116,13 @@ PIPELINES: Mapping[str, Tiny] = {
     "helios": Tiny(videos.tiny_helios, frames=5),
     "framepack": Tiny(videos.tiny_framepack, frames=5, image=True),
     "amused": Tiny(images.tiny_amused),
+    "ideogram4": Tiny(images.tiny_ideogram4),
+    "motif-video": Tiny(videos.tiny_motif_video, frames=5),
     "stable-audio": Tiny(sounds.tiny_stable_audio),
+    "stable-audio-3": Tiny(sounds.tiny_stable_audio_3),
+    "longcat-audio": Tiny(sounds.tiny_longcat_audio),
+    "ace-step": Tiny(sounds.tiny_ace_step),
+    **_WITH_PROCESSORS,
 }
 FAST = (
     "nucleus",
@@ -109,6 +136,17 @@ FAST = (
     "kandinsky5",
     "wan-vace",
 )
+
+
+def is_possible(name: str) -> bool:
+    """Whether the package that a tiny pipeline needs is installed and works."""
+    if (package := PIPELINES[name].package) is None:
+        return True
+    try:
+        importlib.import_module(package)
+    except Exception:  # one that was built for another torch fails in ways of its own
+        return False
+    return True
 
 
 def round_trip(name: str, folder: Path) -> ConvertReport:

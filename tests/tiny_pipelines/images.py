@@ -502,3 +502,31 @@ def tiny_amused() -> diffusers.AmusedPipeline:
         ),
         scheduler=diffusers.AmusedScheduler(mask_token_id=23),
     )
+
+
+def tiny_ideogram4() -> diffusers.Ideogram4Pipeline:
+    """Two transformers: one reads the prompt, the other none, which makes the guidance."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = FLAT_CHAT
+
+    def transformer() -> diffusers.Ideogram4Transformer2DModel:
+        return diffusers.Ideogram4Transformer2DModel(
+            in_channels=4 * LATENT_CHANNELS,
+            num_layers=1,
+            attention_head_dim=64,
+            num_attention_heads=2,
+            intermediate_size=2 * WIDTH,
+            adaln_dim=WIDTH,
+            llm_features_dim=13 * TEXT_WIDTH,
+            mrope_section=(16, 8, 8),
+        )
+
+    return diffusers.Ideogram4Pipeline(
+        scheduler=euler(),
+        vae=flux2_vae(),
+        # the pipeline reads the states of 13 layers, the last of them the 36th
+        text_encoder=qwen3_vl(tokenizer, layers=36).model,
+        tokenizer=tokenizer,
+        transformer=transformer(),
+        unconditional_transformer=transformer(),
+    )

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import diffusers
+from diffusers.guiders import AdaptiveProjectedGuidance
 from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder
 from transformers import SiglipImageProcessorPil, SiglipVisionConfig, SiglipVisionModel
 
@@ -30,6 +31,7 @@ from tests.tiny_parts import (
     kandinsky5,
     qwen2_5_vl,
     qwen2_vl,
+    t5gemma2,
     tiny_gemma2,
     tiny_gemma3,
     tiny_llama_model,
@@ -588,4 +590,29 @@ def tiny_framepack() -> diffusers.HunyuanVideoFramepackPipeline:
         },
         image_encoder=SiglipVisionModel(vision),
         feature_extractor=SiglipImageProcessorPil(),
+    )
+
+
+def tiny_motif_video() -> diffusers.MotifVideoPipeline:
+    tokenizer = t5_tokenizer()
+    return diffusers.MotifVideoPipeline(
+        scheduler=euler(shift=7.0),
+        vae=wan_vae(),
+        text_encoder=t5gemma2(tokenizer),
+        tokenizer=tokenizer,
+        transformer=diffusers.MotifVideoTransformer3DModel(
+            # the video's latents, those of a first image, and which frames have one
+            in_channels=2 * LATENT_CHANNELS + 1,
+            out_channels=LATENT_CHANNELS,
+            num_attention_heads=2,
+            attention_head_dim=64,
+            num_layers=1,
+            num_single_layers=1,
+            patch_size=1,
+            patch_size_t=1,
+            text_embed_dim=TEXT_WIDTH,
+            rope_axes_dim=(16, 24, 24),
+        ),
+        feature_extractor=None,
+        guider=AdaptiveProjectedGuidance(),
     )
