@@ -44,7 +44,7 @@ OPTIONAL = {  # what svdq does with them
     "peft": "LoRAs on 16-bit pipelines",
     "gguf": "models in GGUF files",
     "lpips": "LPIPS in eval",
-    "torchvision": "FID in eval",
+    "torchvision": "FID in eval, pipelines whose text encoders see images (Qwen-Image-Edit, Qwen-Image 2.1)",
     "bitsandbytes": "text encoders with 4-bit weights, NF4 as a baseline in eval",
 }
 # Random Gaussian layers reach about 18 dB (int4) and 20 dB (nvfp4) at rank 16; half of that means broken arithmetic.

@@ -31,6 +31,16 @@ _WANT_NEGATIVE = ("EasyAnimatePipeline", "EasyAnimateControlPipeline", "EasyAnim
 
 # Pipelines to whose prompts belong lists of images, one for each prompt
 _IMAGES_OF_EACH = ("GlmImagePipeline", "JoyImageEditPlusPipeline")
+# Pipelines that show every prompt of a batch all images of a list
+_IMAGES_OF_ALL = (
+    "BriaFibo2Pipeline",
+    "Flux2KleinKVPipeline",
+    "Flux2KleinPipeline",
+    "Flux2Pipeline",
+    "QwenImage21Pipeline",
+    "QwenImageEditPlusPipeline",
+    "ZImageOmniPipeline",
+)
 
 
 def optional_arguments(
@@ -63,8 +73,8 @@ def optional_arguments(
     for name, files in (("image", settings.image), ("mask", settings.mask)):
         if files:
             read = _images(files, images, settings, mask=name == "mask")
-            if name == "image" and pipeline in _IMAGES_OF_EACH:
-                read = [[image] for image in (read if isinstance(read, list) else [read])]
+            if name == "image":
+                read = _as_the_pipeline_takes(read, pipeline, alike=len(files) == 1)
             arguments[_argument(name, accepted, pipeline)] = read
     return arguments
 
@@ -86,6 +96,21 @@ def missing_inputs(settings: SamplingSettings, accepted: Collection[str]) -> lis
     return [
         name for name, value in given.items() if not value and any(n in accepted for n in INPUT_NAMES[name])
     ]
+
+
+def _as_the_pipeline_takes(read: Image | list[Image], pipeline: str, *, alike: bool) -> Any:
+    """Images of a batch's prompts in the form in which each prompt sees its own. UsageError where no form is."""
+    each = read if isinstance(read, list) else [read]
+    if pipeline in _IMAGES_OF_EACH:
+        return [[image] for image in each]
+    if pipeline in _IMAGES_OF_ALL and len(each) > 1:
+        if not alike:
+            raise UsageError(
+                f"{pipeline} shows every prompt of a batch the images of all of them",
+                hint="use a batch size of 1, or one image for all prompts",
+            )
+        return each[0]
+    return read
 
 
 def _as_large_as_asked(settings: SamplingSettings) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from svdq_cli.pipelines.first_call import first_call
 from svdq_cli.pipelines.generate import Batch, load_source_pipeline
@@ -126,8 +126,9 @@ def _stub(model_class: Any, config: Any, *, wanted: bool) -> Any:
         return _Zeros(len(ids), ids.shape[1], text.hidden_size, projected, projects)
 
     def start(self: Any) -> None:
-        nn.Module.__init__(self)
-        self.config = config
+        # its parts are there, since pipelines hook some of them before the call (Qwen-Image 2.1, JoyImage Edit)
+        with torch.device("meta"):
+            model_class.__init__(self, config)
 
     members = {"__init__": start, "forward": forward, "dtype": torch.float32, "device": torch.device("cpu")}
     return type(model_class.__name__, (model_class,), members)()

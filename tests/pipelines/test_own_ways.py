@@ -13,7 +13,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from svdq_cli.errors import EnvironmentLacksError
+from svdq_cli.errors import EnvironmentLacksError, UsageError
 from svdq_cli.pipelines import generate
 from svdq_cli.pipelines.arguments import optional_arguments
 from svdq_cli.pipelines.encode import FreedEncoder, encode_prompts
@@ -68,6 +68,23 @@ def test_each_prompt_has_a_list_of_its_images_where_the_pipeline_wants_one(
     given = _arguments(pipeline, settings, range(prompts))
     read = given["image" if name.startswith("Glm") else "images"]
     assert [[one.size for one in each] for each in read] == [[(64, 32)]] * prompts
+
+
+ALL_SEE_ALL = ["QwenImage21Pipeline", "QwenImageEditPlusPipeline", "Flux2Pipeline", "BriaFibo2Pipeline"]
+
+
+@pytest.mark.parametrize("name", ALL_SEE_ALL)
+def test_prompts_of_a_batch_see_no_other_prompts_image(name: str, image: Path, tmp_path: Path):
+    """These pipelines take a list for several images of every prompt."""
+    pipeline = getattr(diffusers, name)
+    one = _arguments(pipeline, _settings(image=image_files(image)), range(2))["image"]
+    assert one.size == (64, 32), "the one image of all prompts, alone"
+    shutil.copy(image, tmp_path / "blue.png")
+    settings = _settings(image=image_files(tmp_path))
+    assert _arguments(pipeline, settings, range(1, 2))["image"].size == (64, 32)
+    with pytest.raises(UsageError, match="shows every prompt of a batch the images of all") as caught:
+        _arguments(pipeline, settings, range(2))
+    assert "batch size of 1" in str(caught.value.hint)
 
 
 @pytest.mark.parametrize(
