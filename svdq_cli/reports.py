@@ -9,6 +9,7 @@ from dataclasses import Field, dataclass, field
 from pathlib import Path
 from typing import Literal, cast
 
+from svdq_cli.errors import SvdqError
 from svdq_cli.records import LayerSearch
 
 INLINE = {"json": None}  # a mapping whose keys are in the JSON object itself
@@ -231,6 +232,21 @@ class SizeBudgetFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class ErrorFacts:
+    """A refusal as scripts read it: the exit code, a stable kind, what and where, and what to do."""
+
+    code: int
+    kind: str
+    message: str
+    hint: str | None
+    where: str | None
+
+
+def error_facts(error: SvdqError) -> ErrorFacts:
+    return ErrorFacts(error.code, error.kind, error.message, error.hint, error.where)
+
+
+@dataclass(frozen=True, slots=True)
 class PlanReport:
     """What `--plan` predicts. Bytes are peaks: of the process, of torch's GPU allocator (None without a GPU), and of
     the disk, work folder included."""
@@ -254,8 +270,9 @@ class PlanReport:
     gpu: GpuFacts | None = None  # of the card that --gpu names
     size_budget: SizeBudgetFacts | None = None
     text_encoders: Mapping[str, TextEncoderFacts] = field(default_factory=dict[str, TextEncoderFacts])
+    error: ErrorFacts | None = None  # for want of what the conversion would refuse to begin on this machine
     command: str = "convert"
-    status: str = "planned"
+    status: str = "planned"  # or "error", with an error
     schema: int = 1
 
 

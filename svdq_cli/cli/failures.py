@@ -6,16 +6,8 @@ import sys
 from dataclasses import dataclass
 
 from svdq_cli.errors import SvdqError
+from svdq_cli.reports import ErrorFacts, error_facts
 from svdq_cli.text import printable
-
-
-@dataclass(frozen=True, slots=True)
-class ErrorFacts:
-    code: int
-    kind: str
-    message: str
-    hint: str | None
-    where: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +21,7 @@ class FailureReport:
 
 
 def failure_report(error: SvdqError, command: str | None) -> FailureReport:
-    facts = ErrorFacts(error.code, error.kind, error.message, error.hint, error.where)
-    return FailureReport(facts, command)
+    return FailureReport(error_facts(error), command)
 
 
 def bug_report(error: BaseException, command: str | None) -> FailureReport:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn, cast
 
 from rich.console import Console
@@ -11,11 +13,12 @@ from svdq_cli.cli.pages import bench, conversion, demo, evaluation, inspect
 from svdq_cli.cli.pages.shared import generated_text, typed
 from svdq_cli.cli.several import SeveralReport
 from svdq_cli.cli.streams import printing
-from svdq_cli.errors import CheckFailedError, GateMissedError
+from svdq_cli.errors import CheckFailedError, GateMissedError, SvdqError
 from svdq_cli.reports import (
     CalibrateReport,
     CheckReport,
     ConvertReport,
+    ErrorFacts,
     EvalPlanReport,
     EvalReport,
     GenerateReport,
@@ -127,6 +130,8 @@ def exit_with(report: object) -> None:
             _fail(
                 GateMissedError.code, f"gates missed: {'; '.join(missed)}", "the outputs are kept and marked"
             )
+        case PlanReport(error=ErrorFacts() as error):
+            _fail(error.code, error.message, error.hint or "")
         case CheckReport(problems=(first, *_) as problems):
             message = f"{len(problems)} problems, the first: {first.layer}: {first.what}"
             _fail(CheckFailedError.code, message, _check_cure(report))
@@ -141,6 +146,15 @@ def exit_with(report: object) -> None:
         case _:
             if missed := getattr(report, "gates_missed", ()):  # of a benchmark, whose records need torch
                 _fail(GateMissedError.code, f"gates missed: {'; '.join(missed)}", "the figures are above")
+
+
+@contextmanager
+def after_report() -> Iterator[None]:
+    """What comes after the report is on stdout: a refusal keeps its exit code, and is said on stderr alone."""
+    try:
+        yield
+    except SvdqError as error:
+        _fail(error.code, error.message, error.hint or "")
 
 
 def _check_cure(report: CheckReport) -> str:

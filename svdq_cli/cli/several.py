@@ -136,5 +136,10 @@ def _run(source: str, convert: Callable[[str], ConvertReport | PlanReport]) -> R
             return RecipeRun(source, refusal.code, failure_report(refusal, "convert"))
         traceback.print_exc(file=sys.stderr)
         return RecipeRun(source, 1, bug_report(error, "convert"))
-    missed = isinstance(report, ConvertReport) and report.gates_missed
-    return RecipeRun(source, GateMissedError.code if missed else 0, report)
+    return RecipeRun(source, _code_of(report), report)
+
+
+def _code_of(report: ConvertReport | PlanReport) -> int:
+    if isinstance(report, PlanReport):
+        return report.error.code if report.error else 0
+    return GateMissedError.code if report.gates_missed else 0

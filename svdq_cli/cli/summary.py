@@ -50,7 +50,7 @@ def require_appendable(path: Path | None) -> Path | None:
 def _lines(report: Mapping[str, object]) -> Iterator[str]:
     yield f"### svdq {report['command']}: {report.get('status', 'ok')}"
     yield ""
-    if "error" in report:
+    if report.get("error"):
         yield from _failure(_section(report, "error"))
     elif "runs" in report:
         yield from _several(cast("Sequence[Mapping[str, object]]", report["runs"]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +17,6 @@ from svdq_cli.calibration.parts import PartFolder
 from svdq_cli.calibration.prompts import prompts_digest
 from svdq_cli.checkpoint.writer import Contents, report_path
 from svdq_cli.conversion.allocation import allocate_ranks
-from svdq_cli.conversion.block_forecast import tuned_bytes
 from svdq_cli.conversion.calibrate import BEGUN, calibration_run_of, collect_calibration
 from svdq_cli.conversion.card import card_path, model_cards
 from svdq_cli.conversion.curves import choose_curves
@@ -33,12 +31,13 @@ from svdq_cli.conversion.needs import (
     require_blocks_run,
     require_parts,
 )
-from svdq_cli.conversion.predict import Forecast, affordable_needs, disk_bytes, require_memory, work_bytes
+from svdq_cli.conversion.predict import Forecast, affordable_needs, disk_needs, require_memory
+from svdq_cli.conversion.preflight import require_own_places
 from svdq_cli.conversion.provenance import REPORTED, contents_before, contents_of
 from svdq_cli.conversion.publish import Outputs, finished_outputs, gated, write_reports_beside
 from svdq_cli.conversion.ranges import range_warnings
 from svdq_cli.conversion.read_weights import require_in_range
-from svdq_cli.conversion.resume import kept_work, work_beside
+from svdq_cli.conversion.resume import NAMING, kept_work, names_of, require_new, work_beside
 from svdq_cli.conversion.size_budget import require_search
 from svdq_cli.conversion.solve_layers import Statistics, load_solved, solve_into, solved_elsewhere
 from svdq_cli.conversion.text_encoders import FourBitEncoder, quantize_encoders
@@ -56,7 +55,6 @@ from svdq_cli.errors import InputError
 from svdq_cli.pipelines.generate import split_batches
 from svdq_cli.pipelines.settings import settings_json
 from svdq_cli.prepare.facts import (
-    inputs_of,
     layer_counts,
     layer_sqnr,
     model_facts,
@@ -72,13 +70,11 @@ from svdq_cli.recipe import Recipe, embedded, resolved
 from svdq_cli.records import Event, LayerReport, LayerSolution, Observer, ignore_events
 from svdq_cli.reports import BlockSearch, ConvertReport, ConvertSeconds, OutputSearch
 from svdq_cli.source import components_digest, file_sha256, source_digest
-from svdq_cli.storage.atomic import refuse_existing, remove_leftovers, require_disk
-from svdq_cli.storage.output_paths import name_warnings, require_name, require_places
+from svdq_cli.storage.atomic import remove_leftovers, require_disk
+from svdq_cli.storage.output_paths import name_warnings, require_name
 from svdq_cli.system.allocator import return_freed_memory
 from svdq_cli.system.machine import limit_vram, peak_memory, resolve_device
 from svdq_cli.system.threads import in_background
-
-NAMING = "naming.json"  # in the work folder: the outputs of a run that has started to give them their names
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +168,7 @@ def convert(
                 beside=options.beside,
             )
             outputs.write_reports(report, cards)
-            work.keep_json(NAMING, _names(job.paths))
+            work.keep_json(NAMING, names_of(job.paths))
         write_reports_beside(job.prepared.targets, job.paths, report, cards)
     return report
 
@@ -188,13 +184,12 @@ def begin(
     for path in paths:
         require_name(path)
     remove_finished(work_beside(paths[0], options))
-    replaces = _replaces(paths, options)
-    for path in paths:
-        refuse_existing(path, overwrite=replaces)
+    replaces = require_new(paths, options)
     source = source_of(recipe, options)
     with in_background(partial(source_digest, source)) as digesting:  # prepare imports diffusers, on one core
         prepared = prepare(recipe, beside=options.beside, source=source)
-        _require_weights_and_places(prepared, paths, calibration, overwrite=replaces)
+        _require_weights(prepared)
+        require_own_places(prepared, paths, calibration, overwrite=replaces)
         given = given_statistics(recipe, calibration)
         needs = needs_of(prepared, given)
         require_parts(prepared, needs)
@@ -223,7 +218,7 @@ def begin(
     require_search(prepared, needs, lambda: contents_before(prepared, options, digest=digest))
     require_memory(Forecast(prepared, needs, job.device, options))
     limit_vram(job.device, options.max_vram)
-    require_disk({paths[0]: disk_bytes(prepared), job.work: _work_bytes(job)})
+    require_disk(disk_needs(prepared, needs, paths, job.work))
     job.warn((*warnings_of(prepared, data_free=needs.data_free), *without))
     job.warn(name_warnings(paths, folders=[not target.format.single_file for target in prepared.targets]))
     if needs.data_free and calibration is not None:
@@ -231,41 +226,14 @@ def begin(
     return job
 
 
-def _require_weights_and_places(
-    prepared: Prepared, paths: tuple[Path, ...], calibration: Path | None, *, overwrite: bool
-) -> None:
-    """InputError for a model without weights, UsageError for outputs that can't be written where they are to be."""
+def _require_weights(prepared: Prepared) -> None:
+    """InputError for a model without weights."""
     if not prepared.source.tensors:
         raise InputError(
             f"{prepared.source.path}: there are no weights in this folder, only a config",
             hint="give the folder that holds the weights",
             where=str(prepared.source.path),
         )
-    require_places(
-        paths,
-        folders=[not target.format.single_file for target in prepared.targets],
-        inputs=inputs_of(prepared, calibration),
-        overwrite=overwrite,
-    )
-
-
-def _replaces(paths: tuple[Path, ...], options: RunOptions) -> bool:
-    """Whether outputs that exist may be replaced: as the user says, or where this very run was killed while its
-    outputs got their names, one after another."""
-    naming = work_beside(paths[0], options) / NAMING
-    begun = options.resume and naming.is_file()
-    return options.overwrite or (begun and json.loads(naming.read_text(encoding="utf-8")) == _names(paths))
-
-
-def _names(paths: tuple[Path, ...]) -> list[str]:
-    return [str(path.absolute()) for path in paths]
-
-
-def _work_bytes(job: Job) -> int:
-    """What is still to be written into the work folder."""
-    there = sum(file.stat().st_size for file in job.work.rglob("*") if file.is_file())
-    tuned = tuned_bytes(job.prepared) if job.needs.tuning else 0
-    return max(0, work_bytes(job.prepared.plan, job.prepared.settings.dtype) + tuned - there)
 
 
 def _require_made_for(prepared: Prepared, path: Path, given: Calibration, digest: str) -> None:

@@ -13,6 +13,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -143,7 +144,14 @@ def _matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def _disk_rates(folder: Path) -> tuple[float, float]:
-    """Bytes read and written a second, past the system's cache as far as it lets go of a file."""
+    """Bytes read and written a second, past the system's cache as far as it lets go of a file. Where the folder can't
+    take one (a full disk, which the plan is to say), the disk of temporary files stands in."""
+    with suppress(OSError):
+        return _rates_in(folder)
+    return _rates_in(Path(tempfile.gettempdir()))
+
+
+def _rates_in(folder: Path) -> tuple[float, float]:
     data = os.urandom(2**20) * (FILE_BYTES // 2**20)
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".svdq-speed-") as file:
         started = time.perf_counter()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,28 +14,35 @@ from svdq_cli.conversion.needs import given_statistics, needs_of, require_blocks
 from svdq_cli.conversion.plan_gpu import on_card
 from svdq_cli.conversion.predict import (
     Forecast,
+    affordable_needs,
+    disk_needs,
     on_the_cpu,
     peak_disk_bytes,
     ram_bytes,
+    require_memory,
     stage_seconds,
     vram_bytes,
 )
+from svdq_cli.conversion.preflight import require_own_places
 from svdq_cli.conversion.provenance import contents_before
+from svdq_cli.conversion.resume import require_new, work_beside
 from svdq_cli.conversion.size_budget import require_search
 from svdq_cli.conversion.solve_layers import layer_groups_at_once
+from svdq_cli.errors import OutOfResourcesError
 from svdq_cli.inference.backend import compute_dtype
 from svdq_cli.prepare.facts import encoders_planned, layer_counts, model_facts, predicted_sizes, rank_facts
+from svdq_cli.prepare.from_command_line import outputs_of
 from svdq_cli.prepare.options import DEFAULT_OPTIONS, RunOptions
 from svdq_cli.prepare.prepare import Prepared, prepare, warnings_of
 from svdq_cli.prepare.prompts import chosen_prompts
 from svdq_cli.prepare.sampling import Sampling, usual_sampling
 from svdq_cli.recipe import Recipe, resolved, user_path
 from svdq_cli.records import Event
-from svdq_cli.reports import PlanReport, PromptFacts, SampledFacts
+from svdq_cli.reports import ErrorFacts, PlanReport, PromptFacts, SampledFacts, error_facts
 from svdq_cli.sampling.token_counts import image_tokens, latent_frames
-from svdq_cli.storage.atomic import existing
+from svdq_cli.storage.atomic import existing, require_disk
 from svdq_cli.storage.library_facts import spared_cost
-from svdq_cli.storage.output_paths import name_warnings
+from svdq_cli.storage.output_paths import name_warnings, require_name
 from svdq_cli.system.allocator import return_freed_memory
 from svdq_cli.system.graphics_cards import Card
 from svdq_cli.system.machine import resolve_device
@@ -53,9 +61,16 @@ def predict(
     `card`: also what converting and generating would take on it; this machine need not have it.
     """
     started = time.monotonic()
+    named = any(output.path for output in recipe.outputs)
+    paths = outputs_of(recipe) if named else ()
+    for path in paths:
+        require_name(path)
+    replaces = bool(paths) and require_new(paths, options)
     prepared = prepare(recipe, beside=options.beside)
     # a conversion asks diffusers, whatever this process knows without
     preparing = time.monotonic() - started + spared_cost().seconds
+    if paths:
+        require_own_places(prepared, paths, calibration, overwrite=replaces)
     prompts: PromptFacts | None = None
     told: list[Event] = []
     given = given_statistics(recipe, calibration)
@@ -67,7 +82,11 @@ def predict(
     require_parts(prepared, needs)
     require_blocks_run(prepared, needs)
     budget = require_search(prepared, needs, lambda: contents_before(prepared, options))
-    job = Forecast(prepared, needs, device, options)
+    job, without = Forecast(prepared, needs, device, options), ()
+    if card is None:  # else another machine converts
+        affordable, without = affordable_needs(job)
+        job = replace(job, needs=affordable)
+    error = None if card else _shortage(job, paths)
     out = Path(recipe.outputs[0].path or "") if recipe.outputs else Path()
     at_once = layer_groups_at_once(device)
     speed = _measured_speed(device, existing(out), at_once)
@@ -90,6 +109,7 @@ def predict(
             *warnings_of(prepared, data_free=job.needs.data_free),
             *_output_names(prepared, recipe),
             *(event.detail for event in told if event.kind == "warning"),
+            *without,
             *on_the_cpu(job),
             *_limit_without_gpu(options, device, card),
         ),
@@ -98,8 +118,22 @@ def predict(
         sampling=_sampled(prepared, images) if (images := job.needs.images) else None,
         text_encoders=encoders_planned(prepared),
         size_budget=budget,
+        error=error,
+        status="error" if error else "planned",
         gpu=on_card(job, card, settings, speed, preparing=preparing) if card else None,
     )
+
+
+def _shortage(job: Forecast, paths: Sequence[Path]) -> ErrorFacts | None:
+    """For want of what memory or disk this machine would refuse the conversion before its first layer."""
+    try:
+        require_memory(job)
+        if paths:
+            work = work_beside(paths[0], job.options)
+            require_disk(disk_needs(job.prepared, job.needs, paths, work))
+    except OutOfResourcesError as error:
+        return error_facts(error)
+    return None
 
 
 def _measured_speed(device: torch.device, folder: Path, at_once: int) -> Speed:

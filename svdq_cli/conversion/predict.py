@@ -6,13 +6,15 @@ Counts come from the plan (`solve.costs`, `sampling.token_counts`), rates from t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from pathlib import Path
 
 import torch
 
 from svdq_cli.calibration.budget import rows_within, statistics_bytes
-from svdq_cli.conversion.block_forecast import BlockForecast, block_forecast, hidden_state_bytes
+from svdq_cli.conversion.block_forecast import BlockForecast, block_forecast, hidden_state_bytes, tuned_bytes
 from svdq_cli.conversion.calibrate import input_widths
 from svdq_cli.conversion.encoder_weights import calibration_bytes, encoder_work
 from svdq_cli.conversion.machine_speed import Speed
@@ -355,6 +357,14 @@ def disk_bytes(prepared: Prepared) -> int:
     folders = [target for target in prepared.targets if not target.format.single_file]
     packed = sum(target.bytes(state) for target in prepared.targets)
     return packed + len(folders) * other_components_bytes(prepared.source, prepared.encoders)
+
+
+def disk_needs(prepared: Prepared, needs: Needs, paths: Sequence[Path], work: Path) -> dict[Path, int]:
+    """Bytes that are still to be written, by where: the outputs, and what is not in the work folder yet."""
+    there = sum(file.stat().st_size for file in work.rglob("*") if file.is_file())
+    tuned = tuned_bytes(prepared) if needs.tuning else 0
+    kept = work_bytes(prepared.plan, prepared.settings.dtype) + tuned
+    return {paths[0]: disk_bytes(prepared), work: max(0, kept - there)}
 
 
 def work_bytes(plan: ModelPlan, dtype: torch.dtype) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,8 +19,9 @@ from svdq_cli.errors import (
 )
 from svdq_cli.prepare.options import RunOptions
 from svdq_cli.records import Event, Observer
-from svdq_cli.storage.atomic import disk_errors
+from svdq_cli.storage.atomic import disk_errors, refuse_existing
 
+NAMING = "naming.json"  # in the work folder: the outputs of a run that has started to give them their names
 VISIBLE_WITHIN = 90.0  # seconds; NFS looks again after 60 at the latest
 
 
@@ -64,6 +66,24 @@ def kept_work(
 def work_beside(output: Path, options: RunOptions) -> Path:
     """Where a job's work is stored: hidden next to its (first) output, unless the user chooses a path."""
     return options.work or output.with_name(f".{output.name}.work")
+
+
+def require_new(paths: Sequence[Path], options: RunOptions) -> bool:
+    """UsageError for an output that exists and may not be replaced. Returns whether outputs that exist may be: as the
+    user says, or where this very run was killed while its outputs got their names, one after another."""
+    naming = work_beside(paths[0], options) / NAMING
+    begun = options.resume and naming.is_file()
+    replaces = options.overwrite or (
+        begun and json.loads(naming.read_text(encoding="utf-8")) == names_of(paths)
+    )
+    for path in paths:
+        refuse_existing(path, overwrite=replaces)
+    return replaces
+
+
+def names_of(paths: Sequence[Path]) -> list[str]:
+    """Outputs as `NAMING` has them."""
+    return [str(path.absolute()) for path in paths]
 
 
 def wait_for_files(folder: Path, missing: Callable[[], Sequence[object]]) -> None:

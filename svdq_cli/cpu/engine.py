@@ -13,7 +13,7 @@ from torch import Tensor
 
 from svdq_cli.cpu.build import built_library
 from svdq_cli.cpu.instruction_sets import InstructionSet, best_here
-from svdq_cli.errors import EnvironmentLacksError
+from svdq_cli.errors import EnvironmentLacksError, OutOfResourcesError
 from svdq_cli.pack.cpu_panels import BLOCK, STEP
 from svdq_cli.pack.padding import ceil_div, round_up
 from svdq_cli.records import NvFp4, Precision
@@ -252,11 +252,11 @@ def engine_for(name: str) -> Engine:
     return Engine(BY_NAME[name])
 
 
-def lack_of_engine() -> EnvironmentLacksError | None:
-    """Why the engine can't run here, or None."""
+def lack_of_engine() -> EnvironmentLacksError | OutOfResourcesError | None:
+    """Why the engine can't run here, or None. Where it has to be compiled, a full disk is a reason too."""
     try:
         engine()
-    except EnvironmentLacksError as lack:
+    except (EnvironmentLacksError, OutOfResourcesError) as lack:
         return lack
     return None
 

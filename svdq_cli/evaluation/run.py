@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from svdq_cli.conversion.resume import say_what_is_kept
-from svdq_cli.errors import CanceledRunError, InterruptedRunError, OutOfResourcesError, stopped
+from svdq_cli.errors import CanceledRunError, InterruptedRunError, OutOfResourcesError, as_full_disk, stopped
 from svdq_cli.evaluation.compare import compare_in
 from svdq_cli.evaluation.image_store import RUN_FILE, require_own_folder
 from svdq_cli.prepare.options import DEFAULT_OPTIONS, RunOptions
@@ -35,7 +35,7 @@ def evaluate(
     continues where it stopped. `without`: passes to leave out (`OPTIONAL_PASSES`). `backend`: see `load_pipeline`.
     """
     if report_folder is None:
-        with tempfile.TemporaryDirectory(prefix="svdq-eval-") as folder:
+        with _full_disk_named(), tempfile.TemporaryDirectory(prefix="svdq-eval-") as folder:
             found = compare_in(
                 *(Path(folder), path, recipe),
                 without=without,
@@ -64,6 +64,18 @@ def evaluate(
         )
         write_report(report_folder, found, search=search)
     return found.report
+
+
+@contextmanager
+def _full_disk_named() -> Generator[None, None, None]:
+    """Say where the images go that no `--report` keeps, when there is no room for them."""
+    try:
+        yield
+    except Exception as error:
+        cure = "free some space there, name another folder with TMPDIR, or keep the images with --report"
+        if full := as_full_disk(error, Path(tempfile.gettempdir()), hint=cure):
+            raise full from error
+        raise
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from svdq_cli.cpu.engine import engine
+from svdq_cli.cpu.engine import engine, lack_of_engine
 from svdq_cli.errors import EnvironmentLacksError, UsageError
 from svdq_cli.experimental.hopper.choice import HopperChoice, choose_hopper_mode, measured_modes
 from svdq_cli.experimental.hopper.modes import HopperMode
@@ -80,12 +80,11 @@ def _on_cpu(wanted: str, device: torch.device) -> Backend:
             hint="use --device cpu, or --backend auto",
             kind="not-a-cpu",
         )
-    try:
+    if (lack := lack_of_engine()) is None:
         return Backend("cpu", f"svdq's CPU engine, {engine().isa.name}")
-    except EnvironmentLacksError as lack:
-        if wanted == "cpu":
-            raise
-        return Backend("reference", f"plain torch on {device}: {lack.message}; {lack.hint}")
+    if wanted == "cpu":
+        raise lack
+    return Backend("reference", f"plain torch on {device}: {lack.message}; {lack.hint}")
 
 
 def _on_kernels(kind: Architecture, asked: HopperMode | None) -> Backend:

@@ -56,9 +56,10 @@ KEYS = {
     "inspect": "{bytes{input, output, ratio}, class, command, family, format, kind, "
     "layers[]{in, input, kept_because, name, out, rank, role}, parameters, precision, provenance{}, rank, read_as, "
     "schema, status, text_encoders{}, warnings[]}",
-    "plan": "{bytes{input, output, ratio}, command, disk_bytes, effort, gpu{basis, convert{fits, peak_bytes, seconds}, "
-    f"generate{{fits, fits_with_offload, offload_peak_bytes, peak_bytes}}, memory_bytes, name}}, {LAYERS}, {MODEL}, "
-    f"precision, prompts{{available, read_from, used}}, ram_bytes, {RANK}, read_as, recipe{{}}, "
+    "plan": "{bytes{input, output, ratio}, command, disk_bytes, effort, error, gpu{basis, "
+    f"convert{{fits, peak_bytes, seconds}}, generate{{fits, fits_with_offload, offload_peak_bytes, peak_bytes}}, "
+    f"memory_bytes, name}}, {LAYERS}, {MODEL}, precision, "
+    f"prompts{{available, read_from, used}}, ram_bytes, {RANK}, read_as, recipe{{}}, "
     "sampling{frames, height, steps, tokens, width}, schema, seconds, size_budget, "
     "stages{calibrate, check, pack, prepare, solve, total}, status, text_encoders{}, vram_bytes, warnings[]}",
 }

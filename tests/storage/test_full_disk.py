@@ -10,16 +10,23 @@ import json
 import os
 import resource
 import sys
+import tempfile
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from svdq_cli.cli import run
+from svdq_cli.cpu import engine
+from svdq_cli.cpu.engine import lack_of_engine
 from svdq_cli.errors import EnvironmentLacksError, OutOfResourcesError
+from svdq_cli.evaluation import run as evaluation
+from svdq_cli.inference.backend import choose_backend
 from svdq_cli.prepare.locate import locate_source
+from svdq_cli.recipe import default_recipe
 from svdq_cli.storage import atomic
 
 
@@ -265,3 +272,43 @@ def test_no_other_module_renames_files_into_place():
     measures_a_disk = {"conversion/machine_speed.py"}
     keeps_a_log = {"bench/supervise.py"}  # whose lines are each there at once, whatever dies next
     assert found.keys() - own == measures_a_disk | keeps_a_log, found
+
+
+def test_an_engine_that_can_not_be_compiled_for_want_of_disk_leaves_plain_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def full() -> None:
+        with atomic.cache_errors(tmp_path, "svdq's CPU engine"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(engine, "engine", full)
+    assert lack_of_engine() is not None
+    chosen = choose_backend("auto", torch.device("cpu"), torch.bfloat16)
+    assert chosen.name == "reference"
+    assert "the disk is full" in chosen.reason
+    with pytest.raises(OutOfResourcesError, match="the disk is full"):
+        choose_backend("cpu", torch.device("cpu"), torch.bfloat16)
+
+
+def test_figures_of_a_benchmark_are_not_lost_with_their_plot(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    plot = tmp_path / "speed.png"
+    monkeypatch.setattr("svdq_cli.bench.plot.write_image", full)
+    assert run(["bench", "--shapes", "demo", "--seconds", "0.001", "--plot", str(plot), "--json", "-q"]) == 5
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["rows"]
+    assert f"{plot}: the disk is full" in shown.err
+
+
+def test_images_that_no_report_keeps_name_the_folder_of_temporary_files(monkeypatch: pytest.MonkeyPatch):
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(evaluation, "compare_in", full)
+    with pytest.raises(OutOfResourcesError, match=tempfile.gettempdir()) as caught:
+        evaluation.evaluate(Path("nothing"), default_recipe("demo"))
+    assert "TMPDIR" in str(caught.value.hint)

@@ -87,6 +87,7 @@ def bench(
     from svdq_cli.cli.progress import progress
     from svdq_cli.cli.summary import append_summary
     from svdq_cli.recipe import parse_fail_if
+    from svdq_cli.storage.atomic import disk_errors
     from svdq_cli.storage.output_paths import require_image_place
     from svdq_cli.system.machine import resolve_device
 
@@ -110,10 +111,11 @@ def bench(
         if step:
             report = with_steps(report, precisions_named(precision), settings=settings)
     report = judged(report, gates)
-    if plot is not None:
-        draw_plot(report, plot)
     append_summary(report, summary)
     render.show(report, json=json, verbose=verbose)
+    if plot is not None:  # last: what was measured is not lost with a plot that the disk refuses
+        with render.after_report(), disk_errors(plot, option="--plot"):
+            draw_plot(report, plot)
     render.exit_with(report)
 
 

@@ -107,6 +107,8 @@ def convert(
             refuse_unused_prompts(recipe, given)
             with rules_named(source):
                 if plan:
+                    for path in outputs_of(recipe) if jobs else ():
+                        refuse_second_writer(path, source, writers)
                     with kept_library_facts():
                         return predict(recipe, options=run, calibration=calib, card=card)
                 told = named(observe, jobs[source]) if jobs else observe

@@ -26,7 +26,15 @@ from svdq_cli.cli.several import RecipeRun, SeveralReport, said_of
 from svdq_cli.formats import format_named
 from svdq_cli.prepare.facts import layers_text
 from svdq_cli.recipe import Recipe
-from svdq_cli.reports import CalibrateReport, ConvertReport, GpuFacts, LoraReport, PlanReport, RepackReport
+from svdq_cli.reports import (
+    CalibrateReport,
+    ConvertReport,
+    ErrorFacts,
+    GpuFacts,
+    LoraReport,
+    PlanReport,
+    RepackReport,
+)
 from svdq_cli.text import bytes_text, counted, seconds_text
 
 
@@ -71,7 +79,7 @@ def several(console: Console, report: SeveralReport) -> None:
     console.print(table)
     for run in report.runs:
         match run.report:
-            case FailureReport(error=error):
+            case FailureReport(error=error) | PlanReport(error=ErrorFacts() as error):
                 console.print(said_of(run.source, error.message) + (f" ({error.hint})" if error.hint else ""))
             case ConvertReport(gates_missed=missed) if missed:
                 console.print(f"{run.source}: gates missed: {'; '.join(missed)}")
@@ -85,7 +93,7 @@ def _became(run: RecipeRun) -> tuple[str, str, str, str]:
         case FailureReport(error=error):
             return error.kind, "", "", ""
         case PlanReport() as plan:
-            return plan.status, f"{plan.bytes.ratio:.2f}x", "", ""
+            return plan.error.kind if plan.error else plan.status, f"{plan.bytes.ratio:.2f}x", "", ""
         case ConvertReport() as made:
             sqnr, seconds = f"{made.layer_sqnr_db.mean:.1f} dB", f"{made.seconds.total:.1f}"
             return made.status, f"{made.bytes.ratio:.2f}x", sqnr, seconds
