@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
 
 from svdq_cli.cli.failures import print_failure
 from svdq_cli.cli.pages import bench, conversion, demo, evaluation, inspect
@@ -39,6 +41,9 @@ if TYPE_CHECKING:
     from svdq_cli.entrypoints.push import PushReport
 
 
+_USUAL, _WIDEST = 80, 10_000  # columns
+
+
 def show(report: object, *, json: bool, verbose: bool = False) -> None:
     """The report on stdout."""
     with printing():
@@ -49,6 +54,19 @@ def show(report: object, *, json: bool, verbose: bool = False) -> None:
 
 
 class _Page(Console):
+    def print(self, *objects: Any, **options: Any) -> None:
+        """A table that has no room is printed as wide as its names and figures are: rich would cut those off."""
+        width = self.width
+        try:
+            for table in objects:
+                if isinstance(table, Table):
+                    unlimited = self.options.update(max_width=_WIDEST)
+                    needed = Measurement.get(self, unlimited, table).minimum + len(table.columns)
+                    self.width = max(self.width, needed if needed <= width else max(needed, _USUAL))
+            super().print(*objects, **options)
+        finally:
+            self.width = width
+
     def on_broken_pipe(self) -> None:
         """rich would end the process, with an exit code of its own."""
         raise BrokenPipeError

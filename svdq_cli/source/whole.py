@@ -3,16 +3,21 @@ it would only be missed when the result is loaded."""
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 from svdq_cli.errors import InputError
 from svdq_cli.source.classes import shapes_of
 from svdq_cli.source.folders import header_of_files, pipeline_index, weight_files
+from svdq_cli.source.variants import chosen_variant
 from svdq_cli.storage.json_files import read_json
+from svdq_cli.storage.library_facts import library_fact
 from svdq_cli.storage.pipeline_index import is_modular
+from svdq_cli.system.quiet import quiet_loading
 from svdq_cli.text import counted
 
 _WEIGHTLESS = re.compile(
@@ -63,6 +68,7 @@ def require_component(pipeline: Path, name: str, model_class: str) -> None:
             where=str(folder),
         )
     if _WEIGHTLESS.search(model_class):
+        _require_settings(folder, name, model_class)
         return
     files = weight_files(folder)
     has_config = (folder / "config.json").is_file()
@@ -82,6 +88,61 @@ def require_component(pipeline: Path, name: str, model_class: str) -> None:
     stored = header_of_files(files).tensors
     if files and _AUTOENCODER.search(model_class):
         _require_tensors(folder, stored, read_json(folder / "config.json"))
+    elif files:
+        _require_encoder(folder, stored, read_json(folder / "config.json"), model_class)
+
+
+def _require_settings(folder: Path, name: str, model_class: str) -> None:
+    """InputError for a component without weights whose folder lacks what it is made from."""
+    wanted = "scheduler_config.json" if model_class.endswith("Scheduler") else "*"
+    if not any(folder.glob(wanted)):
+        lacking = f"{wanted} is missing" if wanted != "*" else f"the files of {name} are missing"
+        raise InputError(
+            f"{folder}: {lacking}",
+            hint=f"the download is incomplete; fetch the folder again, {_ALONE}",
+            where=str(folder),
+        )
+
+
+def _require_encoder(
+    folder: Path, stored: Collection[str], config: Mapping[str, object], model_class: str
+) -> None:
+    """InputError where a model of transformers lacks a tensor: it would be loaded with a random one, without a word."""
+    if "quantization_config" in config:
+        return
+    names = hashlib.sha256("\0".join(sorted(stored)).encode()).hexdigest()
+    about = (model_class, (folder / "config.json").read_text(encoding="utf-8"), names)
+    missing = cast("list[str]", library_fact("encoder", about, lambda: _initialized(folder, model_class)))
+    if missing:
+        raise _lacking(folder, missing, model_class)
+
+
+def _initialized(folder: Path, model_class: str) -> list[str]:
+    """The tensors that transformers would initialize anew, for want of them in the files. Nothing is read but headers.
+    Empty for a class that transformers does not know, and for what it can't load at all: loading that will say so."""
+    import transformers
+    from transformers.utils import logging
+
+    found = getattr(transformers, model_class, None)
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        return []
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with quiet_loading():
+            _, info = cast("Any", found).from_pretrained(
+                str(folder),
+                device_map="meta",
+                output_loading_info=True,
+                local_files_only=True,
+                use_safetensors=True,
+                variant=chosen_variant(folder),
+            )
+    except Exception:  # whatever transformers' loading raises
+        return []
+    finally:
+        logging.set_verbosity(verbosity)
+    return sorted(info["missing_keys"])
 
 
 def _require_tensors(folder: Path, stored: Collection[str], config: Mapping[str, object]) -> None:
@@ -92,13 +153,17 @@ def _require_tensors(folder: Path, stored: Collection[str], config: Mapping[str,
         return  # a class of another release: whether it is whole can't be told here
     missing = sorted(wanted - {_OLD_ATTENTION.sub(_new_attention, name) for name in stored})
     if missing:
-        raise InputError(
-            f"{folder}: the weights lack {counted(len(missing), 'tensor')} of {config.get('_class_name')}: "
-            f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}",
-            hint=f"download the folder again, {_ALONE}",
-            where=str(folder),
-            kind="damaged-file",
-        )
+        raise _lacking(folder, missing, str(config.get("_class_name")))
+
+
+def _lacking(folder: Path, missing: Sequence[str], model_class: str) -> InputError:
+    return InputError(
+        f"{folder}: the weights lack {counted(len(missing), 'tensor')} of {model_class}: "
+        f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}",
+        hint=f"download the folder again, {_ALONE}",
+        where=str(folder),
+        kind="damaged-file",
+    )
 
 
 def _new_attention(found: re.Match[str]) -> str:

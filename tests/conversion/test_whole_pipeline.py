@@ -44,8 +44,10 @@ def pickle(file: Path) -> None:
     file.unlink()
 
 
-def lose_a_tensor(file: Path) -> None:
-    save_file({name: t for name, t in load_file(file).items() if name != "decoder.conv_in.weight"}, file)
+def lose_a_tensor(file: Path, lost: str) -> None:
+    save_file(
+        {name: t for name, t in load_file(file).items() if name != lost}, file, metadata={"format": "pt"}
+    )
 
 
 def lose_a_shard(file: Path) -> None:
@@ -61,9 +63,24 @@ DAMAGES: dict[str, tuple[Damage, str, str]] = {
     "no weights": (lambda f: (f / T5).unlink(), "not-found", "the weights of text_encoder_2 are missing"),
     "no config": (lambda f: (f / "text_encoder_2/config.json").unlink(), "input", "config.json is missing"),
     "no tensor": (
-        lambda f: lose_a_tensor(f / VAE),
+        lambda f: lose_a_tensor(f / VAE, "decoder.conv_in.weight"),
         "damaged-file",
         "the weights lack 1 tensor of AutoencoderKL: decoder.conv_in.weight",
+    ),
+    "no tensor of a text encoder": (
+        lambda f: lose_a_tensor(f / T5, "encoder.block.0.layer.0.SelfAttention.k.weight"),
+        "damaged-file",
+        "text_encoder_2: the weights lack 1 tensor of T5EncoderModel: encoder.block.0.layer.0.SelfAttention.k",
+    ),
+    "no scheduler config": (
+        lambda f: (f / "scheduler/scheduler_config.json").unlink(),
+        "input",
+        "scheduler_config.json is missing",
+    ),
+    "empty tokenizer": (
+        lambda f: [file.unlink() for file in (f / "tokenizer").iterdir()],
+        "input",
+        "the files of tokenizer are missing",
     ),
     "truncated": (lambda f: truncate(f / T5), "damaged-file", "it is truncated"),
     "Git LFS pointer": (lambda f: point(f / T5), "input", "a Git LFS pointer"),
