@@ -122,5 +122,6 @@ def _size(prepared: Prepared, counts: TokenCounts, block: str, batch: int) -> Bl
     numbers = sum(prod(shape) for name, shape in prepared.inventory.state.items() if name.startswith(head))
     weights = sum(plan.linear.in_features * plan.linear.out_features for plan, _ in layers)
     streams = {reads_text(plan.name): count for plan, count in layers if isinstance(plan, W4A4Plan)}
-    width = next(plan.linear.in_features for plan, _ in layers if isinstance(plan, W4A4Plan))
+    # a block may hold none but what makes modulation (Kandinsky 3)
+    width = next((plan.linear.in_features for plan, _ in layers if isinstance(plan, W4A4Plan)), 0)
     return BlockSize(layers, numbers - weights, sum(streams.values()), width, batch)

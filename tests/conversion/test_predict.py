@@ -173,6 +173,17 @@ def test_hidden_states_take_the_memory_that_is_predicted(tiny_flux: Path, tmp_pa
     )
 
 
+def test_a_block_of_modulation_alone_is_forecast(tiny_flux: Path, tmp_path: Path):
+    """Kandinsky 3 has blocks without a W4A4 layer."""
+    recipe = best_recipe(tiny_flux, tmp_path, height=32, width=32, max_sequence_length=32)
+    rules = [{"match": f"transformer_blocks.0.{part}", "skip": True} for part in ("attn", "ff", "ff_context")]
+    prepared = prepare(Recipe.model_validate({**recipe.model_dump(exclude_none=True), "layers": rules}))
+    sampling = sampling_for(recipe, prepared.source)
+    forecast = block_forecast(prepared, sampling, BLOCK_SAMPLE, torch.device("cpu"))
+    assert forecast.sizes["transformer_blocks.0"].passed_bytes(2) == 0
+    assert forecast.passed_bytes > 0
+
+
 def test_a_block_that_memory_has_no_room_for_is_refused_before_the_work(tiny_flux: Path, tmp_path: Path):
     recipe = best_recipe(tiny_flux, tmp_path, height=512, width=512, max_sequence_length=64)
     limit = resident_ram() + 300_000_000  # layers are solved in less
