@@ -250,6 +250,21 @@ class ModelPlan:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class InputCovariance:
+    """Mean and covariance of an input over more tokens than it has rows. None of them is of an image whose rows judge
+    the steps of the search."""
+
+    mean: Tensor  # (K,) float32
+    deviation: Tensor  # (K,) float32, each channel's standard deviation
+    correlations: Tensor  # (K (K - 1) / 2,) float16: above the diagonal, row after row
+    tokens: int
+
+    @property
+    def bytes(self) -> int:
+        return sum(each.nbytes for each in (self.mean, self.deviation, self.correlations))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class ActivationStats:
     """What calibration keeps of one shared input, over all prompts, seeds and timesteps."""
 
@@ -263,6 +278,7 @@ class ActivationStats:
     mean: Tensor | None = None  # (K,) float32: what all of these numbers are less than the 16-bit model's
     # (T, K) bfloat16: what the input is at T timesteps spread over all; None where it does not depend on time alone
     over_time: Tensor | None = None
+    covariance: InputCovariance | None = None  # where rows are few for the number of channels
 
 
 # ---------------------------------------------------------------------------------------------------- solutions
@@ -331,6 +347,7 @@ class LayerSearch:
 
     `steps_db`: SQNR on held-out rows at the start (the paper's search) and after each step that was tried; a step that
     did not raise it over all layers of the input was not taken. Seconds are those of all layers of the shared input.
+    `covariance_tokens`: of how many tokens GPTQ knew the covariance, 0 where it had the calibration rows alone.
     """
 
     rank: int | None
@@ -340,6 +357,7 @@ class LayerSearch:
     steps_taken: tuple[str, ...]
     fallback: tuple[str, ...]  # why steps could not be tried
     device: str  # where it was solved: "cpu" or "cuda", which differ in the lowest bits
+    covariance_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

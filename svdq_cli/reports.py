@@ -521,7 +521,8 @@ class InspectReport:
 
 @dataclass(frozen=True, slots=True)
 class CalibrateReport:
-    """`next`: the command that converts with it; empty where there was no command line."""
+    """`covariances`: inputs of which there is the covariance of more tokens than they have rows. `next`: the command
+    that converts with it; empty where there was no command line."""
 
     path: str
     inputs: int
@@ -531,6 +532,7 @@ class CalibrateReport:
     bytes: int
     digest: str
     seconds: float
+    covariances: int = 0
     next: str = ""
     command: str = "calibrate"
     status: str = "ok"

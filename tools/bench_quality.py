@@ -27,6 +27,7 @@ from svdq_cli.calibration.collect import collect_stats
 from svdq_cli.conversion.allocation import (
     allocate_ranks,
 )
+from svdq_cli.conversion.calibrate import tokens_for_covariances
 from svdq_cli.conversion.fit_outputs import with_outputs_fitted
 from svdq_cli.conversion.move_means import with_means_moved
 from svdq_cli.conversion.needs import needs_of
@@ -264,6 +265,7 @@ def _calibrated(prepared: Prepared, options: RunOptions) -> Statistics:
     device = resolve_device(options.device)
     pipe = load_16bit_pipeline(prepared.source, class_name=prepared.plan.model_class, device=device)
     sampling = sampling_for(prepared.recipe, prepared.source)
+    tokens = tokens_for_covariances(prepared, rows=sampling.rows, budget=sampling.size_bytes)
     stats = collect_stats(
         pipe,
         joint_model(pipe, prepared.source.components),
@@ -271,6 +273,9 @@ def _calibrated(prepared: Prepared, options: RunOptions) -> Statistics:
         chosen_prompts(prepared.recipe, options, _quiet).texts,
         sampling=sampling.settings,
         rows=sampling.rows,
+        covariance_tokens={
+            shared.name: count for shared, count in zip(prepared.plan.inputs, tokens, strict=True)
+        },
     )
     return Statistics("", stats)
 

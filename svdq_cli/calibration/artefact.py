@@ -1,7 +1,9 @@
 """The calibration artefact: a folder of safetensors and `manifest.json`, made once and used by many conversions.
 
 Per input `<name>/abs_max` (K,) float32, `<name>/second_moment` (K,) float32 and `<name>/rows` (M, K) bfloat16, of one
-that depends on time alone also `<name>/over_time` (T, K) bfloat16; several inputs a file. The manifest's digest covers
+that depends on time alone also `<name>/over_time` (T, K) bfloat16; of one with few rows for its channels also the
+covariance of more tokens, `<name>/covariance.mean` and `.deviation` (K,) float32 and `.correlations` (K (K - 1) / 2,)
+float16 (`solve.covariance`); several inputs a file. The manifest's digest covers
 everything that a conversion reads; neither the time of day, the svdq version nor the split into files enters it.
 """
 
@@ -21,7 +23,7 @@ from torch import Tensor
 
 from svdq_cli.errors import InputError, UsageError
 from svdq_cli.pipelines.settings import SamplingSettings, settings_json, settings_of_json
-from svdq_cli.records import ActivationStats
+from svdq_cli.records import ActivationStats, InputCovariance
 from svdq_cli.storage.atomic import refuse_existing, whole_folder
 from svdq_cli.storage.tensor_file import save_tensors
 
@@ -29,7 +31,12 @@ MANIFEST = "manifest.json"
 KIND = "svdq-calibration"
 MAX_FILE_BYTES = 512 * 2**20
 _TENSORS = {"abs_max": torch.float32, "second_moment": torch.float32, "rows": torch.bfloat16}
-_PARTS = {**_TENSORS, "over_time": torch.bfloat16}  # of inputs that depend on time alone
+_COVARIANCE = {"mean": torch.float32, "deviation": torch.float32, "correlations": torch.float16}
+_PARTS = {
+    **_TENSORS,
+    "over_time": torch.bfloat16,  # of inputs that depend on time alone
+    **{f"covariance.{name}": dtype for name, dtype in _COVARIANCE.items()},
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +65,7 @@ class InputEntry:
     peak: float | None = None  # the input's largest number
     # the same of each layer's output; older artefacts have neither
     output_peaks: Mapping[str, float] = field(default_factory=dict[str, float])
+    covariance_tokens: int = 0  # of which there is the covariance; 0 where there is none
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +112,12 @@ class Calibration:
                 found = {part: tensors.get_tensor(f"{name}/{part}") for part in parts}
         except (SafetensorError, OSError) as error:
             raise _damaged(file, f"can't be read ({error})") from error
-        stats = ActivationStats(name=name, tokens_seen=entry.tokens_seen, **found)
+        stats = ActivationStats(
+            name=name,
+            tokens_seen=entry.tokens_seen,
+            covariance=_covariance(found, entry.covariance_tokens),
+            **{part: tensor for part, tensor in found.items() if "." not in part},
+        )
         if _stats_sha256(stats) != entry.sha256:
             raise _damaged(file, f"the statistics of {name} do not match their digest in {MANIFEST}")
         return stats
@@ -126,7 +139,7 @@ def save_calibration(
         file_bytes: dict[str, int] = {}
         for index, group in enumerate(_groups(stats)):
             file = f"stats-{index + 1:05d}.safetensors"
-            tensors = {f"{s.name}/{part}": _stored(s, part) for s in group for part in _parts(s)}
+            tensors = {f"{s.name}/{part}": each for s in group for part, each in _tensors(s).items()}
             save_tensors(folder / file, tensors, {})
             file_bytes[file] = (folder / file).stat().st_size
             entries += [_entry(s, file) for s in group]
@@ -163,7 +176,7 @@ def _groups(stats: Mapping[str, ActivationStats]) -> Iterator[list[ActivationSta
     group: list[ActivationStats] = []
     size = 0
     for item in stats.values():
-        needed = sum(getattr(item, part).nbytes for part in _parts(item))
+        needed = sum(each.nbytes for each in _tensors(item).values())
         if group and size + needed > MAX_FILE_BYTES:
             yield group
             group, size = [], 0
@@ -173,16 +186,23 @@ def _groups(stats: Mapping[str, ActivationStats]) -> Iterator[list[ActivationSta
         yield group
 
 
-def _parts(stats: ActivationStats) -> list[str]:
-    """The names of the tensors that an input has."""
-    return [part for part in _PARTS if getattr(stats, part) is not None]
+def _tensors(stats: ActivationStats) -> dict[str, Tensor]:
+    """The tensors that an input has, by the names that they are stored under."""
+    found: dict[str, Tensor] = {
+        part: getattr(stats, part) for part in (*_TENSORS, "over_time") if getattr(stats, part) is not None
+    }
+    if stats.covariance is not None:
+        found.update((f"covariance.{name}", getattr(stats.covariance, name)) for name in _COVARIANCE)
+    for part, tensor in found.items():
+        if tensor.dtype != _PARTS[part]:
+            raise TypeError(f"{stats.name}/{part} is {tensor.dtype}, not {_PARTS[part]}")
+    return {part: tensor.cpu().contiguous() for part, tensor in found.items()}
 
 
-def _stored(stats: ActivationStats, part: str) -> Tensor:
-    tensor: Tensor = getattr(stats, part)
-    if tensor.dtype != _PARTS[part]:
-        raise TypeError(f"{stats.name}/{part} is {tensor.dtype}, not {_PARTS[part]}")
-    return tensor.cpu().contiguous()
+def _covariance(found: Mapping[str, Tensor], tokens: int) -> InputCovariance | None:
+    """Of `_tensors`."""
+    parts = {name: found[key] for name in _COVARIANCE if (key := f"covariance.{name}") in found}
+    return InputCovariance(**parts, tokens=tokens) if len(parts) == len(_COVARIANCE) else None
 
 
 def _entry(stats: ActivationStats, file: str) -> InputEntry:
@@ -196,13 +216,13 @@ def _entry(stats: ActivationStats, file: str) -> InputEntry:
         sha256=_stats_sha256(stats),
         peak=stats.abs_max.max().item(),
         output_peaks=dict(stats.output_peaks),
+        covariance_tokens=stats.covariance.tokens if stats.covariance else 0,
     )
 
 
 def _stats_sha256(stats: ActivationStats) -> str:
     digest = hashlib.sha256()
-    for part in _parts(stats):
-        tensor = _stored(stats, part)
+    for part, tensor in _tensors(stats).items():
         digest.update(f"{part}{list(tensor.shape)}".encode())
         digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -1,13 +1,17 @@
-"""How many rows of each input a calibration can keep within a number of bytes."""
+"""How much of each input a calibration can keep within a number of bytes: rows, and the covariance of more tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from svdq_cli.errors import UsageError
+from svdq_cli.solve.covariance import covariance_bytes
 
 # Below this the search has nothing to learn from and the rank of K x K moments is far below K.
 LEAST_ROWS = 256
+# Tokens that a covariance is taken over, for each channel. More than that hardly changes what GPTQ makes of it.
+TOKENS_PER_CHANNEL = 4
+MOST_TOKENS = 16384  # they are on the disk until all batches are there
 
 
 def rows_within(widths: Iterable[int], *, rows: int, budget: int) -> int:
@@ -26,10 +30,39 @@ def rows_within(widths: Iterable[int], *, rows: int, budget: int) -> int:
     return min(rows, fitting)
 
 
+def covariance_tokens(widths: Sequence[int], used: Sequence[bool], *, rows: int, budget: int) -> list[int]:
+    """Over how many tokens the covariance of each input is taken; 0 where it is not `used`, where its rows are as many,
+    and where what `rows` rows of every input leave of `budget` bytes is not enough. The narrowest inputs come first:
+    theirs take the least.
+
+    `widths`: K of each shared input.
+    """
+    left = budget - statistics_bytes(widths, rows=rows)
+    found = [0] * len(widths)
+    for index in sorted(range(len(widths)), key=widths.__getitem__):
+        wanted = min(TOKENS_PER_CHANNEL * widths[index], MOST_TOKENS)
+        needed = covariance_bytes(widths[index])
+        if used[index] and wanted > rows and needed <= left:
+            found[index] = wanted
+            left -= needed
+    return found
+
+
 def statistics_bytes(widths: Iterable[int], *, rows: int) -> int:
-    """What the statistics of all inputs take with `rows` rows each (at most: an input may have fewer tokens)."""
+    """What the statistics of all inputs take with `rows` rows each (at most: an input may have fewer tokens), without
+    covariances."""
     total = sum(widths)
     return _moments(total) + 2 * total * rows
+
+
+def covariances_bytes(widths: Sequence[int], tokens: Sequence[int]) -> int:
+    """What the covariances of inputs take in the artefact; `tokens` is of `covariance_tokens`."""
+    return sum(covariance_bytes(width) for width, count in zip(widths, tokens, strict=True) if count)
+
+
+def covariance_rows_bytes(widths: Sequence[int], tokens: Sequence[int]) -> int:
+    """What the tokens take of which they are made, in the files of batches."""
+    return sum(2 * width * count for width, count in zip(widths, tokens, strict=True))
 
 
 def _moments(total: int) -> int:

@@ -1,23 +1,18 @@
-"""Activation statistics of shared inputs, taken by hooks while the pipeline generates its calibration images.
-
-Rows are sampled by turn, not by chance. A *turn* is one image in one call of a layer: with one pass a step, an image
-of 20 steps has 20 turns; a conditional and an unconditional pass make 40. Every image gets an equal share of the
-rows, spread evenly over its turns; within a turn the rows are evenly strided tokens. Where shares do not divide, the
-golden ratio shifts where they fall, so that neither a timestep nor a token position is preferred. Inputs with equal
-numbers of turns and tokens keep the same rows.
-"""
+"""Activation statistics of shared inputs, taken by hooks while the pipeline generates its calibration images."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from svdq_cli.calibration.covariance import CovarianceSum
+from svdq_cli.calibration.row_sampling import RowSampling
 from svdq_cli.errors import InputError, UsageError
 from svdq_cli.pipelines.encode import EncodedPrompts
 from svdq_cli.pipelines.generate import Batch, denoise, generated_batches, split_batches
@@ -28,9 +23,6 @@ from svdq_cli.records import ActivationStats, Observer, SharedInput, ignore_even
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-
-_GOLDEN = (math.sqrt(5) - 1) / 2  # its multiples mod 1 fill [0, 1) as evenly as any sequence can
-_SILVER = math.sqrt(2) - 1  # another irrational, so that seeds shift the golden sequence
 
 OnInput = Callable[[str, Tensor], None]  # name of the shared input, activation (..., K)
 
@@ -43,13 +35,15 @@ def collect_stats(
     *,
     sampling: SamplingSettings,
     rows: int,
+    covariance_tokens: Mapping[str, int] | None = None,
     observe: Observer = ignore_events,
 ) -> dict[str, ActivationStats]:
     """Statistics of every input over whole denoising trajectories, in the order of `inputs`, all in memory.
 
     `model` is the pipeline's denoiser, or the `joint_model` of several. At most `rows` rows an input; fewer where an
-    input has fewer tokens. The same arguments give the same bits. Raises InputError for a layer that the model lacks,
-    that the pipeline never runs, or whose input is NaN or infinite.
+    input has fewer tokens. `covariance_tokens`: by input, over how many tokens its covariance is taken, if any. The
+    same arguments give the same bits. Raises InputError for a layer that the model lacks, that the pipeline never runs,
+    or whose input is NaN or infinite.
     """
     if not prompts:
         raise UsageError("no prompt to calibrate with", hint="give at least one prompt")
@@ -57,7 +51,15 @@ def collect_stats(
     spread = RowSampling(rows=rows, images=len(prompts), seed=sampling.seed)
     parts: dict[int, Part] = {}
     collect_parts(
-        pipe, model, inputs, batches, sampling=sampling, spread=spread, parts=parts, observe=observe
+        pipe,
+        model,
+        inputs,
+        batches,
+        sampling=sampling,
+        spread=spread,
+        covariance_spreads=spread.for_covariance(covariance_tokens or {}),
+        parts=parts,
+        observe=observe,
     )
     return {item.name: merged(item.name, [part[item.name] for part in parts.values()]) for item in inputs}
 
@@ -71,13 +73,15 @@ def collect_parts(
     sampling: SamplingSettings,
     spread: RowSampling,
     parts: MutableMapping[int, Part],
+    covariance_spreads: Mapping[str, RowSampling] | None = None,
     encoded: EncodedPrompts | None = None,
     observe: Observer = ignore_events,
 ) -> None:
     """Generate the `batches` that `parts` lacks, and store what each adds under the index of its first image.
 
     A part depends on its own images alone: not on the order, nor on which process generated the others.
-    `encoded`: the prompts' embeddings, where the text encoders are gone. Raises as `collect_stats` does.
+    `covariance_spreads`: of `RowSampling.for_covariance`, by input, how the tokens are spread whose covariance is
+    taken. `encoded`: the prompts' embeddings, where the text encoders are gone. Raises as `collect_stats` does.
     """
     layers = {item.name: _layer(model, item.layers[0]) for item in inputs}
     readers = {(item.name, name): _layer(model, name) for item in inputs for name in item.layers}
@@ -98,7 +102,8 @@ def collect_parts(
         tallies.update((name, _Tally()) for name in turns)
 
     def record(name: str, activation: Tensor) -> None:
-        _add(tallies[name], activation, batch=drawn, spread=spread, turns=turns[name])
+        for_covariance = (covariance_spreads or {}).get(name)
+        _add(tallies[name], activation, drawn, turns[name], spread, for_covariance)
 
     def see(reader: tuple[str, str], output: Tensor) -> None:
         tallies[reader[0]].note_output(reader[1], output)
@@ -133,26 +138,37 @@ class InputPart:
     rows: Tensor  # (M, K) bfloat16, by image and turn
     tokens: int
     output_peaks: Mapping[str, float]  # the largest number in the output of each layer that reads the input
+    # (M, K) bfloat16, by image and turn: more tokens, of which the covariance is taken
+    covariance_rows: Tensor | None = None
 
 
 Part = Mapping[str, InputPart]  # by the name of the shared input
 
 
-def merged(name: str, parts: Sequence[InputPart]) -> ActivationStats:
+def merged(name: str, parts: Iterable[InputPart]) -> ActivationStats:
     """Statistics of one input from all parts, in the order of their images."""
-    tokens = sum(part.tokens for part in parts)
-    squares = parts[0].squares
-    for part in parts[1:]:  # one after the other: a sum whose order is fixed has the same bits everywhere
+    kept: list[InputPart] = []
+    covariance = CovarianceSum()
+    for part in parts:
+        if part.covariance_rows is not None:
+            covariance.add(part.covariance_rows)
+        kept.append(replace(part, covariance_rows=None))  # which together take more memory than all else
+        del part
+    tokens = sum(part.tokens for part in kept)
+    squares = kept[0].squares
+    for part in kept[1:]:  # one after the other: a sum whose order is fixed has the same bits everywhere
         squares = squares + part.squares
+    rows = torch.cat([part.rows for part in kept])
     return ActivationStats(
         name=name,
-        abs_max=torch.stack([part.abs_max for part in parts]).amax(0),
+        abs_max=torch.stack([part.abs_max for part in kept]).amax(0),
         second_moment=(squares / tokens).float(),
-        rows=torch.cat([part.rows for part in parts]),
+        rows=rows,
         tokens_seen=tokens,
         output_peaks={
-            layer: max(part.output_peaks[layer] for part in parts) for layer in parts[0].output_peaks
+            layer: max(part.output_peaks[layer] for part in kept) for layer in kept[0].output_peaks
         },
+        covariance=covariance.covariance(more_than=len(rows)),
     )
 
 
@@ -201,6 +217,8 @@ class _Tally:
     tokens: int = 0
     turns: dict[int, int] = field(default_factory=dict)  # image -> turns taken
     rows: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # (image, turn) -> (M, K) bfloat16
+    # the same, of which the covariance is taken
+    covariance_rows: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     outputs: dict[str, Tensor] = field(default_factory=dict)  # layer -> the largest number it gave
 
     def note_output(self, layer: str, output: Tensor) -> None:
@@ -209,40 +227,14 @@ class _Tally:
         self.outputs[layer] = torch.maximum(self.outputs[layer], peak) if layer in self.outputs else peak
 
 
-@dataclass(frozen=True, slots=True)
-class RowSampling:
-    """How sampled rows are spread over images, turns and tokens."""
-
-    rows: int  # of an input, over all images
-    images: int
-    seed: int
-
-    def __post_init__(self) -> None:
-        if self.rows < 1:
-            raise UsageError(f"rows is {self.rows}", hint="keep 1 row or more")
-
-    def share(self, *, image: int, turn: int, turns: int) -> int:
-        """Rows that this turn may keep. All turns of all images together keep `rows`."""
-        if turn >= turns:
-            return 0
-        of_image = self.rows * (image + 1) // self.images - self.rows * image // self.images
-        shift = _fraction(image * _GOLDEN + self.seed * _SILVER)
-        return math.floor((turn + 1) * of_image / turns + shift) - math.floor(turn * of_image / turns + shift)
-
-    def tokens(self, *, image: int, turn: int, turns: int, count: int) -> list[int]:
-        """Indices of the tokens that a turn keeps of its `count`, ascending and evenly strided."""
-        share = self.share(image=image, turn=turn, turns=turns)
-        if share >= count:
-            return list(range(count))
-        shift = _fraction((image * turns + turn + 1) * _GOLDEN + self.seed * _SILVER)
-        return [min(int((i + shift) * count / share), count - 1) for i in range(share)]
-
-
-def _fraction(value: float) -> float:
-    return value - math.floor(value)
-
-
-def _add(tally: _Tally, activation: Tensor, *, batch: Batch, spread: RowSampling, turns: int) -> None:
+def _add(
+    tally: _Tally,
+    activation: Tensor,
+    batch: Batch,
+    turns: int,
+    spread: RowSampling,
+    for_covariance: RowSampling | None,
+) -> None:
     entries = _by_entry(activation)  # (entries, tokens, K)
     flat = entries.flatten(0, 1)
     # norms over tokens: one pass over the activation each, without a float32 copy of it
@@ -256,9 +248,12 @@ def _add(tally: _Tally, activation: Tensor, *, batch: Batch, spread: RowSampling
         image = batch.first + index % len(batch.prompts)
         turn = tally.turns.get(image, 0)
         tally.turns[image] = turn + 1
-        chosen = spread.tokens(image=image, turn=turn, turns=turns, count=entry.shape[0])
-        if chosen:
-            tally.rows[image, turn] = entry[chosen].to(torch.bfloat16)
+        for sampling, kept in ((spread, tally.rows), (for_covariance, tally.covariance_rows)):
+            if sampling is None:
+                continue
+            chosen = sampling.tokens(image=image, turn=turn, turns=turns, count=entry.shape[0])
+            if chosen:
+                kept[image, turn] = entry[chosen].to(torch.bfloat16)
 
 
 def _by_entry(activation: Tensor) -> Tensor:
@@ -273,10 +268,17 @@ def _part(tally: _Tally) -> InputPart:
     assert tally.abs_max is not None  # the probe saw this input called
     assert tally.squares is not None
     width = tally.abs_max.shape[0]
-    kept = [tally.rows[key] for key in sorted(tally.rows)]  # by image and turn, however they were batched
-    rows = torch.cat(kept) if kept else torch.empty(0, width, dtype=torch.bfloat16)
+    rows = _in_order(tally.rows)
+    if rows is None:
+        rows = torch.empty(0, width, dtype=torch.bfloat16)
     peaks = {layer: peak.item() for layer, peak in tally.outputs.items()}
-    return InputPart(tally.abs_max.cpu(), tally.squares.cpu(), rows.cpu(), tally.tokens, peaks)
+    more = _in_order(tally.covariance_rows)
+    return InputPart(tally.abs_max.cpu(), tally.squares.cpu(), rows, tally.tokens, peaks, more)
+
+
+def _in_order(rows: Mapping[tuple[int, int], Tensor]) -> Tensor | None:
+    """By image and turn, however they were batched; on the CPU."""
+    return torch.cat([rows[key] for key in sorted(rows)]).cpu() if rows else None
 
 
 def _turns_per_image(

@@ -4,8 +4,9 @@ A run that was stopped generates only what is missing; several processes fill on
 Sums are taken in the order of the images, so the merged statistics have the same bits however the parts came about.
 
 Per input of a part `<name>/abs_max` (K,) float32, `<name>/squares` (K,) float64, `<name>/rows` (M, K) bfloat16 and
-`<name>/tokens`, an int64; in the metadata the peaks of outputs, by input and layer. Next to the parts lies a file of
-the inputs that depend on time alone, (T, K) bfloat16 by name (`over_time`).
+`<name>/tokens`, an int64; where the covariance of more tokens is taken, these as `<name>/covariance_rows` (M, K)
+bfloat16. In the metadata the peaks of outputs, by input and layer. Next to the parts lies a file of the inputs that
+depend on time alone, (T, K) bfloat16 by name (`over_time`).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from svdq_cli.storage.atomic import disk_errors, whole_file
 from svdq_cli.storage.tensor_file import save_tensors
 
 _PEAKS = "output_peaks"  # key of a part file's metadata
+_MORE = "covariance_rows"
 _SUFFIX = ".safetensors"
 _OVER_TIME = f"over-time{_SUFFIX}"
 
@@ -114,8 +116,10 @@ class _StoredPart(Mapping[str, InputPart]):
             abs_max, squares, rows, tokens = (
                 stored.get_tensor(f"{name}/{key}") for key in ("abs_max", "squares", "rows", "tokens")
             )
+            more = f"{name}/{_MORE}"
+            found = stored.get_tensor(more) if more in stored.keys() else None  # noqa: SIM118
             peaks = json.loads((stored.metadata() or {}).get(_PEAKS, "{}")).get(name, {})
-        return InputPart(abs_max, squares, rows, int(tokens), peaks)
+        return InputPart(abs_max, squares, rows, int(tokens), peaks, found)
 
     def __iter__(self) -> Iterator[str]:
         with safe_open(self.file, framework="pt") as stored:
@@ -135,7 +139,7 @@ class MergedStats(Mapping[str, ActivationStats]):
     def __getitem__(self, name: str) -> ActivationStats:
         if name not in self.names:
             raise KeyError(name)
-        found = merged(name, [self.parts[first][name] for first in sorted(self.parts)])
+        found = merged(name, (self.parts[first][name] for first in sorted(self.parts)))
         return replace(found, over_time=self.parts.over_time(name))
 
     def __iter__(self) -> Iterator[str]:
@@ -146,7 +150,9 @@ class MergedStats(Mapping[str, ActivationStats]):
 
 
 def _stored(part: InputPart) -> tuple[tuple[str, torch.Tensor], ...]:
+    more = () if part.covariance_rows is None else ((_MORE, part.covariance_rows.contiguous()),)
     return (
+        *more,
         ("abs_max", part.abs_max),
         ("squares", part.squares),
         ("rows", part.rows.contiguous()),

@@ -23,11 +23,18 @@ from svdq_cli.calibration.artefact import (
     is_calibration,
     save_calibration,
 )
-from svdq_cli.calibration.budget import rows_within, statistics_bytes
-from svdq_cli.calibration.collect import RowSampling, collect_parts
+from svdq_cli.calibration.budget import (
+    covariance_rows_bytes,
+    covariance_tokens,
+    covariances_bytes,
+    rows_within,
+    statistics_bytes,
+)
+from svdq_cli.calibration.collect import collect_parts
 from svdq_cli.calibration.over_time import inputs_over_time, modulation_inputs
 from svdq_cli.calibration.parts import MergedStats, PartFolder
 from svdq_cli.calibration.prompts import prompts_digest
+from svdq_cli.calibration.row_sampling import RowSampling
 from svdq_cli.conversion.memory import run_as_it_fits
 from svdq_cli.conversion.resume import kept_work, wait_for_files, work_beside
 from svdq_cli.conversion.work_folder import Identity, WorkFolder, remove_finished
@@ -42,7 +49,7 @@ from svdq_cli.prepare.options import DEFAULT_OPTIONS, RunOptions
 from svdq_cli.prepare.prepare import Prepared, prepare, prompts_of
 from svdq_cli.prepare.sampling import Sampling
 from svdq_cli.recipe import Recipe
-from svdq_cli.records import ModelPlan, Observer, ignore_events
+from svdq_cli.records import ModelPlan, Observer, RotatedPlan, W4A4Plan, ignore_events
 from svdq_cli.reports import CalibrateReport
 from svdq_cli.source import components_digest, source_digest
 from svdq_cli.source.whole import require_whole
@@ -62,12 +69,35 @@ class CalibrationRun:
     prompts: tuple[str, ...]
     settings: SamplingSettings
     rows: int  # of every input
+    covariance_tokens: tuple[int, ...]  # of every input; 0 where its covariance is not taken
     facts: CalibrationFacts
 
     @property
     def bytes(self) -> int:
         """What the statistics take at most."""
-        return statistics_bytes(input_widths(self.prepared.plan), rows=self.rows)
+        return self._rows_bytes + covariances_bytes(self._widths, self.covariance_tokens)
+
+    @property
+    def part_bytes(self) -> int:
+        """What the files of all batches take at most, until they are merged."""
+        return self._rows_bytes + covariance_rows_bytes(self._widths, self.covariance_tokens)
+
+    @property
+    def spread(self) -> RowSampling:
+        return RowSampling(self.rows, len(self.prompts), self.settings.seed)
+
+    @property
+    def covariance_spreads(self) -> dict[str, RowSampling]:
+        names = (shared.name for shared in self.prepared.plan.inputs)
+        return self.spread.for_covariance(dict(zip(names, self.covariance_tokens, strict=True)))
+
+    @property
+    def _widths(self) -> list[int]:
+        return input_widths(self.prepared.plan)
+
+    @property
+    def _rows_bytes(self) -> int:
+        return statistics_bytes(self._widths, rows=self.rows)
 
 
 def calibrate(
@@ -91,7 +121,7 @@ def calibrate(
     calibration_run = calibration_run_of(
         prepared, options, observe, source_sha256=source_digest(prepared.source)
     )
-    require_disk({out: calibration_run.bytes, folder: calibration_run.bytes})
+    require_disk({out: calibration_run.bytes, folder: calibration_run.part_bytes})
 
     def kept(work: WorkFolder) -> str:
         return f"{len(PartFolder(work.images))} of {len(_batches(calibration_run))} batches of images"
@@ -116,6 +146,7 @@ def calibrate(
         bytes=manifest.bytes,
         digest=manifest.digest,
         seconds=time.monotonic() - started,
+        covariances=sum(entry.covariance_tokens > 0 for entry in manifest.inputs),
     )
 
 
@@ -152,7 +183,18 @@ def calibration_run_of(
         prompts_count=len(prompts),
     )
     rows = rows_within(input_widths(prepared.plan), rows=wanted.rows, budget=wanted.size_bytes)
-    return CalibrationRun(prepared, prompts, settings, rows, facts)
+    tokens = tokens_for_covariances(prepared, rows=rows, budget=wanted.size_bytes)
+    return CalibrationRun(prepared, prompts, settings, rows, tuple(tokens), facts)
+
+
+def tokens_for_covariances(prepared: Prepared, *, rows: int, budget: int) -> list[int]:
+    """Over how many tokens the covariance of each input is taken, at most; 0 for those that nothing would use it of."""
+    plans, rounded = prepared.plan.by_name, "gptq" in prepared.settings.steps
+    used = [
+        rounded and any(isinstance(plans[name], (W4A4Plan, RotatedPlan)) for name in shared.layers)
+        for shared in prepared.plan.inputs
+    ]
+    return covariance_tokens(input_widths(prepared.plan), used, rows=rows, budget=budget)
 
 
 def collect_calibration(
@@ -215,7 +257,8 @@ def _generate(
             plan.inputs,
             batches,
             sampling=settings,
-            spread=RowSampling(calibration_run.rows, len(calibration_run.prompts), settings.seed),
+            spread=calibration_run.spread,
+            covariance_spreads=calibration_run.covariance_spreads,
             parts=parts,
             encoded=encoded,
             observe=observe,
@@ -255,6 +298,7 @@ def _identity(calibration_run: CalibrationRun, options: RunOptions) -> Identity:
             "prompts sha256": calibration_run.facts.prompts_sha256,
             "pipeline sha256": components_digest(calibration_run.prepared.source),
             "rows": calibration_run.rows,
+            "covariance tokens": list(calibration_run.covariance_tokens),
             **settings_json(calibration_run.settings),
         },
         "inputs": [shared.name for shared in calibration_run.prepared.plan.inputs],

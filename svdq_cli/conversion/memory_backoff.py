@@ -21,6 +21,7 @@ from svdq_cli.prepare.options import RunOptions
 from svdq_cli.prepare.prepare import Prepared
 from svdq_cli.records import Event, LayerPlan, Observer, SharedInput, SolveSettings
 from svdq_cli.solve.costs import solve_bytes
+from svdq_cli.solve.covariance import covariance_bytes
 from svdq_cli.system.allocator import return_freed_memory
 from svdq_cli.system.machine import available_ram, resident_ram
 from svdq_cli.system.threads import NoMemoryAlongside
@@ -63,11 +64,14 @@ def memory_need(
     *,
     rows: int,
     itemsize: int,
+    covariance: bool = False,
 ) -> MemoryNeed:
-    """`rows`: calibration rows; `itemsize`: bytes of a stored weight. What was read ahead is held already."""
+    """`rows`: calibration rows; `covariance`: whether there is that of more tokens; `itemsize`: bytes of a stored
+    weight. What was read ahead is held already."""
     sizes = [plans[name].linear.out_features * plans[name].linear.in_features for name in layer_group.layers]
     width = plans[layer_group.layers[0]].linear.in_features
     ram = 2 * rows * width + (itemsize * max(sizes) if placement.streamed else 0)  # the rows as they are kept
+    ram += covariance_bytes(width) if covariance else 0
     working = solve_bytes(layer_group, plans, settings, rows=rows, streamed=placement.streamed)
     if placement.device.type == "cpu":
         numbers = max(sizes) if placement.streamed else sum(sizes)

@@ -13,9 +13,15 @@ from pathlib import Path
 
 import torch
 
-from svdq_cli.calibration.budget import rows_within, statistics_bytes
+from svdq_cli.calibration.budget import (
+    covariance_rows_bytes,
+    covariances_bytes,
+    rows_within,
+    statistics_bytes,
+)
+from svdq_cli.calibration.covariance import images_for_covariance
 from svdq_cli.conversion.block_forecast import BlockForecast, block_forecast, hidden_state_bytes, tuned_bytes
-from svdq_cli.conversion.calibrate import input_widths
+from svdq_cli.conversion.calibrate import input_widths, tokens_for_covariances
 from svdq_cli.conversion.encoder_weights import calibration_bytes, encoder_work
 from svdq_cli.conversion.machine_speed import Speed
 from svdq_cli.conversion.memory import free_ram, free_vram, reserved_ram
@@ -79,6 +85,24 @@ class Forecast:
         wanted = images.sampling
         kept = rows_within(input_widths(self.prepared.plan), rows=wanted.rows, budget=wanted.size_bytes)
         return min(kept, wanted.samples * wanted.settings.steps * images.tokens.by_layer[shared.layers[0]])
+
+    @cached_property
+    def covariance_tokens(self) -> dict[str, int]:
+        """By input, over how many tokens its covariance is taken; 0 for none."""
+        if isinstance(given := self.needs.statistics, GivenStatistics):
+            return {entry.name: entry.covariance_tokens for entry in given.artefact.manifest.inputs}
+        inputs = self.prepared.plan.inputs
+        if (images := self.images) is None:
+            return dict.fromkeys((shared.name for shared in inputs), 0)
+        wanted, widths = images.sampling, input_widths(self.prepared.plan)
+        rows = rows_within(widths, rows=wanted.rows, budget=wanted.size_bytes)
+        tokens = tokens_for_covariances(self.prepared, rows=rows, budget=wanted.size_bytes)
+        seen = images_for_covariance(wanted.samples) * wanted.settings.steps
+        found = {
+            shared.name: min(count, seen * images.tokens.by_layer[shared.layers[0]])
+            for shared, count in zip(inputs, tokens, strict=True)
+        }
+        return {shared.name: n if (n := found[shared.name]) > self.rows(shared) else 0 for shared in inputs}
 
     @cached_property
     def images(self) -> Images | None:
@@ -151,12 +175,17 @@ def _solve_work(job: Forecast) -> Work:
 def _calibrate_seconds(job: Forecast, images: Images, speed: Speed) -> float:
     """All images and one step to see what runs; loading and keeping of what is read and kept."""
     plan, wanted, settings = job.prepared.plan, images.sampling, images.sampling.settings
+    widths, tokens = input_widths(plan), list(job.covariance_tokens.values())
     passes = (wanted.samples * settings.steps + 1) * (2 if settings.true_cfg > 1 else 1)
-    statistics = statistics_bytes(input_widths(plan), rows=wanted.rows)
+    statistics = statistics_bytes(widths, rows=wanted.rows)
+    more = covariances_bytes(widths, tokens) + covariance_rows_bytes(widths, tokens)
+    # half of every product: the other half is the same
+    products = sum(count * width**2 for width, count in zip(widths, tokens, strict=True))
     return (
         passes * pass_seconds(plan, images.tokens, speed)
         + _loading_seconds(job, speed)
-        + 2 * statistics / speed.write
+        + speed.solve.seconds(Work(matmul=products))
+        + (2 * statistics + more) / speed.write
     )
 
 
@@ -306,6 +335,7 @@ def _needs(job: Forecast, layer_group: SharedInput) -> dict[Placement, MemoryNee
         settings=job.prepared.settings,
         rows=job.rows(layer_group),
         itemsize=stored_itemsize(job.prepared),
+        covariance=bool(job.covariance_tokens.get(layer_group.name)),
     )
     return {placement: need(placement) for placement in placements_on(job.device)}
 
@@ -337,18 +367,21 @@ def _generating_stages(job: Forecast, tokens: TokenCounts, *, batch: int, cpu: b
 
 
 def peak_disk_bytes(job: Forecast) -> int:
-    """Bytes on the disk at its fullest: statistics that were generated, twice while the parts of batches are
-    merged; or once, with the solved layers and the outputs."""
-    statistics = 0
+    """Bytes on the disk at its fullest: statistics that were generated, next to the parts of batches while those
+    are merged; or without, with the solved layers and the outputs."""
+    statistics = parts = 0
     if job.images:
+        widths, tokens = input_widths(job.prepared.plan), list(job.covariance_tokens.values())
         statistics = sum(
             8 * width + 2 * width * job.rows(shared)
-            for width, shared in zip(input_widths(job.prepared.plan), job.prepared.plan.inputs, strict=True)
+            for width, shared in zip(widths, job.prepared.plan.inputs, strict=True)
         )
+        parts = statistics + covariance_rows_bytes(widths, tokens)
+        statistics += covariances_bytes(widths, tokens)
     kept = work_bytes(job.prepared.plan, job.prepared.settings.dtype)
     kept += sum(way.kept for way in job.ways)
     spilled = max((way.passed_bytes - job.waiting_bytes(way) for way in job.ways), default=0)
-    return max(2 * statistics, statistics + kept + max(spilled, disk_bytes(job.prepared)))
+    return max(parts + statistics, statistics + kept + max(spilled, disk_bytes(job.prepared)))
 
 
 def disk_bytes(prepared: Prepared) -> int:

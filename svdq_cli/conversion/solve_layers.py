@@ -79,6 +79,12 @@ class Statistics:
             return next((entry.rows for entry in self.of.manifest.inputs if entry.name == name), 0)
         return self.of[name].rows.shape[0]
 
+    def has_covariance(self, name: str) -> bool:
+        """Whether there is the covariance of more tokens than an input has rows."""
+        if isinstance(self.of, Calibration):
+            return any(entry.name == name and entry.covariance_tokens for entry in self.of.manifest.inputs)
+        return self.of[name].covariance is not None
+
 
 def solve_into(
     work: WorkFolder,
@@ -198,7 +204,15 @@ class Solving:
 
     def need(self, layer_group: SharedInput, placement: Placement) -> MemoryNeed:
         rows, settings = self.rows(layer_group), self.prepared.settings
-        return memory_need(placement, layer_group, self.plans, settings, rows=rows, itemsize=self.itemsize)
+        return memory_need(
+            placement,
+            layer_group,
+            self.plans,
+            settings,
+            rows=rows,
+            itemsize=self.itemsize,
+            covariance=self.statistics is not None and self.statistics.has_covariance(layer_group.name),
+        )
 
     def stored(self, layer_group: SharedInput) -> int:
         """Bytes of its weights as they are read ahead."""

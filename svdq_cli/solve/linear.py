@@ -80,8 +80,9 @@ def solve_input(
         solution = _curve(plan, weights[plan.name], stats, settings)
         solved.append((solution, _without_search(solution, plan.rank, "none (curve)")))
     if rotated_plans:
-        rotated, results = solve_rotated(rotated_plans, weights, rows, settings, mean)
-        solved += ((each, _as_found(each, results)) for each in rotated.values())
+        covariance = None if stats is None else stats.covariance
+        rotated, results = solve_rotated(rotated_plans, weights, rows, settings, mean, covariance)
+        solved += ((each, _as_found(each, results, stats)) for each in rotated.values())
     for plan in w4a16_plans:
         source = weights[plan.name]
         known = rows if "gptq" in settings.steps else None
@@ -116,13 +117,18 @@ def _searched(
     if settings.steps and stats is not None and rows is not None:
         solutions, step_results = _improve(shared, plans, weights, stats, rows, settings, solutions)
     for solution in solutions.values():
-        yield solution, _as_found(solution, step_results, solution.plan.rank, label)
+        yield solution, _as_found(solution, step_results, stats, solution.plan.rank, label)
 
 
 def _as_found(
-    solution: LayerSolution, results: StepResults, rank: int | None = None, smoothing: str | None = None
+    solution: LayerSolution,
+    results: StepResults,
+    stats: ActivationStats | None,
+    rank: int | None = None,
+    smoothing: str | None = None,
 ) -> LayerSearch:
     errors = results.errors.get(solution.plan.name, {})
+    covariance = stats.covariance if stats and "gptq" in results.taken else None
     return LayerSearch(
         rank=rank,
         smoothing=smoothing,
@@ -131,6 +137,7 @@ def _as_found(
         steps_taken=tuple(results.taken),
         fallback=tuple(results.fallback),
         device=solution.codes.device.type,
+        covariance_tokens=covariance.tokens if covariance else 0,
     )
 
 
@@ -166,6 +173,7 @@ def _improve(
         settings.seed,
         stats.mean,
         settings.refinements,
+        stats.covariance,
     )
     x_peak, branchless = stats.abs_max.to(rows.device).float(), plans[0].branchless
     return improve(

@@ -34,6 +34,7 @@ def less_mean(stats: ActivationStats, mean: Tensor) -> ActivationStats:
     # Rows are a sample: the largest of all tokens was so much larger than the largest of them.
     beyond = (stats.abs_max / before.abs().amax(0).clamp(min=_TINY)).clamp(min=1.0)
     peaks = torch.where(mean == 0, stats.abs_max, after.float().abs().amax(0) * beyond)
+    covariance = stats.covariance
     moment = stats.second_moment - 2 * mean * before.double().mean(0).float() + mean.square()
     return replace(
         stats,
@@ -41,4 +42,5 @@ def less_mean(stats: ActivationStats, mean: Tensor) -> ActivationStats:
         abs_max=peaks,
         second_moment=torch.where(mean == 0, stats.second_moment, moment.clamp(min=0)),
         mean=mean,
+        covariance=None if covariance is None else replace(covariance, mean=covariance.mean - mean),
     )

@@ -13,13 +13,21 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from svdq_cli.records import LEVELS, ActivationStats, RotatedPlan, RotatedSolution, SolveSettings
+from svdq_cli.records import (
+    LEVELS,
+    ActivationStats,
+    InputCovariance,
+    RotatedPlan,
+    RotatedSolution,
+    SolveSettings,
+)
+from svdq_cli.solve.covariance import moments_of
 from svdq_cli.solve.forward import LinearWeights, relative_errors
 from svdq_cli.solve.improve import HELD_OUT, LEAST_ROWS, StepResults
 from svdq_cli.solve.quantizers import E4M3_MAX, E4M3_TINY, row_blocks
 from svdq_cli.solve.rotation import MOST, MOST_8_BIT, fake_quantize_rows, levels_of, rotate
 from svdq_cli.solve.rounding import NO_SEARCH, SCALE_FACTORS, Grid, Parameters, Rounded, gptq, nearest
-from svdq_cli.solve.second_moments import second_moments
+from svdq_cli.solve.second_moments import quantized_moments, second_moments
 from svdq_cli.solve.smoothing_methods import SEARCH_ROWS, evenly
 
 # Of the scale with which a row's largest weight becomes 7. A rotated row is close to normal, of which few numbers are
@@ -36,11 +44,12 @@ def solve_rotated(
     rows: Tensor | None,
     settings: SolveSettings,
     mean: Tensor | None = None,
+    covariance: InputCovariance | None = None,
 ) -> tuple[Solutions, StepResults]:
     """All rotated layers of one input, by name, and what the search brought. `rows` (M, K) float32, None for data-free.
 
-    `mean` (K,): what the rows are less than the 16-bit model's. Rounding by GPTQ is taken where it lowers the summed
-    error on rows that it did not see.
+    `mean` (K,): what the rows are less than the 16-bit model's; `covariance`: of more tokens, if any. Rounding by GPTQ
+    is taken where it lowers the summed error on rows that it did not see.
     """
     rotated, scales = _prepared(plans, weights, searched="scales" in settings.steps or rows is None)
     results = StepResults({plan.name: {} for plan in plans})
@@ -63,8 +72,8 @@ def solve_rotated(
 
     least = note("start", start)
     began = time.monotonic()
-    drawn = fake_quantize_rows(rotate(train, plans[0].rotation), plans[0].activation_bits)
-    found = gptq(rotated, second_moments(drawn), _grid(plans[0], searched="scales" in settings.steps))
+    hessian = _hessian(train, plans[0], covariance)
+    found = gptq(rotated, hessian, _grid(plans[0], searched="scales" in settings.steps))
     if found is None:
         results.fallback.append("gptq: no usable activations")
         return start, results
@@ -74,6 +83,17 @@ def solve_rotated(
     if better:
         results.taken.append("gptq")
     return (tried if better else start), results
+
+
+def _hessian(rows: Tensor, plan: RotatedPlan, covariance: InputCovariance | None) -> Tensor:
+    """Second moments (K, K) of rotated, quantized inputs."""
+    turned = rotate(rows, plan.rotation)
+    quantized = fake_quantize_rows(turned, plan.activation_bits)
+    if covariance is None:
+        return second_moments(quantized)
+    moments = moments_of(covariance, rows.new_ones(rows.shape[1]))
+    moments = rotate(rotate(moments, plan.rotation).T, plan.rotation)
+    return quantized_moments(moments.contiguous(), turned, quantized)
 
 
 def bit_errors(

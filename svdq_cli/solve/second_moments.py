@@ -1,8 +1,9 @@
-"""Second moments of inputs from few rows: what a sample exaggerates between channels is taken back.
+"""Second moments of the inputs that a runtime multiplies with, from few rows or from the covariance of many tokens.
 
 With about as many rows as channels a sample shows correlations that are not there, and whoever trusts them fits chance.
 Shrinking them toward 0 by the share of their variance that is chance is Schäfer and Strimmer's estimator (2005, target
-D; in the line of Ledoit and Wolf, 2004).
+D; in the line of Ledoit and Wolf, 2004). That takes back what the sample exaggerates, and with it some of what is
+true: the covariance of many tokens, where there is one, needs neither.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor
 
 from svdq_cli.solve.quantizers import row_blocks
+
+_LEAST_POWER = 1e-30
 
 
 def second_moments(rows: Tensor) -> Tensor:
@@ -38,3 +41,17 @@ def shrinkage(rows: Tensor, moments: Tensor) -> float:
         fourth += float(squares.sum(1).square_().sum() - squares.square_().sum())
     variance = (fourth / len(rows) - products) / max(len(rows) - 1, 1)
     return min(1.0, max(0.0, variance / products)) if products > 0 else 1.0
+
+
+def quantized_moments(moments: Tensor, rows: Tensor, quantized: Tensor) -> Tensor:
+    """E[q qᵀ] (K, K) of inputs after their quantizer, in the memory of `moments`, which are those before it.
+
+    What the quantizer does to a channel is told by a few `rows` (M, K) and what it made of them, `quantized`: it keeps
+    a share of the number, and adds noise of its own, which has nothing to do with other channels.
+    """
+    power = rows.square().mean(0).clamp_(min=_LEAST_POWER)
+    kept = (rows * quantized).mean(0).div_(power)
+    own = moments.diagonal() * (quantized.square().mean(0) / power)
+    moments.mul_(kept).mul_(kept.unsqueeze(1))
+    moments.diagonal().copy_(own)
+    return moments

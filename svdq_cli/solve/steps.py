@@ -12,7 +12,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from svdq_cli.records import NvFp4, Precision, SearchStep, SolveSettings, W4A4Plan, W4A4Solution
+from svdq_cli.records import (
+    InputCovariance,
+    NvFp4,
+    Precision,
+    SearchStep,
+    SolveSettings,
+    W4A4Plan,
+    W4A4Solution,
+)
+from svdq_cli.solve.covariance import moments_of
 from svdq_cli.solve.forward import LinearWeights, dequantized_weight, stacked_weights
 from svdq_cli.solve.learned import GPTQ_LEAVES, OUTPUTS_PER_STEP, ROWS_PER_STEP, learn_smoothing
 from svdq_cli.solve.learned import STEPS as LEARNING_STEPS
@@ -21,7 +30,7 @@ from svdq_cli.solve.quantizers import QuantizedWeight, fake_quantize_activation
 from svdq_cli.solve.refine import held_bytes, refined, round_work
 from svdq_cli.solve.refit import refit_branch, ridge_for
 from svdq_cli.solve.rounding import NO_SEARCH, SCALE_FACTORS, gptq_weight
-from svdq_cli.solve.second_moments import second_moments
+from svdq_cli.solve.second_moments import quantized_moments, second_moments
 from svdq_cli.solve.work import Shapes, Work, split_work
 
 
@@ -36,6 +45,7 @@ class LayerGroup:
     seed: int
     mean: Tensor | None = None  # (K,): what the rows are less than the 16-bit model's
     refinements: int = 0  # of branch and codes, at most
+    covariance: InputCovariance | None = None
 
     @property
     def plans(self) -> tuple[W4A4Plan, ...]:
@@ -198,8 +208,14 @@ def _rounded(attempt: Attempt) -> Solutions | None:
     too. All layers see one input, so one Hessian serves all."""
     layer_group, best = attempt.layer_group, attempt.best
     factors = SCALE_FACTORS if "scales" in attempt.steps else NO_SEARCH
-    activation = fake_quantize_activation(attempt.train / _smooth(best), layer_group.precision)
-    hessian = second_moments(activation)
+    smooth = _smooth(best)
+    x = attempt.train / smooth
+    activation = fake_quantize_activation(x, layer_group.precision)
+    if layer_group.covariance is None:
+        hessian = second_moments(activation)
+    else:
+        hessian = quantized_moments(moments_of(layer_group.covariance, 1 / smooth), x, activation)
+    del x, activation
     left = _residual(layer_group, best)
     quantized = gptq_weight(
         left,

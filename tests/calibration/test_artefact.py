@@ -21,7 +21,8 @@ from svdq_cli.calibration import (
     save_calibration,
 )
 from svdq_cli.errors import InputError, OutOfResourcesError, UsageError
-from svdq_cli.records import ActivationStats
+from svdq_cli.records import ActivationStats, InputCovariance
+from svdq_cli.solve.covariance import stored_covariance
 
 FACTS = CalibrationFacts(
     svdq_version="1.2.3",
@@ -41,12 +42,17 @@ def _stats(name: str, *, k: int, rows: int, seed: int) -> ActivationStats:
     return ActivationStats(name, moment * 3, moment, sample, tokens_seen=100 + rows)
 
 
+def _covariance(*, k: int, seed: int) -> InputCovariance:
+    x = torch.randn(300, k, generator=torch.Generator().manual_seed(seed))
+    return stored_covariance(x.mean(0), torch.cov(x.T, correction=0), 300)
+
+
 STATS = {
     s.name: s
     for s in (
         _stats("blocks.0.to_q", k=128, rows=17, seed=0),
         _stats("blocks.0.ff", k=1, rows=1, seed=1),
-        _stats("blocks.1.to_q", k=129, rows=40, seed=2),
+        replace(_stats("blocks.1.to_q", k=129, rows=40, seed=2), covariance=_covariance(k=129, seed=3)),
     )
 }
 
@@ -68,6 +74,11 @@ def test_what_is_saved_is_what_is_opened(saved: Path):
             assert torch.equal(getattr(found, part), getattr(stats, part))
             assert getattr(found, part).dtype == getattr(stats, part).dtype
         assert (found.name, found.tokens_seen) == (name, stats.tokens_seen)
+        assert (found.covariance is None) == (stats.covariance is None)
+        if found.covariance is not None and stats.covariance is not None:
+            assert found.covariance.tokens == 300
+            for part in ("mean", "deviation", "correlations"):
+                assert torch.equal(getattr(found.covariance, part), getattr(stats.covariance, part))
     entry = calibration.manifest.inputs[0]
     assert (entry.k, entry.rows, entry.tokens_seen) == (128, 17, 117)
     assert sorted(path.name for path in saved.parent.iterdir()) == ["calib"]
@@ -91,8 +102,21 @@ def test_the_digest_stands_for_what_matters(saved: Path, tmp_path: Path, monkeyp
     assert digest_of(replace(FACTS, prompts_sha256="00")) != digest
     assert digest_of(replace(FACTS, source_sha256=None)) != digest
     assert digest_of(FACTS, {**STATS, "blocks.0.ff": _stats("blocks.0.ff", k=1, rows=1, seed=9)}) != digest
+    other = replace(STATS["blocks.1.to_q"], covariance=_covariance(k=129, seed=4))
+    assert digest_of(FACTS, {**STATS, "blocks.1.to_q": other}) != digest
     monkeypatch.setattr(artefact, "MAX_FILE_BYTES", 1)
     assert digest_of(FACTS) == digest
+
+
+def test_a_folder_of_a_version_without_covariances_is_read(tmp_path: Path):
+    old = {name: replace(stats, covariance=None) for name, stats in STATS.items()}
+    save_calibration(tmp_path / "calib", old, FACTS)
+    manifest = tmp_path / "calib" / "manifest.json"
+    said = json.loads(manifest.read_text())
+    for entry in said["inputs"]:
+        assert entry.pop("covariance_tokens") == 0
+    manifest.write_text(json.dumps(said))
+    assert open_calibration(tmp_path / "calib").stats("blocks.1.to_q").covariance is None
 
 
 def test_large_statistics_are_split_into_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -13,8 +13,9 @@ from torch import nn
 
 from svdq_cli.calibration import SamplingSettings, collect_stats, load_source_pipeline
 from svdq_cli.calibration.budget import rows_within, statistics_bytes
-from svdq_cli.calibration.collect import RowSampling, collect_parts
+from svdq_cli.calibration.collect import collect_parts
 from svdq_cli.calibration.parts import MergedStats, PartFolder
+from svdq_cli.calibration.row_sampling import RowSampling
 from svdq_cli.errors import InputError, UsageError
 from svdq_cli.pipelines.encode import FreedEncoder, encode_prompts
 from svdq_cli.pipelines.first_call import first_call

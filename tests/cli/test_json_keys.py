@@ -30,9 +30,12 @@ LAYERS = "layers{kept, w4a16, w4a4, w4a8}"
 RANK = "rank{max, mean, min, requested}"
 SQNR = "layer_sqnr_db{mean, min, per_layer{}}"
 SUMMARY = "{ci95[], max, mean, min, std}"
-SEARCHED = "{device, fallback[], rank, smoothing, steps_db{}, steps_seconds{}, steps_taken[]}"
+SEARCHED = (
+    "{covariance_tokens, device, fallback[], rank, smoothing, steps_db{}, steps_seconds{}, steps_taken[]}"
+)
 KEYS = {
-    "calibrate": "{bytes, command, digest, inputs, next, path, prompts, schema, seconds, status, steps, tokens_seen}",
+    "calibrate": "{bytes, command, covariances, digest, inputs, next, path, prompts, schema, seconds, status, steps, "
+    "tokens_seen}",
     "check": "{command, format, layer_error{}, layers, loras[], problems[], same_source, schema, status, "
     "text_encoders[], warnings[]}",
     "convert": "{bytes{input, output, ratio}, command, data_free, effort, fingerprint, gates_missed[], "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -13,13 +14,13 @@ import pytest
 import torch
 
 from svdq_cli.calibration import open_calibration
-from svdq_cli.calibration.budget import rows_within, statistics_bytes
+from svdq_cli.calibration.budget import covariances_bytes, rows_within, statistics_bytes
 from svdq_cli.conversion.calibrate import calibrate, input_widths
 from svdq_cli.conversion.convert import convert
 from svdq_cli.errors import CanceledRunError, InterruptedRunError, Terminated, UsageError
 from svdq_cli.formats import format_named
 from svdq_cli.prepare.options import RunOptions
-from svdq_cli.recipe import Calibration, Recipe, default_recipe
+from svdq_cli.recipe import Calibration, Recipe, default_recipe, with_overrides
 from svdq_cli.records import Event, Int4
 from tests.full_size import FLUX_DEV, full_size_plan
 
@@ -153,6 +154,19 @@ def test_the_artefact_takes_what_its_plan_said(recipe: Recipe, tmp_path: Path):
         calibrate(recipe.model_copy(update={"calibration": small}), tmp_path / "none", options=CPU)
     report = calibrate(recipe, tmp_path / "calib", options=CPU)
     stored = open_calibration(tmp_path / "calib").manifest
-    widths = [entry.k for entry in stored.inputs]
+    widths, tokens = zip(*((entry.k, entry.covariance_tokens) for entry in stored.inputs), strict=True)
+    assert report.covariances == sum(count > 0 for count in tokens) > 0
     # headers and inputs with fewer tokens than rows are the difference
-    assert report.bytes == pytest.approx(statistics_bytes(widths, rows=64), rel=0.25)
+    most = statistics_bytes(widths, rows=64) + covariances_bytes(widths, tokens)
+    assert report.bytes == pytest.approx(most, rel=0.25)
+
+
+def test_covariances_are_kept_for_who_rounds_with_them(recipe: Recipe, tmp_path: Path):
+    fast = with_overrides(recipe, {"quantization.effort": "fast"})
+    assert calibrate(fast, tmp_path / "fast", options=CPU).covariances == 0
+    convert(recipe, tmp_path / "out", options=CPU)
+    found = json.loads((tmp_path / "out" / "svdq_report.json").read_text())["search"]["layers"]
+    informed = {name for name, layer in found.items() if layer["covariance_tokens"]}
+    taken = {name for name, layer in found.items() if "gptq" in layer["steps_taken"]}
+    assert informed
+    assert informed <= taken

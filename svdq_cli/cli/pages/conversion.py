@@ -184,9 +184,10 @@ def _range_text(seconds: tuple[float, float]) -> str:
 
 
 def calibration(console: Console, report: CalibrateReport) -> None:
+    covariances = f"covariances of {report.covariances}, " if report.covariances else ""
     console.print(
         f"{report.path}: {report.inputs} layer inputs from {counted(report.prompts, 'prompt')} x "
-        f"{counted(report.steps, 'step')}, "
+        f"{counted(report.steps, 'step')}, {covariances}"
         f"{bytes_text(report.bytes)}, {report.seconds:.1f} s"
     )
     console.print(Text(f"next: {report.next}"))
