@@ -11,6 +11,7 @@ import torch
 
 from svdq_cli.conversion.block_forecast import block_forecast
 from svdq_cli.conversion.convert import convert
+from svdq_cli.conversion.memory_backoff import Placement, memory_need
 from svdq_cli.conversion.plan import predict
 from svdq_cli.conversion.record import BLOCK_SAMPLE, output_sample, record_blocks
 from svdq_cli.errors import OutOfResourcesError
@@ -33,6 +34,7 @@ from svdq_cli.records import (
     ignore_events,
 )
 from svdq_cli.solve.costs import NOMINAL, solve_bytes, solve_work
+from svdq_cli.solve.covariance import stored_covariance
 from svdq_cli.solve.forward import LinearWeights
 from svdq_cli.solve.linear import solve_input
 from svdq_cli.system.machine import resident_ram
@@ -107,6 +109,31 @@ def test_solving_takes_the_memory_that_is_predicted(
         solve_input(shared, plans, asked if streamed else dict(asked), given, settings)
     predicted = solve_bytes(shared, plans, settings, rows=0 if given is None else rows, streamed=streamed)
     assert predicted == pytest.approx(seen.most, rel=0.15)
+
+
+def test_a_covariance_takes_no_memory_that_solving_with_rows_does_not():
+    """Besides its own bytes, which are held already: the matrix takes the place of the rows' second moments."""
+    k, rows = 1024, 512
+    x = torch.randn(4 * k, k, generator=torch.Generator().manual_seed(0)).bfloat16()
+    wide = x.float()
+    covariance = stored_covariance(wide.mean(0), torch.cov(wide.T, correction=0), len(x))
+    stats = ActivationStats(
+        "l", wide.abs().amax(0), wide.square().mean(0), x[:rows], len(x), covariance=covariance
+    )
+    plan = W4A4Plan(Linear("l", k, 512, bias=False), Int4(), 32)
+    shared = SharedInput("l", ("l",), (("l",),))
+    weights = {"l": LinearWeights(torch.randn(512, k), None)}
+    del x, wide
+    with Allocations() as seen:
+        solve_input(shared, {"l": plan}, weights, stats, SEARCHED)
+    predicted = solve_bytes(shared, {"l": plan}, SEARCHED, rows=rows)
+    assert seen.most <= 1.15 * predicted
+    on_cpu = Placement(torch.device("cpu"), streamed=False)
+    without, held = (
+        memory_need(on_cpu, shared, {"l": plan}, SEARCHED, rows=rows, itemsize=2, covariance=there).ram
+        for there in (False, True)
+    )
+    assert held - without == covariance.bytes
 
 
 def best_recipe(source: Path, folder: Path, **drawn: object) -> Recipe:
