@@ -60,7 +60,8 @@ def save_tiny(make: Callable[[], diffusers.DiffusionPipeline], folder: Path, *, 
             if (model := getattr(pipe, name, None)) is not None:
                 _keep_variance(model)
     pipe.to(dtype=torch.bfloat16)
-    pipe.save_pretrained(folder)
+    modular = isinstance(pipe, diffusers.ModularPipeline)
+    pipe.save_pretrained(str(folder), **({"overwrite_modular_index": True} if modular else {}))
     return folder
 
 

@@ -285,9 +285,11 @@ def flux2_vae() -> diffusers.AutoencoderKLFlux2:
     )
 
 
-def clip_vision(*, projection: bool = False) -> CLIPVisionModel | CLIPVisionModelWithProjection:
+def clip_vision(
+    *, projection: bool = False, width: int = TEXT_WIDTH
+) -> CLIPVisionModel | CLIPVisionModelWithProjection:
     config = CLIPVisionConfig(
-        hidden_size=TEXT_WIDTH,
+        hidden_size=width,
         intermediate_size=64,
         projection_dim=TEXT_WIDTH,
         num_hidden_layers=2,

@@ -175,7 +175,6 @@ EXPECTED: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 
 # Why no tiny pipeline of a class is taken through calibration
 _NO_PIPELINE = "no pipeline of diffusers takes it"
-_MODULAR = "only modular pipelines take it"
 _NO_TEXT = "its pipeline reads no text: svdq calibrates with prompts"
 _GUARDRAIL = "its pipeline wants the package cosmos_guardrail, which downloads models"
 WITHOUT_PIPELINE: Mapping[str, str] = {
@@ -184,12 +183,10 @@ WITHOUT_PIPELINE: Mapping[str, str] = {
     "CosmosTransformer3DModel": _GUARDRAIL,
     "DiTTransformer2DModel": _NO_TEXT,
     "DreamLiteTransformer2DModel": _NO_PIPELINE,
-    "Flux3Transformer2DModel": _MODULAR,
     "I2VGenXLUNet": "its pipeline (deprecated) asks CLIPTextModel for what it has no more in transformers 5.6",
     "Kandinsky6SRTransformer3DModel": "its pipeline starts from videos and reads no text: svdq calibrates with prompts",
-    "MiniMaxH3Transformer3DModel": _MODULAR,
-    "MiniMaxMusic3RVQDepthDecoder": _MODULAR,
-    "MiniMaxMusic3Transformer1DModel": _MODULAR,
+    "MiniMaxMusic3RVQDepthDecoder": "no denoiser: MiniMax Music 3 writes codes with it, one after the other, before it "
+    "denoises; its pipeline keeps it at 16 bits",
     "MotionAdapter": "a part of UNetMotionModel, which is calibrated with it",
     "PriorTransformer": "its pipelines make embeddings, not images",
     "RFD4ProteinaTransformer": _NO_TEXT,
@@ -201,6 +198,5 @@ WITHOUT_PIPELINE: Mapping[str, str] = {
     "TransformerTemporalModel": "a part of other models",
     "UNet1DModel": _NO_TEXT,
     "UNet2DModel": _NO_TEXT,
-    "WanAnimate2Transformer3DModel": _MODULAR,
     "WanAnimateTransformer3DModel": "its pipeline starts from videos of pose and face: recipes have no key for them",
 }

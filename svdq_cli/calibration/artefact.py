@@ -233,8 +233,9 @@ def _digest(facts: CalibrationFacts, entries: list[InputEntry]) -> str:
     plain = _facts_json(facts)
     del plain["svdq_version"]
     del plain["settings"]["batch_size"]  # an option; what it changes, if anything, shows in the tensors
-    for file in (*plain["settings"].get("image", ()), *plain["settings"].get("mask", ())):
-        del file["path"]  # its content counts
+    for key in ("image", "mask", "video"):
+        for file in plain["settings"].get(key, ()):
+            del file["path"]  # its content counts
     inputs = [[entry.name, entry.k, entry.rows, entry.tokens_seen, entry.sha256] for entry in entries]
     text = json.dumps([CalibrationManifest.schema, plain, inputs], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

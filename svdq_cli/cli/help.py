@@ -15,6 +15,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
         "--prompt",
         "--image",
         "--mask",
+        "--video",
         "--strength",
         "--calib",
     ),

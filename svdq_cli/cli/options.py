@@ -310,6 +310,10 @@ Mask = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="Mask for inpainting: the white area of --image is generated again."),
 ]
+Video = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Video to start from, or whose motion is taken."),
+]
 Strength = Annotated[
     float | None,
     typer.Option(metavar="X", help="How much --image is changed, above 0 and at most 1."),

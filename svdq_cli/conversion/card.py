@@ -23,11 +23,13 @@ from svdq_cli.prepare.locate import hub_id
 from svdq_cli.records import NvFp4
 from svdq_cli.reports import ConvertReport, LoraFacts, OutputFile, RankFacts, TextEncoderFacts, to_json
 from svdq_cli.source import is_expert, pipeline_index
-from svdq_cli.storage.pipeline_index import is_pipeline
+from svdq_cli.storage.pipeline_index import is_modular, is_pipeline
 from svdq_cli.text import cell, number, table
 
 CARD_FILE = "README.md"
 HERE = "."  # in code that runs in the output's folder
+# the same where transformers reads components, which with "." looks for some of their files in the wrong folder
+_IMPORT_OS, _ABSOLUTE = "import os", f'os.path.abspath("{HERE}")'
 _BASE = "PIPELINE_FOLDER"
 WORST_LAYERS = 5
 _MAX_BYTES = 1 << 20  # of a card that is read
@@ -64,7 +66,8 @@ def _model_card(
     single = format_named(output.format).single_file
     file = PurePath(output.path).name if single else None
     whole = pipeline is not None and not single
-    place = _Place(output.format, report.model.model_class, dtype, file, whole, name)
+    modular = pipeline is not None and is_modular(pipeline)
+    place = _Place(output.format, report.model.model_class, dtype, file, whole, name, modular)
     header = _header(said, name, pipeline, [report.precision, output.format])
     return "\n".join([header, "", *_body(report, output, place)]) + "\n"
 
@@ -107,8 +110,10 @@ def _derived_body(checkpoint: Checkpoint, facts: DerivedFacts, base_model: str |
         yield from table(("LoRA", "weight", "sha256"), named)
         yield ""
     layers = [layer.name for layer in checkpoint.layers]
+    pipeline = checkpoint.source.pipeline
+    modular = pipeline is not None and is_modular(pipeline)
     place = _Place(
-        facts.format, checkpoint.model_class, checkpoint.dtype, facts.file, facts.whole, base_model
+        facts.format, checkpoint.model_class, checkpoint.dtype, facts.file, facts.whole, base_model, modular
     )
     yield from _loading(place, experts=any(map(is_expert, layers)))
     yield ""
@@ -154,7 +159,11 @@ def _header_of(path: Path, keys: Sequence[str]) -> dict[str, Any]:
 def _pipeline_tag(pipeline: Path | None) -> str:
     """The pipeline tag of the Hub (text-to-image ...), from the name of the pipeline's class."""
     name = str(pipeline_index(pipeline).get("_class_name")) if pipeline and is_pipeline(pipeline) else ""
-    if re.search("Video|Wan|LTX|Mochi", name):
+    if re.search("Music|Audio|AceStep", name):
+        return "text-to-audio"
+    if re.search("Animate2|ImageToVideo|Image2Video", name):
+        return "image-to-video"
+    if re.search("Video|Wan|LTX|Mochi|MiniMaxH3", name):
         return "text-to-video"
     return (
         "image-to-image" if re.search("Img2Img|Kontext|Edit|Fill|Inpaint|Control", name) else "text-to-image"
@@ -261,6 +270,7 @@ class _Place:
     file: str | None  # None for a folder
     whole: bool  # a pipeline's folder
     base_model: str | None
+    modular: bool  # whether the pipeline is one of Modular Diffusers
 
 
 def _loading(
@@ -312,8 +322,15 @@ def _in_diffusers(place: _Place) -> Iterator[str]:
     yield "In this folder (from elsewhere, with its path or the repository's name in place of the dot):"
     yield ""
     name = dtype_name(place.dtype)
-    yield from ("```python", "import torch")
-    if place.whole:
+    yield "```python"
+    if place.whole and place.modular:
+        yield _IMPORT_OS
+    yield "import torch"
+    if place.whole and place.modular:
+        yield from ("from diffusers import ModularPipeline", "")
+        yield f"pipe = ModularPipeline.from_pretrained({_ABSOLUTE})"
+        yield f"pipe.load_components(dtype=torch.{name})"
+    elif place.whole:
         # without a dtype diffusers makes the other components float32, which the transformer can't take
         yield from ("from diffusers import DiffusionPipeline", "")
         yield f'pipe = DiffusionPipeline.from_pretrained("{HERE}", dtype=torch.{name})'
@@ -336,4 +353,5 @@ def _base_pipeline(base_model: str | None) -> Iterator[str]:
 
 def with_repository(card: str, repository: str) -> str:
     """The card as it is read on the Hub, where code runs in no folder of the repository."""
+    card = card.replace(f"```python\n{_IMPORT_OS}\n", "```python\n").replace(_ABSOLUTE, f'"{repository}"')
     return card.replace(f'.from_pretrained("{HERE}"', f'.from_pretrained("{repository}"')

@@ -41,6 +41,7 @@ class Inputs:
 
     image: Path | None = None
     mask: Path | None = None
+    video: Path | None = None
     strength: float | None = None
 
 
@@ -68,7 +69,7 @@ def generate(
     diffusers' image-to-image or inpainting pipeline of the same parts.
     """
     refuse_existing(out, overwrite=options.overwrite)
-    read = [file for file in (path, inputs.image, inputs.mask) if file is not None]
+    read = [file for file in (path, inputs.image, inputs.mask, inputs.video) if file is not None]
     require_image_place(out, inputs=read, overwrite=options.overwrite, others=(*VIDEO_SUFFIXES, SOUND_SUFFIX))
     require_encoder(out)
     started = time.monotonic()
@@ -129,6 +130,7 @@ def with_inputs(recipe: Recipe, inputs: Inputs) -> Recipe:
     given: dict[str, object] = {
         "image": None if inputs.image is None else str(inputs.image.absolute()),
         "mask": None if inputs.mask is None else str(inputs.mask.absolute()),
+        "video": None if inputs.video is None else str(inputs.video.absolute()),
         "strength": inputs.strength,
     }
     calibration = recipe.calibration or Calibration()

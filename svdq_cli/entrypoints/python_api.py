@@ -223,6 +223,7 @@ def evaluate(
     fps: float | None = None,
     image: str | Path | None = None,
     mask: str | Path | None = None,
+    video: str | Path | None = None,
     strength: float | None = None,
     batch_size: int | None = None,
     seed: int | None = None,
@@ -240,7 +241,7 @@ def evaluate(
         against: The 16-bit model that the checkpoint was made from, or a recipe that names it.
         report: Folder that keeps images, figures and `report.html`; a second run adds what is missing.
         samples: Number of prompts; 16 when None.
-        image, mask, strength: What pipelines that edit or fill in start from.
+        image, mask, video, strength: What pipelines that edit, fill in or animate start from.
         without: Passes to leave out, of "naive", "floor", "own-noise", "outputs" and "nf4".
         backend, base, loras, frames, fps: As in `load_pipeline` and `convert`; base, loras of the 16-bit model.
 
@@ -258,7 +259,7 @@ def evaluate(
     named, options = _recipe(against, _options(device, overwrite), loras)
     named = override(named, {"model.base": _text(base)})
     given = _sampling(prompts, prompt_column, samples, steps, width, height, frames, fps, batch_size, seed)
-    inputs = Inputs(_path(image), _path(mask), strength)
+    inputs = Inputs(_path(image), _path(mask), _path(video), strength)
     recipe = recipe_against(Path(checkpoint), named, given, inputs=inputs, options=options)
     return run(
         *(Path(checkpoint), recipe),

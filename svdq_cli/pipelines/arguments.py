@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from inspect import Parameter
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from svdq_cli.errors import InputError, UsageError
 from svdq_cli.pipelines.settings import ImageFile, SamplingSettings
-from svdq_cli.storage.videos import FRAME_ARGUMENTS, RATE_ARGUMENTS
+from svdq_cli.storage.videos import FRAME_ARGUMENTS, RATE_ARGUMENTS, read_frames
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -18,12 +19,16 @@ if TYPE_CHECKING:
 INPUT_NAMES: Mapping[str, tuple[str, ...]] = {
     "image": ("image", "images"),
     "mask": ("mask_image", "mask"),
+    "video": ("driving_video", "video"),
     "strength": ("strength",),
     "frames": FRAME_ARGUMENTS,
     "fps": RATE_ARGUMENTS,
 }
 
 _SCHEDULE = "guidance_schedule"
+
+# What is sung where a pipeline sings, and prompts describe the music alone
+_LYRICS = "[verse]\nMorning light is on the water\n[chorus]\nSing it once again"
 
 # Pipelines that guide, and break where they are given no negative prompt
 _WANT_NEGATIVE = ("EasyAnimatePipeline", "EasyAnimateControlPipeline", "EasyAnimateInpaintPipeline")
@@ -76,6 +81,11 @@ def optional_arguments(
             if name == "image":
                 read = _as_the_pipeline_takes(read, pipeline, alike=len(files) == 1)
             arguments[_argument(name, accepted, pipeline)] = read
+    if settings.video:
+        arguments[_argument("video", accepted, pipeline)] = _videos(settings.video, images, settings)
+    lyrics = accepted.get("lyrics")
+    if lyrics is not None and lyrics.default in (None, Parameter.empty):
+        arguments["lyrics"] = _LYRICS
     return arguments
 
 
@@ -92,7 +102,12 @@ def _guided(settings: SamplingSettings, accepted: Mapping[str, Parameter]) -> di
 
 def missing_inputs(settings: SamplingSettings, accepted: Collection[str]) -> list[str]:
     """Recipe keys of inputs that the pipeline takes and that were not given."""
-    given = {"image": settings.image, "mask": settings.mask, "frames": settings.frames}
+    given = {
+        "image": settings.image,
+        "mask": settings.mask,
+        "video": settings.video,
+        "frames": settings.frames,
+    }
     return [
         name for name, value in given.items() if not value and any(n in accepted for n in INPUT_NAMES[name])
     ]
@@ -152,6 +167,19 @@ def _images(
     read = [opened_image(files[index % len(files)], mask=mask) for index in indices]
     scaled = [image.resize((settings.width, settings.height)) for image in read]
     return scaled[0] if len(scaled) == 1 else scaled
+
+
+def _videos(files: tuple[ImageFile, ...], indices: Sequence[int], settings: SamplingSettings) -> list[Any]:
+    """The frames of a batch's videos, no more than are generated, scaled to the size that is; those of one alone."""
+    size = (settings.width, settings.height)
+    read = [
+        [
+            frame.resize(size)
+            for frame in read_frames(Path(files[index % len(files)].path), most=settings.frames)
+        ]
+        for index in indices
+    ]
+    return read[0] if len(read) == 1 else read
 
 
 def opened_image(file: ImageFile, *, mask: bool = False) -> Image:

@@ -30,6 +30,7 @@ from svdq_cli.pipelines.modular import answer_of, is_modular_pipeline, load_modu
 from svdq_cli.pipelines.settings import SamplingSettings
 from svdq_cli.records import Event, Observer, ignore_events
 from svdq_cli.source import pipeline_index
+from svdq_cli.source.modular_index import libraries_of
 from svdq_cli.source.variants import chosen_variant
 from svdq_cli.source.whole import require_component
 from svdq_cli.storage.images import stacked
@@ -464,6 +465,9 @@ def _checked_class(folder: Path, *, given: Collection[str]) -> type[DiffusionPip
             hint="give a folder that save_pretrained wrote, or a complete download",
             where=str(folder),
         )
+    for name, value in read_json(index).items():
+        for library in libraries_of(value):
+            _require_library(folder, name, library)
     parts = pipeline_index(folder)
     pipeline_class = _named_class(index, parts.get("_class_name"))
     for name, value in parts.items():
@@ -471,7 +475,8 @@ def _checked_class(folder: Path, *, given: Collection[str]) -> type[DiffusionPip
         if name.startswith("_") or name in given:
             continue
         if isinstance(value, list) and len(value) == 2 and isinstance(value[0], str):
-            _check_component(folder, name, value[0], str(value[1]))
+            _require_library(folder, name, value[0])
+            require_component(folder, name, str(value[1]))
     return pipeline_class
 
 
@@ -489,7 +494,8 @@ def _named_class(index: Path, name: object) -> type[DiffusionPipeline]:
     return cast("type[DiffusionPipeline]", found)
 
 
-def _check_component(folder: Path, name: str, library: str, model_class: str) -> None:
+def _require_library(folder: Path, name: str, library: str) -> None:
+    """InputError for a component whose class would be imported from anywhere else than the libraries."""
     import diffusers.pipelines
 
     if library not in _LIBRARIES and not hasattr(diffusers.pipelines, library):
@@ -498,4 +504,3 @@ def _check_component(folder: Path, name: str, library: str, model_class: str) ->
             hint=f"use a pipeline whose parts come from {' and '.join(_LIBRARIES)}",
             where=str(folder / name),
         )
-    require_component(folder, name, model_class)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
     from PIL.Image import Image
 
-_IMAGES = ("images", "frames", "image")  # what the library's outputs call them
+PICTURES = ("images", "videos", "frames", "image")  # what the library's outputs call them
 _SOUNDS = ("audios", "audio")
+OUTPUTS = (*PICTURES, *_SOUNDS)
 # Where a pipeline's sampling rate is: of a part, by its attribute or in its config; the first that is there
 _RATES = (
     ("vocoder", "output_sampling_rate"),
@@ -47,13 +48,18 @@ class _WithSound:
 
 def answers_of(pipe: DiffusionPipeline, out: Any) -> list[Any]:
     """The output of a pipeline's call, prompt by prompt. Latents are left as they are."""
-    pictures = next((getattr(out, name) for name in _IMAGES if hasattr(out, name)), None)
-    samples = next((getattr(out, name) for name in _SOUNDS if getattr(out, name, None) is not None), None)
-    if samples is None:
-        assert pictures is not None, f"{type(out).__name__} holds neither images nor sounds"
-        return list(pictures)
-    if pictures is not None and isinstance(pictures, torch.Tensor):  # latents, and the sound's are no sound
-        return list(pictures)
+    made = {name: getattr(out, name) for name in OUTPUTS if getattr(out, name, None) is not None}
+    assert made, f"{type(out).__name__} holds neither images nor sounds"
+    return answers_in(pipe, made)
+
+
+def answers_in(pipe: object, made: Mapping[str, Any]) -> list[Any]:
+    """What a pipeline made, by the names of `OUTPUTS`, prompt by prompt; the first of each kind that is there."""
+    pictures = next((made[name] for name in PICTURES if name in made), None)
+    samples = next((made[name] for name in _SOUNDS if name in made), None)
+    # latents, and the sound's are no sound
+    if samples is None or (pictures is not None and isinstance(pictures, torch.Tensor)):
+        return list(cast("Any", pictures))
     sounds = [sound_of(torch.as_tensor(one), sampling_rate(pipe)) for one in samples]
     frames: Sequence[Any] = [None] * len(sounds) if pictures is None else list(pictures)
     return [_WithSound(*each) for each in zip(frames, sounds, strict=True)]
@@ -70,7 +76,7 @@ def _frames(found: Any) -> tuple[Any, ...]:
     return tuple(found) if isinstance(found, list) else (found,)
 
 
-def sampling_rate(pipe: DiffusionPipeline) -> int:
+def sampling_rate(pipe: object) -> int:
     """Samples a second of the sounds that a pipeline makes."""
     for name, key in _RATES:
         part = getattr(pipe, name, None)

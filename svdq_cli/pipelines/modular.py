@@ -11,16 +11,18 @@ import logging
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, cast
+
+import torch
+from torch import nn
 
 from svdq_cli.errors import InputError
+from svdq_cli.pipelines.generated import OUTPUTS, PICTURES, answers_in
 from svdq_cli.source import pipeline_index
+from svdq_cli.source.modular_index import UNUSED_COMPONENTS
+from svdq_cli.source.variants import chosen_variant
 
-if TYPE_CHECKING:
-    import torch
-
-# What the last block leaves behind, by what it is called
-OUTPUTS = ("images", "videos", "frames", "audios", "audio")
+_DECODE = "decode"  # the library's name of the block
 
 
 def is_modular_pipeline(pipe: object) -> bool:
@@ -40,24 +42,16 @@ def load_modular(
     """The pipeline of a folder whose index was checked. `components` are used as they are; the others are read from
     the folder, never from where the index says they came from."""
     pipe = pipeline_class(pretrained_model_name_or_path=str(folder), local_files_only=True)
-    wanted = {
-        name: value
-        for name, value in pipeline_index(folder).items()
-        if isinstance(value, list) and len(value) == 2 and name not in components
-    }
-    found = {
-        name: pipe.get_component_spec(name).load(
-            pretrained_model_name_or_path=str(folder),
-            subfolder=name,
-            variant=None,
-            revision=None,
-            dtype=dtype,
-            local_files_only=True,
-        )
-        for name, (library, _) in wanted.items()
-        if library is not None
-    }
-    pipe.register_components(**found)
+    for name in UNUSED_COMPONENTS:
+        pipe._blocks.sub_blocks.pop(name, None)  # as the library says to encode prompts as they are written
+    there = {name for name, value in pipeline_index(folder).items() if _is_there(value)}
+    expected = {spec.name for spec in pipe.blocks.expected_components} - {*UNUSED_COMPONENTS}
+    pipe.register_components(
+        **{
+            name: _component(pipe.get_component_spec(name), folder, name, dtype)
+            for name in sorted((there & expected) - components.keys())
+        }
+    )
     for name, component in components.items():
         setattr(pipe, name, component)
     _name_arguments(pipe)
@@ -65,17 +59,78 @@ def load_modular(
     return pipe
 
 
+def _is_there(entry: object) -> bool:
+    return isinstance(entry, list) and len(cast("list[object]", entry)) == 2 and entry[0] is not None
+
+
+def _component(spec: Any, folder: Path, name: str, dtype: torch.dtype) -> Any:
+    """Read one component from its folder: safetensors only, and no code from there."""
+    is_model = spec.type_hint is None or issubclass(spec.type_hint, nn.Module)
+    asked: dict[str, Any] = {"use_safetensors": True} if is_model else {}
+    if spec.type_hint is None or spec.type_hint.__name__.startswith("Auto"):
+        asked["trust_remote_code"] = False
+    return spec.load(
+        pretrained_model_name_or_path=str(folder),
+        subfolder=name,
+        variant=chosen_variant(folder / name) if is_model else None,
+        revision=None,
+        dtype=dtype,
+        local_files_only=True,
+        **asked,
+    )
+
+
 def answer_of(pipe: Any, arguments: Mapping[str, Any]) -> list[Any]:
-    """Call it: images, the frames of videos, or sounds. Decoded even where latents would do: few blocks leave them."""
-    names = pipe.blocks.output_names
-    made = next((name for name in OUTPUTS if name in names), None)
-    if made is None:
+    """Call it: images, the frames of videos, sounds, or videos with their sound. Where latents are asked for, it stops
+    before the block that decodes them, and answers nothing.
+
+    Raises InputError for blocks that make none of these, or that want a component which the pipeline does not have.
+    """
+    given = dict(arguments)
+    if given.get("output_type") == "latent":
+        del given["output_type"]
+        with _without_decoding(pipe), _components_named(pipe):
+            pipe(**_with_negatives(pipe, given))
+        return []
+    names = [name for name in OUTPUTS if name in pipe.blocks.output_names]
+    if not names:
+        made = ", ".join(pipe.blocks.output_names) or "nothing"
         raise InputError(
-            f"{type(pipe).__name__} makes {', '.join(names) or 'nothing'}, but no images or videos",
-            hint="give a pipeline whose last block decodes images",
+            f"{type(pipe).__name__} makes {made}, but no images, videos or sounds",
+            hint="give a pipeline whose last block decodes them",
         )
-    given = {name: value for name, value in arguments.items() if (name, value) != ("output_type", "latent")}
-    return list(pipe(**_with_negatives(pipe, given), output=made))
+    if not {*names} & {*PICTURES}:
+        given.pop("output_type", None)  # sounds have forms of their own
+    with _components_named(pipe):
+        found = pipe(**_with_negatives(pipe, given), output=names)
+    return answers_in(pipe, {name: value for name, value in found.items() if value is not None})
+
+
+@contextmanager
+def _without_decoding(pipe: Any) -> Generator[None, None, None]:
+    """The pipeline without its last block, where that decodes latents and does nothing else."""
+    blocks = pipe._blocks.sub_blocks
+    last = list(blocks)[-1:] == [_DECODE] and blocks.pop(_DECODE)
+    try:
+        yield
+    finally:
+        if last:
+            blocks[_DECODE] = last
+
+
+@contextmanager
+def _components_named(pipe: Any) -> Generator[None, None, None]:
+    """Blocks that run into a component that is not there say so of None."""
+    try:
+        yield
+    except (AttributeError, TypeError) as error:
+        missing = [name for name in pipe.null_component_names if name not in UNUSED_COMPONENTS]
+        if "'NoneType' object" not in str(error) or not missing:
+            raise
+        raise InputError(
+            f"{type(pipe).__name__} was loaded without {', '.join(missing)}, which its blocks need here: {error}",
+            hint="put the component's folder beside the pipeline's others, and name it in modular_model_index.json",
+        ) from error
 
 
 def _with_negatives(pipe: Any, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,13 +12,15 @@ from typing import Any
 from svdq_cli.errors import InputError, UsageError
 from svdq_cli.records import MAX_SEED, following_seed
 from svdq_cli.storage.images import READ_SUFFIXES
+from svdq_cli.storage.videos import VIDEO_SUFFIXES
 
-_INPUTS = ("image", "mask", "strength", "frames", "fps")  # what a pipeline may read besides text
+_FILES = ("image", "mask", "video")  # what a pipeline may read besides text
+_INPUTS = (*_FILES, "strength", "frames", "fps")
 
 
 @dataclass(frozen=True, slots=True)
 class ImageFile:
-    """An image that the pipeline reads. Digests cover its content, not its path."""
+    """An image or a video that the pipeline reads. Digests cover its content, not its path."""
 
     path: str
     sha256: str
@@ -29,9 +31,9 @@ class SamplingSettings:
     """`None` leaves a setting to the pipeline. Image i is seeded with `seed_of(i)`, whatever its batch.
 
     `true_cfg` above 1 generates with a second, unconditional pass (an empty negative prompt) where the pipeline has
-    one. Pipelines that edit read `image` and `mask`: prompt i takes image i of each, and they start over where there
-    are fewer than prompts. `strength`, above 0 and at most 1, says how much of the image is changed. Pipelines that
-    make videos make `frames` images a prompt, `fps` of them a second.
+    one. Pipelines that edit read `image`, `mask` and `video`: prompt i takes file i of each, and they start over where
+    there are fewer than prompts. `strength`, above 0 and at most 1, says how much of the image is changed. Pipelines
+    that make videos make `frames` images a prompt, `fps` of them a second.
     """
 
     steps: int
@@ -44,6 +46,7 @@ class SamplingSettings:
     true_cfg: float = 1.0
     image: tuple[ImageFile, ...] = ()
     mask: tuple[ImageFile, ...] = ()
+    video: tuple[ImageFile, ...] = ()
     frames: int | None = None
     strength: float | None = None
     fps: float | None = None
@@ -74,13 +77,31 @@ class SamplingSettings:
         return following_seed(self.seed, index)
 
 
+def given_inputs(settings: SamplingSettings) -> frozenset[str]:
+    """The files that the pipeline reads, by the recipe's keys."""
+    return frozenset(name for name in _FILES if getattr(settings, name))
+
+
 def image_files(path: Path) -> tuple[ImageFile, ...]:
     """One image, or all images of a folder by name. Raises InputError where there is none."""
-    files = sorted(file for file in path.iterdir() if _is_image(file)) if path.is_dir() else [path]
-    if not files or not all(_is_image(file) for file in files):
+    return _files(path, READ_SUFFIXES, "image")
+
+
+def video_files(path: Path) -> tuple[ImageFile, ...]:
+    """One video, or all videos of a folder by name. Raises InputError where there is none."""
+    return _files(path, VIDEO_SUFFIXES, "video")
+
+
+def _files(path: Path, suffixes: tuple[str, ...], kind: str) -> tuple[ImageFile, ...]:
+    def is_one(file: Path) -> bool:
+        return file.is_file() and file.suffix.lower() in suffixes
+
+    files = sorted(file for file in path.iterdir() if is_one(file)) if path.is_dir() else [path]
+    if not files or not all(is_one(file) for file in files):
+        article = "an" if kind == "image" else "a"
         raise InputError(
-            f"{path}: no image in this folder" if path.exists() else f"{path}: no such file or folder",
-            hint=f"give an image ({', '.join(READ_SUFFIXES)}) or a folder of images",
+            f"{path}: no {kind} in this folder" if path.exists() else f"{path}: no such file or folder",
+            hint=f"give {article} {kind} ({', '.join(suffixes)}) or a folder of {kind}s",
             where=str(path),
             kind="input" if path.exists() else "not-found",
         )
@@ -94,11 +115,5 @@ def settings_json(settings: SamplingSettings) -> dict[str, Any]:
 
 def settings_of_json(plain: Mapping[str, Any]) -> SamplingSettings:
     """The inverse of `settings_json`. TypeError or KeyError for anything else."""
-    images = {
-        key: tuple(ImageFile(**item) for item in plain[key]) for key in ("image", "mask") if key in plain
-    }
+    images = {key: tuple(ImageFile(**item) for item in plain[key]) for key in _FILES if key in plain}
     return SamplingSettings(**{**plain, **images})
-
-
-def _is_image(file: Path) -> bool:
-    return file.is_file() and file.suffix.lower() in READ_SUFFIXES

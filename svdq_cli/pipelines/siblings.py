@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def reading_inputs(pipe: DiffusionPipeline, settings: SamplingSettings) -> DiffusionPipeline:
     """`pipe` itself or, where it does not read the image and mask that are given, diffusers' image-to-image or
     inpainting pipeline of the same parts (FLUX.1, SDXL, SD 3.5, Qwen-Image ...). UsageError where there is none."""
-    given = [name for name in ("image", "mask", "strength") if getattr(settings, name)]
+    given = [name for name in ("image", "mask", "video", "strength") if getattr(settings, name)]
     if _reads(pipe, given):
         _require_steps(pipe, settings)
         return pipe

@@ -11,6 +11,7 @@ from typing import Literal
 from svdq_cli.errors import InputError, RecipeError
 from svdq_cli.families import Family, family_named, find_family
 from svdq_cli.families.layouts import LAYOUTS
+from svdq_cli.planning.idle import idle_layers
 from svdq_cli.planning.inventory import Inventory, empty_model, model_config, take_inventory
 from svdq_cli.planning.matching import require_own_tensors
 from svdq_cli.planning.structure import (
@@ -67,6 +68,7 @@ def plan_model(
     overrides: Sequence[LayerOverride] = (),
     supports: Callable[[LayerPlan], str | None],
     keeps_modulation: bool = False,
+    calibrated_with: Set[str] | None = None,
     readings: Readings | None = None,
 ) -> ModelPlan:
     """The plan of one model. A model without a family file, or `family` "structural", gets a structural plan.
@@ -74,6 +76,8 @@ def plan_model(
     `scheme`: how layers with 4-bit activations are stored; without a branch no rank is used.
     `overrides`: the recipe's layer rules, in their order.
     `keeps_modulation`: layers that would be W4A16 stay at 16 bits, but for those that a rule includes.
+    `calibrated_with`: the inputs besides a prompt that calibration gives the pipeline; layers that run only with others
+    stay at 16 bits, but for those that a rule includes. None without calibration.
     `supports` is the output format's say: None, or why it can't hold a layer; such a layer is kept at 16 bits. Experts
     that no W4A4 layer of the format fits become W4A16: they are most of a model's weights, and only svdq runs them.
     `readings`: what a structural plan rests on; without it, what `watch_denoisers` sees.
@@ -86,12 +90,14 @@ def plan_model(
         readings = watch_denoisers(source, family)
     roles = _roles(source, family, readings)
     unmodulated = sorted(roles.w4a16) if keeps_modulation else []
-    before = _without(roles, unmodulated)
+    idle = {} if calibrated_with is None else idle_layers(source, roles.quantized, calibrated_with)
+    before = _without(roles, [*unmodulated, *idle])
     roles = _with_rules(before, inventory, overrides)
     exceptions = [rule for rule in overrides if isinstance(rule, RankOverride | KeepOverride)]
     skipped = before.quantized - roles.quantized
     because = {
         **dict.fromkeys(unmodulated, "the recipe keeps modulation"),
+        **idle,
         **dict.fromkeys(skipped, BY_RULE),
         **roles.kept,
     }

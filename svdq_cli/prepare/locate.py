@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from svdq_cli import __version__
 from svdq_cli.errors import EnvironmentLacksError, InputError
+from svdq_cli.prepare.modular_places import COMPONENT_FILES, gathered
 from svdq_cli.recipe import find_source, recipe_like, user_path
 from svdq_cli.sampling import SAMPLING_FILE
 from svdq_cli.source import COMPONENTS
+from svdq_cli.source.modular_index import UNUSED_COMPONENTS
 from svdq_cli.storage.atomic import cache_errors, cached_folder
 from svdq_cli.storage.pipeline_index import INDEXES, is_pipeline
 from svdq_cli.storage.resources import cache_folder, demo_model_folder
@@ -25,10 +28,7 @@ _HUB_FILES = (
     SAMPLING_FILE,
     "README.md",
     "LICENSE*",
-    "*/*.json",
-    "*/*.safetensors",
-    "*/*.txt",
-    "*/*.model",
+    *(f"*/{kind}" for kind in COMPONENT_FILES),
 )
 
 
@@ -44,7 +44,7 @@ def locate_source(text: str, *, beside: Path | None = None, revision: str | None
         return _outlier_variant()
     found = user_path(find_source(text, beside))
     if os.path.exists(found):
-        return found
+        return gathered(found, fetch=_snapshot)
     if os.path.islink(found):
         raise InputError(
             f"{text}: a link to {os.readlink(found)}, which does not exist",
@@ -71,8 +71,7 @@ def locate_base(text: str, *, beside: Path | None = None) -> Path:
     hub = _HUB_ID.fullmatch(text)
     if os.path.lexists(found) or hub is None:
         return locate_source(text, beside=beside)
-    leave = tuple(f"{component}/*.safetensors" for component in COMPONENTS)
-    return _from_hub(hub["name"], hub["revision"], leave=leave)
+    return _from_hub(hub["name"], hub["revision"], weightless=COMPONENTS)
 
 
 def locate_file(text: str, *, beside: Path | None = None) -> Path:
@@ -117,8 +116,23 @@ def _outlier_variant() -> Path:
     return folder
 
 
-def _from_hub(name: str, revision: str | None, *, leave: tuple[str, ...] = ()) -> Path:
-    """Download a pipeline, or find it in the Hub's cache. `leave` are patterns of files that are not wanted."""
+def _from_hub(name: str, revision: str | None, *, weightless: Collection[str] = ()) -> Path:
+    """Download a pipeline, or find it in the Hub's cache; without the weights of components that are `weightless`."""
+    leave = [f"{component}/*.safetensors" for component in weightless]
+    leave += [f"{component}/*" for component in UNUSED_COMPONENTS]
+    folder = _snapshot(name, revision, wanted=_HUB_FILES, leave=leave)
+    if not is_pipeline(folder) and not (folder / "config.json").is_file():
+        raise InputError(
+            f"{name}: this repository holds no diffusers pipeline",
+            hint="download its .safetensors or .gguf file and give that, with --base for the other parts",
+            where=name,
+            kind="not-found",
+        )
+    return gathered(folder, fetch=_snapshot, weightless=weightless)
+
+
+def _snapshot(name: str, revision: str | None, *, wanted: Sequence[str], leave: Sequence[str] = ()) -> Path:
+    """The files of a repository that match `wanted` and not `leave`, downloaded or found in the Hub's cache."""
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
@@ -127,27 +141,19 @@ def _from_hub(name: str, revision: str | None, *, leave: tuple[str, ...] = ()) -
             hint="pip install huggingface_hub, or give a local folder",
         ) from error
     try:
-        folder = Path(
+        return Path(
             snapshot_download(
-                name, revision=revision, allow_patterns=list(_HUB_FILES), ignore_patterns=list(leave)
+                name, revision=revision, allow_patterns=list(wanted), ignore_patterns=list(leave)
             )
         )
     except Exception as error:  # the Hub's client raises many kinds: offline, gated, missing, rate limits
-        wanted = f"{name}@{revision}" if revision else name
+        said = f"{name}@{revision}" if revision else name
         raise InputError(
-            f"{wanted}: not a local path, and not available from the Hub: {_hub_reason(error)}",
+            f"{said}: not a local path, and not available from the Hub: {_hub_reason(error)}",
             hint=_hub_cure(name, error),
             where=name,
             kind="not-found",
         ) from error
-    if not is_pipeline(folder) and not (folder / "config.json").is_file():
-        raise InputError(
-            f"{name}: this repository holds no diffusers pipeline",
-            hint="download its .safetensors or .gguf file and give that, with --base for the other parts",
-            where=name,
-            kind="not-found",
-        )
-    return folder
 
 
 def _hub_reason(error: Exception) -> str:

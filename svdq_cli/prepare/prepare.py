@@ -16,7 +16,7 @@ from svdq_cli.errors import UsageError
 from svdq_cli.families import find_family
 from svdq_cli.formats import DEFAULT, format_named
 from svdq_cli.formats.contract import Format
-from svdq_cli.pipelines.settings import SamplingSettings
+from svdq_cli.pipelines.settings import SamplingSettings, given_inputs
 from svdq_cli.planning.inventory import empty_model
 from svdq_cli.planning.plan import Inventory, plan_model, restricted, take_inventory, watch_denoisers
 from svdq_cli.planning.structure import Reading
@@ -96,6 +96,7 @@ def prepare(
         overrides=recipe.layers,
         supports=lambda layer: None if every_layer else _unsupported_reason(formats, layer),
         keeps_modulation=recipe.modulation == "keep",
+        calibrated_with=None if sampling is None else given_inputs(sampling.settings),
         readings=_readings(source, recipe.model.family, sampling),
     )
     if scheme == "smoothing":

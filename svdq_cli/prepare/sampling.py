@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from svdq_cli.pipelines.settings import ImageFile, SamplingSettings, image_files
+from svdq_cli.pipelines.settings import ImageFile, SamplingSettings, image_files, video_files
 from svdq_cli.recipe import (
     Calibration,
     Recipe,
@@ -77,6 +77,7 @@ def sampling_for(recipe: Recipe, source: Source, *, beside: Path | None = None) 
         true_cfg=wanted.true_cfg or 1.0,
         image=_images(wanted.image, beside),
         mask=_images(wanted.mask, beside),
+        video=_videos(wanted.video, beside),
         frames=wanted.frames,
         fps=wanted.fps,
         strength=wanted.strength,
@@ -91,3 +92,7 @@ def usual_sampling(source: Source) -> Sampling:
 
 def _images(path: str | None, beside: Path | None) -> tuple[ImageFile, ...]:
     return image_files(Path(find_source(path, beside)).expanduser()) if path else ()
+
+
+def _videos(path: str | None, beside: Path | None) -> tuple[ImageFile, ...]:
+    return video_files(Path(find_source(path, beside)).expanduser()) if path else ()

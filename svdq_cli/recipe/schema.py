@@ -216,6 +216,8 @@ class Calibration(Section):
     """An image, or a folder, for pipelines that edit images or start videos from one; prompt i uses image i."""
     mask: Text | None = None
     """A mask, or a folder of masks, for inpainting pipelines; prompt i uses mask i."""
+    video: Text | None = None
+    """A video, or a folder of videos, for pipelines that start from one or take its motion; prompt i uses video i."""
     strength: Annotated[float, Field(gt=0, le=1)] | None = None
     """How much the image is changed, for image-to-image pipelines; the pipeline's own when absent."""
     frames: Count | None = None

@@ -24,6 +24,7 @@ _UNSET = {  # what a key that may be absent would look like
     "max_sequence_length": 512,
     "image": "images/",
     "mask": "masks/",
+    "video": "videos/",
     "strength": 0.6,
     "frames": 17,
     "fps": 16,

@@ -10,13 +10,13 @@ import stat
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
 
 from svdq_cli.errors import InputError
 from svdq_cli.source.classes import shapes_of
 from svdq_cli.source.denoisers import joined
 from svdq_cli.source.headers import Header, file_sha256, read_whole_header
 from svdq_cli.source.model import COMPONENTS, Source, described_config
+from svdq_cli.source.modular_index import UNUSED_COMPONENTS, is_left_out, own_class
 from svdq_cli.source.other_files import is_openvino_weights, refuse_exports
 from svdq_cli.source.prefixes import find_model, is_wrapped
 from svdq_cli.source.quantized import refuse_quantized_config
@@ -117,7 +117,7 @@ def pipeline_index(pipeline: Path) -> Mapping[str, object]:
     """The index: components as [library, class], or [null, null] where the pipeline does without. Raises InputError
     where a component's name would lead out of the folder."""
     path = index_file(pipeline) or pipeline / INDEXES[0]
-    index = {name: _component_entry(value) for name, value in read_json(path).items()}
+    index = read_json(path)
     for name in index:
         if name in ("", ".", "..") or any(mark in name for mark in "/\\\0"):
             raise InputError(
@@ -126,13 +126,15 @@ def pipeline_index(pipeline: Path) -> Mapping[str, object]:
                 where=str(path),
                 kind="unsafe-path",
             )
-    return index
+    return {name: _class_there(pipeline, name, value) for name, value in index.items()}
 
 
-def _component_entry(value: object) -> object:
-    """A modular index has a third item: where the component is loaded from unless it is in the folder."""
-    entry = cast("list[object]", value) if isinstance(value, list) else []
-    return entry[:2] if len(entry) == 3 and isinstance(entry[2], dict) else value
+def _class_there(pipeline: Path, name: str, value: object) -> object:
+    """An entry of the index; [null, null] for what blocks of Modular Diffusers could take, and nothing is said of."""
+    entry = own_class(value)
+    if entry is value or (pipeline / name).is_dir():
+        return entry
+    return [None, None] if name in UNUSED_COMPONENTS or is_left_out(value) else entry
 
 
 def component_files(pipeline: Path, *, skip: Collection[str]) -> Iterator[Path]:

@@ -16,7 +16,6 @@ from svdq_cli.source.folders import header_of_files, pipeline_index, weight_file
 from svdq_cli.source.variants import chosen_variant
 from svdq_cli.storage.json_files import read_json
 from svdq_cli.storage.library_facts import library_fact
-from svdq_cli.storage.pipeline_index import is_modular
 from svdq_cli.system.quiet import quiet_loading
 from svdq_cli.text import counted
 
@@ -31,14 +30,12 @@ _ALONE = "or convert the model alone: give its own folder, or write a single fil
 
 def require_whole(pipeline: Path, *, skip: Collection[str]) -> None:
     """InputError where a component of a pipeline, but for those to `skip`, is missing or damaged, or has its weights
-    only as a pickle. Modular Diffusers may load its components from elsewhere: those that are there are looked at."""
+    only as a pickle."""
     for name, value in pipeline_index(pipeline).items():
         if name in skip or name.startswith("_") or not isinstance(value, list):
             continue
         library, model_class = (*value, None, None)[:2]
         if not isinstance(library, str) or not isinstance(model_class, str):
-            continue
-        if is_modular(pipeline) and not (pipeline / name).is_dir():
             continue
         require_component(pipeline, name, model_class)
 

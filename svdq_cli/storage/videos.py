@@ -12,7 +12,7 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from svdq_cli.errors import EnvironmentLacksError, UsageError, first_line
+from svdq_cli.errors import EnvironmentLacksError, InputError, UsageError, first_line
 from svdq_cli.storage.atomic import whole_file
 from svdq_cli.storage.images import ANIMATED_SUFFIXES, write_image
 from svdq_cli.storage.sounds import SOUND_SUFFIX, Sound
@@ -22,18 +22,24 @@ if TYPE_CHECKING:
 
 ENCODED_SUFFIXES = (".mp4", ".mov", ".mkv")  # H.264, as diffusers writes it; these hold sound, too
 VIDEO_SUFFIXES = (*ENCODED_SUFFIXES, *ANIMATED_SUFFIXES)
-FRAME_ARGUMENTS = ("num_frames", "video_length", "frames")  # what pipelines call the number of frames
-RATE_ARGUMENTS = ("frame_rate", "fps", "target_fps")  # and how many of them a second has
+# What pipelines call the number of frames, and how many of them a second has
+FRAME_ARGUMENTS = ("num_frames", "video_length", "frames", "segment_frame_length")
+RATE_ARGUMENTS = ("frame_rate", "fps", "target_fps")
 USUAL_FPS = 16.0
 _CHANNELS = 2  # of a sound in a video, at most
 
 
 def require_encoder(path: Path) -> None:
     """EnvironmentLacksError where a file of this type needs a package that is not installed."""
-    if path.suffix.lower() in ENCODED_SUFFIXES and importlib.util.find_spec("av") is None:
+    if path.suffix.lower() in ENCODED_SUFFIXES:
+        _require_av(path, "writing")
+
+
+def _require_av(path: Path, doing: str) -> None:
+    if importlib.util.find_spec("av") is None:
         raise EnvironmentLacksError(
-            f"{path}: writing such a video needs the package av",
-            hint=f'pip install "svdq[video]", or name the output {", ".join(ANIMATED_SUFFIXES)} (animated)',
+            f"{path}: {doing} such a video needs the package av",
+            hint=f'pip install "svdq[video]", or take {", ".join(ANIMATED_SUFFIXES)} (animated)',
             where="av",
         )
 
@@ -65,6 +71,40 @@ def frames_in(image: Image) -> Iterator[Image]:
     for index in range(getattr(image, "n_frames", 1)):
         image.seek(index)
         yield image.convert("RGB")
+
+
+def read_frames(path: Path, *, most: int | None = None) -> list[Image]:
+    """The frames of a video file in RGB, the first `most` of them. Raises InputError for what is none, and
+    EnvironmentLacksError for a type that needs a package which is not installed."""
+    if path.suffix.lower() in ENCODED_SUFFIXES:
+        _require_av(path, "reading")
+    from PIL.Image import DecompressionBombError
+
+    try:
+        frames = list(islice(_read(path), most))
+    except (OSError, ValueError, DecompressionBombError) as error:  # av's own errors are OSErrors, too
+        raise InputError(
+            f"{path}: can't be read as a video ({first_line(error)})",
+            hint=f"save it as {ENCODED_SUFFIXES[0]} (H.264), or as an animated {ANIMATED_SUFFIXES[0]}",
+            where=str(path),
+        ) from error
+    if not frames:
+        raise InputError(f"{path}: a video without frames", hint="give another one", where=str(path))
+    return frames
+
+
+def _read(path: Path) -> Iterator[Image]:
+    if path.suffix.lower() not in ENCODED_SUFFIXES:
+        from PIL import Image as pillow
+
+        with pillow.open(path) as image:
+            yield from frames_in(image)
+        return
+    import av
+
+    with av.open(str(path)) as container:
+        for frame in container.decode(video=0):
+            yield frame.to_image()
 
 
 def _encode(path: Path, frames: Sequence[Image], fps: float, sound: Sound | None) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import logging
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +75,9 @@ def test_the_output_is_a_modular_folder_whose_components_are_its_own(folder: Pat
     # left as it was, the library would load the 16-bit transformer from where the source came from
     assert index["transformer"][2]["pretrained_model_name_or_path"] is None
     assert str(folder) not in (converted / INDEX).read_text()
+    assert (
+        _content(converted / "README.md", "me/mine").count(b'ModularPipeline.from_pretrained("me/mine")') == 1
+    )
     pushed = json.loads(_content(converted / INDEX, "me/mine"))
     assert pushed["transformer"][2]["pretrained_model_name_or_path"] == "me/mine"
     assert pushed["controlnet"] == index["controlnet"]  # there is none
@@ -81,6 +86,76 @@ def test_the_output_is_a_modular_folder_whose_components_are_its_own(folder: Pat
 def test_the_library_finds_the_parts_of_the_output(converted: Path):
     pipe = diffusers.ModularPipeline.from_pretrained(str(converted))
     assert pipe.get_component_spec("transformer").pretrained_model_name_or_path == str(converted)
+
+
+_AS_THE_CARD_SAYS = """
+import json, os, sys
+os.environ["DIFFUSERS_TRUST_REMOTE_KERNELS"] = "true"  # the stand-in comes from the tests, not from the Hub
+from diffusers import ModularPipeline  # before the stand-in, which looks like no installed package
+from tests.formats import standin_kernels
+standin_kernels.install()
+from diffusers.quantizers.nunchaku.nunchaku_quantizer import NunchakuLiteQuantizer
+NunchakuLiteQuantizer.validate_environment = lambda *_, **__: None  # it wants a CUDA device
+os.chdir(sys.argv[1])
+code = open("README.md").read().split("```python\\n")[1].split("```")[0]
+names = {}
+exec(code, names)
+pipe = names["pipe"]
+settings = {"height": 32, "width": 32, "num_inference_steps": 1, "max_sequence_length": 16}
+(image,) = pipe(prompt="a red circle", **settings, output="images")
+kinds = {type(module).__name__ for module in pipe.transformer.modules()}
+print(json.dumps([type(pipe).__name__, image.size, sorted(kinds)]))
+"""
+
+
+def test_diffusers_own_loader_reads_the_output_as_its_model_card_says(converted: Path):
+    """In a process of its own, because the package called `kernels`, once it is seen, stays seen."""
+    run = subprocess.run(
+        [sys.executable, "-c", _AS_THE_CARD_SAYS, str(converted)],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert run.returncode == 0, run.stderr
+    name, size, kinds = json.loads(run.stdout.splitlines()[-1])
+    assert (name, size) == ("QwenImageModularPipeline", [32, 32])
+    assert {"SVDQW4A4Linear", "AWQW4A16Linear"} <= {*kinds}
+
+
+@pytest.fixture
+def spread(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The pipeline as an index alone, whose components are in another folder."""
+    monkeypatch.setenv("SVDQ_CACHE", str(tmp_path / "cache"))
+    index = json.loads((folder / INDEX).read_text())
+    for name, value in index.items():
+        if isinstance(value, list) and (folder / name).is_dir():
+            place = {"pretrained_model_name_or_path": str(folder), "subfolder": name}
+            index[name] = [None, None, {**value[2], **place}]
+    (tmp_path / "index").mkdir()
+    (tmp_path / "index" / INDEX).write_text(json.dumps(index))
+    return tmp_path / "index"
+
+
+def test_components_of_other_folders_are_in_the_output(folder: Path, spread: Path, tmp_path: Path):
+    recipe = recipe_for(spread)
+    datafree = recipe.quantization.model_copy(update={"effort": "datafree", "smoothing": "none"})
+    recipe = recipe.model_copy(update={"quantization": datafree, "calibration": None})
+    out = tmp_path / "out"
+    assert convert(recipe, out, options=RunOptions(device="cpu")).status == "ok"
+    assert check(out, against=open_source(folder)).status == "ok"
+    assert str(folder) not in (out / INDEX).read_text()
+    assert not [path for path in out.rglob("*") if path.is_symlink()]
+    settings = sampling_for(recipe_for(folder), open_source(folder)).settings
+    assert generate_images(load_pipeline(out, device="cpu"), ["a red circle"], settings=settings)
+
+
+def test_a_missing_component_is_named(converted: Path, tmp_path: Path):
+    for part in converted.iterdir():
+        if part.name != "vae":
+            (tmp_path / part.name).symlink_to(part)
+    with pytest.raises(InputError, match="component 'vae' is missing"):
+        load_pipeline(tmp_path, device="cpu")
 
 
 def test_it_is_sampled_as_its_blocks_say(folder: Path):
@@ -92,6 +167,11 @@ def test_code_and_classes_from_elsewhere_are_refused(folder: Path, tmp_path: Pat
     index = json.loads((folder / INDEX).read_text())
     for changed, said in (
         ({"vae": ["custom_code", "Vae", index["vae"][2]]}, "comes from 'custom_code'"),
+        # what the library would import
+        (
+            {"vae": [*index["vae"][:2], {**index["vae"][2], "type_hint": ["custom_code", "Vae"]}]},
+            "comes from 'custom_code'",
+        ),
         ({"_class_name": "StableDiffusionPipeline"}, "is not a pipeline of diffusers"),
     ):
         (tmp_path / INDEX).write_text(json.dumps({**index, **changed}))

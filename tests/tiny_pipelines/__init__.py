@@ -28,7 +28,7 @@ from svdq_cli.reports import ConvertReport
 from svdq_cli.source import open_source
 from tests.tiny_families import PIPELINES as FAMILIES
 from tests.tiny_families import save_tiny
-from tests.tiny_pipelines import images, processors, sounds, videos
+from tests.tiny_pipelines import images, modular, processors, sounds, videos
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +41,7 @@ class Tiny:
     image: bool = False  # whether it starts from one
     mask: bool = False  # whether it changes a part of it
     package: str | None = None  # without which it can't be made
+    video: bool = False  # whether it takes the motion of one
 
 
 _WITH_PROCESSORS = {
@@ -123,6 +124,15 @@ PIPELINES: Mapping[str, Tiny] = {
     "longcat-audio": Tiny(sounds.tiny_longcat_audio),
     "ace-step": Tiny(sounds.tiny_ace_step),
     **_WITH_PROCESSORS,
+    "flux3": Tiny(modular.tiny_flux3),
+    "flux3-edit": Tiny(modular.tiny_flux3, image=True),
+    "flux3-distilled": Tiny(modular.tiny_flux3_distilled),
+    "minimax-h3": Tiny(modular.tiny_minimax_h3, frames=124),
+    "minimax-music3": Tiny(modular.tiny_minimax_music3),
+    "wan-animate-2": Tiny(modular.tiny_wan_animate_2, frames=5, image=True, video=True),
+    **{f"modular-{name}": Tiny(make) for name, make in modular.OF_PLAIN.items()},
+    "modular-wan": Tiny(modular.tiny_wan, frames=5),
+    "modular-wan-2.2": Tiny(modular.tiny_wan_2_2, frames=5),
 }
 FAST = (
     "nucleus",
@@ -135,6 +145,7 @@ FAST = (
     "hunyuan-video",
     "kandinsky5",
     "wan-vace",
+    "flux3",
 )
 
 
@@ -169,8 +180,10 @@ def recipe_of(source: Path, tiny: Tiny) -> Recipe:
     """Two samples of two steps, calibrated as a user would."""
     prompts = source.parent / "prompts.txt"
     prompts.write_text("a red circle\na blue square\n")
-    image = source.parent / "first.png"
-    Image.effect_noise((tiny.size, tiny.size), 60).save(image)
+    image, video = source.parent / "first.png", source.parent / "motion.webp"
+    frames = [Image.effect_noise((tiny.size, tiny.size), 60) for _ in range(tiny.frames or 1)]
+    frames[0].save(image)
+    frames[0].save(video, save_all=True, append_images=frames[1:], lossless=True)
     calibration = Calibration(
         prompts=str(prompts),
         samples=2,
@@ -180,6 +193,7 @@ def recipe_of(source: Path, tiny: Tiny) -> Recipe:
         frames=tiny.frames,
         image=str(image) if tiny.image else None,
         mask=str(image) if tiny.mask else None,
+        video=str(video) if tiny.video else None,
         max_sequence_length=16,
         rows=128,
     )

@@ -40,6 +40,7 @@ def evaluate(
     given: opt.Given = opt.NOTHING,
     image: opt.Image = None,
     mask: opt.Mask = None,
+    video: opt.Video = None,
     strength: opt.Strength = None,
     without: Without = None,
     plan: Plan = False,
@@ -71,7 +72,7 @@ def evaluate(
         checkpoint,
         override(named, of_the_model(given)),
         beyond_the_model(given),
-        inputs=Inputs(image, mask, strength),
+        inputs=Inputs(image, mask, video, strength),
         options=how,
     )
     run = plan_evaluation if plan else run_evaluate
