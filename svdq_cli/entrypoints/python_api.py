@@ -28,6 +28,7 @@ from svdq_cli.recipe import SIZE_HINT, Recipe, bytes_of_size, lora_of
 from svdq_cli.records import Observer, ignore_events
 
 if TYPE_CHECKING:
+    from svdq_cli.entrypoints.generate import Inputs
     from svdq_cli.reports import (
         CalibrateReport,
         CheckReport,
@@ -252,14 +253,13 @@ def evaluate(
         UsageError, InputError: Arguments are wrong; a model is missing, damaged or not a whole pipeline.
     """
     from svdq_cli.entrypoints.evaluate import recipe_against
-    from svdq_cli.entrypoints.generate import Inputs
     from svdq_cli.evaluation.passes import passes_of_text
     from svdq_cli.evaluation.run import evaluate as run
 
     named, options = _recipe(against, _options(device, overwrite), loras)
     named = override(named, {"model.base": _text(base)})
     given = _sampling(prompts, prompt_column, samples, steps, width, height, frames, fps, batch_size, seed)
-    inputs = Inputs(_path(image), _path(mask), _path(video), strength)
+    inputs = _inputs(image, mask, video, strength)
     recipe = recipe_against(Path(checkpoint), named, given, inputs=inputs, options=options)
     return run(
         *(Path(checkpoint), recipe),
@@ -403,6 +403,14 @@ def _bytes(name: str, size: int | str | None) -> int | None:
     if (found := bytes_of_size(size)) is None:
         raise UsageError(f"{name}={size!r}: not a size", hint=SIZE_HINT, where=name)
     return found
+
+
+def _inputs(
+    image: str | Path | None, mask: str | Path | None, video: str | Path | None, strength: float | None
+) -> Inputs:
+    from svdq_cli.entrypoints.generate import Inputs
+
+    return Inputs(_path(image), _path(mask), _path(video), strength)
 
 
 def _path(path: str | Path | None) -> Path | None:

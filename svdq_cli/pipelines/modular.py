@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Generator, Mapping
+import sys
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from svdq_cli.errors import InputError
 from svdq_cli.pipelines.generated import OUTPUTS, PICTURES, answers_in
@@ -23,6 +26,7 @@ from svdq_cli.source.modular_index import UNUSED_COMPONENTS
 from svdq_cli.source.variants import chosen_variant
 
 _DECODE = "decode"  # the library's name of the block
+_BAR = "tqdm"
 
 
 def is_modular_pipeline(pipe: object) -> bool:
@@ -161,10 +165,29 @@ def _without_traces() -> Generator[None, None, None]:
 
 def _without_bars(blocks: Any) -> None:
     """The library sets the progress bars of the outermost blocks only."""
-    if hasattr(blocks, "set_progress_bar_config"):
-        blocks.set_progress_bar_config(disable=True)
-    for block in getattr(blocks, "sub_blocks", {}).values():
-        _without_bars(block)
+    for block in _all_blocks(blocks):
+        if hasattr(block, "set_progress_bar_config"):
+            block.set_progress_bar_config(disable=True)
+
+
+@contextmanager
+def _without_own_bars(pipe: Any) -> Generator[None, None, None]:
+    """Blocks of a few models make progress bars of their own, which no setting turns off."""
+    modules = {sys.modules[type(block).__module__] for block in _all_blocks(pipe._blocks)}
+    own = [module for module in modules if getattr(module, _BAR, None) is tqdm]
+    for module in own:
+        setattr(module, _BAR, partial(tqdm, disable=True))
+    try:
+        yield
+    finally:
+        for module in own:
+            setattr(module, _BAR, tqdm)
+
+
+def _all_blocks(block: Any) -> Iterator[Any]:
+    yield block
+    for each in getattr(block, "sub_blocks", {}).values():
+        yield from _all_blocks(each)
 
 
 def _name_arguments(pipe: Any) -> None:
@@ -173,7 +196,7 @@ def _name_arguments(pipe: Any) -> None:
     inherited = own.__call__
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with _without_traces():
+        with _without_traces(), _without_own_bars(self):
             return inherited(self, *args, **kwargs)
 
     keyword = inspect.Parameter.KEYWORD_ONLY
