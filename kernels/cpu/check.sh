@@ -49,14 +49,21 @@ if has avx512_bf16; then
     build avx512-bf16 "$cxx" vector_avx512.h $avx512 -mavx512bf16 && compare avx512-bf16 "$out/avx512-bf16"
     best_flags="$avx512 -mavx512bf16"
 fi
+dotprod=-march=armv8.2-a+dotprod
 if has asimddp; then
-    build neon "$cxx" vector_neon.h -march=armv8.2-a+dotprod && compare neon "$out/neon"
-    best=vector_neon.h best_flags=-march=armv8.2-a+dotprod
+    build neon-dotprod "$cxx" vector_neon.h $dotprod && compare neon-dotprod "$out/neon-dotprod"
+    best=vector_neon.h best_flags=$dotprod
+    if has i8mm; then
+        build neon-i8mm "$cxx" vector_neon.h $dotprod+i8mm && compare neon-i8mm "$out/neon-i8mm"
+        best_flags=$dotprod+i8mm
+    fi
 elif command -v aarch64-linux-gnu-g++ >/dev/null && command -v qemu-aarch64 >/dev/null; then
-    build neon aarch64-linux-gnu-g++ vector_neon.h -static -march=armv8.2-a+dotprod
-    compare neon-in-qemu qemu-aarch64 "$out/neon"
+    build neon-dotprod aarch64-linux-gnu-g++ vector_neon.h -static $dotprod
+    compare neon-dotprod-in-qemu qemu-aarch64 "$out/neon-dotprod"
+    build neon-i8mm aarch64-linux-gnu-g++ vector_neon.h -static $dotprod+i8mm
+    compare neon-i8mm-in-qemu qemu-aarch64 -cpu max "$out/neon-i8mm"
 else
-    echo "neon: not run; it takes g++-aarch64-linux-gnu and qemu-user"
+    echo "neon-dotprod, neon-i8mm: not run; they take g++-aarch64-linux-gnu and qemu-user"
 fi
 build address "$cxx" $best $best_flags -g -fsanitize=address,undefined -fno-sanitize-recover=all
 compare address-and-undefined-sanitizer "$out/address"

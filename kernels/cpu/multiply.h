@@ -19,6 +19,110 @@ struct Beside {
     const uint16_t *up, *hidden;
 };
 
+// The codes in the lower and in the upper nibbles of a line: int4's with their offset, twice e2m1's with its.
+template <class V, class P> inline typename V::Codes low_codes(typename V::Codes both)
+{
+    if constexpr (P::OFFSET == NvFp4::OFFSET)
+        return V::look_up(V::low(both), NvFp4::TABLE);
+    else
+        return V::low(both);
+}
+template <class V, class P> inline typename V::Codes high_codes(typename V::Codes both)
+{
+    if constexpr (P::OFFSET == NvFp4::OFFSET)
+        return V::look_up(V::high(both), NvFp4::TABLE);
+    else
+        return V::high(both);
+}
+
+// A group's sums of ROWS rows times VECTORS vectors of columns, from starts that undo the weights' offset. `lines`: of
+// each vector, the group's first; `four`: of the first row, as 4 codes each.
+template <class V, class P, int ROWS, int VECTORS>
+[[gnu::always_inline]] inline void sum_dots(const uint8_t* const (&lines)[VECTORS], const int32_t* four, const int32_t* starts,
+                                            typename V::Sums (&whole)[ROWS][VECTORS])
+{
+#pragma GCC unroll 8
+    for (int m = 0; m < ROWS; ++m)
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; ++v)
+            whole[m][v] = V::begin(starts[m]);
+    const auto add_line = [&](int line) {
+        typename V::Codes low[VECTORS], high[VECTORS];
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; ++v) {
+            const uint8_t* at = lines[v] + line * LINE_BYTES;
+            const auto both = V::load_codes(at);
+            V::prefetch(at + 1024);
+            low[v] = low_codes<V, P>(both), high[v] = high_codes<V, P>(both);
+        }
+#pragma GCC unroll 8
+        for (int m = 0; m < ROWS; ++m)
+#pragma GCC unroll 4
+            for (int v = 0; v < VECTORS; ++v)
+                whole[m][v] = V::dot(whole[m][v], low[v], four[2 * line * BLOCK + m]);
+#pragma GCC unroll 8
+        for (int m = 0; m < ROWS; ++m)
+#pragma GCC unroll 4
+            for (int v = 0; v < VECTORS; ++v)
+                whole[m][v] = V::dot(whole[m][v], high[v], four[(2 * line + 1) * BLOCK + m]);
+    };
+    if constexpr (V::UNROLL)
+#pragma GCC unroll 8
+        for (int line = 0; line < P::LINES; ++line)
+            add_line(line);
+    else
+#pragma GCC unroll 1
+        for (int line = 0; line < P::LINES; ++line)
+            add_line(line);
+}
+
+// The same by products of 2 rows and 2 columns over 8 k: 4 of one line and, at the same place in it, 4 of the next. An odd
+// number of rows ends with one of the block that is not asked for.
+template <class V, class P, int ROWS, int VECTORS>
+[[gnu::always_inline]] inline void sum_squares(const uint8_t* const (&lines)[VECTORS], const int32_t* four, const int32_t* starts,
+                                               typename V::Sums (&whole)[ROWS][VECTORS])
+{
+    static_assert(V::TILE_ROWS == BLOCK && P::LINES % 2 == 0, "whole blocks, lines in pairs");
+    constexpr int PAIRS = (ROWS + 1) / 2;
+    typename V::Square sums[PAIRS][VECTORS][2];
+#pragma GCC unroll 4
+    for (int pair = 0; pair < PAIRS; ++pair)
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; ++v)
+            sums[pair][v][0] = sums[pair][v][1] = V::begin_square(starts + 2 * pair);
+#pragma GCC unroll 1
+    for (int line = 0; line < P::LINES; line += 2) {
+        typename V::Codes columns[2][VECTORS][2];
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; ++v) {
+            const uint8_t* at = lines[v] + line * LINE_BYTES;
+            const auto one = V::load_codes(at), next = V::load_codes(at + LINE_BYTES);
+            V::prefetch(at + 1024);
+            V::prefetch(at + 1024 + LINE_BYTES);
+            const typename V::Codes both[2] = {V::first_columns(one, next), V::last_columns(one, next)};
+            for (int half = 0; half < 2; ++half)
+                columns[0][v][half] = low_codes<V, P>(both[half]), columns[1][v][half] = high_codes<V, P>(both[half]);
+        }
+#pragma GCC unroll 2
+        for (int part = 0; part < 2; ++part) {
+            const int32_t* at = four + (2 * line + part) * BLOCK;
+#pragma GCC unroll 4
+            for (int pair = 0; pair < PAIRS; ++pair) {
+                const auto rows = V::two_rows(at + 2 * pair, at + 2 * BLOCK + 2 * pair);
+#pragma GCC unroll 4
+                for (int v = 0; v < VECTORS; ++v)
+                    for (int half = 0; half < 2; ++half)
+                        sums[pair][v][half] = V::multiply_square(sums[pair][v][half], rows, columns[part][v][half]);
+            }
+        }
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < ROWS; ++m)
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; ++v)
+            whole[m][v] = m % 2 ? V::second_row(sums[m / 2][v][0], sums[m / 2][v][1]) : V::first_row(sums[m / 2][v][0], sums[m / 2][v][1]);
+}
+
 // `ROWS` rows of a block from `row` on times `VECTORS` vectors of columns from vector `first` of all on.
 // `sums` [ROWS][VECTORS * LANES].
 template <class V, class P, class E, int ROWS, int VECTORS>
@@ -51,35 +155,14 @@ inline void tile(const Quantized& x, int64_t block, int row, const Weights& w, i
                 V::prefetch(beside.hidden + line / 2 * LINE_BYTES / 2);
         }
         typename V::Sums whole[ROWS][VECTORS];
-#pragma GCC unroll 8
-        for (int m = 0; m < ROWS; ++m)
-#pragma GCC unroll 4
-            for (int v = 0; v < VECTORS; ++v)
-                whole[m][v] = V::begin(starts[group * BLOCK + m]);
+        const uint8_t* here[VECTORS];
+        for (int v = 0; v < VECTORS; ++v)
+            here[v] = lines[v] + group * P::LINES * LINE_BYTES;
         const int32_t* four = codes + group * (P::GROUP / 4) * BLOCK;
-#pragma GCC unroll 8
-        for (int line = 0; line < P::LINES; ++line) {
-            typename V::Codes low[VECTORS], high[VECTORS];
-#pragma GCC unroll 4
-            for (int v = 0; v < VECTORS; ++v) {
-                const uint8_t* at = lines[v] + (group * P::LINES + line) * LINE_BYTES;
-                const auto both = V::load_codes(at);
-                V::prefetch(at + 1024);
-                low[v] = V::low(both), high[v] = V::high(both);
-                if constexpr (P::OFFSET == NvFp4::OFFSET)
-                    low[v] = V::look_up(low[v], NvFp4::TABLE), high[v] = V::look_up(high[v], NvFp4::TABLE);
-            }
-#pragma GCC unroll 8
-            for (int m = 0; m < ROWS; ++m)
-#pragma GCC unroll 4
-                for (int v = 0; v < VECTORS; ++v)
-                    whole[m][v] = V::dot(whole[m][v], low[v], four[2 * line * BLOCK + m]);
-#pragma GCC unroll 8
-            for (int m = 0; m < ROWS; ++m)
-#pragma GCC unroll 4
-                for (int v = 0; v < VECTORS; ++v)
-                    whole[m][v] = V::dot(whole[m][v], high[v], four[(2 * line + 1) * BLOCK + m]);
-        }
+        if constexpr (V::SQUARES)
+            sum_squares<V, P>(here, four, starts + group * BLOCK, whole);
+        else
+            sum_dots<V, P>(here, four, starts + group * BLOCK, whole);
         typename V::F scale[VECTORS];
 #pragma GCC unroll 4
         for (int v = 0; v < VECTORS; ++v)

@@ -1,4 +1,5 @@
-// NEON with its dot product (Armv8.2): 4 lanes. Codes with their offset fit in signed bytes.
+// NEON with its dot product (Armv8.2), and with its matrix product of bytes (i8mm) where the compiler is told of it: 4
+// lanes. Codes with their offset fit in signed bytes.
 #pragma once
 #include <arm_neon.h>
 
@@ -10,7 +11,13 @@ struct Vector {
     static constexpr int LANES = 4;
     static constexpr int TILE_ROWS = 6, TILE_VECTORS = 2; // 12 integer and 12 float sums in 32 registers
     static constexpr int BLOCKS_AT_ONCE = 1;
+    static constexpr bool UNROLL = false;
     static constexpr bool RECIPROCALS = true;
+#ifdef __ARM_FEATURE_MATMUL_INT8
+    static constexpr bool SQUARES = true; // `multiply_square` in place of `dot`
+#else
+    static constexpr bool SQUARES = false;
+#endif
 
     using F = float32x4_t;
     using I = int32x4_t;
@@ -109,6 +116,35 @@ struct Vector {
     {
         return vdotq_s32(sums, vreinterpretq_s8_u8(weights), vreinterpretq_s8_s32(vdupq_n_s32(four)));
     }
+#ifdef __ARM_FEATURE_MATMUL_INT8
+    // Of 2 rows and 2 columns, row by row
+    using Square = int32x4_t;
+    static Square begin_square(const int32_t* starts)
+    {
+        const int32x4_t two = vcombine_s32(vld1_s32(starts), vdup_n_s32(0));
+        return vzip1q_s32(two, two);
+    }
+    static Codes first_columns(Codes line, Codes next)
+    {
+        return vreinterpretq_u8_u32(vzip1q_u32(vreinterpretq_u32_u8(line), vreinterpretq_u32_u8(next)));
+    }
+    static Codes last_columns(Codes line, Codes next)
+    {
+        return vreinterpretq_u8_u32(vzip2q_u32(vreinterpretq_u32_u8(line), vreinterpretq_u32_u8(next)));
+    }
+    // 8 codes of each row: 4 of each address
+    static int8x16_t two_rows(const int32_t* four, const int32_t* next)
+    {
+        const int32x2x2_t rows = vzip_s32(vld1_s32(four), vld1_s32(next));
+        return vreinterpretq_s8_s32(vcombine_s32(rows.val[0], rows.val[1]));
+    }
+    static Square multiply_square(Square sums, int8x16_t rows, Codes columns)
+    {
+        return vmmlaq_s32(sums, rows, vreinterpretq_s8_u8(columns));
+    }
+    static Sums first_row(Square left, Square right) { return vcombine_s32(vget_low_s32(left), vget_low_s32(right)); }
+    static Sums second_row(Square left, Square right) { return vcombine_s32(vget_high_s32(left), vget_high_s32(right)); }
+#endif
     static F finish(Sums sums, int32_t) { return vcvtq_f32_s32(sums); }
     static F byte(Codes x, int index)
     {

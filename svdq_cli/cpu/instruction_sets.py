@@ -15,6 +15,9 @@ from svdq_cli.errors import UsageError
 
 CHOICE = "SVDQ_CPU_ISA"  # the environment's word for another instruction set than the best one
 _SYSCTL_SECONDS = 10
+_PF_AVX2_INSTRUCTIONS_AVAILABLE = 40  # of winnt.h, as the next two
+_PF_ARM_V82_DP_INSTRUCTIONS_AVAILABLE = 43
+_PF_ARM_V82_I8MM_INSTRUCTIONS_AVAILABLE = 66
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +43,9 @@ INSTRUCTION_SETS = (
     InstructionSet("avx512-vnni", "vector_avx512.h", _AVX512, _HAS_AVX512),
     InstructionSet("avx-vnni", "vector_avx2.h", (*_AVX2, "-mavxvnni"), _HAS_AVX2 | {"avx_vnni"}),
     InstructionSet("avx2", "vector_avx2.h", _AVX2, _HAS_AVX2),
+    InstructionSet(
+        "neon-i8mm", "vector_neon.h", ("-march=armv8.2-a+dotprod+i8mm",), frozenset({"asimddp", "i8mm"})
+    ),
     InstructionSet("neon-dotprod", "vector_neon.h", ("-march=armv8.2-a+dotprod",), frozenset({"asimddp"})),
     InstructionSet("scalar", "vector_scalar.h", (), frozenset()),
 )
@@ -85,8 +91,9 @@ def _linux_features(cpuinfo: str) -> frozenset[str]:
 
 
 def _mac_features() -> frozenset[str]:
-    if platform.machine() == "arm64":  # every Apple processor with this architecture has them since the A11
-        return frozenset({"asimddp"}) if _sysctl("hw.optional.arm.FEAT_DotProd") == "1" else frozenset()
+    if platform.machine() == "arm64":
+        asked = {"asimddp": "FEAT_DotProd", "i8mm": "FEAT_I8MM"}  # the M1 has the first, the M2 both
+        return frozenset(each for each, name in asked.items() if _sysctl(f"hw.optional.arm.{name}") == "1")
     words = f"{_sysctl('machdep.cpu.features')} {_sysctl('machdep.cpu.leaf7_features')}".lower().split()
     renamed = {"avx512vnni": "avx512_vnni"}
     return frozenset(renamed.get(word, word) for word in words)
@@ -107,16 +114,16 @@ def _sysctl(name: str) -> str:
 
 
 def _windows_features() -> frozenset[str]:
-    """Windows tells of AVX2 (every processor with it has FMA and F16C) and of Arm's dot product, and of no more."""
+    """Windows tells of AVX2 (every processor with it has FMA and F16C), of Arm's dot product and, from Windows 11 24H2
+    on, of Arm's products of bytes, and of no more."""
     import ctypes
 
     present = getattr(getattr(ctypes, "windll", None), "kernel32", None)
     if present is None:
         return frozenset()
-    avx2, dot_product = 40, 43  # PF_AVX2_INSTRUCTIONS_AVAILABLE, PF_ARM_V82_DP_INSTRUCTIONS_AVAILABLE
-    found: set[str] = set()
-    if present.IsProcessorFeaturePresent(avx2):
-        found |= _HAS_AVX2
-    if present.IsProcessorFeaturePresent(dot_product):
-        found.add("asimddp")
-    return frozenset(found)
+    told = {
+        _PF_AVX2_INSTRUCTIONS_AVAILABLE: _HAS_AVX2,
+        _PF_ARM_V82_DP_INSTRUCTIONS_AVAILABLE: {"asimddp"},
+        _PF_ARM_V82_I8MM_INSTRUCTIONS_AVAILABLE: {"i8mm"},
+    }
+    return frozenset().union(*(names for code, names in told.items() if present.IsProcessorFeaturePresent(code)))

@@ -54,6 +54,7 @@ def no_compiler(nothing_loaded: None, monkeypatch: pytest.MonkeyPatch) -> None:
         ("fma f16c avx2 avx512f avx512bw avx512vl avx512dq", "avx2"),  # Skylake's AVX-512
         ("fma f16c avx2 avx_vnni", "avx-vnni"),
         ("fp asimd asimddp", "neon-dotprod"),
+        ("fp asimd asimddp i8mm", "neon-i8mm"),
         ("sse2", "scalar"),
         ("", "scalar"),
     ],

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from svdq_cli.cpu import engine as cpu
 from svdq_cli.cpu.build import find_compiler
-from svdq_cli.cpu.instruction_sets import all_here
+from svdq_cli.cpu.instruction_sets import CHOICE, all_here
 from svdq_cli.errors import UsageError
 from svdq_cli.pack.cpu_panels import unpack_hidden, unpack_row_codes, unpack_row_scales
 from svdq_cli.records import Int4, NvFp4, Precision, W4A4Solution
@@ -42,10 +42,12 @@ PRECISIONS = [pytest.param(Int4(), id="int4"), pytest.param(NvFp4(), id="nvfp4")
 
 
 @pytest.fixture
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Layers run on that instruction set."""
-    monkeypatch.setattr(cpu, "engine", lambda: cpu.engine_for(request.param))
-    return request.param
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Layers run on that instruction set, chosen as a user does."""
+    monkeypatch.setenv(CHOICE, request.param)
+    cpu.engine.cache_clear()
+    yield request.param
+    cpu.engine.cache_clear()
 
 
 @pytest.fixture
@@ -87,6 +89,26 @@ def defined() -> list[tuple[W4A4Solution, Tensor, int | None, Tensor]]:
         (solution, x, start, defined_linear(x, solution, unsigned_from=start))
         for solution, x, start in random_layers(60)
     ]
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+def test_a_layers_operators_run_on_the_chosen_instruction_set(isa: str, monkeypatch: pytest.MonkeyPatch):
+    """Or else the tests below would all be of the best one."""
+    ran: list[str] = []
+
+    def spy(name: str) -> None:
+        real = getattr(cpu.Engine, name)
+
+        def run(self: cpu.Engine, *tensors: Tensor, **options: object) -> object:
+            ran.append(self.isa.name)
+            return real(self, *tensors, **options)
+
+        monkeypatch.setattr(cpu.Engine, name, run)
+
+    for name in ("quantize_down", "w4a4_gemm"):
+        spy(name)
+    cpu_linear(random_w4a4(Int4()))(activations(2, 192))
+    assert ran == [isa, isa]
 
 
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
