@@ -126,4 +126,6 @@ def _windows_features() -> frozenset[str]:
         _PF_ARM_V82_DP_INSTRUCTIONS_AVAILABLE: {"asimddp"},
         _PF_ARM_V82_I8MM_INSTRUCTIONS_AVAILABLE: {"i8mm"},
     }
-    return frozenset().union(*(names for code, names in told.items() if present.IsProcessorFeaturePresent(code)))
+    return frozenset[str]().union(
+        *(names for code, names in told.items() if present.IsProcessorFeaturePresent(code))
+    )
