@@ -14,6 +14,7 @@ from torch import Tensor
 from svdq_cli.checkpoint.check_encoders import encoder_problems, four_bit_encoders
 from svdq_cli.checkpoint.detect import STORED_DTYPES, specs_of_headers
 from svdq_cli.checkpoint.reader import Checkpoint, open_checkpoint
+from svdq_cli.checkpoint.recorded_bytes import changed_bytes
 from svdq_cli.errors import CheckFailedError, InputError
 from svdq_cli.formats.soundness import differences
 from svdq_cli.records import Event, LayerPlan, Observer, W4A4Solution, ignore_events
@@ -51,6 +52,7 @@ def check(
         require_same_model(checkpoint, against)
         against = checkpoint.stored_biases(against)
     problems, errors = _examined(checkpoint, against, observe)
+    problems += changed_bytes(path, checkpoint)
     own = checkpoint.source.pipeline if path.is_dir() else None
     encoders = four_bit_encoders(own) if own else ()
     for name in encoders:

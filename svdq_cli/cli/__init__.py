@@ -129,9 +129,9 @@ def _value_of(option: str, arguments: list[str]) -> Path | None:
     """What follows an option, as `--option VALUE` or `--option=VALUE`."""
     for word, after in zip_longest(arguments, arguments[1:]):
         if word == option:
-            return Path(after) if after is not None else None
+            return Path(os.path.expanduser(after)) if after is not None else None
         if word.startswith(f"{option}="):
-            return Path(word.removeprefix(f"{option}="))
+            return Path(os.path.expanduser(word.removeprefix(f"{option}=")))
     return None
 
 

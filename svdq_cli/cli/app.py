@@ -23,6 +23,7 @@ from svdq_cli.cli.commands import (
     recipes,
 )
 from svdq_cli.cli.help import Manual, ManualCommand, epilog_of, page_address
+from svdq_cli.cli.options import with_home_expanded
 
 app = typer.Typer(
     name="svdq",
@@ -189,4 +190,6 @@ COMMANDS = {
     ),
 }
 for _name, (_command, _manual) in COMMANDS.items():
-    app.command(name=_name, short_help=_manual.short, epilog=epilog_of(_manual), cls=ManualCommand)(_command)
+    app.command(name=_name, short_help=_manual.short, epilog=epilog_of(_manual), cls=ManualCommand)(
+        with_home_expanded(_command)
+    )

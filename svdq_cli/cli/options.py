@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,10 +21,27 @@ import typer
 from svdq_cli.formats import NAMES
 
 
+def with_home_expanded(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The command, whose paths may begin with `~`: a shell leaves that in `--option=~/file`, and a CI job in every
+    word."""
+
+    @functools.wraps(command)
+    def run(**values: Any) -> Any:
+        return command(
+            **{name: _expanded(value) if isinstance(value, Path) else value for name, value in values.items()}
+        )
+
+    return run
+
+
+def _expanded(path: Path) -> Path:
+    return Path(os.path.expanduser(path))
+
+
 def _appendable(path: Path | None) -> Path | None:
     from svdq_cli.cli.summary import require_appendable
 
-    return require_appendable(path)
+    return require_appendable(path and _expanded(path))
 
 
 def recipe_names(incomplete: str) -> list[str]:

@@ -30,7 +30,7 @@ from svdq_cli.reports import (
     RepackReport,
     json_text,
 )
-from svdq_cli.text import bytes_text, printable_record
+from svdq_cli.text import bytes_text, counted, printable_record
 
 if TYPE_CHECKING:
     from svdq_cli.bench.report import BenchReport
@@ -151,7 +151,7 @@ def exit_with(report: object) -> None:
         case PlanReport(error=ErrorFacts() as error):
             _fail(error.code, error.message, error.hint or "")
         case CheckReport(problems=(first, *_) as problems):
-            message = f"{len(problems)} problems, the first: {first.layer}: {first.what}"
+            message = f"{counted(len(problems), 'problem')}, the first: {first.layer}: {first.what}"
             _fail(CheckFailedError.code, message, _check_cure(report))
         case SeveralReport(code=code) if code:
             failed = [run.source for run in report.runs if run.code != 0]
@@ -181,7 +181,7 @@ def _check_cure(report: CheckReport) -> str:
             "the checkpoint is damaged, or it was made from a different model or with a LoRA that it does not record; "
             "compare it with the model that it was made from"
         )
-    return "do not use this checkpoint; convert again"
+    return "do not use this checkpoint; copy or download it again, or convert again"
 
 
 def _fail(code: int, message: str, hint: str) -> NoReturn:

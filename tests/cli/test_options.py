@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
@@ -9,6 +10,7 @@ import typer
 from typer.testing import CliRunner
 
 from svdq_cli.cli import options as opt
+from svdq_cli.cli import run
 from svdq_cli.cli.app import COMMANDS
 from svdq_cli.recipe import Calibration, Model, Quantization, Recipe
 
@@ -60,3 +62,18 @@ def test_a_new_row_is_an_option_with_help_and_its_value_comes_by_the_recipe_s_ke
         ("model", {"quantization.rank": 64, "quantization.refinements": 6}),
         ("model", {}),
     ]
+
+
+def test_a_home_that_no_shell_expanded_is_expanded(
+    tiny_flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A shell leaves `~` as it is in `--option=~/file`."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "home" / "out"
+    words = "--effort datafree --rank 16 -q --output=~/out --events=~/events.jsonl --summary=~/summary.md"
+    assert run(["convert", str(tiny_flux), *words.split()]) == 0
+    assert run(["check", "~/missing", "--summary=~/failed.md"]) == 3
+    assert out.is_dir()
+    assert {path.name for path in out.parent.glob("*.*")} == {"events.jsonl", "summary.md", "failed.md"}
+    assert not (tmp_path / "~").exists()

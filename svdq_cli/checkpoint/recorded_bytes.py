@@ -1,0 +1,55 @@
+"""Whether weight files are still the ones that their conversion wrote: the report next to them has their digest. One
+turned bit of a 4-bit code changes no shape and hardly an error, so nothing else would tell."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from svdq_cli.checkpoint.reader import Checkpoint
+from svdq_cli.checkpoint.writer import report_path
+from svdq_cli.errors import InputError
+from svdq_cli.reports import CheckProblem
+from svdq_cli.source import file_sha256
+from svdq_cli.source.folders import weight_files
+from svdq_cli.storage.json_files import read_json
+
+
+def changed_bytes(path: Path, checkpoint: Checkpoint) -> list[CheckProblem]:
+    """What of the weight files differs from what was written. Nothing without a report of this output: a copied or
+    renamed file has none beside it, and a component's folder alone has none inside."""
+    recorded = _recorded(path, checkpoint)
+    files = _weights(path, checkpoint)
+    if recorded is None or not files:
+        return []
+    size, digest = sum(file.stat().st_size for file in files), file_sha256(*files)
+    if digest == recorded.get("sha256"):
+        return []
+    said = f"sha256 {digest[:12]} instead of {str(recorded.get('sha256'))[:12]}"
+    if size != recorded.get("bytes"):
+        said = f"{size} bytes instead of {recorded.get('bytes')}"
+    what = (
+        f"is not what the report beside it was written for ({said}): damaged, or changed by another program"
+    )
+    return [CheckProblem(files[0].name, what)]
+
+
+def _recorded(path: Path, checkpoint: Checkpoint) -> Mapping[str, object] | None:
+    """The report's facts of this output: the one of its format."""
+    report = report_path(path, checkpoint.format)
+    try:
+        outputs = read_json(report).get("outputs") if report.is_file() else None
+    except InputError:  # what it says of the search is read elsewhere; here the weights are looked at
+        return None
+    entries = outputs if isinstance(outputs, Sequence) else ()
+    own = [
+        each for each in entries if isinstance(each, Mapping) and each.get("format") == checkpoint.format.name
+    ]
+    return own[0] if len(own) == 1 else None
+
+
+def _weights(path: Path, checkpoint: Checkpoint) -> tuple[Path, ...]:
+    """The weight files of every denoiser, in the order in which they were written."""
+    if path.is_file():
+        return (path,)
+    return tuple(file for name in checkpoint.source.components for file in weight_files(path / name))
