@@ -7,9 +7,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, field
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal, Protocol, cast
 
-from svdq_cli.errors import SvdqError
 from svdq_cli.records import LayerSearch
 
 INLINE = {"json": None}  # a mapping whose keys are in the JSON object itself
@@ -242,7 +241,22 @@ class ErrorFacts:
     where: str | None
 
 
-def error_facts(error: SvdqError) -> ErrorFacts:
+class Refusal(Protocol):
+    """What every error of svdq says of itself."""
+
+    message: str
+    hint: str | None
+    where: str | None
+
+    @property
+    def code(self) -> int: ...
+
+    @property
+    def kind(self) -> str: ...
+
+
+def error_facts(error: Refusal) -> ErrorFacts:
+    """A refusal's facts."""
     return ErrorFacts(error.code, error.kind, error.message, error.hint, error.where)
 
 

@@ -38,7 +38,7 @@ from svdq_cli.prepare.prompts import chosen_prompts
 from svdq_cli.prepare.sampling import Sampling, usual_sampling
 from svdq_cli.recipe import Recipe, resolved, user_path
 from svdq_cli.records import Event
-from svdq_cli.reports import ErrorFacts, PlanReport, PromptFacts, SampledFacts, error_facts
+from svdq_cli.reports import ErrorFacts, GpuFacts, PlanReport, PromptFacts, SampledFacts, error_facts
 from svdq_cli.sampling.token_counts import image_tokens, latent_frames
 from svdq_cli.storage.atomic import existing, require_disk
 from svdq_cli.storage.library_facts import spared_cost
@@ -61,16 +61,9 @@ def predict(
     `card`: also what converting and generating would take on it; this machine need not have it.
     """
     started = time.monotonic()
-    named = any(output.path for output in recipe.outputs)
-    paths = outputs_of(recipe) if named else ()
-    for path in paths:
-        require_name(path)
-    replaces = bool(paths) and require_new(paths, options)
-    prepared = prepare(recipe, beside=options.beside)
+    prepared, paths = _prepared(recipe, calibration, options)
     # a conversion asks diffusers, whatever this process knows without
     preparing = time.monotonic() - started + spared_cost().seconds
-    if paths:
-        require_own_places(prepared, paths, calibration, overwrite=replaces)
     prompts: PromptFacts | None = None
     told: list[Event] = []
     given = given_statistics(recipe, calibration)
@@ -82,16 +75,11 @@ def predict(
     require_parts(prepared, needs)
     require_blocks_run(prepared, needs)
     budget = require_search(prepared, needs, lambda: contents_before(prepared, options))
-    job, without = Forecast(prepared, needs, device, options), ()
-    if card is None:  # else another machine converts
-        affordable, without = affordable_needs(job)
-        job = replace(job, needs=affordable)
+    job, without = _affordable(Forecast(prepared, needs, device, options), card)
     error = None if card else _shortage(job, paths)
-    out = Path(recipe.outputs[0].path or "") if recipe.outputs else Path()
     at_once = layer_groups_at_once(device)
-    speed = _measured_speed(device, existing(out), at_once)
+    speed = _measured_speed(device, existing(paths[0] if paths else Path()), at_once)
     stages = stage_seconds(job, speed, preparing, at_once=max(1, at_once))
-    settings = (prepared.sampling or usual_sampling(prepared.source)).settings
     return PlanReport(
         model=model_facts(prepared, None),
         read_as=prepared.source.kind,
@@ -109,9 +97,7 @@ def predict(
             *warnings_of(prepared, data_free=job.needs.data_free),
             *_output_names(prepared, recipe),
             *(event.detail for event in told if event.kind == "warning"),
-            *without,
-            *on_the_cpu(job),
-            *_limit_without_gpu(options, device, card),
+            *(*without, *on_the_cpu(job), *_limit_without_gpu(options, device, card)),
         ),
         stages=stages,
         prompts=prompts,
@@ -120,8 +106,38 @@ def predict(
         size_budget=budget,
         error=error,
         status="error" if error else "planned",
-        gpu=on_card(job, card, settings, speed, preparing=preparing) if card else None,
+        gpu=_on_card(job, card, speed, preparing) if card else None,
     )
+
+
+def _prepared(
+    recipe: Recipe, calibration: Path | None, options: RunOptions
+) -> tuple[Prepared, tuple[Path, ...]]:
+    """The recipe's model, and where its outputs are to be written, which is refused as a conversion refuses it; no
+    places where none are named."""
+    named = any(output.path for output in recipe.outputs)
+    paths = outputs_of(recipe) if named else ()
+    for path in paths:
+        require_name(path)
+    replaces = bool(paths) and require_new(paths, options)
+    prepared = prepare(recipe, beside=options.beside)
+    if paths:
+        require_own_places(prepared, paths, calibration, overwrite=replaces)
+    return prepared, paths
+
+
+def _on_card(job: Forecast, card: Card, speed: Speed, preparing: float) -> GpuFacts:
+    settings = (job.prepared.sampling or usual_sampling(job.prepared.source)).settings
+    return on_card(job, card, settings, speed, preparing=preparing)
+
+
+def _affordable(job: Forecast, card: Card | None) -> tuple[Forecast, tuple[str, ...]]:
+    """The conversion with what this machine has the memory for, and warnings of what is left out; as it is where the
+    machine of another card converts."""
+    if card is not None:
+        return job, ()
+    needs, without = affordable_needs(job)
+    return replace(job, needs=needs), without
 
 
 def _shortage(job: Forecast, paths: Sequence[Path]) -> ErrorFacts | None:
