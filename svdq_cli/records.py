@@ -248,6 +248,9 @@ class ModelPlan:
 
 # ---------------------------------------------------------------------------------------------------- calibration
 
+# One row in eight judges the steps of the search: the last ones, which come from images that the others do not
+HELD_OUT = 8
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class InputCovariance:

@@ -3,7 +3,7 @@
 Per input `<name>/abs_max` (K,) float32, `<name>/second_moment` (K,) float32 and `<name>/rows` (M, K) bfloat16, of one
 that depends on time alone also `<name>/over_time` (T, K) bfloat16; of one with few rows for its channels also the
 covariance of more tokens, `<name>/covariance.mean` and `.deviation` (K,) float32 and `.correlations` (K (K - 1) / 2,)
-float16 (`solve.covariance`); several inputs a file. The manifest's digest covers
+float16 (`calibration.covariance`); several inputs a file. The manifest's digest covers
 everything that a conversion reads; neither the time of day, the svdq version nor the split into files enters it.
 """
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from svdq_cli.calibration.covariance import covariance_bytes
 from svdq_cli.errors import UsageError
-from svdq_cli.solve.covariance import covariance_bytes
 
 # Below this the search has nothing to learn from and the rank of K x K moments is far below K.
 LEAST_ROWS = 256

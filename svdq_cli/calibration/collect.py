@@ -48,7 +48,7 @@ def collect_stats(
     if not prompts:
         raise UsageError("no prompt to calibrate with", hint="give at least one prompt")
     batches = split_batches(prompts, settings=sampling)
-    spread = RowSampling(rows=rows, images=len(prompts), seed=sampling.seed)
+    spread = RowSampling(rows, len(prompts), sampling.seed, covariance_tokens or {})
     parts: dict[int, Part] = {}
     collect_parts(
         pipe,
@@ -57,7 +57,6 @@ def collect_stats(
         batches,
         sampling=sampling,
         spread=spread,
-        covariance_spreads=spread.for_covariance(covariance_tokens or {}),
         parts=parts,
         observe=observe,
     )
@@ -73,15 +72,13 @@ def collect_parts(
     sampling: SamplingSettings,
     spread: RowSampling,
     parts: MutableMapping[int, Part],
-    covariance_spreads: Mapping[str, RowSampling] | None = None,
     encoded: EncodedPrompts | None = None,
     observe: Observer = ignore_events,
 ) -> None:
     """Generate the `batches` that `parts` lacks, and store what each adds under the index of its first image.
 
     A part depends on its own images alone: not on the order, nor on which process generated the others.
-    `covariance_spreads`: of `RowSampling.for_covariance`, by input, how the tokens are spread whose covariance is
-    taken. `encoded`: the prompts' embeddings, where the text encoders are gone. Raises as `collect_stats` does.
+    `encoded`: the prompts' embeddings, where the text encoders are gone. Raises as `collect_stats` does.
     """
     layers = {item.name: _layer(model, item.layers[0]) for item in inputs}
     readers = {(item.name, name): _layer(model, name) for item in inputs for name in item.layers}
@@ -102,8 +99,7 @@ def collect_parts(
         tallies.update((name, _Tally()) for name in turns)
 
     def record(name: str, activation: Tensor) -> None:
-        for_covariance = (covariance_spreads or {}).get(name)
-        _add(tallies[name], activation, drawn, turns[name], spread, for_covariance)
+        _add(tallies[name], activation, drawn, turns[name], spread, spread.for_covariance(name))
 
     def see(reader: tuple[str, str], output: Tensor) -> None:
         tallies[reader[0]].note_output(reader[1], output)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from svdq_cli.calibration.covariance import images_for_covariance
 from svdq_cli.errors import UsageError
@@ -27,17 +27,18 @@ class RowSampling:
     rows: int  # of an input, over all images
     images: int
     seed: int
+    # by input: of how many tokens the covariance is taken, if any
+    covariance_tokens: Mapping[str, int] = field(default_factory=dict[str, int])
 
     def __post_init__(self) -> None:
         if self.rows < 1:
             raise UsageError(f"rows is {self.rows}", hint="keep 1 row or more")
 
-    def for_covariance(self, tokens: Mapping[str, int]) -> dict[str, RowSampling]:
-        """The same for so many tokens of an input, by its name, over the images that the search may learn from."""
-        images = images_for_covariance(self.images)
-        return {
-            name: RowSampling(count, images, self.seed) for name, count in tokens.items() if count and images
-        }
+    def for_covariance(self, name: str) -> RowSampling | None:
+        """How the tokens of an input are spread whose covariance is taken, over the images that the search may learn
+        from; None where it is not."""
+        tokens, images = self.covariance_tokens.get(name, 0), images_for_covariance(self.images)
+        return RowSampling(tokens, images, self.seed) if tokens and images else None
 
     def share(self, *, image: int, turn: int, turns: int) -> int:
         """Rows that this turn may keep. All turns of all images together keep `rows`."""

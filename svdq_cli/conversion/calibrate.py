@@ -84,12 +84,9 @@ class CalibrationRun:
 
     @property
     def spread(self) -> RowSampling:
-        return RowSampling(self.rows, len(self.prompts), self.settings.seed)
-
-    @property
-    def covariance_spreads(self) -> dict[str, RowSampling]:
         names = (shared.name for shared in self.prepared.plan.inputs)
-        return self.spread.for_covariance(dict(zip(names, self.covariance_tokens, strict=True)))
+        tokens = dict(zip(names, self.covariance_tokens, strict=True))
+        return RowSampling(self.rows, len(self.prompts), self.settings.seed, tokens)
 
     @property
     def _widths(self) -> list[int]:
@@ -258,7 +255,6 @@ def _generate(
             batches,
             sampling=settings,
             spread=calibration_run.spread,
-            covariance_spreads=calibration_run.covariance_spreads,
             parts=parts,
             encoded=encoded,
             observe=observe,

@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import torch
 
+from svdq_cli.calibration.covariance import covariance_bytes
 from svdq_cli.conversion.memory import free_ram, reserved_ram
 from svdq_cli.conversion.read_weights import reading_bytes
 from svdq_cli.errors import OutOfResourcesError, as_out_of_memory
@@ -21,7 +22,6 @@ from svdq_cli.prepare.options import RunOptions
 from svdq_cli.prepare.prepare import Prepared
 from svdq_cli.records import Event, LayerPlan, Observer, SharedInput, SolveSettings
 from svdq_cli.solve.costs import solve_bytes
-from svdq_cli.solve.covariance import covariance_bytes
 from svdq_cli.system.allocator import return_freed_memory
 from svdq_cli.system.machine import available_ram, resident_ram
 from svdq_cli.system.threads import NoMemoryAlongside

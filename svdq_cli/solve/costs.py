@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from svdq_cli.records import (
+    HELD_OUT,
     Int4,
     LayerPlan,
     NvFp4,
@@ -22,7 +23,7 @@ from svdq_cli.records import (
 )
 from svdq_cli.solve import refine
 from svdq_cli.solve.forward import ROWS_AT_ONCE
-from svdq_cli.solve.improve import HELD_OUT, LEAST_ROWS
+from svdq_cli.solve.improve import LEAST_ROWS
 from svdq_cli.solve.low_rank import OVERSAMPLE, POWER_ITERATIONS, SEARCH_POWER_ITERATIONS
 from svdq_cli.solve.quantizers import BLOCK, NVFP4_SHARES
 from svdq_cli.solve.rotated import ROW_FACTORS

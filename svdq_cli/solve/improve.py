@@ -12,12 +12,11 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from svdq_cli.records import SearchStep
+from svdq_cli.records import HELD_OUT, SearchStep
 from svdq_cli.solve.forward import relative_errors
 from svdq_cli.solve.steps import STEPS, Attempt, LayerGroup, Solutions
 from svdq_cli.system.threads import end_if_left
 
-HELD_OUT = 8  # one row in eight validates: the last ones, which come from images that the others do not
 LEAST_ROWS = 64  # with fewer there is nothing to learn from and nothing to judge on
 
 

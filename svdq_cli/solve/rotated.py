@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from svdq_cli.records import (
+    HELD_OUT,
     LEVELS,
     ActivationStats,
     InputCovariance,
@@ -23,7 +24,7 @@ from svdq_cli.records import (
 )
 from svdq_cli.solve.covariance import moments_of
 from svdq_cli.solve.forward import LinearWeights, relative_errors
-from svdq_cli.solve.improve import HELD_OUT, LEAST_ROWS, StepResults
+from svdq_cli.solve.improve import LEAST_ROWS, StepResults
 from svdq_cli.solve.quantizers import E4M3_MAX, E4M3_TINY, row_blocks
 from svdq_cli.solve.rotation import MOST, MOST_8_BIT, fake_quantize_rows, levels_of, rotate
 from svdq_cli.solve.rounding import NO_SEARCH, SCALE_FACTORS, Grid, Parameters, Rounded, gptq, nearest

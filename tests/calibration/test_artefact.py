@@ -20,9 +20,9 @@ from svdq_cli.calibration import (
     open_calibration,
     save_calibration,
 )
+from svdq_cli.calibration.covariance import stored_covariance
 from svdq_cli.errors import InputError, OutOfResourcesError, UsageError
 from svdq_cli.records import ActivationStats, InputCovariance
-from svdq_cli.solve.covariance import stored_covariance
 
 FACTS = CalibrationFacts(
     svdq_version="1.2.3",

@@ -19,12 +19,12 @@ from svdq_cli.calibration.budget import (
     statistics_bytes,
 )
 from svdq_cli.calibration.collect import collect_parts
-from svdq_cli.calibration.covariance import CovarianceSum
+from svdq_cli.calibration.covariance import CovarianceSum, covariance_bytes
 from svdq_cli.calibration.parts import MergedStats, PartFolder
 from svdq_cli.calibration.row_sampling import RowSampling
 from svdq_cli.pipelines.generate import split_batches
 from svdq_cli.records import ActivationStats, InputCovariance, SharedInput
-from svdq_cli.solve.covariance import covariance_bytes, moments_of
+from svdq_cli.solve.covariance import moments_of
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -94,7 +94,7 @@ def test_an_input_that_needs_none_has_none_and_the_rows_are_those_without(
 def test_it_has_the_same_bits_wherever_and_whenever_the_images_were_generated(
     pipe: DiffusionPipeline, stats: dict[str, ActivationStats], tmp_path: Path
 ):
-    spread = RowSampling(rows=ROWS, images=len(PROMPTS), seed=SETTINGS.seed)
+    spread = RowSampling(ROWS, len(PROMPTS), SETTINGS.seed, covariance_tokens={LAYER: ALL, NARROW: 0})
     batches = split_batches(PROMPTS, settings=SETTINGS)
     for share in (batches[1::2], batches[0::2]):
         collect_parts(
@@ -104,7 +104,6 @@ def test_it_has_the_same_bits_wherever_and_whenever_the_images_were_generated(
             share,
             sampling=SETTINGS,
             spread=spread,
-            covariance_spreads=spread.for_covariance({LAYER: ALL, NARROW: 0}),
             parts=PartFolder(tmp_path),
         )
     found = MergedStats(PartFolder(tmp_path), [each.name for each in INPUTS])
@@ -113,7 +112,9 @@ def test_it_has_the_same_bits_wherever_and_whenever_the_images_were_generated(
 
 
 def test_a_single_image_has_no_tokens_to_learn_from_apart_from_those_that_judge():
-    assert RowSampling(rows=ROWS, images=1, seed=0).for_covariance({LAYER: ALL}) == {}
+    assert (
+        RowSampling(rows=ROWS, images=1, seed=0, covariance_tokens={LAYER: ALL}).for_covariance(LAYER) is None
+    )
 
 
 def test_no_more_tokens_than_there_are_rows_are_worth_nothing():

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from svdq_cli.calibration.covariance import stored_covariance
 from svdq_cli.conversion.block_forecast import block_forecast
 from svdq_cli.conversion.convert import convert
 from svdq_cli.conversion.memory_backoff import Placement, memory_need
@@ -34,7 +35,6 @@ from svdq_cli.records import (
     ignore_events,
 )
 from svdq_cli.solve.costs import NOMINAL, solve_bytes, solve_work
-from svdq_cli.solve.covariance import stored_covariance
 from svdq_cli.solve.forward import LinearWeights
 from svdq_cli.solve.linear import solve_input
 from svdq_cli.system.machine import resident_ram

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from svdq_cli.calibration.covariance import covariance_bytes, stored_covariance
 from svdq_cli.records import (
     ActivationStats,
     Int4,
@@ -19,7 +20,7 @@ from svdq_cli.records import (
     SolveSettings,
     W4A4Plan,
 )
-from svdq_cli.solve.covariance import covariance_bytes, moments_of, stored_covariance
+from svdq_cli.solve.covariance import moments_of
 from svdq_cli.solve.forward import LinearWeights, output_sqnr_db
 from svdq_cli.solve.linear import SolvedInput, solve_input
 from svdq_cli.solve.means import less_mean
