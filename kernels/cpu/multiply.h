@@ -35,49 +35,9 @@ template <class V, class P> inline typename V::Codes high_codes(typename V::Code
         return V::high(both);
 }
 
-// A group's sums of ROWS rows times VECTORS vectors of columns, from starts that undo the weights' offset. `lines`: of
-// each vector, the group's first; `four`: of the first row, as 4 codes each.
-template <class V, class P, int ROWS, int VECTORS>
-[[gnu::always_inline]] inline void sum_dots(const uint8_t* const (&lines)[VECTORS], const int32_t* four, const int32_t* starts,
-                                            typename V::Sums (&whole)[ROWS][VECTORS])
-{
-#pragma GCC unroll 8
-    for (int m = 0; m < ROWS; ++m)
-#pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; ++v)
-            whole[m][v] = V::begin(starts[m]);
-    const auto add_line = [&](int line) {
-        typename V::Codes low[VECTORS], high[VECTORS];
-#pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; ++v) {
-            const uint8_t* at = lines[v] + line * LINE_BYTES;
-            const auto both = V::load_codes(at);
-            V::prefetch(at + 1024);
-            low[v] = low_codes<V, P>(both), high[v] = high_codes<V, P>(both);
-        }
-#pragma GCC unroll 8
-        for (int m = 0; m < ROWS; ++m)
-#pragma GCC unroll 4
-            for (int v = 0; v < VECTORS; ++v)
-                whole[m][v] = V::dot(whole[m][v], low[v], four[2 * line * BLOCK + m]);
-#pragma GCC unroll 8
-        for (int m = 0; m < ROWS; ++m)
-#pragma GCC unroll 4
-            for (int v = 0; v < VECTORS; ++v)
-                whole[m][v] = V::dot(whole[m][v], high[v], four[(2 * line + 1) * BLOCK + m]);
-    };
-    if constexpr (V::UNROLL)
-#pragma GCC unroll 8
-        for (int line = 0; line < P::LINES; ++line)
-            add_line(line);
-    else
-#pragma GCC unroll 1
-        for (int line = 0; line < P::LINES; ++line)
-            add_line(line);
-}
-
-// The same by products of 2 rows and 2 columns over 8 k: 4 of one line and, at the same place in it, 4 of the next. An odd
-// number of rows ends with one of the block that is not asked for.
+// A group's sums of ROWS rows times VECTORS vectors of columns, starts included, by products of 2 rows and 2 columns over
+// 8 k: 4 of one line and, at the same place in it, 4 of the next. `lines`: of each vector, the group's first; `four`: of
+// the first row, as 4 codes each. An odd number of rows ends with one of the block that is not asked for.
 template <class V, class P, int ROWS, int VECTORS>
 [[gnu::always_inline]] inline void sum_squares(const uint8_t* const (&lines)[VECTORS], const int32_t* four, const int32_t* starts,
                                                typename V::Sums (&whole)[ROWS][VECTORS])
@@ -90,6 +50,7 @@ template <class V, class P, int ROWS, int VECTORS>
 #pragma GCC unroll 4
         for (int v = 0; v < VECTORS; ++v)
             sums[pair][v][0] = sums[pair][v][1] = V::begin_square(starts + 2 * pair);
+    // Unrolled, all lines of a group would be loaded first, and the sums stored and loaded again
 #pragma GCC unroll 1
     for (int line = 0; line < P::LINES; line += 2) {
         typename V::Codes columns[2][VECTORS][2];
@@ -155,14 +116,40 @@ inline void tile(const Quantized& x, int64_t block, int row, const Weights& w, i
                 V::prefetch(beside.hidden + line / 2 * LINE_BYTES / 2);
         }
         typename V::Sums whole[ROWS][VECTORS];
-        const uint8_t* here[VECTORS];
-        for (int v = 0; v < VECTORS; ++v)
-            here[v] = lines[v] + group * P::LINES * LINE_BYTES;
         const int32_t* four = codes + group * (P::GROUP / 4) * BLOCK;
-        if constexpr (V::SQUARES)
+        if constexpr (V::SQUARES) {
+            const uint8_t* here[VECTORS];
+            for (int v = 0; v < VECTORS; ++v)
+                here[v] = lines[v] + group * P::LINES * LINE_BYTES;
             sum_squares<V, P>(here, four, starts + group * BLOCK, whole);
-        else
-            sum_dots<V, P>(here, four, starts + group * BLOCK, whole);
+        } else {
+#pragma GCC unroll 8
+            for (int m = 0; m < ROWS; ++m)
+#pragma GCC unroll 4
+                for (int v = 0; v < VECTORS; ++v)
+                    whole[m][v] = V::begin(starts[group * BLOCK + m]);
+#pragma GCC unroll 8
+            for (int line = 0; line < P::LINES; ++line) {
+                typename V::Codes low[VECTORS], high[VECTORS];
+#pragma GCC unroll 4
+                for (int v = 0; v < VECTORS; ++v) {
+                    const uint8_t* at = lines[v] + (group * P::LINES + line) * LINE_BYTES;
+                    const auto both = V::load_codes(at);
+                    V::prefetch(at + 1024);
+                    low[v] = low_codes<V, P>(both), high[v] = high_codes<V, P>(both);
+                }
+#pragma GCC unroll 8
+                for (int m = 0; m < ROWS; ++m)
+#pragma GCC unroll 4
+                    for (int v = 0; v < VECTORS; ++v)
+                        whole[m][v] = V::dot(whole[m][v], low[v], four[2 * line * BLOCK + m]);
+#pragma GCC unroll 8
+                for (int m = 0; m < ROWS; ++m)
+#pragma GCC unroll 4
+                    for (int v = 0; v < VECTORS; ++v)
+                        whole[m][v] = V::dot(whole[m][v], high[v], four[(2 * line + 1) * BLOCK + m]);
+            }
+        }
         typename V::F scale[VECTORS];
 #pragma GCC unroll 4
         for (int v = 0; v < VECTORS; ++v)

@@ -12,7 +12,6 @@ struct Vector {
     static constexpr int TILE_ROWS = 3, TILE_VECTORS = 2; // 6 integer and 6 float sums in 16 registers
     static constexpr int BLOCKS_AT_ONCE = 1;
     static constexpr bool SQUARES = false;
-    static constexpr bool UNROLL = true;
     static constexpr bool RECIPROCALS = true;
 
     using F = __m256;

@@ -31,7 +31,6 @@ struct Vector {
     static constexpr int TILE_ROWS = 6, TILE_VECTORS = 2; // 12 integer and 12 float sums in 32 registers
     static constexpr int BLOCKS_AT_ONCE = 2; // 24 sums hide the time that an addition of the branch takes
     static constexpr bool SQUARES = false;
-    static constexpr bool UNROLL = true;
     static constexpr bool RECIPROCALS = true;
 
     using F = __m512;

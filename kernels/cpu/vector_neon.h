@@ -11,10 +11,10 @@ struct Vector {
     static constexpr int LANES = 4;
     static constexpr int TILE_ROWS = 6, TILE_VECTORS = 2; // 12 integer and 12 float sums in 32 registers
     static constexpr int BLOCKS_AT_ONCE = 1;
-    static constexpr bool UNROLL = false;
     static constexpr bool RECIPROCALS = true;
 #ifdef __ARM_FEATURE_MATMUL_INT8
-    static constexpr bool SQUARES = true; // `multiply_square` in place of `dot`
+    // `multiply_square` in place of `dot`
+    static constexpr bool SQUARES = true;
 #else
     static constexpr bool SQUARES = false;
 #endif

@@ -10,7 +10,6 @@ struct Vector {
     static constexpr int TILE_ROWS = 6, TILE_VECTORS = 1;
     static constexpr int BLOCKS_AT_ONCE = 1;
     static constexpr bool SQUARES = false;
-    static constexpr bool UNROLL = true;
     static constexpr bool RECIPROCALS = false; // divides, as the definition does
 
     struct F {
