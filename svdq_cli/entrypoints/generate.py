@@ -82,7 +82,8 @@ def generate(
     pipe = reading_inputs(pipe, settings)
     _require_kind(pipe, settings, out)
     made = generate_one(pipe, prompt, settings=settings, observe=observe)
-    fps = settings.fps or USUAL_FPS
+    # MiniMax-H3 has one rate, an attribute of its pipeline, by which its sound is as long as its video
+    fps = settings.fps or getattr(pipe, "fps", None) or USUAL_FPS
     with disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         _save(made, out, fps)
