@@ -140,6 +140,8 @@ def _as_large_as_asked(settings: SamplingSettings) -> dict[str, Any]:
         "_auto_resize": False,
         "clean_caption": False,
         "enable_prompt_rewrite": False,
+        # the prompt enhancer of ERNIE-Image, a language model that writes other words each time
+        "use_pe": False,
     }
 
 

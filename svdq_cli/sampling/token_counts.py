@@ -10,14 +10,21 @@ from dataclasses import dataclass
 from svdq_cli.planning.blocks import places_of
 from svdq_cli.records import Linear
 from svdq_cli.sampling.compression import frames_a_latent, latent_scale, vae_config
-from svdq_cli.source import Source
+from svdq_cli.source import Source, is_expert
 
 TEXT_TOKENS = 512  # T5's and Qwen's usual padding, where the recipe does not say
 CLIP_TOKENS = 77
 # diffusers' names of layers that read the text alone, in models with a stream for each
 TEXT_LAYERS = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff_context")
 # and of those that read it as keys and values, where the text is not a stream of its own
-CROSS_ATTENTION = (".attn2.to_k", ".attn2.to_v")
+CROSS_ATTENTION = (".attn2.to_k", ".attn2.to_v", ".audio_attn2.to_k", ".audio_attn2.to_v")
+# LTX-2: parts of a block that work on the sound, and of the attentions between sound and video the side that is each's
+SOUND_LAYERS = ("audio_attn1", "audio_attn2", "audio_ff")
+_CROSSED = {
+    "audio_to_video_attn": ("to_k", "to_v"),
+    "video_to_audio_attn": ("to_q", "to_out", "to_gate_logits"),
+}
+USUAL_FPS = 24.0  # of a video whose recipe names none
 # Feature maps of a UNet's level that are alive at once: input, normalized input, output, and the skip connection
 _MAPS = 4
 _PACKED_CHANNELS = (64, 128)  # 16 and 32 channels of autoencoders, two by two
@@ -61,15 +68,17 @@ def token_counts(
     height: int,
     width: int,
     frames: int | None = None,
+    fps: float | None = None,
     max_sequence_length: int | None = None,
     vectors: Collection[str] = (),
 ) -> TokenCounts:
     """Tokens of every linear of the source's model at a size in pixels.
 
-    `frames`: of a video. `vectors`: layers that read one vector for an image, such as modulations.
+    `frames`, `fps`: of a video. `vectors`: layers that read one vector for an image, such as modulations.
     """
     text = text_tokens(source, max_sequence_length)
     image = image_tokens(source, height=height, width=width) * latent_frames(source, frames)
+    sound = sound_tokens(source, frames, fps)
     names = [linear.name for linear in linears]
     places = places_of(names)
     blocks: dict[str, list[Linear]] = defaultdict(list)
@@ -86,6 +95,10 @@ def token_counts(
                 counts[linear.name] = 1
             elif reads_text(linear.name) or (cross and linear.name.endswith(CROSS_ATTENTION)):
                 counts[linear.name] = text
+            elif is_expert(linear.name):
+                counts[linear.name] = max(1, math.ceil(image * expert_share(source)))
+            elif sound and reads_sound(linear.name):
+                counts[linear.name] = sound
             else:
                 seen = max(1, image >> (2 * _level(linear.name, len(levels))))
                 counts[linear.name] = seen + (text if joint else 0)
@@ -109,6 +122,36 @@ def text_tokens(source: Source, max_sequence_length: int | None) -> int:
 def reads_text(layer: str) -> bool:
     """Whether a layer reads the text's stream, in models that have one for it."""
     return any(part in TEXT_LAYERS for part in layer.split("."))
+
+
+def reads_sound(layer: str) -> bool:
+    """Whether a layer reads the sound's stream, in models that make it with the video."""
+    parts = layer.split(".")
+    return any(
+        part in SOUND_LAYERS or (part in _CROSSED and parts[at + 1] in _CROSSED[part])
+        for at, part in enumerate(parts[:-1])
+    )
+
+
+def expert_share(source: Source) -> float:
+    """The part of an image's tokens that one expert of a mixture reads, where each expert chooses as many
+    (NucleusMoE-Image: its capacity factor over the number of experts); all of them where the config does not say."""
+    experts, factors = source.config.get("num_experts"), source.config.get("capacity_factors")
+    most = max(factors, default=None) if isinstance(factors, (list, tuple)) else factors
+    if not isinstance(experts, int) or experts < 1 or not isinstance(most, (int, float)):
+        return 1.0
+    return min(1.0, most / experts)
+
+
+def sound_tokens(source: Source, frames: int | None, fps: float | None) -> int:
+    """Tokens of the sound that a model makes with a video of `frames`; 0 where it makes none. The config of LTX-2 says
+    how many latents a second of sound has."""
+    rate, hop, scale = (
+        source.config.get(key) for key in ("audio_sampling_rate", "audio_hop_length", "audio_scale_factor")
+    )
+    if frames is None or not (isinstance(rate, int) and isinstance(hop, int) and isinstance(scale, int)):
+        return 0
+    return max(1, round(frames / (fps or USUAL_FPS) * rate / (hop * scale)))
 
 
 def pixels_per_token(source: Source) -> int:

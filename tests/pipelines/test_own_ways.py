@@ -52,6 +52,12 @@ def test_one_guidance_for_all_steps_goes_alone():
     assert (given["guidance_scale"], given["guidance_schedule"]) == (5.0, None)
 
 
+def test_a_prompt_enhancer_that_samples_is_off():
+    """ERNIE-Image's writes other words each time: 16-bit and 4-bit images would be of different prompts."""
+    assert inspect.signature(diffusers.ErnieImagePipeline.__call__).parameters["use_pe"].default is True
+    assert _arguments(diffusers.ErnieImagePipeline, SETTINGS)["use_pe"] is False
+
+
 def test_the_images_that_qwen_image_2_1_starts_from_have_the_area_that_is_asked_for():
     assert (
         _arguments(diffusers.QwenImage21Pipeline, _settings(height=64, width=144))["output_resolution"] == 96

@@ -127,3 +127,53 @@ def test_an_autoencoder_whose_config_leaves_its_ratios_open_is_asked(tmp_path: P
     vae: dict[str, object] = {"temporal_compression_ratio": 4, "block_out_channels": [128, 256, 256, 512]}
     source = _source(tmp_path / "other", "transformer", config, vae)
     assert (pixels_per_token(source), latent_frames(source, 81)) == (16, 11)
+
+
+def test_sound_that_is_made_with_a_video_has_tokens_of_its_own(tmp_path: Path):
+    """LTX-2: 25 latents a second, and two attentions in which sound and video read each other."""
+    config: dict[str, object] = {
+        "_class_name": "LTX2VideoTransformer3DModel",
+        "num_layers": 1,
+        "audio_sampling_rate": 16000,
+        "audio_hop_length": 160,
+        "audio_scale_factor": 4,
+    }
+    source = _source(tmp_path, "transformer", config, {"_class_name": "AutoencoderKLLTX2Video"})
+    linears = take_inventory(source, None).linears
+    found = token_counts(
+        source, linears, height=512, width=768, frames=49, fps=24.5, max_sequence_length=100
+    ).by_layer
+    video, sound = 16 * 24 * 7, 50
+    block = {
+        name.removeprefix("transformer_blocks.0."): count
+        for name, count in found.items()
+        if name.startswith("transformer_blocks.0.")
+    }
+    assert {name for name, count in block.items() if count == sound} == {
+        *(f"audio_attn1.{layer}" for layer in ("to_q", "to_k", "to_v", "to_out.0")),
+        *(f"audio_attn2.{layer}" for layer in ("to_q", "to_out.0")),
+        *(f"audio_to_video_attn.{layer}" for layer in ("to_k", "to_v")),
+        *(f"video_to_audio_attn.{layer}" for layer in ("to_q", "to_out.0")),
+        *(f"audio_ff.net.{layer}" for layer in ("0.proj", "2")),
+    }
+    assert {name for name, count in block.items() if count == 100} == {
+        f"{attention}.{layer}" for attention in ("attn2", "audio_attn2") for layer in ("to_k", "to_v")
+    }
+    assert {count for name, count in block.items()} == {video, sound, 100}
+
+
+def test_an_expert_reads_its_share_of_the_tokens(tmp_path: Path):
+    """NucleusMoE-Image: each of 128 experts chooses a sixteenth of the image's tokens."""
+    config: dict[str, object] = {
+        "_class_name": "NucleusMoEImageTransformer2DModel",
+        "num_layers": 5,
+        "num_experts": 128,
+        "capacity_factors": [8.0] * 5,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    source = open_source(tmp_path / "config.json")
+    tokens = image_tokens(source, height=1024, width=1024)
+    found = token_counts(source, take_inventory(source, None).linears, height=1024, width=1024).by_layer
+    experts = {name: count for name, count in found.items() if ".experts." in name}
+    assert len(experts) == 2 * 128, "of the one block between three dense ones and the last"
+    assert set(experts.values()) == {tokens // 16}
