@@ -483,6 +483,8 @@ class CheckProblem:
 @dataclass(frozen=True, slots=True)
 class CheckReport:
     """`layer_error`: relative Frobenius error of the reconstructed weight per layer; None without a source.
+    `noted_error`: what the conversion measured of it and noted in the file (before LoRAs were folded in); None without
+    a source, and where the file has no such record.
     `same_source`: whether the source is the one that the checkpoint was made from, by its digest; None without a
     source, and where the checkpoint records no digest. `loras`: LoRAs (FILE:WEIGHT) that were found by the checkpoint's
     own record and merged into the source."""
@@ -492,6 +494,7 @@ class CheckReport:
     layers: int
     problems: tuple[CheckProblem, ...]
     layer_error: Mapping[str, float] | None
+    noted_error: Mapping[str, float] | None = None
     same_source: bool | None = None
     loras: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
@@ -585,11 +588,13 @@ class RepackReport:
 
 @dataclass(frozen=True, slots=True)
 class LoraFacts:
-    """A LoRA that was folded: its file, the weight that it was given, the sha256 of the file."""
+    """A LoRA that was folded: its file, the weight that it was given, and the sha256 of the file. `component`: the
+    denoiser that it is for; None where there is one, or the names in the file tell."""
 
     path: str
     weight: float
     sha256: str
+    component: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -65,6 +65,10 @@ def check(
         layers=len(checkpoint.layers),
         problems=tuple(problems),
         layer_error=errors or None,
+        noted_error={
+            name: noted.error for name, noted in _weight_errors(checkpoint).items() if name in errors
+        }
+        or None,
         text_encoders=encoders,
     )
 
@@ -161,7 +165,16 @@ def _weight_errors(checkpoint: Checkpoint) -> Mapping[str, _Noted]:
         for name, error in (noted if isinstance(noted, Mapping) else {}).items():
             if isinstance(error, (int, float)):
                 found[name] = _Noted(float(error), exact=key == WEIGHT_ERROR)
-    return found
+    prefix = noted_prefix(checkpoint, found)
+    return {name.removeprefix(prefix): each for name, each in found.items() if name.startswith(prefix)}
+
+
+def noted_prefix(checkpoint: Checkpoint, noted: Iterable[str]) -> str:
+    """What precedes a layer's name in what the conversion noted: its names are those of the whole pipeline
+    (`source.denoisers`), also where one of its denoisers is opened alone."""
+    prefix = f"{checkpoint.source.component}."
+    alone = len(checkpoint.source.components) == 1
+    return prefix if alone and any(name.startswith(prefix) for name in noted) else ""
 
 
 @dataclass(frozen=True, slots=True)

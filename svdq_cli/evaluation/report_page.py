@@ -127,7 +127,8 @@ def _verdict(found: Evaluation) -> str:
 
 def _next(found: Evaluation) -> str:
     """The report's next step, worded for a reader who is already on the page."""
-    return found.report.next.replace(f"look at {found.report.page}", "look at the images below")
+    what = "videos" if found.report.video else "images"
+    return found.report.next.replace(f"look at {found.report.page}", f"look at the {what} below")
 
 
 def _figures(found: Evaluation) -> list[Figure]:
@@ -150,7 +151,8 @@ def _figures(found: Evaluation) -> list[Figure]:
         Figure("layer SQNR, these prompts", f"{sqnr.mean:.1f} dB", f"worst {sqnr.min:.1f} dB, {worst}"),
     ]
     if isinstance(lpips := report.figures["lpips"], Summary):
-        figures.insert(2, Figure("LPIPS", f"{lpips.mean:.3f}", f"worst image {lpips.max:.3f}"))
+        what = "video" if report.video else "image"
+        figures.insert(2, Figure("LPIPS", f"{lpips.mean:.3f}", f"worst {what} {lpips.max:.3f}"))
     if (video := report.video) is not None:
         figures.insert(2, _video_figure("frame to frame", video.temporal_psnr_db, "PSNR of what moves"))
         if video.audio_snr_db is not None:
@@ -196,7 +198,7 @@ def _sizes(checkpoint: Checkpoint) -> ByteFacts:
 
 
 def _scores(found: Evaluation, ways: Sequence[Variant], facts: Mapping[str, BaselineFacts]) -> Table:
-    """Means over the images; columns that nothing was measured for are left out."""
+    """Means over the images or videos; columns that nothing was measured for are left out."""
     rows: dict[str, Figures] = {TITLES[SIXTEEN_BIT]: found.report.reference.figures}
     rows |= {way.title: facts[way.key].figures for way in ways}
     columns = [key for key in METRICS if any(row.get(key) is not None for row in rows.values())]
@@ -321,8 +323,9 @@ def _speed_table(found: Evaluation, ways: Sequence[Variant], facts: Mapping[str,
         for title, taken in times.items()
         if taken.seconds_per_picture
     ]
+    what = "videos" if found.report.video else "images"
     note = (
-        f"Backend: {backend.name} ({backend.reason}). Times are taken while the images are generated, without warm-up "
+        f"Backend: {backend.name} ({backend.reason}). Times are taken while the {what} are generated, without warm-up "
         "or repetition, and include whatever else the machine does; svdq bench measures speed. The "
         "reference backend computes what the 4-bit runtimes compute, but not at their speed."
     )

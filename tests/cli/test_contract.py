@@ -188,7 +188,13 @@ def test_check_and_eval_and_their_gates(
     tiny_flux: Path, converted: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     assert run(["check", str(converted), "--against", str(tiny_flux), "--json"]) == 0
-    assert len(said(capsys)["layer_error"]) == 20
+    checked = said(capsys)
+    errors, noted = checked["layer_error"], checked["noted_error"]
+    assert len(errors) == 20
+    assert run(["check", str(converted), "--against", str(tiny_flux)]) == 0
+    shown = capsys.readouterr().out
+    worst = max(errors, key=errors.__getitem__)
+    assert f"{errors[worst]:7.4f}  {noted[worst]:7.4f}  {worst}" in shown
     words = f"eval {converted} --against {tiny_flux} --prompts {prompts} --samples 1 --json -q"
     assert run(words.split()) == 0
     report = said(capsys)

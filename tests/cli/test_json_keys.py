@@ -16,6 +16,7 @@ NAMED = {
     "recipe",
     "per_layer",
     "layer_error",
+    "noted_error",
     "missing",
     "provenance",
     "components",
@@ -36,8 +37,8 @@ SEARCHED = (
 KEYS = {
     "calibrate": "{bytes, command, covariances, digest, inputs, next, path, prompts, schema, seconds, status, steps, "
     "tokens_seen}",
-    "check": "{command, format, layer_error{}, layers, loras[], problems[], same_source, schema, status, "
-    "text_encoders[], warnings[]}",
+    "check": "{command, format, layer_error{}, layers, loras[], noted_error{}, problems[], same_source, schema, "
+    "status, text_encoders[], warnings[]}",
     "convert": "{bytes{input, output, ratio}, command, data_free, effort, fingerprint, gates_missed[], "
     f"{SQNR}, {LAYERS}, layers_taken_over, {MODEL}, {OUTPUTS}, peak{{ram_bytes, vram_bytes}}, precision, "
     f"provenance{{}}, {RANK}, read_as, recipe{{}}, schema, search{{blocks{{}}, layers{{*{SEARCHED}}}, outputs{{}}}}, "

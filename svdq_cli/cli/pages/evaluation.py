@@ -21,24 +21,30 @@ def check(console: Console, report: CheckReport, verbose: bool) -> None:
     if report.layer_error:
         if report.same_source:
             console.print("the 16-bit model is the one that the checkpoint was made from (same digest)")
-        console.print("relative error of the reconstructed weight, worst first:")
+        noted = report.noted_error or {}
+        beside = "; next to it what the conversion noted" if noted else ""
+        console.print(f"relative error of the reconstructed weight, worst first{beside}:")
         worst = sorted(report.layer_error.items(), key=lambda item: -item[1])
         for name, error in worst if verbose else worst[:WORST_LAYERS]:
-            console.print(Text(f"  {error:7.4f}  {name}"))
+            columns = [f"{error:7.4f}"]
+            if noted:
+                columns.append(f"{noted[name]:7.4f}" if name in noted else " " * 7)
+            console.print(Text("  " + "  ".join([*columns, name])))
     else:
         console.print("structure and finite values; --against SOURCE also compares the weights")
 
 
 def evaluation(console: Console, report: EvalReport, verbose: bool) -> None:
-    """The verdict last, where the eye stays; means over the images before it, with the columns that something was
-    measured for."""
+    """The verdict last, where the eye stays; means over the images or videos before it, with the columns that something
+    was measured for."""
     table = Table(box=None, pad_edge=False)
     measured = [
         metric
         for key, metric in METRICS.items()
         if key not in _OWN_COLUMNS and report.figures[key] is not None
     ]
-    table.add_column("against the 16-bit images")
+    what = "video" if report.video else "image"
+    table.add_column(f"against the 16-bit {what}s")
     empty = report.sixteen_bit_images.meaningless
     for title in (
         "PSNR (means nothing here)" if empty else "PSNR",
@@ -65,7 +71,6 @@ def evaluation(console: Console, report: EvalReport, verbose: bool) -> None:
     console.print(table)
     if report.video is not None:
         _videos(console, report)
-    what = "video" if report.video else "image"
     console.print(
         f"{report.images} {what}{'s' * (report.images != 1)}, {report.seconds:.1f} s{_chance(report)}"
     )
@@ -108,7 +113,7 @@ def evaluation_plan(console: Console, report: EvalPlanReport) -> None:
     )
     table = Table(box=None, pad_edge=False)
     table.add_column("pass", overflow="fold")
-    for title in ("images", "about", "--without"):
+    for title in (f"{what}s", "about", "--without"):
         table.add_column(title, justify="left" if title == "--without" else "right", no_wrap=True)
     table.add_column("purpose", overflow="fold")
     for one in report.passes:
@@ -130,7 +135,8 @@ def _chance(report: EvalReport) -> str:
     said = f"; the 16-bit model repeats itself {repeats}" if repeats else ""
     if own is not None:
         nudge = "nothing" if own >= 100 else f"PSNR {own:.1f} dB"
-        said += f"; 4-bit images from start noise off by one rounding differ by {nudge}"
+        what = "videos" if report.video else "images"
+        said += f"; 4-bit {what} from start noise off by one rounding differ by {nudge}"
     return said
 
 
