@@ -18,10 +18,11 @@ if TYPE_CHECKING:
     from svdq_cli.entrypoints.python_api import calibrate, check, convert, evaluate, export, fold_lora
     from svdq_cli.inference.load import load_pipeline
     from svdq_cli.lora.attach import load_lora, set_adapters, unload_lora
-    from svdq_cli.recipe import Recipe, load_recipe
+    from svdq_cli.recipe import Lora, Recipe, load_recipe
 
 __version__ = "0.1.0"
 __all__ = [
+    "Lora",
     "Recipe",
     "__version__",
     "calibrate",
@@ -48,7 +49,7 @@ _HOMES = {
     ),
     "svdq_cli.inference.load": ("load_pipeline",),
     "svdq_cli.lora.attach": ("load_lora", "set_adapters", "unload_lora"),
-    "svdq_cli.recipe": ("Recipe", "load_recipe"),
+    "svdq_cli.recipe": ("Lora", "Recipe", "load_recipe"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

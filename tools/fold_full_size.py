@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from svdq_cli.adapters.denoiser import LoraFile
 from svdq_cli.checkpoint.file_layout import kept_shapes
 from svdq_cli.checkpoint.writer import WEIGHT_FILE, Target, target_of
 from svdq_cli.formats import format_named
@@ -98,7 +99,9 @@ def main() -> None:
         full_size_lora(lora, plan, given.rank)
         print("the LoRA is made; run again, so that its memory is not counted")
         return
-    report = fold(checkpoint, [(lora, 0.8)], given.folder / "folded", options=RunOptions(overwrite=True))
+    report = fold(
+        checkpoint, [LoraFile(lora, 0.8)], given.folder / "folded", options=RunOptions(overwrite=True)
+    )
     print(f"{len(report.keys)} layers, rank {report.rank}, bytes {report.bytes}")
     print(f"{report.seconds:.1f} s, {report.peak.ram_bytes / 1e9:.2f} GB of RAM")
 

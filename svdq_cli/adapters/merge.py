@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from torch import Tensor, zeros
 
+from svdq_cli.adapters.denoiser import LoraFile, denoisers_left, read_lora
 from svdq_cli.adapters.names import ModelShapes
-from svdq_cli.adapters.read import Adapter, StoredChange, read_adapter
+from svdq_cli.adapters.read import Adapter, StoredChange
 from svdq_cli.adapters.updates import WeightChange
 from svdq_cli.errors import InputError
-from svdq_cli.source.denoisers import component_of
 from svdq_cli.source.model import Source
 from svdq_cli.source.tensors import ChangedTensor, TensorEntry
 
@@ -66,8 +65,8 @@ def shapes_of(source: Source) -> ModelShapes:
     return ModelShapes(source.path, name, shapes, source.component, source.components[1:])
 
 
-def merge_loras(source: Source, loras: Sequence[tuple[Path, float]]) -> Source:
-    """The source with LoRAs (file, weight) merged, in this order. Raises InputError as `read_adapter` does."""
+def merge_loras(source: Source, loras: Sequence[LoraFile]) -> Source:
+    """The source with LoRAs merged, in this order. Raises as `read_lora` does."""
     if not loras:
         return source
     if not source.tensors:
@@ -78,23 +77,19 @@ def merge_loras(source: Source, loras: Sequence[tuple[Path, float]]) -> Source:
         )
     tensors = dict(source.tensors)
     warnings = list(source.warnings)
-    for path, weight in loras:
-        adapter = read_adapter(path, shapes_of(source))
-        warnings += [*adapter.warnings, *_untouched(source, adapter)]
+    model = shapes_of(source)
+    adapters = [read_lora(lora, model) for lora in loras]
+    for lora, adapter in zip(loras, adapters, strict=True):
+        warnings += adapter.warnings
         for name, change in (*adapter.weights.items(), *adapter.vectors.items()):
-            tensors[name] = _merged(adapter, source.tensors, tensors, name, change, weight)
-    kind = f"{source.kind}, {len(loras)} LoRA{'s' if len(loras) > 1 else ''} merged"
-    return replace(source, tensors=tensors, warnings=tuple(warnings), kind=kind)
-
-
-def _untouched(source: Source, adapter: Adapter) -> Iterator[str]:
-    """A warning of denoisers that an adapter leaves as they are. Most files say nothing of which they are for."""
-    touched = {component_of(source.components, name)[0] for name in adapter.weights}
-    if untouched := [name for name in source.components if name not in touched]:
-        yield (
-            f"{adapter.path.name}: merged into {' and '.join(sorted(touched))} only; {' and '.join(untouched)} "
-            f"stays without it (--denoiser {untouched[0]} converts that one separately, with its own LoRA)"
-        )
+            tensors[name] = _merged(adapter, source.tensors, tensors, name, change, lora.weight)
+    return replace(
+        source,
+        tensors=tensors,
+        warnings=(*warnings, *denoisers_left(source.components, adapters)),
+        kind=f"{source.kind}, {len(loras)} LoRA{'s' if len(loras) > 1 else ''} merged",
+        merged_into=[adapter.component for adapter in adapters],
+    )
 
 
 def _merged(

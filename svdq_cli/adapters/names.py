@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from svdq_cli.source.configs import class_of_names
-from svdq_cli.source.denoisers import by_component, component_of
+from svdq_cli.source.denoisers import by_component, prefix_of
 from svdq_cli.source.names import Part, RowRange, original_layers
 from svdq_cli.source.original_names import NAMINGS
 from svdq_cli.source.prefixes import TRANSPARENT, WRAPPERS
@@ -76,21 +76,41 @@ class ModelShapes:
     # of a pipeline with several denoisers: the others, whose layers' names carry their own name as a prefix
     further: tuple[str, ...] = ()
 
+    @property
+    def components(self) -> tuple[str, ...]:
+        """Names of all denoisers, in order."""
+        return (self.component, *self.further)
+
 
 def is_for_text_encoder(key: str) -> bool:
     """Whether a key is of a text encoder's adapter, or a token's trained embedding."""
     return _TEXT_ENCODER.match(key) is not None
 
 
-def places_of(model: ModelShapes) -> Places:
-    """Every name that an adapter may call a layer of the model by, and the layers (or rows of layers) it means."""
-    first, *others = by_component(("", *model.further), model.shapes).items()
-    places = dict(_places_in(first[1]))
-    for component, shapes in others:
+def places_of(model: ModelShapes, chosen: str | None = None) -> Places:
+    """Every name that an adapter may call a layer of the model by, and the layers (or rows of layers) it means.
+
+    `chosen`: the denoiser that it is for, where the model has several. Without it, names that name none are of the
+    first."""
+    places: dict[str, tuple[Part, ...]] = {}
+    named: dict[str, tuple[Part, ...]] = {}
+    for component, shapes in by_component(model.components, model.shapes).items():
+        if chosen not in (None, component):
+            continue
+        prefix = prefix_of(model.components, component)
         for name, parts in _places_in(shapes).items():
-            there = tuple(Part(f"{component}.{part.target}", part.rows) for part in parts)
-            places |= {f"{component}.{name}": there, f"{component}_{name}": there}
-    return places
+            there = tuple(Part(prefix + part.target, part.rows) for part in parts)
+            named |= {f"{component}.{name}": there, f"{component}_{name}": there}
+            if component == (chosen or model.component):
+                places[name] = there
+    return {**named, **places}
+
+
+def names_denoiser(keys: Iterable[str], model: ModelShapes) -> bool:
+    """Whether any key of an adapter names one of the model's denoisers. The first does not count: its name is the word
+    that trainers use for whatever they train."""
+    marks = tuple(f"{component}{mark}" for component in model.further for mark in "._")
+    return any(bare.startswith(marks) for key in keys for bare in _without_prefixes(_WRAPPED.sub("", key)))
 
 
 def _places_in(shapes: Mapping[str, object]) -> Places:
@@ -110,13 +130,6 @@ def _places_in(shapes: Mapping[str, object]) -> Places:
 def find_place(places: Places, name: str) -> tuple[Part, ...] | None:
     """What a layer of an adapter is in the model; None where it has no such layer."""
     return next((places[candidate] for candidate in _candidates(name) if candidate in places), None)
-
-
-def untouched_components(model: ModelShapes, tensors: Iterable[str]) -> tuple[str, ...]:
-    """The further components of which none of these tensors is, where one of the first is."""
-    components = ("", *model.further)
-    touched = {component_of(components, name)[0] for name in tensors}
-    return tuple(name for name in model.further if name not in touched) if "" in touched else ()
 
 
 def named_by_index(

@@ -27,7 +27,6 @@ from svdq_cli.adapters.names import (
     is_for_text_encoder,
     named_by_index,
     places_of,
-    untouched_components,
 )
 from svdq_cli.errors import InputError
 from svdq_cli.source.headers import Header, is_gguf, read_whole_header
@@ -55,6 +54,7 @@ class Adapter:
     path: Path
     layers: tuple[AdaptedLayer, ...]
     left_out: tuple[str, ...]  # keys for the text encoders
+    component: str | None = None  # the denoiser that it is for; None where there is one, or its names say
     changed_base: str | None = None  # PiSSA, OLoRA: what its training took out of the model first
     notes: tuple[str, ...] = field(default=())
 
@@ -78,8 +78,8 @@ class Adapter:
         )
 
 
-def read_adapter(path: Path, model: ModelShapes) -> Adapter:
-    """The LoRA in a file, or in a folder of peft's, for `model`.
+def read_adapter(path: Path, model: ModelShapes, component: str | None = None) -> Adapter:
+    """The LoRA in a file, or in a folder of peft's, for `model`; for one of its denoisers where `component` names it.
 
     Raises InputError: damaged, an adapter of another kind, made for another model, or with keys that have no place.
     """
@@ -95,7 +95,7 @@ def read_adapter(path: Path, model: ModelShapes) -> Adapter:
     keys = _model_keys(file, header, model)
     refuse_other_kinds(file, keys)
     modules, foreign = modules_of(file, keys)
-    places = places_of(model)
+    places = places_of(model, component)
     _refuse_wider(file, modules, places, model)
     require_whole(file, modules, foreign)
     _refuse_rank_stabilized_lokr(file, modules, header.metadata)
@@ -104,8 +104,9 @@ def read_adapter(path: Path, model: ModelShapes) -> Adapter:
         path=file,
         layers=layers,
         left_out=tuple(key for key in header.tensors if is_for_text_encoder(key)),
+        component=component,
         changed_base=None if trained is None else trained.changed_base,
-        notes=_notes(file, model, modules, layers, trained),
+        notes=_notes(file, modules, layers, trained),
     )
 
 
@@ -208,7 +209,6 @@ def _json_object(text: str) -> Mapping[str, object]:
 
 def _notes(
     file: Path,
-    model: ModelShapes,
     modules: Sequence[AdapterModule],
     layers: Sequence[AdaptedLayer],
     trained: TrainingConfig | None,
@@ -230,11 +230,6 @@ def _notes(
         )
         found.append(
             f"{file}: {which}: alpha is 0, or a matrix is all zeros ({some([i.name for i in idle])})"
-        )
-    if left := untouched_components(model, [name for layer in layers for name in layer.weights]):
-        found.append(
-            f"{file}: it changes {model.component} only, and {' and '.join(left)} stays without it: only names that "
-            f"start with {left[0]}. apply to that one"
         )
     if trained is not None and trained.changed_base is not None:
         found.append(

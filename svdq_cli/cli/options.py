@@ -256,11 +256,12 @@ Loras = Annotated[
     list[str] | None,
     typer.Option(
         "--lora",
-        metavar="FILE[:WEIGHT]",
-        help="LoRA to merge into the model first. Repeatable.",
+        metavar="FILE[:WEIGHT][:COMPONENT]",
+        help="LoRA to use with the model: merged into it first. COMPONENT is one of several denoisers, such as "
+        "transformer_2. Repeatable.",
         rich_help_panel="Model",
     ),
-    sets("model.loras", on="convert calibrate init inspect check eval"),
+    sets("model.loras", on="convert calibrate init inspect check eval generate"),
 ]
 FailIf = Annotated[
     list[str] | None,

@@ -106,8 +106,17 @@ def _derived_body(checkpoint: Checkpoint, facts: DerivedFacts, base_model: str |
     if facts.loras:
         yield "LoRAs in the low-rank branch. Their own licenses apply too."
         yield ""
-        named = [(PurePath(lora.path).name, f"{lora.weight:g}", lora.sha256) for lora in facts.loras]
-        yield from table(("LoRA", "weight", "sha256"), named)
+        for_one = any(lora.component for lora in facts.loras)
+        named = [
+            (
+                PurePath(lora.path).name,
+                f"{lora.weight:g}",
+                *([lora.component or ""] if for_one else []),
+                lora.sha256,
+            )
+            for lora in facts.loras
+        ]
+        yield from table(("LoRA", "weight", *(["for"] if for_one else []), "sha256"), named)
         yield ""
     layers = [layer.name for layer in checkpoint.layers]
     pipeline = checkpoint.source.pipeline

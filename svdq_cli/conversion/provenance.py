@@ -20,6 +20,7 @@ from svdq_cli.recipe import embedded
 from svdq_cli.records import LayerSolution
 from svdq_cli.source import file_sha256, needed_settings
 from svdq_cli.source.means import moved_json
+from svdq_cli.storage.output_paths import distinct_names
 
 REPORTED = ("svdq_version", "versions", "source_sha256", "calibration_sha256", "loras_sha256")
 FITTED = "fitted"  # key of the provenance
@@ -42,6 +43,7 @@ def contents_of(
     statistics; `weight_errors`: by layer, None where they are to come, for which room is left; `fitted`: the linears at
     16 bits whose numbers are not the source's."""
     source, recipe = prepared.source, prepared.recipe
+    names = distinct_names([lora.path for lora in recipe.model.loras])
     provenance: dict[str, object] = {
         "svdq_version": __version__,
         "recipe": embedded(recipe, source=portable_name(recipe.model.source, digest, beside=options.beside)),
@@ -61,9 +63,9 @@ def contents_of(
             "fingerprint": hashlib.sha256(json.dumps(provenance, sort_keys=True).encode()).hexdigest(),
             "versions": _versions(),
             "loras_sha256": {
-                path.name: file_sha256(path)
-                for path in lora_files(recipe, options)
-                if path.is_file()  # a folder of peft's is in the digest of the source
+                name: file_sha256(lora.path)
+                for name, lora in zip(names, lora_files(recipe, options), strict=True)
+                if lora.path.is_file()  # a folder of peft's is in the digest of the source
             },
             **({MOVED_MEANS: moved_json(source.moved)} if source.moved else {}),
             **({FITTED: list(fitted)} if fitted else {}),

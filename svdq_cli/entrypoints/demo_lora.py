@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from svdq_cli.adapters.denoiser import LoraFile
 from svdq_cli.adapters.merge import merge_loras
 from svdq_cli.checkpoint.reader import open_checkpoint
 from svdq_cli.conversion.convert import convert
@@ -86,11 +87,11 @@ def demo_lora(
         )
         convert(recipe, partial / "int4", options=options, observe=observe)
         folded = fold(
-            partial / "int4", [(lora, 1.0)], partial / "int4-pink", options=options, observe=observe
+            partial / "int4", [LoraFile(lora, 1.0)], partial / "int4-pink", options=options, observe=observe
         )
         texts = sample_pink_captions(PROMPTS, seed=CAPTION_SEED)
         settings = sampling_for(evaluation_recipe(open_checkpoint(partial / "int4"), SOURCE), source).settings
-        merged = merge_loras(source, [(lora, 1.0)])
+        merged = merge_loras(source, [LoraFile(lora, 1.0)])
         columns = {
             "16-bit": _images_16_bit(source, texts, settings, device, observe),
             "int4": _images_4_bit(partial / "int4", texts, settings, device, observe),

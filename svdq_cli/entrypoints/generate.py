@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from svdq_cli.adapters.denoiser import LoraFile
 from svdq_cli.checkpoint.reader import open_checkpoint
 from svdq_cli.errors import UsageError
 from svdq_cli.inference.backend import Backend
 from svdq_cli.inference.load import load_pipeline
+from svdq_cli.lora.attach import load_lora, set_adapters
 from svdq_cli.pipelines.arguments import opened_image
 from svdq_cli.pipelines.generate import generate_one
 from svdq_cli.pipelines.generated import Generated
@@ -58,6 +62,7 @@ def generate(
     width: int | None = None,
     height: int | None = None,
     inputs: Inputs = NO_INPUTS,
+    loras: Sequence[LoraFile] = (),
     base: Path | None = None,
     options: RunOptions = DEFAULT_OPTIONS,
     observe: Observer = ignore_events,
@@ -66,7 +71,8 @@ def generate(
     `load_pipeline`.
 
     An image that is given decides the size, where neither width nor height does. A text-to-image checkpoint reads it in
-    diffusers' image-to-image or inpainting pipeline of the same parts.
+    diffusers' image-to-image or inpainting pipeline of the same parts. `loras` run next to the 4-bit layers
+    (`lora.attach`); the checkpoint stays as it is.
     """
     refuse_existing(out, overwrite=options.overwrite)
     read = [file for file in (path, inputs.image, inputs.mask, inputs.video) if file is not None]
@@ -79,6 +85,7 @@ def generate(
     settings = replace(_sized(settings, width, height), batch_size=1)
     pipe = load_pipeline(path, device=resolve_device(options.device), backend=backend, base=base)
     facts: Backend = pipe.svdq_backend  # type: ignore[attr-defined]
+    _attach(pipe, loras, observe)
     pipe = reading_inputs(pipe, settings)
     _require_kind(pipe, settings, out)
     made = generate_one(pipe, prompt, settings=settings, observe=observe)
@@ -102,6 +109,20 @@ def generate(
         fps=fps if len(made.frames) > 1 else None,
         audio_seconds=made.sound.seconds if made.sound is not None and kept else None,
     )
+
+
+def _attach(pipe: DiffusionPipeline, loras: Sequence[LoraFile], observe: Observer) -> None:
+    """Switch LoRAs on. What is to be said of them goes to the observer."""
+    if not loras:
+        return
+    names = [f"{index}: {lora.path.name}" for index, lora in enumerate(loras)]
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for name, lora in zip(names, loras, strict=True):
+            load_lora(pipe, lora.path, name, component=lora.component)
+    for each in said:
+        observe(Event("warning", "generate", detail=str(each.message)))
+    set_adapters(pipe, {name: lora.weight for name, lora in zip(names, loras, strict=True)})
 
 
 def _require_kind(pipe: DiffusionPipeline, settings: SamplingSettings, out: Path) -> None:

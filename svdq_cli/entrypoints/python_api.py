@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 from svdq_cli.errors import UsageError
 from svdq_cli.prepare.from_command_line import (
+    files_of_loras,
     outputs_of,
     override,
     recipe_of,
@@ -24,7 +25,7 @@ from svdq_cli.prepare.from_command_line import (
     with_default_calibration,
 )
 from svdq_cli.prepare.options import RunOptions
-from svdq_cli.recipe import SIZE_HINT, Recipe, bytes_of_size, lora_of
+from svdq_cli.recipe import SIZE_HINT, Lora, Recipe, bytes_of_size, lora_of
 from svdq_cli.records import Observer, ignore_events
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     )
 
 Source = str | Path | Recipe
-Loras = str | Path | Mapping[str, float] | Mapping[Path, float]
+Loras = str | Path | Mapping[str, float] | Mapping[Path, float] | Sequence[Lora]
 
 
 def convert(
@@ -88,7 +89,8 @@ def convert(
         frames, fps: Of videos: frames of each, and how many of them make a second.
         seed: Of calibration and search.
         base: Pipeline (folder or Hub id) with the parts that a single-file source lacks.
-        loras: Merged into the model first: one path, or strengths by path.
+        loras: Merged into the model first: one path, strengths by path, or `svdq_cli.Lora` records, which say for
+            which of several denoisers each is.
         work: Folder for unfinished work; hidden next to the output when None. `resume` continues from it.
         max_ram, max_vram: Bytes, or text such as "16GiB".
         on_event: Called with every step of progress (`svdq_cli.records.Event`).
@@ -311,7 +313,8 @@ def fold_lora(
     """Fold LoRAs into the low-rank branch of a checkpoint without quantizing again, as `svdq lora` does.
 
     Args:
-        loras: One path, or strengths by path: `{"style.safetensors": 0.8}`.
+        loras: One path, strengths by path (`{"style.safetensors": 0.8}`), or `svdq_cli.Lora` records, which say for
+            which of several denoisers each is.
         max_rank: Compress each branch to this rank by SVD; the report has every layer's error.
         approximate_rank: Rank that DoRA, whole differences, and LoHa or LoKr of a higher rank are cut to; 64 when None.
         skip_w4a16: Leave modulation layers as they are.
@@ -320,12 +323,11 @@ def fold_lora(
         UsageError, InputError: A LoRA does not fit the model, or the format has no place for it; nothing is written.
     """
     from svdq_cli.lora.fold import FoldSettings, fold
-    from svdq_cli.prepare.locate import locate_file
 
     settings = FoldSettings(max_rank=max_rank, skip_w4a16=skip_w4a16)
     if approximate_rank is not None:
         settings = replace(settings, approximate_rank=approximate_rank)
-    files = [(locate_file(path), strength) for path, strength in _strengths(loras)]
+    files = files_of_loras(_loras(loras))
     options = _options("cpu", overwrite)
     return fold(Path(checkpoint), files, Path(out), settings=settings, options=options, observe=on_event)
 
@@ -334,8 +336,7 @@ def _recipe(source: Source, options: RunOptions, loras: Loras | None) -> tuple[R
     """The recipe that `source` is or implies, with its LoRAs, and where its relative paths start."""
     recipe, beside = (source, None) if isinstance(source, Recipe) else recipe_of(str(source))
     if loras is not None:
-        added = (lora_of(path, strength) for path, strength in _strengths(loras))
-        model = recipe.model.model_copy(update={"loras": (*recipe.model.loras, *added)})
+        model = recipe.model.model_copy(update={"loras": (*recipe.model.loras, *_loras(loras))})
         recipe = recipe.model_copy(update={"model": model})
     return recipe, replace(options, beside=beside)
 
@@ -367,10 +368,10 @@ def _sampling(
     }
 
 
-def _strengths(loras: Loras) -> list[tuple[str, float]]:
-    if isinstance(loras, Mapping):
-        return [(str(path), float(strength)) for path, strength in loras.items()]
-    return [(str(loras), 1.0)]
+def _loras(given: Loras) -> list[Lora]:
+    if isinstance(given, Mapping):
+        return [lora_of(str(path), float(strength)) for path, strength in given.items()]
+    return [lora_of(str(given))] if isinstance(given, str | Path) else list(given)
 
 
 def _rules_named(source: Source) -> AbstractContextManager[None]:

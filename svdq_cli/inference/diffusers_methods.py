@@ -160,7 +160,8 @@ def _in_all(function: Callable[..., object], pipe: DiffusionPipeline, *given: An
 
 
 def _set_in_all(pipe: DiffusionPipeline, adapter_names: Any, adapter_weights: Any = None) -> None:
-    _in_all(lora_methods.set_strengths, pipe, adapter_names, adapter_weights)
+    """As in diffusers, a name is set in those of the denoisers that have it."""
+    lora_methods.set_strengths(pipe, adapter_names, adapter_weights)
 
 
 def _parameters(model: nn.Module, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
@@ -218,7 +219,7 @@ _PIPELINE_METHODS: Mapping[str, Callable[..., object]] = {
     "get_list_adapters": _loaded_in,
     "disable_lora": partial(_in_all, lora_methods.disable),
     "enable_lora": partial(_in_all, lora_methods.enable),
-    "delete_adapters": partial(_in_all, lora_methods.delete),
+    "delete_adapters": lora_methods.delete,
     "unload_lora_weights": partial(_in_all, lora_methods.unload),
     "fuse_lora": partial(_refuse, *_REFUSED["fuse_lora"]),
     "unfuse_lora": partial(_in_all, lora_methods.unfuse),

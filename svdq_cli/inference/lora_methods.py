@@ -14,10 +14,12 @@ from torch import nn
 
 import svdq_cli
 from svdq_cli.errors import InputError, UsageError
-from svdq_cli.inference.save import LORAS
+from svdq_cli.inference.save import LORAS, ORIGIN
+from svdq_cli.source import denoiser_order
 
 _USUAL_NAME = "pytorch_lora_weights.safetensors"  # diffusers' own
 _HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
+_INTO = "load_into_"  # before a component's name: diffusers' option for the second denoiser
 _DISABLED = "svdq_disabled"  # attribute of a model: the strengths that `enable` brings back
 _OWN_WAY = "svdq_cli.load_lora(pipe, FILE, NAME), then svdq_cli.set_adapters(pipe, {NAME: 1.0})"
 
@@ -34,7 +36,8 @@ def load_into_pipeline(
 ) -> None:
     """`load_lora_weights`: a file, a folder with `weight_name`, or a repository of the Hub.
 
-    UsageError for tensors in memory and for `hotswap`; as `svdq_cli.load_lora` for the rest.
+    Of several denoisers it is for the first, or for that of `load_into_transformer_2=True`. UsageError for tensors in
+    memory and for `hotswap`; as `svdq_cli.load_lora` for the rest.
     """
     given = pretrained_model_name_or_path_or_dict
     if isinstance(given, Mapping):
@@ -47,8 +50,16 @@ def load_into_pipeline(
     hub = {name: options[name] for name in _HUB_OPTIONS if options.get(name) is not None}
     file = _lora_file(str(given), weight_name, subfolder, hub)
     name = adapter_name or _new_name(pipe)
-    svdq_cli.load_lora(pipe, file, name)
-    svdq_cli.set_adapters(pipe, {name: 1.0})
+    models = _models_of(pipe)
+    before = [model for model in models.values() if name in loaded(model)]
+    said = [
+        option.removeprefix(_INTO) for option, value in options.items() if option.startswith(_INTO) and value
+    ]
+    component = said[0] if said else next(iter(models)) if len(models) > 1 else None
+    svdq_cli.load_lora(pipe, file, name, component=component)
+    for model in models.values():
+        if name in loaded(model) and model not in before:
+            svdq_cli.set_adapters(cast("Any", model), {name: 1.0})
 
 
 def load_into_model(model: nn.Module, given: Any, **options: Any) -> None:
@@ -58,11 +69,12 @@ def load_into_model(model: nn.Module, given: Any, **options: Any) -> None:
 
 
 def set_strengths(
-    model: nn.Module,
+    owner: object,
     adapter_names: str | Sequence[str],
     weights: float | Sequence[float | None] | None = None,
 ) -> None:
-    """`set_adapters`: the strengths of the named LoRAs, 1.0 where none is given; the others are off.
+    """`set_adapters` of a pipeline or a model: strengths of the named LoRAs, 1.0 where none is given; the others are
+    off.
 
     UsageError for strengths by block.
     """
@@ -76,7 +88,7 @@ def set_strengths(
             hint="svdq_cli.set_adapters(pipe, {NAME: 0.8})",
         )
     strengths = {name: 1.0 if w is None else float(w) for name, w in zip(names, found, strict=True)}
-    svdq_cli.set_adapters(cast("Any", model), strengths)
+    svdq_cli.set_adapters(cast("Any", owner), strengths)
 
 
 def active(model: nn.Module) -> list[str]:
@@ -98,10 +110,10 @@ def enable(model: nn.Module) -> None:
         delattr(model, _DISABLED)
 
 
-def delete(model: nn.Module, adapter_names: str | Sequence[str]) -> None:
-    """Forget LoRAs. UsageError for a name that is not loaded."""
+def delete(owner: object, adapter_names: str | Sequence[str]) -> None:
+    """Forget LoRAs of a pipeline or a model. UsageError for a name that is not loaded."""
     for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
-        svdq_cli.unload_lora(cast("Any", model), name)
+        svdq_cli.unload_lora(cast("Any", owner), name)
 
 
 def unload(model: nn.Module) -> None:
@@ -120,6 +132,15 @@ def loaded(model: object) -> list[str]:
 
 def _strengths(model: nn.Module) -> dict[str, float]:
     return dict(getattr(getattr(model, LORAS, None), "strengths", {}))
+
+
+def _models_of(pipe: Any) -> dict[str, nn.Module]:
+    """The converted denoisers of a pipeline in their order, or a model itself."""
+    if isinstance(pipe, nn.Module):
+        return {"transformer": pipe}
+    parts = {name: getattr(part, "_orig_mod", part) for name, part in pipe.components.items()}
+    names = sorted((name for name in parts if hasattr(parts[name], ORIGIN)), key=denoiser_order)
+    return {name: parts[name] for name in names}
 
 
 def _new_name(pipe: Any) -> str:

@@ -11,7 +11,7 @@ fails changes nothing.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from svdq_cli.adapters.changes import StoredChange, WeightRows
+from svdq_cli.adapters.denoiser import LoraFile, read_lora
 from svdq_cli.adapters.names import ModelShapes
-from svdq_cli.adapters.read import read_adapter
 from svdq_cli.adapters.updates import LowRankUpdate, WeightChange
 from svdq_cli.errors import InputError, UsageError
 from svdq_cli.inference.save import LORAS, MEANS
@@ -41,11 +42,11 @@ from svdq_cli.records import LayerPlan, LayerSolution, W4A4Plan, W4A4Solution, W
 from svdq_cli.runtime.linear import RunningBranch
 from svdq_cli.runtime.replace import share_quantizers
 from svdq_cli.solve.rebuild import rebuilt_weight
+from svdq_cli.source import by_component, component_of, denoiser_order, is_denoiser, prefix_of
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-_COMPONENTS = ("transformer", "unet")
 _NAMES = "peft_config"  # attribute of a model: where diffusers' pipelines look for the names of its LoRAs
 
 
@@ -72,34 +73,59 @@ class LoadedLoras:
 
 
 def load_lora(
-    pipe: DiffusionPipeline, path: str | Path, name: str, *, approximate_rank: int = APPROXIMATE_RANK
+    pipe: DiffusionPipeline,
+    path: str | Path,
+    name: str,
+    *,
+    component: str | None = None,
+    approximate_rank: int = APPROXIMATE_RANK,
 ) -> None:
     """Read a LoRA file for a pipeline's model, under a name. It does nothing until `set_adapters` gives it a strength.
 
+    `component`: which of several denoisers it is for (Wan 2.2: "transformer" or "transformer_2"), where neither the
+    names in the file nor its own name tell. Two LoRAs for two denoisers may have one name, and so one strength.
+
     DoRA, whole differences, and LoHa or LoKr of a higher rank are cut to `approximate_rank` in converted layers. Raises
-    InputError for a file that does not fit the model, UsageError for a name that is taken.
+    InputError for a file that does not fit the model, UsageError for a name that is taken and where nothing tells the
+    denoiser.
     """
-    state = _state_of(pipe)
-    if name in state.loras:
+    states = _states_of(pipe)
+    adapter = require_same_base(read_lora(LoraFile(Path(path), component=component), _model_of(states)))
+    touched = {component_of([*states], tensor)[0] for tensor in (*adapter.weights, *adapter.vectors)}
+    if any(name in states[each].loras for each in touched):
         raise UsageError(f"a LoRA named {name!r} is loaded", hint="choose another name, or unload it first")
-    model = ModelShapes(Path(type(state.model).__name__), type(state.model).__name__, state.shapes)
-    adapter = require_same_base(read_adapter(Path(path), model))
     for warning in adapter.warnings:
         warnings.warn(warning, stacklevel=2)
-    weights = partial(_rows_of, state)
+    _require_vectors(states, adapter.vectors, Path(path))
+    weights = by_component([*states], adapter.weights)
+    vectors = by_component([*states], adapter.vectors)
+    rows = partial(_rows_of, states)
+    loaded = {
+        each: _loaded(states[each], weights[each], vectors[each], rows, approximate_rank) for each in touched
+    }
+    for each, lora in loaded.items():
+        for place in (*lora.updates, *lora.changes, *lora.vectors):
+            _add_place(states[each], place)
+        states[each].loras[name] = lora
+
+
+def _loaded(
+    state: LoadedLoras,
+    weights: Mapping[str, StoredChange],
+    vectors: Mapping[str, Tensor],
+    rows: WeightRows,
+    rank: int,
+) -> LoadedLora:
+    """What a file does to one denoiser. `weights`, `vectors`: by tensor; `rows`: of the pipeline's weights."""
     updates: dict[str, LowRankUpdate] = {}
     changes: dict[str, WeightChange] = {}
-    for tensor, change in adapter.weights.items():
+    for tensor, change in weights.items():
         layer = tensor.removesuffix(".weight")
         if layer in state.layers:
-            updates[layer] = _factors(state, layer, change.read(weights), approximate_rank)
+            updates[layer] = _factors(state, layer, change.read(rows), rank)
         else:
-            changes[tensor] = change.read(weights)
-    _require_vectors(state, adapter.vectors, Path(path))
-    vectors = _with_means(state, adapter.vectors, updates, changes)
-    for place in (*updates, *changes, *vectors):
-        _add_place(state, place)
-    state.loras[name] = LoadedLora(updates, changes, vectors)
+            changes[tensor] = change.read(rows)
+    return LoadedLora(updates, changes, _with_means(state, vectors, updates, changes))
 
 
 def set_adapters(pipe: DiffusionPipeline, strengths: Mapping[str, float]) -> None:
@@ -107,45 +133,80 @@ def set_adapters(pipe: DiffusionPipeline, strengths: Mapping[str, float]) -> Non
 
     Raises UsageError for a name that is not loaded and for branches that no kernel reads; the model is then unchanged.
     """
-    state = _state_of(pipe)
+    states = _states_of(pipe)
     for name in strengths:
-        _require_loaded(state, name)
-    active = [(state.loras[name], strength) for name, strength in strengths.items() if strength != 0]
-    for put in [place.prepared(active) for place in state.places.values()]:
+        _require_loaded(states, name)
+    prepared = [put for state in states.values() for put in _prepared(state, strengths)]
+    for put in prepared:
         put()
-    share_quantizers(state.model)  # a layer that was given another branch reads its input alone
-    state.strengths = dict(strengths)
+    for state in states.values():
+        share_quantizers(state.model)  # a layer that was given another branch reads its input alone
+        state.strengths = {name: value for name, value in strengths.items() if name in state.loras}
+
+
+def _prepared(state: LoadedLoras, strengths: Mapping[str, float]) -> list[Callable[[], None]]:
+    """What puts those of the LoRAs into a denoiser that it has."""
+    active = [(state.loras[n], value) for n, value in strengths.items() if value != 0 and n in state.loras]
+    return [place.prepared(active) for place in state.places.values()]
 
 
 def unload_lora(pipe: DiffusionPipeline, name: str) -> None:
     """Take a LoRA off and forget it; the others keep their strengths. UsageError for a name that is not loaded."""
-    state = _state_of(pipe)
-    _require_loaded(state, name)
-    set_adapters(pipe, {other: value for other, value in state.strengths.items() if other != name})
-    del state.loras[name]
+    states = _states_of(pipe)
+    _require_loaded(states, name)
+    for state in states.values():
+        if name in state.loras:
+            others = {other: value for other, value in state.strengths.items() if other != name}
+            set_adapters(cast("DiffusionPipeline", state.model), others)
+            del state.loras[name]
 
 
 # ------------------------------------------------------------------------------------------------- the model
 
 
-def _state_of(pipe: DiffusionPipeline | nn.Module) -> LoadedLoras:
-    """The LoRAs of a pipeline's converted model, or of the model itself."""
-    parts = [pipe] if isinstance(pipe, nn.Module) else [getattr(pipe, name, None) for name in _COMPONENTS]
-    for part in parts:
-        model = getattr(part, "_orig_mod", part)  # without what torch.compile puts around it
-        known = getattr(model, LORAS, None)
-        if isinstance(known, LoadedLoras):
-            return known
-        layers = _converted_layers(model) if isinstance(model, nn.Module) else {}
-        if isinstance(model, nn.Module) and layers:
-            state = LoadedLoras(model, layers, _shapes_of(model, layers))
-            setattr(model, LORAS, state)
-            setattr(model, _NAMES, state.loras)
-            return state
+def _states_of(pipe: DiffusionPipeline | nn.Module) -> dict[str, LoadedLoras]:
+    """The LoRAs of a pipeline's converted denoisers, by component, or of a model itself."""
+    if isinstance(pipe, nn.Module):
+        parts = {"transformer": pipe}
+    else:
+        # of anything else that carries a model, its attributes
+        components = getattr(pipe, "components", None) or vars(pipe)
+        parts = {
+            name: components[name] for name in sorted(filter(is_denoiser, components), key=denoiser_order)
+        }
+    if states := {name: state for name, part in parts.items() if (state := _state_of(part)) is not None}:
+        return states
     raise UsageError(
         "this pipeline has no converted layers",
         hint="load a checkpoint with svdq_cli.load_pipeline; for a 16-bit pipeline use diffusers' load_lora_weights",
     )
+
+
+def _state_of(part: object) -> LoadedLoras | None:
+    """The LoRAs of a model; None where it has no converted layers."""
+    model = getattr(part, "_orig_mod", part)  # without what torch.compile puts around it
+    known = getattr(model, LORAS, None)
+    if isinstance(known, LoadedLoras):
+        return known
+    layers = _converted_layers(model) if isinstance(model, nn.Module) else {}
+    if not isinstance(model, nn.Module) or not layers:
+        return None
+    state = LoadedLoras(model, layers, _shapes_of(model, layers))
+    setattr(model, LORAS, state)
+    setattr(model, _NAMES, state.loras)
+    return state
+
+
+def _model_of(states: Mapping[str, LoadedLoras]) -> ModelShapes:
+    """What an adapter must fit: all denoisers, under joint names (`source.denoisers`)."""
+    first, *others = states
+    class_name = type(states[first].model).__name__
+    shapes = {
+        prefix_of([*states], component) + name: shape
+        for component, state in states.items()
+        for name, shape in state.shapes.items()
+    }
+    return ModelShapes(Path(class_name), class_name, shapes, first, tuple(others))
 
 
 def _converted_layers(model: nn.Module) -> dict[str, tuple[str, nn.Module]]:
@@ -173,8 +234,13 @@ def _factors(state: LoadedLoras, name: str, change: WeightChange, rank: int) -> 
     return factored(change, partial(_base_weight, state, name), strength=1.0, rank=rank).update
 
 
-def _rows_of(state: LoadedLoras, name: str, start: int, stop: int) -> Tensor:
-    """Rows of a weight as the model has it without LoRAs, in main memory."""
+def _rows_of(states: Mapping[str, LoadedLoras], joint_name: str, start: int, stop: int) -> Tensor:
+    """Rows of a weight as its denoiser has it without LoRAs, in main memory."""
+    component, name = component_of([*states], joint_name)
+    return _rows_in(states[component], name, start, stop)
+
+
+def _rows_in(state: LoadedLoras, name: str, start: int, stop: int) -> Tensor:
     if (layer := name.removesuffix(".weight")) in state.layers:
         return _base_weight(state, layer)[start:stop]
     place = state.places.get(name)
@@ -203,22 +269,24 @@ def _with_means(
     added = vectors_of_means(updates, means)
     for name, change in changes.items():
         if (mean := means.get(layer := name.removesuffix(".weight"))) is not None:
-            before = _rows_of(state, name, 0, state.shapes[name][0]).float().flatten(1)
+            before = _rows_in(state, name, 0, state.shapes[name][0]).float().flatten(1)
             added[f"{layer}.bias"] = change.added_to(before) @ mean
     for name, vector in added.items():
         found[name] = found[name] + vector if name in found else vector
     return found
 
 
-def _require_loaded(state: LoadedLoras, name: str) -> None:
-    if name not in state.loras:
-        loaded = ", ".join(state.loras) or "none"
+def _require_loaded(states: Mapping[str, LoadedLoras], name: str) -> None:
+    known = dict.fromkeys(each for state in states.values() for each in state.loras)
+    if name not in known:
+        loaded = ", ".join(known) or "none"
         raise UsageError(f"no LoRA named {name!r} is loaded", hint=f"loaded: {loaded}")
 
 
-def _require_vectors(state: LoadedLoras, vectors: Mapping[str, Tensor], path: Path) -> None:
+def _require_vectors(states: Mapping[str, LoadedLoras], vectors: Mapping[str, Tensor], path: Path) -> None:
+    shapes = _model_of(states).shapes
     for name in vectors:
-        if name not in state.shapes:
+        if name not in shapes:
             raise InputError(
                 f"{path}: it changes {name}, but the model has no bias there",
                 hint="the LoRA was trained on a variant of the model",

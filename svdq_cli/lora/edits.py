@@ -11,9 +11,10 @@ from typing import Literal
 from torch import Tensor
 
 from svdq_cli.adapters.changes import StoredChange, WeightRows
+from svdq_cli.adapters.denoiser import LoraFile, read_lora
 from svdq_cli.adapters.fitting import AdaptedLayer
 from svdq_cli.adapters.names import ModelShapes
-from svdq_cli.adapters.read import Adapter, read_adapter
+from svdq_cli.adapters.read import Adapter
 from svdq_cli.adapters.updates import WeightChange
 from svdq_cli.checkpoint.reader import Checkpoint, layer_of
 from svdq_cli.errors import InputError, UsageError
@@ -56,8 +57,8 @@ class Edits:
     skipped: frozenset[str]  # W4A16 layers that stay as they are
 
 
-def read_loras(checkpoint: Checkpoint, loras: Sequence[tuple[Path, float]]) -> tuple[GivenLora, ...]:
-    """The LoRAs (file, weight) that a checkpoint's model is to take. InputError as `read_adapter` raises it."""
+def read_loras(checkpoint: Checkpoint, loras: Sequence[LoraFile]) -> tuple[GivenLora, ...]:
+    """The LoRAs that a checkpoint's model is to take. Raises as `read_lora` does."""
     if not loras:
         raise UsageError("no LoRA is named", hint="give --lora FILE or --lora FILE:WEIGHT")
     if not checkpoint.format.has_branch:
@@ -66,16 +67,11 @@ def read_loras(checkpoint: Checkpoint, loras: Sequence[tuple[Path, float]]) -> t
             hint="merge it when converting: svdq convert SOURCE --lora FILE",
             where=str(checkpoint.source.path),
         )
-    if len(checkpoint.denoisers) > 1:
-        raise UsageError(
-            f"{checkpoint.source.path}: this pipeline has several denoisers "
-            f"({', '.join(checkpoint.source.components)}), but a LoRA is for one of them",
-            hint=f"give one denoiser's folder, such as {checkpoint.source.path / checkpoint.source.components[-1]}, "
-            "and replace it with the output",
-            where=str(checkpoint.source.path),
-        )
-    model = ModelShapes(checkpoint.source.path, checkpoint.model_class, checkpoint.state)
-    return tuple(GivenLora(require_same_base(read_adapter(path, model)), weight) for path, weight in loras)
+    first, *others = checkpoint.source.components
+    model = ModelShapes(
+        checkpoint.source.path, checkpoint.model_class, checkpoint.state, first, tuple(others)
+    )
+    return tuple(GivenLora(require_same_base(read_lora(lora, model)), lora.weight) for lora in loras)
 
 
 def plan_edits(checkpoint: Checkpoint, loras: Sequence[GivenLora], *, w4a16: W4A16Choice) -> Edits:

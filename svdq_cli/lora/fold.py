@@ -6,11 +6,24 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
 
-from svdq_cli.checkpoint.check import WEIGHT_ERROR, WEIGHT_ERROR_AT_MOST, structure_problems
+from svdq_cli.adapters.denoiser import LoraFile, denoisers_left
+from svdq_cli.checkpoint.check import (
+    WEIGHT_ERROR,
+    WEIGHT_ERROR_AT_MOST,
+    noted_prefix,
+    structure_problems,
+)
 from svdq_cli.checkpoint.reader import NEEDS_METADATA, PROVENANCE, Checkpoint, layer_of, open_checkpoint
-from svdq_cli.checkpoint.writer import WEIGHT_FILE, Target, copy_pipeline, report_path, write_report
+from svdq_cli.checkpoint.writer import (
+    WEIGHT_FILE,
+    Target,
+    copy_pipeline,
+    output_file,
+    report_path,
+    write_report,
+)
 from svdq_cli.conversion.card import CARD_FILE, DerivedFacts, card_path, derived_card
 from svdq_cli.errors import InputError
 from svdq_cli.lora.check import require_folded
@@ -21,11 +34,11 @@ from svdq_cli.lora.means import with_means
 from svdq_cli.lora.rewrite import header_of, new_target, write_changed
 from svdq_cli.prepare.options import DEFAULT_OPTIONS, RunOptions
 from svdq_cli.records import Event, Observer, W4A4Plan, ignore_events
-from svdq_cli.reports import LoraFacts, LoraReport, OutputFile
+from svdq_cli.reports import LoraFacts, LoraReport
 from svdq_cli.source import file_sha256
 from svdq_cli.storage.atomic import refuse_existing, require_disk, whole_output, write_text
 from svdq_cli.storage.headers import header_metadata
-from svdq_cli.storage.output_paths import name_warnings, require_places
+from svdq_cli.storage.output_paths import distinct_names, name_warnings, require_places
 from svdq_cli.system.machine import peak_memory
 
 
@@ -44,22 +57,22 @@ DEFAULT_SETTINGS = FoldSettings()
 
 def fold(
     path: Path,
-    loras: Sequence[tuple[Path, float]],
+    loras: Sequence[LoraFile],
     out: Path,
     *,
     settings: FoldSettings = DEFAULT_SETTINGS,
     options: RunOptions = DEFAULT_OPTIONS,
     observe: Observer = ignore_events,
 ) -> LoraReport:
-    """Fold LoRAs (file, weight) into a checkpoint of the same format. InputError or UsageError, before anything is
-    written, where a LoRA does not fit the model or the format has no place for it."""
+    """Fold LoRAs into a checkpoint of the same format, each into the denoiser that it is for where there are several.
+    InputError or UsageError, before anything is written, where one does not fit or the format has no place for it."""
     started = time.monotonic()
     refuse_existing(out, overwrite=options.overwrite)
     checkpoint = open_sound(path)
     require_places(
         [out],
         folders=[not checkpoint.format.single_file],
-        inputs=[path, *(file for file, _ in loras)],
+        inputs=[path, *(lora.path for lora in loras)],
         overwrite=options.overwrite,
     )
     given = read_loras(checkpoint, loras)
@@ -79,7 +92,7 @@ def fold(
     with whole_output(out, overwrite=options.overwrite) as partial:
         weights = _write(partial, checkpoint, target, edits, joined, facts)
         require_folded(checkpoint, open_checkpoint(partial), edits, joined)
-        written = OutputFile(target.format.name, str(out), weights.stat().st_size, file_sha256(weights))
+        written = output_file(target.format, out, weights)
         report = LoraReport(
             source_format=checkpoint.format.name,
             outputs=(written,),
@@ -94,13 +107,17 @@ def fold(
         )
         card = derived_card(checkpoint, _derived(checkpoint, out, written.bytes, facts))
         if not target.format.single_file:
-            write_report(report_path(partial, target.format), report)
-            (partial / CARD_FILE).write_text(card, encoding="utf-8")
+            _write_papers(partial, target, report, card)
     if target.format.single_file:
-        write_report(report_path(out, target.format), report)
-        write_text(card_path(out), card)
+        _write_papers(out, target, report, card)
     observe(Event("end", "fold", 1, 1, seconds=report.seconds))
     return report
+
+
+def _write_papers(path: Path, target: Target, report: LoraReport, card: str) -> None:
+    """Report and model card: in a folder, or next to a file."""
+    write_report(report_path(path, target.format), report)
+    write_text(card_path(path) if target.format.single_file else path / CARD_FILE, card)
 
 
 def _derived(checkpoint: Checkpoint, out: Path, size: int, loras: tuple[LoraFacts, ...]) -> DerivedFacts:
@@ -117,7 +134,12 @@ def _file_bytes(checkpoint: Checkpoint) -> int:
 def facts_of(given: Sequence[GivenLora]) -> tuple[LoraFacts, ...]:
     """What the report says of the LoRAs."""
     return tuple(
-        LoraFacts(str(lora.adapter.path.absolute()), lora.weight, file_sha256(lora.adapter.path))
+        LoraFacts(
+            str(lora.adapter.path.absolute()),
+            lora.weight,
+            file_sha256(lora.adapter.path),
+            lora.adapter.component,
+        )
         for lora in given
     )
 
@@ -142,26 +164,30 @@ def _write(
     edits: Edits,
     joined: JoinedBranches,
     facts: tuple[LoraFacts, ...],
-) -> Path:
-    """The new checkpoint at a partial path. Returns its weight file."""
-    before = header_metadata(checkpoint.source.files[0])
+) -> list[Path]:
+    """The new checkpoint at a partial path. Returns its weight files."""
     made = json.dumps(_provenance(checkpoint, edits, joined, facts), sort_keys=True)
     if target.format.single_file:
-        metadata = header_of(checkpoint, target, edits, before)
-        write_changed(partial, checkpoint, target, edits, joined, {**metadata, PROVENANCE: made})
-        return partial
+        metadata = header_of(checkpoint, target, edits, header_metadata(checkpoint.source.files[0]))
+        component = checkpoint.source.component
+        write_changed(partial, checkpoint, component, target, edits, joined, {**metadata, PROVENANCE: made})
+        return [partial]
     partial.mkdir()
-    folder, pipeline = partial, checkpoint.source.pipeline
+    pipeline, denoisers = checkpoint.source.pipeline, target.denoisers()
     if pipeline is not None:
-        copy_pipeline(pipeline, partial, skip=checkpoint.source.components)
-        folder = partial / checkpoint.source.component
-        folder.mkdir()
-    config = {**checkpoint.source.config, "quantization_config": target.metadata()}
-    text = json.dumps(config, indent=2, sort_keys=True)
-    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
-    weights = folder / WEIGHT_FILE
-    write_changed(weights, checkpoint, target, edits, joined, {**before, PROVENANCE: made})
-    return weights
+        copy_pipeline(pipeline, partial, skip=denoisers)
+    written: list[Path] = []
+    for component, denoiser in denoisers.items():
+        folder = partial if pipeline is None else partial / component
+        folder.mkdir(exist_ok=True)
+        alone = next(each for each in checkpoint.denoisers if each.source.component == component)
+        config = {**alone.source.config, "quantization_config": denoiser.metadata()}
+        text = json.dumps(config, indent=2, sort_keys=True)
+        (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+        metadata = {**header_metadata(alone.source.files[0]), PROVENANCE: made}
+        written.append(folder / WEIGHT_FILE)
+        write_changed(written[-1], checkpoint, component, denoiser, edits, joined, metadata)
+    return written
 
 
 def _provenance(
@@ -179,6 +205,8 @@ def _provenance(
     cut = {name for _, name in joined.cut} if joined.max_rank is None else changed
     inexact = {*edits.skipped, *edits.dense, *cut}
     noted, at_most = _noted(said, WEIGHT_ERROR), _noted(said, WEIGHT_ERROR_AT_MOST)
+    prefix = noted_prefix(checkpoint, noted)
+    changed, inexact = ({prefix + name for name in names} for names in (changed, inexact))
     return {
         **said,
         WEIGHT_ERROR: {name: error for name, error in noted.items() if name not in changed | inexact},
@@ -197,8 +225,15 @@ def _noted(provenance: Mapping[str, object], key: str) -> Mapping[str, object]:
 
 def without_folders(facts: Sequence[LoraFacts]) -> list[dict[str, object]]:
     """LoRAs as the header of a file names them: no path of this machine."""
+    names = distinct_names([lora.path for lora in facts])
     return [
-        {"name": PurePath(lora.path).name, "weight": lora.weight, "sha256": lora.sha256} for lora in facts
+        {
+            "name": name,
+            "weight": lora.weight,
+            "sha256": lora.sha256,
+            **({"component": lora.component} if lora.component else {}),
+        }
+        for name, lora in zip(names, facts, strict=True)
     ]
 
 
@@ -210,6 +245,7 @@ def _warnings(
     given: tuple[GivenLora, ...], edits: Edits, checkpoint: Checkpoint, out: Path
 ) -> tuple[str, ...]:
     found = [warning for lora in given for warning in lora.adapter.warnings]
+    found += denoisers_left(checkpoint.source.components, [lora.adapter for lora in given])
     if edits.dense:
         # 16 bits instead of a code, and a scale and a zero for a group
         more = sum(

@@ -25,6 +25,7 @@ from svdq_cli.lora.edits import Contribution, Edits
 from svdq_cli.lora.factor import factored
 from svdq_cli.records import W4A4Plan
 from svdq_cli.solve.rebuild import rebuilt_weight
+from svdq_cli.source import by_component
 
 Group = tuple[W4A4Plan, ...]  # layers with one down projection in the file
 
@@ -76,7 +77,8 @@ def join_loras(
     approximate_rank: int,
     one_rank: bool,
 ) -> JoinedBranches:
-    """What the LoRAs add to every group, and the ranks that follow. `one_rank`: all layers get that of the widest.
+    """What the LoRAs add to every group, and the ranks that follow. `one_rank`: all layers of a file, which holds one
+    denoiser, get that of the widest.
 
     UsageError for ranks that no kernel reads.
     """
@@ -92,7 +94,8 @@ def join_loras(
         for group in dict.fromkeys(groups.values())
     }
     if one_rank:
-        ranks = dict.fromkeys(ranks, max(ranks.values(), default=0))
+        files = by_component(checkpoint.source.components, {name: name for name in ranks}).values()
+        ranks = {name: max(ranks[each] for each in file.values()) for file in files for name in file.values()}
     _require_rank(ranks)
     by_layer = {name: ranks[group[0].name] for name, group in groups.items()}
     return JoinedBranches(checkpoint, max_rank, groups, updates, added, cut, by_layer)

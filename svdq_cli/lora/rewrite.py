@@ -14,7 +14,7 @@ from svdq_cli.checkpoint.assembly import join_layers, kept_tensor
 from svdq_cli.checkpoint.biases import moved_biases
 from svdq_cli.checkpoint.branches import join_branches
 from svdq_cli.checkpoint.detect import specs_of_headers
-from svdq_cli.checkpoint.file_layout import EMPTY, StoredModule, kept_shapes
+from svdq_cli.checkpoint.file_layout import EMPTY, StoredModule, files_of, kept_shapes
 from svdq_cli.checkpoint.reader import Checkpoint, layer_of
 from svdq_cli.checkpoint.writer import Target, target_of
 from svdq_cli.formats.headers import BIASES, RANKS, as_text, biases_text
@@ -22,6 +22,7 @@ from svdq_cli.lora.edits import Edits
 from svdq_cli.lora.join import JoinedBranches
 from svdq_cli.records import LayerPlan, LayerSolution, W4A4Plan
 from svdq_cli.solve.rebuild import rebuilt_weight
+from svdq_cli.source import by_component
 from svdq_cli.source.tensors import StoredTensor
 from svdq_cli.storage.tensor_file import TensorSpec, write_tensors
 
@@ -55,16 +56,17 @@ def header_of(
 def write_changed(
     path: Path,
     checkpoint: Checkpoint,
+    component: str,
     target: Target,
     edits: Edits,
     joined: JoinedBranches,
     metadata: Mapping[str, str],
 ) -> None:
-    """The new weight file at `path`."""
-    specs = _specs(checkpoint, target)
-    old = checkpoint.source.tensors
+    """The new weight file of one denoiser at `path`. `target`: of that denoiser alone (`Target.denoisers`)."""
+    specs = _specs(checkpoint, component, target)
+    old = by_component(checkpoint.source.components, checkpoint.source.tensors)[component]
     with write_tensors(path, specs, metadata) as writer:
-        for name, tensor in changed_tensors(checkpoint, target, edits, joined):
+        for name, tensor in _changed_tensors(checkpoint, component, target, edits, joined):
             writer.write(name, tensor)
         for name in checkpoint.marker_names():
             writer.write(name, torch.empty(EMPTY.shape, dtype=EMPTY.dtype))
@@ -74,14 +76,17 @@ def write_changed(
             writer.copy(name, entry.file, entry.offset)
 
 
-def changed_tensors(
-    checkpoint: Checkpoint, target: Target, edits: Edits, joined: JoinedBranches
+def _changed_tensors(
+    checkpoint: Checkpoint, component: str, target: Target, edits: Edits, joined: JoinedBranches
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every stored tensor that is not the old one, by stored name. Of any shape, as stored."""
-    before = {module.name: module for module in checkpoint.file.modules}
+    """Every stored tensor of a denoiser that is not the old one, by stored name. Of any shape, as stored."""
+    before = {
+        module.name: module
+        for module in files_of(checkpoint.file, checkpoint.source.components)[component].modules
+    }
     for module in target.file.modules:
         yield from _changed_in_module(checkpoint, before[module.name], module, edits, joined)
-    dtypes = _kept_dtypes(checkpoint)
+    dtypes = _kept_dtypes(checkpoint, component)
     for name, kept in target.file.kept.items():
         if any(is_changed_tensor(source, edits) for source in kept.sources):
             parts = [new_tensor(checkpoint, source, edits) for source in kept.sources]
@@ -107,9 +112,9 @@ def new_tensor(checkpoint: Checkpoint, name: str, edits: Edits) -> Tensor:
 # ---------------------------------------------------------------------------------------------------- pieces
 
 
-def _specs(checkpoint: Checkpoint, target: Target) -> dict[str, TensorSpec]:
-    """Every tensor of the new file. 16-bit tensors keep the dtype that they have."""
-    dtypes = _kept_dtypes(checkpoint)
+def _specs(checkpoint: Checkpoint, component: str, target: Target) -> dict[str, TensorSpec]:
+    """Every tensor of a denoiser's new file. 16-bit tensors keep the dtype that they have."""
+    dtypes = _kept_dtypes(checkpoint, component)
     specs = {
         f"{module.name}.{suffix}": TensorSpec(spec.shape, spec.dtype)
         for module in target.file.modules
@@ -122,11 +127,12 @@ def _specs(checkpoint: Checkpoint, target: Target) -> dict[str, TensorSpec]:
     return specs
 
 
-def _kept_dtypes(checkpoint: Checkpoint) -> dict[str, torch.dtype]:
-    """By stored name, the dtype of every tensor that is at 16 bits in the checkpoint. A quantized module may have a
-    tensor of a name that its 16-bit weight has when it becomes one."""
+def _kept_dtypes(checkpoint: Checkpoint, component: str) -> dict[str, torch.dtype]:
+    """By stored name, the dtype of every tensor of a denoiser that is at 16 bits in the checkpoint. A quantized module
+    may have a tensor of a name that its 16-bit weight has when it becomes one."""
     found, kept = specs_of_headers(checkpoint.source), checkpoint.kept_specs()
-    return {name: spec.dtype for name, spec in found.items() if name in kept}
+    dtypes = {name: spec.dtype for name, spec in found.items() if name in kept}
+    return by_component(checkpoint.source.components, dtypes)[component]
 
 
 def _changed_in_module(

@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from svdq_cli.adapters.denoiser import LoraFile
 from svdq_cli.checkpoint.branches import join_branches, stored_rows
 from svdq_cli.checkpoint.file_layout import StoredModule
 from svdq_cli.checkpoint.lossless import same_bits, take_rows
@@ -51,20 +52,20 @@ _OF_MLP = re.compile(r"_fc[12]$")  # the engine sizes the buffer of fc2 by the r
 
 def write_nunchaku_lora(
     path: Path,
-    loras: Sequence[tuple[Path, float]],
+    loras: Sequence[LoraFile],
     out: Path,
     *,
     settings: FoldSettings = DEFAULT_SETTINGS,
     options: RunOptions = DEFAULT_OPTIONS,
 ) -> LoraReport:
-    """Write LoRAs (file, weight) as one file for the engine, to be used with `path`, a `nunchaku` checkpoint of FLUX.1.
+    """Write LoRAs as one file for the engine, to be used with `path`, a `nunchaku` checkpoint of FLUX.1.
 
     Raises as `fold` does, and UsageError for another checkpoint.
     """
     started = time.monotonic()
     refuse_existing(out, overwrite=options.overwrite)
     checkpoint = open_sound(path)
-    files = [path, *(file for file, _ in loras)]
+    files = [path, *(lora.path for lora in loras)]
     require_places([out], folders=[False], inputs=files, overwrite=options.overwrite)
     _require_flux_file(checkpoint)
     given = read_loras(checkpoint, loras)

@@ -6,12 +6,14 @@ import math
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
+from svdq_cli.adapters.denoiser import LoraFile
 from svdq_cli.errors import RecipeError, UsageError
 from svdq_cli.formats import DEFAULT, format_named
 from svdq_cli.prepare.locate import locate_file
 from svdq_cli.recipe import (
+    LORA_HINT,
     Calibration,
     Lora,
     Output,
@@ -26,9 +28,7 @@ from svdq_cli.recipe import (
     user_path,
     with_overrides,
 )
-
-if TYPE_CHECKING:
-    pass
+from svdq_cli.source import is_denoiser
 
 
 def recipe_file(source: str) -> Path | None:
@@ -137,28 +137,36 @@ def _outputs(recipe: Recipe, out: Path | None, formats: list[str]) -> list[Outpu
 
 
 def parse_lora(text: str) -> Lora:
-    """`--lora PATH` or `--lora PATH:WEIGHT`. Raises UsageError for a weight that is not a number."""
-    path, colon, weight = text.rpartition(":")
-    # the colon of a drive, of a folder's name or of the file's
-    if not colon or "/" in weight or "\\" in weight or locate_file(text).exists():
-        return lora_of(text)
+    """`--lora PATH[:WEIGHT][:COMPONENT]`. Raises UsageError for a weight that is not a number."""
+    path, component = text, None
+    if (last := _after_colon(path)) and is_denoiser(last):
+        path, component = path.removesuffix(f":{last}"), last
+    weight = _after_colon(path)
+    if weight is None:
+        return lora_of(path, component=component)
+    path = path.removesuffix(f":{weight}")
     try:
         strength = float(weight)
         if not path or not math.isfinite(strength):
             raise ValueError
     except ValueError as error:
         raise UsageError(
-            f"--lora {text}: {weight!r} is not a weight",
-            hint="write --lora FILE or --lora FILE:0.8",
-            where="--lora",
+            f"--lora {text}: {weight!r} is not a weight", hint=LORA_HINT, where="--lora"
         ) from error
-    return lora_of(path, strength)
+    return lora_of(path, strength, component)
 
 
-def lora_files(texts: Sequence[str]) -> list[tuple[Path, float]]:
-    """`--lora` options as files and weights. Files may be missing."""
-    loras = [parse_lora(text) for text in texts]
-    return [(locate_file(lora.path), lora.weight) for lora in loras]
+def _after_colon(text: str) -> str | None:
+    """What follows the last colon, unless that is the colon of a drive, of a folder's name or of the file's."""
+    _, colon, last = text.rpartition(":")
+    if not colon or "/" in last or "\\" in last or locate_file(text).exists():
+        return None
+    return last
+
+
+def files_of_loras(loras: Sequence[Lora]) -> list[LoraFile]:
+    """The LoRAs that a command names, from the current directory. Files may be missing."""
+    return [LoraFile(locate_file(lora.path), lora.weight, lora.component) for lora in loras]
 
 
 def outputs_of(recipe: Recipe) -> tuple[Path, ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Literal
@@ -18,10 +19,11 @@ from svdq_cli.checkpoint.reader import Checkpoint
 from svdq_cli.checkpoint.writer import report_path
 from svdq_cli.errors import InputError
 from svdq_cli.prepare.options import RunOptions
-from svdq_cli.prepare.sources import lora_files, source_of
+from svdq_cli.prepare.sources import lora_files, pipeline_of, source_of
 from svdq_cli.recipe import Lora, Recipe
 from svdq_cli.source import Source, denoiser_components, file_sha256, only, source_digest
 from svdq_cli.storage.json_files import read_json
+from svdq_cli.storage.output_paths import REPORT_FILE
 
 _MAX_REPORT = 64 << 20  # bytes of a report that is read
 
@@ -33,12 +35,22 @@ class NamedLora:
     name: str
     weight: float
     sha256: str | None
+    component: str | None  # the denoiser that it changes; None where there is one, or the names in it tell
     how: Literal["merged before the conversion", "folded in after it"]
 
     @property
     def option(self) -> str:
         """How the command line names it."""
-        return f"--lora {self.name}:{self.weight:g}"
+        return f"--lora {self}"
+
+    def __str__(self) -> str:
+        component = f":{self.component}" if self.component else ""
+        return f"{self.name}:{self.weight:g}{component}"
+
+    def is_at(self, path: str | Path) -> bool:
+        """Whether a path ends in its name."""
+        parts = PurePath(self.name).parts
+        return PurePath(path).parts[-len(parts) :] == parts
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,15 +76,12 @@ class Origin:
     @property
     def loras(self) -> tuple[str, ...]:
         """The LoRAs in `found`, as the command line names them."""
-        return tuple(f"{lora.name}:{lora.weight:g}" for lora in self.found)
+        return tuple(map(str, self.found))
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What to say of the comparison before its figures; empty where there is nothing to say."""
-        read = [
-            f"{lora.name}:{lora.weight:g} was {lora.how}, so it is merged into the 16-bit model here"
-            for lora in self.found
-        ]
+        read = [f"{lora} was {lora.how}, so it is merged into the 16-bit model here" for lora in self.found]
         spoken = f"{self.source_mismatch}; {self.hint}" if self.source_mismatch else None
         return (*read, *(text for text in (spoken, self.note) if text))
 
@@ -90,9 +99,13 @@ def origin_of(checkpoint: Checkpoint, recipe: Recipe, options: RunOptions) -> Or
 
     Raises InputError (kind "shape-mismatch") for a model whose layers are not those of the checkpoint.
     """
+    recipe = _of_denoiser(recipe, checkpoint, options)
     given = _given(recipe, options)
     needed = _named_loras(checkpoint)
     pairs = _matched(needed, given)
+    for lora, index in pairs.items():
+        if lora.component is not None:
+            given[index] = given[index][0].model_copy(update={"component": lora.component}), given[index][1]
     missing = [lora for lora in needed if lora not in pairs]
     places = {lora: _find(lora, checkpoint, recipe, options) for lora in missing}
     found = [(lora, place) for lora, place in places.items() if place is not None]
@@ -110,7 +123,7 @@ def origin_of(checkpoint: Checkpoint, recipe: Recipe, options: RunOptions) -> Or
     require_same_model(checkpoint, source)
     names = tuple(lora for lora, _ in found)
     if lost := next((lora for lora, place in places.items() if place is None), None):
-        if any(PurePath(lora.path).name == lost.name for lora, _ in given):
+        if any(lost.is_at(lora.path) for lora, _ in given):
             return Origin(
                 source,
                 same=False,
@@ -137,6 +150,17 @@ def origin_of(checkpoint: Checkpoint, recipe: Recipe, options: RunOptions) -> Or
         )
     extra = [lora.path for index, (lora, _) in enumerate(given) if index not in pairs.values()]
     return _judged(checkpoint, before, source, names, extra)
+
+
+def _of_denoiser(recipe: Recipe, checkpoint: Checkpoint, options: RunOptions) -> Recipe:
+    """The recipe for the denoiser that the checkpoint holds alone, where its pipeline has several:
+    what LoRAs are merged into."""
+    pipeline, component = pipeline_of(recipe, options), checkpoint.source.component
+    known = denoiser_components(pipeline) if pipeline else ()
+    if len(checkpoint.source.components) > 1 or len(known) < 2 or component not in known:
+        return recipe
+    model = recipe.model.model_copy(update={"denoiser": recipe.model.denoiser or component})
+    return recipe.model_copy(update={"model": model})
 
 
 def _as_converted(source: Source, checkpoint: Checkpoint) -> Source:
@@ -186,25 +210,24 @@ def _judged(
 def _given(recipe: Recipe, options: RunOptions) -> list[tuple[Lora, str]]:
     """The recipe's LoRAs with the sha256 of their files. Raises InputError for one that is missing."""
     return [
-        (lora, file_sha256(adapter_file(file)))
+        (lora, file_sha256(adapter_file(file.path)))
         for lora, file in zip(recipe.model.loras, lora_files(recipe, options), strict=True)
     ]
 
 
 def _named_loras(checkpoint: Checkpoint) -> list[NamedLora]:
-    """What the header says, which anybody may have written."""
+    """What the header says, which anybody may have written; of the denoisers that the checkpoint holds."""
     made = checkpoint.provenance or {}
     digests = made.get("loras_sha256")
+    merged = [
+        (name, weight, digests.get(name) if isinstance(digests, Mapping) else None, component)
+        for name, weight, _, component in _entries(_section(made, "recipe", "model").get("loras"), "path")
+    ]
     named = [
-        NamedLora(name, weight, digest, "merged before the conversion")
-        for name, weight, _ in _entries(_section(made, "recipe", "model").get("loras"), "path")
-        for digest in [digests.get(name) if isinstance(digests, Mapping) else None]
+        *(NamedLora(*entry, "merged before the conversion") for entry in merged),
+        *(NamedLora(*entry, "folded in after it") for entry in _entries(made.get("folded_loras"), "name")),
     ]
-    named += [
-        NamedLora(name, weight, digest, "folded in after it")
-        for name, weight, digest in _entries(made.get("folded_loras"), "name")
-    ]
-    return named
+    return [lora for lora in named if lora.component in (None, *checkpoint.source.components)]
 
 
 def _section(plain: Mapping[str, object], *keys: str) -> Mapping[str, object]:
@@ -216,20 +239,28 @@ def _section(plain: Mapping[str, object], *keys: str) -> Mapping[str, object]:
     return plain
 
 
-def _entries(listed: object, name_key: str) -> Iterator[tuple[str, float, str | None]]:
+def _entries(listed: object, name_key: str) -> Iterator[tuple[str, float, str | None, str | None]]:
+    """Name, weight, digest and denoiser of every LoRA."""
     for entry in listed if isinstance(listed, list) else []:
         if isinstance(entry, Mapping):
-            name, weight, digest = entry.get(name_key), entry.get("weight"), entry.get("sha256")
+            name, weight = entry.get(name_key), entry.get("weight")
             if isinstance(name, str) and isinstance(weight, (int, float)):
-                yield PurePath(name).name, float(weight), digest if isinstance(digest, str) else None
+                parts = [part for part in PurePath(name).parts[-2:] if part not in ("..", "/")]
+                yield "/".join(parts), float(weight), _text(entry, "sha256"), _text(entry, "component")
+
+
+def _text(entry: Mapping[object, object], key: str) -> str | None:
+    value = entry.get(key)
+    return value if isinstance(value, str) else None
 
 
 def _matched(needed: Sequence[NamedLora], given: Sequence[tuple[Lora, str]]) -> dict[NamedLora, int]:
-    """Pair the LoRAs that are needed with those given: by digest, else by name."""
+    """Pair the LoRAs that are needed with those given: by digest, else by name, and by denoiser where both say one."""
     pairs: dict[NamedLora, int] = {}
     for lora in needed:
         for index, (candidate, digest) in enumerate(given):
-            same = digest == lora.sha256 if lora.sha256 else PurePath(candidate.path).name == lora.name
+            same = digest == lora.sha256 if lora.sha256 else lora.is_at(candidate.path)
+            same &= None in (candidate.component, lora.component) or candidate.component == lora.component
             if same and index not in pairs.values():
                 pairs[lora] = index
                 break
@@ -242,30 +273,38 @@ def _find(lora: NamedLora, checkpoint: Checkpoint, recipe: Recipe, options: RunO
         return None
     model = Path(recipe.model.source).expanduser()
     folders = [Path(), checkpoint.source.path.parent, model.parent, options.beside or Path()]
-    for place in [*_reported_places(lora, checkpoint), *(folder / lora.name for folder in folders)]:
+    for place in [*_reported_places(lora, checkpoint), *_below(folders, lora.name)]:
         if os.path.isfile(place) and file_sha256(place) == lora.sha256:
             return place
     return None
 
 
+def _below(folders: Sequence[Path], name: str) -> Iterator[Path]:
+    for folder in folders:
+        yield folder / name
+        yield folder / PurePath(name).name
+
+
 def _reported_places(lora: NamedLora, checkpoint: Checkpoint) -> Iterator[Path]:
-    """Paths of LoRAs in the report next to the checkpoint, written by `svdq lora` or by the conversion."""
-    report = report_path(checkpoint.source.path, checkpoint.format)
-    if not report.is_file() or report.stat().st_size > _MAX_REPORT:
-        return
-    try:
-        plain = read_json(report)
-    except InputError:
-        return
+    """Paths of LoRAs in the report next to the checkpoint, written by `svdq lora` or by the conversion. That of a
+    denoiser's folder is its pipeline's."""
+    path = checkpoint.source.path
+    for report in (report_path(path, checkpoint.format), path.parent / REPORT_FILE):
+        if report.is_file() and report.stat().st_size <= _MAX_REPORT:
+            with suppress(InputError):
+                yield from _places_in(read_json(report), lora)
+
+
+def _places_in(plain: Mapping[str, object], lora: NamedLora) -> Iterator[Path]:
     for listed in (plain.get("loras"), _section(plain, "recipe", "model").get("loras")):
         for entry in listed if isinstance(listed, list) else []:
             path = entry.get("path") if isinstance(entry, Mapping) else None
-            if isinstance(path, str) and PurePath(path).name == lora.name:
+            if isinstance(path, str) and lora.is_at(path):
                 yield Path(path)
 
 
 def _lora(named: NamedLora, place: Path) -> Lora:
-    return Lora(path=str(place.absolute()), weight=named.weight)
+    return Lora(path=str(place.absolute()), weight=named.weight, component=named.component)
 
 
 def _with_loras(recipe: Recipe, loras: Sequence[Lora]) -> Recipe:

@@ -24,7 +24,7 @@ from svdq_cli.prepare.options import RunOptions
 from svdq_cli.prepare.plan_warnings import plan_warnings
 from svdq_cli.prepare.prompts import ChosenPrompts, chosen_prompts
 from svdq_cli.prepare.sampling import Sampling, sampling_for, usual_sampling, with_model_sampling
-from svdq_cli.prepare.sources import source_of
+from svdq_cli.prepare.sources import source_of, with_denoisers_of_loras
 from svdq_cli.recipe import (
     DEFAULT_RANK,
     Recipe,
@@ -76,7 +76,7 @@ def prepare(
         require_precision(fmt, quantization.number_format)
     scheme = _one_scheme(formats, quantization.number_format)
     source = source or source_of(recipe, RunOptions(beside=beside))
-    recipe = with_model_sampling(recipe, source)
+    recipe = with_model_sampling(with_denoisers_of_loras(recipe, source), source)
     calibrates = recipe.calibration is not None and (every_layer or quantization.effort != "datafree")
     sampling = sampling_for(recipe, source, beside=beside) if calibrates else None
     if recipe.components and all(fmt.single_file for fmt in formats):
@@ -176,6 +176,7 @@ def counts_of(prepared: Prepared, settings: SamplingSettings) -> TokenCounts:
         height=settings.height,
         width=settings.width,
         frames=settings.frames,
+        fps=settings.fps,
         max_sequence_length=settings.max_sequence_length,
         vectors={layer.name for layer in prepared.plan.w4a16},
     )

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from pathlib import Path
 
+from svdq_cli.adapters.denoiser import LoraFile
 from svdq_cli.adapters.merge import merge_loras
 from svdq_cli.errors import UsageError
 from svdq_cli.prepare.locate import locate_base, locate_file, locate_source
@@ -13,11 +13,8 @@ from svdq_cli.prepare.options import RunOptions
 from svdq_cli.recipe import (
     Recipe,
 )
-from svdq_cli.source import Source, denoiser_components, only, open_source
+from svdq_cli.source import Source, denoiser_components, named_denoiser, only, open_source
 from svdq_cli.storage.pipeline_index import is_pipeline
-
-# What Wan's own files and ComfyUI's call the second transformer of Wan 2.2.
-_LOW_NOISE = re.compile("low[-_ ]?noise", re.IGNORECASE)
 
 
 def source_of(recipe: Recipe, options: RunOptions) -> Source:
@@ -25,9 +22,20 @@ def source_of(recipe: Recipe, options: RunOptions) -> Source:
     wanted = recipe.model
     base = locate_base(wanted.base, beside=options.beside) if wanted.base else None
     path = locate_source(wanted.source, beside=options.beside, revision=wanted.revision)
-    weights = (lora.weight for lora in wanted.loras)
-    adapters = list(zip(lora_files(recipe, options), weights, strict=True))
-    return merge_loras(_with_denoiser(open_source(path, base=base), wanted.denoiser), adapters)
+    source = _with_denoiser(open_source(path, base=base), wanted.denoiser)
+    return merge_loras(source, lora_files(recipe, options))
+
+
+def with_denoisers_of_loras(recipe: Recipe, source: Source) -> Recipe:
+    """The recipe with the denoiser of each of its LoRAs, as the source has them merged (`source_of`): another file name
+    would no longer tell it."""
+    if not any(source.merged_into):
+        return recipe
+    loras = tuple(
+        lora.model_copy(update={"component": component})
+        for lora, component in zip(recipe.model.loras, source.merged_into, strict=True)
+    )
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"loras": loras})})
 
 
 def without_same_base(recipe: Recipe, options: RunOptions) -> Recipe:
@@ -59,7 +67,7 @@ def _with_denoiser(source: Source, wanted: str | None) -> Source:
         return only(source, [wanted]) if source.further else replace(source, component=wanted)
     if source.pipeline == source.path or source.path.name in known or len(known) == 1 or source.further:
         return source
-    told = known[1] if _LOW_NOISE.search(source.path.stem) else known[0]
+    told = named_denoiser(known, source.path.stem) or known[0]
     others = [name for name in known if name != told]
     said = (
         f"{source.path} holds one of the {len(known)} denoisers of {source.pipeline}, taken to be {told}; if it "
@@ -76,6 +84,9 @@ def pipeline_of(recipe: Recipe, options: RunOptions) -> Path | None:
     return path if is_pipeline(path) else None
 
 
-def lora_files(recipe: Recipe, options: RunOptions) -> tuple[Path, ...]:
+def lora_files(recipe: Recipe, options: RunOptions) -> tuple[LoraFile, ...]:
     """The LoRAs that a recipe merges: files, or folders of peft's."""
-    return tuple(locate_file(lora.path, beside=options.beside) for lora in recipe.model.loras)
+    return tuple(
+        LoraFile(locate_file(lora.path, beside=options.beside), lora.weight, lora.component)
+        for lora in recipe.model.loras
+    )

@@ -10,6 +10,7 @@ from svdq_cli.recipe.reading import at_its_rule, load_recipe, parse_recipe
 from svdq_cli.recipe.schema import (
     DEFAULT_EFFORT,
     DEFAULT_RANK,
+    LORA_HINT,
     Calibration,
     DatasetPrompts,
     GroupOverride,
@@ -45,6 +46,7 @@ from svdq_cli.text import SIZE_HINT, bytes_of_size
 __all__ = [
     "DEFAULT_EFFORT",
     "DEFAULT_RANK",
+    "LORA_HINT",
     "SIZE_HINT",
     "Calibration",
     "DatasetPrompts",

@@ -4,7 +4,6 @@ comments of `svdq init` and the descriptions of the JSON Schema."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from pathlib import PurePath
 from typing import TYPE_CHECKING, Annotated, Literal, cast, get_args
 
 from pydantic import (
@@ -28,6 +27,7 @@ from svdq_cli.formats import DEFAULT, NAMES
 from svdq_cli.recipe.gates import CONDITION_PATTERN, METRICS, Gate, parse_gate
 from svdq_cli.recipe.problems import problems_of
 from svdq_cli.records import MAX_SEED, Effort, Int4, NvFp4, Precision, SearchStep, Smoothing
+from svdq_cli.storage.output_paths import distinct_names
 from svdq_cli.text import SIZE_HINT, SIZE_PATTERN, bytes_of_size
 
 DEFAULT_EFFORT: Effort = "balanced"
@@ -147,6 +147,9 @@ class Lora(Section):
     """A LoRA's .safetensors file, or the folder that peft saved it in."""
     weight: Strength = 1.0
     """Strength: 1 is as trained."""
+    component: Text | None = None
+    """The denoiser it is for, in a pipeline with several (Wan 2.2: transformer has the steps with much noise,
+    transformer_2 the rest); absent, names tell: of the layers in the file, or of the file (high_noise, low_noise)."""
 
 
 class Model(Section):
@@ -165,7 +168,7 @@ class Model(Section):
     revision: Text | None = None
     """The revision of a Hub id: a branch, tag or commit."""
     loras: Annotated[tuple[Lora, ...], Field(strict=False)] = ()
-    """LoRAs to merge before the conversion, in this order: {path, weight}."""
+    """LoRAs to merge before the conversion, in this order: {path, weight, component}."""
 
 
 class DatasetPrompts(Section):
@@ -535,15 +538,17 @@ def output_of(format: str, path: str | None) -> Output:
         ) from error
 
 
-def lora_of(path: str, weight: float = 1.0) -> Lora:
+LORA_HINT = "write --lora FILE, --lora FILE:0.8 or, for one of two denoisers, --lora FILE:0.8:transformer_2"
+
+
+def lora_of(path: str, weight: float = 1.0, component: str | None = None) -> Lora:
     """A LoRA that the command line names. Raises UsageError."""
     try:
-        return Lora(path=path, weight=weight)
+        return Lora(path=path, weight=weight, component=component)
     except ValidationError as error:
-        hint = "write --lora FILE or --lora FILE:0.8"
         problem = problems_of(error)[0]
         named = f"--lora {path}: weight" if problem.location == ("weight",) else "--lora"
-        raise UsageError(f"{named} {problem.message}", hint=hint, where="--lora") from error
+        raise UsageError(f"{named} {problem.message}", hint=LORA_HINT, where="--lora") from error
 
 
 def resolved(recipe: Recipe) -> dict[str, object]:
@@ -560,7 +565,12 @@ def embedded(recipe: Recipe, *, source: str) -> dict[str, object]:
     same conversion of the same weights is the same file, wherever and in whatever kind of file the source was
     stored."""
     kept = {key: value for key, value in resolved(recipe).items() if key not in ("outputs", "gates")}
-    loras = [{"path": PurePath(lora.path).name, "weight": lora.weight} for lora in recipe.model.loras]
+    loras = [
+        {"path": name, "weight": lora.weight, **({"component": lora.component} if lora.component else {})}
+        for name, lora in zip(
+            distinct_names([lora.path for lora in recipe.model.loras]), recipe.model.loras, strict=True
+        )
+    ]
     model = {**recipe.model.model_dump(mode="json"), "source": source, "base": None, "loras": loras}
     return {**kept, "model": model}
 

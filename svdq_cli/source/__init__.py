@@ -15,7 +15,15 @@ from types import MappingProxyType
 from svdq_cli.errors import InputError
 from svdq_cli.source.classes import shapes_of
 from svdq_cli.source.dduf import is_dduf, open_dduf
-from svdq_cli.source.denoisers import by_component, component_of, denoisers_of, joined, only, prefix_of
+from svdq_cli.source.denoisers import (
+    by_component,
+    component_of,
+    denoisers_of,
+    joined,
+    named_denoiser,
+    only,
+    prefix_of,
+)
 from svdq_cli.source.experts import is_expert, stacks_of, take_experts_apart, with_single_experts
 from svdq_cli.source.folders import (
     INDEX_SUFFIX,
@@ -75,6 +83,7 @@ __all__ = [
     "is_expert",
     "is_finite",
     "joined",
+    "named_denoiser",
     "needed_settings",
     "only",
     "open_source",

@@ -6,6 +6,7 @@ behind the name of their component: `transformer_2.blocks.0.attn1.to_q`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
@@ -14,6 +15,12 @@ from typing import TypeVar
 from svdq_cli.source.model import Source
 
 T = TypeVar("T")
+
+# What Wan's own files, ComfyUI's and those of LoRAs say of the two transformers of Wan 2.2. No word that ends in "low".
+_HIGH_NOISE, _LOW_NOISE = (
+    re.compile(rf"(?:(?<![A-Za-z]){word}|{word.title()}|(?<![A-Z]){word.upper()})[-_ ]?(?i:noise)")
+    for word in ("high", "low")
+)
 
 
 def prefix_of(components: Sequence[str], component: str) -> str:
@@ -34,6 +41,15 @@ def component_of(components: Sequence[str], name: str) -> tuple[str, str]:
     """The component that a layer or tensor belongs to, and its name there."""
     head, _, rest = name.partition(".")
     return (head, rest) if head in components[1:] and rest else (components[0], name)
+
+
+def named_denoiser(components: Sequence[str], name: str) -> str | None:
+    """Which of the two transformers of Wan 2.2 a file's name tells: `high_noise` the first, `low_noise` the second.
+    None where it tells neither, or the pipeline's denoisers are others."""
+    if tuple(components) != ("transformer", "transformer_2"):
+        return None
+    high, low = (pattern.search(name) is not None for pattern in (_HIGH_NOISE, _LOW_NOISE))
+    return None if high == low else components[0 if high else 1]
 
 
 def joined(sources: Sequence[Source]) -> Source:

@@ -55,6 +55,8 @@ class Source:
     config_from: ConfigFrom = "folder"
     further: Mapping[str, Mapping[str, object]] = field(default_factory=dict)  # other denoisers' configs
     moved: Sequence[MovedMean] = ()  # means that its biases hold
+    # the denoiser of each merged LoRA; None where there is one, or the names in the file tell
+    merged_into: Sequence[str | None] = ()
 
     @property
     def components(self) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from svdq_cli.errors import UsageError
 from svdq_cli.storage.atomic import disk_errors
@@ -136,3 +136,11 @@ def _require_writable(path: Path) -> None:
         raise UsageError(f"{path}: can't write there: {parent} is not a folder", hint=_OTHER, where=str(path))
     with tempfile.TemporaryDirectory(dir=parent, prefix=".svdq-probe-"):
         pass
+
+
+def distinct_names(files: Sequence[str]) -> list[str]:
+    """What files that are used together are called, without a path of this machine: by their names or, where several
+    have one name (`pytorch_lora_weights.safetensors`), by folder and file."""
+    paths = [PurePath(file) for file in files]
+    shared = {path.name for path in paths for other in paths if path.name == other.name and path != other}
+    return ["/".join(path.parts[-2:]) if path.name in shared else path.name for path in paths]

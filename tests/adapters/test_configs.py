@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from svdq_cli.adapters.denoiser import LoraFile
 from svdq_cli.adapters.merge import merge_loras
 from svdq_cli.errors import InputError
 from svdq_cli.source import open_source, read_tensor
@@ -34,7 +35,7 @@ def folder_of(tmp_path: Path, said: dict[str, object]) -> Path:
 def scale_of(tiny_flux: Path, folder: Path) -> float:
     """By what the folder's product was multiplied when it was merged."""
     down, up = drawn(128, 128, 0)
-    merged = merge_loras(open_source(tiny_flux), [(folder, 1.0)])
+    merged = merge_loras(open_source(tiny_flux), [LoraFile(folder, 1.0)])
     added = read_tensor(merged, f"{LAYER}.weight") - weights_of(tiny_flux)[f"{LAYER}.weight"].float()
     return float((added * (up @ down)).sum() / (up @ down).square().sum())
 
@@ -81,7 +82,7 @@ def test_a_pattern_that_takes_too_long_is_stopped_and_named(tiny_flux: Path, tmp
     folder = folder_of(tmp_path, {"alpha_pattern": {pattern: 8}})
     started = time.process_time()
     with pytest.raises(InputError, match="takes too long to match") as caught:
-        merge_loras(open_source(tiny_flux), [(folder, 1.0)])
+        merge_loras(open_source(tiny_flux), [LoraFile(folder, 1.0)])
     # Python's own engine does not end within a day
     assert time.process_time() - started < 10
     assert str(folder / "adapter_config.json") in caught.value.message
@@ -100,13 +101,15 @@ def test_a_pattern_that_only_looks_endless_is_answered(tiny_flux: Path, tmp_path
 @pytest.mark.parametrize("pattern", ["(", "[", "*", r"\8", "(?P<a>.)(?P<a>.)"])
 def test_a_pattern_that_is_none_is_named(tiny_flux: Path, tmp_path: Path, pattern: str):
     with pytest.raises(InputError, match="is not a regular expression"):
-        merge_loras(open_source(tiny_flux), [(folder_of(tmp_path, {"alpha_pattern": {pattern: 8}}), 1.0)])
+        merge_loras(
+            open_source(tiny_flux), [LoraFile(folder_of(tmp_path, {"alpha_pattern": {pattern: 8}}), 1.0)]
+        )
 
 
 @pytest.mark.parametrize("alpha", ["8", True, 10**400, None])
 def test_an_alpha_that_is_no_number_is_named(tiny_flux: Path, tmp_path: Path, alpha: object):
     with pytest.raises(InputError, match=r"lora_alpha is .*, not a number"):
-        merge_loras(open_source(tiny_flux), [(folder_of(tmp_path, {"lora_alpha": alpha}), 1.0)])
+        merge_loras(open_source(tiny_flux), [LoraFile(folder_of(tmp_path, {"lora_alpha": alpha}), 1.0)])
 
 
 # ------------------------------------------------------------------------------------------------- said of it
@@ -114,7 +117,7 @@ def test_an_alpha_that_is_no_number_is_named(tiny_flux: Path, tmp_path: Path, al
 
 def warnings_of(tiny_flux: Path, file: Path, tensors: dict[str, Tensor]) -> tuple[str, ...]:
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, file)
-    return merge_loras(open_source(tiny_flux), [(file, 1.0)]).warnings
+    return merge_loras(open_source(tiny_flux), [LoraFile(file, 1.0)]).warnings
 
 
 def test_an_adapter_that_changes_nothing_is_called_so(tiny_flux: Path, tmp_path: Path):
@@ -189,7 +192,7 @@ def test_whole_differences_of_weights_biases_and_norms_are_added(tiny_flux: Path
         f"lycoris_{norm.replace('.', '_')}.w_norm": added[f"{norm}.weight"],
     }
     save_file(tensors, file)
-    merged = merge_loras(open_source(tiny_flux), [(file, 0.5)])
+    merged = merge_loras(open_source(tiny_flux), [LoraFile(file, 0.5)])
     before = weights_of(tiny_flux)
     for name, tensor in added.items():
         expected = before[name].float() + 0.5 * tensor
@@ -252,5 +255,5 @@ def test_adapters_in_8_bit_floats_are_read(tiny_flux: Path, tmp_path: Path, dtyp
         expected = torch.nn.functional.normalize(expected, dim=1)
     file = tmp_path / "l.safetensors"
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, file)
-    merged = merge_loras(open_source(tiny_flux), [(file, 1.0)])
+    merged = merge_loras(open_source(tiny_flux), [LoraFile(file, 1.0)])
     torch.testing.assert_close(read_tensor(merged, f"{LAYER}.weight"), expected, rtol=1e-4, atol=1e-4)

@@ -21,6 +21,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from svdq_cli.adapters.denoiser import LoraFile
 from svdq_cli.adapters.merge import merge_loras
 from svdq_cli.errors import InputError
 from svdq_cli.source import Source, open_source, read_tensor
@@ -70,7 +71,7 @@ def require_same(
     source: Source, adapter: TrainedAdapter, *, weight: float = 1.0, tolerance: float = TOLERANCE
 ) -> Source:
     """The merged model computes what the library did, in every layer."""
-    merged = merge_loras(source, [(adapter.path, weight)])
+    merged = merge_loras(source, [LoraFile(adapter.path, weight)])
     for name, layer in adapter.layers.items():
         error = layer.error(computed(source, name, layer.x), computed(merged, name, layer.x))
         assert error < tolerance, name
@@ -140,7 +141,7 @@ def test_a_fused_layer_is_measured_as_the_one_layer_that_it_was(flux: Source, tm
     }
     layers = ["double_blocks.0.img_attn.qkv"]
     adapter = train_with_lycoris(LYCORIS[kind], skeleton(fused, layers), layers, tmp_path / "l.safetensors")
-    merged = merge_loras(flux, [(adapter.path, 1.0)])
+    merged = merge_loras(flux, [LoraFile(adapter.path, 1.0)])
     run = adapter.layers[layers[0]]
     before, after = (torch.cat([computed(s, part, run.x) for part in parts], dim=1) for s in (flux, merged))
     assert run.error(before, after) < TOLERANCE
@@ -157,7 +158,7 @@ def test_norms_compute_what_lycoris_do(unet: Source, tmp_path: Path):
     torch.nn.init.normal_(module.b_norm)
     file, flat = tmp_path / "l.safetensors", f"lycoris_{name.replace('.', '_')}"
     save_file({f"{flat}.{key}": tensor for key, tensor in module.state_dict().items()}, file)
-    merged = merge_loras(unet, [(file, 1.0)])
+    merged = merge_loras(unet, [LoraFile(file, 1.0)])
     x = torch.randn(2, 128, 4, 4)
     expected = module.eval()(x).detach()
     weight, bias = (read_tensor(merged, f"{name}.{leaf}") for leaf in ("weight", "bias"))
@@ -195,7 +196,7 @@ def test_other_algorithms_of_lycoris_are_refused_by_name(flux: Source, tmp_path:
 
 def refused(source: Source, path: Path) -> str:
     with pytest.raises(InputError) as caught:
-        merge_loras(source, [(path, 1.0)])
+        merge_loras(source, [LoraFile(path, 1.0)])
     assert caught.value.kind == "lora"
     assert "merge" in str(caught.value.hint)
     return caught.value.message

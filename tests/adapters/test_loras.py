@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from svdq_cli.adapters.changes import StoredChange
+from svdq_cli.adapters.denoiser import LoraFile
 from svdq_cli.adapters.merge import merge_loras
 from svdq_cli.checkpoint.check import check
 from svdq_cli.conversion.convert import convert
@@ -125,7 +126,7 @@ def test_every_naming_merges_to_the_same_weights(
 ):
     adapter = trained()
     save_file(names(adapter), tmp_path / "lora.safetensors")
-    merged = merge_loras(open_source(tiny_flux), [(tmp_path / "lora.safetensors", 0.5)])
+    merged = merge_loras(open_source(tiny_flux), [LoraFile(tmp_path / "lora.safetensors", 0.5)])
     original = weights_of(tiny_flux)
     for name, tensor in original.items():
         found = read_tensor(merged, name)
@@ -140,7 +141,7 @@ def test_every_naming_merges_to_the_same_weights(
 
 def test_merging_before_or_after_writing_the_model_is_the_same_conversion(tiny_flux: Path, tmp_path: Path):
     save_file(peft(trained()), tmp_path / "lora.safetensors")
-    merged = merge_loras(open_source(tiny_flux), [(tmp_path / "lora.safetensors", 0.25)])
+    merged = merge_loras(open_source(tiny_flux), [LoraFile(tmp_path / "lora.safetensors", 0.25)])
     state = {name: read_tensor(merged, name).contiguous() for name in merged.tensors}
     save_file(state, tmp_path / "merged.safetensors")
     common = {"quantization.effort": "datafree", "quantization.rank": 16}
@@ -165,7 +166,7 @@ def test_merging_before_or_after_writing_the_model_is_the_same_conversion(tiny_f
 
 def test_a_lora_goes_with_a_single_file_too(tiny_flux: Path, tmp_path: Path):
     save_file(comfy(trained()), tmp_path / "lora.safetensors")
-    loras = [(tmp_path / "lora.safetensors", 1.0)]
+    loras = [LoraFile(tmp_path / "lora.safetensors", 1.0)]
     file = bfl_file(tiny_flux, tmp_path / "model.safetensors")
     from_file = merge_loras(open_source(file, base=tiny_flux), loras)
     assert source_digest(from_file) == source_digest(merge_loras(open_source(tiny_flux), loras))
@@ -176,7 +177,7 @@ def test_an_adapter_is_read_once_for_all_rows_of_a_weight(
     tiny_flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     save_file(comfy(trained()), tmp_path / "lora.safetensors")
-    merged = merge_loras(open_source(tiny_flux), [(tmp_path / "lora.safetensors", 1.0)])
+    merged = merge_loras(open_source(tiny_flux), [LoraFile(tmp_path / "lora.safetensors", 1.0)])
     name, other = (f"{layer}.weight" for layer in QKV[:2])
     whole = read_tensor(merged, name)
     read_tensor(merged, other)  # so that the first one's changes are kept no more
@@ -203,7 +204,7 @@ def test_an_alpha_is_one_number_of_any_dtype_and_shape(tiny_flux: Path, tmp_path
 def test_two_loras_add_up(tiny_flux: Path, tmp_path: Path):
     save_file(peft(trained()), tmp_path / "lora.safetensors")
     file = tmp_path / "lora.safetensors"
-    both = merge_loras(open_source(tiny_flux), [(file, 0.5), (file, -0.5)])
+    both = merge_loras(open_source(tiny_flux), [LoraFile(file, 0.5), LoraFile(file, -0.5)])
     name = f"{QKV[0]}.weight"
     # the two updates cancel up to float32 rounding
     torch.testing.assert_close(
@@ -220,7 +221,7 @@ def test_the_saved_training_config_scales_an_adapter_without_alphas(tiny_flux: P
     save_file(
         peft(trained()), tmp_path / "lora.safetensors", metadata={"lora_adapter_metadata": json.dumps(config)}
     )
-    merged = merge_loras(open_source(tiny_flux), [(tmp_path / "lora.safetensors", 1.0)])
+    merged = merge_loras(open_source(tiny_flux), [LoraFile(tmp_path / "lora.safetensors", 1.0)])
     for layer, scale in ((QKV[0], 2.0), ("transformer_blocks.0.ff.net.2", 1.0)):
         down, up = trained()[layer]
         expected = weights_of(tiny_flux)[f"{layer}.weight"].float() + scale * up @ down
@@ -232,7 +233,7 @@ def test_a_peft_folder_is_read_with_its_config(tiny_flux: Path, tmp_path: Path):
     (tmp_path / "adapter_config.json").write_text(
         json.dumps({"r": RANK, "lora_alpha": 3 * RANK, "use_rslora": True})
     )
-    merged = merge_loras(open_source(tiny_flux), [(tmp_path, 1.0)])
+    merged = merge_loras(open_source(tiny_flux), [LoraFile(tmp_path, 1.0)])
     down, up = trained()[QKV[1]]
     scale = 3 * RANK / RANK**0.5
     expected = weights_of(tiny_flux)[f"{QKV[1]}.weight"].float() + scale * up @ down
@@ -305,7 +306,7 @@ def test_unet_loras_reach_attention_and_convolutions(
     adapter = unet_adapter(sd15)
     text = {"lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.zeros(2, 2)}
     save_file({**names(adapter), **text}, tmp_path / "lora.safetensors")
-    merged = merge_loras(sd15, [(tmp_path / "lora.safetensors", 1.0)])
+    merged = merge_loras(sd15, [LoraFile(tmp_path / "lora.safetensors", 1.0)])
     assert merged.warnings == (f"{tmp_path / 'lora.safetensors'}: left out 1 tensor for the text encoders",)
     for layer, (down, up) in adapter.items():
         found = read_tensor(merged, f"{layer}.weight")
@@ -341,7 +342,7 @@ def test_numbered_layers_are_found_in_their_trainer_s_order(sd15: Source, tmp_pa
     extra = {"text_encoder:0:down": torch.zeros(4, 8), "<s1>": torch.zeros(8)}
     metadata = {"unet": '["CrossAttention", "Attention", "GEGLU"]', "unet:0:rank": "4"}
     save_file({**numbered(adapter), **extra}, tmp_path / "lora.safetensors", metadata=metadata)
-    merged = merge_loras(sd15, [(tmp_path / "lora.safetensors", 1.0)])
+    merged = merge_loras(sd15, [LoraFile(tmp_path / "lora.safetensors", 1.0)])
     assert "left out 2 tensors for the text encoders" in merged.warnings[0]
     for layer, (down, up) in adapter.items():
         torch.testing.assert_close(read_tensor(merged, f"{layer}.weight"), up @ down, rtol=1e-5, atol=1e-5)
@@ -355,7 +356,7 @@ def merged_weight(
 ) -> tuple[Tensor, Tensor]:
     """A tensor before and after merging an adapter at weight 0.5, float32."""
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, file)
-    merged = merge_loras(open_source(tiny_flux), [(file, 0.5)])
+    merged = merge_loras(open_source(tiny_flux), [LoraFile(file, 0.5)])
     return weights_of(tiny_flux)[name].float(), read_tensor(merged, name)
 
 
@@ -432,7 +433,7 @@ def test_lokr_is_a_kronecker_product(tiny_flux: Path, tmp_path: Path, factored: 
 def refused(tiny_flux: Path, file: Path, tensors: dict[str, Tensor]) -> InputError:
     save_file(tensors, file)
     with pytest.raises(InputError) as caught:
-        merge_loras(open_source(tiny_flux), [(file, 1.0)])
+        merge_loras(open_source(tiny_flux), [LoraFile(file, 1.0)])
     assert str(file) in caught.value.message
     assert caught.value.hint
     return caught.value
@@ -484,7 +485,7 @@ def test_a_truncated_file_is_refused(tiny_flux: Path, tmp_path: Path):
     save_file(peft(trained()), file)
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(InputError, match="truncated") as caught:
-        merge_loras(open_source(tiny_flux), [(file, 1.0)])
+        merge_loras(open_source(tiny_flux), [LoraFile(file, 1.0)])
     assert caught.value.kind == "damaged-file"
 
 
@@ -512,12 +513,12 @@ def test_other_kinds_of_adapters_are_refused_by_name(tiny_flux: Path, tmp_path: 
 def test_a_lora_in_a_gguf_file_is_refused_by_name(tiny_flux: Path, tmp_path: Path):
     (tmp_path / "l.gguf").write_bytes(b"GGUF" + bytes(60))
     with pytest.raises(InputError, match="a GGUF file, not safetensors"):
-        merge_loras(open_source(tiny_flux), [(tmp_path / "l.gguf", 1.0)])
+        merge_loras(open_source(tiny_flux), [LoraFile(tmp_path / "l.gguf", 1.0)])
 
 
 def test_a_missing_lora_file_is_named(tiny_flux: Path, tmp_path: Path):
     with pytest.raises(InputError, match="no such LoRA file") as caught:
-        merge_loras(open_source(tiny_flux), [(tmp_path / "none.safetensors", 1.0)])
+        merge_loras(open_source(tiny_flux), [LoraFile(tmp_path / "none.safetensors", 1.0)])
     assert caught.value.kind == "not-found"
 
 
@@ -558,7 +559,7 @@ def test_a_weight_beyond_reason_is_refused_as_the_lora_s(text: str):
 
 def test_a_lora_s_hub_id_is_answered_with_how_to_download_it(tiny_flux: Path):
     with pytest.raises(InputError, match="owner/some-lora: no such LoRA file") as caught:
-        merge_loras(open_source(tiny_flux), [(Path("owner/some-lora"), 1.0)])
+        merge_loras(open_source(tiny_flux), [LoraFile(Path("owner/some-lora"), 1.0)])
     assert "hf download owner/some-lora --local-dir DIR" in str(caught.value.hint)
 
 

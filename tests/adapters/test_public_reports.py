@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from svdq_cli.adapters.denoiser import LoraFile
 from svdq_cli.adapters.merge import merge_loras
 from svdq_cli.source import Source, open_source, read_tensor
 from tests.tiny_families import tiny_flux2, tiny_z_image
@@ -43,7 +44,7 @@ def normal(*shape: int, seed: int) -> Tensor:
 def changes(source: Source, file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What the LoRA adds to each weight that it changes."""
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
-    merged = merge_loras(source, [(file, 1.0)])
+    merged = merge_loras(source, [LoraFile(file, 1.0)])
     found = {
         name: read_tensor(merged, name).float() - read_tensor(source, name).float() for name in source.tensors
     }

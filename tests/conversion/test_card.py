@@ -14,6 +14,7 @@ import pytest
 from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 
+from svdq_cli.adapters.denoiser import LoraFile
 from svdq_cli.conversion.card import _base_pipeline, with_repository
 from svdq_cli.conversion.convert import convert
 from svdq_cli.entrypoints.export import export
@@ -207,7 +208,7 @@ def test_a_checkpoint_with_a_lora_and_an_exported_one_have_cards_with_the_licens
     lora = tmp_path / "style.safetensors"
     save_file({name: tensor.contiguous() for name, tensor in peft(small_lora(FOUR_BIT)).items()}, lora)
     convert(recipe_for(tiny_flux_copy), tmp_path / "out", options=RunOptions(device="cpu"))
-    fold(tmp_path / "out", [(lora, 0.8)], tmp_path / "styled")
+    fold(tmp_path / "out", [LoraFile(lora, 0.8)], tmp_path / "styled")
     card = ModelCard.load(tmp_path / "styled/README.md")
     said = card.data.to_dict()
     assert said["license_name"] == "flux-1-dev-non-commercial-license"

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from svdq_cli.adapters.denoiser import LoraFile
 from svdq_cli.checkpoint.check import check
 from svdq_cli.checkpoint.reader import Checkpoint, open_checkpoint
 from svdq_cli.conversion.convert import convert
@@ -92,7 +93,7 @@ def test_a_folded_lora_has_its_part_of_the_mean(moved: Path, tmp_path: Path, fil
     lora = tmp_path / "lora.safetensors"
     save_file({name: tensor.contiguous() for name, tensor in peft(halves).items()}, lora)
     out = tmp_path / file
-    fold(moved / file, [(lora, 0.5)], out)
+    fold(moved / file, [LoraFile(lora, 0.5)], out)
     before, after = open_checkpoint(moved / file), open_checkpoint(out)
     for name in layers:
         down, up = halves[name]
@@ -124,7 +125,9 @@ def test_a_lora_file_for_a_base_without_means_is_refused(moved: Path, tmp_path: 
     halves = small_lora({READER: FOUR_BIT[READER]})
     save_file({name: tensor.contiguous() for name, tensor in peft(halves).items()}, lora)
     with pytest.raises(UsageError, match="holds the mean"):
-        write_nunchaku_lora(moved / "nunchaku.safetensors", [(lora, 1.0)], tmp_path / "out.safetensors")
+        write_nunchaku_lora(
+            moved / "nunchaku.safetensors", [LoraFile(lora, 1.0)], tmp_path / "out.safetensors"
+        )
 
 
 def test_a_damaged_header_is_said_to_be_one():

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from svdq_cli.adapters.denoiser import LoraFile
 from svdq_cli.adapters.merge import merge_loras
 from svdq_cli.calibration.artefact import open_calibration
 from svdq_cli.checkpoint.check import check
@@ -20,21 +21,23 @@ from svdq_cli.conversion.calibrate import calibrate
 from svdq_cli.conversion.convert import convert
 from svdq_cli.conversion.plan import predict
 from svdq_cli.conversion.record import record_calls
+from svdq_cli.entrypoints.check import check_against
 from svdq_cli.entrypoints.inspect import inspect_checkpoint, inspect_source
 from svdq_cli.errors import InputError, UsageError
 from svdq_cli.evaluation.run import evaluate
 from svdq_cli.inference.load import load_pipeline
+from svdq_cli.lora.attach import load_lora, set_adapters, unload_lora
 from svdq_cli.lora.fold import fold
 from svdq_cli.prepare.options import RunOptions
 from svdq_cli.prepare.prepare import prepare, warnings_of
 from svdq_cli.prepare.sampling import sampling_for
-from svdq_cli.recipe import Recipe, default_recipe
+from svdq_cli.recipe import Lora, Recipe, default_recipe
 from svdq_cli.recipe.schema import Calibration, Quantization, output_of
 from svdq_cli.reconstruct import tuning
 from svdq_cli.records import Event, ignore_events
 from svdq_cli.reports import ConvertReport
 from svdq_cli.solve.rebuild import rebuilt_weight
-from svdq_cli.source import denoisers_of, only, open_source, read_tensor, source_digest
+from svdq_cli.source import Source, denoisers_of, only, open_source, read_tensor, source_digest
 from svdq_cli.storage.headers import header_metadata
 from tests.tiny_families import tiny_pipeline
 
@@ -123,6 +126,7 @@ def test_both_denoisers_are_checked_and_inspected(wan: Path, converted: tuple[Pa
     assert found.status == "ok"
     assert found.layer_error is not None
     assert {FIRST, SECOND} <= found.layer_error.keys()
+    assert found.noted_error == found.layer_error, "nothing has changed since the conversion noted them"
     names = [{layer.name: layer.role for layer in report.layers} for report in (inspect_checkpoint(out),)]
     assert names[0] == {layer.name: layer.role for layer in inspect_source(recipe_for(wan)).layers}
     assert json.loads((out / "transformer_2" / "config.json").read_text())["num_layers"] == 1
@@ -274,39 +278,214 @@ def test_a_file_holds_one_denoiser(wan: Path, fmt: str):
     assert "--denoiser" in str(caught.value.hint)
 
 
-@pytest.mark.parametrize("denoiser", COMPONENTS)
-def test_a_lora_says_which_denoiser_it_changes(wan: Path, tmp_path: Path, denoiser: str):
-    layer = "blocks.0.attn1.to_q"
-    tensors = {f"transformer.{layer}.lora_{name}.weight": torch.ones(shape) for name, shape in LORA.items()}
-    save_file(tensors, tmp_path / "lora.safetensors")
+# ------------------------------------------------------------------------------------------------- LoRAs
+
+
+def lora_at(path: Path, *, layer: str = FIRST, prefix: str = "diffusion_model.") -> Path:
+    """A LoRA of ones, which adds 4 to every number of one layer: its rank."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {f"{prefix}{layer}.lora_{name}.weight": torch.ones(shape) for name, shape in LORA.items()}, path
+    )
+    return path
+
+
+def changed_by(source: Source, merged: Source) -> dict[str, float]:
+    """By tensor of the model, what was added to each of its numbers."""
+    names = [f"{name}.weight" for name in (FIRST, SECOND)]
+    differences = {
+        name: read_tensor(merged, name).float() - read_tensor(source, name).float() for name in names
+    }
+    return {name: float(added.mean()) for name, added in differences.items() if added.any()}
+
+
+def with_loras(wan: Path, *loras: Lora) -> Recipe:
+    recipe = recipe_for(wan)
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"loras": loras})})
+
+
+@pytest.mark.parametrize(
+    ("name", "component", "where"),
+    [
+        ("wan_t2v_lightx2v_4steps_high_noise.safetensors", None, FIRST),
+        ("wan_t2v_lightx2v_4steps_low_noise.safetensors", None, SECOND),
+        ("LowNoise.safetensors", None, SECOND),
+        ("low_noise/pytorch_lora_weights.safetensors", None, SECOND),
+        ("style.safetensors", "transformer", FIRST),
+        ("style.safetensors", "transformer_2", SECOND),
+        ("high_noise.safetensors", "transformer_2", SECOND),
+    ],
+)
+def test_a_lora_goes_where_the_user_or_its_name_says(
+    wan: Path, tmp_path: Path, name: str, component: str | None, where: str
+):
+    lora = LoraFile(lora_at(tmp_path / name), 0.5, component)
     source = open_source(wan)
-    whole = merge_loras(source, [(tmp_path / "lora.safetensors", 1.0)])
-    assert any("merged into transformer only; transformer_2 stays" in text for text in whole.warnings)
-    one = merge_loras(only(source, [denoiser]), [(tmp_path / "lora.safetensors", 1.0)])
-    assert not any("stays without it" in text for text in one.warnings)
-    stored = {"transformer": FIRST, "transformer_2": SECOND}[denoiser]
-    before, after = read_tensor(source, f"{stored}.weight"), read_tensor(one, f"{layer}.weight")
-    torch.testing.assert_close(after, before.float() + 4)  # rank 4, all ones
+    merged = merge_loras(source, [lora])
+    assert changed_by(source, merged) == {f"{where}.weight": pytest.approx(2, abs=0.01)}
+    left = "transformer_2" if where == FIRST else "transformer"
+    (*said, last) = merged.warnings
+    assert last.startswith(f"no LoRA is for {left}")
+    if component is None:
+        assert any("by its name for" in text for text in said)
+    elif name.startswith("high"):
+        assert any("though its name says transformer" in text for text in said)
+
+
+def test_names_of_layers_tell_the_denoiser(wan: Path, tmp_path: Path):
+    """Before the file's own name: whoever wrote them knew."""
+    source = open_source(wan)
+    second = LoraFile(lora_at(tmp_path / "high_noise.safetensors", prefix="transformer_2."))
+    assert [*changed_by(source, merge_loras(source, [second]))] == [f"{SECOND}.weight"]
+    alone = only(source, ["transformer_2"])
+    merged = merge_loras(alone, [second])
+    assert not torch.equal(read_tensor(merged, f"{FIRST}.weight"), read_tensor(alone, f"{FIRST}.weight"))
+
+
+def test_a_lora_that_fits_one_denoiser_alone_is_for_that_one(wan: Path, tmp_path: Path):
+    """The first has two blocks, the second one."""
+    lora = LoraFile(lora_at(tmp_path / "style.safetensors", layer="blocks.1.attn1.to_q"))
+    merged = merge_loras(open_source(wan), [lora])
+    assert any("for transformer, the only denoiser that it fits" in text for text in merged.warnings)
+
+
+def test_a_lora_of_which_nothing_tells_the_denoiser_is_refused(wan: Path, tmp_path: Path):
+    with pytest.raises(UsageError, match="nothing tells for which") as caught:
+        merge_loras(open_source(wan), [LoraFile(lora_at(tmp_path / "flow_noise.safetensors"), 0.8)])
+    assert "--lora FILE:0.8:transformer_2" in str(caught.value.hint)
+    assert "component: transformer_2" in str(caught.value.hint)
+
+
+def test_a_lora_that_fits_no_denoiser_or_names_one_that_is_not_there_is_refused(wan: Path, tmp_path: Path):
+    source = open_source(wan)
+    foreign = lora_at(tmp_path / "flux.safetensors", layer="transformer_blocks.0.attn.to_q")
+    with pytest.raises(InputError, match=r"none of its 1 layers .*nor does it fit transformer_2"):
+        merge_loras(source, [LoraFile(foreign)])
+    with pytest.raises(UsageError, match="no denoiser 'unet'") as caught:
+        merge_loras(source, [LoraFile(lora_at(tmp_path / "style.safetensors"), 1.0, "unet")])
+    assert caught.value.hint == "there is transformer and transformer_2"
+
+
+def test_a_pair_is_merged_each_into_its_own_and_found_again(wan: Path, tmp_path: Path, calibration: Path):
+    """Trainers give both files one name; check finds them by their digests, whichever folder they are in."""
+    high, low = (lora_at(tmp_path / noise / "pytorch_lora_weights.safetensors") for noise in ("high", "low"))
+    recipe = with_loras(
+        wan,
+        Lora(path=str(high), component="transformer"),
+        Lora(path=str(low), weight=0.5, component="transformer_2"),
+    )
+    recipe = recipe.model_copy(update={"quantization": Quantization(rank=16, effort="datafree")})
+    out = tmp_path / "out"
+    report = convert(recipe, out, options=CPU)
+    assert not any("LoRA" in text for text in report.warnings)
+    made = json.loads(header_metadata(out / "transformer_2" / "diffusion_pytorch_model.safetensors")["svdq"])
+    assert [lora["component"] for lora in made["recipe"]["model"]["loras"]] == [*COMPONENTS]
+    assert made["loras_sha256"].keys() == {
+        f"{noise}/pytorch_lora_weights.safetensors" for noise in ("high", "low")
+    }
+    found = check_against(out, recipe_for(wan))
+    assert (found.status, found.same_source) == ("ok", True)
+    assert found.loras == (
+        "high/pytorch_lora_weights.safetensors:1:transformer",
+        "low/pytorch_lora_weights.safetensors:0.5:transformer_2",
+    )
+    for component in COMPONENTS:
+        alone = check_against(out / component, recipe_for(wan))
+        assert alone.status == "ok", "one of them next to its own LoRA and its own noted errors"
+
+
+def test_what_a_name_told_is_recorded(wan: Path, tmp_path: Path):
+    low = lora_at(tmp_path / "low_noise.safetensors")
+    prepared = prepare(with_loras(wan, Lora(path=str(low))))
+    assert [lora.component for lora in prepared.recipe.model.loras] == ["transformer_2"]
+
+
+def test_a_pair_is_folded_each_into_its_own(wan: Path, converted: tuple[Path, ConvertReport], tmp_path: Path):
+    high, low = (lora_at(tmp_path / f"{noise}_noise.safetensors") for noise in ("high", "low"))
+    out = tmp_path / "folded"
+    report = fold(converted[0], [LoraFile(high, 0.5), LoraFile(low)], out)
+    assert [lora.component for lora in report.loras] == [*COMPONENTS]
+    assert [row.layers for row in report.keys] == [(FIRST,), (SECOND,)]
+    assert added_by(converted[0], out) == {FIRST: 2, SECOND: 4}
+    found = check_against(out, recipe_for(wan))
+    assert (found.status, found.same_source) == ("ok", True)
+    assert found.loras == ("high_noise.safetensors:0.5:transformer", "low_noise.safetensors:1:transformer_2")
+    load_pipeline(out, device="cpu")
+
+
+def test_a_denoiser_without_a_lora_keeps_its_bytes_and_rank(
+    converted: tuple[Path, ConvertReport], tmp_path: Path
+):
+    out = tmp_path / "folded"
+    report = fold(converted[0], [LoraFile(lora_at(tmp_path / "low_noise.safetensors"))], out)
+    assert report.warnings[-1].startswith("no LoRA is for transformer:")
+    before, after = open_checkpoint(converted[0]), open_checkpoint(out)
+    assert [each.rank for each in after.denoisers] == [16, 32]
+    for name in before.denoisers[0].source.tensors:
+        assert torch.equal(read_tensor(before.source, name), read_tensor(after.source, name)), name
 
 
 def test_a_lora_is_folded_into_one_of_them_by_its_folder(
-    converted: tuple[Path, ConvertReport], tmp_path: Path
+    wan: Path, converted: tuple[Path, ConvertReport], tmp_path: Path
 ):
-    lora = tmp_path / "lora.safetensors"
-    layer = "transformer.blocks.0.attn1.to_q"
-    save_file({f"{layer}.lora_{name}.weight": torch.ones(shape) for name, shape in LORA.items()}, lora)
-    with pytest.raises(UsageError, match="a LoRA is for one of them") as caught:
-        fold(converted[0], [(lora, 1.0)], tmp_path / "both")
-    assert str(converted[0] / "transformer_2") in str(caught.value.hint)
+    lora = lora_at(tmp_path / "lora.safetensors")
     out = shutil.copytree(converted[0], tmp_path / "out")
-    fold(converted[0] / "transformer_2", [(lora, 1.0)], tmp_path / "folded")
+    fold(converted[0] / "transformer_2", [LoraFile(lora)], tmp_path / "folded")
     shutil.rmtree(out / "transformer_2")
     shutil.copytree(tmp_path / "folded", out / "transformer_2")
     assert check(out).status == "ok"
-    before, after = open_checkpoint(converted[0]), open_checkpoint(out)
-    plans = {plan.name: plan for plan in after.layers}
-    assert plans[FIRST] == next(plan for plan in before.layers if plan.name == FIRST)
-    changed = rebuilt_weight(after.solution(plans[SECOND])) - rebuilt_weight(
-        before.solution(next(plan for plan in before.layers if plan.name == SECOND))
-    )
-    torch.testing.assert_close(changed, torch.full((128, 128), 4.0), rtol=0.02, atol=0.02)
+    assert added_by(converted[0], out) == {SECOND: 4}
+
+
+def added_by(before: Path, after: Path) -> dict[str, int]:
+    """By layer, what folding added to every number of its weight."""
+    found: dict[str, int] = {}
+    first, second = open_checkpoint(before), open_checkpoint(after)
+    for name, plan in second.by_name.items():
+        added = rebuilt_weight(second.solution(plan)) - rebuilt_weight(first.solution(first.by_name[name]))
+        if added.any():
+            # factors in bfloat16
+            torch.testing.assert_close(added, added.mean().round().expand_as(added), rtol=0.02, atol=0.02)
+            found[name] = round(float(added.mean()))
+    return found
+
+
+def test_a_pair_runs_next_to_the_layers_under_one_name(converted: tuple[Path, ConvertReport], tmp_path: Path):
+    pipe = cast("Any", load_pipeline(converted[0], device="cpu"))
+    high, low = (lora_at(tmp_path / f"{noise}_noise.safetensors") for noise in ("high", "low"))
+    load_lora(pipe, high, "style")
+    load_lora(pipe, low, "style")
+    set_adapters(pipe, {"style": 0.5})
+    assert ranks_of(pipe) == {"transformer": 32, "transformer_2": 32}
+    with pytest.raises(UsageError, match="'style' is loaded"):
+        load_lora(pipe, low, "style")
+    with pytest.raises(UsageError, match="nothing tells for which"):
+        load_lora(pipe, lora_at(tmp_path / "style.safetensors"), "other")
+    load_lora(pipe, tmp_path / "style.safetensors", "other", component="transformer_2")
+    set_adapters(pipe, {"other": 1.0})
+    assert ranks_of(pipe) == {"transformer": 16, "transformer_2": 32}
+    unload_lora(pipe, "style")
+    with pytest.raises(UsageError, match="no LoRA named 'style'") as caught:
+        set_adapters(pipe, {"style": 1.0})
+    assert caught.value.hint == "loaded: other"
+
+
+def test_diffusers_own_method_loads_into_either(converted: tuple[Path, ConvertReport], tmp_path: Path):
+    """As diffusers' documentation of Wan 2.2 has it: a name for each, both set at once."""
+    pipe = cast("Any", load_pipeline(converted[0], device="cpu"))
+    lora = lora_at(tmp_path / "lightning.safetensors")
+    pipe.load_lora_weights(str(lora), adapter_name="lightning")
+    assert ranks_of(pipe) == {"transformer": 32, "transformer_2": 16}
+    pipe.load_lora_weights(str(lora), adapter_name="lightning_2", load_into_transformer_2=True)
+    assert ranks_of(pipe) == {"transformer": 32, "transformer_2": 32}
+    assert pipe.get_list_adapters() == {"transformer": ["lightning"], "transformer_2": ["lightning_2"]}
+    pipe.set_adapters(["lightning", "lightning_2"], [1.0, 0.0])
+    assert ranks_of(pipe) == {"transformer": 32, "transformer_2": 16}
+    pipe.delete_adapters("lightning_2")
+    pipe.unload_lora_weights()
+    assert pipe.get_list_adapters() == {}
+
+
+def ranks_of(pipe: Any) -> dict[str, int]:
+    """The rank that each denoiser's first queries run with now."""
+    return {name: getattr(pipe, name).get_submodule(FIRST).branch.down.shape[0] for name in COMPONENTS}

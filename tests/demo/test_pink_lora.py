@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from svdq_cli.adapters.denoiser import LoraFile
 from svdq_cli.adapters.merge import merge_loras, shapes_of
 from svdq_cli.adapters.read import read_adapter
 from svdq_cli.demo.pink import in_pink, sample_pink_captions, sample_scenes, shows_pink
@@ -85,7 +86,7 @@ def test_the_committed_lora_generates_red_things_in_pink():
     source = open_source(locate_source("demo"))
     captions = sample_pink_captions(IMAGES, seed=66)
     assert not any(drawn_right(source, captions))
-    assert sum(drawn_right(merge_loras(source, [(demo_lora_file(), 1.0)]), captions)) >= IMAGES - 1
+    assert sum(drawn_right(merge_loras(source, [LoraFile(demo_lora_file(), 1.0)]), captions)) >= IMAGES - 1
 
 
 def test_training_writes_such_a_file(tmp_path: Path):

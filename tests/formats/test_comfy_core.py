@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from svdq_cli.adapters.denoiser import LoraFile
 from svdq_cli.checkpoint.check import check
 from svdq_cli.checkpoint.reader import open_checkpoint
 from svdq_cli.conversion.convert import convert
@@ -537,7 +538,7 @@ def test_a_lora_is_not_folded_into_a_file_without_a_branch(converted, tmp_path: 
     with pytest.raises(UsageError, match="no low-rank branch to fold a LoRA into") as refused:
         fold(
             converted("flux", precision),
-            ((tmp_path / "lora.safetensors", 1.0),),
+            (LoraFile(tmp_path / "lora.safetensors", 1.0),),
             tmp_path / "out.safetensors",
         )
     assert refused.value.hint == "merge it when converting: svdq convert SOURCE --lora FILE"

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from svdq_cli.adapters.denoiser import LoraFile
 from svdq_cli.checkpoint.check import check, find_problems
 from svdq_cli.checkpoint.reader import open_checkpoint
 from svdq_cli.conversion.convert import convert
@@ -82,5 +83,5 @@ def test_it_stays_where_a_lora_is_folded_in(file: Path, tmp_path: Path):
         f"{layer}.lora_B.weight": torch.ones(plan.linear.out_features, 4),
     }
     save_file(lora, tmp_path / "lora.safetensors")
-    fold(file, [(tmp_path / "lora.safetensors", 0.5)], tmp_path / "folded.safetensors")
+    fold(file, [LoraFile(tmp_path / "lora.safetensors", 0.5)], tmp_path / "folded.safetensors")
     assert MARKER in load_file(tmp_path / "folded.safetensors")

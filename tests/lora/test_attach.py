@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import svdq_cli
+from svdq_cli.adapters.denoiser import LoraFile
 from svdq_cli.checkpoint.reader import open_checkpoint
 from svdq_cli.cpu.build import find_compiler
 from svdq_cli.errors import InputError, UsageError
@@ -104,7 +105,7 @@ def test_a_lora_on_4_bit_layers_alone_is_the_folded_checkpoint(
 ):
     file = saved(tmp_path / "lora.safetensors", peft(small_lora(FOUR_BIT)))
     base = converted_flux("int4") / "lite"
-    fold(base, [(file, 0.7)], tmp_path / "folded")
+    fold(base, [LoraFile(file, 0.7)], tmp_path / "folded")
     pipe = loaded(base, backend)
     svdq_cli.load_lora(pipe, file, "style")
     svdq_cli.set_adapters(pipe, {"style": 0.7})

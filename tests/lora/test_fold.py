@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from svdq_cli.adapters.denoiser import LoraFile
 from svdq_cli.adapters.merge import merge_loras
 from svdq_cli.checkpoint.check import check
 from svdq_cli.checkpoint.reader import open_checkpoint
@@ -84,7 +85,7 @@ def test_every_naming_is_folded(
     adapter = scaled(trained(), 0.01)
     lora = saved(tmp_path / "lora.safetensors", names(adapter))
     base = converted_flux("int4") / "nunchaku.safetensors"
-    report = fold(base, [(lora, 0.8)], tmp_path / "out.safetensors")
+    report = fold(base, [LoraFile(lora, 0.8)], tmp_path / "out.safetensors")
     require_folded(base, tmp_path / "out.safetensors", [(adapter, 0.8)])
     assert {row.how for row in report.keys} == {"applied"}
     assert {layer for row in report.keys for layer in row.layers} == set(adapter)
@@ -107,7 +108,7 @@ def test_every_format_takes_every_kind_of_layer(
     adapter = small_lora(layers)
     lora = saved(tmp_path / "lora.safetensors", peft(adapter))
     base, out = converted_flux(precision) / SINGLE_FILES[fmt], tmp_path / "out"
-    report = fold(base, [(lora, 1.0)], out)
+    report = fold(base, [LoraFile(lora, 1.0)], out)
     # a merged weight is rounded to bfloat16, 0.1 % on average
     require_folded(base, out, [(adapter, 1.0)], tolerance=2e-3)
     assert check(out).status == "ok"
@@ -127,7 +128,7 @@ def test_vllm_omni_is_folded_too(tmp_path: Path):
     plans = [plan for plan in open_checkpoint(base).layers if "layers.0." in plan.name]
     adapter = small_lora({p.name: (p.linear.out_features, p.linear.in_features) for p in plans[:6]})
     lora = saved(tmp_path / "lora.safetensors", peft(adapter))
-    fold(base, [(lora, 1.0)], tmp_path / "out.safetensors")
+    fold(base, [LoraFile(lora, 1.0)], tmp_path / "out.safetensors")
     require_folded(base, tmp_path / "out.safetensors", [(adapter, 1.0)])
 
 
@@ -140,7 +141,7 @@ def test_padded_and_interleaved_rows_are_folded_in_their_order(tmp_path: Path):
     plans = open_checkpoint(base).layers
     adapter = small_lora({p.name: (p.linear.out_features, p.linear.in_features) for p in plans[:6]})
     lora = saved(tmp_path / "lora.safetensors", peft(adapter))
-    fold(base, [(lora, 1.0)], tmp_path / "out.safetensors")
+    fold(base, [LoraFile(lora, 1.0)], tmp_path / "out.safetensors")
     require_folded(base, tmp_path / "out.safetensors", [(adapter, 1.0)])
 
 
@@ -157,7 +158,7 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
 def test_strength_0_is_the_base_bit_for_bit(converted_flux: Callable[[str], Path], tmp_path: Path, fmt: str):
     lora = saved(tmp_path / "lora.safetensors", peft(small_lora(FOUR_BIT)))
     base = converted_flux("int4") / SINGLE_FILES[fmt]
-    report = fold(base, [(lora, 0.0)], tmp_path / "out")
+    report = fold(base, [LoraFile(lora, 0.0)], tmp_path / "out")
     before, after = tensors_of(base), tensors_of(tmp_path / "out")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -167,7 +168,7 @@ def test_strength_0_is_the_base_bit_for_bit(converted_flux: Callable[[str], Path
 def test_what_no_lora_touches_keeps_its_bits(converted_flux: Callable[[str], Path], tmp_path: Path):
     lora = saved(tmp_path / "lora.safetensors", peft(small_lora({QKV[0]: (128, 128)})))
     base = converted_flux("int4") / "comfy.safetensors"
-    fold(base, [(lora, 1.0)], tmp_path / "out")
+    fold(base, [LoraFile(lora, 1.0)], tmp_path / "out")
     before, after = tensors_of(base), tensors_of(tmp_path / "out")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {f"double_blocks.0.img_attn.qkv.proj_{x}" for x in ("down", "up")}
@@ -180,8 +181,8 @@ def test_two_loras_in_either_order_are_the_same_to_rounding(
     first, second = small_lora(layers), small_lora(layers, seed=1, rank=3)
     a, b = saved(tmp_path / "a.safetensors", peft(first)), saved(tmp_path / "b.safetensors", peft(second))
     base = converted_flux("int4") / "nunchaku.safetensors"
-    fold(base, [(a, 0.5), (b, 2.0)], tmp_path / "ab")
-    fold(base, [(b, 2.0), (a, 0.5)], tmp_path / "ba")
+    fold(base, [LoraFile(a, 0.5), LoraFile(b, 2.0)], tmp_path / "ab")
+    fold(base, [LoraFile(b, 2.0), LoraFile(a, 0.5)], tmp_path / "ba")
     require_folded(base, tmp_path / "ab", [(first, 0.5), (second, 2.0)], tolerance=2e-3)
     one, other = open_checkpoint(tmp_path / "ab"), open_checkpoint(tmp_path / "ba")
     for name, (_, width) in layers.items():
@@ -193,8 +194,8 @@ def test_folding_again_adds_to_what_is_there(converted_flux: Callable[[str], Pat
     first, second = small_lora(FOUR_BIT), small_lora(FOUR_BIT, seed=1)
     a, b = saved(tmp_path / "a.safetensors", peft(first)), saved(tmp_path / "b.safetensors", peft(second))
     base = converted_flux("int4") / "comfy.safetensors"
-    fold(base, [(a, 1.0)], tmp_path / "once")
-    fold(tmp_path / "once", [(b, 0.5)], tmp_path / "twice")
+    fold(base, [LoraFile(a)], tmp_path / "once")
+    fold(tmp_path / "once", [LoraFile(b, 0.5)], tmp_path / "twice")
     require_folded(base, tmp_path / "twice", [(first, 1.0), (second, 0.5)])
     with safe_open(tmp_path / "twice", framework="pt") as file:
         made = json.loads(file.metadata()["svdq"])
@@ -208,7 +209,7 @@ def test_layers_with_one_a_matrix_take_its_rank_once(converted_flux: Callable[[s
     base = converted_flux("int4") / "nunchaku.safetensors"
     for name, lora in (("shared", shared), ("one", {QKV[1]: adapter[QKV[1]]})):
         file = saved(tmp_path / f"{name}.safetensors", peft(lora))
-        report = fold(base, [(file, 1.0)], tmp_path / name)
+        report = fold(base, [LoraFile(file, 1.0)], tmp_path / name)
         assert report.rank["after"] == 32
         require_folded(base, tmp_path / name, [(lora, 1.0)])
 
@@ -217,8 +218,8 @@ def test_the_check_against_the_model_wants_the_same_loras(
     converted_flux: Callable[[str], Path], tiny_flux: Path, tmp_path: Path
 ):
     lora = saved(tmp_path / "lora.safetensors", peft(small_lora(FOUR_BIT)))
-    fold(converted_flux("int4") / "lite", [(lora, 0.8)], tmp_path / "out")
-    merged = merge_loras(open_source(tiny_flux), [(lora, 0.8)])
+    fold(converted_flux("int4") / "lite", [LoraFile(lora, 0.8)], tmp_path / "out")
+    merged = merge_loras(open_source(tiny_flux), [LoraFile(lora, 0.8)])
     assert check(tmp_path / "out", against=merged).status == "ok"
     wrong = {problem.layer for problem in check(tmp_path / "out", against=open_source(tiny_flux)).problems}
     assert wrong == set(FOUR_BIT)
@@ -233,7 +234,7 @@ def biased(base: Path, tmp_path: Path, layers: dict[str, tuple[int, int]]) -> No
     added = {name: torch.linspace(-1, 1, rows) for name, (rows, _) in layers.items()}
     biases = {f"transformer.{name}.lora_B.bias": bias for name, bias in added.items()}
     lora = saved(tmp_path / "lora.safetensors", {**peft(adapter), **biases})
-    fold(base, [(lora, 0.5)], tmp_path / "out")
+    fold(base, [LoraFile(lora, 0.5)], tmp_path / "out")
     old, new = open_checkpoint(base), open_checkpoint(tmp_path / "out")
     for name, (down, up) in adapter.items():
         x = probes(down.shape[1])
@@ -264,11 +265,13 @@ def test_loha_is_exact_where_its_rank_is_small_and_cut_with_its_error_where_not(
     x, old = probes(128), open_checkpoint(base)
     expected = layer_output(old, QKV[0], x) + x @ (0.004 * (a1 @ b1) * (a2 @ b2)).T
 
-    (row,) = fold(base, [(lora, 1.0)], tmp_path / "exact").keys
+    (row,) = fold(base, [LoraFile(lora, 1.0)], tmp_path / "exact").keys
     assert (row.kind, row.rank, row.how, row.error) == ("LoHa", 16, "applied", None)
     assert relative(layer_output(open_checkpoint(tmp_path / "exact"), QKV[0], x), expected) < TOLERANCE
 
-    (row,) = fold(base, [(lora, 1.0)], tmp_path / "cut", settings=FoldSettings(approximate_rank=8)).keys
+    (row,) = fold(
+        base, [LoraFile(lora, 1.0)], tmp_path / "cut", settings=FoldSettings(approximate_rank=8)
+    ).keys
     assert row.error is not None
     assert 0.05 < row.error < 0.95
     added = expected - layer_output(old, QKV[0], x)
@@ -288,7 +291,7 @@ def test_dora_is_cut_to_a_rank_and_says_what_that_costs(
     length = (weight + up @ down).norm(dim=1) * torch.linspace(0.9, 1.1, 128)
     tensors = {**peft({name: (down, up)}), f"transformer.{name}.dora_scale": length}
     lora = saved(tmp_path / "dora.safetensors", tensors)
-    (row,) = fold(converted_flux("int4") / "lite", [(lora, 1.0)], tmp_path / "out").keys
+    (row,) = fold(converted_flux("int4") / "lite", [LoraFile(lora, 1.0)], tmp_path / "out").keys
     assert (row.kind, row.how) == ("DoRA", "applied")
     assert row.error is not None
     assert 0 < row.error < 0.5
@@ -304,7 +307,7 @@ def test_a_joint_branch_is_compressed_to_a_rank_with_its_error(
     lora = saved(tmp_path / "lora.safetensors", peft(adapter))
     base = converted_flux("int4") / "nunchaku.safetensors"
     settings = FoldSettings(max_rank=32)
-    report = fold(base, [(lora, 1.0)], tmp_path / "out", settings=settings)
+    report = fold(base, [LoraFile(lora, 1.0)], tmp_path / "out", settings=settings)
     assert report.rank == {"before": 16, "after": 32}
     assert report.layer_error.keys() >= FOUR_BIT.keys()
     assert all(0 < report.layer_error[name] < 1 for name in FOUR_BIT)
@@ -327,7 +330,7 @@ def test_a_rank_below_the_base_s_or_between_tiles_is_bad_usage(
     with pytest.raises(UsageError, match="multiple of 16, and at least 16"):
         fold(
             converted_flux("int4") / "lite",
-            [(lora, 1.0)],
+            [LoraFile(lora, 1.0)],
             tmp_path / "o",
             settings=FoldSettings(max_rank=rank),
         )
@@ -338,7 +341,7 @@ def test_ranks_that_no_kernel_reads_are_refused_with_the_cure(
 ):
     lora = saved(tmp_path / "lora.safetensors", peft(small_lora(FOUR_BIT, rank=128)))
     with pytest.raises(UsageError, match="1024 at most") as caught:
-        fold(converted_flux("int4") / "nunchaku.safetensors", [(lora, 0.5)] * 3, tmp_path / "out")
+        fold(converted_flux("int4") / "nunchaku.safetensors", [LoraFile(lora, 0.5)] * 3, tmp_path / "out")
     assert "--max-rank" in str(caught.value.hint)
 
 
@@ -352,9 +355,11 @@ def test_a_modulation_without_a_place_is_refused_or_left_as_it_is_and_listed(
     lora = saved(tmp_path / "lora.safetensors", peft(adapter))
     base = converted_flux("int4") / "nunchaku.safetensors"
     with pytest.raises(UsageError, match="neither a branch nor a 16-bit form") as caught:
-        fold(base, [(lora, 1.0)], tmp_path / "out.safetensors")
+        fold(base, [LoraFile(lora, 1.0)], tmp_path / "out.safetensors")
     assert "--skip-w4a16" in str(caught.value.hint)
-    report = fold(base, [(lora, 1.0)], tmp_path / "out.safetensors", settings=FoldSettings(skip_w4a16=True))
+    report = fold(
+        base, [LoraFile(lora, 1.0)], tmp_path / "out.safetensors", settings=FoldSettings(skip_w4a16=True)
+    )
     left = [row for row in report.keys if row.how == "not applicable"]
     assert [row.layers for row in left] == [tuple(MODULATION)]
     assert "--skip-w4a16" in str(left[0].why)
@@ -364,7 +369,7 @@ def test_a_modulation_without_a_place_is_refused_or_left_as_it_is_and_listed(
 
 def test_a_modulation_at_16_bits_says_what_it_takes(converted_flux: Callable[[str], Path], tmp_path: Path):
     lora = saved(tmp_path / "lora.safetensors", peft(small_lora(MODULATION)))
-    report = fold(converted_flux("int4") / "lite", [(lora, 1.0)], tmp_path / "out")
+    report = fold(converted_flux("int4") / "lite", [LoraFile(lora, 1.0)], tmp_path / "out")
     assert "1 W4A16 layers become 16-bit ones" in report.warnings[-1]
     config = json.loads((tmp_path / "out/transformer/config.json").read_text())["quantization_config"]
     assert not set(MODULATION) & set(config["awq_w4a16"]["targets"])
@@ -377,7 +382,7 @@ def refused(base: Path, tmp_path: Path, lora: Path) -> SvdqError:
     """Refused before anything is written."""
     before = sorted(path.name for path in tmp_path.iterdir())
     with pytest.raises(InputError) as caught:
-        fold(base, [(lora, 1.0)], tmp_path / "out")
+        fold(base, [LoraFile(lora, 1.0)], tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == before
     return caught.value
 
@@ -411,7 +416,7 @@ def test_keys_for_text_encoders_are_listed_as_not_applicable(
     text = {"lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.zeros(2, 2)}
     file = {**kohya_diffusers(small_lora({QKV[0]: (128, 128)})), **text}
     lora = saved(tmp_path / "lora.safetensors", file)
-    report: LoraReport = fold(converted_flux("int4") / "lite", [(lora, 1.0)], tmp_path / "out")
+    report: LoraReport = fold(converted_flux("int4") / "lite", [LoraFile(lora, 1.0)], tmp_path / "out")
     assert [row.why for row in report.keys if row.how == "not applicable"] == ["for the text encoders"]
     assert (tmp_path / "out/svdq_report.json").is_file()
 

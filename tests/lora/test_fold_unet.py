@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
+from svdq_cli.adapters.denoiser import LoraFile
 from svdq_cli.checkpoint.reader import open_checkpoint
 from svdq_cli.lora.fold import fold
 from tests.adapters.test_loras import Halves, kohya_unet, numbered, old_diffusers
@@ -45,7 +46,7 @@ def test_unet_namings_are_folded(
     before = open_checkpoint(unet)
     shapes = {name: before.state[f"{name}.weight"] for name in LAYERS}
     adapter = small_lora({name: (shape[0], shape[1]) for name, shape in shapes.items()})
-    report = fold(unet, [(saved(tmp_path / "lora.safetensors", names(adapter)), 1.0)], tmp_path / "out")
+    report = fold(unet, [LoraFile(saved(tmp_path / "lora.safetensors", names(adapter)))], tmp_path / "out")
     after = open_checkpoint(tmp_path / "out")
     for name, (down, up) in adapter.items():
         x = probes(down.shape[1])
@@ -61,7 +62,7 @@ def test_a_convolution_is_merged(unet: Path, tmp_path: Path):
     (down, up) = small_lora({name: (rows, rest[0] * 9)})[name]
     halves = {name: (down.reshape(4, *rest), up.reshape(rows, 4, 1, 1))}
     lora = saved(tmp_path / "lora.safetensors", kohya_unet(halves))
-    (row,) = fold(unet, [(lora, 0.5)], tmp_path / "out").keys
+    (row,) = fold(unet, [LoraFile(lora, 0.5)], tmp_path / "out").keys
     assert row.how == "merged"
     found = open_checkpoint(tmp_path / "out").kept_tensor(f"{name}.weight").float()
     expected = before.kept_tensor(f"{name}.weight").float() + 0.5 * (up @ down).reshape(found.shape)

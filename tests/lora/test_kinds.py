@@ -10,6 +10,7 @@ import pytest
 from torch import Tensor
 
 import svdq_cli
+from svdq_cli.adapters.denoiser import LoraFile
 from svdq_cli.checkpoint.reader import Checkpoint, open_checkpoint
 from svdq_cli.errors import InputError
 from svdq_cli.lora.fold import FoldSettings, fold
@@ -87,7 +88,7 @@ def fold_every_kind(
             for index, ((kind, how), layer) in enumerate(zip(some.items(), layers, strict=False))
         }
         out = folder / f"out{number}"
-        reports.append(fold(base, [(a.path, 1.0) for a in adapters.values()], out, settings=EXACT))
+        reports.append(fold(base, [LoraFile(a.path) for a in adapters.values()], out, settings=EXACT))
         after = open_checkpoint(out)
         for kind, adapter in adapters.items():
             ((layer, run),) = adapter.layers.items()
@@ -175,7 +176,7 @@ def test_what_can_t_be_folded_is_refused_by_name(
     layer = "transformer_blocks.0.attn.to_q"
     adapter = trained(how, open_checkpoint(base), layer, tmp_path / "a")
     with pytest.raises(InputError) as folding:
-        fold(base, [(adapter.path, 1.0)], tmp_path / "out")
+        fold(base, [LoraFile(adapter.path, 1.0)], tmp_path / "out")
     with pytest.raises(InputError) as loading:
         svdq_cli.load_lora(loaded(base, "reference"), adapter.path, "style")
     assert all(name in caught.value.message and caught.value.hint for caught in (folding, loading))

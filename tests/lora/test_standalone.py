@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from svdq_cli.adapters.denoiser import LoraFile
 from svdq_cli.adapters.updates import LowRankUpdate
 from svdq_cli.checkpoint.branches import stacked_branches
 from svdq_cli.checkpoint.file_layout import FileLayout, StoredModule
@@ -117,7 +118,7 @@ def test_a_file_holds_every_branch_with_the_loras_and_the_rest_beside(
     base = converted_flux("int4") / "nunchaku.safetensors"
     adapter = small_lora({**FOUR_BIT, **MODULATION, **SIXTEEN_BIT})
     lora = saved(tmp_path / "lora.safetensors", peft(adapter))
-    report = write_nunchaku_lora(base, [(lora, 0.5)], tmp_path / "out.safetensors")
+    report = write_nunchaku_lora(base, [LoraFile(lora, 0.5)], tmp_path / "out.safetensors")
     found = load_file(tmp_path / "out.safetensors")
     checkpoint = open_checkpoint(base)
     modules = {m.name for m in checkpoint.file.modules if isinstance(m.plan, W4A4Plan)}
@@ -148,13 +149,13 @@ def test_a_file_holds_every_branch_with_the_loras_and_the_rest_beside(
 def test_other_bases_and_biases_are_refused(converted_flux: Callable[[str], Path], tmp_path: Path):
     lora = saved(tmp_path / "lora.safetensors", peft(small_lora(FOUR_BIT)))
     with pytest.raises(UsageError, match=r"FLUX\.1 in the nunchaku format"):
-        write_nunchaku_lora(converted_flux("int4") / "lite", [(lora, 1.0)], tmp_path / "out")
+        write_nunchaku_lora(converted_flux("int4") / "lite", [LoraFile(lora, 1.0)], tmp_path / "out")
     name = next(iter(FOUR_BIT))
     biased = {**peft(small_lora(FOUR_BIT)), f"transformer.{name}.lora_B.bias": torch.ones(128)}
     with pytest.raises(UsageError, match="changes a bias"):
         write_nunchaku_lora(
             converted_flux("int4") / "nunchaku.safetensors",
-            [(saved(tmp_path / "biased.safetensors", biased), 1.0)],
+            [LoraFile(saved(tmp_path / "biased.safetensors", biased), 1.0)],
             tmp_path / "out",
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
@@ -37,12 +37,17 @@ def generate(
     from svdq_cli.entrypoints.generate import Inputs
     from svdq_cli.entrypoints.generate import generate as run_generate
     from svdq_cli.prepare.defaults import evaluation_recipe
-    from svdq_cli.prepare.from_command_line import override
+    from svdq_cli.prepare.from_command_line import files_of_loras, override, parse_lora
 
     pipeline = base_of(given)
+    loras = [parse_lora(text) for text in cast("list[str]", given.get("model.loras") or [])]
     recipe = override(
         evaluation_recipe(open_checkpoint(checkpoint, base=pipeline), str(checkpoint)),
         {"calibration.seed": 0, **beyond_the_model(given)},
+    )
+    # what a LoRA's name says of steps holds for those that were merged before the conversion and for these
+    recipe = recipe.model_copy(
+        update={"model": recipe.model.model_copy(update={"loras": (*recipe.model.loras, *loras)})}
     )
     with progress(quiet=quiet, verbose=verbose, events=events) as observe:
         report = run_generate(
@@ -54,6 +59,7 @@ def generate(
             width=width,
             height=height,
             inputs=Inputs(image, mask, video, strength),
+            loras=files_of_loras(loras),
             base=pipeline,
             options=run_options(device, overwrite),
             observe=observe,

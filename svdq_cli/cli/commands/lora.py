@@ -11,7 +11,11 @@ from svdq_cli.cli.parsing import run_options
 
 Loras = Annotated[
     list[str],
-    typer.Option("--lora", metavar="FILE[:WEIGHT]", help="LoRA to fold in. Repeatable."),
+    typer.Option(
+        "--lora",
+        metavar="FILE[:WEIGHT][:COMPONENT]",
+        help="LoRA to fold in; COMPONENT is one of several denoisers, such as transformer_2. Repeatable.",
+    ),
 ]
 MaxRank = Annotated[
     int | None,
@@ -58,7 +62,7 @@ def lora(
     from svdq_cli.errors import UsageError
     from svdq_cli.lora.fold import FoldSettings, fold
     from svdq_cli.lora.standalone import write_nunchaku_lora
-    from svdq_cli.prepare.from_command_line import lora_files
+    from svdq_cli.prepare.from_command_line import files_of_loras, parse_lora
 
     settings = FoldSettings(max_rank, approximate_rank, skip_w4a16)
     if to not in (None, "nunchaku"):
@@ -66,15 +70,16 @@ def lora(
             f"--format {to}: LoRA files are written for nunchaku only",
             hint="leave --format out: the folded checkpoint keeps its format; svdq export changes it",
         )
+    files = files_of_loras([parse_lora(text) for text in loras])
     if to is not None:
         options = run_options("cpu", overwrite)
-        written = write_nunchaku_lora(checkpoint, lora_files(loras), out, settings=settings, options=options)
+        written = write_nunchaku_lora(checkpoint, files, out, settings=settings, options=options)
         render.show(written, json=json, verbose=verbose)
         return
     with progress(quiet=quiet, verbose=verbose, events=events) as observe:
         report = fold(
             checkpoint,
-            lora_files(loras),
+            files,
             out,
             settings=settings,
             options=run_options("cpu", overwrite),

@@ -104,7 +104,12 @@ def as_typed(model: object) -> list[str]:
     said = cast("dict[str, object]", model)
     loras = cast("list[dict[str, object]]", said["loras"])
     base = ["--base", str(said["base"])] if said["base"] else []
-    adapters = [word for lora in loras for word in ("--lora", f"{lora['path']}:{lora['weight']}")]
+    adapters = [
+        word
+        for lora in loras
+        for component in [f":{lora['component']}" if lora["component"] else ""]
+        for word in ("--lora", f"{lora['path']}:{lora['weight']}{component}")
+    ]
     return [str(said["source"]), *base, *adapters]
 
 
@@ -208,7 +213,12 @@ def lora(console: Console, report: LoraReport, verbose: bool) -> None:
     table = facts_table()
     table.add_row("written", output.path)
     table.add_row(
-        "LoRAs", ", ".join(f"{PurePath(lora.path).name} at {lora.weight:g}" for lora in report.loras)
+        "LoRAs",
+        ", ".join(
+            f"{PurePath(lora.path).name} at {lora.weight:g}"
+            + (f" in {lora.component}" if lora.component else "")
+            for lora in report.loras
+        ),
     )
     table.add_row("rank", f"{report.rank['before']} -> {report.rank['after']}")
     table.add_row("size", f"{bytes_text(report.bytes['before'])} -> {bytes_text(report.bytes['after'])}")
