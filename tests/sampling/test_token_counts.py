@@ -143,7 +143,7 @@ def test_sound_that_is_made_with_a_video_has_tokens_of_its_own(tmp_path: Path):
     found = token_counts(
         source, linears, height=512, width=768, frames=49, fps=24.5, max_sequence_length=100
     ).by_layer
-    video, sound = 16 * 24 * 7, 50
+    video, sound = image_tokens(source, height=512, width=768) * latent_frames(source, 49), 50
     block = {
         name.removeprefix("transformer_blocks.0."): count
         for name, count in found.items()
