@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from svdq_cli.adapters.denoiser import LoraFile
 from svdq_cli.checkpoint.reader import open_checkpoint
 from svdq_cli.cli import run
 from svdq_cli.lora.fold import fold
@@ -39,7 +40,7 @@ def style(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def folded(lite: Path, style: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("folded") / "lite-style"
-    fold(lite, [(style, 0.8)], out)
+    fold(lite, [LoraFile(style, 0.8)], out)
     return out
 
 
@@ -96,7 +97,7 @@ def test_a_folded_lora_that_is_nowhere_is_asked_for_by_its_option(
     moved.parent.mkdir()
     moved.write_bytes(style.read_bytes())
     out = tmp_path / "out" / "lite-style"
-    fold(lite, [(moved, 0.8)], out)
+    fold(lite, [LoraFile(moved, 0.8)], out)
     moved.rename(tmp_path / "elsewhere" / "renamed.safetensors")
     code, report, stderr = check(capsys, out, "--against", tiny_flux)
     assert (code, report["error"]["kind"]) == (3, "wrong-source")  # type: ignore[index]
