@@ -56,11 +56,12 @@ def error(weight, inputs, x, algorithms):
 
 plain = error(weight, calibration, x, None)
 svdquant = error(weight, calibration, x, [SVDQuantConfig(alpha_candidates=[0.25, 0.5, 0.75])])
-s = outliers.sqrt()
-smoothed = error((weight * s).bfloat16(), [(inputs / s).bfloat16() for inputs in calibration], (x / s).bfloat16(), None)
+s = outliers**0.7
+by_hand = [(inputs / s).bfloat16() for inputs in calibration]
+smoothed = error((weight * s).bfloat16(), by_hand, (x / s).bfloat16(), [SVDQuantConfig(alpha_candidates=[0.5])])
 print("seen:       error of one linear layer, int4 weights and activations, every 37th input channel 30 times as large")
-print(f"            plain {plain:.1%}, SVDQuant of rank 32 {svdquant:.1%}, smoothed by hand without any branch {smoothed:.1%}")
-raise SystemExit(0 if 1.3 * smoothed < svdquant < plain else 1)
+print(f"            plain {plain:.1%}, SVDQuant of rank 32 {svdquant:.1%}, the same after smoothing by hand {smoothed:.1%}")
+raise SystemExit(0 if 2 * smoothed < svdquant < plain else 1)
 END
 grep -E "^(software|behavior|most guess|seen): |^            [a-z]" output
 exit $code

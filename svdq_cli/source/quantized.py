@@ -61,6 +61,7 @@ _OTHERS = (
     Scheme("block-scaled FP8", (r"\.weight_scale_inv$",)),
     Scheme("HQQ", (r"\.W_q$",)),
     Scheme("NVIDIA ModelOpt", (r"_quantizer\._(amax|scale|double_scale|pre_quant_scale)$",)),
+    Scheme("AMD Quark", (r"\._(weight|input)_quantizer(\.\d+)?\.scale$",)),
     Scheme("SDNQ", (r"\.svd_up$", r"\.svd_down$", r"\.scale$")),
     Scheme("AQLM", (r"\.codebooks$", r"\.codes$")),
     Scheme("VPTQ", (r"\.centroids(\.weight)?$", r"\.indices$")),
@@ -80,6 +81,7 @@ _METHOD_NAMES = {
     "hqq": "HQQ",
     "fp8": "block-scaled FP8",
     "modelopt": "NVIDIA ModelOpt",
+    "quark": "AMD Quark",
     "sdnq": "SDNQ",
 }
 _LABEL_BYTES = 1 << 16  # of a layer's `comfy_quant`; ComfyUI's have 100

@@ -257,6 +257,8 @@ SCHEMES: tuple[tuple[str, dict[str, Tensor]], ...] = (
     ("compressed-tensors", {"img_in.weight_packed": WORDS, "img_in.weight_scale": BYTES}),
     ("NVFP4", {"img_in.weight": BYTES, "img_in.weight_scale": BYTES, "img_in.weight_scale_2": BYTES}),
     ("NVIDIA ModelOpt", {"img_in.weight": BYTES, "img_in.weight_quantizer._amax": BYTES}),
+    # Quark 0.13 leaves the weights beside its scales at 16 bits
+    ("AMD Quark", {"img_in._weight_quantizer.0.scale": BYTES.float()}),
     ("SDNQ", {"a.weight": BYTES, "a.scale": BYTES, "a.svd_up": BYTES, "a.svd_down": BYTES}),
     ("AQLM", {"a.codes": BYTES, "a.codebooks": BYTES, "a.scales": BYTES}),
     ("HIGGS", {"a.weight": WORDS, "a.scales": BYTES, "a.tables": BYTES, "a.tables2": BYTES}),
