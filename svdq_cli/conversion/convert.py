@@ -216,9 +216,10 @@ def begin(
     job, needs = replace(job, needs=affordable), affordable
     require_blocks_run(prepared, needs)
     require_search(prepared, needs, lambda: contents_before(prepared, options, digest=digest))
-    require_memory(Forecast(prepared, needs, job.device, options))
+    forecast = Forecast(prepared, needs, job.device, options)
+    require_memory(forecast)
     limit_vram(job.device, options.max_vram)
-    require_disk(disk_needs(prepared, needs, paths, job.work))
+    require_disk(disk_needs(forecast, paths, job.work))
     job.warn((*warnings_of(prepared, data_free=needs.data_free), *without))
     job.warn(name_warnings(paths, folders=[not target.format.single_file for target in prepared.targets]))
     if needs.data_free and calibration is not None:

@@ -146,7 +146,7 @@ def _shortage(job: Forecast, paths: Sequence[Path]) -> ErrorFacts | None:
         require_memory(job)
         if paths:
             work = work_beside(paths[0], job.options)
-            require_disk(disk_needs(job.prepared, job.needs, paths, work))
+            require_disk(disk_needs(job, paths, work))
     except OutOfResourcesError as error:
         return error_facts(error)
     return None

@@ -20,7 +20,7 @@ from svdq_cli.calibration.budget import (
     statistics_bytes,
 )
 from svdq_cli.calibration.covariance import images_for_covariance
-from svdq_cli.conversion.block_forecast import BlockForecast, block_forecast, hidden_state_bytes, tuned_bytes
+from svdq_cli.conversion.block_forecast import BlockForecast, block_forecast, hidden_state_bytes
 from svdq_cli.conversion.calibrate import input_widths, tokens_for_covariances
 from svdq_cli.conversion.encoder_weights import calibration_bytes, encoder_work
 from svdq_cli.conversion.machine_speed import Speed
@@ -369,19 +369,28 @@ def _generating_stages(job: Forecast, tokens: TokenCounts, *, batch: int, cpu: b
 def peak_disk_bytes(job: Forecast) -> int:
     """Bytes on the disk at its fullest: statistics that were generated, next to the parts of batches while those
     are merged; or without, with the solved layers and the outputs."""
-    statistics = parts = 0
-    if job.images:
-        widths, tokens = input_widths(job.prepared.plan), list(job.covariance_tokens.values())
-        statistics = sum(
-            8 * width + 2 * width * job.rows(shared)
-            for width, shared in zip(widths, job.prepared.plan.inputs, strict=True)
-        )
-        parts = statistics + covariance_rows_bytes(widths, tokens)
-        statistics += covariances_bytes(widths, tokens)
-    kept = work_bytes(job.prepared.plan, job.prepared.settings.dtype)
-    kept += sum(way.kept for way in job.ways)
-    spilled = max((way.passed_bytes - job.waiting_bytes(way) for way in job.ways), default=0)
+    parts, statistics = _statistics_bytes(job)
+    kept, spilled = _solved_bytes(job)
     return max(parts + statistics, statistics + kept + max(spilled, disk_bytes(job.prepared)))
+
+
+def _statistics_bytes(job: Forecast) -> tuple[int, int]:
+    """Bytes of the parts of batches, and of the statistics that they are merged into; 0 where none are generated."""
+    if not job.images:
+        return 0, 0
+    widths, tokens = input_widths(job.prepared.plan), list(job.covariance_tokens.values())
+    rows = sum(
+        8 * width + 2 * width * job.rows(shared)
+        for width, shared in zip(widths, job.prepared.plan.inputs, strict=True)
+    )
+    return rows + covariance_rows_bytes(widths, tokens), rows + covariances_bytes(widths, tokens)
+
+
+def _solved_bytes(job: Forecast) -> tuple[int, int]:
+    """Bytes of the work folder's solved layers, and of the hidden states that do not fit the memory."""
+    kept = work_bytes(job.prepared.plan, job.prepared.settings.dtype) + sum(way.kept for way in job.ways)
+    spilled = max((way.passed_bytes - job.waiting_bytes(way) for way in job.ways), default=0)
+    return kept, max(0, spilled)
 
 
 def disk_bytes(prepared: Prepared) -> int:
@@ -392,12 +401,12 @@ def disk_bytes(prepared: Prepared) -> int:
     return packed + len(folders) * other_components_bytes(prepared.source, prepared.encoders)
 
 
-def disk_needs(prepared: Prepared, needs: Needs, paths: Sequence[Path], work: Path) -> dict[Path, int]:
+def disk_needs(job: Forecast, paths: Sequence[Path], work: Path) -> dict[Path, int]:
     """Bytes that are still to be written, by where: the outputs, and what is not in the work folder yet."""
     there = sum(file.stat().st_size for file in work.rglob("*") if file.is_file())
-    tuned = tuned_bytes(prepared) if needs.tuning else 0
-    kept = work_bytes(prepared.plan, prepared.settings.dtype) + tuned
-    return {paths[0]: disk_bytes(prepared), work: max(0, kept - there)}
+    parts, statistics = _statistics_bytes(job)
+    fullest = max(parts + statistics, statistics + sum(_solved_bytes(job)))
+    return {paths[0]: disk_bytes(job.prepared), work: max(0, fullest - there)}
 
 
 def work_bytes(plan: ModelPlan, dtype: torch.dtype) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -227,6 +228,23 @@ def test_best_takes_longer_and_more_disk_than_balanced(tiny_flux: Path, tmp_path
     assert one.stages.solve > 2 * other.stages.solve
     assert one.disk_bytes > other.disk_bytes
     assert one.warnings == other.warnings
+
+
+def test_a_disk_needs_room_for_the_statistics_that_a_conversion_generates(
+    tiny_flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    recipe = best_recipe(tiny_flux, tmp_path, height=32, width=32, max_sequence_length=32).model_copy(
+        update={"quantization": Quantization(effort="balanced", rank=16)}
+    )
+    data_free = recipe.model_copy(update={"quantization": Quantization(effort="datafree", rank=16)})
+    fullest, without = (predict(one, options=CPU).disk_bytes for one in (recipe, data_free))
+    usage = shutil.disk_usage(tmp_path)
+    room = without + (fullest - without) // 4
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=room))
+    with pytest.raises(OutOfResourcesError) as caught:
+        convert(recipe, tmp_path / "out", options=CPU)
+    assert caught.value.kind == "disk-full"
+    assert not list(tmp_path.glob("*out*"))
 
 
 def test_every_step_costs_time():
