@@ -6,7 +6,9 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import diffusers
 import pytest
+import torch
 
 from svdq_cli.families import find_family
 from svdq_cli.planning.plan import take_inventory
@@ -20,6 +22,11 @@ from svdq_cli.sampling.token_counts import (
 from svdq_cli.source import Source, open_source
 
 CONFIGS = Path(__file__).parents[1] / "families" / "configs"
+_LTX2_VAE: dict[str, object] = {
+    "_class_name": "AutoencoderKLLTX2Video",
+    "spatial_compression_ratio": 32,
+    "temporal_compression_ratio": 8,
+}
 
 
 def _source(folder: Path, component: str, config: dict[str, object], vae: dict[str, object]) -> Source:
@@ -129,6 +136,24 @@ def test_an_autoencoder_whose_config_leaves_its_ratios_open_is_asked(tmp_path: P
     assert (pixels_per_token(source), latent_frames(source, 81)) == (16, 11)
 
 
+@pytest.mark.parametrize("said", [True, False])
+def test_a_video_of_ltx2_has_the_latents_that_its_pipeline_prepares(said: bool, tmp_path: Path):
+    """The config of LTX-2 says its ratios. Where one leaves them open, the pipeline takes the class's own word, which
+    is 64 x 64 pixels and 16 frames, although the same encoder joins half as many."""
+    vae = _LTX2_VAE if said else {"_class_name": _LTX2_VAE["_class_name"]}
+    with torch.device("meta"):
+        autoencoder = diffusers.AutoencoderKLLTX2Video.from_config(vae)
+    others = ("audio_vae", "connectors", "scheduler", "text_encoder", "tokenizer", "transformer", "vocoder")
+    pipe = diffusers.LTX2Pipeline(vae=autoencoder, **dict.fromkeys(others))  # pyright: ignore[reportArgumentType]
+    prepared = pipe.prepare_latents(
+        height=512, width=768, num_frames=49, dtype=torch.float32, device=torch.device("cpu")
+    )
+    source = _source(tmp_path, "transformer", {"_class_name": "LTX2VideoTransformer3DModel"}, vae)
+    frames = latent_frames(source, 49)
+    assert frames == (7 if said else 4)
+    assert image_tokens(source, height=512, width=768) * frames == prepared.shape[1]
+
+
 def test_sound_that_is_made_with_a_video_has_tokens_of_its_own(tmp_path: Path):
     """LTX-2: 25 latents a second, and two attentions in which sound and video read each other."""
     config: dict[str, object] = {
@@ -138,12 +163,12 @@ def test_sound_that_is_made_with_a_video_has_tokens_of_its_own(tmp_path: Path):
         "audio_hop_length": 160,
         "audio_scale_factor": 4,
     }
-    source = _source(tmp_path, "transformer", config, {"_class_name": "AutoencoderKLLTX2Video"})
+    source = _source(tmp_path, "transformer", config, _LTX2_VAE)
     linears = take_inventory(source, None).linears
     found = token_counts(
         source, linears, height=512, width=768, frames=49, fps=24.5, max_sequence_length=100
     ).by_layer
-    video, sound = image_tokens(source, height=512, width=768) * latent_frames(source, 49), 50
+    video, sound = 16 * 24 * 7, 50
     block = {
         name.removeprefix("transformer_blocks.0."): count
         for name, count in found.items()
