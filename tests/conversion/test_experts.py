@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -9,8 +11,10 @@ import torch
 from diffusers import DiffusionPipeline, NucleusMoEImageTransformer2DModel
 from diffusers.models.transformers.transformer_nucleusmoe_image import SwiGLUExperts
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
+from svdq_cli.calibration import collect_stats
+from svdq_cli.calibration.row_sampling import RowSampling
 from svdq_cli.checkpoint.check import check
 from svdq_cli.checkpoint.reader import open_checkpoint
 from svdq_cli.cli import run
@@ -22,6 +26,7 @@ from svdq_cli.prepare.options import RunOptions
 from svdq_cli.prepare.prepare import prepare, warnings_of
 from svdq_cli.prepare.sampling import sampling_for
 from svdq_cli.recipe import IncludeOverride, Recipe
+from svdq_cli.records import ActivationStats
 from svdq_cli.source import open_source, read_tensor, take_experts_apart
 from svdq_cli.source.experts import SingleExperts
 from tests.families.test_pipelines import recipe_for
@@ -82,6 +87,68 @@ def test_the_16_bit_model_draws_what_diffusers_does(folder: Path, recipe: Recipe
     theirs = DiffusionPipeline.from_pretrained(folder, torch_dtype=own.transformer.dtype)
     (a,), (b,) = (generate_images(pipe, ["a red circle"], settings=settings) for pipe in (own, theirs))
     assert a.tobytes() == b.tobytes()
+
+
+@dataclass(frozen=True)
+class _Watched:
+    """What the first expert of a stack read: by what calibration keeps of it, and by a hook of the test's own."""
+
+    stats: ActivationStats
+    calls: list[Tensor]  # (M, K), one image after the other
+
+
+@pytest.fixture(scope="module")
+def watched(folder: Path, recipe: Recipe) -> Callable[..., _Watched]:
+    prepared = prepare(recipe)
+    pipe = load_16bit_pipeline(prepared.source, class_name="", device=torch.device("cpu"))
+    settings = replace(sampling_for(recipe, prepared.source).settings, steps=3)
+    (item,) = (shared for shared in prepared.plan.inputs if shared.name == f"{STACK}.0")
+
+    def watch(*, rows: int, batch_size: int = 1) -> _Watched:
+        calls: list[Tensor] = []
+        model = pipe.transformer
+        chosen = replace(settings, batch_size=batch_size)
+        stats = collect_stats(pipe, model, [item], ["a cat", "a red circle"], sampling=chosen, rows=rows)
+        handle = model.get_submodule(item.name).register_forward_hook(
+            lambda _, args, __: calls.append(args[0].clone())
+        )
+        generate_images(pipe, ["a cat", "a red circle"], settings=chosen)
+        handle.remove()
+        return _Watched(stats[item.name], calls)
+
+    return watch
+
+
+def test_the_tokens_of_an_expert_are_those_of_one_turn(
+    watched: Callable[..., _Watched], monkeypatch: pytest.MonkeyPatch
+):
+    """Few rows come from every call; where all are kept, they are all that the expert read, in its order."""
+    turns: list[int] = []
+    plain = RowSampling.tokens
+
+    def counted(self: RowSampling, *, image: int, turn: int, **rest: int) -> list[int]:
+        turns.append(turn)
+        return plain(self, image=image, turn=turn, **rest)
+
+    monkeypatch.setattr(RowSampling, "tokens", counted)
+    few = watched(rows=12)  # two images, three steps, with guidance two calls in each
+    calls = [call.bfloat16() for call in few.calls]
+    assert len(calls) == len(few.stats.rows) == 12
+    assert all((call == row).all(-1).any() for call, row in zip(calls, few.stats.rows, strict=True))
+    assert turns == [*range(6), *range(6)]
+    every = watched(rows=10_000)
+    assert torch.equal(every.stats.rows, torch.cat(every.calls).bfloat16())
+    for seen in (few, every):
+        read = torch.cat(seen.calls)
+        assert seen.stats.tokens_seen == len(read)
+        assert torch.equal(seen.stats.abs_max, read.abs().amax(0).float())
+
+
+def test_the_tokens_of_an_expert_belong_to_their_own_image(watched: Callable[..., _Watched]):
+    alone, together = (watched(rows=8, batch_size=size).stats for size in (1, 2))
+    assert alone.tokens_seen == together.tokens_seen
+    # 2e-2: rows are bfloat16 (8 bits), and sums of another batch size may tip their last bit
+    torch.testing.assert_close(alone.rows, together.rows, rtol=2e-2, atol=1e-3)
 
 
 def test_experts_become_layers_and_the_checkpoint_draws(folder: Path, recipe: Recipe, converted: Path):
