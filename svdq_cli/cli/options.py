@@ -156,7 +156,7 @@ Samples = Annotated[
     int | None,
     typer.Option(
         metavar="N",
-        help="Number of prompts to use (default: 64; in eval 16).",
+        help="Number of prompts to use (default: the model's own, else 64; in eval 16).",
         rich_help_panel="Prompts and sampling",
     ),
     sets("calibration.samples", on="convert calibrate eval"),

@@ -22,6 +22,7 @@ from svdq_cli.pipelines.generated import Generated
 from svdq_cli.pipelines.settings import SamplingSettings
 from svdq_cli.pipelines.siblings import makes_sounds, makes_videos, reading_inputs
 from svdq_cli.prepare.options import DEFAULT_OPTIONS, RunOptions
+from svdq_cli.prepare.origin import held_already
 from svdq_cli.prepare.sampling import sampling_for
 from svdq_cli.recipe import Calibration, Recipe
 from svdq_cli.records import Event, Observer, ignore_events
@@ -79,12 +80,15 @@ def generate(
     require_image_place(out, inputs=read, overwrite=options.overwrite, others=(*VIDEO_SUFFIXES, SOUND_SUFFIX))
     require_encoder(out)
     started = time.monotonic()
-    source = open_checkpoint(path, base=base).source
+    checkpoint = open_checkpoint(path, base=base)
+    source = checkpoint.source
     read_with = with_inputs(recipe, inputs)
     settings = sampling_for(read_with, replace(source, pipeline=base or source.pipeline)).settings
     settings = replace(_sized(settings, width, height), batch_size=1)
     pipe = load_pipeline(path, device=resolve_device(options.device), backend=backend, base=base)
     facts: Backend = pipe.svdq_backend  # type: ignore[attr-defined]
+    for said in held_already(checkpoint, loras):
+        observe(Event("warning", "generate", detail=said))
     _attach(pipe, loras, observe)
     pipe = reading_inputs(pipe, settings)
     _require_kind(pipe, settings, out)

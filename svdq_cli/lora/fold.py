@@ -33,6 +33,7 @@ from svdq_cli.lora.join import JoinedBranches, join_loras
 from svdq_cli.lora.means import with_means
 from svdq_cli.lora.rewrite import header_of, new_target, write_changed
 from svdq_cli.prepare.options import DEFAULT_OPTIONS, RunOptions
+from svdq_cli.prepare.origin import held_already
 from svdq_cli.records import Event, Observer, W4A4Plan, ignore_events
 from svdq_cli.reports import LoraFacts, LoraReport
 from svdq_cli.source import file_sha256
@@ -101,7 +102,7 @@ def fold(
             rank={"before": _rank(checkpoint.layers), "after": _rank(target.plan.layers)},
             bytes={"before": _file_bytes(checkpoint), "after": written.bytes},
             layer_error=dict(sorted(joined.layer_error.items())),
-            warnings=_warnings(given, edits, checkpoint, out),
+            warnings=(*held_already(checkpoint, loras), *_warnings(given, edits, checkpoint, out)),
             seconds=time.monotonic() - started,
             peak=peak_memory(),
         )

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Literal
 
+from svdq_cli.adapters.denoiser import LoraFile
 from svdq_cli.adapters.read import adapter_file
 from svdq_cli.checkpoint.check import first_difference, require_same_model
 from svdq_cli.checkpoint.reader import Checkpoint
@@ -207,6 +208,21 @@ def _judged(
 # ------------------------------------------------------------------------------------------------- LoRAs
 
 
+def held_already(checkpoint: Checkpoint, loras: Sequence[LoraFile]) -> tuple[str, ...]:
+    """A sentence for every LoRA that the checkpoint says it holds already, by the sha256 of its file: used once more,
+    the strengths add up."""
+    named = _named_loras(checkpoint)
+    # the files are read only where something could be the same
+    digests = [(lora, file_sha256(adapter_file(lora.path))) for lora in loras] if named else []
+    return tuple(
+        f"{held.name} is already in the checkpoint, at {held.weight:g}; with this one its strength is "
+        f"{held.weight + lora.weight:g}"
+        for lora, digest in digests
+        for held in named
+        if held.sha256 == digest and _same_denoiser(held.component, lora.component)
+    )
+
+
 def _given(recipe: Recipe, options: RunOptions) -> list[tuple[Lora, str]]:
     """The recipe's LoRAs with the sha256 of their files. Raises InputError for one that is missing."""
     return [
@@ -260,11 +276,16 @@ def _matched(needed: Sequence[NamedLora], given: Sequence[tuple[Lora, str]]) -> 
     for lora in needed:
         for index, (candidate, digest) in enumerate(given):
             same = digest == lora.sha256 if lora.sha256 else lora.is_at(candidate.path)
-            same &= None in (candidate.component, lora.component) or candidate.component == lora.component
+            same &= _same_denoiser(candidate.component, lora.component)
             if same and index not in pairs.values():
                 pairs[lora] = index
                 break
     return pairs
+
+
+def _same_denoiser(one: str | None, other: str | None) -> bool:
+    """Whether two LoRAs can be for one denoiser: not where both name one, and different ones."""
+    return None in (one, other) or one == other
 
 
 def _find(lora: NamedLora, checkpoint: Checkpoint, recipe: Recipe, options: RunOptions) -> Path | None:

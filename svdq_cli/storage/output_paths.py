@@ -94,7 +94,7 @@ def require_type(path: Path, suffixes: Sequence[str], what: str, *, hint: str = 
     if path.suffix.lower() not in suffixes:
         raise UsageError(
             f"{path}: this model generates {what}, but such a file can't hold it",
-            hint=f"name the output {', '.join(suffixes)}{hint}",
+            hint=f"name the output {', '.join(dict.fromkeys(suffixes))}{hint}",
             where=str(path),
         )
 

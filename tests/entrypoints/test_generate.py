@@ -179,6 +179,8 @@ def test_what_does_not_go_together_is_refused_in_words(
     said = refused(capsys, converted("flux-fill"), out, "--image", image)
     assert "--mask" in str(said["hint"])
     assert "generates a video" in str(refused(capsys, converted("wan"), tmp_path / "v.jpg")["message"])
+    moving = refused(capsys, flux, tmp_path / "v.mp4")
+    assert moving["hint"] == "name the output .png, .jpg, .jpeg, .webp, .gif"
 
 
 def test_eval_judges_with_the_image_that_is_given(

@@ -15,7 +15,7 @@ from svdq_cli.checkpoint.reader import open_checkpoint
 from svdq_cli.cli import run
 from svdq_cli.lora.fold import fold
 from svdq_cli.prepare.options import DEFAULT_OPTIONS
-from svdq_cli.prepare.origin import origin_of
+from svdq_cli.prepare.origin import held_already, origin_of
 from svdq_cli.recipe import default_recipe
 from tests.adapters.test_loras import peft
 from tests.lora.layers import FOUR_BIT, small_lora
@@ -42,6 +42,19 @@ def folded(lite: Path, style: Path, tmp_path_factory: pytest.TempPathFactory) ->
     out = tmp_path_factory.mktemp("folded") / "lite-style"
     fold(lite, [LoraFile(style, 0.8)], out)
     return out
+
+
+def test_a_lora_that_the_checkpoint_holds_already_is_said_to_count_twice(
+    lite: Path, folded: Path, style: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    said = "style.safetensors is already in the checkpoint, at 0.8; with this one its strength is 1.3"
+    same = tmp_path / "of_another_name.safetensors"
+    same.write_bytes(style.read_bytes())
+    assert fold(folded, [LoraFile(same, 0.5)], tmp_path / "twice").warnings[0] == said
+    assert held_already(open_checkpoint(lite), [LoraFile(style, 0.5)]) == ()
+    words = ["--lora", f"{style}:0.5", "--prompt", "a", "--steps", "2", "-o", str(tmp_path / "a.png")]
+    assert run(["generate", str(folded), *words]) == 0
+    assert said in " ".join(capsys.readouterr().err.split())
 
 
 def check(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, Mapping[str, object], str]:

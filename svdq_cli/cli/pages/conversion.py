@@ -189,7 +189,7 @@ def _range_text(seconds: tuple[float, float]) -> str:
 
 
 def calibration(console: Console, report: CalibrateReport) -> None:
-    covariances = f"covariances of {report.covariances}, " if report.covariances else ""
+    covariances = f"covariances of {report.covariances} of them, " if report.covariances else ""
     console.print(
         f"{report.path}: {report.inputs} layer inputs from {counted(report.prompts, 'prompt')} x "
         f"{counted(report.steps, 'step')}, {covariances}"
@@ -221,7 +221,9 @@ def lora(console: Console, report: LoraReport, verbose: bool) -> None:
         ),
     )
     table.add_row("rank", f"{report.rank['before']} -> {report.rank['after']}")
-    table.add_row("size", f"{bytes_text(report.bytes['before'])} -> {bytes_text(report.bytes['after'])}")
+    apart = output.format != report.source_format  # a LoRA file for the checkpoint, which stays as it is
+    before = "" if apart else f"{bytes_text(report.bytes['before'])} -> "
+    table.add_row("size", before + bytes_text(report.bytes["after"]))
     table.add_row("time, memory", f"{report.seconds:.1f} s, {bytes_text(report.peak.ram_bytes)} RAM")
     console.print(table)
     counts = Counter((row.how, row.kind or "", row.why or "") for row in report.keys)
