@@ -18,9 +18,9 @@ from svdq_cli.pipelines.encode import EncodedPrompts
 from svdq_cli.pipelines.generate import Batch, denoise, generated_batches, split_batches
 from svdq_cli.pipelines.joint import denoisers_in
 from svdq_cli.pipelines.settings import SamplingSettings
+from svdq_cli.planning.image_entries import by_entry
 from svdq_cli.planning.pointwise import channels_last
 from svdq_cli.records import ActivationStats, Observer, SharedInput, ignore_events
-from svdq_cli.source import is_expert
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -100,8 +100,7 @@ def collect_parts(
         tallies.update((name, _Tally()) for name in turns)
 
     def record(name: str, activation: Tensor) -> None:
-        entries = _by_entry(name, activation, len(drawn.prompts))
-        _add(tallies[name], entries, drawn, turns[name], spread, spread.for_covariance(name))
+        _add(name, tallies[name], activation, drawn, turns[name], spread)
 
     def see(reader: tuple[str, str], output: Tensor) -> None:
         tallies[reader[0]].note_output(reader[1], output)
@@ -225,15 +224,8 @@ class _Tally:
         self.outputs[layer] = torch.maximum(self.outputs[layer], peak) if layer in self.outputs else peak
 
 
-def _add(
-    tally: _Tally,
-    entries: Tensor,
-    batch: Batch,
-    turns: int,
-    spread: RowSampling,
-    for_covariance: RowSampling | None,
-) -> None:
-    """`entries` is of `_by_entry`."""
+def _add(name: str, tally: _Tally, activation: Tensor, batch: Batch, turns: int, spread: RowSampling) -> None:
+    entries, for_covariance = by_entry(name, activation, len(batch.prompts)), spread.for_covariance(name)
     flat = entries.flatten(0, 1)
     # norms over tokens: one pass over the activation each, without a float32 copy of it
     peak = torch.linalg.vector_norm(flat, math.inf, dim=0).float()
@@ -252,18 +244,6 @@ def _add(
             chosen = sampling.tokens(image=image, turn=turn, turns=turns, count=entry.shape[0])
             if chosen:
                 kept[image, turn] = entry[chosen].to(torch.bfloat16)
-
-
-def _by_entry(name: str, activation: Tensor, images: int) -> Tensor:
-    """(batch entries, tokens, K) of what the layers of the input `name` read in one call for `images` images. A
-    modulation layer's (batch, K) has one token an entry; an expert's (M, K) has as many tokens of each image, one
-    image after the other."""
-    width = activation.shape[-1]
-    if activation.ndim == 1:
-        return activation.reshape(1, 1, width)
-    if activation.ndim == 2 and is_expert(name):
-        return activation.reshape(images, -1, width)
-    return activation.reshape(activation.shape[0], -1, width)
 
 
 def _part(tally: _Tally) -> InputPart:
@@ -303,7 +283,7 @@ def _turns_per_image(
 
     def count(name: str, activation: Tensor) -> None:
         images = len(batch.prompts)
-        seen[name] = seen.get(name, 0) + _by_entry(name, activation, images).shape[0] // images
+        seen[name] = seen.get(name, 0) + by_entry(name, activation, images).shape[0] // images
 
     def stop(step: int) -> None:
         nonlocal steps_done
