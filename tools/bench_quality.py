@@ -27,8 +27,8 @@ from svdq_cli.calibration.collect import collect_stats
 from svdq_cli.conversion.allocation import (
     allocate_ranks,
 )
-from svdq_cli.conversion.calibrate import tokens_for_covariances
 from svdq_cli.conversion.fit_outputs import with_outputs_fitted
+from svdq_cli.conversion.kept_tokens import tokens_for_covariances
 from svdq_cli.conversion.move_means import with_means_moved
 from svdq_cli.conversion.needs import needs_of
 from svdq_cli.conversion.provenance import contents_before

@@ -51,8 +51,13 @@ def covariance_tokens(widths: Sequence[int], used: Sequence[bool], *, rows: int,
 def statistics_bytes(widths: Iterable[int], *, rows: int) -> int:
     """What the statistics of all inputs take with `rows` rows each (at most: an input may have fewer tokens), without
     covariances."""
-    total = sum(widths)
-    return _moments(total) + 2 * total * rows
+    each = list(widths)
+    return rows_bytes(each, [rows] * len(each))
+
+
+def rows_bytes(widths: Sequence[int], rows: Sequence[int]) -> int:
+    """What the statistics of all inputs take, with as many rows of each as `rows` says, without covariances."""
+    return _moments(sum(widths)) + sum(2 * width * count for width, count in zip(widths, rows, strict=True))
 
 
 def covariances_bytes(widths: Sequence[int], tokens: Sequence[int]) -> int:

@@ -23,18 +23,12 @@ from svdq_cli.calibration.artefact import (
     is_calibration,
     save_calibration,
 )
-from svdq_cli.calibration.budget import (
-    covariance_rows_bytes,
-    covariance_tokens,
-    covariances_bytes,
-    rows_within,
-    statistics_bytes,
-)
 from svdq_cli.calibration.collect import collect_parts
 from svdq_cli.calibration.over_time import inputs_over_time, modulation_inputs
 from svdq_cli.calibration.parts import MergedStats, PartFolder
 from svdq_cli.calibration.prompts import prompts_digest
 from svdq_cli.calibration.row_sampling import RowSampling
+from svdq_cli.conversion.kept_tokens import KeptTokens, kept_tokens, token_limits
 from svdq_cli.conversion.memory import run_as_it_fits
 from svdq_cli.conversion.resume import kept_work, wait_for_files, work_beside
 from svdq_cli.conversion.work_folder import Identity, WorkFolder, remove_finished
@@ -46,10 +40,10 @@ from svdq_cli.pipelines.joint import joint_model
 from svdq_cli.pipelines.settings import SamplingSettings, settings_json
 from svdq_cli.prepare.facts import inputs_of
 from svdq_cli.prepare.options import DEFAULT_OPTIONS, RunOptions
-from svdq_cli.prepare.prepare import Prepared, prepare, prompts_of
+from svdq_cli.prepare.prepare import Prepared, counts_of, prepare, prompts_of
 from svdq_cli.prepare.sampling import Sampling
 from svdq_cli.recipe import Recipe
-from svdq_cli.records import ModelPlan, Observer, RotatedPlan, W4A4Plan, ignore_events
+from svdq_cli.records import Observer, ignore_events
 from svdq_cli.reports import CalibrateReport
 from svdq_cli.source import components_digest, source_digest
 from svdq_cli.source.whole import require_whole
@@ -68,33 +62,21 @@ class CalibrationRun:
     prepared: Prepared
     prompts: tuple[str, ...]
     settings: SamplingSettings
-    rows: int  # of every input
-    covariance_tokens: tuple[int, ...]  # of every input; 0 where its covariance is not taken
+    rows: int  # of every input, at most
+    covariance_tokens: tuple[int, ...]  # of every input, at most; 0 where its covariance is not taken
     facts: CalibrationFacts
 
     @property
-    def bytes(self) -> int:
-        """What the statistics take at most."""
-        return self._rows_bytes + covariances_bytes(self._widths, self.covariance_tokens)
-
-    @property
-    def part_bytes(self) -> int:
-        """What the files of all batches take at most, until they are merged."""
-        return self._rows_bytes + covariance_rows_bytes(self._widths, self.covariance_tokens)
+    def kept(self) -> KeptTokens:
+        """What it keeps of those at most, since there are no more tokens."""
+        wanted = replace(require_generating(self.prepared), samples=len(self.prompts))
+        return kept_tokens(self.prepared, wanted, counts_of(self.prepared, self.settings))
 
     @property
     def spread(self) -> RowSampling:
         names = (shared.name for shared in self.prepared.plan.inputs)
         tokens = dict(zip(names, self.covariance_tokens, strict=True))
         return RowSampling(self.rows, len(self.prompts), self.settings.seed, tokens)
-
-    @property
-    def _widths(self) -> list[int]:
-        return input_widths(self.prepared.plan)
-
-    @property
-    def _rows_bytes(self) -> int:
-        return statistics_bytes(self._widths, rows=self.rows)
 
 
 def calibrate(
@@ -118,7 +100,7 @@ def calibrate(
     calibration_run = calibration_run_of(
         prepared, options, observe, source_sha256=source_digest(prepared.source)
     )
-    require_disk({out: calibration_run.bytes, folder: calibration_run.part_bytes})
+    require_disk({out: calibration_run.kept.bytes, folder: calibration_run.kept.part_bytes})
 
     def kept(work: WorkFolder) -> str:
         return f"{len(PartFolder(work.images))} of {len(_batches(calibration_run))} batches of images"
@@ -179,19 +161,8 @@ def calibration_run_of(
         prompts_sha256=prompts_digest(prompts),
         prompts_count=len(prompts),
     )
-    rows = rows_within(input_widths(prepared.plan), rows=wanted.rows, budget=wanted.size_bytes)
-    tokens = tokens_for_covariances(prepared, rows=rows, budget=wanted.size_bytes)
+    rows, tokens = token_limits(prepared, wanted)
     return CalibrationRun(prepared, prompts, settings, rows, tuple(tokens), facts)
-
-
-def tokens_for_covariances(prepared: Prepared, *, rows: int, budget: int) -> list[int]:
-    """Over how many tokens the covariance of each input is taken, at most; 0 for those that nothing would use it of."""
-    plans, rounded = prepared.plan.by_name, "gptq" in prepared.settings.steps
-    used = [
-        rounded and any(isinstance(plans[name], (W4A4Plan, RotatedPlan)) for name in shared.layers)
-        for shared in prepared.plan.inputs
-    ]
-    return covariance_tokens(input_widths(prepared.plan), used, rows=rows, budget=budget)
 
 
 def collect_calibration(
@@ -299,9 +270,3 @@ def _identity(calibration_run: CalibrationRun, options: RunOptions) -> Identity:
         },
         "inputs": [shared.name for shared in calibration_run.prepared.plan.inputs],
     }
-
-
-def input_widths(plan: ModelPlan) -> list[int]:
-    """K of every shared input."""
-    widths = {layer.name: layer.linear.in_features for layer in plan.layers}
-    return [widths[shared.layers[0]] for shared in plan.inputs]

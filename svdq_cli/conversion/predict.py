@@ -13,16 +13,9 @@ from pathlib import Path
 
 import torch
 
-from svdq_cli.calibration.budget import (
-    covariance_rows_bytes,
-    covariances_bytes,
-    rows_within,
-    statistics_bytes,
-)
-from svdq_cli.calibration.covariance import images_for_covariance
 from svdq_cli.conversion.block_forecast import BlockForecast, block_forecast, hidden_state_bytes
-from svdq_cli.conversion.calibrate import input_widths, tokens_for_covariances
 from svdq_cli.conversion.encoder_weights import calibration_bytes, encoder_work
+from svdq_cli.conversion.kept_tokens import KeptTokens, kept_tokens
 from svdq_cli.conversion.machine_speed import Speed
 from svdq_cli.conversion.memory import free_ram, free_vram, reserved_ram
 from svdq_cli.conversion.memory_backoff import (
@@ -59,10 +52,11 @@ STARTING = 0.3
 
 @dataclass(frozen=True, slots=True)
 class Images:
-    """Images that are generated, and the tokens that each layer reads for one of them."""
+    """Images that are generated for statistics: the tokens that each layer reads for one, and those that are kept."""
 
     sampling: Sampling
     tokens: TokenCounts
+    kept: KeptTokens
 
 
 # Without slots: what is cached is kept in the instance
@@ -80,35 +74,25 @@ class Forecast:
         if isinstance(given := self.needs.statistics, GivenStatistics):
             entries = given.artefact.manifest.inputs
             return next((entry.rows for entry in entries if entry.name == shared.name), 0)
-        if (images := self.images) is None:
-            return 0
-        wanted = images.sampling
-        kept = rows_within(input_widths(self.prepared.plan), rows=wanted.rows, budget=wanted.size_bytes)
-        return min(kept, wanted.samples * wanted.settings.steps * images.tokens.by_layer[shared.layers[0]])
+        return self.images.kept.rows[shared.name] if self.images else 0
 
     @cached_property
     def covariance_tokens(self) -> dict[str, int]:
         """By input, over how many tokens its covariance is taken; 0 for none."""
         if isinstance(given := self.needs.statistics, GivenStatistics):
             return {entry.name: entry.covariance_tokens for entry in given.artefact.manifest.inputs}
-        inputs = self.prepared.plan.inputs
-        if (images := self.images) is None:
-            return dict.fromkeys((shared.name for shared in inputs), 0)
-        wanted, widths = images.sampling, input_widths(self.prepared.plan)
-        rows = rows_within(widths, rows=wanted.rows, budget=wanted.size_bytes)
-        tokens = tokens_for_covariances(self.prepared, rows=rows, budget=wanted.size_bytes)
-        seen = images_for_covariance(wanted.samples) * wanted.settings.steps
-        found = {
-            shared.name: min(count, seen * images.tokens.by_layer[shared.layers[0]])
-            for shared, count in zip(inputs, tokens, strict=True)
-        }
-        return {shared.name: n if (n := found[shared.name]) > self.rows(shared) else 0 for shared in inputs}
+        if self.images is None:
+            return {shared.name: 0 for shared in self.prepared.plan.inputs}
+        return dict(self.images.kept.covariance_tokens)
 
     @cached_property
     def images(self) -> Images | None:
         """The images of its own statistics; None where it has none of its own."""
         wanted = self.needs.calibrates
-        return Images(wanted, counts_of(self.prepared, wanted.settings)) if wanted else None
+        if wanted is None:
+            return None
+        tokens = counts_of(self.prepared, wanted.settings)
+        return Images(wanted, tokens, kept_tokens(self.prepared, wanted, tokens))
 
     @cached_property
     def tuning(self) -> BlockForecast | None:
@@ -174,18 +158,15 @@ def _solve_work(job: Forecast) -> Work:
 
 def _calibrate_seconds(job: Forecast, images: Images, speed: Speed) -> float:
     """All images and one step to see what runs; loading and keeping of what is read and kept."""
-    plan, wanted, settings = job.prepared.plan, images.sampling, images.sampling.settings
-    widths, tokens = input_widths(plan), list(job.covariance_tokens.values())
+    plan, wanted, settings, kept = job.prepared.plan, images.sampling, images.sampling.settings, images.kept
     passes = (wanted.samples * settings.steps + 1) * (2 if settings.true_cfg > 1 else 1)
-    statistics = statistics_bytes(widths, rows=wanted.rows)
-    more = covariances_bytes(widths, tokens) + covariance_rows_bytes(widths, tokens)
     # half of every product: the other half is the same
-    products = sum(count * width**2 for width, count in zip(widths, tokens, strict=True))
+    products = sum(kept.covariance_tokens[name] * width**2 for name, width in kept.widths.items())
     return (
         passes * pass_seconds(plan, images.tokens, speed)
         + _loading_seconds(job, speed)
         + speed.solve.seconds(Work(matmul=products))
-        + (2 * statistics + more) / speed.write
+        + (kept.bytes + kept.part_bytes) / speed.write
     )
 
 
@@ -376,14 +357,7 @@ def peak_disk_bytes(job: Forecast) -> int:
 
 def _statistics_bytes(job: Forecast) -> tuple[int, int]:
     """Bytes of the parts of batches, and of the statistics that they are merged into; 0 where none are generated."""
-    if not job.images:
-        return 0, 0
-    widths, tokens = input_widths(job.prepared.plan), list(job.covariance_tokens.values())
-    rows = sum(
-        8 * width + 2 * width * job.rows(shared)
-        for width, shared in zip(widths, job.prepared.plan.inputs, strict=True)
-    )
-    return rows + covariance_rows_bytes(widths, tokens), rows + covariances_bytes(widths, tokens)
+    return (job.images.kept.part_bytes, job.images.kept.bytes) if job.images else (0, 0)
 
 
 def _solved_bytes(job: Forecast) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,11 +16,14 @@ import torch
 
 from svdq_cli.calibration import open_calibration
 from svdq_cli.calibration.budget import covariances_bytes, rows_within, statistics_bytes
-from svdq_cli.conversion.calibrate import calibrate, input_widths
+from svdq_cli.conversion.calibrate import calibrate
 from svdq_cli.conversion.convert import convert
-from svdq_cli.errors import CanceledRunError, InterruptedRunError, Terminated, UsageError
+from svdq_cli.conversion.kept_tokens import input_widths, kept_tokens
+from svdq_cli.errors import CanceledRunError, InterruptedRunError, OutOfResourcesError, Terminated, UsageError
 from svdq_cli.formats import format_named
 from svdq_cli.prepare.options import RunOptions
+from svdq_cli.prepare.prepare import counts_of, prepare
+from svdq_cli.prepare.sampling import sampling_for
 from svdq_cli.recipe import Calibration, Recipe, default_recipe, with_overrides
 from svdq_cli.records import Event, Int4
 from tests.full_size import FLUX_DEV, full_size_plan
@@ -159,6 +163,42 @@ def test_the_artefact_takes_what_its_plan_said(recipe: Recipe, tmp_path: Path):
     # headers and inputs with fewer tokens than rows are the difference
     most = statistics_bytes(widths, rows=64) + covariances_bytes(widths, tokens)
     assert report.bytes == pytest.approx(most, rel=0.25)
+
+
+@pytest.mark.parametrize("true_cfg", [1.0, 3.0])
+def test_a_calibration_asks_for_the_disk_that_its_tokens_take(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, true_cfg: float
+):
+    """Not for the rows that the recipe allows: three images of two steps have far fewer."""
+    assert recipe.calibration is not None
+    own = {"rows": 1 << 20, "true_cfg": true_cfg, "guidance": 1.0, "max_sequence_length": 24}
+    wanted = recipe.calibration.model_copy(update=own)
+    recipe = recipe.model_copy(update={"calibration": wanted})
+    written = calibrate(recipe, tmp_path / "first", options=CPU).bytes
+    usage = shutil.disk_usage(tmp_path)
+
+    def with_room(room: int) -> None:
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=room))
+
+    with_room(written)  # the files of batches take as much besides
+    with pytest.raises(OutOfResourcesError, match="the disk has"):
+        calibrate(recipe, tmp_path / "second", options=CPU)
+    with_room(3 * written)
+    assert calibrate(recipe, tmp_path / "second", options=CPU).bytes == written
+
+
+def test_a_forecast_keeps_the_tokens_that_a_calibration_keeps(recipe: Recipe, tmp_path: Path):
+    assert recipe.calibration is not None
+    wanted = recipe.calibration.model_copy(update={"max_sequence_length": 24, "true_cfg": 3.0, "rows": 200})
+    recipe = recipe.model_copy(update={"calibration": wanted})
+    calibrate(recipe, tmp_path / "calib", options=CPU)
+    prepared = prepare(recipe, every_layer=True)
+    sampling = sampling_for(recipe, prepared.source)
+    kept = kept_tokens(prepared, sampling, counts_of(prepared, sampling.settings))
+    stored = open_calibration(tmp_path / "calib").manifest.inputs
+    assert {entry.name: entry.rows for entry in stored} == kept.rows
+    assert {entry.name: entry.covariance_tokens for entry in stored} == kept.covariance_tokens
+    assert len(set(kept.rows.values())) > 1, "of modulations and of tokens"
 
 
 def test_covariances_are_kept_for_who_rounds_with_them(recipe: Recipe, tmp_path: Path):
