@@ -18,7 +18,7 @@ from torch import Tensor
 from svdq_cli.errors import InputError
 from svdq_cli.source.companion_names import CLIP_L, PLACES
 from svdq_cli.source.folders import component_tensors, pipeline_index
-from svdq_cli.source.markers import without_markers
+from svdq_cli.source.markers import SCALED_MARKER, without_markers
 from svdq_cli.source.names import Naming, claim, convert_names
 from svdq_cli.source.tensors import (
     DTYPE_OF_NAME,
@@ -27,7 +27,7 @@ from svdq_cli.source.tensors import (
     StoredTensor,
     TensorEntry,
 )
-from svdq_cli.source.upconverted import Reading
+from svdq_cli.source.upconverted import Reading, with_promised_scales
 
 Entry = TypeVar("Entry", bound=TensorEntry)
 
@@ -127,9 +127,11 @@ def companions_in(
             continue
         if not (of_base := component_tensors(base / component)):
             continue
-        weights, _ = without_markers(stored, None)
+        weights, markers = without_markers(stored, None)
         try:
             read = reading(path, weights)
+            if SCALED_MARKER in markers:
+                read = with_promised_scales(path, read)
         except InputError as error:
             if error.kind != "already-quantized":
                 raise

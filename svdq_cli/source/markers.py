@@ -34,6 +34,7 @@ class Marker:
     setting: str | None = None
 
 
+SCALED_MARKER = "scaled_fp8"  # that 8-bit weights have scales, which are next to them
 # The schedule that LDM's training code saves with the weights; a pipeline's scheduler computes it
 _LDM_SCHEDULE = (
     "betas",
@@ -51,7 +52,7 @@ _LDM_SCHEDULE = (
 )
 _EDM = {"_class_name": "EDMEulerScheduler", "prediction_type": "v_prediction", "sigma_data": 1.0}
 MARKERS = (
-    Marker("scaled_fp8"),  # that 8-bit weights have scales, which are next to them
+    Marker(SCALED_MARKER),
     Marker("__index_timestep_zero__", _QWEN, config={"zero_cond_t": True}),  # Qwen-Image-Edit 2511
     Marker("v_pred", _UNET, scheduler={"prediction_type": "v_prediction"}),
     Marker("ztsnr", _UNET, scheduler={"rescale_betas_zero_snr": True}),

@@ -26,7 +26,7 @@ from svdq_cli.source.configs import (
 )
 from svdq_cli.source.folders import component_config, header_of_files, pipeline_index, quantized_component
 from svdq_cli.source.library_names import convert_by_library, published_pipeline
-from svdq_cli.source.markers import Told, told_by, without_markers
+from svdq_cli.source.markers import SCALED_MARKER, Told, told_by, without_markers
 from svdq_cli.source.model import ConfigFrom, Source
 from svdq_cli.source.names import Naming, convert_names
 from svdq_cli.source.original_names import NAMINGS
@@ -34,7 +34,7 @@ from svdq_cli.source.other_files import refuse_other_files
 from svdq_cli.source.prediction import prediction_warnings
 from svdq_cli.source.prefixes import find_model
 from svdq_cli.source.tensors import TensorEntry
-from svdq_cli.source.upconverted import Reading, upconverted
+from svdq_cli.source.upconverted import Reading, upconverted, with_promised_scales
 from svdq_cli.text import counted
 
 _DIFFUSERS_NAMES = "diffusers names"
@@ -85,8 +85,11 @@ def source_of_file(
     model_class = known.model_class if known else _base_class(base)
     weights, inside = without_markers(part.tensors, model_class)
     beside, on_top = without_markers(part.rest, model_class)
-    told = told_by({**on_top, **inside}, metadata, model_class)
+    markers = {**on_top, **inside}
+    told = told_by(markers, metadata, model_class)
     read = reading(path, weights)
+    if SCALED_MARKER in markers:
+        read = with_promised_scales(path, read)
     if known is None:
         _require_known_to_base(path, part.tensors, stored, base)
     tensors, names = _diffusers_tensors(path, _Model(read.tensors, naming, known), base)

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 from svdq_cli.errors import InputError
-from svdq_cli.source.markers import LAYER_MARKERS
+from svdq_cli.source.markers import LAYER_MARKERS, SCALED_MARKER
 from svdq_cli.source.quantized import already_quantized, quantizer_beside, refuse_quantized
 from svdq_cli.source.tensors import (
     SIXTEEN_BIT_OR_MORE,
@@ -88,6 +88,34 @@ def upconverted(path: Path, stored: Mapping[str, StoredTensor]) -> Readable:
             how = f", {scale} goes with it" if scale else ""
             raise _quantized(path, f"{name} is stored as {entry.dtype}{how}", where=name)
     return Readable(tensors, _float8_warning(path, eight), tuple(no_weights))
+
+
+def with_promised_scales(path: Path, read: Readable) -> Readable:
+    """What is read of a file with the marker SCALED_MARKER, which says that 8-bit matrices have scales; with a warning
+    of those that have none. Raises InputError where that is all of them: their scales are lost, and with them the
+    model."""
+    matrices = {
+        name: entry.scale
+        for name, entry in read.tensors.items()
+        if isinstance(entry, Float8Tensor) and len(entry.shape) == 2 and name.endswith(".weight")
+    }
+    bare = [name for name, scale in matrices.items() if scale is None]
+    if not bare:
+        return read
+    if len(bare) == len(matrices):
+        raise InputError(
+            f"{path}: the key {SCALED_MARKER} says that 8-bit weights have scales, but no layer has one "
+            f"({bare[0].removesuffix('.weight')}.{_SCALES[0]})",
+            hint="download the file again, or convert from the 16-bit model",
+            where=bare[0],
+            kind="damaged-file",
+        )
+    warning = (
+        f"{path}: the key {SCALED_MARKER} says that 8-bit weights have scales, but {len(bare)} of "
+        f"{len(matrices)} matrices have none and are read as they are: {', '.join(bare[:3])}"
+        f"{', ...' if len(bare) > 3 else ''}; if their scales are lost, use the 16-bit model"
+    )
+    return replace(read, lossy=(*read.lossy, warning))
 
 
 def is_no_weight(name: str, entry: TensorEntry) -> bool:

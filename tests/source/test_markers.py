@@ -192,6 +192,31 @@ def test_the_marker_may_be_there_twice_and_scales_have_64_bits(
     assert source_digest(found) == source_digest(expected)
 
 
+@pytest.mark.parametrize("prefix", ["", LDM])
+def test_a_marker_that_promises_scales_where_none_are_is_an_error(
+    tiny_flux: Path, bfl: dict[str, Tensor], tmp_path: Path, prefix: str
+):
+    """Without their scales the weights are some hundred times too large, and the model makes noise."""
+    eight = {key: value for key, value in scaled_float8(bfl)[0].items() if not key.endswith("scale_weight")}
+    file = saved(below(prefix, eight), tmp_path / "lost.safetensors")
+    with pytest.raises(InputError, match=r"scaled_fp8 says .* no layer has one") as caught:
+        open_source(file, base=tiny_flux)
+    assert caught.value.kind == "damaged-file"
+    del eight["scaled_fp8"]
+    (warning,) = open_source(saved(eight, tmp_path / "plain.safetensors"), base=tiny_flux).warnings
+    assert "they have no scales" in warning
+
+
+def test_a_layer_without_the_scale_that_the_marker_promises_is_named(
+    tiny_flux: Path, bfl: dict[str, Tensor], tmp_path: Path
+):
+    eight, _ = scaled_float8(bfl)
+    del eight["img_in.scale_weight"]
+    matrices = sum(key.endswith("scale_weight") for key in eight) + 1
+    _, warning = open_source(saved(eight, tmp_path / "m.safetensors"), base=tiny_flux).warnings
+    assert f"1 of {matrices} matrices have none and are read as they are: img_in.weight;" in warning
+
+
 def test_two_scales_of_one_weight_are_an_error_that_names_both(
     tiny_flux: Path, bfl: dict[str, Tensor], tmp_path: Path
 ):
