@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
     from PIL.Image import Image
 
+# Modules of diffusers that bring images and videos into shape: handed None, they speak of their formats
+_READERS = ("image_processor.py", "video_processor.py")
 _OUTPUT = "output_type"  # the argument
 OnStep = Callable[[int], None]  # called with the number of denoising steps done, 1 and up
 
@@ -406,19 +408,23 @@ def _as_usage_error(
     """What a pipeline said of its arguments, as the refusal it is; None for a bug. `missing`: inputs that it takes and
     did not get."""
     name, said = type(pipe).__name__, first_line(error)
-    checked = isinstance(error, ValueError) and any(
-        frame.name == "check_inputs" for frame in traceback.extract_tb(error.__traceback__)
-    )
+    frames = traceback.extract_tb(error.__traceback__)
     blamed = [one for one in missing if any(argument in said for argument in INPUT_NAMES[one])]
-    if checked and not blamed:
+    if isinstance(error, ValueError) and not blamed and any(one.name == "check_inputs" for one in frames):
         return UsageError(f"{name}: {said}", hint="give other sizes, inputs or settings")
-    if not (wanted := blamed or missing):
+    if not (wanted := blamed or (missing if _of_nothing(said, frames) else ())):
         return None
     return UsageError(
         f"{name} could not generate without {' and '.join(wanted)}: {said}",
         hint=f"give {' and '.join(f'--{one}' for one in wanted)} to generate and eval; a recipe names "
         f"{' and '.join(wanted)} under calibration",
     )
+
+
+def _of_nothing(said: str, frames: traceback.StackSummary) -> bool:
+    """Whether an error that names no input may come from one that is None: it says so, or what reads images and videos
+    raised it."""
+    return "None" in said or Path(frames[-1].filename).name in _READERS
 
 
 def _step_callback(on_step: OnStep | None, *, images: bool) -> Callable[..., dict[str, Any]] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from svdq_cli.checkpoint.check import check
 from svdq_cli.conversion.calibrate import calibrate
 from svdq_cli.conversion.convert import convert
 from svdq_cli.errors import InputError, UsageError
+from svdq_cli.pipelines.generate import generate_images, load_source_pipeline
+from svdq_cli.pipelines.settings import SamplingSettings
 from svdq_cli.prepare.options import RunOptions
 from svdq_cli.prepare.prepare import prepare
 from svdq_cli.recipe import Calibration, Quantization, Recipe, default_recipe
@@ -96,6 +99,30 @@ def test_a_missing_input_is_named(tmp_path: Path):
     ) as caught:
         calibrate(recipe_for(folder), tmp_path / "calib", options=CPU)
     assert "image and mask under calibration" in str(caught.value.hint)
+
+
+def test_an_error_that_has_nothing_to_do_with_an_optional_input_does_not_blame_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """FluxKontextPipeline takes an image and does without one."""
+    pipe = load_source_pipeline(tiny_pipeline("flux-kontext", tmp_path / "m"), dtype=torch.float32)
+    settings = SamplingSettings(steps=1, guidance=1.0, height=32, width=32, seed=0, max_sequence_length=24)
+
+    def failing(said: str) -> Callable[..., None]:
+        def forward(*_: object, **__: object) -> None:
+            raise ValueError(said)
+
+        return forward
+
+    for said, raised in (
+        ("of a deep layer", ValueError),
+        ("expected a tensor, got None", UsageError),
+        ("give an image", UsageError),
+    ):
+        monkeypatch.setattr(pipe.transformer, "forward", failing(said))
+        with pytest.raises(raised, match=said) as caught:
+            generate_images(pipe, ["a cat"], settings=settings)
+        assert ("without image" in str(caught.value)) == (raised is UsageError)
 
 
 def test_an_input_that_the_pipeline_does_not_take_is_refused(tiny_flux: Path, images: Path, tmp_path: Path):
