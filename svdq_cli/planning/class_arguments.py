@@ -90,6 +90,13 @@ def _residues(world: World, name: str) -> dict[str, torch.Tensor]:
     }
 
 
+def _text_of_ltx2(direct: str) -> Maker:
+    """LTX-2.0 projects its captions; later ones read them as wide as the config key `direct` says."""
+    return lambda w, n: floats(
+        1, w.text, w.config["caption_channels" if w.config["use_prompt_embeddings"] else direct]
+    )
+
+
 def _wan_animate_cache(world: World, name: str) -> Any:
     from diffusers.models.transformers.transformer_wan_animate_2 import WanAnimate2KVCache
 
@@ -236,7 +243,8 @@ OF_CLASS: Mapping[str, Mapping[str, Maker]] = {
     },
     "LTX2VideoTransformer3DModel": {
         "audio_hidden_states": _tensor(1, 8, "audio_in_channels"),
-        "audio_encoder_hidden_states": _tensor(1, "text", "width"),
+        "encoder_hidden_states": _text_of_ltx2("cross_attention_dim"),
+        "audio_encoder_hidden_states": _text_of_ltx2("audio_cross_attention_dim"),
         "audio_num_frames": _value(8),
         "fps": _value(24.0),
         "sigma": _TIME,

@@ -15,6 +15,8 @@ from svdq_cli.source.traced import Traced, fit_splits, stand_ins
 from svdq_cli.system.allocator import unwatched_garbage
 
 _PREFIXES = ("", "net.")  # a conversion may tell the file by a prefix that has been taken off
+# diffusers looks for LTX-Video's names first, which LTX-2 has too
+_LTX2 = "av_ca_a2v_gate_adaln_single."
 _NO_DENOISERS = ("controlnet", "animatediff", "autoencoder", "z-image-turbo-controlnet")
 
 
@@ -58,7 +60,7 @@ def published_pipeline(stored: Mapping[str, TensorEntry]) -> str | None:
     if infer is None:
         return None
     try:
-        model_type = str(infer(stored))
+        model_type = "ltx2-dev" if any(_LTX2 in key for key in stored) else str(infer(stored))
     except Exception:  # it reads shapes that it takes for granted
         return None
     if model_type == "v1" or model_type.startswith(_NO_DENOISERS):  # "v1": nothing that it knows

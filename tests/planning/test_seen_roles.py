@@ -81,6 +81,21 @@ def test_a_model_that_reads_the_values_of_its_inputs_is_seen_running(plan_of):
     assert roles(plan, "context_refiner.0.")["attn.to_out.0"] == "w4a4"
 
 
+@pytest.mark.parametrize("projected", [True, False], ids=["2.0", "later"])
+def test_ltx_2_whose_text_is_modulated_is_seen_running(plan_of, projected: bool):
+    """Without a projection of captions, a table as wide as the video is added to them before any layer reads them."""
+    plan = plan_of(
+        "LTX2VideoTransformer3DModel",
+        num_layers=1,
+        use_prompt_embeddings=projected,
+        **dict.fromkeys(
+            ("cross_attn_mod", "audio_cross_attn_mod", "gated_attn", "audio_gated_attn"), not projected
+        ),
+    )
+    assert not plan.by_names
+    assert ("attn2.to_k", "attn2.to_v") in groups(plan, "transformer_blocks.0.")
+
+
 def test_layers_called_mode_blocks_are_no_modulation(plan_of):
     plan = plan_of("Flux3Transformer2DModel", num_layers=1, num_single_layers=1)
     reference = roles(plan, "mode_blocks.image_cond.0.")

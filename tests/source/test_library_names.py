@@ -19,7 +19,7 @@ from torch import Tensor
 from svdq_cli.errors import InputError
 from svdq_cli.source import open_source, source_digest
 from svdq_cli.source.configs import class_of_names
-from svdq_cli.source.library_names import convert_by_library
+from svdq_cli.source.library_names import convert_by_library, published_pipeline
 from svdq_cli.source.traced import RowsOf, fit_splits, stand_ins
 from tests.source.originals import MemoryTensor, row_numbers
 
@@ -421,6 +421,17 @@ def test_without_a_base_the_published_pipeline_is_named(tmp_path: Path):
         open_source(tmp_path / "model.safetensors")
     assert error.value.kind == "needs-base"
     assert "--base hunyuanvideo-community/HunyuanVideo" in str(error.value.hint)
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."], ids=["bare", "comfyui"])
+def test_ltx_2_is_not_taken_for_ltx_video(prefix: str):
+    names = (
+        "patchify_proj.weight",
+        "transformer_blocks.47.scale_shift_table",
+        "av_ca_a2v_gate_adaln_single.emb.timestep_embedder.linear_1.weight",
+    )
+    stored = {prefix + name: MemoryTensor(torch.zeros(1)) for name in names}
+    assert published_pipeline(stored) == "Lightricks/LTX-2"
 
 
 def test_names_that_nobody_reads_are_told_so(tmp_path: Path):
