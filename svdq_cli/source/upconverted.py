@@ -92,8 +92,7 @@ def upconverted(path: Path, stored: Mapping[str, StoredTensor]) -> Readable:
 
 def with_promised_scales(path: Path, read: Readable) -> Readable:
     """What is read of a file with the marker SCALED_MARKER, which says that 8-bit matrices have scales; with a warning
-    of those that have none. Raises InputError where that is all of them: their scales are lost, and with them the
-    model."""
+    of those that have none: they are read as they are, as ComfyUI reads them, and may have lost theirs."""
     matrices = {
         name: entry.scale
         for name, entry in read.tensors.items()
@@ -102,14 +101,6 @@ def with_promised_scales(path: Path, read: Readable) -> Readable:
     bare = [name for name, scale in matrices.items() if scale is None]
     if not bare:
         return read
-    if len(bare) == len(matrices):
-        raise InputError(
-            f"{path}: the key {SCALED_MARKER} says that 8-bit weights have scales, but no layer has one "
-            f"({bare[0].removesuffix('.weight')}.{_SCALES[0]})",
-            hint="download the file again, or convert from the 16-bit model",
-            where=bare[0],
-            kind="damaged-file",
-        )
     warning = (
         f"{path}: the key {SCALED_MARKER} says that 8-bit weights have scales, but {len(bare)} of "
         f"{len(matrices)} matrices have none and are read as they are: {', '.join(bare[:3])}"

@@ -193,15 +193,17 @@ def test_the_marker_may_be_there_twice_and_scales_have_64_bits(
 
 
 @pytest.mark.parametrize("prefix", ["", LDM])
-def test_a_marker_that_promises_scales_where_none_are_is_an_error(
+def test_a_marker_that_promises_scales_where_none_are_is_a_warning(
     tiny_flux: Path, bfl: dict[str, Tensor], tmp_path: Path, prefix: str
 ):
-    """Without their scales the weights are some hundred times too large, and the model makes noise."""
+    """ComfyUI reads such weights as they are. If their scales were lost, they are some hundred times too large."""
     eight = {key: value for key, value in scaled_float8(bfl)[0].items() if not key.endswith("scale_weight")}
     file = saved(below(prefix, eight), tmp_path / "lost.safetensors")
-    with pytest.raises(InputError, match=r"scaled_fp8 says .* no layer has one") as caught:
-        open_source(file, base=tiny_flux)
-    assert caught.value.kind == "damaged-file"
+    matrices = sum(value.dtype == torch.float8_e4m3fn and value.ndim == 2 for value in eight.values())
+    warnings = open_source(file, base=tiny_flux).warnings
+    assert any(
+        f"{matrices} of {matrices} matrices have none and are read as they are" in said for said in warnings
+    )
     del eight["scaled_fp8"]
     (warning,) = open_source(saved(eight, tmp_path / "plain.safetensors"), base=tiny_flux).warnings
     assert "they have no scales" in warning
