@@ -73,7 +73,7 @@ class StoredChange:
         """The change as one of the model as it is, where its training took something out of the model first."""
         update = low_rank_of(change)
         if self.measured.taken is None:
-            whole = torch.empty(update.up.shape[0], update.down.shape[1])
+            whole = torch.empty(update.up.shape[0], update.down.shape[1], dtype=torch.float32)
             for ranges, rows in self._blocks(weights):
                 for (start, stop), part in zip(ranges, rows.split([b - a for a, b in ranges]), strict=True):
                     whole[start:stop] = part

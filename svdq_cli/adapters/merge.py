@@ -6,7 +6,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from torch import Tensor, zeros
+from torch import Tensor, zeros_like
 
 from svdq_cli.adapters.denoiser import LoraFile, denoisers_left, read_lora
 from svdq_cli.adapters.names import ModelShapes
@@ -32,7 +32,7 @@ class MergedTensor(ChangedTensor):
 
     def read_rows(self, start: int, stop: int) -> Tensor:
         before = self.entry.read_rows(start, stop).float()
-        added = zeros(before.shape)
+        added = zeros_like(before)
         for change, strength in self._changes():
             if isinstance(change, Tensor):
                 added += strength * change[start:stop]

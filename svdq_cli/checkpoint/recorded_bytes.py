@@ -17,9 +17,23 @@ from svdq_cli.storage.json_files import read_json
 
 def changed_bytes(path: Path, checkpoint: Checkpoint) -> list[CheckProblem]:
     """What of the weight files differs from what was written. Nothing without a report of this output: a copied or
-    renamed file has none beside it, and a component's folder alone has none inside."""
+    renamed file has none beside it, and a component's folder alone has none inside. A denoiser that was replaced by
+    another output (`svdq lora` of its folder) has that output's report, and is compared with it."""
+    if path.is_file():
+        return _compared(path, (path,), checkpoint)
+    names = checkpoint.source.components
+    replaced = [path / name for name in names if report_path(path / name, checkpoint.format).is_file()]
+    if replaced:
+        return [
+            problem for folder in replaced for problem in _compared(folder, weight_files(folder), checkpoint)
+        ]
+    files = tuple(file for name in names for file in weight_files(path / name))
+    return _compared(path, files, checkpoint)
+
+
+def _compared(path: Path, files: Sequence[Path], checkpoint: Checkpoint) -> list[CheckProblem]:
+    """`files`: of every denoiser, in the order in which they were written."""
     recorded = _recorded(path, checkpoint)
-    files = _weights(path, checkpoint)
     if recorded is None or not files:
         return []
     size, digest = sum(file.stat().st_size for file in files), file_sha256(*files)
@@ -46,10 +60,3 @@ def _recorded(path: Path, checkpoint: Checkpoint) -> Mapping[str, object] | None
         each for each in entries if isinstance(each, Mapping) and each.get("format") == checkpoint.format.name
     ]
     return own[0] if len(own) == 1 else None
-
-
-def _weights(path: Path, checkpoint: Checkpoint) -> tuple[Path, ...]:
-    """The weight files of every denoiser, in the order in which they were written."""
-    if path.is_file():
-        return (path,)
-    return tuple(file for name in checkpoint.source.components for file in weight_files(path / name))

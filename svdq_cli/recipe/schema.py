@@ -15,9 +15,11 @@ from pydantic import (
     Field,
     PlainSerializer,
     PlainValidator,
+    SerializerFunctionWrapHandler,
     Tag,
     ValidationError,
     WithJsonSchema,
+    model_serializer,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
@@ -150,6 +152,11 @@ class Lora(Section):
     component: Text | None = None
     """The denoiser it is for, in a pipeline with several (Wan 2.2: transformer has the steps with much noise,
     transformer_2 the rest); absent, names tell: of the layers in the file, or of the file (high_noise, low_noise)."""
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_absent(self, whole: SerializerFunctionWrapHandler) -> dict[str, object]:
+        """Recipes of models with one denoiser read, and are compared, as if there were no `component`."""
+        return {key: value for key, value in whole(self).items() if key != "component" or value is not None}
 
 
 class Model(Section):

@@ -83,7 +83,7 @@ def means_by_layer(moved: Sequence[MovedMean], widths: Mapping[str, int]) -> dic
     for each in moved:
         for name in each.readers:
             if name in widths and len(each.mean) <= widths[name]:
-                whole = torch.zeros(widths[name])
+                whole = torch.zeros(widths[name], dtype=torch.float32)
                 whole[: len(each.mean)] = each.mean
                 found[name] = whole
     return found

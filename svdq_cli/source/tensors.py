@@ -173,7 +173,7 @@ class Float8Tensor:
         """float32, of the number of axes that the rows have or none; 1 where there is no scale. Of any shape that the
         rows broadcast with."""
         if self.scale is None:
-            return torch.ones(())
+            return torch.ones((), dtype=torch.float32)
         scale = self.scale.read().float()
         if scale.numel() == 1:
             return scale.reshape(())

@@ -117,6 +117,7 @@ def _require_encoder(
 def _initialized(folder: Path, model_class: str) -> list[str]:
     """The tensors that transformers would initialize anew, for want of them in the files. Nothing is read but headers.
     Empty for a class that transformers does not know, and for what it can't load at all: loading that will say so."""
+    import torch
     import transformers
     from transformers.utils import logging
 
@@ -130,6 +131,8 @@ def _initialized(folder: Path, model_class: str) -> list[str]:
             _, info = cast("Any", found).from_pretrained(
                 str(folder),
                 device_map="meta",
+                # another one would be the whole process' default while it loads: other threads read weights
+                dtype=torch.float32,
                 output_loading_info=True,
                 local_files_only=True,
                 use_safetensors=True,

@@ -11,12 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from svdq_cli.adapters.denoiser import LoraFile
+from svdq_cli.adapters.merge import merge_loras
 from svdq_cli.checkpoint.reader import open_checkpoint
 from svdq_cli.cli import run
 from svdq_cli.lora.fold import fold
 from svdq_cli.prepare.options import DEFAULT_OPTIONS
 from svdq_cli.prepare.origin import held_already, origin_of
 from svdq_cli.recipe import default_recipe
+from svdq_cli.source import open_source, source_digest
 from tests.adapters.test_loras import peft
 from tests.lora.layers import FOUR_BIT, small_lora
 
@@ -146,6 +148,17 @@ def test_a_lora_that_was_merged_before_the_conversion_is_found_too(
     assert run([*converted, "-o", str(out), "--rank", "16", "--device", "cpu"]) == 0
     code, report, _ = check(capsys, out, "--against", tiny_flux)
     assert (code, report["same_source"], report["loras"]) == (0, True, ["style.safetensors:0.5"])
+
+
+def test_a_merged_model_is_the_same_whatever_torchs_default_dtype_is_meanwhile(tiny_flux: Path, style: Path):
+    """transformers sets it while it loads a model, for all threads; the digest is computed in another one."""
+    merged = merge_loras(open_source(tiny_flux), [LoraFile(style, 0.5)])
+    digest = source_digest(merged)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert source_digest(merge_loras(open_source(tiny_flux), [LoraFile(style, 0.5)])) == digest
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_a_damaged_checkpoint_next_to_its_own_model_is_still_a_failed_check(

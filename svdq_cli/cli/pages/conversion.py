@@ -107,7 +107,7 @@ def as_typed(model: object) -> list[str]:
     adapters = [
         word
         for lora in loras
-        for component in [f":{lora['component']}" if lora["component"] else ""]
+        for component in [f":{lora['component']}" if "component" in lora else ""]
         for word in ("--lora", f"{lora['path']}:{lora['weight']}{component}")
     ]
     return [str(said["source"]), *base, *adapters]
