@@ -139,7 +139,9 @@ def test_what_has_the_right_shape_and_the_wrong_numbers_is_found(
 
 @pytest.mark.parametrize("name", PARTS)
 def test_an_undamaged_copy_passes(smoothed_flux: Path, tiny_flux: Path, tmp_path: Path, name: str):
+    """Written again, its bytes are not those that the report beside it tells."""
     path = damaged(smoothed_flux, name, tmp_path, lambda tensors: None)
+    (path / "svdq_report.json").unlink(missing_ok=True)
     assert check(path, against=open_source(tiny_flux)).status == "ok"
 
 
