@@ -14,8 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from svdq_cli.checkpoint.check import check
+from svdq_cli.checkpoint.writer import report_path
 from svdq_cli.cli import run
 from svdq_cli.errors import InputError
+from svdq_cli.formats import format_named
 from svdq_cli.source import open_source
 
 Damage = Callable[[dict[str, Tensor]], None]
@@ -141,7 +143,7 @@ def test_what_has_the_right_shape_and_the_wrong_numbers_is_found(
 def test_an_undamaged_copy_passes(smoothed_flux: Path, tiny_flux: Path, tmp_path: Path, name: str):
     """Written again, its bytes are not those that the report beside it tells."""
     path = damaged(smoothed_flux, name, tmp_path, lambda tensors: None)
-    (path / "svdq_report.json").unlink(missing_ok=True)
+    report_path(path, format_named(name)).unlink(missing_ok=True)
     assert check(path, against=open_source(tiny_flux)).status == "ok"
 
 
