@@ -77,8 +77,9 @@ svdq_cli.entrypoints.doctor.diagnose = tell
 def test_a_signal_before_the_work_begins_is_told_apart_too(told: str, code: int, kind: str, moment: str):
     program = (
         "import os, signal, sys\n"
-        # a shell starts what it puts into the background with Ctrl-C ignored, and children inherit that
+        # a shell starts what it puts into the background with Ctrl-C ignored, nohup with SIGHUP; children inherit that
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
         f"tell = lambda *_: os.kill(os.getpid(), signal.{told})\n"
         f"{moment}"
         # who is impatient sends it once more, while the failure is said
