@@ -249,15 +249,12 @@ class Refusal(Protocol):
     where: str | None
 
     @property
-    def code(self) -> int: ...
-
-    @property
     def kind(self) -> str: ...
 
 
-def error_facts(error: Refusal) -> ErrorFacts:
-    """A refusal's facts."""
-    return ErrorFacts(error.code, error.kind, error.message, error.hint, error.where)
+def error_facts(error: Refusal, code: int) -> ErrorFacts:
+    """A refusal's facts. `code`: its exit code."""
+    return ErrorFacts(code, error.kind, error.message, error.hint, error.where)
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ class FailureReport:
 
 
 def failure_report(error: SvdqError, command: str | None) -> FailureReport:
-    return FailureReport(error_facts(error), command)
+    return FailureReport(error_facts(error, error.code), command)
 
 
 def bug_report(error: BaseException, command: str | None) -> FailureReport:

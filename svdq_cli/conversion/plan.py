@@ -148,7 +148,7 @@ def _shortage(job: Forecast, paths: Sequence[Path]) -> ErrorFacts | None:
             work = work_beside(paths[0], job.options)
             require_disk(disk_needs(job, paths, work))
     except OutOfResourcesError as error:
-        return error_facts(error)
+        return error_facts(error, error.code)
     return None
 
 
