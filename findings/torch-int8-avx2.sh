@@ -13,7 +13,6 @@ done
 
 cat > product.py <<'END'
 import logging
-import sys
 
 import torch
 

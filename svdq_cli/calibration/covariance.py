@@ -32,9 +32,8 @@ class CovarianceSum:
     """Sums over tokens, to which batches are added one after the other."""
 
     tokens: int = 0
-    center: Tensor | None = (
-        None  # (K,) near the mean: what it is taken from leaves small numbers, whose sums are exact
-    )
+    # (K,) near the mean: what it is taken from leaves small numbers, whose sums are nearly exact
+    center: Tensor | None = None
     total: Tensor | None = None  # (K,) float64
     products: Tensor | None = None  # (K, K) float32, on and above the diagonal
 
@@ -46,7 +45,7 @@ class CovarianceSum:
         if self.center is None or self.total is None or self.products is None:
             self.center = x.mean(0)
             self.total = torch.zeros_like(self.center, dtype=torch.float64)
-            self.products = torch.zeros(x.shape[1], x.shape[1])
+            self.products = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float32)
         x = x.sub_(self.center)
         self.tokens += len(x)
         self.total += x.sum(0, dtype=torch.float64)
