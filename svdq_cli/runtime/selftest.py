@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,22 +12,12 @@ from svdq_cli.gpu import variants
 from svdq_cli.gpu.architectures import Architecture
 from svdq_cli.gpu.compile import Variant
 from svdq_cli.gpu.launcher import Launcher
-from svdq_cli.records import (
-    GELU_SHIFT,
-    Int4,
-    Linear,
-    NvFp4,
-    Precision,
-    W4A4Plan,
-    W4A4Solution,
-    W4A16Plan,
-    W4A16Solution,
-)
+from svdq_cli.records import GELU_SHIFT, Int4, NvFp4, Precision
 from svdq_cli.runtime import ops  # defines torch.ops.svdq
-from svdq_cli.runtime.naive import naive_solution
 from svdq_cli.runtime.operands import W4A4Operands, W4A16Operands, pack_w4a4, pack_w4a16, tensors_of
+from svdq_cli.runtime.sample_layers import RANK, draw, sample_w4a4, sample_w4a16
 
-M, K, N, RANK = 130, 256, 256, 32  # two blocks of rows, one of them almost empty
+M, K, N = 130, 256, 256  # two blocks of rows, one of them almost empty
 # Of large blocks: a whole one and half of one, and steps that go round their ring
 LARGE_M, LARGE_K = 300, 448
 # Kernel and reference differ where a sum in another order rounds to the neighboring 16-bit number or code.
@@ -188,28 +178,12 @@ def _mode(unsigned: bool) -> str:
 
 
 def _layer(precision: Precision, dtype: torch.dtype, device: torch.device, *, k: int = K) -> W4A4Operands:
-    packed = tensors_of(pack_w4a4(sample_solution(precision, dtype, k=k)))
+    packed = tensors_of(pack_w4a4(sample_w4a4(precision, dtype, k=k, n=N)))
     return W4A4Operands(**{name: moved(tensor, device) for name, tensor in packed.items()})  # type: ignore[arg-type]
 
 
-def sample_solution(precision: Precision, dtype: torch.dtype, *, k: int = K, n: int = N) -> W4A4Solution:
-    """A layer of K inputs, N outputs and rank RANK, the same at every call."""
-    plan = W4A4Plan(Linear("self-test", k, n, bias=True), precision, RANK)
-    naive = naive_solution(plan, _draw(1, n, k) / k**0.5, _draw(2, n), dtype)
-    return replace(
-        naive,
-        plan=plan,
-        smooth=(_draw(3, k).abs() + 0.5).to(dtype),
-        down=(_draw(4, RANK, k) / k**0.5).to(dtype),
-        up=(_draw(5, n, RANK) / 8).to(dtype),
-    )
-
-
 def _modulation(dtype: torch.dtype, device: torch.device) -> W4A16Operands:
-    scales = (_draw(6, N, K // 64).abs() / 100).to(dtype)
-    codes = torch.arange(N * K).reshape(N, K).remainder(13).to(torch.uint8)
-    plan = W4A16Plan(Linear("self-test", K, N, bias=True))
-    packed = tensors_of(pack_w4a16(W4A16Solution(plan, codes, scales, -7 * scales, _draw(7, N).to(dtype))))
+    packed = tensors_of(pack_w4a16(sample_w4a16(dtype, k=K, n=N)))
     return W4A16Operands(**{name: moved(tensor, device) for name, tensor in packed.items()})  # type: ignore[arg-type]
 
 
@@ -232,12 +206,8 @@ def sample_rows(
     dtype: torch.dtype, device: torch.device, unsigned: bool, *, m: int = M, k: int = K
 ) -> Tensor:
     """Its input, (M, K); positive where `unsigned`."""
-    x = _draw(0, m, k).to(dtype).to(device)
+    x = draw(0, m, k).to(dtype).to(device)
     return x.abs() if unsigned else x
-
-
-def _draw(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def moved(tensor: Tensor | None, device: torch.device) -> Tensor | None:

@@ -182,7 +182,7 @@ def _share_of_rounded(
     for name in names[:: max(1, len(names) // _SAMPLED)]:
         entry = tensors[name]
         assert isinstance(entry, Float8Tensor)
-        codes = entry.stored.read_rows(0, _SAMPLED)
+        codes = entry.entry.read_rows(0, _SAMPLED)
         limits = torch.finfo(codes.dtype)
         wanted = of_base[name].read_rows(0, _SAMPLED).float() / entry.scale_of_rows(0, _SAMPLED)
         rounded = wanted.clamp(limits.min, limits.max).to(codes.dtype)

@@ -135,36 +135,47 @@ class StoredTensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Float8Tensor:
+class DerivedTensor:
+    """What is read from one other entry: of its file, key, shape and dtype where a subclass says nothing else."""
+
+    entry: TensorEntry
+
+    @property
+    def file(self) -> Path:
+        return self.entry.file
+
+    @property
+    def origin(self) -> str:
+        return self.entry.origin
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.entry.shape
+
+    @property
+    def dtype(self) -> str:
+        return self.entry.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Float8Tensor(DerivedTensor):
     """An 8-bit float, up-converted to bfloat16 (which holds every float8 value exactly), times its scale if it has one.
 
     The scale is one number, or one per output row.
     """
 
-    stored: StoredTensor
+    entry: StoredTensor
     scale: StoredTensor | None
-
-    @property
-    def file(self) -> Path:
-        return self.stored.file
-
-    @property
-    def origin(self) -> str:
-        return self.stored.origin
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.stored.shape
 
     @property
     def dtype(self) -> str:
         return "BF16"
 
     def read(self) -> Tensor:
-        return self.read_rows(0, self.shape[0]) if self.shape else self.stored.read().bfloat16()
+        return self.read_rows(0, self.shape[0]) if self.shape else self.entry.read().bfloat16()
 
     def read_rows(self, start: int, stop: int) -> Tensor:
-        codes = self.stored.read_rows(start, stop)
+        codes = self.entry.read_rows(start, stop)
         if self.scale is None:
             return codes.to(torch.bfloat16)
         return (codes.float() * self.scale_of_rows(start, stop)).to(torch.bfloat16)
@@ -181,51 +192,23 @@ class Float8Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Float64Tensor:
+class Float64Tensor(DerivedTensor):
     """A 64-bit float, rounded to float32."""
-
-    stored: StoredTensor
-
-    @property
-    def file(self) -> Path:
-        return self.stored.file
-
-    @property
-    def origin(self) -> str:
-        return self.stored.origin
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.stored.shape
 
     @property
     def dtype(self) -> str:
         return "F32"
 
     def read(self) -> Tensor:
-        return self.stored.read().float()
+        return self.entry.read().float()
 
     def read_rows(self, start: int, stop: int) -> Tensor:
-        return self.stored.read_rows(start, stop).float()
+        return self.entry.read_rows(start, stop).float()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class ChangedTensor:
+class ChangedTensor(DerivedTensor):
     """A tensor in the place of another of its shape, in float32, whose numbers a subclass gives."""
-
-    entry: TensorEntry
-
-    @property
-    def file(self) -> Path:
-        return self.entry.file
-
-    @property
-    def origin(self) -> str:
-        return self.entry.origin
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.entry.shape
 
     @property
     def dtype(self) -> str:
@@ -280,15 +263,10 @@ class RowsTensor:
 
 
 @dataclass(frozen=True, slots=True)
-class SliceTensor:
+class SliceTensor(DerivedTensor):
     """One matrix (N, K) out of a stack (E, K, N)."""
 
-    entry: TensorEntry
     index: int
-
-    @property
-    def file(self) -> Path:
-        return self.entry.file
 
     @property
     def origin(self) -> str:
@@ -298,10 +276,6 @@ class SliceTensor:
     def shape(self) -> tuple[int, ...]:
         _, columns, rows = self.entry.shape
         return rows, columns
-
-    @property
-    def dtype(self) -> str:
-        return self.entry.dtype
 
     def read(self) -> Tensor:
         """(N, K)."""

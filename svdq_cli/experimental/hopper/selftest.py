@@ -15,10 +15,10 @@ from svdq_cli.gpu.compile import Variant
 from svdq_cli.gpu.launcher import Argument, Launcher
 from svdq_cli.records import Int4
 from svdq_cli.runtime.operands import tensors_of
+from svdq_cli.runtime.sample_layers import RANK, sample_w4a4
 from svdq_cli.runtime.selftest import (
     MOST_CODES,
     MOST_ERROR,
-    RANK,
     K,
     KernelCase,
     M,
@@ -28,7 +28,6 @@ from svdq_cli.runtime.selftest import (
     quantized_disagreement,
     relative_error,
     sample_rows,
-    sample_solution,
 )
 
 SMALL_M = 100  # for which the tile is the small one
@@ -120,5 +119,5 @@ def _fused_case(dtype: torch.dtype) -> KernelCase:
 def _layer(
     mode: HopperMode, dtype: torch.dtype, device: torch.device, *, k: int = K, n: int = N
 ) -> HopperOperands:
-    packed = tensors_of(pack_hopper(sample_solution(Int4(), dtype, k=k, n=n), mode))
+    packed = tensors_of(pack_hopper(sample_w4a4(Int4(), dtype, k=k, n=n), mode))
     return HopperOperands(**{name: moved(tensor, device) for name, tensor in packed.items()})  # type: ignore[arg-type]
