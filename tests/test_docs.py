@@ -23,7 +23,8 @@ from svdq_cli import errors
 from svdq_cli.cli import run
 from svdq_cli.cli.app import app
 from svdq_cli.evaluation.images import psnr_db
-from svdq_cli.pipelines.generate import generate_images, load_source_pipeline
+from svdq_cli.pipelines.generate import generate_images
+from svdq_cli.pipelines.load import load_source_pipeline
 from svdq_cli.pipelines.settings import SamplingSettings
 from svdq_cli.sampling import sampling_of
 from svdq_cli.source import open_source

@@ -12,7 +12,8 @@ from svdq_cli.calibration.artefact import (
 )
 from svdq_cli.calibration.collect import collect_stats
 from svdq_cli.calibration.prompts import choose_prompts, dataset_prompts, prompts_digest, read_prompts
-from svdq_cli.pipelines.generate import generate_images, load_source_pipeline
+from svdq_cli.pipelines.generate import generate_images
+from svdq_cli.pipelines.load import load_source_pipeline
 from svdq_cli.pipelines.settings import SamplingSettings
 
 __all__ = [

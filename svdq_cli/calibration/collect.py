@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from svdq_cli.calibration.covariance import CovarianceSum
 from svdq_cli.calibration.row_sampling import RowSampling
 from svdq_cli.errors import InputError, UsageError
+from svdq_cli.pipelines.batches import Batch, split_batches
 from svdq_cli.pipelines.encode import EncodedPrompts
-from svdq_cli.pipelines.generate import Batch, denoise, generated_batches, split_batches
+from svdq_cli.pipelines.generate import denoise, generated_batches
 from svdq_cli.pipelines.joint import denoisers_in
 from svdq_cli.pipelines.settings import SamplingSettings
 from svdq_cli.planning.image_entries import by_entry

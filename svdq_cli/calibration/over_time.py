@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from svdq_cli.calibration.collect import inputs_seen
 from svdq_cli.errors import SvdqError, as_out_of_memory
+from svdq_cli.pipelines.batches import Batch
 from svdq_cli.pipelines.encode import EncodedPrompts
 from svdq_cli.pipelines.first_call import first_call
-from svdq_cli.pipelines.generate import Batch
 from svdq_cli.pipelines.settings import SamplingSettings
 from svdq_cli.planning.made_arguments import TIME
 from svdq_cli.records import ModelPlan, SharedInput, W4A16Plan

@@ -56,7 +56,8 @@ from svdq_cli.source import (
     read_tensor,
     tensor_entry,
 )
-from svdq_cli.source.means import MovedMean, means_by_layer, moved_of_json, without_means
+from svdq_cli.source.means import means_by_layer, moved_of_json, without_means
+from svdq_cli.source.model import MovedMean
 from svdq_cli.source.quantized import already_quantized, quantizer_of, refuse_quantized
 from svdq_cli.source.tensors import SliceTensor
 from svdq_cli.storage.headers import header_metadata

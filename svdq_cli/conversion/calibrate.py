@@ -34,8 +34,8 @@ from svdq_cli.conversion.resume import kept_work, wait_for_files, work_beside
 from svdq_cli.conversion.work_folder import Identity, WorkFolder, remove_finished
 from svdq_cli.errors import InputError, UsageError
 from svdq_cli.inference.load import load_without_denoiser
+from svdq_cli.pipelines.batches import Batch, split_batches
 from svdq_cli.pipelines.encode import encode_prompts
-from svdq_cli.pipelines.generate import Batch, split_batches
 from svdq_cli.pipelines.joint import joint_model
 from svdq_cli.pipelines.settings import SamplingSettings, settings_json
 from svdq_cli.prepare.facts import inputs_of

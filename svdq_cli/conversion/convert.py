@@ -52,7 +52,7 @@ from svdq_cli.conversion.work_folder import (
 )
 from svdq_cli.conversion.workers import CALIBRATED
 from svdq_cli.errors import InputError
-from svdq_cli.pipelines.generate import split_batches
+from svdq_cli.pipelines.batches import split_batches
 from svdq_cli.pipelines.settings import settings_json
 from svdq_cli.prepare.facts import (
     layer_counts,

@@ -9,7 +9,8 @@ from svdq_cli.families import find_family
 from svdq_cli.planning.means import mean_places
 from svdq_cli.prepare.prepare import Prepared
 from svdq_cli.solve.means import common_mean
-from svdq_cli.source.means import MovedMean, means_by_layer, without_means
+from svdq_cli.source.means import means_by_layer, without_means
+from svdq_cli.source.model import MovedMean
 
 
 def with_means_moved(prepared: Prepared, statistics: Statistics | None) -> tuple[Prepared, Statistics | None]:

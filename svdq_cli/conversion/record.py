@@ -15,9 +15,10 @@ from svdq_cli.conversion.memory import run_as_it_fits
 from svdq_cli.errors import InputError
 from svdq_cli.inference.load import load_16bit_pipeline, load_without_denoiser
 from svdq_cli.pack.padding import ceil_div
+from svdq_cli.pipelines.batches import Batch, split_batches
 from svdq_cli.pipelines.embeddings import EncodedPrompts
 from svdq_cli.pipelines.encode import encode_prompts
-from svdq_cli.pipelines.generate import Batch, generated_batches, split_batches
+from svdq_cli.pipelines.generate import generated_batches
 from svdq_cli.pipelines.joint import denoisers_in
 from svdq_cli.pipelines.settings import SamplingSettings
 from svdq_cli.planning.joint import plan_of

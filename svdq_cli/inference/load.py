@@ -25,7 +25,7 @@ from svdq_cli.inference.backend import (
 )
 from svdq_cli.inference.diffusers_methods import adopt_model, adopt_pipeline
 from svdq_cli.inference.save import MEANS, Origin
-from svdq_cli.pipelines.generate import load_source_pipeline
+from svdq_cli.pipelines.load import load_source_pipeline
 from svdq_cli.records import Int4, LayerSolution, W4A4Solution
 from svdq_cli.runtime.cpu_attention import use_engine_attention
 from svdq_cli.runtime.cpu_fused import cpu_linear

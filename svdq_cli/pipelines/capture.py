@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from svdq_cli.pipelines.batches import split_batches
 from svdq_cli.pipelines.first_call import Arguments, first_call
-from svdq_cli.pipelines.generate import load_source_pipeline, split_batches
+from svdq_cli.pipelines.load import load_source_pipeline
 from svdq_cli.pipelines.settings import SamplingSettings
 from svdq_cli.planning.structure import Reading
 from svdq_cli.planning.trace_inputs import watch_call

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-    from svdq_cli.pipelines.generate import Batch
+    from svdq_cli.pipelines.batches import Batch
 
 METHOD = "encode_prompt"
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from svdq_cli.pipelines.batches import Batch
 from svdq_cli.pipelines.embeddings import METHOD, EncodedPrompts
 from svdq_cli.pipelines.first_call import first_call
-from svdq_cli.pipelines.generate import Batch
 from svdq_cli.pipelines.joint import denoisers_in
 from svdq_cli.pipelines.settings import SamplingSettings
 from svdq_cli.records import Event, Observer, ignore_events

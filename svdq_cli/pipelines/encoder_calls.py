@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from svdq_cli.pipelines.batches import Batch
 from svdq_cli.pipelines.first_call import first_call
-from svdq_cli.pipelines.generate import Batch, load_source_pipeline
+from svdq_cli.pipelines.load import load_source_pipeline
 from svdq_cli.pipelines.settings import SamplingSettings
 from svdq_cli.source import Source, denoisers_of, pipeline_index, text_encoders_of
 from svdq_cli.source.classes import arguments_of, empty_instance

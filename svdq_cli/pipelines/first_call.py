@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from svdq_cli.pipelines.batches import Batch
 from svdq_cli.pipelines.embeddings import EncodedPrompts
-from svdq_cli.pipelines.generate import Batch, denoise
+from svdq_cli.pipelines.generate import denoise
 from svdq_cli.pipelines.settings import SamplingSettings
 
 if TYPE_CHECKING:

@@ -1,15 +1,12 @@
-"""The border with diffusers: loading a 16-bit pipeline, and generating with it the same way everywhere."""
+"""The border with diffusers: images generated with a pipeline, the same way everywhere."""
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
-import re
 import time
 import traceback
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,26 +14,19 @@ import torch
 
 from svdq_cli.errors import (
     EnvironmentLacksError,
-    InputError,
     OutOfResourcesError,
     UsageError,
     first_line,
 )
 from svdq_cli.pipelines.arguments import INPUT_NAMES, missing_inputs, optional_arguments
+from svdq_cli.pipelines.batches import Batch, split_batches
 from svdq_cli.pipelines.embeddings import EncodedPrompts
 from svdq_cli.pipelines.finite import finite_images, require_finite_latents
 from svdq_cli.pipelines.generated import Generated, answers_of, generated_of
-from svdq_cli.pipelines.modular import answer_of, is_modular_pipeline, load_modular
+from svdq_cli.pipelines.modular import answer_of, is_modular_pipeline
 from svdq_cli.pipelines.settings import SamplingSettings
 from svdq_cli.records import Event, Observer, ignore_events
-from svdq_cli.source import pipeline_index
-from svdq_cli.source.modular_index import libraries_of
-from svdq_cli.source.variants import chosen_variant
-from svdq_cli.source.whole import require_component
 from svdq_cli.storage.images import stacked
-from svdq_cli.storage.json_files import read_json
-from svdq_cli.storage.pipeline_index import INDEXES, MODULAR_INDEX, index_file, is_modular
-from svdq_cli.system.quiet import quiet_loading
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -46,124 +36,6 @@ if TYPE_CHECKING:
 _READERS = ("image_processor.py", "video_processor.py")
 _OUTPUT = "output_type"  # the argument
 OnStep = Callable[[int], None]  # called with the number of denoising steps done, 1 and up
-
-_LIBRARIES = ("diffusers", "transformers")  # anything else in model_index.json would run code from the folder
-
-
-def load_source_pipeline(
-    folder: Path,
-    *,
-    dtype: torch.dtype,
-    device: str | torch.device | None = "cpu",
-    components: Mapping[str, object] | None = None,
-) -> DiffusionPipeline:
-    """A pipeline folder on a device (None: every part where it is), in eval mode, with its progress bars off.
-
-    `components` are used as they are instead of being read from the folder. Reads safetensors only, never the
-    network, and runs no code from the folder.
-    Raises InputError where a component is missing, damaged or unknown; OutOfResourcesError if the device is too small.
-    """
-    pipeline_class = _checked_class(folder, given=(components or {}).keys())
-    _require_packages(folder, given=(components or {}).keys())
-    try:
-        with quiet_loading():
-            pipe = _loaded(pipeline_class, folder, dtype, components or {})
-        _as_asked(pipe, dtype)
-        if device is not None:
-            pipe.to(device)
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise OutOfResourcesError(
-            f"{folder}: the pipeline does not fit on {device}",
-            hint="close other programs, or use --device cpu",
-            where=str(folder),
-        ) from error
-    except Exception as error:
-        if (package := _lacking(error)) is not None:
-            raise EnvironmentLacksError(
-                f"{folder}: diffusers can't load this pipeline without the package {package}",
-                hint=f"pip install {package}, of the release that belongs to torch {torch.__version__}"
-                if package == "torchvision"
-                else f"pip install {package}",
-                where=package,
-            ) from error
-        # from_pretrained raises whatever its parts raise: OSError, ValueError, KeyError, SafetensorError, ...
-        raise InputError(
-            f"{folder}: diffusers can't load this pipeline: {first_line(error)}",
-            hint="download the folder again, and check that this diffusers version knows the model",
-            where=str(folder),
-        ) from error
-    pipe.set_progress_bar_config(disable=True)
-    autoencoder = getattr(pipe, "vae", None)
-    if autoencoder is not None and type(autoencoder).__name__ in _IN_TILES:
-        autoencoder.enable_tiling()
-    return pipe
-
-
-def _lacking(error: Exception) -> str | None:
-    """The package that a pipeline's part wants and that is not installed; None for any other error."""
-    if isinstance(error, ImportError):
-        said = re.search(r"requires the (\w+) library but it was not found", str(error))
-        return said[1].lower() if said else error.name if isinstance(error, ModuleNotFoundError) else None
-    # diffusers defines what reads images (OmniGen's processor) only where torchvision is
-    wanted = isinstance(error, NameError) and importlib.util.find_spec("torchvision") is None
-    return "torchvision" if wanted else None
-
-
-# Autoencoders that diffusers has no decoding for but in tiles, which it leaves off all the same
-_IN_TILES = ("AutoencoderKLAllegro",)
-
-
-def _as_asked(pipe: DiffusionPipeline, dtype: torch.dtype) -> None:
-    """What transformers 5 leaves in the file's dtype next to bitsandbytes' layers (weights of norms, embeddings) in
-    `dtype`, as it leaves it elsewhere."""
-    for part in pipe.components.values():
-        if not getattr(part, "is_loaded_in_4bit", False):
-            continue
-        for parameter in cast("torch.nn.Module", part).parameters():
-            if parameter.is_floating_point() and not hasattr(parameter, "quant_state"):
-                parameter.data = parameter.data.to(dtype)
-
-
-def _require_packages(folder: Path, *, given: Collection[str]) -> None:
-    """EnvironmentLacksError where a component is stored in 4 bits and the package that reads it is missing."""
-    if importlib.util.find_spec("bitsandbytes") is not None:
-        return
-    for name in pipeline_index(folder):
-        file = folder / name / "config.json"
-        if name in given or not file.is_file():
-            continue
-        section = read_json(file).get("quantization_config")
-        if isinstance(section, dict) and section.get("quant_method") == "bitsandbytes":
-            raise EnvironmentLacksError(
-                f"{folder / name}: its 4-bit weights need the package bitsandbytes",
-                hint='pip install "svdq[encoders]"',
-                where="bitsandbytes",
-            )
-
-
-def _loaded(
-    pipeline_class: Any, folder: Path, dtype: torch.dtype, components: Mapping[str, object]
-) -> DiffusionPipeline:
-    if is_modular(folder):
-        return load_modular(pipeline_class, folder, dtype=dtype, components=components)
-    # DiffusionPipeline.from_pretrained loads components that are optional arguments of the class (Wan's transformers)
-    # from the folder, whatever it is given for them
-    return pipeline_class.from_pretrained(
-        str(folder),
-        torch_dtype=dtype,  # deprecated, but diffusers before `dtype` would ignore that and load float32
-        local_files_only=True,
-        use_safetensors=True,
-        trust_remote_code=False,
-        variant=_variant(folder, given=components.keys()),
-        **components,
-    )
-
-
-def _variant(folder: Path, *, given: Collection[str]) -> str | None:
-    """The variant that from_pretrained has to be told of; it takes plain weights where a component has no such one."""
-    parts = [folder / name for name in pipeline_index(folder) if name not in given]
-    found = [chosen_variant(part) for part in parts if part.is_dir()]
-    return next((variant for variant in found if variant is not None), None)
 
 
 def generate_images(
@@ -272,15 +144,6 @@ def _check_image(image: Image, pipe: DiffusionPipeline, settings: SamplingSettin
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """Images that are generated together. `first` is the index of the first one among all images."""
-
-    first: int
-    prompts: tuple[str, ...]
-    seeds: tuple[int, ...]
-
-
 def generated_batches(
     pipe: DiffusionPipeline,
     batches: Sequence[Batch],
@@ -318,21 +181,6 @@ def generated_batches(
             )
             generated += size
             advance(generated * steps)
-
-
-def split_batches(
-    prompts: Sequence[str], *, settings: SamplingSettings, seeds: Sequence[int] | None = None
-) -> tuple[Batch, ...]:
-    if isinstance(prompts, str):
-        raise TypeError("prompts is one string, not a sequence of strings")
-    chosen = tuple(seeds) if seeds is not None else tuple(map(settings.seed_of, range(len(prompts))))
-    if len(chosen) != len(prompts):
-        raise ValueError(f"{len(prompts)} prompts but {len(chosen)} seeds")
-    size = settings.batch_size
-    return tuple(
-        Batch(first, tuple(prompts[first : first + size]), chosen[first : first + size])
-        for first in range(0, len(prompts), size)
-    )
 
 
 def denoise(
@@ -459,54 +307,3 @@ def _steps_observed(stage: str, done: int, total: int, observe: Observer) -> Ite
     observe(Event("start", stage, done, total))
     yield advance
     observe(Event("end", stage, total, total, seconds=time.monotonic() - started))
-
-
-def _checked_class(folder: Path, *, given: Collection[str]) -> type[DiffusionPipeline]:
-    """The class of the pipeline in a folder. Refuses early, and with a better message than diffusers', what can't be a
-    pipeline folder. Components that are `given` need not be there."""
-    index = index_file(folder)
-    if index is None:
-        raise InputError(
-            f"{folder}: not a diffusers pipeline folder (it has no {' and no '.join(INDEXES)})",
-            hint="give a folder that save_pretrained wrote, or a complete download",
-            where=str(folder),
-        )
-    for name, value in read_json(index).items():
-        for library in libraries_of(value):
-            _require_library(folder, name, library)
-    parts = pipeline_index(folder)
-    pipeline_class = _named_class(index, parts.get("_class_name"))
-    for name, value in parts.items():
-        # a component is [library, class]; [null, null] is one that the pipeline does without, numbers are its settings
-        if name.startswith("_") or name in given:
-            continue
-        if isinstance(value, list) and len(value) == 2 and isinstance(value[0], str):
-            _require_library(folder, name, value[0])
-            require_component(folder, name, str(value[1]))
-    return pipeline_class
-
-
-def _named_class(index: Path, name: object) -> type[DiffusionPipeline]:
-    import diffusers
-
-    base: Any = diffusers.ModularPipeline if index.name == MODULAR_INDEX else diffusers.DiffusionPipeline
-    found = getattr(diffusers, name, None) if isinstance(name, str) else None
-    if not (inspect.isclass(found) and issubclass(found, base)):
-        raise InputError(
-            f"{index}: _class_name {name!r} is not a pipeline of diffusers {diffusers.__version__}",
-            hint="upgrade diffusers; svdq runs no pipeline code from the folder itself",
-            where=str(index),
-        )
-    return cast("type[DiffusionPipeline]", found)
-
-
-def _require_library(folder: Path, name: str, library: str) -> None:
-    """InputError for a component whose class would be imported from anywhere else than the libraries."""
-    import diffusers.pipelines
-
-    if library not in _LIBRARIES and not hasattr(diffusers.pipelines, library):
-        raise InputError(
-            f"{folder}: component {name!r} comes from {library!r}; svdq runs no code from the folder",
-            hint=f"use a pipeline whose parts come from {' and '.join(_LIBRARIES)}",
-            where=str(folder / name),
-        )

@@ -14,7 +14,7 @@ RANK = 32
 
 
 def sample_w4a4(precision: Precision, dtype: torch.dtype, *, k: int, n: int) -> W4A4Solution:
-    """A layer of K inputs, N outputs and rank RANK."""
+    """A layer (N, K) of rank RANK."""
     plan = W4A4Plan(Linear("self-test", k, n, bias=True), precision, RANK)
     naive = naive_solution(plan, draw(1, n, k) / k**0.5, draw(2, n), dtype)
     return replace(
@@ -27,7 +27,7 @@ def sample_w4a4(precision: Precision, dtype: torch.dtype, *, k: int, n: int) -> 
 
 
 def sample_w4a16(dtype: torch.dtype, *, k: int, n: int) -> W4A16Solution:
-    """A modulation layer of K inputs and N outputs."""
+    """A modulation layer (N, K)."""
     plan = W4A16Plan(Linear("self-test", k, n, bias=True))
     scales = (draw(6, n, k // 64).abs() / 100).to(dtype)
     codes = torch.arange(n * k).reshape(n, k).remainder(13).to(torch.uint8)
@@ -35,5 +35,5 @@ def sample_w4a16(dtype: torch.dtype, *, k: int, n: int) -> W4A16Solution:
 
 
 def draw(seed: int, *shape: int) -> Tensor:
-    """Standard normal numbers, float32, of `shape`: always the same for a seed."""
+    """Standard normal numbers, float32, always the same for a seed. Of any shape, `shape`."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)

@@ -5,30 +5,17 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import cast
 
 import torch
 from torch import Tensor
 
 from svdq_cli.errors import InputError
-from svdq_cli.source.model import Source, tensor_entry
+from svdq_cli.source.model import MovedMean, Source, tensor_entry
 from svdq_cli.source.shifted import with_values
 
 READ_AT_ONCE = 1 << 22  # numbers of a weight
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class MovedMean:
-    """One vector that inputs are less than they were, in the first of their channels.
-
-    `readers`: the layers that read them, whose biases take it back. `producers`: the tensors that give it away, and
-    from which of each one's numbers on.
-    """
-
-    readers: tuple[str, ...]
-    producers: tuple[tuple[str, int], ...]
-    mean: Tensor  # (width,) float32
 
 
 def without_means(source: Source, moved: Sequence[MovedMean], dtype: torch.dtype) -> Source:

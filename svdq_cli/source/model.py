@@ -12,16 +12,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from torch import Tensor
 
 from svdq_cli.errors import InputError
 from svdq_cli.source.tensors import TensorEntry, content_sha256, entry_bytes
 from svdq_cli.system.threads import prefetch
-
-if TYPE_CHECKING:
-    from svdq_cli.source.means import MovedMean
 
 COMPONENTS = ("transformer", "unet")
 # Threads that hash weights; few, because each holds a tensor.
@@ -30,6 +27,19 @@ _HASHERS = min(4, os.cpu_count() or 1)
 # tensors
 ConfigFrom = Literal["folder", "base", "shapes"]
 NO_TENSORS: Mapping[str, TensorEntry] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MovedMean:
+    """One vector that inputs are less than they were, in the first of their channels.
+
+    `readers`: the layers that read them, whose biases take it back. `producers`: the tensors that give it away, and
+    from which of each one's numbers on.
+    """
+
+    readers: tuple[str, ...]
+    producers: tuple[tuple[str, int], ...]
+    mean: Tensor  # (width,) float32
 
 
 @dataclass(frozen=True)

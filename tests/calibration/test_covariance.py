@@ -22,7 +22,7 @@ from svdq_cli.calibration.collect import collect_parts
 from svdq_cli.calibration.covariance import CovarianceSum, covariance_bytes
 from svdq_cli.calibration.parts import MergedStats, PartFolder
 from svdq_cli.calibration.row_sampling import RowSampling
-from svdq_cli.pipelines.generate import split_batches
+from svdq_cli.pipelines.batches import split_batches
 from svdq_cli.records import ActivationStats, InputCovariance, SharedInput
 from svdq_cli.solve.covariance import moments_of
 

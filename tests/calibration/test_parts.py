@@ -17,9 +17,9 @@ from svdq_cli.calibration.collect import collect_parts
 from svdq_cli.calibration.parts import MergedStats, PartFolder
 from svdq_cli.calibration.row_sampling import RowSampling
 from svdq_cli.errors import InputError, UsageError
+from svdq_cli.pipelines.batches import Batch, split_batches
 from svdq_cli.pipelines.encode import FreedEncoder, encode_prompts
 from svdq_cli.pipelines.first_call import first_call
-from svdq_cli.pipelines.generate import Batch, split_batches
 from svdq_cli.records import ActivationStats, Event, Observer, SharedInput, ignore_events
 
 if TYPE_CHECKING:

@@ -15,7 +15,8 @@ from svdq_cli.planning.means import mean_places
 from svdq_cli.prepare.prepare import prepare
 from svdq_cli.recipe import default_recipe
 from svdq_cli.records import ignore_events
-from svdq_cli.source.means import MovedMean, without_means
+from svdq_cli.source.means import without_means
+from svdq_cli.source.model import MovedMean
 from tests.tiny_families import tiny_pipeline
 
 # How many vectors move in the tiny model: modulated inputs and attention outputs, where readers have biases

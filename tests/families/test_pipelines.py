@@ -14,7 +14,8 @@ from svdq_cli.checkpoint.reader import open_checkpoint
 from svdq_cli.conversion.calibrate import calibrate
 from svdq_cli.conversion.convert import convert
 from svdq_cli.inference.load import load_pipeline
-from svdq_cli.pipelines.generate import generate_images, load_source_pipeline
+from svdq_cli.pipelines.generate import generate_images
+from svdq_cli.pipelines.load import load_source_pipeline
 from svdq_cli.prepare.defaults import evaluation_recipe
 from svdq_cli.prepare.options import RunOptions
 from svdq_cli.prepare.prepare import prepare

@@ -10,7 +10,7 @@ from torch import nn
 
 from svdq_cli.calibration.collect import collect_stats
 from svdq_cli.formats import format_named
-from svdq_cli.pipelines.generate import load_source_pipeline
+from svdq_cli.pipelines.load import load_source_pipeline
 from svdq_cli.pipelines.settings import SamplingSettings
 from svdq_cli.planning.plan import plan_model
 from svdq_cli.planning.pointwise import is_pointwise

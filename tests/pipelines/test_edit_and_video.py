@@ -15,7 +15,8 @@ from svdq_cli.checkpoint.check import check
 from svdq_cli.conversion.calibrate import calibrate
 from svdq_cli.conversion.convert import convert
 from svdq_cli.errors import InputError, UsageError
-from svdq_cli.pipelines.generate import generate_images, load_source_pipeline
+from svdq_cli.pipelines.generate import generate_images
+from svdq_cli.pipelines.load import load_source_pipeline
 from svdq_cli.pipelines.settings import SamplingSettings
 from svdq_cli.prepare.options import RunOptions
 from svdq_cli.prepare.prepare import prepare

@@ -13,7 +13,8 @@ import torch
 from svdq_cli.calibration import SamplingSettings, generate_images, load_source_pipeline
 from svdq_cli.calibration.collect import _same
 from svdq_cli.errors import EnvironmentLacksError, InputError, UsageError
-from svdq_cli.pipelines.generate import _image_of, split_batches
+from svdq_cli.pipelines.batches import split_batches
+from svdq_cli.pipelines.generate import _image_of
 from svdq_cli.pipelines.generated import Generated, answers_of
 from svdq_cli.records import Event
 from svdq_cli.storage.sounds import Sound

@@ -19,7 +19,8 @@ from svdq_cli.conversion.convert import convert
 from svdq_cli.entrypoints.push import _content
 from svdq_cli.errors import InputError
 from svdq_cli.inference.load import load_pipeline
-from svdq_cli.pipelines.generate import generate_images, load_source_pipeline
+from svdq_cli.pipelines.generate import generate_images
+from svdq_cli.pipelines.load import load_source_pipeline
 from svdq_cli.prepare.options import RunOptions
 from svdq_cli.prepare.sampling import sampling_for
 from svdq_cli.sampling import sampling_of

@@ -10,7 +10,7 @@ import diffusers
 import pytest
 import torch
 
-from svdq_cli.pipelines.generate import load_source_pipeline
+from svdq_cli.pipelines.load import load_source_pipeline
 
 DENOISERS = ("transformer", "transformer_2", "unet")
 

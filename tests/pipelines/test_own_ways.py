@@ -16,8 +16,9 @@ from diffusers import DiffusionPipeline
 from svdq_cli.errors import EnvironmentLacksError, UsageError
 from svdq_cli.pipelines import generate
 from svdq_cli.pipelines.arguments import optional_arguments
+from svdq_cli.pipelines.batches import split_batches
 from svdq_cli.pipelines.encode import FreedEncoder, encode_prompts
-from svdq_cli.pipelines.generate import load_source_pipeline, split_batches
+from svdq_cli.pipelines.load import load_source_pipeline
 from svdq_cli.pipelines.settings import SamplingSettings, image_files
 from svdq_cli.source.whole import require_whole
 from tests.tiny_families import save_tiny
