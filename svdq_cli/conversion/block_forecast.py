@@ -72,11 +72,12 @@ def block_forecast(
     batches = ceil_div(images, settings.batch_size)
     batch = min(settings.batch_size, images)
     counts = counts_of(prepared, settings)
-    sizes = {block: _size(prepared, counts, block, batch) for block in blocks_of(prepared.plan)}
+    entries = batch * counts.passes.entries
+    sizes = {block: _size(prepared, counts, block, entries) for block in blocks_of(prepared.plan)}
     return BlockForecast(
         sizes=sizes,
         tokens=counts,
-        calls=CallCounts(batches * (2 if settings.true_cfg > 1 else 1), min(sample.calls, settings.steps)),
+        calls=CallCounts(batches * counts.passes.calls, min(sample.calls, settings.steps)),
         images=images,
         steps=settings.steps,
         batch=batch,

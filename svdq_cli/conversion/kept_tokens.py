@@ -13,7 +13,6 @@ from svdq_cli.calibration.budget import (
     rows_within,
 )
 from svdq_cli.calibration.covariance import images_for_covariance
-from svdq_cli.pipelines.settings import SamplingSettings
 from svdq_cli.prepare.prepare import Prepared
 from svdq_cli.prepare.sampling import Sampling
 from svdq_cli.records import ModelPlan, RotatedPlan, W4A4Plan
@@ -48,10 +47,11 @@ class KeptTokens:
 
 
 def kept_tokens(prepared: Prepared, wanted: Sampling, tokens: TokenCounts) -> KeptTokens:
-    """What a calibration that samples as `wanted` keeps. `tokens`: what each layer reads for one image."""
+    """What a calibration that samples as `wanted` keeps. `tokens`: what each layer reads for one image in a
+    pass."""
     names = [shared.name for shared in prepared.plan.inputs]
     rows, covariances = token_limits(prepared, wanted)
-    passes = wanted.settings.steps * _most_passes(wanted.settings, prepared)
+    passes = wanted.settings.steps * tokens.passes.count
     of_image = {shared.name: passes * tokens.by_layer[shared.layers[0]] for shared in prepared.plan.inputs}
     kept = {name: min(rows, wanted.samples * of_image[name]) for name in names}
     learned = images_for_covariance(wanted.samples)
@@ -87,11 +87,3 @@ def input_widths(plan: ModelPlan) -> list[int]:
     """K of every shared input."""
     widths = {layer.name: layer.linear.in_features for layer in plan.layers}
     return [widths[shared.layers[0]] for shared in plan.inputs]
-
-
-def _most_passes(settings: SamplingSettings, prepared: Prepared) -> int:
-    """Passes of one step, with and without the prompt, at most: a model that reads guidance as a number takes one."""
-    config = prepared.source.config
-    embedded = bool(config.get("guidance_embeds") or config.get("guidance_embed"))
-    guided = not embedded and (settings.guidance is None or settings.guidance > 1)
-    return 2 if guided or settings.true_cfg > 1 else 1

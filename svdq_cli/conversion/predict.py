@@ -45,6 +45,7 @@ from svdq_cli.reports import PlanSeconds
 from svdq_cli.sampling.token_counts import TokenCounts
 from svdq_cli.solve.costs import packed_bytes, solve_work, waiting_bytes
 from svdq_cli.solve.work import Work
+from svdq_cli.source import take_turns
 
 # what a pipeline's other parts take to import and build, over what diffusers and the plan take
 STARTING = 0.3
@@ -159,7 +160,7 @@ def _solve_work(job: Forecast) -> Work:
 def _calibrate_seconds(job: Forecast, images: Images, speed: Speed) -> float:
     """All images and one step to see what runs; loading and keeping of what is read and kept."""
     plan, wanted, settings, kept = job.prepared.plan, images.sampling, images.sampling.settings, images.kept
-    passes = (wanted.samples * settings.steps + 1) * (2 if settings.true_cfg > 1 else 1)
+    passes = (wanted.samples * settings.steps + 1) * images.tokens.passes.count
     # half of every product: the other half is the same
     products = sum(kept.covariance_tokens[name] * width**2 for name, width in kept.widths.items())
     return (
@@ -172,18 +173,19 @@ def _calibrate_seconds(job: Forecast, images: Images, speed: Speed) -> float:
 
 def _reconstruct_seconds(job: Forecast, blocks: BlockForecast, speed: Speed) -> float:
     """The images are generated, both streams go through the blocks, and every block is tuned, if any is, and kept."""
-    passes = blocks.images * blocks.steps
+    passes = blocks.images * blocks.steps * blocks.tokens.passes.count
     images = passes * pass_seconds(job.prepared.plan, blocks.tokens, speed) + _loading_seconds(job, speed)
     return images + speed.solve.seconds(blocks.work) + blocks.kept / speed.write
 
 
 def pass_seconds(plan: ModelPlan, tokens: TokenCounts, speed: Speed) -> float:
-    """The denoiser, once for one image."""
+    """The denoiser, once for one image; of several that have their turns in other steps, the mean."""
     flops, calls = 0.0, 0
     for layer in plan.layers:
         flops += 2 * tokens.by_layer[layer.name] * layer.linear.in_features * layer.linear.out_features
         calls += 15  # of torch: the layer, its hook, and its share of norms, activations and attention
-    return flops / speed.forward + calls / speed.solve.calls
+    seconds = flops / speed.forward + calls / speed.solve.calls
+    return seconds / len(plan.components) if take_turns(plan.components) else seconds
 
 
 def _loading_seconds(job: Forecast, speed: Speed) -> float:

@@ -51,8 +51,9 @@ def plan_evaluation(
     sampling = prepared.sampling or sampling_for(recipe, source, beside=options.beside)
     settings, device = sampling.settings, resolve_device(options.device)
     speed = speed_of(device, compute_dtype(device), existing(report_folder or Path()))
-    once = pass_seconds(prepared.plan, counts_of(prepared, settings), speed)
-    each = settings.steps * (2 if settings.true_cfg > 1 else 1)  # calls of the denoiser for an image
+    counts = counts_of(prepared, settings)
+    once = pass_seconds(prepared.plan, counts, speed)
+    each = settings.steps * counts.passes.count  # of the denoiser for an image
     on_kernels = choose_backend(backend, device, checkpoint.dtype).name == "kernels"
     lacking = _lacking(device.type)
     found: list[PassFacts] = []

@@ -37,6 +37,7 @@ from svdq_cli.records import (
     Scheme,
     SolveSettings,
 )
+from svdq_cli.sampling.passes import step_passes
 from svdq_cli.sampling.token_counts import TokenCounts, token_counts
 from svdq_cli.source import Source, denoisers_of, pipeline_index
 
@@ -169,7 +170,7 @@ def prompts_of(prepared: Prepared, options: RunOptions, observe: Observer) -> Ch
 
 
 def counts_of(prepared: Prepared, settings: SamplingSettings) -> TokenCounts:
-    """Tokens of every layer of the model where images are generated with `settings`."""
+    """Tokens of every layer of the model where images are generated with `settings`, and the passes of a step."""
     return token_counts(
         prepared.source,
         prepared.inventory.linears,
@@ -179,6 +180,7 @@ def counts_of(prepared: Prepared, settings: SamplingSettings) -> TokenCounts:
         fps=settings.fps,
         max_sequence_length=settings.max_sequence_length,
         vectors={layer.name for layer in prepared.plan.w4a16},
+        passes=step_passes(prepared.source, guidance=settings.guidance, true_cfg=settings.true_cfg),
     )
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from svdq_cli.planning.blocks import places_of
 from svdq_cli.records import Linear
 from svdq_cli.sampling.compression import frames_a_latent, latent_scale, vae_config
+from svdq_cli.sampling.passes import ONE_PASS, StepPasses
 from svdq_cli.source import Source, is_expert
 
 TEXT_TOKENS = 512  # T5's and Qwen's usual padding, where the recipe does not say
@@ -33,22 +34,23 @@ _VIDEO_SIDES = 3  # frames, height, width
 
 @dataclass(frozen=True, slots=True)
 class TokenCounts:
-    """Tokens that the layers of one denoiser read for one image or video."""
+    """Tokens that the layers of one denoiser read for one image or video in one pass."""
 
     by_layer: Mapping[str, int]  # linear layers; 1 for those that read one vector
     # layers of each block, by its path; a layer outside all by its name
     blocks: Mapping[str, tuple[Linear, ...]]
     maps: int  # numbers in a UNet's feature maps; 0 for a transformer
+    passes: StepPasses = ONE_PASS  # of every image in a step
 
     def forward_bytes(self, *, batch: int, itemsize: int) -> int:
-        """Activations that are alive at once while `batch` images are generated.
+        """Activations that are alive at once while `batch` images are generated, guided in one call or in several.
 
         At most all inputs and outputs of the block that takes most, a float32 copy of its widest layer's input for
         statistics, and a UNet's feature maps.
         """
         block = max(map(self._block_numbers, self.blocks.values()), default=0)
         widest = max(map(self._widest_numbers, self.blocks.values()), default=0)
-        return batch * ((block + self.maps) * itemsize + 4 * widest)
+        return batch * self.passes.entries * ((block + self.maps) * itemsize + 4 * widest)
 
     def _block_numbers(self, linears: Sequence[Linear]) -> int:
         return sum(
@@ -71,10 +73,12 @@ def token_counts(
     fps: float | None = None,
     max_sequence_length: int | None = None,
     vectors: Collection[str] = (),
+    passes: StepPasses = ONE_PASS,
 ) -> TokenCounts:
     """Tokens of every linear of the source's model at a size in pixels.
 
     `frames`, `fps`: of a video. `vectors`: layers that read one vector for an image, such as modulations.
+    `passes`: how the model is guided.
     """
     text = text_tokens(source, max_sequence_length)
     image = image_tokens(source, height=height, width=width) * latent_frames(source, frames)
@@ -103,7 +107,7 @@ def token_counts(
                 seen = max(1, image >> (2 * _level(linear.name, len(levels))))
                 counts[linear.name] = seen + (text if joint else 0)
     maps = sum(_MAPS * channels * (image >> (2 * level)) for level, channels in enumerate(levels))
-    return TokenCounts(counts, {path: tuple(members) for path, members in blocks.items()}, maps)
+    return TokenCounts(counts, {path: tuple(members) for path, members in blocks.items()}, maps, passes)
 
 
 def image_tokens(source: Source, *, height: int, width: int) -> int:

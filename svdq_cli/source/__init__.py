@@ -23,6 +23,7 @@ from svdq_cli.source.denoisers import (
     named_denoiser,
     only,
     prefix_of,
+    take_turns,
 )
 from svdq_cli.source.experts import is_expert, stacks_of, take_experts_apart, with_single_experts
 from svdq_cli.source.folders import (
@@ -95,6 +96,7 @@ __all__ = [
     "source_digest",
     "stacks_of",
     "take_experts_apart",
+    "take_turns",
     "tensor_entry",
     "text_encoders_of",
     "unread_variants",

@@ -16,6 +16,8 @@ from svdq_cli.source.model import Source
 
 T = TypeVar("T")
 
+_TURNS = ("transformer", "transformer_2")  # the first has the first steps
+
 # What Wan's own files, ComfyUI's and those of LoRAs say of the two transformers of Wan 2.2. No word that ends in "low".
 _HIGH_NOISE, _LOW_NOISE = (
     re.compile(rf"(?:(?<![A-Za-z]){word}|{word.title()}|(?<![A-Z]){word.upper()})[-_ ]?(?i:noise)")
@@ -43,10 +45,15 @@ def component_of(components: Sequence[str], name: str) -> tuple[str, str]:
     return (head, rest) if head in components[1:] and rest else (components[0], name)
 
 
+def take_turns(components: Sequence[str]) -> bool:
+    """Whether these denoisers of one pipeline have each a part of the steps (Wan 2.2); others run in every step."""
+    return tuple(components) == _TURNS
+
+
 def named_denoiser(components: Sequence[str], name: str) -> str | None:
     """Which of the two transformers of Wan 2.2 a file's name tells: `high_noise` the first, `low_noise` the second.
     None where it tells neither, or the pipeline's denoisers are others."""
-    if tuple(components) != ("transformer", "transformer_2"):
+    if not take_turns(components):
         return None
     high, low = (pattern.search(name) is not None for pattern in (_HIGH_NOISE, _LOW_NOISE))
     return None if high == low else components[0 if high else 1]

@@ -27,7 +27,7 @@ from svdq_cli.storage.atomic import write_text
 from svdq_cli.storage.resources import cache_folder
 from svdq_cli.system.machine import resident_ram
 
-Kind = Literal["inventory", "shapes", "call", "autoencoder", "encoder"]
+Kind = Literal["inventory", "shapes", "call", "guidance", "autoencoder", "encoder"]
 
 _MOST_ENTRIES = 100  # the oldest go; one has about 100 kB
 _PACKAGES = ("diffusers", "svdq_cli")  # whose loaded files an entry holds for
