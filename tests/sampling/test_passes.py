@@ -21,8 +21,10 @@ from svdq_cli.conversion.machine_speed import Speed
 from svdq_cli.conversion.needs import needs_of
 from svdq_cli.conversion.predict import Forecast, pass_seconds, stage_seconds
 from svdq_cli.conversion.record import BLOCK_SAMPLE, record_blocks
-from svdq_cli.pipelines.generate import denoise, load_source_pipeline, split_batches
+from svdq_cli.pipelines.batches import split_batches
+from svdq_cli.pipelines.generate import denoise
 from svdq_cli.pipelines.joint import denoisers_in
+from svdq_cli.pipelines.load import load_source_pipeline
 from svdq_cli.prepare.options import RunOptions
 from svdq_cli.prepare.prepare import counts_of, prepare
 from svdq_cli.prepare.sampling import sampling_for
