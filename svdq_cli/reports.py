@@ -260,7 +260,7 @@ def error_facts(error: Refusal, code: int) -> ErrorFacts:
 @dataclass(frozen=True, slots=True)
 class PlanReport:
     """What `--plan` predicts. Bytes are peaks: of the process, of torch's GPU allocator (None without a GPU), and of
-    the disk, work folder included."""
+    the disk, work folder included; `disk_kept_bytes` of these are there, of the run that `--resume` goes on with."""
 
     model: ModelFacts
     read_as: str  # how the source was stored: "diffusers folder", "single file, original (BFL) names", ...
@@ -281,6 +281,7 @@ class PlanReport:
     gpu: GpuFacts | None = None  # of the card that --gpu names
     size_budget: SizeBudgetFacts | None = None
     text_encoders: Mapping[str, TextEncoderFacts] = field(default_factory=dict[str, TextEncoderFacts])
+    disk_kept_bytes: int = 0
     error: ErrorFacts | None = None  # for want of what the conversion would refuse to begin on this machine
     command: str = "convert"
     status: str = "planned"  # or "error", with an error

@@ -31,7 +31,7 @@ from svdq_cli.calibration.row_sampling import RowSampling
 from svdq_cli.conversion.kept_tokens import KeptTokens, kept_tokens, token_limits
 from svdq_cli.conversion.memory import run_as_it_fits
 from svdq_cli.conversion.resume import kept_work, wait_for_files, work_beside
-from svdq_cli.conversion.work_folder import Identity, WorkFolder, remove_finished
+from svdq_cli.conversion.work_folder import Identity, WorkFolder, kept_bytes, remove_finished
 from svdq_cli.errors import InputError, UsageError
 from svdq_cli.inference.load import load_without_denoiser
 from svdq_cli.pipelines.batches import Batch, split_batches
@@ -100,7 +100,8 @@ def calibrate(
     calibration_run = calibration_run_of(
         prepared, options, observe, source_sha256=source_digest(prepared.source)
     )
-    require_disk({out: calibration_run.kept.bytes, folder: calibration_run.kept.part_bytes})
+    most = calibration_run.kept
+    require_disk({out: most.bytes, folder: max(0, most.part_bytes - kept_bytes(folder))})
 
     def kept(work: WorkFolder) -> str:
         return f"{len(PartFolder(work.images))} of {len(_batches(calibration_run))} batches of images"

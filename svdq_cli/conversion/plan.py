@@ -28,6 +28,7 @@ from svdq_cli.conversion.provenance import contents_before
 from svdq_cli.conversion.resume import require_new, work_beside
 from svdq_cli.conversion.size_budget import require_search
 from svdq_cli.conversion.solve_layers import layer_groups_at_once
+from svdq_cli.conversion.work_folder import kept_bytes
 from svdq_cli.errors import OutOfResourcesError
 from svdq_cli.inference.backend import compute_dtype
 from svdq_cli.prepare.facts import encoders_planned, layer_counts, model_facts, predicted_sizes, rank_facts
@@ -89,6 +90,7 @@ def predict(
         layers=layer_counts(prepared.plan),
         bytes=predicted_sizes(prepared),
         disk_bytes=peak_disk_bytes(job),
+        disk_kept_bytes=_kept_bytes(paths, options),
         seconds=stages.total,
         ram_bytes=ram_bytes(job),
         vram_bytes=vram_bytes(job),
@@ -150,6 +152,11 @@ def _shortage(job: Forecast, paths: Sequence[Path]) -> ErrorFacts | None:
     except OutOfResourcesError as error:
         return error_facts(error, error.code)
     return None
+
+
+def _kept_bytes(paths: Sequence[Path], options: RunOptions) -> int:
+    """Of the unfinished run that `--resume` goes on with."""
+    return kept_bytes(work_beside(paths[0], options)) if paths and options.resume else 0
 
 
 def _measured_speed(device: torch.device, folder: Path, at_once: int) -> Speed:

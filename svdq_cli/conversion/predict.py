@@ -30,7 +30,7 @@ from svdq_cli.conversion.memory_backoff import (
 from svdq_cli.conversion.needs import GivenStatistics, Needs
 from svdq_cli.conversion.record import BLOCK_SAMPLE, output_sample
 from svdq_cli.conversion.solve_layers import SPARED, layer_groups_at_once
-from svdq_cli.conversion.work_folder import solved_bytes
+from svdq_cli.conversion.work_folder import CALIBRATION, kept_bytes, solved_bytes
 from svdq_cli.errors import OutOfResourcesError
 from svdq_cli.inference.backend import compute_dtype
 from svdq_cli.prepare.facts import other_components_bytes, other_weights
@@ -379,10 +379,11 @@ def disk_bytes(prepared: Prepared) -> int:
 
 def disk_needs(job: Forecast, paths: Sequence[Path], work: Path) -> dict[Path, int]:
     """Bytes that are still to be written, by where: the outputs, and what is not in the work folder yet."""
-    there = sum(file.stat().st_size for file in work.rglob("*") if file.is_file())
     parts, statistics = _statistics_bytes(job)
+    if (work / CALIBRATION).exists():
+        parts = 0  # merged and gone
     fullest = max(parts + statistics, statistics + sum(_solved_bytes(job)))
-    return {paths[0]: disk_bytes(job.prepared), work: max(0, fullest - there)}
+    return {paths[0]: disk_bytes(job.prepared), work: max(0, fullest - kept_bytes(work))}
 
 
 def work_bytes(plan: ModelPlan, dtype: torch.dtype) -> int:

@@ -225,6 +225,11 @@ def open_work(
         yield WorkFolder(path, work.finished(LAYERS))
 
 
+def kept_bytes(path: Path) -> int:
+    """What the work folder at `path` takes on the disk; 0 where there is none."""
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
 def remove_finished(path: Path) -> None:
     """What a run left of its work folder that was killed while it removed it. Raises UsageError where that run is still
     at it."""

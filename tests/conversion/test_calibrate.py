@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -77,6 +78,31 @@ def test_a_calibration_that_is_gone_on_with_has_the_bytes_of_one_that_was_not_st
     assert min(event.done for event in events if event.stage == "calibrate") == 2
     assert _bytes(out) == _bytes(tmp_path / "whole")
     assert not (tmp_path / ".stopped.work").exists()
+
+
+def test_a_calibration_that_is_gone_on_with_asks_for_no_disk_that_its_work_has(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def stop_in_the_second_image(event: Event) -> None:
+        if event.stage == "calibrate" and event.done == 3:
+            raise KeyboardInterrupt
+
+    def asked(out: Path, options: RunOptions) -> float:
+        """Megabytes, where there is no room at all."""
+        with pytest.raises(OutOfResourcesError) as caught:
+            calibrate(recipe, out, options=options)
+        found = re.search(r"needs ([\d.]+) MB", str(caught.value))
+        assert found is not None
+        return float(found[1])
+
+    with pytest.raises(CanceledRunError):
+        calibrate(recipe, tmp_path / "out", options=CPU, observe=stop_in_the_second_image)
+    left = sum(file.stat().st_size for file in (tmp_path / ".out.work").rglob("*") if file.is_file())
+    assert left > 100_000
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0))
+    rest = asked(tmp_path / "out", RunOptions(device="cpu", resume=True))
+    assert rest == pytest.approx(asked(tmp_path / "new", CPU) - left / 1e6, abs=0.11), "of printed tenths"
 
 
 def test_other_settings_are_not_gone_on_with(recipe: Recipe, tmp_path: Path):

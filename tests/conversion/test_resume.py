@@ -23,11 +23,12 @@ from svdq_cli.conversion import convert as converting
 from svdq_cli.conversion import solve_layers
 from svdq_cli.conversion.calibrate import calibrate
 from svdq_cli.conversion.convert import convert
+from svdq_cli.conversion.plan import predict
 from svdq_cli.conversion.resume import kept_work
 from svdq_cli.errors import InterruptedRunError, OutOfResourcesError, SvdqError, Terminated, UsageError
 from svdq_cli.prepare.options import RunOptions
 from svdq_cli.prepare.prepare import prepare
-from svdq_cli.recipe import Calibration, Quantization, Recipe, default_recipe
+from svdq_cli.recipe import Calibration, Output, Quantization, Recipe, default_recipe
 from svdq_cli.reconstruct import run as reconstructing_blocks
 from svdq_cli.reconstruct import tuning
 from svdq_cli.records import Event
@@ -226,6 +227,24 @@ def test_resume_starts_where_there_is_nothing_to_go_on_with(tiny_flux: Path, who
     report = convert(recipe_for(tiny_flux), tmp_path / "out", options=RESUME)
     assert report.layers_taken_over == 0
     assert same_bytes(tmp_path / "out", whole)
+
+
+def test_a_plan_says_what_an_unfinished_run_left_and_asks_for_no_disk_that_it_has(
+    tiny_flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    out = tmp_path / "out"
+    recipe = recipe_for(tiny_flux).model_copy(update={"outputs": (Output(path=str(out)),)})
+    whole = predict(recipe, options=CPU)
+    begun(tiny_flux, out)
+    left = sum(file.stat().st_size for file in (tmp_path / ".out.work").rglob("*") if file.is_file())
+    planned = predict(recipe, options=RESUME)
+    assert (whole.disk_kept_bytes, planned.disk_kept_bytes) == (0, left)
+    assert planned.disk_bytes == whole.disk_bytes, "at its fullest"
+    usage = shutil.disk_usage(tmp_path)
+    for room, refused in ((planned.disk_bytes - left, False), (planned.disk_bytes - left - 1, True)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, room=room: usage._replace(free=room))
+        error = predict(recipe, options=RESUME).error
+        assert (error is not None and error.kind == "disk-full") == refused
 
 
 def test_resume_refuses_another_rank_and_says_which(tiny_flux: Path, tmp_path: Path):

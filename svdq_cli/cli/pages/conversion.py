@@ -146,7 +146,8 @@ def plan(console: Console, report: PlanReport) -> None:
             f"{sampled.width} x {sampled.height} pixels, {frames_text(sampled.frames)}"
             f"{counted(sampled.steps, 'step')}, {sampled.tokens:,} tokens {what}",
         )
-    table.add_row("disk", bytes_text(report.disk_bytes))
+    kept = f", of which {bytes_text(report.disk_kept_bytes)} are there" if report.disk_kept_bytes else ""
+    table.add_row("disk", bytes_text(report.disk_bytes) + kept)
     stages = report.stages
     parts = ", ".join(
         f"{name} {getattr(stages, name):.0f}" for name in ("prepare", "calibrate", "solve", "pack", "check")
