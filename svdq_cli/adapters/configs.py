@@ -143,6 +143,15 @@ def config_in_header(file: Path, metadata: Mapping[str, str]) -> TrainingConfig 
     return TrainingConfig(file, saved) if saved else None
 
 
+def alpha_of_all_layers(file: Path, metadata: Mapping[str, str]) -> TrainingConfig | None:
+    """The one `alpha` that a file's header gives for all its layers; None where it gives none that is a number."""
+    try:
+        alpha = float(metadata.get("alpha", "nan"))
+    except ValueError:
+        return None
+    return TrainingConfig(file, {"lora_alpha": alpha, "alpha": alpha}) if math.isfinite(alpha) else None
+
+
 @dataclass(slots=True)
 class _Patterns:
     """Patterns of a config, matched as peft does: `(.*\\.)?(PATTERN)$` from the name's start. A pattern is a stranger's

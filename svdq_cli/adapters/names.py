@@ -15,7 +15,7 @@ from pathlib import Path
 from svdq_cli.source.configs import class_of_names
 from svdq_cli.source.denoisers import by_component, prefix_of
 from svdq_cli.source.names import Part, RowRange, original_layers
-from svdq_cli.source.original_names import NAMINGS
+from svdq_cli.source.original_names import naming_of
 from svdq_cli.source.prefixes import TRANSPARENT, WRAPPERS
 
 Places = Mapping[str, tuple[Part, ...]]
@@ -36,7 +36,10 @@ _PREFIXES = (
     ),
     *(
         f"{word}."
-        for word in ("lora_unet", "lora_transformer", "lycoris", "lora", "pipeline", *sorted(WRAPPERS))
+        for word in (
+            *("lora_unet", "lora_transformer", "lycoris", "lora", "pipeline", "conditional_transformer"),
+            *sorted(WRAPPERS),
+        )
     ),
 )
 _MOST_PREFIXES = 8
@@ -53,6 +56,11 @@ _PROCESSORS = (
 _TEXT_ENCODER = re.compile(
     r"^(?:base_model\.model\.|pipe\.)*(lora_te\d?_|te\d?_|lora_te\d?\.|text_encoder(_\d)?[.:]|text_encoders\.|clip_[lg]\."
     r"|t5xxl\.|cond_stage_model\.|conditioner\.|bundle_emb\.|<[^>]+>$)"
+)
+# Between text encoders and denoiser: LTX-2's connectors, and Anima's adapter of its language model
+_CONNECTOR = re.compile(
+    r"^(?:diffusion_model\.|lora_unet_|lycoris_)?(?:llm_adapter[._]|text_conditioner[._]|connectors\."
+    r"|text_embedding_projection[._]|(?:video|audio)_embeddings_connector[._])"
 )
 _INDEXED = re.compile(r"^unet:(\d+):(up|down)$")
 # The linears of a UNet's transformer block by the class that cloneofsimo's trainer looked for, in the order in which
@@ -87,18 +95,23 @@ def is_for_text_encoder(key: str) -> bool:
     return _TEXT_ENCODER.match(key) is not None
 
 
-def places_of(model: ModelShapes, chosen: str | None = None) -> Places:
+def is_for_connector(key: str) -> bool:
+    """Whether a key is of an adapter of what is between the text encoders and the denoiser."""
+    return _CONNECTOR.match(key) is not None
+
+
+def places_of(model: ModelShapes, chosen: str | None = None, *, by_heads: bool = False) -> Places:
     """Every name that an adapter may call a layer of the model by, and the layers (or rows of layers) it means.
 
     `chosen`: the denoiser that it is for, where the model has several. Without it, names that name none are of the
-    first."""
+    first. `by_heads`: whether fused queries, keys and values are head by head (see `Naming`)."""
     places: dict[str, tuple[Part, ...]] = {}
     named: dict[str, tuple[Part, ...]] = {}
     for component, shapes in by_component(model.components, model.shapes).items():
         if chosen not in (None, component):
             continue
         prefix = prefix_of(model.components, component)
-        for name, parts in _places_in(shapes).items():
+        for name, parts in _places_in(model.class_name, shapes, by_heads=by_heads).items():
             there = tuple(Part(prefix + part.target, part.rows) for part in parts)
             named |= {f"{component}.{name}": there, f"{component}_{name}": there}
             if component == (chosen or model.component):
@@ -113,18 +126,31 @@ def names_denoiser(keys: Iterable[str], model: ModelShapes) -> bool:
     return any(bare.startswith(marks) for key in keys for bare in _without_prefixes(_WRAPPED.sub("", key)))
 
 
-def _places_in(shapes: Mapping[str, object]) -> Places:
-    """The places of one component, by names without it."""
+def _places_in(class_name: str, shapes: Mapping[str, tuple[int, ...]], *, by_heads: bool) -> Places:
+    """The places of one component, by names without it. Its class tells the original names or, where that has none of
+    its own, the class that has the same names."""
     layers = [name.removesuffix(".weight") for name in shapes if name.endswith(".weight")]
     dotted: dict[str, tuple[Part, ...]] = {layer: (Part(layer, _WHOLE),) for layer in layers}
     known = class_of_names(shapes)
-    naming = next((n for n in NAMINGS if known is not None and n.model_class == known.model_class), None)
+    naming = naming_of(class_name) or (naming_of(known.model_class) if known is not None else None)
     if naming is not None:
         for original, parts in original_layers(naming, layers).items():
-            dotted.setdefault(original, parts)
+            mixed = by_heads and naming.by_heads is not None and original.endswith(f".{naming.by_heads}")
+            dotted.setdefault(original, _head_by_head(parts, shapes) if mixed else parts)
     dotted |= _single_block_attention(dotted)
     flat = {name.replace(".", "_"): parts for name, parts in dotted.items()}
     return {**flat, **dotted}
+
+
+def _head_by_head(parts: tuple[Part, ...], shapes: Mapping[str, tuple[int, ...]]) -> tuple[Part, ...]:
+    """Queries, keys and values whose rows follow one another for each head: first all of the first head's."""
+    first = parts[0].target
+    width = shapes[f"{first.rpartition('.')[0]}.norm_q.weight"][0]
+    pieces = len(parts) * (shapes[f"{first}.weight"][0] // width)
+    return tuple(
+        Part(part.target, tuple(RowRange(at, at + 1, pieces) for at in range(index, pieces, len(parts))))
+        for index, part in enumerate(parts)
+    )
 
 
 def find_place(places: Places, name: str) -> tuple[Part, ...] | None:

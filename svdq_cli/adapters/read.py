@@ -17,22 +17,31 @@ from pathlib import Path
 from torch import Tensor
 
 from svdq_cli.adapters.changes import StoredChange, lokr_rank
-from svdq_cli.adapters.configs import WEIGHT_FILE, TrainingConfig, config_beside, config_in_header
+from svdq_cli.adapters.configs import (
+    WEIGHT_FILE,
+    TrainingConfig,
+    alpha_of_all_layers,
+    config_beside,
+    config_in_header,
+)
 from svdq_cli.adapters.fitting import AdaptedLayer, fitted_layers
 from svdq_cli.adapters.keys import AdapterModule, modules_of, refuse_other_kinds, refused, require_whole, some
 from svdq_cli.adapters.names import (
     ModelShapes,
     Places,
     find_place,
+    is_for_connector,
     is_for_text_encoder,
     named_by_index,
     places_of,
 )
 from svdq_cli.errors import InputError
 from svdq_cli.source.headers import Header, is_gguf, read_whole_header
+from svdq_cli.source.original_names import naming_of
 from svdq_cli.source.tensors import StoredTensor
 from svdq_cli.text import counted
 
+_NAMED_DEFAULT = re.compile(r"\.lora_[AB]\.default\.weight$")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SUFFIXES = (".safetensors", ".gguf", ".ckpt", ".pt", ".pth", ".bin")
 # Where a model reads its image; what was trained on more channels (control, inpainting) is wider here, and only here
@@ -53,7 +62,7 @@ class Adapter:
 
     path: Path
     layers: tuple[AdaptedLayer, ...]
-    left_out: tuple[str, ...]  # keys for the text encoders
+    left_out: tuple[str, ...]  # keys for the text encoders, and for what is between them and the denoiser
     component: str | None = None  # the denoiser that it is for; None where there is one, or its names say
     changed_base: str | None = None  # PiSSA, OLoRA: what its training took out of the model first
     notes: tuple[str, ...] = field(default=())
@@ -72,8 +81,10 @@ class Adapter:
     def warnings(self) -> tuple[str, ...]:
         if not self.left_out:
             return self.notes
+        parts = {"text encoders": is_for_text_encoder, "connectors": is_for_connector}
+        whose = [name for name, matches in parts.items() if any(map(matches, self.left_out))]
         return (
-            f"{self.path}: left out {counted(len(self.left_out), 'tensor')} for the text encoders",
+            f"{self.path}: left out {counted(len(self.left_out), 'tensor')} for the {' and '.join(whose)}",
             *self.notes,
         )
 
@@ -87,15 +98,14 @@ def read_adapter(path: Path, model: ModelShapes, component: str | None = None) -
     if is_gguf(file):
         raise refused(file, "a GGUF file, not safetensors", "give the LoRA as it was trained", str(file))
     header = read_whole_header(file)
-    trained = config_in_header(file, header.metadata) or config_beside(
-        file, named_by_peft=any(key.startswith("base_model.model.") for key in header.tensors)
-    )
+    trained = _training_config(file, header, model)
     if trained is not None:
         trained.require_readable()
     keys = _model_keys(file, header, model)
     refuse_other_kinds(file, keys)
     modules, foreign = modules_of(file, keys)
-    places = places_of(model, component)
+    # DiffSynth-Studio's files are told by peft's name for an adapter
+    places = places_of(model, component, by_heads=any(_NAMED_DEFAULT.search(key) for key in keys))
     _refuse_wider(file, modules, places, model)
     require_whole(file, modules, foreign)
     _refuse_rank_stabilized_lokr(file, modules, header.metadata)
@@ -103,7 +113,7 @@ def read_adapter(path: Path, model: ModelShapes, component: str | None = None) -
     return Adapter(
         path=file,
         layers=layers,
-        left_out=tuple(key for key in header.tensors if is_for_text_encoder(key)),
+        left_out=tuple(key for key in header.tensors if _is_for_other(key)),
         component=component,
         changed_base=None if trained is None else trained.changed_base,
         notes=_notes(file, modules, layers, trained),
@@ -150,9 +160,22 @@ def _model_keys(file: Path, header: Header, model: ModelShapes) -> dict[str, Sto
             str(file),
             kind="lora-mismatch",
         ) from error
-    return {
-        numbered.get(key, key): entry for key, entry in header.tensors.items() if not is_for_text_encoder(key)
-    }
+    return {numbered.get(key, key): entry for key, entry in header.tensors.items() if not _is_for_other(key)}
+
+
+def _is_for_other(key: str) -> bool:
+    return is_for_text_encoder(key) or is_for_connector(key)
+
+
+def _training_config(file: Path, header: Header, model: ModelShapes) -> TrainingConfig | None:
+    """What the trainer said of the adapter, in the header or next to the file."""
+    found = config_in_header(file, header.metadata) or config_beside(
+        file, named_by_peft=any(key.startswith("base_model.model.") for key in header.tensors)
+    )
+    naming = naming_of(model.class_name)
+    if found is not None or naming is None or not naming.alpha_in_header:
+        return found
+    return alpha_of_all_layers(file, header.metadata)
 
 
 def _refuse_wider(file: Path, modules: Sequence[AdapterModule], places: Places, model: ModelShapes) -> None:

@@ -97,7 +97,7 @@ def parts_of(rule: Rule) -> tuple[Part, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Naming:
-    """How one model class is called in its original checkpoints.
+    """How the layers of one model class, and of `relatives` of the same names, are called in original checkpoints.
 
     `rules` gives the layers' rules for a model from its keys, original or diffusers' own: they tell how many blocks
     there are. `suffixes` are parameter names that differ (`scale` of an original norm is diffusers' `weight`); `unused`
@@ -110,6 +110,17 @@ class Naming:
     rules: Callable[[Sequence[str]], tuple[Rule, ...]]
     suffixes: Mapping[str, str]
     unused: frozenset[str] = frozenset()
+    relatives: frozenset[str] = frozenset()
+    # the pipeline on the Hub that such checkpoints belong to, where diffusers itself can't tell
+    published: str | None = None
+    # the fused layer whose rows are head by head in LoRAs of DiffSynth-Studio, which trains weights as they are stored
+    by_heads: str | None = None
+    # whether LoRAs without an alpha for each layer may have one for all of them in the header
+    alpha_in_header: bool = False
+
+    @property
+    def classes(self) -> frozenset[str]:
+        return self.relatives | {self.model_class}
 
 
 def convert_names(

@@ -29,7 +29,7 @@ from svdq_cli.source.library_names import convert_by_library, published_pipeline
 from svdq_cli.source.markers import SCALED_MARKER, Told, told_by, without_markers
 from svdq_cli.source.model import ConfigFrom, Source
 from svdq_cli.source.names import Naming, convert_names
-from svdq_cli.source.original_names import NAMINGS
+from svdq_cli.source.original_names import NAMINGS, NAMINGS_WITH_BASE, naming_of
 from svdq_cli.source.other_files import refuse_other_files
 from svdq_cli.source.prediction import prediction_warnings
 from svdq_cli.source.prefixes import find_model
@@ -39,7 +39,7 @@ from svdq_cli.text import counted
 
 _DIFFUSERS_NAMES = "diffusers names"
 BASE_HINT = "name a diffusers pipeline of the same model: --base FOLDER_OR_HUB_ID (recipe: model.base)"
-_SIGNATURES = tuple(model.signature for model in (*NAMINGS, *KNOWN_CLASSES))
+_SIGNATURES = tuple(model.signature for model in (*NAMINGS, *KNOWN_CLASSES, *NAMINGS_WITH_BASE))
 
 Entry = TypeVar("Entry", bound=TensorEntry)
 
@@ -56,7 +56,7 @@ class _Model:
 def has_original_names(names: Collection[str]) -> bool:
     """Whether these are the names of an original checkpoint that svdq has a table for."""
     present = set(names)
-    return any(naming.signature <= present for naming in NAMINGS)
+    return any(naming.signature <= present for naming in (*NAMINGS, *NAMINGS_WITH_BASE))
 
 
 def open_single_file(path: Path, *, base: Path | None = None, files: Sequence[Path] = ()) -> Source:
@@ -158,7 +158,7 @@ def _unknown_model(
     path: Path, tensors: Mapping[str, TensorEntry], stored: Mapping[str, TensorEntry]
 ) -> InputError:
     first = ", ".join(sorted(stored)[:3]) or "no tensors"
-    if pipeline := published_pipeline({**tensors, **stored}):
+    if pipeline := _published_with_table(tensors) or published_pipeline({**tensors, **stored}):
         return InputError(
             f"{path}: a model as in {pipeline}, whose config can't be derived from its names and shapes alone",
             hint=f"name that pipeline, or another of the same model: --base {pipeline} (recipe: model.base)",
@@ -170,6 +170,13 @@ def _unknown_model(
         hint="for a model with diffusers' names add --base FOLDER_OR_HUB_ID; for others give a diffusers folder",
         where=str(path),
         kind="unknown-family",
+    )
+
+
+def _published_with_table(tensors: Mapping[str, TensorEntry]) -> str | None:
+    """The Hub id of the pipeline that a file belongs to, where diffusers itself does not know such files."""
+    return next(
+        (n.published for n in NAMINGS_WITH_BASE if n.published and n.signature <= tensors.keys()), None
     )
 
 
@@ -204,7 +211,7 @@ def _diffusers_tensors(path: Path, part: _Model, base: Path | None) -> tuple[Map
 def _named_by_base(
     path: Path, tensors: Mapping[str, TensorEntry], base: Path
 ) -> tuple[Mapping[str, TensorEntry], str]:
-    """The tensors of a class that svdq has no table for: diffusers' names, or names that diffusers converts.
+    """The tensors of a class that a base tells: diffusers' names, or names that diffusers or svdq's table converts.
 
     Raises InputError (kind `unread-names`) where the names are neither. Whether the tensors are all of the model's is
     seen when the plan is made.
@@ -214,9 +221,10 @@ def _named_by_base(
     if tensors.keys() == wanted.keys():
         return tensors, _DIFFUSERS_NAMES
     model_class = _base_class(base)
-    converted = convert_by_library(model_class, config, tensors, wanted)
-    own, library = len(tensors.keys() & wanted.keys()), len(converted.keys() & wanted.keys())
-    if max(own, library) * 2 < len(wanted):
+    by_library = convert_by_library(model_class, config, tensors, wanted)
+    by_table = _by_table(model_class, tensors)
+    own, library, table = (len(found.keys() & wanted.keys()) for found in (tensors, by_library, by_table))
+    if max(own, library, table) * 2 < len(wanted):
         first = ", ".join(sorted(tensors)[:3]) or "no tensors"
         raise InputError(
             f"{path}: its tensor names are unknown to svdq as a single file, with a base {base} that is a "
@@ -225,11 +233,20 @@ def _named_by_base(
             where=str(path),
             kind="unread-names",
         )
-    return (
-        (converted, "original names, as diffusers converts them")
-        if library > own
-        else (tensors, _DIFFUSERS_NAMES)
-    )
+    if own >= max(library, table):
+        return tensors, _DIFFUSERS_NAMES
+    if library >= table:
+        return by_library, "original names, as diffusers converts them"
+    return by_table, "original names"
+
+
+def _by_table(model_class: str, tensors: Mapping[str, TensorEntry]) -> Mapping[str, TensorEntry]:
+    """What svdq's table for the class makes of the names; nothing where it has none, or they are others."""
+    naming = naming_of(model_class)
+    try:
+        return convert_names(naming, tensors)[0] if naming is not None else {}
+    except ValueError:
+        return {}
 
 
 def _config(

@@ -6,7 +6,7 @@ The rules themselves are held against diffusers' own converters in test_original
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,7 +52,14 @@ def real_keys(name: str) -> dict[str, tuple[int, ...]]:
     return keys
 
 
-def original_state(naming: Naming, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def has_norm_scale(layer: str) -> bool:
+    """Whether a weight of this original layer is called as its naming's `suffixes` say."""
+    return "norm" in layer or layer == "txtmlp.0"
+
+
+def original_state(
+    naming: Naming, state: Mapping[str, Tensor], has_scale: Callable[[str], bool] = has_norm_scale
+) -> dict[str, Tensor]:
     """A diffusers state dict under its original names, fused as the original is."""
     # rules name layers or bare tensors
     layers = list(dict.fromkeys([*(_layer(name) for name in state), *state]))
@@ -65,7 +72,7 @@ def original_state(naming: Naming, state: Mapping[str, Tensor]) -> dict[str, Ten
             names = [".".join(filter(None, (part.target, suffix))) for part in parts]
             if all(name in state and name not in written for name in names):
                 written.update(names)
-                old = suffix_of.get(suffix, suffix) if "norm" in layer else suffix
+                old = suffix_of.get(suffix, suffix) if has_scale(layer) else suffix
                 original[".".join(filter(None, (layer, old)))] = _assembled(parts, [state[n] for n in names])
     return original
 

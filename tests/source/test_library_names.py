@@ -20,8 +20,9 @@ from svdq_cli.errors import InputError
 from svdq_cli.source import open_source, source_digest
 from svdq_cli.source.configs import class_of_names
 from svdq_cli.source.library_names import convert_by_library, published_pipeline
+from svdq_cli.source.original_names import naming_of
 from svdq_cli.source.traced import RowsOf, fit_splits, stand_ins
-from tests.source.originals import MemoryTensor, row_numbers
+from tests.source.originals import MemoryTensor, original_state, row_numbers
 
 Replacements = Sequence[tuple[str, str]]  # patterns over diffusers' names -> what the original has there
 Original = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
@@ -461,5 +462,65 @@ def test_a_class_whose_names_begin_as_a_known_ones_do_is_what_its_base_says(tmp_
     assert known.model_class == "FluxTransformer2DModel"
     base = pipeline_of(tmp_path / "base", "BriaTransformer2DModel", config, state)
     save_file(state, tmp_path / "model.safetensors")
+    source = open_source(tmp_path / "model.safetensors", base=base)
+    assert source_digest(source) == source_digest(open_source(base))
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."], ids=["bare", "comfyui"])
+@pytest.mark.parametrize(
+    ("class_name", "config"),
+    [
+        ("HunyuanVideo15Transformer3DModel", {"text_embed_2_dim": 32, "image_embed_dim": 32}),
+        ("HunyuanImageTransformer2DModel", {"text_embed_2_dim": 32, "num_single_layers": 1}),
+        ("LTX2VideoTransformer3DModel", {"cross_attn_mod": True, "audio_cross_attn_mod": True}),
+    ],
+)
+def test_where_diffusers_converts_nothing_or_less_svdqs_table_does(
+    tmp_path: Path, class_name: str, config: dict[str, Any], prefix: str
+):
+    """diffusers has no converter for the former two, and none for LTX-2.3's modulation of text."""
+    heads = {"num_attention_heads": 2, "attention_head_dim": 64, "num_layers": 1}
+    hunyuan = {"num_refiner_layers": 1, "text_embed_dim": 32}
+    ltx = {"audio_num_attention_heads": 2, "cross_attention_dim": 128, "caption_channels": 32}
+    config = {**heads, **(hunyuan if "Hunyuan" in class_name else ltx), **config}
+    state = state_of(class_name, config)
+    base = pipeline_of(tmp_path / "base", class_name, config, state)
+    naming = naming_of(class_name)
+    assert naming is not None
+    original = original_state(naming, state, lambda _: False)
+    stored = {prefix + key: tensor.contiguous() for key, tensor in original.items()}
+    save_file(stored, tmp_path / "model.safetensors")
+    source = open_source(tmp_path / "model.safetensors", base=base)
+    assert source_digest(source) == source_digest(open_source(base))
+    if naming.published:
+        with pytest.raises(InputError) as error:
+            open_source(tmp_path / "model.safetensors")
+        assert error.value.kind == "needs-base"
+        assert f"--base {naming.published}" in str(error.value.hint)
+
+
+def test_hunyuan_video_under_comfyuis_names_is_read(tmp_path: Path):
+    """Which diffusers does not convert: `img_attn.qkv`, `img_mlp.0`, norms with scales."""
+    class_name, config, original = TINY["HunyuanVideo"]
+    state = state_of(class_name, config)
+    base = pipeline_of(tmp_path / "base", class_name, config, state)
+    replacements = [
+        (r"(txt_in\.t_embedder|time_in|guidance_in)\.mlp\.0\.", r"\1.in_layer."),
+        (r"(txt_in\.t_embedder|time_in|guidance_in)\.mlp\.2\.", r"\1.out_layer."),
+        (r"c_embedder\.linear_1", "c_embedder.in_layer"),
+        (r"c_embedder\.linear_2", "c_embedder.out_layer"),
+        (r"_attn_([qk])_norm\.weight", r"_attn.norm.\1_norm.weight"),
+        (r"\.([qk])_norm\.weight", r".norm.\1_norm.weight"),
+        (r"norm\.norm", "norm"),
+        (r"q_norm\.weight", "query_norm.scale"),
+        (r"k_norm\.weight", "key_norm.scale"),
+        (r"_attn_(qkv|proj)", r"_attn.\1"),
+        (r"mlp\.fc1", "mlp.0"),
+        (r"mlp\.fc2", "mlp.2"),
+        (r"_mod\.linear", "_mod.lin"),
+        (r"modulation\.linear", "modulation.lin"),
+    ]
+    stored = renamed(original(state), replacements)
+    save_file({f"model.{k}": t.contiguous() for k, t in stored.items()}, tmp_path / "model.safetensors")
     source = open_source(tmp_path / "model.safetensors", base=base)
     assert source_digest(source) == source_digest(open_source(base))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from svdq_cli.source.original_names import (
     CHROMA,
     FLUX1,
     FLUX2,
+    HUNYUAN_VIDEO_15,
     LDM_UNET,
     NAMINGS,
     PIXART,
@@ -24,8 +26,15 @@ from svdq_cli.source.original_names import (
     SD3,
     WAN,
     Z_IMAGE,
+    naming_of,
 )
-from tests.source.originals import MemoryTensor, original_state, real_keys, row_numbers
+from tests.source.originals import (
+    MemoryTensor,
+    has_norm_scale,
+    original_state,
+    real_keys,
+    row_numbers,
+)
 
 Convert = Callable[..., Mapping[str, Tensor]]
 
@@ -107,6 +116,88 @@ def test_rules_are_those_of_diffusers(naming: Naming, config: dict[str, Any], co
     assert frozenset(original) >= naming.signature
     assert_same(ours(naming, original), state)
     assert_same(state, convert({**original, **unused}))
+
+
+SHORT = {"num_layers": 2}
+# Classes that a base tells, whose files diffusers converts: what LoRAs are read with has the same rules
+BASED: dict[str, tuple[dict[str, Any], Convert]] = {
+    "Flux3Transformer2DModel": (
+        {**SHORT, "num_single_layers": 2, "flow_map": True},
+        theirs.convert_flux3_transformer_checkpoint_to_diffusers,
+    ),
+    "Krea2Transformer2DModel": (SHORT, theirs.convert_krea2_transformer_checkpoint_to_diffusers),
+    "MiniMaxH3Transformer3DModel": (
+        SHORT,
+        partial(theirs.convert_minimax_h3_transformer_checkpoint_to_diffusers, config={}),
+    ),
+    "HunyuanVideoTransformer3DModel": (
+        {**SHORT, "num_single_layers": 2},
+        theirs.convert_hunyuan_video_transformer_to_diffusers,
+    ),
+    "LTXVideoTransformer3DModel": (SHORT, theirs.convert_ltx_transformer_checkpoint_to_diffusers),
+    "LTX2VideoTransformer3DModel": (SHORT, theirs.convert_ltx2_transformer_to_diffusers),
+    "Lumina2Transformer2DModel": (SHORT, theirs.convert_lumina2_to_diffusers),
+    "CosmosTransformer3DModel": (
+        {**SHORT, "extra_pos_embed_type": None},
+        theirs.convert_cosmos_transformer_checkpoint_to_diffusers,
+    ),
+    "AuraFlowTransformer2DModel": (
+        {"num_mmdit_layers": 2, "num_single_dit_layers": 2},
+        theirs.convert_auraflow_transformer_checkpoint_to_diffusers,
+    ),
+    # its converter knows the published number of blocks alone
+    "MochiTransformer3DModel": ({}, theirs.convert_mochi_transformer_checkpoint_to_diffusers),
+    "QwenImage21Transformer2DModel": (SHORT, theirs.convert_qwen_image21_transformer_checkpoint_to_diffusers),
+}
+
+
+@pytest.mark.parametrize("model_class", BASED)
+def test_rules_for_loras_are_those_of_diffusers_for_files(model_class: str):
+    config, convert = BASED[model_class]
+    naming = naming_of(model_class)
+    assert naming is not None
+    state = state_of(model_class, **config)
+    # HunyuanVideo's own norms have weights, ComfyUI's scales
+    scales = (lambda _: False) if model_class.startswith("Hunyuan") else has_norm_scale
+    original = original_state(naming, state, scales)
+    assert frozenset(original) >= naming.signature
+    assert_same(ours(naming, original), state)
+    converted = {name: tensor.flatten() for name, tensor in convert(checkpoint=dict(original)).items()}
+    assert_same(state, converted)
+
+
+HUNYUAN_15 = {
+    "double_blocks.1.img_attn_q.weight": "transformer_blocks.1.attn.to_q.weight",
+    "double_blocks.1.txt_attn_v.bias": "transformer_blocks.1.attn.add_v_proj.bias",
+    "double_blocks.0.txt_attn_k_norm.weight": "transformer_blocks.0.attn.norm_added_k.weight",
+    "double_blocks.0.img_attn_proj.weight": "transformer_blocks.0.attn.to_out.0.weight",
+    "double_blocks.0.txt_attn_proj.weight": "transformer_blocks.0.attn.to_add_out.weight",
+    "double_blocks.0.img_mlp.fc1.weight": "transformer_blocks.0.ff.net.0.proj.weight",
+    "double_blocks.0.txt_mlp.fc2.weight": "transformer_blocks.0.ff_context.net.2.weight",
+    "double_blocks.0.txt_mod.linear.bias": "transformer_blocks.0.norm1_context.linear.bias",
+    "img_in.proj.weight": "x_embedder.proj.weight",
+    "time_in.mlp.2.weight": "time_embed.timestep_embedder.linear_2.weight",
+    "txt_in.input_embedder.weight": "context_embedder.proj_in.weight",
+    "txt_in.c_embedder.linear_1.weight": "context_embedder.time_text_embed.text_embedder.linear_1.weight",
+    "txt_in.t_embedder.mlp.0.weight": "context_embedder.time_text_embed.timestep_embedder.linear_1.weight",
+    "byt5_in.layernorm.weight": "context_embedder_2.norm.weight",
+    "byt5_in.fc3.weight": "context_embedder_2.linear_3.weight",
+    "vision_in.proj.3.weight": "image_embedder.linear_2.weight",
+    "cond_type_embedding.weight": "cond_type_embed.weight",
+    "final_layer.linear.weight": "proj_out.weight",
+}
+
+
+def test_hunyuan_video_15_is_named_as_in_diffusers_conversion_script():
+    """The package has no converter for it, so names that its script gives are written here."""
+    state = state_of("HunyuanVideo15Transformer3DModel", num_layers=2)
+    original = original_state(HUNYUAN_VIDEO_15, state, lambda _: False)
+    assert frozenset(original) >= HUNYUAN_VIDEO_15.signature
+    for old, new in HUNYUAN_15.items():
+        assert torch.equal(original[old], state[new])
+    swapped = original["final_layer.adaLN_modulation.1.weight"]
+    assert torch.equal(torch.cat(swapped.chunk(2)[::-1]), state["norm_out.linear.weight"])
+    assert_same(ours(HUNYUAN_VIDEO_15, original), state)
 
 
 def test_sd15_unet_rules_are_those_of_diffusers():

@@ -1,9 +1,9 @@
-"""Black Forest Labs' names: FLUX.1, FLUX.2, and Chroma, which was made from FLUX.1."""
+"""Black Forest Labs' names: FLUX.1, FLUX.2, FLUX.3, and Chroma, which was made from FLUX.1."""
 
 from __future__ import annotations
 
 from svdq_cli.source.names import Naming, Rule, fused, renamed, swapped
-from svdq_cli.source.original_names.table import table
+from svdq_cli.source.original_names.table import in_stack, table
 
 _BFL_DOUBLE = (
     ("img_attn", "attn.", ("to_q", "to_k", "to_v"), "norm_", "to_out.0"),
@@ -117,6 +117,45 @@ CHROMA = Naming(
         *(renamed(name, name) for name in (f"distilled_guidance_layer.{end}_proj" for end in ("in", "out"))),
         *_bfl_embedder("distilled_guidance_layer.layers.{}", "distilled_guidance_layer.layers.{}"),
         renamed("distilled_guidance_layer.norms.{}", "distilled_guidance_layer.norms.{}"),
+    ),
+    suffixes={"scale": "weight"},
+)
+
+_FLUX3_BLOCK = (
+    *(renamed(f"{x}_proj", f"attn.to_{x}") for x in "qkv"),
+    renamed("attn_out", "attn.to_out.0"),
+    renamed("norm.query_norm", "attn.norm_q"),
+    renamed("norm.key_norm", "attn.norm_k"),
+    renamed("mlp_in", "ff.linear_in"),
+    renamed("mlp_out", "ff.linear_out"),
+)
+# what FLUX.3 generates, and the images that it reads
+_FLUX3_MODES = ("image", "image_cond")
+_FLUX3_STREAMS = (*_FLUX3_MODES, "txt")
+
+FLUX3 = Naming(
+    name="original (BFL) names",
+    model_class="Flux3Transformer2DModel",
+    signature=frozenset({"content_mode_blocks.image.0.q_proj.weight", "single_blocks.0.q_proj.weight"}),
+    rules=table(
+        *in_stack("single_blocks", "single_transformer_blocks", _FLUX3_BLOCK),
+        *in_stack("txt_mode_blocks", "txt_mode_blocks", _FLUX3_BLOCK),
+        *(
+            rule
+            for mode in _FLUX3_MODES
+            for rule in in_stack(f"content_mode_blocks.{mode}", f"mode_blocks.{mode}", _FLUX3_BLOCK)
+        ),
+        *(renamed(f"emb_in.{mode}", f"x_embedders.{mode}") for mode in _FLUX3_MODES),
+        *(
+            renamed(f"{stage}_stream_modulations.{stream}.lin", f"{stage}_stream_modulations.{stream}.linear")
+            for stage in ("early", "single")
+            for stream in _FLUX3_STREAMS
+        ),
+        renamed("txt_in", "context_embedder"),
+        *_bfl_embedder("time_in", "timestep_embedder"),
+        *_bfl_embedder("ref_time_in", "target_timestep_embedder"),
+        renamed("final_layer.image.linear", "proj_out"),
+        swapped("final_layer.image.adaLN_modulation.1", "norm_out.linear"),
     ),
     suffixes={"scale": "weight"},
 )

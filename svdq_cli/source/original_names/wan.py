@@ -54,6 +54,9 @@ _ENDS: tuple[Rule, ...] = (
 WAN = Naming(
     name="original (Wan) names",
     model_class="WanTransformer3DModel",
+    relatives=frozenset(
+        f"{name}Transformer3DModel" for name in ("WanVACE", "WanAnimate", "SkyReelsV2", "ChronoEdit")
+    ),
     signature=frozenset({"head.modulation", "blocks.0.self_attn.q.weight"}),
     rules=table(*_ENDS, *in_stacks(("blocks", "vace_blocks"), _BLOCK)),
     suffixes={},
