@@ -135,7 +135,9 @@ def _recognized(
     """The table and the class that the names tell. A base may be of a class whose names begin as a known one's do."""
     for naming in NAMINGS:
         if naming.signature <= tensors.keys():
-            own = base is not None and tensors.keys() == _base_names(base)
+            own = base is not None and (
+                tensors.keys() == _base_names(base) or _is_all_of(_base_class(base), naming, tensors)
+            )
             return (None, None) if own else (naming, known_class(naming.model_class))
     known = class_of_names(tensors)
     config = component_config(base) if base else None
@@ -143,6 +145,18 @@ def _recognized(
         return None, known
     weights, _ = without_markers(tensors, str(config.get("_class_name")))
     return None, None if weights.keys() == _base_names(base) else known
+
+
+def _is_all_of(model_class: str, other: Naming, tensors: Mapping[str, TensorEntry]) -> bool:
+    """Whether the class has a table of its own that gives every tensor a place: HunyuanVideo has names in ComfyUI that
+    tell FLUX.1 elsewhere."""
+    naming = naming_of(model_class)
+    if naming is None or naming is other:
+        return False
+    try:
+        return not convert_names(naming, tensors)[1]
+    except ValueError:
+        return False
 
 
 def _require_known_to_base(
