@@ -369,7 +369,8 @@ def test_rows_head_by_head_are_told_by_diffsynths_names_as_diffusers_tells_them(
             for name, tensor in peft_lora(here.factors(2), "").items()
         }
         file = saved(tmp_path / "diffsynth.safetensors", tensors)
-        theirs = loaders.lora_pipeline.MiniMaxH3LoraLoaderMixin.lora_state_dict(str(file))
+        loader: Any = loaders.lora_pipeline.MiniMaxH3LoraLoaderMixin
+        theirs = loader.lora_state_dict(str(file))
         assert_close(here.merged(file), fused(here, theirs))
         stacked = saved(tmp_path / "stacked.safetensors", peft_lora(here.factors(2), ""))
         name = "transformer_blocks.0.attn.to_q.weight"
@@ -380,9 +381,8 @@ def test_one_alpha_in_the_header_is_that_of_every_layer_as_diffusers_takes_it(wo
     here = world(MINIMAX)
     tensors = peft_lora(here.factors(3), "diffusion_model.")
     file = saved(here.folder / "alpha.safetensors", tensors, alpha="6")
-    theirs, metadata = loaders.lora_pipeline.MiniMaxH3LoraLoaderMixin.lora_state_dict(
-        str(file), return_lora_metadata=True
-    )
+    loader: Any = loaders.lora_pipeline.MiniMaxH3LoraLoaderMixin
+    theirs, metadata = loader.lora_state_dict(str(file), return_lora_metadata=True)
     mine = here.merged(file)
     assert_close(mine, fused(here, theirs, metadata=metadata))
     plain = here.merged(saved(here.folder / "plain.safetensors", tensors))
