@@ -28,10 +28,14 @@ class Summary:
 
 @dataclass(frozen=True, slots=True)
 class OutputFile:
+    """What was written. `sha256`: of the weight files in their order; `tensors_sha256`: of what is in them (names,
+    shapes, types and bytes of all tensors), which stays the same where another program writes them again."""
+
     format: str
     path: str
     bytes: int
     sha256: str
+    tensors_sha256: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 from svdq_cli.checkpoint.check_encoders import encoder_problems, four_bit_encoders
 from svdq_cli.checkpoint.detect import STORED_DTYPES, specs_of_headers
 from svdq_cli.checkpoint.reader import Checkpoint, open_checkpoint
-from svdq_cli.checkpoint.recorded_bytes import changed_bytes
+from svdq_cli.checkpoint.recorded_bytes import Compared, changed_bytes
 from svdq_cli.errors import CheckFailedError, InputError
 from svdq_cli.formats.soundness import differences
 from svdq_cli.records import Event, LayerPlan, Observer, W4A4Solution, ignore_events
@@ -57,8 +57,11 @@ def check(
     for name in encoders:
         assert own is not None
         problems += encoder_problems(own, name, against.pipeline if against else None)
-    if not problems:  # else they say more than that something changed
-        problems = changed_bytes(path, checkpoint)
+    # problems say more than that something changed
+    compared = Compared() if problems else changed_bytes(path, checkpoint)
+    for note in compared.notes:
+        observe(Event("warning", "check", detail=note))
+    problems += compared.problems
     return CheckReport(
         status="failed" if problems else "ok",
         format=checkpoint.format.name,
@@ -70,6 +73,7 @@ def check(
         }
         or None,
         text_encoders=encoders,
+        warnings=compared.notes,
     )
 
 

@@ -37,6 +37,7 @@ from svdq_cli.source import (
     file_sha256,
     has_settings,
     pipeline_index,
+    tensors_sha256,
     unread_variants,
     weight_files,
 )
@@ -166,10 +167,18 @@ def write_report(path: Path, report: object) -> None:
 def output_file(
     fmt: Format, path: Path, weights: Sequence[Path], stop: threading.Event | None = None
 ) -> OutputFile:
-    """The facts of an output that will be stored at `path`; bytes and digest are those of its weight files in their
-    order. CancelledError once `stop` is set."""
+    """The facts of an output that will be stored at `path`; bytes and digests are those of its weight files.
+    CancelledError once `stop` is set."""
+    return written_file(fmt.name, path, weights, stop)
+
+
+def written_file(
+    name: str, path: Path, weights: Sequence[Path], stop: threading.Event | None = None
+) -> OutputFile:
+    """`output_file` of a kind of file that is no checkpoint's format."""
     size = sum(file.stat().st_size for file in weights)
-    return OutputFile(fmt.name, str(path), size, file_sha256(*weights, stop=stop))
+    content = tensors_sha256(weights, stop)
+    return OutputFile(name, str(path), size, file_sha256(*weights, stop=stop), content)
 
 
 def write_target(

@@ -28,4 +28,6 @@ def check_against(
     report = check(path, against=origin.require_same(), observe=observe)
     for note in origin.notes:
         observe(Event("warning", "check", detail=note))
-    return replace(report, same_source=origin.same, loras=origin.loras, warnings=origin.notes)
+    return replace(
+        report, same_source=origin.same, loras=origin.loras, warnings=(*origin.notes, *report.warnings)
+    )

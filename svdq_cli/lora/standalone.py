@@ -26,7 +26,7 @@ from svdq_cli.checkpoint.branches import join_branches, stored_rows
 from svdq_cli.checkpoint.file_layout import StoredModule
 from svdq_cli.checkpoint.lossless import same_bits, take_rows
 from svdq_cli.checkpoint.reader import Checkpoint
-from svdq_cli.checkpoint.writer import report_path, write_report
+from svdq_cli.checkpoint.writer import report_path, write_report, written_file
 from svdq_cli.errors import CheckFailedError, UsageError
 from svdq_cli.formats.contract import Branch
 from svdq_cli.formats.nunchaku import FORMAT
@@ -38,7 +38,7 @@ from svdq_cli.lora.join import join_loras
 from svdq_cli.lora.means import require_no_means
 from svdq_cli.prepare.options import DEFAULT_OPTIONS, RunOptions
 from svdq_cli.records import W4A4Plan, W4A16Plan
-from svdq_cli.reports import LoraReport, OutputFile
+from svdq_cli.reports import LoraReport
 from svdq_cli.solve.rebuild import rebuilt_weight
 from svdq_cli.source import file_sha256
 from svdq_cli.storage.atomic import refuse_existing, whole_output
@@ -94,7 +94,7 @@ def write_nunchaku_lora(
     with whole_output(out, overwrite=options.overwrite) as unfinished:
         save_tensors(unfinished, tensors, {"svdq_lora": json.dumps(said, sort_keys=True)})
         _require_same(tensors, unfinished)
-        written = OutputFile("nunchaku-lora", str(out), unfinished.stat().st_size, file_sha256(unfinished))
+        written = written_file("nunchaku-lora", out, [unfinished])
     ranks = [layer.rank for layer in checkpoint.layers if isinstance(layer, W4A4Plan)]
     report = LoraReport(
         source_format=checkpoint.format.name,

@@ -55,6 +55,7 @@ from svdq_cli.source.model import (
     read_tensor,
     source_digest,
     tensor_entry,
+    tensors_sha256,
 )
 from svdq_cli.source.other_files import refuse_exports, refuse_other_components
 from svdq_cli.source.prediction import has_settings, needed_settings, scheduler_config
@@ -98,6 +99,7 @@ __all__ = [
     "take_experts_apart",
     "take_turns",
     "tensor_entry",
+    "tensors_sha256",
     "text_encoders_of",
     "unread_variants",
     "weight_files",

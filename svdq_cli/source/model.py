@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,6 +17,7 @@ from typing import Literal
 from torch import Tensor
 
 from svdq_cli.errors import InputError
+from svdq_cli.source.headers import read_header
 from svdq_cli.source.tensors import TensorEntry, content_sha256, entry_bytes
 from svdq_cli.system.threads import prefetch
 
@@ -115,13 +116,34 @@ def source_digest(source: Source, stop: threading.Event | None = None) -> str:
     for component, config in source.further.items():
         said = {component: described_config(config)}
         digest.update(json.dumps(said, sort_keys=True).encode())
+    for line in _described(source.tensors, stop):
+        digest.update(line)
+    return digest.hexdigest()
+
+
+def tensors_sha256(files: Sequence[Path], stop: threading.Event | None = None) -> str:
+    """sha256 of the names, shapes, types and bytes of all tensors in safetensors files, in whatever order and however
+    they are spread over the files of one folder. CancelledError once `stop` is set."""
+    several = len({file.parent for file in files}) > 1  # denoisers have tensors of equal names
+    tensors = {
+        f"{file.parent.name}/{name}" if several else name: entry
+        for file in files
+        for name, entry in read_header(file).items()
+    }
+    digest = hashlib.sha256()
+    for line in _described(tensors, stop):
+        digest.update(line)
+    return digest.hexdigest()
+
+
+def _described(tensors: Mapping[str, TensorEntry], stop: threading.Event | None) -> Iterator[bytes]:
+    """What a digest takes of every tensor, by name."""
     for (name, entry), content in prefetch(
-        sorted(source.tensors.items()), lambda named: content_sha256(named[1]), threads=_HASHERS
+        sorted(tensors.items()), lambda named: content_sha256(named[1]), threads=_HASHERS
     ):
         if stop is not None and stop.is_set():
             raise CancelledError
-        digest.update(f"{name} {entry.dtype} {list(entry.shape)} {content}\n".encode())
-    return digest.hexdigest()
+        yield f"{name} {entry.dtype} {list(entry.shape)} {content}\n".encode()
 
 
 def described_config(config: Mapping[str, object]) -> dict[str, object]:

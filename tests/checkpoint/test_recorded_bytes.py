@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from svdq_cli.checkpoint import writer
 from svdq_cli.checkpoint.check import check
@@ -61,11 +63,42 @@ def test_one_turned_bit_is_found_without_the_source(output: str, copy: Path):
     assert "is not what the report beside it was written for (sha256 " in problem.what
 
 
+@pytest.mark.parametrize("output", ["out", FILE])
+def test_a_file_that_another_program_wrote_again_is_not_called_changed(output: str, copy: Path):
+    path = copy / output
+    files = [path] if path.is_file() else weight_files(path / "transformer")
+    written = files[-1]
+    with safe_open(written, framework="pt") as stored:
+        tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+        metadata = stored.metadata() or {}
+    before = written.read_bytes()
+    save_file(tensors, written, metadata={**metadata, "tool": "another"})
+    assert written.read_bytes() != before
+    report = check(path)
+    assert report.status == "ok"
+    (said,) = report.warnings
+    assert f"{files[0].name}: other bytes than the report beside it says, but the same tensors" in said
+    turn_a_bit(written)
+    (problem,) = check(path).problems
+    assert "is not what the report beside it was written for (" in problem.what
+
+
+def test_shards_that_were_put_together_are_the_same_tensors(copy: Path):
+    folder = copy / "out" / "transformer"
+    shards = weight_files(folder)
+    tensors = {name: tensor for file in shards for name, tensor in load_file(file).items()}
+    for file in (*shards, *folder.glob("*.index.json")):
+        file.unlink()
+    save_file(tensors, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    report = check(copy / "out")
+    assert (report.status, len(report.warnings)) == ("ok", 1)
+
+
 def test_a_file_of_another_size_is_said_to_be_one(copy: Path):
     report = copy / f"{FILE}.report.json"
     said = json.loads(report.read_text())
     for output in said["outputs"]:
-        output |= {"bytes": 1, "sha256": "0" * 64}
+        output |= {"bytes": 1, "sha256": "0" * 64, "tensors_sha256": "0" * 64}
     report.write_text(json.dumps(said))
     (problem,) = check(copy / FILE).problems
     assert "bytes instead of 1)" in problem.what

@@ -25,7 +25,7 @@ NAMED = {
     "steps_seconds",
 }
 NAMED_ABOVE = {"search.layers", "search.blocks", "search.outputs", "baselines"}
-OUTPUTS = "outputs[]{bytes, format, path, sha256}"
+OUTPUTS = "outputs[]{bytes, format, path, sha256, tensors_sha256}"
 MODEL = "model{class, family, parameters, source_sha256}"
 LAYERS = "layers{kept, w4a16, w4a4, w4a8}"
 RANK = "rank{max, mean, min, requested}"
