@@ -561,7 +561,8 @@ class CalibrateReport:
 @dataclass(frozen=True, slots=True)
 class GenerateReport:
     """`width`, `height` and `frames` are 0 of a sound alone. `fps`: of a video's file. `audio_seconds`: of the sound in
-    the file, alone or with its video; None where there is none."""
+    the file, alone or with its video; None where there is none. `loras`: those that ran next to the checkpoint; what
+    was merged or folded into it is the checkpoint's own."""
 
     path: str
     backend: str
@@ -571,6 +572,7 @@ class GenerateReport:
     frames: int = 1  # more of a video
     fps: float | None = None
     audio_seconds: float | None = None
+    loras: tuple[LoraFacts, ...] = ()
     command: str = "generate"
     status: str = "ok"
     schema: int = 1
@@ -590,8 +592,8 @@ class RepackReport:
 
 @dataclass(frozen=True, slots=True)
 class LoraFacts:
-    """A LoRA that was folded: its file, the weight that it was given, and the sha256 of the file. `component`: the
-    denoiser that it is for; None where there is one, or the names in the file tell."""
+    """A LoRA that was folded or run: its file, the weight that it was given, and the sha256 of the file. `component`:
+    the denoiser that it is for; None where there is one, or the names in the file tell."""
 
     path: str
     weight: float
@@ -616,7 +618,8 @@ class LoraKey:
 
 @dataclass(frozen=True, slots=True)
 class LoraReport:
-    """`layer_error`: what --max-rank cut off each layer's branch, relative to it (Frobenius norm)."""
+    """`layer_error`: what --max-rank cut off each layer's branch, relative to it (Frobenius norm). `next`: a command
+    that looks at the result, ready to be pasted but for names in capitals; None of a LoRA file for another engine."""
 
     source_format: str
     outputs: tuple[OutputFile, ...]
@@ -628,6 +631,7 @@ class LoraReport:
     warnings: tuple[str, ...]
     seconds: float
     peak: PeakFacts
+    next: str | None = None
     command: str = "lora"
     status: str = "ok"
     schema: int = 1

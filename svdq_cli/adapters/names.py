@@ -53,15 +53,17 @@ _PROCESSORS = (
     (re.compile(r"\.processor\.to_(q|k|v)"), r".to_\1"),
     (re.compile(r"\.processor\.to_out"), r".to_out.0"),
 )
-_TEXT_ENCODER = re.compile(
-    r"^(?:base_model\.model\.|pipe\.)*(lora_te\d?_|te\d?_|lora_te\d?\.|text_encoder(_\d)?[.:]|text_encoders\.|clip_[lg]\."
-    r"|t5xxl\.|cond_stage_model\.|conditioner\.|bundle_emb\.|<[^>]+>$)"
-)
-# Between text encoders and denoiser: LTX-2's connectors, and Anima's adapter of its language model
-_CONNECTOR = re.compile(
-    r"^(?:diffusion_model\.|lora_unet_|lycoris_)?(?:llm_adapter[._]|text_conditioner[._]|connectors\."
-    r"|text_embedding_projection[._]|(?:video|audio)_embeddings_connector[._])"
-)
+_OTHER_PARTS = {
+    "text encoders": re.compile(
+        r"^(?:base_model\.model\.|pipe\.)*(lora_te\d?_|te\d?_|lora_te\d?\.|text_encoder(_\d)?[.:]|text_encoders\."
+        r"|clip_[lg]\.|t5xxl\.|cond_stage_model\.|conditioner\.|bundle_emb\.|<[^>]+>$)"
+    ),
+    # between text encoders and denoiser: those of LTX-2, and Anima's adapter of its language model
+    "connectors": re.compile(
+        r"^(?:diffusion_model\.|lora_unet_|lycoris_)?(?:llm_adapter[._]|text_conditioner[._]|connectors\."
+        r"|text_embedding_projection[._]|(?:video|audio)_embeddings_connector[._])"
+    ),
+}
 _INDEXED = re.compile(r"^unet:(\d+):(up|down)$")
 # The linears of a UNet's transformer block by the class that cloneofsimo's trainer looked for, in the order in which
 # diffusers of that time (0.3 to 0.11) registered them: the feed-forward stood between the two attentions.
@@ -90,14 +92,10 @@ class ModelShapes:
         return (self.component, *self.further)
 
 
-def is_for_text_encoder(key: str) -> bool:
-    """Whether a key is of a text encoder's adapter, or a token's trained embedding."""
-    return _TEXT_ENCODER.match(key) is not None
-
-
-def is_for_connector(key: str) -> bool:
-    """Whether a key is of an adapter of what is between the text encoders and the denoiser."""
-    return _CONNECTOR.match(key) is not None
+def part_of(key: str) -> str | None:
+    """The part of a pipeline, other than its denoisers, that a key's adapter or a token's trained embedding is of; None
+    where it is of a denoiser."""
+    return next((name for name, pattern in _OTHER_PARTS.items() if pattern.match(key)), None)
 
 
 def places_of(model: ModelShapes, chosen: str | None = None, *, by_heads: bool = False) -> Places:

@@ -30,9 +30,8 @@ from svdq_cli.adapters.names import (
     ModelShapes,
     Places,
     find_place,
-    is_for_connector,
-    is_for_text_encoder,
     named_by_index,
+    part_of,
     places_of,
 )
 from svdq_cli.errors import InputError
@@ -81,8 +80,7 @@ class Adapter:
     def warnings(self) -> tuple[str, ...]:
         if not self.left_out:
             return self.notes
-        parts = {"text encoders": is_for_text_encoder, "connectors": is_for_connector}
-        whose = [name for name, matches in parts.items() if any(map(matches, self.left_out))]
+        whose = sorted({str(part_of(key)) for key in self.left_out}, reverse=True)
         return (
             f"{self.path}: left out {counted(len(self.left_out), 'tensor')} for the {' and '.join(whose)}",
             *self.notes,
@@ -113,7 +111,7 @@ def read_adapter(path: Path, model: ModelShapes, component: str | None = None) -
     return Adapter(
         path=file,
         layers=layers,
-        left_out=tuple(key for key in header.tensors if _is_for_other(key)),
+        left_out=tuple(key for key in header.tensors if part_of(key) is not None),
         component=component,
         changed_base=None if trained is None else trained.changed_base,
         notes=_notes(file, modules, layers, trained),
@@ -160,11 +158,7 @@ def _model_keys(file: Path, header: Header, model: ModelShapes) -> dict[str, Sto
             str(file),
             kind="lora-mismatch",
         ) from error
-    return {numbered.get(key, key): entry for key, entry in header.tensors.items() if not _is_for_other(key)}
-
-
-def _is_for_other(key: str) -> bool:
-    return is_for_text_encoder(key) or is_for_connector(key)
+    return {numbered.get(key, key): entry for key, entry in header.tensors.items() if part_of(key) is None}
 
 
 def _training_config(file: Path, header: Header, model: ModelShapes) -> TrainingConfig | None:

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from svdq_cli.cli.failures import print_failure
 from svdq_cli.cli.pages import bench, conversion, demo, evaluation, inspect
-from svdq_cli.cli.pages.shared import generated_text, typed
+from svdq_cli.cli.pages.shared import generated_text, loras_text, typed
 from svdq_cli.cli.several import SeveralReport
 from svdq_cli.cli.streams import printing
 from svdq_cli.errors import CheckFailedError, GateMissedError, SvdqError
@@ -98,6 +98,8 @@ def _show_page(report: object, verbose: bool) -> None:
             evaluation.evaluation(console, report, verbose)
         case GenerateReport():
             console.print(f"{report.path}: {generated_text(report)}, {report.seconds:.1f} s")
+            if report.loras:
+                console.print(f"LoRAs: {loras_text(report.loras)}")
             console.print(f"backend: {report.backend}")
         case _:
             _heavy(console, report, verbose)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -33,6 +33,7 @@ from svdq_cli.conversion.card import CARD_FILE, DerivedFacts, card_path, derived
 from svdq_cli.errors import CheckFailedError, InputError, UsageError
 from svdq_cli.formats import format_named
 from svdq_cli.formats.contract import Format
+from svdq_cli.prepare.facts import other_components_bytes
 from svdq_cli.prepare.options import DEFAULT_OPTIONS, RunOptions
 from svdq_cli.records import Event, LayerSolution, Observer, W4A16Plan, W4A16Solution, ignore_events
 from svdq_cli.reports import RepackReport
@@ -71,7 +72,9 @@ def export(
     fmt = format_named(to)
     target = _target(checkpoint, fmt)
     require_places([out], folders=[not fmt.single_file], inputs=[path], overwrite=options.overwrite)
-    require_disk({out: target.bytes(checkpoint.state)})
+    whole = replace(checkpoint.source, pipeline=pipeline)
+    others = 0 if fmt.single_file else other_components_bytes(whole)
+    require_disk({out: target.bytes(checkpoint.state) + others})
     contents = Contents(
         configs=checkpoint.source.configs,
         state=checkpoint.state,

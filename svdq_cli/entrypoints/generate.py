@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from svdq_cli.adapters.denoiser import LoraFile
+from svdq_cli.adapters.read import adapter_file
 from svdq_cli.checkpoint.reader import open_checkpoint
 from svdq_cli.errors import UsageError
 from svdq_cli.inference.backend import Backend
 from svdq_cli.inference.load import load_pipeline
 from svdq_cli.lora.attach import load_lora, set_adapters
+from svdq_cli.lora.edits import lora_facts
 from svdq_cli.pipelines.arguments import opened_image
 from svdq_cli.pipelines.generate import generate_one
 from svdq_cli.pipelines.generated import Generated
@@ -112,6 +114,7 @@ def generate(
         frames=len(made.frames),
         fps=fps if len(made.frames) > 1 else None,
         audio_seconds=made.sound.seconds if made.sound is not None and kept else None,
+        loras=tuple(lora_facts(adapter_file(lora.path), lora.weight, lora.component) for lora in loras),
     )
 
 

@@ -13,14 +13,15 @@ from torch import Tensor
 from svdq_cli.adapters.changes import StoredChange, WeightRows
 from svdq_cli.adapters.denoiser import LoraFile, read_lora
 from svdq_cli.adapters.fitting import AdaptedLayer
-from svdq_cli.adapters.names import ModelShapes
+from svdq_cli.adapters.names import ModelShapes, part_of
 from svdq_cli.adapters.read import Adapter
 from svdq_cli.adapters.updates import WeightChange
 from svdq_cli.checkpoint.reader import Checkpoint, layer_of
 from svdq_cli.errors import InputError, UsageError
 from svdq_cli.lora.weights import CheckpointWeights, require_same_base
 from svdq_cli.records import W4A4Plan, W4A16Plan
-from svdq_cli.reports import LoraKey
+from svdq_cli.reports import LoraFacts, LoraKey
+from svdq_cli.source import file_sha256
 
 # What becomes of a W4A16 layer that a LoRA changes: a 16-bit layer, what it was, or a layer with a branch of its own
 W4A16Choice = Literal["dense", "skip", "branch"]
@@ -55,6 +56,11 @@ class Edits:
     vectors: Mapping[str, Tensor]  # by bias, and by weight of a norm: (N,) float32, strength included
     dense: frozenset[str]  # W4A16 layers that become 16-bit ones
     skipped: frozenset[str]  # W4A16 layers that stay as they are
+
+
+def lora_facts(file: Path, weight: float, component: str | None) -> LoraFacts:
+    """What a report says of a LoRA: its file as an absolute path, its strength, its digest and its denoiser."""
+    return LoraFacts(str(file.absolute()), weight, file_sha256(file), component)
 
 
 def read_loras(checkpoint: Checkpoint, loras: Sequence[LoraFile]) -> tuple[GivenLora, ...]:
@@ -119,7 +125,7 @@ def table_of(
         file = lora.adapter.path
         rows += [_row(lora, layer, planned, edits, errors) for layer in lora.adapter.layers]
         rows += [
-            LoraKey(file.name, key, (), None, None, "not applicable", None, "for the text encoders")
+            LoraKey(file.name, key, (), None, None, "not applicable", None, f"for the {part_of(key)}")
             for key in lora.adapter.left_out
         ]
     return tuple(rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,16 +28,16 @@ from svdq_cli.checkpoint.writer import (
 from svdq_cli.conversion.card import CARD_FILE, DerivedFacts, card_path, derived_card
 from svdq_cli.errors import InputError
 from svdq_cli.lora.check import require_folded
-from svdq_cli.lora.edits import Edits, GivenLora, plan_edits, read_loras, table_of
+from svdq_cli.lora.edits import Edits, GivenLora, lora_facts, plan_edits, read_loras, table_of
 from svdq_cli.lora.factor import APPROXIMATE_RANK
 from svdq_cli.lora.join import JoinedBranches, join_loras
 from svdq_cli.lora.means import with_means
 from svdq_cli.lora.rewrite import header_of, new_target, write_changed
+from svdq_cli.prepare.facts import other_components_bytes
 from svdq_cli.prepare.options import DEFAULT_OPTIONS, RunOptions
 from svdq_cli.prepare.origin import held_already
 from svdq_cli.records import Event, Observer, W4A4Plan, ignore_events
 from svdq_cli.reports import LoraFacts, LoraReport
-from svdq_cli.source import file_sha256
 from svdq_cli.storage.atomic import refuse_existing, require_disk, whole_output, write_text
 from svdq_cli.storage.headers import header_metadata
 from svdq_cli.storage.output_paths import distinct_names, name_warnings, require_places
@@ -87,7 +88,8 @@ def fold(
     )
     edits = with_means(checkpoint, edits, joined)
     target = new_target(checkpoint, edits, joined)
-    require_disk({out: target.bytes(checkpoint.state)})
+    others = 0 if target.format.single_file else other_components_bytes(checkpoint.source)
+    require_disk({out: target.bytes(checkpoint.state) + others})
     facts = facts_of(given)
     observe(Event("start", "fold", 0, 1))
     with whole_output(out, overwrite=options.overwrite) as partial:
@@ -105,6 +107,7 @@ def fold(
             warnings=(*held_already(checkpoint, loras), *_warnings(given, edits, checkpoint, out)),
             seconds=time.monotonic() - started,
             peak=peak_memory(),
+            next=_next(checkpoint, out),
         )
         card = derived_card(checkpoint, _derived(checkpoint, out, written.bytes, facts))
         if not target.format.single_file:
@@ -134,15 +137,13 @@ def _file_bytes(checkpoint: Checkpoint) -> int:
 
 def facts_of(given: Sequence[GivenLora]) -> tuple[LoraFacts, ...]:
     """What the report says of the LoRAs."""
-    return tuple(
-        LoraFacts(
-            str(lora.adapter.path.absolute()),
-            lora.weight,
-            file_sha256(lora.adapter.path),
-            lora.adapter.component,
-        )
-        for lora in given
-    )
+    return tuple(lora_facts(lora.adapter.path, lora.weight, lora.adapter.component) for lora in given)
+
+
+def _next(checkpoint: Checkpoint, out: Path) -> str:
+    """The command that generates with the folded checkpoint."""
+    base = [] if checkpoint.source.pipeline is not None else ["--base", "PIPELINE"]
+    return shlex.join(["svdq", "generate", str(out), *base, "--prompt", "TEXT", "-o", "FILE"])
 
 
 def open_sound(path: Path) -> Checkpoint:

@@ -17,6 +17,7 @@ from svdq_cli.cli.pages.shared import (
     encoder_rows,
     facts_table,
     frames_text,
+    loras_text,
     print_layers,
     size_text,
     typed,
@@ -213,14 +214,7 @@ def lora(console: Console, report: LoraReport, verbose: bool) -> None:
     (output,) = report.outputs
     table = facts_table()
     table.add_row("written", output.path)
-    table.add_row(
-        "LoRAs",
-        ", ".join(
-            f"{PurePath(lora.path).name} at {lora.weight:g}"
-            + (f" in {lora.component}" if lora.component else "")
-            for lora in report.loras
-        ),
-    )
+    table.add_row("LoRAs", loras_text(report.loras))
     table.add_row("rank", f"{report.rank['before']} -> {report.rank['after']}")
     apart = output.format != report.source_format  # a LoRA file for the checkpoint, which stays as it is
     before = "" if apart else f"{bytes_text(report.bytes['before'])} -> "
@@ -241,3 +235,5 @@ def lora(console: Console, report: LoraReport, verbose: bool) -> None:
         console.print(Text(f"  {error:7.4f}  {name} (error of its compressed branch)"))
     for warning in report.warnings:
         console.print(Text(f"note: {warning}"))
+    if report.next is not None:
+        console.print(Text(f"next: {report.next}"))

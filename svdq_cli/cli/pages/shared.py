@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import PurePath
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from svdq_cli.reports import GenerateReport, LayerSqnr, Summary, TextEncoderFacts
+from svdq_cli.reports import GenerateReport, LayerSqnr, LoraFacts, Summary, TextEncoderFacts
 from svdq_cli.text import bytes_text
 
 WORST_LAYERS = 5
@@ -44,6 +45,14 @@ def generated_text(report: GenerateReport) -> str:
     moves = f"{report.frames} frames, {report.fps:g} a second" if report.frames > 1 and report.fps else ""
     sounds = f"{report.audio_seconds:.1f} s of sound" if report.audio_seconds is not None else ""
     return ", ".join(part for part in (size, moves, sounds) if part)
+
+
+def loras_text(loras: Sequence[LoraFacts]) -> str:
+    """LoRAs by the names of their files, each with its strength and, of several denoisers, the one that it is for."""
+    return ", ".join(
+        f"{PurePath(lora.path).name} at {lora.weight:g}" + (f" in {lora.component}" if lora.component else "")
+        for lora in loras
+    )
 
 
 def typed(*words: str) -> str:
