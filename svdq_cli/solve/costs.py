@@ -6,7 +6,7 @@ K in features, M calibration rows, R rank. Tests hold them against what torch al
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from svdq_cli.records import (
@@ -22,12 +22,12 @@ from svdq_cli.records import (
     W4A16Plan,
 )
 from svdq_cli.solve import refine
-from svdq_cli.solve.forward import ROWS_AT_ONCE
+from svdq_cli.solve.forward import MEASURED_ROWS, ROWS_AT_ONCE
 from svdq_cli.solve.improve import LEAST_ROWS
 from svdq_cli.solve.low_rank import OVERSAMPLE, POWER_ITERATIONS, SEARCH_POWER_ITERATIONS
 from svdq_cli.solve.quantizers import BLOCK, NVFP4_SHARES
 from svdq_cli.solve.rotated import ROW_FACTORS
-from svdq_cli.solve.smoothing_methods import SEARCH_ROWS, SMOOTHING_METHODS
+from svdq_cli.solve.smoothing_methods import SEARCH_OUTPUTS, SEARCH_ROWS, SMOOTHING_METHODS
 from svdq_cli.solve.steps import STEPS, LayerSizes, StepMatrices, steps_for
 from svdq_cli.solve.work import NVFP4_ROUNDING, Shapes, Work, split_work
 
@@ -45,7 +45,8 @@ def solve_work(
     if branches:
         width = branches[0][0].linear.in_features
         shapes = [(sum(p.linear.out_features for p in members), members[0].rank) for members in branches]
-        total += _w4a4_work(shapes, width, settings, rows, branches[0][0].precision)
+        layers = [plan.linear.out_features for members in branches for plan in members]
+        total += _w4a4_work(shapes, layers, width, settings, rows, branches[0][0].precision)
     for name in shared.layers:
         if isinstance(plan := plans[name], W4A16Plan):
             total += _w4a16_work(plan, settings, rows)
@@ -62,30 +63,38 @@ def _rotated_work(n: int, width: int, settings: SolveSettings, rows: int) -> Wor
     total = Work(
         matmul=2 * RotatedPlan.rotations[0] * n * width, quantized=len(ROW_FACTORS) * n * width, calls=200
     )
-    total += Work(compared=n * width) + (_output(n, width, rows) if rows else Work())
+    total += Work(compared=n * width) + _report(n, width, rows)
     if rows >= LEAST_ROWS and "gptq" in settings.steps:
         no_branch = LayerSizes([(n, 0)], width, rows - rows // HELD_OUT, Work(), Int4())
         total += STEPS["gptq"].work(no_branch) + _output(n, width, rows // HELD_OUT) * 2
     return total
 
 
-def _w4a4_work(shapes: Shapes, width: int, settings: SolveSettings, rows: int, precision: Precision) -> Work:
+def _w4a4_work(
+    shapes: Shapes,
+    layers: Sequence[int],
+    width: int,
+    settings: SolveSettings,
+    rows: int,
+    precision: Precision,
+) -> Work:
+    """`layers`: the outputs of each."""
     n, branched = sum(count for count, _ in shapes), any(rank for _, rank in shapes)
     size = n * width
-    rounded = size * (NVFP4_ROUNDING if isinstance(precision, NvFp4) else 1)
-    nearest = rounded * (len(NVFP4_SHARES) if isinstance(precision, NvFp4) else 1)
-    report = Work(compared=size, calls=200) + (_output(n, width, rows) if rows else Work())
+    nearest = size * (NVFP4_ROUNDING * len(NVFP4_SHARES) if isinstance(precision, NvFp4) else 1)
+    report = Work(compared=size, calls=200) + _report(n, width, rows)
     if not rows:
         first = split_work(shapes, width, refine.POWER_ITERATIONS) + Work(quantized=nearest, calls=200)
         more = refine.round_work(shapes, width, precision)
         return first + more * (settings.refinements if branched else 0) + report
     final = split_work(shapes, width, POWER_ITERATIONS) + Work(quantized=nearest, calls=200)
     search = min(rows, SEARCH_ROWS)
-    point = split_work(shapes, width, SEARCH_POWER_ITERATIONS) + Work(
-        matmul=2 * search * size, quantized=rounded + size + search * width, calls=500
-    )
+    scored = width * sum(min(count, SEARCH_OUTPUTS) for count in layers)
+    rounding = scored * (1 + (NVFP4_ROUNDING if isinstance(precision, NvFp4) else 1)) + search * width
+    product = Work(matmul=2 * search * scored)
+    point = split_work(shapes, width, SEARCH_POWER_ITERATIONS) + Work(quantized=rounding, calls=500)
     points = SMOOTHING_METHODS[settings.smoothing].tried
-    total = point * points + Work(matmul=2 * search * size if points else 0) + final + report
+    total = (point + product) * points + (product if points else Work()) + final + report
     if settings.steps and rows >= LEAST_ROWS:
         judge = rows // HELD_OUT
         train = rows - judge
@@ -98,17 +107,22 @@ def _w4a4_work(shapes: Shapes, width: int, settings: SolveSettings, rows: int, p
 
 def _w4a16_work(plan: W4A16Plan, settings: SolveSettings, rows: int) -> Work:
     n, width = plan.linear.out_features, plan.linear.in_features
-    report = Work(compared=n * width) + (_output(n, width, rows) if rows else Work())
+    report = Work(compared=n * width) + _report(n, width, rows)
     if rows and "gptq" in settings.steps:
         solved = Work(
             matmul=2 * rows * width**2 + n * width**2,
             gptq=2 * n * width,
-            factored=3 * width**3,
+            factored=width**3,
             calls=40 * width,
         )
     else:
         solved = Work(quantized=8 * n * width, calls=100)  # five candidates, then fitted
     return solved + report
+
+
+def _report(n: int, width: int, rows: int) -> Work:
+    """The output of the rows that a report's SQNR is taken on."""
+    return _output(n, width, min(rows, MEASURED_ROWS)) if rows else Work()
 
 
 def _output(n: int, width: int, rows: int) -> Work:
@@ -188,7 +202,14 @@ def solve_bytes(
                 held + refine.held_bytes(members[0].precision, branch, k, rank + OVERSAMPLE, compared)
             )
         if rows:
-            phases.append(stacked + _search_bytes(branch, k, min(rows, SEARCH_ROWS)))
+            scored = max(
+                sum(min(plans[name].linear.out_features, SEARCH_OUTPUTS) for name in part)
+                for part in shared.branches
+            )
+            point = max(
+                2 * factors, _search_bytes(scored, min(big, SEARCH_OUTPUTS), k, min(rows, SEARCH_ROWS))
+            )
+            phases.append(max(stacked, 4 * branch * k) + factors + point)
     if rows >= LEAST_ROWS:
         precision = members[0].precision if isinstance(members[0], W4A4Plan) else Int4()
         matrices = StepMatrices(total, branch, k, rows, rank, precision, at_once=compared)
@@ -212,9 +233,11 @@ def _output_bytes(n: int, k: int, rows: int) -> int:
     return 4 * n * k + max(8 * n * k, outputs + 8 * rows * k)
 
 
-def _search_bytes(n: int, k: int, rows: int) -> int:
-    """Bytes of one grid point: the weights, smoothed and less the branch, rounded; then the lost part of the output."""
-    return max(20 * n * k + 4 * rows * n, 16 * n * k + 12 * rows * n) + 8 * rows * k
+def _search_bytes(n: int, layer: int, k: int, rows: int) -> int:
+    """Bytes of one grid point that `n` outputs score, `layer` of them the largest layer's: their weights, smoothed and
+    less the branch, rounded layer by layer; then the lost part of the output."""
+    rounded = 12 * n * k + 8 * layer * k + 4 * rows * (n + k)
+    return max(rounded, 16 * n * k + 4 * rows * (2 * n + layer + k))
 
 
 def stored_bytes(

@@ -19,9 +19,9 @@ from svdq_cli.system.threads import end_if_left
 # Five times as many numbers a step, or twice the steps, change the result by less than 0.05 dB.
 STEPS = 60
 LEARNING_RATE = 0.06
-ROWS_PER_STEP = 256
+ROWS_PER_STEP = 192
 # rows of W: the loss is a mean over outputs, so a sample of them has the same gradient in mean
-OUTPUTS_PER_STEP = 256
+OUTPUTS_PER_STEP = 192
 BRANCH_EVERY = 30  # steps between two fresh low-rank branches
 # share of the amplitude of rounding to nearest that GPTQ leaves; 0.2 to 0.6 end within 0.03 dB
 GPTQ_LEAVES = 0.5
@@ -45,28 +45,42 @@ def learn_smoothing(
     that counts, below 1 where a better rounding follows; smoothing then leaves more of the difficulty to the weights.
     """
     generator = torch.Generator().manual_seed(seed)
-    log_s = start.log().clone().requires_grad_(True)
+    log_s = start.log()
     optimizer = torch.optim.Adam([log_s], lr=LEARNING_RATE)
     missing = weight - branch(start)
     for step in range(STEPS):
         end_if_left()
         if step and step % BRANCH_EVERY == 0:
-            with torch.no_grad():
-                missing = weight - branch(log_s.detach().exp())
+            missing = weight - branch(log_s.exp())
         for group in optimizer.param_groups:  # decay to a tenth: late steps only settle
             group["lr"] = LEARNING_RATE * (1 - 0.9 * step / STEPS)
         x = _sample(rows, ROWS_PER_STEP, generator)
         v = _sample(missing, OUTPUTS_PER_STEP, generator)
-        s = log_s.exp()
-        exact = v * s
-        rounded = torch.lerp(exact, _fake_quantize(exact, precision, weight=True), weight_noise)
-        output = _fake_quantize(x / s, precision, weight=False) @ rounded.T
-        loss = (output - x @ v.T).square().mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        log_s.grad = _gradient(x, v, log_s.exp(), precision, weight_noise)
         optimizer.step()
-    learned = log_s.detach().exp()
+    learned = log_s.exp()
     return learned if bool(torch.isfinite(learned).all()) else start
+
+
+def _gradient(x: Tensor, v: Tensor, s: Tensor, precision: Precision, weight_noise: float) -> Tensor:
+    """By log s (K,): of the mean square of what rounding loses of x v^T, for rows `x` (M, K) and weights `v` (N, K).
+    By hand: what autograd would keep and go through is twice the work of a step."""
+    inputs, weights = x / s, v * s
+    rounded_inputs, input_peaks = _fake_quantize(inputs, precision, weight=False)
+    rounded_weights, weight_peaks = _fake_quantize(weights, precision, weight=True)
+    counted = torch.lerp(weights, rounded_weights, weight_noise)
+    lost = torch.addmm(x @ v.T, rounded_inputs, counted.T, beta=-1).mul_(2 / (len(x) * len(v)))
+    by_weights = _by_log(weights, rounded_weights, weight_peaks, lost.T @ rounded_inputs, weight_noise)
+    return by_weights - _by_log(inputs, rounded_inputs, input_peaks, lost @ counted, 1.0)
+
+
+def _by_log(exact: Tensor, rounded: Tensor, peaks: Tensor, upstream: Tensor, noise: float) -> Tensor:
+    """The gradient by the logarithm of a factor of each column, (K,), from that by the rounded matrix, `upstream`
+    (M, K). Rounding passes it through; a group's scale, and so all that its rounding loses, grows with the factor of
+    its peak. `peaks`: that one's column, by row and group."""
+    lost = (rounded - exact).mul_(upstream).reshape(*peaks.shape, -1).sum(-1).mul_(noise)
+    gradient = (upstream * exact).sum(0)
+    return gradient.scatter_add_(0, peaks.flatten(), lost.flatten())
 
 
 def _sample(matrix: Tensor, count: int, generator: torch.Generator) -> Tensor:
@@ -75,23 +89,20 @@ def _sample(matrix: Tensor, count: int, generator: torch.Generator) -> Tensor:
     return matrix[torch.randperm(matrix.shape[0], generator=generator)[:count].to(matrix.device)]
 
 
-def _fake_quantize(x: Tensor, precision: Precision, *, weight: bool) -> Tensor:
+def _fake_quantize(x: Tensor, precision: Precision, *, weight: bool) -> tuple[Tensor, Tensor]:
+    """`x` (M, K) rounded, and the column of the largest number of each group, (M, K/G)."""
     groups = x.reshape(x.shape[0], -1, precision.group)
-    peak = groups.abs().amax(-1, keepdim=True).clamp(min=_TINY)
+    peak, place = groups.abs().max(-1, keepdim=True)
+    peak.clamp_(min=_TINY)
     match precision:
         case Int4():
             scale = peak / 7
-            rounded = _straight_through(groups / scale, torch.round)
+            rounded = (groups / scale).round_()
         case NvFp4():
             # A weight's micro scale is relative to its outer scale, which leaves e4m3's relative precision as it is.
             scale = peak / 6
             if not weight:
-                scale = _straight_through(
-                    scale, lambda s: s.clamp(E4M3_TINY, E4M3_MAX).to(torch.float8_e4m3fn).float()
-                )
-            rounded = _straight_through(groups / scale, round_e2m1_to_even)
-    return (rounded * scale).reshape(x.shape)
-
-
-def _straight_through(x: Tensor, rounding: Callable[[Tensor], Tensor]) -> Tensor:
-    return x + (rounding(x) - x).detach()
+                scale = scale.clamp(E4M3_TINY, E4M3_MAX).to(torch.float8_e4m3fn).float()
+            rounded = round_e2m1_to_even(groups / scale)
+    first = torch.arange(0, x.shape[1], precision.group, device=x.device)
+    return rounded.mul_(scale).reshape(x.shape), place.squeeze(-1) + first

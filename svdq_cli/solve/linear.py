@@ -31,7 +31,7 @@ from svdq_cli.records import (
     W4A16Plan,
     W4A16Solution,
 )
-from svdq_cli.solve.forward import LinearWeights, output_sqnr_db, stacked_weights
+from svdq_cli.solve.forward import MEASURED_ROWS, LinearWeights, output_sqnr_db, stacked_weights
 from svdq_cli.solve.improve import StepResults, improve
 from svdq_cli.solve.low_rank import split_low_rank
 from svdq_cli.solve.modulation import solve_curve, solve_w4a16
@@ -40,7 +40,7 @@ from svdq_cli.solve.rebuild import Residual, relative_error
 from svdq_cli.solve.refine import refined
 from svdq_cli.solve.rotated import solve_rotated
 from svdq_cli.solve.smoothing import snap_to_storage
-from svdq_cli.solve.smoothing_methods import choose_smoothing
+from svdq_cli.solve.smoothing_methods import choose_smoothing, evenly
 from svdq_cli.solve.steps import LayerGroup, steps_for
 
 
@@ -313,12 +313,12 @@ def _solution(
 def measured(
     solution: LayerSolution, source: LinearWeights, rows: Tensor | None, mean: Tensor | None = None
 ) -> tuple[float, float]:
-    """(SQNR in dB of the output on `rows`, or of the weight without any; the weight error that checks expect). `mean`
-    (K,): what `rows` are less than the 16-bit model's, whose output is the signal."""
+    """(SQNR in dB of the output on some of `rows`, or of the weight without any; the weight error that checks expect).
+    `mean` (K,): what `rows` are less than the 16-bit model's, whose output is the signal."""
     error = relative_error(solution, source.weight)
     if rows is None:  # nothing was smoothed, and both are of the plain weight
         return _decibels(error**2), error
-    return output_sqnr_db(rows, source.weight, solution, mean), error
+    return output_sqnr_db(evenly(rows, MEASURED_ROWS), source.weight, solution, mean), error
 
 
 def _device(weights: Mapping[str, LinearWeights]) -> torch.device:

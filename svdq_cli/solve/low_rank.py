@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -58,51 +59,93 @@ def find_low_rank(
     `start`: the basis of a weight that is nearly this one, from which one step of subspace iteration is enough. Weights
     in 16 bits are read in float32, some rows at a time. `weight` is (N, K), or several under one another."""
     parts = [weight] if isinstance(weight, Tensor) else weight
-    rows, columns = sum(len(part) for part in parts), parts[0].shape[1]
+    stacked = _Stacked(parts, smooth)
+    return low_rank_of(stacked, rank=rank, seed=seed, power_iterations=power_iterations, start=start)
+
+
+def low_rank_of(
+    matrix: Multiplied,
+    *,
+    rank: int,
+    seed: int,
+    power_iterations: int = POWER_ITERATIONS,
+    start: Tensor | None = None,
+) -> LowRank:
+    """`find_low_rank` of a matrix (N, K) that is known by its products with few columns."""
+    rows, columns = matrix.shape
+    device = matrix.device
     if rank == 0:
-        empty = parts[0].new_zeros(0, dtype=torch.float32)
-        return LowRank(empty.reshape(rows, 0), empty.reshape(0, columns), None)
+        return LowRank(torch.zeros(rows, 0, device=device), torch.zeros(0, columns, device=device), None)
     if rank + OVERSAMPLE >= min(rows, columns):
-        whole = torch.cat([(part if smooth is None else part * smooth).float() for part in parts])
+        whole = matrix.times(torch.eye(columns, device=device))
         left, values, right = torch.linalg.svd(whole, full_matrices=False)
         basis = None
     elif start is not None:
-        inputs = torch.linalg.qr(_transposed_times(start, parts, smooth).T).Q
-        basis, values, small = torch.linalg.svd(_times(parts, inputs, smooth), full_matrices=False)
+        inputs = torch.linalg.qr(matrix.transposed_times(start)).Q
+        basis, values, small = torch.linalg.svd(matrix.times(inputs), full_matrices=False)
         left, right = basis, small @ inputs.T
     else:
         generator = torch.Generator().manual_seed(seed)
-        sketch = torch.randn(columns, rank + OVERSAMPLE, generator=generator).to(parts[0].device)
-        basis = torch.linalg.qr(_times(parts, sketch, smooth)).Q
+        sketch = torch.randn(columns, rank + OVERSAMPLE, generator=generator).to(device)
+        basis = torch.linalg.qr(matrix.times(sketch)).Q
         for _ in range(power_iterations):
-            basis = torch.linalg.qr(_transposed_times(basis, parts, smooth).T).Q
-            basis = torch.linalg.qr(_times(parts, basis, smooth)).Q
-        small, values, right = torch.linalg.svd(_transposed_times(basis, parts, smooth), full_matrices=False)
-        left = basis @ small
+            basis = torch.linalg.qr(matrix.transposed_times(basis)).Q
+            basis = torch.linalg.qr(matrix.times(basis)).Q
+        right, values, small = torch.linalg.svd(matrix.transposed_times(basis), full_matrices=False)
+        left, right = basis @ small.T, right.T
     root = values[:rank].sqrt()
     return LowRank(left[:, :rank] * root, right[:rank] * root.unsqueeze(1), basis)
 
 
-def _times(parts: Sequence[Tensor], columns: Tensor, smooth: Tensor | None) -> Tensor:
-    """The weight (N, K) @ `columns` (K, few)."""
-    if smooth is not None:
-        columns = columns * smooth.unsqueeze(1)
-    return torch.cat([rows.float() @ columns for part in parts for rows in part.split(_rows_at_once(part))])
+class Multiplied(Protocol):
+    """A matrix (N, K) that is only multiplied with few columns, in float32."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+    @property
+    def device(self) -> torch.device: ...
+    def times(self, columns: Tensor, /) -> Tensor:
+        """It, @ `columns` (K, few)."""
+        ...
+
+    def transposed_times(self, columns: Tensor, /) -> Tensor:
+        """It, transposed, @ `columns` (N, few)."""
+        ...
 
 
-def _transposed_times(basis: Tensor, parts: Sequence[Tensor], smooth: Tensor | None) -> Tensor:
-    """`basis` (N, few), transposed, @ the weight (N, K)."""
-    product: Tensor | None = None
-    for columns, part in zip(basis.split([len(part) for part in parts]), parts, strict=True):
-        # In pieces only where they are converted: one product with many rows is faster than several.
-        step = len(part) if part.dtype == torch.float32 else _rows_at_once(part)
-        for few, rows in zip(columns.split(step), part.split(step), strict=True):
-            if product is None:
-                product = few.T @ rows.float()
-            else:
-                product.addmm_(few.T, rows.float())
-    assert product is not None
-    return product if smooth is None else product.mul_(smooth)
+@dataclass(frozen=True, slots=True, eq=False)
+class _Stacked:
+    """Weights (N_i, K) under one another, their columns multiplied by `smooth` (K,); nothing of it is copied."""
+
+    parts: Sequence[Tensor]
+    smooth: Tensor | None
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((sum(map(len, self.parts)), self.parts[0].shape[1]))
+
+    @property
+    def device(self) -> torch.device:
+        return self.parts[0].device
+
+    def times(self, columns: Tensor) -> Tensor:
+        if self.smooth is not None:
+            columns = columns * self.smooth.unsqueeze(1)
+        blocks = [rows for part in self.parts for rows in part.split(_rows_at_once(part))]
+        return torch.cat([rows.float() @ columns for rows in blocks])
+
+    def transposed_times(self, columns: Tensor) -> Tensor:
+        product: Tensor | None = None
+        for own, part in zip(columns.split([len(part) for part in self.parts]), self.parts, strict=True):
+            # In pieces only where they are converted: one product with many rows is faster than several.
+            step = len(part) if part.dtype == torch.float32 else _rows_at_once(part)
+            for few, rows in zip(own.split(step), part.split(step), strict=True):
+                if product is None:
+                    product = few.T @ rows.float()
+                else:
+                    product.addmm_(few.T, rows.float())
+        assert product is not None
+        return (product if self.smooth is None else product.mul_(self.smooth)).T
 
 
 def _rows_at_once(part: Tensor) -> int:

@@ -85,7 +85,7 @@ def fake_quantize_weight(weight: Tensor, precision: Precision, *, dtype: torch.d
     groups = _grouped(weight, precision.group)
     match precision:
         case Int4():
-            scale = int4_scales(groups, dtype).unsqueeze(-1).float()
+            scale = int4_scales(int4_extremes(groups), dtype).unsqueeze(-1).float()
             rounded = torch.round(groups / scale).clamp_(INT4_LEAST, INT4_MOST)
             scale = fitted_scales(groups, rounded, scale, dtype)
         case NvFp4():
@@ -181,7 +181,7 @@ def empty_quantized(weight: Rows, precision: Precision, *, dtype: torch.dtype) -
             dtype=dtype if isinstance(precision, Int4) else torch.float8_e4m3fn,
             device=weight.device,
         ),
-        None if isinstance(precision, Int4) else _outer_scale(weight, dtype),
+        None if isinstance(precision, Int4) else outer_scale(weight, dtype),
     )
 
 
@@ -200,7 +200,7 @@ def quantize_rows(
     match precision:
         case Int4():
             dtype = quantized.scales.dtype
-            scale = int4_scales(groups, dtype).unsqueeze(-1).float()
+            scale = int4_scales(int4_extremes(groups), dtype).unsqueeze(-1).float()
             codes = (groups / scale).round_().clamp_(INT4_LEAST, INT4_MOST)
             scale = fitted_scales(groups, codes, scale, dtype)
             quantized.codes[rows] = codes.flatten(-2)
@@ -247,19 +247,25 @@ def _nearest_e2m1(groups: Tensor, outer: Tensor, shares: tuple[float, ...]) -> t
     return best
 
 
-def _outer_scale(weight: Rows, dtype: torch.dtype) -> Tensor:
+def outer_scale(weight: Rows, dtype: torch.dtype) -> Tensor:
+    """nvfp4's, (1,) in `dtype`, of a weight (N, K)."""
     peak = torch.stack([absmax(weight[rows].flatten()) for rows in row_blocks(weight)]).amax()
     # At least the smallest normal number: below it float16 would lose bits, or the whole layer to an outer scale of 0.
     outer = (peak / 6 / E4M3_MAX).clamp(min=torch.finfo(dtype).smallest_normal).to(dtype)
     return torch.where(peak == 0, torch.ones_like(outer), outer).reshape(1)
 
 
-def int4_scales(groups: Tensor, dtype: torch.dtype, *, share: float = INT4_SHARE) -> Tensor:
-    """Scales (...) in `dtype` of int4 groups (..., G): the weight of largest magnitude becomes code -8, or more where
-    `share` is below 1. The scale takes that weight's sign, so that a step is 1/8 of it, where codes from -7 to 7 with
-    scales above zero have 1/7. 1 for a group of zeros."""
+def int4_extremes(groups: Tensor) -> Tensor:
+    """The weight of largest magnitude, with its sign, of groups (..., G), (...)."""
     highest, lowest = groups.amax(-1), groups.amin(-1)
-    scale = (torch.where(highest > -lowest, highest, lowest) * (share / INT4_LEAST)).to(dtype)
+    return torch.where(highest > -lowest, highest, lowest)
+
+
+def int4_scales(extremes: Tensor, dtype: torch.dtype, *, share: float = INT4_SHARE) -> Tensor:
+    """Scales in `dtype` of int4 groups whose weight of largest magnitude is in `extremes`, both (N, K/G) or of any
+    other shape: it becomes code -8, or more where `share` is below 1. The scale takes that weight's sign, so that a
+    step is 1/8 of it, where codes from -7 to 7 with scales above zero have 1/7. 1 for a group of zeros."""
+    scale = (extremes * (share / INT4_LEAST)).to(dtype)
     return scale.masked_fill_(scale == 0, 1)
 
 

@@ -24,8 +24,9 @@ from svdq_cli.solve.quantizers import (
     absmax,
     decode_e2m1,
     encode_e2m1,
+    int4_extremes,
     int4_scales,
-    quantize_weight,
+    outer_scale,
     row_blocks,
 )
 from svdq_cli.system.threads import end_if_left
@@ -92,33 +93,36 @@ def gptq(
     """`weight` (N, K) float32 on `grid` for inputs with second moments `hessian` (K, K). `parameters`, (N, K/G) each:
     those of every group, where they are chosen already.
 
+    With H = R R^T, R upper triangular, what is lost D (N, K) costs |D R|^2, and a column of D R has nothing of the
+    columns behind it: each is rounded once what those before it lost is added to it as R says (QuIP, arXiv 2307.13304,
+    section 3, which shows that this is GPTQ; there the Hessian is inverted, four times the work).
+
     None where the Hessian says nothing (no activation at all, or one that is not finite).
     """
-    inverse = _inverse_cholesky(hessian, damping)
-    if inverse is None:
+    root = _upper_cholesky(hessian, damping)
+    if root is None:
         return None
-    work = weight.T.contiguous()  # (K, N): one column of the weight after the other, each in one piece
+    importance = root.diagonal().clone().unsqueeze(0)
+    passed_on = root.div_(importance)
+    lost = weight.T.contiguous()  # (K, N): one column of the weight after the other, each in one piece
     codes: list[Tensor] = []
     chosen: list[Parameters] = []
-    for start in range(0, len(work), BLOCK):
+    for start in range(0, len(lost), BLOCK):
         end_if_left()
         end = start + BLOCK
-        block, factor = work[start:end], inverse[start:end, start:end]
-        errors = torch.zeros_like(block)
-        for offset in range(0, BLOCK, grid.group):
-            inside = slice(offset, offset + grid.group)
+        block = torch.addmm(lost[start:end], passed_on[:start, start:end].T, lost[:start])
+        for first in range(start, end, grid.group):
+            inside = slice(first - start, first - start + grid.group)
             if parameters is None:
-                importance = (1 / factor.diagonal()[inside]).unsqueeze(0)
-                own = best_parameters(block[inside].T, importance, grid)
+                own = best_parameters(block[inside].T, importance[:, first : first + grid.group], grid)
             else:
-                own = tuple(each[:, (start + offset) // grid.group] for each in parameters)
+                own = tuple(each[:, first // grid.group] for each in parameters)
             chosen.append(own)
-            for column in range(offset, offset + grid.group):
-                code, value = grid.round(block[column], own)
+            for column in range(first, first + grid.group):
+                code, value = grid.round(block[column - start], own)
                 codes.append(code)
-                errors[column] = (block[column] - value) / factor[column, column]
-                block[column + 1 :].addr_(factor[column, column + 1 :], errors[column], alpha=-1)
-        work[end:].addmm_(inverse[start:end, end:].T, errors, alpha=-1)
+                lost[column].sub_(value)
+                block[column - start + 1 :].addr_(passed_on[column, column + 1 : end], lost[column])
     return Rounded(torch.stack(codes, 1), tuple(_stack(each) for each in zip(*chosen, strict=True)))
 
 
@@ -145,22 +149,18 @@ def _nearest(weight: Tensor, grid: Grid) -> Rounded:
     return Rounded(codes.reshape(rows, columns), tuple(each.reshape(rows, -1) for each in parameters))
 
 
-def _inverse_cholesky(hessian: Tensor, damping: float) -> Tensor | None:
-    """Upper Cholesky factor of the inverse of the damped Hessian; None where there is nothing to invert."""
+def _upper_cholesky(hessian: Tensor, damping: float) -> Tensor | None:
+    """R, upper triangular, of the damped Hessian R R^T; None where it says nothing."""
     diagonal = hessian.diagonal()
     mean = diagonal.mean()
     if not bool(torch.isfinite(hessian).all()) or mean <= 0:
         return None
     # float64: with fewer rows than channels the matrix is singular but for its damping, and float32 fails on it.
     # One name for all stages, so that no more than two of these large matrices are alive at a time.
-    matrix = hessian.double()
+    matrix = hessian.flip(0, 1).double()
     matrix.diagonal().add_(float(damping * mean))
     matrix, failed = torch.linalg.cholesky_ex(matrix)
-    if int(failed):
-        return None
-    matrix = torch.cholesky_inverse(matrix)
-    matrix, failed = torch.linalg.cholesky_ex(matrix, upper=True)
-    return None if int(failed) else matrix.to(hessian.dtype)
+    return None if int(failed) else matrix.to(hessian.dtype).flip(0, 1)
 
 
 def best_parameters(values: Tensor, importance: Tensor | None, grid: Grid) -> Parameters:
@@ -212,8 +212,9 @@ class Int4Grid:
     group: int = Int4.group
 
     def candidates(self, values: Tensor) -> Iterator[Parameters]:
+        whole = int4_extremes(values)
         for share in self.factors:
-            yield (int4_scales(values, self.dtype, share=share),)
+            yield (int4_scales(whole, self.dtype, share=share),)
 
     def round(self, values: Tensor, parameters: Parameters) -> tuple[Tensor, Tensor]:
         codes = (values / parameters[0].float()).round_().clamp_(INT4_LEAST, INT4_MOST)
@@ -350,8 +351,8 @@ def gptq_weight(
         case Int4():
             found, outer = gptq(weight, hessian, Int4Grid(dtype, factors)), None
         case NvFp4():
-            each = [quantize_weight(part, precision, dtype=dtype).outer for part in weight.split(parts)]
-            outer = torch.cat([o.expand(n) for o, n in zip(each, parts, strict=True) if o is not None])
+            outers = [outer_scale(part, dtype).expand(len(part)) for part in weight.split(parts)]
+            outer = torch.cat(outers)
             wide = NVFP4_FACTORS if factors == SCALE_FACTORS else factors
             found = gptq(weight, hessian, NvFp4Grid(outer.float(), wide))
     return None if found is None else QuantizedWeight(found.codes, found.parameters[0], outer)

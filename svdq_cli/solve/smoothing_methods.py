@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -19,7 +20,9 @@ from svdq_cli.solve.quantizers import fake_quantize_activation, fake_quantize_we
 from svdq_cli.solve.smoothing import CLOSED_FORM, GRID, smooth_factor
 from svdq_cli.system.threads import end_if_left
 
-SEARCH_ROWS = 512  # rows that score a factor; the ranking is stable long before the report's figure is
+# Rows, and outputs of each layer, that score a factor; the ranking is stable long before the report's figure is
+SEARCH_ROWS = 512
+SEARCH_OUTPUTS = 512
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -84,11 +87,12 @@ def _grid(task: SmoothingTask) -> tuple[Tensor, str]:
     """The exponents of the paper's grid with the least output error, all branches together."""
     factor, sample = task.factors(), evenly(task.rows, SEARCH_ROWS)
     errors = [0.0] * len(GRID)
-    for stack in stacks_of(task.shared, task.plans, task.weights, sample):
+    for members in task.shared.members(task.plans):
+        judged = _judged_outputs(members, task.weights, sample)
         for index, point in enumerate(GRID):
             end_if_left()
-            errors[index] += _search_error(stack, factor(point), sample, task.precision, task.settings)
-        del stack  # before the next one is made
+            errors[index] += _search_error(judged, factor(point), sample, task)
+        del judged  # before the next one is made
     best = min(range(len(GRID)), key=errors.__getitem__)
     a, b = GRID[best]
     return factor(GRID[best]), f"grid a={a:.2f} b={b:.2f}"
@@ -101,18 +105,42 @@ SMOOTHING_METHODS: Mapping[Smoothing, SmoothingMethod] = {
 }
 
 
-def _search_error(
-    stack: Stack, smooth: Tensor, rows: Tensor, precision: Precision, settings: SolveSettings
-) -> float:
+@dataclass(frozen=True, slots=True, eq=False)
+class _JudgedOutputs:
+    """The outputs of a branch's layers that score a factor, and all weights of the branch, which it is found from."""
+
+    weights: Sequence[Tensor]  # (N_i, K)
+    chosen: Tensor  # which rows of them, under one another
+    stack: Stack  # of these alone
+
+
+def _judged_outputs(
+    members: Sequence[W4A4Plan], weights: Mapping[str, LinearWeights], rows: Tensor
+) -> _JudgedOutputs:
+    sources = [weights[plan.name].weight for plan in members]
+    own = [evenly(torch.arange(len(each), device=rows.device), SEARCH_OUTPUTS) for each in sources]
+    some = torch.cat([source[each] for source, each in zip(sources, own, strict=True)])
+    first = [0, *accumulate(map(len, sources))]
+    chosen = torch.cat([each + before for each, before in zip(own, first, strict=False)])
+    return _JudgedOutputs(sources, chosen, _stack(members, some, list(map(len, own)), rows))
+
+
+def _search_error(judged: _JudgedOutputs, smooth: Tensor, rows: Tensor, task: SmoothingTask) -> float:
     """Relative output error of all layers of a branch together, each weighing the same, for rounding to nearest."""
-    quantized = fake_quantize_activation(rows / smooth, precision)
-    smoothed = stack.weight * smooth
+    stack, settings = judged.stack, task.settings
+    quantized = fake_quantize_activation(rows / smooth, task.precision)
     up, down = split_low_rank(
-        smoothed, rank=stack.rank, seed=settings.seed, power_iterations=SEARCH_POWER_ITERATIONS
+        judged.weights,
+        rank=stack.rank,
+        seed=settings.seed,
+        power_iterations=SEARCH_POWER_ITERATIONS,
+        smooth=smooth,
     )
-    left_over = smoothed - up @ down
+    up = up[judged.chosen]
+    left_over = torch.addmm(stack.weight * smooth, up, down, alpha=-1)
     parts = [
-        fake_quantize_weight(part, precision, dtype=settings.dtype) for part in left_over.split(stack.counts)
+        fake_quantize_weight(part, task.precision, dtype=settings.dtype)
+        for part in left_over.split(stack.counts)
     ]
     return sum(stack.errors(quantized, torch.cat(parts), (rows / smooth) @ down.T, up))
 
@@ -144,12 +172,11 @@ def stacks_of(
     """The branches one after the other; a caller that lets go of each has no more than one in memory. `rows` is (M,
     K)."""
     for members in shared.members(plans):
-        yield _stack(members, weights, rows)
+        counts = [plan.linear.out_features for plan in members]
+        yield _stack(members, stacked_weights(members, weights), counts, rows)
 
 
-def _stack(members: Sequence[W4A4Plan], weights: Mapping[str, LinearWeights], rows: Tensor) -> Stack:
-    weight = stacked_weights(members, weights)
-    counts = [plan.linear.out_features for plan in members]
+def _stack(members: Sequence[W4A4Plan], weight: Tensor, counts: list[int], rows: Tensor) -> Stack:
     outputs = rows @ weight.T
     signals = [max(float(each.square().sum()), 1e-30) for each in outputs.split(counts, dim=1)]
     return Stack(tuple(plan.name for plan in members), weight, counts, outputs, signals, members[0].rank)

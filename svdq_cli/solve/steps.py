@@ -25,12 +25,13 @@ from svdq_cli.solve.covariance import moments_of
 from svdq_cli.solve.forward import LinearWeights, dequantized_weight, stacked_weights
 from svdq_cli.solve.learned import GPTQ_LEAVES, OUTPUTS_PER_STEP, ROWS_PER_STEP, learn_smoothing
 from svdq_cli.solve.learned import STEPS as LEARNING_STEPS
-from svdq_cli.solve.low_rank import OVERSAMPLE, POWER_ITERATIONS, SEARCH_POWER_ITERATIONS, split_low_rank
+from svdq_cli.solve.low_rank import OVERSAMPLE, SEARCH_POWER_ITERATIONS, split_low_rank
 from svdq_cli.solve.quantizers import QuantizedWeight, fake_quantize_activation
 from svdq_cli.solve.refine import held_bytes, refined, round_work
-from svdq_cli.solve.refit import refit_branch, ridge_for
+from svdq_cli.solve.refit import refit_branch, refit_inputs
 from svdq_cli.solve.rounding import NO_SEARCH, SCALE_FACTORS, gptq_weight
 from svdq_cli.solve.second_moments import quantized_moments, second_moments
+from svdq_cli.solve.smoothing_methods import SEARCH_ROWS, evenly
 from svdq_cli.solve.work import Shapes, Work, split_work
 
 
@@ -136,9 +137,10 @@ def _learned(attempt: Attempt) -> Solutions:
     """Each layer weighs the same: its rows are scaled by the size of its output."""
     layer_group, train, best = attempt.layer_group, attempt.train, attempt.best
     weight_noise = GPTQ_LEAVES if "gptq" in attempt.steps else 1.0
+    some = evenly(train, SEARCH_ROWS)
     shares = torch.cat(
         [
-            (train @ layer_group.weights[plan.name].weight.T)
+            (some @ layer_group.weights[plan.name].weight.T)
             .square()
             .mean()
             .clamp(min=1e-30)
@@ -230,26 +232,27 @@ def _rounded(attempt: Attempt) -> Solutions | None:
 
 def _refitted(attempt: Attempt) -> Solutions | None:
     """New branches for the codes there are, fitted in smoothed coordinates, where channels are of one size."""
-    layer_group, train, best = attempt.layer_group, attempt.train, attempt.best
-    refitted: Solutions = {}
+    layer_group, best = attempt.layer_group, attempt.best
     smooth = _smooth(best)
-    x = train / smooth
-    activation = fake_quantize_activation(x, layer_group.precision)
+    x = attempt.train / smooth
+    inputs = refit_inputs(x, fake_quantize_activation(x, layer_group.precision))
+    if inputs is None:
+        return None
+    refitted: Solutions = {}
     for members in layer_group.branches:
-        down = best[members[0].name].down.float()
-        ups = torch.cat([best[plan.name].up.float() for plan in members])
-        product = (ups @ down) * smooth
-        four_bit = torch.cat([dequantized_weight(best[plan.name]) for plan in members])
-        missing = train @ layer_group.stacked(members).T - activation @ four_bit.T - x @ product.T
-        found = refit_branch(
-            x, missing, product, rank=members[0].rank, ridge=ridge_for(x), seed=layer_group.seed
+        up, down = refit_branch(
+            inputs,
+            layer_group.stacked(members).mul_(smooth),
+            torch.cat([dequantized_weight(best[plan.name]) for plan in members]),
+            torch.cat([best[plan.name].up.float() for plan in members]),
+            best[members[0].name].down.float() * smooth,
+            seed=layer_group.seed,
         )
-        if found is None:
-            continue
-        up, new_down = found[0].to(layer_group.dtype), (found[1] / smooth).to(layer_group.dtype).contiguous()
-        for plan, rows in zip(members, up.split([plan.linear.out_features for plan in members]), strict=True):
-            refitted[plan.name] = replace(best[plan.name], down=new_down, up=rows.contiguous())
-    return {**best, **refitted} if refitted else None
+        down = (down / smooth).to(layer_group.dtype).contiguous()
+        ups = up.to(layer_group.dtype).split([plan.linear.out_features for plan in members])
+        for plan, rows in zip(members, ups, strict=True):
+            refitted[plan.name] = replace(best[plan.name], down=down, up=rows.contiguous())
+    return {plan.name: refitted[plan.name] for plan in layer_group.plans}
 
 
 def _smooth(solutions: Solutions) -> Tensor:
@@ -294,9 +297,9 @@ def _with_codes(layer_group: LayerGroup, solutions: Solutions, quantized: Quanti
 def _learned_work(sizes: LayerSizes) -> Work:
     branches = split_work(sizes.shapes, sizes.width, SEARCH_POWER_ITERATIONS) * 2
     steps = Work(
-        matmul=2 * sizes.train * sizes.size,
+        matmul=2 * min(sizes.train, SEARCH_ROWS) * sizes.size,
         learned=(1.6 if sizes.dear else 1) * sizes.width * LEARNING_STEPS,
-        calls=120 * LEARNING_STEPS,
+        calls=80 * LEARNING_STEPS,
     )
     return steps + branches + sizes.final
 
@@ -312,17 +315,18 @@ def _gptq_work(sizes: LayerSizes) -> Work:
         matmul=2 * train * width**2 + update,
         quantized=train * width,
         gptq=3 * size if sizes.dear else size,
-        factored=3 * width**3,
+        factored=width**3,
         calls=(90 if sizes.dear else 30) * width,
     )
 
 
 def _refit_work(sizes: LayerSizes) -> Work:
     width, size, train = sizes.width, sizes.size, sizes.train
-    products = 8 * train * size + 2 * train * width**2 + 3 * width * size
-    return Work(matmul=products, quantized=train * width + size, factored=width**3) + split_work(
-        sizes.shapes, width, POWER_ITERATIONS
-    )
+    total = Work(matmul=2 * train * width**2, quantized=train * width + 2 * size, factored=width**3 / 2)
+    for n, rank in sizes.shapes:
+        products = 2 * (3 * train * width + 2 * n * width + 2 * width**2) * 2 * rank
+        total += Work(matmul=2 * n * width * rank, sketch=products, bases=8 * (n + 5 * width) * rank**2)
+    return total
 
 
 def _learned_bytes(held: StepMatrices) -> int:
@@ -343,9 +347,10 @@ def _gptq_bytes(held: StepMatrices) -> int:
 
 
 def _refit_bytes(held: StepMatrices) -> int:
-    n, branch, k, rows = held.outputs, held.branch, held.width, held.rows
-    missing = 8 * branch * k + 12 * branch * rows + 4 * (n - branch) * rows
-    return 8 * rows * k + max(missing, 20 * k * k + 16 * branch * k + 4 * branch * rows)
+    branch, k, rows = held.branch, held.width, held.rows
+    # The moments and their root; then this beside the weight and, twice for a moment, what the codes represent
+    found = max(8 * k * k, 4 * k * k + 12 * branch * k)
+    return max(16 * rows * k, 8 * rows * k + found)
 
 
 def _no_work(sizes: LayerSizes) -> Work:

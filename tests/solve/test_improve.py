@@ -12,9 +12,16 @@ from svdq_cli.recipe.schema import STEPS_OF_EFFORT
 from svdq_cli.records import Effort, Int4, NvFp4, Precision, SearchStep, SolveSettings
 from svdq_cli.solve.forward import output_sqnr_db
 from svdq_cli.solve.linear import SolvedInput, solve_input
-from svdq_cli.solve.quantizers import dequantize_weight, quantize_weight
-from svdq_cli.solve.refit import refit_branch
-from svdq_cli.solve.rounding import gptq_weight
+from svdq_cli.solve.quantizers import (
+    dequantize_weight,
+    fake_quantize_activation,
+    fake_quantize_weight,
+    int4_extremes,
+    int4_scales,
+    quantize_weight,
+)
+from svdq_cli.solve.refit import RIDGE, refit_branch, refit_inputs
+from svdq_cli.solve.rounding import DAMPING, Int4Grid, gptq, gptq_weight
 from svdq_cli.solve.steps import STEPS, LayerSizes, steps_for
 from svdq_cli.solve.work import Work
 from tests.solve.test_linear import SHARED, plans, stats_of, weights
@@ -108,15 +115,65 @@ def test_gptq_has_nothing_to_say_without_activations(precision: Precision):
     assert gptq_weight(weight, torch.zeros(256, 256), precision, dtype=torch.bfloat16, parts=(64, 64)) is None
 
 
+def test_gptq_rounds_as_published_with_the_inverse_hessian():
+    weight, rows = (
+        torch.randn(32, 128, generator=torch.Generator().manual_seed(1)),
+        correlated_rows(900, seed=3),
+    )
+    hessian = rows[:, :128].T @ rows[:, :128] / 900
+    grid = Int4Grid(torch.bfloat16)
+    scales = int4_scales(int4_extremes(weight.reshape(32, 2, 64)), torch.bfloat16)
+    found = gptq(weight, hessian, grid, parameters=(scales,))
+    damped = hessian.double() + DAMPING * hessian.diagonal().mean() * torch.eye(128)
+    inverse = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True).float()
+    left = weight.clone()
+    for column in range(128):
+        code, value = grid.round(left[:, column], (scales[:, column // 64],))
+        assert found is not None
+        assert torch.equal(found.codes[:, column], code)
+        lost = (left[:, column] - value) / inverse[column, column]
+        left[:, column:] -= torch.outer(lost, inverse[column, column:])
+
+
 def test_the_refit_finds_a_missing_low_rank_term():
-    x = correlated_rows(2000, seed=3)
+    rows = correlated_rows(2000, seed=3)
     generator = torch.Generator().manual_seed(4)
-    missing_term = torch.randn(128, 8, generator=generator) @ torch.randn(8, 256, generator=generator) / 16
-    found = refit_branch(x, x @ missing_term.T, torch.zeros(128, 256), rank=8, ridge=1e-4, seed=0)
-    assert found is not None
-    up, down = found
-    left = (x @ (missing_term - up @ down).T).norm() / (x @ missing_term.T).norm()
-    assert float(left) < 0.05  # the ridge keeps it from being exact
+    four_bit, up, down = (
+        torch.randn(*size, generator=generator) for size in ((128, 256), (128, 8), (8, 256))
+    )
+    whole = four_bit + up @ down
+    inputs = refit_inputs(rows, rows.clone())
+    assert inputs is not None
+    found_up, found_down = refit_branch(inputs, whole.clone(), four_bit, 0.7 * up, down, seed=0)
+    left = (rows @ (up @ down - found_up @ found_down).T).norm() / (rows @ (up @ down).T).norm()
+    assert float(left) < 0.05  # 0.3 before; the ridge keeps it from being exact
+
+
+def test_the_refit_takes_back_what_the_input_quantizer_does_as_far_as_a_branch_can():
+    rows = correlated_rows(2000, seed=3)
+    generator = torch.Generator().manual_seed(4)
+    weight, up = torch.randn(96, 256, generator=generator), torch.randn(96, 8, generator=generator)
+    down = torch.linalg.lstsq(up, weight).solution
+    quantized = fake_quantize_activation(rows, Int4())
+    four_bit = fake_quantize_weight(weight - up @ down, Int4(), dtype=torch.bfloat16)
+    missing = rows @ weight.T - quantized @ four_bit.T
+    inputs = refit_inputs(rows, quantized.clone())
+    assert inputs is not None
+    found = refit_branch(inputs, weight.clone(), four_bit, up, down, seed=0)
+    # the same by its definition, with all of the matrices
+    gram = rows.T @ rows
+    ridge = RIDGE * gram.diagonal().mean()
+    root = torch.linalg.cholesky(gram + ridge * torch.eye(256))
+    target = torch.linalg.solve_triangular(root, rows.T @ missing + ridge * (up @ down).T, upper=False)
+    left, values, right = torch.linalg.svd(target, full_matrices=False)
+    best = torch.linalg.solve_triangular(root.T, left[:, :8] * values[:8] @ right[:8], upper=True).T
+
+    def error(product: torch.Tensor) -> float:
+        pulled = ridge * (product - up @ down).square().sum()
+        return float((missing - rows @ product.T).square().sum() + pulled)
+
+    assert error(up @ down) > 1.02 * error(best)
+    assert error(found[0] @ found[1]) < error(best) + 0.1 * (error(up @ down) - error(best))
 
 
 @BOTH
