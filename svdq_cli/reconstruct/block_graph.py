@@ -94,13 +94,13 @@ def _last_linear(linears: Sequence[tuple[str, Tensor]], outputs: Sequence[Tensor
     paths = [path for path, _ in linears]
     if not linears or paths.count(paths[-1]) > 1 or not outputs or not linears[-1][1].requires_grad:
         return None
-    used = used_rows(outputs, linears[-1][1])
-    return paths[-1] if used is not None else None
+    rearranged = rearranged_rows(outputs, linears[-1][1])
+    return paths[-1] if rearranged is not None else None
 
 
-def used_rows(outputs: Sequence[Tensor], returned: Tensor) -> Tensor | None:
-    """Which rows (M,) of what a linear `returned` (..., N) `outputs` consist of; None where they are not rearranged
-    rows, all times one factor at most."""
+def rearranged_rows(outputs: Sequence[Tensor], returned: Tensor) -> tuple[Tensor, float] | None:
+    """Which rows (M,) of what a linear `returned` (..., N) `outputs` consist of, and the factor by which all of them
+    are multiplied; None where outputs are anything but rearranged rows."""
     (reached,) = torch.autograd.grad(
         [tensor.sum() for tensor in outputs], [returned], retain_graph=True, allow_unused=True
     )
@@ -111,7 +111,7 @@ def used_rows(outputs: Sequence[Tensor], returned: Tensor) -> Tensor | None:
     factors = rows[used]
     if not len(factors) or bool((factors != factors.flatten()[0]).any()):
         return None
-    return used
+    return used, float(factors.flatten()[0])
 
 
 def _last_readers(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -16,6 +16,7 @@ class Call:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    outputs: tuple[Tensor, ...] | None = None  # what it returned; None where that was not recorded
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -93,9 +94,15 @@ def _calls_of(models: Mapping[str, nn.Module], run: Callable[[], object]) -> lis
     def noting(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         return lambda module, args, kwargs: calls.append((name, Call(detached(args), detached(kwargs))))
 
+    def returned(_module: nn.Module, _args: object, output: object) -> None:
+        name, call = calls[-1]
+        # copies, because a pipeline may go on in their memory
+        calls[-1] = name, replace(call, outputs=tuple(each.detach().clone() for each in tensors_of(output)))
+
     handles = [
         model.register_forward_pre_hook(noting(name), with_kwargs=True) for name, model in models.items()
     ]
+    handles += [model.register_forward_hook(returned) for model in models.values()]
     try:
         run()
     finally:

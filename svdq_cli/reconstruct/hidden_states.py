@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from svdq_cli.reconstruct.block_graph import BlockGraph, used_rows
+from svdq_cli.reconstruct.block_graph import BlockGraph, rearranged_rows
 from svdq_cli.reconstruct.calls import Call, mapped, tensors_of
 from svdq_cli.reconstruct.tensor_cache import Kept, TensorCache
 
@@ -48,9 +48,12 @@ class HiddenStates:
                 return entered.call
         raise RuntimeError(f"{block} does not run in call {index}, although it ran in the first one")
 
-    def at_the_end(self, layer: str, index: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
-        """What `layer`, the graph's last linear, is given in one of the calls (M, K), and what it returns (M, N), in
-        the rows that the model's output consists of. None where it is not rearranged from them."""
+    def at_the_end(
+        self, layer: str, index: int, device: torch.device
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """What `layer`, the graph's last linear, is given in one of the calls (M, K), what it returns, and what it
+        returned when the call was recorded (M, N), in the rows that the model's output consists of. None where it is
+        not rearranged from them."""
         call = self._calls[index]
         forwards = {path: self._recalling(path, index, device) for path in self._block_graph.order}
         seen: list[tuple[Tensor, Tensor]] = []
@@ -68,10 +71,20 @@ class HiddenStates:
         if len(seen) != 1:
             return None
         given, returned = seen[0]
-        used = used_rows([each for each in tensors_of(output) if each.requires_grad], returned)
-        if used is None:
+        outputs = tensors_of(output)
+        if call.outputs is None or [each.shape for each in outputs] != [each.shape for each in call.outputs]:
             return None
-        return given.flatten(0, -2)[used], returned.detach().flatten(0, -2)[used]
+        pairs = [(now, then) for now, then in zip(outputs, call.outputs, strict=True) if now.requires_grad]
+        rearranged = rearranged_rows([now for now, _ in pairs], returned)
+        if rearranged is None:
+            return None
+        used, factor = rearranged
+        # Each number goes back the way that it came
+        (recorded,) = torch.autograd.grad(
+            [now for now, _ in pairs], [returned], [then.to(now) for now, then in pairs]
+        )
+        exact = recorded.flatten(0, -2)[used].float() / factor**2
+        return given.flatten(0, -2)[used], returned.detach().flatten(0, -2)[used], exact
 
     def keep(self, block: str, index: int, output: object) -> Kept:
         """What `block` returned in one of the calls."""

@@ -22,7 +22,6 @@ from svdq_cli.reconstruct.hidden_states import HiddenStates
 from svdq_cli.reconstruct.last_linear import HELD_OUT, Moments, fitted, moments_of
 from svdq_cli.reconstruct.swap_modules import put, put_for_now
 from svdq_cli.reconstruct.tensor_cache import Kept, TensorCache
-from svdq_cli.reconstruct.tunable import frozen
 from svdq_cli.reconstruct.tuning import BlockIO, BlockIOs, tune_block
 from svdq_cli.records import Event, LayerSolution, ModelPlan, Observer, W4A4Solution, ignore_events
 from svdq_cli.reports import BlockSearch, OutputSearch
@@ -95,7 +94,7 @@ def reconstruct(
     order = job.recording.block_graph.order
     started = time.monotonic()
     observe(Event("start", "reconstruct", 0, len(order)))
-    walk = _Walk(job)
+    walk = _Walk(job, tuned=True)
     for done, block in enumerate(order, 1):
         tuned = walk.through(block, seed=None if block in finished else seed)
         return_freed_memory()
@@ -113,7 +112,7 @@ def fit_output(job: Reconstruction, *, observe: Observer = ignore_events) -> Fit
     assert name is not None
     started = time.monotonic()
     observe(Event("start", "output", 0, len(order)))
-    walk = _Walk(job)
+    walk = _Walk(job, tuned=False)
     for done, block in enumerate(order, 1):
         walk.through(block, seed=None)
         return_freed_memory()
@@ -124,10 +123,11 @@ def fit_output(job: Reconstruction, *, observe: Observer = ignore_events) -> Fit
 
 
 class _Walk:
-    """Both streams on their way through the model."""
+    """The hidden states of the 4-bit model on their way through it, and those of the 16-bit model next to them where
+    blocks are `tuned`."""
 
-    def __init__(self, job: Reconstruction) -> None:
-        self._job, self._device = job, job.device
+    def __init__(self, job: Reconstruction, *, tuned: bool) -> None:
+        self._job, self._device, self._tuned_ones = job, job.device, tuned
         block_graph, calls = job.recording.block_graph, job.recording.calls
         self._exact, self._quantized = (
             HiddenStates(job.model, block_graph, calls, job.tensor_cache) for _ in range(2)
@@ -137,12 +137,12 @@ class _Walk:
         self._beside = _runnable(self._read(beside))
 
     def through(self, block: str, *, seed: int | None) -> TunedBlock | None:
-        """Both streams to the other side of the next block. None without a seed, which tuning needs."""
+        """To the other side of the next block. None without a seed, which tuning needs."""
         filled = filled_copy(self._job.model, block, self._job.weights, device=self._device)
         inside = [layer.name for layer in self._job.plan.layers if layer.name.startswith(f"{block}.")]
         solutions = self._read(inside)
         with put_for_now(self._job.model, {block: filled}):
-            wanted = self._wanted(block)
+            wanted = self._wanted(block) if self._tuned_ones else []
             given = self._given(block)
             tuned = None
             if seed is not None:
@@ -182,7 +182,7 @@ class _Walk:
             self._quantized.forget(block, index)
 
     def fitted(self, name: str) -> FittedOutput:
-        """The last linear, once both streams are behind all blocks."""
+        """The last linear, once the walk is behind all blocks."""
         linear = cast("nn.Linear", self._job.model.get_submodule(name))
         biased = "bias" in linear.state_dict()
         trajectories = self._job.recording.trajectories
@@ -210,15 +210,14 @@ class _Walk:
 
     def _summed(self, name: str, calls: range) -> tuple[Tensor, Tensor, Tensor] | None:
         """Over the calls of one trajectory: what the last linear is given behind the 4-bit blocks (M, K), what it makes
-        of that, and what it returns in the 16-bit model (M, N)."""
+        of that, and what it returned in the 16-bit model (M, N)."""
         total: tuple[Tensor, ...] | None = None
         for index in calls:
             with put_for_now(self._job.model, self._beside):
-                now = self._quantized.at_the_end(name, index, self._device)
-            exact = self._exact.at_the_end(name, index, self._device)
-            if now is None or exact is None or now[0].shape[0] != exact[0].shape[0]:
+                found = self._quantized.at_the_end(name, index, self._device)
+            if found is None:
                 return None
-            parts = (now[0].float(), now[1].float(), exact[1].float())
+            parts = tuple(each.float() for each in found)
             if total is not None and total[0].shape != parts[0].shape:
                 return None
             total = parts if total is None else tuple(map(torch.add, total, parts))
@@ -261,10 +260,7 @@ class _Walk:
 
 def _runnable(solutions: Mapping[str, LayerSolution]) -> dict[str, nn.Module]:
     """Layers as they are stored."""
-    return {
-        name: frozen(each) if isinstance(each, W4A4Solution) else quantized_linear(each)
-        for name, each in solutions.items()
-    }
+    return {name: quantized_linear(each) for name, each in solutions.items()}
 
 
 def blocks_of(plan: ModelPlan) -> tuple[str, ...]:

@@ -13,9 +13,11 @@ from svdq_cli.prepare.options import RunOptions
 from svdq_cli.prepare.prepare import prepare
 from svdq_cli.prepare.sampling import sampling_for
 from svdq_cli.recipe import Calibration, default_recipe
-from svdq_cli.reconstruct.block_graph import block_graph_of, used_rows
+from svdq_cli.reconstruct.block_graph import block_graph_of, rearranged_rows
 from svdq_cli.reconstruct.calls import Call
+from svdq_cli.reconstruct.hidden_states import HiddenStates
 from svdq_cli.reconstruct.last_linear import Moments, fitted, moments_of
+from svdq_cli.reconstruct.tensor_cache import TensorCache
 from svdq_cli.records import ignore_events
 from tests.tiny_families import tiny_pipeline
 
@@ -108,9 +110,24 @@ def test_the_last_linear_is_the_one_whose_outputs_are_the_models(end: str, last:
 
 def test_rows_that_the_model_throws_away_are_told():
     returned = torch.randn(1, 12, 6, requires_grad=True)
-    used = used_rows([returned[:, :9].flatten()], returned)
-    assert used is not None
-    assert used.tolist() == [True] * 9 + [False] * 3
+    found = rearranged_rows([returned[:, :9].flatten() * -2], returned)
+    assert found is not None
+    assert (found[0].tolist(), found[1]) == ([True] * 9 + [False] * 3, -2)
+
+
+def test_what_the_last_linear_returned_is_told_from_what_the_model_did(tmp_path: Path):
+    model, x = Ends("rearranged").requires_grad_(False), torch.randn(1, 12, 8)
+    call = Call((x,), {}, (model(x),))
+    graph = block_graph_of(model, ["blocks.0"], call)
+    states = HiddenStates(model, graph, [call], TensorCache(tmp_path, host_bytes=1 << 20))
+    elsewhere = torch.randn(1, 12, 8)
+    states.keep("blocks.0", 0, elsewhere)
+    found = states.at_the_end("last", 0, torch.device("cpu"))
+    assert found is not None
+    given, returned, recorded = found
+    torch.testing.assert_close(given, elsewhere[0, :9].relu())
+    torch.testing.assert_close(returned, model.last(given))
+    torch.testing.assert_close(recorded, model.last(model.blocks[0](x).relu())[0, :9])
 
 
 @pytest.mark.parametrize(
