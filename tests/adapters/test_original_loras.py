@@ -120,6 +120,18 @@ TINY: dict[str, dict[str, Any]] = {
     "WanVACETransformer3DModel": {**SHORT, "ffn_dim": 96, "text_dim": 32, "vace_layers": [0]},
     "SkyReelsV2Transformer3DModel": {**SHORT, "ffn_dim": 96, "text_dim": 32},
     "ChronoEditTransformer3DModel": {**SHORT, "ffn_dim": 96, "text_dim": 32},
+    "HeliosTransformer3DModel": {**SHORT, "ffn_dim": 96, "text_dim": 32, "rope_dim": (8, 12, 12)},
+    "WanAnimateTransformer3DModel": {
+        **{**SHORT, "ffn_dim": 96, "text_dim": 32, "image_dim": 32, "added_kv_proj_dim": WIDTH},
+        **{"latent_channels": 4, "in_channels": 12, "out_channels": 4, "motion_encoder_size": 8},
+        **{"motion_encoder_channel_sizes": {"4": 8, "8": 8}, "motion_style_dim": 16, "motion_dim": 4},
+        **{"motion_encoder_dim": 16, "face_encoder_hidden_dim": 32, "face_encoder_num_heads": 2},
+        "inject_face_latents_blocks": 1,
+    },
+    "WanAnimate2Transformer3DModel": {
+        **{"dim": WIDTH, "ffn_dim": 96, "freq_dim": 32, "text_dim": 32, "num_heads": 2, "num_layers": 2},
+        **{"in_dim": 12, "out_dim": 4},
+    },
     "ZImageTransformer2DModel": {
         **{"dim": WIDTH, "n_layers": 1, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2},
         **{"cap_feat_dim": 32, "axes_dims": [8, 12, 12]},
@@ -147,6 +159,10 @@ SAME_NAMES = {
         *("input_proj", "llm_cond_proj", "t_embedding.", "adaln_proj", "final_layer."),
         "embed_image_indicator",
     ),
+    # what Helios has next to Wan's
+    "HeliosTransformer3DModel": ("patch_",),
+    # convolutions with kernels of their own, which no trainer adapts
+    "WanAnimateTransformer3DModel": ("motion_encoder.conv", "motion_encoder.res_blocks"),
     "AceStepTransformer1DModel": ("proj_in_conv", "proj_out_conv", "time_embed", "condition_embedder"),
 }
 

@@ -19,7 +19,7 @@ from svdq_cli.source.original_names.mochi import MOCHI
 from svdq_cli.source.original_names.pixart import PIXART, SANA
 from svdq_cli.source.original_names.qwen_image import QWEN_IMAGE_21
 from svdq_cli.source.original_names.stability import LDM_UNET, SD3
-from svdq_cli.source.original_names.wan import WAN
+from svdq_cli.source.original_names.wan import WAN, WAN_ANIMATE2
 from svdq_cli.source.original_names.z_image import Z_IMAGE
 
 __all__ = [
@@ -43,7 +43,7 @@ NAMINGS: tuple[Naming, ...] = (FLUX1, FLUX2, CHROMA, Z_IMAGE, PIXART, SANA, SD3,
 
 NAMINGS_WITH_BASE: tuple[Naming, ...] = (
     *(FLUX3, KREA2, MINIMAX_H3, HUNYUAN_VIDEO, HUNYUAN_VIDEO_15, HUNYUAN_IMAGE, LTX_VIDEO, LTX2),
-    *(LUMINA2, COSMOS, AURAFLOW, MOCHI, QWEN_IMAGE_21, IDEOGRAM4, ACE_STEP),
+    *(LUMINA2, COSMOS, AURAFLOW, MOCHI, QWEN_IMAGE_21, WAN_ANIMATE2, IDEOGRAM4, ACE_STEP),
 )
 """Of the classes that a base pipeline tells. Whole checkpoints are converted by diffusers where it can."""
 

@@ -5,8 +5,8 @@ Other models that were made from Wan (SkyReels-V2, ChronoEdit) have the same nam
 
 from __future__ import annotations
 
-from svdq_cli.source.names import Naming, Rule, renamed
-from svdq_cli.source.original_names.table import in_stacks, table
+from svdq_cli.source.names import Naming, Rule, fused, renamed
+from svdq_cli.source.original_names.table import also_called, in_stack, in_stacks, table
 
 _ATTENTION = (
     *((x, f"to_{x}") for x in "qkv"),
@@ -51,13 +51,62 @@ _ENDS: tuple[Rule, ...] = (
     renamed("head.modulation", "scale_shift_table"),
 )
 
+# Wan Animate's: its convolutions over faces and poses, and the attention that reads them
+_ANIMATE = (
+    renamed("pose_patch_embedding", "pose_patch_embedding"),
+    renamed("face_encoder.conv1_local.conv", "face_encoder.conv1_local"),
+    *(renamed(f"face_encoder.conv{number}.conv", f"face_encoder.conv{number}") for number in (2, 3)),
+    renamed("face_encoder.out_proj", "face_encoder.out_proj"),
+    renamed("motion_encoder.enc.fc.{}", "motion_encoder.motion_network.{}"),
+    *in_stack(
+        "face_adapter.fuser_blocks",
+        "face_adapter",
+        (
+            renamed("linear1_q", "to_q"),
+            fused("linear1_kv", "to_k", "to_v"),
+            renamed("linear2", "to_out"),
+            *(renamed(f"{x}_norm", f"norm_{x}") for x in "qk"),
+        ),
+    ),
+)
+
 WAN = Naming(
     name="original (Wan) names",
     model_class="WanTransformer3DModel",
     relatives=frozenset(
-        f"{name}Transformer3DModel" for name in ("WanVACE", "WanAnimate", "SkyReelsV2", "ChronoEdit")
+        f"{name}Transformer3DModel"
+        for name in ("WanVACE", "WanAnimate", "SkyReelsV2", "ChronoEdit", "Helios")
     ),
     signature=frozenset({"head.modulation", "blocks.0.self_attn.q.weight"}),
-    rules=table(*_ENDS, *in_stacks(("blocks", "vace_blocks"), _BLOCK)),
+    rules=table(*_ENDS, *_ANIMATE, *in_stacks(("blocks", "vace_blocks"), _BLOCK)),
+    suffixes={},
+)
+
+_SAME_ENDS = ("text_embedding", "time_embedding", "time_projection", "img_emb", "head")
+
+WAN_ANIMATE2 = Naming(
+    name="original (Wan Animate 2) names",
+    model_class="WanAnimate2Transformer3DModel",
+    signature=frozenset({"head.modulation", "blocks.0.block.self_attn.q.weight"}),
+    rules=table(
+        # LoRAs name the layers without the module around each block
+        *also_called(
+            ((".block.", "."),),
+            *in_stack(
+                "blocks",
+                "blocks",
+                (
+                    *(
+                        renamed(f"block.{attention}.{old}", f"{attention}.{new}")
+                        for attention in ("self_attn", "cross_attn")
+                        for old, new in _ATTENTION
+                    ),
+                    renamed("block.*", "*"),
+                ),
+            ),
+        ),
+        renamed("patch_embedding", "patch_embedding"),
+        *(renamed(f"{name}.*", f"{name}.*") for name in _SAME_ENDS),
+    ),
     suffixes={},
 )
