@@ -24,6 +24,7 @@ from svdq_cli.adapters.updates import (
     kronecker_update,
     orthonormal_part,
     principal_part,
+    through_core,
     without_first_ranks,
 )
 from svdq_cli.source.tensors import StoredTensor
@@ -130,23 +131,33 @@ def low_rank_of(change: LowRankUpdate | DoraUpdate | ColumnDoraUpdate) -> LowRan
 
 def _lora(module: AdapterModule, trained: TrainingConfig | None) -> LowRankUpdate:
     down, up = module.matrix("down"), module.matrix("up")
+    if "mid" in module.keys:
+        down = through_core(module.read("mid"), down)
     return LowRankUpdate(down, up, _scale(module, down.shape[0], trained))
 
 
 def _loha(module: AdapterModule, trained: TrainingConfig | None) -> LowRankUpdate:
     rank = module.keys["hada_w1_b"].shape[0]
-    first, second = ((module.matrix(f"hada_{w}_a"), module.matrix(f"hada_{w}_b")) for w in ("w1", "w2"))
+    first, second = (_factors(module, f"hada_w{part}", core=f"hada_t{part}") for part in (1, 2))
     return hadamard_update(first, second, scale=_scale(module, rank, trained))
 
 
 def _lokr(module: AdapterModule, trained: TrainingConfig | None) -> LowRankUpdate:
     factors = [
-        (module.matrix(f"lokr_{w}_a"), module.matrix(f"lokr_{w}_b"))
-        if f"lokr_{w}" not in module.keys
-        else as_factors(module.matrix(f"lokr_{w}"))
-        for w in ("w1", "w2")
+        _factors(module, f"lokr_w{part}", core=f"lokr_t{part}")
+        if f"lokr_w{part}" not in module.keys
+        else as_factors(module.matrix(f"lokr_w{part}"))
+        for part in (1, 2)
     ]
     return kronecker_update(factors[0], factors[1], scale=_scale(module, lokr_rank(module), trained))
+
+
+def _factors(module: AdapterModule, name: str, *, core: str) -> tuple[Tensor, Tensor]:
+    """The pair (a (N, R), b (R, K)) of a factored matrix; with a Tucker core, LyCORIS stores a as (R, N)."""
+    first, second = module.matrix(f"{name}_a"), module.matrix(f"{name}_b")
+    if core not in module.keys:
+        return first, second
+    return first.T.contiguous(), through_core(module.read(core), second)
 
 
 def lokr_rank(module: AdapterModule) -> int | None:

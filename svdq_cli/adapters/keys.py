@@ -27,13 +27,15 @@ _ROLES = {
     ),
     "up": re.compile(r"(?:\.lora_B(?:\.\w+)?|[._]lora\d?\.up|\.lora_linear_layer\.up|\.lora_up)\.weight$"),
     "bias": re.compile(r"(?:\.lora_B(?:\.\w+)?|\.lora_up)\.bias$"),
+    # the core of a convolution's Tucker decomposition, between the two
+    "mid": re.compile(r"\.lora_mid\.weight$"),
     "alpha": re.compile(r"\.(?:lora_)?alpha$"),
     "magnitude": re.compile(r"\.(?:dora_scale|lora_magnitude_vector(?:\.\w+)??(?:\.weight)?)$"),
     **{
         f"{algorithm}_{part}": re.compile(rf"\.{algorithm}_{part}(?:\.default)?$")
         for algorithm, parts in (
-            ("hada", ("w1_a", "w1_b", "w2_a", "w2_b")),
-            ("lokr", ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b")),
+            ("hada", ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")),
+            ("lokr", ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")),
         )
         for part in parts
     },
@@ -41,7 +43,7 @@ _ROLES = {
     "difference": re.compile(r"\.(?:diff|w_norm)$"),
     "bias_difference": re.compile(r"\.(?:diff_b|b_norm)$"),
 }
-MATRICES = ("down", "up", *(role for role in _ROLES if role.startswith(("hada_", "lokr_"))))
+MATRICES = ("down", "mid", "up", *(role for role in _ROLES if role.startswith(("hada_", "lokr_"))))
 _LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 
 # Adapters that svdq does not merge. Each changes weights in a way of its own.
@@ -52,8 +54,7 @@ _OTHER_KINDS = {
     "GLoRA": re.compile(r"\.(?:[ab][12]\.weight|bm\.weight|glora_)"),
     "(IA)^3": re.compile(r"\.(?:ia3_l|on_input)\b"),
     "T-LoRA": re.compile(r"\.(?:[qp]_layer\.weight|lambda_layer)$"),
-    "LoCon with a Tucker core": re.compile(r"\.lora_mid\.weight$"),
-    "LoHa or LoKr with a Tucker core": re.compile(r"\.(?:hada_t[12]|lokr_t[12])\b"),
+    "LoKr with a Tucker core of its first factor": re.compile(r"\.lokr_t1\b"),
     "AdaLoRA": re.compile(r"\.lora_E\b|\.ranknum\b"),
     "VeLoRA": re.compile(r"\.lora_velora_"),
     "MonteCLoRA": re.compile(r"\.lora_monteclora"),
@@ -125,8 +126,10 @@ class AdapterModule:
         roles = self.keys.keys()
         if {"down", "up"} <= roles:
             return "LoRA"
-        if roles >= set(_LOHA):
+        if roles >= set(_LOHA) and ("hada_t1" in roles) == ("hada_t2" in roles):
             return "LoHa"
+        if "lokr_t2" in roles and "lokr_w2" in roles:
+            return None
         if all(f"lokr_{w}" in roles or {f"lokr_{w}_a", f"lokr_{w}_b"} <= roles for w in ("w1", "w2")):
             return "LoKr"
         return None

@@ -7,6 +7,7 @@ low-rank products); LoKr, arXiv 2212.10650 and LyCORIS, arXiv 2309.14859 (Kronec
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 
 Ranges = Sequence[tuple[int, int]]
+
+_LARGEST_KERNEL = 7**3  # numbers
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -167,6 +170,18 @@ def kronecker_update(
     """LoKr: kron(a1 @ b1, a2 @ b2), with pairs (a (rows, R), b (R, columns)), as factors of rank R1 * R2."""
     (a1, b1), (a2, b2) = ((a.float(), b.float()) for a, b in (first, second))
     return LowRankUpdate(torch.kron(b1, b2), torch.kron(a1, a2), scale, kind="LoKr")
+
+
+def through_core(core: Tensor, down: Tensor) -> Tensor:
+    """A convolution's down matrix from those of its Tucker decomposition (arXiv 2108.06098, proposition 3): `core`
+    (R, R, kernel...) reads what `down` (R, C) makes of the channels. Returns (R, C * kernel) in float32.
+
+    Raises ValueError for a kernel that no convolution has, RuntimeError where the ranks differ.
+    """
+    kernel = math.prod(core.shape[2:])
+    if kernel > _LARGEST_KERNEL:
+        raise ValueError(f"a Tucker core of shape {list(core.shape)}")
+    return torch.einsum("ij...,jc->ic...", core.float(), down.float()).flatten(1).contiguous()
 
 
 def as_factors(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -135,6 +135,17 @@ LYCORIS: dict[str, LyCORISKind] = {
     "LoKr, DoRA by columns": (LokrModule, _COLUMNS),
     "full": (FullModule, {}),
 }
+# Of convolutions with kernels above 1x1 alone
+LYCORIS_TUCKER: dict[str, LyCORISKind] = {
+    "LoCon, Tucker": (LoConModule, {"use_tucker": True}),
+    "LoCon, Tucker, DoRA by rows": (LoConModule, {"use_tucker": True, "weight_decompose": True}),
+    "LoHa, Tucker": (LohaModule, {"use_tucker": True}),
+    "LoKr, Tucker": (LokrModule, {"use_tucker": True}),
+    "LoKr, Tucker, both factored": (
+        LokrModule,
+        {"use_tucker": True, "decompose_both": True, "lora_dim": 2},
+    ),
+}
 # By what svdq calls them
 LYCORIS_REFUSED: dict[str, tuple[type[nn.Module], Mapping[str, Any], str]] = {
     "OFT": (DiagOFTModule, {"lora_dim": 8}, "OFT or BOFT"),

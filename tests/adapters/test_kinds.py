@@ -29,6 +29,7 @@ from tests.adapters.kinds import (
     ALPHA,
     LYCORIS,
     LYCORIS_REFUSED,
+    LYCORIS_TUCKER,
     PEFT,
     PEFT_CHANGES_BASE,
     PEFT_LINEAR,
@@ -116,6 +117,41 @@ def test_linear_layers_compute_what_lycoris_do(flux: Source, tmp_path: Path, kin
 def test_pointwise_convolutions_compute_what_lycoris_do(unet: Source, tmp_path: Path, kind: str):
     model = skeleton(state_of(unet, POINTWISE), POINTWISE)
     require_same(unet, train_with_lycoris(LYCORIS[kind], model, POINTWISE, tmp_path / "l.safetensors"))
+
+
+KERNELS = ("down_blocks.0.resnets.0.conv1", "conv_in")
+
+
+# Of whole matrices here, of a rank whose root is whole: nothing in the file tells that it was trained with rs_lora
+UNTOLD = {"LoKr, rs_lora"}
+
+
+@pytest.mark.parametrize("kind", sorted({*LYCORIS, *LYCORIS_TUCKER} - UNTOLD))
+def test_convolutions_with_kernels_compute_what_lycoris_do(unet: Source, tmp_path: Path, kind: str):
+    model = skeleton(state_of(unet, KERNELS), KERNELS)
+    said = {**LYCORIS, **LYCORIS_TUCKER}[kind]
+    require_same(unet, train_with_lycoris(said, model, KERNELS, tmp_path / "l.safetensors"))
+
+
+@pytest.mark.parametrize("missing", ["hada_t1", "hada_t2"])
+def test_a_tucker_core_without_the_other_is_half_of_an_adapter(unet: Source, tmp_path: Path, missing: str):
+    model = skeleton(state_of(unet, KERNELS), KERNELS)
+    file = tmp_path / "l.safetensors"
+    train_with_lycoris(LYCORIS_TUCKER["LoHa, Tucker"], model, KERNELS, file)
+    save_file({key: t for key, t in load_file(file).items() if not key.endswith(missing)}, file)
+    with pytest.raises(InputError, match="only half of their LoRA"):
+        merge_loras(unet, [LoraFile(file, 1.0)])
+
+
+def test_a_tucker_core_that_does_not_fit_is_refused_by_its_layer(unet: Source, tmp_path: Path):
+    file = tmp_path / "l.safetensors"
+    tensors = {"lora_up.weight": torch.ones(32, 2, 1, 1), "lora_down.weight": torch.ones(2, 4, 1, 1)}
+    for core in (torch.ones(2, 3, 3, 3), torch.ones(2, 2, 400), torch.ones(2, 2, 3, 1)):
+        save_file(
+            {f"lora_unet_conv_in.{k}": t for k, t in (tensors | {"lora_mid.weight": core}).items()}, file
+        )
+        with pytest.raises(InputError, match="conv_in"):
+            merge_loras(unet, [LoraFile(file, 1.0)])
 
 
 @pytest.mark.parametrize("kind", ["DoRA by rows", "DoRA by columns"])

@@ -492,12 +492,13 @@ def test_a_truncated_file_is_refused(tiny_flux: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     ("key", "kind"),
     [
-        ("lora_unet_x.lora_mid.weight", "LoCon with a Tucker core"),
+        ("lora_unet_x.lora_mid.weight", "layers have only half of their LoRA: lora_unet_x"),
         ("lora_unet_x.oft_blocks", "OFT"),
         ("transformer_blocks.0.qkv_proj.lora_down", "a LoRA in Nunchaku's own form"),
         ("lora_unet_x.lora_down.weight_scale", "a LoRA in 8-bit floats with scales"),
         ("diffusion_model.blocks.0.modulation.diff", "a difference of modulation tables"),
-        ("lora_unet_x.lokr_t2", "Tucker core"),
+        ("lora_unet_x.lokr_t2", "layers have only half of their LoRA: lora_unet_x"),
+        ("lora_unet_x.lokr_t1", "Tucker core"),
         ("lora_controlnet", "Stability's control LoRA"),
         ("diffusion_model.x.set_weight", "that replace the model's own"),
         ("diffusion_model.x.reshape_weight", "a control LoRA, which widens an input"),
