@@ -22,7 +22,7 @@ from svdq_cli.records import (
     RotatedSolution,
     SolveSettings,
 )
-from svdq_cli.solve.covariance import moments_of
+from svdq_cli.solve.covariance import moments_of, trust
 from svdq_cli.solve.forward import LinearWeights, relative_errors
 from svdq_cli.solve.improve import LEAST_ROWS, StepResults
 from svdq_cli.solve.quantizers import E4M3_MAX, E4M3_TINY, row_blocks
@@ -92,7 +92,7 @@ def _hessian(rows: Tensor, plan: RotatedPlan, covariance: InputCovariance | None
     quantized = fake_quantize_rows(turned, plan.activation_bits)
     if covariance is None:
         return second_moments(quantized)
-    moments = moments_of(covariance, rows.new_ones(rows.shape[1]))
+    moments = moments_of(covariance, rows.new_ones(rows.shape[1]), trusted=trust(covariance))
     moments = rotate(rotate(moments, plan.rotation).T, plan.rotation)
     return quantized_moments(moments.contiguous(), turned, quantized)
 

@@ -3,7 +3,7 @@
 With about as many rows as channels a sample shows correlations that are not there, and whoever trusts them fits chance.
 Shrinking them toward 0 by the share of their variance that is chance is Schäfer and Strimmer's estimator (2005, target
 D; in the line of Ledoit and Wolf, 2004). That takes back what the sample exaggerates, and with it some of what is
-true: the covariance of many tokens, where there is one, needs neither.
+true: the covariance of many tokens, where there is one, needs next to nothing of it (`covariance.trust`).
 """
 
 from __future__ import annotations

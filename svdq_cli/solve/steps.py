@@ -21,7 +21,7 @@ from svdq_cli.records import (
     W4A4Plan,
     W4A4Solution,
 )
-from svdq_cli.solve.covariance import moments_of
+from svdq_cli.solve.covariance import moments_of, trust
 from svdq_cli.solve.forward import LinearWeights, dequantized_weight, stacked_weights
 from svdq_cli.solve.learned import GPTQ_LEAVES, OUTPUTS_PER_STEP, ROWS_PER_STEP, learn_smoothing
 from svdq_cli.solve.learned import STEPS as LEARNING_STEPS
@@ -216,7 +216,8 @@ def _rounded(attempt: Attempt) -> Solutions | None:
     if layer_group.covariance is None:
         hessian = second_moments(activation)
     else:
-        hessian = quantized_moments(moments_of(layer_group.covariance, 1 / smooth), x, activation)
+        moments = moments_of(layer_group.covariance, 1 / smooth, trusted=trust(layer_group.covariance))
+        hessian = quantized_moments(moments, x, activation)
     del x, activation
     left = _residual(layer_group, best)
     quantized = gptq_weight(

@@ -20,7 +20,7 @@ from svdq_cli.records import (
     SolveSettings,
     W4A4Plan,
 )
-from svdq_cli.solve.covariance import moments_of
+from svdq_cli.solve.covariance import moments_of, trust
 from svdq_cli.solve.forward import LinearWeights, output_sqnr_db
 from svdq_cli.solve.linear import SolvedInput, solve_input
 from svdq_cli.solve.means import less_mean
@@ -49,6 +49,14 @@ def stats_of(x: Tensor, *, rows: int) -> ActivationStats:
 @pytest.fixture(scope="module")
 def known() -> ActivationStats:
     return stats_of(inputs(8 * K, 0), rows=K // 2)
+
+
+def test_correlations_are_trusted_as_far_as_they_are_not_chance():
+    white = torch.randn(2 * K, K, generator=torch.Generator().manual_seed(0))
+    known = [stats_of(x, rows=1).covariance for x in (white, inputs(2 * K, 0), inputs(16 * K, 0))]
+    chance, few, many = (trust(each) for each in known if each is not None)
+    assert chance < 0.02
+    assert 0.9 < few < many < 1
 
 
 def test_the_stored_half_is_the_whole_to_a_thousandth():
