@@ -64,8 +64,9 @@ comfyui: $(STAMP) ## files for ComfyUI in ComfyUI's own loader, and with its LoR
 bench-quality: $(STAMP) ## what each step of the search is worth, on the embedded model (half an hour)
 	$(BIN)/python -m tools.bench_quality
 
-bench-peers: $(STAMP) ## data-free conversion beside auto-round, sdnq, cache-dit and modelopt on the same weights (two minutes)
+bench-peers: $(STAMP) ## data-free, then calibrated conversion beside other tools on the same weights (two minutes, then half an hour)
 	$(BIN)/python -m tools.bench_peers
+	$(BIN)/python -m tools.bench_calibrated
 
 # The same 60 random layers on every instruction set, and under the sanitizers: equal digests, no report. NEON runs in
 # qemu-user where Debian's g++-aarch64-linux-gnu and qemu-user are installed. Then 10,000 layers against the reference

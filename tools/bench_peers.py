@@ -95,24 +95,24 @@ def taken_by(peer: str, python: Path, inputs: Path, output: Path) -> list[Taken]
     failed = Taken(peer, PINS.get(peer, ""), "", "int4", "")
     if peer in PINS:
         pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        if why := _failure([*pip, f"{peer}=={PINS[peer]}"]):
+        if why := failure([*pip, f"{peer}=={PINS[peer]}"]):
             return [replace(failed, why=f"not installed: {why}")]
     else:
         python = Path(sys.executable)
     script = Path(__file__).with_name("peer_methods.py")
-    if why := _failure([python, script, peer, inputs, output]):
+    if why := failure([python, script, peer, inputs, output]):
         return [replace(failed, why=f"not run: {why}")]
     return [Taken(**entry) for entry in json.loads((output / f"{peer}.json").read_text())]
 
 
-def _failure(command: Sequence[str | Path]) -> str | None:
-    """The last line of what a command that fails says, or None."""
+def failure(command: Sequence[str | Path], minutes: float = MINUTES) -> str | None:
+    """The last line of what a command that fails says, or that it took longer than `minutes`; or None."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     env.pop("PYTHONPATH", None)
     try:
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60 * MINUTES)
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60 * minutes)
     except subprocess.TimeoutExpired:
-        return f"not done after {MINUTES} minutes"
+        return f"not done after {minutes:g} minutes"
     lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
     return lines[-1] if done.returncode else None
 
