@@ -5,6 +5,9 @@ imports, anywhere in the code. A circle is a set of rooms that all reach each ot
 its signature and docstring included. A public function or method that takes or returns a tensor names shapes in its
 docstring, or its class does, or, where it has no docstring, the Protocol whose method it is: letters or numbers in
 parentheses such as `(M, K)`, or the words "any shape" or "scalar".
+
+A tensor is made with its dtype: without one, torch takes its default dtype, which loading a model changes for every
+thread of the process for a while.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ LIMITS = {
     # convert and evaluate of the Python API, whose signatures and docstrings take most of it, and the command convert
     "long_functions": 2,
     "without_shapes": 0,
+    "without_dtype": 0,
 }
 TITLES = {
     "loose_modules": "modules at the package's top",
@@ -40,7 +44,12 @@ TITLES = {
     "circles": "circles of rooms",
     "long_functions": f"functions over {LONGEST} lines",
     "without_shapes": "public functions with tensors and no shape in the docstring",
+    "without_dtype": "tensors made in torch's default dtype",
 }
+
+# Of torch, what makes tensors in its default dtype: always, or where the numbers that it is given are no integers
+_FLOATING = frozenset(["zeros", "ones", "empty", "eye", "rand", "randn", "linspace", "logspace", "normal"])
+_OF_NUMBERS = {"full": 1, "tensor": 0}  # where the numbers are among the arguments
 
 _AXES = "batch|blocks|bytes|channels|columns|frames|heads|height|layers|prompts|rows|samples|splits|steps|tokens|width"
 _FIRST = rf"(?:\.\.\.|n(?=,)|sum of N|\*|[A-Z][\w']{{0,2}}|\d+|{_AXES})"
@@ -57,6 +66,7 @@ class House:
     circles: list[str]
     long_functions: list[str]
     without_shapes: list[str]
+    without_dtype: list[str]
     tensor_functions: int
     modules: int
     lines: int
@@ -103,10 +113,46 @@ def measure(root: Path) -> House:
         circles=_circles(rooms, arrows),
         long_functions=long_functions,
         without_shapes=without_shapes,
+        without_dtype=[
+            f"{PACKAGE}/{path.as_posix()}:{call.lineno} {ast.unparse(call.func)}"
+            for path, tree in trees.items()
+            for call in ast.walk(tree)
+            if isinstance(call, ast.Call) and _follows_default_dtype(call)
+        ],
         tensor_functions=tensor_functions,
         modules=len(sources),
         lines=sum(text.count("\n") for text in sources.values()),
     )
+
+
+def _follows_default_dtype(call: ast.Call) -> bool:
+    """Whether a call makes a tensor whose dtype is torch's default, or may be."""
+    function = call.func
+    if not isinstance(function, ast.Attribute) or ast.unparse(function.value) != "torch":
+        return False
+    if any(keyword.arg in ("dtype", None) for keyword in call.keywords):
+        return False
+    if function.attr in _FLOATING:
+        return True
+    if function.attr == "arange":
+        return any(_is_fraction(node) for argument in call.args for node in ast.walk(argument))
+    at = _OF_NUMBERS.get(function.attr)
+    if at is None or len(call.args) <= at:
+        return at is not None
+    # of a name nobody can tell
+    return not all(_is_integer(node) for node in ast.walk(call.args[at]))
+
+
+def _is_fraction(node: ast.AST) -> bool:
+    return isinstance(node, ast.Div) or (isinstance(node, ast.Constant) and isinstance(node.value, float))
+
+
+def _is_integer(node: ast.AST) -> bool:
+    """Whether a node is part of an expression of integers that are written out."""
+    if isinstance(node, ast.Constant):
+        return isinstance(node.value, int)
+    written = (ast.List, ast.Tuple, ast.UnaryOp, ast.USub, ast.BinOp, ast.Mult, ast.Add, ast.Sub, ast.Load)
+    return isinstance(node, written)
 
 
 def _room(path: Path) -> str:

@@ -90,4 +90,6 @@ def random_weight(settings: BenchSettings, linear: Linear) -> Tensor:
 
 def random_numbers(seed: int, rows: int, columns: int) -> Tensor:
     """(rows, columns) float32, standard normal, made on the CPU so that every device gets the same numbers."""
-    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(following_seed(seed, 0)))
+    return torch.randn(
+        rows, columns, generator=torch.Generator().manual_seed(following_seed(seed, 0)), dtype=torch.float32
+    )

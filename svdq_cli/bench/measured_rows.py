@@ -129,7 +129,11 @@ def _turns(operation: Operation, x: Tensor, device: torch.device) -> list[Call]:
 def _relative_error(layer: str, operation: Operation, x: Tensor) -> float:
     """|y - y64| / |y64| on a sample of rows. Raises InputError where the layer's numbers are not finite."""
     count = x.shape[0]
-    sample = torch.linspace(0, count - 1, min(count, ERROR_ROWS), device=x.device).round().long()
+    sample = (
+        torch.linspace(0, count - 1, min(count, ERROR_ROWS), device=x.device, dtype=torch.float32)
+        .round()
+        .long()
+    )
     wanted = operation.define(x[sample])
     found = operation.rows_of(operation.module(*operation.prepare(x)))
     error = float((found[sample].double() - wanted).norm() / wanted.norm())

@@ -83,7 +83,7 @@ def core_matrices(matrix: Tensor) -> Tensor:
 
 def _multiply(gpu: CudaDevice, rows: Tensor, others: Tensor) -> Tensor:
     device = torch.device("cuda", gpu.index)
-    result = torch.zeros(ROWS, COLUMNS, device=device)
+    result = torch.zeros(ROWS, COLUMNS, device=device, dtype=torch.float32)
     gpu.launch(
         Variant("probes/wgmma_exact", ()),
         (1, 1, 1),
@@ -182,7 +182,7 @@ def _rate(
     """`work`: operations of one block in one repeat."""
     device = torch.device("cuda", gpu.index)
     blocks = gpu.multiprocessors * blocks_each
-    result = torch.zeros(blocks, 256, device=device)
+    result = torch.zeros(blocks, 256, device=device, dtype=torch.float32)
     call: Callable[[], None] = lambda: gpu.launch(variant, (blocks, 1, 1), 256, *before, result, REPEATS)  # noqa: E731
     us = measure([call], seconds=SECONDS, device=device)
     return {"us": us.median, "tera_ops": work * blocks * REPEATS / us.median / 1e6}

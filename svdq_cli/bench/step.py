@@ -186,7 +186,9 @@ def _inputs(settings: StepSettings) -> tuple[Tensor, ...]:
         return torch.randn(count, shape.width, generator=draw, device=device, dtype=DTYPE)
 
     tokens = shape.image_tokens + shape.text_tokens
-    angles = torch.rand(tokens, shape.width // shape.heads // 2, generator=draw, device=device)
+    angles = torch.rand(
+        tokens, shape.width // shape.heads // 2, generator=draw, device=device, dtype=torch.float32
+    )
     return rows(shape.image_tokens), rows(shape.text_tokens), rows(1), angles
 
 
@@ -276,7 +278,7 @@ def random_w4a4(k: int, n: int, rank: int, precision: Precision, device: torch.d
             scales, outer = torch.full((n, k // 64), size / 4, device=device, dtype=DTYPE), None
         case NvFp4():
             codes = torch.randint(0, 16, (n, k), device=device, dtype=torch.int8)
-            scales = torch.ones(n, k // 16, device=device).to(torch.float8_e4m3fn)
+            scales = torch.ones(n, k // 16, device=device, dtype=torch.float32).to(torch.float8_e4m3fn)
             outer = torch.full((1,), size / 3, device=device, dtype=DTYPE)
     return W4A4Solution(
         plan=plan,

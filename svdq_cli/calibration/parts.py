@@ -156,5 +156,5 @@ def _stored(part: InputPart) -> tuple[tuple[str, torch.Tensor], ...]:
         ("abs_max", part.abs_max),
         ("squares", part.squares),
         ("rows", part.rows.contiguous()),
-        ("tokens", torch.tensor(part.tokens)),
+        ("tokens", torch.tensor(part.tokens, dtype=torch.int64)),
     )

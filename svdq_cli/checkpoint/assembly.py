@@ -70,7 +70,7 @@ def kept_tensor(tensor: KeptTensor, parts: list[Tensor]) -> Tensor:
         return torch.stack([part.T for part in parts])
     joined = parts[0] if len(parts) == 1 else torch.cat(parts)
     sources = row_sources(tensor.order, len(joined))
-    ordered = joined if sources is None else joined[torch.tensor(sources)]
+    ordered = joined if sources is None else joined[torch.tensor(sources, dtype=torch.int64)]
     return ordered.movedim(1, -1) if tensor.channels_last else ordered
 
 
@@ -81,7 +81,7 @@ def source_tensor(tensor: KeptTensor, stored: Tensor, shapes: list[tuple[int, ..
         stored = stored.movedim(-1, 1)
     sources = row_sources(tensor.order, len(stored))
     if sources is not None:
-        stored = stored[inverse(torch.tensor(sources))]
+        stored = stored[inverse(torch.tensor(sources, dtype=torch.int64))]
     start = sum(shape[0] for shape in shapes[:index])
     return stored[start : start + shapes[index][0]] if len(shapes) > 1 else stored
 

@@ -117,7 +117,7 @@ def stored_rows(module: StoredModule) -> Tensor | None:
     true_rows = sum(layer.linear.out_features for layer in module.layers)
     ordered = true_rows if isinstance(module.order, Interleaved) else rows
     sources = row_sources(module.order, ordered)
-    return None if sources is None else torch.tensor([*sources, *range(ordered, rows)])
+    return None if sources is None else torch.tensor([*sources, *range(ordered, rows)], dtype=torch.int64)
 
 
 def inverse(indices: Tensor) -> Tensor:

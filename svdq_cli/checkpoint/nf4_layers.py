@@ -57,7 +57,7 @@ def encode(name: str, solution: Nf4Solution, dtype: torch.dtype) -> dict[str, Te
     return {
         name: ((pairs[:, 0] << 4) | pairs[:, 1]).unsqueeze(1),
         f"{name}.absmax": solution.scales.codes,
-        f"{name}.quant_map": torch.tensor(LEVELS),
+        f"{name}.quant_map": torch.tensor(LEVELS, dtype=torch.float32),
         f"{name}.nested_absmax": solution.scales.sizes,
         f"{name}.nested_quant_map": scale_levels(),
         f"{name}.{STATE}": torch.tensor(list(text), dtype=torch.uint8),

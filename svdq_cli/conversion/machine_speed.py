@@ -78,15 +78,17 @@ def measure_speed(device: torch.device, dtype: torch.dtype, disk: Path) -> Speed
 
 def _solve_rates(device: torch.device) -> Rates:
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(SIDE, SIDE, generator=generator).to(device)
+    weight = torch.randn(SIDE, SIDE, generator=generator, dtype=torch.float32).to(device)
     dtype, precision = torch.bfloat16, Int4()
-    tiny = torch.ones(8, device=device)
-    large = torch.randn(LARGE, LARGE, generator=generator).to(device)
-    few = torch.randn(LARGE, RANK + OVERSAMPLE, generator=generator).to(device)
+    tiny = torch.ones(8, device=device, dtype=torch.float32)
+    large = torch.randn(LARGE, LARGE, generator=generator, dtype=torch.float32).to(device)
+    few = torch.randn(LARGE, RANK + OVERSAMPLE, generator=generator, dtype=torch.float32).to(device)
     narrow = weight[:, :64].contiguous()  # one block of columns: no update of those behind it
     tall = narrow.repeat(4, 1)
-    identity = torch.eye(64, device=device)
-    spread = (weight @ weight.T).double() / SIDE + torch.eye(SIDE, device=device).double()
+    identity = torch.eye(64, device=device, dtype=torch.float32)
+    spread = (weight @ weight.T).double() / SIDE + torch.eye(
+        SIDE, device=device, dtype=torch.float32
+    ).double()
     rows = weight[:256]
     solution = _solution(large)
 
@@ -106,7 +108,7 @@ def _solve_rates(device: torch.device) -> Rates:
         * STEPS
         / typical(
             lambda: learn_smoothing(
-                torch.ones(SIDE, device=device),
+                torch.ones(SIDE, device=device, dtype=torch.float32),
                 weight,
                 rows,
                 precision,
@@ -137,7 +139,7 @@ def _solution(weight: Tensor) -> W4A4Solution:
 
 def _matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     side = 8 * SIDE if device.type == "cuda" else 2 * SIDE
-    matrix = torch.randn(side, side, device=device).to(dtype)
+    matrix = torch.randn(side, side, device=device, dtype=torch.float32).to(dtype)
     return 2 * side**3 / _seconds(lambda: matrix @ matrix, device)
 
 

@@ -90,7 +90,7 @@ def source_weight(source: Source, plan: LayerPlan, device: torch.device) -> Line
     NaN or infinity."""
     name = f"{plan.name}.weight"
     entry = tensor_entry(source, name)
-    weight = _filled(torch.empty(entry.shape, device=device), name, entry)
+    weight = _filled(torch.empty(entry.shape, device=device, dtype=torch.float32), name, entry)
     bias = finite_tensor(source, f"{plan.name}.bias").to(device).float() if plan.linear.bias else None
     return LinearWeights(weight.flatten(1), bias)
 

@@ -84,7 +84,7 @@ def add_outliers(transformer: FluxTransformer2DModel, *, fraction: float = 0.03,
 
 def _factors(width: int, count: int, generator: torch.Generator) -> Tensor:
     """(width,) ones with `count` entries of FACTORS, in turn."""
-    factors = torch.ones(width)
+    factors = torch.ones(width, dtype=torch.float32)
     for index, channel in enumerate(torch.randperm(width, generator=generator)[:count].tolist()):
         factors[channel] = FACTORS[index % len(FACTORS)]
     return factors

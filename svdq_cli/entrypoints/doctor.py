@@ -185,8 +185,8 @@ def _test_layer(precision: Precision | None) -> SelfTest:
 
 def _round_trip_sqnr(precision: Precision | None) -> float:
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(256, 256, generator=generator) / 16
-    rows = torch.randn(64, 256, generator=generator)
+    weight = torch.randn(256, 256, generator=generator, dtype=torch.float32) / 16
+    rows = torch.randn(64, 256, generator=generator, dtype=torch.float32)
     linear = Linear("layer", 256, 256, bias=False)
     plan = W4A4Plan(linear, precision, 16) if precision else W4A16Plan(linear)
     shared = SharedInput("layer", ("layer",), (("layer",),))

@@ -137,7 +137,7 @@ class ComfyCore(Format):
                     "weight": join_nibbles(solution.codes).view(torch.int8),
                     "weight_s_rel": solution.scales.clone(),
                     "weight_s_channel": row_scales.clone(),
-                    "weight_codebook": torch.tensor(LEVELS),
+                    "weight_codebook": torch.tensor(LEVELS, dtype=torch.float32),
                 }
             case W4A16Solution():
                 tensors = encode_w4a16(solution)
@@ -164,7 +164,7 @@ class ComfyCore(Format):
                 scales = tensors["weight_scale"].unsqueeze(1).clone()
                 return RotatedSolution(layer, unpack_rows(weight, Int4()), scales, None, bias)
             case RotatedPlan():
-                if not torch.equal(tensors["weight_codebook"], torch.tensor(LEVELS)):
+                if not torch.equal(tensors["weight_codebook"], torch.tensor(LEVELS, dtype=torch.float32)):
                     raise InputError(
                         f"{layer.name}: weight_codebook holds other levels than svdq's",
                         where=layer.name,

@@ -42,7 +42,7 @@ def _wrong_branches(after: Checkpoint, joined: JoinedBranches) -> list[str]:
             continue
         group = joined.groups[layer.name]
         generator = torch.Generator().manual_seed(0)
-        x = torch.randn(PROBES, layer.linear.in_features, generator=generator)
+        x = torch.randn(PROBES, layer.linear.in_features, generator=generator, dtype=torch.float32)
         old = next(plan for plan in group if plan.name == layer.name)
         expected = _product(joined.checkpoint.branch(old), x)
         for addition in joined.added[group[0].name]:

@@ -30,7 +30,7 @@ def with_means(checkpoint: Checkpoint, edits: Edits, joined: JoinedBranches) -> 
 
     def add(layer: str, added: Tensor) -> None:
         name = f"{layer}.bias"
-        vectors[name] = vectors.get(name, torch.zeros(())) + added
+        vectors[name] = vectors.get(name, torch.zeros((), dtype=torch.float32)) + added
 
     for layer in means.keys() & edits.branches.keys():
         for update in joined.updates_of(layer):

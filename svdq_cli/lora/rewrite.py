@@ -102,7 +102,7 @@ def new_tensor(checkpoint: Checkpoint, name: str, edits: Edits) -> Tensor:
     """One of the model's tensors as the new file keeps it, before it is rounded to 16 bits. Of any shape, the model's
     own."""
     before = _sixteen_bit(checkpoint, name, edits).float()
-    added = torch.zeros(before.shape)
+    added = torch.zeros(before.shape, dtype=torch.float32)
     for part in edits.weights.get(name, ()):
         change = part.read().added_to(before.flatten(1))
         added += (part.lora.weight * change).reshape(before.shape)

@@ -33,7 +33,7 @@ def pad(tensor: Tensor, *, multiples: Sequence[int], fill: float) -> Tensor:
     if tensor.ndim != len(multiples):
         raise ValueError(f"{len(multiples)} multiples for a tensor of the shape {tuple(tensor.shape)}")
     shape = [round_up(*each) for each in zip(tensor.shape, multiples, strict=True)]
-    grown = torch.full(shape, fill, device=tensor.device).to(tensor.dtype)
+    grown = torch.full(shape, fill, device=tensor.device, dtype=torch.float32).to(tensor.dtype)
     crop(grown, shape=tensor.shape).copy_(tensor)
     return grown
 

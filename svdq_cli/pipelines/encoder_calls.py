@@ -96,7 +96,11 @@ class EncoderCall:
         fill a prompt up or hold the place of an image, count at most as much together as all others."""
         ids = self.ids
         mask = self.arguments.get("attention_mask")
-        seen = mask.float() if isinstance(mask, Tensor) and mask.shape == ids.shape else torch.ones(ids.shape)
+        seen = (
+            mask.float()
+            if isinstance(mask, Tensor) and mask.shape == ids.shape
+            else torch.ones(ids.shape, dtype=torch.float32)
+        )
         filling = torch.nn.functional.pad(ids[:, 1:] == ids[:, :-1], (1, 0), value=False)
         own, filled = (seen * ~filling).sum(1, keepdim=True), (seen * filling).sum(1, keepdim=True)
         share = (own.clamp(min=1) / filled.clamp(min=1)).clamp(max=1)
@@ -139,10 +143,10 @@ class _Zeros:
     """An answer with the fields of every class of transformers'."""
 
     def __init__(self, batch: int, tokens: int, width: int, projected: int, projects: bool) -> None:
-        self.last_hidden_state = torch.zeros(batch, tokens, width)
+        self.last_hidden_state = torch.zeros(batch, tokens, width, dtype=torch.float32)
         self.hidden_states = [self.last_hidden_state] * 256
-        self.pooler_output = torch.zeros(batch, width)
-        self.text_embeds = torch.zeros(batch, projected)
+        self.pooler_output = torch.zeros(batch, width, dtype=torch.float32)
+        self.text_embeds = torch.zeros(batch, projected, dtype=torch.float32)
         self._first = self.text_embeds if projects else self.last_hidden_state
 
     def __getitem__(self, index: int) -> Any:

@@ -77,7 +77,7 @@ def _lumina_rope(world: World, name: str) -> torch.Tensor:
 def _residues(world: World, name: str) -> dict[str, torch.Tensor]:
     """Atoms, molecules and bonds of a protein without structure. A time and a recycle index are all that condition it,
     as they are where no CATH label is given."""
-    atoms = torch.zeros(1, TEXT, 37)
+    atoms = torch.zeros(1, TEXT, 37, dtype=torch.float32)
     chemistry = ("hbond", "pistack", "pication", "saltbridge", "hydrophobic", "metal-coord")
     return {
         **{f"condition_{what}_1_atom": atoms for what in chemistry},
@@ -103,7 +103,7 @@ def _wan_animate_cache(world: World, name: str) -> Any:
     return WanAnimate2KVCache(world.config["num_layers"])
 
 
-_TIME = _value(torch.tensor([0.5]))
+_TIME = _value(torch.tensor([0.5], dtype=torch.float32))
 
 OF_CLASS: Mapping[str, Mapping[str, Maker]] = {
     "AceStepTransformer1DModel": {
@@ -113,12 +113,12 @@ OF_CLASS: Mapping[str, Mapping[str, Maker]] = {
         ),
     },
     "AnyFlowTransformer3DModel": {
-        "timestep": lambda w, n: torch.full((1, w.extent.frames), 0.5),
-        "r_timestep": lambda w, n: torch.full((1, w.extent.frames), 0.25),
+        "timestep": lambda w, n: torch.full((1, w.extent.frames), 0.5, dtype=torch.float32),
+        "r_timestep": lambda w, n: torch.full((1, w.extent.frames), 0.25, dtype=torch.float32),
     },
     "AnyFlowFARTransformer3DModel": {
-        "timestep": lambda w, n: torch.full((1, w.extent.frames), 0.5),
-        "r_timestep": lambda w, n: torch.full((1, w.extent.frames), 0.25),
+        "timestep": lambda w, n: torch.full((1, w.extent.frames), 0.5, dtype=torch.float32),
+        "r_timestep": lambda w, n: torch.full((1, w.extent.frames), 0.25, dtype=torch.float32),
         "chunk_partition": lambda w, n: [1, w.extent.frames - 1],
     },
     "BriaFibo2Transformer2DModel": {
@@ -156,7 +156,7 @@ OF_CLASS: Mapping[str, Mapping[str, Maker]] = {
         "vision_token_shapes": lambda w, n: [w.grid],
         "vision_sequence_indexes": lambda w, n: torch.arange(TEXT, TEXT + w.tokens),
         "vision_mse_loss_indexes": lambda w, n: torch.arange(TEXT, TEXT + w.tokens),
-        "vision_timesteps": lambda w, n: torch.full((w.tokens,), 0.5),
+        "vision_timesteps": lambda w, n: torch.full((w.tokens,), 0.5, dtype=torch.float32),
         "vision_noisy_frame_indexes": lambda w, n: [torch.arange(w.grid[0])],
     },
     "DiTTransformer2DModel": {"class_labels": _value(longs(1))},
@@ -164,7 +164,9 @@ OF_CLASS: Mapping[str, Mapping[str, Maker]] = {
     "Flux3Transformer2DModel": {
         "image_cond_hidden_states": lambda w, n: w.latents("hidden_states"),
         "image_cond_ids": lambda w, n: positions(*w.grid, axes=len(w.config["axes_dims_rope"])).float(),
-        "target_timestep": lambda w, n: torch.tensor([0.25]) if w.config["flow_map"] else None,
+        "target_timestep": lambda w, n: (
+            torch.tensor([0.25], dtype=torch.float32) if w.config["flow_map"] else None
+        ),
     },
     "GlmImageTransformer2DModel": {
         "prior_token_id": lambda w, n: longs(1, w.tokens),
@@ -182,7 +184,7 @@ OF_CLASS: Mapping[str, Mapping[str, Maker]] = {
         "text_embedding_mask": _mask(1, "text_len"),
         "encoder_hidden_states_t5": _tensor(1, "text_len_t5", "cross_attention_dim_t5"),
         "text_embedding_mask_t5": _mask(1, "text_len_t5"),
-        "image_meta_size": _value(torch.full((1, 6), 16.0)),
+        "image_meta_size": _value(torch.full((1, 6), 16.0, dtype=torch.float32)),
         "style": _value(longs(1)),
         "image_rotary_emb": lambda w, n: (floats(w.tokens, w.config["attention_head_dim"]),) * 2,
     },
@@ -262,7 +264,7 @@ OF_CLASS: Mapping[str, Mapping[str, Maker]] = {
     "MiniMaxH3Transformer3DModel": {
         "audio_hidden_states": _tensor(1, 8, "audio_in_channels"),
         "timestep_indices": lambda w, n: longs(TEXT + w.tokens + 8),
-        "token_tags": lambda w, n: torch.tensor([1] * TEXT + [0] * w.tokens + [2] * 8),
+        "token_tags": lambda w, n: torch.tensor([1] * TEXT + [0] * w.tokens + [2] * 8, dtype=torch.int64),
         "position_ids": lambda w, n: positions(TEXT + w.tokens + 8),
         "text_indices": _between(0, TEXT),
         "video_indices": lambda w, n: torch.arange(TEXT, TEXT + w.tokens),
@@ -274,11 +276,18 @@ OF_CLASS: Mapping[str, Mapping[str, Maker]] = {
         "input_ids": _value(longs(1, TEXT)),
         "input_img_latents": _value([]),
         "input_image_sizes": _value({}),
-        "attention_mask": lambda w, n: torch.ones(1, TEXT + 1 + w.tokens, TEXT + 1 + w.tokens),
+        "attention_mask": lambda w, n: torch.ones(
+            1, TEXT + 1 + w.tokens, TEXT + 1 + w.tokens, dtype=torch.float32
+        ),
         "position_ids": lambda w, n: torch.arange(TEXT + 1 + w.tokens)[None],
     },
     "PixArtTransformer2DModel": {
-        "added_cond_kwargs": _value({"resolution": torch.zeros(1, 2), "aspect_ratio": torch.ones(1, 1)}),
+        "added_cond_kwargs": _value(
+            {
+                "resolution": torch.zeros(1, 2, dtype=torch.float32),
+                "aspect_ratio": torch.ones(1, 1, dtype=torch.float32),
+            }
+        ),
     },
     "PriorTransformer": {
         "hidden_states": _tensor(1, "embedding_dim"),
@@ -287,7 +296,7 @@ OF_CLASS: Mapping[str, Mapping[str, Maker]] = {
     },
     "QwenImage21Transformer2DModel": {
         # three text tokens, then the slots of the image, each of which represents 2x2 latent tokens
-        "img_mask": lambda w, n: torch.tensor([[False] * TEXT + [True] * (w.tokens // 4)]),
+        "img_mask": lambda w, n: torch.tensor([[False] * TEXT + [True] * (w.tokens // 4)], dtype=torch.bool),
     },
     "RFD4ProteinaTransformer": {
         "bb_ca": _tensor(1, TEXT, 3),
@@ -300,7 +309,7 @@ OF_CLASS: Mapping[str, Mapping[str, Maker]] = {
         "conditioning": _residues,
     },
     "SanaWMTransformer3DModel": {
-        "timestep": lambda w, n: torch.full((1, 1, w.grid[0]), 0.5),
+        "timestep": lambda w, n: torch.full((1, 1, w.grid[0]), 0.5, dtype=torch.float32),
         "encoder_hidden_states": lambda w, n: floats(1, 1, w.text, w.width(n, "caption_channels")),
         "mask": _mask(1, "text"),
     },
@@ -315,7 +324,9 @@ OF_CLASS: Mapping[str, Mapping[str, Maker]] = {
         "clip_text_pooled": lambda w, n: floats(1, 1, w.width(n, "clip_text_pooled_in_channels")),
     },
     "T5FilmDecoder": {
-        "encodings_and_masks": lambda w, n: [(floats(1, TEXT, w.config["d_model"]), torch.ones(1, TEXT))],
+        "encodings_and_masks": lambda w, n: [
+            (floats(1, TEXT, w.config["d_model"]), torch.ones(1, TEXT, dtype=torch.float32))
+        ],
         "decoder_input_tokens": _tensor(1, "targets_length", "input_dims"),
         "decoder_noise_time": _TIME,
     },
@@ -341,12 +352,12 @@ OF_CLASS: Mapping[str, Mapping[str, Maker]] = {
     "UNetMotionModel": {"encoder_hidden_states": _tensor("frames", "text", "cross_attention_dim")},
     "UNetSpatioTemporalConditionModel": {
         "encoder_hidden_states": _tensor(1, 1, "width"),
-        "added_time_ids": _value(torch.zeros(1, 3)),
+        "added_time_ids": _value(torch.zeros(1, 3, dtype=torch.float32)),
     },
     "UVit2DModel": {
         "input_ids": lambda w, n: longs(1, w.extent.side, w.extent.side),
         "pooled_text_emb": lambda w, n: floats(1, w.config["cond_embed_dim"]),
-        "micro_conds": _value(torch.zeros(1, 5)),
+        "micro_conds": _value(torch.zeros(1, 5, dtype=torch.float32)),
     },
     # its first pass, over the reference image: the second one reads what this leaves behind
     "WanAnimate2Transformer3DModel": {
@@ -361,7 +372,7 @@ OF_CLASS: Mapping[str, Mapping[str, Maker]] = {
         "kv_cache": _wan_animate_cache,
         "kv_cache_mode": _value("extract"),
         "seq_len": lambda w, n: w.tokens,
-        "offset_grid_sizes": lambda w, n: torch.tensor([w.grid]),
+        "offset_grid_sizes": lambda w, n: torch.tensor([w.grid], dtype=torch.int64),
     },
     "WanAnimateTransformer3DModel": {
         "encoder_hidden_states_image": _tensor(1, 8, "image_dim"),

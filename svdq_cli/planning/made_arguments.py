@@ -142,7 +142,7 @@ _TEXT_WIDTHS = (
 
 def floats(*shape: int) -> Tensor:
     """Random numbers of a standard normal, of any shape."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float32)
 
 
 def longs(*shape: int) -> Tensor:
@@ -166,7 +166,7 @@ def _ids(world: World, name: str) -> Tensor | None:
     axes = world.get("axes_dims_rope", "axes_dim", "rope_axes_dim", "axes_dims")
     count = len(axes) if isinstance(axes, (list, tuple)) else 3
     if name.startswith("txt"):
-        return torch.zeros(world.text, count)
+        return torch.zeros(world.text, count, dtype=torch.float32)
     return positions(*world.grid, axes=count).float()
 
 
@@ -187,22 +187,27 @@ MAKERS: tuple[tuple[str, Maker], ...] = (
         lambda w, n: floats(1, 8, w.width(n, "image_dim", "image_embed_dim")),
     ),
     (r"encoder_hidden_states\w*|context|cap_feats|text_embeds?|prompt_embeds|text_bth", _text),
-    (TIME, lambda w, n: torch.tensor([0.5])),
-    (r"guidance", lambda w, n: torch.tensor([3.5]) if w.get("guidance_embeds", "guidance_embed") else None),
+    (TIME, lambda w, n: torch.tensor([0.5], dtype=torch.float32)),
+    (
+        r"guidance",
+        lambda w, n: (
+            torch.tensor([3.5], dtype=torch.float32) if w.get("guidance_embeds", "guidance_embed") else None
+        ),
+    ),
     (
         r"pooled_\w*|clip_text_pooled|global_hidden_states",
         lambda w, n: floats(1, w.width(n, "pooled_projection_dim", "in_text_dim2", "text_embed_2_dim")),
     ),
     (r"class_labels", lambda w, n: longs(1)),
     (r"(img|image|txt|text)_ids", _ids),
-    (r"original_size|target_size", lambda w, n: torch.full((1, 2), 8.0 * w.extent.side)),
-    (r"crop_coords", lambda w, n: torch.zeros(1, 2)),
+    (r"original_size|target_size", lambda w, n: torch.full((1, 2), 8.0 * w.extent.side, dtype=torch.float32)),
+    (r"crop_coords", lambda w, n: torch.zeros(1, 2, dtype=torch.float32)),
     (r"img_shapes", lambda w, n: [[w.grid]]),
     (r"num_frames", lambda w, n: w.grid[0]),
     (r"height", lambda w, n: w.grid[1]),
     (r"width", lambda w, n: w.grid[2]),
     (r"fps", lambda w, n: torch.tensor([16])),
-    (r"text_lens", lambda w, n: torch.tensor([w.text])),
+    (r"text_lens", lambda w, n: torch.tensor([w.text], dtype=torch.int64)),
 )
 
 

@@ -36,7 +36,7 @@ class Weightless(TorchDispatchMode):
         if type(self) not in flex_attention.python_key_table:
             flex_attention.py_impl(type(self))(_flex_attention)
         generator = torch.Generator().manual_seed(0)
-        self._pool = torch.randn(_POOL, generator=generator)
+        self._pool = torch.randn(_POOL, generator=generator, dtype=torch.float32)
         self._offset = 0
         self.compiled = False  # whether attention under a mask that is a program was compiled for this mode
 
@@ -121,4 +121,4 @@ def _flex_attention(
     mode.compiled = True
     shape = query.shape[:-1]
     output = mode.numbers(*shape, value.shape[-1]).to(query.dtype)
-    return output, torch.zeros(shape), torch.zeros(shape)
+    return output, torch.zeros(shape, dtype=torch.float32), torch.zeros(shape, dtype=torch.float32)

@@ -85,4 +85,4 @@ def _recomputed(model: nn.Module) -> Iterator[None]:
 
 
 def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(like.shape, generator=generator).to(like.device)
+    return torch.randn(like.shape, generator=generator, dtype=torch.float32).to(like.device)

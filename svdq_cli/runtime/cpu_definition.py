@@ -36,7 +36,7 @@ def defined_linear(x: Tensor, solution: W4A4Solution, *, unsigned_from: int | No
     group = solution.plan.precision.group
     codes, row_scales = quantized_rows(x, solution, unsigned_from)
     weights, columns = w4a4_weight(solution), solution.scales.float()
-    total = torch.zeros(x.shape[0], columns.shape[0])
+    total = torch.zeros(x.shape[0], columns.shape[0], dtype=torch.float32)
     for index in range(columns.shape[1]):
         at = slice(index * group, (index + 1) * group)
         # Exact: the weight's codes times its scales, divided by the scales again
@@ -46,7 +46,9 @@ def defined_linear(x: Tensor, solution: W4A4Solution, *, unsigned_from: int | No
     if solution.outer is not None:
         total = total * solution.outer.float()
     dtype = solution.up.dtype
-    hidden = _chain(torch.zeros(x.shape[0], solution.down.shape[0]), x.float(), solution.down.float())
+    hidden = _chain(
+        torch.zeros(x.shape[0], solution.down.shape[0], dtype=torch.float32), x.float(), solution.down.float()
+    )
     total = _chain(total, hidden.to(dtype).float(), solution.up.float())
     bias = None if solution.bias is None else solution.bias.float()
     if unsigned_from is not None:
@@ -59,7 +61,10 @@ def defined_linear(x: Tensor, solution: W4A4Solution, *, unsigned_from: int | No
 
 def defined_w4a16(x: Tensor, solution: W4A16Solution) -> Tensor:
     """A W4A16 layer, (M, K) -> (M, N) in its 16-bit dtype."""
-    weight, total = w4a16_rounded_weight(solution), torch.zeros(x.shape[0], solution.codes.shape[0])
+    weight, total = (
+        w4a16_rounded_weight(solution),
+        torch.zeros(x.shape[0], solution.codes.shape[0], dtype=torch.float32),
+    )
     for k in range(x.shape[1]):
         total = _fma(x[:, k, None].float(), weight[None, :, k], total)
     return (total if solution.bias is None else total + solution.bias.float()).to(solution.scales.dtype)

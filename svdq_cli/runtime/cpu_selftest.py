@@ -83,7 +83,7 @@ def _w4a16(dtype: torch.dtype) -> float:
 def _attention() -> float:
     """The share of numbers that are further off than their rounding."""
     q, k, v = (draw(seed, 1, 2, rows, 40).bfloat16() for seed, rows in ((8, M), (9, N), (10, N)))
-    bias = torch.zeros(1, N).masked_fill_(torch.arange(N) % 5 == 0, -torch.inf)
+    bias = torch.zeros(1, N, dtype=torch.float32).masked_fill_(torch.arange(N) % 5 == 0, -torch.inf)
     found = torch.ops.svdq.cpu_attention(q, k, v, bias, scale=0.5)
     wanted, most = exact_attention(q, k, v, bias, scale=0.5)
     return float((~((found - wanted).abs() <= most)).float().mean())

@@ -38,7 +38,7 @@ NO_ROTATION = "no kernel of svdq rotates its input"  # why other backends leave 
 def w4a4_weight(solution: W4A4Solution) -> Tensor:
     """codes * scales, (N, K) float32, exact. Without nvfp4's outer scale, which multiplies the product."""
     precision = solution.plan.precision
-    one = torch.ones(1, device=solution.codes.device)
+    one = torch.ones(1, device=solution.codes.device, dtype=torch.float32)
     return dequantize_weight(QuantizedWeight(solution.codes, solution.scales, one), precision)
 
 

@@ -13,7 +13,7 @@ from svdq_cli.errors import EnvironmentLacksError
 def require_nf4(device: torch.device) -> None:
     """Raises EnvironmentLacksError where bitsandbytes is missing or does not compute on the device."""
     try:
-        layer = nf4_linear(torch.ones(64, 64), None, dtype=torch.bfloat16).to(device)
+        layer = nf4_linear(torch.ones(64, 64, dtype=torch.float32), None, dtype=torch.bfloat16).to(device)
         layer(torch.ones(1, 64, device=device, dtype=torch.bfloat16))
     except ModuleNotFoundError as error:
         raise EnvironmentLacksError(

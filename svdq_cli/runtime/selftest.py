@@ -221,7 +221,7 @@ def quantized_disagreement(
     """The worst of: shares of codes and of scales that differ, relative error of the hidden vectors. NaN if one is.
     Both of the same shapes, any shape."""
     shares = [float((a != b).float().mean()) for a, b in zip(ours[:2], theirs[:2], strict=True)]
-    return float(torch.tensor([*shares, relative_error(ours[2], theirs[2])]).max())
+    return float(torch.tensor([*shares, relative_error(ours[2], theirs[2])], dtype=torch.float32).max())
 
 
 def share_of_other_bits(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:

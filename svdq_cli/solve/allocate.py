@@ -55,7 +55,9 @@ def allocate(candidates: Sequence[Candidate], budget: int, *, balance: float = 0
     the budget.
     """
     choices = [choice for candidate in candidates for choice in candidate.choices]
-    owner = torch.tensor([i for i, candidate in enumerate(candidates) for _ in candidate.choices])
+    owner = torch.tensor(
+        [i for i, candidate in enumerate(candidates) for _ in candidate.choices], dtype=torch.int64
+    )
     size = torch.tensor([choice.bytes for choice in choices], dtype=torch.float64)
     error = torch.tensor(
         [candidate.output_error(choice) for candidate in candidates for choice in candidate.choices],

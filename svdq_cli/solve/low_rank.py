@@ -86,8 +86,8 @@ def low_rank_of(
         left, right = basis, small @ inputs.T
     else:
         generator = torch.Generator().manual_seed(seed)
-        sketch = torch.randn(columns, rank + OVERSAMPLE, generator=generator).to(device)
-        basis = torch.linalg.qr(matrix.times(sketch)).Q
+        drawn = torch.randn(columns, rank + OVERSAMPLE, generator=generator, dtype=torch.float32)
+        basis = torch.linalg.qr(matrix.times(drawn.to(device))).Q
         for _ in range(power_iterations):
             basis = torch.linalg.qr(matrix.transposed_times(basis)).Q
             basis = torch.linalg.qr(matrix.times(basis)).Q

@@ -59,7 +59,7 @@ def solve_curve(
     # T is much less than N: its directions are found from the (T, T) products of outputs
     _, mixes = torch.linalg.eigh((outputs @ outputs.T).double())
     rank = min(plan.rank, len(outputs), rows)
-    up = torch.zeros(rows, plan.rank, device=weight.device)
+    up = torch.zeros(rows, plan.rank, device=weight.device, dtype=torch.float32)
     directions = (outputs.T.double() @ mixes[:, -rank:]).flip(1)
     # orthonormal, also where a curve has fewer directions than the branch
     up[:, :rank] = torch.linalg.qr(directions)[0].float()

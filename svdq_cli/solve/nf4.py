@@ -80,7 +80,7 @@ class Nf4Grid:
 def nearest_codes(values: Tensor) -> Tensor:
     """Codes 0 to 15, uint8, of the levels nearest to `values`, which are beyond -1 to 1 where a scale clips. Of any
     shape, which stays."""
-    levels = torch.tensor(LEVELS, device=values.device)
+    levels = torch.tensor(LEVELS, device=values.device, dtype=torch.float32)
     return torch.bucketize(values.contiguous(), (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
 
 
@@ -100,7 +100,7 @@ def _level_table(device: torch.device) -> Tensor:
 
 def decode(codes: Tensor) -> Tensor:
     """The levels, float32, of codes of any shape, which stays."""
-    return torch.tensor(LEVELS, device=codes.device)[codes.int()]
+    return torch.tensor(LEVELS, device=codes.device, dtype=torch.float32)[codes.int()]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -23,7 +23,7 @@ MOST_8_BIT = 127
 @cache
 def hadamard(size: int) -> Tensor:
     """The normalized regular Hadamard matrix (K, K) float32, symmetric and orthogonal. `size`: K, a power of 4."""
-    least = torch.tensor([[1.0, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]])
+    least = torch.tensor([[1.0, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]], dtype=torch.float32)
     matrix = least
     while len(matrix) < size:
         matrix = torch.kron(matrix, least)
@@ -53,7 +53,7 @@ def fake_quantize_rows(x: Tensor, bits: int) -> Tensor:
 def levels_of(codes: Tensor, scales: Tensor) -> Tensor:
     """The 8-bit integers of a weight with 8-bit activations, (N, ...) float32: `codes` 0..15 (N, ...) with the scale,
     of the same shape or one that broadcasts, that their group has."""
-    table = torch.tensor(LEVELS, device=codes.device)
+    table = torch.tensor(LEVELS, device=codes.device, dtype=torch.float32)
     return (table[codes.long()] * scales.float()).round_().clamp_(-MOST_8_BIT, MOST_8_BIT)
 
 

@@ -70,7 +70,7 @@ def choose_smoothing(
     """The smoothing factor (K,) float32, exact in 16 bits, and how it was found."""
     if stats is None or rows is None:
         device = next(iter(weights.values())).weight.device
-        return torch.ones(plans[0].linear.in_features, device=device), "none (data-free)"
+        return torch.ones(plans[0].linear.in_features, device=device, dtype=torch.float32), "none (data-free)"
     task = SmoothingTask(shared, plans, weights, stats, rows, settings)
     return SMOOTHING_METHODS[settings.smoothing].find(task)
 
@@ -186,4 +186,6 @@ def evenly(rows: Tensor, count: int) -> Tensor:
     """Take at most `count` rows, evenly spaced. (M, K) -> (n, K)."""
     if rows.shape[0] <= count:
         return rows
-    return rows[torch.linspace(0, rows.shape[0] - 1, count, device=rows.device).round().long()]
+    return rows[
+        torch.linspace(0, rows.shape[0] - 1, count, device=rows.device, dtype=torch.float32).round().long()
+    ]

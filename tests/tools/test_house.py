@@ -105,3 +105,27 @@ def test_a_function_is_long_beyond_sixty_lines(tmp_path: Path):
     sixty = "def a():\n" + "    x = 1\n" * 59
     house = house_of(tmp_path, {"a.py": sixty, "b.py": sixty + "    y = 2\n"})
     assert house.long_functions == ["svdq_cli/b.py:1 a (61)"]
+
+
+@pytest.mark.parametrize(
+    ("made", "counted"),
+    [
+        ("torch.zeros(2, 3)", True),
+        ("torch.zeros(2, 3, dtype=torch.float32)", False),
+        ("torch.linspace(0, 1, 5, device=x.device)", True),
+        ("torch.full((2,), 0.5)", True),
+        ("torch.full((2,), -8)", False),
+        ("torch.full((2,), fill)", True),
+        ("torch.tensor([1, -2] * 3)", False),
+        ("torch.tensor([1, 2.0])", True),
+        ("torch.tensor(LEVELS)", True),
+        ("torch.tensor(sizes, dtype=torch.int64)", False),
+        ("torch.arange(width)", False),
+        ("torch.arange(0, 1, 0.1)", True),
+        ("torch.randn(*shape, **how)", False),
+        ("x.zeros(2)", False),
+    ],
+)
+def test_a_tensor_of_torchs_default_dtype_is_counted(made: str, counted: bool, tmp_path: Path):
+    house = house_of(tmp_path, {"solve/a.py": f"def make(x, fill, width, shape, how):\n    return {made}\n"})
+    assert len(house.without_dtype) == counted

@@ -128,7 +128,7 @@ def product(
         return grouped_product(rows, scales, columns, unpack_feature_scales(weight_scales).float())
     each = unpack_token_scales(token_scales[:, None])
     if mode == HopperMode.W4A8:
-        ones = torch.ones(rows.shape[0], rows.shape[1] // STEP, device=rows.device)
+        ones = torch.ones(rows.shape[0], rows.shape[1] // STEP, device=rows.device, dtype=torch.float32)
         columns = unpack_signed_codes(weight).float() * CODE_UNIT
         return grouped_product(rows, ones, columns, unpack_feature_scales(weight_scales).float()) * each
     columns = unpack_rows(weight).view(torch.float8_e4m3fn).float()
