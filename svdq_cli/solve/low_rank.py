@@ -75,9 +75,12 @@ def low_rank_of(
     rows, columns = matrix.shape
     device = matrix.device
     if rank == 0:
-        return LowRank(torch.zeros(rows, 0, device=device), torch.zeros(0, columns, device=device), None)
+        down, up = (
+            torch.zeros(*shape, device=device, dtype=torch.float32) for shape in ((rows, 0), (0, columns))
+        )
+        return LowRank(down, up, None)
     if rank + OVERSAMPLE >= min(rows, columns):
-        whole = matrix.times(torch.eye(columns, device=device))
+        whole = matrix.times(torch.eye(columns, device=device, dtype=torch.float32))
         left, values, right = torch.linalg.svd(whole, full_matrices=False)
         basis = None
     elif start is not None:
