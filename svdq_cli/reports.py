@@ -573,6 +573,7 @@ class GenerateReport:
     fps: float | None = None
     audio_seconds: float | None = None
     loras: tuple[LoraFacts, ...] = ()
+    warnings: tuple[str, ...] = ()
     command: str = "generate"
     status: str = "ok"
     schema: int = 1

@@ -104,6 +104,7 @@ def read_adapter(path: Path, model: ModelShapes, component: str | None = None) -
     modules, foreign = modules_of(file, keys)
     # DiffSynth-Studio's files are told by peft's name for an adapter
     places = places_of(model, component, by_heads=any(_NAMED_DEFAULT.search(key) for key in keys))
+    _refuse_other_parts_alone(file, header, keys)
     _refuse_wider(file, modules, places, model)
     require_whole(file, modules, foreign)
     _refuse_rank_stabilized_lokr(file, modules, header.metadata)
@@ -170,6 +171,19 @@ def _training_config(file: Path, header: Header, model: ModelShapes) -> Training
     if found is not None or naming is None or not naming.alpha_in_header:
         return found
     return alpha_of_all_layers(file, header.metadata)
+
+
+def _refuse_other_parts_alone(file: Path, header: Header, keys: Mapping[str, StoredTensor]) -> None:
+    """A LoRA that changes text encoders alone, of which svdq would use nothing."""
+    if keys or not header.tensors:
+        return
+    parts = sorted({str(part_of(key)) for key in header.tensors}, reverse=True)
+    raise refused(
+        file,
+        f"a LoRA for the {' and '.join(parts)} alone: svdq changes the diffusion model, and leaves those as they are",
+        "run it with diffusers: load_lora_weights on the pipeline's own text encoders",
+        next(iter(header.tensors)),
+    )
 
 
 def _refuse_wider(file: Path, modules: Sequence[AdapterModule], places: Places, model: ModelShapes) -> None:

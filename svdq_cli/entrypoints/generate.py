@@ -82,6 +82,8 @@ def generate(
     require_image_place(out, inputs=read, overwrite=options.overwrite, others=(*VIDEO_SUFFIXES, SOUND_SUFFIX))
     require_encoder(out)
     started = time.monotonic()
+    warned: list[str] = []
+    observe = _also_kept(observe, warned)
     checkpoint = open_checkpoint(path, base=base)
     source = checkpoint.source
     read_with = with_inputs(recipe, inputs)
@@ -115,7 +117,19 @@ def generate(
         fps=fps if len(made.frames) > 1 else None,
         audio_seconds=made.sound.seconds if made.sound is not None and kept else None,
         loras=tuple(lora_facts(adapter_file(lora.path), lora.weight, lora.component) for lora in loras),
+        warnings=tuple(warned),
     )
+
+
+def _also_kept(observe: Observer, warned: list[str]) -> Observer:
+    """An observer that tells `observe` everything, and keeps the warnings."""
+
+    def hear(event: Event) -> None:
+        if event.kind == "warning" and event.detail is not None:
+            warned.append(event.detail)
+        observe(event)
+
+    return hear
 
 
 def _attach(pipe: DiffusionPipeline, loras: Sequence[LoraFile], observe: Observer) -> None:

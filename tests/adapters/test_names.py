@@ -15,6 +15,7 @@ from svdq_cli.adapters.denoiser import LoraFile
 from svdq_cli.adapters.merge import merge_loras, shapes_of
 from svdq_cli.adapters.names import ModelShapes
 from svdq_cli.adapters.read import Adapter, read_adapter
+from svdq_cli.errors import InputError
 from svdq_cli.source import open_source, read_tensor
 from svdq_cli.source.denoisers import joined
 from tests.adapters.test_loras import BFL, QKV, drawn, weights_of
@@ -166,6 +167,14 @@ def test_keys_for_every_text_encoder_are_left_out(tiny_flux: Path, tmp_path: Pat
     save_file(tensors, file)
     merged = merge_loras(open_source(tiny_flux), [LoraFile(file, 1.0)])
     assert f"left out {left} tensors for the text encoders" in merged.warnings[0]
+
+
+def test_a_lora_for_text_encoders_alone_is_refused_and_says_so(
+    models: dict[str, ModelShapes], tmp_path: Path
+):
+    tensors = {f"lora_te1_x.lora_{half}.weight": torch.ones(1, 1) for half in ("down", "up")}
+    with pytest.raises(InputError, match="a LoRA for the text encoders alone"):
+        read(tensors, models["wan"], tmp_path)
 
 
 def test_names_tell_the_denoiser_of_a_lora(tmp_path: Path):

@@ -56,7 +56,8 @@ KEYS = {
     "passes[]{calls, images, key, seconds[], title, why}, "
     "schema, seconds[], status, steps, warnings[], width}",
     "export": f"{{command, layers, {OUTPUTS}, schema, seconds, source_format, status, warnings[]}}",
-    "generate": "{audio_seconds, backend, command, fps, frames, height, loras[], path, schema, seconds, status, width}",
+    "generate": "{audio_seconds, backend, command, fps, frames, height, loras[], path, schema, seconds, status, "
+    "warnings[], width}",
     "inspect": "{bytes{input, output, ratio}, class, command, family, format, kind, "
     "layers[]{in, input, kept_because, name, out, rank, role}, parameters, precision, provenance{}, rank, read_as, "
     "schema, status, text_encoders{}, warnings[]}",

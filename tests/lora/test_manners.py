@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from safetensors.torch import save_file
+import torch
+from safetensors.torch import load_file, save_file
 
 from svdq_cli.adapters.denoiser import LoraFile
 from svdq_cli.cli import run
@@ -45,6 +46,19 @@ def test_the_next_command_generates_with_the_folded_checkpoint_and_says_its_lora
     report = json.loads(said(f"{command} --overwrite --json", capsys))
     digest = file_sha256(lora)
     assert report["loras"] == [{"path": str(lora), "weight": 0.5, "sha256": digest, "component": None}]
+
+
+def test_generate_says_what_it_leaves_out_of_a_lora_in_json_too(
+    converted_flux: Callable[[str], Path], lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    text = {f"lora_te1_x.lora_{half}.weight": torch.ones(1, 1) for half in ("down", "up")}
+    more = tmp_path / "more.safetensors"
+    save_file({**load_file(lora), **text}, more)
+    sampled = "--steps 1 --width 32 --height 32 --json -q"
+    out = tmp_path / "image.png"
+    command = f"generate {converted_flux('int4') / 'lite'} --prompt TEXT -o {out} --lora {more} {sampled}"
+    report = json.loads(said(command, capsys))
+    assert f"{more}: left out 2 tensors for the text encoders" in report["warnings"]
 
 
 def test_a_single_file_is_run_with_a_base_and_a_lora_file_not_by_svdq(
