@@ -60,9 +60,7 @@ def export(
     refuse_existing(out, overwrite=options.overwrite)
     checkpoint = open_checkpoint(path, hint=NEEDS_METADATA)
     pipeline = base or checkpoint.source.pipeline
-    # a file does not always say its component's name
-    if pipeline is not None and len(checkpoint.denoisers) == 1:
-        checkpoint = with_component(checkpoint, component_in(pipeline, checkpoint))
+    checkpoint = _with_its_component(checkpoint, pipeline)
     if problems := find_problems(checkpoint):
         raise InputError(
             f"{path}: {problems[0].layer}: {problems[0].what}",
@@ -72,9 +70,8 @@ def export(
     fmt = format_named(to)
     target = _target(checkpoint, fmt)
     require_places([out], folders=[not fmt.single_file], inputs=[path], overwrite=options.overwrite)
-    whole = replace(checkpoint.source, pipeline=pipeline)
-    others = 0 if fmt.single_file else other_components_bytes(whole)
-    require_disk({out: target.bytes(checkpoint.state) + others})
+    copied = replace(checkpoint.source, pipeline=None if fmt.single_file else pipeline)
+    require_disk({out: target.bytes(checkpoint.state) + other_components_bytes(copied)})
     contents = Contents(
         configs=checkpoint.source.configs,
         state=checkpoint.state,
@@ -105,6 +102,13 @@ def export(
         write_text(card_path(out), card)
     observe(Event("end", "pack", 1, 1, seconds=report.seconds))
     return report
+
+
+def _with_its_component(checkpoint: Checkpoint, pipeline: Path | None) -> Checkpoint:
+    """A file does not always say its component's name, a pipeline does."""
+    if pipeline is None or len(checkpoint.denoisers) > 1:
+        return checkpoint
+    return with_component(checkpoint, component_in(pipeline, checkpoint))
 
 
 def _target(checkpoint: Checkpoint, fmt: Format) -> Target:

@@ -82,8 +82,7 @@ def generate(
     require_image_place(out, inputs=read, overwrite=options.overwrite, others=(*VIDEO_SUFFIXES, SOUND_SUFFIX))
     require_encoder(out)
     started = time.monotonic()
-    warned: list[str] = []
-    observe = _also_kept(observe, warned)
+    observe, warned = _keeping_warnings(observe)
     checkpoint = open_checkpoint(path, base=base)
     source = checkpoint.source
     read_with = with_inputs(recipe, inputs)
@@ -91,17 +90,14 @@ def generate(
     settings = replace(_sized(settings, width, height), batch_size=1)
     pipe = load_pipeline(path, device=resolve_device(options.device), backend=backend, base=base)
     facts: Backend = pipe.svdq_backend  # type: ignore[attr-defined]
-    for said in held_already(checkpoint, loras):
+    for said in (*held_already(checkpoint, loras), *_attached(pipe, loras)):
         observe(Event("warning", "generate", detail=said))
-    _attach(pipe, loras, observe)
     pipe = reading_inputs(pipe, settings)
     _require_kind(pipe, settings, out)
     made = generate_one(pipe, prompt, settings=settings, observe=observe)
     # MiniMax-H3 has one rate, an attribute of its pipeline, by which its sound is as long as its video
     fps = settings.fps or getattr(pipe, "fps", None) or USUAL_FPS
-    with disk_errors(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        _save(made, out, fps)
+    _save(made, out, fps)
     width, height = made.frames[0].size if made.frames else (0, 0)
     kept = made.sound is not None and holds_sound(out)
     if made.sound is not None and not kept:
@@ -121,29 +117,29 @@ def generate(
     )
 
 
-def _also_kept(observe: Observer, warned: list[str]) -> Observer:
-    """An observer that tells `observe` everything, and keeps the warnings."""
+def _keeping_warnings(observe: Observer) -> tuple[Observer, list[str]]:
+    """An observer that tells `observe` everything, and the list in which it keeps the warnings."""
+    warned: list[str] = []
 
     def hear(event: Event) -> None:
         if event.kind == "warning" and event.detail is not None:
             warned.append(event.detail)
         observe(event)
 
-    return hear
+    return hear, warned
 
 
-def _attach(pipe: DiffusionPipeline, loras: Sequence[LoraFile], observe: Observer) -> None:
-    """Switch LoRAs on. What is to be said of them goes to the observer."""
+def _attached(pipe: DiffusionPipeline, loras: Sequence[LoraFile]) -> tuple[str, ...]:
+    """Switch LoRAs on. Returns what is to be said of them."""
     if not loras:
-        return
+        return ()
     names = [f"{index}: {lora.path.name}" for index, lora in enumerate(loras)]
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         for name, lora in zip(names, loras, strict=True):
             load_lora(pipe, lora.path, name, component=lora.component)
-    for each in said:
-        observe(Event("warning", "generate", detail=str(each.message)))
     set_adapters(pipe, {name: lora.weight for name, lora in zip(names, loras, strict=True)})
+    return tuple(str(each.message) for each in said)
 
 
 def _require_kind(pipe: DiffusionPipeline, settings: SamplingSettings, out: Path) -> None:
@@ -157,13 +153,15 @@ def _require_kind(pipe: DiffusionPipeline, settings: SamplingSettings, out: Path
 
 
 def _save(made: Generated, path: Path, fps: float) -> None:
-    if not made.frames:
-        assert made.sound is not None
-        write_sound(path, made.sound)
-    elif len(made.frames) == 1:
-        write_image(path, made.frames[0])
-    else:
-        write_video(path, made.frames, fps=fps, sound=made.sound)
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not made.frames:
+            assert made.sound is not None
+            write_sound(path, made.sound)
+        elif len(made.frames) == 1:
+            write_image(path, made.frames[0])
+        else:
+            write_video(path, made.frames, fps=fps, sound=made.sound)
 
 
 def with_inputs(recipe: Recipe, inputs: Inputs) -> Recipe:
