@@ -19,7 +19,7 @@ from svdq_cli.pipelines.encode import EncodedPrompts
 from svdq_cli.pipelines.generate import denoise, generated_batches
 from svdq_cli.pipelines.joint import denoisers_in
 from svdq_cli.pipelines.settings import SamplingSettings
-from svdq_cli.planning.image_entries import by_entry
+from svdq_cli.planning.image_entries import CallBatch, by_entry, call_batches
 from svdq_cli.planning.pointwise import channels_last
 from svdq_cli.records import ActivationStats, Observer, SharedInput, ignore_events
 
@@ -87,11 +87,10 @@ def collect_parts(
     left = [batch for batch in batches if batch.first not in parts]
     if not left:
         return
-    sharing = _Sharing.of(model, inputs)
+    sharing, denoisers = _Sharing.of(model, inputs), denoisers_in(pipe).values()
     with inputs_seen(sharing.layers, sharing.compare):
         # several denoisers have their turns in other steps: nothing less than all of them shows how often they run
-        whole = len(denoisers_in(pipe)) > 1
-        turns = _turns_per_image(pipe, layers, left[0], sampling, encoded, whole=whole)
+        turns = _turns_per_image(pipe, layers, left[0], sampling, encoded, whole=len(denoisers) > 1)
     tallies: dict[str, _Tally] = {}
     drawn = left[0]
 
@@ -101,7 +100,7 @@ def collect_parts(
         tallies.update((name, _Tally()) for name in turns)
 
     def record(name: str, activation: Tensor) -> None:
-        _add(name, tallies[name], activation, drawn, turns[name], spread)
+        _add(name, tallies[name], activation, drawn, turns[name], spread, calls)
 
     def see(reader: tuple[str, str], output: Tensor) -> None:
         tallies[reader[0]].note_output(reader[1], output)
@@ -122,7 +121,7 @@ def collect_parts(
         on_batch=begin,
         on_step=lambda step: _refuse_non_finite(tallies, layers),
     )
-    with inputs_seen(layers, record), _outputs_hooked(readers, see):
+    with call_batches(denoisers) as calls, inputs_seen(layers, record), _outputs_hooked(readers, see):
         for _ in images:
             finish()
 
@@ -225,7 +224,15 @@ class _Tally:
         self.outputs[layer] = torch.maximum(self.outputs[layer], peak) if layer in self.outputs else peak
 
 
-def _add(name: str, tally: _Tally, activation: Tensor, batch: Batch, turns: int, spread: RowSampling) -> None:
+def _add(
+    name: str,
+    tally: _Tally,
+    activation: Tensor,
+    batch: Batch,
+    turns: int,
+    spread: RowSampling,
+    calls: CallBatch,
+) -> None:
     entries, for_covariance = by_entry(name, activation, len(batch.prompts)), spread.for_covariance(name)
     flat = entries.flatten(0, 1)
     # norms over tokens: one pass over the activation each, without a float32 copy of it
@@ -235,8 +242,7 @@ def _add(name: str, tally: _Tally, activation: Tensor, batch: Batch, turns: int,
     tally.squares = squares if tally.squares is None else tally.squares + squares
     tally.tokens += flat.shape[0]
     for index, entry in enumerate(entries):
-        # pipelines that guide in one call stack the passes: [unconditional images, conditional images]
-        image = batch.first + index % len(batch.prompts)
+        image = batch.first + calls.image_of(index, len(entries), len(batch.prompts))
         turn = tally.turns.get(image, 0)
         tally.turns[image] = turn + 1
         for sampling, kept in ((spread, tally.rows), (for_covariance, tally.covariance_rows)):

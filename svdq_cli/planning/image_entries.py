@@ -2,9 +2,49 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+from torch import Tensor, nn
 
 from svdq_cli.source import is_expert
+
+
+@dataclass(slots=True)
+class CallBatch:
+    """How many entries the batch of the denoiser's call has that is going on: one for each image, or as many more as
+    guidance puts into one call. 0 before the first."""
+
+    entries: int = 0
+
+    def image_of(self, entry: int, entries: int, images: int) -> int:
+        """Which of a batch's `images` an `entry` is of, where a layer reads `entries`.
+
+        Guidance stacks all images as often as it passes them: [unconditional images, conditional images]. A layer of a
+        video may have frames or places folded into its batch, image after image.
+        """
+        folded = max(1, entries // max(self.entries, images))
+        return entry // folded % images
+
+
+@contextmanager
+def call_batches(denoisers: Iterable[nn.Module]) -> Iterator[CallBatch]:
+    """Watches the calls of a pipeline's denoisers."""
+    found = CallBatch()
+
+    def see(module: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> None:
+        # what is denoised is the first of what they are given: a tensor, or a list of one for each entry
+        read = next((x for x in (*args, *given.values()) if isinstance(x, (Tensor, list))), None)
+        found.entries = 0 if read is None else len(cast("Tensor", read))
+
+    handles = [model.register_forward_pre_hook(see, with_kwargs=True) for model in denoisers]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def by_entry(name: str, activation: Tensor, images: int) -> Tensor:

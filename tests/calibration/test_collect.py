@@ -10,7 +10,11 @@ from torch import Tensor, nn
 
 from svdq_cli.calibration import SamplingSettings, collect_stats, generate_images, load_source_pipeline
 from svdq_cli.errors import InputError, UsageError
+from svdq_cli.prepare.prepare import prepare
+from svdq_cli.prepare.sampling import sampling_for
 from svdq_cli.records import ActivationStats, Event, SharedInput
+from tests.tiny_families import save_tiny
+from tests.tiny_pipelines import PIPELINES, recipe_of
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -131,6 +135,31 @@ def test_the_batch_size_does_not_change_which_rows_are_kept(tiny_flux: Path):
         # 2e-2: rows are stored as bfloat16 (8 bits); float32 sums of another batch size may tip their last bit
         torch.testing.assert_close(stats.rows, together[name].rows, rtol=2e-2, atol=1e-3)
         assert stats.tokens_seen == together[name].tokens_seen
+
+
+@pytest.mark.parametrize("name", ["animatediff", "svd"])
+def test_frames_that_are_folded_into_the_batch_stay_with_their_video(name: str, tmp_path: Path):
+    """(B F, N, K) and (B H W, F, K), both passes of guidance in one call: rows of a video are its own, at any batch
+    size, so that those that judge are of other videos than those that are learned from."""
+    tiny = PIPELINES[name]
+    recipe = recipe_of(save_tiny(tiny.make, tmp_path / "source"), tiny)
+    prepared = prepare(recipe, every_layer=True)
+    settings = replace(sampling_for(recipe, prepared.source).settings, steps=1)
+    pipe = load_source_pipeline(tmp_path / "source", dtype=torch.float32)
+    alone, together = (
+        collect_stats(
+            pipe,
+            pipe.components["unet"],
+            prepared.plan.inputs,
+            PROMPTS[:2],
+            sampling=replace(settings, batch_size=size),
+            rows=64,
+        )
+        for size in (1, 2)
+    )
+    for name, stats in alone.items():
+        # rows are stored as bfloat16; sums of another batch size may tip their last bit
+        torch.testing.assert_close(stats.rows, together[name].rows, rtol=2e-2, atol=2e-2)
 
 
 def test_unconditional_passes_are_seen_too(pipe: DiffusionPipeline):

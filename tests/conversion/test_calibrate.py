@@ -213,6 +213,22 @@ def test_a_calibration_asks_for_the_disk_that_its_tokens_take(
     assert calibrate(recipe, tmp_path / "second", options=CPU).bytes == written
 
 
+def test_a_conversion_has_the_same_tensors_whatever_torchs_default_dtype_is_meanwhile(
+    recipe: Recipe, tmp_path: Path
+):
+    """Loading a model of transformers sets it for a while, for all threads."""
+    recipe = with_overrides(recipe, {"quantization.effort": "fast", "quantization.rank": 16})
+    found: list[str] = []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try:
+            (output,) = convert(recipe, tmp_path / str(dtype), options=CPU).outputs
+        finally:
+            torch.set_default_dtype(torch.float32)
+        found.append(output.tensors_sha256)
+    assert found[0] == found[1]
+
+
 def test_a_forecast_keeps_the_tokens_that_a_calibration_keeps(recipe: Recipe, tmp_path: Path):
     assert recipe.calibration is not None
     wanted = recipe.calibration.model_copy(update={"max_sequence_length": 24, "true_cfg": 3.0, "rows": 200})
