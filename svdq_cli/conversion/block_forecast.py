@@ -58,9 +58,9 @@ class BlockForecast:
 
     @property
     def passed_bytes(self) -> int:
-        """Hidden states of both streams that wait in host memory or on the disk."""
+        """Hidden states that wait in host memory or on the disk: of both streams where blocks are tuned."""
         passed = (size.passed_bytes(self.itemsize) for size in self.sizes.values())
-        return 2 * self.calls.all * max(passed, default=0)
+        return (2 if self.tuned else 1) * self.calls.all * max(passed, default=0)
 
 
 def block_forecast(

@@ -58,9 +58,9 @@ class CallCounts:
 
 
 def block_work(size: BlockSize, calls: CallCounts, *, tuned: bool = True) -> Work:
-    """Both streams through the block, and its tuning between."""
+    """Both streams through the block, and its tuning between; the 4-bit one alone where it is not `tuned`."""
     if not tuned:
-        return _forward(size) * (2 * calls.all)
+        return _forward(size) * calls.all
     steps = STEPS if calls.trajectories > 1 else 0
     judged = calls.held_out * (1 + steps // JUDGE_EVERY)
     forward, trained = _forward(size), _forward(size, gradients=True)
