@@ -147,9 +147,12 @@ def exit_with(report: object) -> None:
     """End with the exit code of what the report, already on stdout, says: a missed gate, problems, the worst recipe."""
     match report:
         case ConvertReport(gates_missed=missed) | EvalReport(gates_missed=missed) if missed:
-            _fail(
-                GateMissedError.code, f"gates missed: {'; '.join(missed)}", "the outputs are kept and marked"
+            # an evaluation writes no outputs
+            converted = isinstance(report, ConvertReport)
+            cure = (
+                "the outputs are kept and marked" if converted else "use more effort or rank, or other gates"
             )
+            _fail(GateMissedError.code, f"gates missed: {'; '.join(missed)}", cure)
         case PlanReport(error=ErrorFacts() as error):
             _fail(error.code, error.message, error.hint or "")
         case CheckReport(problems=(first, *_) as problems):

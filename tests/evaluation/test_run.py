@@ -9,10 +9,12 @@ from html import unescape
 from pathlib import Path
 
 import pytest
+import typer
 from PIL import Image
 
 import svdq_cli.evaluation.passes
 from svdq_cli.checkpoint.reader import open_checkpoint
+from svdq_cli.cli.render import exit_with
 from svdq_cli.errors import CanceledRunError, EnvironmentLacksError, UsageError
 from svdq_cli.evaluation.passes import passes_of_text
 from svdq_cli.evaluation.plan import plan_evaluation
@@ -169,7 +171,11 @@ def test_a_plan_names_the_passes_that_a_run_makes(checkpoint: Path, recipe: Reci
 
 
 def test_figures_of_empty_images_are_no_good_news(
-    checkpoint: Path, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path,
+    recipe: Recipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ):
     """Said at once, in the report and on the page; a gate that they would meet is missed."""
     keep = svdq_cli.evaluation.passes.keep_image
@@ -193,6 +199,10 @@ def test_figures_of_empty_images_are_no_good_news(
     assert report.status == "gate-missed"
     assert "is meaningless" in report.gates_missed[0]
     assert said in (folder / "report.html").read_text()
+    with pytest.raises(typer.Exit) as left:
+        exit_with(report)
+    assert left.value.exit_code == 6
+    assert "kept" not in capsys.readouterr().err, "an evaluation has no outputs"
 
 
 def test_more_samples_generate_only_the_new_ones_and_other_settings_are_refused(
