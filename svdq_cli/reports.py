@@ -65,8 +65,8 @@ class LayerCounts:
 
 
 @dataclass(frozen=True, slots=True)
-class BlockSearch:
-    """Held-out noise over signal of a block's output before and after reconstruction."""
+class TuningSearch:
+    """Held-out noise over signal of a denoiser's output, summed over the steps, before and after it was tuned."""
 
     before: float
     after: float
@@ -85,7 +85,7 @@ class OutputSearch:
 @dataclass(frozen=True, slots=True)
 class SearchFacts:
     layers: Mapping[str, LayerSearch]
-    blocks: Mapping[str, BlockSearch]  # empty but for effort best
+    tuning: Mapping[str, TuningSearch]  # by denoiser; empty but for effort best
     outputs: Mapping[str, OutputSearch]  # by the last linear; empty where the step `output` was not taken
 
 

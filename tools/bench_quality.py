@@ -34,7 +34,7 @@ from svdq_cli.conversion.needs import needs_of
 from svdq_cli.conversion.provenance import contents_before
 from svdq_cli.conversion.read_weights import finite_tensor
 from svdq_cli.conversion.solve_layers import Statistics, load_solved, solve_into
-from svdq_cli.conversion.tune_blocks import tune_blocks
+from svdq_cli.conversion.tune_model import tune_denoisers
 from svdq_cli.conversion.work_folder import SolvedLayers, WorkFolder
 from svdq_cli.evaluation.images import psnr_db
 from svdq_cli.evaluation.layer_sqnr import moved_of
@@ -244,7 +244,7 @@ def _solved(
     solve_into(work, prepared, statistics, device, _quiet)
     solved, reports = load_solved(prepared.plan, work, data_free=needs.data_free)
     if needs.tuning and statistics is not None:
-        solved, _, _ = tune_blocks(
+        solved, _, _ = tune_denoisers(
             prepared,
             needs.tuning,
             statistics,

@@ -25,7 +25,7 @@ UNITS = {  # what a stage counts, by the first word of its name
     "generate": "image steps",
     "allocate": "layer groups",
     "solve": "layers",
-    "reconstruct": "blocks",
+    "reconstruct": "steps",
     "output": "blocks",
     "pack": "outputs",
     "encoder": "layers",

@@ -1,6 +1,6 @@
-"""The 16-bit model and the 4-bit one side by side, block by block, once all layers are solved.
+"""The 4-bit model, block by block, once all layers are solved.
 
-Only the block whose turn it is has weights. What the blocks before it hand over waits in host memory, or on the disk
+Only the block whose turn it is needs weights. What the blocks before it hand over waits in host memory, or on the disk
 where there is too little of that.
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from svdq_cli.conversion.block_forecast import block_forecast, hidden_state_bytes
+from svdq_cli.conversion.block_forecast import block_forecast, hidden_state_bytes, room_for_blocks
 from svdq_cli.conversion.memory_backoff import return_device_memory
 from svdq_cli.conversion.record import Sample, record_blocks
 from svdq_cli.conversion.work_folder import SolvedLayers
@@ -66,9 +66,10 @@ def reconstructions(
         plan = plan_of(prepared.plan, denoiser.component)
         held = hidden_state_bytes(forecast, way.options, device)
         tensor_cache = TensorCache(folder, host_bytes=held)
+        room = room_for_blocks(forecast, way.options, device)
         yield (
             prefix,
-            Reconstruction(model, weights, plan, _Own(way.solved, prefix), recording, tensor_cache),
+            Reconstruction(model, weights, plan, _Own(way.solved, prefix), recording, tensor_cache, room),
         )
 
 

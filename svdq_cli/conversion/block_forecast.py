@@ -8,7 +8,7 @@ from math import prod
 
 import torch
 
-from svdq_cli.conversion.memory import free_ram
+from svdq_cli.conversion.memory import free_ram, free_vram
 from svdq_cli.conversion.record import Sample, sample_settings
 from svdq_cli.conversion.work_folder import solved_bytes
 from svdq_cli.inference.backend import compute_dtype
@@ -17,7 +17,14 @@ from svdq_cli.prepare.options import RunOptions
 from svdq_cli.prepare.prepare import Prepared, counts_of
 from svdq_cli.prepare.sampling import Sampling
 from svdq_cli.reconstruct import blocks_of
-from svdq_cli.reconstruct.costs import BlockSize, CallCounts, block_bytes, block_work
+from svdq_cli.reconstruct.costs import (
+    BlockSize,
+    CallCounts,
+    passing_bytes,
+    passing_work,
+    tuning_bytes,
+    tuning_work,
+)
 from svdq_cli.records import W4A4Plan
 from svdq_cli.sampling.token_counts import TokenCounts, reads_text
 from svdq_cli.solve.work import Work
@@ -37,36 +44,38 @@ class BlockForecast:
     itemsize: int  # bytes of a 16-bit model's number where it computes
     beside: int  # weights outside the blocks
     kept: int  # bytes of the tuned layers in the work folder
-    tuned: bool  # or only gone through, to fit what comes behind them
+    tuned: bool  # as a whole, or only gone through, to fit what comes behind them
 
     @property
     def work(self) -> Work:
-        """Of going through all blocks, and of tuning them, without that of generating the images."""
-        total = Work()
+        """Of tuning all blocks, or of going through them, without that of generating the images."""
+        total, of_one = Work(), tuning_work if self.tuned else passing_work
         for size in self.sizes.values():
-            total += block_work(size, self.calls, tuned=self.tuned)
+            total += of_one(size, self.calls)
         return total
 
     @property
     def device_bytes(self) -> int:
         """Peak bytes on the device."""
-        blocks = [
-            block_bytes(size, self.calls, itemsize=self.itemsize, tuned=self.tuned)
-            for size in self.sizes.values()
-        ]
-        return self.itemsize * self.beside + max(blocks, default=0)
+        beside, sizes = self.itemsize * self.beside, self.sizes.values()
+        if self.tuned:
+            return beside + tuning_bytes(sizes, self.calls, itemsize=self.itemsize)
+        return beside + max((passing_bytes(size, self.itemsize) for size in sizes), default=0)
 
     @property
     def passed_bytes(self) -> int:
-        """Hidden states that wait in host memory or on the disk: of both streams where blocks are tuned."""
+        """Hidden states that wait in host memory or on the disk; none where the model is tuned."""
+        if self.tuned:
+            return 0
         passed = (size.passed_bytes(self.itemsize) for size in self.sizes.values())
-        return (2 if self.tuned else 1) * self.calls.all * max(passed, default=0)
+        return self.calls.all * max(passed, default=0)
 
 
 def block_forecast(
     prepared: Prepared, sampling: Sampling, sample: Sample, device: torch.device, *, tuned: bool = True
 ) -> BlockForecast:
-    """The forecast of tuning blocks, or of only going through them, from the plan alone. `sampling`: of the images."""
+    """The forecast of tuning the model, or of only going through its blocks, from the plan alone. `sampling`: of the
+    images."""
     settings = sample_settings(sampling, sample)
     images = min(sample.images, sample.batches * settings.batch_size, sample.times * sampling.samples)
     batches = ceil_div(images, settings.batch_size)
@@ -104,6 +113,14 @@ def hidden_state_bytes(forecast: BlockForecast, options: RunOptions, device: tor
     """Bytes of host memory for hidden states: half of what the block whose turn it is leaves free."""
     taken = forecast.device_bytes if device.type == "cpu" else 0
     return max(0, free_ram(options) - taken) // 2
+
+
+def room_for_blocks(forecast: BlockForecast, options: RunOptions, device: torch.device) -> int:
+    """Bytes on the device for weights of blocks whose turn it is not: half of what tuning leaves free."""
+    if not forecast.tuned:
+        return 0
+    free = free_ram(options) if device.type == "cpu" else free_vram(device, options)
+    return max(0, free - forecast.device_bytes) // 2
 
 
 def tuned_bytes(prepared: Prepared) -> int:

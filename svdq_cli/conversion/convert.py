@@ -41,10 +41,10 @@ from svdq_cli.conversion.resume import NAMING, kept_work, names_of, require_new,
 from svdq_cli.conversion.size_budget import require_search
 from svdq_cli.conversion.solve_layers import Statistics, load_solved, solve_into, solved_elsewhere
 from svdq_cli.conversion.text_encoders import FourBitEncoder, quantize_encoders
-from svdq_cli.conversion.tune_blocks import tune_blocks
+from svdq_cli.conversion.tune_model import tune_denoisers
 from svdq_cli.conversion.work_folder import (
-    BLOCKS,
     LAYERS,
+    TUNED,
     Identity,
     SolvedLayers,
     WorkFolder,
@@ -68,7 +68,7 @@ from svdq_cli.prepare.sampling import Sampling
 from svdq_cli.prepare.sources import source_of
 from svdq_cli.recipe import Recipe, embedded, resolved
 from svdq_cli.records import Event, LayerReport, LayerSolution, Observer, ignore_events
-from svdq_cli.reports import BlockSearch, ConvertReport, ConvertSeconds, OutputSearch
+from svdq_cli.reports import ConvertReport, ConvertSeconds, OutputSearch, TuningSearch
 from svdq_cli.source import components_digest, file_sha256, source_digest
 from svdq_cli.storage.atomic import remove_leftovers, require_disk
 from svdq_cli.storage.output_paths import name_warnings, require_name
@@ -114,7 +114,7 @@ class Solved:
     prepared: Prepared  # with the ranks that were searched
     solutions: Mapping[str, LayerSolution]
     reports: list[LayerReport]
-    blocks: Mapping[str, BlockSearch]
+    tuning: Mapping[str, TuningSearch]
     outputs: Mapping[str, OutputSearch]
     statistics: Statistics | None
     taken_over: int  # layers that an earlier run had solved
@@ -315,8 +315,8 @@ def _work_of(job: Job) -> Iterator[WorkFolder]:
             said = ["the calibration statistics", *said]
         elif images := len(PartFolder(work.images)):
             said = [f"{images} of {_batch_count(job)} batches of calibration images"]
-        if blocks := len(work.finished(BLOCKS)):
-            said.append(f"{blocks} tuned block{'s' * (blocks > 1)}")
+        if tuned := len(work.finished(TUNED)):
+            said.append(f"{tuned} tuned model{'s' * (tuned > 1)}")
         return " and ".join(said)
 
     with kept_work(
@@ -369,7 +369,7 @@ def _solve(job: Job, work: WorkFolder) -> Solved:
         prepared=prepared,
         solutions=solutions,
         reports=reports,
-        blocks={},
+        tuning={},
         outputs={},
         statistics=statistics,
         taken_over=taken_over,
@@ -381,9 +381,9 @@ def _solve(job: Job, work: WorkFolder) -> Solved:
 
 
 def _beside_the_16bit_model(job: Job, solved: Solved, solutions: SolvedLayers) -> Solved:
-    """Solved layers with what needs both models side by side: blocks tuned, the last linear fitted."""
+    """Solved layers with what needs both models side by side: the 4-bit one tuned, its last linear fitted."""
     if job.needs.tuning and solved.statistics is not None:
-        solutions, reports, blocks = tune_blocks(
+        solutions, reports, tuning = tune_denoisers(
             solved.prepared,
             job.needs.tuning,
             solved.statistics,
@@ -393,7 +393,7 @@ def _beside_the_16bit_model(job: Job, solved: Solved, solutions: SolvedLayers) -
             device=job.device,
             observe=job.observe,
         )
-        solved = replace(solved, solutions=solutions, reports=reports, blocks=blocks)
+        solved = replace(solved, solutions=solutions, reports=reports, tuning=tuning)
     if job.needs.output:
         prepared, outputs = with_outputs_fitted(
             solved.prepared,
@@ -473,7 +473,7 @@ def _report(
         rank=rank_facts(prepared),
         layers=layer_counts(prepared.plan),
         layer_sqnr_db=layer_sqnr(solved.reports),
-        search=search_facts(solved.reports, solved.blocks, solved.outputs),
+        search=search_facts(solved.reports, solved.tuning, solved.outputs),
         bytes=sizes_of(prepared.inventory.state, outputs.files[0].bytes),
         seconds=ConvertSeconds(
             calibrate=solved.calibrate_seconds,

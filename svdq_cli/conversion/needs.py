@@ -34,7 +34,7 @@ class OwnStatistics:
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """What a conversion is given or generates. `tuning` and `gains`: how images are sampled to tune blocks on (effort
+    """What a conversion is given or generates. `tuning` and `gains`: how images are sampled to tune on (effort
     best), to fit the last linear on (`output`), and to weigh layers by their effect on the image (a search for ranks);
     None where that is not done. `encoders`: whose prompts text encoders are rounded for; None where none become 4-bit,
     or no prompts are named."""
@@ -84,7 +84,7 @@ def needs_of(prepared: Prepared, given: Calibration | None) -> Needs:
     recorded = sampling if prepared.source.pipeline is not None else None
     return Needs(
         statistics,
-        # blocks are tuned by their low-rank branches
+        # what is tuned is mostly low-rank branches
         tuning=recorded if prepared.recipe.quantization.effort == "best" and prepared.plan.w4a4 else None,
         output=recorded if "output" in prepared.settings.steps and prepared.plan.w4a4 else None,
         gains=recorded if is_searched(prepared) else None,
@@ -105,11 +105,11 @@ def is_searched(prepared: Prepared) -> bool:
 
 
 def require_blocks_run(prepared: Prepared, needs: Needs) -> None:
-    """UsageError where the recipe wants blocks tuned and they can't be run later, before hours are spent on layers."""
+    """UsageError where the recipe wants the model tuned and it can't be run later, before hours are spent on layers."""
     wanted = prepared.recipe.quantization.effort == "best" and not needs.data_free
     if wanted and prepared.plan.w4a4 and needs.tuning is None:
         raise UsageError(
-            "effort best tunes the model's blocks, which needs the whole pipeline and prompts",
+            "effort best tunes the model, which needs the whole pipeline and prompts",
             hint="give a recipe with prompts and the pipeline (--prompts, --base), or use --effort balanced",
             where="quantization.effort",
         )

@@ -28,7 +28,7 @@ from svdq_cli.conversion.memory_backoff import (
     too_large,
 )
 from svdq_cli.conversion.needs import GivenStatistics, Needs
-from svdq_cli.conversion.record import BLOCK_SAMPLE, output_sample
+from svdq_cli.conversion.record import output_sample, tuning_sample
 from svdq_cli.conversion.solve_layers import SPARED, layer_groups_at_once
 from svdq_cli.conversion.work_folder import CALIBRATION, kept_bytes, solved_bytes
 from svdq_cli.errors import OutOfResourcesError
@@ -97,9 +97,11 @@ class Forecast:
 
     @cached_property
     def tuning(self) -> BlockForecast | None:
-        """The tuning of blocks; None where none are tuned."""
+        """The tuning of the model; None where it is not tuned."""
         wanted = self.needs.tuning
-        return wanted and block_forecast(self.prepared, wanted, BLOCK_SAMPLE, self.device)
+        return wanted and block_forecast(
+            self.prepared, wanted, tuning_sample(self.prepared, wanted), self.device
+        )
 
     @cached_property
     def output(self) -> BlockForecast | None:
@@ -172,7 +174,7 @@ def _calibrate_seconds(job: Forecast, images: Images, speed: Speed) -> float:
 
 
 def _reconstruct_seconds(job: Forecast, blocks: BlockForecast, speed: Speed) -> float:
-    """The images are generated, both streams go through the blocks, and every block is tuned, if any is, and kept."""
+    """The images are generated, hidden states go through the blocks or the model is tuned, and what is tuned kept."""
     passes = blocks.images * blocks.steps * blocks.tokens.passes.count
     images = passes * pass_seconds(job.prepared.plan, blocks.tokens, speed) + _loading_seconds(job, speed)
     return images + speed.solve.seconds(blocks.work) + blocks.kept / speed.write
@@ -247,7 +249,7 @@ def vram_bytes(job: Forecast) -> int | None:
 
 def require_memory(job: Forecast) -> None:
     """OutOfResourcesError for a layer group that can't be solved in the available memory, `--max-ram` and `--max-vram`
-    kept, and for a block that can't be tuned. (What calibration may take is settled where the model is loaded.)"""
+    kept, and for a model that can't be tuned. (What calibration may take is settled where the model is loaded.)"""
     for layer_group in _layer_groups(job):
         needs = _needs(job, layer_group)
         if not open_placements(placements_on(job.device), needs.__getitem__, job.options):
@@ -283,7 +285,7 @@ def _blocks_too_large(job: Forecast, blocks: BlockForecast) -> OutOfResourcesErr
         else f"too little is free on {job.device}"
     )
     return OutOfResourcesError(
-        f"{next(iter(blocks.sizes))}: tuning it takes {(held + needed) / 1e9:.2f} GB, but {there}",
+        f"tuning the model takes {(held + needed) / 1e9:.2f} GB, but {there}",
         hint=f"lower batch_size or the image size under calibration, raise {option}, or use --effort balanced",
         where="quantization.effort",
         kind="out-of-memory",

@@ -44,10 +44,18 @@ class Sample:
     times: int = 1  # that a prompt may come where there are too few, each time from another noise
 
 
-BLOCK_SAMPLE = Sample(images=32, batches=8, calls=8)  # the last quarter of the batches judges
+# The last quarter of the batches judges. Of many tokens one image is enough for a call.
+TUNING_BATCHES, TUNING_CALLS, TUNING_IMAGES_A_CALL, TUNING_TOKENS_A_CALL = 32, 8, 4, 1024
 OUTPUT_IMAGES, OUTPUT_BATCHES, OUTPUT_CALLS = 64, 4, 8
 # What the last linear is fitted to: images of many tokens need be no more than there are batches
 ROWS_PER_CHANNEL = 20
+
+
+def tuning_sample(prepared: Prepared, sampling: Sampling) -> Sample:
+    """What a model is tuned on."""
+    tokens = counts_of(prepared, sampling.settings).by_layer[prepared.plan.w4a4[-1].name]
+    images = max(1, min(TUNING_IMAGES_A_CALL, TUNING_TOKENS_A_CALL // tokens))
+    return Sample(TUNING_BATCHES * images, TUNING_BATCHES, TUNING_CALLS, times=4)
 
 
 def output_sample(prepared: Prepared, sampling: Sampling) -> Sample:

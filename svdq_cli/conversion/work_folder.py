@@ -55,7 +55,7 @@ from svdq_cli.storage.tensor_file import TensorSpec, write_tensors
 
 JOURNAL = "journal.json"
 LAYERS, CALIBRATION, IMAGES = "layers", "calibration", "pictures"
-BLOCKS, PASSAGES = "blocks", "passages"
+BLOCKS, TUNED, PASSAGES = "blocks", "tuned", "passages"
 ENCODERS, OUTPUTS = "encoders", "outputs"
 CHOICES, CHOSEN = "choices.json", "chosen.json"
 CURVES = "curves.json"  # names of the modulation layers that are stored as curves
@@ -173,7 +173,7 @@ class WorkFolder:
     def remove(self) -> None:
         """Everything svdq put there, and the folder if that was all. What tells whose the folder is goes last."""
         remove_unfinished(self.path)
-        for name in (LAYERS, BLOCKS, OUTPUTS, ENCODERS, PASSAGES, IMAGES, CALIBRATION):
+        for name in (LAYERS, BLOCKS, TUNED, OUTPUTS, ENCODERS, PASSAGES, IMAGES, CALIBRATION):
             shutil.rmtree(self.path / name, ignore_errors=True)
         others = {*self.path.glob("*.json")} - {self.path / JOURNAL}
         for file in [*others, *(self.path / name for name in (JOURNAL, _LOCK, _DONE))]:

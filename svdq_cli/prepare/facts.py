@@ -21,7 +21,6 @@ from svdq_cli.records import (
     W4A16Plan,
 )
 from svdq_cli.reports import (
-    BlockSearch,
     ByteFacts,
     HiddenSqnr,
     InspectLayer,
@@ -32,6 +31,7 @@ from svdq_cli.reports import (
     RankFacts,
     SearchFacts,
     TextEncoderFacts,
+    TuningSearch,
 )
 from svdq_cli.source import Source, component_files
 
@@ -124,9 +124,9 @@ def layer_sqnr(reports: list[LayerReport]) -> LayerSqnr:
 
 
 def search_facts(
-    reports: list[LayerReport], blocks: Mapping[str, BlockSearch], outputs: Mapping[str, OutputSearch]
+    reports: list[LayerReport], tuning: Mapping[str, TuningSearch], outputs: Mapping[str, OutputSearch]
 ) -> SearchFacts:
-    return SearchFacts({report.name: report.search for report in reports}, blocks, outputs)
+    return SearchFacts({report.name: report.search for report in reports}, tuning, outputs)
 
 
 def inspect_layer(

@@ -224,7 +224,7 @@ def _branchless_warnings(prepared: Prepared) -> Iterator[str]:
         f"{lost} dB on the embedded demo model{'' if budget else f'; {cure}'}"
     )
     if prepared.recipe.quantization.effort == "best":
-        yield f"{name}: effort best does what balanced does: blocks are tuned by their low-rank branches"
+        yield f"{name}: effort best does what balanced does: models are tuned by their low-rank branches"
 
 
 def _denoisers_left_out(source: Source) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""The model itself, run as a whole: block reconstruction for the effort `best`, the fit of its last linear, and what
+"""The model itself, run as a whole: its tuning for the effort `best`, the fit of its last linear, and what
 each layer's noise does to the output, for the ranks. Ours."""
 
 from svdq_cli.reconstruct.block_graph import BlockGraph, block_graph_of
@@ -8,12 +8,11 @@ from svdq_cli.reconstruct.run import (
     FittedOutput,
     Reconstruction,
     Recording,
-    TunedBlock,
     blocks_of,
     fit_output,
-    reconstruct,
 )
 from svdq_cli.reconstruct.tensor_cache import TensorCache
+from svdq_cli.reconstruct.tuning import tune_model
 
 __all__ = [
     "BlockGraph",
@@ -23,14 +22,13 @@ __all__ = [
     "Recording",
     "TensorCache",
     "Trajectory",
-    "TunedBlock",
     "block_graph_of",
     "blocks_of",
     "fit_output",
     "mapped",
     "output_gains",
-    "reconstruct",
     "record_each",
     "record_trajectories",
     "tensors_of",
+    "tune_model",
 ]

@@ -1,11 +1,13 @@
-"""What tuning one block costs: operations by kind, and the memory that is alive at the peak.
+"""What tuning a model costs, and going through its blocks: operations by kind, and the memory alive at the peak.
 
-Counts follow `tuning` and `run`; T tokens of a call, N, K, R as everywhere. Tests hold the memory against what torch
-allocates.
+Counts follow `tuning`, `tunable_model` and `run`; T tokens of a call, N, K, R as everywhere. Tests hold the
+memory against what torch allocates.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from svdq_cli.reconstruct.tuning import CALLS_PER_STEP, HELD_OUT, JUDGE_EVERY, STEPS
@@ -57,14 +59,18 @@ class CallCounts:
         return min(CALLS_PER_STEP, self.each)
 
 
-def block_work(size: BlockSize, calls: CallCounts, *, tuned: bool = True) -> Work:
-    """Both streams through the block, and its tuning between; the 4-bit one alone where it is not `tuned`."""
-    if not tuned:
-        return _forward(size) * calls.all
-    steps = STEPS if calls.trajectories > 1 else 0
-    judged = calls.held_out * (1 + steps // JUDGE_EVERY)
+def passing_work(size: BlockSize, calls: CallCounts) -> Work:
+    """The 4-bit model's hidden states through a block."""
+    return _forward(size) * calls.all
+
+
+def tuning_work(size: BlockSize, calls: CallCounts) -> Work:
+    """A block's part of tuning the model: forward, and once more where gradients come back."""
+    if calls.trajectories < 2:
+        return _forward(size) * calls.held_out
+    judged = calls.held_out * (1 + math.ceil(STEPS / JUDGE_EVERY))
     forward, trained = _forward(size), _forward(size, gradients=True)
-    return forward * (2 * calls.all + judged) + trained * (steps * calls.per_step)
+    return forward * judged + (forward + trained) * (STEPS * calls.per_step)
 
 
 def _forward(size: BlockSize, *, gradients: bool = False) -> Work:
@@ -82,24 +88,25 @@ def _forward(size: BlockSize, *, gradients: bool = False) -> Work:
     )
 
 
-def block_bytes(size: BlockSize, calls: CallCounts, *, itemsize: int, tuned: bool = True) -> int:
-    """Bytes on the device that are alive at the peak of the block's turn. `itemsize`: of the 16-bit model's weights."""
-    if not tuned:
-        return _passed_through_bytes(size, itemsize)
+def tuning_bytes(sizes: Collection[BlockSize], calls: CallCounts, *, itemsize: int) -> int:
+    """Bytes on the device that are alive at the peak while the model of these blocks is tuned. `itemsize`: of the
+    16-bit model's weights."""
+    numbers = sum(_parameter_bytes(plan) for size in sizes for plan, _ in size.w4a4)
+    handed_on = calls.per_step * sum(size.passed_bytes(itemsize) for size in sizes)
+    return numbers + handed_on + max((_trained_bytes(size, itemsize) for size in sizes), default=0)
+
+
+def _trained_bytes(size: BlockSize, itemsize: int) -> int:
+    """A block as gradients reach it in one call: its weights, and what it computed once more."""
     weights = [plan.linear.in_features * plan.linear.out_features for plan, _ in size.w4a4]
-    all_weights, largest = sum(weights), max(weights, default=0)
-    # codes and float32; the layers as they were
-    fixed = itemsize * size.kept + 5 * size.weights + itemsize * all_weights
-    fixed += sum(_parameter_bytes(plan) for plan, _ in size.w4a4)
-    passed = 4 * size.tokens * size.width
-    judged = 4 * all_weights + 4 * calls.each * passed
-    # of every call the scaled weights; of one layer at a time their gradient
-    trained = calls.per_step * (4 * all_weights + _saved_bytes(size, itemsize) + 6 * passed) + 8 * largest
-    return fixed + max(judged, trained)
+    # codes as they are read, and in float32; the scaled weights; of one layer at a time their gradient
+    held = itemsize * size.kept + 5 * size.weights + 4 * sum(weights) + 8 * max(weights, default=0)
+    return held + _saved_bytes(size, itemsize) + 6 * 4 * size.tokens * size.width
 
 
-def _passed_through_bytes(size: BlockSize, itemsize: int) -> int:
-    """The block at 16 bits, its codes and their float32 numbers, and the widest layer at work."""
+def passing_bytes(size: BlockSize, itemsize: int) -> int:
+    """Bytes on the device while the hidden states go through a block: the block at 16 bits, its codes and their
+    float32 numbers, and the widest layer at work."""
     widest = max(
         tokens * (plan.linear.in_features + plan.linear.out_features) for plan, tokens in size.layers
     )
@@ -111,9 +118,9 @@ def _passed_through_bytes(size: BlockSize, itemsize: int) -> int:
 
 
 def _parameter_bytes(plan: W4A4Plan) -> int:
-    """What is tuned, with its gradient and Adam's two moments, in float32."""
+    """What is tuned, with its gradient, Adam's two moments and the best so far, in float32."""
     n, k = plan.linear.out_features, plan.linear.in_features
-    return 4 * 4 * (n * k // plan.precision.group + plan.rank * (n + k) + n + k)
+    return 5 * 4 * (n * k // plan.precision.group + plan.rank * (n + k) + n + k)
 
 
 def _saved_bytes(size: BlockSize, itemsize: int) -> int:

@@ -41,7 +41,7 @@ class HiddenStates:
         """What `block` is given in one of the calls."""
         call = self._calls[index]
         forwards = {path: self._recalling(path, index, device) for path in self._before(block)}
-        with _standing_in(self._model, {**forwards, block: _enter}):
+        with standing_in(self._model, {**forwards, block: _enter}):
             try:
                 self._model(*call.args, **call.kwargs)
             except _Entered as entered:
@@ -64,7 +64,7 @@ class HiddenStates:
 
         handle = self._model.get_submodule(layer).register_forward_hook(leaf)
         try:
-            with _standing_in(self._model, forwards), torch.enable_grad():
+            with standing_in(self._model, forwards), torch.enable_grad():
                 output = self._model(*call.args, **call.kwargs)
         finally:
             handle.remove()
@@ -124,7 +124,7 @@ def _enter(*args: Any, **kwargs: Any) -> Any:
 
 
 @contextmanager
-def _standing_in(model: nn.Module, forwards: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+def standing_in(model: nn.Module, forwards: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
     """Modules that for now compute something else than their own `forward`."""
     modules = [model.get_submodule(path) for path in forwards]
     for module, forward in zip(modules, forwards.values(), strict=True):

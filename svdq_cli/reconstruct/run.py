@@ -1,15 +1,14 @@
-"""One block after the other, each tuned on what the 4-bit blocks before it really hand over; then the last linear.
+"""The whole model that is tuned, or whose last linear is fitted; and the way to that linear.
 
-Two streams of hidden states go through the model, of the 16-bit blocks and of the 4-bit ones. One block at a time has
-weights; what is between the blocks always has.
+Hidden states go through the 4-bit blocks, one after the other. One block at a time has weights; what is between the
+blocks always has.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import cast
 
 import torch
@@ -22,9 +21,8 @@ from svdq_cli.reconstruct.hidden_states import HiddenStates
 from svdq_cli.reconstruct.last_linear import HELD_OUT, Moments, fitted, moments_of
 from svdq_cli.reconstruct.swap_modules import put, put_for_now
 from svdq_cli.reconstruct.tensor_cache import Kept, TensorCache
-from svdq_cli.reconstruct.tuning import BlockIO, BlockIOs, tune_block
-from svdq_cli.records import Event, LayerSolution, ModelPlan, Observer, W4A4Solution, ignore_events
-from svdq_cli.reports import BlockSearch, OutputSearch
+from svdq_cli.records import Event, LayerSolution, ModelPlan, Observer, ignore_events
+from svdq_cli.reports import OutputSearch
 from svdq_cli.runtime.linear import quantized_linear
 from svdq_cli.system.allocator import return_freed_memory
 from svdq_cli.system.machine import on_device
@@ -44,15 +42,6 @@ class Recording:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class TunedBlock:
-    """A block that was tuned."""
-
-    name: str
-    solutions: Mapping[str, W4A4Solution]  # of the layers that were tuned
-    search: BlockSearch
-
-
-@dataclass(frozen=True, slots=True, eq=False)
 class FittedOutput:
     """The last linear as it was fitted: `weight` (N, K) and `bias` (N,) in float32, None where nothing is gained."""
 
@@ -64,7 +53,7 @@ class FittedOutput:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Reconstruction:
-    """What is tuned, and with what."""
+    """What is tuned or fitted, and with what."""
 
     model: nn.Module  # the 16-bit one on the device that tunes, whole but for the blocks
     # the state dict's, read when they are asked for: a block's when it is its turn
@@ -73,37 +62,11 @@ class Reconstruction:
     solutions: Mapping[str, LayerSolution]  # of every layer
     recording: Recording
     tensor_cache: TensorCache
+    room: int = 0  # bytes on the device for weights of blocks whose turn it is not
 
     @property
     def device(self) -> torch.device:
         return next(p.device for p in self.model.parameters() if not p.is_meta)
-
-
-def reconstruct(
-    job: Reconstruction,
-    *,
-    seed: int,
-    finished: Collection[str] = frozenset(),
-    observe: Observer = ignore_events,
-) -> Iterator[TunedBlock]:
-    """The blocks in the order in which the model runs them, each as soon as it is tuned.
-
-    `finished`: blocks whose solutions are tuned already; they are only gone through. A block that tuning does not make
-    better on held-out trajectories keeps its solutions.
-    """
-    order = job.recording.block_graph.order
-    started = time.monotonic()
-    observe(Event("start", "reconstruct", 0, len(order)))
-    walk = _Walk(job, tuned=True)
-    for done, block in enumerate(order, 1):
-        tuned = walk.through(block, seed=None if block in finished else seed)
-        return_freed_memory()
-        detail = f"{block}  resumed from an earlier run"
-        if tuned is not None:
-            yield tuned
-            detail = f"{block}  {tuned.search.before:.2e} -> {tuned.search.after:.2e}"
-        observe(Event("advance", "reconstruct", done, len(order), detail, time.monotonic() - started))
-    observe(Event("end", "reconstruct", len(order), len(order), seconds=time.monotonic() - started))
 
 
 def fit_output(job: Reconstruction, *, observe: Observer = ignore_events) -> FittedOutput:
@@ -112,9 +75,9 @@ def fit_output(job: Reconstruction, *, observe: Observer = ignore_events) -> Fit
     assert name is not None
     started = time.monotonic()
     observe(Event("start", "output", 0, len(order)))
-    walk = _Walk(job, tuned=False)
+    walk = _Walk(job)
     for done, block in enumerate(order, 1):
-        walk.through(block, seed=None)
+        walk.through(block)
         return_freed_memory()
         observe(Event("advance", "output", done, len(order), block, time.monotonic() - started))
     found = walk.fitted(name)
@@ -123,45 +86,25 @@ def fit_output(job: Reconstruction, *, observe: Observer = ignore_events) -> Fit
 
 
 class _Walk:
-    """The hidden states of the 4-bit model on their way through it, and those of the 16-bit model next to them where
-    blocks are `tuned`."""
+    """The hidden states of the 4-bit model on their way through it."""
 
-    def __init__(self, job: Reconstruction, *, tuned: bool) -> None:
-        self._job, self._device, self._tuned_ones = job, job.device, tuned
+    def __init__(self, job: Reconstruction) -> None:
+        self._job, self._device = job, job.device
         block_graph, calls = job.recording.block_graph, job.recording.calls
-        self._exact, self._quantized = (
-            HiddenStates(job.model, block_graph, calls, job.tensor_cache) for _ in range(2)
-        )
+        self._quantized = HiddenStates(job.model, block_graph, calls, job.tensor_cache)
         heads = tuple(f"{block}." for block in block_graph.order)
         beside = [layer.name for layer in job.plan.layers if not layer.name.startswith(heads)]
-        self._beside = _runnable(self._read(beside))
+        self._beside = runnable(self._read(beside))
 
-    def through(self, block: str, *, seed: int | None) -> TunedBlock | None:
-        """To the other side of the next block. None without a seed, which tuning needs."""
+    def through(self, block: str) -> None:
+        """To the other side of the next block."""
         filled = filled_copy(self._job.model, block, self._job.weights, device=self._device)
         inside = [layer.name for layer in self._job.plan.layers if layer.name.startswith(f"{block}.")]
         solutions = self._read(inside)
         with put_for_now(self._job.model, {block: filled}):
-            wanted = self._wanted(block) if self._tuned_ones else []
             given = self._given(block)
-            tuned = None
-            if seed is not None:
-                tuned = self._tuned(block, solutions, list(map(BlockIO, given, wanted)), seed)
-                solutions = {**solutions, **tuned.solutions}
-            put(self._job.model, _runnable(solutions))
+            put(self._job.model, runnable(solutions))
             self._pass_on(block, given)
-        return tuned
-
-    @torch.no_grad()
-    def _wanted(self, block: str) -> list[Kept]:
-        """What the 16-bit block returns in every call."""
-        wanted: list[Kept] = []
-        for index in self._calls:
-            given = self._exact.given(block, index, self._device)
-            output = self._job.model.get_submodule(block)(*given.args, **given.kwargs)
-            wanted.append(self._exact.keep(block, index, output))
-            self._exact.forget(block, index)
-        return wanted
 
     def _given(self, block: str) -> list[Kept]:
         """What the blocks before the 4-bit block hand over to it in every call: args, kwargs."""
@@ -223,33 +166,6 @@ class _Walk:
             total = parts if total is None else tuple(map(torch.add, total, parts))
         return None if total is None else (total[0], total[1], total[2])
 
-    def _tuned(
-        self, block: str, solutions: Mapping[str, LayerSolution], passages: Sequence[BlockIO], seed: int
-    ) -> TunedBlock:
-        # an input that layers elsewhere share too has a smoothing factor that could not be judged here
-        inputs = [shared for shared in self._job.plan.inputs if set(shared.layers) <= solutions.keys()]
-        tuned = {name for shared in inputs for name in shared.layers}
-        w4a4 = {
-            name: each
-            for name, each in solutions.items()
-            if name in tuned and isinstance(each, W4A4Solution) and not each.plan.curve
-        }
-        put(self._job.model, _runnable({name: each for name, each in solutions.items() if name not in w4a4}))
-        waiting = iter(passages)
-        found, search = tune_block(
-            self._job.model,
-            block,
-            inputs,
-            w4a4,
-            [
-                BlockIOs(tuple(islice(waiting, len(each.calls))), each.length)
-                for each in self._job.recording.trajectories
-            ],
-            device=self._device,
-            seed=seed,
-        )
-        return TunedBlock(block, found, search)
-
     def _read(self, names: Iterable[str]) -> dict[str, LayerSolution]:
         return {name: on_device(self._job.solutions[name], self._device) for name in names}
 
@@ -258,8 +174,8 @@ class _Walk:
         return range(sum(len(each.calls) for each in self._job.recording.trajectories))
 
 
-def _runnable(solutions: Mapping[str, LayerSolution]) -> dict[str, nn.Module]:
-    """Layers as they are stored."""
+def runnable(solutions: Mapping[str, LayerSolution]) -> dict[str, nn.Module]:
+    """Modules that compute what layers as they are stored do."""
     return {name: quantized_linear(each) for name, each in solutions.items()}
 
 

@@ -29,12 +29,16 @@ class Tunable(nn.Module):
         # e4m3 micro scales are too coarse to be nudged
         tuned = isinstance(solution.plan.precision, Int4)
         self.scales = nn.Parameter(solution.scales.float()) if tuned else None
-        if tuned:
-            one = torch.ones_like(solution.scales)
-            unscaled = QuantizedWeight(solution.codes, one, solution.outer)
-        else:
-            unscaled = QuantizedWeight(solution.codes, solution.scales, solution.outer)
-        self.weight = dequantize_weight(unscaled, solution.plan.precision)
+        self.weight = _weight(solution, unscaled=tuned)
+
+    def take(self, solution: W4A4Solution) -> None:
+        """The codes again, of the layer as it was solved."""
+        self.weight = _weight(solution, unscaled=self.scales is not None)
+
+    def drop(self) -> None:
+        """Without its codes the layer can't run until it takes them again; what is tuned stays."""
+        self.weight = self.weight.new_empty(0)
+        self.solution = replace(self.solution, codes=self.solution.codes.new_empty(0))
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., K) -> (..., N)."""
@@ -65,7 +69,7 @@ class Tunable(nn.Module):
 
     def rounded(self, smooth: Tensor, down: Tensor) -> W4A4Solution:
         """What would be stored, with the input's common `smooth` and `down` in their stored dtype. They are (K,) and
-        (R, K)."""
+        (R, K). Without codes, if those are dropped."""
         old = self.solution
         return replace(
             old,
@@ -75,6 +79,12 @@ class Tunable(nn.Module):
             bias=None if self.bias is None else self.bias.detach().to(old.up.dtype),
             scales=old.scales if self.scales is None else _nonzero(self.scales.detach()).to(old.scales.dtype),
         )
+
+
+def _weight(solution: W4A4Solution, *, unscaled: bool) -> Tensor:
+    """(N, K) in float32, of an `unscaled` one the codes alone."""
+    scales = torch.ones_like(solution.scales) if unscaled else solution.scales
+    return dequantize_weight(QuantizedWeight(solution.codes, scales, solution.outer), solution.plan.precision)
 
 
 def _nonzero(scales: Tensor) -> Tensor:
@@ -107,6 +117,19 @@ class TunableBlock:
     def parameters(self) -> list[nn.Parameter]:
         found = {id(p): p for layer in self.layers.values() for p in layer.parameters()}
         return list(found.values())
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Every parameter becomes what would be stored of it."""
+        for name, stored in self.rounded().items():
+            layer = self.layers[name]
+            layer.log_smooth.copy_(stored.smooth.float().log())
+            layer.down.copy_(stored.down)
+            layer.up.copy_(stored.up)
+            if layer.bias is not None and stored.bias is not None:
+                layer.bias.copy_(stored.bias)
+            if layer.scales is not None:
+                layer.scales.copy_(stored.scales)
 
     def rounded(self) -> dict[str, W4A4Solution]:
         """All layers as they would be stored."""

@@ -1,109 +1,109 @@
-"""One block tuned against what it makes of the same calls in the 16-bit model."""
+"""The 4-bit model tuned, as a whole, against what the 16-bit model puts out in the same calls, summed over the steps.
+
+Ours: distillation with fixed codes. What a layer gets wrong and a later one can put right need not be put right twice,
+which tuning one block after the other, each on its own output, can't know.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from svdq_cli.reconstruct.calls import tensors_of
+from svdq_cli.reconstruct.calls import Trajectory
 from svdq_cli.reconstruct.objective import signals_of, trajectory_error
-from svdq_cli.reconstruct.swap_modules import put_for_now
-from svdq_cli.reconstruct.tensor_cache import Kept
-from svdq_cli.reconstruct.tunable import TunableBlock, frozen
-from svdq_cli.records import SharedInput, W4A4Solution
-from svdq_cli.reports import BlockSearch
+from svdq_cli.reconstruct.run import Reconstruction
+from svdq_cli.reconstruct.tunable_model import TunableModel, recorded_outputs
+from svdq_cli.records import Event, Observer, W4A4Solution, ignore_events
+from svdq_cli.reports import TuningSearch
+from svdq_cli.system.allocator import return_freed_memory
 
-STEPS = 150
+STEPS = 300
 CALLS_PER_STEP = 3  # of one trajectory: enough pairs to see what stays from step to step
-JUDGE_EVERY = 30  # steps between two looks at the held-out trajectories
-LEARNING_RATE = 2e-3  # a step's size relative to a parameter's RMS
+JUDGE_EVERY = 60  # steps between two looks at the held-out trajectories
+LEARNING_RATE = 2e-3  # a step's size relative to a parameter's RMS, at most
+WARM_UP = 20  # steps until there: Adam's first ones know little
 HELD_OUT = 4  # one trajectory in four judges: the last ones, which are of other images
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class BlockIO:
-    """What a block is given in one call of the 4-bit model (args, kwargs), and what it returns in the 16-bit one."""
+def tune_model(
+    job: Reconstruction, *, seed: int, observe: Observer = ignore_events
+) -> tuple[TuningSearch, Iterator[tuple[str, dict[str, W4A4Solution]]]]:
+    """What tuning brought on held-out trajectories, and the solutions of each block's tuned layers; none where it
+    brought nothing."""
+    trajectories = job.recording.trajectories
+    cut = len(trajectories) - max(1, len(trajectories) // HELD_OUT)
+    train, judge = trajectories[:cut], trajectories[cut:]
+    signals = signals_of(recorded_outputs(call) for call in job.recording.calls)
+    model = TunableModel(job)
 
-    given: Kept
-    wanted: Kept
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class BlockIOs:
-    """A block's part of one trajectory."""
-
-    of: tuple[BlockIO, ...]
-    length: int  # of the whole trajectory
-
-
-def tune_block(
-    model: nn.Module,
-    block: str,
-    inputs: Sequence[SharedInput],
-    solutions: Mapping[str, W4A4Solution],
-    passages: Sequence[BlockIOs],
-    *,
-    device: torch.device,
-    seed: int,
-) -> tuple[dict[str, W4A4Solution], BlockSearch]:
-    """Better solutions, or the same ones where held-out trajectories say that none is.
-
-    `model` needs no weights but those of `block`, which are on `device`, with its layers converted. `inputs` and
-    `solutions`: of the layers to tune. `passages`: in the order of images.
-    """
-    module = model.get_submodule(block)
-    cut = len(passages) - max(1, len(passages) // HELD_OUT)
-    train, judge = passages[:cut], passages[cut:]
-    signals = signals_of(tensors_of(p.wanted.on(device)) for each in passages for p in each.of)
-
-    def error(passages: Sequence[BlockIO], length: int) -> Tensor:
-        return trajectory_error([_lost(module, block_io, device) for block_io in passages], signals, length)
+    def error(each: Trajectory, indices: Sequence[int]) -> Tensor:
+        return trajectory_error([model.errors(each.calls[i]) for i in indices], signals, each.length)
 
     @torch.no_grad()
-    def judged(found: Mapping[str, W4A4Solution]) -> float:
-        with put_for_now(model, {name: frozen(solution) for name, solution in found.items()}):
-            return sum(float(error(each.of, each.length)) for each in judge) / len(judge)
+    def judged() -> float:
+        with model.as_stored():
+            return sum(float(error(each, range(len(each.calls)))) for each in judge) / len(judge)
 
-    before = least = judged(solutions)
-    best: dict[str, W4A4Solution] = dict(solutions)
-    if not train or not solutions:
-        return best, BlockSearch(before, before)
-    tunable = TunableBlock(inputs, solutions)
-    optimizer = _optimizer(tunable)
-    order = torch.Generator().manual_seed(seed)
+    started = time.monotonic()
+
+    def tell(kind: Literal["start", "advance", "end"], done: int, detail: str = "") -> None:
+        observe(Event(kind, "reconstruct", done, STEPS, detail, time.monotonic() - started))
+
+    tell("start", 0)
+    best: list[Tensor] | None = None
+    with model.running():
+        before = least = judged()
+        for step in _steps(model, train, error, seed) if train and model.parameters else ():
+            detail = ""
+            if step % JUDGE_EVERY == 0 or step == STEPS:
+                reached = judged()
+                detail = f"held-out error {before:.2e} -> {reached:.2e}"
+                if reached < least:
+                    least, best = reached, [value.detach().clone() for value in model.parameters]
+                return_freed_memory()
+            tell("advance", step, detail)
+    tell("end", STEPS)
+    if best is None:
+        return TuningSearch(before, before), iter(())
+    model.set(best)
+    return TuningSearch(before, least), model.stored()
+
+
+def _steps(
+    model: TunableModel,
+    train: Sequence[Trajectory],
+    error: Callable[[Trajectory, Sequence[int]], Tensor],
+    seed: int,
+) -> Iterator[int]:
+    """Adam's steps, each as soon as it is taken, by its number from 1. Every trajectory has its turn before any has its
+    second."""
+    optimizer = _optimizer(model.parameters)
+    drawn = torch.Generator().manual_seed(seed)
+    waiting: list[int] = []
     for step in range(STEPS):
+        share = min(1, (step + 1) / WARM_UP) * (1 + math.cos(math.pi * step / STEPS)) / 2
         for group in optimizer.param_groups:
-            group["lr"] = group["full"] * (1 - 0.9 * step / STEPS)
-        each = train[int(torch.randint(len(train), (1,), generator=order))]
-        some = torch.randperm(len(each.of), generator=order)[:CALLS_PER_STEP].tolist()
-        with put_for_now(model, tunable.layers), torch.enable_grad():
-            loss = error([each.of[index] for index in some], each.length)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            group["lr"] = group["full"] * share
+        waiting = waiting or torch.randperm(len(train), generator=drawn).tolist()
+        each = train[waiting.pop()]
+        some = torch.randperm(len(each.calls), generator=drawn)[:CALLS_PER_STEP].tolist()
+        with torch.enable_grad():
+            error(each, some).backward()
         optimizer.step()
-        if (step + 1) % JUDGE_EVERY == 0:
-            stored = tunable.rounded()
-            if (reached := judged(stored)) < least:
-                best, least = stored, reached
-    return best, BlockSearch(before, least)
+        optimizer.zero_grad(set_to_none=True)
+        yield step + 1
 
 
-def _optimizer(tunable: TunableBlock) -> torch.optim.Optimizer:
-    rates = [(parameter, LEARNING_RATE * _size(parameter)) for parameter in tunable.parameters()]
+def _optimizer(parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+    rates = [(parameter, LEARNING_RATE * _size(parameter)) for parameter in parameters]
     return torch.optim.Adam([{"params": [parameter], "lr": rate, "full": rate} for parameter, rate in rates])
 
 
 def _size(parameter: nn.Parameter) -> float:
     """A parameter's RMS; of a smoothing factor, that of its logarithm."""
     return max(float(parameter.detach().float().square().mean().sqrt()), 1e-4)
-
-
-def _lost(block: nn.Module, block_io: BlockIO, device: torch.device) -> tuple[Tensor, ...]:
-    """What the block's outputs are off by."""
-    args, kwargs = block_io.given.on(device)
-    found = tensors_of(block(*args, **kwargs))
-    wanted = tensors_of(block_io.wanted.on(device))
-    return tuple(out.float() - exact.float() for out, exact in zip(found, wanted, strict=True))

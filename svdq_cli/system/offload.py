@@ -6,7 +6,7 @@ The hooks are accelerate's; which blocks stay is its choice too. Numbers do not 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -88,12 +88,29 @@ def filled_copy(
     model: nn.Module, block: str, weights: Mapping[str, Tensor], *, device: torch.device
 ) -> nn.Module:
     """A copy of one of the model's blocks with its weights, on the device."""
-    copy = deepcopy(model.get_submodule(block))
-    own = {name: weights[f"{block}.{name}"].to(device) for name in copy.state_dict()}
-    copy.load_state_dict(own, assign=True)
-    for module in copy.modules():
-        _move_buffers(module, device)
-    return copy.requires_grad_(False)
+    return filled_block(deepcopy(model.get_submodule(block)), block, weights, device=device)
+
+
+def filled_block(
+    module: nn.Module,
+    block: str,
+    weights: Mapping[str, Tensor],
+    *,
+    device: torch.device,
+    without: Collection[str] = (),
+) -> nn.Module:
+    """`module`, a copy of the model's `block`, with its weights, on the device. `without`: modules in it (paths from
+    the block on) that stay as they are."""
+    others = tuple(f"{path}." for path in without)
+    own = {
+        name: weights[f"{block}.{name}"].to(device)
+        for name in module.state_dict()
+        if not name.startswith(others)
+    }
+    module.load_state_dict(own, assign=True, strict=not without)
+    for each in module.modules():
+        _move_buffers(each, device)
+    return module.requires_grad_(False)
 
 
 def is_hooked(module: nn.Module) -> bool:

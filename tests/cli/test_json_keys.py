@@ -24,7 +24,7 @@ NAMED = {
     "steps_db",
     "steps_seconds",
 }
-NAMED_ABOVE = {"search.layers", "search.blocks", "search.outputs", "baselines"}
+NAMED_ABOVE = {"search.layers", "search.tuning", "search.outputs", "baselines"}
 OUTPUTS = "outputs[]{bytes, format, path, sha256, tensors_sha256}"
 MODEL = "model{class, family, parameters, source_sha256}"
 LAYERS = "layers{kept, w4a16, w4a4, w4a8}"
@@ -41,7 +41,7 @@ KEYS = {
     "status, text_encoders[], warnings[]}",
     "convert": "{bytes{input, output, ratio}, command, data_free, effort, fingerprint, gates_missed[], "
     f"{SQNR}, {LAYERS}, layers_taken_over, {MODEL}, {OUTPUTS}, peak{{ram_bytes, vram_bytes}}, precision, "
-    f"provenance{{}}, {RANK}, read_as, recipe{{}}, schema, search{{blocks{{}}, layers{{*{SEARCHED}}}, outputs{{}}}}, "
+    f"provenance{{}}, {RANK}, read_as, recipe{{}}, schema, search{{layers{{*{SEARCHED}}}, outputs{{}}, tuning{{}}}}, "
     "seconds{calibrate, check, pack, solve, total}, status, svdq_version, text_encoders{}, warnings[]}",
     "eval": "{backend, baselines{*{clip, fid, image_reward, lpips, "
     f"machine_was_busy, processor_seconds_per_picture, psnr_db{SUMMARY}, seconds_per_picture, ssim{SUMMARY}, "

@@ -201,16 +201,16 @@ def test_ranks_are_not_searched_without_activations(tiny_flux: Path, tmp_path: P
         convert(recipe, tmp_path / "out", options=CPU)
 
 
-def test_best_tunes_blocks_and_stores_what_it_judged(
+def test_best_tunes_the_model(
     tiny_flux: Path, prompts: Path, artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(tuning, "STEPS", 10)
     monkeypatch.setattr(tuning, "JUDGE_EVERY", 5)
     recipe = recipe_for(tiny_flux, prompts, effort="best", rank=16)
     report = convert(recipe, tmp_path / "out", calibration=artefact, options=CPU)
-    assert list(report.search.blocks) == ["transformer_blocks.0", "single_transformer_blocks.0"]
-    for block in report.search.blocks.values():
-        assert 0 < block.after <= block.before
+    (search,) = report.search.tuning.values()
+    assert list(report.search.tuning) == ["transformer"]
+    assert 0 < search.after < search.before
     steps = report.search.layers["transformer_blocks.0.ff.net.2"].steps_db
     assert list(steps) == ["start", "learned", "refine", "gptq", "refit"]
     assert open_checkpoint(tmp_path / "out").rank == 16

@@ -11,18 +11,19 @@ import pytest
 import torch
 
 from svdq_cli.calibration.covariance import stored_covariance
-from svdq_cli.conversion.block_forecast import block_forecast
+from svdq_cli.conversion.block_forecast import BlockForecast, block_forecast
 from svdq_cli.conversion.convert import convert
 from svdq_cli.conversion.memory_backoff import Placement, memory_need
 from svdq_cli.conversion.plan import predict
-from svdq_cli.conversion.record import BLOCK_SAMPLE, output_sample, record_blocks
+from svdq_cli.conversion.record import output_sample, record_blocks, tuning_sample
 from svdq_cli.errors import OutOfResourcesError
 from svdq_cli.inference.load import load_beside
 from svdq_cli.prepare.options import RunOptions
 from svdq_cli.prepare.prepare import counts_of, prepare
 from svdq_cli.prepare.sampling import sampling_for
 from svdq_cli.recipe import Calibration, Quantization, Recipe, default_recipe
-from svdq_cli.reconstruct import Reconstruction, TensorCache, reconstruct, tuning
+from svdq_cli.reconstruct import Reconstruction, TensorCache, fit_output, tune_model, tuning
+from svdq_cli.reconstruct.tunable_model import TunableModel
 from svdq_cli.records import (
     ActivationStats,
     Event,
@@ -148,57 +149,52 @@ def best_recipe(source: Path, folder: Path, **drawn: object) -> Recipe:
 
 
 @pytest.mark.parametrize(("side", "text"), [(16, 16), (48, 48)])
-def test_tuning_a_block_takes_the_memory_that_is_predicted(
+def test_tuning_takes_the_memory_that_is_predicted(
     tiny_flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side: int, text: int
 ):
     """With few tokens it is the weights' and with many the activations' that counts."""
     monkeypatch.setattr(tuning, "STEPS", 2)
     monkeypatch.setattr(tuning, "JUDGE_EVERY", 1)
-    recipe = best_recipe(tiny_flux, tmp_path, height=side, width=side, max_sequence_length=text)
-    prepared, cpu = prepare(recipe), torch.device("cpu")
-    sampling = sampling_for(recipe, prepared.source)
-    recordings = record_blocks(
-        prepared, sampling, BLOCK_SAMPLE, options=CPU, device=cpu, observe=ignore_events
-    )
-    recording = recordings["transformer"]
-    solutions = solved_in(tmp_path / "work", prepared)
-    model, weights = load_beside(
-        prepared.source, recording.block_graph.order, class_name=prepared.plan.model_class, device=cpu
-    )
-    forecast = block_forecast(prepared, sampling, BLOCK_SAMPLE, cpu)
-    assert forecast.calls.all == len(recording.calls)
-    tensor_cache = TensorCache(tmp_path / "shelf", host_bytes=0)  # all in files
-    job = Reconstruction(model, weights, prepared.plan, solutions, recording, tensor_cache)
+    job, forecast = recorded_job(tiny_flux, tmp_path, tuned=True, height=side, width=side, text=text)
+    assert forecast.calls.all == len(job.recording.calls)
+    model = TunableModel(job)
+    monkeypatch.setattr(tuning, "TunableModel", lambda _: model)
     with Allocations() as made:
-        list(reconstruct(job, seed=0))
+        tune_model(job, seed=0)
     predicted = forecast.device_bytes - forecast.itemsize * forecast.beside
+    predicted -= sum(parameter.nbytes for parameter in model.parameters)  # those there are already
     assert predicted == pytest.approx(made.most, rel=0.25)
 
 
 def test_hidden_states_take_the_memory_that_is_predicted(tiny_flux: Path, tmp_path: Path):
-    recipe = best_recipe(tiny_flux, tmp_path, height=32, width=32, max_sequence_length=32)
+    job, forecast = recorded_job(tiny_flux, tmp_path, tuned=False, height=32, width=32, text=32)
+    seen = [0]
+
+    def look(event: Event) -> None:
+        if (folder := tmp_path / "shelf").exists():
+            seen.append(sum(file.stat().st_size for file in folder.iterdir()))
+
+    fit_output(job, observe=look)
+    assert max(seen) == pytest.approx(forecast.passed_bytes, rel=0.25)
+
+
+def recorded_job(
+    source: Path, folder: Path, *, tuned: bool, height: int, width: int, text: int
+) -> tuple[Reconstruction, BlockForecast]:
+    """What is tuned, or gone through with all hidden states in files, and what that is expected to take."""
+    recipe = best_recipe(source, folder, height=height, width=width, max_sequence_length=text)
     prepared, cpu = prepare(recipe), torch.device("cpu")
     sampling = sampling_for(recipe, prepared.source)
-    recordings = record_blocks(
-        prepared, sampling, BLOCK_SAMPLE, options=CPU, device=cpu, observe=ignore_events
-    )
+    sample = (tuning_sample if tuned else output_sample)(prepared, sampling)
+    recordings = record_blocks(prepared, sampling, sample, options=CPU, device=cpu, observe=ignore_events)
     recording = recordings["transformer"]
+    solutions = solved_in(folder / "work", prepared)
     model, weights = load_beside(
         prepared.source, recording.block_graph.order, class_name=prepared.plan.model_class, device=cpu
     )
-    solutions = solved_in(tmp_path / "work", prepared)
-    folder, seen = tmp_path / "shelf", [0]
-
-    def look(event: Event) -> None:
-        if folder.exists():
-            seen.append(sum(file.stat().st_size for file in folder.iterdir()))
-
-    tensor_cache = TensorCache(folder, host_bytes=0)
+    tensor_cache = TensorCache(folder / "shelf", host_bytes=0)
     job = Reconstruction(model, weights, prepared.plan, solutions, recording, tensor_cache)
-    list(reconstruct(job, seed=0, finished=recording.block_graph.order, observe=look))
-    assert max(seen) == pytest.approx(
-        block_forecast(prepared, sampling, BLOCK_SAMPLE, cpu).passed_bytes, rel=0.25
-    )
+    return job, block_forecast(prepared, sampling, sample, cpu, tuned=tuned)
 
 
 def test_a_block_of_modulation_alone_is_forecast(tiny_flux: Path, tmp_path: Path):
@@ -207,15 +203,19 @@ def test_a_block_of_modulation_alone_is_forecast(tiny_flux: Path, tmp_path: Path
     rules = [{"match": f"transformer_blocks.0.{part}", "skip": True} for part in ("attn", "ff", "ff_context")]
     prepared = prepare(Recipe.model_validate({**recipe.model_dump(exclude_none=True), "layers": rules}))
     sampling = sampling_for(recipe, prepared.source)
-    forecast = block_forecast(prepared, sampling, BLOCK_SAMPLE, torch.device("cpu"))
+    sample, cpu = tuning_sample(prepared, sampling), torch.device("cpu")
+    assert block_forecast(prepared, sampling, sample, cpu).passed_bytes == 0
+    forecast = block_forecast(prepared, sampling, sample, cpu, tuned=False)
     assert forecast.sizes["transformer_blocks.0"].passed_bytes(2) == 0
     assert forecast.passed_bytes > 0
 
 
-def test_a_block_that_memory_has_no_room_for_is_refused_before_the_work(tiny_flux: Path, tmp_path: Path):
+def test_a_model_that_memory_has_no_room_to_tune_is_refused_before_the_work(tiny_flux: Path, tmp_path: Path):
     recipe = best_recipe(tiny_flux, tmp_path, height=512, width=512, max_sequence_length=64)
     limit = resident_ram() + 300_000_000  # layers are solved in less
-    with pytest.raises(OutOfResourcesError, match=r"tuning it takes .* GB, but --max-ram allows") as caught:
+    with pytest.raises(
+        OutOfResourcesError, match=r"tuning the model takes .* GB, but --max-ram allows"
+    ) as caught:
         convert(recipe, tmp_path / "out", options=RunOptions(device="cpu", max_ram=limit))
     assert "batch_size" in str(caught.value.hint)
     assert not list(tmp_path.glob("*out*"))

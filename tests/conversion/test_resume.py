@@ -21,6 +21,7 @@ from svdq_cli.checkpoint import writer
 from svdq_cli.checkpoint.check import check
 from svdq_cli.conversion import convert as converting
 from svdq_cli.conversion import solve_layers
+from svdq_cli.conversion import tune_model as tuning_models
 from svdq_cli.conversion.calibrate import calibrate
 from svdq_cli.conversion.convert import convert
 from svdq_cli.conversion.plan import predict
@@ -29,7 +30,6 @@ from svdq_cli.errors import InterruptedRunError, OutOfResourcesError, SvdqError,
 from svdq_cli.prepare.options import RunOptions
 from svdq_cli.prepare.prepare import prepare
 from svdq_cli.recipe import Calibration, Output, Quantization, Recipe, default_recipe
-from svdq_cli.reconstruct import run as reconstructing_blocks
 from svdq_cli.reconstruct import tuning
 from svdq_cli.records import Event
 from svdq_cli.source import open_source
@@ -421,22 +421,23 @@ def best_recipe(source: Path, prompts: Path) -> Recipe:
 
 
 @pytest.fixture
-def few_steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Tuning in a moment. Lists the blocks that are tuned."""
+def tunings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Tuning in a moment. Lists what is tuned."""
     return with_few_steps(monkeypatch)
 
 
 def with_few_steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     tuned: list[str] = []
-    tune = reconstructing_blocks.tune_block
+    tune = tuning_models.tune_model
 
-    def counted(model, block, *rest, **named):
-        tuned.append(block)
-        return tune(model, block, *rest, **named)
+    def counted(job, **named):
+        tuned.extend(job.plan.components)
+        return tune(job, **named)
 
     monkeypatch.setattr(tuning, "STEPS", 4)
-    monkeypatch.setattr(tuning, "JUDGE_EVERY", 2)
-    monkeypatch.setattr(reconstructing_blocks, "tune_block", counted)
+    monkeypatch.setattr(tuning, "JUDGE_EVERY", 1)
+    monkeypatch.setattr(tuning, "WARM_UP", 1)
+    monkeypatch.setattr(tuning_models, "tune_model", counted)
     return tuned
 
 
@@ -447,35 +448,49 @@ def best_whole(tiny_flux: Path, prompts: Path, tmp_path_factory: pytest.TempPath
     with pytest.MonkeyPatch.context() as patch:
         tuned = with_few_steps(patch)
         convert(best_recipe(tiny_flux, prompts), folder / "out", options=CPU)
-    assert tuned == ["transformer_blocks.0", "single_transformer_blocks.0"]
+    assert tuned == ["transformer"]
     return folder / "out"
 
 
-def test_tuned_blocks_are_not_tuned_again(
-    tiny_flux: Path, prompts: Path, best_whole: Path, tmp_path: Path, few_steps: list[str]
+def test_a_tuned_model_is_not_tuned_again(
+    tiny_flux: Path, prompts: Path, best_whole: Path, tmp_path: Path, tunings: list[str]
 ):
     def stop(event: Event) -> None:
-        if event.stage == "reconstruct" and event.kind == "advance":
+        if event.stage == "pack":
             raise Terminated
 
     recipe = best_recipe(tiny_flux, prompts)
     with pytest.raises(InterruptedRunError, match="stopped by SIGTERM") as caught:
         convert(recipe, tmp_path / "out", options=CPU, observe=stop)
     assert caught.value.code == 75
-    assert "1 tuned block;" in str(caught.value.hint)
-    assert few_steps == ["transformer_blocks.0"]
-    with pytest.raises(InterruptedRunError):
-        convert(recipe, tmp_path / "out", options=RESUME, observe=stop)
-    assert few_steps == ["transformer_blocks.0"], "the first event after it says that it is taken over"
+    assert "1 tuned model;" in str(caught.value.hint)
     report = convert(recipe, tmp_path / "out", options=RESUME)
-    assert few_steps == ["transformer_blocks.0", "single_transformer_blocks.0"]
+    assert tunings == ["transformer"]
     assert same_bytes(tmp_path / "out", best_whole)
-    assert list(report.search.blocks) == few_steps
+    (search,) = report.search.tuning.values()
+    assert list(report.search.tuning) == tunings
+    assert search.after < search.before
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
 
 
-def test_a_run_that_is_killed_between_two_blocks_goes_on(
-    tiny_flux: Path, prompts: Path, best_whole: Path, tmp_path: Path, few_steps: list[str]
+def test_tuning_that_was_interrupted_starts_over(
+    tiny_flux: Path, prompts: Path, best_whole: Path, tmp_path: Path, tunings: list[str]
+):
+    def stop(event: Event) -> None:
+        if event.stage == "reconstruct" and event.done == 3:
+            raise Terminated
+
+    recipe = best_recipe(tiny_flux, prompts)
+    with pytest.raises(InterruptedRunError) as caught:
+        convert(recipe, tmp_path / "out", options=CPU, observe=stop)
+    assert "tuned" not in str(caught.value.hint)
+    convert(recipe, tmp_path / "out", options=RESUME)
+    assert tunings == ["transformer"] * 2
+    assert same_bytes(tmp_path / "out", best_whole)
+
+
+def test_a_run_that_is_killed_behind_a_tuned_model_goes_on(
+    tiny_flux: Path, prompts: Path, tmp_path: Path, tunings: list[str]
 ):
     """What host memory had no room for lies in files, which the killed run leaves behind."""
     code = f"""
@@ -483,24 +498,34 @@ import os, signal
 from svdq_cli.conversion import block_by_block
 from svdq_cli.conversion.convert import convert
 from svdq_cli.reconstruct import tuning
-from tests.conversion.test_resume import CPU, Path, best_recipe
-tuning.STEPS, tuning.JUDGE_EVERY = 4, 2
+from tests.conversion.test_resume import CPU, Path, with_output
+tuning.STEPS, tuning.JUDGE_EVERY, tuning.WARM_UP = 4, 1, 1
 block_by_block.hidden_state_bytes = lambda *_: 0
 def kill(event):
-    if event.stage == "reconstruct" and event.kind == "advance":
+    if event.stage == "output" and event.kind == "advance":
         os.kill(os.getpid(), signal.SIGKILL)
 source, prompts, out = (Path(name) for name in {list(map(str, (tiny_flux, prompts, tmp_path / "out")))!r})
-convert(best_recipe(source, prompts), out, options=CPU, observe=kill)
+convert(with_output(source, prompts), out, options=CPU, observe=kill)
 """
     killed = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     work = tmp_path / ".out.work"
     assert list((work / "passages").iterdir())
-    before = written(work / "blocks")
-    assert list(before) == ["transformer_blocks.0.safetensors"]
-    convert(best_recipe(tiny_flux, prompts), tmp_path / "out", options=RESUME)
-    assert few_steps == ["single_transformer_blocks.0"]
-    assert same_bytes(tmp_path / "out", best_whole)
+    assert list(written(work / "tuned")) == ["transformer.safetensors"]
+    assert set(written(work / "blocks")) == {
+        "transformer_blocks.0.safetensors",
+        "single_transformer_blocks.0.safetensors",
+    }
+    convert(with_output(tiny_flux, prompts), tmp_path / "out", options=RESUME)
+    assert tunings == []
+    convert(with_output(tiny_flux, prompts), tmp_path / "again", options=CPU)
+    assert same_bytes(tmp_path / "out", tmp_path / "again")
+
+
+def with_output(source: Path, prompts: Path) -> Recipe:
+    plain = best_recipe(source, prompts)
+    quantization = plain.quantization.model_copy(update={"search": ("output",)})
+    return plain.model_copy(update={"quantization": quantization})
 
 
 def test_a_fitted_last_linear_is_taken_over(tiny_flux: Path, prompts: Path, tmp_path: Path):
@@ -532,8 +557,8 @@ def test_a_fitted_last_linear_is_taken_over(tiny_flux: Path, prompts: Path, tmp_
     assert same_bytes(tmp_path / "out", tmp_path / "again")
 
 
-def test_a_damaged_block_is_tuned_again_and_that_is_said(
-    tiny_flux: Path, prompts: Path, best_whole: Path, tmp_path: Path, few_steps: list[str]
+def test_a_model_with_a_damaged_block_is_tuned_again_and_that_is_said(
+    tiny_flux: Path, prompts: Path, best_whole: Path, tmp_path: Path, tunings: list[str]
 ):
     def stop(event: Event) -> None:
         if event.stage == "pack":
@@ -543,26 +568,26 @@ def test_a_damaged_block_is_tuned_again_and_that_is_said(
     with pytest.raises(InterruptedRunError) as caught:
         convert(recipe, tmp_path / "out", options=CPU, observe=stop)
     assert caught.value.code == 130
-    few_steps.clear()
+    tunings.clear()
     damaged = blocks / "transformer_blocks.0.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-10])
     said: list[str] = []
     convert(recipe, tmp_path / "out", options=RESUME, observe=lambda event: said.append(event.detail))
-    assert few_steps == ["transformer_blocks.0"]
+    assert tunings == ["transformer"]
     assert any("is tuned again" in each for each in said)
     assert same_bytes(tmp_path / "out", best_whole)
 
 
-@pytest.mark.usefixtures("few_steps")
+@pytest.mark.usefixtures("tunings")
 @pytest.mark.parametrize(
     ("quantization", "stage"),
     [({"effort": "best"}, "reconstruct"), ({"effort": "fast", "rank": "auto"}, "solve")],
-    ids=["tuned blocks", "searched ranks"],
+    ids=["tuned model", "searched ranks"],
 )
 def test_work_is_not_gone_on_with_for_other_prompts_in_a_file_of_the_same_name(
     tiny_flux: Path, prompts: Path, tmp_path: Path, quantization: dict[str, object], stage: str
 ):
-    """Blocks and ranks are judged on pictures of their own, also where the statistics come from an artefact."""
+    """Models and ranks are judged on pictures of their own, also where the statistics come from an artefact."""
     drawn = tmp_path / "prompts.txt"
     shutil.copy(prompts, drawn)
     recipe = best_recipe(tiny_flux, drawn)

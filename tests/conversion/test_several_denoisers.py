@@ -167,13 +167,14 @@ def test_the_digest_counts_both_denoisers(wan: Path):
     assert f"{FIRST}.weight" in second.tensors, "alone, its layers have their own names"
 
 
-def test_blocks_of_both_are_tuned(wan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_both_are_tuned(wan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(tuning, "STEPS", 4)
-    monkeypatch.setattr(tuning, "JUDGE_EVERY", 2)
+    monkeypatch.setattr(tuning, "JUDGE_EVERY", 1)
+    monkeypatch.setattr(tuning, "WARM_UP", 1)
     recipe = recipe_for(wan).model_copy(update={"quantization": Quantization(effort="best", rank=16)})
-    blocks = convert(recipe, tmp_path / "out", options=CPU).search.blocks
-    assert blocks.keys() == {"blocks.0", "blocks.1", "transformer_2.blocks.0"}
-    assert all(search.after <= search.before for search in blocks.values())
+    found = convert(recipe, tmp_path / "out", options=CPU).search.tuning
+    assert list(found) == list(COMPONENTS)
+    assert all(search.after <= search.before for search in found.values())
 
 
 def test_ranks_weigh_each_denoiser_by_its_steps(wan: Path):

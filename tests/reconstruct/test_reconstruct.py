@@ -1,4 +1,4 @@
-"""The model run with gradients: blocks are tuned where they run and never get worse; layers weigh what they matter."""
+"""The model run with gradients: it is tuned as a whole and never gets worse; layers weigh what they matter."""
 
 from __future__ import annotations
 
@@ -24,13 +24,16 @@ from svdq_cli.reconstruct import (
     block_graph_of,
     blocks_of,
     output_gains,
-    reconstruct,
     record_trajectories,
+    tune_model,
     tuning,
 )
 from svdq_cli.reconstruct.hidden_states import HiddenStates
 from svdq_cli.reconstruct.objective import signals_of, trajectory_error
-from svdq_cli.reconstruct.tunable import frozen
+from svdq_cli.reconstruct.run import runnable
+from svdq_cli.reconstruct.swap_modules import put
+from svdq_cli.reconstruct.tunable import TunableBlock, frozen
+from svdq_cli.reconstruct.tunable_model import TunableModel
 from svdq_cli.records import LayerSolution, W4A4Solution, ignore_events
 from svdq_cli.runtime.linear import w4a4_exact
 from svdq_cli.system.offload import filled_copy
@@ -78,27 +81,67 @@ def test_the_blocks_of_a_plan_are_its_repeated_modules(solved):
     assert list(blocks_of(prepared.plan)) == ["transformer_blocks.0", "single_transformer_blocks.0"]
 
 
-def test_tuned_blocks_lose_less_and_store_what_they_were_judged_with(
-    solved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+@pytest.fixture(scope="module")
+def recorded(solved, tmp_path_factory: pytest.TempPathFactory):
+    """Makes a job of the tiny model, with as much room for weights as is said."""
     prepared, solutions, load = solved
-    monkeypatch.setattr(tuning, "STEPS", 20)
-    monkeypatch.setattr(tuning, "JUDGE_EVERY", 10)
     model = load()
-    recorded = record_trajectories(model, [draw_of(model, 6)] * 3, steps=6, most=4)
-    assert [len(each.calls) for each in recorded] == [4, 4, 4]
-    block_graph = block_graph_of(model.requires_grad_(False), blocks_of(prepared.plan), recorded[0].calls[0])
-    recording, tensor_cache = Recording(recorded, block_graph), TensorCache(tmp_path, host_bytes=0)
-    job = Reconstruction(model, model.state_dict(), prepared.plan, solutions, recording, tensor_cache)
-    found = list(reconstruct(job, seed=0))
-    assert [each.name for each in found] == list(blocks_of(prepared.plan))
-    blocks = {each.name: each.search for each in found}
-    tuned = {name: solution for each in found for name, solution in each.solutions.items()}
-    assert tuned.keys() == {plan.name for plan in prepared.plan.w4a4}
-    assert not list(tmp_path.iterdir())
-    assert all(block.after <= block.before for block in blocks.values())
-    assert any(block.after < 0.97 * block.before for block in blocks.values())
-    for name, solution in tuned.items():
+    trajectories = record_trajectories(model, [draw_of(model, 6)] * 3, steps=6, most=4)
+    assert [len(each.calls) for each in trajectories] == [4, 4, 4]
+    blocks = blocks_of(prepared.plan)
+    block_graph = block_graph_of(model.requires_grad_(False), blocks, trajectories[0].calls[0])
+    weights = model.state_dict()
+    for block in blocks:
+        model.get_submodule(block).to("meta")
+    unused = TensorCache(tmp_path_factory.mktemp("unused"), host_bytes=0)
+    recording = Recording(trajectories, block_graph)
+
+    def made(room: int) -> Reconstruction:
+        return Reconstruction(model, weights, prepared.plan, solutions, recording, unused, room)
+
+    return made
+
+
+@pytest.fixture(scope="module")
+def few_steps():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tuning, "STEPS", 20)
+        patch.setattr(tuning, "JUDGE_EVERY", 10)
+        patch.setattr(tuning, "WARM_UP", 2)
+        yield
+
+
+@pytest.fixture(scope="module")
+def tuned(recorded, few_steps):
+    search, blocks = tune_model(recorded(0), seed=0)
+    return search, dict(blocks)
+
+
+def test_a_tuned_model_loses_less_on_images_that_it_was_not_tuned_on(tuned):
+    search, _ = tuned
+    assert 0 < search.after < 0.95 * search.before
+
+
+def test_a_tuned_model_stores_what_it_was_judged_with(solved, recorded, tuned):
+    """The error of the solutions, run as they are stored, is the one that was reported."""
+    _, solutions, load = solved
+    search, blocks = tuned
+    found = {name: each for layers in blocks.values() for name, each in layers.items()}
+    model = load().requires_grad_(False)
+    put(model, {**runnable(solutions), **{name: frozen(each) for name, each in found.items()}})
+    (*train, judge) = recorded(0).recording.trajectories
+    signals = signals_of(call.outputs for each in (*train, judge) for call in each.calls)
+    lost = [(model(*call.args, **call.kwargs)[0] - call.outputs[0],) for call in judge.calls]
+    assert float(trajectory_error(lost, signals, judge.length)) == pytest.approx(search.after, rel=1e-3)
+
+
+def test_tuning_keeps_codes_and_what_layers_share(solved, tuned):
+    prepared, solutions, _ = solved
+    _, blocks = tuned
+    assert list(blocks) == list(blocks_of(prepared.plan))
+    found = {name: each for layers in blocks.values() for name, each in layers.items()}
+    assert found.keys() == {plan.name for plan in prepared.plan.w4a4}
+    for name, solution in found.items():
         before = solutions[name]
         assert solution.plan == before.plan
         assert torch.equal(solution.codes, before.codes)
@@ -109,11 +152,50 @@ def test_tuned_blocks_lose_less_and_store_what_they_were_judged_with(
                 assert one.dtype == other.dtype
                 assert torch.isfinite(one.float()).all()
     for shared in prepared.plan.inputs:
-        smooths = [tuned[name].smooth for name in shared.layers if name in tuned]
+        smooths = [found[name].smooth for name in shared.layers if name in found]
         assert all(torch.equal(smooths[0], other) for other in smooths)
         for part in shared.branches:
-            downs = [tuned[name].down for name in part if name in tuned]
+            downs = [found[name].down for name in part if name in found]
             assert all(torch.equal(downs[0], other) for other in downs)
+
+
+def test_weights_that_stay_between_turns_change_no_bit(recorded, tuned, few_steps):
+    search, blocks = tuned
+    again, more = tune_model(recorded(10**9), seed=0)
+    assert again == search
+    for block, layers in more:
+        for name, solution in layers.items():
+            for field in ("smooth", "up", "down", "scales"):
+                assert torch.equal(getattr(solution, field), getattr(blocks[block][name], field))
+
+
+def test_a_model_that_tuning_does_not_better_stays(recorded, few_steps, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tuning, "LEARNING_RATE", 3.0)
+    search, blocks = tune_model(recorded(0), seed=0)
+    assert search.after == search.before
+    assert list(blocks) == []
+
+
+def test_gradients_through_a_model_that_runs_block_by_block_are_the_whole_models(solved, recorded):
+    prepared, solutions, load = solved
+    job = recorded(0)
+    model, call = TunableModel(job), job.recording.calls[0]
+    before = {name: id(module) for name, module in job.model.named_modules()}
+    with model.running():
+        torch.stack([part.square().sum() for part in model.errors(call)]).sum().backward()
+    assert {name: id(module) for name, module in job.model.named_modules()} == before
+    assert not any("forward" in vars(module) for module in job.model.modules())
+
+    w4a4 = {name: each for name, each in solutions.items() if isinstance(each, W4A4Solution)}
+    whole, tunable = load().requires_grad_(False), TunableBlock(prepared.plan.inputs, w4a4)
+    put(whole, {**runnable(solutions), **tunable.layers})
+    (whole(*call.args, **call.kwargs)[0] - call.outputs[0]).square().sum().backward()
+    found, wanted = (
+        sorted(float(each.grad.norm()) for each in parameters if each.grad is not None)
+        for parameters in (model.parameters, tunable.parameters())
+    )
+    assert len(found) == len(model.parameters)
+    assert found == pytest.approx(wanted, rel=1e-4)
 
 
 def test_a_frozen_layer_computes_what_the_checkpoint_says(solved):

@@ -20,7 +20,7 @@ from svdq_cli.conversion.kept_tokens import kept_tokens
 from svdq_cli.conversion.machine_speed import Speed
 from svdq_cli.conversion.needs import needs_of
 from svdq_cli.conversion.predict import Forecast, pass_seconds, stage_seconds
-from svdq_cli.conversion.record import BLOCK_SAMPLE, record_blocks
+from svdq_cli.conversion.record import Sample, record_blocks
 from svdq_cli.pipelines.batches import split_batches
 from svdq_cli.pipelines.generate import denoise
 from svdq_cli.pipelines.joint import denoisers_in
@@ -173,10 +173,11 @@ def test_calls_of_a_guided_model_are_recorded_as_predicted(
     recipe = tiny(name)
     prepared, cpu = prepare(recipe), torch.device("cpu")
     sampling = sampling_for(recipe, prepared.source)
-    recorded = record_blocks(
-        prepared, sampling, BLOCK_SAMPLE, options=CPU, device=cpu, observe=ignore_events
-    )[prepared.source.component]
-    forecast = block_forecast(prepared, sampling, BLOCK_SAMPLE, cpu)
+    sample = Sample(images=32, batches=8, calls=8)
+    recorded = record_blocks(prepared, sampling, sample, options=CPU, device=cpu, observe=ignore_events)[
+        prepared.source.component
+    ]
+    forecast = block_forecast(prepared, sampling, sample, cpu)
     prompts = 2
     assert forecast.calls.all == len(recorded.calls) == prompts * calls * STEPS
     read = recorded.calls[0].kwargs.get("hidden_states", next(iter(recorded.calls[0].args), None))
