@@ -89,7 +89,7 @@ def encoder_work(plan: EncoderPlan, *, calibrated: bool) -> Work:
             total += Work(gptq=size, matmul=passes, calls=10 * width)
             inputs.add((layer.name.rpartition(".")[0], width))
     moments = sum(width**2 for _, width in inputs)
-    return total + Work(matmul=2 * MOST_ROWS * moments, factored=sum(width**3 for _, width in inputs))
+    return total + Work(matmul=2 * MOST_ROWS * moments, factored=3 * sum(width**3 for _, width in inputs))
 
 
 def _weights_bytes(plan: EncoderPlan) -> int:

@@ -112,7 +112,7 @@ def _w4a16_work(plan: W4A16Plan, settings: SolveSettings, rows: int) -> Work:
         solved = Work(
             matmul=2 * rows * width**2 + n * width**2,
             gptq=2 * n * width,
-            factored=width**3,
+            factored=3 * width**3,
             calls=40 * width,
         )
     else:

@@ -93,36 +93,33 @@ def gptq(
     """`weight` (N, K) float32 on `grid` for inputs with second moments `hessian` (K, K). `parameters`, (N, K/G) each:
     those of every group, where they are chosen already.
 
-    With H = R R^T, R upper triangular, what is lost D (N, K) costs |D R|^2, and a column of D R has nothing of the
-    columns behind it: each is rounded once what those before it lost is added to it as R says (QuIP, arXiv 2307.13304,
-    section 3, which shows that this is GPTQ; there the Hessian is inverted, four times the work).
-
     None where the Hessian says nothing (no activation at all, or one that is not finite).
     """
-    root = _upper_cholesky(hessian, damping)
-    if root is None:
+    inverse = _inverse_cholesky(hessian, damping)
+    if inverse is None:
         return None
-    importance = root.diagonal().clone().unsqueeze(0)
-    passed_on = root.div_(importance)
-    lost = weight.T.contiguous()  # (K, N): one column of the weight after the other, each in one piece
+    work = weight.T.contiguous()  # (K, N): one column of the weight after the other, each in one piece
     codes: list[Tensor] = []
     chosen: list[Parameters] = []
-    for start in range(0, len(lost), BLOCK):
+    for start in range(0, len(work), BLOCK):
         end_if_left()
         end = start + BLOCK
-        block = torch.addmm(lost[start:end], passed_on[:start, start:end].T, lost[:start])
-        for first in range(start, end, grid.group):
-            inside = slice(first - start, first - start + grid.group)
+        block, factor = work[start:end], inverse[start:end, start:end]
+        errors = torch.zeros_like(block)
+        for offset in range(0, BLOCK, grid.group):
+            inside = slice(offset, offset + grid.group)
             if parameters is None:
-                own = best_parameters(block[inside].T, importance[:, first : first + grid.group], grid)
+                importance = (1 / factor.diagonal()[inside]).unsqueeze(0)
+                own = best_parameters(block[inside].T, importance, grid)
             else:
-                own = tuple(each[:, first // grid.group] for each in parameters)
+                own = tuple(each[:, (start + offset) // grid.group] for each in parameters)
             chosen.append(own)
-            for column in range(first, first + grid.group):
-                code, value = grid.round(block[column - start], own)
+            for column in range(offset, offset + grid.group):
+                code, value = grid.round(block[column], own)
                 codes.append(code)
-                lost[column].sub_(value)
-                block[column - start + 1 :].addr_(passed_on[column, column + 1 : end], lost[column])
+                errors[column] = (block[column] - value) / factor[column, column]
+                block[column + 1 :].addr_(factor[column, column + 1 :], errors[column], alpha=-1)
+        work[end:].addmm_(inverse[start:end, end:].T, errors, alpha=-1)
     return Rounded(torch.stack(codes, 1), tuple(_stack(each) for each in zip(*chosen, strict=True)))
 
 
@@ -149,18 +146,22 @@ def _nearest(weight: Tensor, grid: Grid) -> Rounded:
     return Rounded(codes.reshape(rows, columns), tuple(each.reshape(rows, -1) for each in parameters))
 
 
-def _upper_cholesky(hessian: Tensor, damping: float) -> Tensor | None:
-    """R, upper triangular, of the damped Hessian R R^T; None where it says nothing."""
+def _inverse_cholesky(hessian: Tensor, damping: float) -> Tensor | None:
+    """Upper Cholesky factor of the inverse of the damped Hessian; None where there is nothing to invert."""
     diagonal = hessian.diagonal()
     mean = diagonal.mean()
     if not bool(torch.isfinite(hessian).all()) or mean <= 0:
         return None
     # float64: with fewer rows than channels the matrix is singular but for its damping, and float32 fails on it.
     # One name for all stages, so that no more than two of these large matrices are alive at a time.
-    matrix = hessian.flip(0, 1).double()
+    matrix = hessian.double()
     matrix.diagonal().add_(float(damping * mean))
     matrix, failed = torch.linalg.cholesky_ex(matrix)
-    return None if int(failed) else matrix.to(hessian.dtype).flip(0, 1)
+    if int(failed):
+        return None
+    matrix = torch.cholesky_inverse(matrix)
+    matrix, failed = torch.linalg.cholesky_ex(matrix, upper=True)
+    return None if int(failed) else matrix.to(hessian.dtype)
 
 
 def best_parameters(values: Tensor, importance: Tensor | None, grid: Grid) -> Parameters:

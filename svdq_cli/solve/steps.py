@@ -316,14 +316,14 @@ def _gptq_work(sizes: LayerSizes) -> Work:
         matmul=2 * train * width**2 + update,
         quantized=train * width,
         gptq=3 * size if sizes.dear else size,
-        factored=width**3,
+        factored=3 * width**3,
         calls=(90 if sizes.dear else 30) * width,
     )
 
 
 def _refit_work(sizes: LayerSizes) -> Work:
     width, size, train = sizes.width, sizes.size, sizes.train
-    total = Work(matmul=2 * train * width**2, quantized=train * width + 2 * size, factored=width**3 / 2)
+    total = Work(matmul=2 * train * width**2, quantized=train * width + 2 * size, factored=width**3 / 3)
     for n, rank in sizes.shapes:
         products = 2 * (3 * train * width + 2 * n * width + 2 * width**2) * 2 * rank
         total += Work(matmul=2 * n * width * rank, sketch=products, bases=8 * (n + 5 * width) * rank**2)

@@ -23,7 +23,7 @@ class Work:
     # numbers of a rebuilt weight, or of an output, that are compared with the exact ones
     compared: float = 0.0
     gptq: float = 0.0  # weights rounded one column after the other
-    factored: float = 0.0  # K^3 of every float64 Cholesky factor
+    factored: float = 0.0  # K^3 of every float64 Cholesky factor or inverse
     learned: float = 0.0  # K of every step that learns the smoothing factor
     # additions of a few numbers: what operations cost however small they are, Python included
     calls: float = 0.0
