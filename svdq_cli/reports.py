@@ -201,6 +201,7 @@ class GpuConversion:
     fits: bool
     seconds: tuple[float, float] | None  # the better end of the range, then the worse; None without rates
     peak_bytes: int  # what it takes; the least that it needs, where that does not fit
+    lack: str | None = None  # of host memory, where `--max-ram` allows too little
 
 
 @dataclass(frozen=True, slots=True)

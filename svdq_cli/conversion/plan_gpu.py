@@ -14,7 +14,7 @@ from typing import cast
 import torch
 
 from svdq_cli.conversion.machine_speed import RANK, SIDE, Speed
-from svdq_cli.conversion.predict import Forecast, stage_seconds, vram_bytes
+from svdq_cli.conversion.predict import Forecast, lack_of_ram, stage_seconds, vram_bytes
 from svdq_cli.pipelines.settings import SamplingSettings
 from svdq_cli.prepare.facts import other_weights
 from svdq_cli.prepare.prepare import counts_of
@@ -52,8 +52,10 @@ def on_card(
     options = replace(job.options, max_vram=usable)
     there = replace(job, device=torch.device("cuda"), options=options)
     least = _least_to_calibrate(there, settings) if there.images else 0
+    lack = lack_of_ram(there)
+    fits = least <= usable and lack is None
     seconds = None
-    if card.published is not None and least <= usable:
+    if card.published is not None and fits:
         low, high = (
             stage_seconds(
                 there, card_speed(card.published, local, share=share, call_seconds=call), preparing
@@ -61,12 +63,11 @@ def on_card(
             for share, call in (BEST, WORST)
         )
         seconds = (low, high)
-    fits = least <= usable
-    peak = min(usable, max(least, vram_bytes(there) or 0)) if fits else least
+    peak = min(usable, max(least, vram_bytes(there) or 0)) if least <= usable else least
     return GpuFacts(
         name=card.name,
         memory_bytes=card.memory_bytes,
-        convert=GpuConversion(fits, seconds, peak),
+        convert=GpuConversion(fits, seconds, peak, lack),
         generate=_generation(there, settings, whole),
         basis=BASIS if card.published is not None else "times are predicted if the GPU is given by name",
     )

@@ -258,6 +258,21 @@ def require_memory(job: Forecast) -> None:
         raise _blocks_too_large(job, job.tuning)
 
 
+def lack_of_ram(job: Forecast) -> str | None:
+    """Why a layer can't be solved within `--max-ram`, whatever memory this machine has; None where all can."""
+    options = job.options
+    if options.max_ram is None:
+        return None
+    for layer_group in _layer_groups(job):
+        needs = _needs(job, layer_group)
+        within = [need.ram for need in needs.values() if (options.max_vram or need.vram) >= need.vram]
+        taken = reserved_ram() + min(within or [need.ram for need in needs.values()])
+        if taken > options.max_ram:
+            allowed = f"--max-ram allows {options.max_ram / 1e9:.3f} GB"
+            return f"{layer_group.layers[0]}: solving it takes {taken / 1e9:.3f} GB, but {allowed}"
+    return None
+
+
 def affordable_needs(job: Forecast) -> tuple[Needs, tuple[str, ...]]:
     """What the conversion can do in the available memory, `--max-ram` and `--max-vram` kept, and a warning of what it
     leaves out: the fit of the last linear."""

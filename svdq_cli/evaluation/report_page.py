@@ -194,7 +194,7 @@ def _video_figure(label: str, summary: Summary, what: str) -> Figure:
 
 def _sizes(checkpoint: Checkpoint) -> ByteFacts:
     """Sizes of the quantized component, as the conversion's report counts them: whole files."""
-    return sizes_of(checkpoint.state, sum(file.stat().st_size for file in checkpoint.source.files))
+    return sizes_of(checkpoint.state, checkpoint.source.file_bytes)
 
 
 def _scores(found: Evaluation, ways: Sequence[Variant], facts: Mapping[str, BaselineFacts]) -> Table:

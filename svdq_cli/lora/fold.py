@@ -102,7 +102,7 @@ def fold(
             loras=facts,
             keys=table_of(checkpoint, given, edits, joined.cut),
             rank={"before": _rank(checkpoint.layers), "after": _rank(target.plan.layers)},
-            bytes={"before": _file_bytes(checkpoint), "after": written.bytes},
+            bytes={"before": checkpoint.source.file_bytes, "after": written.bytes},
             layer_error=dict(sorted(joined.layer_error.items())),
             warnings=(*held_already(checkpoint, loras), *_warnings(given, edits, checkpoint, out)),
             seconds=time.monotonic() - started,
@@ -129,10 +129,6 @@ def _derived(checkpoint: Checkpoint, out: Path, size: int, loras: tuple[LoraFact
     file = out.name if checkpoint.format.single_file else None
     whole = checkpoint.source.pipeline is not None
     return DerivedFacts(checkpoint.format.name, file, whole, size, loras)
-
-
-def _file_bytes(checkpoint: Checkpoint) -> int:
-    return sum(file.stat().st_size for file in checkpoint.source.files)
 
 
 def facts_of(given: Sequence[GivenLora]) -> tuple[LoraFacts, ...]:

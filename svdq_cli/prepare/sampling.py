@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from svdq_cli.errors import UsageError
 from svdq_cli.pipelines.settings import ImageFile, SamplingSettings, image_files, video_files
 from svdq_cli.recipe import (
     Calibration,
@@ -12,8 +13,8 @@ from svdq_cli.recipe import (
     default_recipe,
     find_source,
 )
-from svdq_cli.sampling import sampling_of
-from svdq_cli.source import Source
+from svdq_cli.sampling import ModelSampling, makes_no_videos, sampling_of
+from svdq_cli.source import Source, pipeline_index
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,7 @@ def _with_model_sampling(
     wanted: Calibration, recipe: Recipe, source: Source, *, held_out: bool = False
 ) -> Calibration:
     own = sampling_of(source, loras=[lora.path for lora in recipe.model.loras])
+    _require_video(wanted, own, source)
     of_model = {
         "prompts": own.held_out_prompts if held_out else own.prompts,
         "samples": own.samples,
@@ -56,6 +58,18 @@ def _with_model_sampling(
         of_model |= {"guidance": own.guidance, "true_cfg": own.true_cfg}
     filled = {name: value for name, value in of_model.items() if getattr(wanted, name) is None}
     return wanted.model_copy(update=filled)
+
+
+def _require_video(wanted: Calibration, own: ModelSampling, source: Source) -> None:
+    """UsageError for a number or rate of frames where the pipeline makes no videos: nothing would come of it."""
+    given = [key for key in ("frames", "fps") if getattr(wanted, key) not in (None, getattr(own, key))]
+    if source.pipeline is not None and given and makes_no_videos(source):
+        name = pipeline_index(source.pipeline).get("_class_name")
+        raise UsageError(
+            f"{name} makes no videos: it takes no {' and no '.join(given)}",
+            hint=f"leave it out: {', '.join(f'--{key}' for key in given)}, or {', '.join(given)} under calibration in "
+            "the recipe",
+        )
 
 
 def sampling_for(recipe: Recipe, source: Source, *, beside: Path | None = None) -> Sampling:

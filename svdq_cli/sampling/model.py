@@ -11,7 +11,7 @@ from typing import cast
 from svdq_cli.sampling.distilled import distillation_of
 from svdq_cli.sampling.file import stored_sampling
 from svdq_cli.sampling.size import own_size
-from svdq_cli.sampling.video import EXAMPLE_FPS, fps_in_example, fps_of, frames_of
+from svdq_cli.sampling.video import EXAMPLE_FPS, fps_in_example, fps_of, frames_of, makes_videos
 from svdq_cli.source import Source, pipeline_index
 from svdq_cli.storage.library_facts import library_fact
 
@@ -79,6 +79,12 @@ def sampling_of(source: Source, *, loras: Sequence[str] = ()) -> ModelSampling:
     basis = "the defaults of its diffusers class" if call else "svdq's defaults"
     samples = SAMPLES_OF_FEW_STEPS if steps <= FEW_STEPS else SAMPLES
     return ModelSampling(height, width, steps, guidance, true_cfg, samples=samples, basis=basis, **video)
+
+
+def makes_no_videos(source: Source) -> bool:
+    """Whether the pipeline's class is known to answer without frames: with an image, or a sound."""
+    call = _class_defaults(source)
+    return bool(call) and not makes_videos(call)
 
 
 def _class_defaults(source: Source) -> Mapping[str, object]:

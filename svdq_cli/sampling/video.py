@@ -15,6 +15,11 @@ _USUAL_FRAMES = 121  # of LTX-2, whose class names no default
 _MOST_FRAMES, _MOST_FPS = 1 << 14, 240
 
 
+def makes_videos(call: Mapping[str, object]) -> bool:
+    """Whether the pipeline's call, known by its arguments, answers with videos."""
+    return any(name in call for name in FRAME_ARGUMENTS)
+
+
 def frames_of(source: Source, call: Mapping[str, object]) -> int | None:
     """Frames of one video: the class's default, else what the denoiser's config says; None where the pipeline makes no
     videos, or leaves their length to each call. `call`: the defaults of the pipeline's call, by argument."""

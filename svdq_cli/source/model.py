@@ -83,6 +83,11 @@ class Source:
     def files(self) -> tuple[Path, ...]:
         return tuple(sorted({entry.file for entry in self.tensors.values()}))
 
+    @property
+    def file_bytes(self) -> int:
+        """Of its files, headers included: the size of a checkpoint, as every report has it."""
+        return sum(file.stat().st_size for file in self.files)
+
     @cached_property
     def bytes(self) -> int:
         """Of all tensors once they are read. Counted once: a prediction asks for every layer group."""

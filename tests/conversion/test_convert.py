@@ -153,12 +153,22 @@ def test_generate_writes_one_image(converted: Path, tmp_path: Path):
 def test_inspect_and_plan_predict_what_convert_writes(tiny_flux: Path, prompts: Path, converted: Path):
     planned = inspect_source(recipe_for(tiny_flux, prompts))
     made = inspect_checkpoint(converted)
-    assert planned.bytes == made.bytes == predict(recipe_for(tiny_flux, prompts)).bytes
+    assert planned.bytes == predict(recipe_for(tiny_flux, prompts)).bytes
+    # what is predicted are tensors; what is written are files, whose headers hold provenance
+    (file,) = (converted / "transformer").glob("*.safetensors")
+    header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
+    assert made.bytes.input == planned.bytes.input
+    assert made.bytes.output == planned.bytes.output + header == file.stat().st_size
     assert {(layer.name, layer.role, layer.rank) for layer in planned.layers} == {
         (layer.name, layer.role, layer.rank) for layer in made.layers
     }
     assert made.provenance is not None
     assert made.provenance["source_sha256"] == source_digest(open_source(tiny_flux))
+
+
+def test_inspect_says_the_bytes_that_the_conversion_said(tiny_flux: Path, tmp_path: Path):
+    report = convert(recipe_for(tiny_flux / "transformer"), tmp_path / "out", options=CPU)
+    assert inspect_checkpoint(tmp_path / "out").bytes == report.bytes
 
 
 def test_a_lone_component_converts_data_free_to_a_component_folder(tiny_flux: Path, tmp_path: Path):

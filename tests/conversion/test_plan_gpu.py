@@ -12,7 +12,7 @@ from svdq_cli.conversion.plan import predict
 from svdq_cli.conversion.plan_gpu import CONTEXT
 from svdq_cli.prepare.options import RunOptions
 from svdq_cli.recipe import Calibration, Quantization, Recipe, default_recipe
-from svdq_cli.reports import GpuFacts
+from svdq_cli.reports import GpuConversion, GpuFacts
 from svdq_cli.system.graphics_cards import Card, card_named
 
 CPU = RunOptions(device="cpu")
@@ -42,6 +42,20 @@ def test_a_limit_of_gpu_memory_needs_a_gpu_and_is_the_conversions(recipe: Recipe
     assert planned.gpu is not None
     assert not planned.gpu.convert.fits
     assert planned.gpu.generate.fits
+
+
+def test_a_limit_of_host_memory_that_no_layer_is_solved_in_does_not_fit(recipe: Recipe):
+    def planned(max_ram: int) -> GpuConversion:
+        options = RunOptions(device="cpu", max_ram=max_ram)
+        gpu = predict(recipe, options=options, card=card_named("RTX 4090")).gpu
+        assert gpu is not None
+        return gpu.convert
+
+    impossible = planned(10**6)
+    assert (impossible.fits, impossible.seconds) == (False, None)
+    assert impossible.lack is not None
+    assert "--max-ram allows 0.001 GB" in impossible.lack
+    assert (planned(10**12).fits, planned(10**12).lack) == (True, None)
 
 
 def test_a_faster_card_takes_less_time_and_the_range_has_two_ends(recipe: Recipe):

@@ -173,6 +173,8 @@ def test_what_does_not_go_together_is_refused_in_words(
         ),
         (converted("flux-fill"), ("--image", image), "could not generate without mask"),
         (converted("wan"), ("--image", image), "WanPipeline takes no image"),
+        (flux, ("--fps", "24"), "FluxPipeline makes no videos: it takes no fps"),
+        (flux, ("--frames", "5", "--fps", "24"), "it takes no frames and no fps"),
     ]
     for checkpoint, words, message in cases:
         assert message in str(refused(capsys, checkpoint, out, *words)["message"]), words

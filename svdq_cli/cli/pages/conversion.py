@@ -169,9 +169,8 @@ def _on_card(console: Console, gpu: GpuFacts) -> None:
     taken = ", ".join(
         [bytes_text(convert.peak_bytes), *map(_range_text, [convert.seconds] if convert.seconds else [])]
     )
-    table.add_row(
-        "convert", f"fits, {taken}" if convert.fits else f"does not fit: {bytes_text(convert.peak_bytes)}"
-    )
+    lacking = convert.lack or bytes_text(convert.peak_bytes)
+    table.add_row("convert", f"fits, {taken}" if convert.fits else f"does not fit: {lacking}")
     if generate.fits:
         fits = f"fits, {bytes_text(generate.peak_bytes)}"
     elif generate.fits_with_offload:
