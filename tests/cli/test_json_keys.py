@@ -62,7 +62,7 @@ KEYS = {
     "layers[]{in, input, kept_because, name, out, rank, role}, parameters, precision, provenance{}, rank, read_as, "
     "schema, status, text_encoders{}, warnings[]}",
     "plan": "{bytes{input, output, ratio}, command, disk_bytes, disk_kept_bytes, effort, error, gpu{basis, "
-    f"convert{{fits, peak_bytes, seconds}}, generate{{fits, fits_with_offload, offload_peak_bytes, peak_bytes}}, "
+    f"convert{{fits, lack, peak_bytes, seconds}}, generate{{fits, fits_with_offload, offload_peak_bytes, peak_bytes}}, "
     f"memory_bytes, name}}, {LAYERS}, {MODEL}, precision, "
     f"prompts{{available, read_from, used}}, ram_bytes, {RANK}, read_as, recipe{{}}, "
     "sampling{frames, height, steps, tokens, width}, schema, seconds, size_budget, "
