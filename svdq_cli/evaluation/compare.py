@@ -15,6 +15,7 @@ import torch
 from svdq_cli import __version__
 from svdq_cli.checkpoint.reader import NAME_AGAINST, open_checkpoint
 from svdq_cli.errors import InputError
+from svdq_cli.evaluation.gates import gated, require_measurable
 from svdq_cli.evaluation.image_store import ImageStore, open_image_store
 from svdq_cli.evaluation.images import summarize
 from svdq_cli.evaluation.layer_sqnr import JudgedLayers
@@ -35,7 +36,6 @@ from svdq_cli.evaluation.passes import (
 from svdq_cli.evaluation.score import Loaded, Scores, load_metrics, score_images, score_pairs
 from svdq_cli.evaluation.verdict import Evidence, next_step, verdict_of
 from svdq_cli.inference.backend import choose_backend
-from svdq_cli.metrics import METRICS
 from svdq_cli.pipelines.settings import settings_json
 from svdq_cli.prepare.facts import other_weights
 from svdq_cli.prepare.options import DEFAULT_OPTIONS, RunOptions
@@ -43,9 +43,9 @@ from svdq_cli.prepare.origin import origin_of
 from svdq_cli.prepare.prompts import chosen_prompts
 from svdq_cli.prepare.sampling import sampling_for, with_model_sampling
 from svdq_cli.prepare.sources import source_of
-from svdq_cli.recipe import Recipe, figure_of, section_of
+from svdq_cli.recipe import Recipe
 from svdq_cli.records import Event, Observer, ignore_events
-from svdq_cli.reports import BaselineFacts, EvalReport, ImageFacts, ReferenceFacts, to_json
+from svdq_cli.reports import BaselineFacts, EvalReport, ImageFacts, ReferenceFacts
 from svdq_cli.source import file_sha256, only, source_digest
 from svdq_cli.storage.videos import USUAL_FPS
 from svdq_cli.system.machine import resolve_device
@@ -82,6 +82,9 @@ def compare_in(
     """
     started = time.monotonic()
     run = _run(path, recipe, backend, options, observe)
+    require_measurable(
+        recipe.gates, run.source, run.settings, run.device, images=len(run.prompts), without=without
+    )
     facts = _facts(run)
     fps = run.settings.fps or USUAL_FPS
     image_store = open_image_store(folder, facts, run.prompts, overwrite=options.overwrite, fps=fps)
@@ -99,7 +102,7 @@ def compare_in(
         for way in ways
     }
     report = _report(run, image_store, scores, metrics, sampled, page=page, started=started, observe=observe)
-    return Evaluation(run, facts, _gated(report, recipe), image_store, scores, metrics, sampled.layers)
+    return Evaluation(run, facts, gated(report, recipe), image_store, scores, metrics, sampled.layers)
 
 
 def _noise(
@@ -267,24 +270,3 @@ def _time_facts(image_store: ImageStore, way: str) -> _TimeFacts:
         processor_seconds_per_picture=taken and taken.processor,
         machine_was_busy=taken and taken.was_busy,
     )
-
-
-def _gated(report: EvalReport, recipe: Recipe) -> EvalReport:
-    """The gates that were missed; a metric that could not be measured counts as missed."""
-    plain = to_json(report)
-    compared = {"video", *(key for key, metric in METRICS.items() if metric.kind != "image")}
-    missed: list[str] = []
-    for gate in recipe.gates:
-        value, section = figure_of(gate, plain), section_of(gate)
-        if value is not None and section in compared and report.sixteen_bit_images.meaningless:
-            missed.append(f"{gate} (is {value:.4g}, which is meaningless: {report.warnings[-1]})")
-        elif value is not None and not gate.holds(value):
-            missed.append(f"{gate} (is {value:.4g})")
-        elif section == "video" and value is None:
-            missed.append(f"{gate} (not measured: {'no sound' if report.video else 'these are images'})")
-        elif section in plain and plain[section] is None:
-            why = report.missing.get(section, "no such metric")
-            missed.append(f"{gate} (not measured: {why})")
-    if not missed:
-        return report
-    return replace(report, status="gate-missed", gates_missed=tuple(missed))

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from svdq_cli.errors import UsageError
 from svdq_cli.evaluation.layers import ratio_db
 from svdq_cli.pipelines.generate import generate_images
 from svdq_cli.pipelines.settings import SamplingSettings
@@ -48,6 +49,7 @@ def record_outputs(
 ) -> list[OutputCall]:
     """Every call of the denoisers of `pipe`, `components`, while `prompts` are sampled in one batch."""
     calls: list[OutputCall] = []
+    alone = False
     copies: dict[int, tuple[Tensor, Tensor]] = {}  # the original keeps its id from being used again
 
     def to_host(tensor: Tensor) -> Tensor:
@@ -73,10 +75,15 @@ def record_outputs(
     try:
         together = replace(settings, batch_size=len(prompts))
         generate_images(pipe, prompts, settings=together, stage="model outputs", observe=observe)
+    except UsageError:
+        if len(prompts) == 1:
+            raise
+        alone = True
     finally:
         for handle in handles:
             handle.remove()
-    return calls
+    # a pipeline that takes one prompt at a time
+    return record_outputs(pipe, components, prompts[:1], settings, observe) if alone else calls
 
 
 @dataclass(frozen=True, slots=True)

@@ -150,7 +150,7 @@ class Sampled:
 
 def sample_all(run: Run, image_store: ImageStore, without: Collection[str], observe: Observer) -> Sampled:
     """All passes but those in `without`, as far as their images are not in the gallery yet."""
-    missing = {_FIGURES[key]: f"skipped by --without {key}" for key in without}
+    missing = {FIGURES[key]: f"skipped by --without {key}" for key in without}
     layers, problems, calls = _sixteen_bit_and_naive(run, image_store, without, observe)
     if "nf4" not in without and (lack := _generate_nf4(run, image_store, observe)):
         missing[NF4] = lack
@@ -167,7 +167,7 @@ def sample_all(run: Run, image_store: ImageStore, without: Collection[str], obse
     return Sampled(layers, problems, converted, outputs, missing)
 
 
-_FIGURES = {  # of the report, by the pass that they need
+FIGURES = {  # of the report, by the pass that they need
     "floor": "noise_floor_psnr_db",
     "outputs": "output_sqnr_db",
     "naive": NAIVE,

@@ -9,6 +9,7 @@ from svdq_cli.checkpoint.reader import NAME_AGAINST, open_checkpoint
 from svdq_cli.conversion.machine_speed import speed_of
 from svdq_cli.conversion.predict import pass_seconds
 from svdq_cli.errors import EnvironmentLacksError
+from svdq_cli.evaluation.gates import require_measurable
 from svdq_cli.evaluation.image_store import RUN_FILE, ImageStore
 from svdq_cli.evaluation.passes import PASSES, Pass
 from svdq_cli.inference.backend import choose_backend, compute_dtype
@@ -51,6 +52,7 @@ def plan_evaluation(
     sampling = prepared.sampling or sampling_for(recipe, source, beside=options.beside)
     settings, device = sampling.settings, resolve_device(options.device)
     speed = speed_of(device, compute_dtype(device), existing(report_folder or Path()))
+    require_measurable(recipe.gates, source, settings, device, images=prompts, without=without)
     counts = counts_of(prepared, settings)
     once = pass_seconds(prepared.plan, counts, speed)
     each = settings.steps * counts.passes.count  # of the denoiser for an image

@@ -34,6 +34,7 @@ def load_fid(device: torch.device, *, images: int) -> Measure:
         raise EnvironmentLacksError(
             f"FID of {images} images is meaningless",
             hint=f"generate {LEAST_IMAGES} or more with --samples",
+            kind="usage",  # no package would help
         )
     require_package("torch_fidelity", metric="FID", install=_INSTALL)
     metric = require_package("torchmetrics.image.fid", metric="FID", install=_INSTALL)

@@ -15,8 +15,10 @@ import torch
 from svdq_cli.errors import (
     EnvironmentLacksError,
     OutOfResourcesError,
+    SvdqError,
     UsageError,
     first_line,
+    stopped,
 )
 from svdq_cli.pipelines.arguments import INPUT_NAMES, missing_inputs, optional_arguments
 from svdq_cli.pipelines.batches import Batch, split_batches
@@ -221,21 +223,45 @@ def denoise(
             if is_modular_pipeline(pipe):
                 return answer_of(pipe, given)
             return answers_of(pipe, call(**given))
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise OutOfResourcesError(
-            f"out of memory while generating {len(batch.prompts)} images of {settings.width}x{settings.height} at a "
-            "time",
-            hint="lower the batch size or the image size, or use --device cpu",
-        ) from error
-    except (TypeError, ValueError, AttributeError) as error:
-        if (refused := _as_usage_error(error, pipe, missing_inputs(settings, accepted))) is None:
+    except Exception as error:
+        refused = _refusal_of(error, pipe, batch, settings, missing_inputs(settings, accepted))
+        if refused is None:
             raise
         raise refused from error
-    except NameError as error:
+
+
+def _refusal_of(
+    error: Exception,
+    pipe: DiffusionPipeline,
+    batch: Batch,
+    settings: SamplingSettings,
+    missing: Sequence[str],
+) -> SvdqError | None:
+    """What went wrong in a pipeline's call as the refusal it is; None for a bug, and for what is a refusal already."""
+    name, count = type(pipe).__name__, len(batch.prompts)
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return OutOfResourcesError(
+            f"out of memory while generating {count} images of {settings.width}x{settings.height} at a time",
+            hint="lower the batch size or the image size, or use --device cpu",
+        )
+    if stopped(error) is not None:
+        return None
+    if isinstance(error, (TypeError, ValueError, AttributeError)) and (
+        refused := _as_usage_error(error, pipe, missing)
+    ):
+        return refused
+    if isinstance(error, NameError):
         # diffusers imports what cleans prompts only where it is there, and some pipelines use it all the same
-        raise EnvironmentLacksError(
-            f"{type(pipe).__name__} needs the Python package {error.name}", hint=f"pip install {error.name}"
-        ) from error
+        return EnvironmentLacksError(
+            f"{name} needs the Python package {error.name}", hint=f"pip install {error.name}"
+        )
+    if count > 1:
+        # some pipelines refuse several prompts in words, others run into whatever comes of them
+        return UsageError(
+            f"{name} could not generate for {count} prompts at once: {first_line(error)}",
+            hint="use a batch size of 1: --batch-size 1, or batch_size under calibration in the recipe",
+        )
+    return None
 
 
 def _output_type(wanted: str, accepted: Mapping[str, inspect.Parameter]) -> Any:

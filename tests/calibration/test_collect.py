@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from svdq_cli.calibration import SamplingSettings, collect_stats, generate_images, load_source_pipeline
+from svdq_cli.conversion.calibrate import calibrate
 from svdq_cli.errors import InputError, UsageError
+from svdq_cli.prepare.options import RunOptions
 from svdq_cli.prepare.prepare import prepare
 from svdq_cli.prepare.sampling import sampling_for
 from svdq_cli.records import ActivationStats, Event, SharedInput
@@ -160,6 +162,22 @@ def test_frames_that_are_folded_into_the_batch_stay_with_their_video(name: str, 
     for name, stats in alone.items():
         # rows are stored as bfloat16; sums of another batch size may tip their last bit
         torch.testing.assert_close(stats.rows, together[name].rows, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("name", ["wan-vace", "prx", "amused", "ace-step", "minimax-h3"])
+def test_pipelines_that_take_one_prompt_at_a_time_ask_for_that_batch_size(name: str, tmp_path: Path):
+    """They raise what they happen to run into: ValueError, RuntimeError, AttributeError, IndexError."""
+    tiny = PIPELINES[name]
+    recipe = recipe_of(save_tiny(tiny.make, tmp_path / "source"), tiny)
+    assert recipe.calibration is not None
+    wanted = recipe.calibration.model_copy(update={"batch_size": 2})
+    with pytest.raises(UsageError, match="could not generate for 2 prompts at once") as caught:
+        calibrate(
+            recipe.model_copy(update={"calibration": wanted}),
+            tmp_path / "calib",
+            options=RunOptions(device="cpu"),
+        )
+    assert "--batch-size 1" in str(caught.value.hint)
 
 
 def test_unconditional_passes_are_seen_too(pipe: DiffusionPipeline):

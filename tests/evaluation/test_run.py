@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from html import unescape
@@ -15,7 +16,7 @@ from PIL import Image
 import svdq_cli.evaluation.passes
 from svdq_cli.checkpoint.reader import open_checkpoint
 from svdq_cli.cli.render import exit_with
-from svdq_cli.errors import CanceledRunError, EnvironmentLacksError, UsageError
+from svdq_cli.errors import CanceledRunError, EnvironmentLacksError, SvdqError, UsageError
 from svdq_cli.evaluation.passes import passes_of_text
 from svdq_cli.evaluation.plan import plan_evaluation
 from svdq_cli.evaluation.run import evaluate
@@ -230,13 +231,39 @@ def test_a_report_folder_that_holds_something_else_is_refused_at_once(
     assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
 
 
-def test_a_gate_on_a_figure_that_is_not_measured_is_missed(checkpoint: Path, recipe: Recipe):
-    # the last is no figure of eval
-    gates = tuple(map(parse_fail_if, ("fid>50", "ssim<0.1", "size_ratio<50")))
+def test_a_gate_on_a_figure_of_another_command_is_not_missed(checkpoint: Path, recipe: Recipe):
+    gates = tuple(map(parse_fail_if, ("ssim<0.1", "size_ratio<50")))
     report = evaluate(checkpoint, recipe.model_copy(update={"gates": gates}), options=CPU)
-    (missed,) = report.gates_missed
-    assert report.status == "gate-missed"
-    assert missed.startswith("fid <= 50 (not measured: FID of 2 images is meaningless")
+    assert (report.status, report.gates_missed) == ("ok", ())
+
+
+@pytest.mark.parametrize(
+    ("condition", "error", "message", "cure"),
+    [
+        ("fid>50", UsageError, "FID of 2 images is meaningless", "--samples"),
+        ("image_reward.min<0", EnvironmentLacksError, "needs the package ImageReward", "pip install"),
+        ("temporal_psnr_db<20", UsageError, "these are images", "psnr_db"),
+        ("audio_snr_db<20", UsageError, "these are images", "psnr_db"),
+        ("output_sqnr_db.step<9", UsageError, "without the pass 'outputs'", "leave out --without outputs"),
+    ],
+)
+def test_a_gate_that_can_not_be_measured_is_refused_before_the_work(
+    condition: str,
+    error: type[SvdqError],
+    message: str,
+    cure: str,
+    checkpoint: Path,
+    recipe: Recipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setitem(sys.modules, "ImageReward", None)  # as where it is not installed
+    gated = recipe.model_copy(update={"gates": (parse_fail_if(condition),)})
+    for run in (evaluate, plan_evaluation):
+        with pytest.raises(error, match=message) as caught:
+            run(checkpoint, gated, report_folder=tmp_path / "report", without=["outputs"], options=CPU)
+        assert cure in str(caught.value.hint)
+    assert not (tmp_path / "report").exists(), "nothing was sampled"
 
 
 def test_an_evaluation_without_a_folder_leaves_nothing_behind(

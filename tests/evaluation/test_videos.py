@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from svdq_cli.calibration import load_source_pipeline
 from svdq_cli.cli import run
 from svdq_cli.conversion.convert import convert
 from svdq_cli.errors import InputError
@@ -20,11 +21,13 @@ from svdq_cli.evaluation.image_store import (
     read_frames,
     read_image,
 )
+from svdq_cli.evaluation.outputs import record_outputs
 from svdq_cli.evaluation.score import Scores, load_metrics, score_pairs
 from svdq_cli.metrics.psnr import psnr_db
 from svdq_cli.metrics.sound import SNR_CAP_DB, snr_db
 from svdq_cli.metrics.temporal import temporal_psnr_db
 from svdq_cli.pipelines.generated import Generated
+from svdq_cli.pipelines.settings import SamplingSettings
 from svdq_cli.prepare.options import RunOptions
 from svdq_cli.records import ignore_events
 from svdq_cli.storage.sounds import Sound
@@ -154,3 +157,11 @@ def test_a_video_file_holds_the_sound(ltx2: tuple[Path, Path], tmp_path: Path):
         assert file.streams.video[0].average_rate == 12
         assert sum(1 for _ in file.decode(video=0)) == 9
     assert list(tmp_path.iterdir()) == [out]
+
+
+def test_the_outputs_of_a_pipeline_that_takes_one_prompt_at_a_time_are_of_one(tmp_path: Path):
+    source = save_tiny(PIPELINES["wan-vace"].make, tmp_path / "source")
+    pipe = load_source_pipeline(source, dtype=torch.float32)
+    settings = SamplingSettings(steps=2, guidance=1.0, height=32, width=32, seed=0, frames=5)
+    calls = record_outputs(pipe, ["transformer"], ["a red circle", "a blue square"], settings, ignore_events)
+    assert [call.output.shape[0] for call in calls] == [1, 1], "a step each"
