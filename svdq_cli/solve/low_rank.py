@@ -80,8 +80,7 @@ def low_rank_of(
         )
         return LowRank(down, up, None)
     if rank + OVERSAMPLE >= min(rows, columns):
-        whole = matrix.times(torch.eye(columns, device=device, dtype=torch.float32))
-        left, values, right = torch.linalg.svd(whole, full_matrices=False)
+        left, values, right = torch.linalg.svd(_whole(matrix), full_matrices=False)
         basis = None
     elif start is not None:
         inputs = torch.linalg.qr(matrix.transposed_times(start)).Q
@@ -98,6 +97,13 @@ def low_rank_of(
         left, right = basis @ small.T, right.T
     root = values[:rank].sqrt()
     return LowRank(left[:, :rank] * root, right[:rank] * root.unsqueeze(1), basis)
+
+
+def _whole(matrix: Multiplied) -> Tensor:
+    """All its numbers, (N, K), by a product with no more columns than its shorter side has."""
+    rows, columns = matrix.shape
+    identity = torch.eye(min(rows, columns), device=matrix.device, dtype=torch.float32)
+    return matrix.times(identity) if columns <= rows else matrix.transposed_times(identity).T
 
 
 class Multiplied(Protocol):

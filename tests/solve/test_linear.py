@@ -30,6 +30,7 @@ from svdq_cli.solve.modulation import dequantize_w4a16, solve_w4a16
 from svdq_cli.solve.rebuild import relative_error, weight_error
 from svdq_cli.solve.rounding import AffineGrid
 from svdq_cli.solve.smoothing_methods import Stack
+from tests.allocations import Allocations
 
 K, N, ROWS = 256, 128, 400
 NAMES = ("q", "k", "v", "mlp")
@@ -110,6 +111,18 @@ def test_an_output_that_16_bits_do_not_hold_is_no_output():
 
 def test_a_larger_rank_is_better():
     assert mean_db(solved(Int4(), rank=64)) > mean_db(solved(Int4(), rank=16)) + 0.2
+
+
+@pytest.mark.parametrize(("n", "k"), [(64, 4096), (4096, 64)])
+def test_an_exact_branch_takes_memory_for_the_weight_and_not_for_the_square_of_its_longer_side(
+    n: int, k: int
+):
+    weight = torch.randn(n, k, generator=torch.Generator().manual_seed(3))
+    with Allocations() as seen:
+        up, down = split_low_rank(weight, rank=64, seed=0, smooth=torch.full((k,), 2.0))
+    assert torch.allclose(up @ down, 2 * weight, atol=1e-3)
+    # the product, what its decomposition takes and gives, and the factors
+    assert seen.most < 8 * weight.nbytes
 
 
 def test_layers_of_one_branch_share_the_down_projection_and_all_share_the_smoothing():
