@@ -233,7 +233,10 @@ def _add(
     spread: RowSampling,
     calls: CallBatch,
 ) -> None:
-    entries, for_covariance = by_entry(name, activation, len(batch.prompts)), spread.for_covariance(name)
+    entries, for_covariance = (
+        by_entry(name, activation, len(batch.prompts), calls),
+        spread.for_covariance(name),
+    )
     flat = entries.flatten(0, 1)
     # norms over tokens: one pass over the activation each, without a float32 copy of it
     peak = torch.linalg.vector_norm(flat, math.inf, dim=0).float()
@@ -290,7 +293,7 @@ def _turns_per_image(
 
     def count(name: str, activation: Tensor) -> None:
         images = len(batch.prompts)
-        seen[name] = seen.get(name, 0) + by_entry(name, activation, images).shape[0] // images
+        seen[name] = seen.get(name, 0) + by_entry(name, activation, images, calls).shape[0] // images
 
     def stop(step: int) -> None:
         nonlocal steps_done
@@ -298,7 +301,7 @@ def _turns_per_image(
         # diffusers' own way to end a trajectory early; a pipeline that ignores it runs on and is counted in full
         pipe._interrupt = True  # pyright: ignore[reportAttributeAccessIssue]
 
-    with inputs_seen(layers, count):
+    with call_batches(denoisers_in(pipe).values()) as calls, inputs_seen(layers, count):
         on_step = None if whole else stop
         denoise(pipe, batch, settings=settings, output_type="latent", encoded=encoded, on_step=on_step)
     for name in layers:

@@ -15,6 +15,8 @@ from svdq_cli.storage.videos import FRAME_ARGUMENTS, RATE_ARGUMENTS, read_frames
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+ONE_AT_A_TIME = "use a batch size of 1: --batch-size 1, or batch_size under calibration in the recipe"
+
 # What pipelines call the inputs that a recipe may name; the first that a pipeline takes is meant.
 INPUT_NAMES: Mapping[str, tuple[str, ...]] = {
     "image": ("image", "images"),
@@ -48,6 +50,10 @@ _IMAGES_OF_ALL = (
 )
 
 
+# Pipelines that give the denoiser another text for a prompt among several: cut to its length alone, else padded
+_OTHERWISE_ALONE = ("LattePipeline",)
+
+
 def optional_arguments(
     settings: SamplingSettings, *, accepted: Mapping[str, Parameter], pipeline: str, images: Sequence[int]
 ) -> dict[str, Any]:
@@ -56,6 +62,11 @@ def optional_arguments(
 
     Raises UsageError, naming it, for a setting that the pipeline has no argument for.
     """
+    if pipeline in _OTHERWISE_ALONE and len(images) > 1:
+        raise UsageError(
+            f"{pipeline} reads a prompt otherwise among {len(images)} than alone: its images depend on their batch",
+            hint=ONE_AT_A_TIME,
+        )
     arguments: dict[str, Any] = {**_as_large_as_asked(settings), **_guided(settings, accepted)}
     if settings.max_sequence_length is not None:
         arguments["max_sequence_length"] = settings.max_sequence_length

@@ -20,7 +20,7 @@ from svdq_cli.errors import (
     first_line,
     stopped,
 )
-from svdq_cli.pipelines.arguments import INPUT_NAMES, missing_inputs, optional_arguments
+from svdq_cli.pipelines.arguments import INPUT_NAMES, ONE_AT_A_TIME, missing_inputs, optional_arguments
 from svdq_cli.pipelines.batches import Batch, split_batches
 from svdq_cli.pipelines.embeddings import EncodedPrompts
 from svdq_cli.pipelines.finite import finite_images, require_finite_latents
@@ -259,7 +259,7 @@ def _refusal_of(
         # some pipelines refuse several prompts in words, others run into whatever comes of them
         return UsageError(
             f"{name} could not generate for {count} prompts at once: {first_line(error)}",
-            hint="use a batch size of 1: --batch-size 1, or batch_size under calibration in the recipe",
+            hint=ONE_AT_A_TIME,
         )
     return None
 

@@ -11,13 +11,24 @@ from torch import Tensor, nn
 
 from svdq_cli.source import is_expert
 
+# Models with blocks of (tokens, batch, K), beside layers of (batch, tokens, K): no shape alone tells them apart
+_TOKENS_FIRST = ("ErnieImageTransformer2DModel",)
+
 
 @dataclass(slots=True)
 class CallBatch:
     """How many entries the batch of the denoiser's call has that is going on: one for each image, or as many more as
-    guidance puts into one call. 0 before the first."""
+    guidance puts into one call. 0 before the first. `tokens_first`: whether the denoiser's blocks read (tokens, batch,
+    K)."""
 
     entries: int = 0
+    tokens_first: bool = False
+
+    def batch_first(self, activation: Tensor) -> Tensor:
+        """The activation as (batch, tokens, K), where a layer may read tokens first."""
+        first, second = activation.shape[:2] if activation.ndim == 3 else (0, 0)
+        turned = self.tokens_first and second == self.entries != first
+        return activation.transpose(0, 1) if turned else activation
 
     def image_of(self, entry: int, entries: int, images: int) -> int:
         """Which of a batch's `images` an `entry` is of, where a layer reads `entries`.
@@ -38,6 +49,7 @@ def call_batches(denoisers: Iterable[nn.Module]) -> Iterator[CallBatch]:
         # what is denoised is the first of what they are given: a tensor, or a list of one for each entry
         read = next((x for x in (*args, *given.values()) if isinstance(x, (Tensor, list))), None)
         found.entries = 0 if read is None else len(cast("Tensor", read))
+        found.tokens_first = type(module).__name__ in _TOKENS_FIRST
 
     handles = [model.register_forward_pre_hook(see, with_kwargs=True) for model in denoisers]
     try:
@@ -47,9 +59,9 @@ def call_batches(denoisers: Iterable[nn.Module]) -> Iterator[CallBatch]:
             handle.remove()
 
 
-def by_entry(name: str, activation: Tensor, images: int) -> Tensor:
+def by_entry(name: str, activation: Tensor, images: int, calls: CallBatch) -> Tensor:
     """(batch entries, tokens, K) of the activation (..., K) that the layer `name` reads in one call for `images`
-    images.
+    images, of the denoiser's call that is going on.
 
     A modulation layer's (batch, K) has one token an entry; an expert's (M, K) has as many tokens of each image, one
     image after the other.
@@ -59,4 +71,5 @@ def by_entry(name: str, activation: Tensor, images: int) -> Tensor:
         return activation.reshape(1, 1, width)
     if activation.ndim == 2 and is_expert(name):
         return activation.reshape(images, -1, width)
+    activation = calls.batch_first(activation)
     return activation.reshape(activation.shape[0], -1, width)

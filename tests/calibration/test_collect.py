@@ -164,6 +164,31 @@ def test_frames_that_are_folded_into_the_batch_stay_with_their_video(name: str, 
         torch.testing.assert_close(stats.rows, together[name].rows, rtol=2e-2, atol=2e-2)
 
 
+def test_tokens_that_stand_before_the_batch_stay_with_their_image(tmp_path: Path):
+    """ERNIE-Image's feed-forward reads (tokens, batch, K), its attention (batch, tokens, K)."""
+    tiny = PIPELINES["ernie"]
+    recipe = recipe_of(save_tiny(tiny.make, tmp_path / "source"), tiny)
+    prepared = prepare(recipe, every_layer=True)
+    settings = replace(sampling_for(recipe, prepared.source).settings, steps=1)
+    pipe = load_source_pipeline(tmp_path / "source", dtype=torch.float32)
+    # as long as each other: the text of a batch is padded to the longest
+    prompts = ["a red circle", "a big square"]
+    alone, together = (
+        collect_stats(
+            pipe,
+            pipe.components["transformer"],
+            prepared.plan.inputs,
+            prompts,
+            sampling=replace(settings, batch_size=size),
+            rows=64,
+        )
+        for size in (1, 2)
+    )
+    for name, stats in alone.items():
+        assert len(stats.rows) == 64, name
+        torch.testing.assert_close(stats.rows, together[name].rows, rtol=2e-2, atol=2e-2)
+
+
 @pytest.mark.parametrize("name", ["wan-vace", "prx", "amused", "ace-step", "minimax-h3"])
 def test_pipelines_that_take_one_prompt_at_a_time_ask_for_that_batch_size(name: str, tmp_path: Path):
     """They raise what they happen to run into: ValueError, RuntimeError, AttributeError, IndexError."""
@@ -177,6 +202,17 @@ def test_pipelines_that_take_one_prompt_at_a_time_ask_for_that_batch_size(name: 
             tmp_path / "calib",
             options=RunOptions(device="cpu"),
         )
+    assert "--batch-size 1" in str(caught.value.hint)
+
+
+def test_a_pipeline_that_reads_a_prompt_otherwise_among_several_asks_for_one_at_a_time(tmp_path: Path):
+    """Latte cuts the text of one prompt, and pads that of several with zeros that are attended to."""
+    tiny = PIPELINES["latte"]
+    recipe = recipe_of(save_tiny(tiny.make, tmp_path / "source"), tiny)
+    settings = replace(sampling_for(recipe, prepare(recipe).source).settings, batch_size=2)
+    pipe = load_source_pipeline(tmp_path / "source", dtype=torch.float32)
+    with pytest.raises(UsageError, match="its images depend on their batch") as caught:
+        generate_images(pipe, PROMPTS[:2], settings=settings)
     assert "--batch-size 1" in str(caught.value.hint)
 
 
