@@ -59,11 +59,14 @@ Reading = Callable[[Path, Mapping[str, Entry]], Readable]
 
 
 def upconverted(path: Path, stored: Mapping[str, StoredTensor]) -> Readable:
-    """The tensors of a safetensors file or folder as they are read. Names stay as they are.
+    """The tensors of a safetensors file or folder as they are read, without ComfyUI's marker of scales (which
+    `with_promised_scales` looks for). Names stay as they are.
 
     Raises InputError (kind `already-quantized`) for tensors of fewer bits, by the quantizer's name where it has one.
     """
     refuse_quantized(path, stored)
+    promised = SCALED_MARKER in stored
+    stored = {name: entry for name, entry in stored.items() if name != SCALED_MARKER}
     eight = {
         name: Float8Tensor(entry, _scale_of(path, name, entry, stored))
         for name, entry in stored.items()
@@ -87,7 +90,8 @@ def upconverted(path: Path, stored: Mapping[str, StoredTensor]) -> Readable:
             scale = _foreign_scale(name, stored)
             how = f", {scale} goes with it" if scale else ""
             raise _quantized(path, f"{name} is stored as {entry.dtype}{how}", where=name)
-    return Readable(tensors, _float8_warning(path, eight), tuple(no_weights))
+    read = Readable(tensors, _float8_warning(path, eight), tuple(no_weights))
+    return with_promised_scales(path, read) if promised else read
 
 
 def with_promised_scales(path: Path, read: Readable) -> Readable:

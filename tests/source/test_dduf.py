@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import export_folder_as_dduf
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from svdq_cli.conversion.convert import convert
 from svdq_cli.errors import InputError
 from svdq_cli.recipe import default_recipe, with_overrides
-from svdq_cli.source import open_source, source_digest
+from svdq_cli.source import Source, open_source, read_tensor, source_digest
 from tests.source.test_shards import write_shards
 from tests.tiny_families import tiny_pipeline
 
@@ -54,6 +54,45 @@ def test_shards_in_it_are_one_model(tiny_flux: Path, tiny_flux_copy: Path, tmp_p
     (tiny_flux_copy / WEIGHTS).unlink()
     export_folder_as_dduf(tmp_path / "sharded.dduf", tiny_flux_copy)
     assert source_digest(open_source(tmp_path / "sharded.dduf")) == source_digest(open_source(tiny_flux))
+
+
+@pytest.mark.parametrize("word", ["scale_weight", "weight_scale"])
+@pytest.mark.parametrize("packed", [False, True], ids=["folder", "dduf"])
+def test_scaled_float8_is_read_times_its_scales(
+    word: str, packed: bool, tiny_flux: Path, tiny_flux_copy: Path, tmp_path: Path
+):
+    """ComfyUI's fp8_scaled under diffusers' names: a scale a matrix, and a key that says so."""
+    original = load_file(tiny_flux / WEIGHTS)
+    eight = [name for name, x in original.items() if x.ndim == 2 and "transformer_blocks" in name]
+    scales = {name: original[name].float().abs().max() / 448 for name in eight}
+    stored = {
+        **original,
+        **{name: (original[name].float() / scale).to(torch.float8_e4m3fn) for name, scale in scales.items()},
+        **{f"{name.removesuffix('weight')}{word}": scale for name, scale in scales.items()},
+        f"{eight[0].removesuffix('weight')}scale_input": torch.tensor(1.0),
+        "scaled_fp8": torch.empty(2, dtype=torch.float8_e4m3fn),
+    }
+
+    def opened() -> Source:
+        save_file(stored, tiny_flux_copy / WEIGHTS)
+        if packed:
+            export_folder_as_dduf(tmp_path / "flux.dduf", tiny_flux_copy)
+        return open_source(tmp_path / "flux.dduf" if packed else tiny_flux_copy)
+
+    source = opened()
+    assert source.tensors.keys() == original.keys()
+    for name in eight:
+        # half a step of three bits of mantissa, and of the smallest numbers of 448
+        torch.testing.assert_close(
+            read_tensor(source, name).float(),
+            original[name].float(),
+            rtol=2**-4 + 2**-8,
+            atol=2**-10 * scales[name].item() * 1.01,
+        )
+    assert f"{len(eight)} of them times their scale" in str(source.warnings)
+    del stored[f"{eight[0].removesuffix('weight')}{word}"]
+    (tmp_path / "flux.dduf").unlink(missing_ok=True)
+    assert f"1 of {len(eight)} matrices have none" in str(opened().warnings)
 
 
 def test_it_is_told_by_its_content_whatever_it_is_called(dduf: Path, tiny_flux: Path, tmp_path: Path):
