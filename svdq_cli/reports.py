@@ -358,6 +358,10 @@ def video_columns(video: VideoFacts | None) -> tuple[tuple[str, Summary, int], .
     )
 
 
+# What the other 4-bit models of an evaluation are called, by their names in JSON
+BASELINE_TITLES: Mapping[str, str] = {"rtn": "naive 4-bit", "nf4": "bitsandbytes NF4"}
+
+
 @dataclass(frozen=True, slots=True)
 class BaselineFacts:
     """Images of one origin against the 16-bit ones. None: not measured, `EvalReport.missing` says why; `video` is None
@@ -521,6 +525,8 @@ class InspectLayer:
 
 @dataclass(frozen=True, slots=True)
 class InspectReport:
+    """`loras`: of a checkpoint, those merged before the conversion and folded in after it, as --lora names them."""
+
     kind: Literal["source", "checkpoint"]
     family: str
     model_class: str = field(metadata={"json": "class"})
@@ -532,6 +538,7 @@ class InspectReport:
     bytes: ByteFacts
     provenance: Mapping[str, object] | None
     read_as: str | None = None  # of a source: how its weights are stored
+    loras: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     text_encoders: Mapping[str, TextEncoderFacts] = field(default_factory=dict[str, TextEncoderFacts])
     command: str = "inspect"

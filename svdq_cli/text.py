@@ -6,6 +6,7 @@ import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
+from pathlib import PurePath
 from typing import TypeVar
 
 
@@ -29,6 +30,13 @@ def seconds_text(seconds: float) -> str:
 def counted(count: int, what: str) -> str:
     """A number and its noun: "1 tensor", "3 tensors"."""
     return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
+
+
+def bare_name(source: str) -> str:
+    """What an output is named after: a model's name without its folders and the ending of a weight file."""
+    name = PurePath(source).name
+    stem, dot, ending = name.rpartition(".")
+    return stem if dot and ending.lower() in ("safetensors", "gguf", "dduf") and stem else name
 
 
 SIZE_PATTERN = r"^\s*(\d+(?:\.\d+)?)\s*([kKMGT]i?)?B?\s*$"

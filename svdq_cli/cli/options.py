@@ -257,8 +257,8 @@ Loras = Annotated[
     typer.Option(
         "--lora",
         metavar="FILE[:WEIGHT][:COMPONENT]",
-        help="LoRA to use with the model: merged into it first. COMPONENT is one of several denoisers, such as "
-        "transformer_2. Repeatable.",
+        help="LoRA to merge into the 16-bit model first; svdq generate runs it beside the 4-bit layers. COMPONENT is "
+        "one of several denoisers, such as transformer_2. Repeatable.",
         rich_help_panel="Model",
     ),
     sets("model.loras", on="convert calibrate init inspect check eval generate"),

@@ -9,7 +9,7 @@ from typing import cast
 
 from svdq_cli.errors import UsageError
 from svdq_cli.metrics import METRICS
-from svdq_cli.reports import VIDEO_FIGURES, to_json
+from svdq_cli.reports import BASELINE_TITLES, VIDEO_FIGURES, to_json
 from svdq_cli.text import cell, number, table
 
 WORST_LAYERS = 5
@@ -150,7 +150,7 @@ def _figures(report: Mapping[str, object]) -> Iterator[str]:
     rows: list[tuple[object, ...]] = []
     videos = [key for key in VIDEO_FIGURES if _section(_section(report, "video"), key)]
     for model, figures in models.items():
-        cells: list[object] = [model]
+        cells: list[object] = [BASELINE_TITLES.get(model, model)]
         for key in names:
             figure = cast("Mapping[str, object]", figures).get(key)  # type: ignore[union-attr]
             cells.append(f"{number(figure['mean'])} (worst {number(figure['min'])})" if figure else "")  # type: ignore[index]

@@ -41,7 +41,8 @@ COMFY_CORE = "comfy-core"  # the format without a low-rank branch
 _CONVROT = "https://arxiv.org/abs/2512.03673"
 _SMOOTHQUANT = "https://arxiv.org/abs/2211.10438"
 _PROVENANCE = (
-    "The header of the weights holds recipe, versions and sha256 of all inputs; `svdq inspect` shows them."
+    "The header of the weights holds recipe, versions and sha256 of all inputs; `svdq inspect --json` shows "
+    "them."
 )
 
 

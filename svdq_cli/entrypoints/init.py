@@ -26,6 +26,7 @@ from svdq_cli.recipe import (
 from svdq_cli.records import ModelPlan
 from svdq_cli.storage.atomic import disk_errors, refuse_existing, write_text
 from svdq_cli.storage.output_paths import require_places
+from svdq_cli.text import bare_name
 
 if TYPE_CHECKING:
     pass
@@ -121,4 +122,4 @@ def _with_structure(recipe: Recipe, plan: ModelPlan, inventory: Inventory) -> Re
 
 
 def _slug(source: str) -> str:
-    return Path(source).name.replace(":", "-").lower() or "model"
+    return bare_name(source).replace(":", "-").lower() or "model"

@@ -8,6 +8,7 @@ from svdq_cli.checkpoint.check_encoders import four_bit_encoders, stored_facts
 from svdq_cli.checkpoint.reader import open_checkpoint
 from svdq_cli.prepare.facts import encoders_planned, inspect_layer, predicted_sizes, sizes_of, why_kept
 from svdq_cli.prepare.options import DEFAULT_OPTIONS, RunOptions
+from svdq_cli.prepare.origin import named_loras
 from svdq_cli.prepare.plan_warnings import plan_warnings
 from svdq_cli.prepare.prepare import Prepared, prepare
 from svdq_cli.recipe import Recipe
@@ -64,6 +65,7 @@ def inspect_checkpoint(path: Path, *, base: Path | None = None) -> InspectReport
         layers=tuple(inspect_layer(linear, checkpoint.by_name.get(linear.name)) for linear in linears),
         bytes=sizes_of(checkpoint.state, checkpoint.source.file_bytes),
         provenance=checkpoint.provenance,
+        loras=tuple(map(str, named_loras(checkpoint))),
         text_encoders={name: stored_facts(own, name) for name in four_bit_encoders(own)} if own else {},
         warnings=checkpoint.format.warnings(checkpoint.plan()),
     )

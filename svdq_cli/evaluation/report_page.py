@@ -21,6 +21,7 @@ from svdq_cli.metrics import METRICS
 from svdq_cli.prepare.facts import sizes_of
 from svdq_cli.records import Int4, W4A4Plan
 from svdq_cli.reports import (
+    BASELINE_TITLES,
     BaselineFacts,
     ByteFacts,
     EvalReport,
@@ -426,8 +427,7 @@ def _provenance(found: Evaluation) -> Table:
 # In words, what figures and records are called in JSON
 _MISSING = {
     **{key: metric.title for key, metric in METRICS.items()},
-    "nf4": "bitsandbytes NF4",
-    "rtn": "naive 4-bit",
+    **BASELINE_TITLES,
     "noise_floor_psnr_db": "16-bit noise",
     "own_noise_psnr_db": "4-bit noise",
     "output_sqnr_db": "model output",

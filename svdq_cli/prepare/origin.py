@@ -102,7 +102,7 @@ def origin_of(checkpoint: Checkpoint, recipe: Recipe, options: RunOptions) -> Or
     """
     recipe = _of_denoiser(recipe, checkpoint, options)
     given = _given(recipe, options)
-    needed = _named_loras(checkpoint)
+    needed = named_loras(checkpoint)
     pairs = _matched(needed, given)
     for lora, index in pairs.items():
         if lora.component is not None:
@@ -211,7 +211,7 @@ def _judged(
 def held_already(checkpoint: Checkpoint, loras: Sequence[LoraFile]) -> tuple[str, ...]:
     """A sentence for every LoRA that the checkpoint says it holds already, by the sha256 of its file: used once more,
     the strengths add up."""
-    named = _named_loras(checkpoint)
+    named = named_loras(checkpoint)
     # the files are read only where something could be the same
     digests = [(lora, file_sha256(adapter_file(lora.path))) for lora in loras] if named else []
     return tuple(
@@ -231,7 +231,7 @@ def _given(recipe: Recipe, options: RunOptions) -> list[tuple[Lora, str]]:
     ]
 
 
-def _named_loras(checkpoint: Checkpoint) -> list[NamedLora]:
+def named_loras(checkpoint: Checkpoint) -> list[NamedLora]:
     """What the header says, which anybody may have written; of the denoisers that the checkpoint holds."""
     made = checkpoint.provenance or {}
     digests = made.get("loras_sha256")

@@ -509,6 +509,10 @@ def test_the_step_after_a_calibration_is_typed_as_the_model_or_the_recipe_was():
     from svdq_cli.recipe import Output, default_recipe
 
     bare = default_recipe("org/model")
+    file = bare.model_copy(
+        update={"model": bare.model.model_copy(update={"source": "my/tune.v2.safetensors"})}
+    )
+    assert after_calibration("my/tune.v2.safetensors", file, "c").endswith("--calib c -o tune.v2-int4")
     assert after_calibration("org/model", bare, "a b") == "svdq convert org/model --calib 'a b' -o model-int4"
     named = default_recipe("org/model", outputs=(Output(format="comfy-core", path="m.safetensors"),))
     assert after_calibration("mine.yaml", named, "calib") == "svdq convert mine.yaml --calib calib"

@@ -59,8 +59,8 @@ KEYS = {
     "generate": "{audio_seconds, backend, command, fps, frames, height, loras[], path, schema, seconds, status, "
     "warnings[], width}",
     "inspect": "{bytes{input, output, ratio}, class, command, family, format, kind, "
-    "layers[]{in, input, kept_because, name, out, rank, role}, parameters, precision, provenance{}, rank, read_as, "
-    "schema, status, text_encoders{}, warnings[]}",
+    "layers[]{in, input, kept_because, name, out, rank, role}, loras[], parameters, precision, provenance{}, rank, "
+    "read_as, schema, status, text_encoders{}, warnings[]}",
     "plan": "{bytes{input, output, ratio}, command, disk_bytes, disk_kept_bytes, effort, error, gpu{basis, "
     f"convert{{fits, lack, peak_bytes, seconds}}, generate{{fits, fits_with_offload, offload_peak_bytes, peak_bytes}}, "
     f"memory_bytes, name}}, {LAYERS}, {MODEL}, precision, "

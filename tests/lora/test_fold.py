@@ -434,4 +434,21 @@ def test_the_command_reports_a_table_as_json_and_its_exit_codes(
     assert (report["command"], report["status"], report["loras"][0]["weight"]) == ("lora", "ok", 0.8)
     assert {row["how"] for row in report["keys"]} == {"applied", "not applicable"}
     assert json.loads(Path(f"{out}.report.json").read_text()) == report
+    assert run(["inspect", str(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["loras"] == ["lora.safetensors:0.8"]
     assert run(f"lora {base} --lora {tmp_path}/none.safetensors -o {tmp_path}/b --json -q".split()) == 3
+
+
+def test_the_screen_counts_layers_of_the_model(
+    converted_flux: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """A fused q, k and v is one layer of the file and three of the model; two files on one layer are one layer."""
+    adapter = small_lora(dict.fromkeys(QKV, (128, 128)))
+    joined = {name: (adapter[QKV[0]][0], up) for name, (_, up) in adapter.items()}
+    down, up = joined[QKV[0]][0], torch.cat([up for _, up in joined.values()])
+    prefix = "diffusion_model.double_blocks.0.img_attn.qkv.lora"
+    one = saved(tmp_path / "one.safetensors", {f"{prefix}_A.weight": down, f"{prefix}_B.weight": up})
+    two = saved(tmp_path / "two.safetensors", peft(adapter))
+    base = converted_flux("int4") / "nunchaku.safetensors"
+    assert run(f"lora {base} --lora {one} --lora {two} -o {tmp_path}/out.safetensors -q".split()) == 0
+    assert "     3 layers applied (LoRA)" in capsys.readouterr().out

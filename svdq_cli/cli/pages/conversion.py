@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from pathlib import PurePath
 from typing import cast
 
@@ -32,11 +32,12 @@ from svdq_cli.reports import (
     ConvertReport,
     ErrorFacts,
     GpuFacts,
+    LoraKey,
     LoraReport,
     PlanReport,
     RepackReport,
 )
-from svdq_cli.text import bytes_text, counted, seconds_text
+from svdq_cli.text import bare_name, bytes_text, counted, seconds_text
 
 
 def conversion(console: Console, report: ConvertReport, verbose: bool) -> None:
@@ -117,7 +118,7 @@ def as_typed(model: object) -> list[str]:
 def after_calibration(source: str, recipe: Recipe, path: str) -> str:
     """The command that converts with a calibration. `source`: as it was typed, a recipe's name or file, or a model."""
     words = as_typed(recipe.model.model_dump(mode="json")) if recipe.model.source == source else [source]
-    made = f"{PurePath(recipe.model.source).name}-{recipe.quantization.precision}"
+    made = f"{bare_name(recipe.model.source)}-{recipe.quantization.precision}"
     out = [] if any(output.path for output in recipe.outputs) else ["-o", made]
     return typed("svdq", "convert", *words, "--calib", path, *out)
 
@@ -220,10 +221,15 @@ def lora(console: Console, report: LoraReport, verbose: bool) -> None:
     table.add_row("size", before + bytes_text(report.bytes["after"]))
     table.add_row("time, memory", f"{report.seconds:.1f} s, {bytes_text(report.peak.ram_bytes)} RAM")
     console.print(table)
-    counts = Counter((row.how, row.kind or "", row.why or "") for row in report.keys)
-    for (how, kind, why), count in counts.items():
+    changed: dict[tuple[str, str, str], list[LoraKey]] = defaultdict(list)
+    for row in report.keys:
+        changed[row.how, row.kind or "", row.why or ""].append(row)
+    for (how, kind, why), rows in changed.items():
+        # Of the model: a fused matrix is one layer of the file, and three of the model
+        names = {name for row in rows for name in row.layers}
+        what = counted(len(names), "layer") if names else counted(len(rows), "tensor")
         console.print(
-            Text(f"  {count:5} layers {how}" + (f" ({kind})" if kind else "") + (f": {why}" if why else ""))
+            Text(f"     {what} {how}" + (f" ({kind})" if kind else "") + (f": {why}" if why else ""))
         )
     cut = [row for row in report.keys if row.error is not None]
     for row in report.keys if verbose else sorted(cut, key=lambda row: -(row.error or 0))[:WORST_LAYERS]:

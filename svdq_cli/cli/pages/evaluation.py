@@ -8,7 +8,7 @@ from rich.text import Text
 
 from svdq_cli.cli.pages.shared import WORST_LAYERS, db_text, frames_text, print_layers
 from svdq_cli.metrics import METRICS, Metric
-from svdq_cli.reports import CheckReport, EvalPlanReport, EvalReport, Summary, video_columns
+from svdq_cli.reports import BASELINE_TITLES, CheckReport, EvalPlanReport, EvalReport, Summary, video_columns
 from svdq_cli.text import seconds_text
 
 
@@ -54,8 +54,7 @@ def evaluation(console: Console, report: EvalReport, verbose: bool) -> None:
         *(metric.title for metric in measured),
     ):
         table.add_column(title, justify="right")
-    titles = {"rtn": "naive 4-bit", "nf4": "bitsandbytes NF4"}
-    ways = {titles.get(name, name): scores.figures for name, scores in report.baselines.items()}
+    ways = {BASELINE_TITLES.get(name, name): scores.figures for name, scores in report.baselines.items()}
     for title, figures in {"converted": report.figures, **ways}.items():
         psnr, ssim = figures["psnr_db"], figures["ssim"]
         assert isinstance(psnr, Summary)
@@ -93,8 +92,7 @@ def evaluation(console: Console, report: EvalReport, verbose: bool) -> None:
 
 def _videos(console: Console, report: EvalReport) -> None:
     """What a table of images has no columns for."""
-    titles = {"rtn": "naive 4-bit", "nf4": "bitsandbytes NF4"}
-    ways = {titles.get(name, name): scores.video for name, scores in report.baselines.items()}
+    ways = {BASELINE_TITLES.get(name, name): scores.video for name, scores in report.baselines.items()}
     table = Table(box=None, pad_edge=False)
     table.add_column(f"{report.video.frames} frames a video" if report.video else "")
     for heading, _, _ in video_columns(report.video):

@@ -28,6 +28,8 @@ def inspection(console: Console, report: InspectReport, verbose: bool) -> None:
     facts.add_row(f"size{planned}", size_text(report.bytes.input, report.bytes.output, report.bytes.ratio))
     for row in encoder_rows(report.text_encoders):
         facts.add_row(*row)
+    if report.loras:
+        facts.add_row("LoRAs", ", ".join(report.loras))
     if report.provenance:
         for key in ("svdq_version", "source_sha256", "calibration_sha256", "fingerprint"):
             if (value := report.provenance.get(key)) is not None:
