@@ -10,10 +10,11 @@ import torch
 from svdq_cli.errors import EnvironmentLacksError, UsageError
 from svdq_cli.evaluation.passes import FIGURES
 from svdq_cli.metrics import METRICS
+from svdq_cli.metrics.fid import SAMPLES
 from svdq_cli.pipelines.settings import SamplingSettings
+from svdq_cli.prepare.sampling import has_frames
 from svdq_cli.recipe import Gate, Recipe, figure_of, section_of
 from svdq_cli.reports import EvalReport, to_json
-from svdq_cli.sampling import makes_no_videos
 from svdq_cli.source import Source
 
 _VIDEO = "video"  # the report's key
@@ -37,7 +38,7 @@ def require_measurable(
             raise UsageError(
                 f"gate {gate} can't be measured without the pass {key!r}", hint=f"leave out --without {key}"
             )
-        if section == _VIDEO and (settings.frames == 1 or makes_no_videos(source)):
+        if section == _VIDEO and not has_frames(source, settings):
             raise UsageError(
                 f"gate {gate} can't be measured: these are images, without frames",
                 hint="leave it out, or give a gate on psnr_db, ssim or another figure of images",
@@ -46,7 +47,7 @@ def require_measurable(
             try:
                 metric.load(device, images)
             except EnvironmentLacksError as lack:
-                refusal = UsageError if lack.kind == "usage" else EnvironmentLacksError
+                refusal = UsageError if lack.where == SAMPLES else EnvironmentLacksError
                 hint = f"{lack.hint}; or leave the gate out"
                 raise refusal(
                     f"gate {gate} can't be measured: {lack.message}", hint=hint, where=lack.where

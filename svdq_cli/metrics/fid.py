@@ -19,6 +19,7 @@ from svdq_cli.metrics.metric import (
 if TYPE_CHECKING:
     import torch
 
+SAMPLES = "--samples"  # of which there are too few: no package would help
 LEAST_IMAGES = 2048  # as many as Inception has features: the covariance of fewer is singular
 _INSTALL = "pip install 'svdq[metrics]'"
 _WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
@@ -34,7 +35,7 @@ def load_fid(device: torch.device, *, images: int) -> Measure:
         raise EnvironmentLacksError(
             f"FID of {images} images is meaningless",
             hint=f"generate {LEAST_IMAGES} or more with --samples",
-            kind="usage",  # no package would help
+            where=SAMPLES,
         )
     require_package("torch_fidelity", metric="FID", install=_INSTALL)
     metric = require_package("torchmetrics.image.fid", metric="FID", install=_INSTALL)

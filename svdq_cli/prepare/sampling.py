@@ -99,6 +99,11 @@ def sampling_for(recipe: Recipe, source: Source, *, beside: Path | None = None) 
     return Sampling(settings, samples, wanted.rows, wanted.size_bytes)
 
 
+def has_frames(source: Source, settings: SamplingSettings) -> bool:
+    """Whether what is sampled may be videos; False where it is known to be images."""
+    return settings.frames != 1 and not makes_no_videos(source)
+
+
 def usual_sampling(source: Source) -> Sampling:
     """How a model is sampled by default."""
     return sampling_for(default_recipe("model"), source)
