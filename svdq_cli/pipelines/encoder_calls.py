@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from svdq_cli.errors import UsageError
 from svdq_cli.pipelines.batches import Batch
 from svdq_cli.pipelines.first_call import first_call
 from svdq_cli.pipelines.load import load_source_pipeline
@@ -160,8 +161,12 @@ def record_call(
     assert source.pipeline is not None
     try:
         pipe = _pipeline(source, component)
-        found = _arguments(pipe, range(len(prompts)), prompts, settings)
-        if found is not None and len(found["input_ids"]) < len(prompts):
+        try:
+            found = _arguments(pipe, range(len(prompts)), prompts, settings)
+            one_by_one = found is not None and len(found["input_ids"]) < len(prompts)
+        except UsageError:  # it takes one at a time
+            found, one_by_one = None, True
+        if one_by_one:
             found = _merged([_arguments(pipe, [index], prompts, settings) for index in range(len(prompts))])
     except Exception as error:  # whatever keeps a pipeline of any kind from running this far
         return f"the pipeline could not be run up to it ({type(error).__name__}: {str(error).splitlines()[0][:100]})"
