@@ -69,7 +69,8 @@ def _without(*steps: SearchStep) -> tuple[SearchStep, ...]:
 
 VARIANTS: dict[str, dict[str, object]] = {
     "data-free": {"effort": "datafree"},
-    "paper": {"effort": "fast"},
+    "paper": {"effort": "fast", "search": ()},
+    "fast": {"effort": "fast"},
     "paper + gptq": {"effort": "fast", "search": ("gptq",)},
     "paper + gptq + scales": {"effort": "fast", "search": ("gptq", "scales")},
     "balanced": {"effort": "balanced"},

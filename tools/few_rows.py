@@ -27,11 +27,11 @@ from svdq_cli.recipe.schema import STEPS_OF_EFFORT
 from svdq_cli.records import (
     HELD_OUT,
     ActivationStats,
-    Effort,
     Int4,
     Linear,
     NvFp4,
     Precision,
+    SearchStep,
     SharedInput,
     SolveSettings,
     W4A4Plan,
@@ -40,6 +40,8 @@ from svdq_cli.solve.forward import LinearWeights
 from svdq_cli.solve.linear import solve_input
 
 PRECISIONS: dict[str, Precision] = {"int4": Int4(), "nvfp4": NvFp4()}
+# The paper's search is what every effort begins with
+STEPS: dict[str, tuple[SearchStep, ...]] = {"paper": (), **STEPS_OF_EFFORT}
 DIRECTIONS, NOISE = 64, 0.3  # of inputs that are not white: the noise's amplitude beside theirs, per channel
 FRESH = 1024  # rows that no step has seen
 BATCH = 1024  # tokens at a time
@@ -92,7 +94,7 @@ def _batches(make: Source, count: int) -> Iterator[Tensor]:
         yield make(min(BATCH, count - start)).bfloat16()
 
 
-def measure(kind: str, chosen: argparse.Namespace, efforts: list[Effort]) -> None:
+def measure(kind: str, chosen: argparse.Namespace, efforts: list[str]) -> None:
     generator = torch.Generator().manual_seed(chosen.seed)
     make = KINDS[kind](chosen.channels, generator)
     weight = torch.randn(chosen.outputs, chosen.channels, generator=generator) / chosen.channels**0.5
@@ -104,7 +106,7 @@ def measure(kind: str, chosen: argparse.Namespace, efforts: list[Effort]) -> Non
     plan = W4A4Plan(linear, PRECISIONS[chosen.precision], chosen.rank)
     for effort in efforts:
         began = time.monotonic()
-        settings = SolveSettings("grid", chosen.seed, torch.bfloat16, STEPS_OF_EFFORT[effort])
+        settings = SolveSettings("grid", chosen.seed, torch.bfloat16, STEPS[effort])
         solved = solve_input(
             SharedInput("layer", ("layer",), (("layer",),)),
             {"layer": plan},
@@ -135,7 +137,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=PRECISIONS, default="int4")
     parser.add_argument("--inputs", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument(
-        "--efforts", nargs="+", choices=[*STEPS_OF_EFFORT], default=["fast", "balanced"], metavar="EFFORT"
+        "--efforts", nargs="+", choices=[*STEPS], default=["paper", "fast", "balanced"], metavar="EFFORT"
     )
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args()

@@ -108,8 +108,8 @@ class EncoderCall:
         return torch.where(filling, seen * share, seen)
 
 
-class _Recorded(BaseException):
-    """Ends the run. No Exception: what fails in a pipeline's call is told as a refusal."""
+class _Recorded(Exception):
+    """Ends the run."""
 
     def __init__(self, arguments: dict[str, Any]) -> None:
         super().__init__()

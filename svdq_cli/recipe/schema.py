@@ -45,7 +45,7 @@ ALL_STEPS: tuple[SearchStep, ...] = get_args(SearchStep)
 _USUAL_STEPS: tuple[SearchStep, ...] = tuple(step for step in ALL_STEPS if step != "means")
 STEPS_OF_EFFORT: dict[Effort, tuple[SearchStep, ...]] = {
     "datafree": (),
-    "fast": (),  # the paper's search
+    "fast": ("refine",),  # next to the paper's search, as its own tool has it
     "balanced": _USUAL_STEPS,
     "best": _USUAL_STEPS,
 }

@@ -204,8 +204,8 @@ def test_ranks_are_not_searched_without_activations(tiny_flux: Path, tmp_path: P
 def test_best_tunes_the_model(
     tiny_flux: Path, prompts: Path, artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(tuning, "STEPS", 10)
-    monkeypatch.setattr(tuning, "JUDGE_EVERY", 5)
+    monkeypatch.setattr(tuning, "STEPS", 40)
+    monkeypatch.setattr(tuning, "JUDGE_EVERY", 20)
     recipe = recipe_for(tiny_flux, prompts, effort="best", rank=16)
     report = convert(recipe, tmp_path / "out", calibration=artefact, options=CPU)
     (search,) = report.search.tuning.values()

@@ -93,7 +93,7 @@ def test_the_committed_schema_is_current():
 
 
 def test_the_search_steps_are_the_effort_s_unless_the_recipe_says_others():
-    assert Quantization(effort="fast").chosen_search == ()
+    assert Quantization(effort="fast").chosen_search == ("refine",)
     steps = ("learned", "refine", "gptq", "scales", "refit", "output")
     assert Quantization(effort="balanced").chosen_search == steps
     assert Quantization(effort="fast", search=("refit", "gptq")).chosen_search == ("gptq", "refit")

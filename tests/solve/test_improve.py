@@ -1,4 +1,4 @@
-"""The steps beyond the paper: each pays on rows it did not see, and none can make a layer worse than `fast`."""
+"""The steps beyond the paper: each pays on rows it did not see, and none can make a layer worse than its search."""
 
 from __future__ import annotations
 
@@ -39,7 +39,11 @@ def correlated_rows(count: int, seed: int) -> torch.Tensor:
 
 
 def solved(precision: Precision, effort: Effort, rows: torch.Tensor) -> SolvedInput:
-    settings = SolveSettings("grid", 0, torch.bfloat16, STEPS_OF_EFFORT[effort])
+    return solved_by(STEPS_OF_EFFORT[effort], precision, rows)
+
+
+def solved_by(steps: tuple[SearchStep, ...], precision: Precision, rows: torch.Tensor) -> SolvedInput:
+    settings = SolveSettings("grid", 0, torch.bfloat16, steps)
     return solve_input(SHARED, plans(precision), weights(), stats_of(rows), settings)
 
 
@@ -51,11 +55,14 @@ def fresh_db(result: SolvedInput) -> float:
 
 
 @BOTH
-def test_balanced_beats_the_papers_search_on_fresh_rows(precision: Precision):
+def test_fast_beats_the_papers_search_on_fresh_rows_and_balanced_beats_both(precision: Precision):
     rows = correlated_rows(1000, seed=5)
+    paper = solved_by((), precision, rows)
     fast, balanced = solved(precision, "fast", rows), solved(precision, "balanced", rows)
-    # on the trained layers this was developed with the gain is 2 dB; this small world gives at least half of that
-    assert fresh_db(balanced) > fresh_db(fast) + 1.0
+    # on the trained layers this was developed with the gains are 0.7 and 2 dB; this small world gives half of that
+    assert fresh_db(fast) > fresh_db(paper) + 0.35
+    assert fresh_db(balanced) > fresh_db(paper) + 1.0
+    assert list(fast.reports[0].search.steps_db) == ["start", "refine"]
     for report in balanced.reports:
         assert list(report.search.steps_db) == ["start", "learned", "refine", "gptq", "refit"]
 
@@ -88,7 +95,7 @@ def test_odd_activations_leave_balanced_finite(precision: Precision, kind: str):
             assert torch.isfinite(tensor.float()).all()
     # steps are judged on the last rows and reported on all, which may differ by a few per cent
     noise = sum(10 ** (-r.sqnr_db / 10) for r in balanced.reports)
-    assert noise <= 1.05 * sum(10 ** (-r.sqnr_db / 10) for r in solved(precision, "fast", rows).reports)
+    assert noise <= 1.05 * sum(10 ** (-r.sqnr_db / 10) for r in solved_by((), precision, rows).reports)
     if kind == "zeros":
         assert "gptq: no usable activations" in balanced.reports[0].search.fallback
 
