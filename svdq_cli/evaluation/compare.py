@@ -102,7 +102,7 @@ def compare_in(
         for way in ways
     }
     report = _report(run, image_store, scores, metrics, sampled, page=page, started=started, observe=observe)
-    return Evaluation(run, facts, gated(report, recipe), image_store, scores, metrics, sampled.layers)
+    return Evaluation(run, facts, report, image_store, scores, metrics, sampled.layers)
 
 
 def _noise(
@@ -200,7 +200,7 @@ def _report(
         data_free=(run.checkpoint.provenance or {}).get("calibration_sha256") is None,
         kind=problems.kind,
     )
-    return EvalReport(
+    report = EvalReport(
         images=len(run.prompts),
         figures=converted.figures,
         reference=ReferenceFacts(own.figures("image"), **_time_facts(image_store, SIXTEEN_BIT)),
@@ -213,7 +213,7 @@ def _report(
             problems.black, problems.nearly_uniform, problems.alike, problems.meaningless
         ),
         verdict=verdict_of(evidence),
-        next=next_step(evidence, checkpoint=str(run.path), page=page),
+        next="",
         missing={**metrics.missing, **missing},
         **_time_facts(image_store, CONVERTED),
         backend=run.backend.sentence,
@@ -228,6 +228,9 @@ def _report(
             *sampled.converted_problems.sentences("4-bit"),
         ),
     )
+    report = gated(report, run.recipe)
+    missed = bool(report.gates_missed)
+    return replace(report, next=next_step(evidence, checkpoint=str(run.path), page=page, gate_missed=missed))
 
 
 def _chance_psnr_db(

@@ -44,7 +44,7 @@ def verdict_of(evidence: Evidence) -> str:
     return f"{_against_naive(evidence)}{_against_floors(evidence)}."
 
 
-def next_step(evidence: Evidence, *, checkpoint: str, page: str | None) -> str:
+def next_step(evidence: Evidence, *, checkpoint: str, page: str | None, gate_missed: bool) -> str:
     """What to do with that verdict; commands are ready to be pasted but for names in capitals."""
     if evidence.source_mismatch:
         return "give --against the model that the checkpoint was made from"
@@ -56,6 +56,10 @@ def next_step(evidence: Evidence, *, checkpoint: str, page: str | None) -> str:
         return "run the same command without --without naive"
     if (difference := _difference(evidence)).ci95 is None:
         return f"use --samples 64: one {evidence.kind} is almost no evidence"
+    if difference.ci95[0] > 0 and gate_missed:
+        return (
+            "a larger --rank or --effort best gives more quality; or set the gate that was missed elsewhere"
+        )
     if difference.ci95[0] > 0:
         look = (
             f"look at {page}, worst {evidence.kind}s first; then "

@@ -65,7 +65,9 @@ def test_the_verdict_says_how_good_and_what_next(evidence: Evidence, begins: str
     verdict = verdict_of(evidence)
     assert verdict.startswith(begins)
     assert verdict.endswith(".")
-    assert then in next_step(evidence, checkpoint="out/my model", page="report/report.html")
+    assert then in next_step(
+        evidence, checkpoint="out/my model", page="report/report.html", gate_missed=False
+    )
 
 
 def test_intervals_that_overlap_are_not_called_apart():
@@ -91,8 +93,16 @@ def test_noise_of_its_own_widens_the_interval():
     assert verdict_of(replace(shifted(0.4, 0.6), noise=[4.0, -3.0])).startswith("Not distinguishable")
 
 
+def test_what_missed_a_gate_is_not_to_be_published():
+    said = next_step(GOOD, checkpoint="out/model", page="report.html", gate_missed=True)
+    assert "push" not in said
+    assert "--rank" in said
+
+
 def test_a_pasted_command_names_the_checkpoint_as_a_shell_reads_it():
-    assert "svdq push 'out/my model' OWNER/NAME" in next_step(GOOD, checkpoint="out/my model", page=None)
+    assert "svdq push 'out/my model' OWNER/NAME" in next_step(
+        GOOD, checkpoint="out/my model", page=None, gate_missed=False
+    )
 
 
 @pytest.mark.parametrize(
@@ -109,5 +119,7 @@ def test_a_pasted_command_names_the_checkpoint_as_a_shell_reads_it():
 )
 def test_videos_are_called_videos(changed: Evidence):
     evidence = replace(changed, kind="video")
-    said = verdict_of(evidence) + next_step(evidence, checkpoint="out/model", page="report.html")
+    said = verdict_of(evidence) + next_step(
+        evidence, checkpoint="out/model", page="report.html", gate_missed=False
+    )
     assert "image" not in said
