@@ -126,7 +126,7 @@ def test_convert_prints_one_json_object_with_every_key(
     assert run(words.split()) == 0
     report = said(capsys)
     assert report.keys() >= CONVERT_KEYS
-    assert report["outputs"][0].keys() == {"format", "path", "bytes", "sha256"}
+    assert report["outputs"][0].keys() == {"format", "path", "bytes", "sha256", "tensors_sha256"}
     assert report["model"].keys() == {"family", "class", "parameters", "source_sha256"}
     assert report["data_free"] is True
     assert json.loads((tmp_path / "out/svdq_report.json").read_text()) == report
