@@ -33,6 +33,7 @@ from svdq_cli.evaluation.passes import (
     Sampled,
     sample_all,
 )
+from svdq_cli.evaluation.plausible import ImageProblems
 from svdq_cli.evaluation.score import Loaded, Scores, load_metrics, score_images, score_pairs
 from svdq_cli.evaluation.verdict import Evidence, next_step, verdict_of
 from svdq_cli.inference.backend import choose_backend
@@ -209,9 +210,7 @@ def _report(
         noise_floor_psnr_db=floor,
         own_noise_psnr_db=own_noise,
         output_sqnr_db=sampled.outputs,
-        sixteen_bit_images=ImageFacts(
-            problems.black, problems.nearly_uniform, problems.alike, problems.meaningless
-        ),
+        sixteen_bit_images=_image_facts(problems),
         verdict=verdict_of(evidence),
         next="",
         missing={**metrics.missing, **missing},
@@ -231,6 +230,10 @@ def _report(
     report = gated(report, run.recipe)
     missed = bool(report.gates_missed)
     return replace(report, next=next_step(evidence, checkpoint=str(run.path), page=page, gate_missed=missed))
+
+
+def _image_facts(problems: ImageProblems) -> ImageFacts:
+    return ImageFacts(problems.black, problems.nearly_uniform, problems.alike, problems.meaningless)
 
 
 def _chance_psnr_db(
