@@ -12,12 +12,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from datetime import date
 from pathlib import Path
 from statistics import fmean
 
@@ -38,9 +35,9 @@ from svdq_cli.recipe import Calibration, default_recipe
 from svdq_cli.records import ActivationStats, Event, Int4, NvFp4, Precision
 from svdq_cli.solve.quantizers import fake_quantize_activation
 from svdq_cli.system.machine import resolve_device
-from tools.bench_peers import FOLDER, failure, python_of
+from tools.bench_peers import FOLDER, failure, python_of, rows_of, show, table
 from tools.calibrated_methods import PEERS
-from tools.peer_methods import RANK, Taken
+from tools.peer_methods import Taken
 
 # What each peer is installed with. deepcompressor-toolkit's own list asks for xformers, bitsandbytes and evaluation
 # suites, which nothing here imports.
@@ -60,20 +57,6 @@ PINS: dict[str, tuple[str, ...]] = {
 PRECISIONS: dict[str, Precision] = {"int4": Int4(), "nvfp4": NvFp4()}
 MINUTES = 60  # for one peer, on all sources
 CALIBRATION_PROMPTS, JUDGING_PROMPTS, JUDGING_ROWS, JUDGING_SEED = 32, 16, 2048, 1000
-
-
-@dataclass(frozen=True)
-class Row:
-    """A method on all sources, which are the keys."""
-
-    peer: str
-    version: str
-    method: str
-    precision: str
-    sqnr_db: Mapping[str, float]  # mean over the W4A4 layers
-    bytes: int | None
-    seconds: Mapping[str, float]
-    why: str | None
 
 
 def sqnr_db(
@@ -162,51 +145,17 @@ def taken_by(peer: str, inputs: Path, output: Path, precisions: Sequence[str]) -
     return [Taken(**entry) for entry in json.loads((output / f"{peer}.json").read_text())]
 
 
-def rows_of(taken: Sequence[Taken], inputs: Path, output: Path, judging: Path) -> list[Row]:
-    """One row for each method, judged on what it wrote."""
-    rows: dict[tuple[str, str, str], Row] = {}
-    for entry in taken:
-        key = (entry.peer, entry.method, entry.precision)
-        row = rows.get(key) or Row(
-            entry.peer, entry.version, entry.method, entry.precision, {}, None, {}, None
-        )
-        rows[key] = replace(row, why=row.why or entry.why)
-        if entry.tensors is None or entry.seconds is None:
-            continue
-        parts, weights = load_file(output / entry.tensors), load_file(inputs / f"{entry.source}.safetensors")
-        unseen = load_file(judging / f"{entry.source}.safetensors")
-        described = json.loads((inputs / f"{entry.source}.json").read_text())
-        figures = [
-            sqnr_db(weights[f"{name}.weight"], parts, name, unseen[each["name"]], PRECISIONS[entry.precision])
-            for each in described
-            for name in each["layers"]
-        ]
-        rows[key] = replace(
-            rows[key],
-            sqnr_db={**row.sqnr_db, entry.source: fmean(figures)},
-            seconds={**row.seconds, entry.source: entry.seconds},
-            bytes=entry.bytes,
-        )
-    return list(rows.values())
-
-
-def table(rows: Sequence[Row], sources: Sequence[str]) -> str:
-    """Markdown: a table for each precision, in the order of `rows`."""
-    heads = [*(f"{source}: dB" for source in sources), "bytes", *(f"{source}: s" for source in sources)]
-    lines: list[str] = []
-    for precision in dict.fromkeys(row.precision for row in rows):
-        lines += [f"\n| {precision} | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(heads)]
-        for row in rows:
-            if row.precision != precision:
-                continue
-            name = f"{row.peer} {row.version} {row.method}".strip()
-            if row.why:
-                lines.append(f"| {name} | {row.why.replace('|', '/')} |" + " |" * (len(heads) - 1))
-                continue
-            figures = [f"{row.sqnr_db[source]:.2f}" for source in sources]
-            seconds = [f"{row.seconds[source]:.0f}" for source in sources]
-            lines.append(f"| {name} | " + " | ".join([*figures, f"{row.bytes:,}", *seconds]) + " |")
-    return "\n".join(lines).lstrip("\n")
+def mean_sqnr_db(entry: Taken, inputs: Path, output: Path, judging: Path) -> float:
+    """The mean over layers of `sqnr_db` of what a method wrote."""
+    assert entry.tensors is not None
+    parts, weights = load_file(output / entry.tensors), load_file(inputs / f"{entry.source}.safetensors")
+    unseen = load_file(judging / f"{entry.source}.safetensors")
+    described = json.loads((inputs / f"{entry.source}.json").read_text())
+    return fmean(
+        sqnr_db(weights[f"{name}.weight"], parts, name, unseen[each["name"]], PRECISIONS[entry.precision])
+        for each in described
+        for name in each["layers"]
+    )
 
 
 def main() -> None:
@@ -225,14 +174,9 @@ def main() -> None:
             each.mkdir()
         sources = [write_problems(source, inputs, judging) for source in wanted.sources]
         taken = [each for peer in wanted.peers for each in taken_by(peer, inputs, output, wanted.precisions)]
-        rows = rows_of(taken, inputs, output, judging)
-    print(
-        f"{date.today()}, rank {RANK}, calibrated on {CALIBRATION_PROMPTS} prompts, "
-        f"judged on {JUDGING_PROMPTS} others, torch {torch.__version__}, one thread, {platform.machine()}\n"
-    )
-    print(table(rows, sources))
-    wanted.json.parent.mkdir(parents=True, exist_ok=True)
-    wanted.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+        rows = rows_of(taken, lambda entry: mean_sqnr_db(entry, inputs, output, judging))
+    head = f"calibrated on {CALIBRATION_PROMPTS} prompts, judged on {JUDGING_PROMPTS} others"
+    show(head, table(rows, sources, "dB", (2, 0)), rows, wanted.json)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import sys
 import sysconfig
 import tempfile
 import venv
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -53,7 +53,7 @@ class Row:
     version: str
     method: str
     precision: str
-    error: Mapping[str, float]  # mean over layers of |W - W'| / |W|, Frobenius
+    figures: Mapping[str, float]  # mean over layers of what is compared
     bytes: int | None
     seconds: Mapping[str, float]
     why: str | None
@@ -117,8 +117,15 @@ def failure(command: Sequence[str | Path], minutes: float = MINUTES) -> str | No
     return lines[-1] if done.returncode else None
 
 
-def rows_of(taken: Iterable[Taken], inputs: Path, output: Path) -> list[Row]:
-    """One row for each method, with the errors of what it wrote."""
+def mean_error(entry: Taken, inputs: Path, output: Path) -> float:
+    """The mean over layers of the relative error of what a method wrote."""
+    assert entry.tensors is not None
+    parts, weights = load_file(output / entry.tensors), load_file(inputs / f"{entry.source}.safetensors")
+    return fmean(relative_error(weight, parts, name) for name, weight in weights.items())
+
+
+def rows_of(taken: Iterable[Taken], figure: Callable[[Taken], float]) -> list[Row]:
+    """One row for each method; `figure` of what it wrote for a source."""
     rows: dict[tuple[str, str, str], Row] = {}
     for entry in taken:
         key = (entry.peer, entry.method, entry.precision)
@@ -126,20 +133,19 @@ def rows_of(taken: Iterable[Taken], inputs: Path, output: Path) -> list[Row]:
         rows[key] = replace(row, why=row.why or entry.why)
         if entry.tensors is None or entry.seconds is None:
             continue
-        parts, weights = load_file(output / entry.tensors), load_file(inputs / f"{entry.source}.safetensors")
-        error = fmean(relative_error(weight, parts, name) for name, weight in weights.items())
         rows[key] = replace(
             rows[key],
-            error={**row.error, entry.source: error},
+            figures={**row.figures, entry.source: figure(entry)},
             seconds={**row.seconds, entry.source: entry.seconds},
             bytes=entry.bytes,
         )
     return list(rows.values())
 
 
-def table(rows: Sequence[Row], sources: Sequence[str]) -> str:
-    """Markdown: a table for each precision, in the order of `rows`."""
-    heads = [*(f"{source}: error" for source in sources), "bytes", *(f"{source}: s" for source in sources)]
+def table(rows: Sequence[Row], sources: Sequence[str], figure: str, decimals: tuple[int, int]) -> str:
+    """Markdown: a table for each precision, in the order of `rows`. `figure`: what it is called; `decimals`: its own
+    and those of seconds."""
+    heads = [*(f"{source}: {figure}" for source in sources), "bytes", *(f"{source}: s" for source in sources)]
     lines: list[str] = []
     for precision in dict.fromkeys(row.precision for row in rows):
         lines += [f"\n| {precision} | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(heads)]
@@ -150,10 +156,18 @@ def table(rows: Sequence[Row], sources: Sequence[str]) -> str:
             if row.why:
                 lines.append(f"| {name} | {row.why.replace('|', '/')} |" + " |" * (len(heads) - 1))
                 continue
-            errors = [f"{row.error[source]:.4f}" for source in sources]
-            seconds = [f"{row.seconds[source]:.2f}" for source in sources]
-            lines.append(f"| {name} | " + " | ".join([*errors, f"{row.bytes:,}", *seconds]) + " |")
+            figures = [f"{row.figures[source]:.{decimals[0]}f}" for source in sources]
+            seconds = [f"{row.seconds[source]:.{decimals[1]}f}" for source in sources]
+            lines.append(f"| {name} | " + " | ".join([*figures, f"{row.bytes:,}", *seconds]) + " |")
     return "\n".join(lines).lstrip("\n")
+
+
+def show(head: str, printed: str, rows: Sequence[Row], file: Path) -> None:
+    """A table on the screen, below a line that says what it was measured with, and its rows as JSON."""
+    made = f"torch {torch.__version__}, one thread, {platform.machine()}"
+    print(f"{date.today()}, rank {RANK}, {head}, {made}\n\n{printed}")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
 
 
 def main() -> None:
@@ -171,13 +185,8 @@ def main() -> None:
             each.mkdir()
         sources = [write_layers(source, inputs).stem for source in wanted.sources]
         taken = [each for peer in wanted.peers for each in taken_by(peer, python, inputs, output)]
-        rows = rows_of(taken, inputs, output)
-    print(
-        f"{date.today()}, rank {RANK}, data-free, torch {torch.__version__}, one thread, {platform.machine()}\n"
-    )
-    print(table(rows, sources))
-    wanted.json.parent.mkdir(parents=True, exist_ok=True)
-    wanted.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+        rows = rows_of(taken, lambda entry: mean_error(entry, inputs, output))
+    show("data-free", table(rows, sources, "error", (4, 2)), rows, wanted.json)
 
 
 if __name__ == "__main__":

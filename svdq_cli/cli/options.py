@@ -105,7 +105,7 @@ Effort = Annotated[
     str | None,
     typer.Option(
         metavar="datafree|fast|balanced|best",
-        help="Search effort; fast is the paper's search (default: balanced).",
+        help="Search effort; fast is the paper's search, branch and codes fitted to each other (default: balanced).",
         autocompletion=_words("datafree", "fast", "balanced", "best"),
         rich_help_panel="Quantization",
     ),

@@ -86,9 +86,7 @@ def _solve_rates(device: torch.device) -> Rates:
     narrow = weight[:, :64].contiguous()  # one block of columns: no update of those behind it
     tall = narrow.repeat(4, 1)
     identity = torch.eye(64, device=device, dtype=torch.float32)
-    spread = (weight @ weight.T).double() / SIDE + torch.eye(
-        SIDE, device=device, dtype=torch.float32
-    ).double()
+    spread = (weight @ weight.T).double() / SIDE + torch.eye(SIDE, device=device, dtype=torch.float64)
     rows = weight[:256]
     solution = _solution(large)
 

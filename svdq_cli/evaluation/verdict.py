@@ -57,9 +57,7 @@ def next_step(evidence: Evidence, *, checkpoint: str, page: str | None, gate_mis
     if (difference := _difference(evidence)).ci95 is None:
         return f"use --samples 64: one {evidence.kind} is almost no evidence"
     if difference.ci95[0] > 0 and gate_missed:
-        return (
-            "a larger --rank or --effort best gives more quality; or set the gate that was missed elsewhere"
-        )
+        return "a larger --rank or --effort best gives more quality; or change the gate that was missed"
     if difference.ci95[0] > 0:
         look = (
             f"look at {page}, worst {evidence.kind}s first; then "

@@ -204,6 +204,7 @@ def test_ranks_are_not_searched_without_activations(tiny_flux: Path, tmp_path: P
 def test_best_tunes_the_model(
     tiny_flux: Path, prompts: Path, artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    # more than the steps in which the learning rate grows
     monkeypatch.setattr(tuning, "STEPS", 40)
     monkeypatch.setattr(tuning, "JUDGE_EVERY", 20)
     recipe = recipe_for(tiny_flux, prompts, effort="best", rank=16)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from svdq_cli.records import Int4
 from tools import bench_calibrated
-from tools.bench_calibrated import rows_of, sqnr_db, table, taken_by
+from tools.bench_calibrated import mean_sqnr_db, sqnr_db, taken_by
+from tools.bench_peers import rows_of, table
 from tools.calibrated_methods import Layer, Problem, Remembered, bytes_of, layer
 from tools.peer_methods import Taken
 
@@ -89,9 +90,9 @@ def test_a_rows_figure_is_the_mean_over_layers_of_rows_that_no_peer_saw(
     save_file({**parts_of(layers["a"], "a"), **parts_of(layers["b"], "b")}, solved / "peer-0.safetensors")
     fine = Taken("peer", "1.0", "its way", "int4", "plain", 12.3, 1234, "peer-0.safetensors")
     fails = Taken("peer", "1.0", "another", "int4", "plain", why="AssertionError: CUDA | none")
-    found = rows_of([fine, fails], problems, solved, judging)
-    assert found[0].sqnr_db["plain"] == pytest.approx(10, abs=1e-3)
-    printed = table(found, ["plain"])
+    found = rows_of([fine, fails], lambda entry: mean_sqnr_db(entry, problems, solved, judging))
+    assert found[0].figures["plain"] == pytest.approx(10, abs=1e-3)
+    printed = table(found, ["plain"], "dB", (2, 0))
     assert "| peer 1.0 its way | 10.00 | 1,234 | 12 |" in printed
     assert "| peer 1.0 another | AssertionError: CUDA / none |" in printed
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from tools import bench_peers
-from tools.bench_peers import relative_error, rows_of, table, taken_by
+from tools.bench_peers import Row, mean_error, relative_error, rows_of, table, taken_by
 from tools.peer_methods import Taken
 
 
@@ -25,11 +25,19 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def rows_in(folder: Path, taken: list[Taken]) -> list[Row]:
+    return rows_of(taken, lambda entry: mean_error(entry, folder, folder))
+
+
+def printed(rows: list[Row]) -> str:
+    return table(rows, ["plain"], "error", (4, 2))
+
+
 def test_a_rows_error_is_the_mean_over_layers_of_what_weight_and_branch_miss(folder: Path):
     taken = [Taken("peer", "1.0", "its way", "int4", "plain", 0.5, 1234, "peer-0.safetensors")]
-    (row,) = rows_of(taken, folder, folder)
-    assert row.error["plain"] == pytest.approx(0.2, rel=1e-5)
-    assert "| peer 1.0 its way | 0.2000 | 1,234 | 0.50 |" in table([row], ["plain"])
+    (row,) = rows_in(folder, taken)
+    assert row.figures["plain"] == pytest.approx(0.2, rel=1e-5)
+    assert "| peer 1.0 its way | 0.2000 | 1,234 | 0.50 |" in printed([row])
 
 
 def test_nothing_lost_is_no_error():
@@ -48,15 +56,15 @@ def test_a_peer_that_fails_is_a_row_that_says_why(
     monkeypatch.setattr(bench_peers, "PINS", pins)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     taken = taken_by("sdnq", Path(sys.executable), folder, folder)
-    (row,) = rows_of(taken, folder, folder)
+    (row,) = rows_in(folder, taken)
     assert row.why
     assert row.why.startswith(said)
-    assert f"| sdnq {pins.get('sdnq', '')}".rstrip() in table([row], ["plain"])
+    assert f"| sdnq {pins.get('sdnq', '')}".rstrip() in printed([row])
 
 
 def test_a_method_that_raises_leaves_the_others_their_rows(folder: Path):
     fine = Taken("peer", "1", "one", "int4", "plain", 0.5, 10, "peer-0.safetensors")
     fails = Taken("peer", "1", "other", "int4", "plain", why="ValueError: no | such thing")
-    printed = table(rows_of([fails, fine], folder, folder), ["plain"])
-    assert "| peer 1 other | ValueError: no / such thing |" in printed
-    assert "| peer 1 one | 0.2000 |" in printed
+    shown = printed(rows_in(folder, [fails, fine]))
+    assert "| peer 1 other | ValueError: no / such thing |" in shown
+    assert "| peer 1 one | 0.2000 |" in shown
